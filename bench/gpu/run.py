@@ -13,7 +13,7 @@ Stages, each in processes of their own:
     mixtures      training steps of a mixture of experts
     bank          batches with many adapters
     switch        switching between adapters
-    ncu           counters of the kernels by Nsight Compute
+    ncu           counters of the kernels by Nsight Compute; with --cpu their instructions by disassembly
 
 The report is rewritten after every stage. The command ends within --seconds: a stage that takes too long is ended, and
 one for which no time is left does not run. What does not run is named with the reason. The exit status is 1 if a stage
@@ -305,10 +305,23 @@ def switch(work: Work) -> Stage:
     return with_results("switch", work, script("switch.py", *sizes, *more), 60, output)
 
 
+def instructions(work: Work) -> Stage:
+    """What a machine without a GPU can say of the kernels' code: instructions, registers and spills."""
+    if find_tool("nvcc") is None:
+        return Stage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvcc")
+    output = work.folder / "disassembly.json"
+    command = script("gpu/disassembly.py", "--archs", "90", "--output", str(output))
+    stage = with_results("ncu", work, command, 120, output)
+    if "no nvdisasm" in stage.text:
+        return Stage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvdisasm", stage.text)
+    stage.reason = stage.reason or "counters need a GPU; this is the disassembly for sm_90"
+    return stage
+
+
 def ncu(work: Work) -> Stage:
     tool, program = find_tool("ncu"), work.folder / "driver" / "driver"
     if work.cpu:
-        return Stage("ncu", NOT_RUN, "counters of kernels need a GPU")
+        return instructions(work)
     if tool is None:
         return Stage("ncu", NOT_RUN, "Nsight Compute is not installed")
     if not program.exists():
