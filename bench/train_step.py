@@ -1,8 +1,10 @@
 """A training step of S²FT against LoRA, full fine-tuning and the frozen model, in one process with the steps in turn.
 
-    python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12] [--model FOLDER_OR_GGUF]
+    python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12]
+        [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
 
-"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing.
+"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing. LoRA is measured
+with adapters in the base's dtype, and as PEFT makes it: with float32 adapters, on a bfloat16 base too.
 Bytes kept for backward: every storage that autograd saves during a forward, counted once, without parameters.
 """
 
@@ -14,11 +16,10 @@ from typing import Any
 
 import torch
 from harness import interleaved, median_ratio, save
+from shapes import add_model_options, base_name, base_of
 from torch import nn
 
 import s2ft
-from s2ft.text.models import load_model
-from s2ft.train.demo import default_model
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -131,7 +132,7 @@ def table(title: str, rows: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    add_model_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
@@ -142,10 +143,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
-        base = load_model(args.model or default_model(), dtype)[0].to(device)
+        base = base_of(args, dtype, device)[0]
         results[dtype] = run(base, args)
         print(table(f"{dtype}, {args.batch} × {args.length} tokens", results[dtype]), flush=True)
-    save(args.output, {"batch": args.batch, "length": args.length, "d_ratio": args.d_ratio, "results": results})
+    sizes = {"base": base_name(args), "batch": args.batch, "length": args.length, "d_ratio": args.d_ratio}
+    save(args.output, {**sizes, "results": results})
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ RANKS = [
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
     ["layers.split"],
-    ["layers.kind"],
+    ["layers.kind", "layers.held"],
     ["layers.base"],
     ["layers"],
     ["model.weights"],

@@ -25,6 +25,7 @@ from s2ft.estimation.result import Estimate, MemoryPart, size_of
 from s2ft.estimation.shadow import checkpoint, forget_data, make_shadow
 from s2ft.estimation.step import Step
 from s2ft.estimation.strategy import Strategy, check_devices, smallest, strategy_of
+from s2ft.layers.base import CALL_INSTEAD
 from s2ft.model.coupling import Coupling
 
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
@@ -112,6 +113,8 @@ def estimate(
     """
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
     strategy = strategy_of(strategy)
+    if config.effective == "step" and strategy is not None and strategy.name != "ddp":
+        raise ValueError(f"effective='step' works on one device and with ddp, not with {strategy.name}: {CALL_INSTEAD}")
     check_devices(strategy, devices)
     memory = size_of(memory, "memory")
     make = maker(optimizer)

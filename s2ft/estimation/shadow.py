@@ -66,6 +66,8 @@ def make_shadow(
     expect_none(shadow, record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
+        if config.effective == "step":
+            mounted.layer.fuse()  # the copy of the base that it keeps counts among the buffers
     return shadow, record
 
 

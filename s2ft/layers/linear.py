@@ -6,10 +6,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from s2ft.layers.base import S2Layer
+from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
-from s2ft.ops import indexed_linear, sliced_linear
+from s2ft.ops import _linear, indexed_linear, sliced_linear
+from s2ft.ops._library import autocast_input, own_output
+from s2ft.ops._one_input import Factors, can_share, linears
 
 
 class S2Linear(S2Layer):
@@ -94,6 +98,9 @@ class S2Linear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
+        if self.effective == "step" and self.enabled:
+            x = autocast_input("effective='step'", input, self.weight)
+            return held_product(self, x, LinearFormulas(self))
         weight, bias, s2, index, base = self._tensors()
         matrix = weight.t() if self.transposed else weight
         if base is not None:
@@ -118,6 +125,38 @@ class S2Linear(S2Layer):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._selected()}"
         )
+
+
+class LinearFormulas(Formulas):
+    """Formulas of a linear layer: those of :mod:`s2ft.ops._linear`."""
+
+    def __init__(self, layer: S2Linear) -> None:
+        self.transposed, self.dim = layer.transposed, layer.dim
+        self.units = layer.start if layer.index is None else layer.index
+
+    def _matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return (weight.t() if self.transposed else weight).to(dtype)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias = None if bias is None else bias.to(x.dtype)
+        return own_output(F.linear(x.contiguous(), self._matrix(weight, x.dtype), bias))
+
+    def keep(self, x: Tensor, s2: Tensor) -> Tensor:
+        return x if self.dim == 0 else _linear._columns_to_keep(x, self.units, s2.shape[1])
+
+    def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return grad.contiguous() @ self._matrix(weight, grad.dtype)
+
+    def gradient_of_s2(self, grad: Tensor, kept: Tensor, s2: Tensor) -> Tensor:
+        return _linear._delta_gradient(grad, kept, s2, self.units, self.dim)
+
+    def gradient_of_bias(self, grad: Tensor) -> Tensor:
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
+
+    def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
+        ops = torch.ops.s2ft
+        op = ops.sliced_linear_grad_x if isinstance(self.units, int) else ops.indexed_linear_grad_x
+        return op(grad, base.t() if self.transposed else base, s2, self.units, self.dim)
 
 
 class S2ColumnLinear(S2Linear):
@@ -152,6 +191,45 @@ class S2RowLinear(S2Linear):
     """
 
     dim = 1
+
+
+def run_on_one_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
+    """Run layers on one input. If all of them are plain or trainable linear layers, its gradient is one buffer.
+
+    Args:
+        x: Input of all layers, [..., inputs].
+        modules: The layers. With hooks, a replaced forward, quantized or spread weights, a bias that trains, or under
+            autocast or torch.compile, they run one by one.
+
+    Returns:
+        The outputs. They are the same in both cases, bit for bit.
+    """
+    layers = [_factors(module) for module in modules]
+    if None not in layers and not _has_any_global_hook() and can_share(x, layers):
+        return linears(x, layers)
+    return tuple(module(x) for module in modules)
+
+
+def _factors(module: nn.Module) -> Factors | None:
+    """What a layer multiplies its input by; None if it has a call of its own or does more."""
+    if torch.compiler.is_compiling() or _is_intercepted(module):
+        return None
+    if type(module) is nn.Linear:
+        return Factors(module.weight, module.bias)
+    if type(module) is not S2ColumnLinear or module.effective == "step":
+        return None
+    weight, bias, s2, index, base = module._tensors()
+    if base is not None or not module.enabled:
+        return None
+    s2 = module.checked(s2, weight)
+    return Factors(weight.t() if module.transposed else weight, bias, s2, module.start if index is None else index)
+
+
+def _is_intercepted(module: nn.Module) -> bool:
+    """Whether something else runs when the module is called: hooks, another forward, or a compiled one."""
+    own = module.__dict__
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return "forward" in own or own.get("_compiled_call_impl") is not None or any(own[name] for name in hooks)
 
 
 class LinearKind(Kind):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2ft.ops._library import define
+from s2ft.ops._library import define, host_can_read
 
 OP = "multi_adapter_linear"
 
@@ -14,7 +14,7 @@ def reference(
     x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor, dim: int
 ) -> Tensor:
     check_shapes(x, y, values, index, offsets, adapter, dim)
-    if x.device.type != "cpu":
+    if not host_can_read(adapter):
         return without_waiting(x, y, values, index, offsets, adapter, dim)
     check_entries(x, y, index, offsets, adapter, dim)
     out = y.clone(memory_format=torch.contiguous_format)

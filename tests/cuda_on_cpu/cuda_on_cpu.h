@@ -9,6 +9,7 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -54,8 +55,9 @@ struct Machine {
   unsigned seed = 0;
   unsigned max_blocks = 0;  // 0 for no limit. With fewer blocks a grid-stride loop makes more iterations.
   bool capturing = false;
-  std::string error;  // of the last launch
-  std::string calls;  // runtime calls on streams and events, one a line
+  double exp2_error = 0, reciprocal_error = 0;  // relative errors of the approximate instructions
+  std::string error;                            // of the last launch
+  std::string calls;                            // runtime calls on streams and events, one a line
 
   dim3 grid, block, block_index;
   std::vector<Fiber> fibers;
@@ -198,6 +200,19 @@ T exchange(T value, int from) {
 inline int lane() {
   const Machine& m = machine();
   return static_cast<int>((m.current - m.fibers.data()) % kWarp);
+}
+
+inline float without_subnormals(double value) {
+  const float f = static_cast<float>(value);
+  return std::fabs(f) < 0x1p-126f ? std::copysign(0.0f, f) : f;
+}
+
+// The approximate instructions of a GPU that make every subnormal number a zero.
+inline float approximate_exp2(float x) {
+  return without_subnormals(std::exp2(static_cast<double>(without_subnormals(x))) * (1 + machine().exp2_error));
+}
+inline float approximate_reciprocal(float x) {
+  return without_subnormals(1 / static_cast<double>(without_subnormals(x)) * (1 + machine().reciprocal_error));
 }
 
 inline void log(const std::string& call) { machine().calls += call + "\n"; }

@@ -18,6 +18,12 @@ void configure(unsigned seed, unsigned max_blocks, int capturing) {
   simulator::machine().capturing = capturing != 0;
 }
 
+// Relative errors of the approximate exponential and reciprocal.
+void approximate(double exp2_error, double reciprocal_error) {
+  simulator::machine().exp2_error = exp2_error;
+  simulator::machine().reciprocal_error = reciprocal_error;
+}
+
 // The runtime calls since the last call of this function.
 const char* calls() {
   static std::string text;

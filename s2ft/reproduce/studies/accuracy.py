@@ -17,6 +17,7 @@ from s2ft.reproduce.recipe import Recipe, check_keys
 from s2ft.reproduce.results import DONE, Run, file_digest, name_of
 from s2ft.reproduce.smoke import smoke_data, smoke_model
 from s2ft.reproduce.tables import Column, Spread, Table, summary
+from s2ft.reproduce.training_options import TrainingOptions
 from s2ft.reproduce.trial import (
     Loaded,
     Meter,
@@ -32,10 +33,9 @@ from s2ft.reproduce.trial import (
     trial_arguments,
 )
 from s2ft.reproduce.variants import check_variants, resolve
-from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 from s2ft.text.suites import LoadedTask, SuiteTask, find_suite, load_suite
-from s2ft.train.options import SCHEDULES, check_fields, option
+from s2ft.train.options import option
 
 logger = logging.getLogger(__name__)
 BASE = "base"  # the method of the run that scores the model without training
@@ -63,48 +63,28 @@ PERCENT = "right answers (%)"
 NO_SCORES = ("trained", "other_loss", "trained_on_tests")  # further keys of a row
 
 
-@dataclass
-class AccuracyOptions:
+@dataclass(kw_only=True)
+class AccuracyOptions(TrainingOptions):
     """Options of the kind "accuracy". The help text of each field describes it."""
 
-    model: str = option(text="the base model: a folder, a name on the hub, or a .gguf file")
     train: list[str] = option(text="files of the training rows, in the folder `data` or anywhere")
     variants: dict = option(text="what is trained, by a name each: method, its options, its learning_rate")
     learning_rate: list[float] = option(text="peak learning rates; with several, each is a run and a row")
-    seeds: list[int] = option([0, 1, 2], "a run for each seed: units, order of rows, validation rows, adapter's start")
     methods: list[str] | None = option(None, "run only these variants, by their names or methods")
     score_base: bool = option(False, "also score the base model")
     equal_to: str | None = option(None, "name of the variant that sets how many parameters the others may train")
-    data: str | None = option(None, "folder of the data files")
     tests: list[str] = option([], "suites, tasks or files that are scored")
     task: str | None = option(None, "kind of task of tests that are files", choices=TASKS)
     skip_missing: bool = option(False, "leave out tasks that have no file in the folder `data`")
-    limit: int | None = option(None, "use the first N training rows only", least=1)
-    test_limit: int | None = option(None, "use the first N rows of each task only", least=1)
-    prompt: str | None = option(None, "chat template: a file, or alpaca; null is the tokenizer's own")
     max_length: int = option(2048, "longest row in tokens; longer rows are left out", least=2)
-    dtype: str = option("auto", "dtype of the weights", choices=DTYPES)
     full_in_float32: bool = option(
         True, "full fine-tuning of a bfloat16 model keeps float32 weights and computes in bfloat16; false does not"
     )
     epochs: float = option(3.0, "passes over the training rows")
-    max_steps: int | None = option(None, "end after so many updates; then epochs has no effect", least=1)
-    batch_size: int = option(64, "rows of an update", least=1)
-    micro_batch_size: int | None = option(None, "rows of a forward pass; null takes a divisor up to 8", least=1)
-    schedule: str = option("linear", "schedule of the learning rate", choices=tuple(SCHEDULES))
-    warmup_steps: int = option(100, "updates of the warm-up, fewer than the run has", least=0)
-    weight_decay: float = option(0.0, "weight decay", least=0)
-    betas: list[float] = option([0.9, 0.999], "betas of AdamW")
-    max_grad_norm: float = option(1.0, "longest gradient; a longer one is shortened", least=0)
-    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass")
-    order: str = option("random", "order of the rows", choices=("random", "group_by_length"))
     validation_rows: int = option(0, "rows of the training data that are held out", least=0)
     eval_steps: int | None = option(None, "updates between evaluations on the held-out rows", least=1)
     eval_from: float = option(0.0, "share of the run before the first evaluation", least=0)
     best: bool = option(False, "score the parameters of the best evaluation; false scores the last ones")
-    num_beams: int = option(1, "beams of generated answers", least=1)
-    max_new_tokens: int = option(256, "longest generated answer in tokens", least=1)
-    eval_batch_size: int = option(16, "prompts that are answered at once", least=1)
     other_text: str | None = option(None, "file of other text; the rise of the loss on it is the forgetting")
     other_rows: int = option(256, "rows of the other text that are used", least=1)
     kl: bool = option(False, "measure KL(base‖tuned) on the held-out rows")
@@ -112,11 +92,9 @@ class AccuracyOptions:
     save_adapters: bool = option(True, "save the adapter of each run; full fine-tuning has none")
 
     def __post_init__(self) -> None:
-        check_fields(self)
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}")
-        if not self.seeds or not self.learning_rate:
-            raise ValueError("seeds and learning_rate need at least one value each")
+        super().__post_init__()
+        if not self.learning_rate:
+            raise ValueError("learning_rate needs at least one value")
         if any(rate <= 0 for rate in self.learning_rate):
             raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
         if not 0 <= self.eval_from < 1:
