@@ -189,14 +189,15 @@ class S2Layer(nn.Module):
         return self.checked(self.s2, self.weight)
 
     def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
-        """Check the layer's slice and weight before a forward, and return the slice.
+        """Check the layer's slice and weight before a forward, and return the slice."""
+        if not torch.compiler.is_compiling():
+            self._check_weight(weight)
+            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
+                _warn_about_cast(self._made, s2.dtype)
+        return s2
 
-        Raises:
-            RuntimeError: The weight is unfrozen or not in order.
-            ValueError: The weight is in unsuitable memory now.
-        """
-        if torch.compiler.is_compiling():
-            return s2
+    def _check_weight(self, weight: Tensor) -> None:
+        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if its memory is unsuitable now."""
         if self.awaits_order and not weight.is_meta:
             raise RuntimeError(
                 "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
@@ -208,9 +209,6 @@ class S2Layer(nn.Module):
                 "weight, select more units; to train all of it, detach first"
             )
         check_private_once(self, weight, self._check_memory)
-        if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
-            _warn_about_cast(self._made, s2.dtype)
-        return s2
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -311,7 +309,7 @@ class S2Layer(nn.Module):
             RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
                 the capture of a CUDA graph.
         """
-        self.checked(self.s2, self.weight)
+        self._check_weight(self.weight)
         is_captured = is_being_captured(self.weight)
         if is_captured and self.base is None:
             raise RuntimeError(
