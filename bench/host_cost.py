@@ -2,8 +2,8 @@
 
     python bench/host_cost.py [--rounds 40] [--calls 50]
 
-A small model at a small batch waits for the host on every device. The layers run in turn, on one thread. A number is the
-processor time of the tenth percentile of the rounds: what else runs on the machine only adds to it.
+A small model at a small batch waits for the host on every device. The layers run in turn, on one thread. A number is
+the tenth percentile of the processor time in all rounds: what else runs on the machine only adds to it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results" / "host_cost.json"
 
 
 def lora(float32: bool) -> nn.Module:
-    """A linear layer with LoRA of rank 8, as PEFT makes it on a bfloat16 base: float32 adapters, or the base's dtype."""
+    """A bfloat16 linear layer with LoRA of rank 8: float32 adapters, as PEFT makes them, or the base's dtype."""
     from peft import LoraConfig, get_peft_model
 
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False)).to(torch.bfloat16)
