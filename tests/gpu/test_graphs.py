@@ -32,7 +32,7 @@ def trained_by(capture: bool) -> list[torch.Tensor]:
     optimizer = torch.optim.AdamW(trained, lr=1e-3, capturable=True, fused=True)
 
     def step():
-        optimizer.zero_grad(set_to_none=False)
+        optimizer.zero_grad()  # no gradient is left, so that a capture records their writing and not an addition
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
 
