@@ -1,7 +1,9 @@
 """The report of bench/gpu/run.py: stages, acceptance lines, and the files that are rewritten after each stage."""
 
 import json
+import os
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -10,6 +12,7 @@ from typing import Any
 
 import torch
 
+ROOT = Path(__file__).resolve().parents[2]
 PASSED, FAILED, PARTLY, NOT_RUN = "passed", "FAILED", "PARTLY RUN", "NOT RUN"  # partly: the time ended
 TEXT = 6000  # characters of a stage's output in the report, from its end
 
@@ -150,6 +153,7 @@ class Report:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, stage: Stage) -> None:
+        stage.text, stage.reason = without_paths(stage.text), without_paths(stage.reason)
         self.stages[stage.name] = stage
         self.lines = acceptance(self.stages, self.on_gpu)
         write(self.folder / "report.md", self.text())
@@ -207,9 +211,27 @@ def write(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+def without_paths(text: str) -> str:
+    """Replace the folders of this machine, so that a report can be published."""
+    places = {f"{ROOT}{os.sep}": "", str(ROOT): ".", sys.prefix: "PYTHON", sys.base_prefix: "PYTHON"}
+    for path, name in places.items():
+        text = text.replace(path, name)
+    return text.replace(str(Path.home()), "~") if Path.home() != Path("/") else text
+
+
+def processor() -> str:
+    """The name of the processor."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
 def about_machine(on_gpu: bool, versions: Callable[[str], str]) -> dict[str, Any]:
     """What a reader must know about the machine and its packages."""
-    found: dict[str, Any] = {"python": platform.python_version(), "torch": torch.__version__}
+    found: dict[str, Any] = {"processor": processor(), "cores": os.cpu_count(), "date": time.strftime("%Y-%m-%d")}
+    found |= {"python": platform.python_version(), "torch": torch.__version__}
     if on_gpu:
         properties = torch.cuda.get_device_properties(0)
         found["gpu"] = torch.cuda.get_device_name(0)

@@ -132,11 +132,18 @@ def build(work: Work) -> Stage:
         info = json.loads(asked.text.strip().splitlines()[-1])
     except (IndexError, ValueError):
         return outcome("build", Done(1, built.text[-1500:] + asked.text, "s2ft could not be imported"))
-    registered = sorted(op for op, devices in info["ops"].items() if work.device.upper() in devices)
-    good = info["compiled"] and bool(registered)
-    why = "" if good else f"no compiled kernel is registered: {info['reason']}; {info['cuda_reason']}"
-    text = f"{built.text[-1500:]}\n{json.dumps(info, indent=1)}"
-    return Stage("build", PASSED if good else FAILED, why, text, {"info": info, "registered": registered})
+    return built_stage(info, built.text, work.cpu)
+
+
+def built_stage(info: dict[str, Any], output: str, cpu: bool) -> Stage:
+    """Judge what s2ft.build_info() says after the build. Every op with a C++ kernel also has one in CUDA."""
+    compiled = sorted(op for op, devices in info["ops"].items() if "CPU" in devices)
+    missing = [] if cpu else [op for op in compiled if info["cuda_ops"].get(op) != "CUDA"]
+    text = json.dumps(info, indent=1)
+    if not compiled or missing:
+        why = f"no CUDA kernel of {', '.join(missing)}: {info['cuda_reason']}" if missing else info["reason"]
+        return Stage("build", FAILED, why, f"{output[-1500:]}\n{text}", {"info": info})
+    return Stage("build", PASSED, f"{len(compiled)} ops have kernels", text, {"info": info})
 
 
 def sanitizers(work: Work) -> Stage:

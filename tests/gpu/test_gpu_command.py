@@ -1,5 +1,6 @@
 """The command of bench/gpu: limits of time, the report, and acceptance lines that can fail."""
 
+import importlib.util
 import json
 import os
 import re
@@ -161,17 +162,48 @@ def states(text, *statuses):
     return [Run(text, None if status is None else Done(status, ""), "no tool") for status in statuses]
 
 
-def test_a_stage_of_sanitizers_passes_only_with_all_runs(monkeypatch):
-    import importlib.util
-
+@pytest.fixture(scope="module")
+def gpu_run():
+    """The module bench/gpu/run.py. Other folders of tests have a run.py too."""
     spec = importlib.util.spec_from_file_location("gpu_run", RUN)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_run"] = module  # for its dataclasses
     spec.loader.exec_module(module)
-    stage = lambda *statuses: module.sanitizer_stage(states("memcheck", *statuses), 2)  # noqa: E731
+    return module
+
+
+def test_a_stage_of_sanitizers_passes_only_with_all_runs(gpu_run):
+    def stage(*statuses):
+        return gpu_run.sanitizer_stage(states("memcheck", *statuses), 2)
+
     assert stage(0, 0).state == PASSED
     assert stage(0, 9).state == FAILED and "memcheck" in stage(0, 9).reason
     assert stage(0).state == FAILED and "no time" in stage(0).reason
     assert stage(0, None).state == NOT_RUN and "no tool" in stage(0, None).reason
+
+
+def test_a_build_passes_only_with_the_cuda_kernels(gpu_run):
+    def stage(ops, cuda_ops, cpu=False):
+        info = {"ops": ops, "cuda_ops": cuda_ops, "reason": "not built", "cuda_reason": "no nvcc"}
+        return gpu_run.built_stage(info, "output", cpu)
+
+    ops = {"act_mul": ["CPU", "CUDA"], "grouped_mm": []}
+    assert stage(ops, {"act_mul": "CUDA"}).state == PASSED
+    assert stage(ops, {"act_mul": "Triton"}).reason == "no CUDA kernel of act_mul: no nvcc"
+    assert stage(ops, {}, cpu=True).state == PASSED
+    assert stage({"act_mul": []}, {}, cpu=True).reason == "not built"
+
+
+def test_every_stage_is_described(gpu_run):
+    """In the help of the command, and in the guide."""
+    guide = (RUN.parents[2] / "docs" / "gpu.md").read_text()
+    for name in gpu_run.STAGES:
+        assert f"\n    {name} " in gpu_run.__doc__ and re.search(rf"\| [a-z, ]*{name}[a-z, ]* \|", guide), name
+
+
+def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):
+    files = gpu_run.cuda_test_files()
+    assert "tests/gpu/test_graphs.py" in files and "tests/ops/test_linear.py" in files
 
 
 @pytest.mark.slow
