@@ -122,7 +122,11 @@ void slices(const Slice& slice) {
   const auto before = host::normal<W>(slice.matrices * slice.outputs * slice.inputs);
   const auto change = host::normal<D>(slice.elements());
   const auto index = slice.places();
-  Buffer<W> weight(before), sums(slice.elements()), kept(slice.elements());
+  // Where units are outside the weight, their places in the dense buffers stay as they are. They hold numbers then,
+  // because initcheck also sees a copy to the host of what nobody has written.
+  const std::vector<W> dense(slice.scattered ? slice.elements() : 0);
+  const auto buffer = [&] { return slice.scattered ? Buffer<W>(dense) : Buffer<W>(size_t(slice.elements())); };
+  Buffer<W> weight(before), sums = buffer(), kept = buffer();
   Buffer<D> delta(change);
   Buffer<int64_t> places(index);
   const Units units = slice.arguments(places.at());
