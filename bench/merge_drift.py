@@ -82,6 +82,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
     add_model_options(parser)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.manual_seed(0)
     model = base_of(options, options.dtype)[0]
@@ -102,7 +103,7 @@ def main() -> None:
         results[name] = drift(tuned, options.cycles)
         for key, value in results[name].items():
             print(f"{name:23} {key}: {value}", flush=True)
-    save(RESULTS, results)
+    save(options.output, results)
 
 
 def lora_size(model: nn.Module, rank: int) -> int:
