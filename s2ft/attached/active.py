@@ -41,7 +41,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)
-    place_loaded(model, record, [name for name in names if name != record.name])
+    place_loaded(model, record, [name for name in names if name != record.name and _has_moved(model, record, name)])
     deltas = {name: mounted_deltas(record) if name == record.name else record.loaded[name].deltas for name in names}
     if record.name in deltas:  # loaded adapters were checked when they were loaded
         check_can_write(model, record, deltas[record.name])
@@ -151,6 +151,12 @@ def _write(model: nn.Module, record: Attachment, projection: Projection, parts: 
             check_private(projection.path, weight)
             factors = [factor for _, factor in parts]
             scatter_add_(weight, index, values, dim, factors, is_checked=part.is_full)
+
+
+def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
+    """Whether the weights of a loaded adapter are not where its tensors are, judged by the first of them."""
+    path, delta = next(iter(record.loaded[name].deltas.items()))
+    return delta.values.device != weight_at(model, record.projections[path]).tensor.device
 
 
 def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
