@@ -5,7 +5,7 @@
 Every kernel is compiled for every architecture and disassembled. Its main loop is the innermost loop that moves the
 most bytes of global memory. For a kernel over the elements of tensors, "an element" is the number of instructions of
 that loop divided by the elements that one pass computes. The exit status is 1 if a kernel spills registers or uses
-local memory.
+local memory, or if the compiler warns.
 
 nvdisasm is taken from PATH, from the CUDA toolkit, or from the package nvidia-cuda-nvdisasm.
 """
@@ -93,8 +93,8 @@ def run(command: list[str], **options) -> subprocess.CompletedProcess:
 
 
 def compile_source(home: Path, source: Path, arch: int, cubin: Path) -> str:
-    """Compile a source with the flags of setup.py, and return what ptxas says about its kernels."""
-    flags = ["-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Xptxas", "-v"]
+    """Compile a source as setup.py does, with warnings as errors, and return what ptxas says about its kernels."""
+    flags = ["-std=c++20", "-O3", f"-arch=sm_{arch}", "-cubin", "-Werror", "all-warnings", "-Xptxas", "-v"]
     environment = {**os.environ, "CUDA_HOME": str(home)}
     return run([str(home / "bin" / "nvcc"), *flags, str(source), "-o", str(cubin)], env=environment).stderr
 

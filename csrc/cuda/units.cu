@@ -45,41 +45,45 @@ __global__ void for_units(Units units, Step step, Pack<W, Width>* dense, const P
   }
 }
 
-// The offsets in the weight of Width columns of one row, -1 for a column out of range.
+// Width columns of one row of the weight, which the index names one after the other.
 template <int Width>
-struct Places {
-  int64_t at[Width];
-  bool together;  // they are neighbours and aligned
+struct Columns {
+  const Units& units;
+  const Pack<int64_t, Width> unit;
+  const int64_t row;
+  bool together;  // they are neighbours, aligned and in range
 
-  __device__ Places(const Units& units, int64_t outer, int64_t first) {
-    const auto unit = *reinterpret_cast<const Pack<int64_t, Width>*>(units.index + first);
-    together = unit.at[0] % Width == 0;
+  __device__ Columns(const Units& all, int64_t outer, int64_t first)
+      : units(all),
+        unit(*reinterpret_cast<const Pack<int64_t, Width>*>(all.index + first)),
+        row(outer * all.outer_stride) {
+    together = unit.at[0] % Width == 0 && unit.at[0] >= 0 && unit.at[0] + Width <= units.limit;
 #pragma unroll
-    for (int i = 0; i < Width; ++i) {
-      together = together && unit.at[i] == unit.at[0] + i && units.inside(unit.at[i]);
-      at[i] = units.inside(unit.at[i]) ? units.unit_offset(unit.at[i]) + outer * units.outer_stride : -1;
-    }
+    for (int i = 1; i < Width; ++i) together = together && unit.at[i] == unit.at[0] + i;
+  }
+
+  // Calls f(i, offset) for each column in range.
+  template <class F>
+  __device__ void each(const F& f) const {
+#pragma unroll
+    for (int i = 0; i < Width; ++i)
+      if (units.inside(unit.at[i])) f(i, units.unit_offset(unit.at[i]) + row);
   }
 
   template <class W>
   __device__ Pack<W, Width> load(const W* weight) const {
-    if (together) return *reinterpret_cast<const Pack<W, Width>*>(weight + at[0]);
+    if (together) return *reinterpret_cast<const Pack<W, Width>*>(weight + units.unit_offset(unit.at[0]) + row);
     Pack<W, Width> pack{};
-#pragma unroll
-    for (int i = 0; i < Width; ++i)
-      if (at[i] >= 0) pack.at[i] = weight[at[i]];
+    each([&](int i, int64_t offset) { pack.at[i] = weight[offset]; });
     return pack;
   }
 
   template <class W>
   __device__ void store(W* weight, const Pack<W, Width>& pack) const {
-    if (together) {
-      *reinterpret_cast<Pack<W, Width>*>(weight + at[0]) = pack;
-      return;
-    }
-#pragma unroll
-    for (int i = 0; i < Width; ++i)
-      if (at[i] >= 0) weight[at[i]] = pack.at[i];
+    if (together)
+      *reinterpret_cast<Pack<W, Width>*>(weight + units.unit_offset(unit.at[0]) + row) = pack;
+    else
+      each([&](int i, int64_t offset) { weight[offset] = pack.at[i]; });
   }
 };
 
@@ -90,12 +94,12 @@ __global__ void for_columns(Units units, Step step, Pack<W, Width>* dense, const
   for (int64_t t = first_item(); t < items; t += item_step()) {
     int64_t outer, inner;
     split(t, inner_items, &outer, &inner);
-    const Places<Width> places(units, outer, inner * Width);
+    const Columns<Width> columns(units, outer, inner * Width);
     if (step == Step::put) {
-      places.store(weight, dense[t]);
+      columns.store(weight, dense[t]);
       continue;
     }
-    const Pack<W, Width> base = step == Step::add ? dense[t] : places.load(weight);
+    const Pack<W, Width> base = step == Step::add ? dense[t] : columns.load(weight);
     if (step == Step::take || step == Step::write) dense[t] = base;
     if (step == Step::take) continue;
     const Pack<D, Width> change = delta[t];
@@ -105,7 +109,7 @@ __global__ void for_columns(Units units, Step step, Pack<W, Width>* dense, const
     if (step == Step::sum)
       dense[t] = total;
     else
-      places.store(weight, total);
+      columns.store(weight, total);
   }
 }
 

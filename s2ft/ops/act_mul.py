@@ -109,7 +109,8 @@ def act_mul(
     """Compute ``activation(gate) * up``. The backward saves gate and up, and nothing else.
 
     PyTorch's two operators also save activation(gate), and read and write more memory per step. The rounding is
-    PyTorch's: activation(gate) is rounded to the dtype before it is multiplied. Frozen inputs get no gradient.
+    PyTorch's: activation(gate) is rounded to the dtype before it is multiplied. On a GPU, activation(gate) of a 16-bit
+    gate may be the number next to PyTorch's. Frozen inputs get no gradient.
 
     Args:
         gate: Output of the gate projection, any shape, float32, float64, bfloat16 or float16.

@@ -109,3 +109,16 @@ def test_infinities_and_nan(runner, activation, dtype):
     assert of_gate[:3].tolist() == [1, 0, 1] if activation == "relu" else of_gate[:3].isnan().all()  # inf * 0
     assert of_gate[3].isinf() and of_gate[4].isnan()
     torch.testing.assert_close(of_up[:3], expected[:3], equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_a_result_does_not_depend_on_its_place(runner, activation, dtype):
+    """Elements are computed in packs, in pairs or alone. `place` moves the same elements from one to the other."""
+    memory = [torch.randn(80).to(dtype) for _ in range(3)]
+    grad, gate, up = (values.clone() for values in memory)  # aligned to 16 bytes
+    expected = runner.act_mul(gate, up, activation), *runner.act_mul_backward(grad, gate, up, activation)
+    for place in (1, 2, 8, 79):
+        grad, gate, up = (values[place:] for values in memory)
+        moved = runner.act_mul(gate, up, activation), *runner.act_mul_backward(grad, gate, up, activation)
+        assert all(torch.equal(a, b[place:]) for a, b in zip(moved, expected))
