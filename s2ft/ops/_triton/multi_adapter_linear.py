@@ -163,6 +163,14 @@ def _inputs_of_a_tile(
     tl.store(out + place, tl.where(begin < end, after, before), mask=here)
 
 
+def rows_of_a_program(x: Tensor, *others: Tensor | int) -> int:
+    """The number of tokens that a program computes. Each number is a kernel of its own."""
+    tokens = x.shape[1:-1].numel()
+    if tokens < FEW or x.dtype is torch.float64:  # tiles are sums in float32
+        return 1
+    return ROWS[tokens > ROWS[0]]
+
+
 def multi_adapter_linear(
     x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor, dim: int
 ) -> Tensor:
@@ -171,9 +179,8 @@ def multi_adapter_linear(
     if not (units and x.numel() and y.numel()):
         return y.clone()
     out = torch.empty_like(y) if dim == 1 else y.clone()
-    tokens = x[..., 0].numel() // sequences
-    in_tiles = tokens >= FEW and x.dtype is not torch.float64  # tiles are sums in float32
-    rows = 1 if not in_tiles else ROWS[tokens > ROWS[0]]
+    tokens, rows = x.shape[1:-1].numel(), rows_of_a_program(x)
+    in_tiles = rows > 1
     unit_step, column_step = (TILE_UNITS, TILE_COLUMNS) if in_tiles else (UNITS, COLUMNS)
     programs = sequences * triton.cdiv(tokens, rows)
     if dim == 0:
