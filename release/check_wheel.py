@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import re
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,12 +19,12 @@ import time
 import zipfile
 from pathlib import Path
 
-from environments import ARCHS, ROOT, environment, packages_of
+from environments import ARCHS, ROOT, TORCH_LIBRARIES, environment, packages_of
 
 TOOLS = ("auditwheel", "abi3audit", "nvidia-cuda-cuobjdump")
 PAIRS = ("3.10:2.11", "3.11:2.12", "3.12:2.13", "3.13:newest")
 LARGEST = 8_000_000  # bytes
-SLOWEST = 30.0  # seconds of pip for s2ft and all that it needs beyond PyTorch
+SLOWEST = 30.0  # seconds of a processor, for s2ft and all that it needs beyond PyTorch; a busy machine takes longer
 GLIBC = (2, 28)
 TORCH_PREFIXES = ("aoti_torch_", "torch_")  # PyTorch's stable ABI
 PYTHON_PREFIXES = ("Py", "_Py")
@@ -52,10 +53,15 @@ def wrong_tags(name: str) -> str:
     python, abi, platforms = name.removesuffix(".whl").split("-")[-3:]
     if (python, abi) != ("cp310", "abi3"):
         return f"its tag is {python}-{abi}, not cp310-abi3"
-    matches = [re.fullmatch(r"manylinux_(\d+)_(\d+)_x86_64", platform) for platform in platforms.split(".")]
-    if not all(match and (int(match[1]), int(match[2])) <= GLIBC for match in matches):
-        return f"its platform is {platforms}, not manylinux up to glibc 2.28"
-    return ""
+    return next((text for text in map(wrong_platform, platforms.split(".")) if text), "")
+
+
+def wrong_platform(platform: str) -> str:
+    """The same for one tag of a platform."""
+    match = re.fullmatch(r"manylinux_(\d+)_(\d+)_x86_64", platform)
+    if match and (int(match[1]), int(match[2])) <= GLIBC:
+        return ""
+    return f"its platform is {platform}, not manylinux up to glibc 2.28"
 
 
 def strange_symbols(module: Path) -> list[str]:
@@ -70,6 +76,20 @@ def strange_symbols(module: Path) -> list[str]:
     names = [line.split()[7] for line in listed.splitlines() if len(line.split()) > 7 and line.split()[6] == "UND"]
     known = (*TORCH_PREFIXES, *PYTHON_PREFIXES)
     return [name for name in names if "@" not in name and not name.startswith(known) and name not in WEAK]
+
+
+def wrong_libraries(wheel: Path, python: Path) -> list[str]:
+    """What auditwheel finds wrong, and prints what it finds: versions of symbols, and libraries of no system."""
+    show = [python, "-m", "auditwheel", "show", "--json", wheel]
+    audit = json.loads(subprocess.run(show, capture_output=True, text=True, check=True).stdout)
+    symbols = ", ".join(sorted(version for versions in audit["versioned_symbols"].values() for version in versions))
+    print(f"auditwheel: its symbols fit {audit['sym_tag']} ({symbols})")
+    print(f"auditwheel: beside those of every Linux it needs {', '.join(audit['external_libs']) or 'no libraries'}")
+    problems = [wrong_platform(audit["sym_tag"])]
+    foreign = sorted(set(audit["external_libs"]) - set(TORCH_LIBRARIES))
+    problems += [f"it needs {name}, which is not a library of PyTorch" for name in foreign]
+    problems += ["it needs a processor that is newer than x86-64"] if audit["unsupported_isa"] else []
+    return [text for text in problems if text]
 
 
 def code_of_gpus(python: Path, module: Path) -> list[str]:
@@ -89,18 +109,19 @@ def check_file(wheel: Path, python: Path) -> list[str]:
     problems = [text for text in (wrong_tags(wheel.name),) if text]
     if size > LARGEST:
         problems.append(f"it has {size} bytes, more than {LARGEST}")
-    for tool in (["auditwheel", "show"], ["abi3audit", "--strict", "--verbose"]):
-        done = subprocess.run([python, "-m", *tool, wheel], capture_output=True, text=True)
-        print(f"\n$ {' '.join(tool)}\n{(done.stdout + done.stderr).strip()}")
-        if done.returncode:
-            problems.append(f"{tool[0]} fails")
+    problems += wrong_libraries(wheel, python)
+    audit = [python, "-m", "abi3audit", "--strict", "--verbose", wheel]
+    done = subprocess.run(audit, capture_output=True, text=True)
+    print(f"abi3audit: {' '.join((done.stdout + done.stderr).split())}")
+    if done.returncode:
+        problems.append("it uses Python's functions that are not in the stable ABI of Python 3.10")
     with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         archive.extractall(folder)
         (module,) = Path(folder).glob("s2ft/_C*.so")
         record = json.loads((Path(folder) / "s2ft" / "_build.json").read_text())
         strange, code = strange_symbols(module), code_of_gpus(python, module)
-    print(f"\nGPU code: {', '.join(code)}")
+    print(f"GPU code: {', '.join(code)}")
     if module.name != "_C.abi3.so" or not (record["compiled"] and record["cuda"]):
         problems.append(f"its module is {module.name}, its record {record}")
     if strange:
@@ -132,6 +153,12 @@ def interpreter(version: str) -> Path | None:
     return None
 
 
+def processor_seconds() -> float:
+    """Processor time of all processes that this one has waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 def try_out(wheel: Path, version: str, torch: str) -> dict:
     """Install the wheel in a new environment that has PyTorch alone, and run release/run_installed.py there."""
     found = interpreter(version)
@@ -143,9 +170,9 @@ def try_out(wheel: Path, version: str, torch: str) -> dict:
         subprocess.run([found, "-m", "venv", folder], check=True)
         python = Path(folder) / "bin" / "python"
         (packages_of(python) / "torch.pth").write_text(f"{packages_of(base)}\n")
-        begin = time.time()
+        begin, used = time.time(), processor_seconds()
         subprocess.run([python, "-m", "pip", "install", "--quiet", "--no-cache-dir", wheel], check=True)
-        seconds = time.time() - begin
+        seconds, used = time.time() - begin, processor_seconds() - used
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "CUDA", "S2FT"))}
         done = subprocess.run(
             [python, "-I", ROOT / "release" / "run_installed.py"],
@@ -154,7 +181,7 @@ def try_out(wheel: Path, version: str, torch: str) -> dict:
             capture_output=True,
             text=True,
         )
-    result = {"python": version, "torch": torch, "install_seconds": seconds}
+    result = {"python": version, "torch": torch, "install_seconds": seconds, "processor_seconds": used}
     if done.returncode:
         return {**result, "failed": (done.stdout + done.stderr)[-3000:]}
     return {**result, **json.loads(done.stdout.splitlines()[-1])}
@@ -166,9 +193,28 @@ def row(result: dict) -> str:
         text = f"not run: {result['skipped']}" if "skipped" in result else "FAILED"
         return f"| {result['python']} | {result['torch']} | {text} | | | | |"
     return (
-        f"| {result['python']} | {result['torch']} | CUDA {result['torch_cuda']} | {result['install_seconds']:.1f} s | "
+        f"| {result['python']} | {result['torch']} | CUDA {result['torch_cuda']} | {result['install_seconds']:.0f} s "
+        f"({result['processor_seconds']:.0f} s of a processor) | "
         f"{result['import_seconds']:.1f} s | {result['ops']} + {result['cuda_ops']} | {result['difference']:.1e} |"
     )
+
+
+def check_installed(wheel: Path, pairs: list[str]) -> list[str]:
+    """Print a table of the wheel in the environments that the pairs name. Returns what is wrong."""
+    print("\n| Python | PyTorch | built for | install beyond PyTorch | import | ops on CPU + CUDA | difference |")
+    print("|---|---|---|---|---|---|---|", flush=True)
+    results, problems = [], []
+    for pair in pairs:
+        result = try_out(wheel, *pair.split(":"))
+        print(row(result), flush=True)
+        results.append(result)
+        if "failed" in result:
+            problems.append(f"Python {result['python']}, PyTorch {result['torch']}: {result['failed']}")
+        if result.get("processor_seconds", 0) > SLOWEST:
+            problems.append(f"pip takes {result['processor_seconds']:.0f} s of a processor, more than {SLOWEST:.0f}")
+    if all("skipped" in result for result in results):
+        problems.append("it ran nowhere")
+    return problems
 
 
 def main() -> int:
@@ -179,14 +225,7 @@ def main() -> int:
     wheel = newest_wheel()
     problems = check_file(wheel, environment("tools", TOOLS))
     if not given.file:
-        results = [try_out(wheel, *pair.split(":")) for pair in given.pairs]
-        print("\n| Python | PyTorch | built for | install beyond PyTorch | import | ops on CPU + CUDA | difference |")
-        print("|---|---|---|---|---|---|---|", *map(row, results), sep="\n")
-        problems += [f"Python {r['python']}, PyTorch {r['torch']}: {r['failed']}" for r in results if "failed" in r]
-        slow = [r for r in results if r.get("install_seconds", 0) > SLOWEST]
-        problems += [f"installing takes {r['install_seconds']:.0f} s with Python {r['python']}" for r in slow]
-        if all("skipped" in result for result in results):
-            problems.append("it ran nowhere")
+        problems += check_installed(wheel, given.pairs)
     for problem in problems:
         print(f"WRONG: {problem}", file=sys.stderr)
     print("\nthe wheel is good" if not problems else "\nthe wheel is not good")

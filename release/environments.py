@@ -8,6 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORK = ROOT / "build" / "wheel"
 ARCHS = "7.5;8.0;9.0;10.0;12.0+PTX"  # unless TORCH_CUDA_ARCH_LIST names others
+TORCH_LIBRARIES = ("libtorch_cpu.so", "libtorch.so", "libc10.so")  # those of the PyTorch beside which it is installed
 
 
 def packages_of(python: Path) -> Path:
@@ -31,7 +32,7 @@ def environment(
         Its Python.
     """
     python, done = WORK / name / "bin" / "python", WORK / name / ".complete"
-    wanted = "\n".join((str(interpreter), *packages))
+    wanted = "\n".join(packages)
     if not done.exists() or done.read_text() != wanted:
         print(f"making the environment {WORK / name} …", flush=True)
         subprocess.run([interpreter, "-m", "venv", "--clear", WORK / name], check=True)

@@ -82,7 +82,7 @@ def check_cuda_kernels() -> list[str]:
     _C.register_cuda()
     ops = [op for op, devices in _build.build_info()["ops"].items() if "CUDA" in devices]
     on_cpu = [op for op, devices in _build.build_info()["ops"].items() if "CPU" in devices]
-    assert ops and ops == on_cpu, (ops, on_cpu)
+    assert ops and set(on_cpu) <= set(ops), (ops, on_cpu)
     return ops
 
 

@@ -545,6 +545,36 @@ def test_another_process_may_read_the_weights():
     assert layer.weight.is_shared() and layer.fused
 
 
+@pytest.mark.cuda
+def test_a_layer_on_a_second_stream_waits_for_the_write():
+    default, held = (layer.cuda() for layer in pair("linear, inputs, range"))
+    x, other = torch.randn(4, 16, device="cuda"), torch.cuda.Stream()
+    expected = default(x)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(200_000_000)  # the write on this stream comes long after the host
+    held(x)
+    with torch.cuda.stream(other):
+        found = held(x)
+    torch.cuda.synchronize()
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.cuda
+def test_a_captured_step_writes_the_slice_at_every_replay():
+    layer = pair("linear, inputs, range")[1].cuda()
+    x, graph = torch.randn(4, 16, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="run the model once"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+            layer(x)
+        layer(x)
+        with torch.cuda.graph(graph):
+            y = layer(x)
+        layer.s2.mul_(2)
+        graph.replay()
+        captured = y.clone()
+        assert torch.equal(captured, layer(x))
+
+
 # ---- what is refused ---------------------------------------------------------------------------------
 
 

@@ -2,9 +2,10 @@
 // the host. It needs a second, so that compute-sanitizer and Nsight Compute can run it. bench/gpu/kernel_driver.py
 // compiles it for a GPU, or for the CPU with the simulator of tests/cuda_on_cpu.
 //
-//     driver [--large] [--seed N] [--blocks N]
+//     driver [--large | --overrun] [--seed N] [--blocks N]
 //
-// --large adds sizes beyond one wave of blocks. --seed and --blocks are of the simulator: the order of the threads, and
+// --large adds sizes beyond one wave of blocks. --overrun does one thing only: a kernel writes one element behind a
+// buffer, which a sanitizer must find. --seed and --blocks are of the simulator: the order of the threads, and
 // the largest number of blocks of a launch. The exit status is 1 if a number is wrong, and 2 if a call failed.
 #include <algorithm>
 #include <memory>
@@ -165,8 +166,8 @@ Along along(int64_t outputs, int64_t inputs, bool columns, int64_t units) {
 
 template <class T>
 void moves(int64_t outputs, int64_t inputs, bool columns) {
-  const std::string what = text(number(sizeof(T)), "bytes", number(outputs), "x", number(inputs),
-                                columns ? "columns" : "rows");
+  const std::string what =
+      text(number(sizeof(T)), "bytes", number(outputs), "x", number(inputs), columns ? "columns" : "rows");
   const int64_t units = columns ? inputs : outputs;
   std::vector<T> before(outputs * inputs);
   for (T& one : before) one = static_cast<T>(host::random_numbers()());
@@ -225,7 +226,8 @@ void scattered(int64_t count, bool columns, bool keeps) {
     places.push_back(std::make_unique<Buffer<int64_t>>(index[j]));
     deltas.push_back(std::make_unique<Buffer<D>>(change[j]));
     old.push_back(std::make_unique<Buffer<W>>(size_t(units * length)));
-    parts.push_back({slice, slice, deltas[j]->at(), keeps ? old[j]->at() : nullptr, places[j]->at(), 0.5 + 0.25 * (j % 3)});
+    parts.push_back(
+        {slice, slice, deltas[j]->at(), keeps ? old[j]->at() : nullptr, places[j]->at(), 0.5 + 0.25 * (j % 3)});
   }
   Buffer<W> weight(before);
   const Scatter scatter{whole, weight.at(), Format<W>::dtype, Format<D>::dtype, parts.data(), count, keeps};
@@ -297,8 +299,8 @@ void activations(Activation activation, int64_t size, int64_t offset) {
 
 template <class T>
 void all_activations() {
-#define S2FT_RUN(name, Act)                  \
-  for (int64_t size : {0, 1, 7, 64, 2051}) { \
+#define S2FT_RUN(name, Act)                    \
+  for (int64_t size : {0, 1, 7, 64, 2051}) {   \
     activations<T>(Activation::name, size, 0); \
     activations<T>(Activation::name, size, 1); \
   }
@@ -307,6 +309,13 @@ void all_activations() {
 }
 
 // --- a batch with an adapter for each sequence ---------------------------------------------------------
+
+// Every block of add_adapters has its own part of the output. Its launches can't have fewer blocks.
+void allow_all_blocks() {
+#ifdef S2FT_CUDA_ON_CPU
+  simulator::machine().max_blocks = 0;
+#endif
+}
 
 template <class T>
 void adapters(int64_t tokens, int64_t inputs, int64_t outputs, int64_t per, bool dim0) {
@@ -383,6 +392,20 @@ void two_streams() {
   for (cudaStream_t one : streams) cudaStreamDestroy(one);
 }
 
+// A fault on purpose: `out` is one element too short.
+void overrun() {
+  const int64_t size = 1000;
+  Buffer<float> gate(host::normal<float>(size)), up(host::normal<float>(size)), out(size - 1);
+  ActMulData data{};
+  data.dtype = DType::f32;
+  data.size = size;
+  data.gate = gate.at();
+  data.up = up.at();
+  data.out = out.at();
+  launched(cuda::act_mul(Activation::relu, data, nullptr), "act_mul");
+  must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+}
+
 // Sizes beyond one wave of blocks.
 void large() {
   activations<BFloat16>(Activation::silu, (int64_t{1} << 24) + 8 * 256 + 3, 0);
@@ -417,21 +440,24 @@ void everything() {
   all_activations<double>();
   all_activations<Half>();
   all_activations<BFloat16>();
+  two_streams();
+  allow_all_blocks();
   all_adapters<float>();
   all_adapters<double>();
   all_adapters<Half>();
   all_adapters<BFloat16>();
-  two_streams();
 }
 
 }  // namespace
 
 int main(int count, char** arguments) {
-  bool with_large = false;
+  bool with_large = false, only_overrun = false;
   for (int i = 1; i < count; ++i) {
     const std::string option = arguments[i];
     if (option == "--large") {
       with_large = true;
+    } else if (option == "--overrun") {
+      only_overrun = true;
 #ifdef S2FT_CUDA_ON_CPU
     } else if (option == "--seed" && i + 1 < count) {
       simulator::machine().seed = static_cast<unsigned>(std::stoul(arguments[++i]));
@@ -443,6 +469,7 @@ int main(int count, char** arguments) {
       return 2;
     }
   }
+  if (only_overrun) return overrun(), 0;
   everything();
   if (with_large) large();
   must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");

@@ -49,8 +49,9 @@ inline double value(BFloat16 x) {
 }
 inline double value(Half x) {
   const int exponent = x.bits >> 10 & 31, mantissa = x.bits & 1023;
-  const double size = exponent == 31 ? (mantissa ? std::nan("") : HUGE_VAL)
-                                     : std::ldexp(exponent ? mantissa + 1024 : mantissa, exponent ? exponent - 25 : -24);
+  const double size = exponent == 31
+                          ? (mantissa ? std::nan("") : HUGE_VAL)
+                          : std::ldexp(exponent ? mantissa + 1024 : mantissa, exponent ? exponent - 25 : -24);
   return x.bits & 0x8000 ? -size : size;
 }
 
@@ -125,8 +126,8 @@ inline Gate relu(double g) { return {g > 0 ? g : 0, g > 0 ? 1.0 : 0.0}; }
 
 inline Gate gate_of(s2ft::Activation activation, double g) {
   switch (activation) {
-#define S2FT_CASE(name, Act)         \
-  case s2ft::Activation::name:       \
+#define S2FT_CASE(name, Act)   \
+  case s2ft::Activation::name: \
     return name(g);
     S2FT_ACTIVATIONS(S2FT_CASE)
 #undef S2FT_CASE

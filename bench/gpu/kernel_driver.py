@@ -4,7 +4,8 @@
 
 On a GPU nvcc compiles it, and it runs plainly, with large sizes, and under the tools of compute-sanitizer. With --cpu
 g++ compiles it with the simulator of tests/cuda_on_cpu and the sanitizers for addresses and undefined behaviour, and it
-runs under several schedules of the threads. A tool that is not there is named.
+runs under several schedules of the threads. A tool that is not there is named. First the tool must find an access
+behind a buffer that the driver makes on purpose.
 """
 
 import argparse
@@ -17,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from process import Done, run_limited
+from limited import Done, run_limited
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -121,6 +122,14 @@ def run(name: str, command: list[str], program: Path, limit: float) -> Run:
     return Run(name, run_limited(command, limit, program.with_name("run.log"), environment=environment))
 
 
+def planted(name: str, command: list[str], program: Path, limit: float) -> Run:
+    """Run a command that a sanitizer must end. It has passed if its exit status is not 0."""
+    done = run(name, command, program, limit).done
+    if done.status in (None, 0):
+        return Run(name, Done(done.status or 1, done.text, done.why or "the access behind a buffer was not found"))
+    return Run(name, Done(0, "found"))
+
+
 def runs_on_gpu(program: Path, only: list[str], limit: float) -> Iterator[Run]:
     if "plain" in only:
         yield run("plain, with large sizes", [str(program), "--large"], program, limit)
@@ -129,18 +138,18 @@ def runs_on_gpu(program: Path, only: list[str], limit: float) -> Iterator[Run]:
         if checker is None:
             yield Run(tool, None, why="no compute-sanitizer: it is in the CUDA toolkit")
             continue
-        more = ["--leak-check", "full"] if tool == "memcheck" else []
-        yield run(tool, [checker, "--tool", tool, "--error-exitcode", str(FOUND), *more, str(program)], program, limit)
+        command = [checker, "--tool", tool, "--error-exitcode", str(FOUND)]
+        if tool == "memcheck":
+            yield planted("memcheck finds a planted access", [*command, str(program), "--overrun"], program, limit)
+            command += ["--leak-check", "full"]
+        yield run(tool, [*command, str(program)], program, limit)
 
 
 def runs_on_cpu(program: Path, limit: float) -> Iterator[Run]:
+    yield planted("a planted access behind a buffer is found", [str(program), "--overrun"], program, limit)
     for schedule in SCHEDULES:
-        yield run(
-            f"addresses, leaks, undefined behaviour, {' '.join(schedule)}",
-            [str(program), *schedule],
-            program.parent,
-            limit,
-        )
+        name = f"addresses, leaks, undefined behaviour, {' '.join(schedule)}"
+        yield run(name, [str(program), *schedule], program, limit)
 
 
 def main() -> None:

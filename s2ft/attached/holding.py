@@ -56,7 +56,7 @@ def check_can_hold(model: nn.Module, projections: list[Projection]) -> None:
 def start_holding(model: nn.Module, record: Attachment) -> None:
     """Register the hook that writes changed slices before the model runs, if the trainable adapter asks for it."""
     stop_holding(model)
-    if record.config.effective == "step":
+    if record.config is not None and record.config.effective == "step":
         model.register_forward_pre_hook(write_changed_slices)
 
 
@@ -75,13 +75,13 @@ def write_changed_slices(model: nn.Module, *_: Any) -> None:
     record = find_attachment(model)
     if record is None or record.awaits_weights:
         return
-    layers = [mount.layer for mount in record.mounts.values() if mount.layer.enabled and not mount.layer.is_held]
-    if not layers:
-        return
     if managed_by_fsdp(model):
         raise RuntimeError(
             f"effective='step' writes base + s2 into whole weights, and FSDP2 has sharded this model: {CALL_INSTEAD}"
         )
+    layers = [mount.layer for mount in record.mounts.values() if mount.layer.enabled and not mount.layer.is_held]
+    if not layers:
+        return
     with LOCK:
         for layer in layers:
             layer.hold()

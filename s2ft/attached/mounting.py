@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
+from s2ft.attached.active import place_loaded
 from s2ft.attached.arrival import add_arrival_hooks, after_apply, expect_weights, mark_layers, remove_arrival_hooks
 from s2ft.attached.checks import (
     check_can_move,
@@ -58,6 +59,7 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
     for entry in record.written:
         entry.base = applied(function, entry.base)
     record.extra.apply(function)
+    place_loaded(model, record, record.loaded)
     after_apply(model, record)
     return model
 

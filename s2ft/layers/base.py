@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import has_master_copy, is_sharded, own_shard, reads_weights, write_full_values
-from s2ft.layers.held import stamp
+from s2ft.layers.held import note_write, stamp, wait_for_write
 from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
+from s2ft.ops._library import is_being_captured
 from s2ft.ops._lock import LOCK, finish_interrupted
 from s2ft.ops._memory import check_private, check_writable
 
@@ -185,16 +186,18 @@ class S2Layer(nn.Module):
     @property
     def delta(self) -> Tensor:
         """The slice that the forward adds to the weight, after checks."""
-        s2 = self.s2  # a look-up of nn.Module, 0.5 µs
+        return self.checked(self.s2, self.weight)
+
+    def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
+        """Check the layer's slice and weight before a forward, and return the slice."""
         if not torch.compiler.is_compiling():
-            self._check_weight()
+            self._check_weight(weight)
             if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
                 _warn_about_cast(self._made, s2.dtype)
         return s2
 
-    def _check_weight(self) -> None:
+    def _check_weight(self, weight: Tensor) -> None:
         """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if its memory is unsuitable now."""
-        weight = self.weight
         if self.awaits_order and not weight.is_meta:
             raise RuntimeError(
                 "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
@@ -243,6 +246,7 @@ class S2Layer(nn.Module):
                 self.base = self._units().clone()
             now = stamp(self.s2)  # before the values are read: if another thread changes them, they are written again
             self._write_units(self._effective(self.base))
+            note_write(self.weight)
             self._written = now
 
     def unfuse(self) -> None:
@@ -260,6 +264,9 @@ class S2Layer(nn.Module):
             with LOCK:
                 self._written = None  # an interrupt below leaves a fused layer that writes base + s2 again
                 self._write_units(self.base)
+                note_write(self.weight)
+                if self.base.is_cuda:  # another stream may have made it, and would use its memory again at once
+                    self.base.record_stream(torch.cuda.current_stream(self.base.device))
                 self.base = None
 
     fuse_s2_weight, unfuse_s2_weight = fuse, unfuse  # the reference code's names
@@ -283,8 +290,16 @@ class S2Layer(nn.Module):
         """Notice that another parameter has taken the place of the weight, with a base of its own.
 
         Only layers that fuse themselves do this: whoever calls fuse knows that the weight is not the base.
+
+        Raises:
+            RuntimeError: The weight was sharded while it held base + s2, so that no rank has the whole base.
         """
         if self.effective == "step" and self.base is not None and self._base_of != id(self.weight):
+            if is_sharded(self.weight):
+                raise RuntimeError(
+                    "the weight was sharded while it held base + s2, and the shards don't have the base: call "
+                    f"s2ft.unfuse(model) before the model is sharded, and {CALL_INSTEAD}"
+                )
             self.base = None
 
     def hold(self) -> None:
@@ -294,8 +309,8 @@ class S2Layer(nn.Module):
             RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
                 the capture of a CUDA graph.
         """
-        self._check_weight()
-        is_captured = self.weight.is_cuda and torch.cuda.is_current_stream_capturing()
+        self._check_weight(self.weight)
+        is_captured = is_being_captured(self.weight)
         if is_captured and self.base is None:
             raise RuntimeError(
                 "effective='step' keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it "
@@ -307,6 +322,7 @@ class S2Layer(nn.Module):
             if why:
                 raise RuntimeError(f"effective='step' writes base + s2 into whole weights, and {why}: {CALL_INSTEAD}")
             self.fuse()
+        wait_for_write(self.weight)
 
     def base_weight(self) -> Tensor:
         """The weight with the base's values, as it is stored: a copy if the layer is fused, else the weight itself."""
@@ -469,8 +485,8 @@ def check_private_once(
         weight: The layer's weight. Only plain parameters on the CPU are checked.
         check: Function that raises ValueError for unsuitable memory.
     """
-    if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
-        check(weight)
+    if type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
+        check(weight)  # which looks at memory of the CPU only
         layer._looked_at = weight.data_ptr()
 
 

@@ -45,7 +45,6 @@ class Formulas:
         raise NotImplementedError
 
 
-@torch.compiler.disable(reason=WHY_UNCOMPILED)
 def held_product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
     """Run a layer on its weight, which holds base + s2.
 
@@ -57,6 +56,10 @@ def held_product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
     Returns:
         The output. Gradients of any order flow to x, s2 and the bias.
     """
+    return (_uncompiled if torch.compiler.is_compiling() else _product)(layer, x, formulas)
+
+
+def _product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
     layer.hold()
     weight, bias, s2 = layer.weight, layer.bias, layer.s2
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, s2, bias)):
@@ -64,6 +67,9 @@ def held_product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
     # What is kept is made out here, where autograd sees that it depends on x: second derivatives need that.
     kept = formulas.keep(x, s2) if s2.requires_grad else None
     return _HeldProduct.apply(x, s2, bias, kept, layer, formulas)
+
+
+_uncompiled = torch.compiler.disable(_product, reason=WHY_UNCOMPILED)  # its wrapper takes time in every call
 
 
 class _HeldProduct(torch.autograd.Function):
@@ -125,3 +131,29 @@ def stamp(s2: nn.Parameter) -> tuple[int, int, object]:
         _OptimizerSteps.is_watching = True
         register_optimizer_step_post_hook(_OptimizerSteps.note)
     return s2._version, s2.untyped_storage()._cdata, _OptimizerSteps.latest
+
+
+# ---- streams of a GPU ----------------------------------------------------------------------------------
+
+# By device: the stream of the last write of a slice, and an event after it.
+_last_writes: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+
+
+def note_write(weight: Tensor) -> None:
+    """Remember that the present stream has just written into a weight. Call it under the lock of weights."""
+    if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(weight.device)
+        _last_writes[stream.device_index] = stream, stream.record_event()
+
+
+def wait_for_write(weight: Tensor) -> None:
+    """Let the present stream wait for the last write, if another stream has done it. The host does not wait.
+
+    A pipeline runs a layer for the first part of a batch on one stream, where the slice is written, and for the next
+    part on another. A stream that is being captured can't wait for work outside the graph.
+    """
+    if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(weight.device)
+        last = _last_writes.get(stream.device_index)
+        if last is not None and last[0] != stream:
+            stream.wait_event(last[1])

@@ -148,15 +148,11 @@ class _Node(torch.autograd.Function):
             y = ops.forward(x, weight, delta, units, dim, bias, None)
         ctx.set_materialize_grads(False)
         ctx.ops, ctx.dim, ctx.bias_dtype = ops, dim, None if bias is None else bias.dtype
-        if not ctx.needs_input_grad[3]:
-            _save(ctx, units, None, weight, delta)
-        elif dim == 0:
-            _save(ctx, units, x, weight, delta)
-        else:
-            kept = _columns_to_keep(x, units, delta.shape[1])
-            _save(ctx, units, kept, weight, delta)
-            return y, kept
-        return y
+        kept = None
+        if ctx.needs_input_grad[3]:
+            kept = x if dim == 0 else _columns_to_keep(x, units, delta.shape[1])
+        _save(ctx, units, kept, weight, delta)
+        return y if kept is None or dim == 0 else (y, kept)
 
     @staticmethod
     def backward(ctx, grad, grad_kept=None):
@@ -186,19 +182,17 @@ def outer_product(
     """
     if grad.dim() != 2:
         grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if grad.dtype is dtype:
-        return grad.t() @ x
-    if _can_widen(grad, dtype):
+    if grad.is_cuda and _can_widen(grad, dtype):
         return torch.mm(grad.t(), x, out_dtype=dtype)
-    return (grad.t() @ x).to(dtype)
+    product = torch.mm(grad.t(), x)
+    return product if product.dtype is dtype else product.to(dtype)
 
 
 def _can_widen(grad: Tensor, dtype: torch.dtype) -> bool:
-    """Whether torch.mm can write float32 results here. PyTorch has this for CUDA only, and without a derivative."""
+    """Whether torch.mm can write float32 results. PyTorch has this for CUDA only, and without a derivative."""
     return (
         dtype is torch.float32
         and grad.dtype in (torch.bfloat16, torch.float16)
-        and grad.device.type == "cuda"
         and torch.version.hip is None
         and not torch.is_grad_enabled()
         and grad.numel() > 0
@@ -211,7 +205,7 @@ def _padding(x: Tensor, length: int) -> int:
     cuBLAS needs rows that start at multiples of 16 bytes for its fast kernels, which take a third of the time. Below
     128 columns nothing is added, because a backward would keep over 5 % more.
     """
-    if x.device.type != "cuda" or length < LEAST_PADDED:
+    if not x.is_cuda or length < LEAST_PADDED:
         return 0
     return -length % (ALIGNMENT // x.element_size())
 
@@ -229,8 +223,12 @@ def _kept_if_trained(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor
 
 def _columns_to_keep(x: Tensor, units: Units, length: int) -> Tensor:
     """Copy the selected columns of x, which are all that the backward needs of x for dim 1, with padding."""
-    columns, padding = _columns(x, units, length), _padding(x, length)
-    return F.pad(columns, (0, padding)) if padding else columns.clone(memory_format=torch.contiguous_format)
+    padding = _padding(x, length)
+    if padding:
+        return F.pad(_columns(x, units, length), (0, padding))
+    if isinstance(units, int) and not torch.is_grad_enabled() and x.is_contiguous():
+        return torch.narrow_copy(x, -1, units, length)  # the copy below in a third of the time, without a derivative
+    return _columns(x, units, length).clone(memory_format=torch.contiguous_format)
 
 
 def _columns(x: Tensor, units: Units, length: int) -> Tensor:

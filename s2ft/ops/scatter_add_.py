@@ -71,6 +71,8 @@ def scatter_add_(
     dim: int,
     alpha: float | Sequence[float] = 1.0,
     replaced: Tensor | Sequence[Tensor] | None = None,  # delta's shape, weight's dtype
+    *,
+    is_checked: bool = False,
 ) -> None:
     """Add deltas to units of a weight in place: ``weight[index] += alpha * delta`` along `dim`.
 
@@ -88,6 +90,8 @@ def scatter_add_(
         alpha: Factor of the delta, or a list with one factor per delta. Default: 1.
         replaced: Tensor, or list of tensors, with delta's shape and the weight's dtype. It receives the old values.
             Default: they are not kept.
+        is_checked: Whether the caller knows that the entries of each index are in range and distinct. On a GPU this
+            check waits for the device. With entries that are not, the result is undefined. Default: they are checked.
 
     Raises:
         ValueError: `dim`, a shape, a dtype, a number of entries or an index is wrong. Nothing has been written then.
@@ -104,7 +108,7 @@ def scatter_add_(
     """
     indices, deltas, kept = _as_list(index), _as_list(delta), [] if replaced is None else _as_list(replaced)
     alphas = [float(alpha)] * len(deltas) if isinstance(alpha, (int, float)) else [float(a) for a in alpha]
-    if weight.is_cuda:
+    if weight.is_cuda and not is_checked:
         for where in indices:
             check_distinct("scatter_add_", where, weight.shape[dim])
     if len({values.dtype for values in deltas}) > 1:

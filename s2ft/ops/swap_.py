@@ -30,6 +30,8 @@ def swap_(
     index: Tensor,  # [n], int64, no index twice
     values: Tensor,  # weight.shape with dim -> n, same dtype, changed in place
     dim: int,
+    *,
+    is_checked: bool = False,
 ) -> None:
     """Exchange the units `index` of a weight with `values`, in place.
 
@@ -40,6 +42,8 @@ def swap_(
         index: Units of the weight, shape [n], int64, without duplicates.
         values: Tensor with the weight's shape and dtype, but n units along `dim`. It is changed in place.
         dim: Dimension of the units.
+        is_checked: Whether the caller knows that the entries of `index` are in range and distinct. On a GPU this check
+            waits for the device. With entries that are not, the result is undefined. Default: they are checked.
 
     Raises:
         ValueError: `dim`, a shape, a dtype or `index` is wrong. Nothing has been written then.
@@ -51,7 +55,7 @@ def swap_(
         >>> weight.tolist(), values.tolist()
         ([[0.0, 0.0], [1.0, 1.0], [0.0, 0.0]], [[0.0, 0.0]])
     """
-    if weight.is_cuda:
+    if weight.is_cuda and not is_checked:
         check_distinct("swap_", index, weight.shape[dim])
     _op(weight, index, values, dim)
     count_change(weight, values)
