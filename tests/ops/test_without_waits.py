@@ -153,6 +153,15 @@ def test_no_reference_waits(name):
         check(got, expected)
 
 
+def may_wait(name):
+    """Outside of a graph: the checks of ops that change a weight, and PyTorch's product of groups for many rows."""
+    op, *options = name.split()
+    if op != "grouped_linear":
+        return op in CHECKED
+    has_own_kernel = "torch.bfloat16" in options and torch.cuda.get_device_capability()[0] in (9, 10)
+    return "16" in options and "torch.float64" not in options and not has_own_kernel
+
+
 @pytest.mark.cuda
 @pytest.mark.parametrize("name", CASES)
 def test_no_op_waits_on_a_gpu_or_in_a_graph(name):
@@ -160,7 +169,7 @@ def test_no_op_waits_on_a_gpu_or_in_a_graph(name):
     case = CASES[name]()
     expected = case.results()
     check(case.results("cuda"), expected)
-    if name.split()[0] not in CHECKED:
+    if not may_wait(name):
         inputs = [t.detach().cuda().requires_grad_(t.requires_grad) for t in case.tensors]
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
