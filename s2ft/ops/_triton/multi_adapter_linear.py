@@ -14,7 +14,7 @@ from torch import Tensor
 
 UNITS = 16  # units of a step, one token
 COLUMNS = 128  # inputs or outputs of a step, one token
-ROWS = (16, 32)  # tokens of a tile, for few and for many; with 64, float32 does not fit into the registers of sm_80
+ROWS = (16, 64)  # tokens of a tile, for few and for many; more than 16 of float32 do not fit into sm_80's registers
 TILE_UNITS = 32
 TILE_COLUMNS = 64
 FEW = 4  # Fewer tokens than this are computed one by one: a tile has at least 16 rows.
@@ -168,7 +168,7 @@ def rows_of_a_program(x: Tensor, *others: Tensor | int) -> int:
     tokens = x.shape[1:-1].numel()
     if tokens < FEW or x.dtype is torch.float64:  # tiles are sums in float32
         return 1
-    return ROWS[tokens > ROWS[0]]
+    return ROWS[tokens > ROWS[0] and x.dtype is not torch.float32]
 
 
 def multi_adapter_linear(
