@@ -141,6 +141,20 @@ def test_errors_after_a_first_success_are_raised(kernel):
         call(torch.ones(1), torch.ones(1), "silu")
 
 
+def test_every_form_of_a_kernel_has_a_first_call(kernel):
+    """Decoding and prefill of multi_adapter_linear are kernels of their own, and the second may not compile."""
+
+    def launch(gate, *others):
+        if gate.numel() > 1:
+            raise RuntimeError("no such instruction")
+        return gate
+
+    call = _triton._Kernel("act_mul", _triton.check_act_mul, launch, lambda gate, *others: gate.numel() > 1)
+    call(torch.ones(1), torch.ones(1), "silu")
+    with pytest.warns(RuntimeWarning, match="no such instruction"):
+        assert torch.equal(call(torch.ones(3), torch.ones(3), "relu"), torch.ones(3))
+
+
 def test_wrong_arguments_are_found_before_triton_sees_them(kernel):
     call = kernel(lambda *arguments: pytest.fail("launched"))
     with pytest.raises(ValueError, match="activation must be one of"):

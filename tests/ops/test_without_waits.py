@@ -137,18 +137,29 @@ def check(got, expected):
 
 
 def test_every_op_has_a_case():
-    of_gradients = {name for name in REFERENCES if "_grad_" in name or name.endswith("_backward")}
+    defined = {name for name, reference in REFERENCES.items() if reference.__module__.startswith("s2ft.ops.")}
+    of_gradients = {name for name in defined if "_grad_" in name or name.endswith("_backward")}
     parts = {"grouped_mm", "grouped_outer"}  # what grouped_linear is made of
-    assert {name.split()[0] for name in CASES} == set(REFERENCES) - of_gradients - parts
+    assert {name.split()[0] for name in CASES} == defined - of_gradients - parts
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_no_reference_waits(name):
     case = CASES[name]()
     expected = case.results()
-    with no_waits():
-        got = case.results()
-    check(got, expected)
+    for directly in (False, True):
+        with no_waits(directly):
+            got = case.results()
+        check(got, expected)
+
+
+def may_wait(name):
+    """Outside of a graph: the checks of ops that change a weight, and PyTorch's product of groups for many rows."""
+    op, *options = name.split()
+    if op != "grouped_linear":
+        return op in CHECKED
+    has_own_kernel = "torch.bfloat16" in options and torch.cuda.get_device_capability()[0] in (9, 10)
+    return "16" in options and "torch.float64" not in options and not has_own_kernel
 
 
 @pytest.mark.cuda
@@ -158,7 +169,7 @@ def test_no_op_waits_on_a_gpu_or_in_a_graph(name):
     case = CASES[name]()
     expected = case.results()
     check(case.results("cuda"), expected)
-    if name.split()[0] not in CHECKED:
+    if not may_wait(name):
         inputs = [t.detach().cuda().requires_grad_(t.requires_grad) for t in case.tensors]
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")

@@ -56,16 +56,21 @@ def _fail(name):
 
 
 @contextmanager
-def no_waits():
+def no_waits(directly: bool = False):
     """Run ops of s2ft inside as a GPU without kernels runs them. A wait is an AssertionError.
 
     The tensors are on the CPU, so that results can be compared.
+
+    Args:
+        directly: True to take the short way to an op that s2ft takes where no mode of PyTorch sees the call.
     """
     modules = [module for name, module in sys.modules.items() if name.startswith("s2ft.ops.")]
     with ExitStack() as stack:
         for module in modules:
             if "host_can_read" in vars(module):
                 stack.enter_context(mock.patch.object(module, "host_can_read", lambda _: False))
+            if directly and "runs_directly" in vars(module):
+                stack.enter_context(mock.patch.object(module, "runs_directly", lambda *_: True))
         stack.enter_context(mock.patch("s2ft.ops._grouped._prefers_one_product", lambda *_: False))
         for name in READING:
             stack.enter_context(mock.patch.object(torch.Tensor, name, _fail(name)))

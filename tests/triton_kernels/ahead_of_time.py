@@ -32,7 +32,7 @@ def cases():
         for kernel in (banks._outputs_of_a_token, banks._inputs_of_a_token):
             yield kernel, dtype, {"UNITS": banks.UNITS, "COLUMNS": banks.COLUMNS}
         for kernel in (banks._outputs_of_a_tile, banks._inputs_of_a_tile):
-            for rows in banks.ROWS if dtype != "fp64" else ():
+            for rows in {"fp64": (), "fp32": banks.ROWS[:1]}.get(dtype, banks.ROWS):
                 yield (
                     kernel,
                     dtype,
@@ -67,7 +67,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def widest_access(ptx: str) -> int:
     """Bytes of the widest access to global memory of one thread."""
     vectors = re.findall(r"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
-    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x)?(\d+)", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (0x\w+|\d+)", ptx)
     return max([int(count or 1) * int(bits) // 8 for count, bits in vectors] + [int(size, 0) for size in copies])
 
 

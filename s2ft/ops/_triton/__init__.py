@@ -83,7 +83,9 @@ def kernels() -> dict[str, Callable]:
     return {
         "act_mul": _Kernel("act_mul", check_act_mul, activations.act_mul),
         "act_mul_backward": _Kernel("act_mul_backward", check_act_mul_backward, activations.act_mul_backward),
-        "multi_adapter_linear": _Kernel("multi_adapter_linear", check_shapes, banks.multi_adapter_linear),
+        "multi_adapter_linear": _Kernel(
+            "multi_adapter_linear", check_shapes, banks.multi_adapter_linear, banks.rows_of_a_program
+        ),
     }
 
 
@@ -102,11 +104,12 @@ class _Kernel:
         op: Name of the op.
         check: Function of the op's arguments that raises for wrong ones.
         launch: Function that runs the kernel.
+        form: Function of the op's arguments that says which of several kernels `launch` would run.
     """
 
-    def __init__(self, op: str, check: Callable, launch: Callable) -> None:
-        self.op, self.check, self.launch, self.reference = op, check, launch, REFERENCES[op]
-        self.compiled: set[tuple] = set()  # dtype and options of calls that have worked
+    def __init__(self, op: str, check: Callable, launch: Callable, form: Callable = lambda *arguments: 0) -> None:
+        self.op, self.check, self.launch, self.form, self.reference = op, check, launch, form, REFERENCES[op]
+        self.compiled: set[tuple] = set()  # dtype, options and form of calls that have worked
 
     def __call__(self, *arguments):
         self.check(*arguments)
@@ -117,8 +120,8 @@ class _Kernel:
                 raise ValueError(f"{self.op}: all tensors must be on one device, got {device} and {tensor.device}")
         if not _build.runs_in_triton(self.op) or tensors[0].dtype not in DTYPES:
             return self.reference(*arguments)
+        variant = (tensors[0].dtype, *arguments[len(tensors) :], self.form(*arguments))
         with torch.cuda.device_of(tensors[0]):  # Triton launches on the current device
-            variant = (tensors[0].dtype, *arguments[len(tensors) :])
             if variant in self.compiled:
                 return self.launch(*arguments)
             try:

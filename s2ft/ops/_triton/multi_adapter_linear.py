@@ -14,7 +14,7 @@ from torch import Tensor
 
 UNITS = 16  # units of a step, one token
 COLUMNS = 128  # inputs or outputs of a step, one token
-ROWS = (16, 32)  # tokens of a tile, for few and for many; with 64, float32 does not fit into the registers of sm_80
+ROWS = (16, 64)  # tokens of a tile, for few and for many; more than 16 of float32 do not fit into sm_80's registers
 TILE_UNITS = 32
 TILE_COLUMNS = 64
 FEW = 4  # Fewer tokens than this are computed one by one: a tile has at least 16 rows.
@@ -163,6 +163,14 @@ def _inputs_of_a_tile(
     tl.store(out + place, tl.where(begin < end, after, before), mask=here)
 
 
+def rows_of_a_program(x: Tensor, *others: Tensor | int) -> int:
+    """The number of tokens that a program computes. Each number is a kernel of its own."""
+    tokens = x.shape[1:-1].numel()
+    if tokens < FEW or x.dtype is torch.float64:  # tiles are sums in float32
+        return 1
+    return ROWS[tokens > ROWS[0] and x.dtype is not torch.float32]
+
+
 def multi_adapter_linear(
     x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor, dim: int
 ) -> Tensor:
@@ -171,9 +179,8 @@ def multi_adapter_linear(
     if not (units and x.numel() and y.numel()):
         return y.clone()
     out = torch.empty_like(y) if dim == 1 else y.clone()
-    tokens = x[..., 0].numel() // sequences
-    in_tiles = tokens >= FEW and x.dtype is not torch.float64  # tiles are sums in float32
-    rows = 1 if not in_tiles else ROWS[tokens > ROWS[0]]
+    tokens, rows = x.shape[1:-1].numel(), rows_of_a_program(x)
+    in_tiles = rows > 1
     unit_step, column_step = (TILE_UNITS, TILE_COLUMNS) if in_tiles else (UNITS, COLUMNS)
     programs = sequences * triton.cdiv(tokens, rows)
     if dim == 0:
