@@ -223,10 +223,6 @@ def hidden(layer):
     layer.fuse()
 
 
-def other_weight(layer):
-    layer.weight = nn.Parameter(torch.ones_like(layer.weight), requires_grad=False)
-
-
 def cast_back(layer):
     layer.double().float()
 
@@ -235,7 +231,7 @@ def cast(layer):
     layer.bfloat16()
 
 
-CHANGES = (in_place, copied, loaded, loaded_alone, other_memory, other_parameter, hidden, other_weight, cast, cast_back)
+CHANGES = (in_place, copied, loaded, loaded_alone, other_memory, other_parameter, hidden, cast, cast_back)
 
 
 @pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
@@ -623,6 +619,23 @@ class Scaled(nn.Linear):
 def test_a_layer_with_its_own_forward_is_refused():
     with pytest.raises(ValueError, match="effective='step' is not possible.*its own forward"):
         made_from(partial(Scaled, 16, 8), 1, STEP, RANGE)
+
+
+def test_another_weight_is_refused_while_the_base_is_kept():
+    layer, x = linear_layer()
+    before, y = layer.weight.detach().clone(), layer(x)
+    held, other = layer.weight, nn.Parameter(torch.ones_like(layer.weight), requires_grad=False)
+    layer.weight = other
+    for call in (lambda: layer(x), layer.fuse, layer.unfuse):
+        with pytest.raises(RuntimeError, match="was replaced or sharded while it held base"):
+            call()
+    with pytest.raises(RuntimeError, match="was replaced"):
+        torch.func.functional_call(layer, {"weight": torch.zeros_like(other)}, (x,))
+    assert bool((other == 1).all())
+    layer.weight = held
+    assert same_bits(layer(x), y)
+    layer.unfuse()
+    assert same_bits(held, before)
 
 
 def test_an_unknown_value_is_refused():
