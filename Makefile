@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check test-triton
+.PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check test-triton
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -75,7 +75,7 @@ lint: $(VENV)/.torch
 	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5   # as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_*.py and bench/grpo*.py, which need vLLM
 bench: $(VENV)/.installed
@@ -94,6 +94,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/ranks_memory.py
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
+
+# Say whether s2ft is right and fast on this machine's GPU; the guide is docs/gpu.md. It uses the environment as it is and
+# downloads nothing. CPU=1 runs every stage without a GPU, at tiny sizes.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+OUT ?= build/gpu-report
+SECONDS ?= 570
+
+gpu:
+	$(GPU_PYTHON) bench/gpu/run.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
 
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
 # cores, and can be interrupted and started again. Tables are in bench/evidence/results, figures in docs/assets. NEAR=FOLDER has

@@ -26,6 +26,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from s2ft.packages import check_packages
+
+check_packages("s2ft finetune")  # before the imports below, which need them
+
 from harness import save
 from shapes import add_model_options, base_name, base_of
 from train_step import LORA_TARGETS, lora_model

@@ -106,13 +106,16 @@ def has_experts(shape: str) -> bool:
     return SHAPES[shape][0] == "qwen3_moe"
 
 
-def random_model(shape: str, dtype: torch.dtype, device: str | torch.device = "cpu") -> nn.Module:
+def random_model(
+    shape: str, dtype: torch.dtype, device: str | torch.device = "cpu", use_cache: bool = False
+) -> nn.Module:
     """Make a causal language model of a named shape with random weights.
 
     Args:
         shape: A key of SHAPES.
         dtype: Dtype of the weights.
         device: Where the weights are made. Those of a large model are made on a GPU in a few seconds.
+        use_cache: Whether the model keeps keys and values, as generation wants it and training does not.
 
     Returns:
         The model, frozen.
@@ -120,7 +123,7 @@ def random_model(shape: str, dtype: torch.dtype, device: str | torch.device = "c
     from transformers import AutoConfig, AutoModelForCausalLM
 
     kind, sizes = SHAPES[shape]
-    config = AutoConfig.for_model(kind, use_cache=False, **sizes)
+    config = AutoConfig.for_model(kind, use_cache=use_cache, **sizes)
     if has_experts(shape):
         config._experts_implementation = "grouped_mm"
     torch.manual_seed(0)
@@ -185,7 +188,7 @@ def base_of(args: argparse.Namespace, dtype: str, device: str = "cpu") -> tuple[
     """
     shape = shape_of(args)
     if shape is not None:
-        return random_model(shape, getattr(torch, dtype), device).eval(), byte_tokenizer()
+        return random_model(shape, getattr(torch, dtype), device, use_cache=True).eval(), byte_tokenizer()
     from s2ft.text.models import load_model
     from s2ft.train.demo import default_model
 

@@ -37,7 +37,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
         if item.get_closest_marker("lm_eval") and find_spec("lm_eval") is None:
             item.add_marker(pytest.mark.skip(reason="no lm-eval: make test-lm-eval"))
-        if "triton" in item.keywords and find_spec("triton") is None:
+        if item.get_closest_marker("triton") and find_spec("triton") is None:
             item.add_marker(pytest.mark.skip(reason="no Triton: make test-triton"))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-PASSED, FAILED, NOT_RUN = "passed", "FAILED", "NOT RUN"
+PASSED, FAILED, PARTLY, NOT_RUN = "passed", "FAILED", "PARTLY RUN", "NOT RUN"  # partly: the time ended
 TEXT = 6000  # characters of a stage's output in the report, from its end
 
 
@@ -174,9 +174,9 @@ class Report:
         missed = [line for line in self.lines if line.holds is False]
         open_lines = [line for line in self.lines if line.holds is None]
         holding = len(self.lines) - len(missed) - len(open_lines)
-        passed, failed, not_run = (states.count(state) for state in (PASSED, FAILED, NOT_RUN))
+        passed, failed, partly, not_run = (states.count(state) for state in (PASSED, FAILED, PARTLY, NOT_RUN))
         return (
-            f"{passed} stages passed, {failed} failed, {not_run} did not run. "
+            f"{passed} stages passed, {failed} failed, {partly} ran in part, {not_run} did not run. "
             f"{holding} acceptance lines hold, {len(missed)} do not, {len(open_lines)} were not measured"
         )
 

@@ -13,7 +13,7 @@ Stages, each in processes of their own:
     mixtures      training steps of a mixture of experts
     bank          batches with many adapters
     switch        switching between adapters
-    ncu           counters of the kernels by Nsight Compute
+    ncu           counters of the kernels by Nsight Compute; with --cpu their instructions by disassembly
 
 The report is rewritten after every stage. The command ends within --seconds: a stage that takes too long is ended, and
 one for which no time is left does not run. What does not run is named with the reason. The exit status is 1 if a stage
@@ -28,6 +28,7 @@ import importlib.metadata
 import json
 import os
 import re
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -38,7 +39,7 @@ from typing import Any
 import torch
 from kernel_driver import SCHEDULES, TOOLS, Run, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
 from limited import LEAST, Done, run_limited
-from report import FAILED, NOT_RUN, PASSED, Report, Stage, about_machine
+from report import FAILED, NOT_RUN, PARTLY, PASSED, Report, Stage, about_machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -78,8 +79,9 @@ class Work:
         return "cpu" if self.cpu else "cuda"
 
     def left(self, most: float) -> float:
-        """Seconds that a process may take: at most `most`, and not what later stages need."""
-        return min(most, self.end - time.monotonic() - SPARE - self.reserved)
+        """Seconds that a process may take: at most `most` on a GPU, and not what later stages need."""
+        left = self.end - time.monotonic() - SPARE - self.reserved
+        return left if self.cpu else min(most, left)
 
     def environment(self) -> dict[str, str]:
         paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
@@ -141,7 +143,7 @@ def sanitizers(work: Work) -> Stage:
     folder, jobs = work.folder / "driver", max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     try:
         if work.cpu:
-            found = runs_on_cpu(build_for_cpu(folder, jobs, work.left(240)), work.left(60))
+            found = runs_on_cpu(build_for_cpu(folder, jobs, work.left(240)), work.left(60) / 2)
         else:
             capability = "{}.{}".format(*torch.cuda.get_device_capability())
             found = runs_on_gpu(
@@ -225,33 +227,30 @@ def step_runs(cpu: bool) -> list[list[str]]:
 
 def measured_steps(name: str, work: Work, runs: list[list[str]], most: float) -> Stage:
     """Run steps.py once for each list of options, and collect what every method measured."""
-    found, texts, reasons = [], [], []
+    found, texts, wrong, late = [], [], [], []
     for number, options in enumerate(runs):
         output = work.folder / f"{name}-{number}.json"
         output.unlink(missing_ok=True)
         command = script("gpu/steps.py", *options, "--device", work.device, "--output", str(output))
-        done = work.run(f"{name}-{number}", command, most)
-        content, called = read_json(output), " ".join(option.removeprefix("--") for option in options)
-        if not done.good:
-            reasons.append(f"{called}: {done.why}")
+        done, called = work.run(f"{name}-{number}", command, most), " ".join(options)
+        if done.status is None and work.left(most) < LEAST:
+            late.append(f"{called}: {done.why}")
+        elif not done.good:
+            wrong.append(f"{called}: {done.why}")
             texts.append(done.text[-1500:])
-        if content:
-            found.append(
-                {"shape": content["shape"], "liger": content["liger"] == "True", "results": content["results"]}
-            )
+        if output.exists():
+            content = read_json(output)
+            found.append({key: content[key] for key in ("shape", "results")} | {"liger": content["liger"] == "True"})
             texts.append(step_table(found[-1]))
-    if name == "steps" and not has("liger_kernel"):
-        texts.append("liger-kernel is not installed: no step with Liger-Kernel was measured")
-    elif name == "steps" and work.cpu:
-        texts.append("Liger-Kernel needs a GPU: no step with it was measured")
     results = [result for run in found for result in run["results"].values()]
-    reasons += [f"{r['error']}" for r in results if "error" in r]
+    wrong += [result["error"] for result in results if "error" in result]
     changed = [r for r in results if not r.get("frozen_as_before", True) or not r.get("base_as_before", True)]
     if changed:
-        reasons.append(f"{len(changed)} methods changed frozen weights")
-    return Stage(
-        name, FAILED if reasons or not found else PASSED, "; ".join(reasons), "\n\n".join(texts), {"runs": found}
-    )
+        wrong.append(f"{len(changed)} methods changed frozen weights")
+    state = FAILED if wrong else PARTLY if late else PASSED
+    if not found and not wrong:
+        state = NOT_RUN
+    return Stage(name, state, "; ".join(wrong + late), "\n\n".join(texts), {"runs": found})
 
 
 def step_table(run: dict[str, Any]) -> str:
@@ -279,7 +278,12 @@ def step_table(run: dict[str, Any]) -> str:
 
 
 def steps(work: Work) -> Stage:
-    return measured_steps("steps", work, step_runs(work.cpu), 150)
+    stage = measured_steps("steps", work, step_runs(work.cpu), 150)
+    if work.cpu:
+        stage.text += "\n\nLiger-Kernel needs a GPU: no step with it was measured"
+    elif not has("liger_kernel"):
+        stage.text += "\n\nliger-kernel is not installed: no step with it was measured"
+    return stage
 
 
 def mixtures(work: Work) -> Stage:
@@ -301,10 +305,23 @@ def switch(work: Work) -> Stage:
     return with_results("switch", work, script("switch.py", *sizes, *more), 60, output)
 
 
+def instructions(work: Work) -> Stage:
+    """What a machine without a GPU can say of the kernels' code: instructions, registers and spills."""
+    if find_tool("nvcc") is None:
+        return Stage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvcc")
+    output = work.folder / "disassembly.json"
+    command = script("gpu/disassembly.py", "--archs", "90", "--output", str(output))
+    stage = with_results("ncu", work, command, 120, output)
+    if "no nvdisasm" in stage.text:
+        return Stage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvdisasm", stage.text)
+    stage.reason = stage.reason or "counters need a GPU; this is the disassembly for sm_90"
+    return stage
+
+
 def ncu(work: Work) -> Stage:
     tool, program = find_tool("ncu"), work.folder / "driver" / "driver"
     if work.cpu:
-        return Stage("ncu", NOT_RUN, "counters of kernels need a GPU")
+        return instructions(work)
     if tool is None:
         return Stage("ncu", NOT_RUN, "Nsight Compute is not installed")
     if not program.exists():
@@ -371,6 +388,7 @@ def parsed() -> argparse.Namespace:
 def main() -> None:
     begin = time.monotonic()
     args = parsed()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes of the stage too
     out = args.out.resolve()
     title = "s2ft without a GPU: the CPU form of make gpu" if args.cpu else f"s2ft on {torch.cuda.get_device_name(0)}"
     report = Report(out, title, not args.cpu)

@@ -163,9 +163,9 @@ def multi_adapter_linear(
     """Add to each sequence's output the delta of the sequence's adapter: ``y + x @ delta.t()``.
 
     For dim 0 this is ``y[b, ..., index[u]] += x[b] · values[u]``, and for dim 1 ``y[b] += x[b, ..., index[u]] *
-    values[u]``, over the units u of sequence b's adapter. Adapters may differ in size, and none is padded. Each adapter
-    is read once for all its sequences. Sums are formed in float32, or in float64 for float64 tensors. Gradients flow to
-    x and y; the adapters are frozen (S²FT paper, section 3.4).
+    values[u]``, over the units u of sequence b's adapter. Adapters may differ in size, and none is padded. Sums are
+    formed in float32, or in float64 for float64 tensors. Gradients flow to x and y; the adapters are frozen (S²FT
+    paper, section 3.4).
 
     Args:
         x: Input of the layer, shape [B, ..., I].

@@ -106,6 +106,7 @@ int add_adapters(int dtype, const void* x, const void* y, void* out, const int64
   return cuda::add_adapters(bank, batch, static_cast<DType>(dtype), nullptr);
 }
 
+void recreate_streams() { ++simulator::machine().recreated; }
 int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }
 int ordered_end(int device, void* stream) { return cuda::ordered_end(device, stream); }
 }

@@ -58,7 +58,9 @@ def test_an_interpreter_is_asked_for_its_version():
 
 
 def test_rows():
-    result = dict(python="3.10", torch="2.11", install_seconds=9.04, import_seconds=1.0, ops=9, cuda_ops=9)
+    result = dict(
+        python="3.10", torch="2.11", install_seconds=9.04, processor_seconds=8.0, import_seconds=1.0, ops=9, cuda_ops=9
+    )
     assert check_wheel.row({**result, "torch_cuda": "13.0", "difference": 1e-7}).endswith("| 9 + 9 | 1.0e-07 |")
     assert "not run: there is no Python 3.9" in check_wheel.row(
         {"python": "3.9", "torch": "2.11", "skipped": "there is no Python 3.9 here"}

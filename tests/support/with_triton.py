@@ -14,7 +14,7 @@ RELEASE = "3.9.0"
 
 def main(arguments: list[str]) -> int:
     python = environment("triton", f"triton=={RELEASE}")
-    command = [python, "-m", "pytest", "-m", "triton", "-n", "0", *(arguments or ["tests/triton"])]
+    command = [python, "-m", "pytest", "-m", "triton", "-n", "0", *(arguments or ["tests/triton_kernels"])]
     return subprocess.run(command, cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}).returncode
 
 

@@ -1,4 +1,4 @@
-"""Compiles every Triton kernel for GPUs that need not be here: python -m tests.triton.ahead_of_time
+"""Compiles every Triton kernel for GPUs that need not be here: python -m tests.triton_kernels.ahead_of_time
 
 It prints a line for each kernel, dtype and target: registers, shared memory, spilled bytes and the width of memory accesses.
 An error or a spill makes it fail. Triton's interpreter must be off, because its kernels can't be compiled.
@@ -33,7 +33,11 @@ def cases():
             yield kernel, dtype, {"UNITS": banks.UNITS, "COLUMNS": banks.COLUMNS}
         for kernel in (banks._outputs_of_a_tile, banks._inputs_of_a_tile):
             for rows in banks.ROWS if dtype != "fp64" else ():
-                yield kernel, dtype, {"ROWS": rows, "UNITS": banks.TILE_UNITS, "COLUMNS": banks.TILE_COLUMNS}
+                yield (
+                    kernel,
+                    dtype,
+                    {"ROWS": rows, "UNITS": banks.TILE_UNITS, "COLUMNS": banks.TILE_COLUMNS, "WIDENED": False},
+                )
 
 
 def source(kernel, dtype: str, constants: dict) -> ASTSource:
@@ -60,13 +64,22 @@ def resources(cubin: bytes) -> dict[str, int]:
     return {name: int(value) for name, value in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
 
 
+def widest_access(ptx: str) -> int:
+    """Bytes of the widest access to global memory of one thread."""
+    vectors = re.findall(r"(?:ld|st)\.global[.\w:]*?(?:\.v(\d))?\.b(\d+)", ptx)
+    copies = re.findall(r"cp\.async\.c[ag]\.shared\.global \[[^]]*\], \[[^]]*\], (?:0x)?(\d+)", ptx)
+    return max([int(count or 1) * int(bits) // 8 for count, bits in vectors] + [int(size, 0) for size in copies])
+
+
 def main(targets) -> int:
     failures = 0
     for kernel, dtype, constants in cases():
         for target in targets:
             what = f"{kernel.__name__} {dtype} {' '.join(map(str, constants.values()))} {target.backend} {target.arch}"
             try:
-                binary = triton.compile(source(kernel, dtype, constants), target=target)
+                binary = triton.compile(
+                    source(kernel, dtype, constants), target=target, options={"enable_fp_fusion": True}
+                )
             except Exception as error:
                 failures += 1
                 print(f"{what}: {type(error).__name__}: {error}", flush=True)
@@ -77,9 +90,8 @@ def main(targets) -> int:
             used = resources(binary.asm["cubin"])
             spilled = used["STACK"] + used["LOCAL"]
             failures += spilled > 0
-            widest = max([1, *map(int, re.findall(r"(?:ld|st)\.global[.\w:]*\.v(\d)\.b32", binary.asm["ptx"]))])
             print(f"{what}: {used['REG']} registers, {used['SHARED'] + binary.metadata.shared} B shared, {spilled} B "
-                  f"spilled, {4 * widest} B an access", flush=True)  # fmt: skip
+                  f"spilled, {widest_access(binary.asm['ptx'])} B an access", flush=True)  # fmt: skip
     return failures
 
 

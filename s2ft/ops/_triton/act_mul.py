@@ -90,7 +90,7 @@ def act_mul(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     gate, up = gate.contiguous(), up.contiguous()
     out, size = torch.empty_like(gate), gate.numel()
     if size:
-        _act_mul[(triton.cdiv(size, BLOCK),)](gate, up, out, size, activation, BLOCK)
+        _act_mul[(triton.cdiv(size, BLOCK),)](gate, up, out, size, activation, BLOCK, enable_fp_fusion=True)
     return out
 
 
@@ -98,5 +98,7 @@ def act_mul_backward(grad: Tensor, gate: Tensor, up: Tensor, activation: str) ->
     grad, gate, up = grad.contiguous(), gate.contiguous(), up.contiguous()
     grad_gate, grad_up, size = torch.empty_like(gate), torch.empty_like(gate), gate.numel()
     if size:
-        _act_mul_backward[(triton.cdiv(size, BLOCK),)](grad, gate, up, grad_gate, grad_up, size, activation, BLOCK)
+        _act_mul_backward[(triton.cdiv(size, BLOCK),)](
+            grad, gate, up, grad_gate, grad_up, size, activation, BLOCK, enable_fp_fusion=True
+        )
     return grad_gate, grad_up

@@ -5,6 +5,8 @@ cores where the dtype has them. An adapter, an offset or a unit out of range is 
 host wait. Sequences with the same adapter read it one after the other, from the GPU's cache if it fits there.
 """
 
+import os
+
 import torch
 import triton
 import triton.language as tl
@@ -12,11 +14,13 @@ from torch import Tensor
 
 UNITS = 16  # units of a step, one token
 COLUMNS = 128  # inputs or outputs of a step, one token
-ROWS = (16, 64)  # tokens of a tile, for few and for many tokens
+ROWS = (16, 32)  # tokens of a tile, for few and for many; with 64, float32 does not fit into the registers of sm_80
 TILE_UNITS = 32
 TILE_COLUMNS = 64
 FEW = 4  # Fewer tokens than this are computed one by one: a tile has at least 16 rows.
 PROGRAMS = 1024  # What fills a large GPU. The units of an adapter are divided until there are as many programs.
+# Triton's interpreter, which tests use, multiplies tiles of bfloat16 as if their bits were integers.
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 # Numbers that change from batch to batch. By default Triton compiles a kernel again if one is 1 or a multiple of 16.
 VARIABLE = ["tokens", "adapters", "units"]
@@ -99,7 +103,7 @@ def _inputs_of_a_token(
 @triton.jit(do_not_specialize=VARIABLE)
 def _outputs_of_a_tile(
     x, y, values, index, offsets, adapter, out, tokens, inputs, outputs, adapters, units,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, WIDENED: tl.constexpr,
 ):  # fmt: skip
     """dim 0, after out = y."""
     tiles = tl.cdiv(tokens, ROWS)
@@ -119,6 +123,8 @@ def _outputs_of_a_tile(
             factor = tl.load(place, mask=present[:, None] & inside[None, :], other=0.0)
             place = values + unit[:, None] * inputs + column[None, :]
             weight = tl.load(place, mask=exists[:, None] & inside[None, :], other=0.0)
+            if WIDENED:
+                factor, weight = factor.to(tl.float32), weight.to(tl.float32)
             products = tl.dot(factor, tl.trans(weight), products, input_precision="ieee")
         at = tl.load(index + unit, mask=exists, other=-1)
         inside = present[:, None] & ((at >= 0) & (at < outputs))[None, :]
@@ -130,7 +136,7 @@ def _outputs_of_a_tile(
 @triton.jit(do_not_specialize=VARIABLE)
 def _inputs_of_a_tile(
     x, y, values, index, offsets, adapter, out, tokens, inputs, outputs, adapters, units,
-    ROWS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr, UNITS: tl.constexpr, COLUMNS: tl.constexpr, WIDENED: tl.constexpr,
 ):  # fmt: skip
     """dim 1."""
     tiles = tl.cdiv(tokens, ROWS)
@@ -148,6 +154,8 @@ def _inputs_of_a_tile(
         factor = tl.load(x + row[:, None] * inputs + at[None, :], mask=present[:, None] & exists[None, :], other=0.0)
         place = values + unit[:, None] * outputs + column[None, :]
         weight = tl.load(place, mask=exists[:, None] & (column < outputs)[None, :], other=0.0)
+        if WIDENED:
+            factor, weight = factor.to(tl.float32), weight.to(tl.float32)
         products = tl.dot(factor, weight, products, input_precision="ieee")
     place = row[:, None] * outputs + column[None, :]
     before = tl.load(y + place, mask=here, other=0.0)
@@ -174,9 +182,10 @@ def multi_adapter_linear(
     else:
         kernel = _inputs_of_a_tile if in_tiles else _inputs_of_a_token
         shares = triton.cdiv(outputs, column_step)
-    sizes = (rows, unit_step, column_step) if in_tiles else (unit_step, column_step)
+    widened = INTERPRETED and x.dtype is torch.bfloat16
+    constants = (rows, unit_step, column_step, widened) if in_tiles else (unit_step, column_step)
     kernel[(programs, shares)](
         x, y, values, index, offsets, adapter, out,
-        tokens, x.shape[-1], outputs, offsets.numel() - 1, units, *sizes,
+        tokens, x.shape[-1], outputs, offsets.numel() - 1, units, *constants, enable_fp_fusion=True,
     )  # fmt: skip
     return out
