@@ -283,8 +283,10 @@ class S2Layer(nn.Module):
     @property
     def is_held(self) -> bool:
         """Whether `weight` holds base + s2 with the present values of `s2`."""
+        if self._written is None or self.base is None:
+            return False
         self._check_same_weight()
-        return self.base is not None and self._written == stamp(self.s2)
+        return self._written == stamp(self.s2)
 
     def _check_same_weight(self) -> None:
         """Check that no other parameter has taken the place of the weight that `base` belongs to.
@@ -307,8 +309,11 @@ class S2Layer(nn.Module):
             RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
                 the capture of a CUDA graph.
         """
-        self._check_weight(self.weight)
-        is_captured = is_being_captured(self.weight)
+        weight = self.weight
+        self._check_weight(weight)
+        if not weight.is_cuda and self.is_held:
+            return
+        is_captured = is_being_captured(weight)
         if is_captured and self.base is None:
             raise RuntimeError(
                 "effective='step' keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it "
@@ -320,7 +325,7 @@ class S2Layer(nn.Module):
             if why:
                 raise RuntimeError(f"effective='step' writes base + s2 into whole weights, and {why}: {CALL_INSTEAD}")
             self.fuse()
-        wait_for_write(self.weight)
+        wait_for_write(weight)
 
     def base_weight(self) -> Tensor:
         """The weight with the base's values, as it is stored: a copy if the layer is fused, else the weight itself."""
