@@ -66,9 +66,17 @@ def make_shadow(
     expect_none(shadow, record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
-        if config.effective == "step":
-            mounted.layer.fuse()  # the copy of the base that it keeps counts among the buffers
     return shadow, record
+
+
+def keep_bases(record: Attachment) -> None:
+    """Let layers of effective="step" copy the base of their slices, which then counts among the buffers.
+
+    Call it after :func:`forget_data`, which puts other tensors in the place of the weights.
+    """
+    for mounted in record.mounts.values():
+        if mounted.layer.effective == "step":
+            mounted.layer.fuse()
 
 
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:

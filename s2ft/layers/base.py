@@ -238,7 +238,7 @@ class S2Layer(nn.Module):
         check_private_once(self, self.weight, self._check_memory)
         with LOCK, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
             finish_interrupted()
-            self._forget_base_of_another_weight()
+            self._check_same_weight()
             if self.base is None:
                 # The base is kept before anything is written, so that unfuse restores it after an interrupt at any
                 # moment. Until the stamp below is set, the next forward writes base + s2 again.
@@ -259,7 +259,7 @@ class S2Layer(nn.Module):
             >>> layer.fused
             False
         """
-        self._forget_base_of_another_weight()
+        self._check_same_weight()
         if self.base is not None:
             with LOCK:
                 self._written = None  # an interrupt below leaves a fused layer that writes base + s2 again
@@ -283,24 +283,24 @@ class S2Layer(nn.Module):
     @property
     def is_held(self) -> bool:
         """Whether `weight` holds base + s2 with the present values of `s2`."""
-        self._forget_base_of_another_weight()
-        return self.base is not None and self._written == stamp(self.s2)
+        if self._written is None or self.base is None:
+            return False
+        self._check_same_weight()
+        return self._written == stamp(self.s2)
 
-    def _forget_base_of_another_weight(self) -> None:
-        """Notice that another parameter has taken the place of the weight, with a base of its own.
+    def _check_same_weight(self) -> None:
+        """Check that no other parameter has taken the place of the weight that `base` belongs to.
 
-        Only layers that fuse themselves do this: whoever calls fuse knows that the weight is not the base.
+        Only layers that fuse themselves check this: whoever calls fuse knows that the weight is not the base.
 
         Raises:
-            RuntimeError: The weight was sharded while it held base + s2, so that no rank has the whole base.
+            RuntimeError: One has. `base` is kept, and everything works again when the weight is back.
         """
         if self.effective == "step" and self.base is not None and self._base_of != id(self.weight):
-            if is_sharded(self.weight):
-                raise RuntimeError(
-                    "the weight was sharded while it held base + s2, and the shards don't have the base: call "
-                    f"s2ft.unfuse(model) before the model is sharded, and {CALL_INSTEAD}"
-                )
-            self.base = None
+            raise RuntimeError(
+                "effective='step': the weight was replaced or sharded while it held base + s2, so that this layer's "
+                f"copy of the base belongs to another weight: call s2ft.unfuse(model) before, or {CALL_INSTEAD}"
+            )
 
     def hold(self) -> None:
         """Write base + s2 into `weight` if it does not hold it, for a layer with `effective` "step".
@@ -309,8 +309,11 @@ class S2Layer(nn.Module):
             RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
                 the capture of a CUDA graph.
         """
-        self._check_weight(self.weight)
-        is_captured = is_being_captured(self.weight)
+        weight = self.weight
+        self._check_weight(weight)
+        if not weight.is_cuda and self.is_held:
+            return
+        is_captured = is_being_captured(weight)
         if is_captured and self.base is None:
             raise RuntimeError(
                 "effective='step' keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it "
@@ -322,11 +325,11 @@ class S2Layer(nn.Module):
             if why:
                 raise RuntimeError(f"effective='step' writes base + s2 into whole weights, and {why}: {CALL_INSTEAD}")
             self.fuse()
-        wait_for_write(self.weight)
+        wait_for_write(weight)
 
     def base_weight(self) -> Tensor:
         """The weight with the base's values, as it is stored: a copy if the layer is fused, else the weight itself."""
-        self._forget_base_of_another_weight()
+        self._check_same_weight()
         if self.base is None:
             return self.weight
         copy = at_rest(self.weight)
@@ -496,6 +499,8 @@ def why_not_whole(layer: S2Layer) -> str:
         return "this one is spread over ranks by FSDP2, ZeRO-3 or tensor parallelism"
     if has_master_copy(layer.s2):
         return "DeepSpeed's optimizer has its own copy of s2"
+    if layer.weight._is_view() or layer.s2._is_view():
+        return "this one is a view of other memory, as FSDP version 1 makes them"
     return ""
 
 

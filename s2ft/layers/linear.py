@@ -1,6 +1,7 @@
 """Linear layers that train a few outputs or inputs of a frozen weight: nn.Linear and transformers' Conv1D."""
 
 import math
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from s2ft.layers.base import S2Layer
 from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
 from s2ft.ops import _linear, indexed_linear, sliced_linear
-from s2ft.ops._library import autocast_input, own_output
+from s2ft.ops._library import autocast_input, own_output, runs_directly
 from s2ft.ops._one_input import Factors, can_share, linears
 
 
@@ -100,8 +101,7 @@ class S2Linear(S2Layer):
         """Run the layer: input [..., in_features] → output [..., out_features]."""
         weight, bias, s2, index, base = self._tensors()
         if self.effective == "step" and self.enabled:
-            x = autocast_input("effective='step'", input, weight)
-            return held_product(self, x, LinearFormulas(self))
+            return self._run_held(autocast_input("effective='step'", input, weight), weight, bias, s2, index)
         matrix = weight.t() if self.transposed else weight
         if base is not None:
             self._check_fused()
@@ -111,6 +111,22 @@ class S2Linear(S2Layer):
         if index is None:
             return sliced_linear(input, matrix, s2, self.start, self.dim, bias)
         return indexed_linear(input, matrix, s2, index, self.dim, bias)
+
+    def _run_held(self, x: Tensor, weight: Tensor, bias: Tensor | None, s2: Tensor, index: Tensor | None) -> Tensor:
+        """Run the layer on its weight, which holds base + s2. x is in the dtype of the product.
+
+        Where it can, it uses the autograd node of the ops, which takes less of the host than that of held_product.
+        """
+        if not runs_directly(x, weight, s2, bias):
+            return held_product(self, x, LinearFormulas(self))
+        self.hold()
+        units, matrix = self.start if index is None else index, weight.t() if self.transposed else weight
+        trains = x.requires_grad or s2.requires_grad or bias is not None and bias.requires_grad
+        if not (trains and torch.is_grad_enabled()):
+            return _held_forward(x, matrix, s2, units, self.dim, bias, None)
+        ops = _linear.LinearOps("effective='step'", _held_forward, partial(_held_grad_x, self))
+        outputs = _linear._apply(ops, x, matrix, s2, units, self.dim, bias)
+        return outputs[0] if type(outputs) is tuple else outputs
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """The weight, bias, s2, index and base. As attributes, each takes an exception inside nn.Module, 0.6 µs."""
@@ -125,6 +141,19 @@ class S2Linear(S2Layer):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._selected()}"
         )
+
+
+def _held_forward(x: Tensor, matrix: Tensor, delta: Tensor, units, dim: int, bias: Tensor | None, kept: None) -> Tensor:
+    """The forward of a linear op, with the delta in the matrix already."""
+    matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
+    return own_output(F.linear(x.contiguous(), matrix, bias))
+
+
+def _held_grad_x(layer: S2Linear, grad: Tensor, matrix: Tensor, delta: Tensor, units, dim: int) -> Tensor:
+    """The gradient of x of a linear op, with the delta in the matrix unless the layer has put the base back."""
+    if layer.is_held and not torch.is_grad_enabled():
+        return grad.contiguous() @ matrix.to(grad.dtype)
+    return LinearFormulas(layer).call_gradient_of_x(grad, layer.base_weight(), delta)
 
 
 class LinearFormulas(Formulas):

@@ -76,7 +76,7 @@ def test_the_test_finds_a_wait_and_a_copy(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)  # PyTorch for CPUs has no such thing
     with FakeTensorMode():
         weight, index = torch.empty(4, 3, device=GPU), torch.empty(2, dtype=torch.int64, device=GPU)
-        with pytest.raises(DataDependentOutputException):
+        with pytest.raises((DataDependentOutputException, RuntimeError)):  # a value is read, or a kernel is needed
             swap_(weight, index, torch.empty(2, 3, device=GPU), 0)
         swap_(weight, index, torch.empty(2, 3, device=GPU), 0, is_checked=True)
         with Copies() as copies:
