@@ -1,7 +1,7 @@
 """A training step of S²FT against LoRA, full fine-tuning and the frozen model, in one process with the steps in turn.
 
     python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12]
-        [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
+        [--model FOLDER_OR_GGUF | --shape width-2048-4-layers] [--floor]
 
 "frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing. LoRA is measured
 with adapters in the base's dtype, and as PEFT makes it: with float32 adapters, on a bfloat16 base too.
@@ -22,6 +22,7 @@ from torch import nn
 import s2ft
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
+AGAINST = ("LoRA r=16", "frozen")
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 
 
@@ -88,15 +89,18 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
     return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
 
 
-def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, Method]:
+def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -> dict[str, Method]:
     tuned = Method(s2ft_model(base, d_ratio), batch)
+    frozen = Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True)
+    if floor:
+        return {"S²FT": tuned, "frozen": frozen}
     return {
         "LoRA r=16": Method(lora_model(base, 16, LORA_TARGETS), batch),
         "LoRA r=16, base's dtype": Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
         "S²FT": tuned,
         "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
         "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
-        "frozen": Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True),
+        "frozen": frozen,
     }
 
 
@@ -104,14 +108,13 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     batch = torch.randint(
         base.config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0)
     ).to(base.device)
-    steps = methods(base, batch, args.d_ratio)
+    steps = methods(base, batch, args.d_ratio, args.floor)
     kept = {name: method.bytes_kept() for name, method in steps.items()}
     times = interleaved(steps, args.rounds)
     return {
         name: {
             "seconds": statistics.median(times[name]),
-            "ratio to LoRA r=16": median_ratio(times, name, "LoRA r=16"),
-            "ratio to frozen": median_ratio(times, name, "frozen"),
+            **{f"ratio to {other}": median_ratio(times, name, other) for other in AGAINST if other in times},
             "MiB kept": kept[name] / 2**20,
             "trained parameters": steps[name].parameters,
             "all seconds": times[name],
@@ -123,7 +126,7 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
 def table(title: str, rows: dict[str, Any]) -> str:
     lines = [title, f"{'':<26}{'ms a step':>10}{'to LoRA':>9}{'to frozen':>11}{'MiB kept':>10}{'trained':>13}"]
     lines += [
-        f"{name:<26}{1000 * row['seconds']:>10.0f}{row['ratio to LoRA r=16']:>9.3f}{row['ratio to frozen']:>11.3f}"
+        f"{name:<26}{1000 * row['seconds']:>10.0f}{row.get('ratio to LoRA r=16', float('nan')):>9.3f}{row['ratio to frozen']:>11.3f}"
         f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}"
         for name, row in rows.items()
     ]
@@ -133,6 +136,7 @@ def table(title: str, rows: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_model_options(parser)
+    parser.add_argument("--floor", action="store_true", help="compare S²FT with the frozen model alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
