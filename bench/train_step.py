@@ -126,7 +126,8 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
 def table(title: str, rows: dict[str, Any]) -> str:
     lines = [title, f"{'':<26}{'ms a step':>10}{'to LoRA':>9}{'to frozen':>11}{'MiB kept':>10}{'trained':>13}"]
     lines += [
-        f"{name:<26}{1000 * row['seconds']:>10.0f}{row.get('ratio to LoRA r=16', float('nan')):>9.3f}{row['ratio to frozen']:>11.3f}"
+        f"{name:<26}{1000 * row['seconds']:>10.0f}{row.get('ratio to LoRA r=16', float('nan')):>9.3f}"
+        f"{row['ratio to frozen']:>11.3f}"
         f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}"
         for name, row in rows.items()
     ]

@@ -17,7 +17,8 @@ def units_per_projection(
     A ratio is the share of a projection's units, the same in every layer. If units are drawn from all layers together,
     it is the share of the units of all layers, rounded down, as in the paper's code. With a budget of parameters, all
     ratios are scaled to the largest whole numbers of units that fit. Layers then differ by one unit if the budget is
-    not a multiple. With `align`, each number is rounded down at the end. With allocation "global", only the sum over the layers of a projection counts.
+    not a multiple. With `align`, each number is rounded down at the end. With allocation "global", only the sum over
+    the layers of a projection counts.
 
     Args:
         couplings: Couplings of the model.
