@@ -242,7 +242,8 @@ def test_modes_and_transforms_see_the_registered_op(op, dim):
     with Seen() as seen:
         case.call().sum().backward()
     assert {f"s2ft.{op.__name__}.default", f"s2ft.{op.__name__}_grad_x.default"} <= set(seen.names)
-    traced = torch.jit.trace(lambda x: case.call(x=x), case.x.detach(), check_trace=False)
+    constants = [tensor.detach() for tensor in (case.delta, case.bias)]  # a trace holds none that require a gradient
+    traced = torch.jit.trace(lambda x: case.call(x, *constants), case.x.detach(), check_trace=False)
     assert op.__name__ in str(traced.graph)
 
 
