@@ -1,12 +1,13 @@
 """Host time of one layer, forward and backward, with tensors so small that the arithmetic takes no time.
 
-    python bench/host_cost.py [--rounds 40] [--calls 50]
+    python bench/host_cost.py [--rounds 40] [--calls 100]
 
 A small model at a small batch waits for the host on every device. The layers run in turn, on one thread. A number is
 the tenth percentile of the processor time in all rounds: what else runs on the machine only adds to it.
 """
 
 import argparse
+import gc
 import statistics
 from collections.abc import Callable
 from pathlib import Path
@@ -70,6 +71,8 @@ def microseconds(rounds: int, calls: int) -> dict[str, dict[str, float]]:
     """Host time of each layer in µs: of the forward, and of forward and backward."""
     x = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
     found = layers()
+    gc.collect()
+    gc.freeze()  # as timeit does: collections of what other packages have allocated are not a cost of the layers
     steps = {(name, both): repeated(layer, x, calls, both) for name, layer in found.items() for both in (False, True)}
     times = interleaved(steps, rounds, timed=processor_seconds)
     per_call = {key: 1e6 * statistics.quantiles(seconds, n=10)[0] / calls for key, seconds in times.items()}
@@ -85,7 +88,7 @@ def table(rows: dict[str, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=40)
-    parser.add_argument("--calls", type=int, default=50)
+    parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -1,7 +1,7 @@
 """A training step of S²FT against LoRA, full fine-tuning and the frozen model, in one process with the steps in turn.
 
     python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12]
-        [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
+        [--model FOLDER_OR_GGUF | --shape width-2048-4-layers] [--floor]
 
 "frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing. LoRA is measured
 with adapters in the base's dtype, and as PEFT makes it: with float32 adapters, on a bfloat16 base too.
@@ -25,6 +25,7 @@ LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
 # Both are of rank 16. On a float32 base they are the same.
 LORA, LORA_OF_PEFT = "LoRA, base's dtype", "LoRA, as PEFT makes it"
+AGAINST = {LORA: "to LoRA", LORA_OF_PEFT: "to PEFT's", "frozen": "to frozen"}
 
 
 class Method:
@@ -90,8 +91,11 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
     return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
 
 
-def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, Method]:
+def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -> dict[str, Method]:
     tuned = Method(s2ft_model(base, d_ratio), batch)
+    frozen = Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True)
+    if floor:
+        return {"S²FT": tuned, "frozen": frozen}
     return {
         LORA_OF_PEFT: Method(lora_model(base, 16, LORA_TARGETS), batch),
         LORA: Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
@@ -99,7 +103,7 @@ def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, M
         "S²FT, effective=step": Method(s2ft_model(base, d_ratio, "step"), batch),
         "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
         "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
-        "frozen": Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True),
+        "frozen": frozen,
     }
 
 
@@ -107,15 +111,13 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     batch = torch.randint(
         base.config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0)
     ).to(base.device)
-    steps = methods(base, batch, args.d_ratio)
+    steps = methods(base, batch, args.d_ratio, args.floor)
     kept = {name: method.bytes_kept() for name, method in steps.items()}
     times = interleaved(steps, args.rounds)
     return {
         name: {
             "seconds": statistics.median(times[name]),
-            "ratio to LoRA, base's dtype": median_ratio(times, name, LORA),
-            "ratio to LoRA, as PEFT makes it": median_ratio(times, name, LORA_OF_PEFT),
-            "ratio to frozen": median_ratio(times, name, "frozen"),
+            **{f"ratio to {other}": median_ratio(times, name, other) for other in AGAINST if other in times},
             "MiB kept": kept[name] / 2**20,
             "trained parameters": steps[name].parameters,
             "all seconds": times[name],
@@ -124,18 +126,13 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-COLUMNS = {
-    "ratio to LoRA, base's dtype": "to LoRA",
-    "ratio to LoRA, as PEFT makes it": "to PEFT's",
-    "ratio to frozen": "to frozen",
-}
-
-
 def table(title: str, rows: dict[str, Any]) -> str:
-    ratios = "".join(f"{name:>11}" for name in COLUMNS.values())
+    columns = {heading: f"ratio to {other}" for other, heading in AGAINST.items()}
+    columns = {heading: key for heading, key in columns.items() if all(key in row for row in rows.values())}
+    ratios = "".join(f"{heading:>11}" for heading in columns)
     lines = [title, f"{'':<26}{'ms a step':>10}{ratios}{'MiB kept':>10}{'trained':>13}"]
     for name, row in rows.items():
-        ratios = "".join(f"{row[key]:>11.3f}" for key in COLUMNS)
+        ratios = "".join(f"{row[key]:>11.3f}" for key in columns.values())
         lines.append(
             f"{name:<26}{1000 * row['seconds']:>10.0f}{ratios}{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}"
         )
@@ -145,6 +142,7 @@ def table(title: str, rows: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     add_model_options(parser)
+    parser.add_argument("--floor", action="store_true", help="compare S²FT with the frozen model alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)

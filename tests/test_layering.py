@@ -28,6 +28,7 @@ RANKS = [
     ["ops._effective", "ops._library"],
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
+    ["ops._one_input"],
     ["layers.split"],
     ["layers.kind", "layers.held"],
     ["layers.base"],

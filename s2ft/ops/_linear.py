@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2ft.ops._effective import Units, with_effective_weight
-from s2ft.ops._library import autocast_input, check_index, define, own_output, runs_directly
+from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output, runs_directly
 
 ALIGNMENT = 16  # bytes
 LEAST_PADDED = 128  # columns
@@ -182,7 +182,7 @@ def outer_product(
     """
     if grad.dim() != 2:
         grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
-    if grad.is_cuda and _can_widen(grad, dtype):
+    if _can_widen(grad, dtype):
         return torch.mm(grad.t(), x, out_dtype=dtype)
     product = torch.mm(grad.t(), x)
     return product if product.dtype is dtype else product.to(dtype)
@@ -191,7 +191,8 @@ def outer_product(
 def _can_widen(grad: Tensor, dtype: torch.dtype) -> bool:
     """Whether torch.mm can write float32 results. PyTorch has this for CUDA only, and without a derivative."""
     return (
-        dtype is torch.float32
+        grad.is_cuda
+        and dtype is torch.float32
         and grad.dtype in (torch.bfloat16, torch.float16)
         and torch.version.hip is None
         and not torch.is_grad_enabled()
@@ -300,14 +301,6 @@ def _gradients(ctx, grad_x_op: Callable, grad: Tensor, of_x: bool, of_delta: boo
     if of_bias:
         grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
     return grad_x, grad_delta, grad_bias
-
-
-def below_autograd(op: Callable, *args) -> Tensor:
-    """Return op(*args), without the 10 µs of an autograd function in Python if gradients are off."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
 
 
 def _keep_for_second_backward(ctx, inputs, output):

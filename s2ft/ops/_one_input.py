@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2ft.ops import _linear
 from s2ft.ops._effective import Units
-from s2ft.ops._library import own_output, runs_directly
+from s2ft.ops._library import below_autograd, own_output, runs_directly
 from s2ft.ops.indexed_linear import _ops as INDEXED
 from s2ft.ops.sliced_linear import _ops as SLICED
 
@@ -97,7 +97,7 @@ class _Linears(torch.autograd.Function):
             else:
                 op = _ops(layer).forward
                 arguments = x, layer.weight, layer.delta, layer.units, 0, layer.bias, None
-                outputs.append(_linear.below_autograd(op, *arguments))
+                outputs.append(below_autograd(op, *arguments))
         ctx.starts, ctx.held = starts, held
         trains = any(ctx.needs_input_grad[3:])
         kept = [None if i % 4 == 1 else tensor for i, tensor in enumerate(tensors)]  # no bias is needed
@@ -135,7 +135,7 @@ def _add_grad_x(total: Tensor | None, grad: Tensor, layer: Factors) -> Tensor:
         grad_x = torch.mm(grad, layer.weight)
     else:  # the base is in the weight again, or a second derivative has to see that the product depends on delta
         weight = layer.weight if layer.held is None else layer.held.base()
-        grad_x = _linear.below_autograd(_ops(layer).grad_x, grad, weight, layer.delta, layer.units, 0)
+        grad_x = below_autograd(_ops(layer).grad_x, grad, weight, layer.delta, layer.units, 0)
     if total is None:
         return grad_x
     return total + grad_x if torch.is_grad_enabled() else total.add_(grad_x)
