@@ -5,14 +5,11 @@ The slice is written into the weight before a forward if s2 has changed since it
 around them. Their numbers are those of the default, bit for bit, because the same functions see the same operands.
 """
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
-
-if TYPE_CHECKING:
-    from s2ft.layers.base import S2Layer
 
 WHY_UNCOMPILED = "effective='step' compares versions of s2 before every forward, which a compiled graph can't do"
 
@@ -45,11 +42,11 @@ class Formulas:
         raise NotImplementedError
 
 
-def held_product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
+def held_product(layer: Any, x: Tensor, formulas: Formulas) -> Tensor:
     """Run a layer on its weight, which holds base + s2.
 
     Args:
-        layer: The layer. Its slice is written first if s2 has changed.
+        layer: The trainable layer (S2Layer). Its slice is written first if s2 has changed.
         x: Its input, in the dtype of the product.
         formulas: What to compute.
 
@@ -59,7 +56,7 @@ def held_product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
     return (_uncompiled if torch.compiler.is_compiling() else _product)(layer, x, formulas)
 
 
-def _product(layer: "S2Layer", x: Tensor, formulas: Formulas) -> Tensor:
+def _product(layer: Any, x: Tensor, formulas: Formulas) -> Tensor:
     layer.hold()
     weight, bias, s2 = layer.weight, layer.bias, layer.s2
     if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in (x, s2, bias)):
