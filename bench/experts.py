@@ -3,7 +3,8 @@
     python bench/experts.py [--experts 32 128] [--dtype float32 bfloat16] [--rounds 15]
 
 The model is a Qwen3-MoE of 4 layers, width 256, with 4 experts of width 256 for each token. "frozen" is the floor: the
-forward by transformers' grouped_mm and the gradients down to the inputs. Times are those of the process, which other
+forward by transformers' grouped_mm and the gradients down to the inputs. LoRA's adapters are in the base's dtype, or in
+float32, as PEFT makes them. Times are those of the process, which other
 processes on the machine change little: forward and backward, and once more with AdamW's step. An operator is what
 PyTorch dispatches, without views; on a GPU each is at least one launch.
 """
@@ -24,6 +25,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import s2ft
 
 RESULTS = Path(__file__).parent / "results" / "experts.json"
+# Both are of rank 8 on gate_up and down.
+LORA, LORA_OF_PEFT = "LoRA, base's dtype", "LoRA, as PEFT makes it"
 VIEWS = (
     "view",
     "reshape",
@@ -102,13 +105,14 @@ def s2ft_model(base: nn.Module, **ratios: float) -> nn.Module:
     return model
 
 
-def lora_model(base: nn.Module, *names: str) -> nn.Module:
+def lora_model(base: nn.Module, *names: str, float32: bool) -> nn.Module:
+    """PEFT's LoRA. Its adapters are float32 on a half-precision base too, unless `float32` is False."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
         r=8, lora_alpha=16, target_modules=[], target_parameters=[f"mlp.experts.{name}" for name in names]
     )
-    return get_peft_model(copy.deepcopy(base), config)
+    return get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=float32)
 
 
 def steps_of(base: nn.Module, batch: Tensor) -> dict[str, Step]:
@@ -117,8 +121,10 @@ def steps_of(base: nn.Module, batch: Tensor) -> dict[str, Step]:
         "S²FT d=0.125": s2ft_model(base, d_ratio=0.125),
         "S²FT d=u=0.125": s2ft_model(base, d_ratio=0.125, u_ratio=0.125),
         "S²FT o=0.25": s2ft_model(base, o_ratio=0.25),
-        "LoRA r=8 on gate_up and down": lora_model(base, "gate_up_proj", "down_proj"),
+        LORA: lora_model(base, "gate_up_proj", "down_proj", float32=False),
     }
+    if base.dtype != torch.float32:  # on a float32 base it would be the same model again
+        made[LORA_OF_PEFT] = lora_model(base, "gate_up_proj", "down_proj", float32=True)
     return {name: Step(model, batch) for name, model in made.items()}
 
 
@@ -141,14 +147,13 @@ def run(experts: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str,
     measured = measure(steps, args.rounds)
     times, updated = ({name: [pair[i] for pair in found] for name, found in measured.items()} for i in (0, 1))
     operators = {name: step.operators() for name, step in steps.items()}
-    lora = "LoRA r=8 on gate_up and down"
     return {
         name: {
             "seconds": statistics.median(times[name]),
             "ratio to frozen": median_ratio(times, name, "frozen"),
-            "ratio to LoRA": median_ratio(times, name, lora),
+            "ratio to LoRA": median_ratio(times, name, LORA),
             "ratio to frozen, with AdamW": median_ratio(updated, name, "frozen"),
-            "ratio to LoRA, with AdamW": median_ratio(updated, name, lora),
+            "ratio to LoRA, with AdamW": median_ratio(updated, name, LORA),
             "operators": operators[name],
             "operators, ratio to frozen": operators[name] / operators["frozen"],
             "trained parameters": sum(parameter.numel() for parameter in steps[name].trained),

@@ -1,6 +1,7 @@
 """Speed and memory of `s2ft sft` against PEFT's LoRA in TRL's SFTTrainer.
 
-    python bench/finetune.py [--dtype float32|bfloat16|both] [--rounds 3] [--steps 12] [--model FOLDER_OR_GGUF]
+    python bench/finetune.py [--dtype float32|bfloat16|both] [--rounds 3] [--steps 12]
+        [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
 
 Every run has a process of its own, so that its peak does not depend on other runs. The methods take turns. All train on
 the same rows in the same order with the same arguments. A step is one batch of --batch rows of the demo's word
@@ -9,6 +10,7 @@ problems.
     S²FT            s2ft sft --d-ratio 0.03
     LoRA, our loss  PEFT r=16 on q, k, v, up, down in the same trainer, with the batches and the loss of s2ft
     LoRA            the same in TRL's SFTTrainer as it is: rows padded on the right, and TRL's loss
+    …, base's dtype LoRA with adapters in bfloat16 on a bfloat16 base, where PEFT itself makes them float32
 
 Tokens per second are the median over the steps after the second one, without padding. Memory is the peak of the process
 during training minus its memory when the model was loaded. On a GPU it is device memory.
@@ -24,17 +26,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from s2ft.packages import check_packages
+
+check_packages("s2ft finetune")  # before the imports below, which need them
+
 from harness import save
+from shapes import add_model_options, base_name, base_of
 from train_step import LORA_TARGETS, lora_model
 
 import s2ft
-from s2ft.text.models import load_model
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching
 from s2ft.train.callbacks import JsonlLog
-from s2ft.train.demo import default_model, problem_set, token_rows
+from s2ft.train.demo import problem_set, token_rows
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
@@ -42,7 +49,13 @@ from s2ft.train.runs import SFTTrainer, TokenRowTrainer
 from s2ft.train.sft import checkpointing, loss_for, sft
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
-METHODS = ("S²FT", "LoRA, our loss", "LoRA")
+OWN = ", base's dtype"
+METHODS = ("S²FT", "LoRA, our loss", "LoRA", "LoRA, our loss" + OWN, "LoRA" + OWN)
+
+
+def methods_for(dtype: str) -> tuple[str, ...]:
+    """On a float32 base PEFT's adapters are in the base's dtype in any case."""
+    return METHODS if dtype == "bfloat16" else METHODS[:3]
 
 
 class Memory:
@@ -70,9 +83,9 @@ def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: 
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.03))
         sft(model, tokenizer, rows, arguments, folder)
         return
-    base, callbacks = model, [JsonlLog(folder.log)]
-    if method == "LoRA":
-        model = lora_model(base, 16, LORA_TARGETS, copied=False)
+    base, callbacks, float32 = model, [JsonlLog(folder.log)], not method.endswith(OWN)
+    if method.removesuffix(OWN) == "LoRA":
+        model = lora_model(base, 16, LORA_TARGETS, copied=False, float32=float32)
         arguments.assistant_only_loss = False  # the rows have labels
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         SFTTrainer(
@@ -83,7 +96,7 @@ def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: 
     example = batching.collator([rows[0]])
     assert not why_not_chunked(base, example)
     with contiguous_head(base), loss_for(base, arguments, RunOptions(), example), checkpointing(base, arguments):
-        model = lora_model(base, 16, LORA_TARGETS, copied=False)
+        model = lora_model(base, 16, LORA_TARGETS, copied=False, float32=float32)
         TokenRowTrainer(
             model, arguments, batching.prepare(rows, arguments), batching, tokenizer=tokenizer, callbacks=callbacks
         ).train()
@@ -91,8 +104,8 @@ def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: 
 
 def child(args: argparse.Namespace) -> None:
     """Run one method once and print the result as a line of JSON."""
-    model, tokenizer = load_model(args.model or default_model(), args.dtype)
-    model.to("cuda" if torch.cuda.is_available() else "cpu").train()
+    model, tokenizer = base_of(args, args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
+    model.train()
     rows = token_rows(tokenizer, problem_set(args.steps * args.batch, False, 0))
     with tempfile.TemporaryDirectory() as path:
         arguments = SFTArguments(
@@ -134,6 +147,7 @@ def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
         "--batch",
         str(args.batch),
         *(["--model", args.model] if args.model else []),
+        *(["--shape", args.shape] if args.shape else []),
         *(["--checkpointing"] if args.checkpointing else []),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
@@ -144,7 +158,7 @@ def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
     """Print and return the medians, and the medians of S²FT's ratios of each round."""
-    print(f"{title}\n{'':<16}{'tokens/s':>9}{'S²FT is':>9}{'peak MiB':>10}{'S²FT has':>10}{'last loss':>11}")
+    print(f"{title}\n{'':<28}{'tokens/s':>9}{'S²FT is':>9}{'peak MiB':>10}{'S²FT has':>10}{'last loss':>11}")
     rows = {}
     for method, results in runs.items():
         faster = statistics.median(
@@ -162,7 +176,7 @@ def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
         }
         row = rows[method]
         print(
-            f"{method:<16}{row['tokens_per_second']:>9.0f}{faster:>8.2f}×{row['peak_MiB']:>10.0f}{memory:>9.2f}×"
+            f"{method:<28}{row['tokens_per_second']:>9.0f}{faster:>8.2f}×{row['peak_MiB']:>10.0f}{memory:>9.2f}×"
             f"{row['last_loss']:>11.3f}"
         )
     return rows
@@ -170,7 +184,7 @@ def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    add_model_options(parser)
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, default=12)
@@ -184,14 +198,15 @@ def main() -> None:
         return
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
-        runs: dict[str, list[dict[str, Any]]] = {method: [] for method in METHODS}
+        methods = methods_for(dtype)
+        runs: dict[str, list[dict[str, Any]]] = {method: [] for method in methods}
         for number in range(args.rounds):
-            for method in METHODS[number % 3 :] + METHODS[: number % 3]:
+            first = number % len(methods)
+            for method in methods[first:] + methods[:first]:
                 runs[method].append(run(method, dtype, args))
         results[dtype] = table(f"{dtype}, batches of {args.batch}, {args.rounds} rounds of {args.steps} steps", runs)
-    save(
-        args.output, {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing, "results": results}
-    )
+    options = {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing}
+    save(args.output, {"base": base_name(args), **options, "results": results})
 
 
 if __name__ == "__main__":

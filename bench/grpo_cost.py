@@ -6,7 +6,8 @@ All are TRL's GRPOTrainer with the same prompts and arguments, and vLLM in the s
 its own. The processes take turns step by step, so that they meet the same machine.
 
     slices           S²FT, with_slices(GRPOTrainer): the trained slices are written into the engine's weights
-    lora-merged      LoRA as TRL does it: merge, send every parameter, unmerge
+    lora-merged      LoRA as TRL does it: merge, send every parameter, unmerge. On a float32 base, as in the published
+                     results, its adapters are in the base's dtype and as PEFT makes them at once
     lora-adapter     LoRA: the adapter is saved, and the engine loads it under a new name at each step
     full             every parameter is trained and sent, as TRL does it
     transformers     S²FT, and transformers generates the answers: no engine

@@ -13,6 +13,8 @@ import torch
 
 import s2ft
 
+DELAY = 2_000_000  # clock cycles, about a millisecond: enough to launch a few operators from Python
+
 
 def machine() -> dict[str, Any]:
     """What a reader must know about the machine: processor, threads, versions, and the compiled kernels."""
@@ -40,24 +42,29 @@ def _processor() -> str:
 
 
 def interleaved(
-    steps: dict[str, Callable[[], Any]], rounds: int, warmup: int = 2, flush: bool = False
+    steps: dict[str, Callable[[], Any]],
+    rounds: int,
+    warmup: int = 2,
+    flush: bool = False,
+    timed: Callable[[Callable[[], Any]], float] | None = None,
 ) -> dict[str, list[float]]:
     """Measure the seconds of every step.
 
     Each round runs all steps, so that changes of the machine's speed affect all of them. The order is random in each
     round, so that no step always profits from the cache contents of another one. On a GPU, times are taken by device
-    events.
+    events, without the host's time to launch the step.
 
     Args:
         steps: The steps by name.
         rounds: Number of measured rounds.
         warmup: Number of rounds before them that are not measured.
         flush: True empties the GPU's second-level cache before each step.
+        timed: Function that runs a step and returns its seconds. Default: by device events on a GPU, else by the clock.
 
     Returns:
         The seconds of each round, by name of the step.
     """
-    timed = _device_seconds if torch.cuda.is_available() else _host_seconds
+    timed = timed or (_device_seconds if torch.cuda.is_available() else _host_seconds)
     times: dict[str, list[float]] = {name: [] for name in steps}
     order = random.Random(0)
     for i in range(warmup + rounds):
@@ -76,9 +83,18 @@ def _host_seconds(step: Callable[[], Any]) -> float:
     return time.perf_counter() - begin
 
 
+def processor_seconds(step: Callable[[], Any]) -> float:
+    """The seconds that this thread computes during a step. Other programs on the machine hardly change them."""
+    begin = time.thread_time()
+    step()
+    return time.thread_time() - begin
+
+
 def _device_seconds(step: Callable[[], Any]) -> float:
+    """The device's time alone: the host enqueues the step while the device still waits, unless the step is long."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda.synchronize()
+    torch.cuda._sleep(DELAY)
     begin.record()
     step()
     end.record()

@@ -1,11 +1,13 @@
 """How far the base moves when an adapter is merged and unmerged again and again, as RL does it at each step.
 
-    python bench/merge_drift.py [--cycles 1000] [--layers 4] [--dtype bfloat16] [--model FOLDER_OR_GGUF]
+    python bench/merge_drift.py [--cycles 1000] [--layers 4] [--dtype bfloat16]
+        [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
 
-Both adapters are merged and unmerged by PEFT's merge_adapter and unmerge_adapter, and take a small random step before
+All adapters are merged and unmerged by PEFT's merge_adapter and unmerge_adapter, and take a small random step before
 each cycle, as training would. S²FT trains units of o_proj and down_proj, LoRA has the same modules and at most as many
-numbers. A base weight counts as changed if any of its bits differ from those before the first cycle. The share is of
-the weights of the adapted modules, and of all weights that are kept in the model (`--layers` of its layers).
+numbers. Its adapters are in the base's dtype, or in float32, as PEFT makes them. A base weight counts as changed if any
+of its bits differ from those before the first cycle. The share is of the weights of the adapted modules, and of all
+weights that are kept in the model (`--layers` of its layers).
 """
 
 import argparse
@@ -16,11 +18,10 @@ from typing import Any
 import torch
 from harness import save
 from peft import LoraConfig, get_peft_model
+from shapes import add_model_options, base_name, base_of
 from torch import nn
 
 from s2ft.peft import S2FTPeftConfig
-from s2ft.text.models import load_model
-from s2ft.train.demo import default_model
 
 RESULTS = Path(__file__).parent / "results" / "merge_drift.json"
 TARGETS = ("o_proj", "down_proj")
@@ -80,10 +81,11 @@ def main() -> None:
     parser.add_argument("--cycles", type=int, default=1000)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--model", default=None)
+    add_model_options(parser)
+    parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args()
     torch.manual_seed(0)
-    model, _ = load_model(options.model or default_model(), options.dtype)
+    model = base_of(options, options.dtype)[0]
     model.model.layers = model.model.layers[: options.layers]
     slices = get_peft_model(copy.deepcopy(model), S2FTPeftConfig(**RATIOS), autocast_adapter_dtype=False)
     count = sum(parameter.numel() for parameter in slices.parameters() if parameter.requires_grad)
@@ -91,13 +93,17 @@ def main() -> None:
     while lora_size(model, rank + 1) <= count:
         rank += 1
     config = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(TARGETS), init_lora_weights=False)
-    lora = get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=False)
+    loras = {
+        name: get_peft_model(copy.deepcopy(model), config, autocast_adapter_dtype=float32)
+        for name, float32 in (("LoRA, base's dtype", False), ("LoRA, as PEFT makes it", True))
+    }
     results = {"cycles": options.cycles, "layers": options.layers, "dtype": options.dtype, "lora rank": rank}
-    results |= {"S²FT": drift(slices, options.cycles), "LoRA": drift(lora, options.cycles)}
-    for name in ("S²FT", "LoRA"):
+    results["base"] = base_name(options)
+    for name, tuned in {"S²FT": slices, **loras}.items():
+        results[name] = drift(tuned, options.cycles)
         for key, value in results[name].items():
-            print(f"{name:5} {key}: {value}")
-    save(RESULTS, results)
+            print(f"{name:23} {key}: {value}", flush=True)
+    save(options.output, results)
 
 
 def lora_size(model: nn.Module, rank: int) -> int:

@@ -1,11 +1,11 @@
 """Switching from one adapter to another in all layers of a model, against unmerging and merging LoRAs.
 
-    python bench/switch.py [--channels 46] [--switches 1000] [--model FOLDER_OR_GGUF]
+    python bench/switch.py [--channels 46] [--switches 1000] [--model FOLDER_OR_GGUF | --shape llama-3.2-1b]
 
 A switch of S²FT is set_adapter to the other one of two loaded adapters. Each has `channels` of every down_proj. A
-switch of LoRA is unmerge_adapter and merge_adapter of PEFT. Its rank gives as many numbers, rounded down. After all
-switches the weights are compared, bit for bit, with those of a model into which the adapter was just loaded. For LoRA
-the difference to the base is printed.
+switch of LoRA is unmerge_adapter and merge_adapter of PEFT. Its rank gives as many numbers, rounded down, and its
+adapters are in the base's dtype, or in float32, as PEFT makes them. After all switches the weights are compared, bit
+for bit, with those of a model into which the adapter was just loaded. For LoRA the difference to the base is printed.
 """
 
 import argparse
@@ -18,13 +18,13 @@ from typing import Any
 
 import torch
 from harness import interleaved, median_ratio, save
+from shapes import add_model_options, base_name, base_of
 from torch import nn
 
 import s2ft
-from s2ft.text.models import load_model
-from s2ft.train.demo import default_model
 
 RESULTS = Path(__file__).parent / "results" / "switch.json"
+LORAS = ("LoRA, base's dtype", "LoRA, as PEFT makes it")  # the same on a float32 base, on which the first alone runs
 
 
 def save_random_adapter(base: nn.Module, ratio: float, seed: int, folder: str) -> None:
@@ -51,12 +51,13 @@ def s2ft_switch(base: nn.Module, folders: dict[str, str]):
     return model, step
 
 
-def lora_switch(base: nn.Module, rank: int):
+def lora_switch(base: nn.Module, rank: int, float32: bool):
+    """PEFT's LoRA. Its adapters are float32 on a half-precision base too, unless `float32` is False."""
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, target_modules=["down_proj"], init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config, adapter_name="a")
-    model.add_adapter("b", config)
+    model = get_peft_model(copy.deepcopy(base), config, adapter_name="a", autocast_adapter_dtype=float32)
+    model.add_adapter("b", config, autocast_adapter_dtype=float32)
     model.merge_adapter(["a"])
     state = {"active": "a"}
 
@@ -93,8 +94,9 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str,
         for seed, folder in enumerate(folders.values()):
             save_random_adapter(base, channels / config.intermediate_size, seed, folder)
         model, step = s2ft_switch(base, folders)
-        lora, lora_step = lora_switch(base, rank)
-        times = interleaved({"s2ft": step, f"LoRA r={rank}": lora_step}, rounds)
+        loras = {name: lora_switch(base, rank, name == LORAS[1]) for name in LORAS[: 1 + (base.dtype != torch.float32)]}
+        steps = {"s2ft": step, **{name: lora_step for name, (_, lora_step) in loras.items()}}
+        times = interleaved(steps, rounds)
         crowd = 100
         for number in range(crowd - len(folders)):
             s2ft.load_adapter(model, folders["a"], f"other{number}", active=False)
@@ -106,37 +108,39 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str,
         s2ft.load_adapter(fresh, folders[name])
         exact = same(model, fresh)
         s2ft.set_adapter(model, None)
-        for _ in range(switches // 10):
-            lora_step()
-        lora.unmerge_adapter()
+        for lora, lora_step in loras.values():
+            for _ in range(switches // 10):
+                lora_step()
+            lora.unmerge_adapter()
     return {
+        "rank of LoRA": rank,
         "milliseconds": {key: 1000 * statistics.median(value) for key, value in times.items()},
         f"milliseconds with {crowd} loaded": 1000 * statistics.median(crowded),
-        "LoRA to s2ft": median_ratio(times, f"LoRA r={rank}", "s2ft"),
+        **{f"{name} to s2ft": median_ratio(times, name, "s2ft") for name in loras},
         "switches": switches,
         "equal to a fresh load": exact,
         "base restored": drift(model, base) == 0.0,
-        f"LoRA's drift after {switches // 10} switches": drift(lora, base),
+        f"drift after {switches // 10} switches": {name: drift(lora, base) for name, (lora, _) in loras.items()},
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    add_model_options(parser)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--channels", type=int, default=46)
     parser.add_argument("--switches", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for dtype in ("bfloat16", "float32"):
-        base = load_model(args.model or default_model(), dtype)[0].to(device).requires_grad_(False)
+        base = base_of(args, dtype, args.device)[0].requires_grad_(False)
         results[dtype] = run(base, args.channels, args.switches, args.rounds)
         print(dtype, results[dtype], flush=True)
         if not results[dtype]["equal to a fresh load"] or not results[dtype]["base restored"]:
             raise SystemExit("the weights after switching differ from those of a fresh load or of the base")
-    save(args.output, {"channels": args.channels, "results": results})
+    save(args.output, {"base": base_name(args), "channels": args.channels, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 """A training step of S²FT against LoRA, full fine-tuning and the frozen model, in one process with the steps in turn.
 
-    python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12] [--model FOLDER_OR_GGUF]
+    python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12]
+        [--model FOLDER_OR_GGUF | --shape width-2048-4-layers] [--floor]
 
-"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing.
+"frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing. LoRA is measured
+with adapters in the base's dtype, and as PEFT makes it: with float32 adapters, on a bfloat16 base too.
 Bytes kept for backward: every storage that autograd saves during a forward, counted once, without parameters.
 """
 
@@ -14,14 +16,16 @@ from typing import Any
 
 import torch
 from harness import interleaved, median_ratio, save
+from shapes import add_model_options, base_name, base_of
 from torch import nn
 
 import s2ft
-from s2ft.text.models import load_model
-from s2ft.train.demo import default_model
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
+# Both are of rank 16. On a float32 base they are the same.
+LORA, LORA_OF_PEFT = "LoRA, base's dtype", "LoRA, as PEFT makes it"
+AGAINST = {LORA: "to LoRA", LORA_OF_PEFT: "to PEFT's", "frozen": "to frozen"}
 
 
 class Method:
@@ -65,9 +69,9 @@ class Method:
         return sum(p.numel() for p in self.trained)
 
 
-def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
+def s2ft_model(base: nn.Module, d_ratio: float, effective: str = "call") -> nn.Module:
     model = copy.deepcopy(base)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio))
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio, effective=effective))
     return model
 
 
@@ -87,15 +91,19 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
     return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
 
 
-def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float) -> dict[str, Method]:
+def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -> dict[str, Method]:
     tuned = Method(s2ft_model(base, d_ratio), batch)
+    frozen = Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True)
+    if floor:
+        return {"S²FT": tuned, "frozen": frozen}
     return {
-        "LoRA r=16": Method(lora_model(base, 16, LORA_TARGETS), batch),
-        "LoRA r=16, base's dtype": Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
+        LORA_OF_PEFT: Method(lora_model(base, 16, LORA_TARGETS), batch),
+        LORA: Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
         "S²FT": tuned,
+        "S²FT, effective=step": Method(s2ft_model(base, d_ratio, "step"), batch),
         "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
         "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
-        "frozen": Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True),
+        "frozen": frozen,
     }
 
 
@@ -103,14 +111,13 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
     batch = torch.randint(
         base.config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0)
     ).to(base.device)
-    steps = methods(base, batch, args.d_ratio)
+    steps = methods(base, batch, args.d_ratio, args.floor)
     kept = {name: method.bytes_kept() for name, method in steps.items()}
     times = interleaved(steps, args.rounds)
     return {
         name: {
             "seconds": statistics.median(times[name]),
-            "ratio to LoRA r=16": median_ratio(times, name, "LoRA r=16"),
-            "ratio to frozen": median_ratio(times, name, "frozen"),
+            **{f"ratio to {other}": median_ratio(times, name, other) for other in AGAINST if other in times},
             "MiB kept": kept[name] / 2**20,
             "trained parameters": steps[name].parameters,
             "all seconds": times[name],
@@ -120,18 +127,22 @@ def run(base: nn.Module, args: argparse.Namespace) -> dict[str, Any]:
 
 
 def table(title: str, rows: dict[str, Any]) -> str:
-    lines = [title, f"{'':<26}{'ms a step':>10}{'to LoRA':>9}{'to frozen':>11}{'MiB kept':>10}{'trained':>13}"]
-    lines += [
-        f"{name:<26}{1000 * row['seconds']:>10.0f}{row['ratio to LoRA r=16']:>9.3f}{row['ratio to frozen']:>11.3f}"
-        f"{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}"
-        for name, row in rows.items()
-    ]
+    columns = {heading: f"ratio to {other}" for other, heading in AGAINST.items()}
+    columns = {heading: key for heading, key in columns.items() if all(key in row for row in rows.values())}
+    ratios = "".join(f"{heading:>11}" for heading in columns)
+    lines = [title, f"{'':<26}{'ms a step':>10}{ratios}{'MiB kept':>10}{'trained':>13}"]
+    for name, row in rows.items():
+        ratios = "".join(f"{row[key]:>11.3f}" for key in columns.values())
+        lines.append(
+            f"{name:<26}{1000 * row['seconds']:>10.0f}{ratios}{row['MiB kept']:>10.0f}{row['trained parameters']:>13,}"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    add_model_options(parser)
+    parser.add_argument("--floor", action="store_true", help="compare S²FT with the frozen model alone")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
@@ -142,10 +153,11 @@ def main() -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
-        base = load_model(args.model or default_model(), dtype)[0].to(device)
+        base = base_of(args, dtype, device)[0]
         results[dtype] = run(base, args)
         print(table(f"{dtype}, {args.batch} × {args.length} tokens", results[dtype]), flush=True)
-    save(args.output, {"batch": args.batch, "length": args.length, "d_ratio": args.d_ratio, "results": results})
+    sizes = {"base": base_name(args), "batch": args.batch, "length": args.length, "d_ratio": args.d_ratio}
+    save(args.output, {**sizes, "results": results})
 
 
 if __name__ == "__main__":

@@ -1,12 +1,15 @@
 // The Python module s2ft._C. Its import registers the CPU kernels. register_cuda() registers the CUDA kernels.
-constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
-#undef TORCH_TARGET_VERSION  // the pybind11 in PyTorch 2.11's headers can't be included while it is defined
-#include <pybind11/pybind11.h>
+//
+// It uses Python's limited API only, so one build serves Python 3.10 and every later version.
+#ifdef Py_LIMITED_API  // not with free-threaded Python, which has no limited API
+#undef Py_LIMITED_API  // PyTorch defines it for the oldest Python that PyTorch itself supports
+#define Py_LIMITED_API 0x030A0000
+#endif
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
 
-#include <memory>
-#include <stdexcept>
+#include <exception>
 #include <string>
-#include <utility>
 
 #ifdef S2FT_WITH_CUDA
 #include "cuda/launch.h"
@@ -16,6 +19,76 @@ constexpr unsigned long long kTorchTarget = TORCH_TARGET_VERSION;
 #include "weight_lock.h"
 
 namespace {
+
+// Runs f() and returns None, or raises RuntimeError with the text of a C++ exception.
+template <class F>
+PyObject* run(const F& f) {
+  try {
+    f();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
+    return nullptr;
+  }
+  Py_RETURN_NONE;
+}
+
+// --- the lock of the weights -------------------------------------------------------------------------
+
+// Waits without the GIL, so that the thread that holds the lock can go on.
+PyObject* acquire(PyObject*, PyObject*) {
+  return run([] {
+    PyThreadState* const state = PyEval_SaveThread();
+    try {
+      s2ft::weight_lock().lock();
+    } catch (...) {
+      PyEval_RestoreThread(state);
+      throw;
+    }
+    PyEval_RestoreThread(state);
+  });
+}
+
+PyObject* release(PyObject*, PyObject*) {
+  if (!s2ft::weight_lock().held()) {
+    PyErr_SetString(PyExc_RuntimeError, "this thread does not hold the lock of the weights");
+    return nullptr;
+  }
+  s2ft::weight_lock().unlock();
+  Py_RETURN_NONE;
+}
+
+// The context manager is in C, so that no interrupt leaves the lock taken. Up to Python 3.13 no signal handler can run
+// between the return of this function and the start of the block that gives the lock back. Python 3.14 handles signals in
+// between. So those that arrived during the wait for the lock are handled here.
+PyObject* enter(PyObject*, PyObject*) {
+  PyObject* const none = acquire(nullptr, nullptr);
+  if (none && PyErr_CheckSignals() < 0) {
+    Py_DECREF(none);
+    s2ft::weight_lock().unlock();
+    return nullptr;
+  }
+  return none;
+}
+
+PyMethodDef lock_methods[] = {
+    {"acquire", &acquire, METH_NOARGS, "Take the lock. The thread that has it may take it again."},
+    {"release", &release, METH_NOARGS, "Give the lock back. RuntimeError: this thread does not have it."},
+    {"__enter__", &enter, METH_NOARGS, nullptr},
+    {"__exit__", &release, METH_VARARGS, nullptr},
+    {nullptr, nullptr, 0, nullptr},
+};
+
+PyType_Slot lock_slots[] = {
+    {Py_tp_doc, const_cast<char*>("The lock that an op holds while it changes a weight. There is one per process.")},
+    {Py_tp_methods, lock_methods},
+    {0, nullptr},
+};
+
+PyType_Spec lock_spec = {
+    "s2ft._C.WeightLock", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, lock_slots,
+};
+
+// --- how this module was compiled --------------------------------------------------------------------
 
 std::string compiler() {
 #if defined(__clang__)
@@ -30,46 +103,82 @@ std::string compiler() {
 }
 
 std::string torch_target() {
-  return std::to_string(kTorchTarget >> 56) + "." + std::to_string((kTorchTarget >> 48) & 0xff);
+  constexpr unsigned long long target = TORCH_TARGET_VERSION;
+  return std::to_string(target >> 56) + "." + std::to_string((target >> 48) & 0xff);
 }
 
-pybind11::dict build_info() {
-  pybind11::dict info;
-  info["compiler"] = compiler();
-  info["cxx_standard"] = static_cast<long>(__cplusplus);
-  info["torch_target"] = torch_target();
 #ifdef S2FT_WITH_CUDA
-  info["with_cuda"] = true;
-  info["cuda_archs"] = S2FT_CUDA_ARCHS;
+constexpr bool kWithCuda = true;
+constexpr const char* kCudaArchs = S2FT_CUDA_ARCHS;
 #else
-  info["with_cuda"] = false;
-  info["cuda_archs"] = "";
+constexpr bool kWithCuda = false;
+constexpr const char* kCudaArchs = "";
 #endif
-  return info;
+
+PyObject* build_info(PyObject*, PyObject*) {
+  return Py_BuildValue("{s:s,s:l,s:s,s:O,s:s}", "compiler", compiler().c_str(), "cxx_standard",
+                       static_cast<long>(__cplusplus), "torch_target", torch_target().c_str(), "with_cuda",
+                       kWithCuda ? Py_True : Py_False, "cuda_archs", kCudaArchs);
 }
+
+#ifdef S2FT_WITH_CUDA
+PyObject* cuda_versions(PyObject*, PyObject*) {
+  return Py_BuildValue("(ii)", s2ft::cuda::driver_version(), s2ft::cuda::built_version());
+}
+
+PyObject* register_cuda(PyObject*, PyObject*) {
+  return run([] { s2ft::register_cuda(); });
+}
+#endif
+
+// --- the module --------------------------------------------------------------------------------------
+
+PyMethodDef functions[] = {
+    {"build_info", &build_info, METH_NOARGS, "How this module was compiled, as a dict."},
+#ifdef S2FT_WITH_CUDA
+    {"cuda_versions", &cuda_versions, METH_NOARGS,
+     "The CUDA versions of the driver (0 without a driver) and of the build, as 1000 * major + 10 * minor."},
+    {"register_cuda", &register_cuda, METH_NOARGS, "Register the CUDA kernels. Further calls do nothing."},
+#endif
+    {nullptr, nullptr, 0, nullptr},
+};
+
+// Adds `object` to the module and gives the reference away. Returns 0, or -1 with an exception set.
+int add(PyObject* module, const char* name, PyObject* object) {
+  if (!object) return -1;
+  const int status = PyModule_AddObjectRef(module, name, object);
+  Py_DECREF(object);
+  return status;
+}
+
+int fill(PyObject* module) {
+  PyObject* const type = PyType_FromSpec(&lock_spec);
+  if (!type) return -1;
+  PyObject* const lock = PyType_GenericAlloc(reinterpret_cast<PyTypeObject*>(type), 0);
+  if (add(module, "weight_lock", lock) < 0) {
+    Py_DECREF(type);
+    return -1;
+  }
+  return add(module, "WeightLock", type);
+}
+
+PyModuleDef_Slot module_slots[] = {
+    {Py_mod_exec, reinterpret_cast<void*>(&fill)},
+    {0, nullptr},
+};
+
+PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    "s2ft._C",
+    "Compiled kernels of s2ft.",
+    0,
+    functions,
+    module_slots,
+    nullptr,
+    nullptr,
+    nullptr,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(_C, m) {
-  m.doc() = "Compiled kernels of s2ft.";
-  // A context manager in C++. No Python signal handler can run between the moment the lock is taken and the moment the
-  // context manager is responsible for it.
-  using NoGil = pybind11::call_guard<pybind11::gil_scoped_release>;
-  pybind11::class_<s2ft::WeightLock, std::unique_ptr<s2ft::WeightLock, pybind11::nodelete>>(m, "WeightLock")
-      .def("acquire", &s2ft::WeightLock::lock, NoGil())
-      .def("release",
-           [](s2ft::WeightLock& lock) {
-             if (!lock.held()) throw std::runtime_error("this thread does not hold the lock of the weights");
-             lock.unlock();
-           })
-      .def("__enter__", &s2ft::WeightLock::lock, NoGil())
-      .def("__exit__", [](s2ft::WeightLock& lock, const pybind11::args&) { lock.unlock(); });
-  m.attr("weight_lock") = pybind11::cast(&s2ft::weight_lock(), pybind11::return_value_policy::reference);
-  m.def("build_info", &build_info, "How this module was compiled.");
-#ifdef S2FT_WITH_CUDA
-  m.def(
-      "cuda_versions", [] { return std::pair(s2ft::cuda::driver_version(), s2ft::cuda::built_version()); },
-      "The CUDA versions of the driver (0 without a driver) and of the build, as 1000 * major + 10 * minor.");
-  m.def("register_cuda", &s2ft::register_cuda, "Register the CUDA kernels. Further calls do nothing.");
-#endif
-}
+PyMODINIT_FUNC PyInit__C() { return PyModuleDef_Init(&definition); }

@@ -28,6 +28,7 @@ CHOICES = {
     "order": ("largest", "smallest"),
     "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
+    "effective": ("call", "step"),
     "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 CHOOSING = (
@@ -37,12 +38,14 @@ CHOOSING = (
     "allocation",
     "layers",
     "towers",
+    "align",
     "budget",
     "match_lora_rank",
     "exclude",
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
-LATER = ("l_ratio", "towers", "modules_to_save", "protect_ratio")  # fields that adapter files have only if they are set
+# Fields that adapter files have only if they are set
+LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio", "effective")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -119,6 +122,8 @@ class S2FTConfig:
         allocation: `uniform` chooses the same number in every layer; `global` chooses the best of each projection over
             all layers by their scores, so a layer may get none. With `random` it draws from the units of all layers
             together, as the paper's code does; a ratio is then a share of all of them, rounded down.
+        align: Round the number of a projection's units down to a multiple of this, for instance 8, so that every row
+            of a slice starts at an aligned address. A number below `align` stays. Default: no rounding.
         budget: Number of trained parameters, such as 9200000 or "9.2M". The ratios are scaled to as many units as fit.
         match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
         exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
@@ -136,6 +141,9 @@ class S2FTConfig:
         modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
             last parts of their paths.
         ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
+        effective: How long a weight holds base + delta: `call`, for one matrix product at a time, so that it holds the
+            base in between; or `step`, from one optimizer step to the next, so that it is constant in between. Training
+            gives the same bits.
 
     Raises:
         ValueError: A value is not allowed, or two options contradict each other. The message names them.
@@ -170,6 +178,14 @@ class S2FTConfig:
         metadata={
             "help": "how units are distributed over the layers: " + _listed(ALLOCATIONS),
             "choices": CHOICES["allocation"],
+        },
+    )
+    align: int | None = field(
+        default=None,
+        metadata={
+            "help": "round the number of units of each projection down to a multiple of this, for example 8; needs "
+            "allocation uniform",
+            "metavar": "UNITS",
         },
     )
     budget: int | str | None = field(
@@ -246,6 +262,14 @@ class S2FTConfig:
             "off": "compute act(gate) * up of the FFN in separate steps; without this option one kernel computes it",
         },
     )
+    effective: str = field(
+        default="call",
+        metadata={
+            "help": "how long a weight holds base + delta: call (for one matrix product at a time) or step (from one "
+            "optimizer step to the next, for pipelines, shared weights and checkpoints written in the background)",
+            "choices": CHOICES["effective"],
+        },
+    )
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
@@ -268,12 +292,19 @@ class S2FTConfig:
             self.budget = _parameters(self.budget)
         if self.match_lora_rank is not None:
             _check_positive("match_lora_rank", self.match_lora_rank)
+        if self.align is not None:
+            _check_positive("align", self.align)
         if self.protect_ratio is not None:
             self._check_protect_ratio()
         self.exclude, self.units = _units("exclude", self.exclude), _units("units", self.units)
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.align is not None and self.allocation != "uniform":
+            raise ValueError(
+                f"align={self.align} needs allocation='uniform': with {self.allocation!r} the scores decide how many "
+                "units a layer gets"
+            )
         if self.budget is not None and self.match_lora_rank is not None:
             raise ValueError("budget and match_lora_rank exclude each other: both set how much is trained")
         if self.units is not None:
@@ -335,7 +366,8 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save` and `protect_ratio` are left out if they
-            have no effect, as in older files.
+            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save`, `protect_ratio` and `effective` are left
+            out if they have their defaults, as in older files.
         """
-        return {name: value for name, value in asdict(self).items() if name not in LATER or value}
+        defaults = {f.name: f.default for f in fields(self)}
+        return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}

@@ -30,13 +30,15 @@ def freeze():
 
 
 def pytest_collection_modifyitems(items):
-    for item in items:
-        if "cuda" in item.keywords and not torch.cuda.is_available():
+    for item in items:  # by marker: the names of folders are keywords too, also of one around the checkout
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-        if "vllm" in item.keywords and find_spec("vllm") is None:
+        if item.get_closest_marker("vllm") and find_spec("vllm") is None:
             item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
-        if "lm_eval" in item.keywords and find_spec("lm_eval") is None:
+        if item.get_closest_marker("lm_eval") and find_spec("lm_eval") is None:
             item.add_marker(pytest.mark.skip(reason="no lm-eval: make test-lm-eval"))
+        if item.get_closest_marker("triton") and find_spec("triton") is None:
+            item.add_marker(pytest.mark.skip(reason="no Triton: make test-triton"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,7 +1,8 @@
 """multi_adapter_linear against LoRA's two batched products and addition. The adapters have the same number of bytes.
 
 LoRA's matrices are already in the order of the batch, so that gathering them takes no time. They are measured in both
-layouts: as in PEFT (A [r, in], B [out, r]) and transposed. Floor: reading the bank at the speed of a copy.
+layouts: as in PEFT (A [r, in], B [out, r]) and transposed. In bfloat16 they are measured in float32 too, which is how
+PEFT makes them; then they have twice the bytes. Floor: reading the bank at the speed of a copy.
 """
 
 import torch
@@ -39,6 +40,14 @@ def cases_of(device: str, dtype: torch.dtype, adapters: int, tokens: int):
     ):  # the values do not matter, only the layout
         return y + torch.bmm(torch.bmm(x, a), b)
 
+    rivals = {"LoRA": lora, "LoRA, transposed": lora_transposed}
+    if dtype != torch.float32:
+        wide_a, wide_b = a.float(), b.float()
+
+        def lora_float32():
+            return y + torch.bmm(torch.bmm(x.float(), wide_a.transpose(1, 2)), wide_b.transpose(1, 2)).to(dtype)
+
+        rivals["LoRA, float32"] = lora_float32
     for dim in (1, 0):
 
         def ours(dim=dim):
@@ -48,6 +57,6 @@ def cases_of(device: str, dtype: torch.dtype, adapters: int, tokens: int):
             "multi_adapter_linear",
             f"{str(dtype)[6:]}, {adapters:,} adapters, {tokens} tokens, dim {dim}",
             ours,
-            {"LoRA": lora, "LoRA, transposed": lora_transposed},
+            rivals,
             moved=0 if tokens > 1 else values.numel() * values.element_size(),
         )

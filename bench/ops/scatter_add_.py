@@ -1,4 +1,4 @@
-"""scatter_add_ against index_add_, and against merging a LoRA of as many bytes.
+"""scatter_add_ against index_add_, and against merging a LoRA of as many numbers, in the weight's dtype and in float32.
 
 Floor: a copy that moves the bytes of the delta once and those of the changed units twice.
 """
@@ -37,12 +37,19 @@ def cases(device: str):
             for _ in range(deltas):
                 weight.add_((b @ a) * 2.0)
 
+        def lora_merge_float32(weight=weight, a=a.float(), b=b.float(), deltas=deltas):
+            for _ in range(deltas):
+                weight.add_(((b @ a) * 2.0).to(weight.dtype))
+
+        rivals = {"index_add_": torch_way, "LoRA merge": lora_merge}
+        if dtype != torch.float32:  # as PEFT makes its adapters
+            rivals["LoRA merge, float32"] = lora_merge_float32
         size = weight.element_size()
         touched = torch.cat(index).unique().numel() * 4096 * size
         yield Case(
             "scatter_add_",
             f"{str(dtype)[6:]} 4096², {deltas} × 64 of dim {dim}",
             ours,
-            {"index_add_": torch_way, "LoRA merge": lora_merge},
+            rivals,
             moved=2 * touched + sum(d.numel() for d in delta) * size,
         )

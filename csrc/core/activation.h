@@ -68,13 +68,7 @@ struct Normal {
 // / t over a <= 13.2. The fit minimises the squared relative error at 600 Chebyshev points in t, reweighted by the
 // error until the largest errors were equal (Lawson's method), 2.4e-8. 0.34 was the best of the values tried. In float
 // arithmetic the relative error of Phi is at most 4e-7.
-S2FT_HD Normal<float> normal(float x) {
-  const float a = bounded_magnitude(x, 14.0f);  // from 13.2 on the exponential is 0
-  // The square is computed in two parts, and the first is exact. One rounded square would give the exponential a
-  // relative error of 4e-6.
-  const float high = bits_as<float>(bits_as<uint32_t>(a) & 0xfffff000u);
-  const float e = bounded_exponential(-0.5f * high * high, -0.5f * (a - high) * (a + high));
-  const float t = 1.0f / (1.0f + 0.34f * a);
+S2FT_HD float normal_tail(float t) {  // t P(t)
   float p = -2.65232132e-02f;
   p = p * t + 1.41391639e-01f;
   p = p * t - 2.76895516e-01f;
@@ -84,7 +78,17 @@ S2FT_HD Normal<float> normal(float x) {
   p = p * t + 1.14933150e-01f;
   p = p * t + 1.36146927e-01f;
   p = p * t + 1.35618606e-01f;
-  const float tail = e * (p * t);
+  return p * t;
+}
+
+S2FT_HD Normal<float> normal(float x) {
+  const float a = bounded_magnitude(x, 14.0f);  // from 13.2 on the exponential is 0
+  // The square is computed in two parts, and the first is exact. One rounded square would give the exponential a
+  // relative error of 4e-6.
+  const float high = bits_as<float>(bits_as<uint32_t>(a) & 0xfffff000u);
+  const float e = bounded_exponential(-0.5f * high * high, -0.5f * (a - high) * (a + high));
+  const float t = 1.0f / (1.0f + 0.34f * a);
+  const float tail = e * normal_tail(t);
   const uint32_t cdf = choose(x < 0.0f, bits_as<uint32_t>(tail), bits_as<uint32_t>(1.0f - tail));
   return {bits_as<float>(cdf), e * 0.398942280f};
 }

@@ -1,7 +1,8 @@
 // Number types of the kernels, and the sum base + delta.
 //
-// The same source is compiled for the CPU, by nvcc, and for the CUDA-on-CPU tests. The two 16-bit types are therefore
-// converted by integer arithmetic everywhere, without vendor headers. The tests run the same conversions as a GPU.
+// The same source is compiled for the CPU, by nvcc, and for the CUDA-on-CPU tests, without vendor headers. The two 16-bit
+// types are converted by integer arithmetic, or by the instruction of a GPU that has one. Both round to nearest, ties to
+// even, so they differ in the bits of a NaN at most.
 #pragma once
 
 #include <cstdint>
@@ -43,6 +44,11 @@ S2FT_HD uint32_t choose(bool first, uint32_t a, uint32_t b) {
 }
 
 S2FT_HD float widen(Half h) {
+#if defined(__CUDA_ARCH__)
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(h.bits));
+  return f;
+#else
   const uint32_t sign = static_cast<uint32_t>(h.bits & 0x8000u) << 16;
   const uint32_t magnitude = h.bits & 0x7fffu;
   // The shift aligns the mantissas. The exponent biases differ by 112.
@@ -51,6 +57,7 @@ S2FT_HD float widen(Half h) {
   const uint32_t subnormal = bits_as<uint32_t>(static_cast<float>(static_cast<int32_t>(magnitude)) * 0x1p-24f);
   const uint32_t finite = choose(magnitude < 0x0400u, subnormal, normal);
   return bits_as<float>(sign | choose(magnitude >= 0x7c00u, special, finite));
+#endif
 }
 
 S2FT_HD float widen(BFloat16 b) { return bits_as<float>(static_cast<uint32_t>(b.bits) << 16); }
@@ -70,6 +77,11 @@ struct Narrow {
 template <>
 struct Narrow<Half> {
   S2FT_HD static Half from(float value) {
+#if defined(__CUDA_ARCH__)
+    Half h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h.bits) : "f"(value));
+    return h;
+#else
     const uint32_t bits = bits_as<uint32_t>(value);
     const uint32_t sign = (bits >> 16) & 0x8000u;
     const uint32_t magnitude = bits & 0x7fffffffu;
@@ -81,16 +93,23 @@ struct Narrow<Half> {
     result = choose(magnitude >= 0x477ff000u, 0x7c00u, result);  // 65520 and above round to infinity
     result = choose(magnitude > 0x7f800000u, 0x7e00u, result);   // NaN
     return Half{static_cast<uint16_t>(sign | result)};
+#endif
   }
 };
 
 template <>
 struct Narrow<BFloat16> {
   S2FT_HD static BFloat16 from(float value) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+    BFloat16 b;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(b.bits) : "f"(value));
+    return b;
+#else
     const uint32_t bits = bits_as<uint32_t>(value);
     const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return BFloat16{static_cast<uint16_t>(nan ? 0x7fc0u : rounded)};
+#endif
   }
 };
 

@@ -1,44 +1,75 @@
 // The kernels of act_mul. If all tensors are aligned, they read 16 bytes of every tensor at a time, and then the
-// remaining elements one by one. Otherwise they read all elements one by one.
+// remaining elements one by one. Otherwise they read all elements one by one. 16-bit elements are computed in pairs, a
+// single one with a zero beside it, so a result does not depend on its place.
 #include "../core/activation.h"
+#include "fast_activation.h"
 #include "launch.h"
 #include "platform.h"
 
 namespace s2ft::cuda {
 namespace {
 
+// What is computed at once: an element, or a pair of 16-bit elements.
 template <class T>
-constexpr int kWidth = 16 / sizeof(T);
+struct Item {
+  using type = T;
+  __device__ static type load(const T* at) { return *at; }
+  __device__ static void store(T* at, type item) { *at = item; }
+};
+
+template <class T>
+struct PairItem {
+  using type = Pair<T>;
+  __device__ static type load(const T* at) { return pair_of(*at); }
+  __device__ static void store(T* at, type item) { *at = first_of(item); }
+};
+template <>
+struct Item<Half> : PairItem<Half> {};
+template <>
+struct Item<BFloat16> : PairItem<BFloat16> {};
+
+template <class T>
+using ItemOf = typename Item<T>::type;
+template <class T>
+using PackOf = Pack<ItemOf<T>, 16 / sizeof(ItemOf<T>)>;
+
+template <class T>
+constexpr int kWidth = 16 / sizeof(T);  // elements of a pack
 
 template <class Act, class T>
 __global__ void act_mul_items(const T* gate, const T* up, T* out, int64_t packs, int64_t size) {
-  using P = Pack<T, kWidth<T>>;
+  using P = PackOf<T>;
   for (int64_t t = first_item(); t < packs; t += item_step()) {
     const P g = reinterpret_cast<const P*>(gate)[t], u = reinterpret_cast<const P*>(up)[t];
     P result;
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) result.at[i] = act_mul_of<Act>(g.at[i], u.at[i]);
+    for (size_t i = 0; i < sizeof(P) / sizeof(P::at[0]); ++i) result.at[i] = act_mul_of<Act>(g.at[i], u.at[i]);
     reinterpret_cast<P*>(out)[t] = result;
   }
   for (int64_t i = packs * kWidth<T> + first_item(); i < size; i += item_step())
-    out[i] = act_mul_of<Act>(gate[i], up[i]);
+    Item<T>::store(out + i, act_mul_of<Act>(Item<T>::load(gate + i), Item<T>::load(up + i)));
 }
 
 template <class Act, class T>
 __global__ void act_mul_backward_items(const T* grad, const T* gate, const T* up, T* grad_gate, T* grad_up,
                                        int64_t packs, int64_t size) {
-  using P = Pack<T, kWidth<T>>;
+  using P = PackOf<T>;
   for (int64_t t = first_item(); t < packs; t += item_step()) {
     const P d = reinterpret_cast<const P*>(grad)[t], g = reinterpret_cast<const P*>(gate)[t],
             u = reinterpret_cast<const P*>(up)[t];
     P of_gate, of_up;
 #pragma unroll
-    for (int i = 0; i < kWidth<T>; ++i) act_mul_gradients<Act>(d.at[i], g.at[i], u.at[i], &of_gate.at[i], &of_up.at[i]);
+    for (size_t i = 0; i < sizeof(P) / sizeof(P::at[0]); ++i)
+      act_mul_gradients<Act>(d.at[i], g.at[i], u.at[i], &of_gate.at[i], &of_up.at[i]);
     reinterpret_cast<P*>(grad_gate)[t] = of_gate;
     reinterpret_cast<P*>(grad_up)[t] = of_up;
   }
-  for (int64_t i = packs * kWidth<T> + first_item(); i < size; i += item_step())
-    act_mul_gradients<Act>(grad[i], gate[i], up[i], grad_gate + i, grad_up + i);
+  for (int64_t i = packs * kWidth<T> + first_item(); i < size; i += item_step()) {
+    ItemOf<T> of_gate, of_up;
+    act_mul_gradients<Act>(Item<T>::load(grad + i), Item<T>::load(gate + i), Item<T>::load(up + i), &of_gate, &of_up);
+    Item<T>::store(grad_gate + i, of_gate);
+    Item<T>::store(grad_up + i, of_up);
+  }
 }
 
 template <class T, class... Pointers>

@@ -40,9 +40,10 @@ int add_adapters(const Bank& bank, const Batch& batch, DType dtype, void* stream
 int act_mul(Activation activation, const ActMulData& data, void* stream);
 int act_mul_backward(Activation activation, const ActMulData& data, void* stream);
 
-// ordered_begin() makes `stream` wait for the work before the last ordered_end() on this device, on any stream.
-// ordered_end() marks the work that is now in `stream`. The caller holds weight_lock(). During graph capture both do
-// nothing, because a captured graph can't wait for work outside it. The caller must order the replays.
+// ordered_begin() makes `stream` wait for the work before the last ordered_end() on this device, on any other stream.
+// ordered_end() marks the work that is now in `stream`, which is that of ordered_begin(). The caller holds weight_lock()
+// from the one to the other. During graph capture both do nothing, because a captured graph can't wait for work outside
+// it. The caller must order the replays.
 int ordered_begin(int device, void* stream);
 int ordered_end(int device, void* stream);
 

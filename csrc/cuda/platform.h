@@ -7,7 +7,7 @@
 #else
 #include <cuda_runtime.h>
 #define S2FT_LAUNCH(kernel, grid, block, stream, ...) kernel<<<grid, block, 0, stream>>>(__VA_ARGS__)
-#define S2FT_SHARED(T, name, count) __shared__ T name[count]
+#define S2FT_SHARED(T, name, count) __shared__ alignas(16) T name[count]
 #endif
 
 #include <cstdint>

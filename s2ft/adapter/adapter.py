@@ -1,7 +1,7 @@
 """An adapter in memory: named deltas in the base's own coordinates, weighted sums, and checks against a model."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -37,6 +37,7 @@ class Adapter:
         couplings: The couplings, if they were passed to :func:`s2ft.attach`; None for a known family.
         extra_weights: Parameters outside the couplings that are trained in full, by name.
         structure: Where the slices lie in the model, for engines that do not build it; None if that was not recorded.
+        device: Device that keeps the tensors of a loaded adapter; None if they follow the weights of the model.
 
     Example:
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
@@ -56,6 +57,7 @@ class Adapter:
     couplings: list[Coupling] | None = None
     extra_weights: dict[str, Tensor] = field(default_factory=dict)
     structure: Structure | None = None
+    device: torch.device | None = None
 
     @property
     def parameters(self) -> int:
@@ -86,6 +88,30 @@ class Adapter:
             },
             extra_weights={name: value.to(device) for name, value in self.extra_weights.items()},
         )
+
+    def beside(self, devices: Mapping[str, torch.device]) -> "Adapter":
+        """Copy the adapter with each delta and extra weight on a device of its own.
+
+        Args:
+            devices: Devices by projection and by the name of an extra weight. On the meta device nothing is put.
+
+        Returns:
+            A new adapter, or this one if everything is there already.
+        """
+        tensors = {**{path: delta.values for path, delta in self.deltas.items()}, **self.extra_weights}
+        placed = {
+            name: tensor.to(devices[name])
+            for name, tensor in tensors.items()
+            if devices[name] != tensor.device and devices[name].type != "meta"
+        }
+        if not placed:
+            return self
+        deltas = {
+            path: replace(delta, values=placed[path]) if path in placed else delta
+            for path, delta in self.deltas.items()
+        }
+        extra_weights = {name: placed.get(name, value) for name, value in self.extra_weights.items()}
+        return replace(self, deltas=deltas, extra_weights=extra_weights)
 
     def __add__(self, other: "Adapter") -> "Adapter":
         return weighted_sum([(self, 1.0), (other, 1.0)], f"{self.name}+{other.name}")

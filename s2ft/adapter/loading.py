@@ -71,7 +71,9 @@ def load_adapter(
         name: Name of the loaded adapter. Default: the name that it was saved with.
         trainable: Whether its training goes on.
         active: Whether it becomes the active adapter. A trainable adapter always does.
-        device: Device that keeps the deltas. Default: the CPU. Switching is fastest on the model's device.
+        device: Device that keeps the tensors of an adapter that is not trainable, such as "cpu" for more adapters than
+            fit on a GPU; each switch then sends them there. Default: the devices of the model's weights. They follow
+            the model when it moves, and a switch waits for nothing.
 
     Raises:
         FileNotFoundError: There is no such folder or repository.
@@ -97,7 +99,9 @@ def load_adapter(
     if not trainable:
         check_can_write(model, record, adapter.deltas)
         check_memory(model, [record.projections[path] for path in adapter.deltas])
-        load(model, record, adapter if device is None else adapter.to(device), active)
+        if device is not None:
+            adapter = replace(adapter.to(device), device=torch.device(device))
+        load(model, record, adapter, active)
         return
     if record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")

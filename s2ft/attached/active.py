@@ -4,14 +4,14 @@ Before a weight is written, the slices that will change are recorded with the va
 copies the recorded values back. It can be done any number of times, so an interrupt at any moment loses nothing.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.checks import check_can_write, check_can_write_now, check_has_arrived
 from s2ft.attached.record import Attachment, Mount, Written
-from s2ft.distributed import full_tensors, has_master_copy, reshard_all, write_units
+from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
 from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
 from s2ft.model.weights import weight_at
@@ -41,6 +41,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)
+    place_loaded(model, record, [name for name in names if name != record.name and _has_moved(model, record, name)])
     deltas = {name: mounted_deltas(record) if name == record.name else record.loaded[name].deltas for name in names}
     if record.name in deltas:  # loaded adapters were checked when they were loaded
         check_can_write(model, record, deltas[record.name])
@@ -69,14 +70,17 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.enabled = False
     for entry in reversed(record.written):
         with weight_at(model, entry.projection).shard() as part:
-            index, base = entry.index, entry.base
-            if not entry.is_local:  # it was written before the model was sharded, if it is sharded
+            index, base, is_checked = entry.index, entry.base, False
+            if entry.delta is not None and part.is_full:
+                index, is_checked = record.positions_of(entry.projection, entry.delta, part.tensor), True
+            elif not entry.is_local:  # it was written before the model was sharded, if it is sharded
                 index = record.current_positions(entry.projection, index)
                 index, base = part.restrict(index, base, entry.projection.dim)
             if base.numel():
                 # A copy, which swap_ fills with the values that it replaces: the recorded values must stay.
                 base = base.to(device=part.tensor.device, dtype=part.tensor.dtype, copy=True)
-                swap_(part.tensor, index.to(part.tensor.device), base, entry.projection.dim)
+                index = index.to(part.tensor.device)
+                swap_(part.tensor, index, base, entry.projection.dim, is_checked=is_checked)
     record.written.clear()
     record.change_unfinished = False
 
@@ -131,18 +135,52 @@ def write_trained(model: nn.Module, record: Attachment) -> None:
 def _write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
     with weight_at(model, projection).shard() as part:
         weight, dim = part.tensor, projection.dim
-        found = [
-            part.restrict(record.current_positions(projection, delta.index), delta.values, dim) for delta, _ in parts
-        ]
+        if part.is_full:
+            found = [(record.positions_of(projection, delta, weight), delta.values) for delta, _ in parts]
+        else:
+            places = [record.current_positions(projection, delta.index) for delta, _ in parts]
+            found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
         with LOCK:
             finish_interrupted()
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
-            record.written.append(Written(projection, delta.index if part.is_full else here, base, not part.is_full))
+            of_whole = (delta.index, base, False, delta)
+            record.written.append(Written(projection, *(of_whole if part.is_full else (here, base, True))))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
-            scatter_add_(weight, index, values, dim, [weight for _, weight in parts])
+            factors = [factor for _, factor in parts]
+            scatter_add_(weight, index, values, dim, factors, is_checked=part.is_full)
+
+
+def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
+    """Whether the weights of a loaded adapter are not where its tensors are, judged by the first of them."""
+    path, delta = next(iter(record.loaded[name].deltas.items()))
+    return delta.values.device != weight_at(model, record.projections[path]).tensor.device
+
+
+def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+    """Make loaded adapters ready, so that a switch sends nothing to a device and waits for nothing.
+
+    Their units are checked. Their tensors go to the devices of the weights, unless an adapter was loaded with a device
+    of its own, or the weights are on the meta device.
+
+    Args:
+        model: Model of the record.
+        record: Record that has the adapters.
+        names: Names of the adapters.
+    """
+    for name in names:
+        adapter = record.loaded[name]
+        handles = {path: weight_at(model, record.projections[path]) for path in adapter.deltas}
+        devices = {path: handle.tensor.device for path, handle in handles.items()}
+        if adapter.extra_weights:
+            parameters = dict(model.named_parameters())
+            devices |= {extra: parameters[extra].device for extra in adapter.extra_weights}
+        record.place(name, devices)
+        for path, delta in record.loaded[name].deltas.items():
+            if not is_sharded(handles[path].tensor):
+                record.positions_of(record.projections[path], delta, handles[path].matrix)
 
 
 # ---- deltas of the trainable adapter -------------------------------------------------------------------

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-from s2ft.attached.active import activate, deactivate, switch, write_trained
+from s2ft.attached.active import activate, deactivate, place_loaded, switch, write_trained
 from s2ft.attached.mounting import claim, release, remount, unmount
 from s2ft.attached.record import Attachment, LoadedAdapter, find_attachment
 from s2ft.ops._lock import LOCK
@@ -55,6 +55,7 @@ def load(model: nn.Module, record: Attachment, adapter: LoadedAdapter, active: b
             claim(model, record)
             model.requires_grad_(False)
         record.load(adapter)
+        place_loaded(model, record, [adapter.name])
         if active:
             switch(model, record, {adapter.name: 1.0})
     except BaseException:

@@ -18,7 +18,7 @@ from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import tensors_of, weight_at
-from s2ft.ops._memory import check_private
+from s2ft.ops._memory import check_private, check_writable
 from s2ft.ranks.fsdp import check_can_follow, managed_by_fsdp
 
 # ---- names ---------------------------------------------------------------------------------------------
@@ -160,8 +160,8 @@ def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
             yield f"{' and '.join(tied)} are one tied weight" if tied else ""
 
 
-def check_memory(model: nn.Module, projections: list[Projection]) -> None:
-    """Raise ValueError for a weight in shared or read-only memory, or computed from other parameters."""
+def check_memory(model: nn.Module, projections: list[Projection], may_be_shared: bool = False) -> None:
+    """Raise ValueError for a weight in read-only memory, in shared memory unless it may be, or computed from others."""
     for path, projection in {projection.path: projection for projection in projections}.items():
         handle = weight_at(model, projection)
         if handle.read_only:
@@ -173,7 +173,11 @@ def check_memory(model: nn.Module, projections: list[Projection]) -> None:
                 "weight_norm: make it a parameter first (prune.remove, remove_weight_norm)"
             )
         if not is_sharded(handle.tensor):
-            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, handle.tensor)
+            what = f"{path}.weight" if isinstance(found, nn.Module) else path
+            if may_be_shared:
+                check_writable(what, handle.tensor)
+            else:
+                check_private(what, handle.tensor)
 
 
 def check_gradients_pass(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.layers import act_mul_of, forward_of
+from s2ft.layers import act_mul_of, forward_of, run_on_one_input
 from s2ft.model.coupling import Coupling
 from s2ft.ops import act_mul
 
@@ -16,9 +16,11 @@ from s2ft.ops import act_mul
 def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width].
 
-    For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps.
+    For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps. The
+    gradients of x through gate and up are summed in one buffer.
     """
-    return block.down_proj(act_mul(block.gate_proj(x), block.up_proj(x), activation))
+    gate, up = run_on_one_input(x, block.gate_proj, block.up_proj)
+    return block.down_proj(act_mul(gate, up, activation))
 
 
 def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:

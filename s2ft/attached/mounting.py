@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
+from s2ft.attached.active import place_loaded
 from s2ft.attached.arrival import add_arrival_hooks, after_apply, expect_weights, mark_layers, remove_arrival_hooks
 from s2ft.attached.checks import (
     check_can_move,
@@ -24,6 +25,7 @@ from s2ft.attached.checks import (
     check_shards,
 )
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
+from s2ft.attached.holding import check_can_hold, start_holding, stop_holding
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
 from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
@@ -57,6 +59,7 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
     for entry in record.written:
         entry.base = applied(function, entry.base)
     record.extra.apply(function)
+    place_loaded(model, record, record.loaded)
     after_apply(model, record)
     return model
 
@@ -87,7 +90,11 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     check_gradients_pass(model)
     check_shards(model, touched)
     check_is_quantized(model, touched)
-    check_memory(model, [projection for coupling in touched for projection in coupling.projections])
+    holds = config.effective == "step"
+    if holds:
+        trained = (projection for coupling in touched for projection in coupling.projections)
+        check_can_hold(model, [projection for projection in trained if projection.name in selection])
+    check_memory(model, [projection for coupling in touched for projection in coupling.projections], holds)
     for coupling in touched:
         for module in experts_modules(coupling):
             forward_of(model.get_submodule(module))
@@ -99,6 +106,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         record.name, record.config, record.selection = name, config, selection
         _mount_all(model, record, touched, moves)
         extra_weights.start(model, record, extra_names, before_forward, before_load)
+        start_holding(model, record)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
@@ -218,7 +226,8 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
     if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
         where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
     delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
-    layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
+    options = {"delta_dtype": delta_dtype, "effective": record.config.effective}
+    layer = kind.layers[dim].from_module(original, **where, **options)
     install_style(original, layer)
     return layer
 
@@ -244,6 +253,7 @@ def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2L
         {expert: torch.cat(places) for expert, places in index.items()},
         config.delta_dtype_for(original.dtype),
         parts[0].projection.transposed,
+        config.effective,
     )
 
 
@@ -295,6 +305,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     what was mounted; call :meth:`Attachment.forget_mounts` afterwards if the model keeps the record.
     """
     extra_weights.remove_hooks_of(model, before_forward, before_load)
+    stop_holding(model)
     if record.host_hooks is not None:
         record.host_hooks.remove(model, record)
     restore_forwards(model, record)
@@ -336,6 +347,7 @@ def remount(model: nn.Module, record: Attachment) -> None:
         record.host_hooks.remove(model, record)
         record.host_hooks.add(model, record)
     extra_weights.start(model, record, list(record.extra.base), before_forward, before_load)
+    start_holding(model, record)
 
 
 def release(model: nn.Module, record: Attachment) -> nn.Module:

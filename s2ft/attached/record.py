@@ -1,11 +1,12 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property, partial
 from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.tensor_parallel import check_parallelism
@@ -13,11 +14,12 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import Decision, decide, reshard_all
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.delta import Delta
+from s2ft.model.delta import Delta, Positions
 from s2ft.model.fingerprint import fingerprint
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import have_numbers
+from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
@@ -31,6 +33,7 @@ class State(Enum):
         WRITTEN: The active adapters are written into the weights. None of them gets gradients.
         TRAINING: The forward adds the trainable adapter, which gets gradients. Other active adapters are written.
         FUSED: The same sum as TRAINING, but the trainable adapter is written into the weights until it is unfused.
+            With effective="step" it gets gradients, and a forward fuses it.
     """
 
     BASE = "base"
@@ -80,12 +83,14 @@ class Written:
         index: Overwritten rows or columns, shape [n], int64: in the base's order, or relative to a shard (`is_local`).
         base: Values that the weight had there before.
         is_local: Whether the index is relative to this rank's shard.
+        delta: The delta that was written, if the index is its index.
     """
 
     projection: Projection
     index: Tensor
     base: Tensor
     is_local: bool
+    delta: Delta | None = None
 
 
 @dataclass
@@ -126,9 +131,12 @@ class LoadedAdapter(Protocol):
     selection: Selection
     deltas: dict[str, Delta]
     extra_weights: dict[str, Tensor]
+    device: torch.device | None
 
     @property
     def parameters(self) -> int: ...
+
+    def beside(self, devices: Mapping[str, torch.device]) -> "LoadedAdapter": ...
 
 
 class HostHooks(NamedTuple):
@@ -253,8 +261,33 @@ class Attachment:
 
     def current_positions(self, projection: Projection, index: Tensor) -> Tensor:
         """Return where rows or columns of the base are in the weight now. index: shape [n], int64, in base order."""
-        move = next((move for move in self.moves if move.is_done and projection in move.coupling.projections), None)
+        move = self._move_of(projection)
         return index if move is None else move.places(projection)[index]
+
+    def _move_of(self, projection: Projection) -> Move | None:
+        return next((move for move in self.moves if move.is_done and projection in move.coupling.projections), None)
+
+    def positions_of(self, projection: Projection, delta: Delta, weight: Tensor) -> Tensor:
+        """Return where the elements of a delta are in a whole weight now, shape [n], int64, on its device.
+
+        They are checked and sent to the device once, and kept with the delta. Later calls do not wait for the device.
+
+        Args:
+            projection: Projection of the delta.
+            delta: The delta.
+            weight: The whole matrix.
+
+        Raises:
+            ValueError: The delta has an element twice, or one outside the weight.
+        """
+        move, size, kept = self._move_of(projection), weight.shape[delta.dim], delta.positions
+        if kept is None or kept.move is not move or kept.size != size:
+            index = delta.index.cpu() if move is None else move.places(projection)[delta.index.cpu()]
+            check_distinct(projection.name, index, size)
+            kept = delta.positions = Positions(move, size, index.to(weight.device))
+        elif kept.index.device != weight.device:
+            kept = delta.positions = kept._replace(index=kept.index.to(weight.device))
+        return kept.index
 
     # ---- changes of the record alone -------------------------------------------------------------
 
@@ -266,6 +299,18 @@ class Attachment:
     def load(self, adapter: LoadedAdapter) -> None:
         """Add a loaded adapter, which is not active."""
         self.loaded[adapter.name] = adapter
+
+    def place(self, name: str, devices: Mapping[str, torch.device]) -> None:
+        """Put the deltas of a loaded adapter on the devices of their weights, unless it is kept on a device.
+
+        Args:
+            name: Name of the adapter.
+            devices: Devices by projection and by the name of an extra weight.
+        """
+        adapter = self.loaded[name]
+        placed = adapter if adapter.device is not None else adapter.beside(devices)
+        if placed is not adapter:
+            self.loaded = {**self.loaded, name: placed}
 
     def drop(self, name: str) -> None:
         """Remove a loaded adapter, which must not be active; nothing happens if none has this name."""

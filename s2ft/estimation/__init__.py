@@ -22,9 +22,10 @@ from s2ft.estimation.memory import free_memory, resident
 from s2ft.estimation.optimizers import OPTIMIZERS, Optimizer, maker
 from s2ft.estimation.ranks.tensor_parallel import split
 from s2ft.estimation.result import Estimate, MemoryPart, size_of
-from s2ft.estimation.shadow import checkpoint, forget_data, make_shadow
+from s2ft.estimation.shadow import checkpoint, forget_data, keep_bases, make_shadow
 from s2ft.estimation.step import Step
 from s2ft.estimation.strategy import Strategy, check_devices, smallest, strategy_of
+from s2ft.layers.base import CALL_INSTEAD
 from s2ft.model.coupling import Coupling
 
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
@@ -112,6 +113,8 @@ def estimate(
     """
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
     strategy = strategy_of(strategy)
+    if config.effective == "step" and strategy is not None and strategy.name != "ddp":
+        raise ValueError(f"effective='step' works on one device and with ddp, not with {strategy.name}: {CALL_INSTEAD}")
     check_devices(strategy, devices)
     memory = size_of(memory, "memory")
     make = maker(optimizer)
@@ -125,6 +128,7 @@ def estimate(
             if gradient_checkpointing:
                 checkpoint(shadow, gradient_checkpointing)
             forget_data(shadow, kernels)
+            keep_bases(record)
             inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
             cached, complete = with_cache(shadow, inputs, use_cache), example is not None or loss is not None
             step = Step(shadow.train(), record, cached, loss, kernels, autocast, complete, strategy, number)

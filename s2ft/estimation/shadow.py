@@ -69,6 +69,16 @@ def make_shadow(
     return shadow, record
 
 
+def keep_bases(record: Attachment) -> None:
+    """Let layers of effective="step" copy the base of their slices, which then counts among the buffers.
+
+    Call it after :func:`forget_data`, which puts other tensors in the place of the weights.
+    """
+    for mounted in record.mounts.values():
+        if mounted.layer.effective == "step":
+            mounted.layer.fuse()
+
+
 def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
     """Return a module's parameters, buffers and other tensors, without those of its children."""
     everything = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())

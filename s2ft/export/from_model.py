@@ -233,6 +233,9 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
 
 def _left(record: Attachment, changes: Changes) -> Changes:
     """The changes that are not in the weights of the model yet: those of the trainable adapter, unless it is fused."""
+    for mount in record.mounts.values():
+        if mount.layer.fused and not mount.layer.is_held:
+            mount.layer.fuse()  # s2 has changed since the last forward
     if record.state is not State.TRAINING:
         return Changes(record.projections, {})
     trained = [part.projection.name for mount in record.mounts.values() for part in mount.parts]

@@ -2,20 +2,24 @@
 
 import copy
 import warnings
-from functools import cache
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any, ClassVar
 
 import numpy
 import torch
 from torch import Tensor, nn
 
-from s2ft.distributed import own_shard, reads_weights, write_full_values
+from s2ft.distributed import has_master_copy, is_sharded, own_shard, reads_weights, write_full_values
+from s2ft.layers.held import note_write, stamp, wait_for_write
 from s2ft.layers.kind import Kind
 from s2ft.ops import effective_units
+from s2ft.ops._library import is_being_captured
 from s2ft.ops._lock import LOCK, finish_interrupted
-from s2ft.ops._memory import check_private
+from s2ft.ops._memory import check_private, check_writable
 
 UNITS = ("index", "first")  # buffers that say which units are selected
+CALL_INSTEAD = "use effective='call', the default"
 
 
 class S2Layer(nn.Module):
@@ -24,6 +28,7 @@ class S2Layer(nn.Module):
     The effective weight is the weight with `s2` added to the selected units. The forward is always that of the plain
     layer on the effective weight. Unfused, `weight` holds the base, and the op adds `s2` for the duration of one
     product. Fused, `weight` holds the effective weight, and the forward is the plain one, which cannot train.
+    With `effective` "step" a forward fuses the layer first, and a fused layer can train.
 
     Attributes:
         weight: Frozen weight, as the plain layer stores it.
@@ -33,13 +38,16 @@ class S2Layer(nn.Module):
         base: The values of the selected units before fusing; None while the layer is not fused.
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
+        effective: "call" or "step", see :class:`s2ft.S2FTConfig`.
         kind: What S²FT knows about the plain layer.
     """
 
     dim: ClassVar[int]
     kind: Kind
-    _looked_at = 0  # address of the weight that check_private has checked
-    _fused_version = -1  # version of s2 that the weight holds
+    effective = "call"
+    _looked_at = 0  # address of the weight whose memory has been checked
+    _written: tuple | None = None  # stamp of the s2 that the weight of a fused layer holds; None: not known
+    _base_of = 0  # id of the weight that `base` belongs to
     is_tied = False  # whether other modules hold the same weight
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
     _first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
@@ -53,6 +61,7 @@ class S2Layer(nn.Module):
         *,
         index: Tensor | None = None,
         delta_dtype: torch.dtype | None = None,
+        effective: str = "call",
     ) -> "S2Layer":
         """Make a trainable layer that uses the weight and bias of a plain layer, without copying them.
 
@@ -62,13 +71,15 @@ class S2Layer(nn.Module):
             end: End of the selected units (exclusive); default: the number of units.
             index: The selected units [n] int64, instead of `start` and `end`.
             delta_dtype: dtype of `s2`; default: that of the weight.
+            effective: "call" or "step", see :class:`s2ft.S2FTConfig`. With "step" the weight may be in memory that
+                other processes read.
 
         Returns:
             The trainable layer, in the mode (training or evaluation) of `module`.
 
         Raises:
             ValueError: The selection is empty, names a unit twice or lies outside the weight, or the weight is in
-                shared or read-only memory.
+                shared or read-only memory, or this kind of layer does not support `effective`.
 
         Example:
             >>> linear = torch.nn.Linear(8, 16)
@@ -81,14 +92,30 @@ class S2Layer(nn.Module):
         # Hooks registered on the module keep working, because both share the dicts of hooks.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hooks" in key})
         self._copy_settings(module)
-        check_private("weight", module.weight)
         self.weight, self.bias = module.weight, module.bias
+        self._set_effective(effective)
+        self._check_memory(self.weight)
         self._set_units(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
         if self.bias is not None:
             self.bias.requires_grad_(False)
         self.train(module.training)
         return self
+
+    def _set_effective(self, effective: str) -> None:
+        """Set `effective`. Raises ValueError if it is unknown, or if this kind of layer does not support it."""
+        if effective not in ("call", "step"):
+            raise ValueError(f"effective must be 'call' or 'step', got {effective!r}")
+        if effective == "step" and self.kind.why_not_held:
+            raise ValueError(f"effective='step' is not possible for {self.kind.name}: {self.kind.why_not_held}")
+        self.effective = effective
+
+    def _check_memory(self, weight: Tensor) -> None:
+        """Raise ValueError if the weight can't be written, or if another process may read what it must not see."""
+        if self.effective == "step":
+            check_writable("effective='step'", weight)
+        else:
+            check_private("weight", weight)
 
     def _copy_settings(self, module: nn.Module) -> None:
         """Copy the attributes of the plain layer that the forward needs, besides weight and bias."""
@@ -159,15 +186,18 @@ class S2Layer(nn.Module):
     @property
     def delta(self) -> Tensor:
         """The slice that the forward adds to the weight, after checks."""
-        if not torch.compiler.is_compiling():
-            self._check_weight()
-            if self.s2.dtype.itemsize < self._made.itemsize:
-                _warn_about_cast(self._made, self.s2.dtype)
-        return self.s2
+        return self.checked(self.s2, self.weight)
 
-    def _check_weight(self) -> None:
-        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if it is in shared memory now."""
-        weight = self.weight
+    def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
+        """Check the layer's slice and weight before a forward, and return the slice."""
+        if not torch.compiler.is_compiling():
+            self._check_weight(weight)
+            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
+                _warn_about_cast(self._made, s2.dtype)
+        return s2
+
+    def _check_weight(self, weight: Tensor) -> None:
+        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if its memory is unsuitable now."""
         if self.awaits_order and not weight.is_meta:
             raise RuntimeError(
                 "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
@@ -178,7 +208,7 @@ class S2Layer(nn.Module):
                 "weight must be frozen, and it requires a gradient: this layer trains s2 only. To train more of the "
                 "weight, select more units; to train all of it, detach first"
             )
-        check_private_once(self, weight)
+        check_private_once(self, weight, self._check_memory)
 
     # ---- fuse and unfuse -------------------------------------------------------------------------
 
@@ -190,11 +220,12 @@ class S2Layer(nn.Module):
     def fuse(self) -> None:
         """Write base + s2 into `weight` and keep the base's values in `base`.
 
-        A fused layer writes the present values of `s2`.
+        A fused layer writes the present values of `s2`. Call this after other code has written into ``s2.data``, which
+        a forward does not notice.
 
         Raises:
             RuntimeError: The adapter is off, or the weight is quantized.
-            ValueError: The weight is in shared or read-only memory.
+            ValueError: The weight is in read-only memory, or, with `effective` "call", in shared memory.
 
         Example:
             >>> layer = s2ft.S2RowLinear(8, 16, end=4)
@@ -204,16 +235,19 @@ class S2Layer(nn.Module):
         """
         if not self.enabled:
             raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
-        check_private("weight", self.weight)
-        with LOCK:
+        check_private_once(self, self.weight, self._check_memory)
+        with LOCK, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
             finish_interrupted()
+            self._check_same_weight()
             if self.base is None:
                 # The base is kept before anything is written, so that unfuse restores it after an interrupt at any
-                # moment. Until the version below is set, the next forward writes base + s2 again.
-                self._fused_version = -1
+                # moment. Until the stamp below is set, the next forward writes base + s2 again.
+                self._written, self._base_of = None, id(self.weight)
                 self.base = self._units().clone()
+            now = stamp(self.s2)  # before the values are read: if another thread changes them, they are written again
             self._write_units(self._effective(self.base))
-            self._fused_version = self.s2._version
+            note_write(self.weight)
+            self._written = now
 
     def unfuse(self) -> None:
         """Copy the base's values back into `weight`, bit for bit. A layer that is not fused stays as it is.
@@ -225,9 +259,14 @@ class S2Layer(nn.Module):
             >>> layer.fused
             False
         """
+        self._check_same_weight()
         if self.base is not None:
             with LOCK:
+                self._written = None  # an interrupt below leaves a fused layer that writes base + s2 again
                 self._write_units(self.base)
+                note_write(self.weight)
+                if self.base.is_cuda:  # another stream may have made it, and would use its memory again at once
+                    self.base.record_stream(torch.cuda.current_stream(self.base.device))
                 self.base = None
 
     fuse_s2_weight, unfuse_s2_weight = fuse, unfuse  # the reference code's names
@@ -238,8 +277,64 @@ class S2Layer(nn.Module):
                 "this layer is fused and in training mode, where s2 gets no gradient: call unfuse() to train, or run "
                 "the layer in eval() or under torch.no_grad()"
             )
-        if not torch.compiler.is_compiling() and self.s2._version != self._fused_version:
+        if not torch.compiler.is_compiling() and not self.is_held:
             self.fuse()  # an optimizer, an average of weights or a loaded state has changed s2
+
+    @property
+    def is_held(self) -> bool:
+        """Whether `weight` holds base + s2 with the present values of `s2`."""
+        if self._written is None or self.base is None:
+            return False
+        self._check_same_weight()
+        return self._written == stamp(self.s2)
+
+    def _check_same_weight(self) -> None:
+        """Check that no other parameter has taken the place of the weight that `base` belongs to.
+
+        Only layers that fuse themselves check this: whoever calls fuse knows that the weight is not the base.
+
+        Raises:
+            RuntimeError: One has. `base` is kept, and everything works again when the weight is back.
+        """
+        if self.effective == "step" and self.base is not None and self._base_of != id(self.weight):
+            raise RuntimeError(
+                "effective='step': the weight was replaced or sharded while it held base + s2, so that this layer's "
+                f"copy of the base belongs to another weight: call s2ft.unfuse(model) before, or {CALL_INSTEAD}"
+            )
+
+    def hold(self) -> None:
+        """Write base + s2 into `weight` if it does not hold it, for a layer with `effective` "step".
+
+        Raises:
+            RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
+                the capture of a CUDA graph.
+        """
+        weight = self.weight
+        self._check_weight(weight)
+        if not weight.is_cuda and self.is_held:
+            return
+        is_captured = is_being_captured(weight)
+        if is_captured and self.base is None:
+            raise RuntimeError(
+                "effective='step' keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it "
+                "again at every replay: run the model once before you capture it"
+            )
+        # A replay does not run this function, so a graph writes the slice at every replay.
+        if is_captured or not self.is_held:
+            why = why_not_whole(self)
+            if why:
+                raise RuntimeError(f"effective='step' writes base + s2 into whole weights, and {why}: {CALL_INSTEAD}")
+            self.fuse()
+        wait_for_write(weight)
+
+    def base_weight(self) -> Tensor:
+        """The weight with the base's values, as it is stored: a copy if the layer is fused, else the weight itself."""
+        self._check_same_weight()
+        if self.base is None:
+            return self.weight
+        copy = at_rest(self.weight)
+        self.write_units_of(copy, self.base)
+        return copy
 
     def _units(self) -> Tensor:
         matrix = self.matrix.detach()
@@ -251,7 +346,9 @@ class S2Layer(nn.Module):
         return effective_units(base, self.s2.detach())
 
     def _write_units(self, values: Tensor) -> None:
-        self.write_units_of(self.weight, values)
+        # A graph of autograd that was recorded before is still valid, because its backward looks at `base`. So the
+        # version of the weight, by which autograd would refuse the graph, is not changed.
+        self.write_units_of(self.weight.data if self.effective == "step" else self.weight, values)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.
@@ -273,6 +370,8 @@ class S2Layer(nn.Module):
 
         While the weight is on the meta device, fn may be that of to_empty, which would leave no values in s2.
         """
+        if self.effective == "step":
+            self.unfuse()  # the sum of two casts is not the cast of a sum
         units = {name: buffer for name in UNITS if (buffer := self._buffers.get(name)) is not None}
         weight_was_here, before = not self.weight.is_meta, own_shard(self.s2)
         super()._apply(fn, recurse)
@@ -321,7 +420,7 @@ class S2Layer(nn.Module):
 
         A tied weight is not copied, so that it is still tied when it is loaded.
         """
-        state = {**self.__dict__, "_looked_at": 0}
+        state = {**self.__dict__, "_looked_at": 0, "_written": None}
         weight = self._parameters.get("weight")
         if weight is not None and not self.is_tied:
             state["_parameters"] = {**self._parameters, "weight": nn.Parameter(at_rest(weight), requires_grad=False)}
@@ -329,6 +428,8 @@ class S2Layer(nn.Module):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._written = None  # the versions of the copy start again
+        self._base_of = id(self._parameters.get("weight"))
         weight = self._parameters.get("weight")
         if weight is not None and weight.device.type == "cpu" and weight.is_shared():
             weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
@@ -346,10 +447,8 @@ class S2Layer(nn.Module):
             elif prefix + "weight" in state_dict:
                 self.base = None  # the weight in the state is a base
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        if state_dict.get(prefix + "weight") is self.weight:
-            self._fused_version = -1  # s2 may have changed: the next forward writes it
-        else:
-            self._fused_version = self.s2._version
+        self._base_of = id(self.weight)
+        self._written = None  # s2 may have changed: the next forward writes it
 
     def _check_same_units(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Take the selected units out of a state to load if this layer's states don't have them.
@@ -379,16 +478,30 @@ def untouched_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)
 
 
-def check_private_once(layer: nn.Module, weight: Tensor) -> None:
-    """Call :func:`check_private` if the weight's memory is not the one of the last call. Every forward calls this.
+def check_private_once(
+    layer: nn.Module, weight: Tensor, check: Callable[[Tensor], None] = partial(check_private, "weight")
+) -> None:
+    """Check the weight's memory if it is not the one of the last call. Every forward calls this.
 
     Args:
         layer: Keeps the address in `_looked_at`.
         weight: The layer's weight. Only plain parameters on the CPU are checked.
+        check: Function that raises ValueError for unsuitable memory.
     """
-    if weight.device.type == "cpu" and type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
-        check_private("weight", weight)
+    if type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
+        check(weight)  # which looks at memory of the CPU only
         layer._looked_at = weight.data_ptr()
+
+
+def why_not_whole(layer: S2Layer) -> str:
+    """Return why the weight of a layer is not whole in this process from step to step; "" if it is."""
+    if is_sharded(layer.weight) or is_sharded(layer.s2):
+        return "this one is spread over ranks by FSDP2, ZeRO-3 or tensor parallelism"
+    if has_master_copy(layer.s2):
+        return "DeepSpeed's optimizer has its own copy of s2"
+    if layer.weight._is_view() or layer.s2._is_view():
+        return "this one is a view of other memory, as FSDP version 1 makes them"
+    return ""
 
 
 def copy_at_rest(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
+from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
 from s2ft.ops import indexed_conv
+from s2ft.ops._library import autocast_input, own_output
+from s2ft.ops.indexed_conv import differentiable, gradient_of_input, reference_grad_delta
 
 
 def conv_forward(
@@ -66,6 +69,8 @@ class S2Conv(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [N, in_channels, ...] → output [N, out_channels, ...]; N may be missing."""
+        if self.effective == "step" and self.enabled:
+            return self._held(input)
         if self.fused:
             self._check_fused()
         if self.fused or not self.enabled:
@@ -75,8 +80,48 @@ class S2Conv(S2Layer):
             index = torch.arange(self.start, self.end, device=self.weight.device)
         return conv_forward(self, input, self.delta, index, self.dim)
 
+    def _held(self, x: Tensor) -> Tensor:
+        batched = x.dim() == self.weight.dim()
+        x, padding = _padded(self, x if batched else x.unsqueeze(0))
+        x = autocast_input("effective='step'", x, self.weight)
+        y = held_product(self, x, ConvFormulas(self, padding, x.shape))
+        return y if batched else y.squeeze(0)
+
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._selected()}"
+
+
+class ConvFormulas(Formulas):
+    """Formulas of a convolution: those of :mod:`s2ft.ops.indexed_conv`."""
+
+    def __init__(self, layer: S2Conv, padding: tuple[int, ...], size: torch.Size) -> None:
+        self.dim, self.index, self.size, self.shape = layer.dim, layer.index, list(size), layer.weight.shape
+        if self.index is None:
+            self.index = torch.arange(layer.start, layer.end, device=layer.weight.device)
+        self.geometry = list(layer.stride), list(padding), list(layer.dilation)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        bias, zero = None if bias is None else bias.to(x.dtype), [0] * len(self.geometry[0])
+        y = torch.ops.aten.convolution(x, weight.to(x.dtype), bias, *self.geometry, False, zero, 1)
+        return own_output(y)
+
+    def keep(self, x: Tensor, s2: Tensor) -> Tensor:
+        return x if self.dim == 0 else x.index_select(1, self.index)
+
+    def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return gradient_of_input(grad, weight.to(grad.dtype), self.size, *self.geometry)
+
+    def gradient_of_s2(self, grad: Tensor, kept: Tensor, s2: Tensor) -> Tensor:
+        outputs = grad.index_select(1, self.index) if self.dim == 0 else grad
+        gradient = reference_grad_delta(outputs, kept, [*s2.shape[:2], *self.shape[2:]], *self.geometry)
+        return gradient.to(s2.dtype).reshape(s2.shape)
+
+    def gradient_of_bias(self, grad: Tensor) -> Tensor:
+        return grad.transpose(0, 1).flatten(1).sum(1)
+
+    def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
+        weight = differentiable(base, s2, self.index, self.dim, grad.dtype)
+        return gradient_of_input(grad, weight, self.size, *self.geometry)
 
 
 class S2ColumnConv(S2Conv):

@@ -252,6 +252,7 @@ class OwnForwardKind(Kind):
     """A class derived from nn.Linear or Conv1D with a forward of its own, such as a router that picks experts."""
 
     layers = (S2ColumnOwnForward, S2RowOwnForward)
+    why_not_held = "its own forward runs on a copy of the weight"
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed

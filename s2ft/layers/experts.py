@@ -17,10 +17,12 @@ from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape
 from s2ft.layers.base import S2Layer, beside
+from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
 from s2ft.ops import act_mul, grouped_linear
-from s2ft.ops._grouped import grouped_mm
+from s2ft.ops._grouped import grouped_mm, product
 from s2ft.ops.act_mul import ACTIVATIONS
+from s2ft.ops.grouped_linear import columns_to_keep, delta_gradient
 
 
 class S2Experts(S2Layer):
@@ -37,6 +39,7 @@ class S2Experts(S2Layer):
         index: dict[int, Tensor],
         delta_dtype: torch.dtype | None = None,
         transposed: bool = False,
+        effective: str = "call",
     ) -> None:
         """Make a trainable layer that uses a parameter without copying it.
 
@@ -45,9 +48,11 @@ class S2Experts(S2Layer):
             index: The selected units [n] int64 by expert, each unit once.
             delta_dtype: dtype of `s2`; default: that of the weight.
             transposed: Whether the weights are [experts, inputs, outputs].
+            effective: "call" or "step", see :class:`s2ft.S2FTConfig`.
         """
         super().__init__()
         self.weight, self.bias, self.transposed = weight.requires_grad_(False), None, transposed
+        self._set_effective(effective)
         experts, *shape = full_shape(weight)
         if transposed:
             shape = shape[::-1]
@@ -79,6 +84,9 @@ class S2Experts(S2Layer):
         Returns:
             The outputs [rows, outputs].
         """
+        if self.effective == "step" and self.enabled:
+            with _without_autocast(x):
+                return held_product(self, x.to(self.weight.dtype), ExpertsFormulas(self, offsets))
         if self.fused:
             self._check_fused()
         elif self.enabled:
@@ -110,6 +118,31 @@ class S2Experts(S2Layer):
 
     def extra_repr(self) -> str:
         return f"experts={len(self.counts)}, weight={tuple(full_shape(self.weight)[1:])}, {self._selected()}"
+
+
+class ExpertsFormulas(Formulas):
+    """Formulas of experts: those of :mod:`s2ft.ops.grouped_linear`."""
+
+    def __init__(self, layer: S2Experts, offsets: Tensor) -> None:
+        self.transposed, self.dim, self.offsets = layer.transposed, layer.dim, offsets
+        self.index, self.most, self.stack = layer.index + layer.first, max(layer.counts), layer.stack
+
+    def run(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
+        return product(x, stack_of(weight, self.transposed).transpose(1, 2), self.offsets)
+
+    def keep(self, x: Tensor, s2: Tensor) -> Tensor:
+        return x if self.dim == 0 else columns_to_keep(x, self.stack, self.index, self.most, self.offsets)
+
+    def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
+        return product(grad, stack_of(weight, self.transposed), self.offsets)
+
+    def gradient_of_s2(self, grad: Tensor, kept: Tensor, s2: Tensor) -> Tensor:
+        sizes = self.stack.shape[0], self.stack.shape[1 + self.dim]
+        return delta_gradient(grad, kept, s2, self.index, self.most, self.offsets, self.dim, *sizes)
+
+    def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
+        base = stack_of(base, self.transposed)
+        return torch.ops.s2ft.grouped_linear_grad_x(grad, base, s2, self.index, self.most, self.offsets, self.dim)
 
 
 class S2ColumnExperts(S2Experts):

@@ -34,6 +34,8 @@ class Kind:
         transposed: Whether the weight is stored as [inputs, outputs].
         read_only: Why values can't be written into the weight, as a sentence; None if they can. Reordering units, and
             fusing, merging or switching on an adapter, write into the weight.
+        why_not_held: Why the weight can't hold base + s2 from one optimizer step to the next (effective="step"), as a
+            sentence; None if it can.
     """
 
     name = "no layer that S²FT trains"
@@ -41,6 +43,7 @@ class Kind:
     is_linear = False
     transposed = False
     read_only: str | None = None
+    why_not_held: str | None = None
 
     def matches(self, found: Any) -> bool:
         """Whether a module or parameter of a plain model is of this kind.

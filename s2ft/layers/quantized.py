@@ -43,7 +43,7 @@ class S2QuantizedLinear(S2Layer):
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None
+        cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None, effective="call"
     ) -> "S2QuantizedLinear":
         """Make a trainable layer around a quantized one, which is frozen; arguments as in :class:`S2Layer`.
 
@@ -56,6 +56,7 @@ class S2QuantizedLinear(S2Layer):
             {key: value for key, value in module.__dict__.items() if "_hook" in key and "state_dict" not in key}
         )
         self.linear = module.requires_grad_(False)
+        self._set_effective(effective)
         self.in_features, self.out_features = module.in_features, module.out_features
         self._set_units(start, end, index, delta_dtype or self.kind.delta_dtype(module))
         self.train(module.training)
@@ -118,6 +119,7 @@ class QuantizedKind(Kind):
     layers = (S2QuantizedColumn, S2QuantizedRow)
     is_linear = True
     read_only = NO_FUSE
+    why_not_held = "its weight is quantized, and base + s2 can't be written into it"
 
     def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
         return torch.Size((holder.out_features, holder.in_features))

@@ -197,6 +197,7 @@ class SplitLinearKind(LinearKind):
 
     name = "nn.Linear, split by tensor parallelism"
     layers = (S2ColumnSplitLinear, S2RowSplitLinear)
+    why_not_held = "tensor parallelism has split its weight over ranks"
 
     def matches(self, found: Any) -> bool:
         return type(found) is nn.Linear and is_dtensor(found.weight) and is_parallel(found)

@@ -2,14 +2,18 @@
 
 Rows are sorted by group. `offsets` [groups] int32 has the end of each group, and rows after the last group belong to
 none: their result is undefined. PyTorch has one kernel for all groups. It takes float32, bfloat16 and float16 and needs
-rows and matrices that start at multiples of 16 bytes. A loop over the groups does the rest, and waits for the device.
+rows and matrices that start at multiples of 16 bytes. On a CPU a loop over the groups does the rest. On a GPU a loop
+would wait for the sizes of the groups, so blocks of rows do it: a block has rows of one group only, and the number of
+blocks is known without the sizes.
 """
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._library import define
+from s2ft.ops._library import define, host_can_read, is_being_captured
 
 ALIGNMENT = 16  # bytes
 
@@ -25,8 +29,10 @@ def takes(tensor: Tensor) -> bool:
 def product(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     """Multiply rows x [T, A] by the matrix of their group: weights [groups, A, B] → [T, B]."""
     x = x.contiguous()
-    if takes(x) and takes(weights):
+    if takes(x) and takes(weights) and _prefers_one_product(x, weights.shape[0]):
         return F.grouped_mm(x, weights, offs=offsets)
+    if not host_can_read(offsets):
+        return product_in_blocks(x, weights, offsets)
     y = x.new_zeros(x.shape[0], weights.shape[2])
     begin = 0
     for group, end in enumerate(offsets.tolist()):
@@ -39,8 +45,10 @@ def product(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
 def outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
     """Sum the outer products of the rows of each group: a [T, A], b [T, B] → [groups, A, B]."""
     a, b = a.contiguous(), b.contiguous()
-    if takes(a) and takes(b):
+    if takes(a) and takes(b) and _prefers_one_product(a, offsets.shape[0]):
         return F.grouped_mm(a.t(), b, offs=offsets)
+    if not host_can_read(offsets):
+        return outer_in_blocks(a, b, offsets)
     sums = a.new_zeros(offsets.shape[0], a.shape[1], b.shape[1])
     begin = 0
     for group, end in enumerate(offsets.tolist()):
@@ -48,6 +56,97 @@ def outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
             sums[group] = a[begin:end].t() @ b[begin:end]
             begin = end
     return sums
+
+
+def _prefers_one_product(x: Tensor, groups: int) -> bool:
+    """Whether PyTorch's grouped product is the better one of those that can compute this.
+
+    Its kernel for all groups is for bfloat16 on compute capability 9 and 10. On other GPUs PyTorch waits for the
+    offsets and calls one product for each group, also for groups without rows.
+    """
+    if not x.is_cuda or x.dtype is torch.bfloat16 and torch.cuda.get_device_capability(x.device)[0] in (9, 10):
+        return True
+    # A block copies its matrix, which moves three times as much memory as a product. One product for each group is
+    # therefore better for many rows, and costs a wait.
+    return x.shape[0] > groups and not is_being_captured(x)
+
+
+# ---- blocks of rows --------------------------------------------------------------------------------------
+
+PIECE = 2**26  # elements of an intermediate tensor
+
+
+class _Blocks(NamedTuple):
+    """Rows divided into blocks of one height, so that all rows of a block belong to one group.
+
+    Attributes:
+        group: Group of each block, [blocks] int64. A block that is not needed has any group.
+        rows: Rows of each block, [blocks, height] int64, in range also where there is none.
+        used: True where there is a row, [blocks, height].
+        places: Place of each row, counted through all blocks, [T] int64.
+    """
+
+    group: Tensor
+    rows: Tensor
+    used: Tensor
+    places: Tensor
+
+
+def _blocks(rows: int, offsets: Tensor) -> _Blocks:
+    """Divide rows into blocks. The number of blocks depends on shapes only: nothing here waits for the device."""
+    groups, device = offsets.shape[0], offsets.device
+    height = min(128, max(16, 1 << (rows // groups).bit_length()))
+    count = rows // height + min(rows, groups)  # each group has at most one block that is not full
+    ends = offsets.long()
+    begins = torch.cat((ends.new_zeros(1), ends[:-1]))
+    blocks_of = (ends - begins + height - 1) // height
+    last = blocks_of.cumsum(0)  # the number of blocks up to and with each group
+    first = last - blocks_of
+
+    number = torch.arange(count, device=device)
+    group = torch.searchsorted(last, number, right=True).clamp_(max=groups - 1)
+    begin = begins[group] + (number - first[group]) * height
+    of_block = begin[:, None] + torch.arange(height, device=device)
+    used = of_block < ends[group][:, None]
+
+    row = torch.arange(rows, device=device)
+    own = torch.searchsorted(ends, row, right=True).clamp_(max=groups - 1)
+    places = (first[own] * height + row - begins[own]).clamp_(max=count * height - 1)
+    return _Blocks(group, of_block.clamp_(max=rows - 1), used, places)
+
+
+def _pieces(blocks: _Blocks, elements: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Split groups, rows and used entries, so that no piece needs much more than PIECE elements."""
+    step = max(1, PIECE // max(1, elements))
+    return list(zip(blocks.group.split(step), blocks.rows.split(step), blocks.used.split(step)))
+
+
+def product_in_blocks(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """The same as :func:`product`, for every dtype and size, without waiting for the device."""
+    if 0 in (*x.shape, *weights.shape):
+        return x.new_zeros(x.shape[0], weights.shape[2])
+    blocks = _blocks(x.shape[0], offsets)
+    parts = [
+        torch.bmm(x[rows], weights.index_select(0, group)).flatten(0, 1)
+        for group, rows, _ in _pieces(blocks, weights[0].numel())
+    ]
+    return torch.cat(parts).index_select(0, blocks.places)
+
+
+def outer_in_blocks(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
+    """The same as :func:`outer`, for every dtype and size, without waiting for the device.
+
+    The sums of blocks are added in float32 or wider, by index_put_, which adds in the same order every time.
+    """
+    wide = torch.promote_types(a.dtype, torch.float32)
+    sums = a.new_zeros(offsets.shape[0], a.shape[1], b.shape[1], dtype=wide)
+    if 0 in (*a.shape, *b.shape, *offsets.shape):
+        return sums.to(a.dtype)
+    for group, rows, used in _pieces(_blocks(a.shape[0], offsets), sums[0].numel()):
+        unused = ~used[:, :, None]  # zero in both, because zero times infinity is NaN
+        products = torch.bmm(a[rows].masked_fill(unused, 0).mT, b[rows].masked_fill(unused, 0))
+        sums.index_put_((group,), products.to(wide), accumulate=True)
+    return sums.to(a.dtype)
 
 
 def _save_product(ctx, inputs, output):

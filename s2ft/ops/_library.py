@@ -11,6 +11,25 @@ import torch
 from torch import Tensor
 
 LIBRARY = torch.library.Library("s2ft", "DEF")
+PLAIN = (Tensor, torch.nn.Parameter, type(None))  # classes of arguments whose operations nothing intercepts
+
+
+# The reference of each op by name, so that tests can run it in place of a compiled kernel.
+REFERENCES: dict[str, Callable] = {}
+
+
+def host_can_read(tensor: Tensor) -> bool:
+    """Whether reading a value costs nothing. On a GPU the host would wait for all work that it has enqueued before.
+
+    References read values, such as the number of rows of a group, where this is True. Elsewhere they compute without
+    them, so that they never wait and can be captured in a CUDA graph.
+    """
+    return tensor.device.type == "cpu"
+
+
+def is_being_captured(tensor: Tensor) -> bool:
+    """Whether work on the tensor is recorded in a CUDA graph. The host can't wait then."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def own_output(y: Tensor) -> Tensor:
@@ -42,12 +61,41 @@ def define(
         The op's overload.
     """
     name = schema.partition("(")[0]
+    REFERENCES[name] = reference
     LIBRARY.define(schema)
     LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     torch.library.register_fake(f"s2ft::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"s2ft::{name}", backward, setup_context=setup_context, lib=LIBRARY)
     return getattr(torch.ops.s2ft, name).default
+
+
+def runs_directly(*tensors: Tensor | None) -> bool:
+    """Whether nothing sees the call of an op besides the dispatcher and autograd.
+
+    False while a compiler or tracer records it, under functorch's transforms, inside a mode, and for subclasses of
+    Tensor such as DTensor and fake tensors. They know the registered op, so it must be called.
+    """
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+    ):
+        return False
+    for tensor in tensors:  # all() would take 1 µs
+        if type(tensor) not in PLAIN:
+            return False
+    return True
+
+
+def below_autograd(op: Callable, *args) -> Tensor:
+    """Return op(*args), without the 10 µs of an autograd function in Python if gradients are off."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return op(*args)
+    with torch._C._AutoDispatchBelowAutograd():
+        return op(*args)
 
 
 def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
@@ -79,7 +127,7 @@ def check_index(op: str, index: Tensor, length: int, size: int) -> None:
         raise ValueError(
             f"{op}: index must be int64 of shape ({length},), got {index.dtype} of shape {tuple(index.shape)}"
         )
-    if torch.compiler.is_compiling() or index.device.type != "cpu" or length == 0 or type(index) is not Tensor:
+    if torch.compiler.is_compiling() or not host_can_read(index) or length == 0 or type(index) is not Tensor:
         return
     low, high = torch.aminmax(index)
     if low < 0 or high >= size:
@@ -109,13 +157,13 @@ def check_movable(op: str, weight: Tensor, dim: int, index: Tensor, values: Tens
 def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> None:
     """Check that every entry of `index` is from 0 to size - 1 and none occurs twice. On a GPU this waits for it once.
 
-    References call it on every device, and public functions call it for a GPU. The compiled CPU kernels have a check of
-    their own.
+    Public functions call it for a GPU, and references for the CPU. The compiled CPU kernels have a check of their own.
+    A call that is captured in a CUDA graph can't wait and is not checked.
 
     Raises:
         ValueError: An entry is out of range, or occurs twice.
     """
-    if torch.compiler.is_compiling() or index.numel() == 0:
+    if torch.compiler.is_compiling() or index.numel() == 0 or is_being_captured(index):
         return
     ordered = index.sort().values
     repeats = ordered[1:] == ordered[:-1]

@@ -5,13 +5,17 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from s2ft.ops._effective import Units, with_effective_weight
-from s2ft.ops._library import autocast_input, check_index, define, own_output
+from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output, runs_directly
+
+ALIGNMENT = 16  # bytes
+LEAST_PADDED = 128  # columns
 
 
 def check(op: str, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None) -> None:
@@ -61,7 +65,21 @@ def fake_grad_x(grad, weight, delta, units, dim):
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
-def define_linear(name: str, units: str) -> Callable:
+class LinearOps(NamedTuple):
+    """A linear op and the op of its input gradient.
+
+    Attributes:
+        name: Name of the op.
+        forward: Its overload.
+        grad_x: The overload of the gradient of x.
+    """
+
+    name: str
+    forward: Callable
+    grad_x: Callable
+
+
+def define_linear(name: str, units: str) -> LinearOps:
     """Declare a linear op and the gradient of its x.
 
     Args:
@@ -69,7 +87,7 @@ def define_linear(name: str, units: str) -> Callable:
         units: Type and name of the trained units in the schema.
 
     Returns:
-        The overload of the op. Call it through :func:`call`.
+        The overloads. Call them through :func:`call`.
     """
 
     def checked(function: Callable) -> Callable:
@@ -94,39 +112,124 @@ def define_linear(name: str, units: str) -> Callable:
         _keep_for_second_backward,
         partial(_second_backward, op),
     )
-    return op
+    return LinearOps(name, op, grad_x_op)
 
 
 def call(
-    name: str, op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
+    ops: LinearOps, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
 ) -> Tensor:
     """Call a linear op from its public function. The op checks the arguments."""
-    x = autocast_input(name, x, weight)
+    x = autocast_input(ops.name, x, weight)
+    if runs_directly(x, weight, delta, bias):
+        trains = x.requires_grad or delta.requires_grad or bias is not None and bias.requires_grad
+        if not (trains and torch.is_grad_enabled()):
+            return below_autograd(ops.forward, x, weight, delta, units, dim, bias, None)
+        outputs = _apply(ops, x, weight, delta, units, dim, bias)
+        return outputs[0] if type(outputs) is tuple else outputs
     try:
-        kept = _columns_to_keep(x, delta, units, dim)
+        kept = _kept_if_trained(x, delta, units, dim)
     except (IndexError, RuntimeError):  # with wrong arguments, reading x may fail before the op can check them
-        check(name, x, weight, delta, units, dim, bias)
+        check(ops.name, x, weight, delta, units, dim, bias)
         raise
-    return op(x, weight, delta, units, dim, bias, kept)
+    return ops.forward(x, weight, delta, units, dim, bias, kept)
+
+
+class _Node(torch.autograd.Function):
+    """A linear op as one node of the autograd graph, for calls that :func:`runs_directly` allows.
+
+    It gives the same numbers as the registered op: it calls the same kernels, below autograd. An op that torch.library
+    has given a gradient takes 60 µs more of the host: it packs its arguments, and the copy of the columns of x has two
+    nodes of its own. Here the copy is a second output of the node, so that second derivatives reach x through it.
+    """
+
+    @staticmethod
+    def forward(ctx, ops, x, weight, delta, units, dim, bias):
+        with torch._C._AutoDispatchBelowAutograd():
+            y = ops.forward(x, weight, delta, units, dim, bias, None)
+        ctx.set_materialize_grads(False)
+        ctx.ops, ctx.dim, ctx.bias_dtype = ops, dim, None if bias is None else bias.dtype
+        kept = None
+        if ctx.needs_input_grad[3]:
+            kept = x if dim == 0 else _columns_to_keep(x, units, delta.shape[1])
+        _save(ctx, units, kept, weight, delta)
+        return y if kept is None or dim == 0 else (y, kept)
+
+    @staticmethod
+    def backward(ctx, grad, grad_kept=None):
+        _, of_x, _, of_delta, _, _, of_bias = ctx.needs_input_grad
+        grad_x = grad_delta = grad_bias = None
+        if grad is not None:
+            grad_x, grad_delta, grad_bias = _gradients(ctx, ctx.ops.grad_x, grad, of_x, of_delta, of_bias)
+        if grad_kept is not None and of_x:
+            through_kept = _grad_x_of_kept(ctx, grad_kept)
+            grad_x = through_kept if grad_x is None else grad_x + through_kept
+        return None, grad_x, None, grad_delta, None, None, grad_bias
+
+
+# Function.apply itself looks for functorch's transforms and wrappers, which runs_directly has excluded: 2 µs.
+_apply = super(torch.autograd.Function, _Node).apply
 
 
 def outer_product(
     grad: Tensor,  # [..., a]
     x: Tensor,  # [..., b]
+    dtype: torch.dtype,
 ) -> Tensor:  # [a, b]
-    """The weight gradient: the sum of grad ⊗ x over all leading dimensions."""
-    return grad.reshape(-1, grad.shape[-1]).t() @ x.reshape(-1, x.shape[-1])
+    """The weight gradient in `dtype`: the sum of grad ⊗ x over all leading dimensions.
+
+    A GPU sums in float32 and can write these sums, so that the gradient of a float32 delta on a half-precision weight
+    is not rounded to half precision first.
+    """
+    if grad.dim() != 2:
+        grad, x = grad.reshape(-1, grad.shape[-1]), x.reshape(-1, x.shape[-1])
+    if _can_widen(grad, dtype):
+        return torch.mm(grad.t(), x, out_dtype=dtype)
+    product = torch.mm(grad.t(), x)
+    return product if product.dtype is dtype else product.to(dtype)
 
 
-def _columns_to_keep(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor | None:
-    """Return a copy of the selected columns of x, which is all that the backward needs of x for dim 1.
+def _can_widen(grad: Tensor, dtype: torch.dtype) -> bool:
+    """Whether torch.mm can write float32 results. PyTorch has this for CUDA only, and without a derivative."""
+    return (
+        grad.is_cuda
+        and dtype is torch.float32
+        and grad.dtype in (torch.bfloat16, torch.float16)
+        and torch.version.hip is None
+        and not torch.is_grad_enabled()
+        and grad.numel() > 0
+    )
+
+
+def _padding(x: Tensor, length: int) -> int:
+    """The number of columns by which a matrix of `length` columns is extended, so that its rows are aligned.
+
+    cuBLAS needs rows that start at multiples of 16 bytes for its fast kernels, which take a third of the time. Below
+    128 columns nothing is added, because a backward would keep over 5 % more.
+    """
+    if not x.is_cuda or length < LEAST_PADDED:
+        return 0
+    return -length % (ALIGNMENT // x.element_size())
+
+
+def _kept_if_trained(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor | None:
+    """Copy the columns of x that the backward of the registered op needs.
 
     They are copied before the op and not inside it: there, autograd would not see that they depend on x, and second
     derivatives would miss a term.
     """
     if dim != 1 or not delta.requires_grad or not torch.is_grad_enabled():
         return None
-    return _columns(x, units, delta.shape[1]).clone(memory_format=torch.contiguous_format)
+    return _columns_to_keep(x, units, delta.shape[1])
+
+
+def _columns_to_keep(x: Tensor, units: Units, length: int) -> Tensor:
+    """Copy the selected columns of x, which are all that the backward needs of x for dim 1, with padding."""
+    padding = _padding(x, length)
+    if padding:
+        return F.pad(_columns(x, units, length), (0, padding))
+    if isinstance(units, int) and not torch.is_grad_enabled() and x.is_contiguous():
+        return torch.narrow_copy(x, -1, units, length)  # the copy below in a third of the time, without a derivative
+    return _columns(x, units, length).clone(memory_format=torch.contiguous_format)
 
 
 def _columns(x: Tensor, units: Units, length: int) -> Tensor:
@@ -135,20 +238,35 @@ def _columns(x: Tensor, units: Units, length: int) -> Tensor:
 
 
 def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor:
-    """The gradient of delta. `kept` is all of x for dim 0, and its selected columns for dim 1."""
-    outputs = _columns(grad, units, delta.shape[0]) if dim == 0 else grad
-    return outer_product(outputs, kept).to(delta.dtype)
+    """The gradient of delta. `kept` is all of x for dim 0, and its selected columns for dim 1, which may be padded."""
+    length = delta.shape[dim]
+    if dim == 0:
+        grad = (_columns_to_keep if _padding(grad, length) else _columns)(grad, units, length)
+    gradient = outer_product(grad, kept, delta.dtype)
+    return gradient if gradient.shape[dim] == length else gradient.narrow(dim, 0, length)
+
+
+def _grad_x_of_kept(ctx, grad_kept: Tensor) -> Tensor:
+    """The part of the gradient of x that comes through the copy of its columns, in second derivatives."""
+    _, weight, delta, units = _saved(ctx)
+    length, size = delta.shape[1], weight.shape[1]
+    columns = grad_kept.narrow(-1, 0, length)
+    if isinstance(units, Tensor):
+        return columns.new_zeros(*columns.shape[:-1], size).index_copy(-1, units, columns)
+    return F.pad(columns, (units, size - units - length))
 
 
 def _save(ctx, units: Units, *tensors: Tensor | None) -> None:
-    is_index = isinstance(units, Tensor)
-    ctx.start = None if is_index else units
-    ctx.save_for_backward(*tensors, units if is_index else None)
+    if isinstance(units, Tensor):
+        ctx.start = None
+        ctx.save_for_backward(*tensors, units)
+    else:
+        ctx.start = units
+        ctx.save_for_backward(*tensors)
 
 
 def _saved(ctx) -> tuple[Tensor | int | None, ...]:
-    *tensors, index = ctx.saved_tensors
-    return (*tensors, ctx.start if index is None else index)
+    return ctx.saved_tensors if ctx.start is None else (*ctx.saved_tensors, ctx.start)
 
 
 def _keep_for_backward(ctx, inputs, output):
@@ -167,23 +285,22 @@ def _keep_for_backward(ctx, inputs, output):
 
 
 def _backward(grad_x_op, ctx, grad):
-    kept, weight, delta, units = _saved(ctx)
-    grad_x = grad_delta = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        grad_x = below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim)
-    if ctx.needs_input_grad[2]:
-        grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim)
-    if ctx.needs_input_grad[5]:
-        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    needs = ctx.needs_input_grad
+    grad_x, grad_delta, grad_bias = _gradients(ctx, grad_x_op, grad, needs[0], needs[2], needs[5])
     return grad_x, None, grad_delta, None, None, grad_bias, None
 
 
-def below_autograd(op: Callable, *args) -> Tensor:
-    """Return op(*args), without the 10 µs of an autograd function in Python if gradients are off."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return op(*args)
-    with torch._C._AutoDispatchBelowAutograd():
-        return op(*args)
+def _gradients(ctx, grad_x_op: Callable, grad: Tensor, of_x: bool, of_delta: bool, of_bias: bool):
+    """The gradients of x, delta and bias, each None if it is not needed."""
+    kept, weight, delta, units = _saved(ctx)
+    grad_x = grad_delta = grad_bias = None
+    if of_x:
+        grad_x = below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim)
+    if of_delta:
+        grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim)
+    if of_bias:
+        grad_bias = grad.reshape(-1, grad.shape[-1]).sum(0).to(ctx.bias_dtype)
+    return grad_x, grad_delta, grad_bias
 
 
 def _keep_for_second_backward(ctx, inputs, output):
@@ -196,7 +313,7 @@ def _second_backward(op, ctx, second):  # [..., I], the gradient with respect to
     grad, weight, delta, units = _saved(ctx)
     grad_grad = grad_delta = None
     if ctx.needs_input_grad[0]:
-        kept = _columns_to_keep(second, delta, units, ctx.dim)
+        kept = _kept_if_trained(second, delta, units, ctx.dim)
         grad_grad = op(second, weight, delta, units, ctx.dim, None, kept)
     if ctx.needs_input_grad[2]:
         kept = second if ctx.dim == 0 else _columns(second, units, delta.shape[1])

@@ -51,6 +51,8 @@ def stable_weights() -> Iterator[None]:
     would wait forever. On GPUs the context waits for running work when it starts and when it ends. It does not protect
     against other processes, so s2ft refuses to train weights in shared memory.
 
+    With ``S2FTConfig(effective="step")`` the weights hold base + delta of one optimizer step instead, in all layers.
+
     Returns:
         A context manager.
 

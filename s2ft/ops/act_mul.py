@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._library import define
+from s2ft.ops._library import below_autograd, define, runs_directly
 
 
 class Activation(NamedTuple):
@@ -82,8 +82,8 @@ def backward(ctx, grad):
     if torch.is_grad_enabled():  # create_graph: autograd's own gradients can be differentiated again
         return *_differentiable_backward(grad, gate, up, ctx.activation), None
     if not ctx.needs_input_grad[0]:
-        return None, _op(gate, grad, ctx.activation), None  # the same product, with grad in place of up
-    return *_backward(grad, gate, up, ctx.activation), None
+        return None, below_autograd(_op, gate, grad, ctx.activation), None  # the same product, with grad as up
+    return *below_autograd(_backward, grad, gate, up, ctx.activation), None
 
 
 def _differentiable_backward(grad, gate, up, activation):
@@ -101,6 +101,19 @@ _backward = define(
 )
 
 
+class _Node(torch.autograd.Function):
+    """The op as one node of the autograd graph, in less time of the host, see :class:`s2ft.ops._linear._Node`."""
+
+    @staticmethod
+    def forward(ctx, gate, up, activation):
+        with torch._C._AutoDispatchBelowAutograd():
+            y = _op(gate, up, activation)
+        setup_context(ctx, (gate, up, activation), y)
+        return y
+
+    backward = staticmethod(backward)
+
+
 def act_mul(
     gate: Tensor,  # any shape
     up: Tensor,  # gate's shape and dtype
@@ -109,7 +122,8 @@ def act_mul(
     """Compute ``activation(gate) * up``. The backward saves gate and up, and nothing else.
 
     PyTorch's two operators also save activation(gate), and read and write more memory per step. The rounding is
-    PyTorch's: activation(gate) is rounded to the dtype before it is multiplied. Frozen inputs get no gradient.
+    PyTorch's: activation(gate) is rounded to the dtype before it is multiplied. On a GPU, activation(gate) of a 16-bit
+    gate may be the number next to PyTorch's. Frozen inputs get no gradient.
 
     Args:
         gate: Output of the gate projection, any shape, float32, float64, bfloat16 or float16.
@@ -127,4 +141,8 @@ def act_mul(
         >>> s2ft.ops.act_mul(gate, up, "relu")
         tensor([0., 6.])
     """
-    return _op(gate, up, activation)
+    if not runs_directly(gate, up):
+        return _op(gate, up, activation)
+    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        return _Node.apply(gate, up, activation)
+    return below_autograd(_op, gate, up, activation)

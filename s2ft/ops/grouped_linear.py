@@ -7,7 +7,7 @@ from torch import Tensor
 
 from s2ft.ops._effective import with_effective_weight
 from s2ft.ops._grouped import ALIGNMENT, grouped_outer, product
-from s2ft.ops._library import autocast_input, check_index, define
+from s2ft.ops._library import autocast_input, check_index, define, is_being_captured
 from s2ft.ops._linear import below_autograd
 
 OP = "grouped_linear"
@@ -98,7 +98,12 @@ def _columns(x: Tensor, table: _Table, offsets: Tensor) -> Tensor:
     return x.gather(1, table.units[group])
 
 
-def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, index, most, offsets, dim, groups, size) -> Tensor:
+def columns_to_keep(x: Tensor, weight: Tensor, index: Tensor, most: int, offsets: Tensor) -> Tensor:
+    """Copy the selected columns of x, which is all that the gradient of a delta of dim 1 needs of x."""
+    return _columns(x, _table(index, most, weight.shape[0], weight.shape[2], x.dtype), offsets)
+
+
+def delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, index, most, offsets, dim, groups, size) -> Tensor:
     """The gradient of delta. `kept` is all of x for dim 0, and its selected columns for dim 1."""
     table = _table(index, most, groups, size, grad.dtype)
     if dim == 0:
@@ -131,7 +136,7 @@ def _backward(ctx, grad):
         grad_x = below_autograd(_grad_x, grad, weight, delta, index, ctx.most, offsets, ctx.dim)
     if ctx.needs_input_grad[2]:
         sizes = weight.shape[0], weight.shape[1 + ctx.dim]
-        grad_delta = _delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
+        grad_delta = delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
     return grad_x, None, grad_delta, None, None, None, None, None
 
 
@@ -148,7 +153,7 @@ def _second_backward(ctx, second):  # [T, I], the gradient with respect to grad_
     if ctx.needs_input_grad[2]:
         sizes = weight.shape[0], weight.shape[1 + ctx.dim]
         kept = second if ctx.dim == 0 else _columns(second, _table(index, ctx.most, *sizes, second.dtype), offsets)
-        grad_delta = _delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
+        grad_delta = delta_gradient(grad, kept, delta, index, ctx.most, offsets, ctx.dim, *sizes)
     return grad_grad, None, grad_delta, None, None, None, None
 
 
@@ -174,7 +179,7 @@ def _call(x: Tensor, weight: Tensor, delta: Tensor, index: Tensor, most: int, of
     kept = None
     if dim == 1 and delta.requires_grad and torch.is_grad_enabled():
         check(x, weight, delta, index, offsets, dim)
-        kept = _columns(x, _table(index, most, weight.shape[0], weight.shape[2], x.dtype), offsets)
+        kept = columns_to_keep(x, weight, index, most, offsets)
     return _op(x, weight, delta, index, most, offsets, dim, kept)
 
 
@@ -194,7 +199,10 @@ def grouped_linear(
     :func:`s2ft.ops.sliced_linear`: the weight holds base + delta during the call and has its old bits afterwards, and
     gradients of any order flow to x and delta, never to weight (S²FT paper, section 3.3).
 
-    In float64, or if O or I elements are no multiple of 16 bytes, a loop over the groups replaces the one product.
+    PyTorch's product of all groups takes float32, bfloat16 and float16 and rows of whole 16 bytes. A loop over the
+    groups does the rest on a CPU, and products of blocks of rows do it on a GPU. There, PyTorch's product waits for
+    the device unless it computes bfloat16 on compute capability 9 or 10. Blocks replace it in a CUDA graph, and where
+    there are at most as many rows as groups.
 
     Args:
         x: Input, shape [T, I]. The rows of group 0 come first. Under autocast it is cast to autocast's dtype.
@@ -213,7 +221,7 @@ def grouped_linear(
         The output, shape [T, O], in the dtype of x, or in autocast's dtype.
 
     Raises:
-        ValueError: A shape, `dim`, `offsets` or `index` is wrong.
+        ValueError: A shape, `dim`, `offsets` or `index` is wrong, or `most` is missing in a CUDA graph.
         TypeError: x and weight differ in dtype outside autocast.
 
     Example:
@@ -226,6 +234,8 @@ def grouped_linear(
     x = autocast_input(OP, x, weight)
     if most is None:
         check(x, weight, delta, index, offsets, dim)
+        if is_being_captured(index):
+            raise ValueError(f"{OP}: counting most waits for the GPU, which a CUDA graph can't: give most")
         counts = torch.bincount(index // weight.shape[1 + dim], minlength=1)
         most = int(counts.max())
     return _call(x, weight, delta, index, most, offsets, dim)

@@ -59,15 +59,15 @@ def reference_grad_x(
     padding: list[int],
     dilation: list[int],
 ) -> Tensor:
-    return _gradients(
-        grad,
-        grad.new_empty(1).expand(size),
-        effective(weight, delta, index, dim, grad.dtype),
-        stride,
-        padding,
-        dilation,
-        0,
-    )
+    weight = effective(weight, delta, index, dim, grad.dtype)
+    return gradient_of_input(grad, weight, size, stride, padding, dilation)
+
+
+def gradient_of_input(
+    grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
+) -> Tensor:
+    """Return the gradient of the input of shape `size` of a plain convolution with `weight`."""
+    return _gradients(grad, grad.new_empty(1).expand(size), weight, stride, padding, dilation, 0)
 
 
 def reference_grad_delta(
@@ -123,7 +123,7 @@ def backward(ctx, grad):
 def _grad_x_of(grad, weight, delta, index, dim, size, *geometry):
     if torch.is_grad_enabled():  # create_graph: autograd can differentiate PyTorch's own gradient
         weight = differentiable(weight, delta, index, dim, grad.dtype)
-        return _gradients(grad, grad.new_empty(1).expand(size), weight, *geometry, 0)
+        return gradient_of_input(grad, weight, size, *geometry)
     return torch.ops.s2ft.indexed_conv_grad_x(grad, weight, delta, index, dim, size, *geometry)
 
 

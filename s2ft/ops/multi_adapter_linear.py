@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2ft.ops._library import define
+from s2ft.ops._library import define, host_can_read
 
 OP = "multi_adapter_linear"
 
@@ -14,7 +14,7 @@ def reference(
     x: Tensor, y: Tensor, values: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor, dim: int
 ) -> Tensor:
     check_shapes(x, y, values, index, offsets, adapter, dim)
-    if x.device.type != "cpu":
+    if not host_can_read(adapter):
         return without_waiting(x, y, values, index, offsets, adapter, dim)
     check_entries(x, y, index, offsets, adapter, dim)
     out = y.clone(memory_format=torch.contiguous_format)
@@ -163,9 +163,9 @@ def multi_adapter_linear(
     """Add to each sequence's output the delta of the sequence's adapter: ``y + x @ delta.t()``.
 
     For dim 0 this is ``y[b, ..., index[u]] += x[b] · values[u]``, and for dim 1 ``y[b] += x[b, ..., index[u]] *
-    values[u]``, over the units u of sequence b's adapter. Adapters may differ in size, and none is padded. Each adapter
-    is read once for all its sequences. Sums are formed in float32, or in float64 for float64 tensors. Gradients flow to
-    x and y; the adapters are frozen (S²FT paper, section 3.4).
+    values[u]``, over the units u of sequence b's adapter. Adapters may differ in size, and none is padded. Sums are
+    formed in float32, or in float64 for float64 tensors. Gradients flow to x and y; the adapters are frozen (S²FT
+    paper, section 3.4).
 
     Args:
         x: Input of the layer, shape [B, ..., I].

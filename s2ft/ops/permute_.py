@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from s2ft.ops._effective import exclusive
-from s2ft.ops._library import check_dim, check_distinct, count_change, define
+from s2ft.ops._library import check_dim, check_distinct, count_change, define, host_can_read
 
 
 def reference(weight: Tensor, order: Tensor, dim: int) -> None:
@@ -14,10 +14,23 @@ def reference(weight: Tensor, order: Tensor, dim: int) -> None:
         raise ValueError(
             f"permute_: order must be int64 of shape ({size},), got {order.dtype} of shape {tuple(order.shape)}"
         )
+    if not host_can_read(order):
+        return _permute_whole(weight, order, dim)
     check_distinct("permute_", order, size, name="order")
     moved = (order != torch.arange(order.numel(), device=order.device)).nonzero().squeeze(1)
     values = weight.index_select(dim, order[moved])  # only the units that move need scratch
     weight.transpose(0, dim)[moved] = values.transpose(0, dim)
+
+
+PIECE = 2**25  # elements of the scratch memory
+
+
+def _permute_whole(weight: Tensor, order: Tensor, dim: int) -> None:
+    """Copy every unit, because the host can't know which ones move, in pieces along another dimension."""
+    other = 1 if dim == 0 and weight.dim() > 1 else 0
+    step = weight.shape[other] if weight.dim() == 1 else max(1, PIECE * weight.shape[other] // max(1, weight.numel()))
+    for piece in weight.split(max(1, step), other):
+        piece.copy_(piece.index_select(dim, order))
 
 
 _op = define(
@@ -44,6 +57,7 @@ def permute_(
 
     Raises:
         ValueError: `dim` is wrong or `order` is not a permutation. Nothing has been written then.
+            A CUDA graph can't wait for this check, so a captured call leaves it out: call once before the capture.
 
     Example:
         >>> weight = torch.arange(6).reshape(3, 2)

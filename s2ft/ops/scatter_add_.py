@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from s2ft.ops._effective import exclusive
-from s2ft.ops._library import check_distinct, check_movable, count_change, define
+from s2ft.ops._library import check_distinct, check_movable, count_change, define, host_can_read
 
 
 def check(
@@ -25,7 +25,8 @@ def check(
         )
     for where, values in zip(index, delta):
         check_movable(op, weight, dim, where, values, "delta")
-        check_distinct(op, where, weight.shape[dim])
+        if host_can_read(where):
+            check_distinct(op, where, weight.shape[dim])
     for where, old in zip(index, replaced):
         check_movable(op, weight, dim, where, old, "replaced")
         if old.dtype != weight.dtype:
@@ -41,12 +42,16 @@ def reference(
     for where, old in zip(index, replaced):
         old.copy_(weight.index_select(dim, where))
     wide = torch.promote_types(torch.promote_types(weight.dtype, delta[0].dtype), torch.float32)
-    units = torch.cat(list(index)).unique()
+    # A unit of several deltas occurs several times. All deltas add to its first place, from which all its places are
+    # written. Removing the repeats would be a size that depends on values, for which the host would wait.
+    units = torch.cat(list(index)).sort().values
     total = weight.index_select(dim, units).to(wide)
     for where, values, factor in zip(index, delta, alpha):
         at = torch.searchsorted(units, where)
         change = total.index_select(dim, at) + factor * values.to(wide)
         total.transpose(0, dim)[at] = change.transpose(0, dim)
+    if len(delta) > 1:
+        total = total.index_select(dim, torch.searchsorted(units, units))
     # On the transpose the index is the first dimension, where torch writes whole rows at a time.
     weight.transpose(0, dim)[units] = total.to(weight.dtype).transpose(0, dim)
 
@@ -66,6 +71,8 @@ def scatter_add_(
     dim: int,
     alpha: float | Sequence[float] = 1.0,
     replaced: Tensor | Sequence[Tensor] | None = None,  # delta's shape, weight's dtype
+    *,
+    is_checked: bool = False,
 ) -> None:
     """Add deltas to units of a weight in place: ``weight[index] += alpha * delta`` along `dim`.
 
@@ -83,9 +90,12 @@ def scatter_add_(
         alpha: Factor of the delta, or a list with one factor per delta. Default: 1.
         replaced: Tensor, or list of tensors, with delta's shape and the weight's dtype. It receives the old values.
             Default: they are not kept.
+        is_checked: Whether the caller knows that the entries of each index are in range and distinct. On a GPU this
+            check waits for the device. With entries that are not, the result is undefined. Default: they are checked.
 
     Raises:
         ValueError: `dim`, a shape, a dtype, a number of entries or an index is wrong. Nothing has been written then.
+            A CUDA graph can't wait for this check, so a captured call leaves it out: call once before the capture.
 
     Example:
         >>> weight, old = torch.zeros(3, 2), torch.empty(1, 2)
@@ -98,7 +108,7 @@ def scatter_add_(
     """
     indices, deltas, kept = _as_list(index), _as_list(delta), [] if replaced is None else _as_list(replaced)
     alphas = [float(alpha)] * len(deltas) if isinstance(alpha, (int, float)) else [float(a) for a in alpha]
-    if weight.is_cuda:
+    if weight.is_cuda and not is_checked:
         for where in indices:
             check_distinct("scatter_add_", where, weight.shape[dim])
     if len({values.dtype for values in deltas}) > 1:

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from s2ft.ops import _linear
 
-_op = _linear.define_linear("sliced_linear", "int start")
+_ops = _linear.define_linear("sliced_linear", "int start")
 
 
 def sliced_linear(
@@ -50,4 +50,4 @@ def sliced_linear(
         >>> delta.grad.shape
         torch.Size([2, 3])
     """
-    return _linear.call("sliced_linear", _op, x, weight, delta, start, dim, bias)
+    return _linear.call(_ops, x, weight, delta, start, dim, bias)

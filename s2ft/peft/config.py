@@ -72,6 +72,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     Attributes:
         layout: Always "indexed".
         ffn_kernel: Always False: PEFT's layers run one by one.
+        effective: Always "call". :func:`s2ft.attach` has "step"; here `merge_adapter` writes deltas into the weights.
         delta_dtype: Always None: the dtype is that of the weight, see above.
 
     Raises:
@@ -87,6 +88,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
 
     layout: ClassVar[str] = "indexed"  # the only layout here: units stay where they are
     ffn_kernel: ClassVar[bool] = False
+    effective: ClassVar[str] = "call"
     delta_dtype: ClassVar[None] = None
     module_units: ClassVar[dict[str, Any] | None] = None  # s2ft.peft.units.ModuleUnits by module, after the injection
     expert_units: ClassVar[dict[str, dict[str, Any]]] = {}  # the same by module and parameter, of stacked experts

@@ -17,7 +17,8 @@ def units_per_projection(
     A ratio is the share of a projection's units, the same in every layer. If units are drawn from all layers together,
     it is the share of the units of all layers, rounded down, as in the paper's code. With a budget of parameters, all
     ratios are scaled to the largest whole numbers of units that fit. Layers then differ by one unit if the budget is
-    not a multiple. With allocation "global", only the sum over the layers of a projection counts.
+    not a multiple. With `align`, each number is rounded down at the end. With allocation "global", only the sum over
+    the layers of a projection counts.
 
     Args:
         couplings: Couplings of the model.
@@ -33,7 +34,7 @@ def units_per_projection(
     if config.budget is None and config.match_lora_rank is None:
         if config.selection == "random" and config.allocation == "global":
             return _units_over_layers(requested, config.ratios)
-        return {p.name: _units(p, config.ratios[p.key]) for p in requested}
+        return _aligned({p.name: _units(p, config.ratios[p.key]) for p in requested}, config.align)
     free = {p.name: p.count if free is None else free.get(p.name, p.count) for p in requested}
     costs = {p.name: unit_parameters(model, p) for p in requested}
     shares = {p.name: config.ratios[p.key] * p.count for p in requested}
@@ -44,9 +45,16 @@ def units_per_projection(
             f"{what} is more than the {most:,} parameters that the requested projections have to choose "
             f"from{_taken(config)}: lower it, or request more projections"
         )
-    units = share_out(total, shares, free, costs)
+    units = _aligned(share_out(total, shares, free, costs), config.align)
     _check_none_is_empty(config, requested, units, costs, what)
     return units
+
+
+def _aligned(units: dict[str, int], align: int | None) -> dict[str, int]:
+    """Round numbers of units down to multiples of `align`. What is smaller stays, so that nothing is left out."""
+    if align is None:
+        return units
+    return {name: number - number % align if number > align else number for name, number in units.items()}
 
 
 def _taken(config: S2FTConfig) -> str:

@@ -185,11 +185,13 @@ def vllm_options(arguments, base: str | None, name: str | None) -> tuple[dict[st
 @contextmanager
 def fused(model):
     """Hold the trainable adapter in the weights inside the context. Each token is then a plain matrix product."""
+    was_fused = any(row.fused for row in s2ft.status(model).rows)  # effective="step": the weights stay as they are
     s2ft.fuse(model)
     try:
         yield
     finally:
-        s2ft.unfuse(model)
+        if not was_fused:
+            s2ft.unfuse(model)
 
 
 def refuse_sharding(arguments, command: str) -> None:

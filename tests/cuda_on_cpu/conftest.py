@@ -44,6 +44,10 @@ class Runner:
     def configure(self, seed=0, max_blocks=0, capturing=False):
         self.library.configure(seed, max_blocks, int(capturing))
 
+    def approximate(self, exp2_error=0.0, reciprocal_error=0.0):
+        """Set the relative errors of the approximate exponential and reciprocal."""
+        self.library.approximate(ctypes.c_double(exp2_error), ctypes.c_double(reciprocal_error))
+
     def units(self, step, weight, delta, dense, units, dim):
         """units is the start of a slice or an index tensor; dense has the shape of the set of units.
 
@@ -233,5 +237,6 @@ def built_library(tmp_path_factory):
 def runner(built_library):
     run = Runner(built_library)
     run.configure()
+    run.approximate()
     run.calls()
     return run

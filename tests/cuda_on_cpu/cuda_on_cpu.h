@@ -9,6 +9,8 @@
 #include <ucontext.h>
 
 #include <algorithm>
+#include <array>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
@@ -54,8 +56,10 @@ struct Machine {
   unsigned seed = 0;
   unsigned max_blocks = 0;  // 0 for no limit. With fewer blocks a grid-stride loop makes more iterations.
   bool capturing = false;
-  std::string error;  // of the last launch
-  std::string calls;  // runtime calls on streams and events, one a line
+  unsigned recreated = 0;                       // how often all streams were destroyed and created again
+  double exp2_error = 0, reciprocal_error = 0;  // relative errors of the approximate instructions
+  std::string error;                            // of the last launch
+  std::string calls;                            // runtime calls on streams and events, one a line
 
   dim3 grid, block, block_index;
   std::vector<Fiber> fibers;
@@ -63,6 +67,7 @@ struct Machine {
   ucontext_t scheduler;
   std::function<void()> kernel;
   std::vector<uint64_t> lanes;                    // values that lanes publish in a warp exchange
+  std::vector<std::array<uint32_t, 6>> held;      // fragments that lanes publish for a product of matrices
   std::map<int, std::unique_ptr<char[]>> shared;  // by declaration
 };
 
@@ -195,9 +200,52 @@ T exchange(T value, int from) {
   return result;
 }
 
+// The product of two matrices in the fragments of csrc/cuda/matrix.h. The lanes publish what they hold.
+template <class Pair>
+void add_product(float* sum, const Pair* left, const Pair* right) {
+  struct Held {
+    Pair left[4], right[2];
+  };
+  Machine& m = machine();
+  const size_t me = static_cast<size_t>(m.current - m.fibers.data()), first = me / kWarp * kWarp, lane = me - first;
+  m.held.resize(m.fibers.size());
+  Held mine;
+  std::copy_n(left, 4, mine.left);
+  std::copy_n(right, 2, mine.right);
+  static_assert(sizeof(Held) == sizeof(m.held[0]));
+  std::memcpy(&m.held[me], &mine, sizeof(Held));
+  wait_at(At::warp_barrier);
+  const auto held = [&](size_t other) {
+    Held value;
+    std::memcpy(&value, &m.held[first + other], sizeof(Held));
+    return value;
+  };
+  for (size_t k = 0; k < 16; ++k)
+    for (size_t c = 0; c < 4; ++c) {
+      const Pair a = held(lane / 4 * 4 + k % 8 / 2).left[c / 2 + k / 8 * 2];
+      const Pair b = held((lane % 4 * 2 + c % 2) * 4 + k % 8 / 2).right[k / 8];
+      const auto x = widen(a), y = widen(b);
+      sum[c] += k % 2 ? x.second * y.second : x.first * y.first;
+    }
+  wait_at(At::warp_barrier);
+}
+
 inline int lane() {
   const Machine& m = machine();
   return static_cast<int>((m.current - m.fibers.data()) % kWarp);
+}
+
+inline float without_subnormals(double value) {
+  const float f = static_cast<float>(value);
+  return std::fabs(f) < 0x1p-126f ? std::copysign(0.0f, f) : f;
+}
+
+// The approximate instructions of a GPU that make every subnormal number a zero.
+inline float approximate_exp2(float x) {
+  return without_subnormals(std::exp2(static_cast<double>(without_subnormals(x))) * (1 + machine().exp2_error));
+}
+inline float approximate_reciprocal(float x) {
+  return without_subnormals(1 / static_cast<double>(without_subnormals(x)) * (1 + machine().reciprocal_error));
 }
 
 inline void log(const std::string& call) { machine().calls += call + "\n"; }
@@ -220,6 +268,10 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
   return simulator::exchange(value, simulator::lane() ^ mask);
 }
 template <class T>
+T __shfl_sync(unsigned, T value, int lane) {
+  return simulator::exchange(value, lane % simulator::kWarp);
+}
+template <class T>
 T __shfl_down_sync(unsigned, T value, int offset) {
   return simulator::exchange(value, simulator::lane() + offset);
 }
@@ -240,6 +292,11 @@ inline cudaError_t cudaDriverGetVersion(int* version) {
 }
 inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
   *status = simulator::machine().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
+  return cudaSuccess;
+}
+inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
+  // A stream that is created in place of a destroyed one has its handle, but not its id.
+  *id = reinterpret_cast<uintptr_t>(stream) + 1000 * simulator::machine().recreated;
   return cudaSuccess;
 }
 inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {

@@ -18,6 +18,12 @@ void configure(unsigned seed, unsigned max_blocks, int capturing) {
   simulator::machine().capturing = capturing != 0;
 }
 
+// Relative errors of the approximate exponential and reciprocal.
+void approximate(double exp2_error, double reciprocal_error) {
+  simulator::machine().exp2_error = exp2_error;
+  simulator::machine().reciprocal_error = reciprocal_error;
+}
+
 // The runtime calls since the last call of this function.
 const char* calls() {
   static std::string text;
@@ -100,6 +106,7 @@ int add_adapters(int dtype, const void* x, const void* y, void* out, const int64
   return cuda::add_adapters(bank, batch, static_cast<DType>(dtype), nullptr);
 }
 
+void recreate_streams() { ++simulator::machine().recreated; }
 int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }
 int ordered_end(int device, void* stream) { return cuda::ordered_end(device, stream); }
 }

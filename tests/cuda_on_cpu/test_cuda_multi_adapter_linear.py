@@ -38,6 +38,39 @@ def test_adds_each_sequences_adapter(runner, dim, dtype, tokens):
 
 
 @pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("tokens,inputs,outputs", ((17, 72, 264), (64, 64, 40), (70, 200, 520)))
+def test_many_tokens(runner, dim, dtype, tokens, inputs, outputs):
+    """They run on tensor cores: less than a tile of tokens, a whole one, and more; whole tiles of the rest and parts."""
+    torch.manual_seed(tokens)
+    rtol, atol = GEMM[dtype]
+    bank = bank_of(dim, dtype, inputs, outputs, (34, 0, 1, 70 if min(inputs, outputs) > 70 else 32))
+    x, y = torch.randn(4, tokens, inputs).to(dtype), torch.randn(4, tokens, outputs).to(dtype)
+    adapter = torch.tensor([3, -1, 0, 2])
+    runner.configure(tokens)
+    out = runner.add_adapters(x, y, *bank, adapter, dim)
+    expected = reference(x.double(), y.double(), bank[0].double(), *bank[1:], adapter, dim)
+    torch.testing.assert_close(out.double(), expected, rtol=rtol, atol=atol * expected.abs().max().item())
+    assert torch.equal(out[1], y[1])
+    # A sequence gives the same numbers alone.
+    alone = runner.add_adapters(x[2:3], y[2:3], *bank, adapter[2:3], dim)
+    assert torch.equal(alone, out[2:3])
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+def test_many_tokens_with_units_out_of_range(runner, dim):
+    values, index, offsets = bank_of(dim, torch.bfloat16, 16, 16, (6,))
+    inside = torch.tensor([True, False, False, True, True, True])
+    index = torch.where(inside, torch.tensor([3, 99, -1, 0, 8, 15]), torch.tensor([0, 99, -1, 0, 0, 0]))
+    x, y = torch.randn(2, 20, 16).bfloat16(), torch.randn(2, 20, 16).bfloat16()
+    out = runner.add_adapters(x, y, values, index, offsets, torch.tensor([0, 5]), dim)
+    few = pack_adapters([(index[inside], values[inside] if dim == 0 else values[inside].t())], dim)
+    expected = reference(x, y, *few, torch.tensor([0, -1]), dim)
+    torch.testing.assert_close(out, expected, rtol=GEMM[torch.bfloat16][0], atol=GEMM[torch.bfloat16][1] * 4)
+    assert torch.equal(out[1], y[1])
+
+
+@pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("offset", (1, 3))
 def test_misaligned_x_and_y(runner, dim, offset):
     bank = bank_of(dim, torch.float32, 16, 16, (5, 2))

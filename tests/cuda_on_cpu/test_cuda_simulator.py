@@ -1,4 +1,4 @@
-"""The simulator finds a missing barrier and a barrier that only a part of a block reaches."""
+"""The simulator finds a missing barrier and a barrier that only a part of a block reaches, and multiplies matrices."""
 
 import ctypes
 
@@ -37,3 +37,12 @@ def test_a_barrier_that_only_a_part_of_a_block_reaches_is_an_error(runner):
     error, _ = block_sum(runner, torch.ones(256), DIVERGENT_BARRIER)
     assert error != 0
     assert b"barrier" in runner.library.last_error()
+
+
+def test_the_product_of_matrices(runner):
+    for seed in range(3):
+        runner.configure(seed)
+        a, b, sums = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16(), torch.empty(2, 16, 8)
+        assert runner.library.multiply(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, sums))) == 0
+        for ours in sums:
+            torch.testing.assert_close(ours, a.float() @ b.float())

@@ -168,6 +168,46 @@ def test_a_unit_named_twice_is_restored(runner, dim):
         assert torch.equal(weight, values)
 
 
+# Whole packs of 16 bytes in every dtype: heads in order and not, heads that start between two packs, runs that are
+# shorter than a pack, neighbours in descending order, and a pack that is one run but for its last column.
+RUNS = (
+    [*range(16, 32), *range(48, 64)],
+    [*range(32, 48), *range(0, 16)],
+    [*range(17, 33), *range(40, 56)],
+    [*range(0, 5), *range(8, 14), *range(20, 25)],
+    [*range(31, 15, -1)],
+    [*range(0, 7), 9, *range(16, 24)],
+)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("columns", RUNS, ids=range(len(RUNS)))
+def test_columns_in_runs(runner, layout, columns):
+    for dtype, delta_dtype in zip(DTYPES, (torch.float32, torch.float64, torch.float32, torch.bfloat16)):
+        values, index = random((9, 64), dtype), torch.tensor(columns)
+        runner.configure(len(columns), max_blocks=1)
+        check(runner, values, layout, random((9, len(columns)), delta_dtype), index, len(columns), 1)
+
+
+def test_runs_that_leave_the_weight(runner):
+    values = random((4, 16), torch.bfloat16)
+    index = torch.tensor([*range(12, 20), *range(-4, 4), *range(0, 8)])
+    weight, delta = values.clone(), random((4, 24), torch.float32)
+    dense = torch.empty(4, 24, dtype=torch.bfloat16)
+    runner.units("write", weight, delta, dense, index, 1)
+    assert torch.equal(weight[:, 12:], effective(values[:, 12:], delta[:, :4]))
+    assert torch.equal(weight[:, 8:12], values[:, 8:12])
+    runner.units("restore", weight, None, dense, index, 1)
+    assert torch.equal(weight, values)
+
+
+@pytest.mark.parametrize("misaligned", ("index", "columns"))
+def test_an_index_that_is_not_aligned(runner, misaligned):
+    memory = torch.tensor([0, *range(8, 24)])
+    index = memory[1:] if misaligned == "index" else memory[1:].clone() + 1
+    check(runner, random((5, 32), torch.bfloat16), "dense", random((5, 16), torch.float32), index, 16, 1)
+
+
 @pytest.mark.parametrize("transposed", (False, True))
 @pytest.mark.parametrize("dim", (0, 1))
 def test_units_of_several_matrices(runner, dim, transposed):

@@ -200,6 +200,110 @@ def test_torch_compile_fullgraph(op, dim, dtype):
         assert torch.equal(ours, theirs)
 
 
+class Watched(torch.Tensor):
+    """A subclass that does nothing."""
+
+
+def registered(case):
+    """Call the registered op, as a compiler, a mode or a subclass of Tensor sees it."""
+    case.x = case.x.as_subclass(Watched)
+    return case.call().as_subclass(torch.Tensor)
+
+
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=name)
+@pytest.mark.parametrize("op,shape,dim", CASES, ids=name)
+def test_one_node_equals_the_registered_op_bit_for_bit(op, shape, dim, dtype):
+    for trains_x, leading in itertools.product((True, False), ((4, 3), (3,), ())):
+        case = Case(op, shape, dim, dtype, leading, delta_dtype=torch.promote_types(dtype, torch.float32))
+        x = case.x.requires_grad_(trains_x)
+        leaves = (x, case.delta, case.bias) if trains_x else (case.delta, case.bias)
+        ours = case.call()
+        theirs = registered(case)
+        assert "_Node" in ours.grad_fn.name() and torch.equal(ours, theirs)
+        upstream = torch.randn_like(ours)
+        for one, other in zip(
+            torch.autograd.grad(ours, leaves, upstream), torch.autograd.grad(theirs, leaves, upstream)
+        ):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_modes_and_transforms_see_the_registered_op(op, dim):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Seen(TorchDispatchMode):
+        names: list[str] = []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            self.names.append(str(function))
+            return function(*args, **(kwargs or {}))
+
+    case = Case(op, SHAPES[0], dim)
+    with Seen() as seen:
+        case.call().sum().backward()
+    assert {f"s2ft.{op.__name__}.default", f"s2ft.{op.__name__}_grad_x.default"} <= set(seen.names)
+    constants = [tensor.detach() for tensor in (case.delta, case.bias)]  # a trace holds none that require a gradient
+    traced = torch.jit.trace(lambda x: case.call(x, *constants), case.x.detach(), check_trace=False)
+    assert op.__name__ in str(traced.graph)
+
+
+@pytest.mark.parametrize("dim", (0, 1))
+@pytest.mark.parametrize("op", OPS, ids=name)
+def test_gradients_of_padded_slices(op, dim, monkeypatch):
+    """On a GPU, rows of kept columns start at multiples of 16 bytes. Here the CPU does the same."""
+    monkeypatch.setattr(_linear, "_padding", lambda x, length: -length % 8)
+    for shape in ((30, 40, 3, 11), (16, 24, 0, 8)):
+        case = Case(op, shape, dim, leading=(2, 5))
+        leaves = (case.x, case.delta, case.bias)
+        y = case.call()
+        upstream = torch.randn_like(y)
+        expected = torch.autograd.grad(F.linear(case.x, case.effective(), case.bias), leaves, upstream)
+        for ours, theirs in zip(torch.autograd.grad(y, leaves, upstream), expected):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+        assert torch.autograd.gradgradcheck(case.call, leaves)
+
+
+def test_few_columns_and_the_cpu_get_no_padding():
+    x = torch.empty(2, 300, dtype=torch.bfloat16)
+    assert _linear._padding(x, 299) == 0
+    on_gpu = type("", (), {"is_cuda": True, "element_size": lambda self: 2})()
+    assert [_linear._padding(on_gpu, length) for length in (1, 127, 128, 430, 432)] == [0, 0, 0, 2, 0]
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_a_float32_delta_gets_sums_in_float32(op, dim, monkeypatch):
+    """Where the device can write them. A stand-in for torch.mm does it here."""
+    product = torch.mm
+
+    def mm(a, b, out_dtype=None):
+        return product(a, b) if out_dtype is None else product(a.to(out_dtype), b.to(out_dtype))
+
+    monkeypatch.setattr(torch, "mm", mm)
+    monkeypatch.setattr(_linear, "_can_widen", lambda grad, dtype: dtype is torch.float32 is not grad.dtype)
+    case = Case(op, (16, 24, 3, 8), dim, torch.bfloat16, (50,), delta_dtype=torch.float32)
+    y = case.call()
+    upstream = torch.randn_like(y)
+    (found,) = torch.autograd.grad(y, case.delta, upstream)
+    whole = upstream.double().t() @ case.x.double()
+    torch.testing.assert_close(found.double(), whole.index_select(dim, case.index), rtol=1e-5, atol=1e-4)
+    assert not torch.equal(found, found.to(torch.bfloat16).float())
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("low", (torch.bfloat16, torch.float16), ids=name)
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_delta_gradients_on_a_gpu_are_not_rounded_to_half_precision(op, dim, low):
+    for units in (8, 131):  # 131 columns are padded
+        case = Case(op, (256, 512, 3, units), dim, low, (4, 50), device="cuda", delta_dtype=torch.float32)
+        y = case.call()
+        upstream = torch.randn_like(y)
+        (found,) = torch.autograd.grad(y, case.delta, upstream)
+        whole = upstream.double().flatten(0, 1).t() @ case.x.double().flatten(0, 1)
+        expected = whole.index_select(dim, case.index)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-3)
+        assert not torch.equal(found, found.to(low).float())
+
+
 def test_float32_delta_on_bfloat16_weight_is_not_lost():
     """An update far below a bfloat16 step changes no weight by itself, but many of them add up to a change."""
     weight, x = torch.ones(4, 4, dtype=torch.bfloat16), torch.eye(4, dtype=torch.bfloat16)

@@ -88,7 +88,11 @@ def test_cpu_fails_when_a_file_does_not_compile(run, source):
 
 @pytest.mark.slow
 def test_cpu_builds_the_cpu_kernels(run, source):
+    stale = source / "built" / "s2ft" / "_C.cpython-311-x86_64-linux-gnu.so"  # Python would prefer it
+    stale.parent.mkdir(parents=True)
+    stale.write_text("")
     build(run, source, S2FT_BUILD="cpu")
+    assert not stale.exists() and len(list(stale.parent.glob("_C*.so"))) == 1
     info, stderr = show(run, source)
     assert info["compiled"] is True and info["cuda"] is False and info["archs"] == []
     assert info["ops"]["sliced_linear"] == ["CPU"] and info["ops"]["permute_"] == ["CPU"]
@@ -214,6 +218,21 @@ for candidates in ([{str(script)!r}, {str(complete)!r}], [None, {str(script)!r}]
 """
     found = of_setup(run_script, source, code, S2FT_BUILD="none").stdout.splitlines()[-3:]
     assert found == [str(complete), str(script), "None"]
+
+
+def test_nvcc_of_a_package_is_found(run_script, source, tmp_path):
+    """nvidia-cuda-nvcc is in site-packages/nvidia/cu13. The newest is taken, and folders of other packages are not."""
+    for name in ("cu12", "cu13"):
+        (toolkit(tmp_path / "packages" / "nvidia" / name) / "lib").mkdir()
+        (tmp_path / "packages" / "nvidia" / name / "lib" / "libcudart_static.a").write_text("")
+    (tmp_path / "packages" / "nvidia" / "cudnn").mkdir()
+    show = "print(setup['cuda_home'](), *setup['packaged_toolkits']())"
+    code = f"sys.path.insert(0, {str(tmp_path / 'packages')!r}); {show}"
+    found = of_setup(run_script, source, code, S2FT_BUILD="none", PATH=tmp_path).stdout.split()[-3:]
+    newest = str(tmp_path / "packages" / "nvidia" / "cu13")
+    assert found == [newest, newest, str(tmp_path / "packages" / "nvidia" / "cu12")]
+    named = of_setup(run_script, source, code, S2FT_BUILD="none", CUDA_HOME=toolkit(tmp_path / "named"))
+    assert named.stdout.split()[-3] == str(tmp_path / "named")
 
 
 @pytest.mark.slow

@@ -12,10 +12,3 @@ NEWER = ("STABLE_TORCH_ERROR_CODE_CHECK",)  # TORCH_TARGET_VERSION hides newer f
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(CSRC).as_posix())
 def test_no_newer_macro(source):
     assert not [name for name in NEWER if name in source.read_text()]
-
-
-@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.relative_to(CSRC).as_posix())
-def test_pybind11_is_included_without_a_target_version(source):
-    """The pybind11 in the headers of PyTorch 2.11 does not compile if TORCH_TARGET_VERSION is defined."""
-    before, included, _ = source.read_text().partition("#include <pybind11/")
-    assert not included or "#undef TORCH_TARGET_VERSION" in before

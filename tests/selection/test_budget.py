@@ -182,3 +182,33 @@ def test_wrong_options_raise(options, message):
 def test_budgets_too_small_or_too_large_raise(options, message):
     with pytest.raises(ValueError, match=message):
         s2ft.select(MODEL, S2FTConfig(**options))
+
+
+def test_align_rounds_numbers_down_and_keeps_smaller_ones():
+    config = {"d_ratio": 0.35, "o_ratio": 0.25, "selection": "weight"}
+    plain, aligned = s2ft.select(MODEL, S2FTConfig(**config)), s2ft.select(MODEL, S2FTConfig(**config, align=8))
+    for path, units in plain.units.items():
+        number = units.numel()
+        assert aligned[path].numel() == (number - number % 8 if number >= 8 else number)
+        assert set(aligned[path].tolist()) <= set(units.tolist())
+    assert any(aligned[path].numel() < units.numel() for path, units in plain.units.items())
+
+
+def test_a_budget_stays_a_budget_with_align():
+    most = S2FTConfig(d_ratio=1, budget=1000, selection="weight", align=8)
+    selection = s2ft.select(MODEL, most)
+    assert 0 < parameters(selection) <= 1000 and all(count % 8 == 0 for count in per_layer(selection, "down_proj"))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"d_ratio": 0.1, "align": 0}, "align must be a whole number"),
+        ({"d_ratio": 0.1, "align": 8, "allocation": "global"}, "align=8 needs allocation='uniform'"),
+        ({"units": {"a": [0]}, "align": 8}, "nothing is left for align to choose"),
+    ],
+)
+def test_align_is_checked(options, message):
+    with pytest.raises(ValueError, match=message):
+        S2FTConfig(**options)
+    assert "align" not in S2FTConfig(d_ratio=0.1).to_dict()

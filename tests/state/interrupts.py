@@ -30,8 +30,8 @@ Loop = Callable[[nn.Module], None]
 class Scene:
     """A plain model, two adapters of it, and the three models that the loops start from."""
 
-    def __init__(self, layout: str) -> None:
-        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
+    def __init__(self, layout: str, effective: str = "call") -> None:
+        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout, effective=effective)
         self.plain = tiny_model("llama", layers=2, **WIDE)
         other = s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=1)
         self.adapters = [
@@ -136,11 +136,12 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=300, help="number of interrupted runs of each loop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", choices=("permuted", "indexed"), default="permuted")
+    parser.add_argument("--effective", choices=("call", "step"), default="call")
     parser.add_argument("--loop", help="only this one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-4)  # so that a signal also arrives between two calls of torch
-    scene, generator, failed = Scene(options.layout), random.Random(options.seed), False
+    scene, generator, failed = Scene(options.layout, options.effective), random.Random(options.seed), False
     kernels = "reference" if REFERENCE else "compiled"
     for name, (start, loop) in scene.loops().items():
         if options.loop in (None, name):

@@ -44,20 +44,22 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, dtype and layout that a sequence starts from."""
+    """The model, dtype, layout and way of holding weights that a sequence starts from."""
 
     case: str
     dtype: torch.dtype
     layout: str
     layers: int
+    effective: str
 
     @classmethod
     def of(cls, seed: int) -> "Setting":
         rng = random.Random(seed)
-        return cls(rng.choice(MODELS), rng.choice(DTYPES), rng.choice(LAYOUTS), rng.choice((1, 1, 2)))
+        drawn = rng.choice(MODELS), rng.choice(DTYPES), rng.choice(LAYOUTS), rng.choice((1, 1, 2))
+        return cls(*drawn, rng.choice(("call", "step")))
 
     def __str__(self) -> str:
-        return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
+        return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}, effective={self.effective!r}"
 
 
 class State:
@@ -66,6 +68,7 @@ class State:
     def __init__(self, seed: int) -> None:
         setting = Setting.of(seed)
         self.case, self.dtype, self.layout = setting.case, setting.dtype, setting.layout
+        self.effective = setting.effective
         self.rng = random.Random(seed)
         model = tiny_model(self.case, layers=setting.layers, dtype=self.dtype)
         self.pool = [make_adapter(model, self.config(), name, number) for number, name in enumerate(("p", "q"))]
@@ -88,6 +91,7 @@ class State:
             layout=self.layout,
             seed=self.rng.randrange(100),
             ffn_kernel=self.rng.random() < 0.7,
+            effective=self.effective,
         )
 
     @property
@@ -109,7 +113,8 @@ class State:
 
     @property
     def fused(self) -> bool:
-        return any(row.fused and row.trainable for row in self.status.rows)
+        """Whether the trainable adapter is fused, so that it can't be trained."""
+        return self.effective == "call" and any(row.fused and row.trainable for row in self.status.rows)
 
     @property
     def can_train(self) -> bool:

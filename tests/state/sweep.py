@@ -38,9 +38,9 @@ class Case:
 class Sweep:
     """The models that operations start from, in one layout, and their expected weights."""
 
-    def __init__(self, layout: str) -> None:
+    def __init__(self, layout: str, effective: str = "call") -> None:
         def config(seed: int) -> s2ft.S2FTConfig:
-            return s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=seed)
+            return s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=seed, effective=effective)
 
         self.layout, self.config = layout, config(3)
         self.plain = tiny_model("llama", **SMALL)
@@ -91,7 +91,20 @@ class Sweep:
             Case("delete_adapter, trainable", self.both, lambda m: s2ft.delete_adapter(m, "t")),
             Case("delete_adapter, last", self.trainable, lambda m: s2ft.delete_adapter(m, "t")),
             Case("rename_adapter", self.loaded, lambda m: s2ft.rename_adapter(m, "b", "c")),
+            Case("forward and backward", self.trainable, self.train),
+            Case("forward after a step", self.fused, self.evaluate),
+            Case("move", self.fused, lambda m: m.to(torch.float32)),
         ]
+
+    def train(self, model: nn.Module) -> None:
+        model(input_ids=self.tokens, labels=self.tokens).loss.backward()
+        model.zero_grad()
+
+    def evaluate(self, model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith(".s2"):
+                parameter.detach().mul_(2)  # as an optimizer does; no step runs under torch.no_grad
+        model(input_ids=self.tokens)
 
     @staticmethod
     def disable(model: nn.Module) -> None:
@@ -190,6 +203,7 @@ class Sweep:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="default: both")
+    parser.add_argument("--effective", choices=("call", "step"), default="call", help="default: call")
     parser.add_argument("--events", choices=EVENTS, default="opcode")
     parser.add_argument(
         "--occurrences",
@@ -212,7 +226,7 @@ def main(arguments: list[str] | None = None) -> int:
     occurrences = None if options.occurrences == "all" else int(options.occurrences)
     kernels, failed = "reference" if REFERENCE else "compiled", False
     for layout in options.layout or LAYOUTS:
-        sweep = Sweep(layout)
+        sweep = Sweep(layout, options.effective)
         for case in sweep.cases():
             if case.name.startswith(options.case or ""):
                 chosen = (

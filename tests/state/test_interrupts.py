@@ -53,6 +53,16 @@ def test_after_an_exception_at_any_moment_the_model_agrees_with_status(kernels):
     run(kernels, "sweep", "--stride", 2000)
 
 
+def test_after_an_exception_at_any_moment_a_model_that_holds_its_slices_agrees_with_status():
+    run("compiled", "sweep", "--stride", 2000, "--effective", "step", "--layout", "permuted")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_after_each_of_many_sigints_a_model_that_holds_its_slices_gives_the_base(layout):
+    run("compiled", "interrupts", "--count", 100, "--layout", layout, "--effective", "step", limit=900)
+
+
 @pytest.mark.slow
 def test_after_a_second_exception_in_the_clean_up_too():
     run("compiled", "sweep", "--stride", 700, "--twice")

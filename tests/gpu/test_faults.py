@@ -1,0 +1,95 @@
+"""Memory that runs out and interrupts, in the middle of an op: the base is back afterwards, bit for bit."""
+
+import importlib
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model, train
+
+import s2ft
+from s2ft.ops import _linear, sliced_linear
+
+LIMIT = 2 << 30  # bytes that this process may take, so that tests beside it keep theirs
+
+
+@pytest.fixture
+def little_memory():
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(LIMIT / torch.cuda.mem_get_info()[1])
+    yield
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("way", ("op", "reference"))
+def test_memory_that_runs_out_inside_the_product(way, little_memory):
+    """The output is far larger than the input, so its allocation fails while the weight holds base + delta."""
+    layer = Layer("cuda", shape=(16384, 64), units=8, tokens=16)
+    op = sliced_linear if way == "op" else lambda *args: _linear.reference(*args, None, None)
+    op(*layer.arguments())  # loads kernels and makes handles
+    many = layer.x[:1].repeat(2 * LIMIT // (2 * layer.weight.shape[0]), 1)
+    with pytest.raises(torch.OutOfMemoryError):
+        op(many, *layer.arguments()[1:])
+    torch.cuda.empty_cache()
+    layer.check_base()
+    assert torch.equal(op(*layer.arguments()), F.linear(layer.x, layer.merged()))
+
+
+@pytest.mark.cuda
+def test_memory_that_runs_out_in_a_training_step(little_memory):
+    model, ids = small_model("cuda")
+    before = frozen(model)
+    loss = lambda: model(input_ids=ids, labels=ids).loss  # noqa: E731
+    expected = train(model, loss, 1)
+    many = ids.repeat(2 * LIMIT // (ids.numel() * 1000 * 4), 1)  # float32 logits of twice the memory
+    with pytest.raises(torch.OutOfMemoryError):
+        model(input_ids=many, labels=many).loss.backward()
+    torch.cuda.empty_cache()
+    check_frozen(model, before)
+    assert train(model, loss, 1)[0] < expected[0]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("writes", (1, 2))
+@pytest.mark.parametrize("op", ("sliced_linear", "indexed_linear"))
+def test_an_interrupt_in_the_reference(op, writes, device, monkeypatch):
+    """It arrives right after base + delta is written, or right after the base is written back."""
+    effective = importlib.import_module("s2ft.ops._effective")
+    layer, write, calls = Layer(device, tokens=4), effective._write, []
+
+    def interrupted(*args):
+        write(*args)
+        calls.append(1)
+        if len(calls) == writes:
+            raise KeyboardInterrupt
+
+    units = layer.start if op == "sliced_linear" else torch.arange(layer.delta.shape[1], device=device)
+    monkeypatch.setattr(effective, "_write", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        _linear.reference(layer.x, layer.weight, layer.delta, units, 1, None, None)
+    layer.check_base()
+    layer.x = layer.x[:2]  # the next call works, and leaves the base too
+    y = _linear.reference(layer.x, layer.weight, layer.delta, units, 1, None, None)
+    assert torch.equal(y, F.linear(layer.x, layer.merged()))
+    layer.check_base()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_detach_restores_the_base_after_an_exception_in_a_backward(device):
+    plain, _ = small_model(device, attach=False)
+    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
+    model, ids = small_model(device)
+
+    def fail(gradient):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        output = model.model(input_ids=ids).last_hidden_state
+        output.register_hook(lambda gradient: gradient)
+        model.model.layers[0].mlp.down_proj.s2.register_hook(fail)
+        output.float().sum().backward()
+    s2ft.detach(model)
+    now = dict(model.named_parameters())
+    assert all(torch.equal(now[name], weight) for name, weight in before.items())

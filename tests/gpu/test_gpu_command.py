@@ -1,0 +1,218 @@
+"""The command of bench/gpu: limits of time, the report, and acceptance lines that can fail."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from kernel_driver import SCHEDULES, Run, build_for_cpu, runs_on_cpu
+from limited import LEAST, Done, run_limited
+from report import FAILED, NOT_RUN, PASSED, Report, Stage, acceptance
+
+RUN = Path(__file__).parents[2] / "bench" / "gpu" / "run.py"
+
+
+# ---- limits of time ------------------------------------------------------------------------------------
+
+
+def test_at_the_limit_the_whole_group_of_processes_is_ended(tmp_path):
+    done = run_limited(["sh", "-c", "sleep 1000 & echo $!; wait"], LEAST, tmp_path / "log")
+    assert done.status is None and re.match("ended after [2-9]", done.why)
+    state = Path(f"/proc/{int(done.text.split()[0])}/stat")
+    until = time.monotonic() + 60  # the signal is sent; on a busy machine the process needs a moment to end
+    while state.exists() and state.read_text().split()[2] != "Z":
+        assert time.monotonic() < until, "the child of the command still runs"
+
+
+def test_without_time_a_command_is_not_started(tmp_path):
+    done = run_limited(["touch", str(tmp_path / "made")], LEAST / 2, tmp_path / "log")
+    assert done == Done(None, "", "no time was left") and not (tmp_path / "made").exists()
+
+
+def test_the_exit_status_and_both_streams_of_a_command_are_kept(tmp_path):
+    done = run_limited(["sh", "-c", "echo out; echo err >&2; exit 3"], 60, tmp_path / "log")
+    assert done == Done(3, "out\nerr\n", "exit status 3") and not done.good
+
+
+# ---- acceptance ----------------------------------------------------------------------------------------
+
+
+def steps(liger=False, **ms):
+    """A stage with steps at the judged shape: milliseconds by method."""
+    results = {
+        method: {"ms": value, "peak_bytes": 10 * value, "frozen_as_before": True, "base_as_before": True}
+        for method, value in ms.items()
+    }
+    return Stage("steps", PASSED, data={"runs": [{"shape": "llama-3-8b", "liger": liger, "results": results}]})
+
+
+def kernels(product=1.0, copy=1.0):
+    rows = [
+        {"op": "sliced_linear", "case": "4096 × 14336 → 4096", "us": 100 * product, "rivals_us": {"frozen": 100}},
+        {"op": "sliced_linear", "case": "64 × 14336 → 4096", "us": 500, "rivals_us": {"frozen": 100}},
+        {"op": "act_mul", "case": "silu", "us": 10 * copy, "floor_us": 10},
+    ]
+    return Stage("kernels", PASSED, data={"rows": rows})
+
+
+def sanitized(*statuses):
+    states = {None: NOT_RUN, 0: PASSED}
+    runs = [{"name": "a", "status": s, "state": states.get(s, FAILED)} for s in statuses]
+    return Stage("sanitizers", PASSED, data={"runs": runs})
+
+
+def held(stages, words, on_gpu=True):
+    """Whether the lines with these words hold, in order."""
+    lines = acceptance({stage.name: stage for stage in stages}, on_gpu)
+    return [line.holds for line in lines if all(word in line.what for word in words)]
+
+
+@pytest.mark.parametrize(
+    "stage,words,holds",
+    (
+        (kernels(product=1.02), ["F.linear"], [True]),
+        (kernels(product=1.04), ["F.linear"], [False]),
+        (kernels(copy=1.09), ["act_mul to"], [True]),
+        (kernels(copy=1.2), ["act_mul to"], [False]),
+        (kernels(), ["act_mul, backward"], [None]),
+        (steps(s2ft=102, frozen=100), ["to frozen"], [True, None]),
+        (steps(s2ft=104, frozen=100), ["to frozen"], [False, None]),
+        (steps(True, s2ft=104, frozen=100), ["to frozen"], [None, False]),
+        (steps(s2ft=84, lora7=100), ["time", "to LoRA"], [True, None]),
+        (steps(s2ft=86, lora7=100), ["time", "to LoRA"], [False, None]),
+        (steps(s2ft=79, lora7=100), ["peak", "to LoRA"], [True, None]),
+        (steps(s2ft=84, lora7=100), ["peak", "to LoRA"], [False, None]),
+        (steps(s2ft=84), ["to LoRA"], [None, None, None, None]),
+        (sanitized(0, 0), ["kernel driver"], [True]),
+        (sanitized(0, 9), ["kernel driver"], [False]),
+        (sanitized(0, None), ["kernel driver"], [None]),
+        (steps(s2ft=1, frozen=1), ["bit for bit"], [True, True]),
+    ),
+)
+def test_acceptance(stage, words, holds):
+    assert held([stage], words) == holds
+
+
+def test_a_changed_weight_is_missed_with_and_without_a_gpu():
+    stage = steps(s2ft=1, frozen=1)
+    stage.data["runs"][0]["results"]["s2ft"]["frozen_as_before"] = False
+    for on_gpu in (True, False):
+        assert held([stage], ["frozen weights"], on_gpu) == [False]
+
+
+def test_times_of_a_cpu_are_not_judged():
+    assert held([kernels(product=9), steps(s2ft=9, frozen=1)], ["F.linear"], False) == []
+    assert held([kernels(product=9), steps(s2ft=9, frozen=1)], ["time"], False) == []
+
+
+# ---- the report ----------------------------------------------------------------------------------------
+
+
+def test_the_report_is_written_after_each_stage(tmp_path):
+    report = Report(tmp_path, "s2ft on a test", True)
+    report.add(Stage("build", PASSED, text="compiled"))
+    assert "compiled" in (tmp_path / "report.md").read_text() and report.good
+    report.add(Stage("ncu", NOT_RUN, "Nsight Compute is not installed"))
+    assert "- ncu: NOT RUN, 0 s: Nsight Compute is not installed" in (tmp_path / "report.md").read_text()
+    assert report.good
+    report.add(kernels(product=2))
+    assert not report.good and "**MISSED**" in (tmp_path / "report.md").read_text()
+    content = json.loads((tmp_path / "report.json").read_text())
+    assert list(content["stages"]) == ["build", "ncu", "kernels"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
+
+
+def test_a_failed_stage_fails_the_report(tmp_path):
+    report = Report(tmp_path, "s2ft on a test", False)
+    report.add(Stage("tests", FAILED, "a test failed"))
+    assert not report.good and "1 failed" in report.counts()
+
+
+def command(*options):
+    done = subprocess.run([sys.executable, str(RUN), *options], capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="has a GPU")
+def test_without_a_gpu_the_command_says_what_to_do():
+    status, text = command()
+    assert status == 2 and "finds no GPU" in text and "--cpu" in text
+
+
+def test_the_command_ends_within_its_limit_and_names_what_did_not_run(tmp_path):
+    """Five seconds are kept for the report, so that no stage gets any of these six."""
+    begin = time.monotonic()
+    status, text = command("--cpu", "--seconds", "6", "--out", str(tmp_path), "--only", "kernels", "switch", "ncu")
+    assert status == 0, text
+    report = (tmp_path / "report.md").read_text()
+    for name in ("kernels", "switch"):
+        assert re.search(f"- {name}: NOT RUN, . s: no time was left", report)
+    assert "- ncu: NOT RUN, 0 s: " in report and "0 acceptance lines hold" in report
+    assert time.monotonic() - begin < 60  # of which the imports take most
+
+
+# ---- the kernel driver ---------------------------------------------------------------------------------
+
+
+def states(text, *statuses):
+    return [Run(text, None if status is None else Done(status, ""), "no tool") for status in statuses]
+
+
+@pytest.fixture(scope="module")
+def gpu_run():
+    """The module bench/gpu/run.py. Other folders of tests have a run.py too."""
+    spec = importlib.util.spec_from_file_location("gpu_run", RUN)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["gpu_run"] = module  # for its dataclasses
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_stage_of_sanitizers_passes_only_with_all_runs(gpu_run):
+    def stage(*statuses):
+        return gpu_run.sanitizer_stage(states("memcheck", *statuses), 2)
+
+    assert stage(0, 0).state == PASSED
+    assert stage(0, 9).state == FAILED and "memcheck" in stage(0, 9).reason
+    assert stage(0).state == FAILED and "no time" in stage(0).reason
+    assert stage(0, None).state == NOT_RUN and "no tool" in stage(0, None).reason
+
+
+def test_a_build_passes_only_with_the_cuda_kernels(gpu_run):
+    def stage(ops, cuda_ops, cpu=False):
+        info = {"ops": ops, "cuda_ops": cuda_ops, "reason": "not built", "cuda_reason": "no nvcc"}
+        return gpu_run.built_stage(info, "output", cpu)
+
+    ops = {"act_mul": ["CPU", "CUDA"], "grouped_mm": []}
+    assert stage(ops, {"act_mul": "CUDA"}).state == PASSED
+    assert stage(ops, {"act_mul": "Triton"}).reason == "no CUDA kernel of act_mul: no nvcc"
+    assert stage(ops, {}, cpu=True).state == PASSED
+    assert stage({"act_mul": []}, {}, cpu=True).reason == "not built"
+
+
+def test_every_stage_is_described(gpu_run):
+    """In the help of the command, and in the guide."""
+    guide = (RUN.parents[2] / "docs" / "gpu.md").read_text()
+    for name in gpu_run.STAGES:
+        assert f"\n    {name} " in gpu_run.__doc__ and re.search(rf"\| [a-z, ]*{name}[a-z, ]* \|", guide), name
+
+
+def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):
+    files = gpu_run.cuda_test_files()
+    assert "tests/gpu/test_graphs.py" in files and "tests/ops/test_linear.py" in files
+
+
+@pytest.mark.slow
+def test_the_kernel_driver_in_the_simulator(tmp_path):
+    """All kernels are right under every schedule, and the sanitizer sees the access that is wrong on purpose."""
+    if shutil.which(os.environ.get("CXX", "g++")) is None:
+        pytest.skip("no C++ compiler")
+    program = build_for_cpu(tmp_path, 1, 1200)
+    runs = list(runs_on_cpu(program, 600))
+    assert len(runs) == 1 + len(SCHEDULES) and all(run.state == PASSED for run in runs), "\n".join(map(str, runs))

@@ -1,0 +1,146 @@
+"""Ops at the sizes of large models: bit for bit, every 16-bit number, more than 2^31 elements, and many switches."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.gpu import DEVICES, DOWN_PROJ, Layer, bits
+from support.tolerances import GEMM
+
+from s2ft.ops import act_mul, grouped_linear, indexed_linear, permute_, scatter_add_, sliced_linear, swap_
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("units,start", ((430, 0), (432, 0), (430, 333), (1, 4095), (512, 8)))
+@pytest.mark.parametrize("dim", (0, 1))
+def test_products_equal_those_of_the_merged_weight(dim, units, start, dtype, device):
+    layer = Layer(device, dtype, units=units, start=start, dim=dim)
+    merged, inputs = layer.merged(), layer.weight.shape
+    grad = torch.randn(len(layer.x), inputs[0], device=device).to(dtype)
+    assert torch.equal(sliced_linear(*layer.arguments()), F.linear(layer.x, merged))
+    assert torch.equal(torch.ops.s2ft.sliced_linear_grad_x(grad, *layer.arguments()[1:]), grad @ merged)
+    index = torch.arange(layer.start, layer.start + layer.delta.shape[dim], device=device)
+    assert torch.equal(indexed_linear(layer.x, layer.weight, layer.delta, index, dim), F.linear(layer.x, merged))
+    layer.check_base()
+
+
+@pytest.mark.cuda
+def test_more_than_two_to_the_31_elements():
+    if torch.cuda.mem_get_info()[0] < 20 << 30:
+        pytest.skip("needs 20 GiB of free GPU memory")
+    rows, columns = (1 << 31) // 8192 + 64, 8192
+    weight = torch.empty(rows, columns, dtype=torch.bfloat16, device="cuda").random_(-8, 8)
+    tail, delta = weight[-64:].clone(), torch.ones(64, columns, device="cuda")
+    x = torch.eye(8, columns, device="cuda", dtype=torch.bfloat16)
+    y = sliced_linear(x, weight, delta, rows - 64, 0)
+    assert torch.equal(y[:, -64:], (tail[:, :8] + 1).t())
+    index = torch.arange(rows - 64, rows, device="cuda")
+    assert torch.equal(indexed_linear(x, weight, delta, index, 0), y)
+    assert torch.equal(weight[-64:], tail)
+    scatter_add_(weight, index, delta, 0)
+    assert torch.equal(weight[-64:], tail + 1)
+    swap_(weight, index, tail, 0)
+    assert torch.equal(tail - 1, weight[-64:])  # the two were exchanged
+    del y
+    ones = torch.ones_like(weight)
+    assert torch.equal(act_mul(weight, ones, "relu")[-64:], weight[-64:].clamp(min=0))
+
+
+EXACT = {
+    "silu": lambda g: g * torch.sigmoid(g),
+    "gelu": lambda g: 0.5 * g * torch.special.erfc(-g / 2**0.5),
+    "gelu_tanh": lambda g: g * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * (g + 0.044715 * g**3)),
+    "relu": lambda g: g.clamp(min=0),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("activation", EXACT)
+def test_every_16_bit_gate(activation, dtype, device):
+    """All numbers up to 10,000, against float64: within a unit in the last place, or tiny."""
+    gate = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    gate = gate[gate.abs() < 1e4]
+    got = act_mul(gate, torch.ones_like(gate), activation).double()
+    rtol = 2**-7 if dtype == torch.bfloat16 else 2**-10
+    torch.testing.assert_close(got, EXACT[activation](gate.double()), rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
+@pytest.mark.parametrize("activation", EXACT)
+def test_every_16_bit_gate_backward(activation, dtype, device):
+    gate = torch.arange(-(2**15), 2**15, device=device).to(torch.int16).view(dtype)
+    gate = gate[gate.abs() < 1e4]
+    one = torch.ones_like(gate)
+    grad_gate, grad_up = torch.ops.s2ft.act_mul_backward(one, gate, one, activation)
+    wide = gate.double().requires_grad_()
+    value = EXACT[activation](wide)
+    (exact,) = torch.autograd.grad(value.sum(), wide)
+    rtol, at_zero = 2**-7 if dtype == torch.bfloat16 else 2**-10, gate == 0  # relu has no derivative there
+    torch.testing.assert_close(grad_gate.double()[~at_zero], exact[~at_zero], rtol=rtol, atol=2e-6)
+    torch.testing.assert_close(grad_up.double(), value.detach(), rtol=rtol, atol=1e-6)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_thousand_switches_restore_the_base(device):
+    outputs, inputs, units, count = (*DOWN_PROJ, 430, 1000) if device == "cuda" else (64, 160, 5, 50)
+    weight = torch.randn(outputs, inputs, device=device).bfloat16()
+    before = weight.clone()
+    for turn in range(count):
+        dim = turn % 2
+        index = torch.randperm(weight.shape[dim], device=device)[:units]
+        shape = (units, inputs) if dim == 0 else (outputs, units)
+        old = torch.empty(shape, device=device, dtype=torch.bfloat16)
+        scatter_add_(weight, index, torch.randn(shape, device=device), dim, replaced=old)
+        swap_(weight, index, old, dim)
+    assert torch.equal(bits(weight), bits(before))
+    for dim in (0, 1):
+        order = torch.randperm(weight.shape[dim], device=device)
+        permute_(weight, order, dim)
+        assert torch.equal(weight, before.index_select(dim, order))
+        permute_(weight, order.argsort(), dim)
+        assert torch.equal(bits(weight), bits(before))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("count", (1, 32, 33, 40))
+def test_any_number_of_deltas_in_one_call(count, device):
+    """On a GPU the kernel takes 32 at a time."""
+    weight = torch.randn(96, 64, device=device)
+    index = [torch.randperm(64, device=device)[:9] for _ in range(count)]
+    deltas = [torch.randn(96, 9, device=device) for _ in index]
+    expected = weight.double()
+    for where, delta in zip(index, deltas):
+        expected.index_add_(1, where, delta.double(), alpha=0.5)
+    scatter_add_(weight, index, deltas, 1, [0.5] * count)
+    torch.testing.assert_close(weight.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dim", (0, 1))
+def test_experts_at_real_sizes(dim, device):
+    """The experts of Qwen3-30B-A3B, some of them without tokens."""
+    experts, outputs, inputs, per = (128, 2048, 768, 96) if device == "cuda" else (8, 32, 24, 3)
+    rows = torch.randint(0, 64, (experts,))
+    rows[::5] = 0
+    offsets = rows.cumsum(0, dtype=torch.int32).to(device)
+    weight = (torch.randn(experts, outputs, inputs, device=device) / 32).bfloat16()
+    before, size = weight.clone(), (outputs, inputs)[dim]
+    units = [torch.randperm(size)[:per].to(device) for _ in range(experts)]
+    index = torch.cat([expert * size + each for expert, each in enumerate(units)])
+    n = experts * per
+    delta = torch.randn((n, inputs) if dim == 0 else (outputs, n), device=device) / 32
+    x = torch.randn(int(rows.sum()), inputs, device=device).bfloat16()
+    got = grouped_linear(x, weight, delta, index, offsets, dim, per)
+    parts = zip(x.split(rows.tolist()), weight, delta.split(per, dim), units)
+    expected = [F.linear(part, merged_expert(one, change, each, dim)) for part, one, change, each in parts]
+    rtol, atol = GEMM[torch.bfloat16]
+    torch.testing.assert_close(got, torch.cat(expected), rtol=rtol, atol=atol)
+    assert torch.equal(bits(weight), bits(before))
+
+
+def merged_expert(weight, delta, units, dim):
+    return weight.index_copy(dim, units, (weight.index_select(dim, units) + delta).to(weight.dtype))
