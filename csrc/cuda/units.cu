@@ -16,6 +16,43 @@ namespace {
 
 enum class Step : int { take, write, add, sum, put };
 
+// One step at one place, which can load and store Width elements of the weight.
+template <class W, class D, int Width, class Place>
+__device__ void run_at(const Place& place, Step step, Pack<W, Width>* dense, const Pack<D, Width>* delta, W* weight) {
+  if (step == Step::put) {
+    place.store(weight, *dense);
+    return;
+  }
+  // Step::add starts from the saved value, because the weight may already hold a sum if a unit is named twice.
+  const Pack<W, Width> base = step == Step::add ? *dense : place.load(weight);
+  if (step == Step::take || step == Step::write) *dense = base;
+  if (step == Step::take) return;
+  const Pack<D, Width> change = *delta;
+  Pack<W, Width> total;
+#pragma unroll
+  for (int i = 0; i < Width; ++i) total.at[i] = add(base.at[i], change.at[i]);
+  if (step == Step::sum)
+    *dense = total;
+  else
+    place.store(weight, total);
+}
+
+// Width elements that are neighbours in the weight.
+template <int Width>
+struct Neighbours {
+  const int64_t offset;
+
+  template <class W>
+  __device__ Pack<W, Width> load(const W* weight) const {
+    return *reinterpret_cast<const Pack<W, Width>*>(weight + offset);
+  }
+
+  template <class W>
+  __device__ void store(W* weight, const Pack<W, Width>& pack) const {
+    *reinterpret_cast<Pack<W, Width>*>(weight + offset) = pack;
+  }
+};
+
 template <class W, class D, int Width>
 __global__ void for_units(Units units, Step step, Pack<W, Width>* dense, const Pack<D, Width>* delta, W* weight,
                           int64_t items) {
@@ -24,24 +61,7 @@ __global__ void for_units(Units units, Step step, Pack<W, Width>* dense, const P
     int64_t outer, inner;
     split(t, inner_items, &outer, &inner);
     const int64_t offset = units.offset(outer, inner * Width);
-    if (offset < 0) continue;
-    auto* at = reinterpret_cast<Pack<W, Width>*>(weight + offset);
-    if (step == Step::put) {
-      *at = dense[t];
-      continue;
-    }
-    // Step::add starts from the saved value, because the weight may already hold a sum if a unit is named twice.
-    const Pack<W, Width> base = step == Step::add ? dense[t] : *at;
-    if (step == Step::take || step == Step::write) dense[t] = base;
-    if (step == Step::take) continue;
-    const Pack<D, Width> change = delta[t];
-    Pack<W, Width> total;
-#pragma unroll
-    for (int i = 0; i < Width; ++i) total.at[i] = add(base.at[i], change.at[i]);
-    if (step == Step::sum)
-      dense[t] = total;
-    else
-      *at = total;
+    if (offset >= 0) run_at(Neighbours<Width>{offset}, step, dense + t, delta + t, weight);
   }
 }
 
@@ -94,22 +114,7 @@ __global__ void for_columns(Units units, Step step, Pack<W, Width>* dense, const
   for (int64_t t = first_item(); t < items; t += item_step()) {
     int64_t outer, inner;
     split(t, inner_items, &outer, &inner);
-    const Columns<Width> columns(units, outer, inner * Width);
-    if (step == Step::put) {
-      columns.store(weight, dense[t]);
-      continue;
-    }
-    const Pack<W, Width> base = step == Step::add ? dense[t] : columns.load(weight);
-    if (step == Step::take || step == Step::write) dense[t] = base;
-    if (step == Step::take) continue;
-    const Pack<D, Width> change = delta[t];
-    Pack<W, Width> total;
-#pragma unroll
-    for (int i = 0; i < Width; ++i) total.at[i] = add(base.at[i], change.at[i]);
-    if (step == Step::sum)
-      dense[t] = total;
-    else
-      columns.store(weight, total);
+    run_at(Columns<Width>(units, outer, inner * Width), step, dense + t, delta + t, weight);
   }
 }
 
