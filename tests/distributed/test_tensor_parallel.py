@@ -58,7 +58,7 @@ def train(model):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    return found
+    return torch.tensor(found)  # float32: assert_close takes Python's floats for float64, and ranks sum in another order
 
 
 def whole(tensor):
