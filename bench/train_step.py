@@ -11,6 +11,7 @@ Bytes kept for backward: every storage that autograd saves during a forward, cou
 import argparse
 import copy
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from shapes import add_model_options, base_name, base_of
 from torch import nn
 
 import s2ft
+from s2ft.layers import S2Layer
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -91,11 +93,31 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
     return lora_model(base, max(1, round(parameters / per_rank)), LORA_TARGETS)
 
 
+def without_slices(model: nn.Module) -> nn.Module:
+    """The least that a step of S²FT can take: its FFN kernel, and gradients down to the first trained layer only.
+
+    The trainable layers are plain products here. Nothing is added to a weight, and no slice gets a gradient.
+    """
+    for layer in [module for module in model.modules() if isinstance(module, S2Layer)]:
+        layer.s2.requires_grad_(False)
+        layer.forward = partial(_plain_product, layer)
+    return model
+
+
+def _plain_product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    y = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    return y if y.requires_grad else y.requires_grad_()  # the gradients of S²FT end at its first layer
+
+
 def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -> dict[str, Method]:
     tuned = Method(s2ft_model(base, d_ratio), batch)
     frozen = Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True)
     if floor:
-        return {"S²FT": tuned, "frozen": frozen}
+        return {
+            "S²FT": tuned,
+            "without its slices": Method(without_slices(s2ft_model(base, d_ratio)), batch),
+            "frozen": frozen,
+        }
     return {
         LORA_OF_PEFT: Method(lora_model(base, 16, LORA_TARGETS), batch),
         LORA: Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),

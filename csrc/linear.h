@@ -98,7 +98,7 @@ class EffectiveWeight {
  public:
   EffectiveWeight(const LinearArgs& a, const Units& units, ScalarType dtype)
       : device_(a.weight), units_(units), delta_(aten::dense(a.delta)), tensor_(a.weight) {
-    dense_ = torch::stable::new_empty(a.delta, a.delta.sizes(), a.weight.scalar_type());
+    dense_ = aten::empty_like(a.delta, a.weight.scalar_type());
     data_.weight_type = dtype_of(a.weight, a.op, "weight");
     data_.delta_type = dtype_of(a.delta, a.op, "delta");
     data_.delta = delta_.const_data_ptr();

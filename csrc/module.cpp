@@ -16,6 +16,7 @@
 #include "cuda/register.h"
 #endif
 
+#include "python_call.h"
 #include "weight_lock.h"
 
 namespace {
@@ -88,6 +89,28 @@ PyType_Spec lock_spec = {
     "s2ft._C.WeightLock", sizeof(PyObject), 0, Py_TPFLAGS_DEFAULT | Py_TPFLAGS_DISALLOW_INSTANTIATION, lock_slots,
 };
 
+// --- products ----------------------------------------------------------------------------------------
+
+// Arguments: a function, a tuple of its arguments, and the numbers of EffectiveCall.
+PyObject* call_on_effective(PyObject*, PyObject* const* arguments, Py_ssize_t count) {
+  using s2ft::EffectiveCall;
+  std::array<int64_t, EffectiveCall::kNumbers> numbers;
+  if (count != 2 + EffectiveCall::kNumbers || !PyTuple_Check(arguments[1])) {
+    PyErr_SetString(PyExc_TypeError, "call_on_effective: wrong arguments");
+    return nullptr;
+  }
+  for (int k = 0; k < EffectiveCall::kNumbers; ++k) {
+    numbers[k] = PyLong_AsLongLong(arguments[2 + k]);
+    if (numbers[k] == -1 && PyErr_Occurred()) return nullptr;
+  }
+  try {
+    return EffectiveCall(numbers).run(arguments[0], arguments[1]);
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_ValueError, error.what());
+    return nullptr;
+  }
+}
+
 // --- how this module was compiled --------------------------------------------------------------------
 
 std::string compiler() {
@@ -135,6 +158,8 @@ PyObject* register_cuda(PyObject*, PyObject*) {
 
 PyMethodDef functions[] = {
     {"build_info", &build_info, METH_NOARGS, "How this module was compiled, as a dict."},
+    {"call_on_effective", reinterpret_cast<PyCFunction>(reinterpret_cast<void*>(&call_on_effective)), METH_FASTCALL,
+     "Call a function while base + delta is in a weight."},
 #ifdef S2FT_WITH_CUDA
     {"cuda_versions", &cuda_versions, METH_NOARGS,
      "The CUDA versions of the driver (0 without a driver) and of the build, as 1000 * major + 10 * minor."},

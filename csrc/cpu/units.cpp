@@ -4,6 +4,7 @@
 #include "units.h"
 
 #include <algorithm>
+#include <type_traits>
 #include <vector>
 
 #include "parallel.h"
@@ -90,6 +91,52 @@ void add_into(W* target, int64_t target_stride, const W* base, int64_t base_stri
 
 const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
 
+// Columns that are no neighbours. Copying them one by one, as spans of one element, would take five times as long.
+class ScatteredColumns {
+ public:
+  // Whether there are columns with an index, and most runs of them are short.
+  static bool fit(const Units& u) {
+    if (u.rows || !u.index) return false;
+    int64_t runs = 0;
+    for (int64_t k = 0; k < u.inner; ++k) runs += k == 0 || u.index[k] != u.index[k - 1] + 1;
+    return runs * kShortRun > u.inner;
+  }
+
+  explicit ScatteredColumns(const Units& u) : lines_(u.outer), stride_(u.outer_stride), offsets_(u.inner) {
+    for (int64_t k = 0; k < u.inner; ++k) offsets_[k] = u.unit_offset(u.index[k]);
+  }
+
+  // Calls f(line of the weight, its units in the dense buffer, scratch for as many) for each line. f calls take and put.
+  template <class T, class F>
+  void for_lines(T* weight, const F& f) const {
+    const int64_t n = static_cast<int64_t>(offsets_.size());
+    parallel_lines(lines_, n * kScattered, [&](int64_t begin, int64_t end) {
+      std::vector<std::remove_const_t<T>> scratch(n);
+      for (int64_t line = begin; line < end; ++line) {
+        if (line + kLinesAhead < end) prefetch_units(weight + (line + kLinesAhead) * stride_, offsets_.data(), n, 1);
+        f(weight + line * stride_, line * n, scratch.data());
+      }
+    });
+  }
+
+  template <class T>
+  void take(const T* line, T* dense) const {
+    for (const int64_t offset : offsets_) *dense++ = line[offset];
+  }
+
+  template <class T>
+  void put(T* line, const T* dense) const {
+    for (const int64_t offset : offsets_) line[offset] = *dense++;
+  }
+
+  int64_t count() const { return static_cast<int64_t>(offsets_.size()); }
+
+ private:
+  static constexpr int64_t kShortRun = 8;
+  int64_t lines_, stride_;
+  std::vector<int64_t> offsets_;
+};
+
 template <class F>
 void visit_both(const UnitsData& data, const F& f) {
   visit(data.weight_type, [&](auto w) { visit(data.delta_type, [&](auto d) { f(w, d); }); });
@@ -104,6 +151,14 @@ void Cpu::write(const Units& units, const UnitsData& data) const {
     W* weight = static_cast<W*>(data.weight);
     W* dense = static_cast<W*>(data.dense);
     const D* delta = static_cast<const D*>(data.delta);
+    if (ScatteredColumns::fit(units)) {
+      const ScatteredColumns columns(units);
+      return columns.for_lines(weight, [&](W* line, int64_t i, W* sums) {
+        columns.take(line, dense + i);
+        add_span(dense + i, delta + i, 1, sums, columns.count());
+        columns.put(line, sums);
+      });
+    }
     for_blocks(
         units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
         [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
@@ -119,6 +174,13 @@ void Cpu::sum(const Units& units, const UnitsData& data) const {
     const W* weight = static_cast<const W*>(data.weight);
     W* dense = static_cast<W*>(data.dense);
     const D* delta = static_cast<const D*>(data.delta);
+    if (ScatteredColumns::fit(units)) {
+      const ScatteredColumns columns(units);
+      return columns.for_lines(weight, [&](const W* line, int64_t i, W* base) {
+        columns.take(line, base);
+        add_span(base, delta + i, 1, dense + i, columns.count());
+      });
+    }
     for_blocks(
         units,
         [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
@@ -133,6 +195,10 @@ void Cpu::restore(const Units& units, const UnitsData& data) const {
     using T = typename decltype(tag)::type;
     T* weight = static_cast<T*>(data.weight);
     const T* dense = static_cast<const T*>(data.dense);
+    if (ScatteredColumns::fit(units)) {
+      const ScatteredColumns columns(units);
+      return columns.for_lines(weight, [&](T* line, int64_t i, T*) { columns.put(line, dense + i); });
+    }
     for_blocks(
         units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
         nothing);

@@ -16,10 +16,14 @@ from s2ft.ops import act_mul
 def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width].
 
-    For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps. The
-    gradients of x through gate and up are summed in one buffer.
+    For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps. On a
+    GPU the gradients of x through gate and up are summed in one buffer. On the CPU that takes longer: a product that
+    adds to its result is slower there than a product and a sum, and a step of SmolLM2-135M takes 1 % more.
     """
-    gate, up = run_on_one_input(x, block.gate_proj, block.up_proj)
+    if x.is_cuda:
+        gate, up = run_on_one_input(x, block.gate_proj, block.up_proj)
+    else:
+        gate, up = block.gate_proj(x), block.up_proj(x)
     return block.down_proj(act_mul(gate, up, activation))
 
 

@@ -12,9 +12,11 @@ from torch.nn.modules.module import _has_any_global_hook
 from s2ft.layers.base import S2Layer
 from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
-from s2ft.ops import _linear, indexed_linear, sliced_linear
+from s2ft.ops import _linear, indexed_linear
 from s2ft.ops._library import autocast_input, own_output, runs_directly
 from s2ft.ops._one_input import Factors, can_share, linears
+from s2ft.ops.indexed_linear import _ops as INDEXED
+from s2ft.ops.sliced_linear import _ops as SLICED
 
 
 class S2Linear(S2Layer):
@@ -107,10 +109,9 @@ class S2Linear(S2Layer):
             self._check_fused()
         if base is not None or not self.enabled:
             return F.linear(input, matrix, bias)
+        ops, units = (SLICED, self.start) if index is None else (INDEXED, index)
         s2 = self.checked(s2, weight)
-        if index is None:
-            return sliced_linear(input, matrix, s2, self.start, self.dim, bias)
-        return indexed_linear(input, matrix, s2, index, self.dim, bias)
+        return _linear.call(ops, input, matrix, s2, units, self.dim, bias)
 
     def _run_held(self, x: Tensor, weight: Tensor, bias: Tensor | None, s2: Tensor, index: Tensor | None) -> Tensor:
         """Run the layer on its weight, which holds base + s2. x is in the dtype of the product.
@@ -121,12 +122,8 @@ class S2Linear(S2Layer):
             return held_product(self, x, LinearFormulas(self))
         self.hold()
         units, matrix = self.start if index is None else index, weight.t() if self.transposed else weight
-        trains = x.requires_grad or s2.requires_grad or bias is not None and bias.requires_grad
-        if not (trains and torch.is_grad_enabled()):
-            return _held_forward(x, matrix, s2, units, self.dim, bias, None)
-        ops = _linear.LinearOps("effective='step'", _held_forward, partial(_held_grad_x, self))
-        outputs = _linear._apply(ops, x, matrix, s2, units, self.dim, bias)
-        return outputs[0] if type(outputs) is tuple else outputs
+        products = _linear.Products(_held_forward, partial(_held_grad_x, self))
+        return _linear.run_directly(products, x, matrix, s2, units, self.dim, bias)
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         """The weight, bias, s2, index and base. As attributes, each takes an exception inside nn.Module, 0.6 µs."""
@@ -143,13 +140,13 @@ class S2Linear(S2Layer):
         )
 
 
-def _held_forward(x: Tensor, matrix: Tensor, delta: Tensor, units, dim: int, bias: Tensor | None, kept: None) -> Tensor:
+def _held_forward(x: Tensor, matrix: Tensor, delta: Tensor, units, dim: int, bias: Tensor | None) -> Tensor:
     """The forward of a linear op, with the delta in the matrix already."""
     matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
     return own_output(F.linear(x.contiguous(), matrix, bias))
 
 
-def _held_grad_x(layer: S2Linear, grad: Tensor, matrix: Tensor, delta: Tensor, units, dim: int) -> Tensor:
+def _held_grad_x(layer: S2Linear, grad: Tensor, matrix: Tensor, delta: Tensor, units, dim: int, plain: bool) -> Tensor:
     """The gradient of x of a linear op, with the delta in the matrix unless the layer has put the base back."""
     if layer.is_held and not torch.is_grad_enabled():
         return grad.contiguous() @ matrix.to(grad.dtype)

@@ -12,12 +12,16 @@ from functools import partial, wraps
 import torch
 from torch import Tensor
 
+from s2ft.ops._build import load
 from s2ft.ops._lock import LOCK, finish_interrupted, unfinished
 from s2ft.ops._memory import check_writable
 
 # Start of a contiguous slice, or the index of every unit, int64 [n]. Of several matrices [matrices, O, I], unit u of
 # matrix g has the index g * size + u, where size is the number of units of one matrix.
 Units = int | Tensor
+
+_module = load()
+_TYPES = {torch.float32: 0, torch.float64: 1, torch.float16: 2, torch.bfloat16: 3}  # DType in csrc/core/numeric.h
 
 
 def effective_units(base: Tensor, delta: Tensor) -> Tensor:
@@ -109,6 +113,61 @@ def with_effective_weight(
         except BaseException:  # an interrupt may have stopped the call above before the base was back
             finish_interrupted()
             raise
+
+
+def call_on_effective(
+    function: Callable[..., Tensor],
+    arguments: tuple[Tensor | None, ...],
+    weight: Tensor,  # [O, I], the same bits afterwards
+    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
+    units: Units,
+    dim: int,
+) -> Tensor | None:
+    """Return function(*arguments) while base + delta is in the weight, which is one of the arguments.
+
+    This is what a compiled op does, in less time of the host: no op is looked up, and no arguments are packed. It is
+    for calls below autograd that :func:`s2ft.ops._library.runs_directly` allows.
+
+    Args:
+        function: A function of PyTorch that is not written in Python, such as torch.matmul: an interrupt of Python code
+            would come while base + delta is in the weight.
+        arguments: Its arguments.
+        weight: Frozen weight.
+        delta: Trained update.
+        units: The units that it is added to.
+        dim: 0 if the units are outputs, 1 if they are inputs.
+
+    Returns:
+        The result. None if only the op can run this call: on a GPU, without compiled kernels, for tensors with gaps,
+        and for wrong arguments, about which the op raises.
+    """
+    if _module is None or not (weight.is_cpu and delta.is_cpu and delta.is_contiguous()):
+        return None
+    if isinstance(units, int):
+        start, index = units, 0
+    elif (
+        units.is_cpu
+        and units.dtype is torch.int64
+        and units.is_contiguous()
+        and units.shape == delta.shape[dim : dim + 1]
+    ):
+        start, index = 0, units.data_ptr()
+    else:
+        return None
+    try:
+        outputs, inputs = weight.shape
+        outer, inner = delta.shape
+        rows, columns = weight.stride()
+        if not (columns == 1 and rows >= inputs or rows == 1 and columns >= outputs):
+            return None
+        # fmt: off
+        return _module.call_on_effective(
+            function, arguments, weight.data_ptr(), _TYPES[weight.dtype], outputs, inputs, rows, columns,
+            delta.data_ptr(), _TYPES[delta.dtype], outer, inner, dim, start, index,
+        )
+        # fmt: on
+    except (KeyError, ValueError, RuntimeError, IndexError, TypeError):
+        return None
 
 
 def exclusive(op: str, reference: Callable) -> Callable:

@@ -77,7 +77,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     Tensor such as DTensor and fake tensors. They know the registered op, so it must be called.
     """
     if (
-        torch.compiler.is_compiling()
+        torch.compiler.is_dynamo_compiling()  # other compilers and exporters trace with a mode or with fake tensors
         or torch._C._are_functorch_transforms_active()
         or torch._C._is_tracing()
         or torch._C._len_torch_dispatch_stack()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2ft.ops import _linear
 from s2ft.ops._effective import Units
-from s2ft.ops._library import below_autograd, own_output, runs_directly
+from s2ft.ops._library import own_output, runs_directly
 from s2ft.ops.indexed_linear import _ops as INDEXED
 from s2ft.ops.sliced_linear import _ops as SLICED
 
@@ -95,9 +95,8 @@ class _Linears(torch.autograd.Function):
             elif layer.delta is None:
                 outputs.append(own_output(F.linear(x, layer.weight, layer.bias)))
             else:
-                op = _ops(layer).forward
-                arguments = x, layer.weight, layer.delta, layer.units, 0, layer.bias, None
-                outputs.append(below_autograd(op, *arguments))
+                forward = _ops(layer).products.forward
+                outputs.append(forward(x, layer.weight, layer.delta, layer.units, 0, layer.bias))
         ctx.starts, ctx.held = starts, held
         trains = any(ctx.needs_input_grad[3:])
         kept = [None if i % 4 == 1 else tensor for i, tensor in enumerate(tensors)]  # no bias is needed
@@ -107,6 +106,7 @@ class _Linears(torch.autograd.Function):
     @staticmethod
     def backward(ctx, *grads):
         x, *tensors = ctx.saved_tensors
+        plain = not torch.is_grad_enabled() and runs_directly(*grads, *tensors)
         found = [None] * len(tensors)
         layers = list(enumerate(_layers(ctx.starts, ctx.held, tensors)))
         total = None
@@ -115,16 +115,16 @@ class _Linears(torch.autograd.Function):
             if grads[i] is None:
                 continue
             if ctx.needs_input_grad[3 + 4 * i + 2]:
-                found[4 * i + 2] = _linear._delta_gradient(grads[i], x, layer.delta, layer.units, 0)
+                found[4 * i + 2] = _linear._delta_gradient(grads[i], x, layer.delta, layer.units, 0, plain)
             if ctx.needs_input_grad[2]:
-                total = _add_grad_x(total, grads[i].reshape(-1, grads[i].shape[-1]), layer)
+                total = _add_grad_x(total, grads[i].reshape(-1, grads[i].shape[-1]), layer, plain)
         if total is not None:
             leading = next(grad for grad in grads if grad is not None).shape[:-1]
             total = total.view(*leading, total.shape[-1])
         return None, None, total, *found
 
 
-def _add_grad_x(total: Tensor | None, grad: Tensor, layer: Factors) -> Tensor:
+def _add_grad_x(total: Tensor | None, grad: Tensor, layer: Factors, plain: bool) -> Tensor:
     """Add the layer's gradient of x, [rows, I], to `total` in place, unless it must be differentiable."""
     if layer.delta is None:
         if total is None:
@@ -135,7 +135,7 @@ def _add_grad_x(total: Tensor | None, grad: Tensor, layer: Factors) -> Tensor:
         grad_x = torch.mm(grad, layer.weight)
     else:  # the base is in the weight again, or a second derivative has to see that the product depends on delta
         weight = layer.weight if layer.held is None else layer.held.base()
-        grad_x = below_autograd(_ops(layer).grad_x, grad, weight, layer.delta, layer.units, 0)
+        grad_x = _ops(layer).products.grad_x(grad, weight, layer.delta, layer.units, 0, plain)
     if total is None:
         return grad_x
     return total + grad_x if torch.is_grad_enabled() else total.add_(grad_x)

@@ -58,7 +58,7 @@ def train(model):
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
-    return torch.tensor(found)  # float32: assert_close takes Python's floats for float64, and ranks sum in another order
+    return torch.tensor(found)  # in float32: assert_close takes Python's floats for float64
 
 
 def whole(tensor):
