@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from state.models import tiny_model
 from support.tolerances import GEMM
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import s2ft
+from s2ft.attached import forwards
 from s2ft.layers import run_on_one_input
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
@@ -172,3 +174,33 @@ def test_compiled_equals_eager():
         torch.autograd.grad(compiled.sum(), (x, *deltas)), torch.autograd.grad(run(x).sum(), (x, *deltas))
     ):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_a_gated_ffn_shares_the_gradient_of_its_input_where_products_add_fast(monkeypatch):
+    """On GPUs. Here the CPU takes that path."""
+    x = torch.randn(2, 5, 24, requires_grad=True)
+    found = {}
+    for shares in (False, True):
+        torch.manual_seed(0)
+        model = tiny_model("llama")
+        s2ft.attach(model, s2ft.S2FTConfig(u_ratio=0.1, d_ratio=0.1))
+        monkeypatch.setattr(forwards, "adds_products_fast", lambda x, shares=shares: shares)
+        block = model.model.layers[0].mlp
+        trained = [p for p in block.parameters() if p.requires_grad]
+        y = block(x)
+        assert len(trained) == 2 and ("_Linears" in _nodes(y)) == shares
+        found[shares] = y, torch.autograd.grad(y.square().sum(), (x, *trained))
+    (y, (grad_x, *slices)), (other, (other_grad_x, *other_slices)) = found.values()
+    assert torch.equal(y, other) and all(map(torch.equal, slices, other_slices))
+    torch.testing.assert_close(grad_x, other_grad_x)
+
+
+def _nodes(y):
+    """The names of all nodes of a graph, joined."""
+    seen, todo = set(), [y.grad_fn]
+    while todo:
+        node = todo.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            todo += [following for following, _ in node.next_functions]
+    return " ".join(type(node).__name__ for node in seen)
