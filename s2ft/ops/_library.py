@@ -9,6 +9,13 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch._C import (
+    _are_functorch_transforms_active as transforms_active,
+    _is_tracing as is_tracing,
+    _len_torch_dispatch_stack as dispatch_modes,
+    _len_torch_function_stack as function_modes,
+)
+from torch.compiler import is_dynamo_compiling  # other compilers and exporters trace with a mode or with fake tensors
 
 LIBRARY = torch.library.Library("s2ft", "DEF")
 PLAIN = (Tensor, torch.nn.Parameter, type(None))  # classes of arguments whose operations nothing intercepts
@@ -76,13 +83,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
     False while a compiler or tracer records it, under functorch's transforms, inside a mode, and for subclasses of
     Tensor such as DTensor and fake tensors. They know the registered op, so it must be called.
     """
-    if (
-        torch.compiler.is_dynamo_compiling()  # other compilers and exporters trace with a mode or with fake tensors
-        or torch._C._are_functorch_transforms_active()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-    ):
+    if is_dynamo_compiling() or transforms_active() or is_tracing() or dispatch_modes() or function_modes():
         return False
     for tensor in tensors:  # all() would take 1 µs
         if type(tensor) not in PLAIN:

@@ -190,25 +190,28 @@ class _Node(torch.autograd.Function):
         kept = None
         if ctx.needs_input_grad[3]:
             kept = x if dim == 0 else _columns_to_keep(x, units, delta.shape[1])
-        _save(ctx, units, kept, weight, delta)
-        ctx.grad_x, ctx.dim, ctx.bias_dtype = products.grad_x, dim, None if bias is None else bias.dtype
+        start, index = (units, None) if isinstance(units, int) else (None, units)
+        ctx.save_for_backward(kept, weight, delta, index)
+        ctx.settings = products.grad_x, start, dim, None if bias is None else bias.dtype
         return y if kept is None or dim == 0 else (y, kept)
 
     @staticmethod
     def backward(ctx, grad, grad_kept=None):
         _, of_x, _, of_delta, _, _, of_bias = ctx.needs_input_grad
+        kept, weight, delta, index = ctx.saved_tensors
+        grad_x_of, start, dim, bias_dtype = ctx.settings
+        units = start if index is None else index
         grad_x = grad_delta = grad_bias = None
         if grad is not None:
-            kept, weight, delta, units = _saved(ctx)
             plain = not torch.is_grad_enabled() and runs_directly(grad, weight, delta)
             if of_x:
-                grad_x = ctx.grad_x(grad, weight, delta, units, ctx.dim, plain)
+                grad_x = grad_x_of(grad, weight, delta, units, dim, plain)
             if of_delta:
-                grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim, plain)
+                grad_delta = _delta_gradient(grad, kept, delta, units, dim, plain)
             if of_bias:
-                grad_bias = _bias_gradient(grad, ctx.bias_dtype)
+                grad_bias = _bias_gradient(grad, bias_dtype)
         if grad_kept is not None and of_x:
-            through_kept = _grad_x_of_kept(ctx, grad_kept)
+            through_kept = _grad_x_of_kept(grad_kept, weight, delta, units)
             grad_x = through_kept if grad_x is None else grad_x + through_kept
         return None, grad_x, None, grad_delta, None, None, grad_bias
 
@@ -255,6 +258,12 @@ def _padding(x: Tensor, length: int) -> int:
     return -length % (ALIGNMENT // x.element_size())
 
 
+def _is_slow_operand(x: Tensor, start: int, length: int) -> bool:
+    """Whether a product with columns of x is faster on a copy, because they or their rows are not aligned."""
+    is_aligned = start * x.element_size() % ALIGNMENT == 0 or length < LEAST_PADDED or not x.is_cuda
+    return not is_aligned or _padding(x, length) > 0
+
+
 def _kept_if_trained(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor | None:
     """Copy the columns of x that the backward of the registered op needs.
 
@@ -268,9 +277,12 @@ def _kept_if_trained(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor
 
 def _columns_to_keep(x: Tensor, units: Units, length: int) -> Tensor:
     """Copy the selected columns of x, which are all that the backward needs of x for dim 1, with padding."""
-    if x.is_cuda and (padding := _padding(x, length)):
+    padding = _padding(x, length)
+    if padding:
         return F.pad(_columns(x, units, length), (0, padding))
-    if isinstance(units, int) and not torch.is_grad_enabled() and x.is_contiguous():
+    if isinstance(units, Tensor):
+        return _columns(x, units, length).contiguous()  # it is a copy already
+    if not torch.is_grad_enabled() and x.is_contiguous():
         return torch.narrow_copy(x, -1, units, length)  # the copy below in a third of the time, without a derivative
     return _columns(x, units, length).clone(memory_format=torch.contiguous_format)
 
@@ -295,11 +307,11 @@ def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim
         The sum of grad ⊗ kept over all leading dimensions, in the shape of delta.
     """
     length = delta.shape[dim]
-    if dim == 0 and isinstance(units, int) and not _padding(grad, length):
+    if dim == 0 and isinstance(units, int) and not _is_slow_operand(grad, units, length):
         start, width = units, length
     else:
         if dim == 0:
-            grad = (_columns_to_keep if _padding(grad, length) else _columns)(grad, units, length)
+            grad = _columns_to_keep(grad, units, length)
         start, width = 0, grad.shape[-1]
     if kept.dim() != 2:
         kept = kept.reshape(-1, kept.shape[-1])
@@ -323,9 +335,8 @@ def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
 
 
-def _grad_x_of_kept(ctx, grad_kept: Tensor) -> Tensor:
+def _grad_x_of_kept(grad_kept: Tensor, weight: Tensor, delta: Tensor, units: Units) -> Tensor:
     """The part of the gradient of x that comes through the copy of its columns, in second derivatives."""
-    _, weight, delta, units = _saved(ctx)
     length, size = delta.shape[1], weight.shape[1]
     columns = grad_kept.narrow(-1, 0, length)
     if isinstance(units, Tensor):

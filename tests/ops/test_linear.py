@@ -252,7 +252,8 @@ def test_modes_and_transforms_see_the_registered_op(op, dim):
 def test_gradients_of_padded_slices(op, dim, monkeypatch):
     """On a GPU, rows of kept columns start at multiples of 16 bytes. Here the CPU does the same."""
     monkeypatch.setattr(_linear, "_padding", lambda x, length: -length % 8)
-    for shape in ((30, 40, 3, 11), (16, 24, 0, 8)):
+    monkeypatch.setattr(_linear, "_is_slow_operand", lambda x, start, length: start % 8 > 0 or length % 8 > 0)
+    for shape in ((30, 40, 3, 11), (16, 24, 0, 8), (30, 40, 3, 8)):
         case = Case(op, shape, dim, leading=(2, 5))
         leaves = (case.x, case.delta, case.bias)
         y = case.call()
@@ -268,6 +269,9 @@ def test_few_columns_and_the_cpu_get_no_padding():
     assert _linear._padding(x, 299) == 0
     on_gpu = type("", (), {"is_cuda": True, "element_size": lambda self: 2})()
     assert [_linear._padding(on_gpu, length) for length in (1, 127, 128, 430, 432)] == [0, 0, 0, 2, 0]
+    places = [(0, 432), (8, 432), (4, 432), (4, 100), (0, 430)]
+    assert [_linear._is_slow_operand(on_gpu, *place) for place in places] == [False, False, True, False, True]
+    assert not _linear._is_slow_operand(x, 4, 299)
 
 
 @pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
