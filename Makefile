@@ -9,8 +9,11 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
 
+# One process more than there are processors, because some tests wait for processes that they start.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+
 test: $(VENV)/.installed $(VENV)/.quantized
-	$(BIN)/python -m pytest -n auto -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n auto

@@ -1,7 +1,7 @@
 """A training step of S²FT against LoRA, full fine-tuning and the frozen model, in one process with the steps in turn.
 
     python bench/train_step.py [--dtype float32|bfloat16|both] [--rounds 12]
-        [--model FOLDER_OR_GGUF | --shape width-2048-4-layers] [--floor]
+        [--model FOLDER_OR_GGUF | --shape width-2048-4-layers] [--floor] [--keep-memory]
 
 "frozen" is the floor: it runs the forward and the gradients down to the inputs, and trains nothing. LoRA is measured
 with adapters in the base's dtype, and as PEFT makes it: with float32 adapters, on a bfloat16 base too.
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved, median_ratio, save
+from harness import interleaved, keep_memory, median_ratio, save
 from shapes import add_model_options, base_name, base_of
 from torch import nn
 
@@ -170,8 +170,11 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--d-ratio", type=float, default=0.03)
     parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory of the CPU for the next tensor")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
+    if args.keep_memory and not keep_memory():
+        parser.error("--keep-memory needs glibc")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}
     for dtype in ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,):
@@ -179,6 +182,7 @@ def main() -> None:
         results[dtype] = run(base, args)
         print(table(f"{dtype}, {args.batch} × {args.length} tokens", results[dtype]), flush=True)
     sizes = {"base": base_name(args), "batch": args.batch, "length": args.length, "d_ratio": args.d_ratio}
+    sizes["keep_memory"] = args.keep_memory
     save(args.output, {**sizes, "results": results})
 
 

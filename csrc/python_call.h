@@ -5,6 +5,7 @@
 // can't run an interrupt between the write and the restore: no bytecode runs there, only `function`, which is in C.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <memory>
 #include <mutex>

@@ -110,8 +110,12 @@ class S2Linear(S2Layer):
         if base is not None or not self.enabled:
             return F.linear(input, matrix, bias)
         ops, units = (SLICED, self.start) if index is None else (INDEXED, index)
-        s2 = self.checked(s2, weight)
-        return _linear.call(ops, input, matrix, s2, units, self.dim, bias)
+        if not runs_directly(input, weight, s2, bias):
+            return _linear.call(ops, input, matrix, self.checked(s2, weight), units, self.dim, bias)
+        is_known = weight.data_ptr() == self._looked_at and s2.dtype is self._made
+        if not is_known or weight.requires_grad or self.awaits_order:
+            self.checked(s2, weight)
+        return _linear.call_directly(ops, input, matrix, s2, units, self.dim, bias)
 
     def _run_held(self, x: Tensor, weight: Tensor, bias: Tensor | None, s2: Tensor, index: Tensor | None) -> Tensor:
         """Run the layer on its weight, which holds base + s2. x is in the dtype of the product.

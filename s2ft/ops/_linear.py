@@ -152,9 +152,7 @@ def call(
 ) -> Tensor:
     """Call a linear op from its public function. The op checks the arguments."""
     if runs_directly(x, weight, delta, bias):
-        if x.dtype is not weight.dtype or torch._C._is_any_autocast_enabled():
-            x = autocast_input(ops.name, x, weight)
-        return run_directly(ops.products, x, weight, delta, units, dim, bias)
+        return call_directly(ops, x, weight, delta, units, dim, bias)
     x = autocast_input(ops.name, x, weight)
     try:
         kept = _kept_if_trained(x, delta, units, dim)
@@ -162,6 +160,15 @@ def call(
         check(ops.name, x, weight, delta, units, dim, bias)
         raise
     return ops.forward(x, weight, delta, units, dim, bias, kept)
+
+
+def call_directly(
+    ops: LinearOps, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
+) -> Tensor:
+    """Call a linear op that :func:`runs_directly` allows."""
+    if x.dtype is not weight.dtype or torch._C._is_any_autocast_enabled():
+        x = autocast_input(ops.name, x, weight)
+    return run_directly(ops.products, x, weight, delta, units, dim, bias)
 
 
 def run_directly(
