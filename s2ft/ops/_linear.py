@@ -131,7 +131,7 @@ def define_linear(name: str, units: str) -> LinearOps:
 
 
 def _forward(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None):
-    if weight.dtype is x.dtype:
+    if weight.dtype is x.dtype and not weight.requires_grad:  # F.linear would give the weight a gradient
         arguments = x.contiguous(), weight, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
         y = call_on_effective(F.linear, arguments, weight, delta, units, dim)
         if y is not None:

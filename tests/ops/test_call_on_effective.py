@@ -53,6 +53,15 @@ def test_forward_and_backward_of_a_plain_call_use_no_op(op, units, dim, monkeypa
     assert torch.equal(y, F.linear(x, effective.detach())) and not used
 
 
+def test_a_weight_that_requires_a_gradient_gets_none():
+    weight, delta, effective = case(0, 3)
+    x = torch.randn(2, 11)
+    y = sliced_linear(x, weight.requires_grad_(), delta, 3, 0)
+    assert torch.equal(y, F.linear(x, effective))
+    y.sum().backward()
+    assert weight.grad is None
+
+
 def test_large_slices_are_written_without_the_gil():
     weight, delta, effective = case(0, 3, shape=(8, 40_000))
     base = weight.clone()
