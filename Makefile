@@ -9,14 +9,15 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/s2ft demo
 
-# One process more than there are processors, because some tests wait for processes that they start.
+# One process more than there are processors, because some tests wait for processes that they start. WORKERS=1 saves
+# memory: each process takes about 1.5 GB.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
 
 test-all: $(VENV)/.installed $(VENV)/.quantized
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
 # Run the tests with the instructions of smaller processors, with two threads, and with products that round differently
 # for every layout of their operands (tests/support/rounding.py). A test fails here if its numbers are equal on one

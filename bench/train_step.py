@@ -94,7 +94,7 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
 
 
 def without_slices(model: nn.Module) -> nn.Module:
-    """The least that a step of S²FT can take: its FFN kernel, and gradients down to the first trained layer only.
+    """The least that a step with these trained layers can take: s2ft's FFN kernel, and gradients down to the first one.
 
     The trainable layers are plain products here. Nothing is added to a weight, and no slice gets a gradient.
     """

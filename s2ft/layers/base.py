@@ -190,13 +190,10 @@ class S2Layer(nn.Module):
 
     def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
         """Check the layer's slice and weight before a forward, and return the slice."""
-        if torch.compiler.is_dynamo_compiling():
-            return s2
-        is_known = type(weight) is nn.Parameter and weight.data_ptr() == self._looked_at
-        if not is_known or weight.requires_grad or self.awaits_order:
+        if not torch.compiler.is_compiling():
             self._check_weight(weight)
-        if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
-            _warn_about_cast(self._made, s2.dtype)
+            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
+                _warn_about_cast(self._made, s2.dtype)
         return s2
 
     def _check_weight(self, weight: Tensor) -> None:

@@ -112,6 +112,7 @@ class S2Linear(S2Layer):
         ops, units = (SLICED, self.start) if index is None else (INDEXED, index)
         if not runs_directly(input, weight, s2, bias):
             return _linear.call(ops, input, matrix, self.checked(s2, weight), units, self.dim, bias)
+        # What `checked` finds in the usual case, in 3 µs less.
         is_known = weight.data_ptr() == self._looked_at and s2.dtype is self._made
         if not is_known or weight.requires_grad or self.awaits_order:
             self.checked(s2, weight)

@@ -132,16 +132,16 @@ def call_on_effective(
         function: A function of PyTorch that is not written in Python, such as torch.matmul: an interrupt of Python code
             would come while base + delta is in the weight.
         arguments: Its arguments.
-        weight: Frozen weight.
+        weight: Frozen weight, on the CPU.
         delta: Trained update.
         units: The units that it is added to.
         dim: 0 if the units are outputs, 1 if they are inputs.
 
     Returns:
-        The result. None if only the op can run this call: on a GPU, without compiled kernels, for tensors with gaps,
-        and for wrong arguments, about which the op raises.
+        The result. None if only the op can run this call: without compiled kernels, for tensors with gaps, and for
+        wrong arguments, about which the op raises.
     """
-    if _module is None or not (weight.is_cpu and delta.is_cpu and delta.is_contiguous()):
+    if _module is None or not (delta.is_cpu and delta.is_contiguous()):
         return None
     if isinstance(units, int):
         start, index = units, 0

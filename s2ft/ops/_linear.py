@@ -131,7 +131,8 @@ def define_linear(name: str, units: str) -> LinearOps:
 
 
 def _forward(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None):
-    if weight.dtype is x.dtype and not weight.requires_grad:  # F.linear would give the weight a gradient
+    # F.linear would give a weight that requires a gradient one.
+    if weight.is_cpu and weight.dtype is x.dtype and not weight.requires_grad:
         arguments = x.contiguous(), weight, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
         y = call_on_effective(F.linear, arguments, weight, delta, units, dim)
         if y is not None:
@@ -140,7 +141,7 @@ def _forward(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Unit
 
 
 def _grad_x(op: Callable, grad: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, plain: bool) -> Tensor:
-    if plain and weight.dtype is grad.dtype:
+    if plain and weight.is_cpu and weight.dtype is grad.dtype:
         grad_x = call_on_effective(torch.matmul, (grad.contiguous(), weight), weight, delta, units, dim)
         if grad_x is not None:
             return grad_x

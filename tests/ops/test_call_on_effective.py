@@ -144,7 +144,7 @@ def test_threads_with_plain_calls_registered_ops_and_readers_of_the_base():
     assert not wrong
 
 
-def test_the_registered_module_refuses_other_numbers_of_arguments():
+def test_the_compiled_function_refuses_other_arguments():
     with pytest.raises(TypeError):
         _effective._module.call_on_effective(torch.clone, ())
     with pytest.raises(TypeError):

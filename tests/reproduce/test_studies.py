@@ -126,11 +126,12 @@ def test_smoke_of_efficiency(tmp_path):
 
 
 def test_a_lack_of_memory_is_a_cell(tmp_path):
-    settings = {"methods": ["full"], "batches": [200_000], "lengths": [8], "memory": "300MB", "steps": 1}
+    settings = {"methods": ["full"], "batches": [2, 200_000], "lengths": [8], "memory": "300MB", "steps": 1}
     found = made("efficiency", tmp_path, **settings)
     latency, memory = found.tables[:2]
-    assert [row[2] for row in latency.rows] == [row[2] for row in memory.rows] == ["OOM"]
-    assert "OOM" in latency.text() and [run.status for run in found.runs] == ["done"]
+    assert [row[2] == "OOM" for row in latency.rows] == [False, True]
+    assert [row[2] == "OOM" for row in memory.rows] == [False, True]
+    assert "OOM" in latency.text() and [run.status for run in found.runs] == ["done", "done"]
 
 
 def test_methods_take_turns_and_wrong_options_are_found_before_a_run():
