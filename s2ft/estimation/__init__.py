@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.estimation.devices import check_plan, on_devices, smallest
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
@@ -120,15 +121,9 @@ def estimate(
     place, kernels, notes = _place(model, device)
     if config.units is None and config.selection != "random":
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
-
     with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
         shadow, record = make_shadow(model, config, dtype, couplings, example)
-        if strategy is not None and strategy.is_tensor_parallel:
-            check_plan(shadow)
-        if gradient_checkpointing:
-            checkpoint(shadow, gradient_checkpointing)
-        forget_data(shadow, kernels)
-        keep_bases(record)
+        _prepare(shadow, record, kernels, gradient_checkpointing, strategy)
         inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
         cached, complete = with_cache(shadow, inputs, use_cache), example is not None or loss is not None
         step = Step(shadow.train(), record, cached, loss, kernels, autocast, complete)
@@ -143,6 +138,18 @@ def estimate(
         return on_devices(one, step.kept_divided, shadow, strategy, number)
 
     return smallest(count, strategy) if devices is None else count(devices)
+
+
+def _prepare(
+    shadow: nn.Module, record: Attachment, kernels: torch.device, checkpointing: bool | str, strategy: Strategy | None
+) -> None:
+    """Give a shadow model tensors without data, after checks."""
+    if strategy is not None and strategy.is_tensor_parallel:
+        check_plan(shadow)
+    if checkpointing:
+        checkpoint(shadow, checkpointing)
+    forget_data(shadow, kernels)
+    keep_bases(record)
 
 
 def _not_on_meta() -> AbstractContextManager:
