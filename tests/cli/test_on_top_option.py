@@ -1,6 +1,5 @@
 """s2ft sft --on-top trains a task on top of the adapters of earlier runs, on units that none of them trains."""
 
-
 import pytest
 import torch
 from cli.test_training_options import deltas, sft, work  # noqa: F401
