@@ -10,21 +10,22 @@ compare the estimate with the committed measurements.
 
 import argparse
 import gc
-import json
 import os
 import shutil
-import socket
-import subprocess
 import sys
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # the processes are those of the tests
+os.environ.setdefault("DS_ACCELERATOR", "cpu")  # before DeepSpeed is imported, in each process
 
 import torch
 import torch.distributed as dist
 from harness import save
+from support.ranks import Ranks
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -41,7 +42,6 @@ from transformers import (
 
 import s2ft
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))  # accelerate uses FSDP on CPUs only with its help
 SHAPE = dict(hidden_size=384, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=8, vocab_size=8000)
 IDS = dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)
 CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {  # random weights, near 20M parameters
@@ -64,7 +64,6 @@ STRATEGIES = {
 SMALL = {"prefetch_bucket_size": 500_000, "max_reuse_distance": 0, "param_persistence_threshold": 0}  # of zero3-small
 CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
 SHOWN = {"weights": "weights", "states": "gradients, states", "kept": "kept for backward", "peak": "peak of a step"}
-ANSWER = "measured: "
 IMPOSSIBLE = {("gpt2", "tp"), ("mixtral", "tp")}  # transformers has no plan, or one that also splits experts
 RESULTS = Path(__file__).parent / "results" / "estimate_ranks.json"
 BEGIN, END = "s2ft: measured step begins", "s2ft: measured step ends"
@@ -88,34 +87,9 @@ def estimated(name: str, strategy: s2ft.Strategy, ranks: int, batch: int, length
 # ---- measuring, in processes of their own ----------------------------------------------------------------
 
 
-def measured(ranks: int, jobs: list[tuple[str, str]], args: argparse.Namespace) -> Iterator[list[dict[str, int]]]:
-    """Yield the bytes of each rank for each model and strategy. One set of processes measures all of them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    command = [sys.executable, __file__, "--measure", json.dumps(jobs)]
-    command += ["--batch", str(args.batch), "--length", str(args.length)]
-    started = []
-    for rank in range(ranks):
-        own = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=ranks, LOCAL_WORLD_SIZE=ranks)
-        own |= dict(MASTER_ADDR="127.0.0.1", MASTER_PORT=port, OMP_NUM_THREADS=1, DS_ACCELERATOR="cpu")
-        environment = {**os.environ, **{key: str(value) for key, value in own.items()}}
-        started.append(subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True))
-    for _ in jobs:
-        yield [_answer(process) for process in started]
-    for process in started:
-        process.wait()
-
-
-def _answer(process: subprocess.Popen) -> dict[str, int]:
-    for line in process.stdout:
-        if line.startswith(ANSWER):
-            return json.loads(line.removeprefix(ANSWER))
-    raise RuntimeError("a rank has ended with an error")
-
-
-def measure(name: str, strategy: str, batch: int, length: int) -> dict[str, int]:
+def measure(rank: int, name: str, strategy: str, batch: int, length: int) -> dict[str, int]:
     """Train two steps and return the bytes of the second."""
+    gc.collect()
     kind, tokens = RUNS[strategy.partition("-")[0]], torch.Generator().manual_seed(0)
     model = kind.loaded(name)
     with kind.meter() as meter:
@@ -422,14 +396,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--output", type=Path, default=RESULTS)
-    parser.add_argument("--measure", type=json.loads, help=argparse.SUPPRESS)  # set in the measuring processes
     args = parser.parse_args()
-    if args.measure:
-        dist.init_process_group("gloo")
-        for job in args.measure:
-            print(f"{ANSWER}{json.dumps(measure(*job, args.batch, args.length))}", flush=True)
-            gc.collect()
-        return
     # DeepSpeed changes functions of PyTorch under ZeRO-3, so that it comes last
     strategies = [name for name in STRATEGIES if name in args.strategies]
     jobs = [(name, strategy) for strategy in strategies for name in args.models if (name, strategy) not in IMPOSSIBLE]
@@ -437,8 +404,11 @@ def main() -> None:
     print(f"{'model':<10}{'strategy':<14}{'ranks':>5}" + "".join(f"{title:>26}" for title in SHOWN.values()))
     results = {}
     for ranks in args.ranks:
-        for (name, strategy), each in zip(jobs, measured(ranks, jobs, args)):
+        processes = Ranks(ranks)
+        for name, strategy in jobs:
+            each = processes(measure, name, strategy, args.batch, args.length)
             results[f"{name}, {strategy}, {ranks} ranks"] = row(name, strategy, ranks, each, args)
+        processes.close()
     save(args.output, {"batch": args.batch, "length": args.length, "results": results})
 
 
