@@ -67,6 +67,7 @@ def test_formulas_agree_with_measured_ranks(key, bench):
 def test_the_result_says_that_it_is_by_formulas(alone):
     found = estimate("fsdp2", 4)
     assert "within about 10 %" in str(found) and "within" not in str(alone)
+    assert found.lines().startswith("Training takes about ") and "about" not in alone.lines()
     assert (found.strategy, found.devices, found.kept) == ("fsdp2", 4, alone.kept)
 
 
