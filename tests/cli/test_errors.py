@@ -61,6 +61,18 @@ def test_ratio_outside_its_range(capsys, tiny, data, tmp_path):
 
 def test_ratio_that_selects_nothing(capsys, tiny, data, tmp_path):
     sft(capsys, tiny, data, tmp_path / "out", "--layers", "7")
+    out = ["--output", tmp_path / "out"]
+    training = ["--model", tiny, "--data", data, *out]
+    for command in (
+        ["sft", *training],
+        ["dpo", *training],
+        ["grpo", *training, "--rewards", "exact"],
+        ["select", "--model", tiny, *out],
+        ["plan", tiny],
+        ["estimate", tiny],
+    ):
+        message = error_line(capsys, *command, "--d-ratio", "0", "--q-ratio=0.0")
+        assert "nothing is selected: q_ratio, d_ratio must be above 0, got 0" in message
     assert not (tmp_path / "out").exists()
 
 
