@@ -76,6 +76,14 @@ def test_ratio_that_selects_nothing(capsys, tiny, data, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_fsdp_without_a_gpu(capsys, tiny, data, tmp_path, monkeypatch):
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "true")
+            message = sft(capsys, tiny, data, tmp_path / "out", "--use-cpu")
+        assert "use examples/accelerate/ddp.yaml or torchrun" in message
+
+
 def test_output_that_holds_another_run(capsys, tiny, data, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/run.json").write_text("{}")
