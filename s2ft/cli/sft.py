@@ -60,14 +60,12 @@ def train(parsed, kind: type, body: Callable) -> None:
     from s2ft.train.kernels import check_kernels
     from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
     from s2ft.train.output import RunFolder
-    from s2ft.train.parallel import check_can_shard
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
 
     config, protects = with_default_ratio(parsed[S2FTConfig], parsed.given), bool(parsed[ForgettingOptions].protect)
     parsed.objects[S2FTConfig] = with_protect_ratio(config, protects)
     arguments, options = parsed[kind], parsed[RunOptions]
-    check_can_shard(arguments)
     check_packages_of_run(arguments)
     check_packages("a model in 4 or 8 bit" if parsed[ModelOptions].quantized else "")
     check_kernels(options.kernels)
@@ -95,9 +93,11 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory
     from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.parallel import check_can_shard
     from s2ft.train.sft import check_run, sft
 
     arguments, options = parsed[SFTArguments], parsed[RunOptions]
+    check_can_shard(arguments)
     train_rows, held_out_rows = _read(parsed)
     other = read_other(parsed)
     if ranks.is_main_process:
