@@ -32,25 +32,6 @@ class Export:
         return function if self.adapter_format is None else partial(function, format_name=self.adapter_format)
 
 
-GGUF_OPTIONS = {
-    "quantization": {
-        "metavar": "TYPE",
-        "help": "type of the weights: q8_0, q4_k_m, ... by their names in llama.cpp, whose llama-quantize makes those "
-        "with a k; default: that of the dtype",
-    },
-    "llama_cpp": {
-        "metavar": "DIR",
-        "help": "folder of llama.cpp; default: that of the variable LLAMA_CPP_DIR, else what is on the PATH",
-    },
-    "writer": {
-        "choices": ("auto", "llama.cpp", "s2ft"),
-        "help": "what writes the file; auto: llama.cpp's converter if it is installed, else s2ft (default: auto)",
-    },
-}
-OLLAMA_OPTIONS = {
-    **GGUF_OPTIONS,
-    "num_ctx": {"type": int, "metavar": "N", "help": "tokens of the context; default: the model's, at most 8192"},
-}
 IMPORTS = [name for name in ADAPTER_FORMATS if name != NATIVE]  # the formats that `s2ft export --from-NAME` reads
 EXPORTS = {
     **{
@@ -63,10 +44,23 @@ EXPORTS = {
         {"max_shard_size": {"help": "the largest file of weights, for example 2GB; default: that of transformers"}},
     ),
     "gguf": Export(
-        "a .gguf file of the merged model, for llama.cpp, by its converter where it is installed, else by s2ft for the "
-        "families llama, mistral and qwen2",
+        "a .gguf file of the merged model, by the converter of llama.cpp, which must be installed",
         "s2ft.export.gguf",
-        GGUF_OPTIONS,
+        {
+            "quantization": {
+                "metavar": "TYPE",
+                "help": "type of the weights: q8_0, q4_k_m, ... by their names in llama.cpp, whose llama-quantize "
+                "makes those with a k; default: that of the dtype",
+            },
+            "llama_cpp": {
+                "metavar": "DIR",
+                "help": "folder of llama.cpp; default: that of the variable LLAMA_CPP_DIR, else what is on the PATH",
+            },
+        },
     ),
-    "ollama": Export("a .gguf file and a Modelfile with its template", "s2ft.export.ollama", OLLAMA_OPTIONS),
+    "ollama": Export(
+        "the merged checkpoint and a Modelfile, for `ollama create`",
+        "s2ft.export.ollama",
+        {"num_ctx": {"type": int, "metavar": "N", "help": "tokens of the context; default: the model's, at most 8192"}},
+    ),
 }
