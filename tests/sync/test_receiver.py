@@ -2,14 +2,12 @@
 
 import base64
 import os
-import socket
 
 import pytest
 import torch
 from support.engines import Engine, Threads, checkpoint
 
-from s2ft.sync.group import join
-from s2ft.sync.receiver import AdapterSlices, Receiver
+from s2ft.sync.receiver import Receiver
 from s2ft.sync.wire import SliceSpec, hashes_of, to_message
 
 NAMES = ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
@@ -106,12 +104,9 @@ BAD_UPDATES = {
     "no base64": (update(tensor=None, values="ä"), "values is no base64 text"),
     "of bytes that are cut off": (update(tensor=None, values="AAAA"), "values has 3 bytes, and the slices have 512"),
     "of two kinds": (update(values="AAAA"), "one of values, file and tensor, not values and tensor"),
-    "of no kind": (update(tensor=None), "broadcast for transport nccl only"),
-    "base and numbers": (update(base=True), "an update has numbers, or base, or adapter"),
-    "base and adapter": ({"base": True, "adapter": "x"}, "base or adapter, not both"),
+    "of no kind": (update(tensor=None), "not none"),
+    "base and numbers": (update(base=True), "numbers or base"),
     "base that is a text": ({"base": "yes"}, "base must be true, not 'yes'"),
-    "adapter that is no text": ({"adapter": 5}, "adapter must be a folder"),
-    "adapter while a trainer is bound": ({"adapter": "x"}, "this engine can't read adapters"),
     "release by another": ({"base": True, "sender": "b"}, "'b' can't release it: set take_over"),
     "missing file": (update(tensor=None, file="/nowhere/file"), "No such file"),
     "a folder as file": (update(tensor=None, file="/"), "no plain file|Is a directory"),
@@ -165,7 +160,6 @@ BAD_INITS = {
     "no sender": (init(sender=""), "sender must be the trainer's name"),
     "no slices": (init(slices={}), "slices describes none"),
     "an unknown transport": (init(transport={"kind": "pigeon"}), "transport must have a kind, one of http, file"),
-    "a broadcast": (init(transport={"kind": "nccl"}), "can't join a group"),
     "a damaged description": (init(slices={**init()["slices"], "dims": []}), "lists of lengths"),
     "a field that lacks": (init(slices={"names": []}), "slices is no description of slices: KeyError: 'shapes'"),
 }
@@ -318,70 +312,6 @@ def test_a_write_that_fails_on_one_rank_is_undone_on_all(monkeypatch):
     assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
 
 
-class Trainer:
-    """The group of a trainer that broadcasts, in this process."""
-
-    def __init__(self, numbers):
-        self.numbers, self.left = numbers, 0
-
-    def receive(self, buffer):
-        buffer.copy_(self.numbers)
-
-    def close(self):
-        self.left += 1
-
-
-def test_a_trainer_that_broadcasts():
-    group = Trainer(update()["tensor"])
-    threads, engines, receivers = ranks(2, join=lambda transport: group)
-    threads.run(lambda rank: receivers[rank].bind(init(transport={"kind": "nccl"})))
-    assert threads.run(lambda rank: receivers[rank].update(update(tensor=None))) == [None, None]
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
-    group.numbers = torch.full((128,), float("inf"))
-    errors = threads.run(lambda rank: receivers[rank].update(update(2, tensor=None)))
-    assert all("not finite" in str(error) for error in errors)
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
-    threads.run(lambda rank: receivers[rank].update({"base": True, "sender": "a"}))
-    assert group.left == 2
-
-
-class Joined:
-    """The group of a trainer in which this rank is a worker."""
-
-    def __init__(self, transport, rank):
-        self.group = join(transport, 1 + rank, torch.device("cpu"), timeout=30)
-
-    def receive(self, buffer):
-        self.group.broadcast(buffer)
-
-    def close(self):
-        self.group.leave()
-
-
-def test_a_broadcast_reaches_all_ranks():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    transport = {"kind": "nccl", "master_address": "127.0.0.1", "master_port": port, "world_size": 3}
-    workers, everyone = Threads(2), Threads(3)
-    engines = [Engine(rank, 2) for rank in range(2)]
-    for engine in engines:
-        engine.load_weights(checkpoint().items())
-    options = [{"ranks": workers.of(rank), "join": lambda t, rank=rank: Joined(t, rank)} for rank in range(2)]
-    receivers = [Receiver(engine, **more) for engine, more in zip(engines, options)]
-
-    def part(rank):
-        if rank == 2:
-            group = join(transport, 0, torch.device("cpu"), timeout=30)
-            group.broadcast(update()["tensor"])
-            return
-        receivers[rank].bind(init(transport=transport))
-        receivers[rank].update(update(tensor=None))
-
-    assert everyone.run(part) == [None] * 3
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=2)))
-
-
 def test_places_that_the_engine_does_not_compute_with():
     def check(places, specs):
         raise ValueError(f"{specs[places[0].slice_number].name}: packed")
@@ -389,67 +319,3 @@ def test_places_that_the_engine_does_not_compute_with():
     engine, receiver = made(check=check)
     with pytest.raises(ValueError, match="down_proj.weight: packed"):
         receiver.bind(init())
-
-
-# ---- adapters --------------------------------------------------------------------------------------------
-
-
-def adapter(name):
-    base = checkpoint()
-    if name == "bad":
-        raise ValueError("the adapter belongs to another base")
-    names = {"one": NAMES[:2], "two": NAMES[1:2], "norm": NAMES[2:]}[name]
-    specs = specs_of(base, names)
-    seed = 3 if name == "one" else 4
-    deltas = {n: checkpoint(seed=seed)[s.name].index_select(s.dim, s.index) for n, s in enumerate(specs)}
-    return AdapterSlices(name, specs, {}, deltas) if name == "norm" else AdapterSlices(name, specs, deltas)
-
-
-def with_adapter(name):
-    base, slices = checkpoint(), adapter(name)
-    for number, spec in enumerate(slices.specs):
-        now = base[spec.name].index_select(spec.dim, spec.index)
-        new = now + slices.deltas[number] if number in slices.deltas else slices.wholes[number]
-        base[spec.name].index_copy_(spec.dim, spec.index, new)
-    engine = Engine()
-    engine.load_weights(base.items())
-    return engine.checksums()
-
-
-def test_adapters_replace_each_other_exactly():
-    engine, receiver = made(adapter=adapter)
-    before = engine.checksums()
-    for name in ("one", "two", "norm", "one"):
-        receiver.update({"adapter": name})
-        assert same(engine, with_adapter(name)) and receiver.serving == f"the adapter '{name}'"
-    with pytest.raises(ValueError, match="belongs to another base"):
-        receiver.update({"adapter": "bad"})
-    with pytest.raises(RuntimeError, match="has the adapter 'one', so sender 'a' is refused: send"):
-        receiver.bind(init())
-    assert same(engine, with_adapter("one"))
-    receiver.update({"base": True})
-    assert same(engine, before) and receiver.serving == "the base"
-    receiver.bind(init())
-    with pytest.raises(RuntimeError, match="has slices of sender 'a', no step yet, so no adapter is put on: release"):
-        receiver.update({"adapter": "one"})
-    receiver.update({"base": True, "sender": "a"})
-    receiver.update({"adapter": "one"})
-    receiver.bind(init(take_over=True))
-    assert same(engine, before)
-
-
-def test_an_adapter_that_can_not_be_written_leaves_the_former_one(monkeypatch):
-    import s2ft.sync.receiver as module
-
-    engine, receiver = made(adapter=adapter)
-    receiver.update({"adapter": "one"})
-    add = module._add
-
-    def half(bound, slices):
-        add(bound, slices)
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(module, "_add", half)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        receiver.update({"adapter": "norm"})
-    assert same(engine, with_adapter("one")) and receiver.serving == "the adapter 'one'"

@@ -1,6 +1,7 @@
 """The sender against an engine without vLLM: what it sends, what it restores, and what happens after a failure."""
 
 import copy
+import os
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from sync.test_slices import randomize
 
 import s2ft
 from s2ft.sync import EngineError, SliceSender
+from s2ft.sync.trl import choose_port
 
 CASE = "llama-grouped"
 
@@ -69,7 +71,7 @@ def test_after_each_of_several_syncs_the_engine_has_the_merged_weights(form, dty
     assert same(engine, before) and engine.sender is None
 
 
-@pytest.mark.parametrize("transport", ["auto", "file", "http", "nccl"])
+@pytest.mark.parametrize("transport", ["auto", "file", "http"])
 def test_a_server_gets_the_numbers_by_each_transport(transport, base, tmp_path):
     model, engine = attached(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
@@ -98,7 +100,7 @@ def test_the_file_is_removed_and_goes_to_the_given_folder(base, tmp_path):
     assert seen[0].startswith(str(folder)) and list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("transport", ["file", "http", "nccl"])
+@pytest.mark.parametrize("transport", ["file", "http"])
 def test_a_refused_update_is_an_error_here_and_the_engine_has_its_base(transport, base, tmp_path):
     model, engine = attached(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
@@ -212,7 +214,7 @@ def test_a_merged_peft_model_sends_the_same_numbers(base, tmp_path):
     ("engine", "options", "words"),
     [
         ("localhost:8000", {}, "engine must be an address"),
-        ("http://localhost", {"transport": "pigeon"}, "transport must be auto or one of direct, file, http, nccl"),
+        ("http://localhost", {"transport": "pigeon"}, "transport must be auto or one of direct, file, http"),
         ("http://localhost", {"transport": "direct"}, "transport direct needs an LLM in this process"),
         ("http://localhost", {"transport": "file", "folder": "/none"}, "folder /none does not exist"),
     ],
@@ -230,3 +232,19 @@ def test_an_object_that_is_no_engine_is_refused():
 def test_a_sender_without_a_model_says_so(base):
     with pytest.raises(ValueError, match="set sender.model"):
         SliceSender(None, CheckpointEngine(base)).sync()
+
+
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [({}, True), ({"MASTER_PORT": "0"}, True), ({"MASTER_PORT": "4321"}, False), ({"WORLD_SIZE": "2"}, False)],
+)
+def test_runs_that_start_together_have_ports_of_their_own(environment, chosen, monkeypatch):
+    for name in ("MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", environment.get("MASTER_PORT", ""))  # and restored afterwards
+    choose_port()
+    port = os.environ["MASTER_PORT"]
+    assert (port != environment.get("MASTER_PORT", "")) == chosen
+    assert not chosen or int(port) > 1024
