@@ -7,8 +7,7 @@ import secrets
 import time
 from urllib.parse import quote
 
-from s2ft.serve.metrics import Metrics
-from s2ft.serve.record import RECORD, Record
+from s2ft.serve.metrics import RECORD, Metrics, Record
 
 logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
