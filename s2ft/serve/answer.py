@@ -13,7 +13,7 @@ from fastapi import Request
 
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.errors import ApiError, Disconnected
-from s2ft.serve.metrics import Record
+from s2ft.serve.metrics import RequestRecord
 from s2ft.serve.options import Limits
 from s2ft.serve.schemas import ChatRequest, Sampled
 from s2ft.serve.sources import some
@@ -168,7 +168,7 @@ class Answer:
         arrived: The event loop's time at the arrival of the request.
     """
 
-    def __init__(self, service: Service, request: Request, record: Record, arrived: float) -> None:
+    def __init__(self, service: Service, request: Request, record: RequestRecord, arrived: float) -> None:
         self.service, self.record, self.arrived = service, record, arrived
         self.job: Job | None = None
         self.ended = False

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from s2ft.serve.errors import ApiError, shutting_down
-from s2ft.serve.registry import Adapters, Served, cannot_load
+from s2ft.serve.registry import Adapters, ServedAdapter, cannot_load
 from s2ft.text.running_batch import Row, RunningBatch, rows_interact
 from s2ft.text.streams import TextStream
 
@@ -59,7 +59,7 @@ class Job(Row):
         text: TextStream,
         ends: frozenset[int],
         emit: Callable[[Event], None],
-        served: Served | None = None,
+        served: ServedAdapter | None = None,
     ) -> None:
         super().__init__(prompt, sampler, None if served is None else served.bank_name)
         self.max_tokens, self.text, self.ends, self.emit, self.served = max_tokens, text, ends, emit, served

@@ -13,7 +13,7 @@ OTHERS = "(others)"  # all further models
 
 
 @dataclass
-class Record:
+class RequestRecord:
     """What is known of a request at its end.
 
     Attributes:
@@ -33,7 +33,7 @@ class Record:
     started: float = field(default_factory=time.perf_counter)
 
 
-def record_of(scope) -> Record:
+def record_of(scope) -> RequestRecord:
     """Return the record of a request by its ASGI scope."""
     return scope[RECORD]
 
@@ -78,7 +78,7 @@ class Metrics:
             "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
         )
 
-    def count(self, route: str, record: Record, seconds: float) -> None:
+    def count(self, route: str, record: RequestRecord, seconds: float) -> None:
         """Count a request at its end.
 
         Args:

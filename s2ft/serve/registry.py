@@ -25,7 +25,7 @@ SHOWN = 20  # names in the line of the log that lists the adapters
 
 
 @dataclass(eq=False)
-class Served:
+class ServedAdapter:
     """An adapter that is served, or was when a request began.
 
     Attributes:
@@ -67,7 +67,7 @@ class Adapters:
         self.bank, self.reserved = bank, tuple(reserved)
         self.sources = [source_of(str(text)) for text in sources]
         self.refused: dict[str, str] = {}
-        self._served: dict[str, Served] = {}
+        self._served: dict[str, ServedAdapter] = {}
         self._added = 0
         self._lock = threading.Lock()  # guards the three fields above; no adapter is read while it is held
         for name, folder in self._folders().items():
@@ -103,7 +103,7 @@ class Adapters:
             bank_name = f"{name}#{self._added}"
             self.bank.add(bank_name, folder)
             self._added += 1
-            self._served[name] = Served(name, bank_name, folder, stamp, prompt)
+            self._served[name] = ServedAdapter(name, bank_name, folder, stamp, prompt)
             self.refused.pop(name, None)
 
     @property
@@ -118,7 +118,7 @@ class Adapters:
         with self._lock:
             return {name: served.prompt for name, served in sorted(self._served.items())}
 
-    def acquire(self, name: str) -> Served:
+    def acquire(self, name: str) -> ServedAdapter:
         """Get an adapter for a request, which must release it.
 
         Args:
@@ -141,7 +141,7 @@ class Adapters:
             served.users += 1
             return served
 
-    def release(self, served: Served) -> None:
+    def release(self, served: ServedAdapter) -> None:
         """End the use of an adapter by a request."""
         with self._lock:
             served.users -= 1
@@ -190,20 +190,20 @@ class Adapters:
                 raise unknown_model(name)
             self._unload(self._served[name])
 
-    def refuse(self, served: Served, error: Exception) -> None:
+    def refuse(self, served: ServedAdapter, error: Exception) -> None:
         """Stop serving an adapter that could not be loaded."""
         with self._lock:
             if not served.unloaded:
                 self._unload(served)
                 self.refused[served.name] = reason_of(error, served.folder)
 
-    def _unload(self, served: Served) -> None:
+    def _unload(self, served: ServedAdapter) -> None:
         served.unloaded = True
         del self._served[served.name]
         logger.info("no longer served: %s", served.name)
         self._forget_unused(served)
 
-    def _forget_unused(self, served: Served) -> None:
+    def _forget_unused(self, served: ServedAdapter) -> None:
         if served.unloaded and not served.users:
             self.bank.remove(served.bank_name)
 

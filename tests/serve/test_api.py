@@ -361,7 +361,7 @@ def test_the_number_of_counters_is_bounded(monkeypatch):
     monkeypatch.setattr(metrics, "MODELS", 2)
     counters = metrics.Metrics()
     for name in ("a", "b", "c", "d", "a", BASE):
-        counters.count("/v1/completions", metrics.Record("1", name, 1, 2, 200), 0.1)
+        counters.count("/v1/completions", metrics.RequestRecord("1", name, 1, 2, 200), 0.1)
     found = set(re.findall(r's2ft_generated_tokens_total\{model="(.*)"\} (.*)', counters.text().decode()))
     assert found == {("a", "4.0"), ("b", "2.0"), ("(others)", "6.0")}
 
