@@ -92,18 +92,18 @@ def test_the_base_without_a_sender_keeps_the_binding(bound):
 
 
 BAD_UPDATES = {
-    "of another sender": (update(sender="b"), "an update of 'b' is refused: release it with .*take_over"),
-    "while requests run": (update(idle=False), "requests are running.*pause the engine first"),
-    "older": (update(step=0), "step 0 of sender 'a' is older than step 1"),
-    "without a step": (update(step=None), "step must be a whole number, not None"),
-    "with a bool as step": (update(step=True), "step must be a whole number, not True"),
-    "too short": (update(tensor=torch.zeros(3)), "3 numbers of torch.float32 came, and the slices have 128"),
+    "of another sender": (update(sender="b"), "take_over"),
+    "while requests run": (update(idle=False), "pause the engine"),
+    "older": (update(step=0), "older than step 1"),
+    "without a step": (update(step=None), "whole number"),
+    "with a bool as step": (update(step=True), "whole number"),
+    "too short": (update(tensor=torch.zeros(3)), "3 numbers"),
     "too long": (update(tensor=torch.zeros(129)), "129 numbers"),
     "of another dtype": (update(tensor=torch.zeros(128, dtype=torch.bfloat16)), "numbers of torch.bfloat16 came"),
-    "no tensor": (update(tensor=[1.0]), "tensor must be a torch.Tensor in this process, not list"),
+    "no tensor": (update(tensor=[1.0]), "not list"),
     "no base64": (update(tensor=None, values="ä"), "values is no base64 text"),
     "of bytes that are cut off": (update(tensor=None, values="AAAA"), "values has 3 bytes, and the slices have 512"),
-    "of two kinds": (update(values="AAAA"), "one of values, file and tensor, not values and tensor"),
+    "of two kinds": (update(values="AAAA"), "not values and tensor"),
     "of no kind": (update(tensor=None), "not none"),
     "base and numbers": (update(base=True), "numbers or base"),
     "base that is a text": ({"base": "yes"}, "base must be true, not 'yes'"),
@@ -127,24 +127,18 @@ def test_a_bad_update_is_refused_and_nothing_is_written(bound, kind):
     assert same(engine, before)
 
 
-def test_an_update_before_init():
-    engine, receiver = made()
-    with pytest.raises(RuntimeError, match="an update of sender 'a' before init: this engine has the base. Init first"):
+def test_only_a_plain_file_in_the_named_folder_is_read_and_only_after_init(tmp_path):
+    _, receiver = made()
+    with pytest.raises(RuntimeError, match="before init"):
         receiver.update(update())
-
-
-def test_a_file_outside_of_the_folder_that_was_named(tmp_path):
-    engine, receiver = made()
-    receiver.bind(init(transport={"kind": "file", "folder": str(tmp_path / "inside")}))
+    inside = tmp_path / "inside"
+    inside.mkdir()
+    receiver.bind(init(transport={"kind": "file", "folder": str(inside)}))
     (tmp_path / "outside").write_bytes(update()["tensor"].numpy().tobytes())
-    with pytest.raises(ValueError, match="is not in .*inside, the folder that the sender has named"):
-        receiver.update(update(tensor=None, file=str(tmp_path / "inside" / ".." / "outside")))
-
-
-def test_a_pipe_does_not_block_the_engine(bound, tmp_path):
-    os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(ValueError, match="no plain file"):
-        bound[1].update(update(tensor=None, file=str(tmp_path / "pipe")))
+    os.mkfifo(inside / "pipe")  # it must not block the engine
+    for file, word in ((inside / ".." / "outside", "is not in"), (inside / "pipe", "no plain file")):
+        with pytest.raises(ValueError, match=word):
+            receiver.update(update(tensor=None, file=str(file)))
 
 
 def other_base():
@@ -153,15 +147,17 @@ def other_base():
     return base
 
 
+UNKNOWN = SliceSpec("model.layers.7.mlp.down_proj.weight", (16, 24), 1, torch.tensor([1]), torch.tensor([1]))
 BAD_INITS = {
+    "an unknown weight": (init(slices=to_message([*specs_of(checkpoint()), UNKNOWN])), "layers.7.mlp.down_proj"),
     "another base": (init(base=other_base()), "1 of 3 slices differ, the first is model.layers.0.self_attn.q_proj"),
-    "another dtype": (init(dtype="bfloat16"), "is float32 in this engine, and the slices are sent as bfloat16"),
-    "unknown dtype": (init(dtype="int8"), "dtype must be one of float32, bfloat16, float16, not 'int8'"),
+    "another dtype": (init(dtype="bfloat16"), "sent as bfloat16"),
+    "unknown dtype": (init(dtype="int8"), "int8"),
     "no sender": (init(sender=""), "sender must be the trainer's name"),
     "no slices": (init(slices={}), "slices describes none"),
-    "an unknown transport": (init(transport={"kind": "pigeon"}), "transport must have a kind, one of http, file"),
+    "an unknown transport": (init(transport={"kind": "pigeon"}), "one of http, file"),
     "a damaged description": (init(slices={**init()["slices"], "dims": []}), "lists of lengths"),
-    "a field that lacks": (init(slices={"names": []}), "slices is no description of slices: KeyError: 'shapes'"),
+    "a field that lacks": (init(slices={"names": []}), "shapes"),
 }
 
 
@@ -182,13 +178,6 @@ def test_a_bad_init_is_refused_and_the_engine_is_as_before(kind, earlier):
     if earlier:
         receiver.update(update(6, seed=2))
         assert same(engine, expected(seed=2)[0])
-
-
-def test_an_unknown_weight_is_named():
-    engine, receiver = made()
-    spec = SliceSpec("model.layers.7.mlp.down_proj.weight", (16, 24), 1, torch.tensor([1]), torch.tensor([1]))
-    with pytest.raises(ValueError, match="model.layers.7.mlp.down_proj.weight: the model's loader does not take it"):
-        receiver.bind(init(slices=to_message([*specs_of(checkpoint()), spec])))
 
 
 def test_a_second_trainer_is_refused_until_it_takes_over(bound):
@@ -243,28 +232,21 @@ def test_a_write_that_fails_restores_the_base(bound, monkeypatch):
 # ---- weights that were changed by others -----------------------------------------------------------------
 
 
-def test_weights_that_sleep_mode_has_dropped(bound):
+def test_weights_that_sleep_mode_has_dropped_or_that_were_replaced(bound):
     engine, receiver, before = bound
     receiver.update(update(1))
     for parameter in engine.parameters():
         parameter.data.zero_()
-    with pytest.raises(RuntimeError, match="down_proj.weight was changed by others since the last update. After sleep"):
+    with pytest.raises(RuntimeError, match="down_proj.weight was changed by others"):
         receiver.update(update(2, seed=2))
     engine.load_weights(checkpoint().items())  # reload_weights
     receiver.update(update(2, seed=2))
     assert same(engine, expected(seed=2)[0])
-    receiver.update({"base": True, "sender": "a"})
-    assert same(engine, before)
-
-
-def test_parameters_that_were_replaced(bound):
-    engine, receiver, before = bound
-    receiver.update(update(1))
     engine.down.data = before["down"].clone()
     with pytest.raises(RuntimeError, match="down_proj.weight was changed by others"):
-        receiver.update(update(2))
+        receiver.update(update(3))
     receiver.bind(init())
-    receiver.update(update(3))
+    receiver.update(update(4))
     assert same(engine, expected()[0])
 
 

@@ -137,6 +137,7 @@ def test_two_trainers_and_one_that_has_died(base, tmp_path):
         with pytest.raises(EngineError, match="bound to sender"):
             SliceSender(model, url).sync()
         assert same(engine, merged(model, tmp_path / "merged", torch.float32))
+        SliceSender(model, url, name=first.name).sync()  # it continues after a restart
         engine.updating = True  # the first one died in the middle of an update
         other = FORMS["indexed"]()
         randomize(other, 7)
@@ -146,29 +147,17 @@ def test_two_trainers_and_one_that_has_died(base, tmp_path):
         assert same(engine, tensors_of(base))
 
 
-def test_the_same_name_continues_after_a_restart(base):
-    engine = CheckpointEngine(base)
-    with serving(app_of(engine)) as url:
-        SliceSender(attached(), url, name="my-run").sync()
-        with SliceSender(attached(), url, name="my-run") as sender:
-            sender.sync()
-    assert engine.sender is None
-
-
-def test_a_server_without_the_routes_or_out_of_reach_says_what_to_do(base):
-    with serving(app_of(CheckpointEngine(base), has_dev_mode=False)) as url:
-        with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1.*weight-transfer-config"):
-            SliceSender(attached(), url).sync()
-    with pytest.raises(EngineError, match="can't be reached"):
-        SliceSender(attached(), url).sync()
-
-
-def test_a_server_that_does_not_answer_is_given_up(base):
+def test_a_server_that_does_not_answer_as_it_must_says_what_to_do(base):
     engine, given_up = CheckpointEngine(base), threading.Event()
     engine.start_weight_update = lambda: given_up.wait(30)
-    with serving(app_of(engine)) as url:
-        with pytest.raises(EngineError, match="did not answer start_weight_update within 0.5 s"):
-            SliceSender(attached(), url, timeout=0.5).sync()
+    with serving(app_of(CheckpointEngine(base), has_dev_mode=False)) as closed, serving(app_of(engine)) as slow:
+        for url, word in (
+            (closed, "VLLM_SERVER_DEV_MODE=1.*weight-transfer-config"),
+            ("http://127.0.0.1:9", "can't be reached"),
+            (slow, "did not answer start_weight_update within 0.5 s"),
+        ):
+            with pytest.raises(EngineError, match=word):
+                SliceSender(attached(), url, timeout=0.5 if url == slow else 30).sync()
         given_up.set()
 
 
