@@ -213,7 +213,7 @@ def test_unknown_routes_and_methods(server):
     error_of(httpx.get(f"{server[0]}/v1/completions/"), 404, "not_found")
     error_of(httpx.get(f"{server[0]}/v1/completions"), 405, "method_not_allowed")
     error_of(httpx.get(f"{server[0]}/v1/models/unknown"), 404, "model_not_found")
-    assert "/openapi.json" in error_of(httpx.get(f"{server[0]}/docs"), 404, "not_found")
+    error_of(httpx.get(f"{server[0]}/docs"), 404, "not_found")
 
 
 def test_an_unexpected_error_is_json_without_details_and_that_of_a_template_is_returned(server, monkeypatch):

@@ -18,7 +18,7 @@ from s2ft.vllm.compatibility import MissingInVLLM
 from s2ft.vllm.slices.bank import BankFull, SliceBank
 from s2ft.vllm.slices.layer import encode, with_slices
 from s2ft.vllm.slices.product import Batch, add_slices_
-from s2ft.vllm.slices.units import Admission, Budget, Extent, Place, setting_for
+from s2ft.vllm.slices.units import Admission, Budget, Extent, Place
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -454,12 +454,6 @@ def test_an_adapter_is_accepted_if_it_fits_with_the_largest_others():
         admission.add(1, "one", {down: 41})
     admission.forget(4)
     admission.add(1, "one", {down: 60})
-
-
-def test_the_setting_of_a_server_whose_adapters_are_known():
-    adapters = [{"m.0.down_proj": 5, "m.1.down_proj": 9}, {"m.0.down_proj": 2, "m.0.q_proj": 1}, {"m.1.down_proj": 3}]
-    assert setting_for(adapters, 1) == "down_proj=9,q_proj=1"
-    assert setting_for(adapters, 2) == "down_proj=12,q_proj=1"
 
 
 def test_copies_of_a_config_do_not_change_it():
