@@ -249,26 +249,14 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
     without = s2ft.get_adapter(train(attached("frozen", name="plain")), "plain")
     for total in (with_head + without, without + with_head, with_head - without):
         assert_states(total.extra_weights, with_head.extra_weights)
+        s2ft.load_adapter(model := classifier(), total)
+        assert_states(head_of(model), with_head.extra_weights)
+        assert_states(state_of(s2ft.detach(model)), BASE)
         assert total.config.modules_to_save == ["classifier"]
     for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
         with pytest.raises(ValueError, match="classifier.weight trained in full"):
             wrong()
     assert (0.5 * without).extra_weights == {}
-
-
-def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
-    from s2ft.cli.combine import combine
-
-    s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
-    combine([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
-    model = classifier()
-    for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
-        s2ft.load_adapter(model, folder, name, active=False)
-    s2ft.combine_adapters(model, {"a": 1, "b": 1}, "both")
-    s2ft.set_adapter(model, "both")
-    assert_states(head_of(model), s2ft.read_adapter(tmp_path / "sum").extra_weights)
-    s2ft.delete_adapter(model, "both")
-    assert_states(state_of(s2ft.detach(model)), BASE)
 
 
 def test_banks_refuse_them_by_name_and_a_merge_keeps_them(tmp_path):

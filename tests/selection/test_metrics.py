@@ -11,7 +11,6 @@ from torch.utils.data import DataLoader
 
 import s2ft
 from s2ft import S2FTConfig, config, selection
-from s2ft.attached.record import attachment_of
 from s2ft.model.registry import couplings_of
 from s2ft.selection import ALLOCATIONS, METRICS
 from s2ft.selection.batches import Calibration
@@ -83,26 +82,6 @@ def test_the_selected_units_have_the_best_scores(metric, order, case):
             units = selection[projection.path]
             best = values.sort(descending=order == "largest").indices[: units.numel()]
             assert torch.equal(units, best.sort().values), projection.path
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_both_layouts_select_the_same_units_and_producers_are_nested(metric):
-    chosen = []
-    for layout in ("permuted", "indexed"):
-        model = model_of("llama")
-        s2ft.attach(
-            model, S2FTConfig(**ALL_RATIOS, selection=metric, layout=layout), calibration=calibration_for(metric, model)
-        )
-        chosen.append(attachment_of(model).selection)
-        if layout == "permuted":
-            assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
-    assert (
-        chosen[0]
-        == chosen[1]
-        == s2ft.select(
-            model_of("llama"), S2FTConfig(**ALL_RATIOS, selection=metric), calibration_for(metric, model_of("llama"))
-        )
-    )
 
 
 def test_equal_scores_are_selected_in_order_of_units():
