@@ -102,7 +102,7 @@ REFUSED = {
     "unknown ShareGPT role": ({"conversations": [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]}, "role 'me'"),
     "arguments are no JSON": (
         {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]},
-        "calls add with arguments that are not JSON",
+        "arguments of add can't be read as JSON",
     ),
     "half a surrogate pair": ({"instruction": "\ud800", "output": "x"}, "field 'instruction' is not valid Unicode: character 1"),
     "half a surrogate pair in a message": (

@@ -11,7 +11,7 @@ from train.tiny import CHAT, tiny_model, tiny_tokenizer, write_jsonl
 
 from s2ft.text.collator import TokenCollator
 from s2ft.text.data import DataOptions, load_rows
-from s2ft.text.encoding import encode_prompts, left_pad, tokenize_rows
+from s2ft.text.encoding import Outcome, encode_prompts, left_pad, tokenize_rows
 from s2ft.text.examples import Example
 from s2ft.text.prompts import PromptFormat, prompt_format
 
@@ -69,9 +69,9 @@ def test_100_chats_have_the_assistant_mask_of_trl(tmp_path):
     tokenized = tokens(rows, tiny_tokenizer(MARKED))
     assert list(tokenized.dataset) == expected
     supervised = sum(label >= 0 for row in expected for label in row["labels"])
-    assert tokenized.supervised == supervised and f"the loss falls on {supervised:,} of them" in str(tokenized)
+    assert f"the loss falls on {supervised:,} of them" in str(tokenized)
     without_marks = tokens(rows)  # the same template without marks, and without the line break after the last answer
-    assert without_marks.supervised == supervised
+    assert f"the loss falls on {supervised:,} of them" in str(without_marks)
     assert [row["labels"] for row in without_marks.dataset] == [row["labels"][:-1] for row in expected]
 
 
@@ -125,7 +125,9 @@ def test_loss_on_the_last_answer_only():
     tokenizer, rows = tiny_tokenizer(), [{"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "6"}]}]
     assert trained(tokenizer, tokens(rows, loss_on="last").dataset[0]) == "6<|im_end|>"
     assert trained(tokenizer, tokens(rows).dataset[0]) == "5<|im_end|>6<|im_end|>"
-    assert tokens(rows, loss_on="all").supervised == tokens(rows).tokens - 1  # nothing predicts the first token
+    whole = tokens(rows, loss_on="all")
+    count = len(whole.dataset[0]["input_ids"])
+    assert f"the loss falls on {count - 1} of them" in str(whole)  # nothing predicts the first token
 
 
 def test_system_prompt_is_added_where_a_row_has_none():
@@ -148,7 +150,7 @@ def answered(question, answer="4"):
 
 def test_long_chats_are_left_out_and_counted():
     tokenized = tokens([answered("a"), answered("b" * 500), answered("c", "d" * 500)], max_length=120)
-    assert (len(tokenized.dataset), tokenized.long_prompts, tokenized.long_rows) == (1, 1, 1)
+    assert tokenized.outcomes == {Outcome.KEPT: 1, Outcome.LONG_PROMPT: 1, Outcome.LONG_ROW: 1}
     assert "2 too long rows left out" in str(tokenized)
 
 
@@ -156,21 +158,21 @@ def test_long_chats_are_cut_if_asked_where_something_is_left_to_learn():
     tokenized = tokens([answered("b" * 500), answered("c", "d" * 500)], max_length=120, too_long="cut")
     (row,) = tokenized.dataset
     assert len(row["input_ids"]) == 120 and "d" * 20 in trained(tiny_tokenizer(), row)
-    assert (tokenized.cut, tokenized.long_prompts) == (1, 1) and "1 too long row cut" in str(tokenized)
+    assert tokenized.outcomes == {Outcome.CUT: 1, Outcome.LONG_PROMPT: 1} and "1 too long row cut" in str(tokenized)
 
 
 def test_long_texts_are_cut_into_several_rows_and_no_token_is_lost():
     whole = tokens([{"text": "a b c d e f " * 20}], form="text").dataset[0]["input_ids"]
     tokenized = tokens([{"text": "a b c d e f " * 20}], form="text", max_length=64)
     assert [token for row in tokenized.dataset for token in row["input_ids"]] == whole
-    assert tokenized.rows == 4 and tokenized.cut == 1 and tokenized.tokens == len(whole)
+    assert tokenized.outcomes == {Outcome.CUT: 1, Outcome.KEPT: 3}
     with pytest.raises(ValueError, match="none of 1 rows fits: 1 with a prompt and an answer that are longer together"):
         tokens([{"text": "a" * 100}], form="text", max_length=64, too_long="leave_out")
 
 
 def test_a_row_of_exactly_max_length_is_kept():
-    length = tokens([answered("a")]).tokens
-    assert tokens([answered("a")], max_length=length).rows == 1
+    length = len(tokens([answered("a")]).dataset[0]["input_ids"])
+    assert tokens([answered("a")], max_length=length).outcomes == {Outcome.KEPT: 1}
 
 
 def test_no_row_left_is_an_error():
@@ -189,7 +191,10 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
     ):
         tokens(dataset, tiny_tokenizer(gemma))
     tokenized = tokens(dataset, tiny_tokenizer(gemma), skip_bad_rows=True)
-    assert (tokenized.rows, tokenized.bad) == (1, 1) and "1 row left out that the chat template can't" in str(tokenized)
+    assert tokenized.outcomes == {
+        Outcome.KEPT: 1,
+        Outcome.BAD: 1,
+    } and "1 row left out that the chat template can't" in str(tokenized)
 
 
 def test_template_with_another_prompt_before_an_answer_is_said(caplog):
@@ -197,7 +202,7 @@ def test_template_with_another_prompt_before_an_answer_is_said(caplog):
     tokenized = tokens([answered("a")], tiny_tokenizer(other), loss_on="last")
     assert trained(tiny_tokenizer(), tokenized.dataset[0]) == "4<|im_end|>" and not caplog.text
     marked = MARKED + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
-    assert tokens([answered("a")], tiny_tokenizer(marked)).other_prompts == 1
+    assert tokens([answered("a")], tiny_tokenizer(marked)).outcomes == {Outcome.OTHER_PROMPT: 1}
     assert "writes another prompt when an answer follows it, in 1 of 1 rows" in caplog.text
 
 
@@ -212,7 +217,7 @@ def test_streamed_rows_equal_the_stored_ones(tmp_path):
     stored, streamed = (
         tokens(load_rows(DataOptions(data=[path], streaming=streaming)), max_length=200) for streaming in (False, True)
     )
-    assert list(streamed.dataset) == list(stored.dataset) and stored.rows == 39
+    assert list(streamed.dataset) == list(stored.dataset) and len(stored.dataset) == 39
     assert "the rows are streamed" in str(streamed)
 
 

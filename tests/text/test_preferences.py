@@ -5,9 +5,9 @@ import json
 import pytest
 from train.tiny import tiny_tokenizer
 
-from s2ft.text.data import DataOptions, load_rows
+from s2ft.text.data import DataOptions, form_of, load_rows
 from s2ft.text.data.forms import BadRow
-from s2ft.text.data.preferences import PAIRS, PROMPTS, form_of_prompts, pair, scored_prompt, with_columns
+from s2ft.text.data.preferences import PAIRS, PROMPTS, pair, scored_prompt, with_columns
 from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_format
 
@@ -135,7 +135,7 @@ def test_files_are_read_with_renamed_fields_and_bad_rows_are_named(tmp_path):
 def test_texts_that_look_like_json_stay_texts(tmp_path):
     path = written(tmp_path / "tasks.jsonl", [{"prompt": "5", "answer": "1"}, {"prompt": "[1]", "extra": "2"}])
     rows = load_rows(DataOptions(data=[path]), shape=PROMPTS)
-    assert form_of_prompts(rows, DataOptions()) == "text"
+    assert form_of(rows, DataOptions()) == "text"
     assert list(with_columns(rows, PromptFormat("text"))) == [
         {"prompt": "5", "answer": "1", "extra": None},
         {"prompt": "[1]", "answer": None, "extra": "2"},
@@ -161,7 +161,7 @@ def test_long_pairs_are_left_out_or_cut(tmp_path):
     long = {**ASKED, "chosen": [assistant("5" * 90)]}
     rows = load_rows(DataOptions(data=[written(tmp_path / "pairs.jsonl", [ASKED, long])]), shape=PAIRS)
     how = dict(tokenizer=tokenizer, prompt=prompt_format(tokenizer))
-    assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long pair left out")
+    assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long row left out")
     assert len(encode_pairs(rows, max_length=100, too_long="cut", **how).dataset) == 2
     with pytest.raises(ValueError, match="none of 2 pairs can be used: 2 are longer than max_length 20"):
         encode_pairs(rows, max_length=20, **how)
