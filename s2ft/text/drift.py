@@ -190,7 +190,12 @@ def prompt_rows(rows: Any, most: int = ROWS, seed: int = 0) -> list[dict[str, An
         >>> prompt_rows([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}])
         [{'input_ids': [5, 6, 7], 'labels': [-100, 6, 7]}]
     """
-    return [_up_to_answer(row) for row in _some(rows, most, seed)]
+    found = []
+    for row in _some(rows, most, seed):
+        first = _first_label(row)
+        ids = list(row["input_ids"])[: first + 1 if first > 1 else None]
+        found.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
+    return found
 
 
 def _some(rows, most: int, seed: int) -> list:
@@ -221,12 +226,6 @@ def _first_label(row) -> int:
     """The first token with a label. Nothing stands before it if it is the second token, since the first has none."""
     labels = list(row["labels"])
     return next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
-
-
-def _up_to_answer(row) -> dict[str, Any]:
-    ids, first = list(row["input_ids"]), _first_label(row)
-    ids = ids[: first + 1] if first > 1 else ids
-    return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
 
 
 def row_of_prompt(prompt: Sequence[int]) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def context_length(model) -> int | None:
     return getattr(model.config, "max_position_embeddings", None)
 
 
-class Outcome(IntEnum):
+class RowOutcome(IntEnum):
     """What became of a row."""
 
     KEPT = 0
@@ -54,7 +54,7 @@ class TokenRow(NamedTuple):
 
     input_ids: Sequence[int] = ()
     labels: Sequence[int] = ()
-    outcome: Outcome = Outcome.KEPT
+    outcome: RowOutcome = RowOutcome.KEPT
     problem: str | None = None
 
 
@@ -66,24 +66,24 @@ class Tokenized:
         dataset: A datasets.Dataset or IterableDataset. Token rows have the columns input_ids and labels, lists of whole
             numbers. A label is -100 where the token has no loss. Pairs have the columns of TRL's DPOTrainer.
         summary: The number of rows and tokens, and where the loss falls.
-        outcomes: Number of rows by :class:`Outcome`. Empty for a stream.
+        outcomes: Number of rows by :class:`RowOutcome`. Empty for a stream.
 
     Example:
-        >>> from s2ft.text.encoding import Outcome, Tokenized
-        >>> print(Tokenized(None, "2 token rows", {Outcome.LONG_ROW: 1}))
+        >>> from s2ft.text.encoding import RowOutcome, Tokenized
+        >>> print(Tokenized(None, "2 token rows", {RowOutcome.LONG_ROW: 1}))
         2 token rows; 1 too long row left out
     """
 
     dataset: Any
     summary: str
-    outcomes: Mapping[Outcome, int] = field(default_factory=Counter)
+    outcomes: Mapping[RowOutcome, int] = field(default_factory=Counter)
 
     def __str__(self) -> str:
         count = Counter(self.outcomes)
         notes = (
-            (count[Outcome.LONG_PROMPT] + count[Outcome.LONG_ROW], "too long row{s} left out"),
-            (count[Outcome.CUT], "too long row{s} cut"),
-            (count[Outcome.BAD], "row{s} left out that the chat template can't render"),
+            (count[RowOutcome.LONG_PROMPT] + count[RowOutcome.LONG_ROW], "too long row{s} left out"),
+            (count[RowOutcome.CUT], "too long row{s} cut"),
+            (count[RowOutcome.BAD], "row{s} left out that the chat template can't render"),
         )
         said = (f"{number:,} {text.format(s='s' * (number != 1))}" for number, text in notes if number)
         return "; ".join([self.summary, *said])
@@ -118,7 +118,7 @@ class RowEncoder:
             if isinstance(one, Rendered):
                 found += self._fitted(*next(encoded), row.get("text") is not None, one.other_prompt)
             else:
-                found.append(TokenRow(outcome=Outcome.BAD, problem=str(one)))
+                found.append(TokenRow(outcome=RowOutcome.BAD, problem=str(one)))
         return columns_of(TokenRow, found)
 
     def rendered(self, row: dict[str, Any]) -> Rendered | TemplateError:
@@ -160,16 +160,16 @@ class RowEncoder:
         longest = self.max_length
         how = self.too_long or ("cut" if is_text else "leave_out")
         if len(ids) <= longest:
-            yield TokenRow(ids, labels, Outcome.OTHER_PROMPT if other_prompt else Outcome.KEPT)
+            yield TokenRow(ids, labels, RowOutcome.OTHER_PROMPT if other_prompt else RowOutcome.KEPT)
         elif not _has_loss(labels[:longest]):
-            yield TokenRow(outcome=Outcome.LONG_PROMPT)
+            yield TokenRow(outcome=RowOutcome.LONG_PROMPT)
         elif how == "leave_out":
-            yield TokenRow(outcome=Outcome.LONG_ROW)
+            yield TokenRow(outcome=RowOutcome.LONG_ROW)
         else:
             for start in range(0, len(ids) if is_text else 1, longest):
                 piece = ids[start : start + longest], labels[start : start + longest]
                 if _has_loss(piece[1]):
-                    yield TokenRow(*piece, Outcome.KEPT if start else Outcome.CUT)
+                    yield TokenRow(*piece, RowOutcome.KEPT if start else RowOutcome.CUT)
 
 
 def rows_of(batch: Mapping[str, list]) -> list[dict[str, Any]]:
@@ -241,11 +241,11 @@ def tokenize_rows(
     rows, outcomes = encoded_rows(dataset, job, ROW, skip_bad_rows, processes)
     if not len(rows):
         raise ValueError(_nothing_left(len(dataset), max_length, outcomes))
-    if outcomes[Outcome.OTHER_PROMPT]:
+    if outcomes[RowOutcome.OTHER_PROMPT]:
         logger.warning(
             "the chat template writes another prompt when an answer follows it, in %d of %d rows: the model is trained "
             "on a context that differs from the one of generation",
-            outcomes[Outcome.OTHER_PROMPT],
+            outcomes[RowOutcome.OTHER_PROMPT],
             len(dataset),
         )
     tokens, supervised = _token_counts(rows)
@@ -258,7 +258,7 @@ def tokenize_rows(
 
 def encoded_rows(
     dataset: "Dataset", job: Any, columns: Sequence[str], skip_bad_rows: bool, processes: int | None
-) -> "tuple[Dataset, Counter[Outcome]]":
+) -> "tuple[Dataset, Counter[RowOutcome]]":
     """Run an encoder over rows, report the bad ones, and leave out those without tokens.
 
     Args:
@@ -288,9 +288,9 @@ def encoded_rows(
     for problem in filter(None, found):
         problems.add(problem)
     problems.check(len(dataset) - problems.count)
-    kept = [number for number, outcome in enumerate(outcomes) if outcome <= Outcome.CUT]
+    kept = [number for number, outcome in enumerate(outcomes) if outcome <= RowOutcome.CUT]
     rows = rows.select_columns(list(columns))
-    return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(Outcome, outcomes))
+    return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(RowOutcome, outcomes))
 
 
 def _lists(columns: Sequence[str]) -> dict[str, Any]:
@@ -309,11 +309,11 @@ def _token_counts(rows) -> tuple[int, int]:
     return tokens, supervised
 
 
-def _nothing_left(of: int, max_length: int, outcomes: Mapping[Outcome, int]) -> str:
+def _nothing_left(of: int, max_length: int, outcomes: Mapping[RowOutcome, int]) -> str:
     reasons = {
-        Outcome.LONG_PROMPT: f"with a prompt of {max_length} tokens or more",
-        Outcome.LONG_ROW: "with a prompt and an answer that are longer together",
-        Outcome.BAD: "that the chat template can't render",
+        RowOutcome.LONG_PROMPT: f"with a prompt of {max_length} tokens or more",
+        RowOutcome.LONG_ROW: "with a prompt and an answer that are longer together",
+        RowOutcome.BAD: "that the chat template can't render",
     }
     found = ", ".join(f"{outcomes[outcome]} {reason}" for outcome, reason in reasons.items() if outcomes[outcome])
     return f"none of {of} rows fits: {found or 'all are empty'}; raise max_length, or give too_long='cut'"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from s2ft.text.collator import TokenCollator
-from s2ft.text.encoding import IGNORED, TOO_LONG, Outcome, RowEncoder, Tokenized, columns_of, encoded_rows, rows_of
+from s2ft.text.encoding import IGNORED, TOO_LONG, RowEncoder, RowOutcome, Tokenized, columns_of, encoded_rows, rows_of
 from s2ft.text.prompts import PromptFormat, pad_id
 from s2ft.text.templates import Rendered, in_common
 from s2ft.text.tokens import encode_rendered
@@ -19,7 +19,7 @@ class TokenPair(NamedTuple):
     prompt_ids: Sequence[int] = ()
     chosen_ids: Sequence[int] = ()
     rejected_ids: Sequence[int] = ()
-    outcome: Outcome = Outcome.KEPT
+    outcome: RowOutcome = RowOutcome.KEPT
     problem: str | None = None
 
 
@@ -41,7 +41,7 @@ class _PairEncoder:
         for row, pair in zip(rows, pairs):
             tokens = [next(encoded) for one in pair if isinstance(one, Rendered)]
             wrong = [str(one) for one in pair if not isinstance(one, Rendered)]
-            found.append(TokenPair(outcome=Outcome.BAD, problem=wrong[0]) if wrong else self._fitted(row, *tokens))
+            found.append(TokenPair(outcome=RowOutcome.BAD, problem=wrong[0]) if wrong else self._fitted(row, *tokens))
         return columns_of(TokenPair, found)
 
     def _fitted(self, row: Mapping, *answers: tuple[list[int], list[int]]) -> TokenPair:
@@ -53,10 +53,12 @@ class _PairEncoder:
         start = min(*starts, in_common(*rows))
         longest, room = max(map(len, rows)), self.rows.max_length
         if longest > room and (self.rows.too_long != "cut" or start >= room):
-            return TokenPair(outcome=Outcome.LONG_ROW)
+            return TokenPair(outcome=RowOutcome.LONG_ROW)
         if rows[0][start:] == rows[1][start:]:
-            return TokenPair(outcome=Outcome.BAD, problem=f"{row['place']}: chosen and rejected have the same tokens")
-        outcome = Outcome.CUT if longest > room else Outcome.KEPT
+            return TokenPair(
+                outcome=RowOutcome.BAD, problem=f"{row['place']}: chosen and rejected have the same tokens"
+            )
+        outcome = RowOutcome.CUT if longest > room else RowOutcome.KEPT
         return TokenPair(rows[0][:start], rows[0][start:], rows[1][start:], outcome)
 
 
@@ -102,8 +104,8 @@ def encode_pairs(
     rows, outcomes = encoded_rows(dataset, job, IDS, skip_bad_rows, processes)
     if not len(rows):
         raise ValueError(
-            f"none of {len(dataset)} pairs can be used: {outcomes[Outcome.LONG_ROW]} are longer than max_length "
-            f"{max_length}, {outcomes[Outcome.BAD]} are wrong; raise max_length, or shorten the data"
+            f"none of {len(dataset)} pairs can be used: {outcomes[RowOutcome.LONG_ROW]} are longer than max_length "
+            f"{max_length}, {outcomes[RowOutcome.BAD]} are wrong; raise max_length, or shorten the data"
         )
     means = (f"{sum(map(len, rows[name])) / len(rows):,.0f}" for name in IDS)
     summary = "{}: {} tokens of prompt, {} of the chosen answer and {} of the rejected one in the mean".format(

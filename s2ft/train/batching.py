@@ -3,6 +3,10 @@
 Packed rows need an attention that keeps them apart. :func:`why_not_packed` tries it on the model. Attention over
 sequences of different lengths (flash or flex attention on a GPU) then needs no padding at all, which is the default
 there. Elsewhere the rows of a batch have similar lengths. TRL packs the rows.
+
+Tried in place of what is here: the collators of TRL and DataCollatorWithFlattening of transformers compute logits for
+every position, which halves the speed, and pad no packs; LengthGroupedSampler trains from long to short rows again
+and again.
 """
 
 import inspect
@@ -263,7 +267,8 @@ def why_not_packed(model: nn.Module, rows, collator: PackedCollator = PackedColl
     """
     if not takes(model, "position_ids"):
         return f"{type(model).__name__} takes no position_ids"
-    first, second = _two_rows(rows)
+    first, *second = (list(row["input_ids"][:TRIAL]) for row in itertools.islice(rows, 2))
+    second = second[0] if second else first
     other = [(token + 1) % model.config.get_text_config().vocab_size for token in first]
     with evaluation_mode(model), torch.no_grad():
         try:
@@ -278,11 +283,6 @@ def why_not_packed(model: nn.Module, rows, collator: PackedCollator = PackedColl
     if float((after - alone).abs().max()) > (1e-3 if exact else 1e-1) * scale:
         return "a packed row gets other logits than the row alone"
     return ""
-
-
-def _two_rows(rows) -> tuple[list[int], list[int]]:
-    found = [list(row["input_ids"][:TRIAL]) for row, _ in zip(rows, range(2))]
-    return found[0], found[-1]
 
 
 def _last_logits(model: nn.Module, collator: PackedCollator, rows: list[list[int]]) -> Tensor:

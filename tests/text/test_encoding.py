@@ -11,7 +11,7 @@ from train.tiny import CHAT, tiny_model, tiny_tokenizer, write_jsonl
 
 from s2ft.text.collator import TokenCollator
 from s2ft.text.data import DataOptions, load_rows
-from s2ft.text.encoding import Outcome, encode_prompts, left_pad, tokenize_rows
+from s2ft.text.encoding import RowOutcome, encode_prompts, left_pad, tokenize_rows
 from s2ft.text.examples import Example
 from s2ft.text.prompts import PromptFormat, prompt_format
 
@@ -150,7 +150,7 @@ def answered(question, answer="4"):
 
 def test_long_chats_are_left_out_and_counted():
     tokenized = tokens([answered("a"), answered("b" * 500), answered("c", "d" * 500)], max_length=120)
-    assert tokenized.outcomes == {Outcome.KEPT: 1, Outcome.LONG_PROMPT: 1, Outcome.LONG_ROW: 1}
+    assert tokenized.outcomes == {RowOutcome.KEPT: 1, RowOutcome.LONG_PROMPT: 1, RowOutcome.LONG_ROW: 1}
     assert "2 too long rows left out" in str(tokenized)
 
 
@@ -158,21 +158,23 @@ def test_long_chats_are_cut_if_asked_where_something_is_left_to_learn():
     tokenized = tokens([answered("b" * 500), answered("c", "d" * 500)], max_length=120, too_long="cut")
     (row,) = tokenized.dataset
     assert len(row["input_ids"]) == 120 and "d" * 20 in trained(tiny_tokenizer(), row)
-    assert tokenized.outcomes == {Outcome.CUT: 1, Outcome.LONG_PROMPT: 1} and "1 too long row cut" in str(tokenized)
+    assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.LONG_PROMPT: 1} and "1 too long row cut" in str(
+        tokenized
+    )
 
 
 def test_long_texts_are_cut_into_several_rows_and_no_token_is_lost():
     whole = tokens([{"text": "a b c d e f " * 20}], form="text").dataset[0]["input_ids"]
     tokenized = tokens([{"text": "a b c d e f " * 20}], form="text", max_length=64)
     assert [token for row in tokenized.dataset for token in row["input_ids"]] == whole
-    assert tokenized.outcomes == {Outcome.CUT: 1, Outcome.KEPT: 3}
+    assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.KEPT: 3}
     with pytest.raises(ValueError, match="none of 1 rows fits: 1 with a prompt and an answer that are longer together"):
         tokens([{"text": "a" * 100}], form="text", max_length=64, too_long="leave_out")
 
 
 def test_a_row_of_exactly_max_length_is_kept():
     length = len(tokens([answered("a")]).dataset[0]["input_ids"])
-    assert tokens([answered("a")], max_length=length).outcomes == {Outcome.KEPT: 1}
+    assert tokens([answered("a")], max_length=length).outcomes == {RowOutcome.KEPT: 1}
 
 
 def test_no_row_left_is_an_error():
@@ -192,8 +194,8 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
         tokens(dataset, tiny_tokenizer(gemma))
     tokenized = tokens(dataset, tiny_tokenizer(gemma), skip_bad_rows=True)
     assert tokenized.outcomes == {
-        Outcome.KEPT: 1,
-        Outcome.BAD: 1,
+        RowOutcome.KEPT: 1,
+        RowOutcome.BAD: 1,
     } and "1 row left out that the chat template can't" in str(tokenized)
 
 
@@ -202,7 +204,7 @@ def test_template_with_another_prompt_before_an_answer_is_said(caplog):
     tokenized = tokens([answered("a")], tiny_tokenizer(other), loss_on="last")
     assert trained(tiny_tokenizer(), tokenized.dataset[0]) == "4<|im_end|>" and not caplog.text
     marked = MARKED + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
-    assert tokens([answered("a")], tiny_tokenizer(marked)).outcomes == {Outcome.OTHER_PROMPT: 1}
+    assert tokens([answered("a")], tiny_tokenizer(marked)).outcomes == {RowOutcome.OTHER_PROMPT: 1}
     assert "writes another prompt when an answer follows it, in 1 of 1 rows" in caplog.text
 
 
