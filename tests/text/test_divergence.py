@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.models import CASES, model_of
+from support.pairs import rest_slow
 from train.tiny import tiny_model
 
 import s2ft
@@ -53,7 +54,9 @@ def moved(model, scale=0.3):
     return model
 
 
-@pytest.mark.parametrize("case", CAUSAL)
+@pytest.mark.parametrize(
+    "case", rest_slow(CAUSAL, ("llama", "gemma2", "gemma3", "granite", "cohere", "gpt2-odd", "mixtral"))
+)
 def test_loss_and_divergence_of_every_family_equal_a_direct_computation(case):
     model = model_of(case)
     rows = rows_of(model)
@@ -159,9 +162,7 @@ def test_what_peft_trains_is_the_same_afterwards():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
     BaseDistributions.of(model, rows_of(model))
-    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
-        name for name, _ in model.named_parameters() if "lora_B" not in name
-    }
+    assert all(parameter.requires_grad == ("lora_B" in name) for name, parameter in model.named_parameters())
 
 
 def test_transformers_own_adapters_are_switched_off_too(monkeypatch):
@@ -211,16 +212,6 @@ def test_the_base_is_measured_in_the_middle_of_a_training():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items() if name not in trained)
 
 
-def test_half_of_a_small_update_has_a_quarter_of_the_divergence():
-    model = tiny_model()
-    rows = rows_of(model, (40, 50))
-    s2ft.attach(model, CONFIG, name="small")
-    base = BaseDistributions.of(model, rows)
-    whole = base.kl(moved(model, 0.05))
-    s2ft.set_adapter(model, {"small": 0.5})
-    assert base.kl(model) == pytest.approx(whole / 4, rel=0.1)
-
-
 def test_measuring_draws_no_random_number():
     model = tiny_model(attention_dropout=0.5).train()
     state = torch.get_rng_state()
@@ -243,23 +234,18 @@ def test_a_token_that_the_base_never_writes_adds_nothing():
 
 
 @pytest.mark.parametrize(
-    "rows, message",
+    "make, rows, batch_size, message",
     (
-        ([], "none of the 0 rows"),
-        ([{"input_ids": [5, 6], "labels": [5, -100]}], "none of the 1 rows has a token with a label after its first"),
-        ([{"input_ids": [5, 6]}], r"row 0 must be a token row with input_ids and labels, got \['input_ids'\]"),
-        ([[5, 6]], "row 0 must be a token row with input_ids and labels, got list"),
-        ([{"input_ids": [5, 6], "labels": [5]}], r"as many labels as input_ids.*\(2,\) and \(1,\)"),
-        ([{"input_ids": [5] * 300, "labels": [5] * 300}], "row 0 has 300 tokens, but the model's context has 256"),
+        (tiny_model, [], 8, "none of the 0 rows"),
+        (tiny_model, [{"input_ids": [5, 6], "labels": [5, -100]}], 8, "none of the 1 rows"),
+        (tiny_model, [{"input_ids": [5, 6]}], 8, r"row 0 .*labels, got \['input_ids'\]"),
+        (tiny_model, [[5, 6]], 8, "row 0 .*got list"),
+        (tiny_model, [{"input_ids": [5, 6], "labels": [5]}], 8, r"\(2,\) and \(1,\)"),
+        (tiny_model, [{"input_ids": [5] * 300, "labels": [5] * 300}], 8, "row 0 has 300 tokens.*256"),
+        (tiny_model, [], 0, "batch_size .*0"),
+        (lambda: model_of("t5"), [], 8, "T5"),
     ),
 )
-def test_rows_that_cant_be_measured_are_named(rows, message):
+def test_what_cant_be_measured_is_named(make, rows, batch_size, message):
     with pytest.raises(ValueError, match=message):
-        mean_loss(tiny_model(), rows)
-
-
-def test_other_models_and_batch_sizes_are_refused():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        mean_loss(tiny_model(), [], 0)
-    with pytest.raises(ValueError, match="causal language models of transformers, and T5"):
-        mean_loss(model_of("t5"), [])
+        mean_loss(make(), rows, batch_size)
