@@ -12,7 +12,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from s2ft.train import divided_rows
 from s2ft.train.arguments import SFTArguments
-from s2ft.train.divided_rows import SplitCollator, check_divided_rows
+from s2ft.text.collator import SplitCollator
+from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.parallel import Devices
 
 ROWS = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, -100, 8, 9]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
