@@ -10,9 +10,9 @@ pytest.importorskip("trl")
 
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from s2ft.text.collator import SplitCollator
 from s2ft.train import divided_rows
 from s2ft.train.arguments import SFTArguments
-from s2ft.text.collator import SplitCollator
 from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.parallel import Devices
 
