@@ -141,6 +141,9 @@ def test_mixture_has_the_fractions_and_repeats_nothing(tmp_path):
     assert questions(load_rows(DataOptions(datasets=entries))) == [*EXPECTED, "b1", "b2"]
     whole = [{key: value for key, value in entry.items() if key != "fraction"} for entry in entries]
     assert len(load_rows(DataOptions(datasets=whole))) == 14
+    second.write_text(second.read_text() + "{broken\n")
+    with pytest.raises(ValueError, match="line 10: not JSON"):
+        load_rows(DataOptions(datasets=entries))
     with pytest.raises(ValueError, match="fraction .* in every entry"):
         load_rows(DataOptions(datasets=[entries[0], whole[1]]))
 

@@ -88,16 +88,17 @@ def load_rows(
     entries = _entries(options, data, split)
     if not entries:
         raise ValueError("no data was given: name files, folders or data sets with data (--data)")
+    fractions = _fractions(entries)
     limit = options.limit if limit is None else limit
     if options.is_streamed:
-        return _streamed(entries, options, limit, scored, shape)
+        return _streamed(entries, fractions, options, limit, scored, shape)
     parts = []
     for entry in entries:
-        wanted = None if limit is None or _fractions(entries) else limit - sum(map(len, parts))
+        wanted = None if limit is None or fractions else limit - sum(map(len, parts))
         if wanted == 0:
             break
         parts.append(_stored(entry, options, wanted, scored, shape))
-    rows = _mixed(parts, _fractions(entries))
+    rows = _mixed(parts, fractions)
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
 
 
@@ -296,13 +297,19 @@ def _converted(
         yield cells
 
 
-def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
+def _streamed(
+    entries: list[dict[str, Any]],
+    fractions: list[float] | None,
+    options: DataOptions,
+    limit: int | None,
+    scored: bool,
+    shape: Shape,
+):
     """Read, convert and mix the rows while they are used."""
     from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
     arguments = {"options": options, "scored": scored, "shape": shape}
     parts = [IterableDataset.from_generator(_generate, gen_kwargs={"entry": entry, **arguments}) for entry in entries]
-    fractions = _fractions(entries)
     if fractions:
         rows = interleave_datasets(parts, probabilities=fractions, seed=0, stopping_strategy="first_exhausted")
     else:

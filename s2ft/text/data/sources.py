@@ -86,9 +86,13 @@ def read_rows(
     else:
         options = {"split": split, "revision": revision, "data_dir": data_dir, "data_files": data_files}
         rows = _hub(path, name, **options, streaming=streaming)
-    if columns:
-        return ((place, {key: row[key] for key in columns if key in row}) for place, row in rows)
-    return rows
+    if not columns:
+        return rows
+    kept = set(columns)
+    return (
+        (place, {key: row[key] for key in row if key in kept} if isinstance(row, Mapping) else row)
+        for place, row in rows
+    )
 
 
 def is_pattern(path: str) -> bool:
