@@ -117,12 +117,14 @@ def test_files_are_read_with_renamed_fields_and_bad_rows_are_named(tmp_path):
 
 
 def test_texts_that_look_like_json_stay_texts(tmp_path):
-    path = write_jsonl(tmp_path / "tasks.jsonl", [{"prompt": "5", "answer": "1"}, {"prompt": "[1]", "extra": "2"}])
+    path = write_jsonl(
+        tmp_path / "tasks.jsonl", [{"prompt": "5", "answer": "1"}, {"prompt": "[1]", "extra": 0.1234567890123456}]
+    )
     rows = load_rows(DataOptions(data=[str(path)]), shape=PROMPTS)
     assert form_of(rows, DataOptions()) == "text"
     assert list(with_columns(rows, PromptFormat("text"))) == [
         {"prompt": "5", "answer": "1", "extra": None},
-        {"prompt": "[1]", "answer": None, "extra": "2"},
+        {"prompt": "[1]", "answer": None, "extra": 0.1234567890123456},
     ]
     chats = with_columns(rows, PromptFormat("chat", "{{ messages }}", "Be brief."))
     assert chats[0]["prompt"] == [{"role": "system", "content": "Be brief."}, user("5")]

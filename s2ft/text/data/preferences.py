@@ -192,7 +192,9 @@ def with_columns(rows, prompt: PromptFormat):
     Raises:
         ValueError: A prompt is a chat, but the form is "text".
     """
-    from datasets import Features, Json
+    from datasets import Features
+
+    from s2ft.text.data.columns import ExactJson
 
     names = list(dict.fromkeys(name for batch in rows.iter(FEW) for columns in batch["columns"] for name in columns))
 
@@ -208,6 +210,6 @@ def with_columns(rows, prompt: PromptFormat):
     return rows.map(
         spread,
         remove_columns=rows.column_names,
-        features=Features({name: Json() for name in ("prompt", *names)}),
+        features=Features({name: ExactJson() for name in ("prompt", *names)}),
         new_fingerprint=secrets.token_hex(8),
     )
