@@ -1,7 +1,7 @@
 """Render chats with a Jinja chat template, and find the parts of the text that the assistant writes.
 
-TRL's masks alone were tried: they need marks in the template, or one of the few templates of which TRL has a version
-with marks, and raise an error for all others. Where there are marks, the masks are TRL's, to the token.
+TRL's masks alone were tried: TRL 1.16 marks 34 of the 41 templates that it ships, and raises an error for all others,
+such as those of the tests. Where there are marks, the masks are TRL's, to the token.
 """
 
 import copy
