@@ -122,24 +122,36 @@ def lora(model, **options):
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
 
 
-@pytest.mark.parametrize(
-    "options",
-    (
-        {"target_modules": ["q_proj", "down_proj"]},
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    ),
-    ids=("body", "head", "saved head"),
-)
-def test_adapters_of_peft_are_switched_off_for_the_base(options):
+def of_transformers(model):
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    return model
+
+
+def attached(model):
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
+    return model
+
+
+WAYS = {
+    "PEFT": lambda model: lora(model, target_modules=["q_proj", "down_proj"]),
+    "PEFT, head": lambda model: lora(model, target_modules=["q_proj", "lm_head"]),
+    "PEFT, saved head": lambda model: lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "transformers": of_transformers,
+    "s2ft, saved head": attached,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_are_switched_off_for_the_base(way, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0", raising=False)  # newer than installed
     model = tiny_model(tie_word_embeddings=False)
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
-    model = moved(lora(model, **options).eval(), 0.1)
+    model = moved(WAYS[way](model).eval(), 0.1)
     tuned, _ = direct(model, rows)
     distributions = BaseDistributions.of(model, rows)
     assert distributions.switched_off
-    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-4)
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
     assert mean_loss(model, rows) == pytest.approx(direct_loss(model, rows), rel=1e-6)
     assert torch.equal(direct(model, rows)[0], tuned)
 
@@ -165,29 +177,12 @@ def test_what_peft_trains_is_the_same_afterwards():
     assert all(parameter.requires_grad == ("lora_B" in name) for name, parameter in model.named_parameters())
 
 
-def test_transformers_own_adapters_are_switched_off_too(monkeypatch):
-    monkeypatch.setattr(
-        "transformers.integrations.peft.MIN_PEFT_VERSION", "0", raising=False
-    )  # newer than is installed
-    model = tiny_model()
-    rows = rows_of(model)
-    base, _ = direct(model, rows)
-    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    tuned, _ = direct(moved(model).eval(), rows)
-    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
-    assert torch.equal(direct(model, rows)[0], tuned)
-
-
-def test_the_base_of_an_adapter_with_a_saved_head_and_of_a_loaded_adapter(tmp_path):
+def test_the_base_of_a_loaded_adapter(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
-    distributions = BaseDistributions.of(model, rows)
-    moved(model, 0.1)
+    s2ft.save_adapter(moved(attached(model), 0.1), tmp_path / "adapter")
     expected = direct_kl(base, direct(model, rows)[0])
-    assert distributions.kl(model) == pytest.approx(expected, rel=1e-4)
-    s2ft.save_adapter(model, tmp_path / "adapter")
     s2ft.detach(model)
     s2ft.load_adapter(model, tmp_path / "adapter")
     assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(expected, rel=1e-4)
