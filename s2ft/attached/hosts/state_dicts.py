@@ -57,10 +57,11 @@ class _BaseOrder:
             for mounted in record.mounts.values()
             if "weight" in mounted.layer._parameters
         }
+        self.written = {id(weight_at(model, entry.projection).tensor) for entry in record.written}
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether a tensor may differ from its entry in a state dict."""
-        return id(tensor) in self.moves or id(tensor) in self.layers
+        return id(tensor) in self.moves or id(tensor) in self.layers or id(tensor) in self.written
 
     def copy_of(self, tensor: Tensor, without_written: bool = False) -> Tensor:
         """Copy a parameter or buffer, unfused, in original order.
@@ -105,7 +106,7 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
         if is_sharded(tensor) and (not is_dtensor(tensor) or is_fsdp):
             continue
         if id(tensor) not in copies:
-            copies[id(tensor)] = order.copy_of(tensor)
+            copies[id(tensor)] = order.copy_of(tensor, without_written=True)
         state[key] = copies[id(tensor)]
     for path, mounted in record.mounts.items():
         if id(mounted.layer._parameters.get("weight")) in copies:
