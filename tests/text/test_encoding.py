@@ -8,7 +8,6 @@ from datasets import Dataset
 from text.merging_tokenizers import TOKENIZERS
 from train.tiny import CHAT, tiny_model, tiny_tokenizer, write_jsonl
 
-from s2ft.text.collator import TokenCollator
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.encoding import RowOutcome, encode_prompts, tokenize_rows
 from s2ft.text.examples import Example
@@ -85,19 +84,6 @@ def test_message_lists_are_those_of_trl(tmp_path):
     assert trained(tiny_tokenizer(), expected[0]) == "5<|im_end|>"
     whole = rows_of_trl([LISTS], tiny_tokenizer(MARKED), tmp_path, completion_only_loss=False)
     assert list(tokens([LISTS], tiny_tokenizer(MARKED), loss_on="all", completion_only=False).dataset) == whole
-
-
-def test_sharegpt_and_messages_of_the_same_chats_have_the_same_loss(tmp_path):
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    shared = [[{"from": names[m["role"]], "value": m["content"]} for m in chat] for chat in chats(8)]
-    files = (
-        write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats(8)]),
-        write_jsonl(tmp_path / "b.jsonl", [{"conversations": chat} for chat in shared]),
-    )
-    first, second = (list(tokens(load_rows(DataOptions(data=[str(file)]))).dataset) for file in files)
-    assert first == second
-    model, collate = tiny_model(max_position_embeddings=1024), TokenCollator(pad=2)
-    assert model(**collate(first)).loss.item() == model(**collate(second)).loss.item()
 
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
