@@ -24,6 +24,8 @@ QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 SELF_AND_OUTPUT = ("attention.query", "attention.key", "attention.value", "output.dense")
 BERT = ("self.query", "self.key", "self.value", "output.dense")
+GATED_MLP = ("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+POSITION_BIAS = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 
 @dataclass(frozen=True)
@@ -43,8 +45,9 @@ class Names:
         channel_moves: Tensors of the block whose first dimension has an entry for each channel of the FFN.
         moves: Tensors of the attention whose first dimension is split by the heads; a type may lack them.
         channels_stay: Whether the FFN's channels can't move.
-        numbered: Whether something outside numbers the heads, so that they stay; or a module or flag of the block that
+        numbered: Whether something outside numbers the heads, so that they stay; or flags of the config, each of which
             tells it.
+        gated: Paths of up, down and gate in blocks that have such a gate, in place of the FFN's layers above.
     """
 
     stacks: tuple[str, ...]
@@ -59,7 +62,8 @@ class Names:
     channel_moves: tuple[str, ...] = ()
     moves: tuple[str, ...] = ()
     channels_stay: bool = False
-    numbered: str | bool = False
+    numbered: bool | tuple[str, ...] = False
+    gated: tuple[str, str, str] | None = None
 
 
 ENCODER_DECODER = Names(("encoder.layers", "decoder.layers"), "fc1", "fc2", cross="encoder_attn")
@@ -103,7 +107,7 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("biogpt", "xglm"): DECODER,
     ("big_bird", "bros", "esm", "markuplm", "splinter", "visual_bert", "xmod", "yoso"): BERT_LIKE,
     ("deberta-v2",): DEBERTA,
-    ("layoutlmv3",): replace(BERT_LIKE, numbered="attention.self.config.has_relative_attention_bias"),
+    ("layoutlmv3",): replace(BERT_LIKE, numbered=("has_relative_attention_bias",)),
     ("longformer",): replace(
         BERT_LIKE, more=(("self.query_global", "q"), ("self.key_global", "k"), ("self.value_global", "v"))
     ),
@@ -134,7 +138,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         cross="cross_attn",
     ),
     ("nystromformer",): replace(BERT_LIKE, moves=("self.conv.weight",)),
-    ("mpnet",): replace(BERT_LIKE, layers=("attn.q", "attn.k", "attn.v", "attn.o"), numbered="attention.attn"),
+    ("mpnet",): replace(BERT_LIKE, layers=("attn.q", "attn.k", "attn.v", "attn.o"), numbered=True),
     ("distilbert",): Names(
         ("transformer.layer",),
         "ffn.lin1",
@@ -169,9 +173,9 @@ NAMES: dict[tuple[str, ...], Names] = {
         PLAIN_MLP, gate="mlp.gate_proj", channel_moves=("mlp.ffn_sub_norm.weight",), moves=("attn_sub_norm.weight",)
     ),
     ("audio-spectrogram-transformer", "pixio", "vit_mae", "vivit"): VIT_LIKE,
-    ("beit",): replace(VIT_LIKE, numbered="relative_position_bias"),
-    ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",)),
-    ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj"),
+    ("beit",): replace(VIT_LIKE, numbered=POSITION_BIAS),
+    ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",), gated=GATED_MLP),
+    ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj", gated=GATED_MLP),
     ("convnext",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None),
     ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
     ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
@@ -191,9 +195,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         VIT_LIKE, stacks=("stages.*.blocks",), channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias")
     ),
     ("videomae", "yolos"): replace(BERT_LIKE, layers=SELF_AND_OUTPUT),
-    ("data2vec-vision",): replace(
-        BERT_LIKE, layers=SELF_AND_OUTPUT, numbered="attention.attention.relative_position_bias"
-    ),
+    ("data2vec-vision",): replace(BERT_LIKE, layers=SELF_AND_OUTPUT, numbered=POSITION_BIAS),
     ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2"): WAV2VEC2,
     ("wavlm",): replace(WAV2VEC2, attention=None),
     ("sew-d",): replace(DEBERTA, stacks=("encoder.encoder.layer",)),
@@ -268,19 +270,16 @@ def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
-    gate = f"{path}.{names.gate}" if names.gate else None
+    is_gated = names.gated and _get(block, names.gated[-1]) is not None
+    layers = names.gated if is_gated else (names.up, names.down, *filter(None, [names.gate]))
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
-    found = [
-        replace(
-            ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate),
-            vectors=vectors,
-            fixed=names.channels_stay,
-        )
-    ]
+    paths = (f"{path}.{name}" for name in layers)
+    found = [replace(ffn(model, i, *paths), vectors=vectors, fixed=names.channels_stay)]
     cross = names.cross if _has_encoder(model.config) else None
     for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
         if name and _get(block, name) is not None:
-            numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
+            flags = names.numbered
+            numbered = flags if isinstance(flags, bool) else any(getattr(model.config, flag) for flag in flags)
             fixed = numbered and kind == "attention"
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
