@@ -186,13 +186,15 @@ def head_sizes(config) -> tuple[int, int, int]:
 def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
     """The norms, sinks and biases of an attention block that move, as :meth:`Coupling.attention` takes them.
 
-    A norm with `head_dim` entries is shared by all heads, and is left out.
+    A norm with `head_dim` entries is shared by all heads, and is left out. A weight may also be [heads, head_dim].
     """
     attention, found = model.get_submodule(block), {}
     for name in ("q_norm", "k_norm"):
         weight = getattr(getattr(attention, name, None), "weight", None)
         shape = () if weight is None else full_shape(weight)
-        if len(shape) == 1 and shape[0] not in (head_dim, attention.head_dim):
+        if len(shape) == 2:
+            found[f"{block}.{name}.weight"] = 1
+        elif len(shape) == 1 and shape[0] not in (head_dim, attention.head_dim):
             found[f"{block}.{name}.weight"] = attention.head_dim
     for name in ("sinks", "gate_bias"):
         if getattr(attention, name, None) is not None:

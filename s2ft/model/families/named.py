@@ -1,14 +1,15 @@
-"""Families that differ in the names of their layers only: an attention with separate q, k and v, and an FFN.
+"""Families that differ in the names of their layers only: an attention and an FFN.
 
-Most are encoders of text, sound and images, translators, and older decoders. `NAMES` has a row for each way of naming.
-Sizes are those of the layers. An FFN may be packed, with gate and up in one layer. Layers are counted through the
-stacks in their order, so first those of an encoder.
+Most are encoders of text, sound and images, translators, and decoders without a gate. `NAMES` has a row for each way of
+naming. Sizes are those of the layers. An FFN may be packed, with gate and up in one layer. Layers are counted through
+the stacks in their order, so first those of an encoder.
 
 Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
 biases of single heads (BEiT, MPNet, Swin) and slopes of heads (BLOOM, MPT) do: heads with them stay. So do those of
 Funnel, whose parameters have the heads in their second dimension, and the channels of ConvNeXt V2 with its norm of
 responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
-attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained.
+attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained. So does SigLIP's
+pooling head, which is left out.
 """
 
 from collections.abc import Iterator
@@ -105,7 +106,16 @@ NAMES: dict[tuple[str, ...], Names] = {
     ),
     ("moonshine",): replace(ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO),
     ("biogpt", "xglm"): DECODER,
-    ("big_bird", "bros", "esm", "markuplm", "splinter", "visual_bert", "xmod", "yoso"): BERT_LIKE,
+    ("opt",): replace(DECODER, stacks=("decoder.layers",)),
+    (
+        *("bert", "bert-generation", "big_bird", "bros", "camembert", "data2vec-text", "electra", "ernie", "esm"),
+        *("layoutlm", "markuplm", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+        *("roformer", "splinter", "tapas", "visual_bert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"),
+    ): BERT_LIKE,
+    ("clip", "metaclip_2", "siglip"): replace(
+        CLIP_LIKE, stacks=("text_model.encoder.layers", "vision_model.encoder.layers")
+    ),
+    ("clip_text_model", "clip_vision_model", "tipsv2_text_model"): CLIP_LIKE,
     ("deberta-v2",): DEBERTA,
     ("layoutlmv3",): replace(BERT_LIKE, numbered=("has_relative_attention_bias",)),
     ("longformer",): replace(
@@ -149,15 +159,19 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("jina_embeddings_v3",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=QKVO),
     ("ctrl",): Names(("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")),
     ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
+    ("gptj",): Names(("h",), "mlp.fc_in", "mlp.fc_out", attention="attn"),
+    ("starcoder2",): Names(("layers",), "mlp.c_fc", "mlp.c_proj", layers=QKVO),
+    ("phi",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=("q_proj", "k_proj", "v_proj", "dense")),
+    ("phi3",): Names(("layers",), "mlp.gate_up_proj", "mlp.down_proj", layers=("qkv_proj", "o_proj")),
     ("apertus", "apertus1p5_text", "arcee", "jais2", "nemotron"): PLAIN_MLP,
     ("nanochat",): replace(PLAIN_MLP, up="mlp.fc1", down="mlp.fc2"),
-    ("glm", "glm4"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
+    ("glm", "glm4", "glm4v_text", "glm_ocr_text"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
     ("modernbert",): Names(("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("Wqkv", "Wo")),
     ("modernbert-decoder",): Names(
         ("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("q_proj", "k_proj", "v_proj", "Wo")
     ),
     ("bloom",): replace(NEOX, stacks=("h",), attention="self_attention", numbered=True),
-    ("gpt_neox_japanese",): NEOX,
+    ("gpt_neox", "gpt_neox_japanese"): NEOX,
     ("persimmon",): replace(NEOX, attention="self_attn"),
     ("mpt",): Names(
         ("blocks",), "ffn.up_proj", "ffn.down_proj", attention="attn", layers=("Wqkv", "out_proj"), numbered=True
@@ -172,7 +186,7 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("bitnet",): replace(
         PLAIN_MLP, gate="mlp.gate_proj", channel_moves=("mlp.ffn_sub_norm.weight",), moves=("attn_sub_norm.weight",)
     ),
-    ("audio-spectrogram-transformer", "pixio", "vit_mae", "vivit"): VIT_LIKE,
+    ("audio-spectrogram-transformer", "deit", "ijepa", "pixio", "vit", "vit_mae", "vit_msn", "vivit"): VIT_LIKE,
     ("beit",): replace(VIT_LIKE, numbered=POSITION_BIAS),
     ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",), gated=GATED_MLP),
     ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj", gated=GATED_MLP),
@@ -232,8 +246,7 @@ BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for mode
 }
 MODEL_TYPES = tuple(BY_TYPE)
 SINCE = {
-    "audio-spectrogram-transformer": "5.9",
-    "beit": "5.9",
+    **dict.fromkeys(("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_msn"), "5.9"),
     "dinov2": "5.18",
     "dinov2_with_registers": "5.18",
     "layoutlmv3": "5.24",
