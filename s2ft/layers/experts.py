@@ -294,7 +294,7 @@ def experts_forward(
     The steps and their rounding are those of transformers' `grouped_mm`. With an `activation`, act_mul computes
     act(gate) * up. For the backward it keeps gate and up, and not act(gate).
     """
-    hooked = hasattr(self, "act_fn") and is_intercepted(self.act_fn)
+    hooked = isinstance(getattr(self, "act_fn", None), nn.Module) and is_intercepted(self.act_fn)
     act = activation_of(self) if activation is None or hooked else partial(_act_mul, activation)
     k = top_k_index.shape[-1]
     experts, order = top_k_index.reshape(-1).sort()

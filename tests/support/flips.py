@@ -32,6 +32,11 @@ from support.models import ALL_RATIOS, CASES, inputs_of
 
 TOLERANCE = 1e-9  # of outputs in float64, relative to the largest
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2")  # two of the FFN kernel and another one
+# Entries without which a config with the flip is refused by transformers
+NEEDED = {
+    "add_cross_attention": {"is_decoder": True},
+    "new_decoder_architecture": {"num_kv_heads": 2, "parallel_attn": True},
+}
 
 
 class Flip(NamedTuple):
@@ -68,23 +73,26 @@ def options_of(model_type: str) -> dict[str, Any]:
 
 def model_of(model_type: str, flip: Flip = Flip()) -> PreTrainedModel:
     """The smallest model of a type with a flip."""
-    entries = {flip.key: flip.value} if flip.key else {}
+    entries = {flip.key: flip.value, **(NEEDED.get(flip.key, {}) if flip.value else {})} if flip.key else {}
     if model_type in composite.MODEL_TYPES:
         return composites.composite_of(model_type, {flip.part: entries} if flip.part else entries)
     options = options_of(model_type)
-    options.update({flip.part: {**options[flip.part], **entries}} if flip.part else entries)
+    options.update({flip.part: {**(options.get(flip.part) or {}), **entries}} if flip.part else entries)
     return model_with(CONFIG_MAPPING[model_type](**options))
 
 
-def example_of(model: PreTrainedModel) -> dict[str, Tensor]:
-    """An input that the model runs on, the one of the other tests if it does."""
-    try:
-        make = composites.example_for if model.config.model_type in composite.MODEL_TYPES else inputs_of
-        example = make(model)
-        run_example(model, example)
-        return example
-    except Exception:
-        return runnable_example(model)[0]
+def example_of(model: PreTrainedModel, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """An input that the model runs on: the known one, the one of the other tests, or any."""
+    make = composites.example_for if model.config.model_type in composite.MODEL_TYPES else inputs_of
+    for example in (lambda: known, lambda: make(model)):
+        try:
+            found = example()
+            with torch.no_grad():
+                run_example(model, found)
+            return found
+        except Exception:  # a flip may ask for other inputs
+            continue
+    return runnable_example(model)[0]
 
 
 # ---- flips ------------------------------------------------------------------------------------------------------
@@ -95,11 +103,8 @@ def flips_of(model_type: str) -> Iterator[Flip]:
     config = model_of(model_type).config
     inside = {name: getattr(config, name, None) for name in config.sub_configs}
     for part, one in {"": config, **inside}.items():
-        if part and part not in options_of(model_type) if model_type not in composite.MODEL_TYPES else False:
-            continue
         if isinstance(one, PretrainedConfig):
-            for key, value in _flipped(one):
-                yield Flip(part, key, value)
+            yield from (Flip(part, key, value) for key, value in _flipped(one))
 
 
 def _flipped(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
@@ -149,12 +154,12 @@ def _is_word(node: ast.AST) -> bool:
 class Base:
     """A model in float64 with an input and its outputs, in evaluation and in training mode."""
 
-    def __init__(self, model_type: str, flip: Flip = Flip()) -> None:
+    def __init__(self, model_type: str, flip: Flip = Flip(), plain: "Base | None" = None) -> None:
         model = model_of(model_type, flip)
-        self.example = example_of(model)
+        self.given = example_of(model, plain and plain.given)
         self.model = copied(model)
         self.example = {
-            name: value.double() if value.is_floating_point() else value for name, value in self.example.items()
+            name: value.double() if value.is_floating_point() else value for name, value in self.given.items()
         }
         self.eval = outputs_of(self.model, self.example)
         self.train = outputs_of(self.model, self.example, training=True)
@@ -192,7 +197,7 @@ def far(ours: list[Tensor], theirs: list[Tensor]) -> float:
 def outcome_of(model_type: str, flip: Flip, plain: Base | None) -> Outcome:
     """Attach a model with a flip in both layouts, and compare it with the base and with what merging writes."""
     try:
-        base = Base(model_type, flip)
+        base = Base(model_type, flip, plain)
     except Exception as error:  # transformers refuses flips in many ways
         return Outcome("no model", f"{type(error).__name__}: {error}".partition("\n")[0][:200])
     if plain is not None and base.equals(plain):
