@@ -84,9 +84,9 @@ def model_of(model_type: str, flip: Flip = Flip()) -> PreTrainedModel:
 def example_of(model: PreTrainedModel, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """An input that the model runs on: the known one, the one of the other tests, or any."""
     make = composites.example_for if model.config.model_type in composite.MODEL_TYPES else inputs_of
-    for example in (lambda: known, lambda: make(model)):
+    for given in (known, None) if known else (None,):
         try:
-            found = example()
+            found = given or make(model)
             with torch.no_grad():
                 run_example(model, found)
             return found
