@@ -49,7 +49,8 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
         block = model.get_submodule(path)
         if "forward" not in block.__dict__:
             activation = act_mul_of(block) if record.config.ffn_kernel else None
-            options = {} if activation is None else {"activation": activation}
+            act_class = type(getattr(block, "act_fn", None))
+            options = {} if activation is None else {"activation": activation, "act_class": act_class}
             _put(block, path, partial(forward_of(block), block, **options), record)
         elif path not in record.forwards:
             raise ValueError(

@@ -288,14 +288,17 @@ def experts_forward(
     top_k_index: Tensor,  # [tokens, k] int64
     top_k_weights: Tensor,  # [tokens, k]
     activation: str | None = None,
+    act_class: type | None = None,
 ) -> Tensor:  # [tokens, width]
     """Run a module of experts, down(act(gate) * up) of each, and sum their weighted outputs of every token.
 
     The steps and their rounding are those of transformers' `grouped_mm`. With an `activation`, act_mul computes
-    act(gate) * up. For the backward it keeps gate and up, and not act(gate).
+    act(gate) * up, while the module's `act_fn` is of `act_class` and has no hooks. For the backward it keeps gate and
+    up, and not act(gate).
     """
-    hooked = isinstance(getattr(self, "act_fn", None), nn.Module) and is_intercepted(self.act_fn)
-    act = activation_of(self) if activation is None or hooked else partial(_act_mul, activation)
+    act_fn = getattr(self, "act_fn", None)
+    changed = type(act_fn) is not act_class or isinstance(act_fn, nn.Module) and is_intercepted(act_fn)
+    act = activation_of(self) if activation is None or changed else partial(_act_mul, activation)
     k = top_k_index.shape[-1]
     experts, order = top_k_index.reshape(-1).sort()
     tokens = order // k
