@@ -143,8 +143,3 @@ def test_sizes_are_checked():
         evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", batch_size=0)
     with pytest.raises(ValueError, match="num_beams must be at least 1, got 0"):
         evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", num_beams=0)
-
-
-def test_choices_are_not_generated():
-    with pytest.raises(ValueError, match="task choices compares the likelihood"):
-        evaluate(tiny_model(), tiny_tokenizer(), examples(), "choices")
