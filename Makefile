@@ -81,7 +81,7 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_*.py and bench/grpo*.py, which need vLLM
+# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/experts.py
@@ -95,7 +95,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/strategies.py
-	$(BIN)/python bench/ranks_memory.py
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
 

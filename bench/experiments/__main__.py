@@ -11,15 +11,17 @@ Results are lines of OUTPUT/NAME.jsonl; a run that has one is not made again. Ta
 
 import argparse
 import copy
-import difflib
-from collections.abc import Iterable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from bench.experiments import runner
+from bench.experiments.methods import trained_parameters
 from bench.experiments.printing import Column, Table, save_figures
+from bench.experiments.runner import check_names
 from s2ft.files.yaml_reading import parse_yaml
+from s2ft.text.models import hollow_model
+from s2ft.train.demo import default_model
 
 RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("kind", "title", "repeats", "needs", "only", "published", "smoke")  # keys of every recipe
@@ -74,16 +76,6 @@ def check_recipe(where: str, recipe: dict[str, Any]) -> None:
             raise ValueError(f"{where}: {key} must be a list with at least one value, got {recipe[key]!r}")
 
 
-def check_names(where: str, found: Iterable[str], known: Iterable[str]) -> None:
-    """Raise ValueError for a name that is not known, with the closest one that is."""
-    known = list(known)
-    for name in found:
-        if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise ValueError(f"{where}: there is no {name!r}{hint}; known are {', '.join(known)}")
-
-
 def changed(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """Return a recipe with other values.
 
@@ -99,7 +91,8 @@ def changed(recipe: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     module = import_module(f"bench.experiments.{KINDS[recipe['kind']][0]}")
     for name, value in changes.items():
         path = name.split(".")
-        path = ["settings", *path] if path[0] not in (*ABOUT, *module.KEYS) and path[0] in module.SETTINGS else path
+        check_names("--set", path[:1], [*ABOUT, *module.KEYS, *module.SETTINGS])
+        path = path if path[0] in (*ABOUT, *module.KEYS) else ["settings", *path]
         place = recipe
         for part in path[:-1]:
             place = place.setdefault(part, {})
@@ -165,6 +158,10 @@ def chosen(recipe: dict[str, Any], options: argparse.Namespace) -> dict[str, Any
             for name, row in rows.items()
             if name in only or row.get("method") in [word for word in only if word not in rows]
         }
+    if recipe.get("equal_to"):  # as many trained weights as a row has, at most
+        check_names("equal_to", [recipe["equal_to"]], rows)
+        row, model = rows[recipe["equal_to"]], hollow_model(recipe["settings"]["model"] or default_model())
+        recipe["settings"]["parameters"] = trained_parameters(model, row["method"], row.get("options"))
     return recipe
 
 
@@ -179,7 +176,8 @@ def report(name: str, recipe: dict[str, Any], results: runner.Results, figures: 
         tables.append(Table("published", f"Published: {published['source']}", list(map(Column, keys)), rows))
     for table in tables:
         Table(f"{name}-{table.name}", table.title, table.columns, table.rows, table.notes).save(results.file.parent)
-    save_figures(module.figures(recipe, results), figures, f"{name}-")
+    if hasattr(module, "figures"):
+        save_figures(module.figures(recipe, results), figures, f"{name}-")
     return tables
 
 
@@ -215,12 +213,10 @@ def run(options: argparse.Namespace) -> int:
     if not 1 <= part <= parts:
         raise ValueError(f"--part must be K/N with K from 1 to N, got {options.part}")
     results = runner.Results(options.output / f"{name}.jsonl")
-    stages = import_module(f"bench.experiments.{kind}").stages(recipe)
+    stages = [] if options.tables else import_module(f"bench.experiments.{kind}").stages(recipe)
     if options.plan:
         for one in (one for stage in stages for one in stage.runs(results)):
-            trained = one.settings.get("parameters") or one.settings.get("trained")
-            size = f", at most {trained:,} parameters" if trained else ""
-            print(f"{one.name}{size}: {'to be made' if results.needs(one) else 'has a result'}")
+            print(f"{one.name}: {'to be made' if results.needs(one) else 'has a result'}")
         return 0
     complete = options.tables or runner.make(
         kind, stages, results, workers=options.workers, seconds=options.limit, part=(part - 1, parts)

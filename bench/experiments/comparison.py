@@ -18,8 +18,9 @@ import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.memory import PeakMemory
 from bench.experiments.methods import METHODS, Prepared, default_rate, trained_parameters
-from bench.experiments.runner import Results, Run, Stage, file_digest
-from bench.experiments.tasks import Task, files_of
+from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.selections import CANDIDATES
+from bench.experiments.tasks import TASKS, Task, files_of
 from bench.experiments.training import Trained, arguments_of, evaluating, train, train_in_phases
 from s2ft.text.divergence import mean_loss
 from s2ft.text.generation import generate
@@ -143,16 +144,24 @@ def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> 
 
 def stages(experiment: dict[str, Any]) -> list[Stage]:
     """Check the experiment and return its stages. What would fail hours later fails here."""
-    if experiment.get("equal_to"):  # as many trained weights as a row of the experiment
-        row = experiment["rows"][experiment["equal_to"]]
-        hollow = hollow_model(experiment["settings"]["model"] or default_model())
-        count = trained_parameters(hollow, row["method"], row.get("options"))
-        experiment["settings"] = {**experiment["settings"], "parameters": count}
-    for run in (*sweep_runs(experiment), *base_runs(experiment)):
-        if run.settings["method"] not in (*METHODS, BASE):
-            raise ValueError(
-                f"row {run.labels['row']}: method must be one of {', '.join(METHODS)}, got {run.settings['method']!r}"
-            )
+    settings = experiment["settings"]
+    check_names("tasks", [*experiment["tasks"], *experiment.get("sweep", ())], TASKS)
+    for task in experiment["tasks"]:
+        files_of(task, settings)
+    if settings.get("best") and not settings["questions"].get("validation"):
+        raise ValueError("best needs held-out rows: set questions.validation")
+    if settings.get("judge"):
+        read_questions(Path(settings.get("data") or ".") / settings["judge"])
+    hollow = hollow_model(settings["model"] or default_model())
+    for name, row in experiment["rows"].items():
+        check_names(f"row {name}, method", [row.get("method")], METHODS)
+        options = {key: value for key, value in row.get("options", {}).items() if value not in CANDIDATES}
+        try:
+            trained_parameters(hollow, row["method"], options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"row {name}: {error}") from error
+        if any(rate <= 0 for rate in rates_of(experiment, name)):
+            raise ValueError(f"row {name}: rates must be positive, got {row.get('rates')!r}")
     return [
         Stage(lambda results: sweep_runs(experiment)),
         Stage(lambda results: later_runs(experiment, results)),

@@ -8,7 +8,6 @@ lack of memory is a result, "out of memory".
 import statistics
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +16,8 @@ import torch
 from bench.experiments.memory import PeakMemory, limited
 from bench.experiments.methods import METHODS, prepare, trained_parameters
 from bench.experiments.models import at_least_one_unit, config_of, random_model
-from bench.experiments.printing import Column, Figure, Series, Spread, Table, summary
-from bench.experiments.runner import DONE, OOM, Results, Run, Stage
+from bench.experiments.printing import Column, Spread, Table, summary
+from bench.experiments.runner import OOM, Results, Run, Stage, check_names
 from s2ft.estimation.result import size_of
 from s2ft.train.device import gpu_or_cpu
 
@@ -48,6 +47,7 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
         raise ValueError(f"lengths must be at most {longest}, the context of the model, got {experiment['lengths']}")
     hollow, rows = random_model(config, settings["dtype"], "meta"), {}
     for name, row in experiment["rows"].items():
+        check_names(f"row {name}, method", [row.get("method")], METHODS)
         options = {**METHODS[row["method"]].defaults, **row.get("options", {})}
         if row["method"] == "s2ft" and experiment.get("raise_ratios", True):
             options = at_least_one_unit(hollow, options)
@@ -118,7 +118,7 @@ def now(device: str) -> float:
     return time.perf_counter()
 
 
-# ---- tables and figures ----------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------
 
 
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
@@ -158,26 +158,3 @@ def _cell(mine: list[Run], results: Results, key: str) -> Any:
         return OOM
     values = [row[key] for run in mine for row in results.rows(run)]
     return Spread.of(values) if values else None
-
-
-def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return time and memory over the tokens of a step. A shape without memory has no point."""
-    return [
-        _figure("latency", f"{experiment['title']}: time", "ms", experiment, results, lambda row: row["step_ms"]),
-        _figure("memory", f"{experiment['title']}: memory", "GB", experiment, results, lambda row: row["peak_gb"]),
-    ]
-
-
-def _figure(
-    name: str, title: str, y: str, experiment: dict[str, Any], results: Results, value: Callable[[dict], float]
-) -> Figure:
-    series = []
-    for method in experiment["rows"]:
-        points: dict[int, list[float]] = {}
-        for run in runs(experiment):
-            if run.labels["method"] == method and (results.line(run) or {}).get("status") == DONE:
-                points.setdefault(run.labels["batch"] * run.labels["length"], []).extend(map(value, results.rows(run)))
-        spreads = {tokens: Spread.of(values) for tokens, values in sorted(points.items())}
-        means, errors = [one.mean for one in spreads.values()], [one.sd or 0.0 for one in spreads.values()]
-        series.append(Series(method, list(spreads), means, errors))
-    return Figure(name, title, "tokens of a step", y, series, "lines", "xy")

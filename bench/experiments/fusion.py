@@ -11,9 +11,9 @@ from typing import Any
 
 import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
-from bench.experiments.printing import Column, Figure, Series, Spread, Table, summary
-from bench.experiments.runner import Results, Run, Stage, file_digest
-from bench.experiments.tasks import files_of
+from bench.experiments.printing import Column, Table, summary
+from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.tasks import TASKS, files_of
 from bench.experiments.training import arguments_of, train
 from s2ft.adapter import overlap
 from s2ft.packages import check_packages
@@ -30,6 +30,7 @@ Sums = Iterator[tuple[Sequence[float], Any, dict[str, Any]]]
 def stages(experiment: dict[str, Any]) -> list[Stage]:
     """Check the experiment; there is a run for each row and seed, and one for the base."""
     tasks, weights = experiment["tasks"], experiment["weights"]
+    check_names("tasks", tasks, TASKS)
     if len(tasks) != 2:
         raise ValueError(f"tasks must be two, got {', '.join(tasks)}")
     if not all(len(pair) == 2 and 0 not in pair for pair in weights):
@@ -131,7 +132,7 @@ def _lora_pair(base: Base, settings: dict[str, Any], sums: Sequence[Sequence[flo
         yield weights, model.eval(), {"trained": trained}
 
 
-# ---- tables and figures ----------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------
 
 
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
@@ -142,18 +143,3 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     values += [Column(name, form=".1f") for name in (first, second, "average")]
     notes = ["percent right of generated answers"]
     return [summary("results", experiment["title"], runs(experiment), results, by, values, notes)]
-
-
-def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the accuracy on the second task against that on the first, a series for each pair."""
-    series = []
-    for pair in dict.fromkeys(run.labels["pair"] for run in runs(experiment)):
-        rows = [row for run in runs(experiment) if run.labels["pair"] == pair for row in results.rows(run)]
-        notes = list(dict.fromkeys(row["weights"] for row in rows))
-        x, y = (
-            [Spread.of([row[name] for row in rows if row["weights"] == note]) for note in notes]
-            for name in experiment["tasks"]
-        )
-        means = ([one.mean for one in x], [one.mean for one in y])
-        series.append(Series(pair, *means, [one.sd or 0.0 for one in y], [one.sd or 0.0 for one in x], notes))
-    return [Figure("fusion", experiment["title"], *(f"{name} (%)" for name in experiment["tasks"]), series, "points")]

@@ -69,6 +69,8 @@ class Base:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         model, self.tokenizer = load_model(settings["model"] or default_model(), settings["dtype"])
+        if model.dtype == torch.float16:
+            raise ValueError("the weights are float16, whose gradients need a loss scaler: set dtype to another one")
         self.model = model.eval().to(gpu_or_cpu())
         chosen = settings.get("prompt")
         self.prompt = (

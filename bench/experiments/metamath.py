@@ -24,9 +24,9 @@ from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 import s2ft
 from bench.experiments.memory import size_of_process
-from bench.experiments.methods import Prepared, matched, prepare, trained_parameters
-from bench.experiments.printing import Column, Figure, Series, Table, cell_of, failures
-from bench.experiments.runner import Results, Run, Stage, file_digest
+from bench.experiments.methods import METHODS, Prepared, matched, prepare, trained_parameters
+from bench.experiments.printing import Column, Table, cell_of, failures
+from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
 from s2ft.packages import check_packages
 from s2ft.text.calibration import needs_calibration
 from s2ft.text.collator import TokenCollator
@@ -74,6 +74,8 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
         options = {"r": RANK, "target_modules": ["q_proj", "v_proj"]}
         settings = {**settings, "parameters": trained_parameters(hollow_model(settings["model"]), "lora", options)}
     settings = {**settings, "files": [file_digest(file) for file in files_of(settings.get("data"))]}
+    for name, row in rows.items():
+        check_names(f"row {name}, method", [row.get("method")], METHODS)
     rates = {name: row.get("rates") or experiment["rates"] for name, row in rows.items()}
     found = []
     for seed in experiment["seeds"]:
@@ -546,12 +548,3 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
         "trained_m": row["trained"] / 1e6,
         "file": row["file_bytes"] / 1e6,
     }
-
-
-def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the accuracy against forgetting, a point for each rate."""
-    series = []
-    for name in experiment["rows"]:
-        rows = [row for run in runs(experiment) if run.labels["method"] == name for row in results.rows(run)]
-        series.append(Series(name, [row["forgetting"] for row in rows], [100 * row["accuracy"] for row in rows]))
-    return [Figure("accuracy", experiment["title"], "forgetting (nats)", "accuracy (%)", series, "points")]

@@ -279,41 +279,9 @@ class Report:
             ),
             Figure(
                 f"{self._of(task)}memory", f"Task {task}: accuracy against peak memory, {len(self.seeds)} seeds",
-                "peak memory of training in MiB", "test accuracy in %", points, "points",
+                "peak memory of training in MiB", "test accuracy in %", points, "",
             ),
         ]  # fmt: skip
-
-    def grid_figures(self, task: str) -> list[Figure]:
-        """Draw bars of the accuracies, and what was learned against what was lost, as far as both were measured."""
-        groups = {}
-        for row in self.full:
-            for rate in rates_of(self.experiment, row):
-                groups[f"{self.titles[row]}, {rate:g}"] = self.over_seeds(row, task, rate)
-        groups = {name: runs for name, runs in groups.items() if runs}
-        names = [
-            name for runs in groups.values() for name in runs[0] if name not in MEASURES and "forgetting" not in name
-        ]
-        names = [*dict.fromkeys(names), "average"]
-        title, percent, bars, found = self.experiment["title"], "right answers (%)", [], []
-        for group, runs in groups.items():
-            spreads = [Spread.of([run[name] for run in runs]) for name in names if name in runs[0]]
-            bars.append(
-                Series(group, names[: len(spreads)], [one.mean for one in spreads], [one.sd or 0.0 for one in spreads])
-            )
-        if any(len(one.y) for one in bars):
-            found.append(Figure(f"{task}-accuracy", title, "", percent, bars, "bars"))
-        for lost in sorted(
-            {name for runs in groups.values() for name in runs[0] if name == "kl" or "forgetting" in name}
-        ):
-            points = []
-            for group, runs in groups.items():
-                learned = "average" if "average" in runs[0] else "loss"
-                x, y = (Spread.of([run[name] for run in runs]) for name in (lost, learned))
-                points.append(Series(group, [x.mean], [y.mean], [y.sd or 0.0], [x.sd or 0.0]))
-            found.append(
-                Figure(f"{task}-{lost.split(',')[0]}", title, f"{lost} (nats a token)", learned, points, "points")
-            )
-        return found
 
 
 def forgetting_of(numbers: dict[str, float]) -> float:
@@ -334,8 +302,6 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
 
 
 def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the figures of an experiment."""
+    """Return the figures of an experiment with a sweep."""
     report = Report(experiment, results)
-    if report.sweep:
-        return [figure for task in report.sweep for figure in report.sweep_figures(task)]
-    return [figure for task in experiment["tasks"] for figure in report.grid_figures(task)]
+    return [figure for task in report.sweep or () for figure in report.sweep_figures(task)]

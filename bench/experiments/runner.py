@@ -5,6 +5,7 @@ result is not made again. What fails has a line with its error, and is tried aga
 into memory is a result.
 """
 
+import difflib
 import hashlib
 import json
 import multiprocessing
@@ -12,7 +13,7 @@ import os
 import platform
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -237,6 +238,16 @@ def where() -> dict[str, Any]:
         except PackageNotFoundError:
             continue
     return found
+
+
+def check_names(where: str, found: Iterable[str], known: Iterable[str]) -> None:
+    """Raise ValueError for a name that is not known, with the closest one that is."""
+    known = list(known)
+    for name in found:
+        if name not in known:
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise ValueError(f"{where}: there is no {name!r}{hint}; known are {', '.join(known)}")
 
 
 def file_digest(path: Path) -> str:

@@ -17,14 +17,12 @@ from torch import Tensor, nn
 
 import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
-from bench.experiments.methods import Prepared, trained_parameters
-from bench.experiments.printing import Column, Figure, Series, Spread, Table, summary
-from bench.experiments.runner import Results, Run, Stage, file_digest
-from bench.experiments.tasks import files_of
+from bench.experiments.methods import METHODS, Prepared
+from bench.experiments.printing import Column, Table, summary
+from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.tasks import TASKS, files_of
 from bench.experiments.training import arguments_of, train
 from s2ft.config import S2FTConfig
-from s2ft.text.models import hollow_model
-from s2ft.train.demo import default_model
 
 KEYS = ("settings", "rows", "seeds", "tasks", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
@@ -50,12 +48,9 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
 def runs(experiment: dict[str, Any]) -> list[Run]:
     """Return the runs. Raises ValueError for a mode that does not go with its method, or for too few units."""
     settings, tasks = {**experiment["settings"], "tasks": experiment["tasks"]}, experiment["tasks"]
+    check_names("tasks", tasks, TASKS)
     for name, row in experiment["rows"].items():
         _check(name, row, len(tasks))
-    if experiment.get("equal_to"):
-        row = experiment["rows"][experiment["equal_to"]]
-        hollow = hollow_model(settings["model"] or default_model())
-        settings["parameters"] = trained_parameters(hollow, row["method"], row.get("options"))
     files = [file_digest(file) for task in tasks for file in files_of(task, settings)]
     return [
         Run({"method": name, "seed": seed}, {**settings, "files": files, **row, "row": name, "seed": seed})
@@ -66,6 +61,7 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
 
 def _check(name: str, row: Mapping[str, Any], tasks: int) -> None:
     mode, method = row.get("mode"), row.get("method")
+    check_names(f"row {name}, method", [method], METHODS)
     if mode not in MODES:
         raise ValueError(f"row {name}: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "on_top" and method != "s2ft":
@@ -213,7 +209,7 @@ def differing(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> list[str]:
     return sorted([*wrong, *(ours.keys() ^ theirs.keys())])
 
 
-# ---- tables and figures ----------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------
 
 
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
@@ -233,23 +229,3 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
         summary("results", title, every, last, by[:1], values, notes),
         summary("tasks", f"{title}: percent right after each task", every, results, by, [*scores, *lost]),
     ]
-
-
-def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the average over the tasks so far, the forgetting and the distance from the base, after each task."""
-    found = []
-    for name, title, y in (
-        ("average", "average over the tasks so far", "right answers (%)"),
-        ("forgetting", "forgetting", "rise of the loss on other text (nats a token)"),
-        ("kl", "distance from the base", "KL(base‖tuned) (nats)"),
-    ):
-        series = []
-        for method in experiment["rows"]:
-            done = [results.rows(run) for run in runs(experiment) if run.labels["method"] == method]
-            done = [rows for rows in done if rows and all(name in row for row in rows)]
-            if done:
-                spreads = [Spread.of([row[name] for row in rows]) for rows in zip(*done)]
-                means, errors = [one.mean for one in spreads], [one.sd or 0.0 for one in spreads]
-                series.append(Series(method, list(range(1, len(spreads) + 1)), means, errors))
-        found.append(Figure(name, f"{experiment['title']}: {title}", "tasks learned", y, series))
-    return found

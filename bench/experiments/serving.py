@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import s2ft
 from bench.experiments.models import config_of, random_model
-from bench.experiments.printing import Column, Figure, Series, Table, summary
+from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import Results, Run, Stage
 from bench.harness import interleaved, median_ratio
 from s2ft.adapter.adapter import Adapter
@@ -214,7 +214,7 @@ def measure_parallel(base: nn.Module, adapters: list[Adapter], settings: dict[st
     return {**times, "difference": difference, "restored": True}
 
 
-# ---- tables and figures ----------------------------------------------------------------------------------
+# ---- tables ----------------------------------------------------------------------------------------------
 
 
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
@@ -233,22 +233,4 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
         mine = [run for run in runs(experiment) if run.labels["measure"] == name]
         title, by = f"{experiment['title']}: {TITLES[name]}", [Column("width"), Column("adapters")]
         found.append(summary(name, title, mine, results, by, values, [notes[name]]))
-    return found
-
-
-def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
-    """Return the times over the width at the largest number, and over the number at the largest width."""
-    found = []
-    for name in experiment["measures"]:
-        for x, other, key in (("width", "adapters", "numbers"), ("adapters", "width", "widths")):
-            most = max(experiment[key])
-            mine = [run for run in runs(experiment) if run.labels["measure"] == name and run.labels[other] == most]
-            mine = sorted((run for run in mine if results.rows(run)), key=lambda run: run.labels[x])
-            series = [
-                Series(title, [run.labels[x] for run in mine], [results.rows(run)[0][key] for run in mine])
-                for key, title in METHODS.items()
-                if mine and key in results.rows(mine[0])[0]
-            ]
-            title = f"{TITLES[name]}, {most} {'adapters' if other == 'adapters' else 'wide'}"
-            found.append(Figure(f"{name}-by-{x}", title, x, "ms", series, "lines", "xy"))
     return found

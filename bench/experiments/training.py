@@ -28,7 +28,7 @@ from s2ft.train.options import RunOptions
 from s2ft.train.output import read_log
 from s2ft.train.run_trainer import RunMethods
 from s2ft.train.runs import SFTRunTrainer, TokenRowTrainer
-from s2ft.train.sft import checkpointing, loss_for, restored
+from s2ft.train.sft import checkpointing, loss_for, restored, updates
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,9 @@ def train(
     Raises:
         ValueError: The arguments do not fit the data or the model.
     """
+    steps = updates(arguments, len(rows))
+    if arguments.warmup_steps >= max(steps, 1):
+        raise ValueError(f"warmup_steps must be below the number of updates, {steps}, got {arguments.warmup_steps}")
     base, timer, keeper = prepared.base, _StepTimer(), KeepBest(prepared.model)
     log = Path(arguments.output_dir) / "log.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -203,7 +206,7 @@ def train_in_phases(
         prepared = prepare(model, "s2ft", {"d_ratio": 0.0, "units": units.to_dict()})
         part = rows.select([number % len(rows) for number in range(done * each, (done + count) * each)])
         one = copy.deepcopy(arguments)
-        one.max_steps = count
+        one.max_steps, one.warmup_steps = count, 0  # the whole run's schedule replaces its own
         parts.append(train(prepared, tokenizer, part, one, callbacks=[_ContinuedSchedule(rate, done)]))
         s2ft.merge(model)
         known, done = part.select(range(max(0, len(part) - recent), len(part))), done + count
