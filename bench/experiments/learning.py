@@ -198,7 +198,7 @@ class Base:
             ends = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
             batch = self.batches([self._row(prompt, end) for end in ends], len(ends))[0]
             with generation_mode(model):
-                inputs = {name: batch[name].to(model.device) for name in batch if name != "labels"}
+                inputs = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
                 logits = model(**inputs).logits[:, len(prompt) - 1 : -1].float().log_softmax(-1).cpu()
             sums = [sum(row[place, token].item() for place, token in enumerate(end)) for row, end in zip(logits, ends)]
             right += choices[sums.index(max(sums))] == one.answer
