@@ -91,8 +91,8 @@ def train(
         ValueError: The arguments do not fit the data or the model.
     """
     steps = updates(arguments, len(rows))
-    if arguments.warmup_steps >= max(steps, 1):
-        raise ValueError(f"warmup_steps must be below the number of updates, {steps}, got {arguments.warmup_steps}")
+    if arguments.warmup_steps > steps:
+        raise ValueError(f"warmup_steps must be at most the number of updates, {steps}, got {arguments.warmup_steps}")
     base, timer, keeper = prepared.base, _StepTimer(), KeepBest(prepared.model)
     log = Path(arguments.output_dir) / "log.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -129,6 +129,11 @@ def parse(
         raise UsageError(f"{error} (see {parser.prog} --help)") from error
 
 
+def given_options(words: Sequence[str]) -> set[str]:
+    """Return the names of the options among the words of a command line, as the fields are called."""
+    return {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+
+
 def _parser(command: str, description: str, kinds: list[type], example: str, groups: Mapping[type, str]) -> Parser:
     parser = Parser(
         prog=f"s2ft {command}",

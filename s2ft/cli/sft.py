@@ -3,11 +3,10 @@
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 
 from s2ft.cli.config_files import set_environment
 from s2ft.cli.parse import quiet_transformers
-from s2ft.train.options import DEFAULT_D_RATIO
+from s2ft.train.options import with_default_ratio
 
 logger = logging.getLogger(__name__)
 DESCRIPTION = """Train an adapter on your data. s2ft finetune is another name of this command.
@@ -64,10 +63,8 @@ def train(parsed, kind: type, body: Callable) -> None:
     from s2ft.train.preparation import check_upload, checkpoint_to_resume, set_batches
     from s2ft.train.sft import check_packages_of_run, this_rank
 
-    if not parsed[S2FTConfig].ratios and parsed[S2FTConfig].units is None:
-        parsed.objects[S2FTConfig] = replace(parsed[S2FTConfig], d_ratio=DEFAULT_D_RATIO)
-    protects = bool(parsed[ForgettingOptions].protect)
-    parsed.objects[S2FTConfig] = with_protect_ratio(parsed[S2FTConfig], protects)
+    config, protects = with_default_ratio(parsed[S2FTConfig], parsed.given), bool(parsed[ForgettingOptions].protect)
+    parsed.objects[S2FTConfig] = with_protect_ratio(config, protects)
     arguments, options = parsed[kind], parsed[RunOptions]
     check_packages_of_run(arguments)
     check_packages("a model in 4 or 8 bit" if parsed[ModelOptions].quantized else "")
@@ -96,9 +93,11 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory
     from s2ft.train.options import ModelOptions, RunOptions
+    from s2ft.train.parallel import check_can_shard
     from s2ft.train.sft import check_run, sft
 
     arguments, options = parsed[SFTArguments], parsed[RunOptions]
+    check_can_shard(arguments)
     train_rows, held_out_rows = _read(parsed)
     other = read_other(parsed)
     if ranks.is_main_process:

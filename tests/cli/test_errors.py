@@ -61,7 +61,27 @@ def test_ratio_outside_its_range(capsys, tiny, data, tmp_path):
 
 def test_ratio_that_selects_nothing(capsys, tiny, data, tmp_path):
     sft(capsys, tiny, data, tmp_path / "out", "--layers", "7")
+    out = ["--output", tmp_path / "out"]
+    training = ["--model", tiny, "--data", data, *out]
+    for command in (
+        ["sft", *training],
+        ["dpo", *training],
+        ["grpo", *training, "--rewards", "exact"],
+        ["select", "--model", tiny, *out],
+        ["plan", tiny],
+        ["estimate", tiny],
+    ):
+        message = error_line(capsys, *command, "--d-ratio", "0", "--q-ratio=0.0")
+        assert "nothing is selected: q_ratio, d_ratio must be above 0, got 0" in message
     assert not (tmp_path / "out").exists()
+
+
+def test_fsdp_without_a_gpu(capsys, tiny, data, tmp_path, monkeypatch):
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "true")
+            message = sft(capsys, tiny, data, tmp_path / "out", "--use-cpu")
+        assert "use examples/accelerate/ddp.yaml or torchrun" in message
 
 
 def test_output_that_holds_another_run(capsys, tiny, data, tmp_path):

@@ -4,14 +4,16 @@ import json
 import signal
 import socket
 import threading
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
-from serve.fleet import eventually, running, running_server, save_adapters
+from serve.fleet import eventually, running, save_adapters
 from serve.process import served
 from train.tiny import save_tiny, tiny_model
 
 from s2ft.cli.main import main
+from s2ft.serve import server
 from s2ft.serve.options import Limits
 
 LONG = dict(max_position_embeddings=1 << 16, tie_word_embeddings=False, eos_token_id=None)
@@ -40,7 +42,8 @@ class Stream(threading.Thread):
 
     def run(self):
         body = dict(model="a0", prompt="a", max_tokens=self.tokens, temperature=0, stream=True)
-        with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=60) as response:
+        url = f"{self.url}/v1/completions"
+        with suppress(httpx.RemoteProtocolError), httpx.stream("POST", url, json=body, timeout=60) as response:
             for line in response.iter_lines():
                 if line:
                     self.events.append(line.removeprefix("data: "))
@@ -63,11 +66,11 @@ def test_running_requests_finish_after_a_signal(model, adapters, number):
     assert not [line for line in server.lines if "Traceback" in line]
 
 
-def test_a_request_longer_than_the_grace_period_gets_an_error(adapters):
-    with running_server(adapters, tiny_model(**LONG), grace=0.0) as (url, server, _):
+def test_a_request_that_outlasts_the_shutdown_is_cut(adapters):
+    with running(adapters, tiny_model(**LONG)) as (url, _):
         stream = Stream(url, 60000)
-        server.handle_exit(signal.SIGTERM, None)
-        assert stream.ended()["error"]["code"] == "shutting_down"
+    stream.join(60)
+    assert stream.events[-1] != "[DONE]"
 
 
 def test_a_request_out_of_time_is_504(adapters):
@@ -79,14 +82,27 @@ def test_a_request_out_of_time_is_504(adapters):
         eventually(lambda: not any(httpx.get(f"{url}/health").json()[key] for key in ("running", "waiting")))
 
 
-def test_an_address_in_use_is_an_error(model, caplog, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
+def test_an_address_in_use_is_an_error(model, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", "--model", str(model), "--port", str(other.getsockname()[1])])
-    assert ended.value.code != 0 and "in use" in caplog.text
+        assert main(["serve", "--model", str(model), "--port", str(other.getsockname()[1])]) == 1
+    assert "error: can't listen on 127.0.0.1, port" in (said := capsys.readouterr().err) and "in use" in said
+
+
+def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(monkeypatch):
+    monkeypatch.setattr(server, "HEADER_TIME", 1)
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    with running(None) as (url, _), ExitStack() as opened:
+        address = url.removeprefix("http://").split(":")
+        with httpx.Client() as client:  # a connection that is kept
+            assert client.get(f"{url}/health").status_code == 200
+            slow = [opened.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)]
+            slow[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-")
+            for one in reversed(slow):  # the last one is closed at once
+                with suppress(ConnectionResetError):
+                    assert one.recv(1) == b""
+            assert client.get(f"{url}/health").status_code == 200
 
 
 @pytest.mark.parametrize(
