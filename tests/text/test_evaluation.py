@@ -139,7 +139,6 @@ def test_prompts_longer_than_the_context_are_counted():
     [
         ("arithmetic", {"batch_size": 0}, "batch_size"),
         ("arithmetic", {"num_beams": 0}, "num_beams"),
-        ("choices", {}, "likelihood"),
         ("commonsense", {}, "no answer word"),
     ],
 )

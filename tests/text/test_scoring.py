@@ -6,7 +6,7 @@ from train.tiny import write_jsonl
 from s2ft.text.data.forms import normalised
 from s2ft.text.examples import Example, examples_of, read_examples
 from s2ft.text.prompts import PromptFormat
-from s2ft.text.scoring import allowed_answers, first_word, is_right, last_number, right_answer
+from s2ft.text.scoring import first_word, is_right, last_number, right_answer
 
 ROLES = ("user", "assistant")
 NUMBERS = {
@@ -89,7 +89,7 @@ def test_the_right_answer_is_the_field_or_is_found_in_the_output():
     assert right_answer(example("x", " True"), "commonsense") == "true"
 
 
-# ---- the answers that a row allows ---------------------------------------------------------------------
+# ---- rows that can't be scored ---------------------------------------------------------------------------
 
 
 def row(**fields):
@@ -99,41 +99,7 @@ def row(**fields):
     return found
 
 
-@pytest.mark.parametrize("answer", ["blue", "b", 1, "1", "B", ["B"]])
-def test_a_choice_is_named_by_its_text_label_letter_or_number(answer):
-    labels = {"text": ["red", "blue", "grey"], "label": ["a", "b", "c"]}
-    for choices in (labels["text"], labels) if answer != "b" else (labels,):
-        found = row(choices=choices, answer=answer)
-        assert right_answer(found, "choices") == "blue"
-        assert allowed_answers(found, "choices") == ("red", "blue", "grey")
-
-
-def test_a_choice_that_is_a_text_comes_before_numbers_and_letters():
-    assert right_answer(row(choices=[2, 0, 1], answer=0), "choices") == "0"
-    assert right_answer(row(choices=["B", "A"], answer="A"), "choices") == "A"
-
-
-def test_choices_are_read_from_text_and_only_for_evaluation():
-    fields = {"question": "q", "choices": '["x", "y"]', "answer": 1}
-    (found,) = examples_of([normalised(fields, {}, scored=True)])
-    assert found.choices == ("x", "y") and right_answer(found, "choices") == "y"
-    assert "choices" not in normalised(fields, {})
-
-
 AQUA = "What is 60% of 30% of 1400 grams? Answer Choices: (A) 450 gms (B) 100 gms (C) 252 gms (D) 240 (E) None of these"
-ANSWERS = {
-    "true": ("Is 2 + 3 = 5?\n\nAnswer format: true/false", ("true", "false")),
-    "solution2": ("Solution1: x Solution2: y\n\nAnswer format: solution1/solution2", ("solution1", "solution2")),
-    "ending4": ("Ending1: a Ending2: b Ending3: c Ending4: d", ("ending1", "ending2", "ending3", "ending4")),
-    "option1": ("The _ is red. Option1: sun Option2: moon", ("option1", "option2")),
-    "answer5": ("Answer1: a Answer2: b Answer3: c Answer4: d Answer5: e", tuple(f"answer{n}" for n in range(1, 6))),
-}
-
-
-@pytest.mark.parametrize("answer", ANSWERS)
-def test_allowed_answers_of_commonsense_are_those_of_the_question(answer):
-    question, allowed = ANSWERS[answer]
-    assert allowed_answers(row(instruction=question, answer=answer), "commonsense") == allowed
 
 
 @pytest.mark.parametrize("answer", ["C", ["C"]])
@@ -142,15 +108,6 @@ def test_letters_of_aqua(answer):
     found = row(instruction=AQUA, output="A rope: 252 gms. The answer is (D).", answer=answer)
     assert right_answer(found, "arithmetic") == "C" and is_right("so 252. The answer is (C).", "C", "arithmetic")
     assert not is_right(found.output, "C", "arithmetic")
-    assert allowed_answers(found, "arithmetic") == ("A", "B", "C", "D", "E")
-
-
-def test_letters_with_other_marks():
-    question = "Mr. A. has 5. A) 1 B) 5 C) 6"
-    assert allowed_answers(row(instruction=question, answer="B"), "arithmetic") == ("A", "B", "C")
-
-
-XY = {"choices": ["x", "y"]}
 
 
 @pytest.mark.parametrize(
@@ -161,23 +118,11 @@ XY = {"choices": ["x", "y"]}
         ({"output": "no"}, "commonsense", "no answer word"),
         ({"output": "true", "answer": "yes"}, "commonsense", "'yes' is not"),
         ({"output": "5"}, "algebra", "task .*arithmetic"),
-        ({"answer": "5"}, "arithmetic", "is a number"),
-        ({"answer": "E", "instruction": "(A) 1 (B) 2"}, "arithmetic", "allowed answers"),
-        ({"answer": "answer3", "instruction": "Answer1: a Answer2: b"}, "commonsense", "allowed answers"),
-        ({"answer": "x"}, "choices", "two different texts"),
-        ({"answer": "x", "choices": ["x", "x"]}, "choices", "two different texts"),
-        ({"answer": "z", **XY}, "choices", "'z' is none of the choices"),
-        ({"answer": "2", **XY}, "choices", "'2' is none of the choices"),
-        ({"answer": "x", "choices": "x or y"}, "choices", "JSON"),
-        ({"answer": "x", "choices": 3}, "choices", "list of texts, got int"),
-        ({"answer": "x", "choices": {"text": ["x", "y"], "label": ["a"]}}, "choices", "label"),
     ],
 )
 def test_a_row_that_can_not_be_scored_is_an_error(fields, task, message):
     with pytest.raises(ValueError, match=message):
-        allowed_answers(row(**fields), task)
-    with pytest.raises(ValueError, match="likelihood"):
-        is_right("x", "x", "choices")
+        right_answer(row(**fields), task)
     with pytest.raises(ValueError, match="answer word"):
         first_word("true", "maybe")
 
