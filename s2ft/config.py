@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,53 @@ CHOOSING = (
 LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio", "effective")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
+
+
+def option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
+    """A dataclass field that is also an option of the command line.
+
+    Args:
+        default: Default value. A list is copied for each object. Without one the option is required.
+        text: Help text.
+        metadata: What else is known of the option:
+            group: Heading of the help under which the option stands.
+            choices: The allowed values.
+            unit: Unit of the value, which the help shows behind the default.
+            least: Smallest allowed value.
+            shown: Text that the help shows in place of the default.
+            off: Help text of ``--no-...``, for a switch that is on by default.
+            metavar: Name of the value in the help.
+            positional: Whether the value is given without the option's name.
+
+    Returns:
+        The field.
+    """
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def check_fields(options: Any) -> None:
+    """Check the values of a dataclass against `least` and `choices` of its fields.
+
+    Args:
+        options: The dataclass object. A field that is None is not checked.
+
+    Raises:
+        ValueError: A value is too small, too large, or not among the choices. The message names the field.
+    """
+    for one in fields(options):
+        value, least, choices = getattr(options, one.name), one.metadata.get("least"), one.metadata.get("choices")
+        if value is None:
+            continue
+        if least is not None and value < least:
+            raise ValueError(f"{one.name} must be at least {least}, got {value}")
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _parameters(value: Any) -> int:

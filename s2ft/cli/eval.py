@@ -13,7 +13,7 @@ from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import CHOICES, KINDS
 from s2ft.text.suites import PAPER, SCORINGS
-from s2ft.train.options import POSITIONS, POSITIONS_TEXT, check_fields, option
+from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT, check_fields, option
 
 if TYPE_CHECKING:
     from s2ft.reproduce.tables import Table
@@ -98,6 +98,7 @@ class EvalArguments:
         ".tex: the table is written there, and the answers to a JSON file beside it",
         metavar="FILE",
     )
+    keep_memory: bool = option(True, **KEEP_MEMORY)
     resume: bool = option(False, "continue the scoring of a suite whose results so far are in --output")
     lm_eval: str | None = option(
         None, "tasks of lm-eval, separated by commas; needs the package lm-eval", metavar="TASKS"
@@ -325,7 +326,7 @@ def _loaded(job: EvalArguments) -> Iterator[tuple[Any, Any]]:
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     generates = job.lm_eval is None and job.scoring != "likelihood" and not job.measures_only
     with explain_generation(model, job.batch_size, job.max_new_tokens if generates else 0, job.num_beams):
-        model.to(gpu_or_cpu())
+        model.to(gpu_or_cpu(job.keep_memory))
         yield model, prompter
 
 

@@ -123,7 +123,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     print(f"model {name}, {dtype}; {len(train)} problems to train on, {len(test)} held out")
     with clock.phase("load"):
         model, tokenizer = load_model(name, dtype)
-        model.to(gpu_or_cpu())
+        model.to(gpu_or_cpu(options.keep_memory))
         prompt = prompt_format(tokenizer)
         prompt.apply_to(tokenizer)
 

@@ -7,11 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from s2ft.train.preparation import run_options, set_batches
 
 from s2ft.config import S2FTConfig
 from s2ft.text.data import DataOptions
 from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
-from s2ft.train.preparation import run_options, set_batches
 
 pytest.importorskip("trl")
 from s2ft.cli.parse import UsageError
@@ -59,9 +59,10 @@ def test_every_option_of_the_dataclasses_is_reachable_by_its_own_name():
     from dataclasses import fields
 
     from s2ft.cli.grpo import RewardOptions
+
     from s2ft.cli.option_table import GROUP_OF, RENAMED, SHORT_NAMES
     from s2ft.cli.training import TAKEN
-    from s2ft.train.rl_arguments import DPOArguments, GRPOArguments
+    from s2ft.train.arguments import DPOArguments, GRPOArguments
 
     parser = TrainingParser([*KINDS, DPOArguments, RewardOptions, GRPOArguments])
     for kind in KINDS:

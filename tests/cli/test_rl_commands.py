@@ -12,9 +12,9 @@ import s2ft
 from s2ft.cli.main import main
 from s2ft.cli.training import parse_training
 from s2ft.text.data import DataOptions
+from s2ft.train.arguments import GRPOArguments
 from s2ft.train.options import ModelOptions
 from s2ft.train.output import read_log
-from s2ft.train.rl_arguments import GRPOArguments
 
 PAIRS = [{"question": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(12)]
 TASKS = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]
