@@ -1,0 +1,366 @@
+"""120 mistakes of users: each raises one kind of error, before anything changes, whose text has the words that help.
+
+A row is what the user does, the exception and the words to look for. The words are an argument, what was expected, what
+came or the way out, never a sentence. The mistakes on the command line end with exit status 2 and one error on stderr.
+"""
+
+import hashlib
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from train.tiny import save_tiny, sums, tiny_model, write_jsonl
+
+import s2ft
+from s2ft import Coupling, S2FTConfig
+from s2ft.cli.main import main
+
+DOWN = "model.layers.0.mlp.down_proj"
+
+
+def config_of(**options):
+    return lambda world: S2FTConfig(**options)
+
+
+# ---- options of S2FTConfig ---------------------------------------------------------------------------------------
+
+CONFIGS = [
+    (config_of(d_ratio=1.5), ValueError, "d_ratio 1.5"),
+    (config_of(d_ratio=-0.1), ValueError, "d_ratio -0.1"),
+    (config_of(d_ratio="much"), ValueError, "d_ratio 'much'"),
+    (config_of(o_ratio=True), ValueError, "o_ratio True"),
+    (config_of(d_ratio=float("nan")), ValueError, "d_ratio nan"),
+    (config_of(down_ratio=0.1), TypeError, "down_ratio"),
+    (config_of(selection="best"), ValueError, "selection random 'best'"),
+    (config_of(order="lowest"), ValueError, "order smallest 'lowest'"),
+    (config_of(allocation="each"), ValueError, "allocation uniform 'each'"),
+    (config_of(layout="dense"), ValueError, "layout permuted 'dense'"),
+    (config_of(delta_dtype="int8"), ValueError, "delta_dtype bfloat16 'int8'"),
+    (config_of(ffn_kernel="yes"), ValueError, "ffn_kernel 'yes'"),
+    (config_of(seed=-1), ValueError, "seed -1"),
+    (config_of(seed=0.5), ValueError, "seed 0.5"),
+    (config_of(layers=[]), ValueError, "layers []"),
+    (config_of(layers="01"), ValueError, "layers '01'"),
+    (config_of(layers=[0, 0]), ValueError, "layers twice"),
+    (config_of(layers=[-1]), ValueError, "layers -1"),
+    (config_of(towers=["sight"]), ValueError, "towers vision 'sight'"),
+    (config_of(modules_to_save="head"), ValueError, "modules_to_save list 'head'"),
+    (config_of(modules_to_save=[]), ValueError, "modules_to_save at least one"),
+    (config_of(budget="9 apples"), ValueError, "budget 9.2M '9 apples'"),
+    (config_of(budget=0), ValueError, "budget at least 1"),
+    (config_of(match_lora_rank=0), ValueError, "match_lora_rank at least 1"),
+    (config_of(budget=9, match_lora_rank=8), ValueError, "budget match_lora_rank exclude"),
+    (config_of(align=0), ValueError, "align at least 1"),
+    (config_of(align=8, allocation="global"), ValueError, "align uniform 'global'"),
+    (config_of(protect_ratio=1.0), ValueError, "protect_ratio below 1"),
+    (config_of(units={DOWN: [0]}, d_ratio=0.1), ValueError, "units d_ratio"),
+    (config_of(units=[1, 2]), ValueError, "units selection list"),
+    (config_of(exclude=3), ValueError, "exclude selection int"),
+]
+
+# ---- attach, plan, select ----------------------------------------------------------------------------------------
+
+
+def attach(**options):
+    arguments = {name: options.pop(name) for name in ("name", "verify", "example", "on_top") if name in options}
+    return lambda world: s2ft.attach(world.model, S2FTConfig(**options), **arguments)
+
+
+def attach_units(paths):
+    return lambda world: s2ft.attach(world.model, S2FTConfig(units=paths))
+
+
+def twice(world):
+    s2ft.attach(world.model, S2FTConfig(d_ratio=0.1))
+    try:
+        s2ft.attach(world.model, S2FTConfig(d_ratio=0.1), name="other")
+    finally:
+        s2ft.detach(world.model)
+
+
+def plain_net():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+
+
+def coupled(producer, consumer):
+    return lambda world: s2ft.attach(
+        plain_net(),
+        S2FTConfig(d_ratio=0.5),
+        couplings=[Coupling.ffn(0, down=consumer, up=producer, channels=8)],
+        example=torch.ones(1, 4),
+    )
+
+
+ATTACHING = [
+    (lambda world: s2ft.attach(world.model, {"d_ratio": 0.1}), TypeError, "S2FTConfig dict"),
+    (attach(), ValueError, "selected ratio"),
+    (attach(d_ratio=0.1, layers=[9]), ValueError, "9"),
+    (attach(d_ratio=0.1, verify="yes"), TypeError, "verify 'yes'"),
+    (attach(d_ratio=0.1, on_top="yes"), TypeError, "on_top 'yes'"),
+    (attach(d_ratio=0.1, name="a/b"), ValueError, "name a/b"),
+    (attach(d_ratio=0.1, name=""), ValueError, "name"),
+    (attach(d_ratio=0.1, example="words"), TypeError, "example tensor str"),
+    (attach(d_ratio=0.1, selection="activation"), ValueError, "activation calibration"),
+    (attach(d_ratio=0.1, exclude={DOWN: [64]}), ValueError, "exclude 64"),
+    (attach(d_ratio=0.1, exclude={"nowhere.down_proj": [0]}), ValueError, "exclude nowhere"),
+    (attach(d_ratio=1.0, exclude={DOWN: [0]}), ValueError, "exclude d"),
+    (attach(d_ratio=0.1, modules_to_save=["score"]), ValueError, "modules_to_save score"),
+    (attach(d_ratio=0.1, towers=["vision"]), ValueError, "towers vision"),
+    (attach(l_ratio=0.1, layers=[0]), ValueError, "l_ratio"),
+    (attach(d_ratio=0.1, budget=1), ValueError, "budget 1"),
+    (attach_units({DOWN: [64]}), ValueError, "units 64"),
+    (attach_units({DOWN: [1, 1]}), ValueError, "units twice"),
+    (attach_units({DOWN: ["1"]}), ValueError, "units"),
+    (attach_units({"model.layers.9.mlp.down_proj": [1]}), ValueError, "model.layers.9"),
+    (attach_units("nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
+    (twice, ValueError, "default detach"),
+    (
+        lambda world: s2ft.attach(world.model, S2FTConfig(d_ratio=0.1), protect="text"),
+        TypeError,
+        "protect DataLoader str",
+    ),
+    (
+        lambda world: s2ft.attach(world.model, S2FTConfig(d_ratio=0.1, selection="activation"), calibration=[]),
+        ValueError,
+        "calibration",
+    ),
+    (
+        lambda world: s2ft.attach(world.model, S2FTConfig(d_ratio=0.1), calibration=[{"input_ids": torch.ones(1, 4)}]),
+        ValueError,
+        "calibration random",
+    ),
+    (coupled("0", "9"), ValueError, "9"),
+    (coupled("2", "0"), ValueError, "expected 8 shape"),
+    (coupled("0", "1"), (ValueError, TypeError), "1"),
+    (lambda world: s2ft.attach(plain_net(), S2FTConfig(d_ratio=0.5)), ValueError, "example couplings"),
+    (lambda world: s2ft.detach(world.model), ValueError, "attach"),
+    (lambda world: s2ft.merge(world.model), ValueError, "attach"),
+    (lambda world: s2ft.select(world.model, S2FTConfig()), ValueError, "ratio"),
+]
+
+# ---- adapters ----------------------------------------------------------------------------------------------------
+
+
+def damaged(change):
+    """Load a copy of the adapter after a change of its tensors and its settings."""
+
+    def load(world):
+        folder = world.copy_of_adapter()
+        weights, config = folder / "s2ft_adapter.safetensors", folder / "s2ft_config.json"
+        tensors, settings = change(load_file(weights), json.loads(config.read_text()))
+        save_file(tensors, weights)
+        settings["tensors_sha256"] = hashlib.sha256(weights.read_bytes()).hexdigest()
+        settings.pop("config_sha256")
+        config.write_text(json.dumps(settings))
+        s2ft.load_adapter(world.model, folder)
+
+    return load
+
+
+def first(tensors, change):
+    name = next(name for name in sorted(tensors) if tensors[name].is_floating_point())
+    return {**tensors, name: change(tensors[name])}
+
+
+def cut_off(world):
+    folder = world.copy_of_adapter()
+    file = folder / "s2ft_adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    s2ft.load_adapter(world.model, folder)
+
+
+def with_two(call):
+    """Two adapters are loaded."""
+
+    def mistake(world):
+        s2ft.load_adapter(world.model, world.adapter, name="a")
+        try:
+            call(world)
+        finally:
+            s2ft.set_adapter(world.model, None)
+            s2ft.delete_adapter(world.model, "a")
+
+    return mistake
+
+
+ADAPTERS = [
+    (lambda world: s2ft.load_adapter(world.model, "nowhere"), FileNotFoundError, "nowhere"),
+    (lambda world: s2ft.load_adapter(world.model, world.folder), (ValueError, FileNotFoundError), "adapter"),
+    (lambda world: s2ft.load_adapter(world.other, world.adapter), ValueError, "base"),
+    (lambda world: s2ft.load_adapter(world.model, world.adapter, name="a b/c"), ValueError, "name a b/c"),
+    (damaged(lambda t, s: (first(t, lambda x: x * float("nan")), s)), ValueError, "finite"),
+    (damaged(lambda t, s: (first(t, lambda x: x[:, :-1].contiguous()), s)), ValueError, "down_proj"),
+    (damaged(lambda t, s: (first(t, lambda x: x.to(torch.int8)), s)), ValueError, "down_proj"),
+    (damaged(lambda t, s: ({**t, "more": torch.ones(1)}, s)), ValueError, "more"),
+    (damaged(lambda t, s: (t, {**s, "schema": 99})), ValueError, "schema 99"),
+    (damaged(lambda t, s: (t, {k: v for k, v in s.items() if k != "schema"})), ValueError, "schema"),
+    (cut_off, ValueError, "truncated"),
+    (lambda world: s2ft.set_adapter(world.model, "nobody"), ValueError, "adapter"),
+    (with_two(lambda world: s2ft.set_adapter(world.model, "b")), ValueError, "'b' a"),
+    (with_two(lambda world: s2ft.set_adapter(world.model, {"a": "much"})), (TypeError, ValueError), "much"),
+    (with_two(lambda world: s2ft.set_adapter(world.model, {"a": float("inf")})), ValueError, "inf"),
+    (with_two(lambda world: s2ft.load_adapter(world.model, world.adapter, name="a")), ValueError, "'a'"),
+    (with_two(lambda world: s2ft.delete_adapter(world.model, "b")), ValueError, "'b'"),
+    (with_two(lambda world: s2ft.rename_adapter(world.model, "b", "c")), ValueError, "'b'"),
+    (with_two(lambda world: s2ft.rename_adapter(world.model, "a", "x/y")), ValueError, "x/y"),
+    (with_two(lambda world: s2ft.save_adapter(world.model, world.root / "s", name="b")), ValueError, "'b'"),
+    (lambda world: s2ft.save_adapter(world.model, world.root / "s"), ValueError, "adapter"),
+    (lambda world: s2ft.read_adapter("nowhere"), FileNotFoundError, "nowhere"),
+    (lambda world: s2ft.combine_adapters(world.model, {}, "sum"), ValueError, "adapter"),
+    (with_two(lambda world: s2ft.combine_adapters(world.model, {"a": 1.0, "b": 1.0}, "sum")), ValueError, "'b'"),
+    (lambda world: s2ft.export_lora(world.model, world.root / "lora"), ValueError, "adapter"),
+    (
+        lambda world: s2ft.import_lora(world.model, world.adapter),
+        (ValueError, FileNotFoundError),
+        "adapter_config.json",
+    ),
+    (lambda world: s2ft.save_merged(world.model, world.model_folder), ValueError, "adapter attach"),
+    (lambda world: s2ft.freeze_adapter(world.model), ValueError, "adapter"),
+]
+
+# ---- commands ----------------------------------------------------------------------------------------------------
+
+
+def command(text, **files):
+    """Run a command. {model}, {data}, {adapter}, {out} and the names of `files`, which are written, are paths."""
+
+    def run(world, capsys):
+        paths = world.paths()
+        for name, content in files.items():
+            path = world.root / f"{name}.jsonl"
+            path.write_text(content)
+            paths[name] = path
+        arguments = [word.format(**paths) for word in text.split()]
+        try:
+            status = main(arguments)
+        except SystemExit as leave:
+            status = leave.code
+        assert status == 2, f"exit status {status}"
+        assert not (world.root / "out").exists(), "something was written"
+        return capsys.readouterr().err
+
+    return run
+
+
+SFT = "sft --model {model} --output {out} --data"
+EVAL = "eval --model {model} --task arithmetic --data"
+
+COMMANDS = [
+    (command("trian --model {model}"), "trian"),
+    (command("sft"), "--model"),
+    (command("sft --model {model} --output {out}"), "--data"),
+    (command("sft --model {model} --data {data}"), "output"),
+    (command(SFT + " {data} --d-ration 0.1"), "--d-ratio"),
+    (command(SFT + " {data} --d-ratio 1.5"), "d_ratio 1.5"),
+    (command(SFT + " {data} --d-ratio much"), "d-ratio much"),
+    (command(SFT + " {data} --layers 7"), "7"),
+    (command(SFT + " {data} --selection best"), "selection best"),
+    (command(SFT + " {data} --resume"), "resume"),
+    (command(SFT + " {data} --max-steps few"), "max-steps few"),
+    (command(SFT + " {data} --optim sgdd"), "sgdd"),
+    (command(SFT + " {data} --max-length 1"), "max_length"),
+    (command(SFT + " {data} --packing maybe"), "packing maybe"),
+    (command(SFT + " {data} --split train[:10%"), "split"),
+    (command(SFT + " {data} --field prompt"), "field prompt"),
+    (command(SFT + " {data} --config nowhere.yaml"), "nowhere.yaml"),
+    (command(SFT + " nowhere.jsonl"), "nowhere.jsonl"),
+    (command(SFT + " {empty}", empty=""), "empty"),
+    (command(SFT + " {bad}", bad='{"instruction": "a", "output": "b"}\noops\n'), "line 2 JSON"),
+    (command(SFT + " {bad}", bad='{"question": "a"}\n'), "'question'"),
+    (command(SFT + " {bad}", bad='{"instruction": "a", "output": ""}\n'), "output empty"),
+    (command(SFT + " {bad}", bad='{"messages": [{"role": "user", "content": "a"}]}\n'), "line 1 messages"),
+    (command(SFT + " {bad}", bad='{"messages": "hello"}\n'), "messages"),
+    (command(SFT + " {bad}", bad="[1, 2]\n"), "row 1 int"),
+    (command(SFT.replace("{model}", "./nowhere") + " {data}"), "nowhere"),
+    (command(SFT.replace("{model}", "{adapter}") + " {data}"), "config.json"),
+    (command(EVAL + " nowhere.jsonl"), "nowhere.jsonl"),
+    (command(EVAL + " {data} --adapter {root}/nowhere"), "nowhere"),
+    (command(EVAL + " {bad}", bad='{"instruction": "a", "output": "b"}\n'), "number"),
+    (command(EVAL + " {data} --batch-size 0"), "batch_size 0"),
+    (command("eval --model {model} --data {data} --task poetry"), "task poetry"),
+    (command("merge --model {model} --adapter {adapter} --output {model}"), "exists"),
+    (command("merge --model {model} --adapter {root}/nowhere --output {out}"), "nowhere"),
+    (command("merge --model {other} --adapter {adapter} --output {out}"), "base"),
+    (command("generate --model {model} --prompt a --adapter {root}/nowhere"), "nowhere"),
+    (command("generate --model {model} --prompt a --temperature -1"), "temperature -1"),
+    (command("generate --model {model} --prompt a --top-p 2"), "top_p 2"),
+    (command("info {root}/nowhere"), "nowhere"),
+    (command("info {root}/nothing"), "adapter"),
+    (command("export --model {model} --format lorra --output {out} {adapter}"), "lorra"),
+    (command("combine {adapter} --weights 1 2 --output {out}"), "weights"),
+    (command("plan {root}/nowhere"), "nowhere"),
+    (command("estimate {model} --batch-size 0"), "batch 0"),
+    (command("serve --model {model} --adapters {root}/nowhere --check"), "nowhere"),
+    (command("chat --model {model} --adapter {root}/nowhere"), "nowhere"),
+]
+
+
+class World:
+    """A tiny model, another one, an adapter of the first, and files, in one folder."""
+
+    def __init__(self, root):
+        self.root, self.folder = root, root / "nothing"
+        self.folder.mkdir()
+        self.model_folder = save_tiny(root / "model")
+        self.other_folder = save_tiny(root / "other", seed=1)
+        self.model, self.other = tiny_model(), tiny_model(seed=1)
+        self.adapter, self.data = root / "adapter", write_jsonl(root / "data.jsonl", sums(4))
+        trained = tiny_model()
+        s2ft.attach(trained, S2FTConfig(d_ratio=0.1))
+        for parameter in trained.parameters():
+            if parameter.requires_grad:
+                nn.init.normal_(parameter, std=0.01)
+        s2ft.save_adapter(trained, self.adapter)
+        self.copies = 0
+
+    def paths(self):
+        return {
+            "root": self.root,
+            "model": self.model_folder,
+            "other": self.other_folder,
+            "adapter": self.adapter,
+            "data": self.data,
+            "out": self.root / "out",
+        }
+
+    def copy_of_adapter(self):
+        self.copies += 1
+        return shutil.copytree(self.adapter, self.root / f"copy{self.copies}")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    return World(tmp_path_factory.mktemp("world"))
+
+
+def lacks(text, words):
+    return [word for word in words.split() if word not in text]
+
+
+CALLS = [*CONFIGS, *ATTACHING, *ADAPTERS]
+
+
+@pytest.mark.parametrize("number", range(len(CALLS)))
+def test_a_mistake_in_python_raises_and_changes_nothing(world, number):
+    call, error, words = CALLS[number]
+    before = {name: value.clone() for name, value in world.model.state_dict().items()}
+    with pytest.raises(error) as raised:
+        call(world)
+    assert lacks(str(raised.value), words) == [], str(raised.value)
+    after = world.model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+
+
+@pytest.mark.parametrize("number", range(len(COMMANDS)))
+def test_a_mistake_on_the_command_line_ends_with_one_error(world, capsys, number):
+    run, words = COMMANDS[number]
+    error = run(world, capsys)
+    assert "Traceback" not in error and error.count("error: ") == 1
+    assert lacks(error, words) == [], error
+
+
+def test_there_are_120_mistakes():
+    assert len(CALLS) + len(COMMANDS) >= 120
