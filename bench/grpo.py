@@ -43,7 +43,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
     import s2ft
     from s2ft.sync.agreement import joint_agreement, keep_rollouts
     from s2ft.text.models import load_model
-    from s2ft.train.callbacks import JsonlLog, LossBar
+    from s2ft.train.callbacks import JsonlLog
     from s2ft.train.demo import default_model
     from s2ft.train.grpo import base_for_vllm
     from s2ft.train.output import RunFolder, read_log
@@ -66,7 +66,7 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
                 arguments,
                 Dataset.from_list(example.problems(seed=seed)),
                 tokenizer=tokenizer,
-                callbacks=[LossBar(), JsonlLog(folder.log)],
+                callbacks=[JsonlLog(folder.log, shows=True)],
                 base=base,
             )
             rollouts, sent = keep_rollouts(trainer), _time_syncs(trainer)
