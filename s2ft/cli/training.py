@@ -66,7 +66,6 @@ def run(command: str, arguments: Sequence[str]) -> None:
     from s2ft.packages import check_packages
 
     check_packages(f"s2ft {command}")
-    quiet_transformers()
     made = read_run(command, arguments)
     from s2ft.train.run import train
 
@@ -87,6 +86,7 @@ def read_run(command: str, arguments: Sequence[str]):
         SystemExit: The help was asked for and printed.
     """
     set_environment(arguments)  # before libraries are imported that read it
+    quiet_transformers()
     parser = parser_of(command, "--help-all" in arguments)
     given = parser.given(arguments)
     _take_lora(given, parser)

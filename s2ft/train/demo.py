@@ -207,6 +207,7 @@ def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFold
             f"    right: {old.answer}",
         ]
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
+    phases += f", together {sum(report['seconds'].values()):.0f}"
     return "\n".join(
         [
             *lines,

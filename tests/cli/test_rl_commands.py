@@ -10,10 +10,7 @@ from train.tiny import save_tiny, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.cli.training import parse_training
-from s2ft.text.data import DataOptions
-from s2ft.train.arguments import GRPOArguments
-from s2ft.train.options import ModelOptions
+from s2ft.cli.training import read_run
 from s2ft.train.output import read_log
 
 PAIRS = [{"question": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(12)]
@@ -98,39 +95,6 @@ def test_a_run_goes_on_only_with_the_same_rewards(capsys):
     assert run("grpo", "stopped", "--resume") == 0
 
 
-@pytest.mark.parametrize(
-    ("command", "more", "words"),
-    [
-        ("dpo", ["--data", "tasks.jsonl"], "tasks.jsonl, line 1: field 'chosen' is missing: a row has chosen and"),
-        ("dpo", ["--sync-ref-model", "true"], "sync_ref_model does not work here"),
-        ("dpo", ["--eval-task", "arithmetic"], "eval_task is an option of s2ft sft"),
-        ("dpo", ["--max-length", "8"], "none of 12 pairs can be used: 12 are longer than max_length 8"),
-        ("dpo", ["--bete", "0.1"], "there is no option --bete; did you mean --beta?"),
-        ("dpo", ["--dtype", "float16"], "training in float16 needs a GPU"),
-        ("dpo", ["--fsdp", "full_shard"], "s2ft dpo does not shard the model (fsdp)"),
-        ("grpo", ["--rewards", "answer_equals"], "no built-in reward 'answer_equals'; did you mean answer_equal?"),
-        ("grpo", ["--rewards", "mine.py:shrot"], "mine.py has no function 'shrot'; did you mean short?"),
-        ("grpo", ["--rewards", "nosuch.py"], "file nosuch.py doesn't exist"),
-        ("grpo", ["--use-vllm", "true", "--vllm-enable-sleep-mode", "true"], "vllm_enable_sleep_mode does not work"),
-        ("grpo", ["--reward-weights", "1", "2"], "reward_weights has 2 numbers for 1 rewards (mine.py:short)"),
-        (
-            "grpo",
-            ["--num-generations", "3"],
-            "4 answers are generated at once, which is no multiple of num_generations",
-        ),
-        ("grpo", ["--selection", "activation"], "selection activation needs answers to calibrate on"),
-        ("grpo", ["--max-completion-length", "255"], "none of 8 prompts fits into the 1 tokens"),
-        ("grpo", ["--limit", "1", "--num-generations", "2"], "there is 1 prompt, and each generation takes 2"),
-    ],
-)
-def test_mistakes_are_explained_and_nothing_is_written(command, more, words, work, capsys):
-    with_file = [*more, "mine.py:short"] if "--rewards" in more else more
-    assert run(command, "refused", *with_file) == 2
-    _, _, error = capsys.readouterr().err.partition(f"s2ft {command}: error: ")
-    assert words in error
-    assert not (work / "refused").exists()
-
-
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
 def test_without_vllm_the_package_is_named(work, capsys):
     assert run("grpo", "refused", "--use-vllm", "true") == 2
@@ -147,5 +111,4 @@ def test_a_reward_that_fails_is_named_and_the_run_can_go_on(work, capsys):
 
 def test_weights_of_rewards_are_numbers():
     words = ["--model", "model", "--data", "tasks.jsonl", "--output", "weighted", "--reward-weights", "1", "0.5"]
-    parsed = parse_training("grpo", [ModelOptions, DataOptions, GRPOArguments], words)
-    assert parsed[GRPOArguments].reward_weights == [1, 0.5]
+    assert read_run("grpo", words).arguments.reward_weights == [1, 0.5]

@@ -189,41 +189,6 @@ def test_tensorboard(work, tmp_path, monkeypatch):
     assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
 
 
-MISTAKES = [
-    (["--fp16"], "float16 needs a GPU"),
-    (
-        ["--eval-task", "arithmetic"],
-        "eval_task needs held-out rows: give eval_data, test_split_size, or a dataset_name",
-    ),
-    (["--eval-strategy", "epoch"], "an evaluation needs held-out rows"),
-    (["--attn-implementation", "newton"], "can't load a causal language model"),
-    (["--eos-token", "<|no|>"], "eos_token '<|no|>' is not in the vocabulary"),
-    (["--batch-size", "5"], "batch_size 5 must be a multiple of 2 (per_device_train_batch_size 2 × 1 device)"),
-    (["--resume", "elsewhere"], "resume_from_checkpoint elsewhere is no checkpoint in the output folder"),
-    (["--push-to-hub"], "push_to_hub: the hub does not let you write"),
-    (["--eval-data", "none.jsonl"], "doesn't exist"),
-    (["--stop-after", "-1"], "stop_after must be at least 0"),
-    (["--optimizer", "newton"], "newton"),
-    (["--name", "a\tb"], "name: an adapter's name must be a word without slashes"),
-    (["--epochs", "inf"], "num_train_epochs must be a finite number"),
-    (["--report-to", "no_such_logger"], "no_such_logger"),
-    (
-        ["--report-to", "comet_ml"],
-        "report_to comet_ml needs the package comet-ml, which is not installed: pip install comet-ml",
-    ),
-]
-
-
-@pytest.mark.parametrize(
-    "arguments, message", MISTAKES, ids=lambda value: " ".join(value) if type(value) is list else ""
-)
-def test_mistakes_are_one_line(arguments, message, work, tmp_path, capsys):
-    assert sft(work, tmp_path / "out", *arguments) == 2
-    printed = capsys.readouterr().err.strip().splitlines()[-1]
-    assert printed.startswith("s2ft sft: error:") and message in printed
-    assert not (tmp_path / "out").exists()
-
-
 def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):
     """The result is the same with and without the chunked loss, and in a run that was stopped and resumed."""
     from s2ft.adapter import read_adapter
