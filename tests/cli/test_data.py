@@ -43,7 +43,8 @@ def test_bad_rows_are_left_out_if_asked(model, tmp_path, caplog):
 def test_texts_train_without_a_template_and_the_adapter_says_so(model, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "Lima is in Peru."}, {"prompt": "2+3=", "completion": "5"}])
     assert sft(model, data, tmp_path / "out") == 0
-    assert s2ft.read_adapter(tmp_path / "out/adapter").info["prompt"]["form"] == "text"
+    adapter = s2ft.read_adapter(tmp_path / "out/adapter")
+    assert adapter.info["prompt"]["form"] == "text" and adapter.config.ratios == {"d": 0.03}  # the paper's ratio
 
 
 def test_template_that_drops_the_answer_is_refused_before_anything_is_written(model, tmp_path, capsys):
