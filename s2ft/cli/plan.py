@@ -1,11 +1,11 @@
 """s2ft plan: what ratios train of a model, without reading its weights."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
-from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
 from s2ft.text.models import DTYPES
-from s2ft.train.options import DEFAULT_D_RATIO, check_fields, option
+from s2ft.train.options import check_fields, option, with_default_ratio
 
 EXAMPLE = """  s2ft plan meta-llama/Llama-3.2-1B
   s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08"""
@@ -50,7 +50,8 @@ def run(arguments: list[str]) -> None:
     from s2ft.train.rates import suggested_rate, width_of
     from s2ft.train.ratio_table import as_random, rows_of, table
 
-    model, config = hollow(job.model, job.dtype), with_default(config)
+    config = with_default_ratio(config, given_options(arguments))
+    model = hollow(job.model, job.dtype)
     report = s2ft.plan(model, as_random(config))
     rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
     width = width_of(model)
@@ -72,8 +73,3 @@ def hollow(name: str, dtype: str):
 
     model = hollow_model(name)
     return model if dtype == "auto" else model.to(getattr(torch, dtype))
-
-
-def with_default(config):
-    """Return the configuration, with the default ratio if it names nothing to train."""
-    return replace(config, d_ratio=DEFAULT_D_RATIO) if not config.ratios and config.units is None else config

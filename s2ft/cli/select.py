@@ -1,14 +1,14 @@
 """s2ft select: choose units and save them, without training."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
 from s2ft.config import S2FTConfig
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import CALIBRATION, DEFAULT_D_RATIO, PROTECT, PROTECT_ROWS, check_fields, option
+from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, check_fields, option, with_default_ratio
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
@@ -55,9 +55,7 @@ def run(arguments: list[str]) -> None:
     quiet_transformers()
     from s2ft.selection.protection import with_protect_ratio
 
-    if not config.ratios and config.units is None:
-        config = replace(config, d_ratio=DEFAULT_D_RATIO)
-    config = with_protect_ratio(config, bool(job.protect))
+    config = with_protect_ratio(with_default_ratio(config, given_options(arguments)), bool(job.protect))
     if Path(job.output).exists():
         raise FileExistsError(f"output {job.output} exists: choose another")
     if not Path(job.output).absolute().parent.is_dir():

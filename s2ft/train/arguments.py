@@ -231,9 +231,9 @@ class GRPOArguments(RunArguments, GRPOConfig):
     vllm_transport: str = field(
         default="auto",
         metadata={
-            "help": "how a vLLM server gets the trained slices after each update: file (a server on this machine), "
-            "http, or nccl (GPUs)",
-            "choices": ["auto", "file", "http", "nccl"],
+            "help": "how a vLLM server gets the trained slices after each update: file (a server on this machine) "
+            "or http",
+            "choices": ["auto", "file", "http"],
         },
     )
     vllm_take_over: bool = field(

@@ -1,9 +1,10 @@
 """Options of training and of the demo. This module imports no PyTorch, so that ``--help`` is quick."""
 
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from typing import Any
 
-from s2ft.config import check_fields, option
+from s2ft.config import PROJECTIONS, check_fields, option
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 
@@ -41,6 +42,27 @@ POSITIONS = {  # where the divergence of a model from its base is measured
     "answers": "each position of the base's own greedy answer",
 }
 POSITIONS_TEXT = "; ".join(f"{name}: {text}" for name, text in POSITIONS.items())
+
+
+def with_default_ratio(config, given: Collection[str]):
+    """Return an S2FTConfig for a command: without any ratio it trains the default one.
+
+    Args:
+        config: The S2FTConfig.
+        given: Names of the options that were given.
+
+    Raises:
+        ValueError: Ratios were given, and all are 0.
+    """
+    if config.ratios or config.units is not None:
+        return config
+    zeros = [f"{key}_ratio" for key in PROJECTIONS if f"{key}_ratio" in given]
+    if zeros:
+        raise ValueError(
+            f"nothing is selected: {', '.join(zeros)} must be above 0, got 0; without any ratio, d_ratio "
+            f"{DEFAULT_D_RATIO} is trained"
+        )
+    return replace(config, d_ratio=DEFAULT_D_RATIO)
 
 
 @dataclass

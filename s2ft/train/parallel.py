@@ -181,6 +181,15 @@ def _offload(deepspeed: Any) -> str | None:
     return next((name for name, place in places.items() if place not in (None, "none")), None)
 
 
+def check_can_shard(arguments: Any) -> None:
+    """Raise ValueError if accelerate is to share a model between processors: it would use DDP, with hollow models."""
+    if arguments.use_cpu and (_uses_fsdp(arguments) or _parallelism(arguments) is not None):
+        raise ValueError(
+            "accelerate shares a model (FSDP, tensor and context parallelism) between GPUs only, and none is used: use "
+            "examples/accelerate/ddp.yaml or torchrun, where each process has the whole model"
+        )
+
+
 def _uses_fsdp(arguments: Any) -> bool:
     launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
     return launched or bool(getattr(arguments, "fsdp", None))

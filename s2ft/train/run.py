@@ -27,9 +27,16 @@ from s2ft.train.device import keep_freed_memory, say_device
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.kernels import apply_kernels, check_kernels
 from s2ft.train.loading import fit_layout, load_base
-from s2ft.train.options import DEFAULT_BATCH, DEFAULT_D_RATIO, ForgettingOptions, ModelOptions, RunOptions, divide_batch
+from s2ft.train.options import (
+    DEFAULT_BATCH,
+    ForgettingOptions,
+    ModelOptions,
+    RunOptions,
+    divide_batch,
+    with_default_ratio,
+)
 from s2ft.train.output import GROUPS, ROWS, RunFolder
-from s2ft.train.parallel import devices_of, has_weights, is_spread, rows_of_update
+from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
 from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, this_rank
 
 logger = logging.getLogger(__name__)
@@ -116,9 +123,7 @@ class Run:
 
     def with_defaults(self) -> "Run":
         """Return the run with the ratios that follow from its options."""
-        config = self.config
-        if not config.ratios and config.units is None:
-            config = replace(config, d_ratio=DEFAULT_D_RATIO)
+        config = with_default_ratio(self.config, self.given)
         return replace(self, config=with_protect_ratio(config, bool(self.forgetting.protect)))
 
     def for_model(self, model) -> "Run":
@@ -142,13 +147,9 @@ class Run:
         found: dict[str, Any] = {"command": self.method.name, "model": self.model.model_name_or_path}
         found |= {f"model.{one.name}": getattr(self.model, one.name) for one in fields(self.model)[1:]}
         found |= {f"adapter.{key}": entry for key, entry in self.config.to_dict().items()}
-        for options in (self.data, self.options):
+        for options in (self.data, self.options, self.forgetting):
             found |= {one.name: _plain(getattr(options, one.name)) for one in fields(options) if _belongs(one.name)}
         found |= {"rewards": list(self.rewards)} if self.rewards else {}
-        nothing = ForgettingOptions()
-        for one in fields(nothing):
-            if getattr(self.forgetting, one.name) != getattr(nothing, one.name):
-                found[one.name] = _plain(getattr(self.forgetting, one.name))
         best = arguments.load_best_model_at_end
         for one in fields(arguments):
             if one.init and _belongs(one.name, best) and given.get(one.name, one.default) != one.default:
@@ -222,6 +223,7 @@ def train(run: Run, config_text: Any) -> None:
     """
     run = run.with_defaults()
     arguments, options, folder = run.arguments, run.options, run.folder
+    check_can_shard(arguments)
     check_packages_of_run(arguments)
     check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
     check_kernels(options.kernels)

@@ -81,17 +81,22 @@ def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
         )
 
 
-def test_repeated_lists_add_up_and_switches_take_words(tmp_path):
-    parsed = parse(*NEEDED, "--field", "instruction=q", "--field", "output=a", "--packing", "no", "--no-chunked-loss")
-    assert parsed.data.renamed == {"q": "instruction", "a": "output"}
-    assert from_yaml(tmp_path, {"field": {"output": "a"}}, *NEEDED).data.renamed == {"a": "output"}
-    assert parsed.arguments.packing is False and parsed.options.chunked_loss is False
+READ = {  # words → what the run has
+    "--field instruction=q --field output=a": lambda run: run.data.renamed == {"q": "instruction", "a": "output"},
+    "--dataset_text_field body": lambda run: run.data.renamed == {"body": "text"},
+    "--packing no --no-chunked-loss": lambda run: (run.arguments.packing, run.options.chunked_loss) == (False, False),
+    "--bf16": lambda run: run.arguments.bf16 is True and run.options.keep_memory,
+    "--no-keep-memory --dtype bf16": lambda run: not run.options.keep_memory and run.model.dtype == "bfloat16",
+    "": lambda run: run.config.seed == S2FTConfig().seed,
+    "--seed 7": lambda run: run.config.seed == 7 == run.arguments.seed,
+    "--seed 7 --selection-seed 0": lambda run: (run.config.seed, run.arguments.seed) == (0, 7),
+    "--layers 1 --layers 2 3": lambda run: run.config.layers == [1, 2, 3],
+}
 
 
-def test_the_selection_has_the_seed_that_the_run_is_given_unless_it_has_its_own():
-    assert parse(*NEEDED).config.seed == S2FTConfig().seed
-    assert parse(*NEEDED, "--seed", 7).config.seed == 7
-    assert parse(*NEEDED, "--seed", 7, "--selection-seed", 0).config.seed == 0
+@pytest.mark.parametrize("words", READ)
+def test_words_become_values(words):
+    assert READ[words](parse(*NEEDED, *words.split()))
 
 
 SUGGESTED = {
@@ -171,6 +176,7 @@ lr_scheduler_kwargs: {min_lr: 1e-6}
 model_init_kwargs:
   attn_implementation: eager
 layers: [0, 1]
+field: {output: a}
 report_to: [tensorboard]
 budget: 9.2M
 datasets:
@@ -187,7 +193,7 @@ def test_a_config_holds_lists_dictionaries_switches_and_the_environment(tmp_path
     assert arguments.learning_rate == 2e-5 and arguments.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert arguments.eval_strategy == "no" and arguments.packing is False and arguments.report_to == ["tensorboard"]
     assert arguments.model_init_kwargs == {"attn_implementation": "eager"} and arguments.max_steps == 3
-    assert [entry["path"] for entry in parsed.data.datasets] == ["x", "y"]
+    assert [entry["path"] for entry in parsed.data.datasets] == ["x", "y"] and parsed.data.renamed == {"a": "output"}
     assert parsed.config.layers == [1] and parsed.config.budget == 9_200_000  # the command line overrides
     assert os.environ["S2FT_OF_A_CONFIG"] == "1"
 
@@ -273,10 +279,6 @@ def test_the_options_of_an_evaluation_need_each_other_only_once(text, tmp_path):
     arguments = from_yaml(tmp_path, text, *NEEDED).arguments
     found = arguments.eval_strategy, arguments.eval_steps, arguments.save_steps, arguments.load_best_model_at_end
     assert found == EVALUATION[text]
-
-
-def test_the_field_of_the_text_has_trls_name_too():
-    assert parse(*NEEDED, "--dataset_text_field", "body").data.renamed == {"body": "text"}
 
 
 # ---- batches -------------------------------------------------------------------------------------------

@@ -169,6 +169,14 @@ def test_an_output_folder_in_use_names_the_process(capsys, work, tmp_path):
             assert f"out is in use: process {os.getpid()} on " in capsys.readouterr().err
 
 
+def test_fsdp_without_a_gpu(capsys, work, tmp_path, monkeypatch):
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
+        with monkeypatch.context() as environment:
+            environment.setenv(name, "true")
+            assert main(sft(work, tmp_path / "out", "--use-cpu")) == 2
+        assert "ddp.yaml" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
 LESS_THAN_A_CHECKPOINT = 16_000  # bytes, and more than run.json and the rows of the data
 FULL = """
 import contextlib, io, json, resource, sys

@@ -58,8 +58,3 @@ def test_equal_names_become_those_of_the_folders(work, tmp_path):  # noqa: F811
     sft(work, tmp_path / "a", "--seed", 1)
     sft(work, tmp_path / "b", "--on-top", tmp_path / "a")
     assert s2ft.read_adapter(tmp_path / "b").info["on_top_of"] == {"a": 1.0}
-
-
-def test_a_folder_without_an_adapter_is_named(work, tmp_path, capsys):  # noqa: F811
-    assert sft(work, tmp_path / "out", "--on-top", tmp_path / "nothing") != 0
-    assert "nothing" in capsys.readouterr().err
