@@ -403,7 +403,7 @@ COMMANDS = [
     (command(DPO + " {pairs} --max-length 8", pairs=PAIR), "max_length 8"),
     (command(DPO + " {pairs} --bete 0.1", pairs=PAIR), "--beta"),
     (command(DPO + " {pairs} --dtype float16", pairs=PAIR), "float16 GPU"),
-    (command(DPO + " {pairs} --fsdp full_shard", pairs=PAIR), "shard fsdp"),
+    (command(DPO + " {pairs} --fsdp full_shard", pairs=PAIR), "FSDP"),
     (command(GRPO + " --rewards answer_equals", tasks=TASK), "answer_equals answer_equal"),
     (command(GRPO + " --rewards {mine}:shrot", tasks=TASK, mine=SHORT), "shrot short"),
     (command(GRPO + " --rewards nosuch.py", tasks=TASK), "nosuch.py"),

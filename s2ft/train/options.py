@@ -302,7 +302,7 @@ class DemoOptions:
     learning_rate: float = option(2e-3, "peak learning rate")
     d_ratio: float = option(0.03, "share of the FFN channels of down_proj to train", metavar="RATIO")
     o_ratio: float = option(0.12, "share of the heads of o_proj to train", metavar="RATIO")
-    max_new_tokens: int = option(160, "longest answer, before and after training", unit="tokens", least=1)
+    max_new_tokens: int = option(96, "longest answer, before and after training", unit="tokens", least=1)
     eval_batch_size: int = option(96, "problems that are answered at once", unit="problems", least=1)
     dtype: str = option(
         "auto", "dtype of the model's weights; auto: whichever of float32 and bfloat16 is faster here", choices=DTYPES

@@ -1,6 +1,7 @@
 """The commands end to end on a tiny model: sft, eval, merge, info, demo."""
 
 import json
+import platform
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ from s2ft.cli.chat import ChatArguments
 from s2ft.cli.main import main
 from s2ft.cli.parse import parse
 from s2ft.text.models import load_model
+from s2ft.train.device import keep_freed_memory
 
 SFT = (
     "sft --model {work}/model --data {work}/data.jsonl --output {out} --max-steps 6 --batch-size 4 --micro_batch_size 4 "
@@ -53,14 +55,16 @@ def test_a_run_writes_every_promised_file_and_info_describes_it(work, capsys):
     )
 
 
-def test_a_second_run_needs_overwrite_or_resume(work, tmp_path):
-    paths = {"work": work, "out": tmp_path / "out"}
+def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch):
+    paths, kept = {"work": work, "out": tmp_path / "out"}, []
+    monkeypatch.setattr("s2ft.train.run.keep_freed_memory", lambda: kept.append(True))
     command(SFT, **paths)
     first = (tmp_path / "out/log.jsonl").read_text()
     command(SFT, 2, **paths)
     command(SFT + " --resume", **paths)
     assert (tmp_path / "out/log.jsonl").read_text() == first
     command(SFT + " --overwrite --no-keep-memory", **paths)
+    assert len(kept) == 2  # the run that was refused and the last one did not ask for it
     again = (tmp_path / "out/log.jsonl").read_text()
     assert [json.loads(a)["loss"] for a in first.splitlines()] == [json.loads(a)["loss"] for a in again.splitlines()]
 
@@ -174,6 +178,10 @@ def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     assert {"adapter", "log.jsonl", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "demo").iterdir()}
     command(DEMO, model=tmp_path / "model", out=tmp_path / "demo")  # a demo replaces an earlier demo and nothing else
     command(DEMO, 2, model=tmp_path / "model", out=work / "out")
+
+
+def test_memory_is_kept_with_glibc_only():
+    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
 
 
 def test_a_repeated_option_of_several_values_adds_to_them():

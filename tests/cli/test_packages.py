@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
 
+import s2ft.train.methods  # noqa: F401 - transformers remembers which packages it found when it was asked first
 from s2ft.cli.main import main
 from s2ft.packages import NEEDS, MissingPackages, check_packages, is_installed
 
