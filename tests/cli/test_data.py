@@ -22,14 +22,8 @@ def sft(model, data, output, *options):
 def test_bad_rows_are_listed_and_nothing_is_written(model, tmp_path, capsys):
     data = write_jsonl(tmp_path / "a.jsonl", [*sums(3), {"instruction": "a", "output": ""}, {"text": 1, "x": 2}, {}])
     assert sft(model, data, tmp_path / "out") == 2
-    lines = capsys.readouterr().err.splitlines()
-    (error,) = (number for number, line in enumerate(lines) if "error:" in line)
-    assert "2 of 6 rows can't be used; correct them, or leave them out with" in lines[error]
-    assert lines[error + 1 :] == [
-        f"  {data}, line 4: field 'output' is empty",
-        f"  {data}, line 6: needs messages, conversations, prompt and completion, instruction and output, question and "
-        "answer, or text; it has nothing; --field OURS=THEIRS maps other names",
-    ]
+    *_, error, first, second = capsys.readouterr().err.splitlines()
+    assert "2 of 6 rows" in error and "line 4: field 'output'" in first and "line 6: needs messages" in second
     assert not (tmp_path / "out").exists()
 
 

@@ -61,12 +61,6 @@ def test_a_greedy_answer_equals_that_of_evaluation(capsys, work, adapter):
     assert found.endswith("\n") and found.strip() == expected(work, HELLO, 20, adapter)
 
 
-def test_raw_continues_the_text(capsys, work):
-    assert answer(capsys, work, "--prompt", "Hello", "--raw", "--max-new-tokens", 9).strip() == expected(
-        work, "Hello", 9
-    )
-
-
 def test_the_prompt_is_that_of_the_training(capsys, work, tmp_path):
     """The template and the system prompt are in the adapter. A checkpoint and the output of a run have them too."""
     adapter = s2ft.read_adapter(work / "adapter")

@@ -41,46 +41,33 @@ def run(command, output, *more):
     return main([str(word) for word in [*arguments, "--lr", 1e-2, *(own if command == "grpo" else []), *more]])
 
 
-def test_dpo_writes_a_run_with_its_prompt(work, capsys):
-    assert run("dpo", "dpo", "--eval-data", "held-out.jsonl", "--beta", 0.2) == 0
-    assert "adapter: dpo/adapter" in capsys.readouterr().out
-    info = s2ft.read_adapter("dpo/adapter").info
-    assert info["training"]["method"] == "dpo" and "<|im_start|>" in info["prompt"]["template"]
-    first, *_, last = read_log(work / "dpo" / "log.jsonl")
-    assert {"loss", "rewards/accuracies", "rewards/margins", "logps/chosen"} <= first.keys()
-    assert {"eval_loss", "eval_rewards/accuracies"} <= last.keys()
-    config = yaml.safe_load((work / "dpo" / "config.yaml").read_text())
-    assert config["beta"] == 0.2 and config["batch_size"] == 4
-    assert main(["dpo", "--config", "dpo/config.yaml", "--output", "dpo-again"]) == 0
-    assert adapter("dpo") == adapter("dpo-again")
+RUNS = {  # options, what is printed, names in the log, values of config.yaml
+    "dpo": (
+        ["--eval-data", "held-out.jsonl", "--beta", 0.2],
+        "adapter: dpo/adapter",
+        {"loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "eval_loss", "eval_rewards/accuracies"},
+        {"beta": 0.2, "batch_size": 4},
+    ),
+    "grpo": (
+        ["--epsilon", 0.3, "--beta", 0.1],
+        "reward -",
+        {"loss", "reward", "rewards/short/mean", "kl", "completions/mean_length"},
+        {"epsilon": 0.3, "rewards": ["mine.py:short"]},
+    ),
+}
 
 
-def test_grpo_writes_a_run_with_its_prompt(work, capsys):
-    assert run("grpo", "grpo", "--epsilon", 0.3, "--beta", 0.1) == 0
-    assert "reward -" in capsys.readouterr().out
-    info = s2ft.read_adapter("grpo/adapter").info
-    assert info["training"]["method"] == "grpo" and "<|im_start|>" in info["prompt"]["template"]
-    first, *_ = read_log(work / "grpo" / "log.jsonl")
-    assert {"loss", "reward", "rewards/short/mean", "kl", "completions/mean_length"} <= first.keys()
-    options = json.loads((work / "grpo" / "run.json").read_text())
-    assert options["rewards"] == ["mine.py:short"] and options["training.epsilon"] == 0.3
-    assert "training.adam_epsilon" not in options
-    assert main(["grpo", "--config", "grpo/config.yaml", "--output", "grpo-again"]) == 0
-    assert adapter("grpo") == adapter("grpo-again")
-
-
-@pytest.mark.parametrize("command", ["dpo", "grpo"])
-def test_the_meter_measures_and_stops_and_units_are_protected(command, work, capsys):
-    write_jsonl(work / "other.jsonl", [{"text": f"Lamp {number} stands near the river."} for number in range(6)])
-    meter = ["--forgetting-data", "other.jsonl", "--measure-kl", "--meter-steps", 1, "--protect", "other.jsonl"]
-    assert run(command, f"{command}-meter", *meter, "--stop-at-kl", 1e-12) == 0
-    log = read_log(work / f"{command}-meter" / "log.jsonl")
-    assert [line["step"] for line in log if "base_kl" in line] == [1]  # the first measurement is above the limit
-    assert {"forgetting", "other_loss", "base_kl"} <= log[0].keys()
-    assert "1 step, " in capsys.readouterr().out
-    protected = s2ft.Selection.load(f"{command}-meter")
-    assert run(command, f"{command}-plain") == 0
-    assert protected != s2ft.Selection.load(f"{command}-plain")
+@pytest.mark.parametrize("command", RUNS)
+def test_a_run_has_its_prompt_its_log_and_a_config_that_repeats_it(command, work, capsys):
+    options, printed, names, values = RUNS[command]
+    assert run(command, command, *options) == 0 and printed in capsys.readouterr().out
+    info = s2ft.read_adapter(f"{command}/adapter").info
+    assert info["training"]["method"] == command and "<|im_start|>" in info["prompt"]["template"]
+    assert names <= {name for line in read_log(work / command / "log.jsonl") for name in line}
+    assert values.items() <= yaml.safe_load((work / command / "config.yaml").read_text()).items()
+    assert "training.adam_epsilon" not in json.loads((work / command / "run.json").read_text())
+    assert main([command, "--config", f"{command}/config.yaml", "--output", f"{command}-again"]) == 0
+    assert adapter(command) == adapter(f"{command}-again")
 
 
 def adapter(run):
