@@ -15,6 +15,7 @@ import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -349,8 +350,7 @@ def given_options(words: Sequence[str]) -> set[str]:
 # ---- one option ----------------------------------------------------------------------------------------
 
 
-def _hints(kind: type) -> dict[str, Any]:
-    return get_type_hints(kind)
+_hints = cache(get_type_hints)  # of a dataclass
 
 
 def _spellings(name: str) -> list[str]:
