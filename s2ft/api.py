@@ -8,7 +8,14 @@ from torch import nn
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached.active import switch
 from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
-from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_in_engine, movable_couplings
+from s2ft.attached.checks import (
+    check_can_fuse,
+    check_can_merge,
+    check_new_name,
+    check_not_in_engine,
+    check_one_place,
+    movable_couplings,
+)
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
@@ -258,7 +265,9 @@ def _chosen(
     found = find_couplings(model, couplings, example, config)
     names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
     trained = couplings_in_towers(model, found.couplings, config)
-    return found, select_units(trained, config, model, calibration, protect)
+    selection = select_units(trained, config, model, calibration, protect)
+    check_one_place(model, trained, selection)
+    return found, selection
 
 
 # ---- detach, merge, fuse ---------------------------------------------------------------------------

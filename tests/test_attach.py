@@ -259,6 +259,23 @@ def test_merging_while_fused():
     assert states_equal(s2ft.detach(model), base)
 
 
+def test_backward_hooks_of_trained_layers_are_called_before_and_after_detach():
+    model, seen = model_of("llama"), []
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    model.model.layers[0].mlp.down_proj.register_full_backward_hook(lambda *args: seen.append("hook"))
+    output_of(model).sum().backward()
+    output_of(s2ft.detach(model)).sum().backward()
+    assert seen == ["hook", "hook"]
+
+
+@pytest.mark.parametrize("convert", (s2ft.plan, s2ft.attach))
+def test_one_module_in_two_places_is_refused(convert):
+    model = model_of("llama")
+    model.model.layers[1].mlp.down_proj = model.model.layers[0].mlp.down_proj
+    with pytest.raises(ValueError, match="layers.0.mlp.down_proj and .*layers.1.mlp.down_proj are one module"):
+        convert(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+
+
 def test_tied_projections_train_in_place_only():
     model = model_of("llama")
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight

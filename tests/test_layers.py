@@ -408,3 +408,6 @@ def test_hooks_of_the_linear_layer_are_kept(kind):
     handle.remove()
     layer(torch.randn(2, 11))
     assert seen == [1] and layer.weight is linear.weight
+    linear.register_full_backward_hook(lambda *args: seen.append(2))
+    kind.from_module(linear, 2, 5)(torch.randn(2, 11)).sum().backward()
+    assert seen == [1, 2]

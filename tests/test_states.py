@@ -34,13 +34,7 @@ def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
     with torch.no_grad():
         for parameter in plain.parameters():
             parameter.zero_()
-    plain.load_state_dict(
-        {key: value for key, value in model.state_dict().items() if key in base.state_dict()}, strict=False
-    )
-    names = {name.removesuffix(".weight") for name in base.state_dict()}
-    for name, value in model.state_dict().items():  # the key of a trainable expert layer has one more part
-        if name not in base.state_dict() and name.removesuffix(".weight") in names:
-            plain.get_parameter(name.removesuffix(".weight")).data.copy_(value)
+    assert plain.load_state_dict(model.state_dict(), strict=False).missing_keys == []
     assert same(plain.state_dict(), base.state_dict())
 
 
@@ -129,3 +123,14 @@ def test_a_second_trainable_adapter_is_refused_with_the_first_in_place(tmp_path)
     with pytest.raises(ValueError, match="only one adapter can be"):
         s2ft.load_adapter(model, tmp_path, "again", trainable=True)
     assert torch.equal(output_of(model), before) and s2ft.status(model).active == {"default": 1.0}
+
+
+@layouts
+def test_the_state_is_the_base_below_an_adapter_on_top_of_others(layout):
+    base, model = model_of("llama-grouped"), trained("llama-grouped", layout)
+    s2ft.freeze_adapter(model)
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout), name="second", on_top=True)
+    output, state = output_of(model), model.state_dict()
+    assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
+    model.load_state_dict(state)
+    assert torch.equal(output_of(model), output)

@@ -1,5 +1,6 @@
 """Checks that run before an attached model is changed: its adapters' names, and what its weights allow."""
 
+from collections import Counter
 from collections.abc import Iterator
 
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from s2ft.model.delta import Delta
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops._memory import check_private, check_writable
 from s2ft.ranks.fsdp import check_can_follow, managed_by_fsdp
+from s2ft.selection import Selection
 
 # ---- names ---------------------------------------------------------------------------------------------
 
@@ -158,6 +160,19 @@ def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
             yield f"{read_only.path} is a quantized weight ({type(read_only.holder).__name__})"
         else:
             yield f"{' and '.join(tied)} are one tied weight" if tied else ""
+
+
+def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
+    """Raise ValueError if a layer to train is in several places of the model: only one would get a trainable layer."""
+    counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    for projection in projections_of(couplings):
+        layer = weight_at(model, projection).holder
+        if projection.name in selection and counts[id(layer)] > 1:
+            names = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
+            raise ValueError(
+                f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own "
+                "(they may share the weight), or leave its layer out"
+            )
 
 
 def check_memory(model: nn.Module, projections: list[Projection], may_be_shared: bool = False) -> None:

@@ -22,6 +22,7 @@ from s2ft.attached.checks import (
     check_is_quantized,
     check_memory,
     check_not_in_engine,
+    check_one_place,
     check_shards,
 )
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
@@ -86,6 +87,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         if any(projection.name in selection for projection in coupling.projections)
     ]
     check_split_layers(model, touched)
+    check_one_place(model, touched, selection)
     moves = _moves(model, touched, selection) if config.layout == "permuted" else {}
     check_gradients_pass(model)
     check_shards(model, touched)
@@ -318,6 +320,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         else:
             mounted.layer.give_back(mounted.original)
             mounted.original.train(mounted.layer.training)
+            mounted.original._is_full_backward_hook = mounted.layer._is_full_backward_hook  # the dicts are shared
             put(model, path, mounted.original)
     follow(model, _places_of_originals(model, record))
     for move in reversed(record.moves):

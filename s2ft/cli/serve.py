@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
 from s2ft.train.options import check_fields, option
@@ -147,7 +147,7 @@ def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> 
     Raises:
         ValueError: An option has no meaning for the engine. The message says what the engine has in its place.
     """
-    given = {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+    given = given_options(words)
     if job.engine == "vllm":
         for name in sorted(given & ONLY_BUILT_IN.keys()):
             raise ValueError(

@@ -1,12 +1,14 @@
 """A checkpoint of transformers with an adapter merged into the base."""
 
+import fcntl
+import glob
 import logging
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -117,20 +119,44 @@ def check_output(output: Path) -> None:
 def temporary_folder(output: str | Path) -> Iterator[Path]:
     """Yield an empty folder that is renamed to `output` at the end, or removed if an exception is raised.
 
+    A process that is killed leaves the folder behind; the next one that makes the same output removes it.
+
     Raises:
         FileExistsError: The output exists.
         FileNotFoundError: The folder that will hold the output does not exist.
     """
     output = Path(output)
     check_output(output)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.absolute().parent))
+    parent, prefix = output.absolute().parent, f".{output.name}.s2ft-"
+    with ExitStack() as locks:
+        with _locked(parent):  # so that no other process takes the new folder for an abandoned one
+            for old in parent.glob(f"{glob.escape(prefix)}*"):
+                with suppress(OSError), _locked(old, at_once=True):  # its process has ended
+                    shutil.rmtree(old, ignore_errors=True)
+            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            locks.enter_context(_locked(folder))
+        try:
+            yield folder
+            folder.chmod(0o777 & ~_umask())  # mkdtemp gives access to the user alone
+            os.rename(folder, output)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+
+@contextmanager
+def _locked(folder: Path, at_once: bool = False) -> Iterator[None]:
+    """Lock a folder, where its file system can do this. With `at_once`, raise OSError unless nobody holds the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp gives access to the user alone
-        os.rename(folder, output)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
+        if at_once:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _compare(model, folder: Path) -> None:

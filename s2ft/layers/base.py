@@ -90,7 +90,7 @@ class S2Layer(nn.Module):
         self = cls.__new__(cls)
         nn.Module.__init__(self)
         # Hooks registered on the module keep working, because both share the dicts of hooks.
-        self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hooks" in key})
+        self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
         self._copy_settings(module)
         self.weight, self.bias = module.weight, module.bias
         self._set_effective(effective)

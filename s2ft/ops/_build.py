@@ -203,8 +203,7 @@ def build_info() -> dict[str, Any]:
         - ``archs``: GPU architectures of the CUDA kernels.
         - ``cuda_version``: CUDA version of the build, or None.
         - ``cuda_reason``: Which implementation CUDA tensors use and why, as a sentence.
-        - ``cuda_ops``: For every op, the implementation that CUDA tensors use: "CUDA", "Triton" or "PyTorch". Empty
-          before CUDA is initialised.
+        - ``cuda_ops``: For every op, what CUDA tensors use: "CUDA", "Triton" or "PyTorch". Empty before CUDA starts.
         - ``triton_reason``: Why CUDA tensors use Triton, or don't, as a sentence.
         - ``ops``: For every op, the devices with a registered kernel. Other devices use the PyTorch implementation.
 

@@ -15,6 +15,7 @@ from torch._C import (
     _len_torch_dispatch_stack as dispatch_modes,
     _len_torch_function_stack as function_modes,
 )
+from torch.autograd.forward_ad import unpack_dual
 from torch.compiler import is_dynamo_compiling  # other compilers and exporters trace with a mode or with fake tensors
 
 LIBRARY = torch.library.Library("s2ft", "DEF")
@@ -74,7 +75,24 @@ def define(
     torch.library.register_fake(f"s2ft::{name}", fake, lib=LIBRARY)
     if backward is not None:
         torch.library.register_autograd(f"s2ft::{name}", backward, setup_context=setup_context, lib=LIBRARY)
+        _refuse_tangents(name)
     return getattr(torch.ops.s2ft, name).default
+
+
+def _refuse_tangents(name: str) -> None:
+    """Make an op raise NotImplementedError for arguments with a tangent, which its formula would lose silently."""
+    for key in ("AutogradCPU", "AutogradCUDA", "AutogradMeta"):
+        kernel = torch.library.get_kernel(f"s2ft::{name}", key)
+
+        def run(keyset, *args, kernel=kernel):
+            if any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in args):
+                raise NotImplementedError(
+                    f"s2ft::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad): "
+                    "use reverse mode, or differentiate the merged model (s2ft.merge)"
+                )
+            return kernel.call_boxed(keyset, *args)
+
+        LIBRARY.impl(name, run, key, with_keyset=True)
 
 
 def runs_directly(*tensors: Tensor | None) -> bool:

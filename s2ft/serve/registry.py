@@ -330,7 +330,7 @@ class Adapters:
         """Log the adapters that fit the base, and the folders that are not served, with the reasons.
 
         Raises:
-            ValueError: An adapter can't be served.
+            ValueError: An adapter can't be served, or a source has none.
         """
         names, refused = self.log_skipped()
         if names:
@@ -338,6 +338,9 @@ class Adapters:
         if refused:
             count = len(refused)
             raise ValueError(f"{count} of {count + len(names)} adapters can't be served; the reasons are above")
+        empty = [str(source.folder) for source in self.sources if not source.folders()]
+        if empty:
+            raise ValueError(f"there is no adapter in {some(empty)}: adapters are expected as DIR/NAME/{CONFIG}")
 
     def _check_refused(self, names: Sequence[str], refused: dict[str, Refused]) -> None:
         single = [source.name for source in self.sources if source.name in refused]

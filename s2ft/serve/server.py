@@ -1,14 +1,18 @@
 """Run a server until it gets a signal."""
 
 import logging
+import resource
 import signal
+import socket
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 import uvicorn
 from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.loading import read_adapter
@@ -22,6 +26,8 @@ from s2ft.serve.service import Service
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
 AFTER_GRACE = 5  # seconds for sending the last errors
+HEADER_TIME = 10  # seconds
+MOST_CONNECTIONS = 2048
 
 
 def build_app(
@@ -140,24 +146,65 @@ def serve(
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     app, service = build_app(model, tokenizer, base, adapters, options)
     warn_if_open(options.host, options.limits.api_key)
-    config = uvicorn.Config(
+    listener = listen(options.host, options.port)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
+    server = Server(config_of(app, options), service.engine, options.grace)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        # uvicorn raises the signal again after the shutdown, when nothing is left to do
+        signal.signal(number, lambda *_: None)
+    server.run(sockets=[listener])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens on an address. Raises OSError if that is not possible."""
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        raise OSError(f"can't listen on {host}, port {port}: {error.strerror}") from None
+
+
+def config_of(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+    """Return uvicorn's options. Half of the process's file descriptors are for connections."""
+    descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    if descriptors == resource.RLIM_INFINITY:
+        descriptors = 4 * MOST_CONNECTIONS
+    return uvicorn.Config(
         app,
-        host=options.host,
-        port=options.port,
+        http=partial(Connection, most=min(descriptors // 2, MOST_CONNECTIONS)),
+        backlog=min(descriptors // 4, MOST_CONNECTIONS),  # asyncio accepts so many before the first of them is counted
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=int(options.grace + AFTER_GRACE),
     )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
-    server = Server(config, service.engine, options.grace)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal again after the shutdown, when nothing is left to do
-        signal.signal(number, lambda *_: None)
-    server.run()
-    if not server.started:
-        raise OSError(f"can't listen on {options.host}, port {options.port}")
+
+
+class Connection(H11Protocol):
+    """A connection of uvicorn, with a time limit for the header of a request, and a limit of their number."""
+
+    def __init__(self, *args, most: int, **options) -> None:
+        super().__init__(*args, **options)
+        self._most, self._header_timer = most, None
+
+    def connection_made(self, transport) -> None:
+        """Close the connection if there are too many."""
+        super().connection_made(transport)
+        if len(self.connections) > self._most:
+            transport.abort()
+        self._limit_header()
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        self._limit_header()
+
+    def _limit_header(self) -> None:
+        """Start the time for a header if one is awaited, and end it if the header is complete."""
+        if self.cycle is None or self.cycle.response_complete:
+            self._header_timer = self._header_timer or self.loop.call_later(HEADER_TIME, self.transport.abort)
+        elif self._header_timer is not None:
+            self._header_timer.cancel()
+            self._header_timer = None
 
 
 class Server(uvicorn.Server):
@@ -178,6 +225,6 @@ class Server(uvicorn.Server):
         await super().startup(sockets)
         if self.started:
             for listener in self.servers:
-                for socket in listener.sockets:
-                    host, port = socket.getsockname()[:2]  # the port that was chosen if the option is 0
+                for one in listener.sockets:
+                    host, port = one.getsockname()[:2]  # the port that was chosen if the option is 0
                     logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)

@@ -61,7 +61,8 @@ def source_of(text: str) -> Source:
 
     Raises:
         NotADirectoryError: The folder does not exist.
-        ValueError: The folder is a checkpoint, the name is not valid, or NAME=DIR names a directory of adapters.
+        ValueError: The folder is a checkpoint or an adapter of PEFT, the name is not valid, or NAME=DIR names a
+            directory of adapters.
     """
     name, separator, path = text.partition("=")
     if not separator or Path(text).is_dir():
@@ -75,6 +76,8 @@ def source_of(text: str) -> Source:
             f"folder, or copy the files {CONFIG} and {TENSORS} to a folder of their own"
         )
     is_one = is_folder(folder) or is_run(folder)
+    if not is_one and (folder / "adapter_config.json").is_file():
+        raise ValueError(f"adapters: {folder} can't be served: {why_skipped(folder)}")
     if name and not is_one:
         inside = ", ".join(sorted(adapters_in(folder))[:3])
         raise ValueError(

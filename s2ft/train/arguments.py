@@ -178,6 +178,10 @@ class SFTArguments(RunArguments, SFTConfig):
                 f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or "
                 "cut at its end, see too_long"
             )
+        if self.packing and self.packing_strategy == "wrapped":
+            raise ValueError(
+                "packing_strategy 'wrapped' mixes up rows: rows would see each other; use 'bfd', the default"
+            )
         if self.use_cpu is False and self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know
         super().__post_init__()

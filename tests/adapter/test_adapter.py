@@ -7,8 +7,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
-from safetensors.torch import load_file, save_file
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for, token_batch, train
 from support.pairs import pairs_mostly_slow
 
@@ -138,15 +136,6 @@ def test_info_that_could_not_be_saved_is_refused_at_once(saved):
         add_info(loaded, {"a": 1})
 
 
-def test_damaged_info_is_refused(saved, tmp_path):
-    shutil.copytree(saved, tmp_path / "spoilt")
-    config = json.loads((saved / CONFIG).read_text())
-    config["info"]["model_type"] = "other"
-    (tmp_path / "spoilt" / CONFIG).write_text(json.dumps(config))
-    with pytest.raises(ValueError, match="is damaged: its config_sha256 differs"):
-        native.read_info(tmp_path / "spoilt")
-
-
 def test_restore_copies_into_the_attached_model(tmp_path):
     model = trained()
     s2ft.save_adapter(model, tmp_path)
@@ -208,57 +197,6 @@ def test_a_thousand_switches_restore_the_base_exactly(layout, dtype, tmp_path):
     assert equal(s2ft.detach(model), base)
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(["a", "b", "c", None, "fuse", "unfuse", "forward"]), max_size=12))
-def test_any_sequence_of_operations(tmp_path_factory, operations):
-    """After any operations, an active adapter gives its own weights, and no adapter gives the base."""
-    folders, base = three_adapters(tmp_path_factory)
-    model = model_of("llama")
-    s2ft.load_adapter(model, folders["a"], trainable=True)
-    s2ft.load_adapter(model, folders["b"])
-    s2ft.load_adapter(model, folders["c"])
-    active = "c"
-    for operation in operations:
-        if operation == "fuse":
-            s2ft.fuse(model)
-        elif operation == "unfuse":
-            s2ft.unfuse(model)
-        elif operation == "forward":
-            model(token_batch(model))
-        else:
-            s2ft.set_adapter(model, operation)
-            active = operation
-        assert s2ft.status(model).active == ({} if active is None else {active: 1.0})
-    if active is None:
-        assert equal(s2ft.detach(model), base)
-        return
-    other = model_of("llama")
-    s2ft.load_adapter(other, folders[active])
-    assert equal(s2ft.merge(model), s2ft.merge(other))
-
-
-_three = {}
-
-
-def three_adapters(tmp_path_factory):
-    if not _three:
-        for seed, name in enumerate("abc"):
-            folder = tmp_path_factory.mktemp(name)
-            s2ft.save_adapter(trained(seed=seed, name=name), folder)
-            _three[name] = folder
-    return _three, model_of("llama")
-
-
-def test_set_adapter_none_gives_the_base_and_the_name_gives_the_adapter(tmp_path):
-    base, model = model_of("llama"), trained()
-    batch = token_batch(model)
-    tuned = model(batch).logits
-    s2ft.set_adapter(model, None)
-    torch.testing.assert_close(model(batch).logits, base(batch).logits)
-    s2ft.set_adapter(model, "default")
-    assert torch.equal(model(batch).logits, tuned)
-
-
 def test_switching_between_forward_and_backward_raises(saved):
     model = trained(name="mine", steps=1)
     s2ft.load_adapter(model, saved, "other")
@@ -267,39 +205,6 @@ def test_switching_between_forward_and_backward_raises(saved):
     s2ft.set_adapter(model, "other")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_training_one_adapter_does_not_change_the_others(tmp_path):
-    s2ft.save_adapter(trained(seed=3), tmp_path)
-    model = trained(name="mine", steps=1)
-    s2ft.load_adapter(model, tmp_path, "other")
-    held = {path: delta.values.clone() for path, delta in attachment_of(model).loaded["other"].deltas.items()}
-    s2ft.set_adapter(model, "mine")
-    train(model)
-    assert all(
-        torch.equal(held[path], delta.values) for path, delta in attachment_of(model).loaded["other"].deltas.items()
-    )
-
-
-def test_merging_with_no_adapter_active_raises():
-    model = trained()
-    s2ft.set_adapter(model, None)
-    with pytest.raises(ValueError, match="no adapter is active"):
-        s2ft.merge(model)
-
-
-def test_names(tmp_path, saved):
-    model = trained(name="mine", steps=1)
-    with pytest.raises(ValueError, match="no adapter is called 'yours'; there are mine"):
-        s2ft.set_adapter(model, "yours")
-    with pytest.raises(ValueError, match="already: choose another name"):
-        s2ft.load_adapter(model, saved, "mine")
-    with pytest.raises(ValueError, match="word without slashes"):
-        s2ft.load_adapter(model, saved, "../up")
-    with pytest.raises(ValueError, match="no adapter is called"):
-        s2ft.save_adapter(model, tmp_path, "yours")
-    with pytest.raises(ValueError, match="only one adapter can be"):
-        s2ft.load_adapter(model, saved, "second", trainable=True)
 
 
 def test_status_shows_active_and_trainable_apart(saved):
@@ -318,95 +223,7 @@ def test_status_shows_active_and_trainable_apart(saved):
 # ---- files that are wrong ---------------------------------------------------------------------------------
 
 
-def spoil_tensors(change):
-    def spoil(folder):
-        tensors = load_file(folder / TENSORS)
-        change(tensors)
-        save_file(tensors, folder / TENSORS)
-
-    return spoil
-
-
-def spoil_config(change):
-    def spoil(folder):
-        config = json.loads((folder / CONFIG).read_text())
-        change(config)
-        (folder / CONFIG).write_text(json.dumps(config))
-
-    return spoil
-
-
 DOWN = "model.layers.1.mlp.down_proj"
-
-
-def cut(folder):
-    (folder / TENSORS).write_bytes((folder / TENSORS).read_bytes()[:-100])
-
-
-def flip(folder):
-    content = bytearray((folder / TENSORS).read_bytes())
-    content[-3] ^= 1
-    (folder / TENSORS).write_bytes(content)
-
-
-WRONG = {
-    "truncated": (cut, ValueError, "truncated or damaged"),
-    "empty": (lambda f: (f / TENSORS).write_bytes(b""), ValueError, "truncated or damaged"),
-    "one bit": (flip, ValueError, "sha256 differs"),
-    "no tensors": (lambda f: (f / TENSORS).unlink(), FileNotFoundError, f"no {TENSORS}"),
-    "no config": (lambda f: (f / CONFIG).unlink(), FileNotFoundError, f"no {CONFIG}"),
-    "config no JSON": (lambda f: (f / CONFIG).write_text("{"), ValueError, "not JSON"),
-    "config no object": (lambda f: (f / CONFIG).write_text("[]"), ValueError, "no schema"),
-    "newer schema": (spoil_config(lambda c: c.update(schema=99)), ValueError, "schema 99"),
-    "foreign key": (spoil_tensors(lambda t: t.update(extra=torch.ones(1))), ValueError, r"foreign keys \['extra'\]"),
-    "missing key": (spoil_tensors(lambda t: t.pop(f"{DOWN}.delta")), ValueError, "missing keys.*down_proj.delta"),
-    "misshapen": (spoil_tensors(lambda t: t.update({f"{DOWN}.delta": torch.ones(2, 3)})), ValueError, "do not fit"),
-    "index high": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, 52)), ValueError, "sha256|outside"),
-    "index low": (spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(0, -1)), ValueError, "not negative"),
-    "index twice": (
-        spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(1, int(t[f"{DOWN}.index"][0]))),
-        ValueError,
-        "ascending",
-    ),
-    "other projection": (spoil_config(lambda c: c["projections"].pop(DOWN)), ValueError, "foreign keys"),
-    "unknown option": (spoil_config(lambda c: c["config"].update(z_ratio=1)), ValueError, "z_ratio"),
-    "no fingerprint": (spoil_config(lambda c: c.pop("base_fingerprint")), ValueError, "base_fingerprint is missing"),
-    "other units": (spoil_config(lambda c: c["projections"][DOWN].update(units=[0])), ValueError, "units listed"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("attached", (False, True), ids=("plain", "attached"))
-def test_wrong_files_are_named_and_do_not_change_the_model(wrong, attached, saved, tmp_path):
-    spoil, error, message = WRONG[wrong]
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    spoil(tmp_path)
-    model = trained(name="mine", steps=1) if attached else model_of("llama")
-    before = copy.deepcopy(model.state_dict())
-    flags = [p.requires_grad for p in model.parameters()]
-    with pytest.raises(error, match=message):
-        s2ft.load_adapter(model, tmp_path, "other")
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    assert flags == [p.requires_grad for p in model.parameters()]
-    assert s2ft.status(model).adapters == (["mine"] if attached else [])
-
-
-def rewrite_index(folder, value):
-    """Write an index value into a file that is valid otherwise."""
-    import hashlib
-
-    spoil_tensors(lambda t: t[f"{DOWN}.index"].__setitem__(-1, value))(folder)
-    digest = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    spoil_config(lambda c: c.update(tensors_sha256=digest))(folder)
-
-
-def test_index_out_of_range_in_a_valid_file(saved, tmp_path):
-    for path in saved.iterdir():
-        (tmp_path / path.name).write_bytes(path.read_bytes())
-    rewrite_index(tmp_path, 52)
-    with pytest.raises(ValueError, match=f"{DOWN}.index has 52, outside the weight's 0..51"):
-        s2ft.load_adapter(model_of("llama"), tmp_path)
 
 
 def test_another_base_is_refused(saved):

@@ -135,11 +135,6 @@ def test_every_sequence_gets_the_output_of_its_adapter_alone(case, tmp_path):
     assert_plain(model, case)
 
 
-@pytest.mark.parametrize("names", (["b", "c"], ["d", "e"], ["e", None], ["a", "b"]), ids=str)
-def test_both_sides_of_a_coupling(names, folder, model):
-    assert_as_alone("llama", folder, model, names)
-
-
 def test_bfloat16(folder):
     """A written adapter rounds base + delta, a bank rounds the output: they differ by a few roundings."""
     model = model_of("llama", torch.bfloat16)
@@ -228,15 +223,6 @@ def test_generates_the_tokens_of_separate_runs(options, folder, model):
     assert_plain(model)
 
 
-def test_samples_of_one_distribution(folder, model):
-    """Several samples of a sequence are consecutive rows. With top_k=1 they equal the greedy output."""
-    inputs, bank = prompts(model, 2), AdapterBank(model, folder)
-    with bank.batch(["a", "b"]):
-        greedy = generate(model, inputs)
-        samples = generate(model, inputs, do_sample=True, top_k=1, num_return_sequences=3)
-    assert torch.equal(samples, greedy.repeat_interleave(3, 0))
-
-
 def test_sixteen_sequences_over_eight_adapters(tmp_path, model):
     for seed in range(8):
         write(model, tmp_path / str(seed), dict(d_ratio=0.15, o_ratio=0.5), seed)
@@ -266,15 +252,6 @@ def test_an_encoder_decoder_generates(tmp_path):
     for row, name in enumerate(("a", None)):
         expected = alone("whisper", tmp_path, name, lambda model: run(model, slice(row, row + 1)))
         assert torch.equal(batch[row : row + 1], expected)
-
-
-def test_a_batch_in_inference_mode_and_one_without(folder, model):
-    bank = AdapterBank(model, folder)
-    with torch.inference_mode(), bank.batch(["a", "b"]):
-        first = output_of(model).clone()
-    with bank.batch(["c", "b"]):
-        assert_close(output_of(model)[1], first[1])
-        output_of(model).sum().backward()
 
 
 # ---- names and memory ------------------------------------------------------------------------------------
@@ -316,23 +293,6 @@ def test_names_must_not_be_paths(name, folder, model):
     assert bank.loaded == []
 
 
-def test_adding_is_checked(folder, model, tmp_path):
-    bank = AdapterBank(model, folder)
-    with pytest.raises(FileNotFoundError, match="not an S²FT adapter"):
-        bank.add("new", tmp_path)
-    with pytest.raises(ValueError, match="called 'a' already"):
-        bank.add("a", folder / "b")
-    with pytest.raises(ValueError, match="no adapter called 'z'"):
-        bank.remove("z")
-    with pytest.raises(NotADirectoryError):
-        AdapterBank(model, folder / "nothing")
-    for wrong in (0, -1, 1.5, "1G"):
-        with pytest.raises(ValueError, match="limit_bytes"):
-            AdapterBank(model, folder, limit_bytes=wrong)
-    with pytest.raises(ValueError, match="dtype"):
-        AdapterBank(model, dtype=torch.int8)
-
-
 def size_of(model, root, *names):
     bank = AdapterBank(model, root)
     enter(bank, *names)
@@ -361,15 +321,6 @@ def test_a_batch_keeps_its_adapters_and_must_fit(folder, model):
     assert bank.loaded_bytes <= limit
     assert_plain(model)
     enter(bank, "c")
-
-
-def test_a_loaded_adapter_is_not_read_again(folder, model, monkeypatch):
-    reads, read = [], native.read
-    monkeypatch.setattr(native, "read", lambda folder: (reads.append(folder.name), read(folder))[1])
-    bank = AdapterBank(model, folder)
-    for names in ("ab", "ba", "c", "abc"):
-        enter(bank, *names)
-    assert reads == ["a", "b", "c"]
 
 
 def test_the_base_is_checked_once(folder, model, monkeypatch):
@@ -474,21 +425,6 @@ def test_a_model_that_is_not_a_plain_base_is_refused(folder, model):
         enter(bank, "b")
 
 
-def test_layers_replaced_later_are_found(folder, model):
-    """The bank finds inactive trainable layers, and the plain layers after detach."""
-    bank = AdapterBank(model, folder)
-    enter(bank, "b", "c")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
-    s2ft.set_adapter(model, None)
-    for leave in (lambda: None, lambda: s2ft.detach(model)):
-        leave()
-        with torch.no_grad(), bank.batch(["b", "c"]):
-            output = output_of(model)
-        for row, name in enumerate("bc"):
-            assert_close(output[row], alone("llama", folder, name, output_of)[row])
-    assert_plain(model)
-
-
 def test_batches_do_not_nest(folder, model):
     bank, other = AdapterBank(model, folder), AdapterBank(model, folder)
     with torch.no_grad(), bank.batch(["a", "b"]):
@@ -498,17 +434,6 @@ def test_batches_do_not_nest(folder, model):
                 enter(another, "c")
         assert torch.equal(output_of(model), before)
     enter(other, "c")
-    assert_plain(model)
-
-
-def test_wrong_batches(folder, model):
-    bank = AdapterBank(model, folder)
-    with pytest.raises(TypeError, match="list"), bank.batch("ab"):
-        pass
-    with pytest.raises(ValueError, match="empty"):
-        enter(bank)
-    with bank.batch(["a", "b"]), pytest.raises(ValueError, match="2 sequences, but the model runs on 3 rows"):
-        model(token_batch(model, 3))
     assert_plain(model)
 
 
@@ -539,20 +464,6 @@ def failing(function, after):
         return function(*args, **options)
 
     return run
-
-
-def test_a_replaced_forward_is_kept(folder, model):
-    module = model.model.layers[0].mlp.down_proj
-    plain, calls = module.forward, []
-
-    def counted(x):
-        calls.append(1)
-        return plain(x)
-
-    module.forward = counted
-    with torch.no_grad(), AdapterBank(model, folder).batch(["a", "c"]):
-        assert_close(output_of(model)[1], alone("llama", folder, "c", output_of)[1])
-    assert calls == [1] and module.forward is counted
 
 
 def test_a_batch_keeps_an_adapter_that_is_removed_meanwhile(folder, model):
@@ -641,14 +552,6 @@ def test_compiled_once_for_all_batches(folder, model):
         with bank.batch(["a"] * 4):
             compiled(ids)
     assert counter.frame_count == 2
-
-
-def test_compiled_with_several_rows_a_sequence(folder, model):
-    torch._dynamo.reset()
-    bank, ids = AdapterBank(model, folder), token_batch(model, 6)
-    compiled = torch.compile(model, backend="eager", fullgraph=True)
-    with torch.no_grad(), bank.batch(["a", "b"]):
-        assert_close(compiled(ids).logits, model(ids).logits)
 
 
 def test_an_adapter_is_checked_without_its_values(folder, model, tmp_path, monkeypatch):

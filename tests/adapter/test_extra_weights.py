@@ -3,12 +3,10 @@
 import copy
 import json
 import shutil
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.models import model_of
@@ -25,8 +23,6 @@ import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.pretrained import INDEX
-from s2ft.attached import extra_weights
-from s2ft.attached.mounting import before_forward, before_load
 from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS
 
@@ -118,14 +114,6 @@ def test_switching_restores_the_base_and_the_trained_weights(how, layout):
     assert all(parameter.requires_grad for parameter in merged.parameters())
 
 
-@BOTH
-def test_detaching_an_inactive_adapter_restores_the_base(how):
-    model = train(attached(how))
-    s2ft.set_adapter(model, None)
-    s2ft.set_adapter(model, None)
-    assert_states(state_of(s2ft.detach(model)), BASE)
-
-
 def test_a_weight_is_unfrozen_in_the_middle_of_training():
     model = train(attached())
     model.bert.embeddings.LayerNorm.requires_grad_(True)
@@ -143,78 +131,6 @@ def test_evaluation_records_nothing():
     with torch.no_grad():
         model.train()(input_ids=IDS)
     assert attachment_of(model).extra.base == {}
-
-
-class Interrupt(BaseException):
-    pass
-
-
-def interrupted(call, line):
-    """Interrupt `call` before the given line that extra_weights.py runs. Returns whether it was interrupted."""
-    lines = 0
-
-    def trace(frame, event, _):
-        nonlocal lines
-        if frame.f_code.co_filename != extra_weights.__file__:
-            return None
-        if event == "line":
-            lines += 1
-            if lines == line:
-                raise Interrupt
-        return trace
-
-    before = sys.gettrace()
-    sys.settrace(trace)
-    try:
-        call()
-    except Interrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
-@BOTH
-@pytest.mark.parametrize("again", (None, "default"))
-@pytest.mark.parametrize("target", (None, "default", "loaded"))
-def test_an_interrupt_at_any_line_of_a_switch_loses_no_weights(how, again, target):
-    """`again` is the adapter that is activated after the interrupt."""
-    model = train(attached(how))
-    s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded"), 3), "loaded"), active=False)
-    trained, line = head_of(model), 1
-    while True:
-        s2ft.set_adapter(model, "loaded" if target == "default" else "default")
-        stopped = interrupted(lambda: s2ft.set_adapter(model, target), line)
-        s2ft.set_adapter(model, again)
-        expected = trained if again else {name: BASE[name] for name in HEAD}
-        assert_states(head_of(model), expected)
-        s2ft.set_adapter(model, "default")
-        assert_states(head_of(model), trained)
-        if not stopped:
-            break
-        line += 1
-    assert line > 20
-    assert_states(state_of(s2ft.detach(model)), BASE)
-
-
-@settings(max_examples=25, deadline=None)
-@given(st.lists(st.sampled_from(["none", "default", "loaded", "train", "disable", "rename"]), max_size=8))
-def test_any_sequence_of_switches_restores_the_base(steps):
-    model = attached("by hand")
-    s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="loaded")), "loaded"), active=False)
-    name = "default"
-    for step in steps:
-        if step == "train" and s2ft.status(model).active == {name: 1.0}:
-            train(model, 1)
-        elif step == "disable":
-            with s2ft.disable_adapters(model):
-                assert all(torch.equal(value, BASE[key]) for key, value in head_of(model).items())
-        elif step == "rename":
-            s2ft.rename_adapter(model, name, name + "x")
-            name += "x"
-        elif step != "train":
-            s2ft.set_adapter(model, {"none": None, "default": name, "loaded": "loaded"}[step])
-    assert_states(state_of(s2ft.detach(model)), BASE)
 
 
 # ---- files -------------------------------------------------------------------------------------------------
@@ -240,25 +156,6 @@ def test_saved_and_loaded(how, trainable, tmp_path):
         train(fresh, 1)
         assert not torch.equal(fresh.classifier.weight, model.classifier.weight)
     assert_states(state_of(s2ft.detach(fresh)), BASE)
-
-
-@BOTH
-def test_saved_while_it_is_off(how, tmp_path):
-    model = train(attached(how))
-    trained = head_of(model)
-    s2ft.set_adapter(model, None)
-    s2ft.save_adapter(model, tmp_path, "default")
-    assert_states(s2ft.read_adapter(tmp_path).extra_weights, trained)
-
-
-@BOTH
-def test_restored_into_a_model_that_trains_the_same(how, tmp_path):
-    model = train(attached(how))
-    s2ft.save_adapter(model, tmp_path)
-    other = attached(how)
-    s2ft.adapter.restore_adapter(other, tmp_path)
-    assert_states(state_of(other), state_of(model))
-    assert_states(state_of(s2ft.detach(other)), BASE)
 
 
 @pytest.mark.parametrize(
@@ -381,15 +278,6 @@ def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
         s2ft.load_adapter(model, folder, trainable=True)
     assert find_attachment(model) is None
     assert_states(state_of(model), BASE)
-
-
-def test_weights_that_are_not_finite_are_not_saved(tmp_path):
-    model = train(attached())
-    with torch.no_grad():
-        model.classifier.bias[0] = float("inf")
-    with pytest.raises(ValueError, match="classifier.bias: the weight is empty or not finite"):
-        s2ft.save_adapter(model, tmp_path / "a")
-    assert not (tmp_path / "a").exists()
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------
@@ -554,19 +442,6 @@ def test_invalid_modules_are_refused_before_anything_changes(modules, message):
     assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
 
 
-@pytest.mark.parametrize("value", ("classifier", [], [""], [1], 5))
-def test_modules_to_save_must_be_a_list_of_names(value):
-    with pytest.raises(ValueError, match="modules_to_save must be a list"):
-        S2FTConfig(d_ratio=0.1, modules_to_save=value)
-
-
-def test_the_command_line_has_the_option():
-    from s2ft.cli.parse import parse
-
-    (config,) = parse("finetune", "", [S2FTConfig], ["--d-ratio", "0.1", "--modules-to-save", "lm_head", "model.norm"])
-    assert config.modules_to_save == ["lm_head", "model.norm"]
-
-
 def test_a_tied_head_is_trained_under_the_embeddings_name(tmp_path):
     model = model_of("qwen2-grouped-tied")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
@@ -592,18 +467,6 @@ def test_a_weight_that_an_optimizer_of_deepspeed_holds_is_refused():
     model.classifier.weight._hp_mapping = object()  # the mark of ZeRO
     with pytest.raises(RuntimeError, match="classifier.weight was unfrozen by hand.*modules_to_save"):
         model.train()(input_ids=IDS)
-
-
-def test_hooks_are_added_once_and_removed():
-    model = attached()
-    hooks = list(model._forward_pre_hooks.values())
-    assert hooks.count(before_forward) == 1 and len(hooks) == 2  # the other one waits for weights, see arrival.py
-    assert [hook.hook for hook in model._load_state_dict_pre_hooks.values()].count(before_load) == 1
-    s2ft.set_adapter(model, None)
-    s2ft.detach(model)
-    assert not model._forward_pre_hooks and not model._load_state_dict_pre_hooks
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
-    assert len(model._forward_pre_hooks) == 2
 
 
 # ---- the report --------------------------------------------------------------------------------------------

@@ -201,6 +201,13 @@ HOSTILE = {
     "adapter's name empty": (rewrite(lambda c: c.update(name="")), "word without slashes"),
     "adapter's name long": (rewrite(lambda c: c.update(name="a" * 10**6)), "word without slashes"),
     "adapter's name a list": (rewrite(lambda c: c.update(name=["a"])), "name is missing or not a str"),
+    # files that are cut, changed or missing
+    "truncated": (lambda f: os.truncate(f / TENSORS, (f / TENSORS).stat().st_size - 100), "truncated or damaged"),
+    "empty": (lambda f: os.truncate(f / TENSORS, 0), "truncated or damaged"),
+    "one bit": (lambda f: (f / TENSORS).write_bytes((f / TENSORS).read_bytes()[:-3] + b"\1\1\1"), "sha256 differs"),
+    "no tensors": (lambda f: (f / TENSORS).unlink(), f"no {TENSORS}"),
+    "no config": (lambda f: (f / CONFIG).unlink(), f"no {CONFIG}"),
+    "other info": (text(lambda t: t.replace('"model_type": "llama"', '"model_type": "other"')), "config_sha256"),
     # the config as JSON
     "not UTF-8": (raw(b'{"schema": 5, "name": "\xff"}'), "is not UTF-8"),
     "UTF-16": (lambda f: (f / CONFIG).write_text((f / CONFIG).read_text(), "utf-16"), "is not UTF-8"),
@@ -366,8 +373,7 @@ def victim():
     return model, copy.deepcopy(model.state_dict())
 
 
-@pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))
-@pytest.mark.parametrize("hostile", HOSTILE)
+@pytest.mark.parametrize("hostile,trainable", [(name, bool(i % 2)) for i, name in enumerate(HOSTILE)])
 def test_hostile_folders_are_refused_before_a_weight_changes(hostile, trainable, saved, victim, tmp_path):
     spoil, message = HOSTILE[hostile]
     folder = copied(saved, tmp_path / "folder")
@@ -446,7 +452,7 @@ def everything(adapter):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(
     name=st.sampled_from([CONFIG, TENSORS]),
     flips=st.lists(st.tuples(st.integers(0, 2**20), st.integers(1, 255)), min_size=1, max_size=3),
@@ -482,7 +488,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(value=JSON, data=st.data())
 def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim, tmp_path_factory, value, data):
     """The digests fit the change: only ValueError is raised, and then no weight of the model changes."""

@@ -1,11 +1,9 @@
 """Several adapters on one model are switched, combined, renamed and deleted; the base stays exact."""
 
 import copy
-import random
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch, train
 
 import s2ft
@@ -68,106 +66,6 @@ def effective(base, weights, adapters=FIVE):
 
 
 # ---- operations at random ------------------------------------------------------------------------------------
-
-
-class Walk:
-    """A model, and the names that it should have."""
-
-    def __init__(self, dtype, layout, trainable):
-        self.base = model_of(CASE, dtype)
-        self.model = loaded(dtype=dtype, trainable=trainable, layout=layout)
-        self.names = dict(zip("abcde", "abcde"))  # current name → the name in FIVE
-        self.made = 0
-
-    def step(self, operation, rng):
-        name = rng.choice(sorted(self.names)) if self.names else None
-        if name is not None or operation in ("base_", "load"):
-            getattr(self, operation)(name, rng)
-        assert set(s2ft.list_adapters(self.model)) >= set(self.names) if self.names else True
-
-    def one(self, name, rng):
-        s2ft.set_adapter(self.model, name)
-
-    def several(self, name, rng):
-        s2ft.set_adapter(
-            self.model, {n: rng.choice((1.0, 0.7, -0.3, 0)) for n in sorted(self.names) if rng.random() < 0.6}
-        )
-
-    def base_(self, name, rng):
-        s2ft.set_adapter(self.model, None)
-
-    def delete(self, name, rng):
-        if len(self.names) > 2:
-            s2ft.delete_adapter(self.model, name)
-            del self.names[name]
-
-    def load(self, name, rng):
-        missing = sorted(set("abcde") - set(self.names.values()))
-        if missing:
-            s2ft.load_adapter(self.model, FIVE[missing[0]], name=f"{missing[0]}{self.made}", active=rng.random() < 0.5)
-            self.names[f"{missing[0]}{self.made}"] = missing[0]
-            self.made += 1
-
-    def rename(self, name, rng):
-        new = f"r{self.made}"
-        self.made += 1
-        s2ft.rename_adapter(self.model, name, new)
-        self.names[new] = self.names.pop(name)
-
-    def add_up(self, name, rng):
-        s2ft.combine_adapters(self.model, {name: 0.5}, f"sum{self.made}")
-        s2ft.set_adapter(self.model, f"sum{self.made}")
-        s2ft.delete_adapter(self.model, f"sum{self.made}")
-        self.made += 1
-
-    def fuse(self, name, rng):
-        s2ft.fuse(self.model)
-
-    def unfuse(self, name, rng):
-        s2ft.unfuse(self.model)
-
-    def disabled(self, name, rng):
-        with s2ft.disable_adapters(self.model):
-            assert s2ft.status(self.model).active == {}
-
-
-OPERATIONS = ("one", "several", "base_", "delete", "load", "rename", "add_up", "fuse", "unfuse", "disabled")
-
-
-@settings(max_examples=30, deadline=None)
-@given(
-    st.lists(st.sampled_from(OPERATIONS), max_size=25),
-    st.sampled_from(DTYPES),
-    st.sampled_from(("permuted", "indexed")),
-    st.sampled_from((None, "a", "c")),
-    st.integers(0, 2**30),
-)
-def test_any_sequence_of_operations(operations, dtype, layout, trainable, seed):
-    walk(operations, dtype, layout, trainable, random.Random(seed))
-
-
-@pytest.mark.parametrize(
-    "layout,trainable,dtype",
-    [
-        (*how, dtype)
-        for how, dtype in zip([("permuted", None), ("permuted", "b"), ("indexed", "b")], DTYPES, strict=True)
-    ],
-)
-def test_a_thousand_operations(layout, trainable, dtype):
-    rng = random.Random(7)
-    walk([rng.choice(OPERATIONS) for _ in range(1000)], dtype, layout, trainable, rng)
-
-
-def walk(operations, dtype, layout, trainable, rng):
-    """After each operation the weights equal the base plus the active adapters, bit for bit."""
-    at = Walk(dtype, layout, trainable)
-    for operation in operations:
-        at.step(operation, rng)
-    active = s2ft.status(at.model).active
-    one = next(iter(active)) if len(active) == 1 and next(iter(active.values())) == 1 else None
-    if one is not None:
-        assert same(s2ft.merge(copy.deepcopy(at.model)), effective(at.base, {at.names[one]: 1.0}))
-    assert same(s2ft.detach(at.model), at.base)
 
 
 # ---- weighted sums -------------------------------------------------------------------------------------------
@@ -261,48 +159,7 @@ def test_arithmetic():
         a + other
 
 
-def test_overlap_counts_units():
-    a, b = FIVE["a"], FIVE["b"]
-    found = overlap([a, b])
-    for path in a.deltas:
-        both = set(a.selection[path].tolist()) & set(b.selection[path].tolist())
-        either = set(a.selection[path].tolist()) | set(b.selection[path].tolist())
-        assert (found.shared[path], found.trained[path]) == (len(both), len(either))
-
-
 # ---- names, deleting, loading ------------------------------------------------------------------------------------
-
-WRONG = {
-    "unknown": (lambda m: s2ft.set_adapter(m, "x"), ValueError, "no adapter is called 'x'; there are a, b"),
-    "unknown weight": (lambda m: s2ft.set_adapter(m, {"a": 1, "x": 1}), ValueError, "no adapter is called 'x'"),
-    "weight": (
-        lambda m: s2ft.set_adapter(m, {"a": float("nan")}),
-        ValueError,
-        "weight of adapter 'a' must be a finite",
-    ),
-    "no weights": (lambda m: s2ft.set_adapter(m, ["a"]), TypeError, "a name, weights by name, or None"),
-    "fuse nothing": (lambda m: s2ft.combine_adapters(m, {}, "s"), TypeError, "at least one"),
-    "fuse taken": (lambda m: s2ft.combine_adapters(m, {"a": 1}, "b"), ValueError, "already"),
-    "fuse name": (lambda m: s2ft.combine_adapters(m, {"a": 1}, "../b"), ValueError, "without slashes"),
-    "delete": (lambda m: s2ft.delete_adapter(m, "x"), ValueError, "no adapter is called"),
-    "rename": (lambda m: s2ft.rename_adapter(m, "x", "y"), ValueError, "no adapter is called"),
-    "rename taken": (lambda m: s2ft.rename_adapter(m, "a", "b"), ValueError, "already"),
-    "load taken": (lambda m: s2ft.load_adapter(m, FIVE["a"]), ValueError, "already"),
-    "get": (lambda m: s2ft.get_adapter(m, "x"), ValueError, "no adapter is called"),
-    "attach taken": (lambda m: s2ft.attach(m, S2FTConfig(d_ratio=0.1), name="a"), ValueError, "already"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_mistakes_do_not_change_the_model(wrong):
-    do, error, message = WRONG[wrong]
-    model = loaded("ab")
-    s2ft.set_adapter(model, {"a": 0.5, "b": 1})
-    before = states(model)
-    with pytest.raises(error, match=message):
-        do(model)
-    assert s2ft.status(model).active == {"a": 0.5, "b": 1} and s2ft.list_adapters(model) == ["a", "b"]
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 
 
 def test_deleting_the_last_adapter_gives_the_plain_model():
@@ -426,12 +283,6 @@ def test_switching_does_not_recompile():
         with torch.no_grad():
             assert torch.allclose(compiled(batch).logits, model(batch).logits, atol=1e-5)
     assert len(compilations) == seen
-
-
-def test_deltas_are_kept_on_the_requested_device():
-    model = model_of(CASE)
-    s2ft.load_adapter(model, FIVE["a"], device="cpu")
-    assert all(delta.values.device.type == "cpu" for delta in attachment_of(model).loaded["a"].deltas.values())
 
 
 @pytest.mark.parametrize("case", ("phi3-grouped", "gpt2", "mixtral", "deepseek-v3", "t5"))

@@ -13,7 +13,7 @@ from train.tiny import save_tiny, tiny_tokenizer
 
 import s2ft
 from s2ft.export import merged, streamed
-from s2ft.export.merged import export, write_merged
+from s2ft.export.merged import export, temporary_folder, write_merged
 from s2ft.files.streaming import stored_tensors
 from s2ft.model import conversion
 from s2ft.model.checkpoint import StoredWeights, open_checkpoint
@@ -290,6 +290,16 @@ def test_an_interrupt_leaves_nothing(after, work, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         export(str(work / "model"), work / "adapter", tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(tmp_path):
+    for name in (".out.s2ft-abcdefgh", ".out.settings"):
+        (tmp_path / name).mkdir()
+    output = tmp_path / "out"
+    with pytest.raises(OSError), temporary_folder(output) as first, temporary_folder(output) as second:
+        assert {one.name for one in tmp_path.iterdir()} == {".out.settings", first.name, second.name}
+        (second / "a").touch()
+    assert {one.name for one in tmp_path.iterdir()} == {".out.settings", "out"}
 
 
 def test_a_release_of_transformers_without_its_conversions_is_named(work, monkeypatch):

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from support.tolerances import GEMM
 
 import s2ft
-from s2ft.ops import _linear, indexed_linear, sliced_linear
+from s2ft.ops import _linear, act_mul, indexed_linear, sliced_linear
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 LEADING = ((), (1,), (5,), (2, 3), (2, 1, 3), (0,), (2, 0))
@@ -245,6 +245,18 @@ def test_modes_and_transforms_see_the_registered_op(op, dim):
     constants = [tensor.detach() for tensor in (case.delta, case.bias)]  # a trace holds none that require a gradient
     traced = torch.jit.trace(lambda x: case.call(x, *constants), case.x.detach(), check_trace=False)
     assert op.__name__ in str(traced.graph)
+
+
+@pytest.mark.parametrize("op,dim", OPS_AND_DIMS, ids=name)
+def test_forward_mode_is_refused(op, dim):
+    """The tangent would be lost in silence."""
+    case = Case(op, SHAPES[0], dim)
+    x, constants = case.x.detach(), [tensor.detach() for tensor in (case.delta, case.bias)]
+    functions = (lambda x: case.call(x, *constants), lambda x: case.call(x), lambda x: act_mul(x, x, "silu"))
+    for function in functions:
+        for differentiate in (torch.func.jacfwd(function), torch.compile(torch.func.jacfwd(function), backend="eager")):
+            with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+                differentiate(x)
 
 
 @pytest.mark.parametrize("dim", (0, 1))

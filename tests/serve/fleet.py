@@ -5,12 +5,11 @@ import time
 from contextlib import contextmanager
 
 import torch
-import uvicorn
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
 from s2ft.serve.options import ServerOptions
-from s2ft.serve.server import Server, build_app
+from s2ft.serve.server import Server, build_app, config_of, listen
 from s2ft.text.running_batch import Row, RunningBatch
 from s2ft.text.sampling import Sampler
 
@@ -69,12 +68,8 @@ def running_server(adapters, model=None, **options):
     model = tiny_model() if model is None else model
     sources = [] if adapters is None else [str(one) for one in (adapters if isinstance(adapters, list) else [adapters])]
     app, service = build_app(model, tiny_tokenizer(), BASE, sources, options)
-    server = Server(
-        uvicorn.Config(app, port=0, log_config=None, access_log=False, timeout_graceful_shutdown=5),
-        service.engine,
-        grace=options.grace,
-    )
-    thread = threading.Thread(target=server.run)
+    server = Server(config_of(app, options), service.engine, grace=options.grace)
+    thread = threading.Thread(target=server.run, args=([listen(options.host, 0)],))
     thread.start()
     try:
         eventually(lambda: server.started or not thread.is_alive(), "the server")

@@ -4,6 +4,7 @@ import json
 import signal
 import socket
 import threading
+from contextlib import ExitStack, suppress
 
 import httpx
 import pytest
@@ -12,6 +13,7 @@ from serve.process import served
 from train.tiny import save_tiny, tiny_model
 
 from s2ft.cli.main import main
+from s2ft.serve import server
 from s2ft.serve.options import Limits
 
 LONG = dict(max_position_embeddings=1 << 16, tie_word_embeddings=False, eos_token_id=None)
@@ -79,14 +81,27 @@ def test_a_request_out_of_time_is_504(adapters):
         eventually(lambda: not any(httpx.get(f"{url}/health").json()[key] for key in ("running", "waiting")))
 
 
-def test_an_address_in_use_is_an_error(model, caplog, monkeypatch):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)  # the handlers of this process stay
+def test_an_address_in_use_is_an_error(model, capsys):
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        with pytest.raises(SystemExit) as ended:
-            main(["serve", "--model", str(model), "--port", str(other.getsockname()[1])])
-    assert ended.value.code != 0 and "in use" in caplog.text
+        assert main(["serve", "--model", str(model), "--port", str(other.getsockname()[1])]) == 1
+    assert "error: can't listen on 127.0.0.1, port" in (said := capsys.readouterr().err) and "in use" in said
+
+
+def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(monkeypatch):
+    monkeypatch.setattr(server, "HEADER_TIME", 1)
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 3)
+    with running(None) as (url, _), ExitStack() as opened:
+        address = url.removeprefix("http://").split(":")
+        with httpx.Client() as client:  # a connection that is kept
+            assert client.get(f"{url}/health").status_code == 200
+            slow = [opened.enter_context(socket.create_connection(address, timeout=30)) for _ in range(3)]
+            slow[0].sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nX-")
+            for one in reversed(slow):  # the last one is closed at once
+                with suppress(ConnectionResetError):
+                    assert one.recv(1) == b""
+            assert client.get(f"{url}/health").status_code == 200
 
 
 @pytest.mark.parametrize(

@@ -118,16 +118,20 @@ def test_a_start_with_only_wrong_adapters_or_a_named_one_is_refused(spare, tmp_p
 
 def test_sources_that_make_no_sense_are_refused(spare, tmp_path):
     run = make_run(spare, tmp_path / "run")
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").touch()
     for text, words in (
         ("nowhere", "adapters: nowhere is not a folder"),
         (f"a={tmp_path}/nowhere", "nowhere is not a folder"),
         (f"{run}/checkpoint-4", "is a checkpoint of a training run"),
         (f"a={run}/checkpoint-4", "is a checkpoint of a training run"),
         (f"a={tmp_path}", "it has run in it: give the directory without a="),
+        (tmp_path / "lora", "lora can't be served: it is an adapter of PEFT: convert it with s2ft export --from-peft"),
+        (f"a={tmp_path}/lora", "it is an adapter of PEFT"),
         (f"a/b={run}", "name must be a word without slashes"),
     ):
         with pytest.raises((ValueError, NotADirectoryError), match=words):
-            source_of(text)
+            source_of(str(text))
     for names in (["run", "run"], [BASE]):
         sources = [f"{name}={path}" for name, path in zip(names, (run, spare / "a0"))]
         with pytest.raises(ValueError, match="two adapters are called 'run'|has the name of the base"):
@@ -156,6 +160,9 @@ def test_the_check_reads_every_adapter_and_does_not_serve(spare, tmp_path, capsy
     damage(tmp_path / "adapters" / "flipped")
     assert main([*command, "--engine", "vllm"]) == 2  # also where vLLM is not installed
     assert "1 of 2 adapters can't be served" in capsys.readouterr().err and "flipped" in caplog.text
+    (tmp_path / "empty").mkdir()
+    assert main([*command[:-2], str(tmp_path / "empty"), "--check"]) == 2
+    assert f"there is no adapter in {tmp_path / 'empty'}" in capsys.readouterr().err
 
 
 def test_names_with_one_reason_share_a_line():

@@ -14,6 +14,8 @@ def allow() -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
+    from s2ft.train import parallel
+
     if hasattr(AcceleratorState, "before_allow"):
         return
     AcceleratorState.before_allow = AcceleratorState.__init__
@@ -34,6 +36,7 @@ def allow() -> None:
         return several(self) or (shared and self.distributed_type == DistributedType.MULTI_CPU)
 
     Accelerator.multi_device = property(multi_device)
+    parallel.check_can_shard = lambda arguments: None
 
 
 if __name__ == "__main__":

@@ -2,13 +2,14 @@
 
 In layout `permuted` the units of coupled weights are in another order than in the base, and another thread may be
 running the model. So ``state_dict()`` returns copies of these weights in original order, unfused, taken while no
-operation has base + delta in them. The copies load into a plain model of the base, and into one with other units
-selected. ``load_state_dict`` accepts only the base, in either order: the weights are frozen, so loading it changes
-nothing, and anything else is an error.
+operation has base + delta in them. A parameter that a trainable layer has replaced keeps its name. The copies load into
+a plain model of the base, and into one with other units selected. ``load_state_dict`` accepts only the base, in either
+order: the weights are frozen, so loading it changes nothing, and anything else is an error. Loaded adapters that are
+active stay in the copies, as they are in the weights.
 
-Weights that FSDP2 or ZeRO-3 has sharded stay in their order, because no rank has all the units that would move. Under
-tensor parallelism each rank puts its own units in order. Packed weights are gathered for that, so every rank must call
-``state_dict()`` if there are any.
+Weights that FSDP2 or ZeRO-3 has sharded stay in their order, because no rank has all the units that would move, and
+under the name in their layer, by which FSDP looks for them. Under tensor parallelism each rank puts its own units in
+order. Packed weights are gathered for that, so every rank must call ``state_dict()`` if there are any.
 """
 
 from collections.abc import Iterator
@@ -18,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.checkpointing import remove_hooks
-from s2ft.attached.record import Attachment, find_attachment
+from s2ft.attached.record import Attachment, Mount, find_attachment
 from s2ft.distributed import is_dtensor, is_sharded
 from s2ft.layers import kind_of
-from s2ft.layers.base import at_rest
+from s2ft.layers.base import at_rest, why_not_whole
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import swap_
@@ -56,10 +57,11 @@ class _BaseOrder:
             for mounted in record.mounts.values()
             if "weight" in mounted.layer._parameters
         }
+        self.written = {id(weight_at(model, entry.projection).tensor) for entry in record.written}
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether a tensor may differ from its entry in a state dict."""
-        return id(tensor) in self.moves or id(tensor) in self.layers
+        return id(tensor) in self.moves or id(tensor) in self.layers or id(tensor) in self.written
 
     def copy_of(self, tensor: Tensor, without_written: bool = False) -> Tensor:
         """Copy a parameter or buffer, unfused, in original order.
@@ -104,11 +106,23 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
         if is_sharded(tensor) and (not is_dtensor(tensor) or is_fsdp):
             continue
         if id(tensor) not in copies:
-            copies[id(tensor)] = order.copy_of(tensor)
+            copies[id(tensor)] = order.copy_of(tensor, without_written=True)
         state[key] = copies[id(tensor)]
     for path, mounted in record.mounts.items():
         if id(mounted.layer._parameters.get("weight")) in copies:
             state.pop(f"{prefix}{path}.base", None)  # the copy is not fused
+    replaced = [key for key, mounted in _of_parameters(record, prefix) if not why_not_whole(mounted.layer)]
+    names = {f"{key}.weight": key for key in replaced}
+    entries = [(names.get(key, key), value) for key, value in state.items()]
+    state.clear()  # in place, and the order stays
+    state.update(entries)
+
+
+def _of_parameters(record: Attachment, prefix: str) -> Iterator[tuple[str, Mount]]:
+    """Yield the trainable layers that have replaced a parameter, with the parameter's key in a state dict."""
+    for path, mounted in record.mounts.items():
+        if mounted.original is None:
+            yield prefix + path, mounted
 
 
 def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -118,6 +132,9 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
         ValueError: They are not. Nothing has changed.
     """
     record = find_attachment(model)
+    for key, _ in () if record is None else _of_parameters(record, prefix):
+        if key in state:
+            state[f"{key}.weight"] = state.pop(key)
     if record is None or record.awaits_weights:
         return  # weights that arrive are checked when they are complete, see s2ft.attached.arrival
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
