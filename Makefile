@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check test-triton
+.PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
 
 demo: $(VENV)/.demo
 	$(BIN)/s2ft demo
@@ -66,11 +66,6 @@ test-vllm: $(VENV)/.installed
 # Run the tests that need lm-eval, in an environment that has it and takes all other packages from $(VENV).
 test-lm-eval: $(VENV)/.installed
 	$(BIN)/python tests/support/with_lm_eval.py $(ARGUMENTS)
-
-# Run the Triton kernels on the CPU, in Triton's interpreter, and compile them for GPUs. The environment has Triton and
-# takes all other packages from $(VENV). On a machine with a GPU, `pytest -m triton` runs the kernels there.
-test-triton: $(VENV)/.installed
-	$(BIN)/python tests/support/with_triton.py $(ARGUMENTS)
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed

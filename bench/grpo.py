@@ -8,9 +8,7 @@ The model is SmolLM2-135M-Instruct, the problems are those of examples/grpo_reas
 its own. Before and after the training the engine samples answers to the held-out problems, with the base and with the
 trained slices in its weights.
 
-At each step the trainer's log-probabilities of the sampled tokens are compared with those that the engine sampled from.
-At the end the engine has its base again, and both score the very same tokens under the base. The difference there is
-that of the two programs, and no part of it comes from the slices.
+At each step TRL compares the trainer's log-probabilities of the sampled tokens with those that the engine sampled from.
 """
 
 import argparse
@@ -41,7 +39,6 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
     from datasets import Dataset
 
     import s2ft
-    from s2ft.sync.agreement import joint_agreement, keep_rollouts
     from s2ft.text.models import load_model
     from s2ft.train.callbacks import JsonlLog
     from s2ft.train.demo import default_model
@@ -49,7 +46,6 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
     from s2ft.train.output import RunFolder, read_log
     from s2ft.train.rewards import checked
     from s2ft.train.rl_trainers import GRPORunTrainer
-    from s2ft.vllm.scoring import scored_on_base
 
     model, tokenizer = load_model(options.model or default_model(), dtype)
     held_out = example.problems(held_out=True)
@@ -69,13 +65,11 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
                 callbacks=[JsonlLog(folder.log, shows=True)],
                 base=base,
             )
-            rollouts, sent = keep_rollouts(trainer), _time_syncs(trainer)
+            sent = _time_syncs(trainer)
             before = sampled_scores(trainer, tokenizer, held_out, example)
             began = time.perf_counter()
             trainer.train()
             seconds = time.perf_counter() - began
-            scored = spread(rollouts, options.scored)
-            on_base = scored_on_base(trainer, scored)
             after = trained_scores(trainer, tokenizer, held_out, example)
         log = read_log(folder.log)
     return {
@@ -87,11 +81,9 @@ def run(options: argparse.Namespace, seed: int, dtype: str) -> dict[str, Any]:
         "sync_seconds": [one.seconds for one in sent],
         "reward": [line["reward"] for line in log],
         "held_out": {"before": before, "after": after},
-        "steps": [{"step": one.step, **one.agreement._asdict()} for one in rollouts],
-        "all_steps": joint_agreement(rollouts)._asdict(),
-        "training": joint_agreement(scored)._asdict(),
-        "base": joint_agreement(on_base)._asdict(),
-        "base_steps": [{"step": one.step, **one.agreement._asdict()} for one in on_base],
+        "logp_difference": [
+            [line[f"sampling/sampling_logp_difference/{kind}"] for kind in ("mean", "max")] for line in log
+        ],
     }
 
 
@@ -137,17 +129,6 @@ def gain(result: dict[str, Any]) -> tuple[float, float, float, float]:
     return statistics.mean(before), statistics.mean(after), statistics.mean(gains), error
 
 
-# ---- log-probabilities -----------------------------------------------------------------------------------
-
-
-def spread(rollouts, count: int | None) -> list[Any]:
-    """Some rollouts, as far apart as possible, with the first and the last one; all if count is None."""
-    if count is None or count >= len(rollouts):
-        return rollouts
-    last = len(rollouts) - 1
-    return [rollouts[round(n * last / max(1, count - 1))] for n in range(count)]
-
-
 # ---- the table -------------------------------------------------------------------------------------------
 
 
@@ -161,21 +142,8 @@ def show(results: list[dict[str, Any]]) -> None:
             f"gain {more:+.3f} ± {error:.3f}; {one['sync_bytes'] / 1e6:.1f} MB and "
             f"{1000 * statistics.median(one['sync_seconds']):.0f} ms a sync"
         )
-        lines = {
-            "all_steps": "trained slices, all steps",
-            "training": "trained slices",
-            "base": "base, the same tokens",
-        }
-        for name, title in lines.items():
-            apart = one[name]
-            print(
-                f"    {title:28s}{apart['tokens']:>8,} tokens: mean {apart['mean']:.2e}, "
-                f"99.9 % {apart['quantile']:.2e}, max {apart['max']:.2e}"
-            )
-        on_base = {step["step"]: step["mean"] for step in one.get("base_steps", ())}
-        ratios = [step["mean"] / on_base[step["step"]] for step in one["steps"] if step["step"] in on_base]
-        if ratios:
-            print(f"    mean of a step, trained to base: {min(ratios):.2f} to {max(ratios):.2f} times")
+        for name, found in zip(("mean", "largest"), zip(*one.get("logp_difference", ()))):
+            print(f"    {name} difference of log-probabilities at a step: at most {max(found):.2e}")
 
 
 def main() -> None:
@@ -187,7 +155,6 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--answers", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--scored", type=int, help="score the tokens of so many steps on the base too; default: all")
     parser.add_argument("--table", action="store_true", help="print the table of the results and measure nothing")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
@@ -210,12 +177,7 @@ def measure(options: argparse.Namespace) -> None:
     for seed, dtype in runs:
         with tempfile.NamedTemporaryFile(suffix=".json") as file:
             given = ["--steps", options.steps, "--answers", options.answers, "--lr", options.lr]
-            given += [
-                word
-                for name in ("model", "scored")
-                if (value := getattr(options, name))
-                for word in (f"--{name}", value)
-            ]
+            given += ["--model", options.model] if options.model else []
             command = [sys.executable, __file__, "--child", file.name, "--seeds", seed, "--dtype", dtype, *given]
             subprocess.run([str(word) for word in command], check=True, env={**os.environ, **VARIABLES})
             results.append({**json.loads(Path(file.name).read_text()), "machine": machine()})

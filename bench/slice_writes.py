@@ -40,16 +40,17 @@ def measure(folder: Path, args: argparse.Namespace) -> dict:
     """Measure all ways in one engine, check their results, and print the table."""
     from vllm import LLM
 
-    from s2ft.adapter import read_adapter
-    from s2ft.sync.adapters import adapter_slices
-    from s2ft.text.models import hollow_model
+    import s2ft
+    from s2ft.sync import TrainedSlices
+    from s2ft.text.models import load_model
 
     options = dict(max_model_len=256, enforce_eager=True, max_num_seqs=4, max_num_batched_tokens=256)
     llm = LLM(str(folder / "base"), dtype=args.dtype, weight_transfer_config={"backend": "s2ft"}, **options)
     worker = llm.llm_engine.model_executor.driver_worker.worker
     receiver, model = worker.weight_transfer_engine.receiver, worker.model_runner.get_model()
-    slices = adapter_slices(read_adapter(folder / "s2ft"), hollow_model(str(folder / "base")))
-    specs, began = _with_hashes(slices.specs, folder / "base", args.dtype), time.perf_counter()
+    trained, _ = load_model(str(folder / "base"), args.dtype)
+    s2ft.load_adapter(trained, folder / "s2ft", trainable=True)
+    specs, began = TrainedSlices.of(trained, getattr(torch, args.dtype)).specs, time.perf_counter()
     receiver.bind({"sender": "bench", "dtype": args.dtype, "slices": _message(specs)})
     bound = time.perf_counter() - began
     dtype = getattr(torch, args.dtype)
@@ -102,17 +103,6 @@ def _steps(receiver, model, specs, numbers):
         "patches": patched,
         "patches, unchecked": lambda: patched(validate_unique_indices=False),
     }
-
-
-def _with_hashes(specs, base: Path, dtype: str):
-    from dataclasses import replace
-
-    from s2ft.model.checkpoint import open_checkpoint
-    from s2ft.sync.wire import hashes_of
-
-    stored = open_checkpoint(base).tensors
-    numbers = [stored[one.name].read().to(getattr(torch, dtype)).index_select(one.dim, one.index) for one in specs]
-    return [replace(one, hashes=hashes_of(values, one.dim)) for one, values in zip(specs, numbers)]
 
 
 def _message(specs):

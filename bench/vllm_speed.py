@@ -103,6 +103,10 @@ def serve(args: argparse.Namespace) -> None:
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
+    import s2ft
+    from s2ft.sync import SliceSender
+    from s2ft.text.models import load_model
+
     kinds = {
         "s2ft": {"weight_transfer_config": {"backend": "s2ft"}},
         "packed": {},
@@ -113,14 +117,15 @@ def serve(args: argparse.Namespace) -> None:
     options = SamplingParams(temperature=0, max_tokens=args.tokens, ignore_eos=True)
     prompts = [{"prompt_token_ids": [(7 * n + k) % 900 + 10 for k in range(16)]} for n in range(args.requests)]
     request = LoRARequest("lora", 1, str(args.folder / "lora"))
+    if args.engine == "s2ft":
+        model, _ = load_model(str(args.folder / "base"), args.dtype)
+        s2ft.load_adapter(model, args.folder / "s2ft", trainable=True)
+        sender = SliceSender(model, llm)
     print("RATE 0", flush=True)
     for line in sys.stdin:
         uses_lora = args.engine == "lora" and line.strip() == "adapter"
         if args.engine == "s2ft":
-            update = {"adapter": str(args.folder / "s2ft")} if line.strip() == "adapter" else {"base": True}
-            llm.start_weight_update()
-            llm.update_weights({"update_info": update})
-            llm.finish_weight_update()
+            (sender.sync if line.strip() == "adapter" else sender.restore)()
         began = time.perf_counter()
         done = llm.generate(prompts, options, use_tqdm=False, lora_request=request if uses_lora else None)
         seconds = time.perf_counter() - began

@@ -34,7 +34,6 @@ NEEDS = {
     "use_vllm": ("vllm",),
     "s2ft eval --lm-eval": ("lm-eval",),
     "s2ft export --format gguf": ("gguf",),
-    "s2ft export --format ollama": ("gguf",),
     "a model in a .gguf file": ("gguf",),
     "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),

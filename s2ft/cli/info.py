@@ -42,7 +42,7 @@ def describe(name: str | Path) -> str:
     from s2ft.files.formats import ADAPTER_FORMATS
 
     folder = resolve(name)
-    if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].matches(folder):
+    if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].module.matches(folder):
         raise ValueError(
             f"{folder} is a PEFT adapter: s2ft export --from-lora makes an S²FT adapter from a LoRA that changes "
             "the same few rows or columns"

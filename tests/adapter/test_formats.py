@@ -23,7 +23,7 @@ from s2ft.adapter.formats import lora, native
 from s2ft.adapter.push import push_to_hub
 from s2ft.adapter.switch import get_adapter
 from s2ft.export import EXPORTS, IMPORTS
-from s2ft.files.formats import ADAPTER_FORMATS, AdapterFormat
+from s2ft.files.formats import ADAPTER_FORMATS, Format
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 FAMILIES = (
@@ -438,10 +438,10 @@ def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
         """The native format, written into a subfolder."""
 
         matches = staticmethod(lambda folder: (folder / "inside").is_dir())
-        read = staticmethod(lambda folder, model=None, name=None: native.read(folder / "inside", model, name))
+        read = staticmethod(lambda folder: native.read(folder / "inside"))
 
     monkeypatch.setitem(sys.modules, "nested", Nested)
-    monkeypatch.setitem(ADAPTER_FORMATS, "nested", AdapterFormat("native, one folder deeper", "nested"))
+    monkeypatch.setitem(ADAPTER_FORMATS, "nested", Format("native, one folder deeper", "nested"))
     native.write(read_adapter(GOLDEN / "schema-2"), tmp_path / "inside")
     assert_equal_deltas(read_adapter(tmp_path), read_adapter(GOLDEN / "schema-2"))
     (tmp_path / "empty").mkdir()
@@ -451,9 +451,9 @@ def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
 
 def test_every_row_has_the_functions_of_its_module():
     for known in ADAPTER_FORMATS.values():
-        assert all(callable(function) for function in (known.matches, known.read, known.write, known.describe))
-    assert IMPORTS == [name for name in ADAPTER_FORMATS if name != "native"]
-    assert set(IMPORTS) < set(EXPORTS) and all(callable(export.run) for export in EXPORTS.values())
+        assert all(callable(getattr(known.module, name)) for name in ("matches", "read", "write", "describe"))
+    assert set(IMPORTS) == {*ADAPTER_FORMATS} - {"native"} == {*EXPORTS} - {"merged", "gguf", "ollama"}
+    assert all(callable(EXPORTS[name].module.export) for name in EXPORTS if name not in IMPORTS)
 
 
 def test_reading_a_lora_folder_needs_its_model(tmp_path):

@@ -46,7 +46,6 @@ def test_the_keys_and_the_version():
         "cuda_version",
         "cuda_reason",
         "cuda_ops",
-        "triton_reason",
         "ops",
     }
     assert info["version"] == s2ft.__version__ and info["torch"] == torch.__version__

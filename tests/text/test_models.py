@@ -2,11 +2,12 @@
 
 import json
 
-import numpy
 import pytest
 import torch
+from cli.test_export import base_of
+from support.convert_hf_to_gguf import convert
 from support.images import MODELS
-from train.tiny import save_tiny, tiny_tokenizer
+from train.tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from s2ft.text.models import load_model, locate
@@ -14,45 +15,9 @@ from s2ft.text.models import load_model, locate
 
 @pytest.fixture
 def gguf_file(tmp_path):
-    """A two-layer Llama as GGUF, one tensor in a packed type, with a tokenizer."""
-    gguf = pytest.importorskip("gguf")
-    path = tmp_path / "packed" / "tiny.gguf"
-    path.parent.mkdir()
-    writer = gguf.GGUFWriter(str(path), "llama")
-    writer.add_context_length(128), writer.add_embedding_length(64), writer.add_block_count(2)
-    writer.add_feed_forward_length(96), writer.add_head_count(4), writer.add_head_count_kv(2)
-    writer.add_layer_norm_rms_eps(1e-5), writer.add_rope_dimension_count(16), writer.add_vocab_size(260)
-    vocabulary = sorted(tiny_tokenizer().get_vocab().items(), key=lambda item: item[1])
-    writer.add_tokenizer_model("gpt2"), writer.add_tokenizer_pre("smollm")
-    writer.add_token_list([token for token, _ in vocabulary] + ["ab"]), writer.add_token_merges(["a b"])
-    writer.add_token_types([3] * 3 + [1] * 257)
-    writer.add_bos_token_id(1), writer.add_eos_token_id(2), writer.add_unk_token_id(0)
-    random = numpy.random.default_rng(0)
-    shapes = {"token_embd.weight": (260, 64), "output_norm.weight": (64,)}
-    for layer in range(2):
-        shapes |= {
-            f"blk.{layer}.{name}.weight": shape
-            for name, shape in {
-                "attn_norm": (64,),
-                "ffn_norm": (64,),
-                "attn_q": (64, 64),
-                "attn_k": (32, 64),
-                "attn_v": (32, 64),
-                "attn_output": (64, 64),
-                "ffn_gate": (96, 64),
-                "ffn_up": (96, 64),
-                "ffn_down": (64, 96),
-            }.items()
-        }
-    for name, shape in shapes.items():
-        values = random.standard_normal(shape, dtype=numpy.float32)
-        if name.endswith("ffn_up.weight"):
-            packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
-            writer.add_tensor(name, packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
-        else:
-            writer.add_tensor(name, values)
-    writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
-    return path
+    """A two-layer Llama as GGUF, its matrices in a packed type, with a tokenizer."""
+    (tmp_path / "packed").mkdir()
+    return convert(base_of(tmp_path / "model"), tmp_path / "packed/tiny.gguf", "q8_0")
 
 
 def test_gguf_is_loaded_as_a_plain_model_that_saves_and_reloads_bit_for_bit(gguf_file, tmp_path):

@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -164,16 +163,11 @@ def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def read(
-    folder, model: nn.Module | None = None, name: str | None = None, couplings: Sequence[Coupling] | None = None
-) -> Adapter:
+def read(folder) -> Adapter:
     """Read an adapter. Anything missing, left over, misshapen or damaged is an error that names it.
 
     Args:
         folder: The adapter's folder.
-        model: Not used; other formats need it.
-        name: The adapter's name; default: the name in the file.
-        couplings: Not used; the file has them.
 
     Returns:
         The adapter, on the CPU.
@@ -182,11 +176,7 @@ def read(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or its content is not valid.
     """
-    adapter = read_files(folder)[0]
-    if name is not None:
-        check_adapter_name(name, "name")
-        adapter.name = name
-    return adapter
+    return read_files(folder)[0]
 
 
 def read_files(folder) -> tuple[Adapter, dict[str, bytes]]:
