@@ -72,7 +72,7 @@ def describe(name: str | Path) -> str:
     rows = [
         _row(path, delta, adapter.selection[path].numel(), path in one_sided) for path, delta in adapter.deltas.items()
     ]
-    return "\n".join([*lines, table(rows, right={1, 3})])
+    return "\n".join([*lines, table(rows)])
 
 
 def _one_sided(adapter) -> set[str]:
@@ -85,9 +85,9 @@ def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:
         word = ("output", "input")[delta.dim] if units == delta.index.numel() else "group"
     else:
         word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
-    count = str(delta.index.numel())
+    count = f"{delta.index.numel()} {DIMS[delta.dim]}"
     largest = f"largest update {delta.values.abs().max():.3g}"
-    return path, str(units), word + "s" * (units != 1), count, DIMS[delta.dim], _dtype(delta), largest
+    return path, f"{units} {word}{'s' * (units != 1)}", count, _dtype(delta), largest
 
 
 def _dtype(delta) -> str:

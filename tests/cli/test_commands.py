@@ -50,9 +50,7 @@ def test_a_run_writes_every_promised_file_and_info_describes_it(work, capsys):
     assert [json.loads(line)["step"] for line in (work / "out/log.jsonl").open()] == list(range(1, 7))
     command("info {out}", out=work / "out")
     printed = capsys.readouterr().out
-    assert all(
-        words in printed for words in ("o_ratio 0.25, d_ratio 0.1", "model.layers.1.mlp.down_proj", "6  columns")
-    )
+    assert all(words in printed for words in ("o_ratio 0.25, d_ratio 0.1", "model.layers.1.mlp.down_proj", "6 columns"))
 
 
 def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch):
