@@ -321,11 +321,10 @@ def _loaded(job: EvalArguments) -> Iterator[tuple[Any, Any]]:
     """Load the model with its adapter, and explain an out-of-memory error inside the context."""
     from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.train.device import gpu_or_cpu
-    from s2ft.train.generation_memory import explain_generation
+    from s2ft.train.out_of_memory import explain_out_of_memory, smaller_answers
 
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
-    generates = job.lm_eval is None and job.scoring != "likelihood" and not job.measures_only
-    with explain_generation(model, job.batch_size, job.max_new_tokens if generates else 0, job.num_beams):
+    with explain_out_of_memory(smaller_answers(job.batch_size, str(model.dtype))):
         model.to(gpu_or_cpu(job.keep_memory))
         yield model, prompter
 

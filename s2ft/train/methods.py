@@ -6,23 +6,23 @@ from typing import Any
 from s2ft.packages import check_packages
 from s2ft.text.calibration import needs_calibration
 from s2ft.text.data.loading import load_split
-from s2ft.text.data.preferences import PAIRS, PROMPTS, form_of_prompts, with_columns
+from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
 from s2ft.text.drift import PromptRows
 from s2ft.text.encoding import context_length, tokenize_rows
 from s2ft.text.examples import examples_of
 from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
-from s2ft.text.prompts import encode_prompt, prompt_for_rows, prompt_format
+from s2ft.text.prompts import encode_prompt, prompt_for_rows
 from s2ft.text.scoring import right_answer
 from s2ft.train.dpo import dpo
 from s2ft.train.grpo import base_for_vllm, check_count, grpo, largest_batch
 from s2ft.train.held_out import HeldOut
 from s2ft.train.memory import log_memory, log_memory_of_batch
+from s2ft.train.out_of_memory import explain_out_of_memory
 from s2ft.train.rates import suggested_rate, width_of
-from s2ft.train.remedies import explain_out_of_memory, step_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.rl_trainers import refuse_sharding
 from s2ft.train.run import Encoded, Method, Run
-from s2ft.train.sft import check_dtype, check_run, sft
+from s2ft.train.sft import check_dtype, check_run, sft, smaller_step
 
 logger = logging.getLogger(__name__)
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
@@ -124,8 +124,7 @@ class RL(Method):
     def prompt(self, run: Run, model, tokenizer, rows):
         """Return the format of the prompts of rows, and set its template in the tokenizer."""
         check_dtype(model, run.arguments)
-        data = run.data
-        prompt = prompt_format(tokenizer, form_of_prompts(rows, data), data.chat_template, data.system_prompt)
+        prompt = prompt_for_rows(tokenizer, rows, run.data)
         prompt.apply_to(tokenizer)
         return prompt
 
@@ -160,11 +159,7 @@ class DPO(RL):
         log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        def step():
-            longest = longest_batch(data.rows, tokenizer, 1)["input_ids"].shape[1]
-            return step_of(run.arguments, longest, True, sequences=2)
-
-        with explain_out_of_memory(model, step, run.folder.kept):
+        with explain_out_of_memory(smaller_step(run.arguments), run.folder.kept):
             return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
 
 
@@ -221,11 +216,7 @@ class GRPO(RL):
         return base_for_vllm(model, tokenizer, run.arguments)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        def step():
-            length = data.longest + run.arguments.max_completion_length
-            return step_of(run.arguments, length, True, prompt=data.longest, shortens="--max-completion-length")
-
-        with explain_out_of_memory(model, step, run.folder.kept):
+        with explain_out_of_memory(smaller_step(run.arguments), run.folder.kept):
             rewards = load_rewards(run.rewards)
             return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
 
