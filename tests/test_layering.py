@@ -14,6 +14,7 @@ RANKS = [
     [
         "packages",
         "distributed",
+        "files.tables",
         "files.writing",
         "files.reading",
         "files.yaml_reading",

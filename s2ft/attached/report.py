@@ -14,6 +14,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Mount, attachment_of
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
+from s2ft.files.tables import table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
@@ -177,14 +178,12 @@ class Report:
         return self.trainable / self.total
 
     def __str__(self) -> str:
-        width = max(12, *(len(row.projection) + 1 for row in self.rows))
-        units = max(24, *(len(row.units) for row in self.rows))
-        lines = [f"{'projection':<{width}}{'layers':>7}  {'units per layer':<{units}}{'parameters':>14}  dtype"]
-        lines += [
-            f"{row.projection:<{width}}{row.layers:>7}  {row.units:<{units}}{row.parameters:>14,}  "
-            f"{str(row.dtype).removeprefix('torch.')}"
+        rows = [("projection", "layers", "units per layer", "parameters", "dtype")]
+        rows += [
+            (row.projection, str(row.layers), row.units, f"{row.parameters:,}", str(row.dtype).removeprefix("torch."))
             for row in self.rows
         ]
+        lines = [table(rows, right={1, 3})]
         if self.extra_weights:
             lines.append(
                 f"trained in full: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} parameters)"

@@ -12,7 +12,7 @@ from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, parse, quiet_trans
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
-from s2ft.train.options import POSITIONS, POSITIONS_TEXT, check_fields, option
+from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT, check_fields, option
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """\
@@ -49,6 +49,7 @@ class EvalArguments:
     meter_rows: int = option(64, "rows that --forgetting and --kl draw, each", unit="rows", least=1)
     dtype: str = option("auto", DTYPE, choices=DTYPES)
     output: str | None = option(None, "write the accuracy and every answer to this JSON file", metavar="FILE")
+    keep_memory: bool = option(True, **KEEP_MEMORY)
     lm_eval: str | None = option(
         None, "tasks of lm-eval, separated by commas; needs the package lm-eval", metavar="TASKS"
     )
@@ -214,7 +215,7 @@ def _loaded(job: EvalArguments) -> Iterator[tuple[Any, Any]]:
 
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     with explain_out_of_memory(smaller_answers(job.batch_size, str(model.dtype))):
-        model.to(gpu_or_cpu())
+        model.to(gpu_or_cpu(job.keep_memory))
         yield model, prompter
 
 

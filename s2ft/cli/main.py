@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
+from s2ft.files.writing import reason_not_written
 from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
@@ -29,6 +30,7 @@ COMMANDS = {
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
+TRAINING = ("sft", "dpo", "grpo")
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
 OTHER_NAMES = {
@@ -43,8 +45,8 @@ OTHER_NAMES = {
     "estimate": "memory vram",
     "select": "choose",
 }
-# Commands of an earlier tree, and what is there instead.
-GONE = {"reproduce": "; the experiments are in a clone of the repository: python -m bench.experiments --list"}
+# Commands that there were, and what to use instead.
+GONE = {"reproduce": "the experiments are in a clone of the repository: python -m bench.experiments --list"}
 MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -54,7 +56,6 @@ MISTAKES = (
     PermissionError,
     ImportError,
 )
-WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
 # What takes less memory, for commands that do not count it.
 SMALLER = {
     "merge": "a smaller --dtype, such as bfloat16, takes less memory",
@@ -126,12 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = GONE.get(name) or did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
+        hint = f"; {GONE[name]}" if name in GONE else did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
     try:
-        importlib.import_module(f"s2ft.cli.{SAME.get(name, name)}").run(rest)  # Only the chosen command is imported.
+        command = SAME.get(name, name)
+        if command in TRAINING:
+            from s2ft.cli.training import run
+
+            run(command, rest)
+        else:
+            importlib.import_module(f"s2ft.cli.{command}").run(rest)  # Only the chosen command is imported.
     except MISTAKES as error:
         if traceback:
             raise
@@ -188,11 +195,3 @@ def explain(error: BaseException, command: str) -> tuple[str, list[str]]:
     if isinstance(error, OutOfMemory):
         return error.reason, [*error.advice, *([error.kept] if error.kept else [])]
     return f"out of memory: {first_line(error)}", [SMALLER[command]] if command in SMALLER else []
-
-
-def reason_not_written(error: Exception) -> str | None:
-    """Return the system's message if `error` is a file that could not be read or written, else None."""
-    if isinstance(error, OSError):
-        return str(error)
-    text = str(error).strip().split("\n")[0]
-    return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None

@@ -18,7 +18,7 @@ from s2ft.model.modes import evaluation_mode
 from s2ft.selection.batches import IGNORED
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.divergence import BaseDistributions, base_switch, mean_loss
-from s2ft.text.encoding import tokenize_rows
+from s2ft.text.encoding import context_length, tokenize_rows
 from s2ft.text.generation import answer_ids
 from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import encode_prompt, end_ids, prompt_for_rows
@@ -138,6 +138,11 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     """
     rows = load_rows(options)
     return rows.select(drawn(len(rows), most, seed)) if len(rows) > most else rows
+
+
+def longest_other_row(model) -> int:
+    """Return the tokens of the longest row of other text: the context, but at most 1024, as in training."""
+    return min(context_length(model) or 1024, 1024)
 
 
 def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:

@@ -132,7 +132,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     print(f"model {name}, {dtype}; {len(train)} problems to train on, {len(test)} held out")
     with clock.phase("load"):
         model, tokenizer = load_model(name, dtype)
-        model.to(gpu_or_cpu())
+        model.to(gpu_or_cpu(options.keep_memory))
         prompt = prompt_format(tokenizer)
         prompt.apply_to(tokenizer)
 
@@ -216,6 +216,7 @@ def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFold
             f"    right: {old.answer}",
         ]
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
+    phases += f", together {sum(report['seconds'].values()):.0f}"
     return "\n".join(
         [
             *lines,

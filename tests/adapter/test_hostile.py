@@ -218,7 +218,10 @@ HOSTILE = {
     "NaN": (text(lambda t: t.replace('"schema": 1', '"schema": NaN')), "NaN is not a number in JSON"),
     "infinity": (text(lambda t: t.replace('"info": {', '"info": {"x": -Infinity,')), "-Infinity is not a number"),
     "long number": (text(lambda t: t.replace('"schema": 1', f'"schema": {"9" * 10**5}')), "is not JSON: Exceeds"),
-    "huge schema": (text(lambda t: t.replace('"schema": 1', f'"schema": {"9" * 4000}')), "has schema 999.* reads schema 1: use the version"),
+    "huge schema": (
+        text(lambda t: t.replace('"schema": 1', f'"schema": {"9" * 4000}')),
+        "has schema 999.* reads schema 1: use the version",
+    ),
     "schema true": (text(lambda t: t.replace('"schema": 1', '"schema": true')), "no schema number"),
     "schema negative": (text(lambda t: t.replace('"schema": 1', '"schema": -1')), "no schema number"),
     "huge config": (grown(CONFIG, reading.MAX_CONFIG + 1), "such a file has at most"),

@@ -171,7 +171,7 @@ FORMS: dict[tuple[str, ...], Convert] = {
     },
     ("text",): lambda row, _scored: {"text": text(row, "text")},
 }
-OPTIONAL = ("input", "system", "answer", "choices", "tools", "chosen", "rejected")
+OPTIONAL = ("input", "system", "answer", "tools", "chosen", "rejected")
 FIELDS = tuple(dict.fromkeys([*(name for needs in FORMS for name in needs), *OPTIONAL]))
 KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
 
@@ -185,8 +185,7 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
         scored: Whether the row is for evaluation. The output may then be empty if the row has a field `answer`.
 
     Returns:
-        The contents described at the top of this module, and `answer` and `tools` if the row has them; `choices` too
-        if the row is for evaluation.
+        The contents described at the top of this module, and `answer` and `tools` if the row has them.
 
     Raises:
         BadRow: The row cannot be used.
@@ -205,8 +204,6 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
     result = FORMS[fitting[0]](found, scored)
     if fitting[0] != ("question", "answer") and "answer" in present:
         result["answer"] = _short_answer(found["answer"])
-    if scored and found.get("choices"):
-        result["choices"] = _choices(found["choices"])
     if found.get("tools"):
         result["tools"] = tools_of(found)
     return result
@@ -232,19 +229,6 @@ def _short_answer(value: object) -> str:
     if not isinstance(value, (str, bool, int, float)):
         raise BadRow(f"field 'answer' must be text or a number, got {type(value).__name__}")
     return text({"answer": value}, "answer", may_be_empty=True)
-
-
-def _choices(value: object) -> list[str] | dict[str, list[str]]:
-    """Return the allowed answers: a list of texts, or with their labels an object with the lists `text` and `label`."""
-    value = _parsed(value, "field 'choices'")
-    if isinstance(value, Mapping):
-        found = {name: _choices(list(value.get(name) or ())) for name in ("text", "label")}
-        if not found["text"] or len(found["text"]) != len(found["label"]):
-            raise BadRow("field 'choices' must have as many 'label' as 'text'")
-        return found
-    if not isinstance(value, list):
-        raise BadRow(f"field 'choices' must be a list of texts, got {type(value).__name__}")
-    return [text({"choices": choice}, "choices") for choice in value]
 
 
 def tools_of(row: Row) -> list:

@@ -41,8 +41,8 @@ class Shape:
 
 
 EXAMPLES = Shape(
-    ("messages", "prompt", "completion", "text", "answer", "choices", "tools", "place"),
-    ("messages", "prompt", "completion", "choices", "tools"),
+    ("messages", "prompt", "completion", "text", "answer", "tools", "place"),
+    ("messages", "prompt", "completion", "tools"),
     normalised,
 )
 
