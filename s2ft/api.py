@@ -112,7 +112,7 @@ def attach(
     with adapters_off(model, record):
         if selection is None:
             selection = select_units(couplings, config, model, calibration, protect)
-        with proved(model, record, touched(couplings, selection), verify, example):
+        with proved(model, record, touched(couplings, selection), config, selection, verify, example):
             mount(model, record, config, selection, name)
         if active:
             switch(model, record, {**active, name: 1.0})

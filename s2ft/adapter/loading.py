@@ -113,7 +113,7 @@ def load_adapter(
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
     trained = touched(record.couplings, adapter.selection)
     with adapters_off(model, record):
-        with proved(model, record, trained, verify, example):
+        with proved(model, record, trained, adapter.config, adapter.selection, verify, example):
             mount(model, record, adapter.config, adapter.selection, adapter.name)
         set_mounted_deltas(record, adapter.deltas)
         extra_weights.unfreeze(model, record, adapter.extra_weights)

@@ -394,6 +394,19 @@ def check_unattached(model: nn.Module) -> None:
         )
 
 
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raise ValueError if hooks of accelerate bring weights of the model from other memory or a disk."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            raise ValueError(
+                f"accelerate keeps the weights of {path or type(model).__name__} elsewhere (cpu_offload, disk_offload, "
+                "or a device_map with cpu or disk) and brings them for each forward, so s2ft can't change them: load "
+                "the model onto devices that hold it whole, or quantized, or call "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            )
+
+
 def new_attachment(
     model: nn.Module,
     couplings: Sequence[Coupling] | None = None,
@@ -416,6 +429,7 @@ def new_attachment(
     """
     check_unattached(model)
     check_parallelism(model)
+    check_not_offloaded(model)
     found = find_couplings(model, couplings, example, config)
     reshard_all(model)
     base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))

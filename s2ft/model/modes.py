@@ -2,7 +2,7 @@
 
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -35,27 +35,33 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Rest:
-    """Modes, attributes and buffers of a model's modules as they were when this was made.
+    """Modes, attributes and buffers of a model's modules, and which parameters train, as they were when this was made.
 
     :meth:`restore` can be called any number of times, and an interrupt in it does no harm: the next call finishes it.
     """
 
-    def __init__(self, model: nn.Module, modes_only: Collection[nn.Module] = ()) -> None:
+    def __init__(
+        self, model: nn.Module, modes_only: Collection[nn.Module] = (), trained: Iterable[Tensor] = ()
+    ) -> None:
         """Remember them.
 
         Args:
             model: The model.
             modes_only: Modules of which only the mode is remembered.
+            trained: Parameters that require a gradient.
         """
+        self.trained = list(trained)
         self.modes = [(module, module.training) for module in model.modules()]
         whole = [module for module in model.modules() if module not in modes_only]
         self.attributes = [(module, _public(module)) for module in whole]
         self.buffers = [(module, dict(module._buffers)) for module in whole]
         found = {id(one): one for _, buffers in self.buffers for one in buffers.values() if one is not None}
-        self.values = [(one, one._version, one.clone()) for one in found.values() if not one.is_inference()]
+        self.values = [(one, one.clone()) for one in found.values() if not (one.is_inference() or one.is_meta)]
 
     def restore(self) -> None:
         """Give the modules what they had."""
+        for parameter in self.trained:
+            parameter.requires_grad_(True)
         for module, training in self.modes:
             module.training = training
         for module, attributes in self.attributes:
@@ -66,8 +72,8 @@ class Rest:
             module._buffers.update(buffers)
             for name in module._buffers.keys() - buffers.keys():
                 module._buffers.pop(name, None)
-        for buffer, version, value in self.values:
-            if buffer._version != version:
+        for buffer, value in self.values:
+            if not torch.equal(buffer, value):  # BatchNorm's kernels don't raise the version of their statistics
                 buffer.detach().copy_(value)
 
 
