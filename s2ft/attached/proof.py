@@ -109,7 +109,7 @@ class Proof:
         self.deltas: dict[str, Delta] = {}
         self.evaluated: list[Tensor] = []  # outputs in evaluation mode
         self.trained: list[Tensor] | None = None  # outputs in training mode; None if they are random
-        self.passed: Outputs = {}  # what each place returns in training mode, or in evaluation mode if that is random
+        self.passed: dict[bool, Outputs] = {}  # by training mode: what each place returns, where it may differ
         self.without_dropout: Callable[[], AbstractContextManager] = nullcontext
 
     # ---- the plain model -----------------------------------------------------------------------------
@@ -161,13 +161,15 @@ class Proof:
         except Exception as error:  # a model may ask for labels, or have other reasons
             self.notes.append(f"training mode was not proved: {type(error).__name__}: {str(error)[:200]}")
         if self.trained is None:
-            self._run(False, hook=self._record)
+            self.passed = {}
+        if self.trained is None or largest_change(self.trained, self.evaluated) != 0:
+            self._run_recorded(False)
         return ""
 
     def _run_plain_in_training(self) -> None:
         """Run in training mode, without dropout if there is any: the attached model would drop other units."""
         for self.without_dropout in (nullcontext, _WithoutDropout):
-            found = self._run(True, hook=self._record)
+            found = self._run_recorded(True)
             if largest_change(found, self.evaluated) == 0:
                 self.trained = found
                 return
@@ -179,10 +181,9 @@ class Proof:
     def _note_randomness(self) -> None:
         self.notes.append("training mode was not proved, because the model's outputs are random there")
 
-    def _record(self, path: str, number: int, output: Tensor) -> None:
-        if number == 0:
-            self.passed[path] = []
-        self.passed[path].append(output)
+    def _run_recorded(self, training: bool) -> list[Tensor]:
+        passed = self.passed[training] = {path: [] for path in (*self.places, *self.blocks)}
+        return self._run(training, hook=lambda path, number, output: passed[path].append(output))
 
     # ---- the attached model --------------------------------------------------------------------------
 
@@ -190,58 +191,63 @@ class Proof:
         """Compare the attached model with the plain one, with the same values in its slices, and run the backward.
 
         Raises:
-            ValueError: They differ, or a slice that must gets no gradient. The message names the first block and weight.
+            ValueError: They differ, or a slice gets no gradient. The message names the first block and weight.
         """
         if self.record.awaits_weights:
             self.notes = ["nothing was proved, because the weights have yet to be loaded"]
             return
         slices = {path: mount.layer.s2 for path, mount in self.record.mounts.items()}
+        training = self.trained is not None
         try:
             set_mounted_deltas(self.record, self.deltas)
-            reached = set(slices) if self.is_sharded else self._check_in_training(slices)
+            if not self.is_sharded:
+                self._check_blocks(training, backward=True)
+            missed = [path for path, s2 in slices.items() if s2.grad is None and not self.is_sharded]
             outputs = self._run(False)
             if self._differs(outputs, self.evaluated, OF_MODEL):
+                if False in self.passed:  # which names the block, if it can
+                    self._check_blocks(False)
                 change = f"an output changes by {largest_change(outputs, self.evaluated):.2g} of its size"
-                self._raise(False, f"in evaluation mode {change}. Does the model use the number of a unit elsewhere")
+                self._raise(False, f"{change}. Does the model use the number of a unit elsewhere")
         finally:
             for mount in self.record.mounts.values():
                 mount.layer.unfuse()
-            for s2 in {} if self.is_sharded else slices.values():
+            for s2 in () if self.is_sharded else slices.values():
                 s2.detach().zero_()
                 s2.grad = None
-        self._check_reached([path for path in slices if path not in reached])
+        self._check_reached(missed)
 
-    def _check_in_training(self, slices: dict[str, Tensor]) -> set[str]:
-        """Compare what each block returns, and the outputs. Returns the paths of the slices that get a gradient."""
+    def _check_blocks(self, training: bool, backward: bool = False) -> None:
+        """Compare what each block returns for the same inputs, and the outputs of the model."""
         found: list[str] = []
         counts: dict[str, int] = {}
-        training = self.trained is not None
-        outputs = self._run(training, hook=partial(self._compare, found, counts), backward=True)
-        short = [path for path, tensors in self.passed.items() if counts.get(path) != len(tensors)]
+        passed, expected = self.passed[training], self.trained if training else self.evaluated
+        outputs = self._run(training, partial(self._compare, found, counts, passed), backward)
+        short = [path for path, tensors in passed.items() if counts.get(path, 0) < len(tensors)]
         if not found and short:
             found = [f"{short[0]} does not run as often as before. Does its block compute more than s2ft knows"]
-        elif not found and self._differs(outputs, self.trained or self.evaluated, OF_MODEL):
+        elif not found and self._differs(outputs, expected, OF_MODEL):
             found = ["an output changes. Does the model use the number of a unit elsewhere"]
         if found and training and largest_change(self._run(True), self._run(True, seed=1)) != 0:
             self._note_randomness()
         elif found:
-            self._raise(training, f"in {_mode(training)} mode {found[0]}")
-        return {path for path, s2 in slices.items() if s2.grad is not None}
+            self._raise(training, found[0])
 
     def _compare(
-        self, found: list[str], counts: dict[str, int], path: str, number: int, output: Tensor
+        self, found: list[str], counts: dict[str, int], passed: Outputs, path: str, number: int, output: Tensor
     ) -> Tensor | None:
         """Compare the output of a place with that of the plain model, which is passed on, with a gradient."""
-        before = self.passed.get(path, [])
         counts[path] = number + 1
-        if number >= len(before):  # a checkpoint runs its block again, in the backward
+        if number >= len(passed[path]):  # a checkpoint runs its block again, in the backward
             return None
-        then, change = before[number], float(changes(output, before[number]).max())
+        then = passed[path][number]
+        change = float(changes(output, then).max())
         if not found and not change <= self._allowed(then, OF_BLOCK):
             coupling = self.places.get(path) or self.blocks[path]
             found.append(
-                f"the output of {path} changes by {change:.2g} of its size, in {coupling}. Is a module, a norm or bias "
-                "(vectors), or the unit wrong, or does the block compute more than s2ft knows"
+                f"the output of {path} changes by {change:.2g} of its size, in {coupling}, of {coupling.count} units. "
+                "Is a module, a norm or bias (vectors), or the unit wrong, or does the block compute more than s2ft "
+                "knows"
             )
         return _Passed.apply(output, then) if output.shape == then.shape else None
 
@@ -258,7 +264,9 @@ class Proof:
 
         low, high = 0, len(paths)
         if self.is_sharded or not changed(high):
-            raise ValueError(f"attach would change what the model computes: {what}? {TRY_INSTEAD}")
+            raise ValueError(
+                f"attach would change what the model computes: in {_mode(training)} mode {what}? {TRY_INSTEAD}"
+            )
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if changed(middle) else (middle, high)
@@ -306,7 +314,7 @@ class Proof:
         record.rest = Rest(model, {mount.layer for mount in record.mounts.values()}, others)
         try:
             with ExitStack() as stack:
-                for path in dict.fromkeys((*self.places, *self.blocks)) if hook else ():
+                for path in {**self.places, **self.blocks} if hook else ():
                     at_place = partial(_call_with_first, partial(hook, path), [0])
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
                 if "torch._dynamo" in sys.modules:
@@ -332,7 +340,7 @@ class Proof:
     @cached_property
     def _in_half(self) -> bool:
         """Whether something is computed in half precision. Layers with quantized weights may do so."""
-        passed = (tensor for tensors in self.passed.values() for tensor in tensors)
+        passed = (one for places in self.passed.values() for tensors in places.values() for one in tensors)
         dtypes = {tensor.dtype for tensor in (*self.model.parameters(), *self.evaluated, *passed)}
         return not all(dtype.is_complex or dtype in OF_BLOCK for dtype in dtypes)
 
