@@ -183,7 +183,7 @@ class Proof:
 
     def _run_recorded(self, training: bool) -> list[Tensor]:
         passed = self.passed[training] = {path: [] for path in (*self.places, *self.blocks)}
-        return self._run(training, hook=lambda path, number, output: passed[path].append(output))
+        return self._run(training, hook=lambda path, number, output: passed[path].append(output.detach().clone()))
 
     # ---- the attached model --------------------------------------------------------------------------
 
@@ -437,10 +437,14 @@ def _random_deltas(
     model: nn.Module, couplings: list[Coupling], config: S2FTConfig, selection: Selection
 ) -> dict[str, Delta]:
     """Random values, about as large as usual weights, for all selected units that can be written into the weights."""
-    deltas, chosen = {}, [one for one in projections_of(couplings) if one.name in selection]
+    deltas: dict[str, Delta] = {}
+    chosen = [one for one in projections_of(couplings) if one.name in selection]
+    first = {id(weight_at(model, one).tensor): one.path for one in reversed(chosen)}
+    tied = {id(weight_at(model, one).tensor) for one in chosen if first[id(weight_at(model, one).tensor)] != one.path}
     for number, projection in enumerate(chosen):
         weight, elements = weight_at(model, projection), projection.elements(selection[projection.name])
-        if weight.read_only is None and not weight.tensor.is_shared():
+        in_shared_memory = weight.tensor.device.type == "cpu" and weight.tensor.is_shared()
+        if weight.read_only is None and not in_shared_memory and id(weight.tensor) not in tied:
             shape = list(weight.shape)
             shape[projection.dim] = elements.numel()
             most = torch.Size(weight.shape[1:]).numel() ** -0.5

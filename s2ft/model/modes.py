@@ -55,6 +55,9 @@ class Rest:
         whole = [module for module in model.modules() if module not in modes_only]
         self.attributes = [(module, _public(module)) for module in whole]
         self.buffers = [(module, dict(module._buffers)) for module in whole]
+        # Layers of bitsandbytes move their scales from the weight to their `state` when they run first.
+        objects = [*model.parameters(), *(module.__dict__.get("state") for module in whole)]
+        self.objects = [(one, dict(vars(one))) for one in objects if getattr(one, "__dict__", None)]
         found = {id(one): one for _, buffers in self.buffers for one in buffers.values() if one is not None}
         self.values = [(one, one.clone()) for one in found.values() if not (one.is_inference() or one.is_meta)]
 
@@ -68,6 +71,8 @@ class Rest:
             for name in _public(module).keys() - attributes.keys():
                 module.__dict__.pop(name, None)
             module.__dict__.update(attributes)
+        for thing, attributes in self.objects:
+            vars(thing).update(attributes)
         for module, buffers in self.buffers:
             module._buffers.update(buffers)
             for name in module._buffers.keys() - buffers.keys():
