@@ -15,11 +15,10 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TorchAoConfig, TrainerCallback
 
 import s2ft
-from s2ft import Coupling, S2FTConfig
+from s2ft import S2FTConfig
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.layers import NO_FUSE, S2Layer, kind_of
-from s2ft.model.coupling import Projection
 
 bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
