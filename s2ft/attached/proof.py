@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
+from s2ft.attached.arrival import not_awaiting
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
@@ -110,6 +111,7 @@ class Proof:
         self.evaluated: list[Tensor] = []  # outputs in evaluation mode
         self.trained: list[Tensor] | None = None  # outputs in training mode; None if they are random
         self.passed: dict[bool, Outputs] = {}  # by training mode: what each place returns, where it may differ
+        self.has_backward = not self.is_sharded
         self.without_dropout: Callable[[], AbstractContextManager] = nullcontext
 
     # ---- the plain model -----------------------------------------------------------------------------
@@ -193,16 +195,17 @@ class Proof:
         Raises:
             ValueError: They differ, or a slice gets no gradient. The message names the first block and weight.
         """
-        if self.record.awaits_weights:
-            self.notes = ["nothing was proved, because the weights have yet to be loaded"]
-            return
+        with not_awaiting(self.model, self.record):
+            self._check()
+
+    def _check(self) -> None:
         slices = {path: mount.layer.s2 for path, mount in self.record.mounts.items()}
         training = self.trained is not None
         try:
             set_mounted_deltas(self.record, self.deltas)
             if not self.is_sharded:
                 self._check_blocks(training, backward=True)
-            missed = [path for path, s2 in slices.items() if s2.grad is None and not self.is_sharded]
+            missed = [path for path, s2 in slices.items() if s2.grad is None and self.has_backward]
             outputs = self._run(False)
             if self._differs(outputs, self.evaluated, OF_MODEL):
                 if False in self.passed:  # which names the block, if it can
@@ -328,12 +331,25 @@ class Proof:
                     parameter.requires_grad_(False)
                 output = list(tensors_in(run_example(model, self.example)))
                 if backward:
-                    _run_backward(output)
+                    self._run_backward(output)
         finally:
             record.rest.restore()
             record.rest = None
             reshard_all(model)  # so that units move on the shards, not on gathered weights
         return [tensor.detach() for tensor in output]
+
+    def _run_backward(self, output: list[Tensor]) -> None:
+        """Run the backward of a random weighted sum of all outputs."""
+        parts = [torch.view_as_real(one) if one.is_complex() else one for one in output if one.requires_grad]
+        sums = [(one.masked_fill(~one.isfinite(), 0) * torch.randn_like(one)).sum().float().cpu() for one in parts]
+        try:
+            if sums:
+                torch.stack(sums).sum().backward()
+        except Exception as error:  # the model's own backward may refuse
+            if self.demanded:
+                raise
+            self.notes.append(f"no gradient was proved: {type(error).__name__}: {str(error)[:200]}")
+            self.has_backward = False
 
     # ---- tolerance -----------------------------------------------------------------------------------
 
@@ -402,13 +418,6 @@ def _call_with_first(
     calls[0] += 1
     other = hook(calls[0] - 1, first)
     return other if isinstance(output, Tensor) else None
-
-
-def _run_backward(output: list[Tensor]) -> None:
-    """Run the backward of a random weighted sum of all outputs."""
-    parts = [torch.view_as_real(one) if one.is_complex() else one for one in output if one.requires_grad]
-    if parts:
-        sum((one.masked_fill(~one.isfinite(), 0) * torch.randn_like(one)).sum().float() for one in parts).backward()
 
 
 def _consumer_of(coupling: Coupling) -> str:
