@@ -38,7 +38,7 @@ RANKS = [
     ["model.builders", "model.custom", "model.permutation", "model.fingerprint", "model.location"],
     ["model.families", "model.discovery.examples", "model.discovery.twin"],
     ["model.discovery"],
-    ["model.registry", "model.verify"],
+    ["model.registry"],
     ["selection"],
     ["attached"],
     ["adapter"],

@@ -60,7 +60,7 @@ def section(command: str, parser: argparse.ArgumentParser) -> str:
         if actions:
             title = group.title if group.title not in (None, "positional arguments", "options") else None
             parts.append((f"### {title[:1].upper()}{title[1:]} {{ #{command}-{slug(title)} }}\n" if title else "")
-                         + "\n".join(["", "| option | default | meaning |", "|---|---|---|", *(row(one, parser) for one in actions)])
+                         + "\n".join(["", "| option | default | meaning |", "|---|---|---|", *(row(a, parser) for a in actions)])
                          + "\n")  # fmt: skip
     if parser.epilog:
         parts.append(f"```text\n{parser.epilog.strip()}\n```\n")

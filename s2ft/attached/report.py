@@ -78,6 +78,8 @@ class Report:
         couplings: Number of couplings that are movable, in place and one-sided; empty for a model of a known family.
         weights: Number of weights of the blocks by what discovery says of them: confirmed, in place, one-sided,
             untouched; empty for all other couplings.
+        unproved: What :func:`s2ft.attach` could not prove on the model itself, in words; empty if nothing, or for
+            verify=False.
     """
 
     name: str
@@ -90,6 +92,7 @@ class Report:
     towers: dict[str, bool] = field(default_factory=dict)
     couplings: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    unproved: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -121,6 +124,7 @@ class Report:
             towers=_towers(model, record.couplings, parts, extra_weights),
             couplings=_counted(map(_moves, record.custom_couplings or ())),
             weights=_counted(row.status for row in record.weights),
+            unproved=record.unproved,
         )
 
     @classmethod
@@ -193,6 +197,7 @@ class Report:
             f"are trained ({self.share:.2%})"
         )
         lines += self._about_couplings()
+        lines += [self.unproved] if self.unproved else []
         if self.fresh_heads:
             lines.append(
                 f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such modules, give "
