@@ -38,6 +38,8 @@ def assert_close(ours, theirs, dtype, exact=0):
 @named(ALL)
 def test_results_and_gradients_are_those_of_the_definition(name, dtype, device):
     """The output of a layer has the bits of the merged weight, so that trained is merged; so has a changed tensor."""
+    if device == "cuda" and "conv" in name:
+        pytest.skip("cuDNN may choose another algorithm for the definition")
     for options in ({}, *({"delta_dtype": other} for other in dtypes_of_delta(name) if name in SMALL)):
         case = ALL[name](dtype=dtype, **options)
         ours, theirs = case.results(device=device), case.results(case.definition, device)
@@ -123,6 +125,7 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:torch.searchsorted.*non-contiguous")
 @pytest.mark.parametrize("layout", LAYOUTS)
 @named(SMALL)
 def test_layouts(name, layout):
