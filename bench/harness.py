@@ -23,7 +23,7 @@ def machine() -> dict[str, Any]:
         torch.cuda.init()  # build_info() then lists the CUDA kernels
     info = {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -34,7 +34,8 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

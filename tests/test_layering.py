@@ -47,7 +47,6 @@ RANKS = [
     ["sync"],
     ["train", "vllm"],
     ["serve", "integrations"],
-    ["reproduce"],
     ["cli"],
     ["__main__"],
 ]

@@ -217,7 +217,7 @@ def test_status_and_adapter_file(tmp_path):
     assert rows["first"] == "3 of 12 inputs" and rows["down"] == "6 of 30 channels"
     s2ft.save_adapter(model, tmp_path)
     header = json.loads((tmp_path / CONFIG).read_text())
-    assert header["schema"] == 5 and header["config"]["l_ratio"] == 0.25 and header["couplings"][0]["producers"] == []
+    assert header["schema"] == 1 and header["config"]["l_ratio"] == 0.25 and header["couplings"][0]["producers"] == []
     assert s2ft.read_adapter(tmp_path).couplings == couplings()
     assert "3 inputs" in describe(tmp_path)
 
@@ -282,7 +282,6 @@ def another_key(header):
 SPOILT = {
     "neither side": (nothing, "exactly one projection; got 0 producers"),
     "key of another side": (another_key, "must be one of l in a one-sided coupling, got 'd'"),
-    "older schema": (lambda header: (header.update(schema=3), header.pop("structure")), "extra_weights is missing"),
 }
 
 

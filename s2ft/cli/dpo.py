@@ -44,10 +44,10 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory_of_batch
     from s2ft.train.options import ModelOptions, RunOptions
-    from s2ft.train.remedies import explain_out_of_memory, step_of
+    from s2ft.train.out_of_memory import explain_out_of_memory
     from s2ft.train.rl_arguments import DPOArguments
     from s2ft.train.rl_trainers import refuse_sharding
-    from s2ft.train.sft import check_dtype
+    from s2ft.train.sft import check_dtype, smaller_step
 
     arguments, options = parsed[DPOArguments], parsed[RunOptions]
     refuse_sharding(arguments, "s2ft dpo")
@@ -67,10 +67,7 @@ def _train(parsed, folder, ranks, resume):
     protect = protect_batches(parsed, other, model, tokenizer, arguments)
     begin("dpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, calibration, protect)
 
-    def step():
-        return step_of(arguments, longest_batch(rows, tokenizer, 1)["input_ids"].shape[1], True, sequences=2)
-
-    with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
+    with naming_what_is_kept(folder), explain_out_of_memory(smaller_step(arguments), folder.kept):
         settings = {"options": options, "resume": resume, "held_out": held_out, "meter": meter}
         return dpo(model, tokenizer, rows, arguments, folder, **settings)
 

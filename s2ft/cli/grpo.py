@@ -64,11 +64,11 @@ def _train(parsed, folder, ranks, resume):
     from s2ft.train.loading import fit_layout, load_base
     from s2ft.train.memory import log_memory_of_batch
     from s2ft.train.options import ModelOptions, RunOptions
-    from s2ft.train.remedies import explain_out_of_memory, step_of
+    from s2ft.train.out_of_memory import explain_out_of_memory
     from s2ft.train.rewards import check_columns, load_rewards
     from s2ft.train.rl_arguments import GRPOArguments
     from s2ft.train.rl_trainers import refuse_sharding
-    from s2ft.train.sft import check_dtype
+    from s2ft.train.sft import check_dtype, smaller_step
 
     arguments, options = parsed[GRPOArguments], parsed[RunOptions]
     refuse_sharding(arguments, "s2ft grpo")
@@ -92,16 +92,12 @@ def _train(parsed, folder, ranks, resume):
         batch = largest_batch(arguments, longest)
         log_memory_of_batch(model, config, batch, arguments, chunked=True)
 
-    def step():
-        answer = arguments.max_completion_length
-        return step_of(arguments, longest + answer, True, prompt=longest, shortens="--max-completion-length")
-
     with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_for(parsed, other, model, tokenizer, PromptRows(held_out or rows, tokenizer))
         protect = protect_batches(parsed, other, model, tokenizer, arguments)
         begin("grpo", parsed, arguments, model, prompt, rows, folder, ranks, resume, protect=protect)
         settings = dict(options=options, resume=resume, held_out=held_out, base=base, meter=meter)
-        with naming_what_is_kept(folder), explain_out_of_memory(model, step, folder.kept):
+        with naming_what_is_kept(folder), explain_out_of_memory(smaller_step(arguments), folder.kept):
             return grpo(model, tokenizer, rows, rewards, arguments, folder, **settings)
 
 

@@ -16,7 +16,7 @@ COMMANDS = {
     "dpo": "train an adapter on pairs of a better and a worse answer",
     "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
-    "eval": "score a model, with or without an adapter, on files, suites of tasks, or tasks of lm-eval",
+    "eval": "score a model, with or without an adapter, on a file of problems, or tasks of lm-eval",
     "generate": "write one answer to a prompt",
     "chat": "talk to a model in several turns, and switch adapters meanwhile",
     "serve": "answer over HTTP with many adapters of one base model",
@@ -28,7 +28,6 @@ COMMANDS = {
     "estimate": "print the memory that training a model takes",
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
-    "reproduce": "repeat an experiment of the S²FT paper, or one of your own",
 }
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
@@ -44,6 +43,8 @@ OTHER_NAMES = {
     "estimate": "memory vram",
     "select": "choose",
 }
+# Commands of an earlier tree, and what is there instead.
+GONE = {"reproduce": "; the experiments are in a clone of the repository: python -m bench.experiments --list"}
 MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -125,7 +126,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
+        hint = GONE.get(name) or did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)

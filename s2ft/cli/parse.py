@@ -25,6 +25,7 @@ OTHER_NAMES = {
     "dtype bfloat16": "bf16",
     "dtype float16": "fp16",
     "limit": "max-samples",
+    "lm-eval": "suite scoring length-normalized answer-form skip-missing",
     "match-lora-rank": "lora-rank r rank",
     "max-length": "cutoff-len max-seq-length",
     "max-new-tokens": "max-tokens",

@@ -36,9 +36,8 @@ def read_rows(parsed, arguments, shape):
 
 def prompt_of(tokenizer, rows, data):
     """Return the format of the prompts of rows, and set its template in the tokenizer."""
-    from s2ft.text.data.preferences import form_of_prompts
-    from s2ft.text.prompts import prompt_format
+    from s2ft.text.prompts import prompt_for_rows
 
-    prompt = prompt_format(tokenizer, form_of_prompts(rows, data), data.chat_template, data.system_prompt)
+    prompt = prompt_for_rows(tokenizer, rows, data)
     prompt.apply_to(tokenizer)
     return prompt

@@ -131,7 +131,7 @@ class Estimate:
             >>> s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8).summary()
             'Training takes ... KiB at most: 343.8 KiB of parameters, 6.5 KiB of gradients, ...'
         """
-        return f"Training takes {size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
+        return f"{self._peak()}: {', '.join(self._needs())}. {self._verdict()}"
 
     def lines(self) -> str:
         """Return the summary with one line per kind of memory.
@@ -146,7 +146,11 @@ class Estimate:
               ...
         """
         needs = "\n".join(f"  {need}" for need in self._needs())
-        return f"Training takes {size(self.peak)} at most:\n{needs}\n{self._verdict()}"
+        return f"{self._peak()}:\n{needs}\n{self._verdict()}"
+
+    def _peak(self) -> str:
+        about = "" if self.strategy is None else "about "  # by formulas, see s2ft.estimation.devices
+        return f"Training takes {about}{size(self.peak)} at most"
 
     def _needs(self) -> list[str]:
         """Return the kinds of memory and their sizes."""

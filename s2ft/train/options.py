@@ -327,7 +327,7 @@ class DemoOptions:
     output: str = option("s2ft-demo", "folder for the adapter, log.jsonl, loss.png and report.json", metavar="DIR")
     steps: int = option(64, "number of updates", unit="updates", least=1)
     batch_size: int = option(16, "problems of one update", unit="problems", least=1)
-    held_out: int = option(96, "held-out problems to score", unit="problems", least=1)
+    held_out: int = option(96, "held-out problems to score, at most 96", unit="problems", least=1)
     learning_rate: float = option(2e-3, "peak learning rate")
     d_ratio: float = option(0.03, "share of the FFN channels of down_proj to train", metavar="RATIO")
     o_ratio: float = option(0.12, "share of the heads of o_proj to train", metavar="RATIO")
@@ -336,7 +336,7 @@ class DemoOptions:
     dtype: str = option(
         "auto", "dtype of the model's weights; auto: whichever of float32 and bfloat16 is faster here", choices=DTYPES
     )
-    seed: int = option(0, "seed of the problems, of the selection and of the order of the rows", least=0)
+    seed: int = option(0, "seed of the selection and of the order of the rows", least=0)
 
     def __post_init__(self) -> None:
         check_fields(self)

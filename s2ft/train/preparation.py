@@ -5,7 +5,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from s2ft.train.options import DEFAULT_BATCH, ForgettingOptions, ModelOptions, RunOptions, divide_batch
+from s2ft.train.options import DEFAULT_BATCH, ModelOptions, RunOptions, divide_batch
 from s2ft.train.output import GROUPS, ROWS, RunFolder
 from s2ft.train.parallel import devices_of, rows_of_update
 
@@ -119,10 +119,6 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
         elif isinstance(value, ModelOptions):
             found["model"] = value.model_name_or_path
             found.update({f"model.{one.name}": getattr(value, one.name) for one in fields(kind)[1:]})
-        elif isinstance(value, ForgettingOptions):  # only if set, so that a run of an older s2ft can be resumed
-            nothing = ForgettingOptions()
-            changed = [one.name for one in fields(kind) if getattr(value, one.name) != getattr(nothing, one.name)]
-            found.update({name: _plain(getattr(value, name)) for name in changed})
         elif hasattr(value, "output_dir"):
             best = value.load_best_model_at_end
             defaults = {one.name: one.default for one in fields(kind) if one.init and _belongs(one.name, best)}
@@ -134,8 +130,6 @@ def run_options(command: str, objects: dict[type, Any], given: dict[str, Any]) -
             found.update({ROWS: rows_of_update(value), GROUPS: devices_of(value).groups})
         else:
             names = [one.name for one in fields(kind) if _belongs(one.name, False) and one.name != "batch_size"]
-            if not getattr(value, "on_top", True):  # only if set, so that a run of an older s2ft can be resumed
-                names.remove("on_top")
             found.update({name: _plain(getattr(value, name)) for name in names})
     return found
 

@@ -79,7 +79,7 @@ class Base:
 
     def model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
         """The served model on the meta device, and the couplings of an adapter in it."""
-        from s2ft.text.models import hollow_model  # for adapters of earlier versions alone
+        from s2ft.text.models import hollow_model
 
         key = "" if adapter.couplings is None else repr(adapter.couplings)
         if key not in self._hollow:
@@ -89,8 +89,8 @@ class Base:
                 self._hollow[key] = model, couplings_of(model, adapter.couplings)
             except (OSError, ValueError, AttributeError) as error:
                 raise ValueError(
-                    f"it is from an earlier s2ft, which did not record where its slices lie, and the structure of the "
-                    f"served model can't be built ({error}): load it into its model and save it with this version"
+                    f"it does not record where its slices lie, and the structure of the served model can't be built "
+                    f"({error}): load it into its model and save it again"
                 ) from error
         return self._hollow[key]
 

@@ -2,7 +2,6 @@
 
 import copy
 import json
-import shutil
 from dataclasses import replace
 
 import pytest
@@ -42,22 +41,6 @@ def saved(tmp_path_factory):
     return folder
 
 
-def test_an_adapter_of_schema_1_loads(saved, tmp_path):
-    """Schema 1 is older than couplings given by hand, budgets, exclusions and units."""
-    folder = tmp_path / "old"
-    shutil.copytree(saved, folder)
-    config = json.loads((folder / CONFIG).read_text())
-    config["schema"] = 1
-    del config["structure"]
-    for option in ("budget", "match_lora_rank", "exclude", "units"):
-        del config["config"][option]
-    (folder / CONFIG).write_text(json.dumps(config))
-    old, new = model_of("llama"), model_of("llama")
-    s2ft.load_adapter(old, folder)
-    s2ft.load_adapter(new, saved)
-    assert equal(old, new) and not equal(old, model_of("llama"))
-
-
 def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, tmp_path):
     adapter, model = s2ft.read_adapter(saved), model_of("llama")
     found = adapter.structure.locations["model.layers.1.mlp.down_proj"]
@@ -65,7 +48,7 @@ def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, 
     names = [name for pairs in adapter.structure.base_weights.values() for _, name in pairs]
     assert set(names) <= {name for name, _ in model.named_parameters()} and len(names) == 21
     native.write(replace(adapter, structure=None), tmp_path / "old")
-    assert json.loads((tmp_path / "old" / CONFIG).read_text())["schema"] == 2
+    assert "structure" not in json.loads((tmp_path / "old" / CONFIG).read_text())
     old = s2ft.read_adapter(tmp_path / "old")
     native.write(old, tmp_path / "new", model)
     s2ft.load_adapter(model, old, "loaded")

@@ -3,7 +3,6 @@
 import copy
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
@@ -176,13 +175,12 @@ def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with
     assert_states(state_of(model), before)
 
 
-def test_an_adapter_without_extra_weights_has_the_older_schema(tmp_path):
+def test_a_file_without_extra_weights_has_no_field_for_them(tmp_path):
     s2ft.save_adapter(train(attached("frozen")), tmp_path)
-    native.write(replace(s2ft.read_adapter(tmp_path), structure=None), tmp_path)
     header = json.loads((tmp_path / CONFIG).read_text())
-    assert header["schema"] == 2 and "extra_weights" not in header and "modules_to_save" not in header["config"]
+    assert header["schema"] == 1 and "extra_weights" not in header and "modules_to_save" not in header["config"]
     with safe_open(tmp_path / TENSORS, "pt") as file:
-        assert file.metadata()["schema"] == "2" and not [key for key in file.keys() if "/" in key]
+        assert file.metadata()["schema"] == "1" and not [key for key in file.keys() if "/" in key]
 
 
 def test_half_precision_keeps_its_dtype(tmp_path):
@@ -219,10 +217,6 @@ SPOILT = {
     "no list": (dict(config=lambda c: c.pop("extra_weights")), "foreign keys .*extra_weights/classifier"),
     "a list": (dict(config=lambda c: c.update(extra_weights=[1])), "extra_weights is missing or not a dict"),
     "empty": (dict(config=lambda c: c.update(extra_weights={})), "extra_weights is empty"),
-    "older schema": (
-        dict(config=lambda c: (c.update(schema=2), c.pop("structure"))),
-        r"foreign fields \['extra_weights'\]",
-    ),
     "entry a list": (dict(config=lambda c: c["extra_weights"].update({HEAD[1]: [1]})), "floating-point dtype"),
     "dtype a list": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype=["F32"])), "floating-point dtype"),
     "integers": (

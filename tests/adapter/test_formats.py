@@ -442,8 +442,8 @@ def test_a_format_is_one_module_and_one_row(tmp_path, monkeypatch):
 
     monkeypatch.setitem(sys.modules, "nested", Nested)
     monkeypatch.setitem(ADAPTER_FORMATS, "nested", Format("native, one folder deeper", "nested"))
-    native.write(read_adapter(GOLDEN / "schema-2"), tmp_path / "inside")
-    assert_equal_deltas(read_adapter(tmp_path), read_adapter(GOLDEN / "schema-2"))
+    native.write(read_adapter(GOLDEN / "schema-1"), tmp_path / "inside")
+    assert_equal_deltas(read_adapter(tmp_path), read_adapter(GOLDEN / "schema-1"))
     (tmp_path / "empty").mkdir()
     with pytest.raises(FileNotFoundError, match="is not an S²FT adapter"):
         read_adapter(tmp_path / "empty")
@@ -548,15 +548,15 @@ def test_an_existing_model_card_is_kept(fake_hub, tmp_path):
 
 
 def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
-    push_to_hub(GOLDEN / "schema-2", "org/golden", revision="dev")
+    push_to_hub(GOLDEN / "schema-1", "org/golden", revision="dev")
     assert fake_hub.calls == [None, ("private", None), ("branch", "dev")]
     assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == PUSHED
-    shutil.copytree(GOLDEN / "schema-2", tmp_path / "broken")
+    shutil.copytree(GOLDEN / "schema-1", tmp_path / "broken")
     (tmp_path / "broken" / native.TENSORS).write_bytes(b"")
     with pytest.raises(ValueError, match="truncated or damaged"):
         push_to_hub(tmp_path / "broken", "org/broken")
     with pytest.raises(ValueError, match="a folder holds one"):
-        push_to_hub(GOLDEN / "schema-2", "org/broken", name="golden")
+        push_to_hub(GOLDEN / "schema-1", "org/broken", name="golden")
     assert not (fake_hub.folder / "org/broken").exists()
 
 
