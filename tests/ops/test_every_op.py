@@ -18,10 +18,6 @@ def named(table):
     return pytest.mark.parametrize("name", table)
 
 
-def dtypes_of_delta(name):
-    return DTYPES if any(part in name for part in HAS_DELTA_DTYPE) and "multi" not in name else ()
-
-
 def assert_close(ours, theirs, dtype, exact=0):
     """The first `exact` tensors have the same bits."""
     rtol, atol = GEMM[dtype]
@@ -33,24 +29,29 @@ def assert_close(ours, theirs, dtype, exact=0):
             torch.testing.assert_close(one, other, rtol=rtol, atol=atol * scale)
 
 
+def made(name, every_delta=True):
+    """The case in every dtype, with deltas of the same dtype and, where there are any, of all others."""
+    has_delta = "multi" not in name and any(part in name for part in HAS_DELTA_DTYPE)
+    for dtype in DTYPES:
+        yield dtype, ALL[name](dtype=dtype)
+        for other in DTYPES if has_delta and every_delta else ():
+            yield dtype, ALL[name](dtype=dtype, delta_dtype=other)
+
+
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(ALL)
-def test_results_and_gradients_are_those_of_the_definition(name, dtype, device):
+def test_results_and_gradients_are_those_of_the_definition(name, device):
     """The output of a layer has the bits of the merged weight, so that trained is merged; so has a changed tensor."""
     if device == "cuda" and "conv" in name:
         pytest.skip("cuDNN may choose another algorithm for the definition")
-    for options in ({}, *({"delta_dtype": other} for other in dtypes_of_delta(name) if name in SMALL)):
-        case = ALL[name](dtype=dtype, **options)
+    for dtype, case in made(name, every_delta=name in SMALL):
         ours, theirs = case.results(device=device), case.results(case.definition, device)
         assert_close(ours, theirs, dtype, exact=case.is_exact * max(1, case.changed))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(ALL)
-def test_compiled_kernels_are_the_references_bit_for_bit(name, dtype):
-    for options in ({}, *({"delta_dtype": other} for other in dtypes_of_delta(name))):
-        case = ALL[name](dtype=dtype, **options)
+def test_compiled_kernels_are_the_references_bit_for_bit(name):
+    for dtype, case in made(name):
         for op, arguments in case.registered:
             results = []
             for runs_reference in (False, True):
@@ -96,7 +97,7 @@ def compiled(function):
 def test_torch_compile_fullgraph(name):
     """Later operations of the graph use the result."""
     for dtype in (torch.float32, torch.bfloat16):
-        case = SMALL[name](dtype=dtype, **({"delta_dtype": torch.float32} if dtypes_of_delta(name) else {}))
+        case = SMALL[name](dtype=dtype, **({"delta_dtype": torch.float32} if name in TRAINED else {}))
 
         def run(*tensors, case=case):
             out = case.run(*tensors)
