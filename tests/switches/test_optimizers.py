@@ -19,6 +19,18 @@ def loss(model, batch):
     return model(input_ids=batch, labels=batch, use_cache=False).loss
 
 
+def steps(model, optimizer, count=8, batch=None):
+    """The losses of `count` steps."""
+    losses = []
+    for _ in range(count):
+        optimizer.zero_grad()
+        value = loss_of(model) if batch is None else loss(model, batch)
+        value.backward()
+        optimizer.step()
+        losses.append(value.item())
+    return losses
+
+
 # ---- gradients -----------------------------------------------------------------------------------------------
 
 
@@ -100,15 +112,10 @@ def test_only_slices_move(which, layout, dtype):
     base = model_of("llama-grouped", dtype)
     model = copy.deepcopy(base)
     s2ft.attach(model, everything("llama-grouped", layout=layout))
-    before, losses = frozen(model), []
+    before = frozen(model)
     candidates = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # Muon takes only matrices
     optimizer = OPTIMIZERS[which](candidates)
-    for _ in range(8):
-        optimizer.zero_grad()
-        value = loss_of(model.train())
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
+    losses = steps(model.train(), optimizer)
     assert losses[-1] < losses[0]
     assert {id(p) for p in optimizer.state} == {id(p) for p in slices(model).values()}
     for p, state in optimizer.state.items():
@@ -122,13 +129,6 @@ def test_only_slices_move(which, layout, dtype):
 @optimizers
 def test_an_optimizer_resumes_from_its_state(which):
     """Four steps equal two steps, saving, loading and two more steps, bit for bit."""
-
-    def steps(model, optimizer, count):
-        for _ in range(count):
-            optimizer.zero_grad()
-            loss_of(model).backward()
-            optimizer.step()
-
     through, first, second = attached("llama-grouped"), attached("llama-grouped"), attached("llama-grouped")
     steps(through, OPTIMIZERS[which](list(slices(through).values())), 4)
     optimizer = OPTIMIZERS[which](list(slices(first).values()))
@@ -146,9 +146,7 @@ def test_averages_of_weights_include_the_slices():
     average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
     optimizer, kept = torch.optim.SGD(slices(model).values(), lr=0.5), []
     for _ in range(2):
-        optimizer.zero_grad()
-        loss_of(model).backward()
-        optimizer.step()
+        steps(model, optimizer, 1)
         average.update_parameters(model)
         kept.append({name: p.detach().clone() for name, p in slices(model).items()})
     for name, p in slices(average.module).items():  # the first update copies the weights
@@ -180,16 +178,11 @@ def run_bitsandbytes(which, layout, device, dtype=torch.float32):
     bitsandbytes = pytest.importorskip("bitsandbytes")
     model = wide(layout, dtype).to(device)
     batch = token_batch(model).to(device)
-    before, losses = frozen(model), []
+    before = frozen(model)
     optimizer = getattr(bitsandbytes.optim, which)(slices(model).values(), lr=1e-3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
-        for _ in range(8):
-            optimizer.zero_grad()
-            value = loss(model, batch)
-            value.backward()
-            optimizer.step()
-            losses.append(value.item())
+        losses = steps(model, optimizer, batch=batch)
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in frozen(model).items())
     for name, p in slices(model).items():
