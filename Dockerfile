@@ -36,7 +36,7 @@ WORKDIR /home/s2ft
 EXPOSE 8000
 HEALTHCHECK --interval=15s --timeout=5s --start-period=300s \
     CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health', timeout=4)"]
-# SIGTERM lets the running requests finish: give docker stop more time than --grace.
+# SIGTERM lets the running requests finish for 10 seconds, which is what docker stop waits too: give it more, -t 15.
 STOPSIGNAL SIGTERM
 ENTRYPOINT ["s2ft"]
 CMD ["serve", "--help"]

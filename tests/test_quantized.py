@@ -27,15 +27,13 @@ from support.quantized import (
 )
 from support.slices import random_slices
 from support.tolerances import LOGITS, relative_difference
-from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import s2ft
-from s2ft import Coupling, S2FTConfig
+from s2ft import S2FTConfig
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.record import attachment_of, find_attachment
 from s2ft.layers import kind_of
-from s2ft.model.coupling import Projection
 
 RATIOS = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 INDEXED = S2FTConfig(**RATIOS, layout="indexed")
@@ -276,28 +274,6 @@ def test_selections(kind, selection):
         assert s2ft.plan(quantized(kind), config).rows == s2ft.plan(dense, config).rows
     assert (planned.rows, planned.trainable, planned.total) == (report.rows, report.trainable, report.total)
     train(model)
-
-
-def test_verify_finds_a_wrong_coupling_beside_a_quantized_one():
-    class Network(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.norm, self.down = nn.Linear(16, 8), nn.LayerNorm(8), nn.Linear(8, 16)
-            self.q_up, self.q_down = KINDS["nf4"](nn.Linear(16, 64)), KINDS["nf4"](nn.Linear(64, 16))
-
-        def forward(self, x):
-            return self.q_down(self.q_up(self.down(self.norm(self.up(x)))))
-
-    model = Network()
-    nn.init.normal_(model.norm.weight)
-    made = [
-        Coupling("ffn", 0, (Projection("u", "q_up", 64, 1, 0),), Projection("d", "q_down", 64, 1, 1)),
-        Coupling("ffn", 1, (Projection("u", "up", 8, 1, 0),), Projection("d", "down", 8, 1, 1)),
-    ]
-    with pytest.raises(ValueError, match="is not a coupling of this model: with its 8 units"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made, example=torch.randn(4, 16))
-    assert find_attachment(model) is None
-    s2ft.attach(model, S2FTConfig(d_ratio=0.5, layout="indexed"), couplings=made[:1], example=torch.randn(4, 16))
 
 
 # ---- copies, states, whole models -----------------------------------------------------------------------

@@ -6,8 +6,8 @@ On a GPU the time is that of a CUDA graph of about 20 calls, divided by their nu
 in turn, which together are larger than the second-level cache. The host's launches and the cache therefore count for
 nothing. Beside it stands the time of one call on an idle GPU, in which the host's part counts ("alone").
 The floor is what the bytes and the operations of the op need at least, at the speeds of a copy and of a matrix product
-that are measured first. "frozen" is the same product without a trained slice. "Triton" and "reference" are what runs
-without the CUDA kernels. LoRA is of rank 16, as two products
+that are measured first. "frozen" is the same product without a trained slice. "reference" is what runs without the
+CUDA kernels. LoRA is of rank 16, as two products
 and an addition, with its matrices in bfloat16 and in float32, which is how PEFT makes them.
 On a CPU the sizes are small and the times are those of the host: they only show that the benchmark runs.
 """
@@ -31,7 +31,6 @@ from harness import machine
 from torch import Tensor
 
 from s2ft.ops import act_mul, indexed_linear, multi_adapter_linear, pack_adapters, sliced_linear
-from s2ft.packages import is_installed
 
 Call = Callable[[], Any]
 OPS = torch.ops.s2ft
@@ -192,25 +191,15 @@ def lora_rivals(x: Tensor, weights: list[Tensor], device: str) -> dict[str, list
     return rivals
 
 
-def triton_of(name: str, device: str):
-    """The Triton kernels of an op, or None where they can't run."""
-    if device != "cuda" or not is_installed("triton"):
-        return None
-    return import_module(f"s2ft.ops._triton.{name}")
-
-
 def activation_cases(sizes: Sizes, device: str) -> Iterator[Case]:
     tokens, channels = sizes.tokens[0], sizes.channels
     size = 2 * tokens * channels
     for activation in ("silu", "gelu_tanh"):
         data = [[randn(tokens, channels, device=device) for _ in range(3)] for _ in range(2)]
         plain = F.silu if activation == "silu" else lambda gate: F.gelu(gate, approximate="tanh")
-        own, triton = REFERENCE["act_mul"], triton_of("act_mul", device)
+        own = REFERENCE["act_mul"]
         forward = {"two operators": [lambda t=t: plain(t[0]) * t[1] for t in data]}
         backward = {"reference": [lambda t=t: own.reference_backward(t[2], t[0], t[1], activation) for t in data]}
-        if triton:
-            forward["Triton"] = [lambda t=t: triton.act_mul(t[0], t[1], activation) for t in data]
-            backward["Triton"] = [lambda t=t: triton.act_mul_backward(t[2], t[0], t[1], activation) for t in data]
         yield Case(
             "act_mul",
             f"{activation}, {tokens} × {channels}",
@@ -239,9 +228,6 @@ def bank_cases(sizes: Sizes, device: str) -> Iterator[Case]:
             x, y = (randn(count, tokens, width, device=device) for _ in range(2))
             names = torch.arange(count, device=device)
             rivals = {"reference": [lambda: REFERENCE["multi_adapter_linear"].reference(x, y, *bank, names, dim)]}
-            triton = triton_of("multi_adapter_linear", device)
-            if triton:
-                rivals["Triton"] = [lambda: triton.multi_adapter_linear(x, y, *bank, names, dim)]
             for name, dtype in (("LoRA, base's dtype", x.dtype), ("LoRA, float32", torch.float32)):
                 shapes = (count, width, units // 2), (count, units // 2, width)
                 a, b = (randn(*s, device=device, dtype=dtype) for s in shapes)

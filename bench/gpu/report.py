@@ -239,6 +239,6 @@ def about_machine(on_gpu: bool, versions: Callable[[str], str]) -> dict[str, Any
         found["compute capability"] = f"{properties.major}.{properties.minor}"
         found["GPU memory, GiB"] = round(properties.total_memory / 2**30, 1)
         found["CUDA of PyTorch"] = torch.version.cuda
-    for package in ("transformers", "peft", "liger_kernel", "triton", "trl", "bitsandbytes"):
+    for package in ("transformers", "peft", "liger_kernel", "trl", "bitsandbytes"):
         found[package] = versions(package)
     return found

@@ -27,16 +27,14 @@ table is made from the {cases} small models that the tests run; a new family is 
   results are the same.
 - *LoRA*: `s2ft export --format lora` writes adapters that PEFT and vLLM load. Every model can be merged into a plain
   checkpoint.
-- *GGUF*: `s2ft export --format gguf` writes the merged model for llama.cpp. For other families, merge first and use
-  llama.cpp's own converter.
 - Bases that are quantized by bitsandbytes or torchao are tested with `llama`. Other families use the same layers;
   weights of experts that are stacked in one parameter are not quantized by these libraries.
 
 A model that is not here can be trained too: [All model types](model-types.md) shows what s2ft finds in other models of
 transformers. Describe your own with [couplings](reference/couplings.md), or let s2ft find them.
 
-| model type | family | tests | tested configurations | projections | channels | heads | LoRA | GGUF |
-|---|---|---|---|---|---|---|---|---|
+| model type | family | tests | tested configurations | projections | channels | heads | LoRA |
+|---|---|---|---|---|---|---|---|
 """
 
 
@@ -86,7 +84,6 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
         cases: The couplings of its tested configurations, by case.
         tests: The tests that run it.
     """
-    from s2ft.export.gguf_writer import ARCHITECTURES
     from s2ft.model.families import FAMILIES
 
     base = min(cases, key=len)
@@ -104,7 +101,6 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
         places(cases, "ugdl"),
         places(cases, "qkvo"),
         "not for experts" if experts else "yes",
-        "yes" if model_type in ARCHITECTURES else "",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -5,11 +5,11 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from s2ft.adapter.formats import lora
 from s2ft.adapter.loading import load_adapter
 from s2ft.adapter.switch import get_adapter
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import attachment_of
-from s2ft.files.formats import ADAPTER_FORMATS
 from s2ft.model.coupling import Coupling
 
 
@@ -46,7 +46,7 @@ def export_lora(
     """
     record = attachment_of(model)
     adapter = get_adapter(model, record.default_name if name is None else name)
-    ADAPTER_FORMATS["lora"].write(adapter, directory, model, rank=rank, rank_pattern=rank_pattern)
+    lora.write(adapter, directory, model, rank=rank, rank_pattern=rank_pattern)
 
 
 @of_compiled
@@ -79,4 +79,4 @@ def import_lora(
         >>> s2ft.list_adapters(base)
         ['math']
     """
-    load_adapter(model, ADAPTER_FORMATS["lora"].read(directory, model, name, couplings))
+    load_adapter(model, lora.read(directory, model, name, couplings))

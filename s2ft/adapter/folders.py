@@ -31,7 +31,7 @@ def adapter_folder(folder: Path) -> Path:
             + ("" if newest is None else f", or name one of its checkpoints, such as {newest}")
         )
     inside = sorted(adapters_in(folder)) if folder.is_dir() else []
-    if inside and not any(known.matches(folder) for known in ADAPTER_FORMATS.values()):
+    if inside and not any(known.module.matches(folder) for known in ADAPTER_FORMATS.values()):
         raise FileNotFoundError(
             f"{folder} is no adapter but has adapters in it, {', '.join(inside[:3])}{' …' if inside[3:] else ''}: give "
             f"one of them, such as {folder / inside[0]}"

@@ -5,8 +5,10 @@ A change that an interrupt, an exception or an out-of-memory error cuts short is
 switched on.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 from torch import nn
 
@@ -14,6 +16,26 @@ from s2ft.attached.active import activate, deactivate, place_loaded, switch, wri
 from s2ft.attached.mounting import claim, release, remount, unmount
 from s2ft.attached.record import Attachment, LoadedAdapter, find_attachment
 from s2ft.ops._lock import LOCK
+
+
+def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
+    """Make a change that nothing leaves half done.
+
+    It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
+
+    Args:
+        change: The change. Where `recover` is None it can be called again.
+        recover: What to do after an interrupt, an exception or an out-of-memory error. Default: `change` again.
+
+    Returns:
+        What `change` returns.
+    """
+    with LOCK:
+        try:
+            return change()
+        except BaseException:  # a model in between would compute something else
+            (recover or change)()
+            raise
 
 
 @contextmanager
@@ -50,7 +72,8 @@ def load(model: nn.Module, record: Attachment, adapter: LoadedAdapter, active: b
         active: Whether it becomes the active adapter.
     """
     is_new = find_attachment(model) is None
-    try:
+
+    def change() -> None:
         if is_new:
             claim(model, record)
             model.requires_grad_(False)
@@ -58,29 +81,26 @@ def load(model: nn.Module, record: Attachment, adapter: LoadedAdapter, active: b
         place_loaded(model, record, [adapter.name])
         if active:
             switch(model, record, {adapter.name: 1.0})
-    except BaseException:
+
+    def recover() -> None:
         deactivate(model, record)
         if is_new:
             release(model, record)
         else:
             record.drop(adapter.name)
-        raise
+
+    whole(change, recover)
 
 
 def remove_all(model: nn.Module, record: Attachment) -> None:
     """Remove all adapters and the record: the model is the plain base, bit for bit."""
-    with LOCK:
-        try:
-            _remove_all(model, record)
-        except BaseException:  # an interrupt: a model in between would compute something else
-            _remove_all(model, record)
-            raise
 
+    def change() -> None:
+        if find_attachment(model) is not None:
+            deactivate(model, record)
+            release(model, record)
 
-def _remove_all(model: nn.Module, record: Attachment) -> None:
-    if find_attachment(model) is not None:
-        deactivate(model, record)
-        release(model, record)
+    whole(change)
 
 
 def remove(model: nn.Module, record: Attachment, name: str) -> None:
@@ -99,13 +119,13 @@ def _remove_trainable(model: nn.Module, record: Attachment) -> None:
     """Remove the trainable layers. The loaded adapters that were active are active again."""
     active = dict(record.active)
     deltas = {name: record.loaded[name].deltas for name in active}
-    with LOCK:
-        try:
-            _unmount_for_good(model, record)
-            activate(model, record, active, deltas)
-        except BaseException:  # an interrupt: a model in between would compute something else
-            _unmount_for_good(model, record)
-            raise
+    unmount_all = partial(_unmount_for_good, model, record)
+
+    def change() -> None:
+        unmount_all()
+        activate(model, record, active, deltas)
+
+    whole(change, recover=unmount_all)
 
 
 def _unmount_for_good(model: nn.Module, record: Attachment) -> None:
@@ -124,43 +144,42 @@ def freeze(model: nn.Module, record: Attachment, adapter: LoadedAdapter) -> None
         adapter: A copy of the trainable adapter, which can be written into the weights.
     """
     active = dict(record.active)
-    with LOCK:
-        try:
-            _replace_trainable(model, record, adapter)
-            activate(model, record, active, {name: record.loaded[name].deltas for name in active})
-        except BaseException:  # an interrupt: the adapter is loaded, and none is active
-            _replace_trainable(model, record, adapter)
-            raise
 
+    def replace() -> None:
+        _unmount_for_good(model, record)
+        record.load(adapter)
 
-def _replace_trainable(model: nn.Module, record: Attachment, adapter: LoadedAdapter) -> None:
-    _unmount_for_good(model, record)
-    record.load(adapter)
+    def change() -> None:
+        replace()
+        activate(model, record, active, {name: record.loaded[name].deltas for name in active})
+
+    whole(change, recover=replace)  # the adapter is then loaded, and none is active
 
 
 def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
     """Write the active adapters into the weights and return the plain model. A failure leaves the adapter, inactive."""
-    with LOCK:
-        try:
-            if record.trains:
-                write_trained(model, record)
-            return release(model, record)
-        except BaseException:
-            if find_attachment(model) is not None:
-                deactivate(model, record)
-                remount(model, record)
-            raise
+
+    def change() -> nn.Module:
+        if record.trains:
+            write_trained(model, record)
+        return release(model, record)
+
+    def recover() -> None:
+        if find_attachment(model) is not None:
+            deactivate(model, record)
+            remount(model, record)
+
+    return whole(change, recover)
 
 
 def fuse_mounted(record: Attachment) -> None:
     """Fuse every trainable layer. A failure leaves none of them fused."""
-    with LOCK:
-        try:
-            for mounted in record.mounts.values():
-                mounted.layer.fuse()
-        except BaseException:
-            unfuse_mounted(record)
-            raise
+
+    def change() -> None:
+        for mounted in record.mounts.values():
+            mounted.layer.fuse()
+
+    whole(change, recover=partial(unfuse_mounted, record))
 
 
 def unfuse_mounted(record: Attachment) -> None:

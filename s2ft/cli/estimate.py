@@ -1,4 +1,4 @@
-"""s2ft estimate: the memory of training a model, and on request the time of a step."""
+"""s2ft estimate: the memory of training a model."""
 
 import json
 from dataclasses import dataclass, replace
@@ -9,8 +9,7 @@ from s2ft.text.models import DTYPES
 from s2ft.train.options import check_fields, option, with_default_ratio
 
 EXAMPLE = """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
-  s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing
-  s2ft estimate meta-llama/Llama-3.2-1B --dtype bfloat16 --measure"""
+  s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing"""
 SHARED = {"group": "model and data"}
 SEVERAL = {"group": "several devices"}
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")  # those of s2ft.Strategy, without torch
@@ -39,9 +38,6 @@ class EstimateArguments:
     )  # fmt: skip
     ratios: list[float] | None = option(
         None, "ratios of the table, for every projection that is trained", shown="0.01 0.03 0.05 0.1 0.2", **SHARED
-    )
-    measure: bool = option(
-        False, "also run some steps with random weights on this machine, and print their time", **SHARED
     )
     json: bool = option(False, "print JSON", **SHARED)
     strategy: str | None = option(
@@ -74,8 +70,6 @@ class EstimateArguments:
             given = [name for name in ("devices", "tp_size", "offload") if getattr(self, name) is not None]
             if given:
                 raise ValueError(f"{given[0]} needs strategy: one of {', '.join(STRATEGIES)}")
-        elif self.measure:
-            raise ValueError("measure runs on one device: leave out strategy")
         elif self.load_in_4bit or self.load_in_8bit:
             raise ValueError("load_in_4bit and load_in_8bit are counted for one device: leave out strategy")
 
@@ -95,8 +89,7 @@ def run(arguments: list[str]) -> None:
 
     job, config = parse(
         "estimate",
-        "Print what training a model takes: parameters, memory, and on request time. Only the model's config is read, "
-        "no weights.",
+        "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
         [EstimateArguments, S2FTConfig],
         arguments,
         EXAMPLE,
@@ -109,20 +102,17 @@ def run(arguments: list[str]) -> None:
     config = with_default_ratio(config, given_options(arguments))
     model = hollow(job.model, job.dtype)
     rows, found, room = _rows(job, config, model)
-    seconds = _measured(job, config, model) if job.measure else None
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
         shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
-        print(
-            json.dumps({**shown, "room": room, "seconds": seconds, "rows": [row.to_dict() for row in rows]}, indent=2)
-        )
+        print(json.dumps({**shown, "room": room, "rows": [row.to_dict() for row in rows]}, indent=2))
         return
     print(
         f"{size(found.parameters + found.buffers)} of weights{_bits(job)}; a step of {job.batch_size} × "
         f"{job.max_length:,} tokens on {_where(found)}, {job.optimizer}"
     )
     print(table(rows, room))
-    print("\n".join(_remarks(job, rows, found, seconds)))
+    print("\n".join(_remarks(rows, found)))
 
 
 def _where(found) -> str:
@@ -141,17 +131,16 @@ def _rows(job: EstimateArguments, config, model):
     from s2ft.estimation.memory import free_memory
     from s2ft.estimation.result import size_of
     from s2ft.train.ratio_table import rows_of, with_memory
-    from s2ft.train.remedies import Step
 
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     room = size_of(job.device_memory, "device_memory") or free_memory(device)
-    step = Step(
-        job.batch_size,
-        job.max_length,
-        job.accumulation,
-        job.gradient_checkpointing,
-        job.chunked_loss,
-        job.optimizer,
+    step = dict(
+        batch=job.batch_size,
+        length=job.max_length,
+        accumulation=job.accumulation,
+        gradient_checkpointing=job.gradient_checkpointing,
+        optimizer=job.optimizer,
+        device=device,
         strategy=job.spread(),
         devices=job.devices,
         memory=room,
@@ -159,7 +148,7 @@ def _rows(job: EstimateArguments, config, model):
     rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
     bits = "4bit" if job.load_in_4bit else "8bit" if job.load_in_8bit else None
     config = replace(config, layout="indexed") if bits else config  # the layout that sft takes for quantized weights
-    rows, found = with_memory(rows, model, config, step, device, bits, room)
+    rows, found = with_memory(rows, model, config, step, job.chunked_loss, bits)
     return rows, found, room
 
 
@@ -168,22 +157,8 @@ def _bits(job: EstimateArguments) -> str:
     return f" before they are quantized to {bits} bit" if bits else ""
 
 
-def _remarks(job: EstimateArguments, rows, found, seconds: float | None) -> list[str]:
+def _remarks(rows, found) -> list[str]:
     lines = ["LoRA rank: of a LoRA on the same weights with as many parameters"]
     if any(not row.counted and not row.refused for row in rows):
         lines.append("≤: on the line between the smallest and the largest row, which were counted")
-    lines += [f"note: {note}" for note in found.notes]
-    if seconds is None:
-        lines.append("time: it depends on the device, and s2ft has no model of it; --measure runs some steps here")
-    else:
-        speed = job.batch_size * job.max_length / seconds
-        lines.append(f"time: {seconds:.3g} s a forward and backward pass here, {speed:,.0f} tokens/s (random weights)")
-    return lines
-
-
-def _measured(job: EstimateArguments, config, model) -> float:
-    from s2ft.train.measure import seconds_of_step
-
-    return seconds_of_step(
-        model, config, job.batch_size, job.max_length, job.gradient_checkpointing, job.chunked_loss, job.device
-    )
+    return lines + [f"note: {note}" for note in found.notes]

@@ -3,7 +3,7 @@
 import argparse
 
 from s2ft.cli.parse import ADAPTER, BASE, Help, Parser, choice, quiet_transformers
-from s2ft.export import EXPORTS, IMPORTS
+from s2ft.export import EXPORTS, IMPORTS, export
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
 
@@ -28,11 +28,11 @@ def run(arguments: list[str]) -> None:
 
         print(convert(job["model"], job[f"from_{source}"], job["output"], job["dtype"], format_name=source, **given))
     else:
-        print(EXPORTS[job["format"] or DEFAULT].run(job["model"], job["adapter"], job["output"], job["dtype"], **given))
+        print(export(job["format"] or DEFAULT, job["model"], job["adapter"], job["output"], job["dtype"], **given))
 
 
 def _parser() -> Parser:
-    formats = "\n".join(f"{name:<9}{export.summary}" for name, export in EXPORTS.items())
+    formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
     parser = Parser(
         prog="s2ft export",
         usage="s2ft export [ADAPTER] --model MODEL --output DIR [options]",
@@ -54,10 +54,8 @@ def _parser() -> Parser:
         metavar=f"{{{','.join(DTYPES)}}}",
         help="dtype of the weights; auto: the dtype of the training (default: auto)",
     )
-    for option, keywords in {
-        name: text for export in EXPORTS.values() for name, text in export.options.items()
-    }.items():
-        owners = ", ".join(name for name, export in EXPORTS.items() if option in export.options)
+    for option, keywords in {name: text for one in EXPORTS.values() for name, text in one.options.items()}.items():
+        owners = ", ".join(name for name, one in EXPORTS.items() if option in one.options)
         keywords = {**keywords, "help": f"{owners}: {keywords['help']}"}
         parser.add_argument(_flag(option), default=argparse.SUPPRESS, **keywords)
     parser.add_argument(
@@ -85,7 +83,7 @@ def _check(job: dict) -> tuple[str | None, dict]:
     if sources and job["format"] is not None:
         raise ValueError(f"--from-{sources[0]} writes an adapter, so there is no --format")
     kind = f"from-{sources[0]}" if sources else job["format"] or DEFAULT
-    allowed = {name: set(export.options) for name, export in EXPORTS.items()}
+    allowed = {name: set(one.options) for name, one in EXPORTS.items()}
     allowed |= {f"from-{name}": {"name"} for name in IMPORTS}
     given = {option: job[option] for options in allowed.values() for option in options if option in job}
     for option in sorted(given.keys() - allowed[kind]):

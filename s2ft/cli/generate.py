@@ -49,13 +49,13 @@ def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     from s2ft.text.chat import pieces
     from s2ft.text.running_batch import Row, RunningBatch
     from s2ft.train.device import gpu_or_cpu
-    from s2ft.train.generation_memory import explain_generation
+    from s2ft.train.out_of_memory import explain_out_of_memory, smaller_answers
 
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     row = Row(prompt_ids(prompter, prompt, job), sampling.sampler())
     limit = longest_answer(model, len(row.prompt), sampling.max_new_tokens)
-    with explain_generation(model, 1, limit):
+    with explain_out_of_memory(smaller_answers(1, str(model.dtype))):
         batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
         batch.admit([row])
         for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):

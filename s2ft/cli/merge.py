@@ -33,7 +33,7 @@ def run(arguments: list[str]) -> None:
         EXAMPLE,
     )
     quiet_transformers()
-    from s2ft.export import EXPORTS
+    from s2ft.export.merged import export
 
     size = job.max_shard_size
-    print(EXPORTS["merged"].run(job.model, job.adapter, job.output, job.dtype, max_shard_size=size))
+    print(export(job.model, job.adapter, job.output, job.dtype, max_shard_size=size))

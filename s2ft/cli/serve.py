@@ -21,7 +21,6 @@ ONLY_BUILT_IN = {
     "max_tokens_limit": """-- --override-generation-config '{"max_new_tokens": N}'""",
     "max_body_bytes": "vLLM has no such limit",
     "adapter_bytes": "-- --max-cpu-loras N",
-    "grace": "-- --shutdown-timeout N",
     "access_log": "-- --disable-uvicorn-access-log",
     "ignore_unsupported": "vLLM decides by itself which fields of a request it takes",
     "load_in_8bit": "vLLM loads a checkpoint that is stored in 8 bit",
@@ -36,7 +35,7 @@ class ServeArguments:
     adapters: list[str] = option(
         [],
         "directories of adapters or of output folders of s2ft sft, or single ones, also as NAME=DIR; clients name an "
-        "adapter by its folder, and new folders are found while the server runs",
+        "adapter by its folder",
         metavar="DIR",
     )
     check: bool = option(False, "read all adapters, compare them with the base, and end without serving")
@@ -81,9 +80,6 @@ class ServeArguments:
     max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB")
     adapter_bytes: int | None = option(
         None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit"
-    )
-    grace: float = option(
-        20.0, "time to finish running requests after SIGTERM or Ctrl-C", unit="seconds", metavar="SECONDS"
     )
     access_log: str = option(
         "text", "one line a request in the log, as text or as JSON, or off", choices=("text", "json", "off")
@@ -178,8 +174,6 @@ def check(job: ServeArguments) -> None:
     for name in ("max_batch_size", "queue_size", "timeout", "max_body_bytes"):
         if not getattr(job, name) > 0:
             raise ValueError(f"{name} must be above 0, got {getattr(job, name)}")
-    if not job.grace >= 0:
-        raise ValueError(f"grace must be 0 or above, got {job.grace}")
 
 
 def serve_here(job: ServeArguments) -> None:
@@ -195,7 +189,6 @@ def serve_here(job: ServeArguments) -> None:
         job.queue_size,
         job.max_batch_tokens,
         job.adapter_bytes,
-        job.grace,
         job.access_log,
         limits,
     )

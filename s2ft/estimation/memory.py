@@ -31,7 +31,6 @@ class Memory(TorchDispatchMode):
         self._of_model = {storage._cdata: storage for storage in of_model}  # held, so that they stay alive
         self._seen: dict[str, set[int]] = {"alive": set(), "saved": set()}
         self._scalar: float | None = None
-        self._paused = False
 
     def is_new(self, storage: torch.UntypedStorage, purpose: str) -> bool:
         """Return True the first time that a storage is seen for a purpose, unless it belongs to the model."""
@@ -41,19 +40,6 @@ class Memory(TorchDispatchMode):
         seen.add(key)
         weakref.finalize(storage, seen.discard, key)
         return True
-
-    def leave_out(self, tensor: Tensor) -> None:
-        """Do not count a tensor's storages."""
-        self._of_model.update({storage._cdata: storage for storage in storages(tensor)})
-
-    @contextmanager
-    def paused(self) -> Iterator[None]:
-        """Inside this context, new storages are not counted."""
-        self._paused = True
-        try:
-            yield
-        finally:
-            self._paused = False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:  # fake tensors call this more often than any other
@@ -83,7 +69,7 @@ class Memory(TorchDispatchMode):
     def watch(self, tensor: Tensor) -> None:
         """Count a tensor's storages as long as they live. A storage is counted once."""
         for storage in storages(tensor):
-            if not self._paused and self.is_new(storage, "alive"):
+            if self.is_new(storage, "alive"):
                 self.alive += storage.nbytes()
                 self.peaks[self.phase] = max(self.peaks[self.phase], self.alive)
                 weakref.finalize(storage, self._gone, storage.nbytes())

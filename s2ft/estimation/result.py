@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from s2ft.files.tables import table
+
 
 @dataclass(frozen=True)
 class MemoryPart:
@@ -131,7 +133,7 @@ class Estimate:
             >>> s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8).summary()
             'Training takes ... KiB at most: 343.8 KiB of parameters, 6.5 KiB of gradients, ...'
         """
-        return f"Training takes {size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
+        return f"{self._peak()}: {', '.join(self._needs())}. {self._verdict()}"
 
     def lines(self) -> str:
         """Return the summary with one line per kind of memory.
@@ -146,7 +148,11 @@ class Estimate:
               ...
         """
         needs = "\n".join(f"  {need}" for need in self._needs())
-        return f"Training takes {size(self.peak)} at most:\n{needs}\n{self._verdict()}"
+        return f"{self._peak()}:\n{needs}\n{self._verdict()}"
+
+    def _peak(self) -> str:
+        about = "" if self.strategy is None else "about "  # by formulas, see s2ft.estimation.devices
+        return f"Training takes {about}{size(self.peak)} at most"
 
     def _needs(self) -> list[str]:
         """Return the kinds of memory and their sizes."""
@@ -175,12 +181,8 @@ class Estimate:
         rows = [("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")]
         rows += [(name, *_columns(part)) for name, part in _folded(self.parts)]
         rows.append(("total", *_columns(self)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-            for row in rows
-        ]
-        return "\n".join([*lines, self.summary(), *(f"note: {note}" for note in self.notes)])
+        text = table(rows, right=range(1, len(rows[0])))
+        return "\n".join([text, self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
 def _columns(part: MemoryPart | Estimate) -> tuple[str, ...]:

@@ -17,11 +17,10 @@ from torch._subclasses.fake_tensor import (
 from torch.utils._pytree import tree_leaves
 
 from s2ft.attached.record import Attachment
+from s2ft.estimation.devices import with_parts
 from s2ft.estimation.inputs import call, can_be_labelled, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
-from s2ft.estimation.ranks import rank_of
 from s2ft.estimation.result import MemoryPart
-from s2ft.estimation.strategy import Strategy
 from s2ft.layers import kind_of
 
 OUTSIDE = "model and loss"  # the part for tensors that only the model's own forward, or the loss, saves
@@ -39,8 +38,6 @@ class Step:
         device: Device whose kernels are counted.
         autocast: Dtype of autocast, or None.
         complete: True if no labels may be added to the inputs.
-        strategy: How the training is spread over devices, or None.
-        devices: Number of devices over which the strategy spreads the model.
     """
 
     def __init__(
@@ -52,36 +49,36 @@ class Step:
         device: torch.device,
         autocast: torch.dtype | None,
         complete: bool,
-        strategy: Strategy | None = None,
-        devices: int = 1,
     ) -> None:
         self.shadow, self.inputs, self.loss = shadow, inputs, loss
         self.autocast = _autocast(device, autocast)
         self.trained = {name: p for name, p in shadow.named_parameters() if p.requires_grad}
         self.part_of = _part_names(shadow)
         self.memory = Memory(shadow, device)
-        self.rank = rank_of(shadow, self.memory, strategy, devices)
         self.weights = self._weights()  # before anything runs, because a layer may replace its weights
+        self.states: Counter = Counter()  # bytes of the optimizer's state, by name
         self.kept: Counter = Counter()  # by part
-        self.within: list[str] = []  # parts whose forward is running, the innermost last
+        self.kept_divided: Counter = Counter()  # those that tensor parallelism divides
+        self.within: list[tuple[str, bool]] = []  # modules whose forward is running, the innermost last
         self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
         if not complete and can_be_labelled(shadow, inputs):
             self.inputs = labelled(inputs, self._guarded(self._dry_run))
 
     def _hook(self, record: Attachment, device: torch.device) -> None:
+        divided = with_parts(self.shadow)
         for name, module in self.shadow.named_modules():
-            module.register_forward_pre_hook(partial(self._enter, self.part_of[name]))
+            module.register_forward_pre_hook(partial(self._enter, self.part_of[name], name in divided))
             module.register_forward_hook(self._leave, always_call=True)
         for path in {c.main.path.rpartition(".")[0] for c in record.couplings if c.expert is not None}:
             self.shadow.get_submodule(path).register_forward_pre_hook(partial(_spread_tokens, device), with_kwargs=True)
 
-    def _enter(self, part: str, module: nn.Module, inputs: tuple) -> None:
-        self.within.append(part)
+    def _enter(self, part: str, divided: bool, module: nn.Module, inputs: tuple) -> None:
+        self.within.append((part, divided or bool(self.within) and self.within[-1][1]))
         self.broken = None
 
     def _leave(self, module: nn.Module, inputs: tuple, output: Any) -> None:
-        part = self.within.pop()
+        part, _ = self.within.pop()
         if output is None and self.broken is None:
             self.broken = part
 
@@ -91,23 +88,27 @@ class Step:
         """Run forward, backward and the optimizer's step. With accumulation, forward and backward run twice."""
         forwards = min(accumulation, 2)
         with self.memory:
-            self.rank.start()
-            if self.rank.rehearses:
-                self._forward_and_backward(count=False, last=True, phases=("", ""))
             for number in range(forwards):
-                self._forward_and_backward(count=number == 0, last=number == forwards - 1)
+                self.memory.phase = "forward"
+                outputs = self._guarded(partial(self._forward, count=number == 0))
+                self.memory.phase = "backward"
+                self._guarded(partial(_backward, outputs))
+                del outputs
             self.memory.phase = "optimizer"
-            self._guarded(partial(self.rank.update, make))
+            self._guarded(partial(self._update, make))
 
-    def _forward_and_backward(self, count: bool, last: bool, phases: tuple[str, str] = ("forward", "backward")) -> None:
-        self.memory.phase = phases[0]
-        self.rank.before_forward(last)
-        with self.rank.context():
-            outputs = self._guarded(partial(self._forward, count=count))
-            self.memory.phase = phases[1]
-            self._guarded(partial(_backward, outputs))
-        del outputs
-        self.rank.after_backward()
+    def _update(self, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
+        """Run the optimizer's step and count its state."""
+        optimizer = make(list(self.trained.values()))
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
+        with self.memory.scalars_are(1.0):  # a step may read a norm; its memory does not depend on the value
+            optimizer.step()
+        seen: set[int] = set()
+        for name, parameter in self.trained.items():
+            if parameter in optimizer.state:
+                leaves = tree_leaves(dict(optimizer.state[parameter]))
+                self.states[name] = bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
 
     def _dry_run(self) -> Any:
         """Return the model's output without gradients."""
@@ -133,7 +134,9 @@ class Step:
     def _save(self, tensor: Tensor) -> Tensor:
         for storage in storages(tensor):
             if self.memory.is_new(storage, "saved"):
-                self.kept[self.within[-1] if self.within else OUTSIDE] += storage.nbytes()
+                part, divided = self.within[-1] if self.within else (OUTSIDE, False)
+                self.kept[part] += storage.nbytes()
+                self.kept_divided[part] += storage.nbytes() * divided
         return tensor
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
@@ -158,11 +161,11 @@ class Step:
 
     def peak(self) -> tuple[int, str]:
         """Return the peak in bytes and its phase. In every step but the first, the optimizer's state exists already."""
-        states = 0 if self.rank.offload else self.rank.states.total()
+        states = self.states.total()
         most = {
             phase: alive + (0 if phase == "optimizer" else states)
             for phase, alive in self.memory.peaks.items()
-            if phase
+            if phase  # not the dry run
         }
         phase = max(most, key=most.get)
         return self.weights.total() + most[phase], phase
@@ -172,7 +175,7 @@ class Step:
         found: Counter = Counter()
         seen: set[int] = set()
         for name, tensor in self.shadow.named_parameters():
-            found["parameters", self._part(name)] += self.rank.resident(name, tensor, seen)
+            found["parameters", self._part(name)] += bytes_of([tensor], seen)
         for name, tensor in self.shadow.named_buffers():
             found["buffers", self._part(name)] += bytes_of([tensor], seen)
         for name, module in self.shadow.named_modules():
@@ -191,8 +194,8 @@ class Step:
         for name, parameter in self.trained.items():
             counted = sums[self._part(name)]
             counted["trained"] += parameter.numel()
-            counted["gradients"] += self.rank.gradient(name)
-            counted["optimizer"] += self.rank.states[name] + self.rank.masters[name]
+            counted["gradients"] += 0 if parameter.grad is None else bytes_of([parameter.grad])
+            counted["optimizer"] += self.states[name]
         for name, kept in self.kept.items():
             sums[name]["kept"] += kept
         sums[OUTSIDE] = sums.pop(OUTSIDE)  # last

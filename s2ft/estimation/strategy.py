@@ -1,15 +1,11 @@
 """How training is spread over devices."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from s2ft.estimation.result import Estimate
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")
 OFFLOADS = {"fsdp2": ("all",), "tp+fsdp2": ("all",), "zero1": ("optimizer",), "zero2": ("optimizer",)}
 OFFLOADS["zero3"] = ("optimizer", "all")
-WRAPS = ("accelerate", "blocks")
 
 
 @dataclass(frozen=True)
@@ -23,15 +19,7 @@ class Strategy:
         tp_size: Number of devices over which a weight is split by tensor parallelism, for "tp+fsdp2". For "tp" it is
             the number of devices.
         reshard_after_forward: FSDP2: whether a block's gathered weights are freed after its forward pass.
-        wrap: FSDP2: "accelerate" (each block, the input embedding, and norm and head together), or "blocks" (each
-            block, and the model for the rest).
-        gradient_as_bucket_view: DDP: whether gradients are views of the communication buckets.
-        overlap_comm: ZeRO-1 and 2: whether there are two reduction buffers.
         reduce_bucket_size: ZeRO: number of elements of a reduction buffer. The default is DeepSpeed's.
-        prefetch_bucket_size: ZeRO-3: number of elements that are gathered ahead.
-        max_live_parameters: ZeRO-3: number of gathered elements above which nothing is gathered ahead.
-        max_reuse_distance: ZeRO-3: a weight stays gathered if it is used again within this number of elements.
-        persistence_threshold: ZeRO-3: weights with fewer elements stay gathered.
 
     Raises:
         TypeError: A field has a wrong type. The message names it.
@@ -47,14 +35,7 @@ class Strategy:
     offload: str | None = None
     tp_size: int | None = None
     reshard_after_forward: bool = True
-    wrap: str = "accelerate"
-    gradient_as_bucket_view: bool = False
-    overlap_comm: bool = False
     reduce_bucket_size: int = 500_000_000
-    prefetch_bucket_size: int = 50_000_000
-    max_live_parameters: int = 1_000_000_000
-    max_reuse_distance: int = 1_000_000_000
-    persistence_threshold: int = 100_000
 
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
@@ -63,35 +44,27 @@ class Strategy:
         if self.offload is not None and self.offload not in allowed:
             choices = " or ".join(map(repr, allowed)) or "None: it has no offload"
             raise ValueError(f"offload of {self.name} must be {choices}, got {self.offload!r}")
-        if self.wrap not in WRAPS:
-            raise ValueError(f"wrap must be one of {', '.join(WRAPS)}, got {self.wrap!r}")
-        self._check_types()
+        if not isinstance(self.reshard_after_forward, bool):
+            raise TypeError(f"reshard_after_forward must be True or False, got {self.reshard_after_forward!r}")
+        for name, least in (("tp_size", 2), ("reduce_bucket_size", 1)):
+            value = getattr(self, name)
+            optional = name == "tp_size" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
         if (self.name == "tp+fsdp2") != (self.tp_size is not None):
             raise ValueError(
                 f"tp_size must be given for tp+fsdp2 and for no other strategy, got {self.tp_size} for {self.name}"
             )
 
-    def _check_types(self) -> None:
-        for name in ("reshard_after_forward", "gradient_as_bucket_view", "overlap_comm"):
-            if not isinstance(getattr(self, name), bool):
-                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}")
-        for name, least in (
-            ("tp_size", 2),
-            ("reduce_bucket_size", 1),
-            ("prefetch_bucket_size", 0),
-            ("max_live_parameters", 0),
-            ("max_reuse_distance", 0),
-            ("persistence_threshold", 0),
-        ):
-            value = getattr(self, name)
-            optional = name == "tp_size" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
-
     @property
     def is_tensor_parallel(self) -> bool:
         """Whether weights are split by tensor parallelism."""
         return self.name.startswith("tp")
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether it is DeepSpeed's ZeRO, of any stage."""
+        return self.name.startswith("zero")
 
     @property
     def shards_weights(self) -> bool:
@@ -127,34 +100,3 @@ def check_devices(strategy: Strategy | None, devices: int | None) -> None:
         raise ValueError(f"devices={devices} needs a strategy: one of {', '.join(STRATEGIES)}")
     if strategy is not None and strategy.tp_size is not None and devices % strategy.tp_size:
         raise ValueError(f"devices must be a multiple of tp_size, {strategy.tp_size}, got {devices}")
-
-
-LITTLE = 0.01  # a doubling of the devices that saves a smaller share of the memory is the last that is tried
-
-
-def smallest(count: Callable[[int], Estimate], strategy: Strategy) -> Estimate:
-    """Return the estimate of the smallest number of devices on which a step fits.
-
-    Args:
-        count: Returns the estimate of a number of devices.
-        strategy: The strategy.
-
-    Returns:
-        The estimate. If no number fits, that of the largest number that was tried, with a note.
-    """
-    unit = strategy.tp_size or 1
-    low, found = 0, count(unit)
-    while found.fits is False:
-        low = found.devices
-        try:
-            more = count(2 * low)
-        except ValueError:  # tensor parallelism: the heads can't be divided further
-            more = found
-        if more.peak > (1 - LITTLE) * found.peak:
-            note = f"no number of devices has enough memory with {strategy.name}: more than {low} save nothing"
-            return replace(found, notes=(*found.notes, note))
-        found = more
-    while strategy.name != "tp" and found.devices - low > unit:
-        middle = count((low // unit + found.devices // unit) // 2 * unit)
-        low, found = (low, middle) if middle.fits else (middle.devices, found)
-    return found

@@ -1,13 +1,15 @@
 """Adapters in the formats of other tools: written, or read and saved in the format of s2ft."""
 
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.adapter.adapter import model_info
+from s2ft.adapter.formats import native
 from s2ft.export.merged import temporary_folder
-from s2ft.files.formats import ADAPTER_FORMATS, NATIVE
+from s2ft.files.formats import ADAPTER_FORMATS
 from s2ft.text.adapter_prompts import give_prompt, recorded_format
 from s2ft.text.models import dtype_of_base, load_model
 
@@ -35,7 +37,7 @@ def export(
         ValueError: The base or the adapter can't be loaded, or the adapter can't be written in this format.
         RuntimeError: The files read again are not the adapter. Nothing is left in any of these cases.
     """
-    target = ADAPTER_FORMATS[format_name]
+    target = ADAPTER_FORMATS[format_name].module
     original = read_adapter(adapter)
     with temporary_folder(output) as folder:
         model, tokenizer = load_model(model_name, dtype_of_base(original, dtype))
@@ -45,7 +47,7 @@ def export(
             give_prompt(tokenizer, original.info, f"adapter {original.name!r}")
             (folder / TEMPLATE).write_text(tokenizer.chat_template, encoding="utf-8")
         _check_equal(target.read(folder, model), original)
-        return _sentence(format_name, folder, output)
+        return _sentence(target, folder, output)
 
 
 def convert(
@@ -68,19 +70,18 @@ def convert(
         FileExistsError: The output exists.
         ValueError: The base can't be loaded, or the source is not an adapter of it. Nothing is left.
     """
-    native = ADAPTER_FORMATS[NATIVE]
     with temporary_folder(output) as folder:
         model, _ = load_model(model_name, dtype)
-        adapter = ADAPTER_FORMATS[format_name].read(source, model, name)
+        adapter = ADAPTER_FORMATS[format_name].module.read(source, model, name)
         adapter.info |= {**model_info(model), "base_model": model_name}
         native.write(adapter, folder)
         _check_equal(native.read(folder), adapter)
-        return _sentence(NATIVE, folder, output)
+        return _sentence(native, folder, output)
 
 
-def _sentence(format_name: str, folder: Path, output: str | Path) -> str:
+def _sentence(form: ModuleType, folder: Path, output: str | Path) -> str:
     size = sum(file.stat().st_size for file in folder.iterdir())
-    return f"{ADAPTER_FORMATS[format_name].describe(folder)}, {size:,} bytes, read again and compared: {output}"
+    return f"{form.describe(folder)}, {size:,} bytes, read again and compared: {output}"
 
 
 def _check_equal(found: Adapter, expected: Adapter) -> None:

@@ -245,6 +245,9 @@ def _left(record: Attachment, changes: Changes) -> Changes:
 class _ModelSource:
     """The weights of a base in an attached model, see :class:`s2ft.export.streamed.Source`.
 
+    A base that was made in this process, or changed after it was loaded, is in no checkpoint, and no rank may have room
+    for all of it. So it can't be merged from a file, as all other bases are. The writer and the check are the same.
+
     A weight that is spread over ranks is gathered when it is read. So every rank reads all weights in the same order:
     the first one reads them as it writes, the others by :meth:`read_rest`.
     """

@@ -1,24 +1,18 @@
-"""Export of a merged model as a GGUF file, by the converter of llama.cpp where it is installed, else by our writer."""
+"""Export of a merged model as a GGUF file, by the converter of llama.cpp, and the comparison of the file."""
 
-import logging
 import shutil
-from collections.abc import Callable
 from difflib import get_close_matches
-from functools import partial
 from pathlib import Path
 
 import torch
 
-from s2ft.export.gguf_writer import ARCHITECTURES, KINDS, PLAIN, kind_of_dtype, write
 from s2ft.export.llama_cpp import CONVERTER, QUANTIZER, VARIABLE, Tools, convert, find_tools, quantize
 from s2ft.export.merged import merged_model, temporary_folder
 from s2ft.packages import check_packages
-from s2ft.text.models import load_model, locate
+from s2ft.text.models import load_model
 
-logger = logging.getLogger(__name__)
 FILE = "model.gguf"
-OUTTYPES = (*PLAIN, "Q8_0")  # what the converter writes itself
-WRITERS = ("auto", "llama.cpp", "s2ft")
+OUTTYPES = ("F32", "F16", "BF16", "Q8_0")  # what the converter writes itself
 # The largest error of a tensor, relative to its norm, by the first letters of its type. On normal weights the types
 # stay at a third to two thirds of it.
 LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 5e-3, "Q8": 0.015, "Q6": 0.04, "Q5": 0.08, "Q4": 0.15, "Q3": 0.3}
@@ -35,7 +29,6 @@ def export(
     *,
     quantization: str | None = None,
     llama_cpp: str | None = None,
-    writer: str = "auto",
 ) -> str:
     """Merge an adapter and write the model as output/model.gguf. The file is loaded again for a comparison.
 
@@ -46,8 +39,6 @@ def export(
         dtype: Dtype of the merged weights: float32, float16 or bfloat16; "auto" is that of the training.
         quantization: Type of the weights in the file, such as "q8_0" or "q4_k_m"; default: that of the dtype.
         llama_cpp: Folder of llama.cpp; default: that of the variable LLAMA_CPP_DIR, else what is on the PATH.
-        writer: "llama.cpp" uses its converter, "s2ft" our own writer, and "auto" the converter if it is installed.
-            A base that is a GGUF file is always written by our own, which copies its metadata.
 
     Returns:
         A sentence about the output.
@@ -55,70 +46,24 @@ def export(
     Raises:
         FileExistsError: The output exists.
         FileNotFoundError: `llama_cpp` does not exist.
-        ValueError: The base or the adapter can't be loaded, its family or tokenizer is not written, or a tool of
-            llama.cpp is missing or fails.
+        ValueError: The base or the adapter can't be loaded, or a tool of llama.cpp is missing or fails.
         MissingPackages: The package gguf is not installed.
         RuntimeError: The file is not the merged model. Nothing is left in any of these cases.
     """
-    with temporary_folder(output) as folder:
-        model, tokenizer, how = write_merged(folder, model_name, adapter, dtype, quantization, llama_cpp, writer)
-    return f"GGUF of the merged model, {how}: {Path(output) / FILE}"
-
-
-def write_merged(
-    folder: Path,
-    model_name: str,
-    adapter: str | Path,
-    dtype: str = "auto",
-    quantization: str | None = None,
-    llama_cpp: str | None = None,
-    writer: str = "auto",
-):
-    """Write model.gguf into a folder and compare it. The arguments are those of :func:`export`.
-
-    Returns:
-        The merged model, its tokenizer, and how the file was written and compared.
-    """
     check_packages("s2ft export --format gguf")
-    if writer not in WRITERS:
-        raise ValueError(f"writer must be one of {', '.join(WRITERS)}, got {writer!r}")
-    kind = _known(quantization)
-    tools = find_tools(llama_cpp)
-    source, options = locate(model_name)
-    base = Path(source) / options["gguf_file"] if options else None
-    by_converter = _uses_converter(tools, writer, base)
-    _check_quantizer(kind, tools, by_converter)  # before a model is loaded
-    model, tokenizer = merged_model(model_name, adapter, dtype)
-    kind = kind or kind_of_dtype(model.dtype)
-    if by_converter:
-        try:
-            names = _write(folder, kind, OUTTYPES, tools, model, partial(_convert, tools.converter, model, tokenizer))
-        except ValueError as error:
-            if writer != "auto" or model.config.model_type not in ARCHITECTURES:
-                raise
-            logger.warning("%s; s2ft writes the file instead", error)
-            by_converter = False
-    if not by_converter:
-        names = _write(folder, kind, KINDS, tools, model, partial(_write_ourselves, model, tokenizer, base))
-    compared = _compare(model, tokenizer, folder / FILE)
-    return model, tokenizer, f"{kind}, written by {' and '.join(names)}, {compared}"
+    kind, tools = _known(quantization), find_tools(llama_cpp)
+    with temporary_folder(output) as folder:
+        _check_tools(kind, tools)  # before a model is loaded
+        model, tokenizer = merged_model(model_name, adapter, dtype)
+        kind = kind or kind_of_dtype(model.dtype)
+        names = _write(folder, kind, tools, model, tokenizer)
+        compared = _compare(model, tokenizer, folder / FILE)
+    return f"GGUF of the merged model, {kind}, written by llama.cpp's {names}, {compared}: {Path(output) / FILE}"
 
 
-def _write(folder: Path, kind: str, direct: tuple[str, ...], tools: Tools, model, first: Callable) -> list[str]:
-    """Write the file, through a plain one and llama-quantize if the first program does not have the type.
-
-    Returns:
-        The names of the programs that were used.
-    """
-    if kind in direct:
-        return [first(folder / FILE, kind)]
-    plain = folder / "unquantized.gguf"
-    name = first(plain, kind_of_dtype(model.dtype))
-    if tools.quantizer is None:
-        raise ValueError(_needs_quantizer(kind))
-    quantize(tools.quantizer, plain, folder / FILE, kind)
-    plain.unlink()
-    return [name, f"llama.cpp's {tools.quantizer.name}"]
+def kind_of_dtype(dtype: torch.dtype) -> str:
+    """Return the type of weights that holds a dtype's values exactly."""
+    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
 
 
 def _known(quantization: str | None) -> str | None:
@@ -137,45 +82,32 @@ def _known(quantization: str | None) -> str | None:
     return name
 
 
-def _uses_converter(tools: Tools, writer: str, base: Path | None) -> bool:
-    if writer == "llama.cpp":
-        if base is not None:
-            raise ValueError(f"writer llama.cpp: {base.name} is a GGUF file, whose metadata only the writer s2ft keeps")
-        if tools.converter is None:
-            raise ValueError(
-                f"writer llama.cpp: {CONVERTER[0]} is not on the PATH; --llama-cpp DIR or {VARIABLE} names the folder "
-                "of llama.cpp"
-            )
-    return writer != "s2ft" and tools.converter is not None and base is None
+def _check_tools(kind: str | None, tools: Tools) -> None:
+    where = f"--llama-cpp DIR or {VARIABLE} names the folder of llama.cpp, of https://github.com/ggml-org/llama.cpp"
+    if tools.converter is None:
+        raise ValueError(
+            f"a GGUF file needs llama.cpp's {CONVERTER[0]}, which is not on the PATH: {where}. --format merged writes "
+            "the checkpoint that it converts, and --format ollama one that Ollama imports itself"
+        )
+    if kind is not None and kind not in OUTTYPES and tools.quantizer is None:
+        raise ValueError(
+            f"quantization {kind.lower()} needs llama.cpp's {QUANTIZER[0]}, which is not on the PATH: {where}; without "
+            f"it there are {', '.join(name.lower() for name in OUTTYPES)}"
+        )
 
 
-def _check_quantizer(kind: str | None, tools: Tools, by_converter: bool) -> None:
-    if kind is not None and tools.quantizer is None and kind not in (OUTTYPES if by_converter else KINDS):
-        raise ValueError(_needs_quantizer(kind))
-
-
-def _needs_quantizer(kind: str) -> str:
-    return (
-        f"quantization {kind.lower()} needs llama.cpp's {QUANTIZER[0]}, which is not on the PATH: --llama-cpp DIR or "
-        f"{VARIABLE} names the folder of llama.cpp; --writer s2ft has {', '.join(name.lower() for name in KINDS)}"
-    )
-
-
-def _write_ourselves(model, tokenizer, base: Path | None, file: Path, kind: str) -> str:
-    write(model, tokenizer, file, base, kind)
-    return "s2ft"
-
-
-def _convert(converter: Path, model, tokenizer, file: Path, kind: str) -> str:
-    """Save a checkpoint beside the file, convert it and remove it. Returns the name of the converter."""
-    checkpoint = file.parent / "checkpoint"
-    try:
-        model.save_pretrained(checkpoint)
-        tokenizer.save_pretrained(checkpoint)
-        convert(converter, checkpoint, file, kind.lower())
-    finally:
-        shutil.rmtree(checkpoint, ignore_errors=True)
-    return f"llama.cpp's {converter.name}"
+def _write(folder: Path, kind: str, tools: Tools, model, tokenizer) -> str:
+    """Write the file, through a plain one if only llama-quantize has the type. Returns the names of the programs."""
+    checkpoint, file, names = folder / "checkpoint", folder / FILE, tools.converter.name
+    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", kind_of_dtype(model.dtype))
+    model.save_pretrained(checkpoint), tokenizer.save_pretrained(checkpoint)
+    convert(tools.converter, checkpoint, first, by_converter.lower())
+    shutil.rmtree(checkpoint)
+    if first != file:
+        quantize(tools.quantizer, first, file, kind)
+        first.unlink()
+        names += f" and {tools.quantizer.name}"
+    return names
 
 
 # ---- comparison ----------------------------------------------------------------------------------------

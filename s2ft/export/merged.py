@@ -54,25 +54,50 @@ def export(
         FileNotFoundError: The base or the adapter does not exist.
         RuntimeError: The saved checkpoint is not the merged model. Nothing is left in any of these cases.
     """
+    with temporary_folder(output) as folder:
+        write_checkpoint(folder, model_name, adapter, dtype, max_shard_size)
+    return f"merged checkpoint, loaded again and compared: {output}"
+
+
+def write_checkpoint(
+    folder: Path,
+    model_name: str,
+    adapter: str | Path,
+    dtype: str = "auto",
+    max_shard_size: str | None = None,
+    **of_tokenizer: bool,
+):
+    """Write a merged checkpoint into an empty folder and compare it, see :func:`export`.
+
+    Args:
+        folder: The folder.
+        model_name: The adapter's base.
+        adapter: The adapter's folder.
+        dtype: Dtype of the weights; "auto" is that of the training.
+        max_shard_size: The largest file of weights.
+        of_tokenizer: Options with which the tokenizer is saved.
+
+    Returns:
+        The model, which may be on the meta device, and its tokenizer.
+    """
     if max_shard_size is not None:
         check_size(max_shard_size)
-    with temporary_folder(output) as folder:
-        saved = s2ft.read_adapter(adapter)  # before the base is opened, so that a damaged adapter is found at once
-        try:
-            model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
-            tokenizer = give_prompt(load_tokenizer(model_name), saved.info, f"adapter {saved.name!r}")
-            compare = write_merged(folder, model, weights, saved, max_shard_size)
-            give_generation_config(model, locate(model_name)[0])
-            write_config(folder, model)
-        except CannotStream as reason:
-            logger.info("merging in memory, which has to hold the whole model: %s", reason)
-            model, tokenizer = merged_model(model_name, adapter, dtype)
-            model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
-            compare = partial(_compare, model, folder)
-        tokenizer.save_pretrained(folder)
-        compare()
-        _compare_rest(tokenizer, folder)
-    return f"merged checkpoint, loaded again and compared: {output}"
+    saved = s2ft.read_adapter(adapter)  # before the base is opened, so that a damaged adapter is found at once
+    try:
+        model, weights = model_on_disk(model_name, dtype_of_base(saved, dtype))
+        tokenizer = give_prompt(load_tokenizer(model_name), saved.info, f"adapter {saved.name!r}")
+        compare = write_merged(folder, model, weights, saved, max_shard_size)
+        give_generation_config(model, locate(model_name)[0])
+        write_config(folder, model)
+    except CannotStream as reason:
+        logger.info("merging in memory, which has to hold the whole model: %s", reason)
+        model, tokenizer = merged_model(model_name, adapter, dtype)
+        model.save_pretrained(folder, **({} if max_shard_size is None else {"max_shard_size": max_shard_size}))
+        compare = partial(_compare, model, folder)
+    tokenizer.save_pretrained(folder, **of_tokenizer)
+    compare()
+    _compare_rest(tokenizer, folder)
+    return model, tokenizer
 
 
 def write_merged(

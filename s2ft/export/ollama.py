@@ -1,11 +1,9 @@
-"""Export for Ollama: a GGUF file of the merged model, and a Modelfile with its template, system prompt and limits."""
+"""Export for Ollama: the merged checkpoint, which Ollama imports itself, and a Modelfile."""
 
 from pathlib import Path
 
 from s2ft.adapter import read_adapter
-from s2ft.export.gguf import FILE, write_merged
-from s2ft.export.go_template import Message, NotWritten, pieces_of
-from s2ft.export.merged import temporary_folder
+from s2ft.export.merged import temporary_folder, write_checkpoint
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import end_ids
 
@@ -15,105 +13,57 @@ QUOTES = '"""'
 
 
 def export(
-    model_name: str,
-    adapter: str | Path,
-    output: str | Path,
-    dtype: str = "auto",
-    *,
-    quantization: str | None = None,
-    llama_cpp: str | None = None,
-    writer: str = "auto",
-    num_ctx: int | None = None,
+    model_name: str, adapter: str | Path, output: str | Path, dtype: str = "auto", *, num_ctx: int | None = None
 ) -> str:
-    """Merge an adapter and write output/model.gguf and output/Modelfile.
+    """Merge an adapter and write the checkpoint with a Modelfile, from which `ollama create` makes a model.
+
+    Ollama chooses its template by the chat template of the checkpoint, and converts the weights.
 
     Args:
-        model_name: As for :func:`s2ft.export.gguf.export`.
-        adapter: As there.
-        output: As there.
-        dtype: As there.
-        quantization: As there.
-        llama_cpp: As there.
-        writer: As there.
+        model_name: The adapter's base: a checkpoint folder, a name on the hub, or a .gguf file.
+        adapter: The adapter's folder, or the output folder of a run.
+        output: The folder to write; it must not exist.
+        dtype: Dtype of the merged weights; "auto" is that of the training.
         num_ctx: Tokens of the context; default: those of the model, at most 8192.
 
     Returns:
         A sentence about the output.
 
     Raises:
-        ValueError: As there, or `num_ctx` is less than 1.
-        FileExistsError: As there.
-        FileNotFoundError: As there.
-        MissingPackages: As there.
-        RuntimeError: As there. Nothing is left in any of these cases.
+        FileExistsError: The output exists.
+        FileNotFoundError: The base or the adapter does not exist.
+        ValueError: The base or the adapter can't be loaded, `num_ctx` is less than 1, or a Modelfile can't hold the
+            system prompt.
+        RuntimeError: The saved checkpoint is not the merged model. Nothing is left in any of these cases.
     """
     if num_ctx is not None and num_ctx < 1:
         raise ValueError(f"num_ctx must be at least 1, got {num_ctx}")
     form = recorded_format(read_adapter(adapter).info)
     with temporary_folder(output) as folder:
-        model, tokenizer, how = write_merged(folder, model_name, adapter, dtype, quantization, llama_cpp, writer)
+        # Ollama reads the chat template in tokenizer_config.json alone
+        model, tokenizer = write_checkpoint(folder, model_name, adapter, dtype, save_jinja_files=False)
+        words = [tokenizer.convert_ids_to_tokens(token) for token in end_ids(tokenizer, model.generation_config)]
         context = num_ctx or min(getattr(model.config, "max_position_embeddings", None) or LONGEST, LONGEST)
-        text, note = modelfile(
-            tokenizer,
-            context,
-            system=form.system if form else None,
-            plain=form is not None and form.form == "text",
-            stops=end_ids(tokenizer, model.generation_config),
-        )
+        is_text = form is not None and form.form == "text"
+        text = modelfile(context, words, form.system if form else None, is_text)
         (folder / MODELFILE).write_text(text, encoding="utf-8")
     place = Path(output)
-    return f"GGUF of the merged model, {how}, and {note}: ollama create {place.name} -f {place / MODELFILE}"
+    return f"merged checkpoint and Modelfile for Ollama: ollama create {place.name} -f {place / MODELFILE}"
 
 
-def modelfile(
-    tokenizer, context: int, system: str | None = None, plain: bool = False, stops: list[int] | None = None
-) -> tuple[str, str]:
-    """Return the text of a Modelfile, and a few words about its template.
+def modelfile(context: int, stops: list[str], system: str | None = None, is_text: bool = False) -> str:
+    """Return the text of a Modelfile beside a checkpoint.
 
     Args:
-        tokenizer: The tokenizer, with the chat template of the model.
         context: Tokens of the context.
+        stops: The tokens that end an answer.
         system: The default system prompt.
-        plain: Whether the model continues plain text, so that there is no template.
-        stops: The token ids that end an answer.
+        is_text: Whether the model continues plain text, so that there is no template.
     """
-    lines = [f"FROM ./{FILE}"]
-    if plain:
-        lines.append('TEMPLATE """{{ .Prompt }}"""')
-        note = "a Modelfile for plain text"
-    else:
-        template, note = _template(tokenizer)
-        lines += [f"# {note}"] if template is None else [f"TEMPLATE {QUOTES}{template}{QUOTES}"]
+    lines = ["FROM .", *(['TEMPLATE """{{ .Prompt }}"""'] if is_text else [])]
     if system:
         if QUOTES in system:
             raise ValueError(f"the system prompt has {QUOTES}, which a Modelfile can't hold")
         lines.append(f"SYSTEM {QUOTES}{system}{QUOTES}")
-    words = [tokenizer.convert_ids_to_tokens(token) for token in stops or ()]
-    lines += [f'PARAMETER stop "{word}"' for word in words if not set(word) & set('"\n\\')]
-    lines.append(f"PARAMETER num_ctx {context}")
-    return "\n".join(lines) + "\n", note
-
-
-def _template(tokenizer) -> tuple[str | None, str]:
-    """Return the template of Ollama, or None, and a few words about it."""
-    if not isinstance(tokenizer.chat_template, str):
-        return None, "no TEMPLATE: the tokenizer has no chat template"
-    try:
-        found = pieces_of(lambda messages, asks: _rendered(tokenizer, messages, asks)).to_go()
-    except NotWritten as error:
-        return None, f"no TEMPLATE, Ollama uses its own: the chat template can't be written for it ({error})"
-    except Exception as error:  # a template can raise anything
-        first = str(error).strip().split("\n")[0] or type(error).__name__
-        return None, f"no TEMPLATE, Ollama uses its own: the chat template refuses a test conversation ({first})"
-    if QUOTES in found:
-        return None, f"no TEMPLATE, Ollama uses its own: the chat template has {QUOTES}"
-    dated = ", with the date of this export" if "strftime_now" in tokenizer.chat_template else ""
-    return found, f"a Modelfile whose template renders as the chat template{dated}"
-
-
-def _rendered(tokenizer, messages: list[Message], asks: bool) -> str:
-    """Render the chat template, without the token at the start that llama.cpp adds itself."""
-    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-    bos = tokenizer.bos_token
-    adds = bos is not None and tokenizer("a")["input_ids"][:1] == [tokenizer.bos_token_id]
-    return text.removeprefix(bos) if adds else text
+    lines += [f'PARAMETER stop "{word}"' for word in stops if not set(word) & set('"\n\\')]
+    return "\n".join([*lines, f"PARAMETER num_ctx {context}"]) + "\n"

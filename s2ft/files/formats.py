@@ -4,52 +4,43 @@ The rows name their modules instead of importing them, so that the command line 
 """
 
 from argparse import BooleanOptionalAction
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
-
-Options = Mapping[str, Mapping[str, Any]]  # options of a command line by name, with the keywords of argparse
 
 
 @dataclass(frozen=True)
-class AdapterFormat:
-    """One format of adapter folders. Its module has the four functions below."""
+class Format:
+    """One format that an adapter is written in.
+
+    The module of an adapter format has four functions:
+
+    - `matches(folder)`: whether the folder has this format. Only names and small files are looked at.
+    - `read(folder, model=None, name=None)` returns the Adapter. A format that does not name the units itself needs the
+      base `model`.
+    - `write(adapter, folder, model=None, **options)` creates the folder or replaces the adapter in it.
+    - `describe(folder)` returns a few words about a folder that `write` wrote.
+
+    The module of any other export has `export`, see :mod:`s2ft.export`.
+    """
 
     summary: str  # one line for the help of `s2ft export`
-    module: str  # full name of the module
-    options: Options = field(default_factory=dict)  # further arguments of `write`
+    path: str  # full name of the module
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by name, with the keywords of argparse
 
     @property
-    def matches(self) -> Callable[[Path], bool]:
-        """`matches(folder)`: whether the folder has this format. Only names and small files are looked at."""
-        return import_module(self.module).matches
-
-    @property
-    def read(self) -> Callable[..., Any]:
-        """`read(folder, model=None, name=None, couplings=None)` returns the Adapter.
-
-        A format that does not name the units itself needs the base `model`, and `couplings` for a model of no known
-        family. `name` replaces the name in the file.
-        """
-        return import_module(self.module).read
-
-    @property
-    def write(self) -> Callable[..., None]:
-        """`write(adapter, folder, model=None, **options)` creates the folder or replaces the adapter in it."""
-        return import_module(self.module).write
-
-    @property
-    def describe(self) -> Callable[[Path], str]:
-        """`describe(folder)` returns a few words about a folder that `write` wrote."""
-        return import_module(self.module).describe
+    def module(self) -> ModuleType:
+        """The module, imported when it is needed."""
+        return import_module(self.path)
 
 
 NATIVE = "native"
 ADAPTER_FORMATS = {
-    NATIVE: AdapterFormat("the format of s2ft.save_adapter", "s2ft.adapter.formats.native"),
-    "lora": AdapterFormat(
+    NATIVE: Format("the format of s2ft.save_adapter", "s2ft.adapter.formats.native"),
+    "lora": Format(
         "a folder that PEFT and vLLM load; it adds the same numbers to every weight",
         "s2ft.adapter.formats.lora",
         {
@@ -64,20 +55,18 @@ ADAPTER_FORMATS = {
             },
         },
     ),
-    "peft": AdapterFormat(
+    "peft": Format(
         "a folder that PEFT loads as S²FT after `import s2ft.peft`, as training by PEFT's form saves it",
         "s2ft.adapter.formats.peft",
     ),
 }
 
 
-def read_adapter_folder(folder: Path, model=None, name: str | None = None) -> Any:
+def read_adapter_folder(folder: Path) -> Any:
     """Read an adapter in the format that its folder has.
 
     Args:
         folder: The adapter's folder.
-        model: The base model, for formats that do not name the units themselves.
-        name: The adapter's name; default: the name in the file.
 
     Returns:
         The Adapter.
@@ -86,5 +75,5 @@ def read_adapter_folder(folder: Path, model=None, name: str | None = None) -> An
         FileNotFoundError: The folder has no known format; the message names the file of the native format it lacks.
         ValueError: The files are damaged, or their format needs a model.
     """
-    known = next((one for one in ADAPTER_FORMATS.values() if one.matches(folder)), ADAPTER_FORMATS[NATIVE])
-    return known.read(folder, model, name)
+    known = next((one for one in ADAPTER_FORMATS.values() if one.module.matches(folder)), ADAPTER_FORMATS[NATIVE])
+    return known.module.read(folder)

@@ -7,7 +7,6 @@ Kernels and references check their arguments. A public function checks only what
 of the index of an op that changes a weight.
 """
 
-from s2ft.ops import _triton
 from s2ft.ops._effective import effective_units
 from s2ft.ops.act_mul import act_mul
 from s2ft.ops.grouped_linear import grouped_linear
@@ -18,8 +17,6 @@ from s2ft.ops.permute_ import permute_
 from s2ft.ops.scatter_add_ import scatter_add_
 from s2ft.ops.sliced_linear import sliced_linear
 from s2ft.ops.swap_ import swap_
-
-_triton.register_with_cuda()
 
 __all__ = [
     "act_mul",

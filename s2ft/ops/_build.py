@@ -3,7 +3,6 @@
 import importlib
 import json
 import warnings
-from collections.abc import Collection
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -21,8 +20,6 @@ _module: ModuleType | None = None
 _reason: str | None = None  # None until load() has run
 _cuda_reason = ""  # which implementation CUDA tensors use, and why
 _cuda_registered = False
-_triton_ops: frozenset[str] = frozenset()  # ops that CUDA tensors run in Triton
-_triton_reason = "it is needed only where the CUDA kernels can't run"  # why Triton runs these ops or does not
 _silent = False  # no warning about missing CUDA kernels is due: the user chose this, or has been warned
 
 
@@ -122,43 +119,15 @@ def _register_cuda() -> None:
         _cuda_reason = f"the CUDA kernels could not be registered: {error}"
 
 
-def has_cuda_kernels() -> bool:
-    """Whether the CUDA kernels are registered. It is known once PyTorch has initialised CUDA."""
-    return _cuda_registered
-
-
-def report_triton(ops: Collection[str], reason: str) -> None:
-    """Set which ops CUDA tensors run in Triton. s2ft.ops._triton calls it.
-
-    Args:
-        ops: Names of the ops.
-        reason: Why Triton runs no other op, or an empty string if it runs all for which it has a kernel.
-    """
-    global _triton_ops, _triton_reason
-    _triton_ops = frozenset(ops)
-    _triton_reason = reason or "the CUDA kernels can't run, and Triton can"
-
-
-def runs_in_triton(op: str) -> bool:
-    """Whether CUDA tensors run this op in Triton."""
-    return op in _triton_ops
-
-
 def warn_without_cuda_kernels() -> None:
     """Warn, once per process, what CUDA tensors use without the CUDA kernels. Call it for a model on CUDA."""
     global _silent
     if _silent or _cuda_registered:
         return
     _silent = True
-    forward = sorted(op for op in _triton_ops if not op.endswith("_backward"))
-    if forward:
-        used = f"runs {' and '.join(forward)} in Triton and the other operations in PyTorch there"
-        slower = "the first call of each compiles for some seconds, and every operation takes longer on the host"
-    else:
-        used = f"uses the PyTorch implementations there, without Triton ({_triton_reason})"
-        slower = "batches of many adapters and the FFN's activation are slower"
     warnings.warn(
-        f"s2ft: the model is on CUDA and {used}: {_cuda_reason}. Results are the same within rounding; {slower}.",
+        f"s2ft: the model is on CUDA and uses the PyTorch implementations there: {_cuda_reason}. Results are the same "
+        "within rounding; batches of many adapters and the FFN's activation are slower.",
         RuntimeWarning,
         stacklevel=4,
     )  # the line where the user calls attach
@@ -179,10 +148,7 @@ def _implementations(kernels: dict[str, list[str]]) -> dict[str, str]:
     """Return what CUDA tensors use, by op; nothing before CUDA is initialised, when it is not decided yet."""
     if not torch.cuda.is_initialized():
         return {}
-    return {
-        op: "Triton" if op in _triton_ops else "CUDA" if _cuda_registered and "CUDA" in devices else "PyTorch"
-        for op, devices in kernels.items()
-    }
+    return {op: "CUDA" if _cuda_registered and "CUDA" in devices else "PyTorch" for op, devices in kernels.items()}
 
 
 def build_info() -> dict[str, Any]:
@@ -203,15 +169,14 @@ def build_info() -> dict[str, Any]:
         - ``archs``: GPU architectures of the CUDA kernels.
         - ``cuda_version``: CUDA version of the build, or None.
         - ``cuda_reason``: Which implementation CUDA tensors use and why, as a sentence.
-        - ``cuda_ops``: For every op, what CUDA tensors use: "CUDA", "Triton" or "PyTorch". Empty before CUDA starts.
-        - ``triton_reason``: Why CUDA tensors use Triton, or don't, as a sentence.
+        - ``cuda_ops``: For every op, what CUDA tensors use: "CUDA" or "PyTorch". Empty before CUDA starts.
         - ``ops``: For every op, the devices with a registered kernel. Other devices use the PyTorch implementation.
 
     Example:
         >>> info = s2ft.build_info()
         >>> sorted(info)
         ['archs', 'compiled', 'compiler', 'cuda', 'cuda_ops', 'cuda_reason', 'cuda_version', 'ops', 'reason', 'torch',
-        'triton_reason', 'version']
+        'version']
         >>> "sliced_linear" in info["ops"]
         True
     """
@@ -229,7 +194,6 @@ def build_info() -> dict[str, Any]:
         "cuda_version": version(module.cuda_versions()[1]) if built.get("with_cuda") else None,
         "cuda_reason": _cuda_reason,
         "cuda_ops": _implementations(kernels),
-        "triton_reason": _triton_reason,
         "ops": kernels,
     }
 

@@ -204,13 +204,6 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)"
             )
 
-    @property
-    def is_uncoupled(self) -> bool:
-        """Whether an injection that knew no coupling of the model, and did not record that in `uncoupled`, chose the
-        units: that of s2ft 0.1."""
-        known = self.base_fingerprint is not None or self.uncoupled is not None
-        return not known and self.chosen_by is not None and self.dim is not None
-
     def with_units(
         self,
         selection: Selection,

@@ -151,7 +151,7 @@ def _couplings(config: S2FTPeftConfig, model: nn.Module) -> list[Coupling]:
     if config.couplings is not None:
         return [Coupling.from_dict(one) for one in config.couplings]
     if _is_known(model):
-        return [] if config.is_uncoupled else couplings_of(model)
+        return couplings_of(model)
     if not config.ratios:
         return []
     try:

@@ -7,8 +7,7 @@ import secrets
 import time
 from urllib.parse import quote
 
-from s2ft.serve.metrics import Metrics
-from s2ft.serve.record import RECORD, Record
+from s2ft.serve.metrics import RECORD, Metrics, RequestRecord
 
 logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
@@ -32,7 +31,7 @@ class Access:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        record = scope[RECORD] = Record(_id_of(scope))
+        record = scope[RECORD] = RequestRecord(_id_of(scope))
         sent = 500
 
         async def send_with_id(message) -> None:
@@ -60,7 +59,7 @@ def _id_of(scope) -> str:
     return sent if ID.fullmatch(sent) else f"req-{secrets.token_hex(12)}"
 
 
-def _fields(scope, record: Record, seconds: float) -> dict:
+def _fields(scope, record: RequestRecord, seconds: float) -> dict:
     client = scope.get("client")
     return {
         "id": record.id,
@@ -74,13 +73,13 @@ def _fields(scope, record: Record, seconds: float) -> dict:
     }
 
 
-def as_json(scope, record: Record, seconds: float) -> str:
+def as_json(scope, record: RequestRecord, seconds: float) -> str:
     """The line of the access log as a JSON object."""
     now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
     return json.dumps({"time": now, **_fields(scope, record, seconds)}, ensure_ascii=True)
 
 
-def as_text(scope, record: Record, seconds: float) -> str:
+def as_text(scope, record: RequestRecord, seconds: float) -> str:
     """The line of the access log as text."""
     found = _fields(scope, record, seconds)
     model = "-" if record.model is None else ascii(record.model)[1:-1]

@@ -9,23 +9,33 @@ from functools import partial
 from urllib.parse import quote
 
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 import s2ft
 from s2ft.serve import errors
 from s2ft.serve.access import Access
-from s2ft.serve.description import NO_PAGE, describe
+from s2ft.serve.answer import DONE, Answer, Reply, Service, server_sent_event
+from s2ft.serve.engine import Event
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
-from s2ft.serve.job import Event
-from s2ft.serve.metrics import Metrics
-from s2ft.serve.record import record_of
-from s2ft.serve.registry import Version, cannot_load
-from s2ft.serve.replies import DONE, ChatReply, Choice, CompletionReply, server_sent_event
+from s2ft.serve.metrics import Metrics, record_of
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
-from s2ft.serve.service import Answer, Service
+
+PLACE = "#/components/schemas/"
+BODIES = {
+    "/v1/completions": CompletionRequest,
+    "/v1/chat/completions": ChatRequest,
+    "/v1/load_lora_adapter": LoadRequest,
+    "/v1/unload_lora_adapter": UnloadRequest,
+}
+NO_PAGE = (
+    "the server has no page at /docs, since such a page loads scripts from another site; GET /openapi.json describes "
+    "the API for programs, and the page 'Many adapters' of the documentation for people"
+)
 
 
 def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
@@ -61,6 +71,23 @@ def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> 
     app.include_router(state_routes(service, metrics))
     app.include_router(model_routes(service))
     return app
+
+
+def describe(app: FastAPI) -> dict:
+    """Return the description of an app in the format of OpenAPI.
+
+    Routes read and check their bodies without FastAPI, which therefore does not know them: they are added here.
+
+    Args:
+        app: The app.
+    """
+    found = get_openapi(title=app.title, version=app.version, routes=app.routes)
+    _, schemas = models_json_schema([(kind, "validation") for kind in BODIES.values()], ref_template=PLACE + "{model}")
+    found.setdefault("components", {}).setdefault("schemas", {}).update(schemas["$defs"])
+    for path, kind in BODIES.items():
+        content = {"application/json": {"schema": {"$ref": PLACE + kind.__name__}}}
+        found["paths"][path]["post"]["requestBody"] = {"required": True, "content": content}
+    return found
 
 
 def state_routes(service: Service, metrics: Metrics) -> APIRouter:
@@ -107,19 +134,18 @@ def model_routes(service: Service) -> APIRouter:
     @router.post("/completions")
     async def completions(request: Request) -> Response:
         """POST /v1/completions: continue a text."""
-        return await _answer(service, request, CompletionRequest, CompletionReply)
+        return await _answer(service, request, CompletionRequest)
 
     @router.post("/chat/completions")
     async def chat(request: Request) -> Response:
         """POST /v1/chat/completions: answer a chat."""
-        return await _answer(service, request, ChatRequest, ChatReply)
+        return await _answer(service, request, ChatRequest)
 
     @router.post("/load_lora_adapter")
     async def load(request: Request) -> Response:
         """POST /v1/load_lora_adapter: serve an adapter of the directory under a name."""
         body = parse(LoadRequest, await _json(request, service))
-        version = await run_in_threadpool(service.engine.adapters.load, body.lora_name, body.lora_path)
-        await _check(service, version)
+        await run_in_threadpool(service.engine.adapters.load, body.lora_name, body.lora_path)
         return JSONResponse({"status": "ok", "model": body.lora_name})
 
     @router.post("/unload_lora_adapter")
@@ -159,19 +185,6 @@ def _key_check(key: str | None):
     return check
 
 
-async def _check(service: Service, version: Version) -> None:
-    """Load an adapter once. One that cannot be loaded is removed."""
-    try:
-        await asyncio.wrap_future(service.engine.check(version))
-    except ApiError:
-        raise
-    except Exception as error:
-        service.engine.adapters.refuse(version, error)
-        raise cannot_load(version, error) from None
-    finally:
-        service.engine.adapters.release(version)
-
-
 async def _json(request: Request, service: Service):
     """Read and decode the body. Raises ApiError 400, 408 or 413."""
     limit, chunks, size = service.limits.max_body_bytes, [], 0
@@ -203,7 +216,7 @@ def _refuse_constant(word: str):
     raise ValueError(f"{word} is not a JSON number")
 
 
-async def _answer(service: Service, request: Request, kind: type[Sampled], reply: type[CompletionReply]) -> Response:
+async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Response:
     arrived, record = asyncio.get_running_loop().time(), record_of(request.scope)
     ignored: list[str] | None = [] if service.limits.ignore_unsupported else None
     try:
@@ -212,22 +225,18 @@ async def _answer(service: Service, request: Request, kind: type[Sampled], reply
         return Response(status_code=CLIENT_CLOSED)
     answer = Answer(service, request, record, arrived)
     try:
-        jobs = await run_in_threadpool(service.jobs, body, answer.emit)
+        job = await run_in_threadpool(service.job, body, answer.emit)
         record.model = body.model  # it is served, so that the metrics have a bounded number of names
-        answer.start(jobs, body.choices)
-        scored = body.scored is not None
-        shape = reply(body.model, service.names if scored else None, body.with_usage, scored)
-        events = answer.events()
+        answer.start(job)
+        events, reply = answer.events(), Reply(body)
         first = await anext(events)  # an error before the first token has its own status
         headers = {"X-Ignored-Parameters": _as_header(ignored)} if ignored else {}
         if body.stream:
-            return EventStream(_stream(answer, shape, first, events), answer, headers)
-        choices = [Choice(number) for number in range(len(jobs))]
-        choices[first[0]].add(first[1])
-        async for number, event in events:
-            choices[number].add(event)
+            return EventStream(_stream(answer, reply, first, events), answer, headers)
+        found = [first, *[event async for event in events]]
         answer.close()
-        return JSONResponse(shape.answer(choices, answer.usage), headers=headers)
+        text = "".join(event.text for event in found)
+        return JSONResponse(reply.whole(text, found[-1].finish, answer.usage), headers=headers)
     except Disconnected:
         answer.close()
         return Response(status_code=CLIENT_CLOSED)
@@ -241,16 +250,14 @@ def _as_header(names: list[str]) -> str:
     return ", ".join(quote(name, safe="", errors="replace")[:100] for name in names[:20])
 
 
-async def _stream(answer: Answer, shape: CompletionReply, first: tuple[int, Event], events) -> AsyncIterator[str]:
-    for chunk in shape.opening(len(answer.jobs)):
-        yield server_sent_event(chunk)
+async def _stream(answer: Answer, reply: Reply, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
-        for chunk in filter(None, [shape.chunk(*first)]):
+        for chunk in [*reply.opening(), *reply.chunk(first)]:
             yield server_sent_event(chunk)
-        async for number, event in events:
-            for chunk in filter(None, [shape.chunk(number, event)]):
+        async for event in events:
+            for chunk in reply.chunk(event):
                 yield server_sent_event(chunk)
-        for chunk in shape.closing(answer.usage):
+        for chunk in reply.closing(answer.usage):
             yield server_sent_event(chunk)
     except ApiError as error:  # the status was sent already
         answer.record.status = error.status

@@ -6,17 +6,78 @@ this thread uses the model. Other threads put sequences into the queue and get e
 
 import logging
 import threading
-import time
 from collections import deque
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from s2ft.serve.errors import ApiError, shutting_down
-from s2ft.serve.job import Event, Job
-from s2ft.serve.registry import Adapters, Version, cannot_load
-from s2ft.text.running_batch import RunningBatch, rows_interact
+from s2ft.serve.registry import Adapters, ServedAdapter, cannot_load
+from s2ft.text.running_batch import Row, RunningBatch, rows_interact
+from s2ft.text.streams import TextStream
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a sequence: more text, its end, or an error.
+
+    Attributes:
+        text: New text.
+        finish: "stop" or "length" at the end of the sequence, else None.
+        error: The error that ended the sequence, or None.
+    """
+
+    text: str = ""
+    finish: str | None = None
+    error: ApiError | None = None
+
+    @property
+    def last(self) -> bool:
+        """Whether no event follows."""
+        return self.finish is not None or self.error is not None
+
+
+class Job(Row):
+    """A sequence with its limits and the callback for its events.
+
+    Args:
+        prompt: Token ids of the prompt.
+        max_tokens: Longest answer in tokens.
+        sampler: Chooses the tokens.
+        text: Converts the tokens to text and finds stop strings.
+        ends: Tokens that end the answer.
+        emit: Called with each event in the engine's thread. It must not block.
+        served: The acquired adapter, which the engine releases. None is the base.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        sampler,
+        text: TextStream,
+        ends: frozenset[int],
+        emit: Callable[[Event], None],
+        served: ServedAdapter | None = None,
+    ) -> None:
+        super().__init__(prompt, sampler, None if served is None else served.bank_name)
+        self.max_tokens, self.text, self.ends, self.emit, self.served = max_tokens, text, ends, emit, served
+        self.cancelled = self.released = False
+
+    def event(self) -> Event:
+        """Return the event of the newest token."""
+        if self.failed:
+            return Event(error=ApiError(500, "model_failed", self.failed))
+        if self.tokens[-1] in self.ends:
+            return Event(self.text.flush(), "stop")
+        text = self.text.push(self.tokens[-1])
+        if self.text.stopped:
+            return Event(text, "stop")
+        if len(self.tokens) < self.max_tokens:
+            return Event(text)
+        text += self.text.flush()
+        return Event(text, "stop" if self.text.stopped else "length")
 
 
 class Engine:
@@ -61,9 +122,7 @@ class Engine:
         self.max_batch_size, self.queue_size = max_batch_size, queue_size
         self.max_batch_tokens, self.prefill_tokens = max_batch_tokens, prefill_tokens
         self.batch: RunningBatch[Job] = RunningBatch(model, adapters.bank.batch if adapters.bank is not None else None)
-        self.drain_until: float | None = None  # in time.monotonic(); set by a signal handler, so it has no lock
         self._waiting: deque[Job] = deque()
-        self._checks: deque[tuple[Version, Future]] = deque()
         self._changed = threading.Condition()
         self._stopped = False
         self._thread = threading.Thread(target=self._run, name="s2ft-engine", daemon=True)
@@ -85,7 +144,7 @@ class Engine:
     @property
     def alive(self) -> bool:
         """Whether the engine runs and accepts jobs."""
-        return self._thread.is_alive() and self.drain_until is None
+        return self._thread.is_alive() and not self._stopped
 
     @property
     def waiting(self) -> int:
@@ -97,29 +156,25 @@ class Engine:
         """Number of sequences in the batch."""
         return len(self.batch)
 
-    def submit(self, jobs: Sequence[Job]) -> None:
-        """Add the jobs of a request to the queue, all or none. If they are refused, their adapters are released.
+    def submit(self, job: Job) -> None:
+        """Add a job to the queue. If it is refused, its adapter is released.
 
         Args:
-            jobs: The jobs.
+            job: The job.
 
         Raises:
-            ApiError: 429 if the queue has no room for all of them, 503 if the server is shutting down.
+            ApiError: 429 if the queue has no room, 503 if the server is shutting down.
         """
         with self._changed:
-            refused = None
-            if self._stopped or self.drain_until is not None:
-                refused = shutting_down()
-            elif len(self._waiting) + len(jobs) > self.queue_size:
-                taken = f"{len(self._waiting)} of {self.queue_size} places in the queue are taken"
-                needed = f"the request needs {len(jobs)}: try again later"
-                refused = ApiError(429, "queue_full", f"{taken}, and {needed}", {"Retry-After": "1"})
+            refused = shutting_down() if self._stopped else None
+            if refused is None and len(self._waiting) >= self.queue_size:
+                words = f"all {self.queue_size} places in the queue are taken: try again later"
+                refused = ApiError(429, "queue_full", words, {"Retry-After": "1"})
             if refused is None:
-                self._waiting += jobs
+                self._waiting.append(job)
                 self._changed.notify()
                 return
-        for job in jobs:
-            self._release(job)
+        self._release(job)
         raise refused
 
     def cancel(self, job: Job) -> None:
@@ -138,24 +193,6 @@ class Engine:
         if waited:
             self._release(job)
 
-    def check(self, version: Version) -> Future:
-        """Load an adapter between two tokens.
-
-        Args:
-            version: The adapter.
-
-        Returns:
-            A future that raises if the adapter cannot be loaded.
-        """
-        with self._changed:
-            future: Future = Future()
-            if self._stopped:
-                future.set_exception(shutting_down())
-            else:
-                self._checks.append((version, future))
-                self._changed.notify()
-            return future
-
     # ---- the thread ------------------------------------------------------------------------------
 
     def _run(self) -> None:
@@ -164,45 +201,32 @@ class Engine:
                 self._advance()
             except Exception as error:  # any error, such as a lack of memory; the next batch may work
                 logger.exception("the batch failed")
-                failure = ApiError(500, "model_failed", f"the model failed: {type(error).__name__}")
-                self._finish(self.batch.rows, failure)
+                self._finish(self.batch.rows, model_failed(error))
                 self.batch.clear()
-        self._fail_all()
+        with self._changed:
+            left = [*self.batch.rows, *self._waiting]
+            self._waiting.clear()
+        self._finish(left, shutting_down())
+        self.batch.clear()
 
     def _work_to_do(self) -> bool:
         """Wait until there is work. False means that the thread must end."""
         with self._changed:
-            while not (self._stopped or self._waiting or self._checks or self.batch.rows):
+            while not (self._stopped or self._waiting or self.batch.rows):
                 self._changed.wait()
             return not self._stopped
 
     def _advance(self) -> None:
-        if self.drain_until is not None and time.monotonic() > self.drain_until:
-            self._fail_all()
-            return
-        self._run_checks()
-        self._drop_cancelled()
-        self._admit(self._next())
+        cancelled = [job for job in self.batch.rows if job.cancelled]
+        if cancelled:
+            self.batch.keep([job for job in self.batch.rows if not job.cancelled])
+            self._finish(cancelled)
+        self._admit(self._load_adapters(self._next()))
         if self.batch.rows:
             self.batch.step()
             if self.metrics:
                 self.metrics.batch_size.observe(len(self.batch))
             self._deliver(self.batch.rows)
-
-    def _run_checks(self) -> None:
-        while self._checks:
-            version, future = self._checks.popleft()
-            try:
-                self._load([version.bank_name])
-                future.set_result(None)
-            except Exception as error:
-                future.set_exception(error)
-
-    def _drop_cancelled(self) -> None:
-        cancelled = [job for job in self.batch.rows if job.cancelled]
-        if cancelled:
-            self.batch.keep([job for job in self.batch.rows if not job.cancelled])
-            self._finish(cancelled)
 
     def _next(self) -> list[Job]:
         """Return the jobs that have waited longest, as many as fit into the batch and into one pass of the model."""
@@ -221,18 +245,6 @@ class Engine:
         if len(batch) > self.max_batch_size or columns * len(batch) > (self.max_batch_tokens or float("inf")):
             return False
         return len(jobs) == 1 or max(len(job.prompt) for job in jobs) * len(jobs) <= self.prefill_tokens
-
-    def _admit(self, jobs: list[Job]) -> None:
-        jobs = self._load_adapters(jobs)
-        if not jobs:
-            return
-        try:
-            self.batch.admit(jobs)
-        except Exception as error:  # the rows of the batch are unchanged
-            logger.exception("a prompt failed")
-            self._finish(jobs, ApiError(500, "model_failed", f"the model failed: {type(error).__name__}"))
-            return
-        self._deliver(jobs)
 
     def _load_adapters(self, jobs: list[Job]) -> list[Job]:
         """Load the adapters of jobs beside those of the batch, and return the jobs that can join.
@@ -257,10 +269,10 @@ class Engine:
             self._load([job.adapter])
             return True
         except Exception as error:
-            logger.warning("adapter %r can't be loaded: %s", job.version.name, error)
-            self._finish([job], cannot_load(job.version, error))
+            logger.warning("adapter %r can't be loaded: %s", job.served.name, error)
+            self._finish([job], cannot_load(job.served.name, job.served.folder, error))
             if isinstance(error, ValueError):
-                self.adapters.refuse(job.version, error)
+                self.adapters.refuse(job.served, error)
             return False
 
     def _load(self, names: list) -> None:
@@ -268,13 +280,23 @@ class Engine:
             with self.batch.mixing(names):
                 pass
 
+    def _admit(self, jobs: list[Job]) -> None:
+        if not jobs:
+            return
+        try:
+            self.batch.admit(jobs)
+        except Exception as error:  # the rows of the batch are unchanged
+            logger.exception("a prompt failed")
+            self._finish(jobs, model_failed(error))
+            return
+        self._deliver(jobs)
+
     def _deliver(self, jobs: Sequence[Job]) -> None:
         """Send each client its newest token, and remove the finished jobs."""
         finished = []
         for job in list(jobs):
             event = job.event()
-            if not job.cancelled:
-                self._emit(job, event)
+            self._emit(job, event)
             if event.last:
                 finished.append(job)
         if finished:
@@ -283,30 +305,24 @@ class Engine:
 
     def _finish(self, jobs: Sequence[Job], error: ApiError | None = None) -> None:
         for job in list(jobs):
-            if error is not None and not job.cancelled:
+            if error is not None:
                 self._emit(job, Event(error=error))
             self._release(job)
 
     def _emit(self, job: Job, event: Event) -> None:
+        if job.cancelled:
+            return
         try:
             job.emit(event)
         except RuntimeError:  # the event loop is closed
             job.cancelled = True
 
     def _release(self, job: Job) -> None:
-        if job.released:
-            return
+        if not job.released and job.served is not None:
+            self.adapters.release(job.served)
         job.released = True
-        if job.version is not None:
-            self.adapters.release(job.version)
 
-    def _fail_all(self) -> None:
-        """Fail all running and waiting jobs."""
-        with self._changed:
-            waiting, checks = list(self._waiting), list(self._checks)
-            self._waiting.clear()
-            self._checks.clear()
-        for _, future in checks:
-            future.set_exception(shutting_down())
-        self._finish([*self.batch.rows, *waiting], shutting_down())
-        self.batch.clear()
+
+def model_failed(error: Exception) -> ApiError:
+    """Return the error for a batch or a prompt that failed."""
+    return ApiError(500, "model_failed", f"the model failed: {type(error).__name__}")

@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from s2ft.serve.record import record_of
+from s2ft.serve.metrics import record_of
 
 logger = logging.getLogger(__name__)
 TYPES = {

@@ -1,13 +1,41 @@
-"""The counters that Prometheus reads from /metrics."""
+"""What is known of a request, and the counters that Prometheus reads from /metrics."""
+
+import time
+from dataclasses import dataclass, field
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from s2ft.serve.record import Record
-
+RECORD = "s2ft_record"  # key in the ASGI scope
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COARSE = (0.1, 0.5, 1, 2.5, 10, 60, 300)  # by model: there may be hundreds of them
 MODELS = 1000  # models with counters of their own, also those that are no longer served
 OTHERS = "(others)"  # all further models
+
+
+@dataclass
+class RequestRecord:
+    """What is known of a request at its end.
+
+    Attributes:
+        id: The id that the client sent, or a new one.
+        model: The base or the adapter that answers, or None if the request names no model that is served.
+        prompt_tokens: Tokens of the prompt.
+        generated_tokens: Tokens of the answer.
+        status: The HTTP status. It differs from that of the headers if a stream fails.
+        started: When the request arrived, in time.perf_counter().
+    """
+
+    id: str
+    model: str | None = None
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    status: int | None = None
+    started: float = field(default_factory=time.perf_counter)
+
+
+def record_of(scope) -> RequestRecord:
+    """Return the record of a request by its ASGI scope."""
+    return scope[RECORD]
 
 
 class Metrics:
@@ -50,7 +78,7 @@ class Metrics:
             "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
         )
 
-    def count(self, route: str, record: Record, seconds: float) -> None:
+    def count(self, route: str, record: RequestRecord, seconds: float) -> None:
         """Count a request at its end.
 
         Args:

@@ -57,7 +57,6 @@ class ServerOptions:
             and values. None is no limit.
         adapter_bytes: Memory for adapters in bytes. The adapters that were used longest ago are removed. None is no
             limit.
-        grace: Seconds to finish running requests after SIGTERM or SIGINT.
         access_log: "text" or "json" for one line a request in the log, or "off".
         limits: Limits of requests.
 
@@ -73,7 +72,6 @@ class ServerOptions:
     queue_size: int = 256
     max_batch_tokens: int | None = None
     adapter_bytes: int | None = None
-    grace: float = 20.0
     access_log: str = "text"
     limits: Limits = field(default_factory=Limits)
 

@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from s2ft.serve.errors import ApiError
 
@@ -10,8 +10,16 @@ from s2ft.serve.errors import ApiError
 IGNORED_FIELDS = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
 # unsupported fields: the values that change nothing and are accepted, and the message for any other value
 NOTHING: tuple[Any, ...] = (None, False, [], {})
+BY_VLLM = "is not supported by this server; s2ft serve --engine vllm does it"
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
-    "best_of": ((None, 1), "all answers are returned: use n"),
+    "n": ((None, 1), f"more than one answer {BY_VLLM}"),
+    "logprobs": ((None, False), BY_VLLM),
+    "top_logprobs": ((None, 0), BY_VLLM),
+    "presence_penalty": ((None, 0, 0.0), BY_VLLM),
+    "frequency_penalty": ((None, 0, 0.0), BY_VLLM),
+    "repetition_penalty": ((None, 1, 1.0), BY_VLLM),
+    "logit_bias": ((None, {}), BY_VLLM),
+    "best_of": ((None, 1), "a request has one answer"),
     "echo": ((None, False), "the prompt is not repeated"),
     "suffix": ((None, ""), "text before a suffix is not supported"),
     "tools": (NOTHING, "tools are not called"),
@@ -23,17 +31,9 @@ REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "modalities": ((None, ["text"]), "answers are plain text"),
 }
 
-MOST_CHOICES = 128
-TOP = 20  # likeliest tokens whose log probabilities can be requested
 Word = Annotated[str, Field(min_length=1, max_length=256)]
-
-
-Tokens = list[Annotated[int, Field(ge=0)]]
 Nothing = Annotated[list[Any], Field(max_length=0)] | None
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
-Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
-Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
-TokenId = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 
 
 class Strict(BaseModel):
@@ -60,16 +60,10 @@ class Sampled(Strict):
     Attributes:
         model: Name of the base or of an adapter.
         max_tokens: Longest answer in tokens. Default: 16 for a completion, the rest of the context for a chat.
-        n: Number of answers. Default: 1.
         temperature: Divisor of the logits, from 0 to 2. 0 always chooses the likeliest token. Default: 1.
         top_p: Draw among the likeliest tokens with this total probability, from 0 to 1. Default: 1.
         top_k: Draw among so many likeliest tokens. Default, 0 and -1: all.
         min_p: Leave out tokens below this share of the likeliest token's probability, from 0 to 1. Default: 0.
-        presence_penalty: Subtracted from the logits of tokens that are in the answer, from -2 to 2. Default: 0.
-        frequency_penalty: The same, as many times as the token is in the answer, from -2 to 2. Default: 0.
-        repetition_penalty: Divides the positive logits of tokens in the prompt and the answer, and multiplies the
-            others. Above 0; default: 1.
-        logit_bias: Added to the logits of tokens, from -100 to 100 by token id.
         seed: Seed of the draws. Default: a new seed.
         stop: One string or up to 16 strings that end the answer. They are not part of it.
         stream: Whether to send the answer in chunks.
@@ -78,34 +72,14 @@ class Sampled(Strict):
 
     model: Annotated[str, Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Share | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100, allow_inf_nan=False)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Word | Annotated[list[Word], Field(max_length=16)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-
-    @property
-    def choices(self) -> int:
-        """Number of answers for each prompt."""
-        return self.n or 1
-
-    @property
-    def scored(self) -> int | None:
-        """How many of the likeliest tokens get log probabilities at each place. None: no log probabilities."""
-        return None
-
-    @property
-    def biases(self) -> dict[int, float]:
-        """The biases by token."""
-        return {int(token): bias for token, bias in (self.logit_bias or {}).items()}
 
     @property
     def stops(self) -> list[str]:
@@ -117,44 +91,15 @@ class Sampled(Strict):
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage
 
-    @property
-    def requested_tokens(self) -> int | None:
-        """The length that the client asks for, or None."""
-        return self.max_tokens
-
-    @property
-    def default_tokens(self) -> int | None:
-        """The longest answer if the client asks for no length. None is the rest of the context."""
-        return None
-
 
 class CompletionRequest(Sampled):
     """Body of /v1/completions.
 
     Attributes:
-        prompt: A text, a list of token ids, or a list of texts or of such lists, each with its own answers.
-        logprobs: Number of likeliest tokens that get log probabilities beside the chosen one, from 0 to 20. Default:
-            no log probabilities.
+        prompt: A text or a list of token ids.
     """
 
-    prompt: str | Tokens | list[str] | list[Tokens]
-    logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
-
-    @property
-    def prompts(self) -> list[str] | list[list[int]]:
-        """The prompts as a list."""
-        single = isinstance(self.prompt, str) or not self.prompt or isinstance(self.prompt[0], int)
-        return [self.prompt] if single else self.prompt  # type: ignore[list-item, return-value]
-
-    @property
-    def scored(self) -> int | None:
-        """How many of the likeliest tokens get log probabilities at each place. None: no log probabilities."""
-        return self.logprobs
-
-    @property
-    def default_tokens(self) -> int | None:
-        """The longest answer if the client asks for no length: 16 tokens, as in OpenAI's API."""
-        return 16
+    prompt: str | list[Annotated[int, Field(ge=0)]]
 
 
 class TextPart(Strict):
@@ -199,30 +144,10 @@ class ChatRequest(Sampled):
     Attributes:
         messages: The conversation.
         max_completion_tokens: The newer name of `max_tokens`.
-        logprobs: Whether the answer has log probabilities.
-        top_logprobs: Number of likeliest tokens that get log probabilities beside the chosen one, from 0 to 20.
     """
 
     messages: Annotated[list[Message], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=TOP)] | None = None
-
-    @model_validator(mode="after")
-    def _check(self) -> "ChatRequest":
-        if self.top_logprobs and not self.logprobs:
-            raise ValueError("top_logprobs needs logprobs: true")
-        return self
-
-    @property
-    def scored(self) -> int | None:
-        """How many of the likeliest tokens get log probabilities at each place. None: no log probabilities."""
-        return (self.top_logprobs or 0) if self.logprobs else None
-
-    @property
-    def requested_tokens(self) -> int | None:
-        """The length that the client asks for, or None."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class LoadRequest(Strict):

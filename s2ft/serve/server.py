@@ -4,7 +4,6 @@ import logging
 import resource
 import signal
 import socket
-import time
 from collections.abc import Sequence
 from functools import partial
 
@@ -16,16 +15,16 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.loading import read_adapter
+from s2ft.serve.answer import Service
 from s2ft.serve.app import create_app
 from s2ft.serve.engine import Engine
 from s2ft.serve.metrics import Metrics
 from s2ft.serve.options import ServerOptions, warn_if_open
 from s2ft.serve.registry import Adapters
-from s2ft.serve.service import Service
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
-AFTER_GRACE = 5  # seconds for sending the last errors
+SHUTDOWN = 10  # seconds to finish running requests after SIGTERM or SIGINT
 HEADER_TIME = 10  # seconds
 MOST_CONNECTIONS = 2048
 
@@ -45,7 +44,7 @@ def build_app(
         base: The name that clients use for the base.
         adapters: One or several directories of adapters or of runs, adapters, or outputs of runs, also as NAME=DIR.
             None serves the base alone.
-        options: The options of the server. `host`, `port` and `grace` are not used.
+        options: The options of the server. `host` and `port` are not used.
 
     Returns:
         The app and its service.
@@ -96,13 +95,13 @@ def check_adapters(model: PreTrainedModel, base: str, adapters: str | Sequence[s
     """
     known = adapters_of(model, base, adapters, limit_bytes=1)
     for name in known.names:
-        version = known.acquire(name)
+        served = known.acquire(name)
         try:
-            read_adapter(version.folder)
+            read_adapter(served.folder)
         except (ValueError, OSError) as error:
-            known.refuse(version, error)
+            known.refuse(served, error)
         finally:
-            known.release(version)
+            known.release(served)
     known.log_fitting()
 
 
@@ -113,7 +112,7 @@ def serve(
     adapters: str | Sequence[str] | None,
     options: ServerOptions,
 ) -> None:
-    """Serve a model and its adapters until SIGTERM or SIGINT. Then finish the running requests and return.
+    """Serve a model and its adapters until SIGTERM or SIGINT. Then finish what runs within 10 seconds, and return.
 
     The model is moved to the GPU if there is one, unless it is quantized.
 
@@ -121,7 +120,7 @@ def serve(
         model: A causal language model of transformers without adapters.
         tokenizer: The model's tokenizer.
         base: The name that clients use for the base.
-        adapters: As in :func:`build_app`. New adapters are found while the server runs.
+        adapters: As in :func:`build_app`.
         options: The options of the server.
 
     Raises:
@@ -144,11 +143,11 @@ def serve(
     model.requires_grad_(False)
     if not getattr(model, "is_quantized", False):  # a quantized one is on its device, and may refuse to move
         model.to("cuda" if torch.cuda.is_available() else "cpu")
-    app, service = build_app(model, tokenizer, base, adapters, options)
+    app, _ = build_app(model, tokenizer, base, adapters, options)
     warn_if_open(options.host, options.limits.api_key)
     listener = listen(options.host, options.port)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
-    server = Server(config_of(app, options), service.engine, options.grace)
+    server = Server(config_of(app))
     for number in (signal.SIGTERM, signal.SIGINT):
         # uvicorn raises the signal again after the shutdown, when nothing is left to do
         signal.signal(number, lambda *_: None)
@@ -163,7 +162,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise OSError(f"can't listen on {host}, port {port}: {error.strerror}") from None
 
 
-def config_of(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
+def config_of(app: FastAPI) -> uvicorn.Config:
     """Return uvicorn's options. Half of the process's file descriptors are for connections."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
@@ -176,7 +175,7 @@ def config_of(app: FastAPI, options: ServerOptions) -> uvicorn.Config:
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
-        timeout_graceful_shutdown=int(options.grace + AFTER_GRACE),
+        timeout_graceful_shutdown=SHUTDOWN,
     )
 
 
@@ -208,17 +207,7 @@ class Connection(H11Protocol):
 
 
 class Server(uvicorn.Server):
-    """A server of uvicorn that waits for the engine to finish."""
-
-    def __init__(self, config: uvicorn.Config, engine: Engine, grace: float) -> None:
-        super().__init__(config)
-        self._engine, self._grace = engine, grace
-
-    def handle_exit(self, sig, frame) -> None:
-        """Give the engine its grace period, and shut down."""
-        if self._engine.drain_until is None:
-            self._engine.drain_until = time.monotonic() + self._grace
-        super().handle_exit(sig, frame)
+    """A server of uvicorn that logs its address."""
 
     async def startup(self, sockets=None) -> None:
         """Start, and log the address."""

@@ -44,8 +44,6 @@ class Engine(Protocol):
 
     def transport(self) -> str: ...
 
-    def world_size(self) -> int: ...
-
     def init(self, info: dict[str, Any]) -> None: ...
 
     def start(self) -> None: ...
@@ -115,10 +113,6 @@ class ServerEngine:
         host = urlsplit(self.url).hostname or ""
         here = {"localhost", "::1", "0.0.0.0", socket.gethostname(), socket.getfqdn()}
         return "file" if host in here or host.startswith("127.") else "http"
-
-    def world_size(self) -> int:
-        """The number of its workers, with those of all replicas."""
-        return int(self._request("get_world_size", None)["world_size"])
 
     def init(self, info: dict[str, Any]) -> None:
         """Announce slices."""
@@ -222,9 +216,9 @@ class LocalEngine:
         if engine is None:
             return "direct"
         executor = getattr(engine, "model_executor", None)
-        return "direct" if getattr(executor, "driver_worker", None) is not None and self.world_size() == 1 else "file"
+        return "direct" if getattr(executor, "driver_worker", None) is not None and self._workers() == 1 else "file"
 
-    def world_size(self) -> int:
+    def _workers(self) -> int:
         """The number of workers that a call reaches: one if each rank has an LLM of its own."""
         parallel = self.llm.llm_engine.vllm_config.parallel_config
         return 1 if parallel.distributed_executor_backend == "external_launcher" else parallel.world_size

@@ -8,7 +8,7 @@ parameter. So no table of model families is needed, and no memory.
 """
 
 import itertools
-from collections.abc import Callable, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -365,31 +365,28 @@ class Part:
     hashes: Tensor
 
 
-def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec], compared: Container[int] | None = None) -> list[Part]:
+def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec]) -> list[Part]:
     """Describe the places of one rank, for :func:`check_base`.
 
     Args:
         found: The places.
         specs: The slices.
-        compared: Numbers of the slices whose numbers will be compared; None for all.
     """
     parts = []
     for place in found:
         mine = None if place.mine is None else place.mine.cpu()
         numbers = place.original.numel() // place.here.numel()
-        is_compared = compared is None or place.slice_number in compared
-        hashes = part_hashes(place, specs[place.slice_number]) if is_compared else torch.zeros_like(place.here.cpu())
+        hashes = part_hashes(place, specs[place.slice_number])
         parts.append(Part(place.slice_number, place.key(), mine, numbers, hashes))
     return parts
 
 
-def check_base(parts: Iterable[Part], specs: Sequence[SliceSpec], compared: Container[int] | None = None) -> None:
+def check_base(parts: Iterable[Part], specs: Sequence[SliceSpec]) -> None:
     """Check that all ranks together hold every slice, with the numbers of the trainer's base.
 
     Args:
         parts: The parts of all ranks. Copies of the same part are compared with each other and counted once.
         specs: The slices, with the hashes of the trainer's base.
-        compared: Numbers of the slices whose numbers are compared; None for all.
 
     Raises:
         NoPlace: No rank holds a slice, or a part of it.
@@ -414,10 +411,9 @@ def check_base(parts: Iterable[Part], specs: Sequence[SliceSpec], compared: Cont
                 f"{spec.name}: this engine has {held}. A tied weight is sent under the one name that the checkpoint "
                 "has, and all weights must be of the served model"
             )
-    numbers = [number for number in range(len(specs)) if compared is None or number in compared]
-    wrong = [specs[number].name for number in numbers if not torch.equal(sums[number], specs[number].hashes)]
+    wrong = [spec.name for spec, found in zip(specs, sums) if not torch.equal(found, spec.hashes)]
     if wrong:
         raise ValueError(
-            f"the engine's base is not that of the slices: {len(wrong)} of {len(numbers)} slices differ, the first is "
+            f"the engine's base is not that of the slices: {len(wrong)} of {len(specs)} slices differ, the first is "
             f"{wrong[0]}. Serve the base that is trained, in the dtype in which the slices are sent, and not quantized"
         )

@@ -1,6 +1,6 @@
 """The receiving side of slice sync in one process of an engine: who sends, what was there, what is written.
 
-A receiver is bound to one sender at a time, or serves one adapter, or has the base. All checks of a message are made on
+A receiver is bound to one sender at a time, or has the base. All checks of a message are made on
 all ranks before the first number is written, and either all ranks write or none does.
 """
 
@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from s2ft.ops import effective_units
 from s2ft.sync.places import Loader, Place, check_base, parts_of, places
 from s2ft.sync.wire import DTYPES, SliceSpec, from_message
 
 RELEASE = 'release it with {"base": true, "sender": "%s"} in an update, or set take_over'
-TRANSPORTS = ("http", "file", "direct", "nccl")
+TRANSPORTS = ("http", "file", "direct")
 
 
 class Ranks(Protocol):
@@ -40,47 +39,15 @@ class OneRank:
         return [value]
 
 
-class Broadcast(Protocol):
-    """A group of the trainer and all ranks of the engine, in which the trainer is the first."""
-
-    def receive(self, buffer: Tensor) -> None:
-        """Fill the buffer with the trainer's numbers."""
-
-    def close(self) -> None:
-        """Leave the group."""
-
-
-@dataclass(frozen=True)
-class AdapterSlices:
-    """An adapter as slices of the served checkpoint.
-
-    Attributes:
-        name: Name of the adapter.
-        specs: The slices.
-        deltas: What is added to the base, by number of the slice; or None for a weight that `wholes` has.
-        wholes: Weights that the adapter has in full, by number of the slice.
-        compared: Numbers of the slices whose hashes are those of the base, so that they can be compared with the
-            engine's.
-    """
-
-    name: str
-    specs: list[SliceSpec]
-    deltas: dict[int, Tensor]
-    wholes: dict[int, Tensor] = field(default_factory=dict)
-    compared: frozenset[int] = frozenset()
-
-
 @dataclass
 class _Bound:
     """What is written over the base, and by whom."""
 
-    sender: str | None  # None: an adapter
-    name: str
+    sender: str
     dtype: torch.dtype
     specs: list[SliceSpec]
     places: list[Place]
     transport: Mapping[str, Any] = field(default_factory=dict)
-    group: Broadcast | None = None
     step: int | None = None
     expected: Tensor | None = None  # the lines of all places after the last write
 
@@ -118,9 +85,6 @@ class Receiver:
         load: Loader | None = None,
         ranks: Ranks | None = None,
         check: Callable[[Sequence[Place], Sequence[SliceSpec]], None] | None = None,
-        join: Callable[[Mapping[str, Any]], Broadcast] | None = None,
-        adapter: Callable[[str], AdapterSlices] | None = None,
-        dtype: torch.dtype | None = None,
     ) -> None:
         """Make a receiver. Nothing is read yet.
 
@@ -130,16 +94,11 @@ class Receiver:
             ranks: The processes that hold the weights together. Default: this one alone.
             check: Raises ValueError for places that the engine does not compute with, for instance because it has
                 packed the weights.
-            join: Joins the group of a trainer that broadcasts. Default: such a trainer is refused.
-            adapter: Reads an adapter by folder or name, and checks that it belongs to the served base. Default:
-                adapters are refused.
-            dtype: The dtype of the engine's weights, for adapters. Default: that of the model's first parameter.
         """
         self.model = model
         self.load = model.load_weights if load is None else load
         self.ranks = OneRank() if ranks is None else ranks
-        self.check, self.join, self.adapter = check, join, adapter
-        self.dtype = dtype
+        self.check = check
         self._bound: _Bound | None = None
 
     # ---- what is on --------------------------------------------------------------------------------------
@@ -154,15 +113,8 @@ class Receiver:
         """What the weights are, in words."""
         if self._bound is None:
             return "the base"
-        if self._bound.sender is None:
-            return f"the adapter {self._bound.name!r}"
         step = "no step yet" if self._bound.step is None else f"step {self._bound.step}"
         return f"slices of sender {self._bound.sender!r}, {step}"
-
-    @property
-    def names(self) -> set[str]:
-        """Names of the weights that are written to."""
-        return set() if self._bound is None else {spec.name for spec in self._bound.specs}
 
     # ---- the beginning of a run --------------------------------------------------------------------------
 
@@ -171,21 +123,19 @@ class Receiver:
 
         Args:
             message: `sender`, its name; `dtype` of the numbers; `slices`, see :func:`s2ft.sync.wire.to_message`;
-                `transport`, a mapping with `kind`; `take_over`, whether another sender or an adapter is removed;
+                `transport`, a mapping with `kind`; `take_over`, whether another sender is removed;
                 `idle`, False if requests are running, which matters if the weights have to be changed.
 
         Raises:
             ValueError: The message is not valid, the base is another one, or a slice has no place.
-            RuntimeError: The engine is bound to another sender, serves an adapter, or is not idle. In each case the
-                weights are as before, and the engine is bound as before.
+            RuntimeError: The engine is bound to another sender, or is not idle. In each case the weights are as before,
+                and the engine is bound as before.
         """
         request = self._together(lambda: self._bind_request(message))
         with _Undo(self._bound) as undo:
             self._together(self._take_off)
             bound = self._together(lambda: self._find(request))
             self._compare(bound)
-            if request["transport"]["kind"] == "nccl":
-                bound.group = self._together(lambda: self.join(bound.transport))
             bound.expected = _lines(bound)
             undo.forget()
         self._bound = bound
@@ -199,12 +149,11 @@ class Receiver:
         transport = message.get("transport") or {"kind": "direct" if "transport" not in message else "http"}
         if not isinstance(transport, Mapping) or transport.get("kind") not in TRANSPORTS:
             raise ValueError(f"transport must have a kind, one of {', '.join(TRANSPORTS)}, not {transport!r}")
-        if transport["kind"] == "nccl" and self.join is None:
-            raise ValueError("this engine can't join a group of the trainer: use transport http or file")
         take_over = message.get("take_over", False)
         if self._bound is not None and self._bound.sender != sender and not take_over:
-            way = RELEASE % self._bound.sender if self._bound.sender else 'send {"base": true} first, or set take_over'
-            raise RuntimeError(f"this engine has {self.serving}, so sender {sender!r} is refused: {way}")
+            raise RuntimeError(
+                f"this engine has {self.serving}, so sender {sender!r} is refused: {RELEASE % self._bound.sender}"
+            )
         if self._bound is not None:
             _check_idle(message)
         specs = _described(message.get("slices"))
@@ -215,46 +164,42 @@ class Receiver:
         found = places(self.load, self.model, specs, dtype)
         if self.check is not None:
             self.check(found, specs)
-        return _Bound(request["sender"], request["sender"], dtype, specs, found, dict(request["transport"]))
+        return _Bound(request["sender"], dtype, specs, found, dict(request["transport"]))
 
-    def _compare(self, bound: _Bound, compared: frozenset[int] | None = None) -> None:
-        mine = parts_of(bound.places, bound.specs, compared)
+    def _compare(self, bound: _Bound) -> None:
+        mine = parts_of(bound.places, bound.specs)
         parts = [part for of_rank in self.ranks.gather(mine) for part in of_rank]
-        self._together(lambda: check_base(parts, bound.specs, compared))
+        self._together(lambda: check_base(parts, bound.specs))
 
     # ---- one update --------------------------------------------------------------------------------------
 
     def update(self, message: Mapping[str, Any]) -> None:
-        """Write new numbers, an adapter, or the base. All ranks must call this.
+        """Write new numbers or the base. All ranks must call this.
 
         Args:
-            message: One of `sender`, `step` and one of `values` (base64), `file` (a path), `tensor` (in this process)
-                or none of them (the trainer broadcasts); `base`, True for the base's numbers, with a `sender` that is
-                released; `adapter`, a folder or a name on the hub. `idle` is False if requests are running.
+            message: `sender`, `step` and one of `values` (base64), `file` (a path), `tensor` (in this process); or
+                `base`, True for the base's numbers, with a `sender` that is released. `idle` is False if requests are
+                running.
 
         Raises:
-            ValueError: The message is not valid, or the adapter is of another base. The weights are as before.
+            ValueError: The message is not valid. The weights are as before.
             RuntimeError: The engine is bound to another sender or to none, or it is not idle, or its weights were
                 changed by others. The weights are as before.
             OSError: The file can't be read. The weights are as before.
         """
-        kind = self._together(lambda: _kind_of(message))
+        has_base = self._together(lambda: _has_base(message))
         self._together(lambda: _check_idle(message))
-        {"base": self._base, "adapter": self._put_on, "numbers": self._numbers}[kind](message)
+        (self._base if has_base else self._numbers)(message)
 
     def _numbers(self, message: Mapping[str, Any]) -> None:
         bound = self._together(lambda: self._expected_update(message))
         flat = self._together(lambda: self._content(bound, message))
-        if flat is None:
-            flat = torch.empty(bound.numel, dtype=bound.dtype, device=self._device(bound))
-            self._together(lambda: bound.group.receive(flat))
-            self._together(lambda: _check_numbers(bound, flat))
         self._write(bound, lambda: _write_numbers(bound, flat))
         bound.step = message["step"]
 
     def _expected_update(self, message: Mapping[str, Any]) -> _Bound:
         bound, sender, step = self._bound, message.get("sender"), message.get("step")
-        if bound is None or bound.sender is None:
+        if bound is None:
             raise RuntimeError(
                 f"an update of sender {sender!r} before init: this engine has {self.serving}. Init first"
             )
@@ -269,15 +214,11 @@ class Receiver:
         _check_untouched(self.model, bound)
         return bound
 
-    def _content(self, bound: _Bound, message: Mapping[str, Any]) -> Tensor | None:
-        """The numbers of an update, checked, on this rank's device; None if they will be broadcast."""
+    def _content(self, bound: _Bound, message: Mapping[str, Any]) -> Tensor:
+        """The numbers of an update, checked, on this rank's device."""
         given = [name for name in ("values", "file", "tensor") if message.get(name) is not None]
-        if len(given) > 1:
-            raise ValueError(f"an update has one of values, file and tensor, not {' and '.join(given)}")
-        if not given and bound.group is None:
-            raise ValueError("an update has one of values, file and tensor; it is broadcast for transport nccl only")
-        if not given:
-            return None
+        if len(given) != 1:
+            raise ValueError(f"an update has one of values, file and tensor, not {' and '.join(given) or 'none'}")
         flat = _READERS[given[0]](bound, message[given[0]])
         if flat.numel() != bound.numel or flat.dtype != bound.dtype:
             raise ValueError(
@@ -301,7 +242,7 @@ class Receiver:
             raise RuntimeError(f"writing failed, and the base has been restored: {_words(error)}") from error
         bound.expected = _lines(bound)
 
-    # ---- the base, and adapters --------------------------------------------------------------------------
+    # ---- the base --------------------------------------------------------------------------
 
     def _base(self, message: Mapping[str, Any]) -> None:
         def check() -> None:
@@ -321,44 +262,8 @@ class Receiver:
         for place in bound.places:
             place.restore()
         bound.step, bound.expected = None, _lines(bound)
-        if message.get("sender") is not None or bound.sender is None:
-            self._release()
-
-    def _put_on(self, message: Mapping[str, Any]) -> None:
-        slices = self._together(lambda: self._adapter_slices(message))
-        with _Undo(self._bound) as undo:
-            self._together(self._take_off)
-            bound = self._together(lambda: self._find_adapter(slices))
-            self._compare(bound, slices.compared)
-            self._add_or_restore(bound, slices)
-            bound.expected = _lines(bound)
-            undo.forget()
-        self._bound = bound
-
-    def _add_or_restore(self, bound: _Bound, slices: AdapterSlices) -> None:
-        try:
-            self._together(lambda: _add(bound, slices))
-        except BaseException:
-            for place in bound.places:
-                place.restore()
-            raise
-
-    def _adapter_slices(self, message: Mapping[str, Any]) -> AdapterSlices:
-        if self.adapter is None:
-            raise ValueError("this engine can't read adapters")
-        if self.sender is not None:
-            way = RELEASE % self.sender
-            raise RuntimeError(f"this engine has {self.serving}, so no adapter is put on: {way}")
-        if self._bound is not None:
-            _check_untouched(self.model, self._bound)
-        return self.adapter(message["adapter"])
-
-    def _find_adapter(self, slices: AdapterSlices) -> _Bound:
-        dtype = next(self.model.parameters()).dtype if self.dtype is None else self.dtype
-        found = places(self.load, self.model, slices.specs, dtype)
-        if self.check is not None:
-            self.check(found, slices.specs)
-        return _Bound(None, slices.name, dtype, slices.specs, found)
+        if message.get("sender") is not None:
+            self._bound = None
 
     # ---- taking off --------------------------------------------------------------------------------------
 
@@ -367,17 +272,12 @@ class Receiver:
         if self._bound is not None:
             for place in self._bound.places:
                 place.restore()
-            self._release()
+            self._bound = None
 
     def _take_off(self) -> None:
         if self._bound is not None:
             for place in self._bound.places:
                 place.restore()
-
-    def _release(self) -> None:
-        if self._bound is not None and self._bound.group is not None:
-            self._bound.group.close()
-        self._bound = None
 
     def _together(self, work: Callable[[], Any]) -> Any:
         """Do something on all ranks, and raise on all of them if one raises."""
@@ -406,10 +306,8 @@ class _Undo:
         return self
 
     def forget(self) -> None:
-        """The change has succeeded: the former sender's group is left."""
+        """The change has succeeded."""
         self._before = None
-        if self._bound is not None and self._bound.group is not None:
-            self._bound.group.close()
 
     def __exit__(self, *error) -> None:
         if self._before:
@@ -420,17 +318,13 @@ class _Undo:
 # ---- messages --------------------------------------------------------------------------------------------
 
 
-def _kind_of(message: Mapping[str, Any]) -> str:
-    if message.get("base") and message.get("adapter"):
-        raise ValueError("an update has base or adapter, not both")
+def _has_base(message: Mapping[str, Any]) -> bool:
+    """Whether an update asks for the base."""
     if message.get("base") is not None and message["base"] is not True:
         raise ValueError(f"base must be true, not {message['base']!r}")
-    numbers = any(message.get(name) is not None for name in ("values", "file", "tensor"))
-    if numbers and (message.get("base") or message.get("adapter")):
-        raise ValueError("an update has numbers, or base, or adapter")
-    if message.get("adapter") is not None and (not isinstance(message["adapter"], str) or not message["adapter"]):
-        raise ValueError(f"adapter must be a folder or a name on the hub, not {message['adapter']!r}")
-    return "base" if message.get("base") else "adapter" if message.get("adapter") else "numbers"
+    if message.get("base") and any(message.get(name) is not None for name in ("values", "file", "tensor")):
+        raise ValueError("an update has numbers or base, not both")
+    return bool(message.get("base"))
 
 
 def _described(slices: Any) -> list[SliceSpec]:
@@ -519,17 +413,6 @@ def _write_numbers(bound: _Bound, flat: Tensor) -> None:
     values = flat.split([spec.numel for spec in bound.specs])
     for place in bound.places:
         place.write(values[place.slice_number].view(bound.specs[place.slice_number].values_shape))
-
-
-@torch.no_grad()
-def _add(bound: _Bound, slices: AdapterSlices) -> None:
-    """Write base + delta, summed in float32 or wider and rounded once, as merging does."""
-    for place in bound.places:
-        number, device = place.slice_number, place.view.device
-        if number in slices.wholes:
-            place.write(slices.wholes[number].to(device, bound.dtype))
-        else:
-            place.put(effective_units(place.original, place.part_of(slices.deltas[number].to(device))))
 
 
 def _joined(lines: Iterable[Tensor]) -> Tensor:

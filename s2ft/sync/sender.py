@@ -61,8 +61,8 @@ class SliceSender:
             ``weight_transfer_config={"backend": "s2ft"}``.
         dtype: The engine's dtype. Default: what the engine says.
         transport: "auto", or how the numbers reach the engine: "direct" (an LLM whose weights are in this process),
-            "file" (a folder that both can read), "http" (in the request), "nccl" (one broadcast). "auto" is direct for
-            an LLM, a file for a server on this machine, and http for any other.
+            "file" (a folder that both can read), or "http" (in the request). "auto" is direct for an LLM, a file for a
+            server on this machine, and http for any other.
         folder: Folder for transport "file". Default: /dev/shm, or the folder for temporary files.
         take_over: Whether to take the engine from a sender that has ended without releasing it. The engine restores
             that sender's slices first.
@@ -101,14 +101,14 @@ class SliceSender:
         self.model = model
         self._engine: Engine = engine_of(engine, timeout)
         self._dtype, self._kind, self._folder = dtype, transport, folder
-        self._take_over, self._timeout = take_over, timeout
+        self._take_over = take_over
         self.name = name or uuid.uuid4().hex[:16]
         self.step = -1
         self.slices: TrainedSlices | None = None
         self._transport: Transport | None = None
         self._is_paused = False
         if transport != "auto":
-            transport_of(transport, self._engine, self.name, folder, timeout) if transport != "nccl" else None
+            transport_of(transport, self._engine, self.name, folder)
 
     # ---- for a loop of one's own -----------------------------------------------------------------
 
@@ -219,7 +219,7 @@ class SliceSender:
         if self._transport is not None:
             return
         kind = self._engine.transport() if self._kind == "auto" else self._kind
-        transport = transport_of(kind, self._engine, self.name, self._folder, self._timeout)
+        transport = transport_of(kind, self._engine, self.name, self._folder)
         info = {
             "sender": self.name,
             "dtype": _name(self.slices.dtype),

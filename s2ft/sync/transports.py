@@ -2,11 +2,8 @@
 
 import base64
 import os
-import socket
 import tempfile
-import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -14,10 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from s2ft.sync.engines import Engine, EngineError
-from s2ft.sync.group import Group, join
+from s2ft.sync.engines import Engine
 
-KINDS = ("direct", "file", "http", "nccl")
+KINDS = ("direct", "file", "http")
 MEMORY = Path("/dev/shm")  # a disk in the memory of this machine
 Post = Callable[[dict[str, Any]], None]
 
@@ -41,7 +37,7 @@ class Transport(Protocol):
         """Give up what the transport holds."""
 
 
-def transport_of(kind: str, engine: Engine, sender: str, folder: str | os.PathLike | None, timeout: float) -> Transport:
+def transport_of(kind: str, engine: Engine, sender: str, folder: str | os.PathLike | None) -> Transport:
     """Make a transport.
 
     Args:
@@ -49,7 +45,6 @@ def transport_of(kind: str, engine: Engine, sender: str, folder: str | os.PathLi
         engine: The engine.
         sender: Name of the sender, which the file gets.
         folder: Folder for the file, which the engine can read. Default: memory of this machine.
-        timeout: Seconds to wait for the engine's workers.
 
     Raises:
         ValueError: There is no such transport, or the engine can't use it.
@@ -57,10 +52,10 @@ def transport_of(kind: str, engine: Engine, sender: str, folder: str | os.PathLi
     if kind not in KINDS:
         raise ValueError(f"transport must be auto or one of {', '.join(KINDS)}, got {kind!r}")
     if kind == "direct" and not engine.is_local:
-        raise ValueError("transport direct needs an LLM in this process; a server can have file, http or nccl")
+        raise ValueError("transport direct needs an LLM in this process; a server can have file or http")
     if kind == "file":
         return File(Path(folder) if folder else MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()), sender)
-    return {"direct": Direct, "http": Http}[kind]() if kind != "nccl" else Broadcast(engine, timeout)
+    return {"direct": Direct, "http": Http}[kind]()
 
 
 class Direct:
@@ -127,73 +122,5 @@ class File:
             left.unlink(missing_ok=True)
 
 
-class Broadcast:
-    """One broadcast to all workers of an engine: NCCL from a GPU, gloo from the CPU."""
-
-    kind = "nccl"
-
-    def __init__(self, engine: Engine, timeout: float) -> None:
-        self._workers, self._timeout = engine.world_size(), timeout
-        self._group: Group | None = None
-
-    def open(self, init: Post) -> None:
-        address, port = _own_address(), _free_port()
-        transport = {"kind": self.kind, "master_address": address, "master_port": port}
-        transport |= {"rank_offset": 1, "world_size": self._workers + 1}
-        device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-        # The engine answers when its workers have joined, and they join while the trainer does.
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(init, transport)
-            try:
-                self._group = join(transport, 0, device, self._timeout)
-            except Exception as error:
-                if answer.done():
-                    answer.result()  # the engine's own words
-                raise EngineError(f"the workers did not join the trainer's group: {error}") from error
-            answer.result()
-
-    def send(self, flat: Tensor, message: dict[str, Any], update: Post) -> None:
-        assert self._group is not None, "open comes before send"
-        with ThreadPoolExecutor(1) as pool:
-            answer = pool.submit(update, message)
-            work = self._group.begin_broadcast(flat.contiguous())
-            self._wait(work, answer)
-            answer.result()
-
-    def _wait(self, work: Any, answer: Future) -> None:
-        """Wait for the broadcast, or for the engine's refusal, after which nobody takes part in it."""
-        began = time.monotonic()
-        while not work.is_completed():
-            refused = answer.done() and answer.exception() is not None
-            if refused or time.monotonic() - began > self._timeout:
-                self.close()
-                if not refused:
-                    raise EngineError(f"the engine's workers took no part in a broadcast within {self._timeout:g} s")
-                return
-            time.sleep(0.0005)
-        work.wait()
-
-    def close(self) -> None:
-        if self._group is not None:
-            self._group.leave()
-            self._group = None
-
-
 def _bytes(flat: Tensor) -> memoryview:
     return memoryview(np.ascontiguousarray(flat.detach().cpu().view(torch.uint8).numpy()))
-
-
-def _own_address() -> str:
-    """The address of this machine by which others reach it."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("192.0.2.1", 9))  # no packet is sent: the system chooses the address
-            return probe.getsockname()[0]
-        except OSError:
-            return "127.0.0.1"
-
-
-def _free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("", 0))
-        return free.getsockname()[1]

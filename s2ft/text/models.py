@@ -291,8 +291,7 @@ def _auto_class(name: str, source: str, options: dict, is_gguf: bool):
     if is_gguf:  # it holds a language model
         return transformers.AutoModelForCausalLM
     config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
-    latest = getattr(transformers, "AutoModelForMultimodalLM", None)  # transformers 4 has the other only
-    auto = latest or transformers.AutoModelForImageTextToText
+    auto = transformers.AutoModelForMultimodalLM
     multimodal = type(config) in auto._model_mapping and not config.is_encoder_decoder
     return auto if multimodal else transformers.AutoModelForCausalLM
 
@@ -312,7 +311,7 @@ def _unpacked() -> dict:
     """Options for plain weights. Otherwise transformers keeps GGUF blocks if it has kernels for them."""
     try:
         from transformers import GgufConfig
-    except ImportError:  # older versions of transformers always unpack
+    except ImportError:  # transformers 5.0 always unpacks
         return {}
     return {"quantization_config": GgufConfig(dequantize=True)}
 

@@ -17,7 +17,6 @@ from transformers import DynamicCache
 
 from s2ft.text.encoding import left_pad
 from s2ft.text.output_head import contiguous_head
-from s2ft.text.sampling import Score, score
 
 
 class Row:
@@ -27,16 +26,13 @@ class Row:
         prompt: Token ids of the prompt.
         sampler: The :class:`~s2ft.text.sampling.Sampler` that chooses the tokens.
         adapter: Name of the adapter in the bank. None is the base.
-        logprobs: How many of the likeliest tokens are scored at each place, beside the chosen token. None scores none.
         tokens: The generated tokens.
-        scores: The :class:`~s2ft.text.sampling.Score` of each generated token, if `logprobs` is not None.
         failed: Why the sequence cannot continue, or None.
     """
 
-    def __init__(self, prompt: Sequence[int], sampler, adapter: str | None = None, logprobs: int | None = None) -> None:
-        self.prompt, self.sampler, self.adapter, self.logprobs = list(prompt), sampler, adapter, logprobs
+    def __init__(self, prompt: Sequence[int], sampler, adapter: str | None = None) -> None:
+        self.prompt, self.sampler, self.adapter = list(prompt), sampler, adapter
         self.tokens: list[int] = []
-        self.scores: list[Score] = []
         self.failed: str | None = None
 
 
@@ -192,8 +188,6 @@ class RunningBatch(Generic[R]):
             if not (row.sampler.greedy and row.sampler.plain):
                 token = row.sampler.choose(row_logits, row.tokens, row.prompt)
             row.tokens.append(token)
-            if row.logprobs is not None:
-                row.scores.append(score(row_logits, token, row.logprobs))
 
     def _join(self, cache: DynamicCache, mask: Tensor) -> None:
         if not self.rows:

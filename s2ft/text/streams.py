@@ -1,8 +1,6 @@
 """Convert tokens to text piece by piece, and stop at stop strings."""
 
-import re
 from collections.abc import Sequence
-from functools import lru_cache
 
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 WINDOW = 16  # approximate number of tokens that are decoded again for each new token
@@ -43,64 +41,6 @@ class Detokenizer:
 
     def _decode(self) -> str:
         return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
-class TokenNames:
-    """The text and the bytes of single tokens. The methods can be called from any thread.
-
-    Args:
-        tokenizer: The model's tokenizer, which no other thread uses.
-
-    Example:
-        >>> from transformers import ByT5Tokenizer
-        >>> from s2ft.text.streams import TokenNames
-        >>> names = TokenNames(ByT5Tokenizer())
-        >>> names.text(56), names.bytes(56)
-        ('5', b'5')
-    """
-
-    def __init__(self, tokenizer) -> None:
-        self._tokenizer, self._known = tokenizer, {}
-
-    def bytes(self, token: int) -> bytes:
-        """Return the bytes of a token. A token may be a part of a character."""
-        if token not in self._known:
-            self._known[token] = _bytes_of(self._tokenizer, token)
-        return self._known[token]
-
-    def text(self, token: int) -> str:
-        """Return the text of a token, with a replacement character in place of a part of a character."""
-        return self.bytes(token).decode("utf-8", errors="replace")
-
-    def key(self, token: int) -> str:
-        """Return the text of a token, or, for a part of a character, its bytes as in ``bytes:\\xe2\\x82``."""
-        text = self.text(token)
-        return text if BROKEN not in text else "bytes:" + "".join(f"\\x{byte:02x}" for byte in self.bytes(token))
-
-
-def _bytes_of(tokenizer, token: int) -> bytes:
-    text = tokenizer.decode([token], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-    word = tokenizer.convert_ids_to_tokens(token)
-    if not isinstance(word, str):  # a row of the embedding without a token
-        return text.encode()
-    if BROKEN in text:
-        single = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", word)  # the fallback of SentencePiece
-        if single:
-            return bytes([int(single[1], 16)])
-        table = _byte_of_letter()
-        if all(letter in table for letter in word):
-            return bytes(table[letter] for letter in word)
-    if word.startswith("\u2581") and not text.startswith(" "):  # SentencePiece's mark of a space, lost by decode
-        text = " " + text
-    return text.encode()
-
-
-@lru_cache(1)
-def _byte_of_letter() -> dict[str, int]:
-    """The letters by which byte-level tokenizers write bytes. Bytes that are no printable characters follow 255."""
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(256 + n): byte for n, byte in enumerate(others)}
 
 
 class TextStream:

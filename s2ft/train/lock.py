@@ -7,10 +7,7 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
 logger = logging.getLogger(__name__)
 LOCK = ".lock"  # a file in the folder; its text names the process that holds the lock
@@ -22,8 +19,8 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """Hold the lock of a folder inside the context.
 
     The folder is made if it does not exist, and removed if it is still empty at the end. The operating system releases
-    the lock when the process ends for any reason. If files cannot be locked (on Windows and some network file
-    systems), a warning is logged and nothing is locked.
+    the lock when the process ends for any reason. If files cannot be locked (on some network file systems), a warning
+    is logged and nothing is locked.
 
     Args:
         folder: The output folder of a run.
@@ -51,46 +48,27 @@ def only_run_in(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    if fcntl is None:
+    lock = FileLock(path, timeout=0.2)  # not 0: it tries again where a holder has removed the file
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"output folder {path.parent} is in use: {_holder(path)} writes a run to it; wait until that run ends, or "
+            "choose another folder"
+        ) from None
+    except (OSError, NotImplementedError):  # the file system does not support locks
         logger.warning(NO_LOCKS, path.parent)
+    try:
+        with contextlib.suppress(OSError):  # Windows
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
-        return
-    with _open_and_lock(path) as file:
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
-        file.flush()
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)  # before the lock is released; see _open_and_lock
-
-
-def _open_and_lock(path: Path):
-    while True:
-        file = path.open("ab")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise FileExistsError(
-                f"output folder {path.parent} is in use: {_holder(path)} writes a run to it; wait "
-                "until that run ends, or choose another folder"
-            ) from None
-        except OSError:  # the file system does not support locks
-            logger.warning(NO_LOCKS, path.parent)
-            return file
-        if _is_at(file, path):
-            return file
-        file.close()  # the previous holder removed the file after this process opened it
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # before the lock is released: who waits for it then opens a new file
+        lock.release()
 
 
 def _holder(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace") or "another process"
     return "another process"
-
-
-def _is_at(file, path: Path) -> bool:
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    return False

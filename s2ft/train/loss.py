@@ -10,6 +10,7 @@ have to wait for their count. Batches of the command line end with the answers, 
 import contextlib
 import logging
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -222,6 +223,12 @@ def chunked_loss(model: nn.Module, in_evaluation: bool = False, label_smoothing:
         del chunked.head.forward, model._loss_function
         if before is not None:
             model.loss_function = before
+
+
+def loss_in_chunks(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
+    """Compute the loss of a batch without keeping the logits."""
+    with chunked_loss(model):
+        return model(**inputs).loss
 
 
 @contextlib.contextmanager

@@ -1,17 +1,20 @@
 """Log the memory that a run needs before it starts."""
 
+import copy
 import logging
 from functools import partial
 
 import torch
+from torch import nn
 
 import s2ft
+from s2ft.distributed import without_zero_init
 from s2ft.text.prompts import pad_id
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row
-from s2ft.train.loss import why_not_chunked
+from s2ft.train.kernels import plain_kernels
+from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
-from s2ft.train.remedies import loss_in_chunks, plain_copy
 from s2ft.train.runs import needs_trl_loss
 from s2ft.train.sft import is_checkpointed
 
@@ -99,3 +102,15 @@ def _optimizer(arguments):
 
     kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
     return partial(kind, **options)
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a plain model of the same config and dtype on the meta device.
+
+    Args:
+        model: A model of transformers, attached or not. Its weights may be spread over devices.
+    """
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with plain_kernels(), torch.device("meta"), without_zero_init():
+        return type(model)._from_config(config).to(model.dtype)

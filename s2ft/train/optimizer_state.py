@@ -4,6 +4,10 @@ The tensors are complete, and each parameter has its name in the model. Otherwis
 optimizers, so an optimizer of whole parameters loads it as it is.
 """
 
+# Tried instead: get_optimizer_state_dict and set_optimizer_state_dict of torch.distributed.checkpoint (torch 2.13) with
+# full_state_dict. They refuse a parameter that has no state yet (an expert without tokens) and fail for an optimizer
+# without states (SGD), set runs a step of the optimizer, and neither knows ZeRO, so that names and groups stayed here.
+
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
 from typing import Any

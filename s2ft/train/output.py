@@ -146,10 +146,7 @@ class RunFolder:
 
 def _differences(earlier: dict, options: dict) -> list[str]:
     """The names of the options that change the result and are not those of the earlier run."""
-    if GROUPS not in earlier:  # an older s2ft did not write it
-        free = {GROUPS, ROWS}
-    else:
-        free = {GROUPS, *DIVISION} if earlier[GROUPS] != options.get(GROUPS) else set()
+    free = {GROUPS, *DIVISION} if earlier.get(GROUPS) != options.get(GROUPS) else set()
     return [key for key in {**earlier, **options} if key not in free and earlier.get(key) != options.get(key)]
 
 

@@ -169,7 +169,7 @@ def strategy_of_run(arguments: Any):
         return Strategy(f"zero{deepspeed.zero_stage}", offload=_offload(deepspeed))
     if loading_config(arguments):
         if devices.tensor == 1:
-            return Strategy("fsdp2", wrap="blocks")
+            return Strategy("fsdp2")
         return Strategy("tp") if devices.groups == 1 else Strategy("tp+fsdp2", tp_size=devices.tensor)
     return Strategy("fsdp2" if _uses_fsdp(arguments) else "ddp")
 

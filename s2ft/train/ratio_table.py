@@ -3,24 +3,26 @@
 Nothing here reads weights: the model is on the meta device.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
 
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.estimation.result import Estimate, size
+from s2ft.files import tables
 from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.registry import find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection
-from s2ft.train.remedies import Count, Step
+from s2ft.train.kernels import plain_kernels
+from s2ft.train.loss import loss_in_chunks
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
+BITS = {"4bit": 4.5, "8bit": 8.1}  # of one weight in bitsandbytes' blocks, with their scales
 
 
 @dataclass(frozen=True)
@@ -131,10 +133,9 @@ def with_memory(
     rows: list[Planned],
     model: nn.Module,
     config: S2FTConfig,
-    step: Step,
-    device: torch.device,
+    step: Mapping[str, Any],
+    chunked: bool,
     bits: str | None = None,
-    room: int | None = None,
 ) -> tuple[list[Planned], Estimate]:
     """Add the memory of a step to the rows.
 
@@ -145,10 +146,9 @@ def with_memory(
         rows: The rows.
         model: The model, as for :func:`rows_of`.
         config: The configuration.
-        step: The step.
-        device: The device of the training.
+        step: Arguments of :func:`s2ft.estimate`. Its `memory` is what the device has.
+        chunked: Whether the loss is computed without keeping the logits.
         bits: "4bit" or "8bit" for a base that will be quantized.
-        room: Bytes of the device, or None.
 
     Returns:
         The rows, and the estimate of the smallest one.
@@ -156,12 +156,32 @@ def with_memory(
     config = as_random(config)
     usable = sorted((row for row in rows if not row.refused), key=lambda row: row.trained)
     ends: dict[int, tuple[int, int]] = {}
+    strategy = step["strategy"]
+    whole_logits = strategy is not None and strategy.shards_weights  # of a head that is gathered
+    loss = loss_in_chunks if chunked and not whole_logits else None
     for row in {usable[-1].trained: usable[-1], usable[0].trained: usable[0]}.values():
-        count = Count(model, device, config if row.ratio is None else with_ratio(config, row.ratio))
-        found = count.estimate(step)
-        step = replace(step, devices=found.devices)  # the number of devices for the largest row is that of all
-        ends[row.trained] = (found.kept, found.peak - count.saved(bits))
-    return [row if row.refused else _on_line(row, ends, room) for row in rows], found
+        wanted = config if row.ratio is None else with_ratio(config, row.ratio)
+        with plain_kernels():
+            found = s2ft.estimate(model, wanted, **step, loss=loss, use_cache=False)
+        if strategy is not None:  # the number of devices for the largest row is that of all
+            step = {**step, "devices": found.devices}
+        ends[row.trained] = (found.kept, found.peak - saved_by_bits(model, bits))
+    return [row if row.refused else _on_line(row, ends, step["memory"]) for row in rows], found
+
+
+def saved_by_bits(model: nn.Module, bits: str | None) -> int:
+    """Return the bytes that a quantized base saves. The largest weight is unpacked for its product.
+
+    Args:
+        model: The model without quantization.
+        bits: "4bit" or "8bit", or None.
+    """
+    head = model.get_output_embeddings()  # bitsandbytes quantizes all linear layers but this one
+    weights = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    if bits is None or not weights:
+        return 0
+    packed = sum(weights) * BITS[bits] / 8
+    return max(0, int(sum(weights) * model.dtype.itemsize - packed - max(weights) * model.dtype.itemsize))
 
 
 def _on_line(row: Planned, ends: dict[int, tuple[int, int]], room: int | None) -> Planned:
@@ -182,9 +202,7 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
     head += ["kept for backward", "peak"] if memory else []
     head += [size(room)] if memory and room is not None else []
     cells = [head, *(_cells(row, memory, room) for row in rows if not row.refused)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
-    return "\n".join([*lines, *_notes(rows)])
+    return "\n".join([tables.table(cells, right=range(len(head))), *_notes(rows)])
 
 
 def _cells(row: Planned, memory: bool, room: int | None) -> list[str]:

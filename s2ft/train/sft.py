@@ -25,9 +25,9 @@ from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
+from s2ft.train.out_of_memory import explain_out_of_memory
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 from s2ft.train.parallel import devices_of, is_spread, rows_of_update, run_where_weights_are
-from s2ft.train.remedies import Step, explain_out_of_memory, step_of
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10  # a warning is logged for a run with fewer updates
@@ -122,7 +122,7 @@ def sft(
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([short_row(train)])
     with (
-        explain_out_of_memory(model, lambda: _step(arguments, train, options), folder.kept),
+        explain_out_of_memory(smaller_step(arguments), folder.kept),
         contiguous_head(model),
         loss_for(model, arguments, options, example),
     ):
@@ -151,7 +151,7 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path |
     """
     from transformers.trainer_callback import PrinterCallback
 
-    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
+    trainer.remove_callback(PrinterCallback)  # JsonlLog shows the same values
     if meter is not None:
         meter.add_to(trainer)
     with checkpointing(model, arguments), restored(model, trainer):
@@ -231,7 +231,7 @@ def _best_step(trainer) -> int | None:
 
 def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
-    from s2ft.train.callbacks import LossBar
+    from s2ft.train.callbacks import JsonlLog
 
     if checkpoint is not None and _is_complete(checkpoint):
         _take_over(trainer, checkpoint)
@@ -244,7 +244,7 @@ def _train(trainer, checkpoint: Path | None) -> None:
             raise
         log_failure("all steps are trained, but the trainer failed after the last one", error)
     finally:
-        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossBar)).close()
+        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, JsonlLog)).close()
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -339,9 +339,9 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
     """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of :func:`sft`."""
     from transformers import EarlyStoppingCallback
 
-    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
+    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, StopAfter
 
-    callbacks: list[Any] = [LossBar(), JsonlLog(folder.log)]
+    callbacks: list[Any] = [JsonlLog(folder.log, shows=True)]
     if not arguments.load_best_model_at_end:
         callbacks.append(EvaluateAfterSaving())
     if options.early_stopping_patience:
@@ -428,15 +428,6 @@ def _why_not_chunked(model, arguments, batch: dict) -> str:
     return run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))
 
 
-def _step(arguments, train, options: RunOptions) -> Step:
-    """Return the largest step of a run."""
-    from s2ft.train.batching import row_lengths
-
-    known = not arguments.packing and hasattr(train, "__len__")
-    length = max(row_lengths(train)) if known else arguments.max_length
-    return step_of(arguments, length, options.chunked_loss and not arguments.torch_compile)
-
-
 @contextlib.contextmanager
 def restored(model, trainer) -> Iterator[None]:
     """Undo at the end what TRL's loss and NEFTune change in the model, after an error too."""
@@ -501,6 +492,21 @@ def checkpointing(model, arguments) -> Iterator[None]:
 def is_checkpointed(arguments) -> bool:
     """Return whether the arguments ask for activation checkpointing, which has two names in transformers."""
     return bool(arguments.gradient_checkpointing or getattr(arguments, "activation_checkpointing", False))
+
+
+def smaller_step(arguments) -> str:
+    """Return the options with which a step of a run takes less memory.
+
+    Args:
+        arguments: The arguments of a Trainer.
+    """
+    if not is_checkpointed(arguments):
+        return "--gradient-checkpointing"
+    batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    if batch == 1:
+        return "--load-in-4bit or a smaller --max-length"
+    half = batch // 2 if batch % 2 == 0 else 1
+    return f"--per-device-train-batch-size {half} --gradient-accumulation-steps {accumulation * (batch // half)}"
 
 
 def check_packages_of_run(arguments) -> None:

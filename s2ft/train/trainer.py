@@ -162,7 +162,7 @@ class AdapterCheckpoints:
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         state = _saved_state(checkpoint)
-        if state is None:  # of a plain Trainer, or of an older s2ft
+        if state is None:  # of a plain Trainer
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if self.is_deepspeed_enabled:
@@ -246,7 +246,7 @@ def _optimizer_of_split_model(model: Any = None, args: Any = None, *_: Any, **op
 
 
 def _saved_state(checkpoint) -> dict[str, Any] | None:
-    """Read the state of the optimizer in a checkpoint; None if s2ft did not write it, or an older one did."""
+    """Read the state of the optimizer in a checkpoint; None if s2ft did not write it."""
     file = Path(checkpoint or "") / OPTIMIZER_NAME
     if not checkpoint or not file.is_file():
         return None

@@ -48,12 +48,12 @@ def served_base(manager: Any) -> "Base":
 class Base:
     """The model that a vLLM engine was started with."""
 
-    def __init__(self, vllm_config: Any, adapter_manager: Any = None) -> None:
+    def __init__(self, vllm_config: Any, adapter_manager: Any) -> None:
         """Remember where the model is. Nothing is read.
 
         Args:
             vllm_config: vLLM's VllmConfig.
-            adapter_manager: vLLM's LoRAModelManager; None if the engine has none.
+            adapter_manager: vLLM's LoRAModelManager.
         """
         self._config, self._manager = vllm_config, adapter_manager
         self._hollow: dict[str, tuple[nn.Module, list[Coupling]]] = {}  # by custom couplings
@@ -79,7 +79,7 @@ class Base:
 
     def model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
         """The served model on the meta device, and the couplings of an adapter in it."""
-        from s2ft.text.models import hollow_model  # for adapters of earlier versions alone
+        from s2ft.text.models import hollow_model
 
         key = "" if adapter.couplings is None else repr(adapter.couplings)
         if key not in self._hollow:
@@ -89,8 +89,8 @@ class Base:
                 self._hollow[key] = model, couplings_of(model, adapter.couplings)
             except (OSError, ValueError, AttributeError) as error:
                 raise ValueError(
-                    f"it is from an earlier s2ft, which did not record where its slices lie, and the structure of the "
-                    f"served model can't be built ({error}): load it into its model and save it with this version"
+                    f"it does not record where its slices lie, and the structure of the served model can't be built "
+                    f"({error}): load it into its model and save it again"
                 ) from error
         return self._hollow[key]
 
@@ -124,8 +124,7 @@ class Base:
                 raise ValueError(f"it was trained on another base than the served one: {found}")
             self._compared.append(adapter.fingerprint)
             logger.info("s2ft: compared the base with the adapter's in %.2f s", time.perf_counter() - began)
-        if self._manager is not None:
-            self._check_layout(adapter)
+        self._check_layout(adapter)
 
     def _difference(self, adapter: Adapter) -> str:
         """The difference between the served base and an adapter's, in words; empty if there is none."""
@@ -135,8 +134,6 @@ class Base:
             found = found if ours is None else difference(ours, adapter.fingerprint)
             if found == "":
                 return ""
-        if found is None and self._manager is None:
-            return "the weights of the served checkpoint can't be read from its files, so they can't be compared"
         if found is not None:
             return found
         names, theirs = self.structure(adapter).base_weights, adapter.fingerprint

@@ -2,21 +2,17 @@
 
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTransferInitInfo, WeightTransferUpdateInfo
 
-from s2ft.adapter import read_adapter
-from s2ft.sync.adapters import adapter_slices
-from s2ft.sync.group import join
 from s2ft.sync.places import NoPlace, Place
-from s2ft.sync.receiver import AdapterSlices, Receiver
-from s2ft.sync.wire import SliceSpec, hashes_of
-from s2ft.vllm.base import Base
+from s2ft.sync.receiver import Receiver
+from s2ft.sync.wire import SliceSpec
 from s2ft.vllm.compatibility import private
 from s2ft.vllm.unpacked import BACKEND, is_packed
 
@@ -47,7 +43,6 @@ class S2FTUpdate(WeightTransferUpdateInfo):
     file: str | None = None
     tensor: Any = None
     base: bool | None = None
-    adapter: str | None = None
     take_over: bool = False
     idle: bool | None = None
 
@@ -62,11 +57,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
         """Make the engine; vLLM does so after it has loaded the model."""
         super().__init__(config, vllm_config, device, model)
-        self._base = Base(vllm_config)
-        self._compared: set[str] = set()  # weights of the engine that were compared with the checkpoint's files
-        self.receiver = Receiver(
-            model, self._load, _Workers(), self._check, self._join, self._adapter, self.model_config.dtype
-        )
+        self.receiver = Receiver(model, self._load, _Workers(), self._check)
 
     def init_transfer_engine(self, init_info: S2FTInit) -> None:
         """Bind to a trainer."""
@@ -81,8 +72,6 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
         """Write one update."""
         began = time.perf_counter()
         self.receiver.update(_message(update_info))
-        if update_info.adapter:
-            self._compared |= self.receiver.names
         logger.info("s2ft: %s, written in %.1f ms", self.receiver.serving, 1000 * (time.perf_counter() - began))
 
     def finish_weight_update(self) -> None:
@@ -137,45 +126,6 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
                 if problem:
                     raise NoPlace(f"{specs[place.slice_number].name}: {problem}")
 
-    def _join(self, transport: Mapping[str, Any]) -> "_Trainer":
-        return _Trainer(transport, self.parallel_config, self.device)
-
-    def _adapter(self, source: str) -> AdapterSlices:
-        adapter = read_adapter(source)
-        try:
-            self._base.check(adapter)
-            model, _ = self._base.model_of(adapter)
-            slices = adapter_slices(adapter, model)
-        except ValueError as error:
-            raise ValueError(f"adapter {source}: {error}") from error
-        return self._with_hashes(slices)
-
-    def _with_hashes(self, slices: AdapterSlices) -> AdapterSlices:
-        """Give each slice the name that the served files have, and hash the base's numbers in them.
-
-        The engine may have stored a weight in another order. So a weight is compared when it is first written to.
-        """
-        stored, specs, compared = self._base.checkpoint().tensors, [], set()
-        for number, spec in enumerate(slices.specs):
-            name = _stored_name(spec, stored)
-            hashes = spec.hashes
-            if name not in self._compared:
-                numbers = stored[name].read().to(self.model_config.dtype).index_select(spec.dim, spec.index)
-                hashes = hashes_of(numbers, spec.dim)
-                compared.add(number)
-            specs.append(replace(spec, name=name, hashes=hashes))
-        return replace(slices, specs=specs, compared=frozenset(compared))
-
-
-def _stored_name(spec: SliceSpec, stored: Mapping[str, Any]) -> str:
-    """The name of a slice's tensor in the served files, which may lack a prefix or have one."""
-    if spec.name in stored:
-        return spec.name
-    near = [name for name in stored if name.endswith(f".{spec.name}") or spec.name.endswith(f".{name}")]
-    if len(near) != 1:
-        raise ValueError(f"the served checkpoint has no tensor {spec.name}")
-    return near[0]
-
 
 def _packed(module: nn.Module) -> str:
     method = getattr(module, "quant_method", None)
@@ -206,24 +156,3 @@ class _Workers:
         values: list[Any] = [None] * world.world_size
         torch.distributed.all_gather_object(values, value, group=world.cpu_group)
         return values
-
-
-class _Trainer:
-    """The group of a trainer and all workers of all replicas."""
-
-    def __init__(self, transport: Mapping[str, Any], config: Any, device: torch.device) -> None:
-        missing = [name for name in ("master_address", "master_port", "world_size") if name not in transport]
-        if missing:
-            raise ValueError(f"transport nccl needs {', '.join(missing)}")
-        worker = config.data_parallel_index * config.world_size + config.rank
-        self._group = join(transport, transport.get("rank_offset", 1) + worker, device)
-
-    def receive(self, buffer: Tensor) -> None:
-        """Fill the buffer with the trainer's numbers."""
-        self._group.broadcast(buffer)
-        if buffer.is_cuda:
-            torch.cuda.current_stream(buffer.device).synchronize()
-
-    def close(self) -> None:
-        """Leave the group."""
-        self._group.leave()

@@ -122,10 +122,6 @@ SPOILT = {
     "no list": (dict(config=lambda c: c.pop("extra_weights")), "foreign keys .*extra_weights/classifier"),
     "a list": (dict(config=lambda c: c.update(extra_weights=[1])), "extra_weights is missing or not a dict"),
     "empty": (dict(config=lambda c: c.update(extra_weights={})), "extra_weights is empty"),
-    "older schema": (
-        dict(config=lambda c: (c.update(schema=2), c.pop("structure"))),
-        r"foreign fields \['extra_weights'\]",
-    ),
     "entry a list": (dict(config=lambda c: c["extra_weights"].update({HEAD[1]: [1]})), "floating-point dtype"),
     "dtype a list": (dict(config=lambda c: c["extra_weights"][HEAD[1]].update(dtype=["F32"])), "floating-point dtype"),
     "integers": (

@@ -365,9 +365,9 @@ def test_other_loras_are_refused_and_do_not_change_the_model(make, word, tmp_pat
 
 def test_every_row_has_the_functions_of_its_module():
     for known in ADAPTER_FORMATS.values():
-        assert all(callable(function) for function in (known.matches, known.read, known.write, known.describe))
-    assert IMPORTS == [name for name in ADAPTER_FORMATS if name != "native"]
-    assert set(IMPORTS) < set(EXPORTS) and all(callable(export.run) for export in EXPORTS.values())
+        assert all(callable(getattr(known.module, name)) for name in ("matches", "read", "write", "describe"))
+    assert set(IMPORTS) == {*ADAPTER_FORMATS} - {"native"} == {*EXPORTS} - {"merged", "gguf", "ollama"}
+    assert all(callable(EXPORTS[name].module.export) for name in EXPORTS if name not in IMPORTS)
 
 
 def test_reading_a_lora_folder_needs_its_model(tmp_path):
@@ -458,15 +458,15 @@ def test_the_model_card_names_a_base_of_the_hub_but_no_local_folder(fake_hub, tm
 
 
 def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
-    push_to_hub(GOLDEN / "schema-2", "org/golden", revision="dev")
+    push_to_hub(GOLDEN / "schema-1", "org/golden", revision="dev")
     assert fake_hub.calls == [None, ("private", None), ("branch", "dev")]
     assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == PUSHED
-    shutil.copytree(GOLDEN / "schema-2", tmp_path / "broken")
+    shutil.copytree(GOLDEN / "schema-1", tmp_path / "broken")
     (tmp_path / "broken" / native.TENSORS).write_bytes(b"")
     with pytest.raises(ValueError, match="truncated or damaged"):
         push_to_hub(tmp_path / "broken", "org/broken")
     with pytest.raises(ValueError, match="a folder holds one"):
-        push_to_hub(GOLDEN / "schema-2", "org/broken", name="golden")
+        push_to_hub(GOLDEN / "schema-1", "org/broken", name="golden")
     assert not (fake_hub.folder / "org/broken").exists()
 
 

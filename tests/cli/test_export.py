@@ -2,30 +2,19 @@
 
 import json
 import re
-import sys
 
 import peft
 import pytest
 import torch
-from gguf import GGUFReader
-from tokenizers import Regex, Tokenizer, pre_tokenizers
-from train.tiny import save_tiny, tiny_tokenizer
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GraniteConfig,
-    LlamaConfig,
-    MistralConfig,
-    PreTrainedTokenizerFast,
-    Qwen2Config,
-)
+from support.convert_hf_to_gguf import convert
+from tokenizers import Tokenizer
+from train.tiny import save_tiny, tiny_config, tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import s2ft
 from s2ft.adapter import read_adapter
 from s2ft.adapter.formats import lora, native
 from s2ft.cli.main import main
-from s2ft.export import gguf, gguf_writer
-from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model
 
 RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
@@ -142,24 +131,21 @@ def prompted(request, work, tmp_path_factory):
     """A base without a chat template, with another one, or in a GGUF file, and an adapter that records TRAINED."""
     folder = tmp_path_factory.mktemp(request.param)
     base = folder / "model"
-    base_of(base, pre="smollm")
+    base_of(base)
     if request.param == "without":
-        tokenizer_with_merges("smollm", None).save_pretrained(base)
+        tokenizer_with_merges(None).save_pretrained(base)
         (base / "chat_template.jinja").unlink()
     if request.param == "gguf":
-        model, tokenizer = load_model(str(base))
-        gguf.write(model, tokenizer, folder / "model.gguf")
-        base = folder / "model.gguf"
+        base = convert(base, folder / "model.gguf")
     make_adapter(base, folder / "adapter", prompt=TRAINED)
     return base, folder / "adapter"
 
 
-@pytest.mark.parametrize("kind", ["merged", "gguf"])
-def test_other_programs_get_the_prompt_of_the_training(prompted, kind, tmp_path, capsys, caplog):
+def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsys, caplog):
     """The template is the adapter's, not the base's, and its system prompt is the default."""
     caplog.set_level("INFO")
     base, adapter = prompted
-    s2ft_command("export", adapter, "--model", base, "--format", kind, "--output", tmp_path / "out")
+    s2ft_command("export", adapter, "--model", base, "--format", "merged", "--output", tmp_path / "out")
     _, tokenizer = load_model(str(tmp_path / "out"))
     assert tokenizer.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True) == PROMPT
     own = [{"role": "system", "content": "No."}, *ASK]
@@ -221,198 +207,29 @@ def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
         assert "exists" in capsys.readouterr().err
 
 
-# ---- GGUF ----------------------------------------------------------------------------------------------
-
-QWEN2, LLAMA3 = (gguf_writer.WORDS + digits + gguf_writer.REST for digits in (r"\p{N}", r"\p{N}{1,3}"))
-SHAPE = dict(
-    vocab_size=270,
-    hidden_size=32,
-    intermediate_size=64,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    max_position_embeddings=256,
-    bos_token_id=1,
-    eos_token_id=2,
-)
-MODELS = {
-    "llama": lambda: LlamaConfig(**SHAPE, rope_theta=5e4, rms_norm_eps=1e-5),
-    "llama-tied": lambda: LlamaConfig(**SHAPE, tie_word_embeddings=True),
-    "llama-wide-heads": lambda: LlamaConfig(**SHAPE, head_dim=12),
-    "mistral": lambda: MistralConfig(**SHAPE, sliding_window=None),
-    "qwen2": lambda: Qwen2Config(**{**SHAPE, "num_key_value_heads": 4}),
-}
-PRE = {
-    "gpt-2": pre_tokenizers.ByteLevel(add_prefix_space=False),
-    "smollm": pre_tokenizers.Sequence([pre_tokenizers.Digits(True), pre_tokenizers.ByteLevel(add_prefix_space=False)]),
-    **{
-        name: pre_tokenizers.Sequence(
-            [
-                pre_tokenizers.Split(Regex(split), "isolated"),
-                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-            ]
-        )
-        for name, split in (("qwen2", QWEN2), ("llama-bpe", LLAMA3))
-    },
-}
+# ---- a base with a tokenizer that a GGUF file can hold --------------------------------------------------
 
 
-def tokenizer_with_merges(pre, chat_template=tiny_tokenizer().chat_template):
-    """The tiny tokenizer with two merges, two added tokens and a gap in its token ids."""
+def tokenizer_with_merges(chat_template=tiny_tokenizer().chat_template):
+    """The tiny tokenizer with two merges, an added token and a gap in its token ids."""
     content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
     content["model"]["vocab"] |= {"so": 259, "me": 260}
     content["model"]["merges"] = [["s", "o"], ["m", "e"]]
-    content["model"]["ignore_merges"] = pre == "llama-bpe"
     backend = Tokenizer.from_str(json.dumps(content))
-    backend.pre_tokenizer = PRE[pre]
     fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
     fast.chat_template = chat_template
     fast.add_tokens(["<think>"])
     return fast
 
 
-def base_of(folder, case="llama", pre="gpt-2", config=None):
+def base_of(folder):
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(config or MODELS[case]())
+    model = AutoModelForCausalLM.from_config(tiny_config(vocab_size=270))
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.2)
-    model.save_pretrained(folder), tokenizer_with_merges(pre).save_pretrained(folder)
+    model.save_pretrained(folder), tokenizer_with_merges().save_pretrained(folder)
     return folder
-
-
-@pytest.mark.parametrize(
-    "case,pre,dtype",
-    [
-        *((case, "gpt-2", "float32") for case in MODELS if case != "qwen2"),
-        ("llama", "smollm", "bfloat16"),
-        ("llama", "llama-bpe", "float32"),
-        ("qwen2", "qwen2", "float32"),
-        ("qwen2", "qwen2", "float16"),
-    ],
-)
-def test_gguf(case, pre, dtype, tmp_path, capsys):
-    base_of(tmp_path / "model", case, pre)
-    make_adapter(tmp_path / "model", tmp_path / "adapter")
-    s2ft_command(
-        "export",
-        tmp_path / "adapter",
-        "--model",
-        tmp_path / "model",
-        "--format",
-        "gguf",
-        "--dtype",
-        dtype,
-        "--output",
-        tmp_path / "out",
-    )
-    assert "loaded again and compared" in capsys.readouterr().out
-    model, tokenizer = load_model(str(tmp_path / "model"), dtype)
-    s2ft.load_adapter(model, tmp_path / "adapter")
-    again, words = load_model(str(tmp_path / "out"), dtype)
-    ids = tokenizer("someone is so <think> <|im_end|>", return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        expected, found = s2ft.merge(model)(ids).logits, again(ids).logits
-    assert torch.equal(found, expected) and found.abs().max() > 0.1
-    assert words.chat_template == tokenizer.chat_template and words.eos_token_id == tokenizer.eos_token_id
-    assert words("someone is so <think> <|im_end|>")["input_ids"] == ids[0].tolist()
-    fields = GGUFReader(tmp_path / "out/model.gguf").fields
-    assert fields["tokenizer.ggml.pre"].contents() == pre
-    assert fields["tokenizer.ggml.token_type"].contents()[258:] == [1, 1, 1, 4] + [5] * 8
-
-
-def test_gguf_of_a_gguf_keeps_its_metadata(tmp_path):
-    base_of(tmp_path / "model", "llama", "smollm")
-    make_adapter(tmp_path / "model", tmp_path / "adapter")
-    s2ft_command(
-        "export",
-        tmp_path / "adapter",
-        "--model",
-        tmp_path / "model",
-        "--format",
-        "gguf",
-        "--output",
-        tmp_path / "first",
-    )
-    first = tmp_path / "first/model.gguf"
-    make_adapter(first, tmp_path / "second-adapter")
-    s2ft_command(
-        "export", tmp_path / "second-adapter", "--model", first, "--format", "gguf", "--output", tmp_path / "second"
-    )
-    before, after = (GGUFReader(file) for file in (first, tmp_path / "second/model.gguf"))
-    assert list(before.fields) == list(after.fields)  # transformers does not know how smollm splits text
-    assert all(field.contents() == after.fields[key].contents() for key, field in before.fields.items())
-    model, _ = load_model(str(first))
-    s2ft.load_adapter(model, tmp_path / "second-adapter")
-    assert torch.equal(logits_of(load_model(str(tmp_path / "second"))[0]), logits_of(s2ft.merge(model)))
-
-
-@pytest.mark.parametrize(
-    "config,message",
-    [
-        (MistralConfig(**SHAPE, sliding_window=8), "mistral with a sliding window"),
-        (LlamaConfig(**SHAPE, attention_bias=True), "llama with biases"),
-        (LlamaConfig(**SHAPE, hidden_act="gelu"), "llama with activation gelu"),
-        (
-            LlamaConfig(**SHAPE, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}),
-            "scaled by linear",
-        ),
-        (GraniteConfig(**SHAPE), "model type granite is not written as GGUF"),
-    ],
-)
-def test_models_that_can_not_be_written_as_gguf(config, message, tmp_path, capsys):
-    base_of(tmp_path / "model", config=config)
-    make_adapter(tmp_path / "model", tmp_path / "adapter")
-    command = [
-        "export",
-        tmp_path / "adapter",
-        "--model",
-        tmp_path / "model",
-        "--format",
-        "gguf",
-        "--output",
-        tmp_path / "out",
-    ]
-    assert main([str(argument) for argument in command]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed and "convert_hf_to_gguf.py" in printed and not (tmp_path / "out").exists()
-
-
-def test_a_tokenizer_that_splits_as_one_and_merges_as_another_is_refused():
-    fast = tokenizer_with_merges("gpt-2")
-    fast.backend_tokenizer.pre_tokenizer = PRE["llama-bpe"]  # llama.cpp infers ignore_merges from it too
-    with pytest.raises(ValueError, match="a tokenizer of this kind"):
-        gguf_writer._tokenizer(fast, MODELS["llama"]())
-
-
-@pytest.mark.parametrize(
-    "pre",
-    (
-        pre_tokenizers.Whitespace(),
-        pre_tokenizers.ByteLevel(add_prefix_space=True),
-        pre_tokenizers.Sequence([pre_tokenizers.Digits(False), PRE["gpt-2"]]),
-    ),
-)
-def test_tokenizers_that_can_not_be_written_as_gguf(pre):
-    fast = tokenizer_with_merges("gpt-2")
-    fast.backend_tokenizer.pre_tokenizer = pre
-    with pytest.raises(ValueError, match="a tokenizer of this kind.*convert_hf_to_gguf.py"):
-        gguf_writer._tokenizer(fast, MODELS["llama"]())
-
-
-def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingPackages, match="pip install gguf"):
-        gguf.export(str(work / "model"), work / "adapter", tmp_path / "out")
-
-
-def test_a_gguf_that_differs_from_the_model_is_not_kept(work, tmp_path, monkeypatch):
-    monkeypatch.setattr(gguf_writer, "_interleaved", lambda rows, heads: rows)
-    base_of(tmp_path / "model")
-    make_adapter(tmp_path / "model", tmp_path / "adapter")
-    with pytest.raises(RuntimeError, match="is not the merged model: model.layers.0.self_attn.k_proj.weight"):
-        gguf.export(str(tmp_path / "model"), tmp_path / "adapter", tmp_path / "out")
-    assert not (tmp_path / "out").exists()
 
 
 # ---- info ----------------------------------------------------------------------------------------------

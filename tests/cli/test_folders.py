@@ -140,4 +140,5 @@ def test_a_client_loads_the_output_of_a_run(work):
     from s2ft.serve.registry import Adapters
 
     known = Adapters(AdapterBank(tiny_model()), [work])
-    assert known.load("mine", "runs/math").folder == (work / "runs/math/adapter").resolve()
+    known.load("mine", "runs/math")
+    assert known.acquire("mine").folder == (work / "runs/math/adapter").resolve()

@@ -1,31 +1,27 @@
-"""GGUF by llama.cpp's tools, which are found or named by an option; without them s2ft writes what it can.
+"""GGUF by llama.cpp's tools, which are found or named by an option, and the Modelfile of Ollama.
 
-The tools are stand-ins: scripts that copy a file which our own writer has made.
+The tools are stand-ins: a converter of the tiny model, and a quantizer that copies a file.
 """
 
+import json
 import re
+import shutil
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 from cli.test_export import base_of, make_adapter
+from support import convert_hf_to_gguf
+from transformers import AutoModelForCausalLM
 
+import s2ft
 from s2ft.cli.main import main
 from s2ft.export import gguf
-from s2ft.export.gguf_writer import write
 from s2ft.export.llama_cpp import VARIABLE, find_tools
+from s2ft.export.ollama import modelfile
+from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model
 
-CONVERTER = """
-import shutil, sys
-source, file, kind = sys.argv[1], sys.argv[3], sys.argv[5]
-assert kind == "f32", kind
-open(source + "/config.json"), open(source + "/tokenizer.json")
-if {fails}:
-    print("a line")
-    sys.exit("NotImplementedError: BPE pre-tokenizer was not recognized")
-shutil.copy("{copied}", file)
-"""
 QUANTIZER = """#!{python}
 import shutil, sys
 source, file, kind = sys.argv[1:]
@@ -36,13 +32,21 @@ shutil.copy("{copied}", file)
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
+    """A base and an adapter, the folder llama.cpp with the stand-ins, and two further files: the base and a q8_0."""
     work = tmp_path_factory.mktemp("work")
-    base_of(work / "model", "qwen2", "qwen2")
-    make_adapter(work / "model", work / "adapter")
-    for kind in ("F32", "Q4_1"):
-        gguf.export(str(work / "model"), work / "adapter", work / kind, quantization=kind, writer="s2ft")
-    (work / "base").mkdir()
-    write(*load_model(str(work / "model")), work / "base/model.gguf")
+    base_of(work / "model")
+    make_adapter(work / "model", work / "adapter", prompt={"form": "chat", "template": "{{ 1 }}", "system": "Be."})
+    folder = work / "llama.cpp"
+    (folder / "build/bin").mkdir(parents=True)
+    shutil.copy(convert_hf_to_gguf.__file__, folder)
+    model, tokenizer = load_model(str(work / "model"))
+    s2ft.load_adapter(model, work / "adapter")
+    s2ft.merge(model).save_pretrained(work / "merged"), tokenizer.save_pretrained(work / "merged")
+    convert_hf_to_gguf.convert(work / "merged", work / "q8.gguf", "q8_0")
+    convert_hf_to_gguf.convert(work / "model", work / "base.gguf")
+    program = folder / "build/bin/llama-quantize"
+    program.write_text(QUANTIZER.format(python=sys.executable, copied=work / "q8.gguf"))
+    program.chmod(0o755)
     return work
 
 
@@ -52,95 +56,106 @@ def no_other_tools(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
 
 
-def tools_in(folder: Path, work: Path, fails: bool = False, converted: str = "F32") -> Path:
-    """Make the stand-ins. `converted` is the folder of the file that the converter copies."""
-    (folder / "build/bin").mkdir(parents=True)
-    script = CONVERTER.format(fails=fails, copied=work / converted / "model.gguf")
-    (folder / "convert_hf_to_gguf.py").write_text(script)
-    program = folder / "build/bin/llama-quantize"
-    program.write_text(QUANTIZER.format(python=sys.executable, copied=work / "Q4_1/model.gguf"))
-    program.chmod(0o755)
-    return folder
-
-
-def export(work, tmp_path, *options):
-    words = ["export", work / "adapter", "--model", work / "model", "--format", "gguf", "--output", tmp_path / "out"]
+def export(work, tmp_path, *options, base="model", form="gguf"):
+    words = ["export", work / "adapter", "--model", work / base, "--format", form, "--output", tmp_path / "out"]
     return main([str(word) for word in (*words, *options)])
 
 
 def test_tools_are_found_by_the_option_the_variable_and_the_path(work, tmp_path, monkeypatch):
+    folder = work / "llama.cpp"
     assert find_tools() == find_tools(None) and find_tools().converter is None
-    folder = tools_in(tmp_path / "llama.cpp", work)
     named = find_tools(folder)
     assert named.converter.parent == folder and named.quantizer == folder / "build/bin/llama-quantize"
     monkeypatch.setenv("PATH", str(folder / "build/bin"))
     assert find_tools().quantizer == named.quantizer and find_tools().converter is None
     monkeypatch.setenv(VARIABLE, str(folder))
     assert find_tools() == named
-    with pytest.raises(FileNotFoundError, match="has neither convert_hf_to_gguf.py nor llama-quantize"):
+    with pytest.raises(FileNotFoundError, match="neither"):
         find_tools(tmp_path)
     monkeypatch.setenv(VARIABLE, str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match=f"{VARIABLE}=.*gone is no folder"):
+    with pytest.raises(FileNotFoundError, match=f"{VARIABLE}=.*gone"):
         find_tools()
 
 
-def test_the_converter_and_the_quantizer_are_used_and_compared(work, tmp_path, capsys):
-    folder = tools_in(tmp_path / "llama.cpp", work)
-    assert export(work, tmp_path, "--llama-cpp", folder, "--quantization", "q4_k_m") == 0
+@pytest.mark.parametrize("base", ("model", "base.gguf"))
+def test_the_converter_writes_the_merged_model(base, work, tmp_path, capsys):
+    assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", base=base) == 0
+    assert "F32, written by llama.cpp's convert_hf_to_gguf.py, loaded again and compared" in capsys.readouterr().out
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    again, tokenizer = load_model(str(tmp_path / "out"))
+    merged = AutoModelForCausalLM.from_pretrained(work / "merged").state_dict()
+    assert all(torch.equal(weight, merged[key]) for key, weight in again.state_dict().items())
+    assert tokenizer.chat_template.endswith("{{ 1 }}")  # of the training
+
+
+def test_the_quantizer_is_used_and_compared(work, tmp_path, capsys):
+    assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", "--quantization", "q4_k_m") == 0
     printed = capsys.readouterr().out
-    assert "Q4_K_M, written by llama.cpp's convert_hf_to_gguf.py and llama.cpp's llama-quantize" in printed
+    assert "Q4_K_M, written by llama.cpp's convert_hf_to_gguf.py and llama-quantize" in printed
     assert "weights differ by" in printed
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
 
 
-def test_a_converter_that_refuses_is_replaced_by_our_writer_unless_it_was_asked_for(work, tmp_path, capsys, caplog):
-    folder = tools_in(tmp_path / "llama.cpp", work, fails=True)
-    assert export(work, tmp_path, "--llama-cpp", folder, "--writer", "llama.cpp") == 2
-    assert "failed with status 1: NotImplementedError: BPE pre-tokenizer" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
-    assert export(work, tmp_path, "--llama-cpp", folder) == 0
-    assert "F32, written by s2ft" in capsys.readouterr().out and "s2ft writes the file instead" in caplog.text
-
-
-def test_a_converter_that_writes_another_model_is_found_out(work, tmp_path):
-    folder = tools_in(tmp_path / "llama.cpp", work, converted="base")
-    with pytest.raises(RuntimeError, match="is not the merged model: model.layers.0.mlp.down_proj.weight"):
+@pytest.mark.parametrize(
+    "script,error,word",
+    (
+        ("import shutil, sys; shutil.copy('{base}', sys.argv[3])", RuntimeError, "down_proj"),  # without the adapter
+        ("import sys; print('a line'); sys.exit('Unknown: BPE pre-tokenizer')", ValueError, "status 1: Unknown: BPE"),
+    ),
+)
+def test_a_converter_that_errs_is_found_out_and_nothing_is_left(script, error, word, work, tmp_path):
+    folder = tmp_path / "llama.cpp"
+    folder.mkdir()
+    (folder / "convert_hf_to_gguf.py").write_text(script.format(base=work / "base.gguf"))
+    with pytest.raises(error, match=word):
         gguf.export(str(work / "model"), work / "adapter", tmp_path / "out", llama_cpp=str(folder))
-
-
-@pytest.mark.parametrize("kind", ("q8_0", "q4_0", "f16"))
-def test_our_writer_quantizes_without_llama_cpp(kind, work, tmp_path, capsys):
-    assert export(work, tmp_path, "--quantization", kind) == 0
-    assert f"{kind.upper()}, written by s2ft" in capsys.readouterr().out
-    again, _ = load_model(str(tmp_path / "out"), "float32")
-    assert again.config.model_type == "qwen2"
+    assert [file.name for file in tmp_path.iterdir()] == ["llama.cpp"]
 
 
 @pytest.mark.parametrize(
-    "options,message",
+    "options,word",
     (
-        (["--quantization", "q4_k_m"], "needs llama.cpp's llama-quantize.*--writer s2ft has f32, f16, bf16, q8_0"),
-        (["--quantization", "q4_k_n"], "got 'q4_k_n'; did you mean q4_k_"),
-        (["--writer", "llama.cpp"], "convert_hf_to_gguf.py is not on the PATH"),
-        (["--llama-cpp", "nowhere"], "llama_cpp nowhere is no folder"),
-        (["--num-ctx", "8"], "--num-ctx is for ollama, not for gguf"),
+        ([], "needs llama.cpp's convert_hf_to_gguf.py, .*--llama-cpp DIR.*--format ollama"),
+        (["--quantization", "q4_k_m", "--llama-cpp", "CONVERTER"], "llama-quantize.*without it there are f32"),
+        (["--quantization", "q4_k_n"], "did you mean q4_k_"),
+        (["--llama-cpp", "nowhere"], "nowhere is no folder"),
+        (["--num-ctx", "8"], "--num-ctx is for ollama"),
+        (["--format", "ollama", "--num-ctx", "0"], "at least 1, got 0"),
     ),
 )
-def test_mistakes_write_nothing(options, message, work, tmp_path, capsys):
-    assert export(work, tmp_path, *options) == 2
+def test_mistakes_write_nothing(options, word, work, tmp_path, capsys):
+    folder = tmp_path / "converter"
+    folder.mkdir(), shutil.copy(work / "llama.cpp/convert_hf_to_gguf.py", folder)
+    assert export(work, tmp_path, *(folder if option == "CONVERTER" else option for option in options)) == 2
     printed = capsys.readouterr().err
-    assert re.search(message, printed), printed
+    assert re.search(word, printed), printed
     assert not (tmp_path / "out").exists()
 
 
-def test_a_base_in_a_gguf_file_is_for_our_writer(work, tmp_path, capsys):
-    assert export(work, tmp_path) == 0
-    first = tmp_path / "out/model.gguf"
-    make_adapter(first, tmp_path / "adapter")
-    folder = tools_in(tmp_path / "llama.cpp", work)
-    words = ["export", tmp_path / "adapter", "--model", first, "--format", "gguf", "--output", tmp_path / "second"]
-    words += ["--llama-cpp", folder]
-    assert main([str(word) for word in (*words, "--writer", "llama.cpp")]) == 2
-    assert "whose metadata only the writer s2ft keeps" in capsys.readouterr().err
-    assert main([str(word) for word in words]) == 0
-    assert "written by s2ft" in capsys.readouterr().out
+def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(MissingPackages, match="pip install gguf"):
+        gguf.export(str(work / "model"), work / "adapter", tmp_path / "out")
+
+
+# ---- Ollama --------------------------------------------------------------------------------------------
+
+
+def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(work, tmp_path, capsys):
+    assert export(work, tmp_path, "--num-ctx", 128, form="ollama") == 0
+    out = tmp_path / "out"
+    assert f"ollama create out -f {out}/Modelfile" in capsys.readouterr().out
+    lines = ["FROM .", 'SYSTEM """Be."""', 'PARAMETER stop "<|im_end|>"', "PARAMETER num_ctx 128"]
+    assert (out / "Modelfile").read_text().splitlines() == lines
+    assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"].endswith("{{ 1 }}")
+    assert not (out / "chat_template.jinja").exists()
+    found, merged = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (out, work / "merged"))
+    assert all(torch.equal(weight, merged[key]) for key, weight in found.items())
+
+
+def test_plain_text_has_no_turns_and_a_system_prompt_is_quoted():
+    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(256, [], is_text=True)
+    assert 'SYSTEM """Be "brief"."""' in modelfile(256, ['a"b'], 'Be "brief".')
+    assert "stop" not in modelfile(256, ['a"b'])  # a Modelfile can't hold it
+    with pytest.raises(ValueError, match="system prompt"):
+        modelfile(256, [], '"""')

@@ -7,9 +7,14 @@ import torch
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from s2ft.estimation.result import size
+from s2ft.train.out_of_memory import explain_out_of_memory, first_line, is_out_of_memory
+from s2ft.train.sft import smaller_step
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.")
+ON_CPU = RuntimeError(
+    "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
+    "99 bytes. Error code 12 (Cannot allocate memory)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,38 +39,30 @@ def fails_at(step):
     return training_step
 
 
-def stored(count, step):
-    """Instead of an estimate: bytes that grow with the tokens, and that checkpointing halves."""
-    return SimpleNamespace(peak=step.batch * step.length * 10_000 // (1 + step.gradient_checkpointing))
-
-
 def test_training(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("s2ft.train.remedies.Count.estimate", stored)
     monkeypatch.setattr("s2ft.train.runs.SFTRunTrainer.training_step", fails_at(1))
     options = ["--batch-size", "4", "--max-steps", "3", "--save-steps", "1", "--max-length", "200"]
     command = ["sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run", *options]
     assert main([str(word) for word in command]) == 1
     printed = capsys.readouterr().err
     error = printed[printed.index("s2ft sft: error: ") :].splitlines()
-    assert error[0] == "s2ft sft: error: out of memory on cpu: CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert error[1].startswith("a step of 4 × ") and "by s2ft's estimate" in error[1]
-    assert any("--gradient-checkpointing" in line and line.endswith("costs time") for line in error), error
-    assert "checkpoint-1 is kept" in error[-1] and "Traceback" not in printed
+    assert error[0].startswith("s2ft sft: error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; ")
+    assert "iB are free on cpu; --gradient-checkpointing needs less" in error[0]
+    assert "checkpoint-1 is kept" in error[1] and len(error) == 2 and "Traceback" not in printed
 
 
 def test_training_on_pairs(work, tmp_path, monkeypatch, capsys):
     def fails(self, *args, **options):
         raise GPU
 
-    monkeypatch.setattr("s2ft.train.remedies.Count.estimate", stored)
     monkeypatch.setattr("s2ft.train.rl_trainers.DPORunTrainer.training_step", fails)
     rows = [{"prompt": f"{number}+1=", "chosen": str(number + 1), "rejected": "no"} for number in range(8)]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     command = ["dpo", "--model", work / "model", "--data", data, "--output", tmp_path / "run", "--batch-size", 4]
     assert main([str(word) for word in command]) == 1
     printed = capsys.readouterr().err
-    assert "s2ft dpo: error: out of memory on cpu: CUDA out of memory" in printed and "Traceback" not in printed
-    assert "tokens × 2 takes" in printed and "--per-device-train-batch-size 2" in printed
+    assert "s2ft dpo: error: out of memory: CUDA out of memory" in printed and "Traceback" not in printed
+    assert "--gradient-checkpointing needs less" in printed
     assert "no checkpoint was written" in printed
 
 
@@ -80,13 +77,36 @@ def test_answers(command, work, monkeypatch, capsys):
     assert main([str(word) for word in words]) == 1
     printed = capsys.readouterr().err
     error = printed[printed.index(f"s2ft {command}: error: ") :].splitlines()
-    cache = 2 * 2 * 2 * 8 * 64 * 4  # keys and values of 2 layers, 2 heads of 8 numbers, 64 tokens, 4 bytes
-    answers = {"generate": 1, "eval": 32}[command]
-    assert error[0].endswith("error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB")
-    assert f"of 64 tokens {size(cache * answers)}" in error[1] and "are there for both" in error[1]
-    assert any("--dtype bfloat16" in line for line in error)
-    assert f"  --max-new-tokens 32: {size(cache * answers // 2)} of keys and values" in error
-    assert (f"  --batch-size 8: {size(cache * 8)} of keys and values" in error) == (command == "eval")
+    assert "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; " in error[0]
+    switch = {"generate": "--dtype bfloat16", "eval": "--batch-size 8"}[command]
+    assert error[0].endswith(f"; {switch} needs less") and len(error) == 1
+
+
+@pytest.mark.parametrize(
+    "batch, checkpointing, switch",
+    (
+        (8, False, "--gradient-checkpointing"),
+        (8, True, "--per-device-train-batch-size 4 --gradient-accumulation-steps 4"),
+        (3, True, "--per-device-train-batch-size 1 --gradient-accumulation-steps 6"),
+        (1, True, "--load-in-4bit or a smaller --max-length"),
+    ),
+)
+def test_the_switch_that_helps(batch, checkpointing, switch):
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    assert smaller_step(SimpleNamespace(**dict(zip(names, (batch, 2, checkpointing))))) == switch
+
+
+def test_errors_of_all_allocators_are_known():
+    assert all(is_out_of_memory(error) for error in (GPU, ON_CPU, MemoryError()))
+    assert not is_out_of_memory(ValueError("out of memory"))
+    with pytest.raises(RuntimeError, match="^shape"), explain_out_of_memory("--less"):
+        raise RuntimeError("shape '[2]' is invalid")
+
+
+def test_an_allocators_statistics_are_left_out():
+    assert first_line(GPU) == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert first_line(ON_CPU).startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
+    assert first_line(MemoryError()) == "MemoryError"
 
 
 @pytest.mark.parametrize("command", ("merge", "export"))

@@ -4,22 +4,19 @@ A rank kills itself with SIGKILL when it is about to call a chosen function. The
 """
 
 import shutil
-import time
-from datetime import timedelta
 
 import pytest
 from runs import attached, check_same_files, sharded, train
 from support.killed import kill_at
 from support.models import model_of
-from support.ranks import Ranks
+from support.ranks import Ranks, patience
 from test_meta_ranks import meta_of
 from test_trainer import trainer
 
 import s2ft
 from s2ft import distributed
-from s2ft.ranks import heartbeat
 
-SILENCE = 1.5  # seconds, instead of a minute
+SECONDS = 5  # that a rank waits for another one, instead of half an hour
 
 
 @pytest.fixture
@@ -38,10 +35,10 @@ def of_agent():
 
 def run_and_kill(rank, victim, point, number, act, args):
     """Run ``act(rank, *args)``, in which one rank is killed."""
-    heartbeat.INTERVAL, heartbeat.SILENCE = SILENCE / 10, SILENCE
     if rank == victim:
         kill_at(point, number)
-    act(rank, *args)
+    with patience(SECONDS):
+        act(rank, *args)
 
 
 def errors_of_survivors(ranks, victim, point, number, act, *args):
@@ -82,7 +79,7 @@ WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the
 )
 def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_path):
     (error,) = errors_of_survivors(mortals, 0, WRITING, number, save_twice, tmp_path)
-    assert "saving an adapter: rank 1 waited for rank 0: it has given no sign of life for 1.5 s" in error or (
+    assert "saving an adapter: rank 1 waited for rank 0: it did not call this within 5 s" in error or (
         not mortals.agent and "can't reach the store" in error
     )
     save_once(tmp_path / "expected")
@@ -92,7 +89,7 @@ def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_pat
 @pytest.mark.slow
 def test_another_rank_dies_before_the_slices_are_gathered(of_agent, tmp_path):
     (error,) = errors_of_survivors(of_agent, 1, "s2ft.attached.active:full_tensors", 2, save_twice, tmp_path)
-    assert "gathering what is trained: rank 0 waited for rank 1: it has given no sign of life for 1.5 s" in error
+    assert "gathering what is trained: rank 0 waited for rank 1: it did not call this within 5 s" in error
     save_once(tmp_path / "expected")
     check_same_files(tmp_path / "first", tmp_path / "expected")
 
@@ -133,7 +130,6 @@ def test_a_rank_dies_while_a_checkpoint_is_written(of_agent, way, victim, point,
 
 
 def resume(rank, way, folder):
-    distributed.wait_for_ranks("the test", [0, 1])  # later ones are missed by a rank that has said that it lives
     train_to_the_end(rank, way, folder, True)
 
 
@@ -179,7 +175,7 @@ def test_the_first_rank_dies_while_others_wait_for_what_it_computes(mortals, poi
     (error,) = errors_of_survivors(mortals, 0, point, 1, without_weights, tmp_path / "saved" if loads else None)
     assert (
         "has no weights" in error
-        and "waited for rank 0: it has given no sign of life for 1.5 s" in error
+        and "waited for rank 0: it did not call this within 5 s" in error
         or (not mortals.agent and "can't reach the store" in error)
     )
 
@@ -199,7 +195,7 @@ def save_merged(rank, base, directory):
 def test_the_first_rank_dies_while_it_writes_a_merged_checkpoint(of_agent, point, tmp_path):
     model_of("llama").save_pretrained(tmp_path / "base")
     (error,) = errors_of_survivors(of_agent, 0, point, 1, save_merged, tmp_path / "base", tmp_path / "merged")
-    assert "saving a merged checkpoint: rank 1 waited for rank 0: it has given no sign of life" in error
+    assert "saving a merged checkpoint: rank 1 waited for rank 0: it did not call this" in error
     assert not (tmp_path / "merged").exists()
     of_agent(save_merged, tmp_path / "base", tmp_path / "merged")
     assert (tmp_path / "merged" / "model.safetensors").is_file()
@@ -209,33 +205,22 @@ def test_the_first_rank_dies_while_it_writes_a_merged_checkpoint(of_agent, point
 
 
 def work_for_long(rank, folder):
-    """The first rank works for longer than others wait for a rank that does nothing."""
-    heartbeat.INTERVAL, heartbeat.SILENCE = 0.01, 60
-    distributed.RANK_TIMEOUT = timedelta(seconds=0.01)
-    started, waited = folder / "started", folder / "waited"
+    """The first rank works until the other one has stopped waiting for it."""
+    waited = folder / "waited"
 
     def work():
-        started.touch()
-        wait_for(waited)
+        while not waited.exists():
+            pass
 
-    if rank == 1:
-        wait_for(started)
-    why_end, begin = heartbeat.Vigil.why_end, time.monotonic()
-
-    def looked(vigil, sign):
-        """Let the first rank end after this one has been patient for ten times as long as it is with others."""
-        if vigil.clock() - begin > 0.1:
+    with patience(0.1):
+        try:
+            distributed.run_on_first_rank("long work", [0, 1], work)
+        except RuntimeError as error:
             waited.touch()
-        return why_end(vigil, sign)
-
-    heartbeat.Vigil.why_end = looked
-    distributed.run_on_first_rank("long work", [0, 1], work)
+            return str(error)
 
 
-def wait_for(file):
-    while not file.exists():
-        time.sleep(0.01)
-
-
-def test_a_rank_that_works_for_long_is_waited_for(of_agent, tmp_path):
-    of_agent(work_for_long, tmp_path)
+def test_a_rank_that_works_for_longer_than_the_timeout_is_named_with_the_way_out(of_agent, tmp_path):
+    first, second = of_agent(work_for_long, tmp_path)
+    assert "long work: rank 1 waited for rank 0: it did not call this within 0.1 s" in second
+    assert "--ddp-timeout" in second and "waited for rank 1" in first

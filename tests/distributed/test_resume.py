@@ -4,7 +4,6 @@ import os
 from unittest import mock
 
 import pytest
-import torch
 from runs import attached, check_same_files
 from test_trainer import trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -126,32 +125,6 @@ def test_an_optimizer_that_is_not_restored_would_show(run, never_interrupted, tm
         run(1, "ddp", "permuted", tmp_path / "after", tmp_path / "before" / "checkpoint-2")
     with pytest.raises(AssertionError):
         check_same_files(tmp_path / "after" / "final", never_interrupted("permuted")[1])
-
-
-def resume_an_older_checkpoint(rank, way, folder):
-    """The optimizer's state as an older s2ft saved it: by accelerate under FSDP2, without names otherwise."""
-    from accelerate.utils import save_fsdp_optimizer
-
-    def save_as_before(self, directory):
-        if way == "ddp":
-            if self.args.should_save:
-                torch.save(self.optimizer.state_dict(), os.path.join(directory, "optimizer.pt"))
-        else:
-            plugin = self.accelerator.state.fsdp_plugin
-            save_fsdp_optimizer(plugin, self.accelerator, self.optimizer, self.model, directory)
-        if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), os.path.join(directory, "scheduler.pt"))
-
-    with mock.patch.object(trainers.S2FTTrainer, "_save_optimizer_and_scheduler", save_as_before):
-        train(rank, 2, way, "permuted", folder / "before")
-    train(rank, 2, way, "permuted", folder / "after", folder / "before" / "checkpoint-2")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way", ("ddp", "fsdp", "fsdp sharded"))
-def test_a_checkpoint_of_an_older_version_is_resumed_on_the_same_number_of_ranks(ranks, way, tmp_path):
-    ranks(resume_an_older_checkpoint, way, tmp_path)
-    check_same_files(tmp_path / "after" / "final", tmp_path / "before" / "final", exactly=True)
 
 
 @pytest.mark.parametrize("kinds", [("S2FTTrainer", "Trainer"), ("Trainer", "S2FTTrainer")])

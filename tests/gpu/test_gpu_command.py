@@ -191,7 +191,7 @@ def test_a_build_passes_only_with_the_cuda_kernels(gpu_run):
 
     ops = {"act_mul": ["CPU", "CUDA"], "grouped_mm": []}
     assert stage(ops, {"act_mul": "CUDA"}).state == PASSED
-    assert stage(ops, {"act_mul": "Triton"}).reason == "no CUDA kernel of act_mul: no nvcc"
+    assert stage(ops, {"act_mul": "PyTorch"}).reason == "no CUDA kernel of act_mul: no nvcc"
     assert stage(ops, {}, cpu=True).state == PASSED
     assert stage({"act_mul": []}, {}, cpu=True).reason == "not built"
 

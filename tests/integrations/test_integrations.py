@@ -58,8 +58,8 @@ def test_a_folder_of_peft_becomes_an_adapter_of_s2ft_and_back(tmp_path):
     )
     trained = get_peft_model(tiny_model(), S2FTPeftConfig(**SETTINGS, init_weights=False))
     trained.save_pretrained(tmp_path / "peft")
-    form = ADAPTER_FORMATS["peft"]
-    assert form.matches(tmp_path / "peft") and not ADAPTER_FORMATS["lora"].matches(tmp_path / "peft")
+    form = ADAPTER_FORMATS["peft"].module
+    assert form.matches(tmp_path / "peft") and not ADAPTER_FORMATS["lora"].module.matches(tmp_path / "peft")
     read = form.read(tmp_path / "peft", base, "math")
     assert read.name == "math" and [p.requires_grad for p in base.parameters()] == modes
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())

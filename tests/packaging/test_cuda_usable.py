@@ -138,8 +138,12 @@ def test_kernels_are_registered_with_cuda_without_a_warning(fresh):
     ),
     ids=("driver", "device", "not built"),
 )
-def test_what_cannot_run_is_not_registered_and_said_once(fresh, module, device, reason):
+def test_what_cannot_run_is_not_registered_and_said_once(fresh, monkeypatch, module, device, reason):
     assert reason in fresh(module, device)
+    if not torch.cuda.is_initialized():
+        assert s2ft.build_info()["cuda_ops"] == {}  # nothing is decided yet
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        assert set(s2ft.build_info()["cuda_ops"].values()) == {"PyTorch"}
     assert not module.registered
     (message,) = warnings_of_two_calls()
     assert reason in message and "uses the PyTorch implementations" in message

@@ -75,17 +75,15 @@ def test_a_family_that_is_declared_later_does_not_change_an_adapter():
     name, case = "model.layers.0.self_attn.o_proj", "llama-grouped"
     as_heads = injected(model_of(case), units={name: [0, 2]})
     assert layers_of(as_heads).popitem()[1].s2ft_delta["default"].values.shape == (24, 12)
-    recorded = dict(uncoupled=[name], chosen_by={"ratio": 0.1, "seed": 0})
-    by_an_older_version = dict(dim="inputs", chosen_by={"ratio": 0.1, "seed": 0})
-    for options in (recorded, by_an_older_version):
-        single = injected(
-            model_of(case),
-            units={name: [0, 2]},
-            target_modules=["o_proj"],
-            exclude_modules=["1.self_attn.o_proj", "2.self_attn.o_proj"],
-            **options,
-        )
-        assert layers_of(single).popitem()[1].s2ft_delta["default"].values.shape == (24, 2)
+    single = injected(
+        model_of(case),
+        units={name: [0, 2]},
+        target_modules=["o_proj"],
+        exclude_modules=["1.self_attn.o_proj", "2.self_attn.o_proj"],
+        uncoupled=[name],
+        chosen_by={"ratio": 0.1, "seed": 0},
+    )
+    assert layers_of(single).popitem()[1].s2ft_delta["default"].values.shape == (24, 2)
 
 
 def test_a_second_adapter_leaves_the_first_ones_head_alone():

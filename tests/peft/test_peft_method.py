@@ -60,9 +60,8 @@ def test_the_rest_of_s2ft_does_not_import_peft():
         for path in root.rglob("*.py")
         if re.search(r"^\s*(import peft|from peft|from s2ft\.peft|import s2ft\.peft)", path.read_text(), re.M)
     }
-    # the programs of the first train by PEFT; "reproduce" compares with its methods; "sync" sends what a model in PEFT's
-    # form trains, and imports it then
-    assert users == {"integrations", "peft", "reproduce", "sync"}
+    # the programs of the first train by PEFT; "sync" sends what a model in PEFT's form trains, and imports it then
+    assert users == {"integrations", "peft", "sync"}
 
 
 # ---- choosing ------------------------------------------------------------------------------------------

@@ -57,24 +57,19 @@ def eventually(condition, what="the condition"):
 @contextmanager
 def running(adapters, model=None, **options):
     """Run a server in a thread. Yields (http://host:port, the service)."""
-    with running_server(adapters, model, **options) as (url, server, service):
-        yield url, service
-
-
-@contextmanager
-def running_server(adapters, model=None, **options):
-    """Run a server in a thread. Yields (http://host:port, the server of uvicorn, the service)."""
-    options = ServerOptions(**{"grace": 2.0, **options})
+    options = ServerOptions(**options)
     model = tiny_model() if model is None else model
     sources = [] if adapters is None else [str(one) for one in (adapters if isinstance(adapters, list) else [adapters])]
     app, service = build_app(model, tiny_tokenizer(), BASE, sources, options)
-    server = Server(config_of(app, options), service.engine, grace=options.grace)
+    config = config_of(app)
+    config.timeout_graceful_shutdown = 1
+    server = Server(config)
     thread = threading.Thread(target=server.run, args=([listen(options.host, 0)],))
     thread.start()
     try:
         eventually(lambda: server.started or not thread.is_alive(), "the server")
         port = server.servers[0].sockets[0].getsockname()[1]
-        yield f"http://127.0.0.1:{port}", server, service
+        yield f"http://127.0.0.1:{port}", service
     finally:
         server.should_exit = True
         thread.join(30)
@@ -85,14 +80,4 @@ def greedy_row(prompt, adapter=None):
     return Row(prompt, Sampler(), adapter)
 
 
-__all__ = [
-    "BASE",
-    "RunningBatch",
-    "alone",
-    "eventually",
-    "greedy_row",
-    "running",
-    "running_server",
-    "save_adapters",
-    "text_of",
-]
+__all__ = ["BASE", "RunningBatch", "alone", "eventually", "greedy_row", "running", "save_adapters", "text_of"]

@@ -1,23 +1,41 @@
-"""The API, called by the official client and by plain requests: answers, streams, refusals."""
+"""The API, called by the official client and by plain requests: answers, streams, refusals, adapters at run time."""
 
 import json
+import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import httpx
 import openai
 import pytest
+import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
 from train.tiny import tiny_model, tiny_tokenizer
 
+import s2ft
+from s2ft.adapter.formats import native
+from s2ft.serve import metrics
+from s2ft.serve.options import Limits
+from s2ft.text.sampling import Sampler
+
 UNTIED = dict(tie_word_embeddings=False)
 TOKENIZER = tiny_tokenizer()
+OWN = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"  # the tokenizer's prompt of CHAT
+CHAT = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
+TEMPLATE = (
+    "{% for m in messages %}[{{ m.role[0] }}]{{ m.content }}{% endfor %}{% if add_generation_prompt %}[a]{% endif %}"
+)
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
+    """Adapters a0, a1 and a2. The last one was trained with a prompt of its own."""
     folder = tmp_path_factory.mktemp("adapters")
     save_adapters(folder, 3, **UNTIED)
+    adapter = s2ft.read_adapter(folder / "a2")
+    prompt = {"form": "chat", "template": TEMPLATE, "system": "Be brief."}
+    native.write(replace(adapter, info={**adapter.info, "prompt": prompt}), folder / "a2")
     return folder
 
 
@@ -33,9 +51,10 @@ def client(server):
         yield client
 
 
-def expected(folder, name, ids, count):
+def expected(folder, name, prompt, count):
+    ids = TOKENIZER(prompt, add_special_tokens=False)["input_ids"] if isinstance(prompt, str) else prompt
     tokens = alone(None if name == BASE else folder / name, ids, count, **UNTIED)
-    return text_of(tokens), tokens
+    return text_of(tokens), tokens, ids
 
 
 def greedy(client, name, count=10):
@@ -50,7 +69,6 @@ def post(server, path, body, **options):
 def error_of(response, status, code):
     """The message of an error response. The status, the code and the fields of the response are checked."""
     assert response.status_code == status, response.text
-    assert response.headers["content-type"] == "application/json"
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "code", "request_id"} and error["code"] == code
     assert error["request_id"] == response.headers["x-request-id"]
@@ -60,60 +78,32 @@ def error_of(response, status, code):
 # ---- answers -----------------------------------------------------------------------------------------
 
 
-def test_models_are_base_and_adapters(client):
-    assert [model.id for model in client.models.list()] == [BASE, "a0", "a1", "a2"]
-    assert client.models.retrieve("a1").id == "a1"
-
-
 @pytest.mark.parametrize("name", [BASE, "a0", "a1", "a2"])
-def test_a_greedy_completion_equals_that_of_the_adapter(client, folder, name):
-    text, tokens = expected(folder, name, TOKENIZER("Hello")["input_ids"], 20)
-    answer = client.completions.create(model=name, prompt="Hello", max_tokens=20, temperature=0)
-    assert answer.choices[0].text == text
-    assert answer.usage.to_dict() == {
-        "prompt_tokens": 5,
-        "completion_tokens": len(tokens),
-        "total_tokens": 5 + len(tokens),
-    }
-    assert answer.choices[0].finish_reason == ("stop" if tokens[-1] == 2 else "length")
+def test_answers_whole_and_in_chunks_are_those_of_the_adapter_alone(client, folder, name):
+    assert [model.id for model in client.models.list()] == [BASE, "a0", "a1", "a2"]
+    text, tokens, ids = expected(folder, name, "Hello", 20)
+    body = dict(model=name, prompt="Hello", max_tokens=20, temperature=0)
+    finish, usage = "stop" if tokens[-1] == 2 else "length", dict(prompt_tokens=len(ids), completion_tokens=len(tokens))
+    whole = client.completions.create(**body)
+    assert (whole.choices[0].text, whole.choices[0].finish_reason) == (text, finish)
+    assert whole.usage.to_dict() == {**usage, "total_tokens": sum(usage.values())}
+    *chunks, last = client.completions.create(**body, stream=True, stream_options={"include_usage": True})
+    assert "".join(chunk.choices[0].text for chunk in chunks) == text and last.usage == whole.usage
+    assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices[0].finish_reason] == [finish]
+    assert client.completions.create(**{**body, "prompt": ids}).choices[0].text == text  # token ids
 
 
-def test_chat_uses_the_template(client, folder):
-    messages = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]
-    ids = TOKENIZER("<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n", add_special_tokens=False)["input_ids"]
-    text, tokens = expected(folder, "a1", ids, 12)
-    answer = client.chat.completions.create(model="a1", messages=messages, max_completion_tokens=12, temperature=0)
-    assert answer.choices[0].message.content == text and answer.choices[0].message.role == "assistant"
-    assert answer.usage.prompt_tokens == len(ids) and answer.usage.completion_tokens == len(tokens)
-
-
-def test_streams_have_the_same_text(client, folder):
-    text, tokens = expected(folder, "a2", TOKENIZER("Hello")["input_ids"], 20)
-    chunks = list(
-        client.completions.create(
-            model="a2",
-            prompt="Hello",
-            max_tokens=20,
-            temperature=0,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-    )
-    assert "".join(chunk.choices[0].text for chunk in chunks[:-1]) == text
-    assert chunks[-1].usage.completion_tokens == len(tokens) and chunks[-1].choices == []
-    assert [chunk.choices[0].finish_reason for chunk in chunks[:-1] if chunk.choices[0].finish_reason] == [
-        "stop" if tokens[-1] == 2 else "length"
-    ]
-    chat = list(
-        client.chat.completions.create(
-            model="a2", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0, stream=True
-        )
-    )
-    whole = client.chat.completions.create(
-        model="a2", messages=[{"role": "user", "content": "hi"}], max_tokens=8, temperature=0
-    )
-    assert chat[0].choices[0].delta.role == "assistant"
-    assert "".join(chunk.choices[0].delta.content or "" for chunk in chat) == whole.choices[0].message.content
+@pytest.mark.parametrize("name, prompt", [(BASE, OWN), ("a0", OWN), ("a2", "[s]Be brief.[u]hi[a]")])
+def test_chats_use_the_prompt_of_the_training(client, folder, name, prompt):
+    text, tokens, ids = expected(folder, name, prompt, 12)
+    body = dict(model=name, messages=CHAT, max_completion_tokens=12, temperature=0)
+    whole = client.chat.completions.create(**body)
+    assert whole.choices[0].message.content == text and whole.usage.prompt_tokens == len(ids)
+    chunks = list(client.chat.completions.create(**body, stream=True))
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
+    again = [*CHAT, whole.choices[0].message, *CHAT]  # with all fields of the answer, also empty ones
+    assert client.chat.completions.create(model=name, messages=again, max_tokens=2).choices
 
 
 def test_a_stream_ends_with_done(server):
@@ -122,130 +112,95 @@ def test_a_stream_ends_with_done(server):
     assert response.text.endswith("data: [DONE]\n\n")
 
 
-def test_a_prompt_of_tokens(client, folder):
-    text, _ = expected(folder, "a0", [50, 60, 70], 10)
-    answer = client.completions.create(model="a0", prompt=[50, 60, 70], max_tokens=10, temperature=0)
-    assert answer.choices[0].text == text
-
-
 def test_a_stop_string_ends_the_text(client, folder):
-    text, _ = expected(folder, "a1", TOKENIZER("Hello")["input_ids"], 40)
+    text, _, _ = expected(folder, "a1", "Hello", 40)
     stop = text[6:8]
     answer = client.completions.create(model="a1", prompt="Hello", max_tokens=40, temperature=0, stop=["never", stop])
     assert answer.choices[0].text == text[: text.index(stop)] and answer.choices[0].finish_reason == "stop"
 
 
-def test_a_seed_gives_the_same_answer_beside_any_requests(client):
-    def draw(seed=5):
-        answer = client.completions.create(
-            model="a0", prompt="Hello", max_tokens=30, temperature=1.5, top_p=0.9, seed=seed
-        )
-        return answer.choices[0].text
+def test_a_seed_gives_the_same_answer_beside_any_requests(client, folder):
+    options = dict(temperature=1.5, top_p=0.9, seed=5)
+    model, sampler, tokens = tiny_model(**UNTIED), Sampler(**options, top_k=40, min_p=0.01), []
+    s2ft.load_adapter(model, folder / "a0")
+    ids = TOKENIZER("Hello")["input_ids"]
+    with torch.no_grad():
+        while len(tokens) < 30 and tokens[-1:] != [2]:
+            tokens.append(sampler.choose(model(torch.tensor([ids + tokens])).logits[0, -1]))
 
-    first = draw()
+    def draw(seed):
+        body = dict(model="a0", prompt="Hello", max_tokens=30, extra_body=dict(top_k=40, min_p=0.01))
+        return client.completions.create(**body, **{**options, "seed": seed}).choices[0].text
+
     with ThreadPoolExecutor(8) as pool:
-        assert list(pool.map(draw, [5, 6, 5, 7, 5, 8])) == [first, draw(6), first, draw(7), first, draw(8)]
-    assert len({first, draw(6), draw(7)}) == 3
+        found = list(pool.map(draw, [5, 6, 5, 7, 5, 8]))
+    assert found[0] == found[2] == found[4] == text_of(tokens) and len(set(found)) == 4
 
 
 # ---- refusals ----------------------------------------------------------------------------------------
 
 GOOD = dict(model=BASE, prompt="a", max_tokens=1)
+INVALID, UNSUPPORTED = "invalid_request", "unsupported_parameter"
+BAD = [  # a change of a completion, the code, and one word of the message
+    (dict(prompt=None), INVALID, "prompt"),
+    (dict(prompt=["a", "b"]), INVALID, "prompt"),
+    (dict(prompt=[-1]), INVALID, "prompt"),
+    (dict(max_tokens=0), INVALID, "max_tokens"),
+    (dict(max_tokens="3"), INVALID, "max_tokens"),
+    (dict(temperature=3), INVALID, "temperature"),
+    (dict(top_p=-1), INVALID, "top_p"),
+    (dict(top_k=-2), INVALID, "top_k"),
+    (dict(min_p=1.5), INVALID, "min_p"),
+    (dict(seed=2**70), INVALID, "seed"),
+    (dict(stop=""), INVALID, "stop"),
+    (dict(stop=["a"] * 17), INVALID, "stop"),
+    (dict(min_tokens=3), INVALID, "min_tokens"),
+    (dict(stream="yes"), INVALID, "stream"),
+    (dict(model=""), INVALID, "model"),
+    (dict(model=None), INVALID, "model"),
+    (dict(n=2), UNSUPPORTED, "vllm"),
+    (dict(logprobs=1), UNSUPPORTED, "vllm"),
+    (dict(presence_penalty=0.5), UNSUPPORTED, "vllm"),
+    (dict(frequency_penalty=-1), UNSUPPORTED, "vllm"),
+    (dict(repetition_penalty=1.1), UNSUPPORTED, "vllm"),
+    (dict(logit_bias={"1": 5}), UNSUPPORTED, "vllm"),
+    (dict(echo=True), UNSUPPORTED, "echo"),
+    (dict(best_of=3), UNSUPPORTED, "best_of"),
+    (dict(suffix="b"), UNSUPPORTED, "suffix"),
+    (dict(response_format={"type": "json_object"}), UNSUPPORTED, "response_format"),
+    (dict(prompt=""), "empty_prompt", "tokens"),
+    (dict(prompt=[]), "empty_prompt", "tokens"),
+    (dict(prompt=[259]), "invalid_prompt", "259"),
+    (dict(prompt="\ud800"), "invalid_prompt", "surrogate"),
+    (dict(prompt="a" * 257), "context_length_exceeded", "256"),
+    (dict(prompt="a" * 250, max_tokens=7), "context_length_exceeded", "7"),
+]
+
+
+@pytest.mark.parametrize("change, code, word", BAD, ids=lambda value: str(value)[:30])
+def test_a_field_that_is_wrong_or_not_supported_is_named(server, change, code, word):
+    assert word in error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, code)
+
+
+@pytest.mark.parametrize(
+    "change, code",
+    [
+        (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), INVALID),
+        (dict(messages=[]), INVALID),
+        (dict(tools=[{"type": "function"}]), UNSUPPORTED),
+        (dict(logprobs=True), UNSUPPORTED),
+        (dict(top_logprobs=2), UNSUPPORTED),
+    ],
+)
+def test_chat_refuses_what_is_not_text(server, change, code):
+    good = dict(model=BASE, messages=CHAT, max_tokens=1, user="me", n=1, tools=[], logprobs=False)
+    assert post(server, "/v1/chat/completions", good).status_code == 200
+    error_of(post(server, "/v1/chat/completions", {**good, **change}), 400, code)
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b"1" * 5000])
 def test_a_body_that_is_not_json(server, content):
     error_of(post(server, "/v1/completions", content), 400, "invalid_json")
-
-
-@pytest.mark.parametrize(
-    "change, words",
-    [
-        (dict(prompt=None), "prompt"),
-        (dict(prompt={}), "prompt"),
-        (dict(max_tokens=0), "max_tokens"),
-        (dict(max_tokens="3"), "max_tokens"),
-        (dict(temperature=3), "temperature"),
-        (dict(top_p=-1), "top_p"),
-        (dict(seed=2**70), "seed"),
-        (dict(stop=""), "stop"),
-        (dict(stop=["a"] * 17), "stop"),
-        (dict(model=""), "model"),
-        (dict(top_k=-2), "top_k"),
-        (dict(min_p=1.5), "min_p"),
-        (dict(n=0), "n"),
-        (dict(n=129), "n"),
-        (dict(logprobs=21), "logprobs"),
-        (dict(logprobs=True), "logprobs"),
-        (dict(presence_penalty=2.5), "presence_penalty"),
-        (dict(repetition_penalty=0), "repetition_penalty"),
-        (dict(logit_bias={"a": 1}), "logit_bias"),
-        (dict(logit_bias={"1": 101}), "logit_bias"),
-        (dict(logit_bias={"259": 1}), "logit_bias"),
-        (dict(min_tokens=3), "min_tokens"),
-        (dict(stream="yes"), "stream"),
-        (dict(model=None), "model"),
-        (dict(prompt=[-1]), "prompt"),
-    ],
-)
-def test_a_field_that_is_wrong_is_named(server, change, words):
-    assert words in error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "invalid_request")
-
-
-@pytest.mark.parametrize(
-    "change", [dict(echo=True), dict(best_of=3), dict(suffix="b"), dict(response_format={"type": "json_object"})]
-)
-def test_an_unsupported_parameter_is_refused(server, change):
-    (name,) = change
-    assert error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, "unsupported_parameter").startswith(name)
-
-
-def test_chat_refuses_what_is_not_text(server):
-    good = dict(model=BASE, messages=[{"role": "user", "content": "a"}], max_tokens=1)
-    assert post(server, "/v1/chat/completions", {**good, "user": "me", "n": 1, "tools": []}).status_code == 200
-    image = [{"type": "image_url", "image_url": {"url": "x"}}]
-    error_of(
-        post(server, "/v1/chat/completions", {**good, "messages": [{"role": "user", "content": image}]}),
-        400,
-        "invalid_request",
-    )
-    error_of(post(server, "/v1/chat/completions", {**good, "messages": []}), 400, "invalid_request")
-    for wrong in (dict(logprobs=2), dict(top_logprobs=2), dict(logprobs=True, top_logprobs=21)):
-        error_of(post(server, "/v1/chat/completions", {**good, **wrong}), 400, "invalid_request")
-    error_of(
-        post(server, "/v1/chat/completions", {**good, "tools": [{"type": "function"}]}), 400, "unsupported_parameter"
-    )
-
-
-@pytest.mark.parametrize(
-    "prompt, code",
-    [
-        ("", "empty_prompt"),
-        ([], "empty_prompt"),
-        ([259], "invalid_prompt"),
-        ("\ud800", "invalid_prompt"),
-        ("a" * 257, "context_length_exceeded"),
-    ],
-)
-def test_invalid_prompts_are_refused(server, prompt, code):
-    error_of(post(server, "/v1/completions", {**GOOD, "prompt": prompt}), 400, code)
-
-
-def test_more_answers_than_the_queue_holds_are_refused(server):
-    message = error_of(
-        post(server, "/v1/completions", {**GOOD, "prompt": ["a"] * 100, "n": 3}), 400, "too_many_answers"
-    )
-    assert message == "300 answers requested, but the queue has 256 places"
-
-
-def test_prompt_and_answer_have_to_fit_the_context(server):
-    error_of(
-        post(server, "/v1/completions", {**GOOD, "prompt": "a" * 250, "max_tokens": 7}), 400, "context_length_exceeded"
-    )
-    answer = post(server, "/v1/completions", {**GOOD, "prompt": "a" * 250, "max_tokens": 6}).json()
-    assert answer["usage"]["total_tokens"] <= 256
-    without = {name: value for name, value in GOOD.items() if name != "max_tokens"}
-    assert post(server, "/v1/completions", {**without, "prompt": "a" * 250}).status_code == 200
 
 
 @pytest.mark.parametrize("name", ["unknown", "../a0", "a0/", "a0/../a1", ".", "..", "\0", "a" * 5000, "/", "a0\n"])
@@ -258,22 +213,18 @@ def test_unknown_routes_and_methods(server):
     error_of(httpx.get(f"{server[0]}/v1/completions/"), 404, "not_found")
     error_of(httpx.get(f"{server[0]}/v1/completions"), 405, "method_not_allowed")
     error_of(httpx.get(f"{server[0]}/v1/models/unknown"), 404, "model_not_found")
+    assert "/openapi.json" in error_of(httpx.get(f"{server[0]}/docs"), 404, "not_found")
 
 
-def test_an_unexpected_error_is_json_without_details(server, monkeypatch):
-    monkeypatch.setattr(server[1], "prompt_ids", lambda body, version: {}["secret"])
+def test_an_unexpected_error_is_json_without_details_and_that_of_a_template_is_returned(server, monkeypatch):
+    monkeypatch.setattr(server[1].prompter(None).tokenizer, "chat_template", "{{ raise_exception('users first') }}")
+    body = dict(model=BASE, messages=[{"role": "assistant", "content": "a"}])
+    assert "users first" in error_of(post(server, "/v1/chat/completions", body), 400, "invalid_messages")
+    monkeypatch.setattr(server[1], "prompt_ids", lambda body, prompter: {}["secret"])
     assert "secret" not in error_of(post(server, "/v1/completions", GOOD), 500, "internal_error")
 
 
-def test_the_error_of_a_chat_template_is_returned(server, monkeypatch):
-    monkeypatch.setattr(server[1]._prompter(None).tokenizer, "chat_template", "{{ raise_exception('users first') }}")
-    body = dict(model=BASE, messages=[{"role": "assistant", "content": "a"}])
-    assert "users first" in error_of(post(server, "/v1/chat/completions", body), 400, "invalid_messages")
-
-
 def test_keys_sizes_and_limits(folder):
-    from s2ft.serve.options import Limits
-
     limits = Limits(api_key="secret", max_body_bytes=1000, max_tokens=5)
     with running(folder, tiny_model(**UNTIED), limits=limits) as server:
         right = {"Authorization": "Bearer secret"}
@@ -305,99 +256,155 @@ def unload(server, name):
 
 def test_loading_and_unloading(folder, server, client):
     assert load(server, "other", "a1").status_code == 200
-    text, _ = expected(folder, "a1", TOKENIZER("Hello")["input_ids"], 10)
-    assert greedy(client, "other") == text
-    error_of(load(server, "other", "a1"), 400, "name_taken")
-    error_of(load(server, BASE, "a1"), 400, "name_taken")
+    assert greedy(client, "other") == expected(folder, "a1", "Hello", 10)[0]
+    for name in ("other", BASE):
+        error_of(load(server, name, "a1"), 400, "name_taken")
     assert unload(server, "other").status_code == 200
     error_of(unload(server, "other"), 404, "model_not_found")
     error_of(post(server, "/v1/completions", {**GOOD, "model": "other"}), 404, "model_not_found")
+    assert load(server, "other", "a0").status_code == 200  # another adapter with the same name
+    assert greedy(client, "other") == expected(folder, "a0", "Hello", 10)[0]
+    assert unload(server, "other").status_code == 200
 
 
-@pytest.mark.parametrize("path", ["../a1", "/etc", "a1/../../x", ".", "x\0y"])
-def test_paths_stay_inside_the_folder(server, path):
-    error_of(load(server, "new", path), 400, "invalid_path")
+def damaged(folder, name):
+    """A copy of a0 in the folder, with another byte in its first delta."""
+    shutil.copytree(folder / "a0", folder / name)
+    with open(folder / name / "s2ft_adapter.safetensors", "r+b") as file:
+        place = 8 + int.from_bytes(file.read(8), "little") + 1
+        file.seek(place)
+        byte = file.read(1)[0]
+        file.seek(place)
+        file.write(bytes([byte ^ 1]))
 
 
-def test_links_that_lead_outside_are_not_loaded(folder, server, tmp_path):
-    shutil.copytree(folder / "a0", tmp_path / "a0")
-    (folder / "link").symlink_to(tmp_path)
-    error_of(load(server, "new", "link/a0"), 400, "invalid_path")
-
-
-def test_a_path_is_refused_as_a_name(server):
-    for name in ("a/b", "..", ".x", "a\\b"):
-        error_of(load(server, name, "a1"), 400, "invalid_name")
-
-
-def test_a_folder_without_a_valid_adapter_is_not_served(folder, server):
-    for path in ("nowhere", "a" * 4000):
-        assert len(error_of(load(server, "new", path), 404, "adapter_not_found")) < 300
-    shutil.copytree(folder / "a0", folder / "deep" / "broken")
-    tensors = folder / "deep" / "broken" / "s2ft_adapter.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-8])
-    message = error_of(load(server, "broken", "deep/broken"), 400, "invalid_adapter")
-    assert str(folder) not in message
-    error_of(post(server, "/v1/completions", {**GOOD, "model": "broken"}), 404, "model_not_found")
-
-
-def test_a_broken_adapter_fails_only_its_own_requests(folder, server):
-    shutil.copytree(folder / "a0", folder / "torn")
-    tensors = folder / "torn" / "s2ft_adapter.safetensors"
-    tensors.write_bytes(tensors.read_bytes()[:-8])
+@pytest.mark.parametrize(
+    "name, path, status, code",
+    [
+        *(
+            ("new", path, 400, "invalid_path")
+            for path in ("../a1", "/etc", "a1/../../x", ".", "x\0y", "link/a0", "run")
+        ),
+        *((name, "a1", 400, "invalid_name") for name in ("a/b", "..", ".x", "a\\b")),
+        *(("new", path, 404, "adapter_not_found") for path in ("nowhere", "a" * 4000)),
+        ("new", "deep/flipped", 400, "invalid_adapter"),
+        ("new", "deep/foreign", 400, "invalid_adapter"),
+    ],
+)
+def test_what_can_not_be_loaded_is_refused_without_the_path(folder, server, tmp_path, name, path, status, code):
+    (folder / "deep").mkdir(), (folder / "run").mkdir()
     try:
-        with ThreadPoolExecutor(8) as pool:
-            answers = list(
-                pool.map(
-                    lambda name: post(server, "/v1/completions", {**GOOD, "model": name}),
-                    ["torn", "a0", BASE, "torn", "a1", "a2"],
-                )
-            )
-        assert [answer.status_code for answer in answers] == [400, 200, 200, 400, 200, 200]
-        assert str(folder) not in error_of(answers[0], 400, "invalid_adapter")
+        shutil.copytree(folder / "a0", tmp_path / "a0")
+        (folder / "link").symlink_to(tmp_path)
+        (folder / "run/adapter").symlink_to(tmp_path / "a0")  # leads outside, too
+        damaged(folder, "deep/flipped")
+        save_adapters(tmp_path / "other", 1, seed=5, **UNTIED)
+        shutil.copytree(tmp_path / "other/a0", folder / "deep/foreign")
+        message = error_of(load(server, name, path), status, code)
+        assert str(folder) not in message and len(message) < 300
+        error_of(post(server, "/v1/completions", {**GOOD, "model": "new"}), 404, "model_not_found")
     finally:
-        shutil.rmtree(folder / "torn")
+        (folder / "link").unlink(), shutil.rmtree(folder / "deep"), shutil.rmtree(folder / "run")
 
 
-def test_an_adapter_of_another_base_is_refused_with_the_reason(folder, server):
-    save_adapters(folder / "other", 1, seed=5, **UNTIED)
-    (folder / "other/a0").rename(folder / "foreign")
+def test_an_adapter_whose_folder_changes_is_refused_until_it_is_loaded_again(folder, server, client):
+    shutil.copytree(folder / "a1", folder / "deep/later")
     try:
-        message = error_of(post(server, "/v1/completions", {**GOOD, "model": "foreign"}), 400, "invalid_adapter")
-        assert "was trained on another base" in message and str(folder) not in message
+        assert load(server, "later", "deep/later").status_code == 200
+        assert greedy(client, "later") == expected(folder, "a1", "Hello", 10)[0]
+        shutil.rmtree(folder / "deep/later")
+        error_of(post(server, "/v1/completions", {**GOOD, "model": "later"}), 409, "adapter_changed")
+        shutil.copytree(folder / "a0", folder / "deep/later")
+        assert "load it again" in error_of(
+            post(server, "/v1/completions", {**GOOD, "model": "later"}), 409, "adapter_changed"
+        )
+        assert unload(server, "later").status_code == load(server, "later", "deep/later").status_code == 200
+        assert greedy(client, "later") == expected(folder, "a0", "Hello", 10)[0]
+        assert unload(server, "later").status_code == 200
     finally:
-        shutil.rmtree(folder / "foreign"), shutil.rmtree(folder / "other")
-
-
-def test_new_folders_are_found_and_deleted_ones_are_not_served(folder, server, client):
-    shutil.copytree(folder / "a2", folder / "later")
-    text, _ = expected(folder, "a2", TOKENIZER("Hello")["input_ids"], 10)
-    assert greedy(client, "later") == text
-    shutil.rmtree(folder / "later")
-    shutil.copytree(folder / "a1", folder / "later")  # another adapter with the same name
-    text, _ = expected(folder, "a1", TOKENIZER("Hello")["input_ids"], 10)
-    assert greedy(client, "later") == text
-    shutil.rmtree(folder / "later")
-    error_of(post(server, "/v1/completions", {**GOOD, "model": "later"}), 404, "model_not_found")
-    assert "later" not in [model.id for model in client.models.list()]
+        shutil.rmtree(folder / "deep")
 
 
 def test_removed_adapters_leave_nothing_in_the_bank(server):
     service = server[1]
     eventually(lambda: not service.engine.running and not service.engine.waiting, "an idle server")
-    versions = service.engine.adapters._known.values()
-    eventually(lambda: all(version.users == 0 for version in versions), "adapters without users")
-    assert set(service.engine.adapters.bank.names) == {version.bank_name for version in versions}
+    adapters = service.engine.adapters
+    eventually(lambda: len(adapters.bank.names) == len(adapters.names) == 3, "adapters without users")
 
 
-def test_metrics(server):
+# ---- the log, counters, description ------------------------------------------------------------------
+
+
+def value_of(server, line):
+    """The value of a counter."""
     text = httpx.get(f"{server[0]}/metrics").text
-    for line in (
-        's2ft_requests_total{route="/v1/completions",status="200"}',
-        "s2ft_generated_tokens_total",
-        "s2ft_queue_length 0.0",
-        "s2ft_running 0.0",
-        "s2ft_batch_size_bucket",
-        "s2ft_request_seconds_bucket",
-    ):
-        assert line in text
+    return float(next((found.split()[-1] for found in text.splitlines() if found.startswith(line + " ")), 0))
+
+
+def test_counters_have_the_name_of_the_model(server):
+    lines = {
+        's2ft_model_requests_total{model="a0",status="200"}': 1,
+        's2ft_prompt_tokens_total{model="a0"}': 1,
+        's2ft_generated_tokens_total{model="a0"}': 1,
+        's2ft_model_request_seconds_count{model="a0"}': 1,
+        's2ft_requests_total{route="/v1/completions",status="404"}': 1,
+        "s2ft_first_token_seconds_count": 1,
+    }
+    before = {line: value_of(server, line) for line in lines}
+    for model in ("a0", "nobody"):
+        post(server, "/v1/completions", {**GOOD, "model": model})
+    eventually(lambda: {line: value_of(server, line) - before[line] for line in lines} == lines, "the counters")
+    assert "nobody" not in httpx.get(f"{server[0]}/metrics").text and value_of(server, "s2ft_adapters") == 3
+
+
+def test_the_number_of_counters_is_bounded(monkeypatch):
+    monkeypatch.setattr(metrics, "MODELS", 2)
+    counters = metrics.Metrics()
+    for name in ("a", "b", "c", "d", "a", BASE):
+        counters.count("/v1/completions", metrics.RequestRecord("1", name, 1, 2, 200), 0.1)
+    found = set(re.findall(r's2ft_generated_tokens_total\{model="(.*)"\} (.*)', counters.text().decode()))
+    assert found == {("a", "4.0"), ("b", "2.0"), ("(others)", "6.0")}
+
+
+def lines_of(caplog, count):
+    """So many lines of the access log. They are written after the answers are sent."""
+
+    def found():
+        return [record.getMessage() for record in caplog.records if record.name == "s2ft.serve.access"]
+
+    eventually(lambda: len(found()) >= count, "the log")
+    return found()
+
+
+def test_each_request_is_a_line_with_its_id_and_no_path_can_write_one(server, caplog):
+    caplog.set_level("INFO")
+    assert post(server, "/v1/completions", GOOD, headers={"X-Request-Id": "abc-1"}).headers["x-request-id"] == "abc-1"
+    for sent in ("a b", "a" * 129, 'a"b'):  # not safe in a log
+        assert httpx.get(f"{server[0]}/health", headers={"X-Request-Id": sent}).headers["x-request-id"][:4] == "req-"
+    httpx.get(f"{server[0]}/a%0Ab%20c")
+    first, second = lines_of(caplog, 2)
+    assert re.fullmatch(rf"\S+ abc-1 127.0.0.1 POST /v1/completions 200 model={BASE} in=1 out=1 \S+s", first)
+    assert "GET /a%0Ab%20c 404" in second and "\n" not in second
+
+
+def test_json_lines_and_ignored_parameters(folder, caplog):
+    caplog.set_level("INFO")
+    limits = Limits(ignore_unsupported=True)
+    with running(folder, tiny_model(**UNTIED), access_log="json", limits=limits) as server:
+        odd = {"a\r\nX-Other: 1": 1, "\u65e5": 2, "\ud800": 3}  # no header can have these names
+        changes = dict(model="a0", tools=[{"type": "function"}], n=3, echo=False, **odd)
+        answer = post(server, "/v1/completions", {**GOOD, **changes}, headers={"X-Request-Id": "1"})
+        assert answer.status_code == 200 and "x-other" not in answer.headers
+        assert answer.headers["x-ignored-parameters"] == "n, tools, a%0D%0AX-Other%3A%201, %E6%97%A5, %3F"
+        assert post(server, "/v1/completions", {**GOOD, "top_k": "many"}).status_code == 400  # a supported one
+        found = json.loads(lines_of(caplog, 1)[0])
+    assert (found["id"], found["status"], found["model"], found["generated_tokens"]) == ("1", 200, "a0", 1)
+
+
+def test_the_api_is_described_for_programs(server):
+    found = httpx.get(f"{server[0]}/openapi.json").json()
+    body = found["paths"]["/v1/chat/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
+    schemas = found["components"]["schemas"]
+    assert "min_p" in schemas[body["$ref"].rpartition("/")[2]]["properties"]
+    references = set(re.findall(r'"\$ref": "#/components/schemas/(\w+)"', json.dumps(found)))
+    assert references and references <= schemas.keys()

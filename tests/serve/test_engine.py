@@ -1,8 +1,6 @@
 """The scheduler: jobs that wait, run or are dropped, and the jobs that an error ends."""
 
 import threading
-import time
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from types import SimpleNamespace
 
@@ -10,19 +8,18 @@ import pytest
 from serve.fleet import eventually
 from train.tiny import tiny_model, tiny_tokenizer
 
-from s2ft.serve.engine import Engine
+from s2ft.serve.engine import Engine, Job
 from s2ft.serve.errors import ApiError
-from s2ft.serve.job import Job
 from s2ft.serve.registry import Adapters
 from s2ft.text.sampling import Sampler
 from s2ft.text.streams import TextStream
 
 
 class FakeBank:
-    """Adapters by name that change nothing. A batch holds at most `limit` of them; `broken` ones can't be loaded."""
+    """Adapters by name that change nothing. A batch holds at most `limit` of them."""
 
-    def __init__(self, limit=100, broken=()):
-        self.names, self.limit, self.broken, self.batches = set(), limit, set(broken), []
+    def __init__(self, limit=100):
+        self.names, self.limit, self.batches = set(), limit, []
 
     def check(self, folder):
         return SimpleNamespace(info={})
@@ -36,7 +33,7 @@ class FakeBank:
     @contextmanager
     def batch(self, names):
         used = {name for name in names if name is not None}
-        if any(name.split("#")[0] in self.broken for name in used) or len(used) > self.limit or used - self.names:
+        if len(used) > self.limit or used - self.names:
             raise ValueError(f"can't mix {used}")
         self.batches.append(list(names))
         yield
@@ -85,11 +82,11 @@ class Client:
 
     def __init__(self, engine, adapter=None, prompt=(5, 6, 7), max_tokens=4, **options):
         self.events, self.done = [], threading.Event()
-        version = None if adapter is None else engine.adapters.acquire(adapter)
+        served = None if adapter is None else engine.adapters.acquire(adapter)
         self.job = Job(
-            prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.receive, version
+            prompt, max_tokens, Sampler(**options), TextStream(tiny_tokenizer()), frozenset(), self.receive, served
         )
-        engine.submit([self.job])
+        engine.submit(self.job)
 
     def receive(self, event):
         self.events.append(event)
@@ -102,6 +99,10 @@ class Client:
         return self.events[-1]
 
 
+def users(engine):
+    return sum(served.users for served in engine.adapters._served.values())
+
+
 def test_jobs_of_several_adapters_share_a_batch(folder):
     bank = FakeBank()
     with engine_over(folder, bank, gated=True) as (engine, gate):
@@ -110,8 +111,7 @@ def test_jobs_of_several_adapters_share_a_batch(folder):
         clients = [Client(engine, name) for name in ("a", "b", None, "a")]
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
-        sizes = max(len(names) for names in bank.batches)
-        assert sizes == 5 and len(set(max(bank.batches, key=len))) == 3
+        assert len(max(bank.batches, key=len)) == 5 and len(set(max(bank.batches, key=len))) == 3
 
 
 def test_the_queue_is_bounded_and_cancelled_jobs_leave_it(folder):
@@ -127,21 +127,7 @@ def test_the_queue_is_bounded_and_cancelled_jobs_leave_it(folder):
         gate.open()
         assert running.last().finish == waiting[1].last().finish == last.last().finish == "length"
         assert waiting[0].events == []
-        eventually(lambda: all(one.users == 0 for one in engine.adapters._known.values()), "free adapters")
-
-
-def test_the_answers_of_a_request_are_queued_together_or_not_at_all(folder):
-    with engine_over(folder, gated=True, max_batch_size=1, queue_size=2) as (engine, gate):
-        first = Client(engine)
-        assert gate.entered.wait(30)
-        second = Client(engine)
-        version = engine.adapters.acquire("a", 2)
-        jobs = [Job([5], 2, Sampler(), TextStream(tiny_tokenizer()), frozenset(), print, version) for _ in range(2)]
-        with pytest.raises(ApiError, match="1 of 2 places in the queue are taken, and the request needs 2"):
-            engine.submit(jobs)
-        assert version.users == 0 and engine.waiting == 1
-        gate.open()
-        assert first.last().finish == second.last().finish == "length"
+        eventually(lambda: not users(engine), "free adapters")
 
 
 def test_a_cancelled_job_leaves_the_batch_and_the_others_go_on(folder):
@@ -157,18 +143,6 @@ def test_a_cancelled_job_leaves_the_batch_and_the_others_go_on(folder):
         assert len(gone.job.tokens) < 20
 
 
-def test_jobs_join_while_others_run(folder):
-    with engine_over(folder, gated=True) as (engine, gate):
-        first = Client(engine, max_tokens=100)
-        gate.passes.release(5)
-        eventually(lambda: len(first.events) >= 3, "tokens")
-        second = Client(engine, "a", max_tokens=2)
-        gate.passes.release(5)
-        assert second.last().finish == "length" and not first.done.is_set()
-        gate.open()
-        assert first.last().finish == "length"
-
-
 def test_an_unloaded_adapter_serves_its_jobs_to_the_end(folder):
     bank = FakeBank()
     with engine_over(folder, bank, gated=True, max_batch_size=1) as (engine, gate):
@@ -177,33 +151,36 @@ def test_an_unloaded_adapter_serves_its_jobs_to_the_end(folder):
         engine.adapters.unload("a")
         with pytest.raises(ApiError, match="no model 'a'"):
             Client(engine, "a")
-        assert bank.names == {"a#0"}
+        assert "a#0" in bank.names
         gate.open()
         assert running.last().finish == waiting.last().finish == "length"
-        eventually(lambda: not bank.names, "an empty bank")
+        eventually(lambda: bank.names == {"b#1", "c#2"}, "a bank without it")
 
 
-def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder):
-    with engine_over(folder, FakeBank(broken={"b"}), gated=True) as (engine, gate):
+@pytest.mark.parametrize(
+    "error, status, code",
+    [
+        (ValueError("is damaged"), 400, "invalid_adapter"),
+        (FileNotFoundError("/place/b"), 404, "model_not_found"),
+        (MemoryError("no memory is left"), 503, "adapter_failed"),
+    ],
+)
+def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder, error, status, code):
+    class Broken(FakeBank):
+        def batch(self, names):
+            if "b#1" in names:
+                raise error
+            return super().batch(names)
+
+    with engine_over(folder, Broken(), gated=True) as (engine, gate):
         first = Client(engine)
         assert gate.entered.wait(30)
         good, bad, other = Client(engine, "a"), Client(engine, "b"), Client(engine, "c")
         gate.open()
         assert good.last().finish == other.last().finish == first.last().finish == "length"
-        assert bad.last().error.status == 400 and bad.last().error.code == "invalid_adapter"
-
-
-def test_an_adapter_whose_files_were_deleted_while_its_job_waited_is_404(folder):
-    class Emptied(FakeBank):
-        def batch(self, names):
-            if "b#0" in names or "b#1" in names:
-                raise FileNotFoundError(folder / "b")
-            return super().batch(names)
-
-    with engine_over(folder, Emptied()) as engine:
-        error = Client(engine, "b").last().error
-        assert error.status == 404 and str(folder) not in error.message
-        assert Client(engine, "a").last().finish == "length"
+        found = bad.last().error
+        assert (found.status, found.code) == (status, code) and "/place" not in found.message
+        assert ("b" in engine.adapters.refused) == (status == 400)
 
 
 def test_a_job_waits_until_the_bank_has_room(folder):
@@ -235,19 +212,7 @@ def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):
         gate.open()
         assert first.last().error.code == "model_failed"
         assert Client(engine, "a").last().finish == "length"
-        eventually(lambda: not any(version.users for version in engine.adapters._known.values()), "free adapters")
-
-
-def test_prompts_are_run_together_up_to_a_limit(folder):
-    bank = FakeBank()
-    with engine_over(folder, bank, gated=True, prefill_tokens=20) as (engine, gate):
-        first = Client(engine, max_tokens=1)
-        assert gate.entered.wait(30)
-        clients = [Client(engine, "a", prompt=[5] * 9, max_tokens=1) for _ in range(4)]
-        long = Client(engine, "b", prompt=[5] * 30, max_tokens=1)
-        gate.open()
-        assert all(client.last().finish == "length" for client in [first, *clients, long])
-        assert [len(names) for names in bank.batches if names != [None]][::2] == [2, 2, 1]
+        eventually(lambda: not users(engine), "free adapters")
 
 
 def test_a_batch_has_no_more_tokens_than_allowed(folder):
@@ -277,88 +242,28 @@ def test_stopping_fails_the_remaining_jobs(folder):
             Client(engine)
 
 
-def test_draining_finishes_jobs_until_its_time_is_over(folder):
-    with engine_over(folder, gated=True, max_batch_size=1) as (engine, gate):
-        first, second = Client(engine), Client(engine, "a", max_tokens=200)
-        engine.drain_until = time.monotonic() + 1000
-        with pytest.raises(ApiError, match="shutting down"):
-            Client(engine)
-        gate.passes.release(10)
-        assert first.last().finish == "length"
-        engine.drain_until = time.monotonic() - 1
-        gate.open()
-        assert second.last().error.status == 503
-
-
-def test_adapters_of_a_deleted_folder_are_404(folder):
-    with engine_over(folder) as engine:
-        assert engine.adapters.names == ["a", "b", "c"]
-        (folder / "a" / "s2ft_config.json").unlink()
-        assert engine.adapters.names == ["b", "c"]
-        with pytest.raises(ApiError, match="no model 'a'"):
-            engine.adapters.acquire("a")
-
-
-def test_an_adapter_that_can_not_be_loaded_now_is_503(folder):
-    class Full(FakeBank):
-        def batch(self, names):
-            raise MemoryError("no memory is left")
-
-    with engine_over(folder, Full()) as engine:
-        error = Client(engine, "b").last().error
-        assert (error.status, error.code) == (503, "adapter_failed") and "no memory is left" in error.message
+SKIPPED = {  # the files in a folder, and a word of the reason
+    "empty": ([], "no s2ft_config.json and no s2ft_adapter.safetensors"),
+    "half": (["s2ft_config.json"], "no s2ft_adapter.safetensors"),
+    "lora": (["adapter_config.json"], "--from-peft"),
+    "run": (["run.json"], "no adapter yet"),
+    "checkpoint-4": (["s2ft_config.json", "s2ft_adapter.safetensors", "trainer_state.json"], "checkpoint"),
+    "a\\b": (["s2ft_config.json", "s2ft_adapter.safetensors"], "without slashes"),
+    ".hidden": ([], None),
+}
 
 
 def test_each_skipped_folder_is_logged_with_the_reason(folder, caplog):
-    for name, files in {
-        "empty": [],
-        "half": ["s2ft_config.json"],
-        "lora": ["adapter_config.json"],
-        "run": ["run.json"],
-        "checkpoint-4": ["s2ft_config.json", "s2ft_adapter.safetensors", "trainer_state.json"],
-        "a\\b": ["s2ft_config.json", "s2ft_adapter.safetensors"],
-        ".hidden": [],
-    }.items():
+    for name, (files, _) in SKIPPED.items():
         (folder / name).mkdir()
         for file in files:
             (folder / name / file).touch()
     with caplog.at_level("INFO"):
         Adapters(FakeBank(), [folder]).log_adapters()
-    lines = [record.getMessage().replace(f"{folder}/", "") for record in caplog.records]
-    assert sorted(lines) == [
-        "serving 3 adapters: a, b, c",
-        "warning: not served: a\\b: its name can't be the name of an adapter",
-        "warning: not served: checkpoint-4: it is a checkpoint of a training run",
-        "warning: not served: empty: it has no s2ft_config.json and no s2ft_adapter.safetensors",
-        "warning: not served: half: it has no s2ft_adapter.safetensors",
-        "warning: not served: lora: it is an adapter of PEFT: convert it with s2ft export --from-peft, or a LoRA with "
-        "--from-lora",
-        "warning: not served: run: it is the output of a run that has saved no adapter yet",
-    ]
-
-
-def test_the_check_of_an_adapter_does_not_hold_up_the_others(folder):
-    begun, go = threading.Event(), threading.Event()
-
-    class Slow(FakeBank):
-        def check(self, folder):
-            if folder.name == "b":
-                begun.set()
-                assert go.wait(30)
-            return super().check(folder)
-
-    adapters = Adapters(Slow(), [folder])
-    adapters.release(adapters.acquire("a"))
-    with ThreadPoolExecutor(1) as pool:
-        names = pool.submit(lambda: adapters.names)
-        try:
-            assert begun.wait(30)
-            version = adapters.acquire("a")  # the check of b has not ended
-            adapters.release(version)
-            assert not names.done()
-        finally:
-            go.set()
-        assert names.result(30) == ["a", "b", "c"]
+    *lines, last = [record.getMessage().replace(f"{folder}/", "") for record in caplog.records]
+    found = dict(line.removeprefix("warning: not served: ").split(": ", 1) for line in lines)
+    assert last == "serving 3 adapters: a, b, c"
+    assert all(word in found.pop(name) for name, (_, word) in SKIPPED.items() if word) and not found
 
 
 def test_an_adapter_may_not_have_the_bases_name(folder):

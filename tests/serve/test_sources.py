@@ -1,12 +1,16 @@
 """Where adapters come from, which of them are served, and what the log says of the others."""
 
 import shutil
+from dataclasses import replace
 
 import httpx
 import pytest
-from serve.fleet import BASE, eventually, running, save_adapters
+from serve.fleet import BASE, running, save_adapters
+from serve.test_api import damaged
 from train.tiny import save_tiny, tiny_model
 
+import s2ft
+from s2ft.adapter.formats import native
 from s2ft.cli.main import main
 from s2ft.serve.sources import grouped, source_of
 
@@ -31,16 +35,6 @@ def make_run(spare, folder, name="a0"):
     return folder
 
 
-def damage(folder):
-    """Change one byte of the first delta. The index tensors are behind the deltas."""
-    with open(folder / "s2ft_adapter.safetensors", "r+b") as file:
-        place = 8 + int.from_bytes(file.read(8), "little") + 1
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
-
-
 def served(url):
     return [model["id"] for model in httpx.get(f"{url}/v1/models").json()["data"]]
 
@@ -60,9 +54,6 @@ def test_runs_adapters_and_directories_are_served_under_their_names(spare, tmp_p
         assert served(url) == [BASE, "chat", "inner", "math", "plain", "seventh", "single"]
         assert [complete(url, name).status_code for name in ("math", "seventh", "inner")] == [200] * 3
         assert complete(url, "checkpoint-4").status_code == 404
-        shutil.rmtree(single)
-        make_run(spare, runs / "new")
-        assert served(url) == [BASE, "chat", "inner", "math", "new", "plain", "seventh"]
         load = dict(lora_name="old", lora_path="math/checkpoint-4")
         answer = httpx.post(f"{url}/v1/load_lora_adapter", json=load)
         assert answer.status_code == 400 and "checkpoint" in answer.json()["error"]["message"]
@@ -85,23 +76,15 @@ def test_an_adapter_that_can_not_be_served_is_left_out_and_named(spare, tmp_path
         refused = complete(url, "foreign")
         assert refused.status_code == 400 and "another base" in refused.json()["error"]["message"]
         assert "s2ft_adapters_refused 3.0" in httpx.get(f"{url}/metrics").text
-        shutil.rmtree(tmp_path / "foreign")  # replaced by one that fits
-        shutil.copytree(spare / "a1", tmp_path / "foreign")
-        assert complete(url, "foreign").status_code == 200
-        shutil.copytree(spare / "foreign" / "a0", tmp_path / "late")
-        assert served(url) == [BASE, "foreign", "good"]
-        assert f"warning: not served: late: {base}" in caplog.text
 
 
-def test_damage_inside_the_values_is_found_when_the_adapter_is_loaded(spare, tmp_path):
-    shutil.copytree(spare / "a0", tmp_path / "a0")
-    damage(tmp_path / "a0")
-    with running(tmp_path, tiny_model(**UNTIED)) as (url, service):
-        assert served(url) == [BASE, "a0"]
-        assert complete(url, "a0").json()["error"]["code"] == "invalid_adapter"
-        eventually(lambda: not service.engine.adapters.bank.names, "an empty bank")
-        assert served(url) == [BASE]
-        assert complete(url, "a0").status_code == 400
+def test_a_prompt_that_can_not_be_read_refuses_the_adapter(spare, tmp_path, caplog):
+    adapter = s2ft.read_adapter(spare / "a0")
+    native.write(replace(adapter, info={"prompt": {"form": "verse"}}), tmp_path / "odd")
+    native.write(adapter, tmp_path / "good")
+    with running(tmp_path, tiny_model(**UNTIED)) as (url, _):
+        assert served(url) == [BASE, "good"]
+    assert "not served: odd: the prompt that the adapter records can't be read: form must be one of" in caplog.text
 
 
 def test_a_start_with_only_wrong_adapters_or_a_named_one_is_refused(spare, tmp_path):
@@ -139,16 +122,6 @@ def test_sources_that_make_no_sense_are_refused(spare, tmp_path):
                 pass
 
 
-def test_a_run_without_an_adapter_is_served_when_it_has_saved_one(spare, tmp_path, caplog):
-    run = tmp_path / "run"
-    run.mkdir()
-    (run / "config.yaml").touch()
-    with running([run], tiny_model(**UNTIED)) as (url, _):
-        assert served(url) == [BASE] and "has saved no adapter yet" in caplog.text
-        shutil.copytree(spare / "a0", run / "adapter")
-        assert served(url) == [BASE, "run"]
-
-
 def test_the_check_reads_every_adapter_and_does_not_serve(spare, tmp_path, capsys, caplog):
     save_tiny(tmp_path / "model", **UNTIED)
     for name in ("good", "flipped"):
@@ -157,7 +130,9 @@ def test_the_check_reads_every_adapter_and_does_not_serve(spare, tmp_path, capsy
     with caplog.at_level("INFO"):
         assert main(command) == 0
     assert "serving" not in caplog.text and "2 adapters fit the base: flipped, good" in caplog.text
-    damage(tmp_path / "adapters" / "flipped")
+    shutil.rmtree(tmp_path / "adapters" / "flipped")
+    damaged(spare, "flipped")
+    shutil.move(spare / "flipped", tmp_path / "adapters")
     assert main([*command, "--engine", "vllm"]) == 2  # also where vLLM is not installed
     assert "1 of 2 adapters can't be served" in capsys.readouterr().err and "flipped" in caplog.text
     (tmp_path / "empty").mkdir()

@@ -45,7 +45,7 @@ class CheckpointEngine:
         self.written: list[dict[str, torch.Tensor]] = []
         self.dtype, self.specs, self.sender, self.step = dtype, [], None, 0
         self.originals, self.calls, self.bytes, self.paused, self.fails = {}, [], [], False, ""
-        self.updating, self.group, self.transports = False, None, []
+        self.updating, self.transports = False, []
 
     # ---- vLLM's methods ------------------------------------------------------------------------------
 
@@ -65,10 +65,6 @@ class CheckpointEngine:
         self.sender, self.specs, self.step = info["sender"], specs, -1
         self.originals = {one.name: self.weights[one.name].index_select(one.dim, one.index) for one in specs}
         self.transports.append(info["transport"]["kind"])
-        if info["transport"]["kind"] == "nccl":
-            from s2ft.sync.group import join
-
-            self.group = join(info["transport"], rank=info["transport"]["rank_offset"], device=torch.device("cpu"))
 
     def start_weight_update(self) -> None:
         self.calls.append("start")
@@ -120,11 +116,7 @@ class CheckpointEngine:
             return info["tensor"].clone()
         if "file" in info:
             return torch.frombuffer(bytearray(Path(info["file"]).read_bytes()), dtype=self.dtype)
-        if "values" in info:
-            return torch.frombuffer(bytearray(base64.b64decode(info["values"])), dtype=self.dtype)
-        flat = torch.empty(sum(spec.numel for spec in self.specs), dtype=self.dtype)
-        self.group.broadcast(flat, timeout=30)
-        return flat
+        return torch.frombuffer(bytearray(base64.b64decode(info["values"])), dtype=self.dtype)
 
     def restore(self) -> None:
         """Write the originals back."""
@@ -155,10 +147,6 @@ def app_of(engine: CheckpointEngine, has_dev_mode: bool = True) -> FastAPI:
     def server_info():
         models = {"dtype": str(engine.dtype)}
         return {"vllm_config": {"model_config": models, "weight_transfer_config": {"backend": "s2ft"}}}
-
-    @app.get("/get_world_size")
-    def get_world_size():
-        return {"world_size": 1}
 
     @app.post("/pause")
     def pause(mode: str = "abort"):

@@ -4,7 +4,8 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from multiprocessing.connection import wait
@@ -103,6 +104,18 @@ class Ranks:
         if any(outcome.error or outcome.died for outcome in outcomes):
             self.close()  # the ranks may be at different places now
         return outcomes
+
+
+@contextmanager
+def patience(seconds: float) -> Iterator[None]:
+    """Inside, this rank waits for others for so long."""
+    store = dist.distributed_c10d._get_default_store()
+    before = store.timeout
+    store.set_timeout(timedelta(seconds=seconds))
+    try:
+        yield
+    finally:
+        store.set_timeout(before)
 
 
 def free_port() -> int:

@@ -212,28 +212,6 @@ def server(folder, url, kind="grpo", form="permuted", dtype="float32", transport
     print(json.dumps({"syncs": len(sizes), "bytes": sizes[0], **differences(trainer)}))
 
 
-def agreement(folder, dtype="float32"):
-    """Train, and compare log-probabilities: with the slices, under the base, and with an engine that got no slices."""
-    from dataclasses import replace
-
-    from s2ft.sync.agreement import joint_agreement, keep_rollouts
-    from s2ft.vllm.scoring import engine_logprobs, scored_on_base
-
-    trainer = trainer_of("grpo", "permuted", folder, dtype, f"{folder}-out")
-    kept = keep_rollouts(trainer)
-    trainer.train()
-    last = kept[-1]
-    stale = last.padded(engine_logprobs(trainer.vllm_generation.llm, last.sequences()))
-    found = {
-        "trained": joint_agreement(kept),
-        "base": joint_agreement(scored_on_base(trainer, kept)),
-        "last": last.agreement,
-        "stale": replace(last, engine=stale).agreement,
-    }
-    steps = [one.step for one in kept]
-    print(json.dumps({"steps": steps, **{name: one._asdict() for name, one in found.items()}}))
-
-
 class Worker:
     """Gives AsyncGRPOTrainer made-up answers, and compares the server's greedy answers with the trainer's."""
 

@@ -146,7 +146,7 @@ def refused(words: str):
 
 
 def exact(served, dtype="float32", size="1", lora="") -> None:
-    """After each update all tensors are the merged ones; the base returns; adapters by their folders likewise."""
+    """After each update all tensors are the merged ones; the base returns."""
     import base64
 
     kind = getattr(torch, dtype)
@@ -169,11 +169,6 @@ def exact(served, dtype="float32", size="1", lora="") -> None:
         assert same(after, parameters(llm)), name
         assert not same(after, before)
         load(llm, base_of(served, kind))
-        update(llm, adapter=str(served.adapters / name))
-        assert same(after, parameters(llm)), name
-        if name == "other":  # another adapter on top
-            update(llm, adapter=str(served.adapters / "wide"))
-        update(llm, base=True)
         assert same(parameters(llm), before)
 
 
@@ -206,8 +201,6 @@ def bad_input(served) -> None:
         update(llm, **{**good, "sender": "b"})
     with refused("so sender 'b' is refused: release it"):
         init(llm, specs, "b")
-    with refused("so no adapter is put on"):
-        update(llm, adapter=str(served.adapters / "down-o"))
     with refused("step 0 of sender 'a' is older than step 1"):
         update(llm, **{**good, "step": 0})
     assert same(parameters(llm), written)
@@ -236,16 +229,29 @@ def packed(served) -> None:
     assert tokens(llm) == served.answers["base"]
 
 
+def expert_slices(served):
+    """The specs of what an adapter of experts would send."""
+    import s2ft
+    from s2ft.sync import TrainedSlices
+    from support.vllm_models import type_of
+
+    model = type_of(served.base).from_pretrained(served.base, dtype=torch.float32)
+    s2ft.load_adapter(model, served.adapters / "experts", trainable=True)
+    return TrainedSlices.of(model, torch.float32).specs
+
+
 def experts(served) -> None:
     """The CPU backend packs experts: slices of theirs are refused by name, those of attention are written."""
     llm = engine(served)
     before = parameters(llm)
     with refused("packs the weights of experts, so that nothing can be written into them"):
-        update(llm, adapter=str(served.adapters / "experts"))
+        init(llm, expert_slices(served))
     assert same(parameters(llm), before) and tokens(llm) == served.answers["base"]
-    update(llm, adapter=str(served.adapters / "attention"))
+    specs, numbers = slices_of(served, "attention")
+    init(llm, specs)
+    update(llm, sender="a", step=1, tensor=numbers)
     assert tokens(llm) == served.answers["attention"]
-    update(llm, base=True)
+    update(llm, base=True, sender="a")
     assert same(parameters(llm), before)
 
 

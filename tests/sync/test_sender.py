@@ -1,6 +1,8 @@
 """The sender against an engine without vLLM: what it sends, what it restores, and what happens after a failure."""
 
 import copy
+import os
+import threading
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from sync.test_slices import randomize
 
 import s2ft
 from s2ft.sync import EngineError, SliceSender
+from s2ft.sync.trl import choose_port
 
 CASE = "llama-grouped"
 
@@ -69,7 +72,7 @@ def test_after_each_of_several_syncs_the_engine_has_the_merged_weights(form, dty
     assert same(engine, before) and engine.sender is None
 
 
-@pytest.mark.parametrize("transport", ["auto", "file", "http", "nccl"])
+@pytest.mark.parametrize("transport", ["auto", "file", "http"])
 def test_a_server_gets_the_numbers_by_each_transport(transport, base, tmp_path):
     model, engine = attached(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
@@ -98,7 +101,7 @@ def test_the_file_is_removed_and_goes_to_the_given_folder(base, tmp_path):
     assert seen[0].startswith(str(folder)) and list(folder.iterdir()) == []
 
 
-@pytest.mark.parametrize("transport", ["file", "http", "nccl"])
+@pytest.mark.parametrize("transport", ["file", "http"])
 def test_a_refused_update_is_an_error_here_and_the_engine_has_its_base(transport, base, tmp_path):
     model, engine = attached(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
@@ -134,6 +137,7 @@ def test_two_trainers_and_one_that_has_died(base, tmp_path):
         with pytest.raises(EngineError, match="bound to sender"):
             SliceSender(model, url).sync()
         assert same(engine, merged(model, tmp_path / "merged", torch.float32))
+        SliceSender(model, url, name=first.name).sync()  # it continues after a restart
         engine.updating = True  # the first one died in the middle of an update
         other = FORMS["indexed"]()
         randomize(other, 7)
@@ -143,29 +147,18 @@ def test_two_trainers_and_one_that_has_died(base, tmp_path):
         assert same(engine, tensors_of(base))
 
 
-def test_the_same_name_continues_after_a_restart(base):
-    engine = CheckpointEngine(base)
-    with serving(app_of(engine)) as url:
-        SliceSender(attached(), url, name="my-run").sync()
-        with SliceSender(attached(), url, name="my-run") as sender:
-            sender.sync()
-    assert engine.sender is None
-
-
-def test_a_server_without_the_routes_or_out_of_reach_says_what_to_do(base):
-    with serving(app_of(CheckpointEngine(base), has_dev_mode=False)) as url:
-        with pytest.raises(EngineError, match="VLLM_SERVER_DEV_MODE=1.*weight-transfer-config"):
-            SliceSender(attached(), url).sync()
-    with pytest.raises(EngineError, match="can't be reached"):
-        SliceSender(attached(), url).sync()
-
-
-def test_a_server_that_does_not_answer_is_given_up(base):
-    engine = CheckpointEngine(base)
-    engine.start_weight_update = lambda: __import__("time").sleep(3)
-    with serving(app_of(engine)) as url:
-        with pytest.raises(EngineError, match="did not answer start_weight_update within 0.5 s"):
-            SliceSender(attached(), url, timeout=0.5).sync()
+def test_a_server_that_does_not_answer_as_it_must_says_what_to_do(base):
+    engine, given_up = CheckpointEngine(base), threading.Event()
+    engine.start_weight_update = lambda: given_up.wait(30)
+    with serving(app_of(CheckpointEngine(base), has_dev_mode=False)) as closed, serving(app_of(engine)) as slow:
+        for url, word in (
+            (closed, "VLLM_SERVER_DEV_MODE=1.*weight-transfer-config"),
+            ("http://127.0.0.1:9", "can't be reached"),
+            (slow, "did not answer start_weight_update within 0.5 s"),
+        ):
+            with pytest.raises(EngineError, match=word):
+                SliceSender(attached(), url, timeout=0.5 if url == slow else 30).sync()
+        given_up.set()
 
 
 def test_trl_protocol(base, tmp_path):
@@ -209,24 +202,32 @@ def test_a_merged_peft_model_sends_the_same_numbers(base, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("engine", "options", "words"),
+    ("engine", "options", "error", "word"),
     [
-        ("localhost:8000", {}, "engine must be an address"),
-        ("http://localhost", {"transport": "pigeon"}, "transport must be auto or one of direct, file, http, nccl"),
-        ("http://localhost", {"transport": "direct"}, "transport direct needs an LLM in this process"),
-        ("http://localhost", {"transport": "file", "folder": "/none"}, "folder /none does not exist"),
+        ("localhost:8000", {}, ValueError, "address"),
+        (3, {}, TypeError, "int"),
+        ("http://localhost", {"transport": "pigeon"}, ValueError, "auto or one of direct, file, http"),
+        ("http://localhost", {"transport": "direct"}, ValueError, "LLM in this process"),
+        ("http://localhost", {"transport": "file", "folder": "/none"}, ValueError, "/none"),
+        ("http://localhost:9", {"dtype": torch.float32}, ValueError, "sender.model"),
     ],
 )
-def test_wrong_arguments_are_refused_at_once(engine, options, words):
-    with pytest.raises(ValueError, match=words):
-        SliceSender(None, engine, **options)
+def test_wrong_arguments_are_refused(engine, options, error, word):
+    with pytest.raises(error, match=word):
+        SliceSender(None, engine, **options).sync()
 
 
-def test_an_object_that_is_no_engine_is_refused():
-    with pytest.raises(TypeError, match="engine must be the address of a vLLM server or vLLM's LLM, got int"):
-        SliceSender(None, 3)
-
-
-def test_a_sender_without_a_model_says_so(base):
-    with pytest.raises(ValueError, match="set sender.model"):
-        SliceSender(None, CheckpointEngine(base)).sync()
+@pytest.mark.parametrize(
+    ("environment", "chosen"),
+    [({}, True), ({"MASTER_PORT": "0"}, True), ({"MASTER_PORT": "4321"}, False), ({"WORLD_SIZE": "2"}, False)],
+)
+def test_runs_that_start_together_have_ports_of_their_own(environment, chosen, monkeypatch):
+    for name in ("MASTER_PORT", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("MASTER_PORT", environment.get("MASTER_PORT", ""))  # and restored afterwards
+    choose_port()
+    port = os.environ["MASTER_PORT"]
+    assert (port != environment.get("MASTER_PORT", "")) == chosen
+    assert not chosen or int(port) > 1024

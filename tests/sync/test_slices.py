@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from support.checkpoint_engine import CheckpointEngine, tensors_of
 from support.composites import composite_of, missing
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
@@ -44,222 +45,198 @@ def check(slices, folder, merge):
     assert set(changed) <= {spec.name for spec in slices.specs} and changed
 
 
-@pytest.mark.parametrize("layout", ["permuted", "indexed"])
+def attached(model, **config):
+    s2ft.attach(model, s2ft.S2FTConfig(**config))
+    return model
+
+
+def peft_form(model, autocast=False, **config):
+    from s2ft.peft import S2FTPeftConfig
+
+    return get_peft_model(model, S2FTPeftConfig(**config), autocast_adapter_dtype=autocast)
+
+
+def merged(model):
+    return model.merge_and_unload() if hasattr(model, "merge_and_unload") else s2ft.merge(model)
+
+
+@pytest.mark.parametrize("form", ["permuted", "indexed", "peft"])
 @pytest.mark.parametrize("case", ALL)
-def test_slices_of_an_attached_model_are_those_of_the_merged_checkpoint(case, layout, tmp_path):
-    model = model_of(case)
+def test_slices_are_those_of_the_merged_checkpoint(case, form, tmp_path):
+    model, ratios = model_of(case), ratios_for(case, ALL_RATIOS)
     model.save_pretrained(tmp_path / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
+    model = peft_form(model, **ratios) if form == "peft" else attached(model, **ratios, layout=form)
     slices = TrainedSlices.of(model)
     randomize(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     assert slices.numel == trained == slices.buffer().numel()
-    check(slices, tmp_path, lambda: s2ft.merge(model))
+    check(slices, tmp_path, lambda: merged(model))
 
 
-@pytest.mark.parametrize("case", ALL)
-def test_slices_of_a_peft_model_are_those_of_the_merged_checkpoint(case, tmp_path):
-    from peft import get_peft_model
-
-    from s2ft.peft import S2FTPeftConfig
-
-    model = model_of(case)
-    model.save_pretrained(tmp_path / "base")
-    model = get_peft_model(model, S2FTPeftConfig(**ratios_for(case, ALL_RATIOS)), autocast_adapter_dtype=False)
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    assert slices.numel == sum(p.numel() for p in model.parameters() if p.requires_grad)
-    check(slices, tmp_path, model.merge_and_unload)
+# ---- weights in full, dtypes, several adapters ---------------------------------------------------------
 
 
-# ---- weights in full, refusals -------------------------------------------------------------------------
-
-
-def test_weights_that_are_trained_in_full_are_sent_in_full(tmp_path):
-    """The final norm by its name, and a norm of a block that was unfrozen by hand."""
-    model = model_of("llama-grouped")
-    model.save_pretrained(tmp_path / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]))
+def unfrozen(model):
+    """Its norm by its name, and a norm of a block that was unfrozen by hand."""
+    model = attached(model, d_ratio=0.1, modules_to_save=["model.norm"])
     model.model.layers[1].input_layernorm.weight.requires_grad_(True)
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    names = {spec.name: spec for spec in slices.specs}
-    whole = names["model.norm.weight"]
-    assert whole.dim == 0 and whole.values_shape == whole.shape == (24,)
-    assert "model.layers.1.input_layernorm.weight" in names
-    check(slices, tmp_path, lambda: s2ft.merge(model))
+    return model
 
 
-def test_a_tied_head_that_is_trained_has_the_name_in_the_files(tmp_path):
-    model = model_of("qwen2-grouped-tied")
-    model.save_pretrained(tmp_path / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
-    slices = TrainedSlices.of(model)
-    assert slices.specs[-1].name == "model.embed_tokens.weight"
-    randomize(model)
-    check(slices, tmp_path, lambda: s2ft.merge(model))
-
-
-def test_modules_to_save_of_peft_are_sent_in_full(tmp_path):
-    from peft import get_peft_model
-
+def two_adapters(model):
     from s2ft.peft import S2FTPeftConfig
 
-    model = model_of("llama-grouped")
+    model = peft_form(model, d_ratio=0.1, seed=1)
+    config = S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2)
+    model.add_adapter("two", config, autocast_adapter_dtype=False)
+    model.base_model.set_adapter(["default", "two"])
+    return model
+
+
+WIDE = dict(d_ratio=0.1, o_ratio=0.5)
+MADE = {  # the case, its dtype, what is made of it, and the name of a tensor that is sent
+    "norms in full": ("llama-grouped", torch.float32, unfrozen, "model.layers.1.input_layernorm.weight"),
+    "a tied head": (
+        "qwen2-grouped-tied",
+        torch.float32,
+        lambda model: attached(model, d_ratio=0.1, modules_to_save=["lm_head"]),
+        "model.embed_tokens.weight",
+    ),
+    "modules_to_save of PEFT": (
+        "llama-grouped",
+        torch.float32,
+        lambda model: peft_form(model, d_ratio=0.1, modules_to_save=["lm_head"]),
+        "lm_head.weight",
+    ),
+    "a float32 delta of a bfloat16 base": (
+        "llama-grouped",
+        torch.bfloat16,
+        lambda model: attached(model, **WIDE, delta_dtype="float32"),
+        None,
+    ),
+    "PEFT's float32 delta of it": ("llama-grouped", torch.bfloat16, lambda model: peft_form(model, True, **WIDE), None),
+    "two adapters of PEFT": ("llama-grouped", torch.float32, two_adapters, None),
+}
+
+
+@pytest.mark.parametrize("name", MADE)
+def test_all_that_is_trained_is_sent_as_it_is_merged(name, tmp_path):
+    case, dtype, make, sends = MADE[name]
+    model = model_of(case, dtype)
     model.save_pretrained(tmp_path / "base")
-    config = S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"])
-    model = get_peft_model(model, config, autocast_adapter_dtype=False)
+    model = make(model)
     slices = TrainedSlices.of(model)
     randomize(model)
-    assert slices.specs[-1].name == "lm_head.weight"
-    check(slices, tmp_path, model.merge_and_unload)
+    assert slices.dtype == dtype and (sends is None or sends in {spec.name for spec in slices.specs})
+    check(slices, tmp_path, lambda: merged(model))
 
 
-def test_a_weight_that_is_unfrozen_later_is_not_forgotten():
-    model = model_of("llama-grouped")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
+def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp_path):
+    if missing(model_type):
+        pytest.skip("not in this release of transformers")
+    model = composite_of(model_type)
+    model.save_pretrained(tmp_path / "base")
+    model = attached(type(model).from_pretrained(tmp_path / "base"), d_ratio=0.2, u_ratio=0.1, o_ratio=0.5)
     slices = TrainedSlices.of(model)
-    model.model.norm.weight.requires_grad_(True)
-    with pytest.raises(RuntimeError, match="model.norm.weight was unfrozen or frozen .*: make a new SliceSender"):
-        slices.buffer()
-
-
-def test_a_trained_bias_of_a_coupling_is_refused():
-    model = model_of("llama-biased")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-    model.model.layers[0].mlp.down_proj.bias.requires_grad_(True)
-    with pytest.raises(ValueError, match="down_proj.bias requires a gradient, .* would not be sent"):
-        TrainedSlices.of(model)
+    randomize(model)
+    check(slices, tmp_path, lambda: s2ft.merge(model))
 
 
 def test_units_of_two_projections_in_one_weight_are_one_slice():
     """GPT-2's c_attn has queries, keys and values in one weight, with the inputs first."""
-    model = model_of("gpt2")
-    s2ft.attach(model, s2ft.S2FTConfig(q_ratio=0.5, v_ratio=0.5))
-    specs = {spec.name: spec for spec in TrainedSlices.of(model).specs}
+    specs = {spec.name: spec for spec in TrainedSlices.of(attached(model_of("gpt2"), q_ratio=0.5, v_ratio=0.5)).specs}
     spec = specs["transformer.h.0.attn.c_attn.weight"]
     assert spec.dim == 1 and spec.shape == (24, 72) and bool((spec.index.diff() > 0).all())
     assert spec.index.numel() == 24 and len(specs) == 3
 
 
-def test_experts_are_separate_tensors_of_the_files():
-    model = model_of("mixtral")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.1))
-    names = {spec.name for spec in TrainedSlices.of(model).specs}
-    assert all(".block_sparse_moe.experts." in name and name.endswith((".w2.weight", ".w3.weight")) for name in names)
-
-
-def test_numbers_are_rounded_first_as_the_trainer_merges_and_then_to_the_engine():
-    model = model_of("llama-grouped", torch.float32)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-    randomize(model)
-    exact = TrainedSlices.of(model).buffer()
-    assert exact.dtype == torch.float32
-    assert torch.equal(TrainedSlices.of(model, torch.bfloat16).buffer(), exact.bfloat16())
-
-
-def test_the_float32_delta_of_a_bfloat16_base_is_rounded_once(tmp_path):
-    model = model_of("llama-grouped", torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.5, delta_dtype="float32"))
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    assert slices.dtype == torch.bfloat16
-    check(slices, tmp_path, lambda: s2ft.merge(model))
-
-
-def test_fused_layers_send_the_same(tmp_path):
-    model = model_of("llama-grouped")
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios_for("llama-grouped", ALL_RATIOS)))
+def test_numbers_are_rounded_for_the_engine_and_fused_layers_send_the_same():
+    model = attached(model_of("llama-grouped", torch.float32), **ratios_for("llama-grouped", ALL_RATIOS))
     randomize(model)
     before = TrainedSlices.of(model)
+    exact = before.buffer()
+    assert torch.equal(TrainedSlices.of(model, torch.bfloat16).buffer(), exact.bfloat16())
     s2ft.fuse(model)
     after = TrainedSlices.of(model)
-    assert torch.equal(before.buffer(), after.buffer())
+    assert torch.equal(after.buffer(), exact)
     assert all(torch.equal(one.hashes, two.hashes) for one, two in zip(before.specs, after.specs))
 
 
-def test_an_adapter_that_is_off_or_not_alone_is_refused(tmp_path):
-    model = model_of("llama-grouped")
-    with pytest.raises(ValueError, match="has no S²FT adapter"):
-        TrainedSlices.of(model)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="old")
-    s2ft.save_adapter(model, tmp_path / "old")
-    s2ft.detach(model)
-    s2ft.load_adapter(model, tmp_path / "old")
-    with pytest.raises(ValueError, match="not active, so there is nothing to send: attach one"):
-        TrainedSlices.of(model)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="new")
-    slices = TrainedSlices.of(model)
-    s2ft.set_adapter(model, None)
-    with pytest.raises(ValueError, match="call s2ft.set_adapter"):
-        slices.buffer()
-    s2ft.set_adapter(model, {"old": 1.0, "new": 1.0})
-    with pytest.raises(ValueError, match="adapter 'old' is active together with the trainable one"):
-        TrainedSlices.of(model)
+# ---- refusals ------------------------------------------------------------------------------------------
 
 
-def test_what_peft_can_not_send_is_refused():
-    from peft import LoraConfig, get_peft_model
+def trained_bias():
+    model = attached(model_of("llama-biased"), d_ratio=0.1)
+    model.model.layers[0].mlp.down_proj.bias.requires_grad_(True)
+    return model
 
-    from s2ft.peft import S2FTPeftConfig
 
-    lora = get_peft_model(model_of("llama-grouped"), LoraConfig(target_modules=["down_proj"]))
-    with pytest.raises(ValueError, match="adapter 'default' of the PeftModel is of LoraConfig"):
-        TrainedSlices.of(lora)
-    tokens = S2FTPeftConfig(d_ratio=0.1, trainable_token_indices=[3])
-    with pytest.raises(ValueError, match="trainable_token_indices, which are not sent"):
-        TrainedSlices.of(get_peft_model(model_of("llama-grouped"), tokens))
-    model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1))
+def merged_adapter():
+    model = peft_form(model_of("llama-grouped"), d_ratio=0.1)
     model.merge_adapter()
-    with pytest.raises(ValueError, match="call unmerge_adapter first"):
-        TrainedSlices.of(model)
-    model.unmerge_adapter()
-    slices = TrainedSlices.of(model)
-    with model.disable_adapter(), pytest.raises(ValueError, match="are disabled"):
-        slices.buffer()
+    return model
 
 
-def test_two_active_adapters_of_peft_are_sent_as_their_sum(tmp_path):
-    from peft import get_peft_model
-
-    from s2ft.peft import S2FTPeftConfig
-
-    model = model_of("llama-grouped")
-    model.save_pretrained(tmp_path / "base")
-    model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.1, seed=1), "one", autocast_adapter_dtype=False)
-    model.add_adapter("two", S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2), autocast_adapter_dtype=False)
-    model.base_model.set_adapter(["one", "two"])
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    check(slices, tmp_path, model.merge_and_unload)
-
-
-def test_a_quantized_base_is_refused():
+def quantized():
     pytest.importorskip("torchao")
     from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
     model = model_of("llama-grouped")
     quantize_(model.model.layers, Int8WeightOnlyConfig())
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, layout="indexed"))
-    with pytest.raises(ValueError, match="down_proj is quantized, and merged numbers can't be written"):
-        TrainedSlices.of(model)
+    return attached(model, d_ratio=0.2, layout="indexed")
 
 
-def test_experts_that_the_files_keep_in_one_tensor_are_refused():
+def experts_in_one_tensor():
     from transformers import GptOssConfig, GptOssForCausalLM
 
     config = GptOssConfig(
         hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
         head_dim=8, vocab_size=67, num_local_experts=4, layer_types=["full_attention"] * 2,
     )  # fmt: skip
-    model = GptOssForCausalLM(config)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
-    with pytest.raises(ValueError, match="experts.down_proj: its checkpoint has the experts in one tensor"):
-        TrainedSlices.of(model)
+    return attached(GptOssForCausalLM(config), d_ratio=0.2)
+
+
+REFUSED = {
+    "no adapter": (lambda: model_of("llama-grouped"), "no S²FT adapter"),
+    "a bias of a coupling": (trained_bias, "down_proj.bias requires a gradient"),
+    "LoRA": (lambda: get_peft_model(model_of("llama-grouped"), LoraConfig(target_modules=["down_proj"])), "LoraConfig"),
+    "tokens": (lambda: peft_form(model_of("llama-grouped"), d_ratio=0.1, trainable_token_indices=[3]), "token_indices"),
+    "a merged adapter": (merged_adapter, "unmerge_adapter"),
+    "a quantized base": (quantized, "down_proj is quantized"),
+    "experts in one tensor": (experts_in_one_tensor, "one tensor"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_can_not_be_sent_is_refused(name):
+    make, word = REFUSED[name]
+    with pytest.raises(ValueError, match=word):
+        TrainedSlices.of(make())
+
+
+def test_what_changes_after_the_description_is_noticed(tmp_path):
+    model = attached(model_of("llama-grouped"), d_ratio=0.1)
+    s2ft.save_adapter(model, tmp_path / "old")
+    slices = TrainedSlices.of(model)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.raises(RuntimeError, match="model.norm.weight was unfrozen"):
+        slices.buffer()
     s2ft.detach(model)
-    s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.5))
-    assert TrainedSlices.of(model).numel == 2 * 2 * 8 * 32
+    s2ft.load_adapter(model, tmp_path / "old", "old")
+    with pytest.raises(ValueError, match="attach one"):
+        TrainedSlices.of(model)
+    slices = TrainedSlices.of(attached(model, d_ratio=0.1))
+    s2ft.set_adapter(model, None)
+    with pytest.raises(ValueError, match="set_adapter"):
+        slices.buffer()
+    s2ft.set_adapter(model, {"old": 1.0, "default": 1.0})
+    with pytest.raises(ValueError, match="'old' is active together"):
+        TrainedSlices.of(model)
+    model = peft_form(model_of("llama-grouped"), d_ratio=0.1)
+    slices = TrainedSlices.of(model)
+    with model.disable_adapter(), pytest.raises(ValueError, match="are disabled"):
+        slices.buffer()
 
 
 def test_the_memory_of_a_sync_is_that_of_the_slices():
@@ -285,38 +262,6 @@ def test_the_memory_of_a_sync_is_that_of_the_slices():
         slices.buffer()
     weight = model.model.layers[0].mlp.down_proj.weight.numel()
     assert 0 < largest.made == slices.numel < weight
-
-
-# ---- models with several parts -------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
-def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp_path):
-    if missing(model_type):
-        pytest.skip("not in this release of transformers")
-    model = composite_of(model_type)
-    model.save_pretrained(tmp_path / "base")
-    model = type(model).from_pretrained(tmp_path / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.1, o_ratio=0.5))
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    check(slices, tmp_path, lambda: s2ft.merge(model))
-
-
-def test_a_peft_delta_in_float32_on_a_bfloat16_base(tmp_path):
-    """PEFT makes adapters of half-precision bases in float32."""
-    from peft import get_peft_model
-
-    from s2ft.peft import S2FTPeftConfig
-
-    model = model_of("llama-grouped", torch.bfloat16)
-    model.save_pretrained(tmp_path / "base")
-    model = get_peft_model(model, S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5))
-    assert {one.dtype for one in model.parameters() if one.requires_grad} == {torch.float32}
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    assert slices.dtype == torch.bfloat16
-    check(slices, tmp_path, model.merge_and_unload)
 
 
 def test_a_model_that_is_not_of_transformers_has_the_names_of_its_weights():

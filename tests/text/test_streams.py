@@ -2,11 +2,9 @@
 
 import pytest
 from hypothesis import given, settings, strategies as st
-from tokenizers import Tokenizer, decoders, models, normalizers
 from train.tiny import tiny_tokenizer
-from transformers import PreTrainedTokenizerFast
 
-from s2ft.text.streams import TextStream, TokenNames
+from s2ft.text.streams import TextStream
 
 TOKENIZER = tiny_tokenizer()
 
@@ -63,27 +61,3 @@ def test_text_that_may_become_a_stop_string_is_held_back():
 def test_held_text_is_returned_at_the_end(stop):
     found, stopped = pieces(TOKENIZER("a zz", add_special_tokens=False)["input_ids"], stop)
     assert "".join(found) == "a zz" and not stopped
-
-
-@pytest.mark.parametrize("kind", ["byte level", "SentencePiece"])
-def test_the_bytes_of_single_tokens_add_up_to_the_text(kind):
-    text = "Hello  wörld 日本 \N{GRINNING FACE}"
-    tokenizer = TOKENIZER if kind == "byte level" else pieces_tokenizer(text[:-1])
-    ids, names = tokenizer(text, add_special_tokens=False)["input_ids"], TokenNames(tokenizer)
-    assert b"".join(names.bytes(token) for token in ids).decode().removeprefix(" ") == text
-    part = ids[-1]
-    assert names.text(part) == "\N{REPLACEMENT CHARACTER}" and names.key(part) == r"bytes:\x80"
-    assert names.key(ids[0]) == names.text(ids[0]) != ""
-
-
-def pieces_tokenizer(letters):
-    """A tokenizer of letters with a mark for spaces, which writes other characters as bytes."""
-    words = ["<unk>", "\u2581", *dict.fromkeys(letters.replace(" ", "")), *(f"<0x{byte:02X}>" for byte in range(256))]
-    tokenizer = Tokenizer(
-        models.BPE(vocab={word: n for n, word in enumerate(words)}, merges=[], unk_token="<unk>", byte_fallback=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer)

@@ -91,19 +91,6 @@ def test_a_run_goes_on_with_the_same_rows_on_another_number_of_devices(tmp_path,
         folder.begin(now, resume=True)
 
 
-def test_a_run_of_an_older_s2ft_goes_on_with_the_same_division(tmp_path):
-    old = {
-        name: value
-        for name, value in division(4, 2, 1).items()
-        if name not in ("groups_of_devices", "training.batch_size")
-    }
-    folder = RunFolder(tmp_path)
-    folder.begin(old)
-    folder.begin(division(4, 2, 1), resume=True)
-    with pytest.raises(ValueError, match="gradient_accumulation_steps was 1, is 2"):
-        folder.begin(division(2, 2, 2), resume=True)
-
-
 def test_a_truncated_log_is_read_up_to_the_last_full_line(tmp_path):
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}] and read_log(tmp_path / "none") == []

@@ -10,8 +10,8 @@ from train.tiny import save_tiny, tiny_model
 import s2ft
 from s2ft.cli.main import main
 from s2ft.estimation.result import size_of
-from s2ft.train.ratio_table import planned, rows_of
-from s2ft.train.remedies import loss_in_chunks
+from s2ft.train.loss import loss_in_chunks
+from s2ft.train.ratio_table import planned, rows_of, saved_by_bits
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25, o_ratio=0.25)
 
@@ -76,10 +76,11 @@ def test_estimate_counts_the_ends_and_draws_a_line_that_is_never_below(folder, c
     assert [row["fits"] for row in rows] == [row["peak"] <= 300 * 1024 for row in rows]
 
 
-def test_estimate_measures_on_request(folder, capsys):
-    command = ["estimate", folder, "--batch-size", 1, "--max-length", 8, "--ratios", 0.03, "--gradient-checkpointing"]
-    text = printed(capsys, *command, "--device", "cpu", "--device-memory", "1GB", "--measure")
-    assert "fits" in text and "s a forward and backward pass here" in text and "random weights" in text
+def test_a_quantized_base_saves_what_its_linear_layers_save():
+    model = tiny_model(tie_word_embeddings=False)
+    weights = [layer.weight.numel() for layer in model.model.modules() if type(layer) is torch.nn.Linear]
+    assert len(weights) == 14 and saved_by_bits(model, None) == 0  # without the output layer
+    assert saved_by_bits(model, "4bit") == int(sum(weights) * (4 - 4.5 / 8) - 4 * max(weights))
 
 
 @pytest.mark.parametrize("text,expected", (("24GB", 24 << 30), ("80 GiB", 80 << 30), ("1.5g", 3 << 29), ("7", 7)))
@@ -99,11 +100,3 @@ def test_sizes_of_a_device(text, expected):
 def test_mistakes(folder, words, message, capsys):
     assert main(["estimate", str(folder), *words]) == 2
     assert message in capsys.readouterr().err
-
-
-def test_the_time_of_a_step_needs_no_weights_of_the_model():
-    from s2ft.train.measure import seconds_of_step
-
-    with torch.device("meta"):
-        hollow = type(tiny_model())(tiny_model().config)
-    assert seconds_of_step(hollow, CONFIG, 1, 8, device="cpu") > 0

@@ -1,26 +1,14 @@
-"""GRPO whose answers vLLM samples: trainer and engine agree on them as well as they do on the base."""
+"""The example of GRPO whose answers vLLM samples: trainer and engine agree on their log-probabilities."""
 
-import json
 import os
 import subprocess
 import sys
 
 import pytest
-from support.vllm_rl import ROOT, run, save_base
+from support.vllm_rl import ROOT, save_base
 from support.vllm_transfer import OFFLINE
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_trainer_and_engine_agree_after_each_update(dtype, tmp_path):
-    folder = save_base(tmp_path / "base", dtype)
-    found = run("agreement", folder, dtype)
-    assert found["steps"] == [0, 1, 2] and found["trained"]["tokens"] == found["base"]["tokens"]
-    # weights that were not sent show: see "stale"
-    for name in ("mean", "quantile"):
-        assert found["trained"][name] <= 1.5 * found["base"][name], json.dumps(found)
-    assert found["stale"]["mean"] > 20 * found["last"]["mean"], json.dumps(found)
 
 
 def test_the_example_samples_by_vllm(tmp_path):

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.pairs import pairs
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
 from torch import nn
@@ -76,6 +77,18 @@ def case(dim, dtype, device, slots, inputs=37, outputs=53, sizes=(7, 0, 20, 5)):
     return bank, x.to(device), y.to(device), torch.stack(rows)
 
 
+def batch_of(slots, rows=64, many=None, device="cpu"):
+    """The batch of an engine that has had another one before."""
+    batch = Batch.like(torch.full((rows,), 999, device=device), 4, many)
+    fill(batch, slots)
+    return batch
+
+
+def fill(batch, slots):
+    batch.slots[: len(slots)] = torch.tensor(slots)
+    batch.update(np.array(slots))
+
+
 BATCHES = {
     "decode": [0, 2, -1, 3, 1, 2],
     "one adapter": [2] * 40,
@@ -87,19 +100,14 @@ BATCHES = {
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("many", (3, 1000))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("dim", (0, 1))
-@pytest.mark.parametrize("name", BATCHES)
+@pytest.mark.parametrize("name, dtype, many", pairs(BATCHES, DTYPES, (3, 1000)), ids=str)
 def test_every_token_gets_its_adapter(name, dim, dtype, many, device):
     torch.manual_seed(0)
     slots = BATCHES[name]
     bank, x, y, expected = case(dim, dtype, device, slots)
-    batch = Batch.like(torch.full((64,), 999, device=device), 4, many)
-    batch.slots[: len(slots)] = torch.tensor(slots)
-    batch.update(np.array(slots))
     before = y.clone()
-    add_slices_(y, x, bank, batch)
+    add_slices_(y, x, bank, batch_of(slots, 64, many, device))
     rtol, atol = GEMM[dtype]
     torch.testing.assert_close(y.double().cpu(), expected, rtol=rtol, atol=atol * max(1, expected.abs().max().item()))
     without = torch.tensor([slot in (-1, 1) for slot in slots])  # slot 1 is empty
@@ -111,32 +119,20 @@ def test_a_sum_is_rounded_once(dim):
     """y + product in float32, then bfloat16, as when the base and the delta are one matrix product."""
     torch.manual_seed(0)
     bank, x, y, expected = case(dim, torch.bfloat16, "cpu", [2] * 40)
-    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4, many=16)
-    batch.slots[:40] = 2
-    batch.update(np.full(40, 2))
-    add_slices_(y, x, bank, batch)
+    add_slices_(y, x, bank, batch_of([2] * 40, many=16))
     step = torch.finfo(torch.bfloat16).eps * expected.abs()
     assert ((y.double() - expected).abs() <= 0.501 * step + 1e-6).all()
 
 
-def test_padding_after_the_batch_does_not_matter():
+def test_padding_after_the_batch_and_another_dtype_of_the_output():
     """A CUDA graph has more rows than the batch; what they have is never read."""
     bank, x, y, expected = case(1, torch.float64, "cpu", [0, 2, -1])
-    batch = Batch.like(torch.full((8,), 77), 4)
-    batch.slots[:3] = torch.tensor([0, 2, -1])
-    batch.update(np.array([0, 2, -1]))
     x, y = torch.cat((x, x[:2])), torch.cat((y, y[:2]))
-    add_slices_(y, x, bank, batch)
+    add_slices_(y, x, bank, batch_of([0, 2, -1], 8))
     torch.testing.assert_close(y[:3], expected)
-
-
-def test_a_layer_with_another_output_dtype():
     bank, x, y, expected = case(0, torch.bfloat16, "cpu", [0, 2, -1])
-    batch = Batch.like(torch.empty(8, dtype=torch.int64), 4)
-    batch.slots[:3] = torch.tensor([0, 2, -1])
-    batch.update(np.array([0, 2, -1]))
     y = y.float()
-    add_slices_(y, x, bank, batch)
+    add_slices_(y, x, bank, batch_of([0, 2, -1], 8))
     torch.testing.assert_close(y.double(), expected, rtol=1e-2, atol=5e-2)
 
 
@@ -160,8 +156,7 @@ def test_torch_compile_does_not_look_into_the_op():
         other, x, y, expected = case(1, torch.float64, "cpu", slots)
         for slot in range(4):
             bank.put(slot, *other.units(slot))
-        batch.slots[: len(slots)] = torch.tensor(slots)
-        batch.update(np.array(slots))
+        fill(batch, slots)
         delta = expected - y
         got = layer(x.clone(), y.clone())
         torch.testing.assert_close(got, y + 2 * delta + 1)
@@ -171,10 +166,8 @@ def test_torch_compile_does_not_look_into_the_op():
 @pytest.mark.parametrize("many", (4, 100))
 @pytest.mark.parametrize("dim", (0, 1))
 def test_the_op_keeps_its_contract(dim, many):
-    bank, x, y, _ = case(dim, torch.float64, "cpu", [0, 2, -1, 2] * 6)
-    batch = Batch.like(torch.empty(64, dtype=torch.int64), 4, many)
-    batch.slots[:24] = torch.tensor([0, 2, -1, 2] * 6)
-    batch.update(np.array([0, 2, -1, 2] * 6))
+    slots = [0, 2, -1, 2] * 6
+    (bank, x, y, _), batch = case(dim, torch.float64, "cpu", slots), batch_of(slots, many=many)
     torch.library.opcheck(
         torch.ops.s2ft.add_slices_,
         (y, x, bank.values, bank.index, bank.offsets, bank.bounds, batch.slots, batch.order, batch.groups, dim),
@@ -186,8 +179,7 @@ def test_the_op_keeps_its_contract(dim, many):
 @pytest.mark.parametrize("dim", (0, 1))
 def test_a_cuda_graph_serves_other_batches_and_adapters(dim, tokens):
     bank, x, y, _ = case(dim, torch.float32, "cuda", [0] * tokens)
-    batch = Batch.like(torch.empty(64, dtype=torch.int64, device="cuda"), 4)
-    batch.update(np.full(tokens, 0))
+    batch = batch_of([0] * tokens, device="cuda")
     out = y.clone()
     add_slices_(out, x, bank, batch)
     graph = torch.cuda.CUDAGraph()
@@ -199,8 +191,7 @@ def test_a_cuda_graph_serves_other_batches_and_adapters(dim, tokens):
         other, new_x, new_y, expected = case(dim, torch.float32, "cuda", slots)
         for slot in range(4):
             bank.put(slot, *other.units(slot))
-        batch.slots[:tokens] = torch.tensor(slots, device="cuda")
-        batch.update(np.array(slots))
+        fill(batch, slots)
         x.copy_(new_x)
         y.copy_(new_y)
         graph.replay()
@@ -211,9 +202,7 @@ def test_a_cuda_graph_serves_other_batches_and_adapters(dim, tokens):
 def test_the_host_never_waits_for_the_device():
     slots = BATCHES["prompts"]
     bank, x, y, _ = case(1, torch.float32, "cuda", slots)
-    batch = Batch.like(torch.empty(64, dtype=torch.int64, device="cuda"), 4)
-    batch.slots[: len(slots)] = torch.tensor(slots, device="cuda")
-    batch.update(np.array(slots))
+    batch = batch_of(slots, device="cuda")
     add_slices_(y, x, bank, batch)
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -386,17 +375,23 @@ def test_factors_of_a_lora_are_refused():
         layer.set_lora(0, torch.ones(1, 32), torch.ones(12, 1))
 
 
+INDEX, VALUES = encode(torch.tensor([7]), 0), torch.ones(1, 12, dtype=torch.float64)
+
+
 @pytest.mark.parametrize("ranks", (1, 2))
-def test_units_that_do_not_fit_the_layer(ranks):
+@pytest.mark.parametrize(
+    "factors, word",
+    [
+        (([None, encode(torch.tensor([8]), 0), None], [None, VALUES, None]), "outputs 8 to 8"),
+        (([INDEX, None, None], [VALUES[:, :11], None, None]), "shape"),
+        (([INDEX, None], [VALUES, None]), "3 projections"),
+    ],
+)
+def test_units_that_do_not_fit_the_layer(factors, word, ranks):
     layer = Model("query, key and value", ranks).layers[0]
-    good = encode(torch.tensor([7]), 0), torch.ones(1, 12, dtype=torch.float64)
-    with pytest.raises(ValueError, match="outputs 8 to 8, but the layer has 8"):
-        layer.needs([None, encode(torch.tensor([8]), 0), None], [None, good[1], None])
-    with pytest.raises(ValueError, match=r"values of shape \(1, 11\), expected \(1, 12\)"):
-        layer.needs([good[0], None, None], [good[1][:, :11], None, None])
-    with pytest.raises(ValueError, match="3 projections, and the adapter has 2"):
-        layer.needs([good[0], None], [good[1], None])
-    assert layer.needs([good[0], good[0], None], [good[1], good[1], None]) == {0: 2 if ranks == 1 else 1}
+    with pytest.raises(ValueError, match=word):
+        layer.needs(*factors)
+    assert layer.needs([INDEX, INDEX, None], [VALUES, VALUES, None]) == {0: 2 if ranks == 1 else 1}
 
 
 def test_all_ranks_count_the_units_of_the_fullest():
@@ -545,22 +540,25 @@ def loras(number=1, **parts):
 
 
 def test_an_adapter_of_fused_and_other_layers(manager):
-    q = encode(torch.arange(5), 0), torch.ones(5, 12)
     o = encode(torch.arange(3), 1), torch.ones(3, 12)
-    other_rank = {"layers.1.proj": o}
-    layers.admit(manager, loras(q_proj=q, proj=o, **other_rank), "a")
+    layers.admit(manager, loras(**{"q_proj": Q, "proj": o, "layers.1.proj": o}), "a")  # one is on another rank
     needs = manager.s2ft_admission._known[1]
     assert {place.path: units for place, units in needs.items()} == {"layers.0.qkv_proj": 5, "layers.0.proj": 3}
 
 
-def test_adapters_that_are_refused(manager):
-    q = encode(torch.arange(5), 0), torch.ones(5, 12)
-    with pytest.raises(ValueError, match="'a' is no S²FT adapter, .* start it without S2FT_VLLM_SLICES"):
-        layers.admit(manager, loras(q_proj=(torch.ones(1, 12), torch.ones(32, 1))), "a")
-    with pytest.raises(ValueError, match="'a' is no S²FT adapter"):
-        layers.admit(manager, loras(q_proj=q, **{"layers.9.proj": (torch.ones(1, 12), torch.ones(32, 1))}), "a")
-    with pytest.raises(ValueError, match="'a' has slices of layers.9.proj, which is no linear layer"):
-        layers.admit(manager, loras(q_proj=q, **{"layers.9.proj": q}), "a")
-    with pytest.raises(ValueError, match="'a' does not fit layers.0.qkv_proj: values of shape"):
-        layers.admit(manager, loras(q_proj=(q[0], q[1][:, :3])), "a")
+ONE, Q = (torch.ones(1, 12), torch.ones(32, 1)), (encode(torch.arange(5), 0), torch.ones(5, 12))
+
+
+@pytest.mark.parametrize(
+    "parts, word",
+    [
+        (dict(q_proj=ONE), "without S2FT_VLLM_SLICES"),
+        ({"q_proj": Q, "layers.9.proj": ONE}, "no S²FT adapter"),
+        ({"q_proj": Q, "layers.9.proj": Q}, "layers.9.proj"),
+        (dict(q_proj=(Q[0], Q[1][:, :3])), "shape"),
+    ],
+)
+def test_adapters_that_are_refused(manager, parts, word):
+    with pytest.raises(ValueError, match=f"'a' .*{word}"):
+        layers.admit(manager, loras(**parts), "a")
     assert not manager.s2ft_admission._known

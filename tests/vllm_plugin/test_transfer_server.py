@@ -76,7 +76,6 @@ def test_updates_and_refusals(server, served, tmp_path):
     assert refused(update(server, **{**good, "values": "AAAA"}), "values has 3 bytes")
     assert refused(update(server, **{**good, "sender": "b"}), "an update of 'b' is refused")
     assert refused(init(server, specs, "b"), "so sender 'b' is refused: release it")
-    assert refused(update(server, adapter=str(served.adapters / "wide")), "so no adapter is put on")
     assert refused(update(server, nonsense=1), "unexpected keyword argument")
     assert server.checksums() == written and answers(server) == served.answers["down-o"]
     (tmp_path / "numbers").write_bytes(torch.zeros_like(numbers).numpy().tobytes())
@@ -120,26 +119,3 @@ def test_while_requests_run(server, served):
 def _running(server) -> bool:
     lines = server.get("metrics").splitlines()
     return any(line.startswith("vllm:num_requests_running{") and float(line.split()[-1]) > 0 for line in lines)
-
-
-def test_adapters_are_put_on(server, served, tmp_path):
-    for name in ("down-o", "wide", "other"):
-        assert ok(update(server, adapter=str(served.adapters / name)))
-        assert answers(server) == served.answers[name]
-    specs, _ = slices_of(served, "down-o")
-    assert refused(init(server, specs), "has the adapter 'other', so sender 'a' is refused")
-    (tmp_path / "damaged").mkdir()
-    assert refused(
-        update(server, adapter=str(tmp_path / "damaged")), "is not an S²FT adapter: it has no s2ft_config.json"
-    )
-    assert refused(update(server, adapter=str(tmp_path / "missing")), "doesn't exist")
-    assert answers(server) == served.answers["other"]
-    assert ok(update(server, base=True)) and server.checksums() == server.first
-
-
-def test_an_adapter_of_another_base_is_refused(server, served, tmp_path):
-    from support.vllm_models import save_adapters, tiny_llama
-
-    other = save_adapters(tiny_llama(seed=5), tmp_path, {"foreign": dict(d_ratio=0.03)})
-    assert refused(update(server, adapter=str(other.adapters / "foreign")), "another base")
-    assert server.checksums() == server.first and answers(server) == served.answers["base"]

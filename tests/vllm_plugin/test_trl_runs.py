@@ -58,11 +58,9 @@ def test_trl_with_a_server(kind, form, base, server):
     assert server.checksums() == before
 
 
-@pytest.mark.parametrize("transport", ["http", "nccl"])
-def test_other_transports_to_a_server(transport, base, server):
-    """On the CPU the group of transport nccl uses gloo."""
+def test_a_server_of_another_machine(base, server):
     before = server.checksums()
-    found = run("server", base, server.url, "grpo", "indexed", "float32", transport)
+    found = run("server", base, server.url, "grpo", "indexed", "float32", "http")
     assert found["syncs"] == 3 and found["logp"] < 1e-4
     assert server.checksums() == before
 

@@ -73,11 +73,6 @@ def describe(folder: Path) -> str:
     )
 
 
-def rank_of(folder: Path) -> int:
-    """The highest rank of a folder that :func:`write` wrote."""
-    return read_json(Path(folder) / CONFIG)["r"]
-
-
 def vllm_rank(needed: int) -> int | None:
     """The lowest value of vLLM's --max-lora-rank that is enough for a rank; None if no value is enough."""
     return next((rank for rank in VLLM_RANKS if rank >= needed), None)

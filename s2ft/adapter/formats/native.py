@@ -7,7 +7,6 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,16 +42,11 @@ from s2ft.model.location import Structure, structure_of
 from s2ft.model.registry import couplings_of
 from s2ft.selection import Selection
 
-# The newest schema that is read. Schema 2 added custom couplings, 3 extra weights, 4 one-sided couplings and towers, 5
-# where the slices lie in the model
-SCHEMA = 5
+SCHEMA = 1
 EXTRA = "extra_weights/"  # prefix of the extra weights' names among the tensors
 # Fields that config_sha256 covers. The other fields have a digest of their own, or define how the file is read.
 DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights", "structure")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
-# Fields of S2FTConfig that have an older name in adapter files
-NAMES_IN_FILES = {"ffn_kernel": "fuse_ffn"}
-NAMES_IN_CONFIG = {file: name for name, file in NAMES_IN_FILES.items()}
 DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 MAX_ELEMENTS = 2**24  # of one side of a weight whose size is read from couplings in the file
 
@@ -93,13 +87,12 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         _check_can_save(name, value)
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
     structure = adapter.structure or _structure_in(model, adapter)
-    schema = _lowest_schema(adapter, structure)
-    blob = save(tensors, metadata={"format": "s2ft", "schema": str(schema)})
+    blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {
-        "schema": schema,
+        "schema": SCHEMA,
         "s2ft_version": s2ft.__version__,
         "name": adapter.name,
-        "config": {NAMES_IN_FILES.get(name, name): value for name, value in adapter.config.to_dict().items()},
+        "config": adapter.config.to_dict(),
         "projections": {
             path: {"dim": delta.dim, "units": adapter.selection[path].tolist()}
             for path, delta in sorted(adapter.deltas.items())
@@ -131,15 +124,6 @@ def _structure_in(model: nn.Module | None, adapter: Adapter) -> Structure | None
     return structure_of(model, couplings, adapter.deltas)
 
 
-def _lowest_schema(adapter: Adapter, structure: Structure | None) -> int:
-    """The oldest schema that can hold the adapter, so that an earlier s2ft reads all that it can."""
-    if structure is not None:
-        return 5
-    if adapter.config.l_ratio or adapter.config.towers or any(c.is_one_sided for c in adapter.couplings or ()):
-        return 4
-    return 3 if adapter.extra_weights else 2
-
-
 def _check_can_save(name: str, value: Tensor) -> None:
     check_parameter(name, "save")
     if value.dtype not in DTYPES:
@@ -164,16 +148,11 @@ def _digest(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
-def read(
-    folder, model: nn.Module | None = None, name: str | None = None, couplings: Sequence[Coupling] | None = None
-) -> Adapter:
+def read(folder) -> Adapter:
     """Read an adapter. Anything missing, left over, misshapen or damaged is an error that names it.
 
     Args:
         folder: The adapter's folder.
-        model: Not used; other formats need it.
-        name: The adapter's name; default: the name in the file.
-        couplings: Not used; the file has them.
 
     Returns:
         The adapter, on the CPU.
@@ -182,11 +161,7 @@ def read(
         FileNotFoundError: A file is missing.
         ValueError: A file is damaged or its content is not valid.
     """
-    adapter = read_files(folder)[0]
-    if name is not None:
-        check_adapter_name(name, "name")
-        adapter.name = name
-    return adapter
+    return read_files(folder)[0]
 
 
 def read_files(folder) -> tuple[Adapter, dict[str, bytes]]:
@@ -262,7 +237,7 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
         _field(header, "info", dict, path),
         _couplings(header, path),
         {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights},
-        _structure(header, path) if header["schema"] > 4 else None,
+        _structure(header, path) if "structure" in header else None,
     )
     _check_digest(header, path)
     return adapter, {} if blob is None else {CONFIG: content, TENSORS: blob}
@@ -273,19 +248,19 @@ def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     schema = header.get("schema") if isinstance(header, dict) else None
     if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
         raise ValueError(f"{path} is not an S²FT adapter config: it has no schema number")
-    if schema > SCHEMA:
+    if schema != SCHEMA:
         raise ValueError(
-            f"{path} has schema {shortened(schema)}; this version of s2ft reads schemas up to {SCHEMA}: update s2ft"
+            f"{path} has schema {shortened(schema)}, and this version of s2ft reads schema {SCHEMA}: use the version "
+            "that saved it, or train and save the adapter again"
         )
-    later = {name for first, name in ((3, "extra_weights"), (5, "structure")) if schema < first}
-    foreign = sorted(header.keys() - (FIELDS - later))
+    foreign = sorted(header.keys() - FIELDS)
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
     return header
 
 
 def _check_digest(header: dict[str, Any], path: Path) -> None:
-    if header["schema"] > 1 and header.get("config_sha256", _digest(header)) != _digest(header):
+    if header.get("config_sha256", _digest(header)) != _digest(header):
         raise ValueError(f"{path} is damaged: its config_sha256 differs")
 
 
@@ -316,7 +291,7 @@ def _projections(header: dict[str, Any], path: Path) -> dict[str, Any]:
 
 def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
     """Dtype and shape of each extra weight, by name."""
-    if header["schema"] < 3 or (header["schema"] > 3 and "extra_weights" not in header):
+    if "extra_weights" not in header:
         return {}
     found = {}
     for name, entry in _field(header, "extra_weights", dict, path).items():
@@ -342,8 +317,7 @@ def _finite(name: str, value: Tensor) -> Tensor:
 
 def _config(header: dict[str, Any], path: Path) -> S2FTConfig:
     try:
-        fields = _field(header, "config", dict, path)
-        return S2FTConfig(**{NAMES_IN_CONFIG.get(name, name): value for name, value in fields.items()})
+        return S2FTConfig(**_field(header, "config", dict, path))
     except TypeError as error:
         raise ValueError(f"{path}: config does not fit this s2ft: {error}") from None
 

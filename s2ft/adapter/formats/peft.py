@@ -4,7 +4,6 @@ PEFT reads and writes it, see :mod:`s2ft.peft`. That package is above this one a
 name, and only for such a folder.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
@@ -14,7 +13,6 @@ from torch import nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.record import find_attachment
 from s2ft.files.reading import read_json
-from s2ft.model.coupling import Coupling
 from s2ft.model.location import structure_of
 from s2ft.model.registry import couplings_of
 
@@ -35,16 +33,13 @@ def describe(folder: Path) -> str:
     return "S²FT adapter of PEFT"
 
 
-def read(
-    folder: Path, model: nn.Module | None = None, name: str | None = None, couplings: Sequence[Coupling] | None = None
-) -> Adapter:
+def read(folder: Path, model: nn.Module | None = None, name: str | None = None) -> Adapter:
     """Read an adapter.
 
     Args:
         folder: The folder.
         model: The adapter's base, without adapters.
         name: The adapter's name. Default: "default".
-        couplings: Not used, because the folder has the couplings of a model of no known family.
 
     Returns:
         The adapter. The model has not changed.

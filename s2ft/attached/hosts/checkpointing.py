@@ -15,7 +15,7 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
     """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
     around = {parent for path in trained for parent in _parents(path)}
     blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
-    # transformers 4 runs a block's hooks inside its checkpoint
+    # up to 5.20 transformers runs a block's hooks inside its checkpoint
     if any("__call__" in vars(_block_class(block)) for block in blocks):
         for embeddings in _embeddings(model):
             embeddings.register_forward_hook(_Embeddings(blocks))
@@ -65,7 +65,7 @@ def _is_reentrant(block: nn.Module) -> bool:
 
 
 class _Embeddings:
-    """The hook for transformers 4: make the output of the embeddings require a gradient, whichever block trains."""
+    """The hook up to transformers 5.20: the embeddings' output requires a gradient, whichever block trains."""
 
     def __init__(self, blocks: list[nn.Module]) -> None:
         self.blocks = blocks

@@ -16,7 +16,8 @@ class SliceBank:
     """Units of a layer's outputs or inputs, slot after slot, without gaps.
 
     The buffers are allocated once and written in place. CUDA graphs that read them stay valid when adapters come and
-    go. What has to move for a new adapter is moved between two steps of the engine.
+    go. What has to move for a new adapter is moved between two steps of the engine. An AdapterBank can't do this: its
+    buffers grow, and it owns the rows of a batch and the forwards of a whole model, which are vLLM's here.
 
     Attributes:
         values: One row per unit, shape [capacity, width].

@@ -1,9 +1,8 @@
 """Make a golden adapter in this folder: `python make.py NAME`.
 
-Each adapter was made by the version of s2ft that wrote its schema: schema-1 before couplings could be given, schema-2
-before its config had a digest, schema-3 with a weight that is trained in full, schema-4 with one-sided couplings,
-schema-5 with several projections in one transposed weight. The adapters are never made again, and every later version
-must load them. A new schema gets a new name and folder.
+There is one of each kind: plain, with couplings of the user, with a weight that is trained in full, with one-sided
+couplings, with several projections in one transposed weight. Once a schema is released its adapters are never made
+again, and every later version must load them. A new schema gets new names and folders.
 """
 
 import hashlib
@@ -16,7 +15,8 @@ from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
 import s2ft
-from s2ft import S2FTConfig
+from s2ft import Coupling, S2FTConfig
+from s2ft.model.coupling import Projection
 
 HERE = Path(__file__).parent
 RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
@@ -60,24 +60,19 @@ def perceptron() -> nn.Module:
 
 
 def couplings() -> list:
-    from s2ft.model.coupling import Coupling, Projection  # did not exist when schema-1 was made
-
     return [Coupling("ffn", 0, (Projection("u", "0", 6, 2, 0),), Projection("d", "2", 6, 2, 1))]
 
 
 def one_sided() -> list:
-    from s2ft import Coupling
-
     return [Coupling.one_sided(0, path="0", count=6, unit=2, side="outputs"), Coupling.one_sided(0, path="2", count=12)]
 
 
 MODELS = {
     "schema-1": llama,
-    "schema-2": llama,
-    "schema-2-couplings": perceptron,
-    "schema-3": llama,
-    "schema-4": perceptron,
-    "schema-5": gpt2,
+    "schema-1-couplings": perceptron,
+    "schema-1-extra-weights": llama,
+    "schema-1-one-sided": perceptron,
+    "schema-1-transposed": gpt2,
 }
 
 
@@ -102,18 +97,17 @@ def save(model: nn.Module, name: str) -> None:
 
 def make(name: str) -> None:
     model = MODELS[name]()
-    if name == "schema-2-couplings":
-        s2ft.attach(
-            model, S2FTConfig(u_ratio=0.5, d_ratio=0.3), name="golden", couplings=couplings(), example=torch.ones(1, 6)
-        )
-    elif name == "schema-3":
-        s2ft.attach(model, S2FTConfig(**RATIOS, modules_to_save=["model.norm"]), name="golden")
-    elif name == "schema-4":
+    options = {}
+    config = S2FTConfig(**RATIOS, layout="permuted" if name == "schema-1" else "indexed")
+    if name == "schema-1-couplings":
+        config = S2FTConfig(u_ratio=0.5, d_ratio=0.3)
+        options = dict(couplings=couplings(), example=torch.ones(1, 6))
+    elif name == "schema-1-extra-weights":
+        config = S2FTConfig(**RATIOS, modules_to_save=["model.norm"])
+    elif name == "schema-1-one-sided":
         config = S2FTConfig(l_ratio=0.3, towers=["language"])
-        s2ft.attach(model, config, name="golden", couplings=one_sided(), verify=False)
-    else:
-        layout = {"schema-1": "permuted"}.get(name, "indexed")
-        s2ft.attach(model, S2FTConfig(**RATIOS, layout=layout), name="golden")
+        options = dict(couplings=one_sided(), verify=False)
+    s2ft.attach(model, config, name="golden", **options)
     save(model, name)
 
 

@@ -1,0 +1,150 @@
+"""The memory of one of several devices, from that of one device, by formulas.
+
+Weights, gradients and states are divided. What a device gathers and holds for communication is one term each, in place
+of a re-enactment of the engines. Against measured ranks (`bench/estimate_ranks.py`) a peak is within 10 %.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+
+from torch import nn
+
+from s2ft.estimation.result import Estimate, MemoryPart
+from s2ft.estimation.strategy import Strategy
+
+MOST = 1024  # devices that are tried
+FLOAT = 4  # bytes of a float32, in which ZeRO's optimizer works
+LIVE = 1_000_000_000  # gathered elements that ZeRO-3 keeps by default
+DIVIDES = ("colwise", "packed_colwise", "rowwise", "packed_rowwise")  # styles whose layers have parts of activations
+GATHERS = ("colwise_gather_output", "colwise_rep", "rowwise_rep", "rowwise_split_input")
+GATHERS += ("embedding_rowwise", "embedding_colwise")
+WHOLE = ("replicated_with_grad_allreduce", "replicate", None)
+
+
+def on_devices(
+    one: Estimate, divided: Mapping[str, int], model: nn.Module, strategy: Strategy, devices: int
+) -> Estimate:
+    """Return the estimate of one of several devices.
+
+    Args:
+        one: The estimate of one device.
+        divided: The kept bytes of each part that tensor parallelism divides.
+        model: The model that was estimated.
+        strategy: The strategy.
+        devices: Number of devices.
+
+    Raises:
+        ValueError: Tensor parallelism can't share the heads among so many devices.
+    """
+    tensor = (strategy.tp_size or devices) if strategy.is_tensor_parallel else 1
+    _check_heads(model, tensor)
+    shards = devices // tensor
+    split = [_split(part, divided.get(part.name, 0), tensor) for part in one.parts]
+    note = f"{strategy.name} is counted by formulas, the peak within about 10 %"
+    parts = [_shard(part, strategy, shards) for part in split]
+    found = replace(one, parts=parts, strategy=strategy.name, devices=devices, notes=(*one.notes, note))
+    states = found.gradients + found.optimizer
+    host = {None: 0, "optimizer": states, "all": states + found.parameters}[strategy.offload]
+    buffers = _buffers(one, strategy)
+    gathered = _gathered(split, model, strategy, shards)
+    temporary = max(0, one.peak - one.parameters - one.buffers - one.gradients - one.optimizer - one.kept)
+    there = found.parameters + found.buffers + states - host
+    peak = there + found.kept + temporary + gathered + buffers
+    return replace(found, peak=peak, host=host, communication=buffers)
+
+
+def _split(part: MemoryPart, divided: int, tensor: int) -> MemoryPart:
+    """Divide a part by tensor parallelism. Every device has the whole of s2, with its gradient and state."""
+    deltas = part.gradients
+    weights = (part.parameters - deltas) // tensor + deltas
+    return replace(part, parameters=weights, kept=part.kept - divided + divided // tensor)
+
+
+def _shard(part: MemoryPart, strategy: Strategy, shards: int) -> MemoryPart:
+    """Divide the weights of a part, or only its gradients and states."""
+    shards = 1 if strategy.name == "ddp" else shards
+    gradients, states = part.gradients, part.optimizer
+    if strategy.is_zero and part.trained:
+        width = part.gradients // part.trained
+        updates_in_place = strategy.name == "zero3" and width == FLOAT  # else the optimizer has a copy
+        states = states * FLOAT // width + (0 if updates_in_place else FLOAT * part.trained)
+        gradients = FLOAT * part.trained if strategy.name == "zero3" else gradients
+    weights = part.parameters // shards if strategy.shards_weights else part.parameters
+    return replace(part, parameters=weights, gradients=gradients // shards, optimizer=states // shards)
+
+
+def _gathered(parts: list[MemoryPart], model: nn.Module, strategy: Strategy, shards: int) -> int:
+    """Return the bytes of whole weights: with FSDP2 the largest group and the block that is gathered ahead."""
+    weights = [part.parameters for part in parts]
+    if strategy.name.endswith("fsdp2"):
+        blocks = [part.parameters for part in parts if re.search(r"\.\d+$", part.name)]
+        two = max(weights) + max(blocks, default=0)
+        return min(two, sum(weights)) if strategy.reshard_after_forward else sum(weights)
+    if strategy.name == "zero3" and (shards > 1 or strategy.offload == "all"):
+        return min(sum(weights), LIVE * next(model.parameters()).itemsize)
+    return 0
+
+
+def _buffers(one: Estimate, strategy: Strategy) -> int:
+    """Return the bytes that are held for communication: DDP's buckets, ZeRO's reduction buffer."""
+    if strategy.is_zero:
+        return strategy.reduce_bucket_size * max(part.gradients // part.trained for part in one.parts if part.trained)
+    return one.gradients if strategy.name == "ddp" else 0
+
+
+def smallest(count: Callable[[int], Estimate], strategy: Strategy) -> Estimate:
+    """Return the estimate of the smallest number of devices on which a step fits.
+
+    Args:
+        count: Returns the estimate of a number of devices.
+        strategy: The strategy.
+
+    Returns:
+        The estimate. If no number fits, that of the largest number that was tried, with a note.
+    """
+    unit = strategy.tp_size or 1
+    found = count(unit)
+    for devices in range(2 * unit, MOST + 1, unit):
+        if found.fits is not False:
+            return found
+        with suppress(ValueError):  # tensor parallelism: so many devices can't share the heads
+            found = count(devices)
+    note = f"no number of devices up to {MOST:,} has enough memory with {strategy.name}"
+    return found if found.fits else replace(found, notes=(*found.notes, note))
+
+
+# ---- tensor parallelism ------------------------------------------------------------------------------------
+
+
+def check_plan(model: nn.Module) -> None:
+    """Check that transformers can divide the layers of a model.
+
+    Raises:
+        ValueError: The model has no plan, or one that divides something that can't be counted.
+    """
+    if not getattr(model, "tp_plan", None):
+        raise ValueError(f"{type(model).__name__} has no plan for tensor parallelism in transformers")
+    for name, _ in model.named_modules():
+        if (style := _style(model, name)) not in (*DIVIDES, *GATHERS, *WHOLE):
+            raise ValueError(f"{name} is split by {style!r} in transformers' plan, which s2ft can't count")
+
+
+def with_parts(model: nn.Module) -> set[str]:
+    """Return the names of modules inside which a tensor-parallel device has a part of the activations."""
+    return {name.rpartition(".")[0] for name, _ in model.named_modules() if _style(model, name) in DIVIDES}
+
+
+def _style(model: nn.Module, name: str) -> str | None:
+    """Return how transformers' plan divides a module."""
+    plan = getattr(model, "tp_plan", None) or {}
+    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+
+
+def _check_heads(model: nn.Module, size: int) -> None:
+    config = model.config.get_text_config() if size > 1 else None
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(config, name, None)
+        if isinstance(heads, int) and heads % size:
+            raise ValueError(f"{type(model).__name__} has {name}={heads}, which {size} devices can't share")
