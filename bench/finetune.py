@@ -42,6 +42,7 @@ from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching
 from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import problem_set, token_rows
+from s2ft.train.device import keep_freed_memory
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
@@ -104,9 +105,11 @@ def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: 
 
 def child(args: argparse.Namespace) -> None:
     """Run one method once and print the result as a line of JSON."""
+    if args.keep_memory and not keep_freed_memory():
+        raise SystemExit("--keep-memory needs glibc")
     model, tokenizer = base_of(args, args.dtype, "cuda" if torch.cuda.is_available() else "cpu")
     model.train()
-    rows = token_rows(tokenizer, problem_set(args.steps * args.batch, False, 0))
+    rows = token_rows(tokenizer, problem_set(args.steps * args.batch, held_out=False))
     with tempfile.TemporaryDirectory() as path:
         arguments = SFTArguments(
             output_dir=path,
@@ -149,6 +152,7 @@ def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
         *(["--model", args.model] if args.model else []),
         *(["--shape", args.shape] if args.shape else []),
         *(["--checkpointing"] if args.checkpointing else []),
+        *(["--keep-memory"] if args.keep_memory else []),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -190,6 +194,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing for all methods")
+    parser.add_argument("--keep-memory", action="store_true", help="keep freed memory of the CPU for the next tensor")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -206,6 +211,7 @@ def main() -> None:
                 runs[method].append(run(method, dtype, args))
         results[dtype] = table(f"{dtype}, batches of {args.batch}, {args.rounds} rounds of {args.steps} steps", runs)
     options = {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing}
+    options["keep_memory"] = args.keep_memory
     save(args.output, {"base": base_name(args), **options, "results": results})
 
 

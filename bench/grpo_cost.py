@@ -31,9 +31,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from grpo import VARIABLES
 from harness import save
 
+VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
+             "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "grpo_cost.json"
 WAYS = ("slices", "lora-merged", "lora-adapter", "full", "transformers")
 WARMUP = 2  # steps that are not measured

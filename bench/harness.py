@@ -1,6 +1,5 @@
 """Functions that all benchmarks share: a description of the machine, interleaved timing, and results as JSON."""
 
-import ctypes
 import json
 import platform
 import random
@@ -23,7 +22,7 @@ def machine() -> dict[str, Any]:
         torch.cuda.init()  # build_info() then lists the CUDA kernels
     info = {
         "date": time.strftime("%Y-%m-%d"),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -34,27 +33,13 @@ def machine() -> dict[str, Any]:
     return info
 
 
-def _processor() -> str:
+def processor() -> str:
+    """The name of the processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
-
-
-def keep_memory() -> bool:
-    """Let the C library keep freed memory, as PyTorch's allocators for GPUs do. Returns False if it is not glibc.
-
-    By default a large tensor that is freed goes back to the system, and the next one is zeroed page by page again. That
-    can be a third of a step on a CPU. It makes times of equal steps differ by 10 %, and it favours a step that makes
-    fewer tensors.
-    """
-    never_trim, never_map = (-1, 2**31 - 1), (-4, 0)  # M_TRIM_THRESHOLD, M_MMAP_MAX
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return False
-    return all(mallopt(*setting) for setting in (never_trim, never_map))
 
 
 def interleaved(

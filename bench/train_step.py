@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved, keep_memory, median_ratio, save
+from harness import interleaved, median_ratio, save
 from shapes import add_model_options, base_name, base_of
 from torch import nn
 
 import s2ft
 from s2ft.layers import S2Layer
+from s2ft.train.device import keep_freed_memory
 
 LORA_TARGETS = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 RESULTS = Path(__file__).parent / "results" / "train_step.json"
@@ -173,7 +174,7 @@ def main() -> None:
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory of the CPU for the next tensor")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    if args.keep_memory and not keep_memory():
+    if args.keep_memory and not keep_freed_memory():
         parser.error("--keep-memory needs glibc")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     results = {}

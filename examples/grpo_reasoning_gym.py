@@ -85,7 +85,7 @@ def mean_score(model, tokenizer, rows: list[dict]) -> tuple[float, float]:
 
 def arguments_of(job, **more):
     """The arguments of the run: TRL's GRPOConfig with the defaults of s2ft."""
-    from s2ft.train.rl_arguments import GRPOArguments
+    from s2ft.train.arguments import GRPOArguments
 
     rows = min(16, job.answers)  # of a forward pass
     return GRPOArguments(

@@ -20,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import s2ft
 from s2ft.sync import with_slices
-from s2ft.train.problems import make_problems
+from s2ft.train.demo import problem_set
 
 CONFIG = dict(d_ratio=0.03, o_ratio=0.12)
 APART = "sampling/sampling_logp_difference/max"
@@ -46,8 +46,7 @@ def main() -> None:
 
     model, tokenizer = load(job.model)
     print(s2ft.attach(model, s2ft.S2FTConfig(**(CONFIG if job.model else dict(d_ratio=0.1, o_ratio=0.25)))))
-    problems = make_problems(64, held_out=False)
-    rows = [{"prompt": [{"role": "user", "content": one["instruction"]}], "answer": one["answer"]} for one in problems]
+    rows = [{"prompt": list(one.conversation), "answer": one.answer} for one in problem_set(64, held_out=False)]
     arguments = GRPOConfig(
         "grpo-trl",
         max_steps=job.steps,

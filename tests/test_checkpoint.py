@@ -1,6 +1,7 @@
 """Weights that stay in a checkpoint: s2ft reads them one at a time and gets the values of `from_pretrained`."""
 
 import json
+import shutil
 import weakref
 
 import pytest
@@ -158,6 +159,7 @@ def without_a_tensor(folder):
     "change, error, message",
     [
         (without_files, ValueError, "has no model.safetensors"),
+        (lambda folder: shutil.rmtree(folder), FileNotFoundError, "no checkpoint"),  # it is not sought on the hub
         (of_another_model, ValueError, r"in the checkpoint, and .* in the model"),
         (without_a_shard, FileNotFoundError, "names model-00002-of-.*, which does not exist there"),
         (without_a_tensor, ValueError, "names model.norm.weight, which is not in one.safetensors"),
@@ -168,13 +170,6 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(change, error, message, stor
     change(folder)
     with pytest.raises(error, match=message), s2ft.weights_on_disk(hollow, folder):
         pass
-
-
-def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(stored, tmp_path):
-    _, hollow, _ = stored("llama")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*nowhere"):
-        with s2ft.weights_on_disk(hollow, tmp_path / "nowhere"):
-            pass
 
 
 def header(path, **entries):

@@ -94,6 +94,22 @@ def test_a_model_on_meta_is_enough_and_layers_are_numbered():
     assert set(found) == declared(model)
 
 
+class Headed(nn.Module):
+    """Its head runs last and could read the channels of `down`, but they stay."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down, self.head = nn.Linear(12, 20), nn.Linear(20, 12), nn.Linear(12, 7)
+
+    def forward(self, x):
+        return self.head((x + self.down(torch.relu(self.up(x)))).cumsum(-1))
+
+
+def test_a_layer_of_a_refused_pair_is_free_for_another():
+    found = [one for one in discover(Headed(), torch.randn(2, 12)).couplings if not one.is_one_sided]
+    assert [(one.producers[0].path, one.consumer.path) for one in found] == [("up", "down")]
+
+
 # ---- wrong couplings are refused ---------------------------------------------------------------------------------
 
 

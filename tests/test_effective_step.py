@@ -1,15 +1,15 @@
 """effective="step": the weight holds base + s2 between optimizer steps, and all numbers are those of the default."""
 
 import copy
-import io
 import pickle
-import threading
+from contextlib import nullcontext
 from functools import partial
 
 import pytest
 import torch
 from state.models import fill_slices, ratios, tiny_model, tokens
 from state.plain import same_bits
+from state.threads import repeating
 from support.models import model_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -20,6 +20,7 @@ from s2ft.layers.base import S2Layer
 from s2ft.model.coupling import Coupling, Projection
 
 CALL, STEP = "call", "step"
+STEPS = s2ft.S2FTConfig(d_ratio=0.25, effective=STEP)
 OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)
 
 
@@ -197,50 +198,30 @@ def in_place(layer):
         layer.s2.mul_(3)
 
 
-def copied(layer):
-    with torch.no_grad():
-        layer.s2.copy_(torch.ones_like(layer.s2))
-
-
-def loaded(layer):
-    layer.load_state_dict({**layer.state_dict(), "s2": torch.ones_like(layer.s2)})
-
-
-def loaded_alone(layer):
-    layer.load_state_dict({"s2": torch.ones_like(layer.s2)}, strict=False)
-
-
-def other_memory(layer):
-    layer.s2.data = torch.ones_like(layer.s2)
-
-
-def other_parameter(layer):
-    layer.s2 = nn.Parameter(torch.ones_like(layer.s2))
-
-
 def hidden(layer):
     layer.s2.data.mul_(2)
     layer.fuse()
 
 
-def cast_back(layer):
-    layer.double().float()
+CHANGES = {
+    "in place": in_place,
+    "loaded": lambda layer: layer.load_state_dict({**layer.state_dict(), "s2": torch.ones_like(layer.s2)}),
+    "loaded alone": lambda layer: layer.load_state_dict({"s2": torch.ones_like(layer.s2)}, strict=False),
+    "other memory": lambda layer: setattr(layer.s2, "data", torch.ones_like(layer.s2)),
+    "other parameter": lambda layer: setattr(layer, "s2", nn.Parameter(torch.ones_like(layer.s2))),
+    "hidden": hidden,
+    "cast": lambda layer: layer.bfloat16(),
+    "cast and back": lambda layer: layer.double().float(),
+}
 
 
-def cast(layer):
-    layer.bfloat16()
-
-
-CHANGES = (in_place, copied, loaded, loaded_alone, other_memory, other_parameter, hidden, cast, cast_back)
-
-
-@pytest.mark.parametrize("change", CHANGES, ids=lambda f: f.__name__)
+@pytest.mark.parametrize("change", CHANGES)
 def test_every_change_gives_what_the_default_gives(change):
     default, held = pair("linear, inputs, index")
     x = torch.randn(4, 16)
     for layer in (default, held):
         layer(x)
-        change(layer)
+        CHANGES[change](layer)
     x = x.to(default.weight.dtype)
     if default.fused:
         default.unfuse()
@@ -249,22 +230,15 @@ def test_every_change_gives_what_the_default_gives(change):
     assert same_bits(default.weight, held.weight)
 
 
-COPIES = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda layer: pickle.loads(pickle.dumps(layer)),
-    "state": lambda layer: _with_state_of(layer),
-}
-
-
-def _with_state_of(layer: nn.Module) -> nn.Module:
+def with_state_of(layer: nn.Module) -> nn.Module:
     made = copy.deepcopy(layer)
     with torch.no_grad():
         made.s2.zero_(), made(torch.zeros(1, 16))
-    file = io.BytesIO()
-    torch.save(layer.state_dict(), file)
-    file.seek(0)
-    made.load_state_dict(torch.load(file))
+    made.load_state_dict(pickle.loads(pickle.dumps(layer.state_dict())))
     return made
+
+
+COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda layer: pickle.loads(pickle.dumps(layer)), "state": with_state_of}
 
 
 @pytest.mark.parametrize("is_stale", (False, True), ids=("held", "stale"))
@@ -373,60 +347,58 @@ def trained_model(model: nn.Module, adapter: s2ft.Adapter | None = None) -> list
     return seen
 
 
-CHECKPOINTS = {"none": None, "reentrant": True, "not reentrant": False}
+def both(make) -> None:
+    """What a run shows of a model is the same with both values of `effective`."""
+    found = [make(effective) for effective in (CALL, STEP)]
+    for a, b in zip(*found, strict=True):
+        assert same_bits(a, b)
 
 
 @pytest.mark.parametrize(
-    "case, layout, dtype, checkpoint",
+    "case, layout, dtype, reentrant",
     [
-        ("llama-tied", "permuted", torch.float32, "none"),
-        ("llama-grouped", "indexed", torch.bfloat16, "reentrant"),
-        ("gpt2", "permuted", torch.bfloat16, "not reentrant"),
-        ("qwen2", "indexed", torch.float32, "not reentrant"),
+        ("llama-tied", "permuted", torch.float32, None),
+        ("llama-grouped", "indexed", torch.bfloat16, True),
+        ("gpt2", "permuted", torch.bfloat16, False),
+        ("qwen2", "indexed", torch.float32, False),
     ],
 )
-def test_training_a_model_gives_the_same_bits(case, layout, dtype, checkpoint):
-    found = {}
-    for effective in (CALL, STEP):
+def test_training_a_model_gives_the_same_bits(case, layout, dtype, reentrant):
+    def run(effective):
         model = attached(case, effective, layout, dtype)
         base = {name: value.clone() for name, value in s2ft.detach(copy.deepcopy(model)).state_dict().items()}
         other = s2ft.get_adapter(model, "default") * -1.0
         other.name = "other"
         s2ft.load_adapter(model, other, active=False)
-        if CHECKPOINTS[checkpoint] is not None:
-            model.gradient_checkpointing_enable(
-                gradient_checkpointing_kwargs={"use_reentrant": CHECKPOINTS[checkpoint]}
-            )
+        if reentrant is not None:
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
         seen = trained_model(model, other)
-        state = model.state_dict()
-        assert all(same_bits(value, state[name]) for name, value in base.items())  # the base is in every state
-        assert not any(name.endswith(".base") for name in state)
-        detached = s2ft.detach(copy.deepcopy(model)).state_dict()
-        assert all(same_bits(value, detached[name]) for name, value in base.items())
-        found[effective] = seen + list(s2ft.merge(model).state_dict().values())
-    for a, b in zip(found[CALL], found[STEP], strict=True):
-        assert same_bits(a, b)
+        for state in (model.state_dict(), s2ft.detach(copy.deepcopy(model)).state_dict()):
+            assert all(same_bits(value, state[name]) for name, value in base.items())  # the base is in every state
+            assert not any(name.endswith(".base") for name in state)
+        return seen + list(s2ft.merge(model).state_dict().values())
+
+    both(run)
 
 
 @pytest.mark.parametrize("keys", ("u", "g", "ug"))
 def test_gate_and_up_share_the_gradient_of_their_input(keys):
-    found = []
-    for effective in (CALL, STEP):
+    def run(effective):
         model = tiny_model("llama", layers=2, dtype=torch.bfloat16)
         s2ft.attach(model, s2ft.S2FTConfig(**{f"{key}_ratio": 0.25 for key in keys}, effective=effective))
-        fill_slices(model, seed=3)
-        found.append(trained_model(model))
-    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+        return trained_model(fill_slices(model, seed=3) or model)
+
+    both(run)
 
 
 def test_training_a_mixture_gives_the_same_bits():
-    found = []
-    for effective in (CALL, STEP):
+    def run(effective):
         model = copy.deepcopy(model_of("mixtral")).train()
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25, o_ratio=0.25, effective=effective))
         fill_slices(model, seed=3)
-        found.append(trained_model(model) + list(s2ft.merge(model).state_dict().values()))
-    assert all(same_bits(a, b) for a, b in zip(*found, strict=True))
+        return trained_model(model) + list(s2ft.merge(model).state_dict().values())
+
+    both(run)
 
 
 def test_saving_and_resuming_gives_the_same_bits(tmp_path):
@@ -454,68 +426,47 @@ def test_a_checkpoint_of_the_merged_model_has_the_last_step(tmp_path):
 
 
 def test_a_compiled_model_notices_every_step():
-    found = []
     torch._dynamo.reset()  # the limit of recompilations counts those of other tests
-    for effective in (CALL, STEP):
+
+    def run(effective):
         model = attached("llama", effective, ffn_kernel=False)
-        run = torch.compile(model, backend="eager") if effective == STEP else model
-        optimizer, ids = torch.optim.SGD(slices(model), lr=0.5), tokens(model)
+        called = torch.compile(model, backend="eager") if effective == STEP else model
+        optimizer, ids, losses = torch.optim.SGD(slices(model), lr=0.5), tokens(model), []
         for _ in range(3):
-            loss = run(input_ids=ids, labels=ids).loss
-            loss.backward()
+            losses.append(called(input_ids=ids, labels=ids).loss)
+            losses[-1].backward()
             optimizer.step()
             optimizer.zero_grad()
-            found.append(loss.detach())
+        return [loss.detach() for loss in losses]
+
+    both(run)
     torch._dynamo.reset()
-    assert all(map(same_bits, found[:3], found[3:]))
 
 
 # ---- readers -----------------------------------------------------------------------------------------
 
 
-def read_while(model: nn.Module, name: str, run) -> list[torch.Tensor]:
+def reads_while(model: nn.Module, name: str, run, lock=s2ft.stable_weights) -> list[torch.Tensor]:
     """Clones of a weight that another thread makes while a function runs."""
-    seen, is_over, weight = [], threading.Event(), model.get_parameter(name)
+    seen: list[torch.Tensor] = []
 
     def read() -> None:
-        while not is_over.is_set():
-            with s2ft.stable_weights():
-                seen.append(weight.detach().clone())
+        with lock():
+            seen.append(model.get_parameter(name).detach().clone())
 
-    thread = threading.Thread(target=read)
-    thread.start()
-    try:
+    with repeating(read):
         run()
-    finally:
-        is_over.set()
-        thread.join()
     return seen
 
 
-def test_between_steps_a_reader_sees_one_value_without_any_lock():
-    model = attached("llama", STEP)
-    name, ids = "model.layers.0.mlp.down_proj.weight", tokens(model, batch=4, length=16)
-    s2ft.fuse(model)
-    present = model.get_parameter(name).detach().clone()
-    seen, is_over = [], threading.Event()
-
-    def read() -> None:
-        while not is_over.is_set():
-            seen.append(model.get_parameter(name).detach().clone())
-
-    thread = threading.Thread(target=read)
-    thread.start()
-    for _ in range(5):
-        model.train()(input_ids=ids, labels=ids).loss.backward()
-    is_over.set()
-    thread.join()
-    assert seen and all(same_bits(one, present) for one in seen)
-
-
-def test_over_steps_a_reader_sees_whole_steps_only():
+@pytest.mark.parametrize("lock", (nullcontext, s2ft.stable_weights))
+def test_a_reader_sees_one_value_between_steps_without_any_lock_and_whole_steps_with_one(lock):
     model = attached("llama", STEP)
     name, ids, steps = "model.layers.1.mlp.down_proj.weight", tokens(model, batch=4, length=16), []
-    optimizer = torch.optim.SGD(slices(model), lr=0.5)
+    optimizer = torch.optim.SGD(slices(model), lr=0.5 if lock is s2ft.stable_weights else 0.0)
+    if lock is nullcontext:
+        s2ft.fuse(model)
+    steps.append(model.get_parameter(name).detach().clone())
 
     def train() -> None:
         for _ in range(6):
@@ -524,10 +475,9 @@ def test_over_steps_a_reader_sees_whole_steps_only():
             optimizer.step()
             optimizer.zero_grad()
 
-    base = model.get_parameter(name).detach().clone()
-    seen = read_while(model, name, train)
-    assert seen and all(any(same_bits(one, step) for step in (base, *steps)) for one in seen)
-    assert len({one.sum().item() for one in steps}) == len(steps)
+    seen = reads_while(model, name, train, lock)
+    assert seen and all(any(same_bits(one, step) for step in steps) for one in seen)
+    assert len({one.sum().item() for one in steps}) == (1 if lock is nullcontext else 7)
 
 
 def test_all_layers_are_written_before_the_first_one_runs():
@@ -616,9 +566,19 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x) + 1
 
 
-def test_a_layer_with_its_own_forward_is_refused():
-    with pytest.raises(ValueError, match="effective='step' is not possible.*its own forward"):
-        made_from(partial(Scaled, 16, 8), 1, STEP, RANGE)
+REFUSED = {
+    "its own forward": lambda: made_from(partial(Scaled, 16, 8), 1, STEP, RANGE),
+    "call step 'epoch'": lambda: s2ft.S2RowLinear.from_module(nn.Linear(4, 4), effective="epoch"),
+    "effective 'epoch'": lambda: s2ft.S2FTConfig(effective="epoch"),
+    "fsdp2": lambda: s2ft.estimate(tiny_model("llama"), STEPS, batch=1, length=4, strategy="fsdp2"),
+}
+
+
+@pytest.mark.parametrize("words", REFUSED)
+def test_what_is_refused(words):
+    with pytest.raises(ValueError) as caught:
+        REFUSED[words]()
+    assert all(word in str(caught.value) for word in words.split())
 
 
 def test_another_weight_is_refused_while_the_base_is_kept():
@@ -638,22 +598,13 @@ def test_another_weight_is_refused_while_the_base_is_kept():
     assert same_bits(held, before)
 
 
-def test_an_unknown_value_is_refused():
-    with pytest.raises(ValueError, match="effective must be one of call, step, got 'epoch'"):
-        s2ft.S2FTConfig(effective="epoch")
-    with pytest.raises(ValueError, match="effective must be 'call' or 'step', got 'epoch'"):
-        s2ft.S2RowLinear.from_module(nn.Linear(4, 4), effective="epoch")
-
-
 def test_an_estimate_counts_the_copy_of_the_base():
-    counted = {}
-    for effective in (CALL, STEP):
-        config = s2ft.S2FTConfig(d_ratio=0.25, effective=effective)
-        counted[effective] = s2ft.estimate(tiny_model("llama"), config, batch=1, length=4)
+    call, step = (
+        s2ft.estimate(tiny_model("llama"), config, batch=1, length=4)
+        for config in (s2ft.S2FTConfig(d_ratio=0.25), STEPS)
+    )
     model = tiny_model("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, effective=STEP))
+    s2ft.attach(model, STEPS)
     model(input_ids=tokens(model))
     bases = sum(m.base.numel() * m.base.itemsize for m in model.modules() if isinstance(m, S2Layer))
-    assert counted[STEP].buffers - counted[CALL].buffers == bases > 0
-    with pytest.raises(ValueError, match="not with fsdp2"):
-        s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.25, effective=STEP), batch=1, length=4, strategy="fsdp2")
+    assert step.buffers - call.buffers == bases > 0

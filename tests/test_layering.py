@@ -14,6 +14,7 @@ RANKS = [
     [
         "packages",
         "distributed",
+        "files.tables",
         "files.writing",
         "files.reading",
         "files.yaml_reading",
@@ -37,7 +38,7 @@ RANKS = [
     ["model.builders", "model.custom", "model.permutation", "model.fingerprint", "model.location"],
     ["model.families", "model.discovery.examples", "model.discovery.twin"],
     ["model.discovery"],
-    ["model.registry", "model.verify"],
+    ["model.registry"],
     ["selection"],
     ["attached"],
     ["adapter"],
@@ -47,7 +48,6 @@ RANKS = [
     ["sync"],
     ["train", "vllm"],
     ["serve", "integrations"],
-    ["reproduce"],
     ["cli"],
     ["__main__"],
 ]

@@ -7,7 +7,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.inductor import skip_where_wrong
-from support.pairs import in_turn
 from support.tolerances import GEMM
 from torch import nn
 
@@ -48,9 +47,9 @@ def effective(layer, units):
     )
 
 
-def step(layer, optimizer, scale=1.0):
+def step(layer, optimizer):
     x = torch.randn(4, 3, 11, dtype=layer.weight.dtype)
-    (layer(x).float().pow(2).mean() * scale).backward()
+    layer(x).float().pow(2).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -67,37 +66,32 @@ def test_constructor_of_the_reference():
 
 
 @pytest.mark.parametrize("bias", (True, False, None, torch.arange(9.0)), ids=("true", "false", "none", "tensor"))
-def test_bias_is_a_bool_or_a_tensor(kind, bias):
-    layer = kind(11, 9, bias=bias, start=0, end=2)
+def test_bias_and_whole_dimension_by_default(kind, bias):
+    layer = kind(11, 9, bias=bias)
+    assert layer.s2.shape == layer.weight.shape and (layer.bias is not None) == (bias is not None and bias is not False)
     if isinstance(bias, torch.Tensor):
         assert torch.equal(layer.bias, bias) and not layer.bias.requires_grad
-    else:
-        assert (layer.bias is not None) == bool(bias)
-
-
-def test_whole_dimension_by_default(kind):
-    layer = kind(11, 9)
-    assert layer.s2.shape == layer.weight.shape
 
 
 @pytest.mark.parametrize(
-    "bad,message",
+    "bad, words",
     [
-        (dict(start=5, end=2), "start=5, end=2"),
-        (dict(start=3, end=3), "start=3, end=3"),
+        (dict(start=5, end=2), "start=5 end=2"),
+        (dict(start=3, end=3), "start=3 end=3"),
         (dict(start=-1, end=2), "start=-1"),
         (dict(start=0, end=12), "end=12"),
-        (dict(index=torch.tensor([0, 11])), "index must be within"),
-        (dict(index=torch.tensor([-1])), "index must be within"),
+        (dict(index=torch.tensor([0, 11])), "index within"),
+        (dict(index=torch.tensor([-1])), "index within"),
         (dict(index=torch.tensor([1, 1])), "twice"),
         (dict(index=torch.tensor([], dtype=torch.long)), "at least one"),
-        (dict(start=0, end=1, index=torch.tensor([1])), "start and end must be None with an index"),
-        (dict(start=0, end=1, bias=torch.zeros(3)), "bias must have shape"),
+        (dict(start=0, end=1, index=torch.tensor([1])), "start end index"),
+        (dict(start=0, end=1, bias=torch.zeros(3)), "bias shape"),
     ],
 )
-def test_bad_selection_raises(kind, bad, message):
-    with pytest.raises(ValueError, match=message):
+def test_bad_selection_raises(kind, bad, words):
+    with pytest.raises(ValueError) as caught:
         kind(11, 9 if kind is S2RowLinear or "bias" in bad else 11, **bad)
+    assert all(word in str(caught.value) for word in words.split())
 
 
 def test_meta_device(kind):
@@ -116,15 +110,6 @@ def test_forward_is_one_linear_on_the_merged_weight(kind, units, dtype, leading)
     assert torch.equal(layer(x), F.linear(x, effective(layer, units), layer.bias))
 
 
-def test_gradient_and_optimizer_state_have_the_slices_size(kind, units):
-    layer = layer_of(kind, units)
-    optimizer = torch.optim.AdamW(layer.parameters())
-    layer(torch.randn(4, 11)).sum().backward()
-    assert layer.s2.grad.shape == layer.s2.shape and layer.weight.grad is None and layer.bias.grad is None
-    optimizer.step()
-    assert [state["exp_avg"].shape for state in optimizer.state.values()] == [layer.s2.shape]
-
-
 @pytest.mark.parametrize("optimizer", (torch.optim.AdamW, torch.optim.SGD, torch.optim.Adagrad, torch.optim.Adafactor))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_frozen_entries_are_bit_identical_after_training_with_weight_decay(kind, units, optimizer, dtype):
@@ -133,6 +118,8 @@ def test_frozen_entries_are_bit_identical_after_training_with_weight_decay(kind,
     trainer = optimizer(layer.parameters(), lr=0.1, weight_decay=0.5)
     for _ in range(5):
         step(layer, trainer)
+    assert layer.weight.grad is None and layer.bias.grad is None
+    assert all(v.numel() <= s2.numel() for v in trainer.state[layer.s2].values() if isinstance(v, torch.Tensor))
     assert torch.equal(layer.weight, weight) and torch.equal(layer.bias, bias)
     assert not torch.equal(layer.s2, s2)
     layer.fuse()
@@ -140,39 +127,6 @@ def test_frozen_entries_are_bit_identical_after_training_with_weight_decay(kind,
     frozen[elements(units)] = False
     keep = frozen.nonzero().squeeze(1)
     assert torch.equal(layer.weight.index_select(layer.dim, keep), weight.index_select(layer.dim, keep))
-
-
-def test_gradient_accumulation_adds_up(kind, units):
-    layer = layer_of(kind, units, torch.float64)
-    x = torch.randn(4, 3, 11, dtype=torch.float64)
-    layer(x).pow(2).sum().backward()
-    whole = layer.s2.grad.clone()
-    layer.zero_grad()
-    assert layer.s2.grad is None
-    for part in x:
-        layer(part).pow(2).sum().backward()
-    torch.testing.assert_close(layer.s2.grad, whole)
-
-
-def test_clipping_sees_the_gradient(kind, units):
-    layer = layer_of(kind, units)
-    layer(torch.randn(4, 11)).pow(2).sum().backward()
-    norm = layer.s2.grad.norm()
-    assert torch.nn.utils.clip_grad_norm_(layer.parameters(), 0.1) == norm
-    torch.testing.assert_close(layer.s2.grad.norm(), torch.tensor(0.1))
-
-
-def test_gradient_scaler(kind, units):
-    layer = layer_of(kind, units)
-    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
-    before = layer.s2.detach().clone()
-    with torch.autocast("cpu", torch.float16):
-        loss = layer(torch.randn(4, 11)).float().pow(2).mean()
-    scaler.scale(loss).backward()
-    scaler.step(optimizer)
-    scaler.update()
-    assert not torch.equal(layer.s2, before)
 
 
 def test_equals_masked_full_training(kind, units):
@@ -195,37 +149,9 @@ def test_equals_masked_full_training(kind, units):
     torch.testing.assert_close(effective(layer, units), full.detach())
 
 
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_gradient_checkpointing_gives_the_same_gradient(kind, units, reentrant):
-    layer = layer_of(kind, units)
-    x = torch.randn(4, 11, requires_grad=True)
-    layer(x).pow(2).sum().backward()
-    expected = layer.s2.grad.clone()
-    layer.zero_grad()
-    torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=reentrant).pow(2).sum().backward()
-    assert torch.equal(layer.s2.grad, expected)
-
-
-def test_float32_s2_on_a_bfloat16_base_keeps_small_updates(kind, units):
-    layer = kind(11, 9, dtype=torch.bfloat16, delta_dtype=torch.float32, **units)
-    assert layer.s2.dtype is torch.float32 and layer.weight.dtype is torch.bfloat16
-    optimizer = torch.optim.SGD(layer.parameters(), lr=1e-5)
-    step(layer, optimizer)
-    assert layer.s2.abs().max() > 0
-    assert layer(torch.randn(2, 11, dtype=torch.bfloat16)).dtype is torch.bfloat16
-
-
-def test_compiled_training_equals_eager(kind, units):
-    check_compiled(kind, units, "aot_eager")
-
-
-@pytest.mark.parametrize("kind, units", in_turn(KINDS, UNITS), indirect=True)
-def test_training_compiled_by_inductor_equals_eager(kind, units):
+@pytest.mark.parametrize("backend", ("aot_eager", pytest.param("inductor", marks=pytest.mark.slow)))
+def test_compiled_training_equals_eager(kind, units, backend):
     skip_where_wrong()
-    check_compiled(kind, units, "inductor")
-
-
-def check_compiled(kind, units, backend):
     losses = []
     for compiled in (False, True):
         torch.manual_seed(0)
@@ -263,26 +189,60 @@ def test_a_thousand_fuse_and_unfuse_restore_the_base_exactly(kind, units, dtype)
     assert torch.equal(layer.weight, weight) and layer.weight.is_leaf and not layer.fused
 
 
-def test_fusing_twice_uses_the_new_s2(kind, units):
-    layer = layer_of(kind, units).eval()
-    weight = layer.weight.clone()
-    layer.fuse()
-    with torch.no_grad():
-        layer.s2.add_(1)
-    layer.fuse()
-    fused = layer.weight.clone()
-    layer.unfuse()
-    assert torch.equal(layer.weight, weight) and torch.equal(effective(layer, units), fused)
-
-
 def test_a_change_of_s2_while_fused_is_noticed(kind, units):
     layer = layer_of(kind, units).eval()
-    layer.fuse()
-    with torch.no_grad():
-        layer.s2.mul_(2)
-    y = layer(x := torch.randn(4, 11))
-    layer.unfuse()
-    assert torch.equal(layer(x), y)
+    base, changed = layer.weight.clone(), torch.randn_like(layer.s2)
+
+    def loaded():
+        layer.load_state_dict({"s2": changed}, strict=False)
+
+    def written():
+        with torch.no_grad():
+            layer.s2.copy_(2 * changed)
+
+    def hidden():
+        layer.s2.data.copy_(3 * changed)
+        layer.fuse()  # again
+
+    for change in (loaded, written, hidden):
+        layer.fuse()
+        change()
+        y = layer(x := torch.randn(4, 11))
+        layer.unfuse()
+        assert torch.equal(layer(x), y) and torch.equal(layer.weight, base)
+
+
+COPIES = {
+    "deepcopy": lambda layer, other: copy.deepcopy(layer),
+    "pickle": lambda layer, other: saved_and_loaded(layer),
+    "state into unfused": lambda layer, other: with_state_of(layer, other),
+    "state into fused": lambda layer, other: with_state_of(layer, other.fuse() or other),
+}
+
+
+def saved_and_loaded(value):
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+def with_state_of(layer, other):
+    other.load_state_dict(saved_and_loaded(layer.state_dict()))
+    return other
+
+
+@pytest.mark.parametrize("fused", (False, True), ids=("unfused", "fused"))
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_are_in_the_same_state(kind, units, way, fused):
+    layer, other = layer_of(kind, units).eval(), layer_of(kind, units).eval()
+    base = layer.weight.clone()
+    if fused:
+        layer.fuse()
+    made, x = COPIES[way](layer, other), torch.randn(4, 11)
+    assert made.fused == layer.fused and torch.equal(made(x), layer(x))
+    made.unfuse()
+    assert torch.equal(made.weight, base) and torch.equal(made.s2, layer.s2)
 
 
 def test_training_a_fused_layer_raises(kind, units):
@@ -293,55 +253,6 @@ def test_training_a_fused_layer_raises(kind, units):
     with torch.no_grad():
         layer(torch.randn(4, 11))
     layer.eval()(torch.randn(4, 11))
-
-
-@pytest.mark.parametrize("ours", (False, True), ids=("unfused", "fused"))
-@pytest.mark.parametrize("theirs", (False, True), ids=("into-unfused", "into-fused"))
-def test_state_dict_round_trips_in_either_state(kind, units, ours, theirs):
-    source, target = layer_of(kind, units).eval(), layer_of(kind, units).eval()
-    base = source.weight.clone()
-    if ours:
-        source.fuse()
-    if theirs:
-        target.fuse()
-    buffer = io.BytesIO()
-    torch.save(source.state_dict(), buffer)
-    buffer.seek(0)
-    target.load_state_dict(torch.load(buffer))
-    x = torch.randn(4, 11)
-    assert target.fused == source.fused and torch.equal(target(x), source(x))
-    target.unfuse()
-    assert torch.equal(target.weight, base) and torch.equal(target.s2, source.s2)
-
-
-def test_loading_only_s2_into_a_fused_layer(kind, units):
-    layer = layer_of(kind, units).eval()
-    base, s2 = layer.weight.clone(), torch.randn_like(layer.s2)
-    layer.fuse()
-    layer.load_state_dict({"s2": s2}, strict=False)
-    layer.unfuse()
-    assert torch.equal(layer.weight, base) and torch.equal(layer.s2, s2)
-
-
-def test_deepcopy_and_pickle(kind, units):
-    for fused in (False, True):
-        layer = layer_of(kind, units).eval()
-        if fused:
-            layer.fuse()
-        x = torch.randn(4, 11)
-        buffer = io.BytesIO()
-        torch.save(layer, buffer)
-        buffer.seek(0)
-        for other in (copy.deepcopy(layer), torch.load(buffer, weights_only=False)):
-            assert torch.equal(other(x), layer(x))
-            other.unfuse()
-            assert torch.equal(effective(other, units), effective_of(layer, units))
-
-
-def effective_of(layer, units):
-    layer = copy.deepcopy(layer)
-    layer.unfuse()
-    return effective(layer, units)
 
 
 def test_changing_the_dtype_while_fused(kind, units):
@@ -357,47 +268,23 @@ def test_changing_the_dtype_while_fused(kind, units):
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-@pytest.mark.parametrize("leading", ((5,), (2, 5)), ids=("2d", "3d"))
 @pytest.mark.parametrize("replace", ("data", "copy"))
-def test_the_steps_of_the_reference_code(kind, dtype, leading, replace):
-    """Construct, load_state_dict(strict=False), replace .weight.data by the permuted weight, train."""
+def test_the_steps_of_the_reference_code(kind, dtype, replace):
+    """Construct, load_state_dict(strict=False), replace .weight.data by the permuted weight, train, replace it again."""
     linear = nn.Linear(11, 9, dtype=dtype)
-    layer = kind(
-        in_features=11,
-        out_features=9,
-        bias=linear.bias,
-        start=2,
-        end=5,
-        device=next(linear.parameters()).device,
-        dtype=next(linear.parameters()).dtype,
-    )
+    layer = kind(in_features=11, out_features=9, bias=linear.bias, start=2, end=5, device="cpu", dtype=dtype)
     layer.load_state_dict(copy.deepcopy(linear.state_dict()), strict=False)
-    order = torch.randperm(linear.weight.shape[layer.dim])
-    permuted = linear.weight.data.index_select(layer.dim, order)
-    if replace == "data":
-        layer.weight.data = permuted.clone()
-    else:
-        layer.weight.data.copy_(permuted)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.01)
-    for _ in range(3):
-        x = torch.randn(*leading, 11, dtype=dtype)
-        loss = layer(x).float().pow(2).mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert torch.equal(layer.weight, permuted) and layer.s2.abs().max() > 0
-    assert torch.equal(layer(x), F.linear(x, effective(layer, UNITS["slice"]), layer.bias))
-
-
-def test_weight_replaced_after_training_started(kind):
-    """The layer uses the new weight only, even if no version counter changes."""
-    layer = layer_of(kind, UNITS["slice"])
-    step(layer, torch.optim.SGD(layer.parameters(), lr=0.1))
-    new = torch.randn_like(layer.weight)
-    layer.weight.data.copy_(new)
-    x = torch.randn(4, 11)
-    assert torch.equal(layer(x), F.linear(x, effective(layer, UNITS["slice"]), layer.bias))
-    assert torch.equal(layer.weight, new)
+    for _ in range(2):
+        permuted = linear.weight.data[torch.randperm(9)]
+        if replace == "data":
+            layer.weight.data = permuted.clone()
+        else:
+            layer.weight.data.copy_(permuted)  # no version counter changes
+        step(layer, optimizer)
+        x = torch.randn(2, 5, 11, dtype=dtype)
+        assert torch.equal(layer.weight, permuted) and layer.s2.any()
+        assert torch.equal(layer(x), F.linear(x, effective(layer, UNITS["slice"]), layer.bias))
 
 
 def test_hooks_of_the_linear_layer_are_kept(kind):

@@ -230,7 +230,7 @@ def command(text, **files):
     def run(world, capsys):
         paths = world.paths()
         for name, content in files.items():
-            path = world.root / f"{name}.jsonl"
+            path = world.root / (name + (".py" if content.startswith("def ") else ".jsonl"))
             path.write_text(content)
             paths[name] = path
         arguments = [word.format(**paths) for word in text.split()]
@@ -247,6 +247,15 @@ def command(text, **files):
 
 SFT = "sft --model {model} --output {out} --data"
 EVAL = "eval --model {model} --task arithmetic --data"
+SELECT = "select --model {model} --output {out}"
+DPO = "dpo --model {model} --output {out} --data"
+GRPO = (
+    "grpo --model {model} --output {out} --data {tasks} --batch-size 4 --max-steps 2 --num-generations 4 "
+    "--max-completion-length 8"
+)
+PAIR = '{"question": "1+1=", "chosen": "2", "rejected": "no idea"}'
+TASK = '{"question": "1+1=", "answer": "2"}'
+SHORT = "def short(completions, **_):\n    return [-float(len(text)) for text in completions]\n"
 
 COMMANDS = [
     (command("trian --model {model}"), "trian"),
@@ -295,6 +304,118 @@ COMMANDS = [
     (command("estimate {model} --batch-size 0"), "batch 0"),
     (command("serve --model {model} --adapters {root}/nowhere --check"), "nowhere"),
     (command("chat --model {model} --adapter {root}/nowhere"), "nowhere"),
+    # names of commands and options
+    (command("train"), "sft"),
+    (command("evaluate"), "eval"),
+    (command("push"), "--push-to-hub"),
+    (command("fuse"), "combine"),
+    (command("finetnue"), "finetune"),
+    (command("--verison"), "--verison"),
+    (command(SFT + " {data} --learning-rat 1"), "--learning-rate sft"),
+    (command(SFT + " {data} --selection wieght"), "weight"),
+    (command(SFT + " {data} --optimizer adamw_torch_fusd"), "adamw_torch_fused"),
+    (command(SFT + " {data} --lr 1 --learning-rate 2"), "--lr --learning-rate same"),
+    (command(EVAL + " {data} --lr 1"), "--lr eval"),
+    (command("eval --model_name_or_path=m"), "--model"),
+    (command(EVAL + " {data} --max-new-token 1"), "--max-new-tokens"),
+    (command(EVAL + " {data} --bf16"), "--dtype bfloat16"),
+    (command("export {adapter} --model {model} --output {out} --lora-rank 3"), "--lora-rank --rank"),
+    (command("info {adapter} more"), "more"),
+    (command("select --d-ratio 0.1"), "--model --output select"),
+    # values of s2ft sft
+    (command(SFT + " {data} --d-ratio"), "--d-ratio argument"),
+    (command(SFT + " {data} --max-steps 1" + "0" * 30), "max_steps 4294967295"),
+    (command(SFT + " {data} --limit 0"), "limit 1"),
+    (command(SFT + " {data} --eval-limit 0"), "eval_limit 1"),
+    (command(SFT + " {data} --schedule sine"), "--schedule linear sine"),
+    (command(SFT + " {data} --dtype int8"), "--dtype bfloat16 int8"),
+    (command(SFT + " {data} --overwrite perhaps"), "--overwrite true perhaps"),
+    (command(SFT + " {data} --stop-after -1"), "stop_after 0"),
+    (command(SFT + " {data} --name a/b"), "name a/b"),
+    (command(SFT + " {data} --epochs inf"), "num_train_epochs inf"),
+    (command(SFT + " {data} --batch-size 5 --micro-batch-size 2"), "batch_size 5 per_device_train_batch_size"),
+    (command(SFT + " {data} --resume elsewhere"), "resume_from_checkpoint elsewhere"),
+    (command(SFT + " {data} --report-to no_such_logger"), "no_such_logger"),
+    (command(SFT + " {data} --report-to comet_ml"), "comet-ml pip"),
+    # what the data, the model and the machine do not have
+    (command(SFT + " {data} --fp16"), "float16 GPU"),
+    (command(SFT + " {data} --attn-implementation newton"), "causal newton"),
+    (command(SFT + " {data} --eos-token <|no|>"), "eos_token <|no|> vocabulary"),
+    (command(SFT + " {data} --eval-task arithmetic"), "eval_task eval_data test_split_size"),
+    (command(SFT + " {data} --eval-strategy epoch"), "evaluation eval_data"),
+    (command(SFT + " {data} --eval-data none.jsonl"), "none.jsonl"),
+    (command(SFT + " {data} --calibration-examples 4"), "calibration_examples effect"),
+    (command(SFT + " {data} --on-top {root}/nothing"), "nothing"),
+    (command(SFT + " {data} --stop-at-forgetting 0.1"), "stop_at_forgetting forgetting_data"),
+    (command(SFT + " {data} --forgetting-data none.jsonl"), "none.jsonl"),
+    (command(SFT + " {data} --protect-ratio 0.3"), "protect_ratio=0.3 protect"),
+    (command(SFT + " {long}", long=json.dumps({"instruction": "x" * 400, "output": "y"})), "1 rows fits"),
+    (command(SFT + " {deep}", deep="[" * 100000), "row 1 nested"),
+    (command(SFT + " {half}", half='{"instruction": "\\ud800", "output": "x"}'), "line 1 instruction"),
+    (command(SFT + " {data} --d-ratio 0 --q-ratio=0.0"), "q_ratio d_ratio above 0"),
+    (command(DPO + " {data} --d-ratio 0"), "d_ratio above 0"),
+    (command(GRPO + " --rewards exact --d-ratio 0", tasks=TASK), "d_ratio above 0"),
+    (command(SELECT + " --d-ratio 0"), "d_ratio above 0"),
+    (command("plan {model} --d-ratio 0"), "d_ratio above 0"),
+    (command("estimate {model} --d-ratio 0"), "d_ratio above 0"),
+    # s2ft select
+    (command(SELECT + " --budget lots"), "budget 9.2M"),
+    (command(SELECT + " --budget 1"), "budget=1"),
+    (command(SELECT + " --units nowhere.json"), "nowhere.json"),
+    (command(SELECT + " --units {data}"), "selection"),
+    (command(SELECT + " --units x --d-ratio 0.1"), "units d_ratio"),
+    (command(SELECT + " --selection activation"), "activation data"),
+    (command(SELECT + " --data {data}"), "random data"),
+    (command(SELECT + " --selection gradient --data {data} --calibration-examples 5"), "calibration_examples 1 4"),
+    (command(SELECT + " --selection gradient --data {data} --calibration-examples 0"), "calibration_examples 1 4"),
+    (command(SELECT + " --batch-size 0"), "batch_size 1"),
+    (command(SELECT + " --protect-ratio 0.5"), "protect_ratio=0.5 protect"),
+    (command("select --model {model} --output {data}"), "exists"),
+    (command("select --model {model} --output no/folder/s.json"), "folder no/folder"),
+    # answers
+    (command("generate --model {model}"), "--prompt --prompt-file"),
+    (command("generate --model {model} --prompt a --prompt-file b"), "--prompt --prompt-file"),
+    (command("generate --model {model} --prompt-file nowhere.txt"), "nowhere.txt"),
+    (command("generate --model {model} --prompt a --max-new-tokens 0"), "max_new_tokens 1"),
+    (command("generate --model {model} --prompt a --min-p 2"), "min_p 1"),
+    (command("generate --model {model} --prompt a --repetition-penalty 0"), "repetition_penalty 0"),
+    (command("generate --model {model} --raw --system b --prompt a"), "raw system"),
+    (command("generate --model {model} --prompt " + "a" * 300), "256"),
+    (command("generate --model {model} --prompt a\udc80"), "Unicode"),
+    (command("eval --model {model}"), "--data --task"),
+    (command(EVAL + " {data} --num-fewshot 1"), "num_fewshot data"),
+    (command(EVAL + " {data} --output {data}"), "exists"),
+    (command(EVAL + " {data} --kl"), "kl --adapter"),
+    (command("eval --model {model} --adapter a --kl"), "kl --data"),
+    (command("eval --model {model} --adapter a --forgetting o --data d"), "data --task --kl"),
+    (command("eval --model {model} --lm-eval arc_easy --num-beams 2"), "num_beams lm_eval"),
+    (command("eval --model {model} --lm-eval arc_easy --data x"), "data lm_eval"),
+    (command("eval --model {model} --lm-eval arc_easy --split test"), "split lm_eval"),
+    (command("eval --model {model} --lm-eval arc_easy --forgetting o --adapter a"), "forgetting lm_eval"),
+    (command("combine {adapter} nowhere --output {out}"), "nowhere"),
+    (command("combine {adapter} --weights nan --output {out}"), "finite"),
+    (command("combine {adapter} --name ../x --output {out}"), "name ../x"),
+    (command("combine {adapter} --output {adapter}"), "exists"),
+    # preferences and rewards
+    (command(DPO + " {data}"), "line 1 chosen"),
+    (command(DPO + " {pairs} --sync-ref-model true", pairs=PAIR), "sync_ref_model"),
+    (command(DPO + " {pairs} --eval-task arithmetic", pairs=PAIR), "eval_task sft"),
+    (command(DPO + " {pairs} --max-length 8", pairs=PAIR), "max_length 8"),
+    (command(DPO + " {pairs} --bete 0.1", pairs=PAIR), "--beta"),
+    (command(DPO + " {pairs} --dtype float16", pairs=PAIR), "float16 GPU"),
+    (command(DPO + " {pairs} --fsdp full_shard", pairs=PAIR), "FSDP"),
+    (command(GRPO + " --rewards answer_equals", tasks=TASK), "answer_equals answer_equal"),
+    (command(GRPO + " --rewards {mine}:shrot", tasks=TASK, mine=SHORT), "shrot short"),
+    (command(GRPO + " --rewards nosuch.py", tasks=TASK), "nosuch.py"),
+    (command(GRPO + " --rewards {mine} --reward-weights 1 2", tasks=TASK, mine=SHORT), "reward_weights 2 1"),
+    (command(GRPO + " --rewards {mine} --num-generations 3", tasks=TASK, mine=SHORT), "num_generations 3 batch_size"),
+    (command(GRPO + " --rewards {mine} --selection activation", tasks=TASK, mine=SHORT), "activation units"),
+    (command(GRPO + " --rewards {mine} --max-completion-length 255", tasks=TASK, mine=SHORT), "1 prompts context"),
+    (command(GRPO + " --rewards {mine} --num-generations 2", tasks=TASK, mine=SHORT), "1 prompt num_generations"),
+    (
+        command(GRPO + " --use-vllm true --vllm-enable-sleep-mode true --rewards format", tasks=TASK),
+        "vllm_enable_sleep_mode",
+    ),
 ]
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import io
 import re
 from collections.abc import Iterator
@@ -59,7 +60,7 @@ def section(command: str, parser: argparse.ArgumentParser) -> str:
         if actions:
             title = group.title if group.title not in (None, "positional arguments", "options") else None
             parts.append((f"### {title[:1].upper()}{title[1:]} {{ #{command}-{slug(title)} }}\n" if title else "")
-                         + "\n".join(["", "| option | default | meaning |", "|---|---|---|", *map(row, actions)])
+                         + "\n".join(["", "| option | default | meaning |", "|---|---|---|", *(row(a, parser) for a in actions)])
                          + "\n")  # fmt: skip
     if parser.epilog:
         parts.append(f"```text\n{parser.epilog.strip()}\n```\n")
@@ -71,16 +72,18 @@ def shown(action: argparse.Action) -> bool:
     return action.help != argparse.SUPPRESS and not isinstance(action, argparse._HelpAction)
 
 
-def row(action: argparse.Action) -> str:
+def row(action: argparse.Action, parser: argparse.ArgumentParser) -> str:
     """One line of a table of options."""
+    value_by_default = getattr(parser, "defaults", {}).get(action.dest, action.default)
     names = [name for name in action.option_strings if "_" not in name] or action.option_strings
     value = metavar(action)
     name = "`, `".join(f"{name} {value}".strip() for name in names) if names else value
     text = (action.help or "") % {"default": action.default, "prog": "s2ft", "type": ""}
-    default = "" if action.default is None or action.default in ("", argparse.SUPPRESS) else f"`{action.default}`"
-    if isinstance(action.default, bool):
-        default = "on" if action.default and action.const is not False else "off"
-    if action.required:
+    nothing = (None, "", argparse.SUPPRESS, [])
+    default = "" if value_by_default in nothing else f"`{value_by_default}`"
+    if isinstance(value_by_default, bool):
+        default = "on" if value_by_default and action.const is not False else "off"
+    if action.required or value_by_default is dataclasses.MISSING:
         default = "required"
     elif stated := re.search(r" \(default: (.*)\)$", text):
         text, default = text[: stated.start()], stated[1]

@@ -2,6 +2,7 @@
 
 import os
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,8 @@ from s2ft.attached.active import set_mounted_deltas
 from s2ft.attached.changes import adapters_off, load
 from s2ft.attached.checks import check_can_write, check_memory, check_new_name
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.mounting import mount
+from s2ft.attached.mounting import mount, touched
+from s2ft.attached.proof import proved
 from s2ft.attached.record import attachment_of, find_attachment, new_attachment
 from s2ft.distributed import reshard_all
 from s2ft.files.formats import read_adapter_folder
@@ -53,6 +55,8 @@ def load_adapter(
     *,
     active: bool = True,
     device: torch.device | str | None = None,
+    verify: bool | None = None,
+    example: Any = None,
 ) -> None:
     """Load an adapter into a model and make it the active one.
 
@@ -74,6 +78,8 @@ def load_adapter(
         device: Device that keeps the tensors of an adapter that is not trainable, such as "cpu" for more adapters than
             fit on a GPU; each switch then sends them there. Default: the devices of the model's weights. They follow
             the model when it moves, and a switch waits for nothing.
+        verify: As for :func:`s2ft.attach`, for a trainable adapter.
+        example: As for :func:`s2ft.attach`. Nothing but `verify` uses it.
 
     Raises:
         FileNotFoundError: There is no such folder or repository.
@@ -105,8 +111,10 @@ def load_adapter(
         return
     if record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
+    trained = touched(record.couplings, adapter.selection)
     with adapters_off(model, record):
-        mount(model, record, adapter.config, adapter.selection, adapter.name)
+        with proved(model, record, trained, adapter.config, adapter.selection, verify, example):
+            mount(model, record, adapter.config, adapter.selection, adapter.name)
         set_mounted_deltas(record, adapter.deltas)
         extra_weights.unfreeze(model, record, adapter.extra_weights)
         extra_weights.set_trained(model, record, adapter.extra_weights)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from s2ft.adapter.adapter import Adapter
+from s2ft.files.tables import table
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,9 @@ class Overlap:
     def __str__(self) -> str:
         if not self.units:
             return f"the adapters are disjoint: none of {sum(self.trained.values()):,} units is trained by two"
-        width = max(map(len, self.shared))
-        lines = [
-            f"{path:<{width}}{count:>8,} of {self.trained[path]:,}" for path, count in self.shared.items() if count
-        ]
-        return "\n".join(
-            [*lines, f"{self.units:,} of {sum(self.trained.values()):,} trained units are shared ({self.share:.1%})"]
-        )
+        rows = [(path, f"{count:,}", f"of {self.trained[path]:,}") for path, count in self.shared.items() if count]
+        total = f"{self.units:,} of {sum(self.trained.values()):,} trained units are shared ({self.share:.1%})"
+        return f"{table(rows, right={1})}\n{total}"
 
 
 def overlap(adapters: Sequence[Adapter]) -> Overlap:

@@ -107,7 +107,7 @@ def activate(
         record.change_unfinished = True
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
-            _write(model, record, record.projections[path], parts)
+            write(model, record, record.projections[path], parts)
         extra_weights.put_on(model, record, weights)
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
@@ -127,12 +127,13 @@ def write_trained(model: nn.Module, record: Attachment) -> None:
     for mounted in record.mounts.values():
         mounted.layer.unfuse()
     for name, delta in mounted_deltas(record).items():
-        _write(model, record, record.projections[name], [(delta, 1.0)])
+        write(model, record, record.projections[name], [(delta, 1.0)])
     for mounted in record.mounts.values():
         mounted.layer.enabled = False
 
 
-def _write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
+def write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
+    """Add a weighted sum of deltas to a weight. What it overwrites is recorded first, for :func:`deactivate`."""
     with weight_at(model, projection).shard() as part:
         weight, dim = part.tensor, projection.dim
         if part.is_full:

@@ -7,6 +7,8 @@ layers refuse to run. When the weights are there, on all ranks together: they ar
 the base of the extra weights is kept, and the units move on the shards.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -61,6 +63,25 @@ def _any_on_meta(model: nn.Module, record: Attachment) -> bool:
 
 def _coupled(model: nn.Module, record: Attachment) -> list[Tensor]:
     return [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
+
+
+@contextmanager
+def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Inside, a model whose weights are here, and will be loaded again, runs with its units in the new order."""
+    if not record.awaits_weights:
+        yield
+        return
+    record.awaits_weights = False
+    try:
+        for move in record.moves:
+            move.finish(model)
+        mark_layers(record)
+        yield
+    finally:
+        for move in record.moves:
+            move.postpone(model)
+        record.awaits_weights = True
+        mark_layers(record)
 
 
 # ---- arriving ------------------------------------------------------------------------------------------

@@ -140,12 +140,6 @@ def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
         raise ValueError(f"{obstacle}, whose units can't change place: use layout='indexed'")
 
 
-def movable_couplings(model: nn.Module, couplings: list[Coupling]) -> list[Coupling]:
-    """Return the couplings whose units can be reordered with the weights as they are."""
-    movable = [coupling for coupling in couplings if coupling.movable]
-    return [coupling for coupling, obstacle in zip(movable, _obstacles(model, movable)) if not obstacle]
-
-
 def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
     """Yield for each coupling the reason why its units can't be reordered; an empty string if they can."""
     owners: dict[int, list[str]] = {}

@@ -8,16 +8,19 @@ from functools import partial
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.layers import act_mul_of, forward_of, run_on_one_input
+from s2ft.layers import act_mul_of, forward_of, is_intercepted, run_on_one_input
 from s2ft.model.coupling import Coupling
 from s2ft.ops import act_mul
 
 
-def gated_forward(block: nn.Module, x: Tensor, activation: str) -> Tensor:
+def gated_forward(block: nn.Module, x: Tensor, activation: str, act_class: type) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width].
 
-    For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps.
+    For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps. The
+    block's own forward runs if `act_fn` is not of the class that `activation` stands for, or has hooks.
     """
+    if type(block.act_fn) is not act_class or is_intercepted(block.act_fn):
+        return type(block).forward(block, x)
     if adds_products_fast(x):
         gate, up = run_on_one_input(x, block.gate_proj, block.up_proj)
     else:
@@ -46,7 +49,8 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
         block = model.get_submodule(path)
         if "forward" not in block.__dict__:
             activation = act_mul_of(block) if record.config.ffn_kernel else None
-            options = {} if activation is None else {"activation": activation}
+            act_class = type(getattr(block, "act_fn", None))
+            options = {} if activation is None else {"activation": activation, "act_class": act_class}
             _put(block, path, partial(forward_of(block), block, **options), record)
         elif path not in record.forwards:
             raise ValueError(
@@ -56,7 +60,7 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
     if coupling.activation is not None and record.config.ffn_kernel:
         block = model.get_submodule(coupling.block)
         if "forward" not in block.__dict__:
-            forward = partial(gated_forward, block, activation=coupling.activation)
+            forward = partial(gated_forward, block, activation=coupling.activation, act_class=type(block.act_fn))
             _put(block, coupling.block, forward, record)
 
 

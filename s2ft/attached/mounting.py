@@ -35,7 +35,7 @@ from s2ft.attached.record import Attachment, Mount, Part, applied, attachment_of
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank, reshard_all
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
-from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
@@ -81,23 +81,18 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     """
     check_not_in_engine(model, "a trainable adapter")
     reshard_all(model)
-    touched = [
-        coupling
-        for coupling in record.couplings
-        if any(projection.name in selection for projection in coupling.projections)
-    ]
-    check_split_layers(model, touched)
-    check_one_place(model, touched, selection)
-    moves = _moves(model, touched, selection) if config.layout == "permuted" else {}
+    trained = touched(record.couplings, selection)
+    check_split_layers(model, trained)
+    check_one_place(model, trained, selection)
+    moves = _moves(model, trained, selection) if config.layout == "permuted" else {}
     check_gradients_pass(model)
-    check_shards(model, touched)
-    check_is_quantized(model, touched)
+    check_shards(model, trained)
+    check_is_quantized(model, trained)
     holds = config.effective == "step"
     if holds:
-        trained = (projection for coupling in touched for projection in coupling.projections)
-        check_can_hold(model, [projection for projection in trained if projection.name in selection])
-    check_memory(model, [projection for coupling in touched for projection in coupling.projections], holds)
-    for coupling in touched:
+        check_can_hold(model, [one for one in projections_of(trained) if one.name in selection])
+    check_memory(model, list(projections_of(trained)), holds)
+    for coupling in trained:
         for module in experts_modules(coupling):
             forward_of(model.get_submodule(module))
     extra_names = extra_weights.names_of_modules(model, record.couplings, config.modules_to_save)
@@ -106,13 +101,18 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     )
     try:
         record.name, record.config, record.selection = name, config, selection
-        _mount_all(model, record, touched, moves)
+        _mount_all(model, record, trained, moves)
         extra_weights.start(model, record, extra_names, before_forward, before_load)
         start_holding(model, record)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
         raise
+
+
+def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
+    """The couplings of which a selection has units."""
+    return [coupling for coupling in couplings if any(one.name in selection for one in coupling.projections)]
 
 
 def before_forward(model: nn.Module, inputs: tuple) -> None:
@@ -306,6 +306,8 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     It can be called again if it was interrupted, and does nothing if nothing is mounted. The record still contains
     what was mounted; call :meth:`Attachment.forget_mounts` afterwards if the model keeps the record.
     """
+    if record.rest is not None:  # a proof was interrupted
+        record.rest.restore()
     extra_weights.remove_hooks_of(model, before_forward, before_load)
     stop_holding(model)
     if record.host_hooks is not None:

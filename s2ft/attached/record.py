@@ -16,6 +16,7 @@ from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta, Positions
 from s2ft.model.fingerprint import fingerprint
+from s2ft.model.modes import Rest
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import have_numbers
@@ -182,6 +183,8 @@ class Attachment:
         awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
         has_taken_up: Whether the weights have arrived on all ranks.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
+        rest: What a forward of a proof that is under way, or was interrupted, may have changed.
+        unproved: What the proof of the trainable adapter could not prove, in words.
     """
 
     couplings: list[Coupling]
@@ -207,6 +210,8 @@ class Attachment:
     awaits_weights: bool = False
     has_taken_up: bool = False
     change_unfinished: bool = False
+    rest: Rest | None = None
+    unproved: str = ""
 
     # ---- what is there ---------------------------------------------------------------------------
 
@@ -337,6 +342,7 @@ class Attachment:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
         self.name = self.config = self.selection = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
+        self.rest, self.unproved = None, ""
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
             collection.clear()
 
@@ -388,6 +394,19 @@ def check_unattached(model: nn.Module) -> None:
         )
 
 
+def check_not_offloaded(model: nn.Module) -> None:
+    """Raise ValueError if hooks of accelerate bring weights of the model from other memory or a disk."""
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if any(getattr(one, "offload", False) for one in (hook, *getattr(hook, "hooks", ()))):
+            raise ValueError(
+                f"accelerate keeps the weights of {path or type(model).__name__} elsewhere (cpu_offload, disk_offload, "
+                "or a device_map with cpu or disk) and brings them for each forward, so s2ft can't change them: load "
+                "the model onto devices that hold it whole, or quantized, or call "
+                "accelerate.hooks.remove_hook_from_module(model, recurse=True) first"
+            )
+
+
 def new_attachment(
     model: nn.Module,
     couplings: Sequence[Coupling] | None = None,
@@ -410,6 +429,7 @@ def new_attachment(
     """
     check_unattached(model)
     check_parallelism(model)
+    check_not_offloaded(model)
     found = find_couplings(model, couplings, example, config)
     reshard_all(model)
     base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))

@@ -14,6 +14,7 @@ from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Mount, attachment_of
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
+from s2ft.files.tables import table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
@@ -77,6 +78,8 @@ class Report:
         couplings: Number of couplings that are movable, in place and one-sided; empty for a model of a known family.
         weights: Number of weights of the blocks by what discovery says of them: confirmed, in place, one-sided,
             untouched; empty for all other couplings.
+        unproved: What :func:`s2ft.attach` could not prove on the model itself, in words; empty if nothing, or for
+            verify=False.
     """
 
     name: str
@@ -89,6 +92,7 @@ class Report:
     towers: dict[str, bool] = field(default_factory=dict)
     couplings: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
+    unproved: str = ""
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -120,6 +124,7 @@ class Report:
             towers=_towers(model, record.couplings, parts, extra_weights),
             couplings=_counted(map(_moves, record.custom_couplings or ())),
             weights=_counted(row.status for row in record.weights),
+            unproved=record.unproved,
         )
 
     @classmethod
@@ -177,14 +182,12 @@ class Report:
         return self.trainable / self.total
 
     def __str__(self) -> str:
-        width = max(12, *(len(row.projection) + 1 for row in self.rows))
-        units = max(24, *(len(row.units) for row in self.rows))
-        lines = [f"{'projection':<{width}}{'layers':>7}  {'units per layer':<{units}}{'parameters':>14}  dtype"]
-        lines += [
-            f"{row.projection:<{width}}{row.layers:>7}  {row.units:<{units}}{row.parameters:>14,}  "
-            f"{str(row.dtype).removeprefix('torch.')}"
+        rows = [("projection", "layers", "units per layer", "parameters", "dtype")]
+        rows += [
+            (row.projection, str(row.layers), row.units, f"{row.parameters:,}", str(row.dtype).removeprefix("torch."))
             for row in self.rows
         ]
+        lines = [table(rows, right={1, 3})]
         if self.extra_weights:
             lines.append(
                 f"trained in full: {', '.join(self.extra_weights)} ({sum(self.extra_weights.values()):,} parameters)"
@@ -194,6 +197,7 @@ class Report:
             f"are trained ({self.share:.2%})"
         )
         lines += self._about_couplings()
+        lines += [self.unproved] if self.unproved else []
         if self.fresh_heads:
             lines.append(
                 f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such modules, give "

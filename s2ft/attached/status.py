@@ -10,6 +10,7 @@ from s2ft.attached.extra_weights import trained_parameters
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.record import Attachment, State, find_attachment
 from s2ft.attached.report import units_of
+from s2ft.files.tables import table
 
 FLAGS = ("active", "trainable", "fused")
 
@@ -77,7 +78,7 @@ class Status:
             return title
         lines = [("adapter", "projections", "units", "parameters", "flags")]
         lines += [self._line(name) for name in self.adapters]
-        return "\n".join([title, *_aligned(lines, right=(1, 3))])
+        return f"{title}\n{table(lines, right={1, 3})}"
 
     def _line(self, name: str) -> tuple[str, ...]:
         """One adapter: name, projections, units of each kind of projection, parameters, flags."""
@@ -95,17 +96,7 @@ class Status:
         """A table with one line for each projection of each adapter."""
         lines = [("projection", "adapter", "units", "flags")]
         lines += [(row.path, row.adapter, row.units, row.flags) for row in self.rows]
-        return "\n".join(_aligned(lines))
-
-
-def _aligned(lines: list[tuple[str, ...]], right: tuple[int, ...] = ()) -> Iterator[str]:
-    """Yield lines of columns of equal width. right: the columns that are aligned at their right side."""
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    for line in lines:
-        cells = [
-            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
-        ]
-        yield "  ".join(cells).rstrip()
+        return table(lines)
 
 
 @of_compiled

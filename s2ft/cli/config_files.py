@@ -5,8 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from s2ft.cli.parse import UsageError
 from s2ft.files.yaml_reading import parse_yaml
+
+
+class UsageError(ValueError):
+    """A mistake in the options of a command."""
 
 
 def set_environment(arguments: Sequence[str]) -> None:

@@ -1,116 +1,7 @@
-"""What the commands do about forgetting: read other text, make the meter of a run, and the batches to protect."""
+"""What `s2ft eval` does about forgetting: read other text, and measure how far an adapter has moved its base."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
-
-
-@dataclass(frozen=True)
-class OtherText:
-    """Rows of text that are not trained on.
-
-    Attributes:
-        measured: Rows on which the loss is measured, or None.
-        protected: Rows for which the base needs its units, or None.
-    """
-
-    measured: Any = None
-    protected: Any = None
-
-
-def read_other(parsed: Any) -> OtherText:
-    """Read the files of `--forgetting-data` and `--protect`, before a model is loaded.
-
-    Args:
-        parsed: The options of a training command.
-
-    Raises:
-        ValueError: A file can't be read.
-    """
-    from s2ft.config import S2FTConfig
-    from s2ft.text.data import DataOptions
-    from s2ft.text.drift import read_texts
-    from s2ft.train.options import ForgettingOptions
-
-    data, options, seed = parsed[DataOptions], parsed[ForgettingOptions], parsed[S2FTConfig].seed
-
-    def rows(names: list[str], most: int) -> Any:
-        if not names:
-            return None
-        return read_texts(DataOptions(data=names, field=data.field, skip_bad_rows=data.skip_bad_rows), most, seed)
-
-    return OtherText(rows(options.forgetting_data, options.meter_rows), rows(options.protect, options.protect_rows))
-
-
-def meter_for(parsed: Any, other: OtherText, model, tokenizer, rows):
-    """Make the meter of a run, or return None if nothing is to be measured.
-
-    Args:
-        parsed: The options of a training command.
-        other: The other text.
-        model: The model.
-        tokenizer: Its tokenizer, with the template of the training.
-        rows: Token rows with the prompts of the task.
-    """
-    from s2ft.config import S2FTConfig
-    from s2ft.text.drift import answer_rows, prompt_rows, prompts_of, text_rows
-    from s2ft.train.forgetting import ForgettingMeter
-    from s2ft.train.options import ForgettingOptions, RunOptions
-
-    options, seed = parsed[ForgettingOptions], parsed[S2FTConfig].seed
-    if not options.measures:
-        return None
-    texts = (
-        None
-        if other.measured is None
-        else text_rows(other.measured, tokenizer, _longest(model), options.meter_rows, seed)
-    )
-    prompts: Any = prompt_rows(rows, options.meter_rows, seed) if options.measures_kl else None
-    if options.measures_kl and options.kl_on == "answers":
-        questions, length = prompts_of(rows, options.meter_rows, seed), parsed[RunOptions].max_new_tokens
-
-        def prompts(model):
-            return answer_rows(model, tokenizer, questions, length)
-
-    return ForgettingMeter(
-        other=texts,
-        prompts=prompts,
-        every=options.meter_steps,
-        stop_at_forgetting=options.stop_at_forgetting,
-        stop_at_kl=options.stop_at_kl,
-    )
-
-
-def protect_batches(parsed: Any, other: OtherText, model, tokenizer, arguments):
-    """Return batches of the text to protect, or None without any.
-
-    Args:
-        parsed: The options of a training command.
-        other: The other text.
-        model: The model.
-        tokenizer: Its tokenizer.
-        arguments: The trainer's arguments, with the rows of a forward pass.
-    """
-    from s2ft.config import S2FTConfig
-    from s2ft.text.calibration import batches_of
-    from s2ft.text.drift import text_rows
-    from s2ft.train.options import ForgettingOptions
-
-    if other.protected is None:
-        return None
-    options, seed = parsed[ForgettingOptions], parsed[S2FTConfig].seed
-    rows = text_rows(other.protected, tokenizer, _longest(model), options.protect_rows, seed)
-    return batches_of(rows, tokenizer, arguments.per_device_train_batch_size)
-
-
-def _longest(model) -> int:
-    """Longest row of other text: the context, but at most 1024 tokens, as in training."""
-    from s2ft.text.encoding import context_length
-
-    return min(context_length(model) or 1024, 1024)
-
-
-# ---- s2ft eval -----------------------------------------------------------------------------------------
 
 
 def read_other_text(job: Any, reading: Any) -> Any:
@@ -140,9 +31,9 @@ def measure_drift(job: Any, model, prompter, other: Any, examples: Sequence) -> 
     """
     if not job.forgetting and not job.kl:
         return {}
-    from s2ft.text.drift import DriftMeter, text_rows
+    from s2ft.text.drift import DriftMeter, longest_other_row, text_rows
 
-    texts = None if other is None else text_rows(other, prompter.tokenizer, _longest(model), job.meter_rows)
+    texts = None if other is None else text_rows(other, prompter.tokenizer, longest_other_row(model), job.meter_rows)
     prompts = _prompt_rows(job, model, prompter, examples) if job.kl else None
     meter = DriftMeter(model, other=texts, prompts=prompts, batch_size=min(8, job.batch_size))
     drift = meter.measure(model)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, parse
+from s2ft.files.tables import table
 from s2ft.train.options import option
 
 DIMS = {0: "rows", 1: "columns"}
@@ -67,12 +68,11 @@ def describe(name: str | Path) -> str:
         f"{name} trained in full: {' × '.join(map(str, value.shape))}, {_name(value.dtype)}"
         for name, value in adapter.extra_weights.items()
     ]
-    width, one_sided = max(map(len, adapter.deltas)), _one_sided(adapter)
-    rows = (
-        _row(path, delta, adapter.selection[path].numel(), width, path in one_sided)
-        for path, delta in adapter.deltas.items()
-    )
-    return "\n".join([*lines, *rows])
+    one_sided = _one_sided(adapter)
+    rows = [
+        _row(path, delta, adapter.selection[path].numel(), path in one_sided) for path, delta in adapter.deltas.items()
+    ]
+    return "\n".join([*lines, table(rows)])
 
 
 def _one_sided(adapter) -> set[str]:
@@ -80,15 +80,14 @@ def _one_sided(adapter) -> set[str]:
     return {coupling.main.name for coupling in adapter.couplings or () if coupling.is_one_sided}
 
 
-def _row(path: str, delta, units: int, width: int, one_sided: bool) -> str:
+def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:
     if one_sided:
         word = ("output", "input")[delta.dim] if units == delta.index.numel() else "group"
     else:
         word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
-    return (
-        f"{path:<{width}}  {units:>6} {word + 's' * (units != 1):<8}  {delta.index.numel():>6} {DIMS[delta.dim]:<8} "
-        f"{_dtype(delta)}  largest update {delta.values.abs().max():.3g}"
-    )
+    count = f"{delta.index.numel()} {DIMS[delta.dim]}"
+    largest = f"largest update {delta.values.abs().max():.3g}"
+    return path, f"{units} {word}{'s' * (units != 1)}", count, _dtype(delta), largest
 
 
 def _dtype(delta) -> str:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
+from s2ft.files.writing import reason_not_written
 from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
@@ -16,7 +17,7 @@ COMMANDS = {
     "dpo": "train an adapter on pairs of a better and a worse answer",
     "grpo": "train an adapter by the rewards of its own answers",
     "select": "choose units and save them, without training",
-    "eval": "score a model, with or without an adapter, on files, suites of tasks, or tasks of lm-eval",
+    "eval": "score a model, with or without an adapter, on a file of problems, or tasks of lm-eval",
     "generate": "write one answer to a prompt",
     "chat": "talk to a model in several turns, and switch adapters meanwhile",
     "serve": "answer over HTTP with many adapters of one base model",
@@ -28,8 +29,8 @@ COMMANDS = {
     "estimate": "print the memory that training a model takes",
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
-    "reproduce": "repeat an experiment of the S²FT paper, or one of your own",
 }
+TRAINING = ("sft", "dpo", "grpo")
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
 OTHER_NAMES = {
@@ -44,6 +45,8 @@ OTHER_NAMES = {
     "estimate": "memory vram",
     "select": "choose",
 }
+# Commands that there were, and what to use instead.
+GONE = {"reproduce": "the experiments are in a clone of the repository: python -m bench.experiments --list"}
 MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -53,7 +56,6 @@ MISTAKES = (
     PermissionError,
     ImportError,
 )
-WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
 # What takes less memory, for commands that do not count it.
 SMALLER = {
     "merge": "a smaller --dtype, such as bfloat16, takes less memory",
@@ -125,12 +127,18 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
+        hint = f"; {GONE[name]}" if name in GONE else did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
     try:
-        importlib.import_module(f"s2ft.cli.{SAME.get(name, name)}").run(rest)  # Only the chosen command is imported.
+        command = SAME.get(name, name)
+        if command in TRAINING:
+            from s2ft.cli.training import run
+
+            run(command, rest)
+        else:
+            importlib.import_module(f"s2ft.cli.{command}").run(rest)  # Only the chosen command is imported.
     except MISTAKES as error:
         if traceback:
             raise
@@ -187,11 +195,3 @@ def explain(error: BaseException, command: str) -> tuple[str, list[str]]:
     if isinstance(error, OutOfMemory):
         return error.reason, [*error.advice, *([error.kept] if error.kept else [])]
     return f"out of memory: {first_line(error)}", [SMALLER[command]] if command in SMALLER else []
-
-
-def reason_not_written(error: Exception) -> str | None:
-    """Return the system's message if `error` is a file that could not be read or written, else None."""
-    if isinstance(error, OSError):
-        return str(error)
-    text = str(error).strip().split("\n")[0]
-    return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None

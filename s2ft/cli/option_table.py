@@ -1,4 +1,9 @@
-"""Names and groups of the options of TRL and transformers that the training commands show. It imports nothing."""
+"""The one table of the training commands' options: headings, short names, and texts where those of TRL are too long."""
+
+from s2ft.cli.parse import Table
+from s2ft.config import S2FTConfig
+from s2ft.text.data.options import DataOptions
+from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
 
 # Group of the help → option → its short names, and a help text where that of the package is too long.
 # An option that is not in the table works too. `--help-all` shows it.
@@ -33,7 +38,10 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "too_long": ("", ""),
         "skip_bad_rows": ("", ""),
     },
-    "selection": {"on_top": ("", "")},
+    "selection": {
+        "selection_seed": ("", "seed of the selection and of the choice of calibration rows (default: --seed, else 0)"),
+        "on_top": ("", ""),
+    },
     "training": {
         "num_train_epochs": ("epochs num-epochs", "passes over the data"),
         "max_steps": ("", "number of updates; a positive number replaces --epochs"),
@@ -50,11 +58,14 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "max_grad_norm": ("", "clip the norm of the gradient to this value; 0 turns clipping off"),
         "label_smoothing_factor": ("label-smoothing", "share of the loss that is spread over all tokens"),
         "neftune_noise_alpha": ("neftune", "noise on the embeddings while training (NEFTune)"),
-        "loss_type": ("", "nll, or dft (dynamic fine-tuning)"),
+        "loss_type": (
+            "",
+            "sft: nll or dft; dpo: sigmoid, ipo, ..., several with --loss-weights; grpo: dapo, grpo, ...",
+        ),
         "assistant_only_loss": ("", "compute the loss on the assistant's turns of a chat only"),
         "completion_only_loss": ("", "compute the loss on the completion of prompt and completion only"),
         "seed": ("", "seed of the selection, of the order of the rows and of dropout"),
-        "data_seed": ("", "seed of the order of the rows"),
+        "data_seed": ("", "seed of the order of the rows (default: the run's seed)"),
     },
     "rewards and preferences": {
         "rewards": ("", ""),
@@ -133,6 +144,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "gradient_checkpointing": ("activation-checkpointing", ""),
         "torch_compile": ("compile", "compile the model with torch.compile"),
         "chunked_loss": ("", ""),
+        "keep_memory": ("", ""),
         "kernels": ("", ""),
         "use_cpu": ("", "train on the CPU although there is a GPU"),
         "dataloader_num_workers": ("", "processes that prepare batches"),
@@ -141,40 +153,17 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "fsdp_config": ("", "an FSDP configuration, a JSON file"),
     },
 }
-GROUP_OF = {name: group for group, options in OPTIONS.items() for name in options}
-KIND_GROUPS = {"ModelOptions": "model", "DataOptions": "data", "S2FTConfig": "selection", "RunOptions": "output",
-               "ForgettingOptions": "forgetting"}  # fmt: skip
-SHORT_NAMES = {
-    name: tuple(short.replace("-", "_") for short in names.split())
-    for options in OPTIONS.values()
-    for name, (names, _) in options.items()
-}
-HELP = {name: text for options in OPTIONS.values() for name, (_, text) in options.items() if text}
-# Help texts of options that mean something else in another command than in s2ft sft.
-HELP_OF = {
-    ("DPOArguments", "loss_type"): "sigmoid, ipo, hinge, robust, sft, ...; several are added with --loss-weights",
-    ("GRPOArguments", "loss_type"): "dapo, grpo, dr_grpo, bnpo, cispo, ...",
-}
-# Options of a command that have the short name of another option in s2ft sft.
-OWN_NAMES = {"DPOArguments": ("label_smoothing",), "GRPOArguments": ("epsilon",)}
-# Fields that are another option on the command line, because another dataclass has the name.
-RENAMED = {("S2FTConfig", "seed"): "selection_seed"}
-MORE_METADATA = {
-    "selection_seed": {"shown": "--seed if that is given, else 0"},
-    "data_seed": {"shown": "the run's seed"},
-}
-# Options that other programs or older versions have. They are suggested.
-ELSEWHERE = {
-    "batch-size": "bs",
-    "bf16": "autocast precision mixed-precision",
-    "dtype": "torchdtype",
-    "max-length": "cutoff-len max-seq-length max-seq-len sequence-len",
-    "match-lora-rank": "lora-rank r rank",
-    "train-sampling-strategy group_by_length": "group-by-length",
-    "eval-data": "eval-dataset validation-file",
-    "data": "dataset train-file",
-    "use-cpu": "no-cuda",
-    "weight-decay": "wd",
-}
-# Options of `trl sft` that have no meaning here. They are accepted, and a line says so.
-NOT_USED = "ignore_bias_buffers"
+TABLE = Table(
+    options=OPTIONS,
+    groups={
+        ModelOptions: "model",
+        DataOptions: "data",
+        S2FTConfig: "selection",
+        RunOptions: "output",
+        ForgettingOptions: "forgetting",
+    },
+    rest="more options of transformers and TRL",
+    renamed={("S2FTConfig", "seed"): "selection_seed"},  # the seed of the run is another one
+    own=("label_smoothing", "epsilon"),  # of DPO and GRPO; in s2ft sft they are short names
+    required=(("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",)),
+)

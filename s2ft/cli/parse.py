@@ -1,35 +1,62 @@
-"""Options from dataclasses: a field is an option. Nothing here imports PyTorch, so that ``--help`` is quick."""
+"""Options from dataclasses: a field is an option. Nothing here imports PyTorch, so that ``--help`` is quick.
+
+transformers' HfArgumentParser and TRL's TrlParser were tried. They import PyTorch, take an option under two names at
+once, do not check the values of a YAML file, know no nearest name, and print the whole usage for an error.
+"""
 
 import argparse
+import copy
 import difflib
+import enum
 import itertools
+import json
 import logging
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, fields
-from types import UnionType
-from typing import Any, NoReturn, Union, get_args, get_origin, get_type_hints
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from types import NoneType, UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-GROUPS = ("model and data", "selection")  # in this order in the help
+from s2ft.cli.config_files import UsageError, read_config
+
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 MOST = 16  # so many choices are listed in an error, of more the closest ones
 SHORT = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 TRUE, FALSE = ("true", "t", "yes", "y", "1"), ("false", "f", "no", "n", "0")
+LATEST = "latest"  # --resume without a checkpoint
 # Options by the names that other programs give them. They are suggested if the command has the option.
 OTHER_NAMES = {
     "adapter": "adapter-path lora-path",
     "batch-size": "bs",
-    "data": "dataset dataset-name",
-    "dtype": "precision torch-dtype",
+    "bf16": "autocast precision mixed-precision",
+    "data": "dataset dataset-name train-file",
+    "dtype": "precision torch-dtype torchdtype",
     "dtype bfloat16": "bf16",
     "dtype float16": "fp16",
+    "eval-data": "eval-dataset validation-file",
     "limit": "max-samples",
+    "lm-eval": "suite scoring length-normalized answer-form skip-missing",
     "match-lora-rank": "lora-rank r rank",
-    "max-length": "cutoff-len max-seq-length",
+    "max-length": "cutoff-len max-seq-length max-seq-len sequence-len",
     "max-new-tokens": "max-tokens",
     "model": "base-model model-name-or-path",
     "output": "out output-dir",
+    "train-sampling-strategy group_by_length": "group-by-length",
+    "use-cpu": "no-cuda",
+    "weight-decay": "wd",
+}
+# Options that there were, and what to use instead.
+GONE = {
+    "suite": "score one file at a time with --data and --task, or public suites with --lm-eval",
+    "scoring": "--lm-eval scores by likelihood",
+    "length-normalized": "--lm-eval scores by likelihood",
+    "answer-form": "--lm-eval scores by likelihood",
+    "skip-missing": "--lm-eval scores suites of tasks",
+    "writer": "llama.cpp's converter writes GGUF files, --llama-cpp DIR says where it is",
+    "grace": "a server that is stopped lets requests go on for 10 seconds",
+    "measure": "`s2ft sft --max-steps 3` prints tokens per second",
 }
 
 # Help texts that several commands share.
@@ -39,46 +66,46 @@ ADAPTER = "an adapter: the output folder of a run, an adapter's folder, a checkp
 DTYPE = "dtype of the model's weights; auto: the dtype of the adapter's training, or without adapter the checkpoint's"
 
 
-class UsageError(ValueError):
-    """A mistake in the options of a command."""
-
-
-class Collect(argparse._StoreAction):
-    """Stores the value of an option. Another use of an option that takes several values adds its values to them."""
-
-    given = False
-
-    def __call__(self, parser, namespace, values, option_string=None) -> None:
-        if self.given and isinstance(values, list):
-            values = getattr(namespace, self.dest) + values
-        self.given = True
-        super().__call__(parser, namespace, values, option_string)
-
-
 class Parser(argparse.ArgumentParser):
     """Raises UsageError with one line that names the help, where argparse prints the whole usage and exits."""
 
-    def __init__(self, *arguments: Any, **options: Any) -> None:
-        super().__init__(*arguments, **options)
-        for name in (None, "store"):
-            self.register("action", name, Collect)
-
     def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        known = list(self._option_string_actions)
+        # Before argparse, which would first complain about the missing option that a wrong name stands for.
+        spelled: dict[str, str] = {}
         for word in itertools.takewhile(lambda word: word != "--", arguments):
-            # Before argparse, which would first complain about the missing option that a wrong name stands for.
-            if word.startswith("--") and " " not in word and word.partition("=")[0] not in known:
-                self.error(_unknown(word, known))
+            name = word.partition("=")[0]
+            if not word.startswith("--") or " " in name:
+                continue
+            action = self._option_string_actions.get(name)
+            if action is None:
+                self.error(self.unknown(name))
+            plain = name.replace("_", "-")
+            if spelled.setdefault(action.dest, plain) != plain and action.nargs != 0:
+                self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
         found, unknown = self.parse_known_args(arguments)
         if unknown:
-            self.error(_unknown(unknown[0], known))
+            option = unknown[0].startswith("-")
+            self.error(self.unknown(unknown[0]) if option else f"unexpected argument {unknown[0]!r}")
         return found
 
+    def unknown(self, name: str) -> str:
+        """Say that there is no such option, and which one is near or has replaced it."""
+        known = [word[2:] for word in self._option_string_actions if word.startswith("--") and "_" not in word]
+        plain = name.lstrip("-").replace("_", "-")
+        instead = f"; {GONE[plain]}" if plain in GONE else did_you_mean(plain, known, OTHER_NAMES, "--")
+        return f"there is no option {name}{instead}"
+
     def error(self, message: str) -> NoReturn:
-        message = re.sub(r"/--\w+(_\w+)+", "", message)  # the second spelling of each option
-        message = re.sub(r"^argument ([^:]+): (must )?", lambda m: f"{m[1]} must " if m[2] else f"{m[1]}: ", message)
+        """Raise UsageError with one line."""
+        message = re.sub(
+            r"^argument ([^:]+): (must )?", lambda m: self.shown(m[1]) + (" must " if m[2] else ": "), message
+        )
         message = message.replace("the following arguments are required:", "missing:")
-        raise UsageError(f"{message} (see {self.prog} --help)")
+        raise UsageError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
+    def shown(self, names: str) -> str:
+        """The name of an option for a message; argparse gives all of its names, separated by slashes."""
+        return names.split("/")[0]
 
 
 class Help(argparse.RawDescriptionHelpFormatter):
@@ -95,6 +122,201 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{names} {self._format_args(action, action.dest.upper())}" if takes_value else names
 
 
+@dataclass(frozen=True)
+class Table:
+    """What a command says of options besides the fields of its dataclasses.
+
+    Attributes:
+        options: By heading of the help: option → its short names, and a help text that replaces the field's. The help
+            has this order.
+        groups: Headings by dataclass, for the fields that are in no other place.
+        rest: Heading of all other fields. `--help` leaves it out, and `--help-all` shows it.
+        renamed: Names of options by the dataclass's name and the field's.
+        own: Fields whose name wins against the same short name of another option.
+        required: Names of which one must be given, for each requirement.
+    """
+
+    options: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
+    groups: Mapping[type, str] = field(default_factory=dict)
+    rest: str | None = None
+    renamed: Mapping[tuple[str, str], str] = field(default_factory=dict)
+    own: Sequence[str] = ()
+    required: Sequence[Sequence[str]] = ()
+
+
+class OptionParser(Parser):
+    """The parser of a command whose options are the fields of dataclasses.
+
+    Args:
+        command: Name of the command.
+        description: What the command does.
+        kinds: Dataclasses; see `s2ft.config.option` for the metadata of their fields. Dataclasses that have a field in
+            common share the option.
+        example: Command lines for the end of the help.
+        table: What else is said of the options.
+        everything: Whether the help shows the options under the table's `rest` too.
+    """
+
+    def __init__(
+        self,
+        command: str,
+        description: str,
+        kinds: Sequence[type],
+        example: str = "",
+        table: Table | None = None,
+        everything: bool = False,
+    ) -> None:
+        self.kinds, self.table, self.everything = list(kinds), table or Table(), everything
+        super().__init__(
+            prog=f"s2ft {command}",
+            description=description,
+            formatter_class=Help,
+            allow_abbrev=False,
+            epilog=f"example:\n{example}" if example else None,
+            add_help=self.table.rest is None,
+        )
+        if self.table.rest is not None:
+            self.add_argument("--help", "-h", action="help", help="show the options that are often needed")
+            self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
+            config = "read options from a YAML file"
+            self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config)
+        known = [(one, kind) for kind in self.kinds for one in fields(kind) if one.init]
+        own = {name for name in self.table.own if any(one.name == name for one, _ in known)}
+        entries = {name: entry for options in self.table.options.values() for name, entry in options.items()}
+        self.short = {
+            name: [short for short in names.split() if short.replace("-", "_") not in own]
+            for name, (names, _) in entries.items()
+        }
+        taken = {short.replace("-", "_") for names in self.short.values() for short in names}
+        self.texts = {name: text for name, (_, text) in entries.items() if text}
+        self.group_of = {name: group for group, options in self.table.options.items() for name in options}
+        self.options: dict[str, argparse.Action] = {}
+        self.hints: dict[str, Any] = {}
+        self.defaults: dict[str, Any] = {}
+        self.headings: dict[str, Any] = {}
+        places = {name: place for place, name in enumerate(self.group_of)}
+        for one, kind in sorted(known, key=lambda pair: places.get(self.name_of(*pair), len(places))):
+            if (name := self.name_of(one, kind)) not in self.options and name not in taken:
+                self._add(name, one, kind)
+        needed = [self.options[name] for name, default in self.defaults.items() if default is MISSING]
+        self.required = self.table.required or [(one.dest,) for one in needed if one.option_strings]
+        places_first = [one for one in self.options.values() if not one.option_strings]
+        words = [_positional(one) for one in places_first]
+        words += [f"{self.short_name(names[0])} {self.options[names[0]].metavar}" for names in self.required]
+        words = ["[--config FILE]"] * (self.table.rest is not None) + words
+        self.usage = " ".join([self.prog, *words, "[options]"])
+
+    def name_of(self, one: Field, kind: type) -> str:
+        """The name of the option of a field."""
+        return self.table.renamed.get((kind.__name__, one.name), one.name)
+
+    def _add(self, name: str, one: Field, kind: type) -> None:
+        """Add the option of a field, as --d-ratio and as --d_ratio."""
+        hint, metadata = _hints(kind)[one.name], one.metadata
+        heading = self.group_of.get(name) or metadata.get("group") or self.table.groups.get(kind, self.table.rest)
+        default = one.default if one.default_factory is MISSING else one.default_factory()
+        hidden = (heading == self.table.rest is not None and not self.everything) or "hidden" in metadata
+        shown = {**metadata, "help": self.texts.get(name) or metadata.get("help", name.replace("_", " "))}
+        settings = {"default": argparse.SUPPRESS, **_reading(name, hint, metadata)}
+        settings["help"] = argparse.SUPPRESS if hidden else help_text(shown, default)
+        if default is True and settings.get("const") is True:
+            settings["help"] = argparse.SUPPRESS  # the help shows --no-... in its place
+        if heading is not None and heading not in self.headings:
+            self.headings[heading] = self.add_argument_group(heading)
+        group = self.headings.get(heading, self)
+        self.hints[name], self.defaults[name] = hint, default
+        if metadata.get("positional"):
+            several = {"nargs": "?"} if default is not MISSING and "nargs" not in settings else {}
+            self.options[name] = group.add_argument(name, **{**settings, "action": None, **several})
+            return
+        words = [name, *self.short.get(name, ())]
+        self.options[name] = group.add_argument(*(word for each in words for word in _spellings(each)), **settings)
+        if default is True and settings.get("const") is True:
+            off = metadata.get("off", f"turn off: {shown['help'][:1].lower()}{shown['help'][1:]}")
+            off = argparse.SUPPRESS if hidden else help_text({"help": off}, None)
+            group.add_argument(
+                *_spellings(f"no_{name}"), dest=name, action="store_false", default=argparse.SUPPRESS, help=off
+            )
+
+    # ---- reading -------------------------------------------------------------------------------------------
+
+    def given(self, words: Sequence[str]) -> dict[str, Any]:
+        """Return the options that the command line and the file of --config set, by their full names.
+
+        Raises:
+            UsageError: An option or a key is unknown, missing, given twice, or has a wrong value.
+        """
+        found = {key: value for key, value in vars(self.parse_args(list(words))).items() if "help" not in key}
+        path = found.pop("config", None)
+        found = {**(self._from_file(path) if path else {}), **found}
+        missing = [names[0] for names in self.required if not any(found.get(name) for name in names)]
+        if missing:
+            self.error(f"missing: {', '.join(self.short_name(name) for name in missing)}")
+        return found
+
+    def objects(self, given: Mapping[str, Any]) -> list[Any]:
+        """Return an object of each dataclass. A ValueError of one becomes a UsageError."""
+        made = []
+        for kind in self.kinds:
+            names = {one.name: self.name_of(one, kind) for one in fields(kind) if one.init}
+            values = {name: copy.deepcopy(given[option]) for name, option in names.items() if option in given}
+            try:
+                made.append(kind(**values))
+            except ValueError as error:
+                self.error(str(error))
+        return made
+
+    def _from_file(self, path: str) -> dict[str, Any]:
+        """Return the options of a config file by their full names."""
+        found: dict[str, Any] = {}
+        spelled: dict[str, str] = {}
+        for key, value in read_config(path).items():
+            if key == "env":
+                continue
+            action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
+            if action is None or action.dest not in self.options:
+                said = self.unknown(str(key)).replace(str(key), repr(str(key)), 1)
+                head, _, nearest = said.partition(";")
+                nearest = nearest.replace("--", "").replace("-", "_")
+                self.error(f"config {path}: {head}{';' * bool(nearest)}{nearest}")
+            if action.dest in found:
+                self.error(f"config {path}: {spelled[action.dest]} and {key} are the same option: keep one of them")
+            spelled[action.dest] = str(key)
+            try:
+                found[action.dest] = self._value(action, value)
+            except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
+                self.error(f"config {path}: {key} {error}")
+        return found
+
+    def _value(self, action: argparse.Action, value: Any) -> Any:
+        """Convert a value of YAML as argparse converts the words of a command line."""
+        hint = self.hints[action.dest]
+        if isinstance(value, list) and _takes(hint, list) and action.nargs == "+":
+            return [item if isinstance(item, dict) else action.type(str(item)) for item in value]
+        if value is None or (isinstance(value, (list, dict)) and _takes(hint, type(value))):
+            return value
+        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+            return value
+        if isinstance(value, (list, dict)):
+            raise ValueError(f"must be one value, got {value!r}")
+        if action.nargs == 0:  # no_...: true
+            return not _switch(str(value))
+        if isinstance(value, bool) and not _takes(hint, bool):
+            value = _word_of(value, action)
+        found = action.type(str(value))
+        return [found] if action.nargs == "+" else found
+
+    # ---- what is said --------------------------------------------------------------------------------------
+
+    def short_name(self, name: str) -> str:
+        """The name of an option on the command line: the shorter one of its full name and its first short name."""
+        return f"--{min([*self.short.get(name, ())[:1], name], key=len).replace('_', '-')}"
+
+    def shown(self, names: str) -> str:
+        action = self._option_string_actions.get(names.split("/")[0])
+        return self.short_name(action.dest) if action else names
+
+
 def parse(
     command: str,
     description: str,
@@ -108,10 +330,10 @@ def parse(
     Args:
         command: Name of the command.
         description: What the command does.
-        kinds: Dataclasses whose fields are the options; see `s2ft.train.options.option` for their metadata.
+        kinds: Dataclasses whose fields are the options.
         arguments: Words of the command line after the command's name.
         example: Command lines for the end of the help.
-        groups: One of GROUPS by dataclass, for the fields that name none.
+        groups: Headings of the help by dataclass, for the fields that name none.
 
     Returns:
         One object of each dataclass.
@@ -120,12 +342,8 @@ def parse(
         UsageError: An option is unknown, missing, or has a wrong value.
         SystemExit: The help was asked for and printed.
     """
-    parser = _parser(command, description, kinds, example, groups or {})
-    found = parser.parse_args(arguments)
-    try:
-        return [kind(**{one.name: getattr(found, one.name) for one in fields(kind)}) for kind in kinds]
-    except ValueError as error:
-        raise UsageError(f"{error} (see {parser.prog} --help)") from error
+    parser = OptionParser(command, description, kinds, example, Table(groups=groups or {}))
+    return parser.objects(parser.given(arguments))
 
 
 def given_options(words: Sequence[str]) -> set[str]:
@@ -133,109 +351,95 @@ def given_options(words: Sequence[str]) -> set[str]:
     return {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
 
 
-def _parser(command: str, description: str, kinds: list[type], example: str, groups: Mapping[type, str]) -> Parser:
-    parser = Parser(
-        prog=f"s2ft {command}",
-        description=description,
-        formatter_class=Help,
-        allow_abbrev=False,
-        epilog=f"example:\n{example}" if example else None,
-    )
-    options = [
-        (one.metadata.get("group", groups.get(kind)), one, hint)
-        for kind in kinds
-        for one, hint in zip(fields(kind), _hints(kind))
-    ]
-    used = {group for group, _, _ in options}
-    headings = {name: parser.add_argument_group(name) for name in GROUPS if name in used}
-    for group, one, hint in options:
-        _add(headings.get(group, parser), one, hint)
-    required = [
-        f"{action.option_strings[0]} {action.metavar}" if action.option_strings else _positional(action)
-        for action in sorted(parser._actions, key=lambda action: bool(action.option_strings))
-        if action.required or not action.option_strings
-    ]
-    parser.usage = " ".join([parser.prog, *required, "[options]"])
-    return parser
+# ---- one option ----------------------------------------------------------------------------------------
 
 
-def _hints(kind: type) -> list[Any]:
-    hints = get_type_hints(kind)
-    return [hints[one.name] for one in fields(kind)]
+_hints = cache(get_type_hints)  # of a dataclass
+
+
+def _spellings(name: str) -> list[str]:
+    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}")))
 
 
 def _positional(action: argparse.Action) -> str:
     return f"[{action.metavar}]" if action.nargs == "?" else f"{action.metavar}{' ...' * (action.nargs == '+')}"
 
 
-def _add(group: Any, one: Field, hint: Any) -> None:
-    """Add the option of a field, as --d-ratio and as --d_ratio."""
-    default = one.default if one.default_factory is MISSING else one.default_factory()
-    kind, several = _kind(hint)
-    names = _spellings(one.name)
-    if kind is bool:
-        shown = argparse.SUPPRESS if default else help_text(one.metadata, default)
-        group.add_argument(*names, nargs="?", const=True, default=default, type=_switch, help=shown)
-        if default:
-            shown = help_text(one.metadata, None, "off")
-            group.add_argument(*_spellings(f"no_{one.name}"), dest=one.name, action="store_false", help=shown)
-        return
-    choices = [name for name in one.metadata.get("choices", ()) if name is not None]
-    read = choice(choices) if choices else {int: _whole, float: _number, str: str}[kind]
-    settings = {
-        "nargs": "+" if several else None,
-        "default": None if default is MISSING else default,
-        "type": read,
-        "metavar": one.metadata.get("metavar") or _metavar(one.name, kind, choices),
-        "help": help_text(one.metadata, default),
-    }
-    if not one.metadata.get("positional"):
-        group.add_argument(*names, required=default is MISSING, **settings)
-    elif default is MISSING:
-        group.add_argument(one.name, **settings)
-    else:
-        group.add_argument(one.name, **{**settings, "nargs": "?"})
-
-
-def _spellings(name: str) -> list[str]:
-    return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name}")))
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """Return bool, int, float or str, and whether the option takes several values. Text serves for all else."""
+def _parts(hint: Any) -> list[Any]:
+    """The types of which a value may be one, without None."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    kinds = [kind for kind in parts if kind is not type(None)]
-    if str in kinds or len(kinds) > 1:
-        return str, False
-    several = get_origin(kinds[0]) is list
-    return (get_args(kinds[0])[0] if several else kinds[0]), several
+    return [part for part in parts if part is not NoneType]
 
 
-def _metavar(name: str, kind: type, choices: list[str]) -> str:
+def _takes(hint: Any, kind: type) -> bool:
+    """Whether a type takes values of `kind`."""
+    return any(part is Any or (get_origin(part) or part) is kind for part in _parts(hint))
+
+
+def _reading(name: str, hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """What argparse is told of an option: how its words are read, how many there are, and the name of its value."""
+    parts = _parts(hint)
+    first = parts[0]
+    if first is bool:
+        return {"nargs": "?", "const": True, "type": _switch}
+    items = next((get_args(part)[0] for part in parts if get_origin(part) is list), None)
+    kind = items or first
+    choices = metadata.get("choices") or next(filter(None, map(_choices, parts)), ())
+    choices = [str(value) for value in choices if value is not None]
+    metavar = metadata.get("metavar")
+    several = {"nargs": "+", "action": "extend"} if items else {}
+    if name == "resume_from_checkpoint":
+        several = {"nargs": "?", "const": LATEST}
     if choices:
-        return f"{{{','.join(choices)}}}" if len(choices) < MANY else "NAME"
-    if kind is str:
-        return name.upper()
-    return "RATIO" if name.endswith("_ratio") else {int: "N", float: "X"}[kind]
+        names = f"{{{','.join(choices)}}}" if len(choices) < MANY else "NAME"
+        return {"type": choice(choices), "metavar": metavar or names, **several}
+    if kind in (int, float) and (items or str not in parts):
+        unit = "RATIO" if name.endswith("_ratio") else {int: "N", float: "X"}[kind]
+        return {
+            "type": _number(kind, _takes(hint, NoneType) or None in get_args(hint)),
+            "metavar": metavar or unit,
+            **several,
+        }
+    if items and get_origin(items) is dict:
+        return {"type": lambda path: {"path": path}, "metavar": metavar or "PATH", **several}
+    if any(_takes(part, dict) for part in parts):
+        return {"type": _dictionary, "metavar": metavar or "JSON", **several}
+    return {"type": str, "metavar": metavar or name.split("_")[-1].upper(), **several}
 
 
-def help_text(metadata: Mapping[str, Any], default: Any, key: str = "help") -> str:
-    """Return the help text of a field with its default in its unit.
+def _choices(part: Any) -> list[Any]:
+    """The values of an enumeration or of a Literal."""
+    if get_origin(part) is Literal:
+        return list(get_args(part))
+    return [one.value for one in part] if isinstance(part, type) and issubclass(part, enum.Enum) else []
+
+
+def help_text(metadata: Mapping[str, Any], default: Any) -> str:
+    """Return the help text of a field with its default in its unit. Of several sentences it is the first one.
 
     Args:
-        metadata: The metadata of the field, see `s2ft.train.options.option`.
+        metadata: The metadata of the field, see `s2ft.config.option`.
         default: The default value.
-        key: "help", or "off" for the text of ``--no-...``.
     """
     shown = metadata.get("shown")
     if shown is None and isinstance(default, (int, float, str)) and not isinstance(default, bool):
         shown = f"{f'{default:g}' if isinstance(default, float) else default} {metadata.get('unit', '')}".strip()
-    text, choices = metadata.get(key, ""), metadata.get("choices", ())
+    text, choices = re.split(r"\. (?=[A-Z])", metadata["help"])[0], metadata.get("choices", ())
+    text = text if text.endswith("...") else text.rstrip(".")
     if len(choices) >= MANY:
         text += f": one of {', '.join(choices)}"
-    if shown and key == "help":
+    if shown and "(default:" not in text:
         text += f" (default: {shown})"
     return text.replace("%", "%%")
+
+
+def _word_of(value: bool, action: argparse.Action) -> str:
+    """The word that YAML reads as true or false: `eval_strategy: no`."""
+    if value is False and "no" in (action.metavar or "").strip("{}").split(","):
+        return "no"
+    if value is True and action.const == LATEST:
+        return LATEST
+    raise ValueError(f"must not be {str(value).lower()}; put a word into quotes")
 
 
 def _switch(text: str) -> bool:
@@ -244,18 +448,30 @@ def _switch(text: str) -> bool:
     return text.lower() in TRUE
 
 
-def _whole(text: str) -> int:
-    try:
-        return int(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a whole number, got {text!r}") from None
+def _number(kind: type, optional: bool) -> Callable[[str], Any]:
+    what = "a whole number" if kind is int else "a number"
+
+    def read(text: str) -> Any:
+        if optional and text.lower() in ("none", "null"):
+            return None
+        for as_kind in dict.fromkeys((int, kind)):  # a whole number stays one: it is shown and written so
+            try:
+                return as_kind(text)
+            except ValueError:
+                continue
+        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+
+    return read
 
 
-def _number(text: str) -> float:
+def _dictionary(text: str) -> Any:
+    """Read a dictionary in JSON. Another text is the name of a file."""
+    if not text.lstrip().startswith("{"):
+        return text
     try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be a number, got {text!r}") from None
+        return json.loads(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"must be a dictionary in JSON, got {text!r}: {error}") from None
 
 
 def choice(choices: Sequence[str]) -> Callable[[str], str]:
@@ -286,15 +502,6 @@ def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | No
     begun = [name for name in names if len(word) > 2 and name.startswith(word)]
     close = own or begun[:1] or difflib.get_close_matches(word, names, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
-
-
-def _unknown(word: str, names: list[str]) -> str:
-    if not word.startswith("-"):
-        return f"unexpected argument {word!r}"
-    option = word.partition("=")[0]
-    known = [name[2:] for name in names if name.startswith("--") and "_" not in name and name != "--help"]
-    spelled = option.lstrip("-").replace("_", "-")
-    return f"there is no option {option}{did_you_mean(spelled, known, OTHER_NAMES, '--')}"
 
 
 def quiet_transformers() -> None:

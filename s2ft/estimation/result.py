@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from s2ft.files.tables import table
+
 
 @dataclass(frozen=True)
 class MemoryPart:
@@ -179,12 +181,8 @@ class Estimate:
         rows = [("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")]
         rows += [(name, *_columns(part)) for name, part in _folded(self.parts)]
         rows.append(("total", *_columns(self)))
-        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-        lines = [
-            "  ".join(cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(row, widths)))
-            for row in rows
-        ]
-        return "\n".join([*lines, self.summary(), *(f"note: {note}" for note in self.notes)])
+        text = table(rows, right=range(1, len(rows[0])))
+        return "\n".join([text, self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
 def _columns(part: MemoryPart | Estimate) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from s2ft.distributed import Shard, full_shape
 from s2ft.layers.base import S2Layer, beside
 from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
+from s2ft.layers.linear import is_intercepted
 from s2ft.ops import act_mul, grouped_linear
 from s2ft.ops._grouped import grouped_mm, product
 from s2ft.ops.act_mul import ACTIVATIONS
@@ -212,13 +213,22 @@ def forward_of(experts: nn.Module) -> Callable[..., Tensor]:
         A function of the module and the arguments of its forward.
 
     Raises:
-        ValueError: The class of the module does not define how its experts compute.
+        ValueError: The class of the module does not define how its experts compute, or has another forward than the
+            one that is known: a derived class may add something, or someone has put a function in the class.
     """
-    name = type(experts).__name__
-    if name in _FORWARDS:  # these compute without _apply_gate and act_fn
-        return _FORWARDS[name]
-    activation_of(experts)
-    return experts_forward
+    found, where = experts_forward, ("transformers.integrations.moe", "liger_kernel.")
+    if type(experts).__name__ in _FORWARDS:  # these compute without _apply_gate and act_fn
+        found, where = _FORWARDS[type(experts).__name__], "transformers.models."
+    else:
+        activation_of(experts)
+    forward = type(experts).forward
+    module = getattr(forward, "__globals__", {}).get("__name__", "an unknown module")
+    if not module.startswith(where):
+        raise ValueError(
+            f"the forward of {type(experts).__name__} is a function of {module}, which can't run trainable experts: "
+            "put that of transformers' use_experts_implementation in the class, or train other layers by couplings="
+        )
+    return found
 
 
 def activation_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
@@ -254,7 +264,7 @@ def act_mul_of(experts: nn.Module) -> str | None:
     default = getattr(moe, "_default_apply_gate", None)
     if (
         default is None
-        or getattr(type(experts), "_apply_gate", None) is not default
+        or getattr(getattr(experts, "_apply_gate", None), "__func__", None) is not default
         or not getattr(experts, "has_gate", True)
     ):
         return None
@@ -278,13 +288,17 @@ def experts_forward(
     top_k_index: Tensor,  # [tokens, k] int64
     top_k_weights: Tensor,  # [tokens, k]
     activation: str | None = None,
+    act_class: type | None = None,
 ) -> Tensor:  # [tokens, width]
     """Run a module of experts, down(act(gate) * up) of each, and sum their weighted outputs of every token.
 
     The steps and their rounding are those of transformers' `grouped_mm`. With an `activation`, act_mul computes
-    act(gate) * up. For the backward it keeps gate and up, and not act(gate).
+    act(gate) * up, while the module's `act_fn` is of `act_class` and has no hooks. For the backward it keeps gate and
+    up, and not act(gate).
     """
-    act = activation_of(self) if activation is None else partial(_act_mul, activation)
+    act_fn = getattr(self, "act_fn", None)
+    changed = type(act_fn) is not act_class or isinstance(act_fn, nn.Module) and is_intercepted(act_fn)
+    act = activation_of(self) if activation is None or changed else partial(_act_mul, activation)
     k = top_k_index.shape[-1]
     experts, order = top_k_index.reshape(-1).sort()
     tokens = order // k

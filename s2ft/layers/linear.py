@@ -243,7 +243,7 @@ def run_on_one_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
 
 def _factors(module: nn.Module) -> Factors | None:
     """What a layer multiplies its input by; None if it has a call of its own or does more."""
-    if torch.compiler.is_compiling() or _is_intercepted(module):
+    if torch.compiler.is_compiling() or is_intercepted(module):
         return None
     if type(module) is nn.Linear:
         return Factors(module.weight, module.bias)
@@ -277,7 +277,7 @@ class _HeldMatrix:
         return weight.t() if self.layer.transposed else weight
 
 
-def _is_intercepted(module: nn.Module) -> bool:
+def is_intercepted(module: nn.Module) -> bool:
     """Whether something else runs when the module is called: hooks, another forward, or a compiled one."""
     own = module.__dict__
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")

@@ -136,26 +136,44 @@ def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = No
 
 
 def activation_of(model: nn.Module, mlp: str) -> str | None:
-    """The activation that the config names, if the block's module is of the class that this name stands for.
+    """The activation that the config names, if the block computes :func:`_gated` with it and nothing else.
 
-    None too for a block with dropout, factors or another dtype between its layers, which :func:`s2ft.ops.act_mul` does
-    not have.
+    None too for another class of activation than this name stands for.
     """
     from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
 
     # gemma has both attributes, and uses the first
     name = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
-    try:
-        module = model.get_submodule(f"{mlp}.act_fn")
-        block = vars(model.get_submodule(mlp))
-    except AttributeError:
-        return None
-    if type(model.get_submodule(mlp)).__name__ == "BeamMLP":  # its activation is computed in float32
-        return None
-    if any(word in name for name in [*block, *block["_modules"]] for word in ("dropout", "multiplier", "sparsity")):
-        return None
-    untouched = name in HIDDEN_ACTS and type(module) is type(ACT2FN[name]) and "forward" not in module.__dict__
-    return HIDDEN_ACTS[name] if untouched else None
+    block = model.get_submodule(mlp)
+    act = getattr(block, "act_fn", None)
+    untouched = name in HIDDEN_ACTS and type(act) is type(ACT2FN[name]) and "forward" not in vars(act)
+    return HIDDEN_ACTS[name] if untouched and is_gated_mlp(type(block)) else None
+
+
+def _gated(self, x):
+    return self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+
+
+def _gated_with_result(self, x):
+    result = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+    return result
+
+
+def _gated_with_gate(self, x):
+    gate = self.act_fn(self.gate_proj(x))
+    return self.down_proj(gate * self.up_proj(x))
+
+
+GATED = [(one.__code__.co_code, one.__code__.co_names) for one in (_gated, _gated_with_result, _gated_with_gate)]
+
+
+def is_gated_mlp(block_class: type[nn.Module]) -> bool:
+    """Whether the forward of a class has the same instructions as :func:`_gated`, in one of the ways to write it.
+
+    So nothing that computes more is taken for it: a derived class, or a forward that someone has put in the class.
+    """
+    code = getattr(block_class.forward, "__code__", None)
+    return code is not None and (code.co_code, code.co_names) in GATED
 
 
 def head_sizes(config) -> tuple[int, int, int]:
@@ -168,13 +186,15 @@ def head_sizes(config) -> tuple[int, int, int]:
 def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
     """The norms, sinks and biases of an attention block that move, as :meth:`Coupling.attention` takes them.
 
-    A norm with `head_dim` entries is shared by all heads, and is left out.
+    A norm with `head_dim` entries is shared by all heads, and is left out. A weight may also be [heads, head_dim].
     """
     attention, found = model.get_submodule(block), {}
     for name in ("q_norm", "k_norm"):
         weight = getattr(getattr(attention, name, None), "weight", None)
         shape = () if weight is None else full_shape(weight)
-        if len(shape) == 1 and shape[0] not in (head_dim, attention.head_dim):
+        if len(shape) == 2:
+            found[f"{block}.{name}.weight"] = 1
+        elif len(shape) == 1 and shape[0] not in (head_dim, attention.head_dim):
             found[f"{block}.{name}.weight"] = attention.head_dim
     for name in ("sinks", "gate_bias"):
         if getattr(attention, name, None) is not None:

@@ -95,7 +95,8 @@ def _columns(x: Tensor, table: _Table, offsets: Tensor) -> Tensor:
     """The entries of x [T, size] at the units of each row's group: [T, places]."""
     rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
     group = torch.searchsorted(offsets, rows, right=True).clamp_(max=offsets.shape[0] - 1)
-    return x.gather(1, table.units[group])
+    places = rows.long()[:, None] * x.shape[1] + table.units[group]
+    return x.flatten().index_select(0, places.flatten()).view(places.shape)  # a gather keeps all of x for its backward
 
 
 def columns_to_keep(x: Tensor, weight: Tensor, index: Tensor, most: int, offsets: Tensor) -> Tensor:

@@ -18,15 +18,14 @@ def effective(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: tor
     """Return a copy of the weight in `dtype`, with delta added to its channels and rounded to the weight's dtype."""
     with LOCK:
         copy = weight.detach().clone()
-    taps = copy.view(*copy.shape[:2], -1)
-    units = effective_units(taps.index_select(dim, index), delta.detach())
-    taps.transpose(0, dim)[index] = units.transpose(0, dim)
+    units = copy.index_select(dim, index)
+    copy.index_copy_(dim, index, effective_units(units, delta.detach().reshape(units.shape)))
     return copy.to(dtype)
 
 
 def differentiable(weight: Tensor, delta: Tensor, index: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
     """Return the same as :func:`effective`, computed by functions that pass gradients to delta."""
-    taps = weight.detach().view(*weight.shape[:2], -1)
+    taps = weight.detach().flatten(2)
     wide = taps.to(torch.promote_types(weight.dtype, delta.dtype))
     return wide.index_add(dim, index, delta.to(wide.dtype)).to(weight.dtype).view(weight.shape).to(dtype)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from s2ft.files.adapter_folder import own_folder, read_folder
 from s2ft.files.reading import MAX_CONFIG, parse_json, read_bytes
+from s2ft.files.tables import table
 from s2ft.files.writing import replace_file
 from s2ft.model.coupling import PROJECTIONS
 
@@ -31,8 +32,8 @@ class Selection:
     Example:
         >>> selection = s2ft.select(model, s2ft.S2FTConfig(d_ratio=0.02))
         >>> print(selection)
-        projection   layers units per layer     units
-        down_proj         2               3         6
+        projection  layers  units per layer  units
+        down_proj        2                3      6
         >>> "model.layers.0.mlp.down_proj" in selection
         True
         >>> selection["model.layers.0.mlp.down_proj"].shape
@@ -83,10 +84,9 @@ class Selection:
         groups: dict[str, list[int]] = {}
         for path, units in self.units.items():
             groups.setdefault(_label(path), []).append(units.numel())
-        lines = [f"{'projection':<12}{'layers':>7}{'units per layer':>16}{'units':>10}"]
-        return "\n".join(
-            lines + [f"{name:<12}{len(sizes):>7}{span(sizes):>16}{sum(sizes):>10,}" for name, sizes in groups.items()]
-        )
+        head = ("projection", "layers", "units per layer", "units")
+        rows = [(name, str(len(sizes)), span(sizes), f"{sum(sizes):,}") for name, sizes in groups.items()]
+        return table([head, *rows], right={1, 2, 3})
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write the selection to a JSON file. An existing file is replaced in one step.

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from s2ft.selection.batches import IGNORED
 from s2ft.text.encoding import left_pad
@@ -55,3 +55,107 @@ class TokenCollator:
             own[:1] = IGNORED
             labels[number, length - len(own) :] = own
         return labels
+
+
+@dataclass(frozen=True)
+class PackedCollator:
+    """Make batches of rows that are packed, or pack the rows of a batch into one sequence.
+
+    Positions begin at 0 with each row. There is no attention mask, since models find the rows by their positions. Where
+    the model computes attention between all positions of a sequence, each pack stays a sequence of its own. Only
+    positions that predict a label get logits if all packs are one sequence.
+
+    Attributes:
+        pad: The token id to pad with.
+        flat: Whether all rows become one sequence without padding.
+        chosen_logits: Whether the model can be asked for the logits of chosen positions.
+        multiple: The length of a batch is a multiple of this number.
+
+    Example:
+        >>> from s2ft.text.collator import PackedCollator
+        >>> row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, 9], "seq_lengths": [2, 3]}
+        >>> batch = PackedCollator(pad=0)([row])
+        >>> batch["position_ids"].tolist(), batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()
+        ([[0, 1, 0, 1, 2]], [0, 3], [[6, 9]])
+    """
+
+    pad: int
+    flat: bool = True
+    chosen_logits: bool = True
+    multiple: int = 1
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
+        parts = [self._pack(row) for row in rows]
+        if self.flat:
+            parts = [tuple(torch.cat(column) for column in zip(*parts))]
+        longest = -(-max(len(ids) for ids, _, _ in parts) // self.multiple) * self.multiple
+        filled = zip((self.pad, IGNORED, 0), zip(*parts))
+        input_ids, labels, position_ids = (
+            torch.stack([nn.functional.pad(part, (0, longest - len(part)), value=value) for part in column])
+            for value, column in filled
+        )
+        batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
+        if self.flat:
+            batch |= _boundaries(position_ids[0])
+        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+        if self.chosen_logits and len(parts) == 1:
+            chosen = (targets[0] != IGNORED).nonzero()[:, 0]
+            chosen = chosen if len(chosen) else torch.tensor([0])
+            targets = targets[:, chosen]
+            batch["logits_to_keep"] = chosen
+        return {**batch, "labels": targets, "shift_labels": targets}
+
+    @staticmethod
+    def _pack(row: Mapping[str, Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the ids, the labels and the positions of a row, or of a pack with the lengths of its rows."""
+        lengths = row.get("seq_lengths") or [len(row["input_ids"])]
+        positions = torch.cat([torch.arange(length) for length in lengths])
+        labels = torch.tensor(row["labels"], dtype=torch.int64)
+        labels[positions == 0] = IGNORED
+        return torch.tensor(row["input_ids"], dtype=torch.int64), labels, positions
+
+
+def _boundaries(positions: Tensor) -> dict[str, Tensor | int]:
+    """Return where rows begin in one sequence, as flash attention and kernels of recurrent layers want it.
+
+    Models would find it from the positions themselves, but in each layer, and on a GPU the host would wait each time.
+    """
+    starts = (positions == 0).nonzero()[:, 0]
+    bounds = torch.cat([starts, torch.tensor([len(positions)])]).to(torch.int32)
+    longest = int(bounds.diff().max())
+    numbers = torch.repeat_interleave(torch.arange(len(starts), dtype=torch.int32), bounds.diff())
+    return {
+        "cu_seq_lens_q": bounds,
+        "cu_seq_lens_k": bounds,
+        "max_length_q": longest,
+        "max_length_k": longest,
+        "seq_idx": numbers[None],
+    }
+
+
+@dataclass(frozen=True)
+class SplitCollator:
+    """Make batches whose rows are divided among devices (context parallelism).
+
+    Rows are padded on the right: the attention of such a batch has no mask but the causal one, under which no token
+    sees the padding after it. Each position has its label beside it, because the next token may be on another device.
+    The mask has no padding either, so that models make no mask of all pairs of positions, which would not be used.
+
+    Attributes:
+        pad: The token id to pad with.
+        multiple: The length of a batch is a multiple of this number, so that each device gets the same share.
+
+    Example:
+        >>> from s2ft.text.collator import SplitCollator
+        >>> batch = SplitCollator(pad=0, multiple=4)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
+        >>> batch["input_ids"].tolist(), batch["shift_labels"].tolist(), batch["position_ids"].tolist()
+        ([[5, 6, 7, 0]], [[6, 7, -100, -100]], [[0, 1, 2, 0]])
+    """
+
+    pad: int
+    multiple: int
+
+    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
+        batch = PackedCollator(self.pad, flat=False, chosen_logits=False, multiple=self.multiple)(rows)
+        # The devices' shares are cut from each tensor in place, so that no two may be one.
+        return {**batch, "attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["labels"].clone()}

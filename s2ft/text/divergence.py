@@ -315,8 +315,7 @@ def _causal_model(model) -> nn.Module:
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if head is None or is_encoder_decoder(inner):
         raise ValueError(
-            f"loss and divergence are measured of causal language models of transformers, and {type(inner).__name__} "
-            "is none"
+            f"loss and divergence need a causal language model of transformers, got {type(inner).__name__}"
         )
     return inner
 

@@ -18,9 +18,10 @@ from s2ft.model.modes import evaluation_mode
 from s2ft.selection.batches import IGNORED
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.divergence import BaseDistributions, base_switch, mean_loss
-from s2ft.text.encoding import left_pad, tokenize_rows
+from s2ft.text.encoding import context_length, tokenize_rows
+from s2ft.text.generation import answer_ids
 from s2ft.text.output_head import contiguous_head
-from s2ft.text.prompts import encode_prompt, end_ids, pad_id, prompt_for_rows
+from s2ft.text.prompts import encode_prompt, end_ids, prompt_for_rows
 
 ROWS = 64  # rows of a measurement, if the user names no number
 
@@ -139,6 +140,11 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     return rows.select(drawn(len(rows), most, seed)) if len(rows) > most else rows
 
 
+def longest_other_row(model) -> int:
+    """Return the tokens of the longest row of other text: the context, but at most 1024, as in training."""
+    return min(context_length(model) or 1024, 1024)
+
+
 def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
     """Make token rows whose labels are all of their tokens.
 
@@ -190,7 +196,12 @@ def prompt_rows(rows: Any, most: int = ROWS, seed: int = 0) -> list[dict[str, An
         >>> prompt_rows([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}])
         [{'input_ids': [5, 6, 7], 'labels': [-100, 6, 7]}]
     """
-    return [_up_to_answer(row) for row in _some(rows, most, seed)]
+    found = []
+    for row in _some(rows, most, seed):
+        first = _first_label(row)
+        ids = list(row["input_ids"])[: first + 1 if first > 1 else None]
+        found.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
+    return found
 
 
 def _some(rows, most: int, seed: int) -> list:
@@ -221,12 +232,6 @@ def _first_label(row) -> int:
     """The first token with a label. Nothing stands before it if it is the second token, since the first has none."""
     labels = list(row["labels"])
     return next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
-
-
-def _up_to_answer(row) -> dict[str, Any]:
-    ids, first = list(row["input_ids"]), _first_label(row)
-    ids = ids[: first + 1] if first > 1 else ids
-    return {"input_ids": ids, "labels": [IGNORED, *ids[1:]]}
 
 
 def row_of_prompt(prompt: Sequence[int]) -> dict[str, Any]:
@@ -287,21 +292,11 @@ def answer_rows(
     Returns:
         Token rows, in the order of the prompts.
     """
-    from transformers import GenerationConfig
-
-    pad, ends = pad_id(tokenizer), end_ids(tokenizer, model.generation_config)
-    config = GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=ends)
-    order, rows = sorted(range(len(prompts)), key=lambda number: -len(prompts[number])), {}
-    switch = base_switch(model)
+    switch, ends = base_switch(model), end_ids(tokenizer, model.generation_config)
     with switch() if switch else contextlib.nullcontext(), evaluation_mode(model), torch.no_grad():
-        for start in range(0, len(order), batch_size):
-            numbers = order[start : start + batch_size]
-            batch = left_pad([prompts[number] for number in numbers], pad)
-            batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
-            with contiguous_head(model):
-                answers = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :].tolist()
-            rows.update({number: _answered(prompts[number], one, ends) for number, one in zip(numbers, answers)})
-    return [rows[number] for number in range(len(prompts))]
+        with contiguous_head(model):
+            answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens)
+    return [_answered(prompt, answer, ends) for prompt, answer in zip(prompts, answers)]
 
 
 def _answered(prompt: Sequence[int], answer: list[int], ends: Sequence[int]) -> dict[str, Any]:

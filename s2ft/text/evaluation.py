@@ -1,7 +1,6 @@
 """Score a model on examples.
 
-The accuracy is that of generated answers. Teacher forcing would overstate it. `s2ft.text.likelihood` scores the
-likeliest of the allowed answers instead.
+The accuracy is that of generated answers. Teacher forcing would overstate it.
 """
 
 import time
@@ -12,7 +11,7 @@ from s2ft.text.encoding import context_length, encode_prompts
 from s2ft.text.examples import Example
 from s2ft.text.generation import generate
 from s2ft.text.prompts import PromptFormat
-from s2ft.text.scoring import CHOICES, is_right, right_answer
+from s2ft.text.scoring import is_right, right_answer
 
 
 @dataclass(frozen=True)
@@ -37,7 +36,7 @@ class Evaluation:
     """The result of :func:`evaluate`.
 
     Attributes:
-        task: "arithmetic", "commonsense" or "choices".
+        task: "arithmetic" or "commonsense".
         records: One record for each answered example.
         left_out: Number of examples whose prompt did not fit into the context.
         seconds: Time of the scoring.
@@ -117,8 +116,6 @@ def evaluate(
     for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    if task == CHOICES:
-        raise ValueError("task choices compares the likelihood of answers: s2ft.text.likelihood.evaluate_likelihood")
     answers = [right_answer(example, task) for example in examples]
     room = (context_length(model) or 1 << 30) - max_new_tokens
     prompts = encode_prompts(tokenizer, examples, room, prompt)

@@ -20,16 +20,12 @@ class Example:
         output: The answer of the data.
         answer: The short answer that is scored. None takes it from `output`.
         tools: Schemas of the tools that the assistant can call, or None.
-        choices: The texts of the answers that the row allows, or None if it does not list them.
-        labels: The labels of the choices, if the row has some.
     """
 
     conversation: tuple[dict[str, Any], ...] | str
     output: str
     answer: str | None = None
     tools: list | None = None
-    choices: tuple[str, ...] | None = None
-    labels: tuple[str, ...] = ()
 
     @property
     def question(self) -> str:
@@ -59,7 +55,7 @@ def examples_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
         ValueError: A row has neither a question nor a prompt.
     """
     for row in rows:
-        scored = (row.get("answer"), row.get("tools"), *_choices(row.get("choices")))
+        scored = (row.get("answer"), row.get("tools"))
         if row.get("text") is not None:
             raise ValueError(f"{row.get('place', 'a row')}: a row with only 'text' has no question to answer")
         if isinstance(row.get("prompt"), str):
@@ -67,12 +63,6 @@ def examples_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
             continue
         messages = row.get("messages") or [*row["prompt"], *row["completion"]]
         yield Example(tuple(messages[:-1]), plain_text(messages[-1]), *scored)
-
-
-def _choices(found: Any) -> tuple[tuple[str, ...] | None, tuple[str, ...]]:
-    """Return the texts and the labels of a row's choices."""
-    texts, labels = (found["text"], found["label"]) if isinstance(found, Mapping) else (found, ())
-    return tuple(texts) if texts else None, tuple(labels)
 
 
 def read_examples(data: DataOptions | str | Iterable[str], limit: int | None = None) -> list[Example]:

@@ -1,7 +1,8 @@
 """Greedy generation and beam search in batches, with the trainable adapter fused into the weights for speed."""
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 
@@ -60,6 +61,32 @@ def generate(
         2
     """
     from tqdm.auto import tqdm
+
+    with generation_mode(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True, disable=None) as bar:
+        answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens, num_beams, bar.update)
+    return [text.strip() for text in tokenizer.batch_decode(answers, skip_special_tokens=True)]
+
+
+def answer_ids(
+    model,
+    tokenizer,
+    prompts: Sequence[Sequence[int]],
+    batch_size: int,
+    max_new_tokens: int,
+    num_beams: int = 1,
+    on_batch: Callable[[int], Any] = int,
+) -> list[list[int]]:
+    """Return the token ids of answers, in the order of the prompts, with the end token and the padding after it.
+
+    Args:
+        model: As in :func:`generate`. Its modes are the caller's.
+        tokenizer: As in :func:`generate`.
+        prompts: As in :func:`generate`.
+        batch_size: As in :func:`generate`.
+        max_new_tokens: As in :func:`generate`.
+        num_beams: As in :func:`generate`.
+        on_batch: Called with the number of prompts of each batch, when they are answered.
+    """
     from transformers import GenerationConfig
 
     config = GenerationConfig(
@@ -71,18 +98,16 @@ def generate(
         eos_token_id=end_ids(tokenizer, model.generation_config),
     )
     order = sorted(range(len(prompts)), key=lambda number: -len(prompts[number]))
-    texts = [""] * len(prompts)
-    with generation_mode(model), tqdm(total=len(prompts), desc=title, dynamic_ncols=True, disable=None) as bar:
-        for first in range(0, len(order), batch_size):
-            numbers = order[first : first + batch_size]
-            batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))
-            batch.pop("position_ids")  # model.generate computes the same positions from the mask
-            batch = {name: tensor.to(model.device) for name, tensor in batch.items()}
-            output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
-            for number, text in zip(numbers, tokenizer.batch_decode(output, skip_special_tokens=True)):
-                texts[number] = text.strip()
-            bar.update(len(numbers))
-    return texts
+    answers: dict[int, list[int]] = {}
+    for first in range(0, len(order), batch_size):
+        numbers = order[first : first + batch_size]
+        batch = left_pad([prompts[number] for number in numbers], pad_id(tokenizer))
+        # model.generate computes the positions from the mask
+        batch = {name: batch[name].to(model.device) for name in ("input_ids", "attention_mask")}
+        output = model.generate(**batch, generation_config=config)[:, batch["input_ids"].shape[1] :]
+        answers.update(zip(numbers, output.tolist()))
+        on_batch(len(numbers))
+    return [answers[number] for number in range(len(prompts))]
 
 
 @contextlib.contextmanager

@@ -153,7 +153,8 @@ def prompt_format(
             raise ValueError(f"{option} has no effect on plain text: give form='chat', or leave {option} out")
         return PromptFormat("text")
     template = template_of(tokenizer) if chat_template is None else _read_template(tokenizer, chat_template)
-    name = "the tokenizer's chat template" if chat_template is None else f"chat_template {_name_of(chat_template)}"
+    given = "(given as text)" if "{" in str(chat_template) else chat_template
+    name = "the tokenizer's chat template" if chat_template is None else f"chat_template {given}"
     template = _checked(tokenizer, template, name)
     if system is not None:
         _check_system(tokenizer, template, system, name)
@@ -187,11 +188,6 @@ def prompt_for_rows(
         'text'
     """
     return prompt_format(tokenizer, form_of(rows, options), options.chat_template, options.system_prompt)
-
-
-def _name_of(chat_template: str | Path) -> str:
-    text = str(chat_template)
-    return text if "{" not in text else "(given as text)"
 
 
 def _read_template(tokenizer, chat_template: str | Path) -> str:

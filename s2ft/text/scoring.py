@@ -1,7 +1,6 @@
 """Score generated text as LLM-Adapters does: by its last number, or by its first answer word.
 
-A right answer that is a letter from A to E is compared with the last such letter that stands alone in the text. Where
-the answers that a row allows are known, the likeliest of them can be scored in place of generated text.
+A right answer that is a letter from A to E is compared with the last such letter that stands alone in the text.
 """
 
 import re
@@ -11,11 +10,8 @@ if TYPE_CHECKING:  # examples import PyTorch, and the commands need only TASKS f
     from s2ft.text.examples import Example
 
 TASKS = ("arithmetic", "commonsense")  # tasks whose generated answers can be scored
-CHOICES = "choices"  # the task of rows that list their answers, of which the likeliest is scored
-KINDS = (*TASKS, CHOICES)
 TOLERANCE = 1e-3
 LETTERS = re.compile(r"\b([A-E])\b")  # choices, as in AQuA
-OPTIONS = (re.compile(r"\(([A-E])\)"), re.compile(r"\b([A-E])[).:]"))  # in a question: "(A) 21", or "A) 21", "A: 21"
 # A minus is a sign only if it cannot be a subtraction: "8-3" ends in 3, "= -3" ends in -3.
 NUMBER = re.compile(r"((?<![\w.)\]])-\$?|\$-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
 # Families of answer words. The right answer determines which family is searched for.
@@ -58,15 +54,12 @@ def right_answer(example: "Example", task: str) -> str:
 
     Args:
         example: The example. Its `answer` is used, or the answer in its `output` if it has no `answer`.
-        task: "arithmetic", "commonsense" or "choices".
+        task: "arithmetic" or "commonsense".
 
     Raises:
         ValueError: The task is unknown, or the example has no answer that the task can score.
     """
-    if task not in KINDS:
-        raise ValueError(f"task must be one of {', '.join(KINDS)}, got {task!r}")
-    if task == CHOICES:
-        return _right_choice(example)
+    check_task(task)
     if task == "arithmetic":
         source = example.output if example.answer is None else example.answer
         if example.answer is not None and LETTERS.fullmatch(source.strip()):
@@ -84,58 +77,10 @@ def right_answer(example: "Example", task: str) -> str:
     return found.group()
 
 
-def _right_choice(example: "Example") -> str:
-    """The text of the right choice: `answer` is its text, label, letter from A on, or number from 0 on."""
-    choices, answer = example.choices or (), example.output if example.answer is None else example.answer
-    if len(choices) < 2 or len(set(choices)) < len(choices):
-        raise ValueError(f"task choices needs at least two different texts in field 'choices', got {list(choices)}")
-    letters, numbers = ([name(n) for n in range(len(choices))] for name in (lambda n: chr(ord("A") + n), str))
-    for names in (choices, example.labels, letters, numbers):
-        if answer in names:
-            return choices[list(names).index(answer)]
-    raise ValueError(
-        f"the answer {answer!r} is none of the choices {list(choices)}, nor a label, letter or number of one"
-    )
-
-
-def allowed_answers(example: "Example", task: str) -> tuple[str, ...]:
-    """Return the answers of which one is right, for tasks that score the likeliest one.
-
-    Args:
-        example: The example. Task "choices" takes its `choices`. Task "commonsense" takes the answer words that its
-            question names, of the right answer's family; "arithmetic" the letters of the options in its question.
-        task: "arithmetic", "commonsense" or "choices".
-
-    Returns:
-        At least two answers, the right one among them, in the order of their numbers or letters.
-
-    Raises:
-        ValueError: The task cannot score the example, or the question does not name the answers.
-
-    Example:
-        >>> from s2ft.text.examples import Example
-        >>> question = "Which is a colour? Answer1: red Answer2: salt"
-        >>> s2ft.text.scoring.allowed_answers(Example(question, "", answer="answer1"), "commonsense")
-        ('answer1', 'answer2')
-    """
-    right = right_answer(example, task)
-    if task == CHOICES:
-        return example.choices or ()
-    if task == "arithmetic" and not LETTERS.fullmatch(right):
-        raise ValueError(
-            f"the answer {right!r} of task arithmetic is a number, so there are no allowed answers to compare: score "
-            "generated answers (--scoring generation)"
-        )
-    if right in ("true", "false"):
-        return "true", "false"
-    if task == "commonsense":
-        family = next(words for words in FAMILIES if re.fullmatch(words, right))
-        found = set(re.findall(rf"\b(?:{family})\b", example.question.lower()))
-    else:
-        found = next((letters for form in OPTIONS if len(letters := set(form.findall(example.question))) > 1), set())
-    if right not in found or len(found) < 2:
-        raise ValueError(f"the question {example.question[:80]!r} does not name the allowed answers with {right!r}")
-    return tuple(sorted(found))
+def check_task(task: str) -> None:
+    """Raise ValueError if there is no such task."""
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
 
 
 def is_right(text: str, answer: str, task: str) -> bool:
@@ -147,10 +92,9 @@ def is_right(text: str, answer: str, task: str) -> bool:
         task: "arithmetic" or "commonsense".
 
     Raises:
-        ValueError: The task scores no generated text.
+        ValueError: The task is unknown.
     """
-    if task not in TASKS:
-        raise ValueError(f"task {task} compares the likelihood of answers: score it with scoring='likelihood'")
+    check_task(task)
     if task == "commonsense":
         return first_word(text, answer) == answer
     if LETTERS.fullmatch(answer):

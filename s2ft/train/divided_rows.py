@@ -1,61 +1,14 @@
-"""Rows that are divided among devices (context parallelism): batches, and the models and options that allow it."""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+"""Rows that are divided among devices (context parallelism): the models and options that allow it."""
 
 import torch
 from torch import nn
 
 from s2ft.model.modes import evaluation_mode
-from s2ft.text.encoding import IGNORED
+from s2ft.text.collator import SplitCollator
 from s2ft.train.loss import has_standard_loss, loss_of_logits
 from s2ft.train.parallel import devices_of, run_where_weights_are
 
 TRIAL = 16  # tokens of the row in the trial of a model
-
-
-@dataclass(frozen=True)
-class SplitCollator:
-    """Make batches whose rows are divided among devices (context parallelism).
-
-    Rows are padded on the right: the attention of such a batch has no mask but the causal one, under which no token
-    sees the padding after it. Each position has its label beside it, because the next token may be on another device.
-    The mask has no padding either, so that models make no mask of all pairs of positions, which would not be used.
-
-    Attributes:
-        pad: The token id to pad with.
-        multiple: The length of a batch is a multiple of this number, so that each device gets the same share.
-
-    Example:
-        >>> from s2ft.train.divided_rows import SplitCollator
-        >>> batch = SplitCollator(pad=0, multiple=4)([{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}])
-        >>> batch["input_ids"].tolist(), batch["shift_labels"].tolist(), batch["position_ids"].tolist()
-        ([[5, 6, 7, 0]], [[6, 7, -100, -100]], [[0, 1, 2, 0]])
-    """
-
-    pad: int
-    multiple: int
-
-    def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
-        longest = -(-max(len(row["input_ids"]) for row in rows) // self.multiple) * self.multiple
-        shape = (len(rows), longest)
-        input_ids, labels = torch.full(shape, self.pad), torch.full(shape, IGNORED)
-        position_ids = torch.zeros(shape, dtype=torch.int64)
-        for number, row in enumerate(rows):
-            length = len(row["input_ids"])
-            input_ids[number, :length] = torch.tensor(row["input_ids"])
-            labels[number, :length] = torch.tensor(row["labels"])
-            position_ids[number, :length] = torch.arange(length)
-        labels[:, 0] = IGNORED
-        targets = nn.functional.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
-        return {
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "position_ids": position_ids,
-            "labels": targets,
-            "shift_labels": targets.clone(),  # the devices' shares are cut from each tensor in place
-            "use_cache": False,
-        }
 
 
 def check_divided_rows(model: nn.Module, arguments) -> None:

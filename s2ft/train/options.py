@@ -1,10 +1,10 @@
 """Options of training and of the demo. This module imports no PyTorch, so that ``--help`` is quick."""
 
 from collections.abc import Collection
-from dataclasses import MISSING, dataclass, field, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
-from s2ft.config import PROJECTIONS
+from s2ft.config import PROJECTIONS, check_fields, option
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 
@@ -32,37 +32,16 @@ PROTECT = {
     "metavar": "FILE_OR_NAME",
 }
 PROTECT_ROWS = {"text": "rows of --protect that are run, drawn with the selection's seed", "unit": "rows", "least": 1}
+KEEP_MEMORY = {
+    "text": "on a CPU, keep freed memory for the next tensor (glibc only)",
+    "off": "on a CPU, give freed memory back to the system at once: less memory, slower",
+}
 KERNELS = ("s2ft", "liger")
 POSITIONS = {  # where the divergence of a model from its base is measured
     "prompts": "each position of a prompt, up to the one that predicts the first token of the answer",
     "answers": "each position of the base's own greedy answer",
 }
 POSITIONS_TEXT = "; ".join(f"{name}: {text}" for name, text in POSITIONS.items())
-LARGEST = 2**32 - 1  # the largest whole number of an option: NumPy's generator takes no larger seed
-
-
-def option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
-    """A dataclass field that is also an option of the command line.
-
-    Args:
-        default: Default value. A list is copied for each object. Without one the option is required.
-        text: Help text.
-        metadata: What else is known of the option:
-            group: Heading of the help under which the option stands.
-            choices: The allowed values.
-            unit: Unit of the value, which the help shows behind the default.
-            least: Smallest allowed value.
-            shown: Text that the help shows in place of the default.
-            off: Help text of ``--no-...``, for a switch that is on by default.
-            metavar: Name of the value in the help.
-            positional: Whether the value is given without the option's name.
-
-    Returns:
-        The field.
-    """
-    if isinstance(default, list):
-        return field(default_factory=default.copy, metadata={"help": text, **metadata})
-    return field(default=default, metadata={"help": text, **metadata})
 
 
 def with_default_ratio(config, given: Collection[str]):
@@ -84,27 +63,6 @@ def with_default_ratio(config, given: Collection[str]):
             f"{DEFAULT_D_RATIO} is trained"
         )
     return replace(config, d_ratio=DEFAULT_D_RATIO)
-
-
-def check_fields(options: Any) -> None:
-    """Check the values of a dataclass against `least` and `choices` of its fields.
-
-    Args:
-        options: The dataclass object. A field that is None is not checked.
-
-    Raises:
-        ValueError: A value is too small, too large, or not among the choices. The message names the field.
-    """
-    for one in fields(options):
-        value, least, choices = getattr(options, one.name), one.metadata.get("least"), one.metadata.get("choices")
-        if value is None:
-            continue
-        if least is not None and value < least:
-            raise ValueError(f"{one.name} must be at least {least}, got {value}")
-        if isinstance(value, int) and value > LARGEST:
-            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
-        if choices is not None and value not in choices:
-            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 @dataclass
@@ -201,6 +159,7 @@ class RunOptions:
     kernels: str = option(
         "s2ft", "kernels of the frozen layers: s2ft's own, or also Liger's (package liger-kernel)", choices=KERNELS
     )
+    keep_memory: bool = option(True, **KEEP_MEMORY)
     overwrite: bool = option(False, "replace the run in --output")
     stop_after: int = option(
         0, "write a checkpoint at this update and stop; continue with --resume; 0 trains to the end", least=0
@@ -283,6 +242,18 @@ class ForgettingOptions:
         return bool(self.forgetting_data) or self.measures_kl
 
 
+@dataclass
+class RewardOptions:
+    """What `s2ft grpo` rewards."""
+
+    rewards: list[str] = option(
+        [],
+        "what answers are rewarded for: answer_equal, format, FILE.py:NAME, or FILE.py for all its rewards; their sum "
+        "counts, weighted by --reward-weights",
+        metavar="REWARD",
+    )
+
+
 def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:
     """Divide the rows of one update among devices and forward passes.
 
@@ -327,16 +298,17 @@ class DemoOptions:
     output: str = option("s2ft-demo", "folder for the adapter, log.jsonl, loss.png and report.json", metavar="DIR")
     steps: int = option(64, "number of updates", unit="updates", least=1)
     batch_size: int = option(16, "problems of one update", unit="problems", least=1)
-    held_out: int = option(96, "held-out problems to score", unit="problems", least=1)
+    held_out: int = option(96, "held-out problems to score, at most 96", unit="problems", least=1)
     learning_rate: float = option(2e-3, "peak learning rate")
     d_ratio: float = option(0.03, "share of the FFN channels of down_proj to train", metavar="RATIO")
     o_ratio: float = option(0.12, "share of the heads of o_proj to train", metavar="RATIO")
-    max_new_tokens: int = option(160, "longest answer, before and after training", unit="tokens", least=1)
+    max_new_tokens: int = option(96, "longest answer, before and after training", unit="tokens", least=1)
     eval_batch_size: int = option(96, "problems that are answered at once", unit="problems", least=1)
     dtype: str = option(
         "auto", "dtype of the model's weights; auto: whichever of float32 and bfloat16 is faster here", choices=DTYPES
     )
-    seed: int = option(0, "seed of the problems, of the selection and of the order of the rows", least=0)
+    seed: int = option(0, "seed of the selection and of the order of the rows", least=0)
+    keep_memory: bool = option(True, **KEEP_MEMORY)
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -12,6 +12,7 @@ from torch import nn
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.estimation.result import Estimate, size
+from s2ft.files import tables
 from s2ft.model.coupling import Projection, projections_of
 from s2ft.model.registry import find_couplings
 from s2ft.model.towers import couplings_in_towers
@@ -201,9 +202,7 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
     head += ["kept for backward", "peak"] if memory else []
     head += [size(room)] if memory and room is not None else []
     cells = [head, *(_cells(row, memory, room) for row in rows if not row.refused)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(head))]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(line, widths)) for line in cells]
-    return "\n".join([*lines, *_notes(rows)])
+    return "\n".join([tables.table(cells, right=range(len(head))), *_notes(rows)])
 
 
 def _cells(row: Planned, memory: bool, room: int | None) -> list[str]:

@@ -151,7 +151,7 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path |
     """
     from transformers.trainer_callback import PrinterCallback
 
-    trainer.remove_callback(PrinterCallback)  # LossBar shows the same values
+    trainer.remove_callback(PrinterCallback)  # JsonlLog shows the same values
     if meter is not None:
         meter.add_to(trainer)
     with checkpointing(model, arguments), restored(model, trainer):
@@ -231,7 +231,7 @@ def _best_step(trainer) -> int | None:
 
 def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
-    from s2ft.train.callbacks import LossBar
+    from s2ft.train.callbacks import JsonlLog
 
     if checkpoint is not None and _is_complete(checkpoint):
         _take_over(trainer, checkpoint)
@@ -244,7 +244,7 @@ def _train(trainer, checkpoint: Path | None) -> None:
             raise
         log_failure("all steps are trained, but the trainer failed after the last one", error)
     finally:
-        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, LossBar)).close()
+        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, JsonlLog)).close()
 
 
 def _is_complete(checkpoint: Path) -> bool:
@@ -339,9 +339,9 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
     """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of :func:`sft`."""
     from transformers import EarlyStoppingCallback
 
-    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, LossBar, StopAfter
+    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, StopAfter
 
-    callbacks: list[Any] = [LossBar(), JsonlLog(folder.log)]
+    callbacks: list[Any] = [JsonlLog(folder.log, shows=True)]
     if not arguments.load_best_model_at_end:
         callbacks.append(EvaluateAfterSaving())
     if options.early_stopping_patience:

@@ -3,27 +3,25 @@
 import os
 import subprocess
 import sys
+from dataclasses import fields
 from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from s2ft.config import S2FTConfig
-from s2ft.text.data import DataOptions
-from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
-from s2ft.train.preparation import run_options, set_batches
+from s2ft.train.options import RunOptions
 
 pytest.importorskip("trl")
 from s2ft.cli.parse import UsageError
-from s2ft.cli.training import TrainingParser, parse_training
-from s2ft.train.arguments import SFTArguments
+from s2ft.cli.training import config_text, parser_of, read_run
+from s2ft.train.run import set_batches
 
-KINDS = [ModelOptions, DataOptions, S2FTConfig, SFTArguments, RunOptions, ForgettingOptions]
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
 
 def parse(*words):
-    return parse_training("sft", KINDS, [str(word) for word in words])
+    return read_run("sft", [str(word) for word in words])
 
 
 def from_yaml(tmp_path, text, *words):
@@ -51,26 +49,21 @@ def message(call, *arguments):
     ids=["underscores", "dashes", "short"],
 )
 def test_an_option_has_trls_name_and_a_short_one(words):
-    arguments = parse(*NEEDED, *words)[SFTArguments]
+    arguments = parse(*NEEDED, *words).arguments
     assert (arguments.learning_rate, arguments.num_train_epochs, arguments.per_device_train_batch_size) == (1e-3, 2, 4)
 
 
-def test_every_option_of_the_dataclasses_is_reachable_by_its_own_name():
-    from dataclasses import fields
-
-    from s2ft.cli.grpo import RewardOptions
-    from s2ft.cli.option_table import GROUP_OF, RENAMED, SHORT_NAMES
-    from s2ft.cli.training import TAKEN
-    from s2ft.train.rl_arguments import DPOArguments, GRPOArguments
-
-    parser = TrainingParser([*KINDS, DPOArguments, RewardOptions, GRPOArguments])
-    for kind in KINDS:
-        for one in fields(kind):
-            name = RENAMED.get((kind.__name__, one.name), one.name)
-            assert name in parser.options or name in TAKEN, name
-    assert {name for name in GROUP_OF if name not in parser.options} == set()
-    names = [short for shorts in SHORT_NAMES.values() for short in shorts]
-    assert len(names) == len(set(names)), "a short name stands for two options"
+def test_every_option_is_reachable_by_its_own_name_and_no_short_name_stands_for_two():
+    parsers = [parser_of(command) for command in ("sft", "dpo", "grpo")]
+    for parser in parsers:
+        names = [short for shorts in parser.short.values() for short in shorts]
+        assert len(names) == len(set(names))
+        for kind in parser.kinds:
+            for one in fields(kind):
+                name = parser.name_of(one, kind)
+                assert not one.init or name in parser.options or name.replace("_", "-") in names, name
+    known = {name for parser in parsers for name in parser.options}
+    assert {name for name in parsers[0].group_of if name not in known} == set()
 
 
 def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
@@ -88,17 +81,22 @@ def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
         )
 
 
-def test_repeated_lists_add_up_and_switches_take_words(tmp_path):
-    parsed = parse(*NEEDED, "--field", "instruction=q", "--field", "output=a", "--packing", "no", "--no-chunked-loss")
-    assert parsed[DataOptions].renamed == {"q": "instruction", "a": "output"}
-    assert from_yaml(tmp_path, {"field": {"output": "a"}}, *NEEDED)[DataOptions].renamed == {"a": "output"}
-    assert parsed[SFTArguments].packing is False and parsed[RunOptions].chunked_loss is False
+READ = {  # words → what the run has
+    "--field instruction=q --field output=a": lambda run: run.data.renamed == {"q": "instruction", "a": "output"},
+    "--dataset_text_field body": lambda run: run.data.renamed == {"body": "text"},
+    "--packing no --no-chunked-loss": lambda run: (run.arguments.packing, run.options.chunked_loss) == (False, False),
+    "--bf16": lambda run: run.arguments.bf16 is True and run.options.keep_memory,
+    "--no-keep-memory --dtype bf16": lambda run: not run.options.keep_memory and run.model.dtype == "bfloat16",
+    "": lambda run: run.config.seed == S2FTConfig().seed,
+    "--seed 7": lambda run: run.config.seed == 7 == run.arguments.seed,
+    "--seed 7 --selection-seed 0": lambda run: (run.config.seed, run.arguments.seed) == (0, 7),
+    "--layers 1 --layers 2 3": lambda run: run.config.layers == [1, 2, 3],
+}
 
 
-def test_the_selection_has_the_seed_that_the_run_is_given_unless_it_has_its_own():
-    assert parse(*NEEDED)[S2FTConfig].seed == S2FTConfig().seed
-    assert parse(*NEEDED, "--seed", 7)[S2FTConfig].seed == 7
-    assert parse(*NEEDED, "--seed", 7, "--selection-seed", 0)[S2FTConfig].seed == 0
+@pytest.mark.parametrize("words", READ)
+def test_words_become_values(words):
+    assert READ[words](parse(*NEEDED, *words.split()))
 
 
 SUGGESTED = {
@@ -162,7 +160,7 @@ def test_a_key_and_its_short_name_are_an_error_that_names_both(tmp_path):
 
 def test_what_is_missing_is_named_by_its_short_name():
     assert message(parse, "--lr", "1").startswith("missing: --model, --data, --output")
-    assert parse("--model", "m", "--dataset_name", "d", "--output", "o")[DataOptions].dataset_name == "d"
+    assert parse("--model", "m", "--dataset_name", "d", "--output", "o").data.dataset_name == "d"
 
 
 # ---- config files --------------------------------------------------------------------------------------
@@ -178,6 +176,7 @@ lr_scheduler_kwargs: {min_lr: 1e-6}
 model_init_kwargs:
   attn_implementation: eager
 layers: [0, 1]
+field: {output: a}
 report_to: [tensorboard]
 budget: 9.2M
 datasets:
@@ -190,12 +189,12 @@ env: {S2FT_OF_A_CONFIG: 1}
 def test_a_config_holds_lists_dictionaries_switches_and_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("S2FT_OF_A_CONFIG", "")
     parsed = from_yaml(tmp_path, FULL, "--layers", "1", "--max-steps", "3")
-    arguments = parsed[SFTArguments]
+    arguments = parsed.arguments
     assert arguments.learning_rate == 2e-5 and arguments.lr_scheduler_kwargs == {"min_lr": 1e-6}
     assert arguments.eval_strategy == "no" and arguments.packing is False and arguments.report_to == ["tensorboard"]
     assert arguments.model_init_kwargs == {"attn_implementation": "eager"} and arguments.max_steps == 3
-    assert [entry["path"] for entry in parsed[DataOptions].datasets] == ["x", "y"]
-    assert parsed[S2FTConfig].layers == [1] and parsed[S2FTConfig].budget == 9_200_000  # the command line overrides
+    assert [entry["path"] for entry in parsed.data.datasets] == ["x", "y"] and parsed.data.renamed == {"a": "output"}
+    assert parsed.config.layers == [1] and parsed.config.budget == 9_200_000  # the command line overrides
     assert os.environ["S2FT_OF_A_CONFIG"] == "1"
 
 
@@ -223,19 +222,17 @@ def test_the_environment_is_set_before_other_libraries_are_imported(tmp_path):
 
 def test_the_written_config_gives_the_same_options_and_no_secret(tmp_path):
     first = from_yaml(tmp_path, FULL, "--hub-token", "secret", "--resume", "--num-train-epochs", "3")
-    text = first.config_text()
+    text = config_text(first)
     assert "secret" not in text and "resume" not in text and "num_train_epochs" not in text  # 3 is the default
     assert text.startswith("# s2ft ") and "torch" in text.splitlines()[0] and "trl" in text.splitlines()[0]
     again = from_yaml(tmp_path, text)
-    assert again.config_text() == text
-    kinds = [{kind: parsed[kind] for kind in KINDS} for parsed in (first, again)]
-    assert run_options("sft", kinds[0], first.given) == run_options("sft", kinds[1], again.given)
+    assert config_text(again) == text
+    assert first.determining() == again.determining()
 
 
 def test_a_resumed_run_may_log_save_and_evaluate_more_often():
     def options(*words):
-        parsed = parse(*NEEDED, *words)
-        return run_options("sft", {kind: parsed[kind] for kind in KINDS}, parsed.given)
+        return parse(*NEEDED, *words).determining()
 
     free = ["--log-steps", 5, "--save-steps", 7, "--eval-steps", 3, "--report-to", "tensorboard", "--stop-after", 4]
     assert (
@@ -257,11 +254,11 @@ def test_options_of_lora_become_the_size_of_the_selection(tmp_path, caplog):
         "lora_alpha": 32,
         "use_dora": True,
     }
-    assert from_yaml(tmp_path, lora)[S2FTConfig].match_lora_rank == 16
+    assert from_yaml(tmp_path, lora).config.match_lora_rank == 16
     assert "S²FT takes the place of LoRA: match_lora_rank 16; not used: lora_alpha, use_dora" in caplog.text
-    given = from_yaml(tmp_path, {**lora, "d_ratio": 0.1, "lora_modules_to_save": ["lm_head"]})[S2FTConfig]
+    given = from_yaml(tmp_path, {**lora, "d_ratio": 0.1, "lora_modules_to_save": ["lm_head"]}).config
     assert given.match_lora_rank is None and given.modules_to_save == ["lm_head"]
-    assert from_yaml(tmp_path, {**lora, "use_peft": False})[S2FTConfig].match_lora_rank is None
+    assert from_yaml(tmp_path, {**lora, "use_peft": False}).config.match_lora_rank is None
 
 
 EVALUATION = {  # → when to evaluate, and every how many updates to save
@@ -279,13 +276,9 @@ EVALUATION = {  # → when to evaluate, and every how many updates to save
 
 @pytest.mark.parametrize("text", EVALUATION)
 def test_the_options_of_an_evaluation_need_each_other_only_once(text, tmp_path):
-    arguments = from_yaml(tmp_path, text, *NEEDED)[SFTArguments]
+    arguments = from_yaml(tmp_path, text, *NEEDED).arguments
     found = arguments.eval_strategy, arguments.eval_steps, arguments.save_steps, arguments.load_best_model_at_end
     assert found == EVALUATION[text]
-
-
-def test_the_field_of_the_text_has_trls_name_too():
-    assert parse(*NEEDED, "--dataset_text_field", "body")[DataOptions].renamed == {"body": "text"}
 
 
 # ---- batches -------------------------------------------------------------------------------------------

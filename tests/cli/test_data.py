@@ -22,14 +22,8 @@ def sft(model, data, output, *options):
 def test_bad_rows_are_listed_and_nothing_is_written(model, tmp_path, capsys):
     data = write_jsonl(tmp_path / "a.jsonl", [*sums(3), {"instruction": "a", "output": ""}, {"text": 1, "x": 2}, {}])
     assert sft(model, data, tmp_path / "out") == 2
-    lines = capsys.readouterr().err.splitlines()
-    (error,) = (number for number, line in enumerate(lines) if "error:" in line)
-    assert "2 of 6 rows can't be used; correct them, or leave them out with" in lines[error]
-    assert lines[error + 1 :] == [
-        f"  {data}, line 4: field 'output' is empty",
-        f"  {data}, line 6: needs messages, conversations, prompt and completion, instruction and output, question and "
-        "answer, or text; it has nothing; --field OURS=THEIRS maps other names",
-    ]
+    *_, error, first, second = capsys.readouterr().err.splitlines()
+    assert "2 of 6 rows" in error and "line 4: field 'output'" in first and "line 6: needs messages" in second
     assert not (tmp_path / "out").exists()
 
 
@@ -43,7 +37,8 @@ def test_bad_rows_are_left_out_if_asked(model, tmp_path, caplog):
 def test_texts_train_without_a_template_and_the_adapter_says_so(model, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "Lima is in Peru."}, {"prompt": "2+3=", "completion": "5"}])
     assert sft(model, data, tmp_path / "out") == 0
-    assert s2ft.read_adapter(tmp_path / "out/adapter").info["prompt"]["form"] == "text"
+    adapter = s2ft.read_adapter(tmp_path / "out/adapter")
+    assert adapter.info["prompt"]["form"] == "text" and adapter.config.ratios == {"d": 0.03}  # the paper's ratio
 
 
 def test_template_that_drops_the_answer_is_refused_before_anything_is_written(model, tmp_path, capsys):

@@ -96,20 +96,6 @@ def test_eval_measures_on_the_answers_of_the_base(work, measured, capsys):
     assert capsys.readouterr().out.startswith("KL from the base ")
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    (
-        (["--forgetting", "o.jsonl"], "forgetting and kl compare an adapter with its base: give --adapter"),
-        (["--adapter", "a", "--kl"], "kl needs rows with prompts: give --data or --suite"),
-        (["--adapter", "a", "--forgetting", "o.jsonl", "--data", "d.jsonl"], "data has no use here"),
-        (["--adapter", "a", "--forgetting", "o.jsonl", "--lm-eval", "piqa"], "forgetting has no meaning with lm_eval"),
-    ),
-)
-def test_eval_refuses_what_it_cant_measure(words, message, capsys):
-    assert main(["eval", "--model", "m", *words]) == 2
-    assert message in capsys.readouterr().err
-
-
 def test_select_protects(work, tmp_path, capsys):
     common = ["select", "--model", work / "model", "--d-ratio", "0.1"]
     protect = ["--protect", work / "other.jsonl", "--protect-rows", 2]
@@ -117,24 +103,5 @@ def test_select_protects(work, tmp_path, capsys):
         assert main([*map(str, [*common, *words, "--output", tmp_path / f"{name}.json"])]) == 0
     plain, protected = (s2ft.Selection.load(tmp_path / f"{name}.json") for name in ("plain", "protected"))
     assert plain != protected and [len(units) for units in protected.units.values()] == [6, 6]
-    capsys.readouterr()
     words = [*protect, "--protect-ratio", "0.95", "--output", tmp_path / "none.json"]
-    assert main([*map(str, [*common, *words])]) == 2
-    assert "protect_ratio=0.95 leaves 4 channels" in capsys.readouterr().err
-    assert main([*map(str, [*common, "--protect-ratio", "0.5", "--output", tmp_path / "none.json"])]) == 2
-    assert "protect_ratio=0.5 needs protect data" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    (
-        (["--stop-at-forgetting", "0.1"], "stop_at_forgetting needs forgetting_data"),
-        (["--protect-ratio", "0.3"], "protect_ratio=0.3 needs protect data"),
-        (["--forgetting-data", "nothing.jsonl"], "nothing.jsonl"),
-    ),
-)
-def test_sft_refuses_mistakes_before_it_loads_the_model(work, tmp_path, words, message, capsys, monkeypatch):
-    monkeypatch.setattr("s2ft.train.loading.load_base", lambda *_: pytest.fail("the model was loaded"))
-    sft(work, tmp_path / "run", *words, status=2)
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "run/run.json").exists()
+    assert main([*map(str, [*common, *words])]) == 2 and "protect_ratio=0.95" in capsys.readouterr().err

@@ -61,12 +61,6 @@ def test_a_greedy_answer_equals_that_of_evaluation(capsys, work, adapter):
     assert found.endswith("\n") and found.strip() == expected(work, HELLO, 20, adapter)
 
 
-def test_raw_continues_the_text(capsys, work):
-    assert answer(capsys, work, "--prompt", "Hello", "--raw", "--max-new-tokens", 9).strip() == expected(
-        work, "Hello", 9
-    )
-
-
 def test_the_prompt_is_that_of_the_training(capsys, work, tmp_path):
     """The template and the system prompt are in the adapter. A checkpoint and the output of a run have them too."""
     adapter = s2ft.read_adapter(work / "adapter")
@@ -110,26 +104,3 @@ def test_options_of_the_sampling_are_those_of_the_sampler(capsys, work):
     greedy = answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20)
     assert answer(capsys, work, *draw, "--top-k", 1) == greedy == answer(capsys, work, *draw, "--min-p", 1)
     assert answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20, "--repetition-penalty", 9) != greedy
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        ([], "--prompt or --prompt-file"),
-        (["--prompt", "a", "--prompt-file", "b"], "--prompt or --prompt-file"),
-        (["--prompt-file", "nowhere.txt"], "nowhere.txt"),
-        (["--prompt", ""], "empty"),
-        (["--prompt", "a", "--max-new-tokens", "0"], "max_new_tokens"),
-        (["--prompt", "a", "--top-p", "0"], "top_p"),
-        (["--prompt", "a", "--temperature", "-1"], "temperature"),
-        (["--prompt", "a", "--min-p", "2"], "min_p must be from 0 to 1"),
-        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty must be above 0"),
-        (["--prompt", "a" * 300], "context is 256"),
-        (["--prompt", "a", "--adapter", "nowhere"], "adapter nowhere doesn't exist"),
-        (["--prompt", "a", "--raw", "--system", "b"], "raw is without a chat template, so there is no system"),
-    ],
-)
-def test_mistakes_are_one_line(capsys, work, arguments, words):
-    assert main(["generate", "--model", str(work / "model"), *arguments]) == 2
-    error = capsys.readouterr().err
-    assert words in error and "Traceback" not in error

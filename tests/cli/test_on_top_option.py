@@ -6,8 +6,6 @@ from cli.test_training_options import deltas, sft, work  # noqa: F401
 
 import s2ft
 from s2ft.adapter import overlap
-from s2ft.cli.main import main
-from s2ft.text.models import load_model
 
 
 @pytest.fixture(scope="module")
@@ -42,24 +40,7 @@ def test_a_resumed_run_needs_the_same_adapters_below(runs, work, tmp_path, capsy
     assert "on_top" in capsys.readouterr().err
 
 
-def test_the_sum_of_the_runs_is_the_model_that_the_last_one_trained(runs, work, tmp_path):  # noqa: F811
-    main(["combine", *map(str, runs), "--output", str(tmp_path / "sum")])
-    together = load_model(str(work / "model"))[0]
-    s2ft.load_adapter(together, tmp_path / "sum")
-    model = load_model(str(work / "model"))[0]
-    for run in runs:
-        s2ft.load_adapter(model, run, run.name, active=False)
-    s2ft.set_adapter(model, {run.name: 1.0 for run in runs})
-    theirs = model.state_dict()
-    assert all(torch.equal(value, theirs[name]) for name, value in together.state_dict().items())
-
-
 def test_equal_names_become_those_of_the_folders(work, tmp_path):  # noqa: F811
     sft(work, tmp_path / "a", "--seed", 1)
     sft(work, tmp_path / "b", "--on-top", tmp_path / "a")
     assert s2ft.read_adapter(tmp_path / "b").info["on_top_of"] == {"a": 1.0}
-
-
-def test_a_folder_without_an_adapter_is_named(work, tmp_path, capsys):  # noqa: F811
-    assert sft(work, tmp_path / "out", "--on-top", tmp_path / "nothing") != 0
-    assert "nothing" in capsys.readouterr().err

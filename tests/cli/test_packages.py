@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 from train.tiny import save_tiny, sums, write_jsonl
 
+import s2ft.train.methods  # noqa: F401 - transformers remembers which packages it found when it was asked first
 from s2ft.cli.main import main
 from s2ft.packages import NEEDS, MissingPackages, check_packages, is_installed
 
@@ -103,8 +103,3 @@ def test_no_install_line_names_s2ft_itself():
         str(MissingPackages("a", ["b", "c"]))
         == "a needs the packages b and c, which are not installed: pip install b c"
     )
-
-
-def test_no_folder_of_tests_stands_in_for_vllm():
-    """pytest puts the folder of all tests on the path, where a folder of this name would be an empty package."""
-    assert not (Path(__file__).parents[1] / "vllm").exists(), "tests of vLLM are in tests/vllm_plugin"

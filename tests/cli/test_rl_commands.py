@@ -10,11 +10,8 @@ from train.tiny import save_tiny, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.cli.training import parse_training
-from s2ft.text.data import DataOptions
-from s2ft.train.options import ModelOptions
+from s2ft.cli.training import read_run
 from s2ft.train.output import read_log
-from s2ft.train.rl_arguments import GRPOArguments
 
 PAIRS = [{"question": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(12)]
 TASKS = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]
@@ -44,46 +41,33 @@ def run(command, output, *more):
     return main([str(word) for word in [*arguments, "--lr", 1e-2, *(own if command == "grpo" else []), *more]])
 
 
-def test_dpo_writes_a_run_with_its_prompt(work, capsys):
-    assert run("dpo", "dpo", "--eval-data", "held-out.jsonl", "--beta", 0.2) == 0
-    assert "adapter: dpo/adapter" in capsys.readouterr().out
-    info = s2ft.read_adapter("dpo/adapter").info
-    assert info["training"]["method"] == "dpo" and "<|im_start|>" in info["prompt"]["template"]
-    first, *_, last = read_log(work / "dpo" / "log.jsonl")
-    assert {"loss", "rewards/accuracies", "rewards/margins", "logps/chosen"} <= first.keys()
-    assert {"eval_loss", "eval_rewards/accuracies"} <= last.keys()
-    config = yaml.safe_load((work / "dpo" / "config.yaml").read_text())
-    assert config["beta"] == 0.2 and config["batch_size"] == 4
-    assert main(["dpo", "--config", "dpo/config.yaml", "--output", "dpo-again"]) == 0
-    assert adapter("dpo") == adapter("dpo-again")
+RUNS = {  # options, what is printed, names in the log, values of config.yaml
+    "dpo": (
+        ["--eval-data", "held-out.jsonl", "--beta", 0.2],
+        "adapter: dpo/adapter",
+        {"loss", "rewards/accuracies", "rewards/margins", "logps/chosen", "eval_loss", "eval_rewards/accuracies"},
+        {"beta": 0.2, "batch_size": 4},
+    ),
+    "grpo": (
+        ["--epsilon", 0.3, "--beta", 0.1],
+        "reward -",
+        {"loss", "reward", "rewards/short/mean", "kl", "completions/mean_length"},
+        {"epsilon": 0.3, "rewards": ["mine.py:short"]},
+    ),
+}
 
 
-def test_grpo_writes_a_run_with_its_prompt(work, capsys):
-    assert run("grpo", "grpo", "--epsilon", 0.3, "--beta", 0.1) == 0
-    assert "reward -" in capsys.readouterr().out
-    info = s2ft.read_adapter("grpo/adapter").info
-    assert info["training"]["method"] == "grpo" and "<|im_start|>" in info["prompt"]["template"]
-    first, *_ = read_log(work / "grpo" / "log.jsonl")
-    assert {"loss", "reward", "rewards/short/mean", "kl", "completions/mean_length"} <= first.keys()
-    options = json.loads((work / "grpo" / "run.json").read_text())
-    assert options["rewards"] == ["mine.py:short"] and options["training.epsilon"] == 0.3
-    assert "training.adam_epsilon" not in options
-    assert main(["grpo", "--config", "grpo/config.yaml", "--output", "grpo-again"]) == 0
-    assert adapter("grpo") == adapter("grpo-again")
-
-
-@pytest.mark.parametrize("command", ["dpo", "grpo"])
-def test_the_meter_measures_and_stops_and_units_are_protected(command, work, capsys):
-    write_jsonl(work / "other.jsonl", [{"text": f"Lamp {number} stands near the river."} for number in range(6)])
-    meter = ["--forgetting-data", "other.jsonl", "--measure-kl", "--meter-steps", 1, "--protect", "other.jsonl"]
-    assert run(command, f"{command}-meter", *meter, "--stop-at-kl", 1e-12) == 0
-    log = read_log(work / f"{command}-meter" / "log.jsonl")
-    assert [line["step"] for line in log if "base_kl" in line] == [1]  # the first measurement is above the limit
-    assert {"forgetting", "other_loss", "base_kl"} <= log[0].keys()
-    assert "1 step, " in capsys.readouterr().out
-    protected = s2ft.Selection.load(f"{command}-meter")
-    assert run(command, f"{command}-plain") == 0
-    assert protected != s2ft.Selection.load(f"{command}-plain")
+@pytest.mark.parametrize("command", RUNS)
+def test_a_run_has_its_prompt_its_log_and_a_config_that_repeats_it(command, work, capsys):
+    options, printed, names, values = RUNS[command]
+    assert run(command, command, *options) == 0 and printed in capsys.readouterr().out
+    info = s2ft.read_adapter(f"{command}/adapter").info
+    assert info["training"]["method"] == command and "<|im_start|>" in info["prompt"]["template"]
+    assert names <= {name for line in read_log(work / command / "log.jsonl") for name in line}
+    assert values.items() <= yaml.safe_load((work / command / "config.yaml").read_text()).items()
+    assert "training.adam_epsilon" not in json.loads((work / command / "run.json").read_text())
+    assert main([command, "--config", f"{command}/config.yaml", "--output", f"{command}-again"]) == 0
+    assert adapter(command) == adapter(f"{command}-again")
 
 
 def adapter(run):
@@ -96,39 +80,6 @@ def test_a_run_goes_on_only_with_the_same_rewards(capsys):
     assert run("grpo", "stopped", "--resume", "--rewards", "format") == 2
     assert "rewards was ['mine.py:short'], is ['mine.py:short', 'format']" in capsys.readouterr().err
     assert run("grpo", "stopped", "--resume") == 0
-
-
-@pytest.mark.parametrize(
-    ("command", "more", "words"),
-    [
-        ("dpo", ["--data", "tasks.jsonl"], "tasks.jsonl, line 1: field 'chosen' is missing: a row has chosen and"),
-        ("dpo", ["--sync-ref-model", "true"], "sync_ref_model does not work here"),
-        ("dpo", ["--eval-task", "arithmetic"], "eval_task is an option of s2ft sft"),
-        ("dpo", ["--max-length", "8"], "none of 12 pairs can be used: 12 are longer than max_length 8"),
-        ("dpo", ["--bete", "0.1"], "there is no option --bete; did you mean --beta?"),
-        ("dpo", ["--dtype", "float16"], "training in float16 needs a GPU"),
-        ("dpo", ["--fsdp", "full_shard"], "s2ft dpo does not shard the model (fsdp)"),
-        ("grpo", ["--rewards", "answer_equals"], "no built-in reward 'answer_equals'; did you mean answer_equal?"),
-        ("grpo", ["--rewards", "mine.py:shrot"], "mine.py has no function 'shrot'; did you mean short?"),
-        ("grpo", ["--rewards", "nosuch.py"], "file nosuch.py doesn't exist"),
-        ("grpo", ["--use-vllm", "true", "--vllm-enable-sleep-mode", "true"], "vllm_enable_sleep_mode does not work"),
-        ("grpo", ["--reward-weights", "1", "2"], "reward_weights has 2 numbers for 1 rewards (mine.py:short)"),
-        (
-            "grpo",
-            ["--num-generations", "3"],
-            "4 answers are generated at once, which is no multiple of num_generations",
-        ),
-        ("grpo", ["--selection", "activation"], "selection activation needs answers to calibrate on"),
-        ("grpo", ["--max-completion-length", "255"], "none of 8 prompts fits into the 1 tokens"),
-        ("grpo", ["--limit", "1", "--num-generations", "2"], "there is 1 prompt, and each generation takes 2"),
-    ],
-)
-def test_mistakes_are_explained_and_nothing_is_written(command, more, words, work, capsys):
-    with_file = [*more, "mine.py:short"] if "--rewards" in more else more
-    assert run(command, "refused", *with_file) == 2
-    _, _, error = capsys.readouterr().err.partition(f"s2ft {command}: error: ")
-    assert words in error
-    assert not (work / "refused").exists()
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
@@ -147,5 +98,4 @@ def test_a_reward_that_fails_is_named_and_the_run_can_go_on(work, capsys):
 
 def test_weights_of_rewards_are_numbers():
     words = ["--model", "model", "--data", "tasks.jsonl", "--output", "weighted", "--reward-weights", "1", "0.5"]
-    parsed = parse_training("grpo", [ModelOptions, DataOptions, GRPOArguments], words)
-    assert parsed[GRPOArguments].reward_weights == [1, 0.5]
+    assert read_run("grpo", words).arguments.reward_weights == [1, 0.5]

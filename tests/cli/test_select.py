@@ -130,55 +130,6 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        (["--budget", "lots"], "budget must be a number of parameters such as 9.2M"),
-        (["--budget", "1"], "budget=1 is too small"),
-        (["--units", "nowhere.json"], "nowhere.json"),
-        (["--units", "DATA"], "is not a selection"),
-        (["--units", "x", "--d-ratio", "0.1"], "nothing is left for d_ratio"),
-        (["--selection", "activation"], "selection='activation' needs data"),
-        (["--data", "DATA"], "selection='random' takes no data"),
-        (["--selection", "gradient", "--data", "DATA", "--calibration-examples", "21"], "from 1 to the 20 rows"),
-        (
-            ["--selection", "gradient", "--data", "DATA", "--calibration-examples", "0"],
-            "calibration_examples must be from 1 to the 20 rows",
-        ),
-        (["--output", "EXISTS"], "exists: choose another"),
-        (["--output", "no/folder/s.json"], "there is no folder"),
-        (["--batch-size", "0"], "batch_size must be at least 1"),
-        (["--selection", "best"], "selection must be one of random"),
-    ],
-)
-def test_mistakes(arguments, message, work, tmp_path, capsys):
-    (tmp_path / "exists.json").touch()
-    names = {"DATA": work / "data.jsonl", "EXISTS": tmp_path / "exists.json"}
-    arguments = [names.get(argument, argument) for argument in arguments]
-    output = [] if "--output" in arguments else ["--output", tmp_path / "s.json"]
-    assert command("select", "--model", work / "model", *output, *arguments) == 2
-    assert message in capsys.readouterr().err and not (tmp_path / "s.json").exists()
-
-
-def test_unused_calibration_options_are_refused(work, tmp_path, capsys):
-    assert (
-        command(
-            "sft",
-            "--model",
-            work / "model",
-            "--data",
-            work / "data.jsonl",
-            "--output",
-            tmp_path / "out",
-            "--calibration-examples",
-            4,
-            *RUN,
-        )
-        == 2
-    )
-    assert "calibration_examples has no effect here" in capsys.readouterr().err and not (tmp_path / "out").exists()
-
-
 def test_rows_are_drawn_by_seed():
     from train.tiny import tiny_tokenizer
 

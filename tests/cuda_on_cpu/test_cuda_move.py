@@ -4,8 +4,7 @@ import itertools
 
 import pytest
 import torch
-
-from s2ft.ops.scatter_add_ import reference
+from ops.cases import scattered
 
 CASES = [(shape, dim) for shape in ((9,), (5, 7), (24, 40), (3, 5, 7), (4, 8, 16)) for dim in range(len(shape))]
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
@@ -22,7 +21,6 @@ def strided(values, step):
 @pytest.mark.parametrize("shape,dim", CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_exchange_and_back(runner, shape, dim, dtype):
-    torch.manual_seed(0)
     original = torch.randint(0, 200, shape).to(dtype)
     for n, steps in itertools.product((0, 1, shape[dim]), ((1, 1), (2, 1), (1, 2))):
         index = torch.randperm(shape[dim])[:n]
@@ -61,7 +59,6 @@ def test_misaligned_values(runner, offset):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_permute_and_back(runner, shape, dim, dtype):
     """All lines at once, or one or three at a time. Lines of one round must not be written in another round."""
-    torch.manual_seed(0)
     original = torch.randint(0, 200, shape).to(dtype)
     half = torch.arange(shape[dim])
     half[: shape[dim] // 2] = half[: shape[dim] // 2].flip(0)
@@ -81,42 +78,29 @@ FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 @pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS)), ids=str)
 def test_scatter_add(runner, shape, dim, dtypes):
     """Several parts share units. They are added in their order, and the sum is rounded once, under every schedule."""
-    torch.manual_seed(0)
-    dtype, delta_dtype = dtypes
-    wide = torch.promote_types(torch.promote_types(dtype, delta_dtype), torch.float32)
-    original, n = torch.randn(shape).to(dtype), shape[dim]
-    for sizes, step, seed in itertools.product(((n,), (n // 2, 0, n, n // 2 + 1)), (1, 2), (0, 1)):
-        index = [torch.randperm(n)[:size] for size in sizes]
-        delta = [torch.randn(*shape[:dim], size, *shape[dim + 1 :]).to(delta_dtype) for size in sizes]
-        alpha = [(-0.7) ** j for j in range(len(sizes))]
-        expected = original.to(wide)
-        for i, d, a in zip(index, delta, alpha):
-            expected = expected.index_copy(dim, i, expected.index_select(dim, i) + a * d.to(wide))
-        weight = strided(original, step)
+    n = shape[dim]
+    for counts, step, seed in itertools.product(((n,), (n // 2, 0, n, n // 2 + 1)), (1, 2), (0, 1)):
+        alphas = [(-0.7) ** j for j in range(len(counts))]
+        case = scattered(dim, shape, counts, alphas, *dtypes)
+        ((_, (weight, index, delta, *_, replaced)),) = case.registered
+        expected = case.results(case.definition)
+        weight, *replaced = (strided(tensor, step) for tensor in (weight, *replaced))
         runner.configure(seed, max_blocks=2)
-        replaced = [strided(torch.zeros(d.shape, dtype=dtype), step) for d in delta] if seed else ()
-        runner.scatter_add(weight, index, [strided(d, step) for d in delta], dim, alpha, replaced)
-        assert torch.equal(weight, expected.to(dtype))
-        assert all(torch.equal(old, original.index_select(dim, i)) for old, i in zip(replaced, index))
+        runner.scatter_add(weight, index, [strided(d, step) for d in delta], dim, alphas, replaced if seed else ())
+        assert all(map(torch.equal, (weight, *replaced), expected if seed else expected[:1]))
 
 
 @pytest.mark.parametrize("count", (2, 16, 17, 33, 70))
 @pytest.mark.parametrize("shape,dim", (((6, 8), 0), ((6, 8), 1), ((5,), 0)), ids=str)
 def test_scatter_add_of_any_number_of_parts(runner, shape, dim, count):
     """Every sum is rounded once, and `replaced` is the base. Both equal the reference bit for bit."""
-    torch.manual_seed(count)
-    original, n = torch.randn(shape).bfloat16(), shape[dim]
-    index = [torch.randperm(n)[: j % (n + 1)] for j in range(count)]
-    delta = [torch.randn(*shape[:dim], len(i), *shape[dim + 1 :]) for i in index]
-    alpha = [1 - j / count for j in range(count)]
-    kept = [torch.zeros_like(d, dtype=original.dtype) for d in delta]
-    expected, expected_kept = original.clone(), [torch.zeros_like(old) for old in kept]
-    reference(expected, index, delta, dim, alpha, expected_kept)
-    weight = original.clone()
+    counts, alphas = [j % (shape[dim] + 1) for j in range(count)], [1 - j / count for j in range(count)]
+    case = scattered(dim, shape, counts, alphas, torch.bfloat16, torch.float32)
+    ((_, (weight, index, delta, *_, replaced)),) = case.registered
+    expected = case.results()
     runner.configure(count, max_blocks=2)
-    runner.scatter_add(weight, index, delta, dim, alpha, kept)
-    assert torch.equal(weight, expected)
-    assert all(torch.equal(ours, theirs) for ours, theirs in zip(kept, expected_kept))
+    runner.scatter_add(weight, index, delta, dim, alphas, replaced)
+    assert all(map(torch.equal, (weight, *replaced), expected))
 
 
 @pytest.mark.parametrize("dim", (0, 1))

@@ -1,6 +1,5 @@
 """The folder in which the blocks of a page run. It holds the files that the pages name."""
 
-import json
 from pathlib import Path
 
 from support.encoders import save_encoder
@@ -21,8 +20,6 @@ def fill(folder: Path) -> Path:
     - path/to/encoder: a BERT with a tokenizer
     - path/to/vision-model: a Qwen2.5-VL with a processor, where torchvision is installed
     - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them; other.jsonl: 2 texts
-    - colours.jsonl: 2 questions that list their answers
-    - LLM-Adapters: 2 rows of each arithmetic task of the paper, as in the project's checkout
     - chats.jsonl: 8 conversations
     - preferences.jsonl, problems.jsonl: 8 pairs of answers, and 8 questions with answers; trl-preferences.jsonl: texts
     """
@@ -35,11 +32,6 @@ def fill(folder: Path) -> Path:
     write_jsonl(folder / "data.jsonl", sums(16))
     write_jsonl(folder / "held-out.jsonl", sums(4))
     write_jsonl(folder / "other.jsonl", [{"text": "A heron stands in the water."}, {"text": "Iron rusts in the rain."}])
-    colours = [{"question": "Which?", "choices": ["red", "blue"], "answer": number} for number in (0, 1)]
-    write_jsonl(folder / "colours.jsonl", colours)
-    for name in ("MultiArith", "gsm8k", "AddSub", "AQuA", "SingleEq", "SVAMP", "mawps"):
-        (folder / "LLM-Adapters/dataset" / name).mkdir(parents=True)
-        (folder / "LLM-Adapters/dataset" / name / "test.json").write_text(json.dumps(sums(2)))
     pairs = [{"question": row["instruction"], "chosen": row["answer"], "rejected": "no idea"} for row in sums(8)]
     write_jsonl(folder / "preferences.jsonl", pairs)
     texts = [{"prompt": row["question"], "chosen": row["chosen"], "rejected": row["rejected"]} for row in pairs]

@@ -1,10 +1,9 @@
 """Ops on one weight from several streams and threads give the numbers of one after the other, and the base is kept."""
 
-import threading
-
 import pytest
 import torch
 import torch.nn.functional as F
+from state.threads import in_threads, repeating
 from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model, train
 
 import s2ft
@@ -57,25 +56,6 @@ def test_a_switch_waits_for_a_product_on_another_stream():
     layer.check_base()
 
 
-def in_threads(functions) -> None:
-    """Run all functions at once, each in a thread. Raises what one of them raised."""
-    errors = []
-
-    def call(function):
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(function,)) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_three_threads_on_one_weight(device):
     """On a GPU each thread has a stream of its own."""
@@ -105,26 +85,17 @@ def test_three_threads_on_one_weight(device):
 @pytest.mark.parametrize("device", DEVICES)
 def test_weights_read_in_a_thread_while_another_trains(device):
     model, ids = small_model(device)
-    before, stop = frozen(model), threading.Event()
-    names = list(before)
+    before = frozen(model)
 
     def read():
-        reads = 0
-        while not stop.is_set() or reads == 0:
-            with s2ft.stable_weights():
-                weights = dict(model.named_parameters())
-                copies = {name: weights[name].detach().clone() for name in names}
-            for name, copy in copies.items():
-                assert torch.equal(copy.view(torch.int16), before[name]), name
-            reads += 1
+        with s2ft.stable_weights():
+            weights = dict(model.named_parameters())
+            copies = {name: weights[name].detach().clone() for name in before}
+        for name, copy in copies.items():
+            assert torch.equal(copy.view(torch.int16), before[name]), name
 
-    def step():
-        try:
-            train(model, lambda: model(input_ids=ids, labels=ids).loss, 10 if device == "cuda" else 2)
-        finally:
-            stop.set()
-
-    in_threads([read, step])
+    with repeating(read):
+        train(model, lambda: model(input_ids=ids, labels=ids).loss, 10 if device == "cuda" else 2)
     check_frozen(model, before)
 
 

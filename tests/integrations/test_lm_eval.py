@@ -10,9 +10,6 @@ from train.tiny import save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 import s2ft
 from s2ft.cli.main import main
 from s2ft.text.adapter_prompts import Prompter
-from s2ft.text.examples import read_examples
-from s2ft.text.likelihood import evaluate_likelihood
-from s2ft.text.prompts import PromptFormat
 
 pytestmark = pytest.mark.lm_eval
 CHOICES = ["red", "blue green", "grey"]
@@ -97,25 +94,6 @@ def test_an_adapter_gives_the_numbers_of_the_merged_model(work, tasks):
     assert all(ours["results"][name] == merged["results"][name] for name in names)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     assert "s2ft_choose" in as_table(ours) and json.loads(as_json(ours))["results"]["s2ft_choose"]["acc,none"] >= 0
-
-
-def test_our_likelihood_is_that_of_lm_eval(work, tasks):
-    """The same sums, and the same accuracies by sum and by character."""
-    from s2ft.integrations.lm_eval import evaluate
-
-    model, prompter = loaded(work)
-    theirs = evaluate(model, prompter, ["s2ft_choose"], include_path=str(tasks), log_samples=True)
-    rows = [
-        type(row)(row.question, row.output, choices=row.choices) for row in read_examples(str(tasks / "rows.jsonl"))
-    ]
-    ours = evaluate_likelihood(model, prompter.tokenizer, rows, "choices", prompt=PromptFormat("text"))
-    for record, samples in zip(ours.records, theirs["samples"]["s2ft_choose"], strict=True):
-        expected = [values[0][0] for values in samples["resps"]]
-        assert list(record.logprobs.values()) == pytest.approx(expected, abs=2e-5)
-    found = theirs["results"]["s2ft_choose"]
-    assert ours.accuracy == pytest.approx(found["acc,none"])
-    by_character = sum(record.right_if_normalized for record in ours.records) / len(rows)
-    assert by_character == pytest.approx(found["acc_norm,none"])
 
 
 def test_the_chat_template_is_the_adapters(tasks):

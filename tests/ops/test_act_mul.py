@@ -10,15 +10,13 @@ from s2ft.ops import act_mul
 from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-SHAPES = ((), (0,), (1,), (17,), (3, 5, 7), (129, 257))  # the last one is divided among several threads
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 act_mul_backward = torch.ops.s2ft.act_mul_backward
 
 
-def inputs(shape, dtype, device="cpu"):
-    return [(torch.randn(shape, device=device) * scale).to(dtype) for scale in (5, 1, 1)]
+def inputs(shape, dtype):
+    return [(torch.randn(shape) * scale).to(dtype) for scale in (5, 1, 1)]
 
 
 def all_bfloat16():
@@ -26,11 +24,10 @@ def all_bfloat16():
 
 
 @every_activation
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_values_and_gradients(shape, dtype, device, activation):
-    gate, up, grad = inputs(shape, dtype, device)
+@pytest.mark.parametrize("shape", ((), (0,), (17,), (129, 257)), ids=str)  # the last is divided among threads
+def test_values_and_gradients(shape, dtype, activation):
+    gate, up, grad = inputs(shape, dtype)
     rtol, atol = GEMM[dtype]
     theirs = reference(gate, up, activation)
     torch.testing.assert_close(act_mul(gate, up, activation), theirs, rtol=rtol, atol=atol)
@@ -116,30 +113,6 @@ def test_infinite_gradients(dtype, activation):
 
 
 @every_activation
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_layouts(dtype, activation):
-    gate, up = torch.randn(6, 4).to(dtype).t(), torch.randn(8, 12).to(dtype)[::2, ::2]
-    grad = torch.randn(()).to(dtype).expand(4, 6)
-    for ours, theirs in zip(
-        (act_mul(gate, up, activation), *act_mul_backward(grad, gate, up, activation)),
-        (reference(gate, up, activation), *reference_backward(grad, gate, up, activation)),
-    ):
-        assert ours.is_contiguous() and torch.allclose(ours, theirs, rtol=GEMM[dtype][0])
-
-
-@every_activation
-def test_gradcheck_opcheck_compile(activation):
-    gate, up = (torch.randn(3, 5, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    assert torch.autograd.gradcheck(lambda a, b: act_mul(a, b, activation), (gate, up))
-    assert torch.autograd.gradgradcheck(lambda a, b: act_mul(a, b, activation), (gate, up))
-    torch.library.opcheck(torch.ops.s2ft.act_mul.default, (gate, up, activation))
-    torch.library.opcheck(act_mul_backward.default, (gate.detach(), gate.detach(), up.detach(), activation))
-    compiled = torch.compile(lambda a, b: act_mul(a, b, activation) + 1, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(gate, up), act_mul(gate, up, activation) + 1)
-    compiled(gate, up).sum().backward()
-
-
-@every_activation
 def test_frozen_inputs_get_no_gradient(activation):
     gate, up, grad = inputs((4, 6), torch.float32)
     expected = act_mul_backward(grad, gate, up, activation)
@@ -151,27 +124,9 @@ def test_frozen_inputs_get_no_gradient(activation):
 
 
 @every_activation
-def test_backward_keeps_only_gate_and_up(activation):
-    gate, up, kept = torch.randn(8, requires_grad=True), torch.randn(8), []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: (kept.append(t.data_ptr()), t)[1], lambda t: t):
-        act_mul(gate, up, activation)
-    assert sorted(kept) == sorted([gate.data_ptr(), up.data_ptr()])
-
-
-@pytest.mark.parametrize("up", (torch.ones(3), torch.ones(2, dtype=torch.float64)))
-def test_bad_arguments(up):
-    for call in (act_mul, torch.ops.s2ft.act_mul, reference):
-        with pytest.raises(ValueError, match="up must have gate's"):
-            call(torch.ones(2), up, "silu")
-    with pytest.raises(ValueError, match="grad must have gate's"):
-        act_mul_backward(up, torch.ones(2), torch.ones(2), "silu")
-
-
-def test_an_unknown_activation_names_the_known_ones():
-    gate = torch.ones(2)
-    message = "activation must be one of silu, gelu, gelu_tanh, relu, got 'tanh'"
-    for call in (act_mul, torch.ops.s2ft.act_mul, reference):
-        with pytest.raises(ValueError, match=message):
-            call(gate, gate, "tanh")
-    with pytest.raises(ValueError, match=message):
-        act_mul_backward(gate, gate, gate, "tanh")
+def test_a_gradient_of_one_number_in_all_places(activation):
+    gate, up, grad = torch.randn(6, 4).t(), torch.randn(8, 12)[::2, ::2], torch.randn(()).expand(4, 6)
+    for ours, theirs in zip(
+        act_mul_backward(grad, gate, up, activation), reference_backward(grad, gate, up, activation)
+    ):
+        assert ours.is_contiguous() and torch.allclose(ours, theirs, rtol=1e-5)

@@ -1,10 +1,11 @@
 """Eager calls on the CPU run PyTorch's product while base + delta is in the weight, without an op of their own."""
 
-import threading
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from state.threads import in_threads
 
 import s2ft
 from s2ft.ops import _effective, _linear, indexed_linear, sliced_linear
@@ -115,33 +116,22 @@ def test_what_it_can_not_run_changes_nothing_and_is_left_to_the_op(wrong):
 def test_threads_with_plain_calls_registered_ops_and_readers_of_the_base():
     weight, delta, effective = case(0, 3, shape=(64, 2000))
     base, x = weight.clone(), torch.randn(4, 2000)
-    expected, wrong = F.linear(x, effective), []
-
-    def repeat(check):
-        def run():
-            for _ in range(100):
-                if not check():
-                    wrong.append(check)
-
-        return threading.Thread(target=run)
+    expected, op = F.linear(x, effective), torch.ops.s2ft.sliced_linear
 
     def reads_the_base():
         with s2ft.stable_weights():
             return torch.equal(weight, base)
 
-    op = torch.ops.s2ft.sliced_linear
-    threads = [
-        repeat(lambda: torch.equal(sliced_linear(x, weight, delta, 3, 0), expected)),
-        repeat(lambda: torch.equal(sliced_linear(x, weight, delta, 3, 0), expected)),
-        repeat(lambda: torch.equal(op(x, weight, delta, 3, 0, None, None), expected)),
-        repeat(reads_the_base),
-    ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
-        assert not thread.is_alive()
-    assert not wrong
+    def repeat(check):
+        assert all(check() for _ in range(100))
+
+    checks = (
+        lambda: torch.equal(sliced_linear(x, weight, delta, 3, 0), expected),
+        lambda: torch.equal(sliced_linear(x, weight, delta, 3, 0), expected),
+        lambda: torch.equal(op(x, weight, delta, 3, 0, None, None), expected),
+        reads_the_base,
+    )
+    in_threads(partial(repeat, check) for check in checks)
 
 
 def test_the_compiled_function_refuses_other_arguments():

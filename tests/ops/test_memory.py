@@ -2,64 +2,15 @@
 
 import subprocess
 import sys
-import threading
 
 import numpy as np
 import pytest
 import torch
 
-import s2ft
-from s2ft import S2ColumnLinear, S2RowLinear
-from s2ft.ops import _linear, permute_, scatter_add_, sliced_linear, swap_
 from s2ft.ops._lock import LOCK
 from s2ft.ops._memory import check_private
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
-
-
-@pytest.fixture
-def read_only(tmp_path):
-    np.random.default_rng(0).random((8, 8), np.float32).tofile(tmp_path / "weight")
-    return torch.from_numpy(np.memmap(tmp_path / "weight", np.float32, "r", shape=(8, 8)))
-
-
-@ON_LINUX
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-@pytest.mark.parametrize(
-    "op",
-    [
-        lambda w: sliced_linear(torch.ones(2, 8), w, torch.ones(8, 2), 0, 1),
-        lambda w: _linear.reference(torch.ones(2, 8), w, torch.ones(8, 2), 0, 1, None, None),
-        lambda w: permute_(w, torch.arange(8).flip(0), 0),
-        lambda w: swap_(w, torch.arange(2), torch.ones(8, 2), 1),
-        lambda w: scatter_add_(w, torch.arange(2), torch.ones(8, 2), 1),
-    ],
-    ids=("sliced_linear", "reference", "permute_", "swap_", "scatter_add_"),
-)
-def test_a_read_only_weight_raises_instead_of_crashing(op, read_only):
-    with pytest.raises(ValueError, match="read-only memory"):
-        op(read_only)
-
-
-@ON_LINUX
-@pytest.mark.filterwarnings("ignore:The given NumPy array is not writable")
-def test_a_layer_refuses_read_only_memory(read_only):
-    linear = torch.nn.Linear(8, 8, bias=False)
-    linear.weight = torch.nn.Parameter(read_only, requires_grad=False)
-    with pytest.raises(ValueError, match="weight is in read-only memory"):
-        S2RowLinear.from_module(linear, 0, 2)
-
-
-@pytest.mark.parametrize("kind", (S2RowLinear, S2ColumnLinear))
-def test_a_layer_in_shared_memory_is_refused_before_it_writes(kind):
-    layer = kind(8, 8, start=0, end=2)
-    layer.s2.data.normal_()
-    layer(torch.ones(1, 8))
-    base = layer.weight.detach().clone()
-    layer.share_memory()
-    with pytest.raises(ValueError, match="shared with other processes"):
-        layer(torch.ones(1, 8))
-    assert torch.equal(layer.weight, base)
 
 
 @ON_LINUX
@@ -72,27 +23,6 @@ def test_a_file_mapped_for_writing_is_shared(tmp_path):
         else:
             with pytest.raises(ValueError, match=f"shared with other processes .*{tmp_path.name}"):
                 check_private("weight", weight)
-
-
-def test_ops_of_other_threads_wait_for_the_end_of_stable_weights():
-    layer, x = S2RowLinear(64, 64, start=0, end=8), torch.ones(2, 64)
-    layer.s2.data.normal_()
-    base, done = layer.weight.detach().clone(), threading.Event()
-
-    def run():
-        layer(x)
-        done.set()
-
-    with s2ft.stable_weights():
-        thread = threading.Thread(target=run)
-        thread.start()
-        assert not done.wait(0.05)
-        with s2ft.stable_weights():
-            layer(x)  # the thread that holds the lock does not wait for itself
-        assert torch.equal(layer.weight, base)
-        assert not done.is_set()
-    thread.join(10)
-    assert done.is_set()
 
 
 def test_only_the_owner_can_release_the_lock():

@@ -20,7 +20,7 @@ class Threads:
     def pytest_collection_finish(self):
         torch.set_num_threads(3)
 # These tests call the same kernels on the same shapes again, and need much time in Python.
-again = "not (opcheck or compile or gradcheck or second_derivatives)"
+again = "not (opcheck or fullgraph or compiled_equals or derivatives)"
 options = ["-qs", "-p", "no:cacheprovider", "-m", "not slow", "-k", again]
 sys.exit(pytest.main([*options, *sys.argv[2:]], plugins=[Threads()]))
 """

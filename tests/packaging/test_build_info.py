@@ -1,7 +1,10 @@
 """s2ft.ops._build reports the state of the compiled kernels, and falls back to PyTorch without raising."""
 
 import json
+import shutil
+import sysconfig
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -35,19 +38,8 @@ def record(folder, **entries):
 
 def test_the_keys_and_the_version():
     info = s2ft.build_info()
-    assert set(info) == {
-        "compiled",
-        "reason",
-        "version",
-        "torch",
-        "compiler",
-        "cuda",
-        "archs",
-        "cuda_version",
-        "cuda_reason",
-        "cuda_ops",
-        "ops",
-    }
+    keys = "compiled reason version torch compiler cuda archs cuda_version cuda_reason cuda_ops ops"
+    assert set(info) == set(keys.split())
     assert info["version"] == s2ft.__version__ and info["torch"] == torch.__version__
     assert {"sliced_linear", "indexed_linear", "swap_", "permute_"} <= set(info["ops"])
 
@@ -61,79 +53,57 @@ def test_compiled_agrees_with_the_dispatcher():
         assert info["compiler"] and info["reason"]
 
 
-def test_a_tree_that_was_not_built_is_silent(fresh):
-    folder, load = fresh
-    assert load() == (None, [])
-    assert "not built" in _build.build_info()["reason"]
-
-
-def test_a_build_with_none_is_silent(fresh):
-    folder, load = fresh
-    record(folder, mode="none", reason="S2FT_BUILD=none: installed without compiled kernels")
-    assert load() == (None, [])
-
-
-def test_a_failed_build_warns_once_with_its_reason(fresh):
-    folder, load = fresh
-    record(folder, reason="no compiler")
-    module, messages = load()
-    assert module is None and len(messages) == 1 and "no compiler" in messages[0]
-    assert _build.build_info()["reason"] == "no compiler"
-    assert _build.build_info()["compiled"] is False and _build.build_info()["cuda_reason"] == "no compiler"
-    with warnings.catch_warnings():  # the warning at import is not repeated by attach
-        warnings.simplefilter("error")
-        _build.warn_without_cuda_kernels()
-
-
-def test_a_module_that_went_missing_warns(fresh):
-    folder, load = fresh
-    record(folder, compiled=True)
-    module, messages = load()
-    assert module is None and len(messages) == 1 and "missing" in messages[0]
-
-
-def test_a_record_that_cannot_be_read_counts_as_missing(fresh):
-    folder, load = fresh
-    (folder / "_build.json").write_text("not json")
-    assert load() == (None, [])
-
-
-@pytest.mark.parametrize(
-    "error", (ImportError("undefined symbol: torch_x"), OSError("no such file"), RuntimeError("x"))
-)
-def test_a_module_of_another_abi_falls_back_with_the_reason(fresh, monkeypatch, error):
-    folder, load = fresh
-    record(folder, compiled=True)
-    (folder / "_C.so").write_text("")
-
+def failing(error):
     def fail():
         raise error
 
-    monkeypatch.setattr(_build, "_import_module", fail)
-    module, messages = load()
-    assert module is None and len(messages) == 1 and str(error) in messages[0]
+    return fail
 
 
-def test_an_older_pytorch_falls_back(fresh, monkeypatch):
+# The record of the build, what its import raises, the version of PyTorch, and words of the one warning: none is silent.
+FALLBACKS = {
+    "not built": (None, None, None, ""),
+    "not readable": ("not json", None, None, ""),
+    "none was wanted": (dict(mode="none", reason="S2FT_BUILD=none"), None, None, ""),
+    "failed": (dict(reason="no compiler"), None, None, "no compiler"),
+    "missing": (dict(compiled=True), None, None, "missing"),
+    "other ABI": (dict(compiled=True), ImportError("undefined symbol: torch_x"), None, "undefined symbol: torch_x"),
+    "no such file": (dict(compiled=True), OSError("no such file"), None, "no such file"),
+    "older PyTorch": (dict(compiled=True), None, "2.9.1+cu128", "PyTorch 2.11"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_without_a_module_the_import_warns_once_or_is_silent(case, fresh, monkeypatch):
+    found, error, version, words = FALLBACKS[case]
     folder, load = fresh
-    record(folder, compiled=True)
-    (folder / "_C.so").write_text("")
-    monkeypatch.setattr(torch, "__version__", "2.9.1+cu128")
+    if isinstance(found, dict):
+        record(folder, **found)
+    elif found:
+        (folder / "_build.json").write_text(found)
+    if error or version:
+        (folder / "_C.so").write_text("")
+    if error:
+        monkeypatch.setattr(_build, "_import_module", failing(error))
+    if version:
+        monkeypatch.setattr(torch, "__version__", version)
     module, messages = load()
-    assert module is None and "need PyTorch 2.11 or later" in messages[0]
+    assert module is None and len(messages) == bool(words) and all(words in message for message in messages)
+    info = _build.build_info()
+    assert info["compiled"] is False and words in info["reason"] and (words or "not built" in info["reason"] or found)
+    assert case != "failed" or info["cuda_reason"] == words
+    if words:
+        with warnings.catch_warnings():  # attach does not repeat the warning of the import
+            warnings.simplefilter("error")
+            _build.warn_without_cuda_kernels()
 
 
 def test_a_file_that_is_not_a_module_falls_back(run, tmp_path):
     """A process of its own imports a package whose module file has garbage in it."""
-    import shutil
-    from pathlib import Path
-
     package = tmp_path / "s2ft"
     shutil.copytree(
         Path(s2ft.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__")
     )
-    import sysconfig
-
     (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"garbage")
     record(package, compiled=True)
     result = run(["-c", "import s2ft; print(s2ft.build_info()['compiled'])"], PYTHONPATH=tmp_path)

@@ -28,7 +28,7 @@ def test_the_sdist_has_sources_and_tests_and_no_built_files(run, source, tmp_pat
         if path.is_file():
             assert path.relative_to(source).as_posix() in names
     assert {"setup.py", "pyproject.toml", "MANIFEST.in", "s2ft/ops/sliced_linear.py"} <= names
-    assert "s2ft/reproduce/recipes/commonsense.yaml" in names
+    assert "s2ft/train/problems.jsonl.gz" in names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name == "s2ft/_build.json"]
 
 
@@ -36,9 +36,11 @@ def test_the_wheel_without_kernels_is_for_every_platform(run, source, tmp_path):
     run(["setup.py", "-q", "bdist_wheel", "-d", tmp_path], cwd=source, S2FT_BUILD="none")
     (wheel,) = tmp_path.glob("*.whl")
     assert wheel.name.endswith("-py3-none-any.whl")
-    recipes = [path.relative_to(source).as_posix() for path in source.glob("s2ft/reproduce/recipes/*.yaml")]
     with zipfile.ZipFile(wheel) as archive:
-        assert len(recipes) > 4 and set(recipes) <= set(archive.namelist())
+        names = archive.namelist()
+    assert "s2ft/train/problems.jsonl.gz" in names and not [
+        name for name in names if name.startswith(("bench", "tests"))
+    ]
 
 
 def check_installed(run, environment, source, from_source):

@@ -4,7 +4,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -44,22 +44,24 @@ def repeating(function: Callable[[], object]) -> Iterator[None]:
     assert not errors, f"the thread raised {errors[0]!r}"
 
 
-def finishes(function: Callable[[], object], seconds: float = RANK_TIMEOUT) -> bool:
-    """Run `function` in another thread. Returns whether it ended in time; an exception is raised again here."""
+def in_threads(functions: Iterable[Callable[[], object]]) -> None:
+    """Run all functions at once, each in a thread. Raises what one of them raised."""
     errors: list[BaseException] = []
 
-    def call() -> None:
+    def call(function: Callable[[], object]) -> None:
         try:
             function()
         except BaseException as error:
             errors.append(error)
 
-    thread = threading.Thread(target=call, daemon=True)
-    thread.start()
-    thread.join(seconds)
+    threads = [threading.Thread(target=call, args=(function,), daemon=True) for function in functions]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(RANK_TIMEOUT)
+    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
     if errors:
         raise errors[0]
-    return not thread.is_alive()
 
 
 def in_child(function: Callable[[], object], limit: int = CHILD_LIMIT) -> object:

@@ -17,6 +17,7 @@ from transformers import (
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSpeechSeq2Seq,
+    PretrainedConfig,
     PreTrainedModel,
 )
 
@@ -854,9 +855,14 @@ def missing(model_type: str) -> bool:
 
 def alias_of(model_type: str, **options) -> PreTrainedModel:
     """A random model of the row, in evaluation mode, with `options` in place of the row's."""
-    config = AutoConfig.for_model(model_type, **{**ROWS[model_type], **options})
-    if model_type in CLASSES:
-        return randomized(SimpleNamespace(from_config=getattr(transformers, CLASSES[model_type])._from_config), config)
+    return model_with(AutoConfig.for_model(model_type, **{**ROWS[model_type], **options}))
+
+
+def model_with(config: PretrainedConfig) -> PreTrainedModel:
+    """A random model of a config, of the first class that has its type."""
+    if config.model_type in CLASSES:
+        model_class = getattr(transformers, CLASSES[config.model_type])
+        return randomized(SimpleNamespace(from_config=model_class._from_config), config)
     towers = hasattr(config, "text_config")
     auto = AutoModel if towers else next(auto for auto in AUTO if type(config) in auto._model_mapping)
     return randomized(auto, config)

@@ -32,15 +32,24 @@ WAITING_ON_MOST_GPUS = ("_grouped_mm",)
 READING = ("tolist", "item", "numpy", "cpu", "__bool__", "__int__", "__float__", "__index__", "__array__")
 
 
-class _References(TorchDispatchMode):
-    """Runs the reference of every op of s2ft in place of its compiled kernel, and fails at an operator that waits."""
+class References(TorchDispatchMode):
+    """Runs the PyTorch reference of every op of s2ft in place of its compiled kernel."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        packet, kwargs = function.overloadpacket, kwargs or {}
-        namespace, name = packet._qualified_op_name.split("::")
+        namespace, name = function.overloadpacket._qualified_op_name.split("::")
         if namespace == "s2ft":
             with self:
-                return REFERENCES[name](*args, **kwargs)
+                return REFERENCES[name](*args, **(kwargs or {}))
+        return self.other(function, name, args, kwargs or {})
+
+    def other(self, function, name, args, kwargs):
+        return function(*args, **kwargs)
+
+
+class _WithoutWaits(References):
+    """Fails at an operator that waits."""
+
+    def other(self, function, name, args, kwargs):
         by_mask = name in INDEXING and any(
             entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in args[1]
         )
@@ -74,5 +83,5 @@ def no_waits(directly: bool = False):
         stack.enter_context(mock.patch("s2ft.ops._grouped._prefers_one_product", lambda *_: False))
         for name in READING:
             stack.enter_context(mock.patch.object(torch.Tensor, name, _fail(name)))
-        stack.enter_context(_References())
+        stack.enter_context(_WithoutWaits())
         yield

@@ -4,12 +4,12 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
-from support.slices import random_slices, without_caches
+from support.models import loss_of
+from support.slices import attached, gradients, slices
 from support.tolerances import GEMM, relative_difference
 
 import s2ft
-from s2ft import S2ColumnLinear, S2FTConfig, S2RowLinear
+from s2ft import S2ColumnLinear, S2RowLinear
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.record import attachment_of
 from s2ft.model.weights import weight_at
@@ -19,23 +19,6 @@ halves = pytest.mark.parametrize("half", HALVES, ids=str)
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 # Without relu: its gradient jumps where rounding changes a sign.
 CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")
-
-
-def attached(case, dtype=torch.float32, **more):
-    model = model_of(case, dtype)
-    without_caches(model)
-    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), **more))
-    return random_slices(model).train()
-
-
-def slices(model):
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def gradients(model, scale=1.0):
-    model.zero_grad()
-    (loss_of(model) * scale).backward()
-    return {name: p.grad for name, p in slices(model).items()}
 
 
 def by_projection(model):
@@ -71,8 +54,8 @@ def test_autocast(case, layout, half):
     seen.clear()
     with torch.autocast("cpu", half):
         # The loss is scaled, because small gradients would underflow in float16.
-        assert all(gradient.dtype is torch.float32 for gradient in gradients(model, 2.0**12).values())
-        gradients(plain, 2.0**12)
+        assert all(gradient.dtype is torch.float32 for gradient in gradients(model, scale=2.0**12).values())
+        gradients(plain, scale=2.0**12)
     assert set(seen) == {half}
     ours, theirs = by_projection(model), {}
     for name, delta in ours.items():
@@ -106,11 +89,11 @@ def test_autocast_with_checkpointing(reentrant, half):
 @pytest.mark.parametrize("delta", (None, "same"), ids=("float32", "same"))
 def test_deltas_on_a_half_precision_base(layout, half, delta):
     """Deltas are float32 by default. Gradients and moments have the dtype of the delta, not that of the base."""
-    model = attached("llama-grouped", half, layout=layout, delta_dtype=str(half).split(".")[1] if delta else None)
+    model = attached("llama-grouped", dtype=half, layout=layout, delta_dtype=str(half).split(".")[1] if delta else None)
     dtype = half if delta else torch.float32
     for p, gradient in zip(slices(model).values(), gradients(model).values()):
         assert p.dtype is gradient.dtype is dtype and gradient.any()
-    reference = attached("llama-grouped", torch.float32, layout=layout)
+    reference = attached("llama-grouped", layout=layout)
     with torch.no_grad():
         for path, module in reference.named_modules():  # the same half-precision values, computed in float32
             for name, p in module.named_parameters(recurse=False):
@@ -129,7 +112,7 @@ def test_tiny_updates_add_up(layout, half, autocast):
     """Each update is a ten-thousandth of the spacing of half precision. Twenty thousand of them move the effective
     weight by two spacings, both on a half-precision base and on a float32 base under autocast."""
     base = torch.float32 if autocast else half
-    model = attached("llama-grouped", base, layout=layout)
+    model = attached("llama-grouped", dtype=base, layout=layout)
     layer = model.model.layers[0].mlp.down_proj
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.s2)

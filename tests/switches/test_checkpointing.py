@@ -6,10 +6,9 @@ import warnings
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, inputs_of, loss_of, model_of, ratios_for, token_batch
+from support.models import inputs_of, loss_of, token_batch
 from support.pairs import pairs_mostly_slow
-from support.slices import random_slices, without_caches
-from support.tolerances import relative_difference
+from support.slices import assert_same, attach_random, attached, everything, gradients, plain_model
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -29,19 +28,6 @@ FAMILIES = ("llama-grouped", "qwen2", "gemma2", "phi3", "gpt2", "gpt-neox", "ber
 # gradients that several decoder layers give whisper's encoder are added up in another order.
 ROUNDS = {"t5": 1e-5, "whisper": 1e-5}
 reentrants = pytest.mark.parametrize("reentrant", (False, True), ids=("inside", "reentrant"))
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
-
-
-def plain(case):
-    """A model in training mode without caches, because checkpointing turns them off."""
-    model = model_of(case)
-    without_caches(model)
-    return model.train()
-
-
-def attach(model, config):
-    s2ft.attach(model, config)
-    return random_slices(model)
 
 
 def enable(model, reentrant, **more):
@@ -55,72 +41,50 @@ def without_transformers_hook(model):
     return model
 
 
-def gradients(model, loss=loss_of):
-    model.zero_grad()
-    loss(model).backward()
-    return {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-
-
-def assert_same(ours, theirs, within=0.0):
-    assert ours.keys() == theirs.keys() and any(gradient is not None for gradient in theirs.values())
-    for name, gradient in ours.items():
-        if theirs[name] is None:
-            assert gradient is None, name
-        else:
-            assert gradient is not None, name
-            assert torch.equal(gradient, theirs[name]) or relative_difference(gradient, theirs[name]) <= within, name
-
-
-def everything(case, **more):
-    return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
-
-
 @pytest.mark.parametrize("case,layout,reentrant", pairs_mostly_slow(FAMILIES, ("permuted", "indexed"), (False, True)))
 def test_gradients_equal_those_without_checkpointing(case, layout, reentrant):
     """Checkpointing is enabled before or after attach, with the hook of transformers and with only that of s2ft."""
-    config = everything(case, layout=layout)
-    expected = gradients(attach(plain(case), config))
-    before = attach(enable(plain(case), reentrant), config)
-    after = without_transformers_hook(enable(attach(plain(case), config), reentrant))
+    expected = gradients(attached(case, layout=layout))
+    before = attach_random(enable(plain_model(case), reentrant), everything(case, layout=layout))
+    after = without_transformers_hook(enable(attached(case, layout=layout), reentrant))
     for model in (before, after):
         assert_same(gradients(model), expected, ROUNDS.get(case, 0.0))
 
 
-@reentrants
-@pytest.mark.parametrize("ffn_kernel", (True, False), ids=("fused", "unfused"))
-def test_ffn_kernel_and_the_old_method_of_transformers(ffn_kernel, reentrant):
-    config = everything("llama-grouped", ffn_kernel=ffn_kernel)
-    expected = gradients(attach(plain("llama-grouped"), config))
-    model = attach(plain("llama-grouped"), config)
+def old_method(model, reentrant):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
-    assert_same(gradients(without_transformers_hook(model)), expected)
 
 
-@reentrants
-def test_every_second_layer(reentrant):
-    config = everything("llama-grouped")
-    expected = gradients(attach(plain("llama-grouped"), config))
-    model = without_transformers_hook(enable(attach(plain("llama-grouped"), config), reentrant, every_n_layers=2))
-    assert_same(gradients(model), expected)
+def by_default(model, reentrant):
+    """PyTorch uses its default without use_reentrant, which has been the reentrant variant."""
+    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"preserve_rng_state": True})
+
+
+WAYS = {
+    "old method": (old_method, {}),
+    "without the FFN kernel": (enable, dict(ffn_kernel=False)),
+    "every second layer": (lambda model, reentrant: enable(model, reentrant, every_n_layers=2), {}),
+    "default": (by_default, {}),
+}
 
 
 @pytest.mark.filterwarnings("ignore:torch.utils.checkpoint. the use_reentrant parameter")
-def test_without_use_reentrant():
-    """Without use_reentrant, PyTorch uses its default, which has been the reentrant variant."""
-    config = everything("llama-grouped")
-    expected = gradients(attach(plain("llama-grouped"), config))
-    model = attach(plain("llama-grouped"), config)
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"preserve_rng_state": True})
+@reentrants
+@pytest.mark.parametrize("way", WAYS)
+def test_other_ways_to_enable_it(way, reentrant):
+    switch_on, options = WAYS[way]
+    model, expected = attached("llama-grouped", **options), gradients(attached("llama-grouped", **options))
+    switch_on(model, reentrant)
     assert_same(gradients(without_transformers_hook(model)), expected)
 
 
 @reentrants
 def test_dropout_is_the_same_in_the_second_forward(reentrant):
-    config, found = everything("llama-grouped"), []
+    found = []
     for on in (False, True):
-        model = attach(plain("llama-grouped"), config)
+        model = attached("llama-grouped")
         for layer in model.model.layers:
             layer.self_attn.attention_dropout = 0.3
         torch.manual_seed(5)
@@ -137,9 +101,8 @@ def test_embeddings_from_the_caller(reentrant):
         batch = token_batch(model)
         return model(inputs_embeds=model.get_input_embeddings()(batch).detach(), labels=batch).loss
 
-    config = everything("llama-grouped")
-    expected = gradients(attach(plain("llama-grouped"), config), loss)
-    assert_same(gradients(enable(attach(plain("llama-grouped"), config), reentrant), loss), expected)
+    expected = gradients(attached("llama-grouped"), loss)
+    assert_same(gradients(enable(attached("llama-grouped"), reentrant), loss), expected)
 
 
 # ---- the backward ends at the lowest trained layer -----------------------------------------------------------
@@ -156,7 +119,7 @@ def need_gradients(model):
 
 @pytest.mark.parametrize("on", (None, "inside", "reentrant"))
 def test_no_gradient_below_the_lowest_trained_layer(on):
-    model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
+    model = attach_random(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
     if on:
         without_transformers_hook(enable(model, on == "reentrant"))
     assert need_gradients(model) == [False, True, True]
@@ -176,7 +139,7 @@ class CountGradX(TorchDispatchMode):
 def test_the_lowest_trained_layer_computes_no_input_gradient():
     """Two of three down projections compute a gradient of their input, because the lowest one does not need it. This
     holds before checkpointing is enabled and after it is disabled again."""
-    model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2))
+    model = attach_random(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2))
     for _ in range(2):
         with CountGradX() as count:
             loss_of(model).backward()
@@ -186,7 +149,9 @@ def test_the_lowest_trained_layer_computes_no_input_gradient():
 
 def test_block_inputs_are_unchanged_without_checkpointing():
     """In evaluation and without gradients, the input of a block is not replaced by one that needs a gradient."""
-    model = without_transformers_hook(enable(attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2)), True))
+    model = without_transformers_hook(
+        enable(attach_random(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2)), True)
+    )
     seen = []
     model.model.layers[0].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].requires_grad))
     model.eval()
@@ -218,8 +183,7 @@ def transformers_4(monkeypatch):
 @reentrants
 def test_blocks_whose_hooks_are_inside_the_checkpoint(transformers_4, reentrant):
     """The hook is on the embeddings then. The hook of a copy checks the copy's blocks, and detach removes it."""
-    config = everything("llama-grouped")
-    model = attach(plain("llama-grouped"), config)
+    model = attached("llama-grouped")
     expected = gradients(model)
     other = without_transformers_hook(enable(copy.deepcopy(model), reentrant))
     assert_same(gradients(other), expected)
@@ -242,7 +206,7 @@ def hooks(model):
 
 @pytest.mark.parametrize("back", (s2ft.detach, s2ft.merge))
 def test_detach_and_merge_remove_the_hooks(back):
-    model = attach(plain("vit"), everything("vit"))
+    model = attached("vit")
     other = copy.deepcopy(model)
     assert hooks(model) == hooks(other) == 5  # those of three blocks and two of the model
     back(other)
@@ -254,7 +218,7 @@ def test_detach_and_merge_remove_the_hooks(back):
 
 
 def test_only_blocks_that_train_have_hooks():
-    model = attach(plain("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
+    model = attach_random(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
     assert [len(layer._forward_pre_hooks) for layer in model.model.layers] == [0, 1, 0]
 
 
@@ -264,7 +228,7 @@ def test_only_blocks_that_train_have_hooks():
 def trained_by_trainer(folder, case, **arguments):
     from transformers import Trainer, TrainingArguments
 
-    model = attach(plain(case), everything(case))
+    model = attached(case)
     generator = torch.Generator().manual_seed(1)
     if case == "vit":
         rows = [{"pixel_values": torch.randn(3, 12, 12, generator=generator), "labels": i % 5} for i in range(8)]
@@ -316,11 +280,10 @@ def checkpoint_by_hand(model, reentrant):
 def test_checkpoints_in_user_code():
     """s2ft can't detect a reentrant checkpoint that user code calls. If no input needs a gradient, PyTorch warns.
     enable_input_require_grads of transformers, or an input that needs a gradient, solves it."""
-    config = everything("llama-grouped")
-    expected = gradients(attach(plain("llama-grouped"), config))
-    model = checkpoint_by_hand(attach(plain("llama-grouped"), config), reentrant=False)
+    expected = gradients(attached("llama-grouped"))
+    model = checkpoint_by_hand(attached("llama-grouped"), reentrant=False)
     assert_same(gradients(model), expected)
-    model = checkpoint_by_hand(attach(plain("llama-grouped"), config), reentrant=True)
+    model = checkpoint_by_hand(attached("llama-grouped"), reentrant=True)
     with pytest.warns(UserWarning, match="None of the inputs have requires_grad=True"):
         loss_of(model)
     model.enable_input_require_grads()
@@ -343,9 +306,8 @@ def test_checkpoints_in_user_code_on_custom_couplings(reentrant):
 
 def test_pytorchs_wrapper_around_attached_blocks():
     """FSDP's checkpointing wraps blocks like this. The wrapper is part of module paths but not of the adapter."""
-    config = everything("llama-grouped")
-    plain_model = attach(plain("llama-grouped"), config)
-    model = attach(plain("llama-grouped"), config)
+    plain_model = attached("llama-grouped")
+    model = attached("llama-grouped")
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = checkpoint_wrapper(layer)
     ours, theirs = gradients(model), gradients(plain_model)

@@ -73,43 +73,41 @@ READ = {
     "short answer": ({"instruction": "2+3=", "output": "5", "answer": ["5"]}, {"messages": CHAT, "answer": "5"}),
     "truth": ({"instruction": "2+3=", "output": "5", "answer": True}, {"messages": CHAT, "answer": "true"}),
 }  # fmt: skip
-REFUSED = {
-    "nothing known": ({"question_text": "a", "reply": "b"}, "needs messages.*it has 'question_text', 'reply'.*--field"),
-    "not an object": ([1], "expected an object"),
-    "no output": ({"instruction": "a"}, "field 'output' is missing"),
-    "output null": ({"instruction": "a", "output": None}, "field 'output' is null"),
-    "no instruction": ({"output": "a"}, "field 'instruction' is missing"),
-    "no completion": ({"prompt": "a"}, "field 'completion' is missing .with 'prompt' a row needs 'completion' or 'resp"),
-    "preferences": ({"prompt": "a", "chosen": "b", "rejected": "c"}, "field 'completion' is missing"),
-    "empty output": ({"instruction": "a", "output": " "}, "field 'output' is empty"),
-    "output is no number": ({"instruction": "a", "output": float("nan")}, "field 'output' must be text, got the number nan"),
-    "input is a list": ({"instruction": "a", "input": ["b"], "output": "c"}, "field 'input' must be text, got list"),
-    "empty text": ({"text": ""}, "field 'text' is empty"),
-    "text and messages mixed": ({"prompt": "a", "completion": [ASSISTANT]}, "must both be text or both be lists"),
-    "completion without an answer": ({"prompt": CHAT, "completion": [USER]}, "'completion' has no message of the assist"),
-    "answer is a list": ({"instruction": "a", "output": "b", "answer": ["b", "c"]}, "field 'answer' must be text or a n"),
-    "messages are text": ({"messages": "hi"}, "'messages' must be a list of messages, got str"),
-    "one message": ({"messages": [USER]}, "at least two messages"),
-    "no answer": ({"messages": [USER, USER]}, "'messages' has no message of the assistant"),
-    "no question": ({"messages": [SYSTEM, ASSISTANT]}, "no message before the assistant's"),
-    "empty answer": ({"messages": [USER, {"role": "assistant", "content": " "}]}, "the assistant's message 1 is empty"),
-    "content null": ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\].content must be text, got null"),
-    "no role": ({"messages": [{"content": "a"}, ASSISTANT]}, r"messages\[0\] needs 'role' and 'content'"),
-    "an image": (
-        {"messages": [{"role": "user", "content": [{"type": "image", "url": "a"}]}, ASSISTANT]},
-        r"messages\[0\].content\[0\] must be a part of type 'text', got 'image'",
-    ),
-    "unknown ShareGPT role": ({"conversations": [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]}, "role 'me'"),
-    "arguments are no JSON": (
-        {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]},
-        "calls add with arguments that are not JSON",
-    ),
-    "half a surrogate pair": ({"instruction": "\ud800", "output": "x"}, "field 'instruction' is not valid Unicode: character 1"),
-    "half a surrogate pair in a message": (
-        {"messages": [{"role": "user", "content": "\ud800"}, ASSISTANT]},
-        r"messages\[0\].content is not valid Unicode",
-    ),
-}  # fmt: skip
+CONVERSATION = [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]
+BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}
+IMAGE = {"role": "user", "content": [{"type": "image", "url": "a"}]}
+REFUSED = (  # a row, and words of the message
+    ({"question_text": "a", "reply": "b"}, "needs messages.*it has 'question_text', 'reply'.*--field"),
+    ([1], "an object"),
+    ({"instruction": "a"}, "'output' is missing"),
+    ({"instruction": "a", "output": None}, "'output' is null"),
+    ({"output": "a"}, "'instruction' is missing"),
+    ({"prompt": "a"}, "'completion' is missing .*'completion' or 'response'"),
+    ({"prompt": "a", "chosen": "b", "rejected": "c"}, "'completion' is missing"),
+    ({"instruction": "a", "output": " "}, "'output' is empty"),
+    ({"instruction": "a", "output": float("nan")}, "'output' .*nan"),
+    ({"instruction": "a", "input": ["b"], "output": "c"}, "'input' .*list"),
+    ({"text": ""}, "'text' is empty"),
+    ({"prompt": "a", "completion": [ASSISTANT]}, "both be text or both be lists"),
+    ({"prompt": [], "completion": [ASSISTANT]}, "'prompt' has no messages"),
+    ({"prompt": CHAT, "completion": [USER]}, "'completion' has no message of the assistant"),
+    ({"instruction": "a", "output": "b", "answer": ["b", "c"]}, "'answer' .*list"),
+    ({"instruction": "a", "output": "b", "tools": "add"}, "'tools' .*JSON"),
+    ({"messages": "hi"}, "'messages' .*str"),
+    ({"messages": "[{"}, "'messages' .*JSON"),
+    ({"messages": [USER]}, "two messages"),
+    ({"messages": [USER, USER]}, "'messages' has no message of the assistant"),
+    ({"messages": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}, "its roles are bot, human"),
+    ({"messages": [SYSTEM, ASSISTANT]}, "before the assistant's"),
+    ({"messages": [USER, {"role": "assistant", "content": " "}]}, "message 1 is empty"),
+    ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\].content .*null"),
+    ({"messages": [{"content": "a"}, ASSISTANT]}, r"messages\[0\] .*'role'"),
+    ({"messages": [IMAGE, ASSISTANT]}, r"messages\[0\].content\[0\] .*'image'"),
+    ({"conversations": CONVERSATION}, "role 'me'"),
+    ({"messages": [USER, BROKEN_CALL]}, "arguments of add .*JSON"),
+    ({"instruction": "\ud800", "output": "x"}, "'instruction' .*Unicode: character 1"),
+    ({"messages": [{"role": "user", "content": "\ud800"}, ASSISTANT]}, r"messages\[0\].content .*Unicode"),
+)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -118,9 +116,8 @@ def test_form_is_read(name):
     assert normalised(row, {}) == expected
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_row_names_the_field(name):
-    row, message = REFUSED[name]
+@pytest.mark.parametrize("row, message", REFUSED, ids=[message for _, message in REFUSED])
+def test_bad_row_names_the_field(row, message):
     with pytest.raises(BadRow, match=message):
         normalised(row, {})
 
@@ -128,15 +125,12 @@ def test_bad_row_names_the_field(name):
 def test_other_names_are_mapped():
     row = {"q": "2+3=", "reply": "5", "output": "of another form", "messages": CHAT[:1]}
     assert normalised(row, {"q": "instruction", "reply": "output"}) == {"messages": CHAT}
-
-
-def test_a_mapped_name_that_no_row_has_is_named():
-    with pytest.raises(BadRow, match="has no field 'q', which field names; it has 'question'"):
+    with pytest.raises(BadRow, match="has no field 'q'.*'question'"):
         normalised({"question": "a"}, {"q": "instruction"})
 
 
 def test_output_may_be_empty_if_only_the_answer_is_scored():
     row = {"instruction": "2+3=", "output": "", "answer": "5"}
     assert normalised(row, {}, scored=True)["answer"] == "5"
-    with pytest.raises(BadRow, match="field 'output' is empty"):
+    with pytest.raises(BadRow, match="'output' is empty"):
         normalised(row, {})

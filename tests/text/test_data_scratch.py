@@ -7,8 +7,8 @@ import sys
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from s2ft.text.data.scratch import scratch_file
-path = Path(scratch_file("a.arrow"))
+from s2ft.text.data.scratch import scratch_folder
+path = scratch_folder() / "a.arrow"
 path.write_text("rows")
 before = len(list(path.parent.parent.glob("s2ft-data-*")))
 if sys.argv[1] == "child":

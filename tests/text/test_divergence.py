@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.models import CASES, model_of
+from support.pairs import rest_slow
 from train.tiny import tiny_model
 
 import s2ft
@@ -53,7 +54,9 @@ def moved(model, scale=0.3):
     return model
 
 
-@pytest.mark.parametrize("case", CAUSAL)
+@pytest.mark.parametrize(
+    "case", rest_slow(CAUSAL, ("llama", "gemma2", "gemma3", "granite", "cohere", "gpt2-odd", "mixtral"))
+)
 def test_loss_and_divergence_of_every_family_equal_a_direct_computation(case):
     model = model_of(case)
     rows = rows_of(model)
@@ -119,24 +122,36 @@ def lora(model, **options):
     return get_peft_model(model, LoraConfig(r=2, init_lora_weights=False, **options))
 
 
-@pytest.mark.parametrize(
-    "options",
-    (
-        {"target_modules": ["q_proj", "down_proj"]},
-        {"target_modules": ["q_proj", "lm_head"]},
-        {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]},
-    ),
-    ids=("body", "head", "saved head"),
-)
-def test_adapters_of_peft_are_switched_off_for_the_base(options):
+def of_transformers(model):
+    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    return model
+
+
+def attached(model):
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
+    return model
+
+
+WAYS = {
+    "PEFT": lambda model: lora(model, target_modules=["q_proj", "down_proj"]),
+    "PEFT, head": lambda model: lora(model, target_modules=["q_proj", "lm_head"]),
+    "PEFT, saved head": lambda model: lora(model, target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "transformers": of_transformers,
+    "s2ft, saved head": attached,
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_adapters_are_switched_off_for_the_base(way, monkeypatch):
+    monkeypatch.setattr("transformers.integrations.peft.MIN_PEFT_VERSION", "0", raising=False)  # newer than installed
     model = tiny_model(tie_word_embeddings=False)
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
-    model = moved(lora(model, **options).eval(), 0.1)
+    model = moved(WAYS[way](model).eval(), 0.1)
     tuned, _ = direct(model, rows)
     distributions = BaseDistributions.of(model, rows)
     assert distributions.switched_off
-    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-4)
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
     assert mean_loss(model, rows) == pytest.approx(direct_loss(model, rows), rel=1e-6)
     assert torch.equal(direct(model, rows)[0], tuned)
 
@@ -159,34 +174,15 @@ def test_what_peft_trains_is_the_same_afterwards():
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_B" in name)
     BaseDistributions.of(model, rows_of(model))
-    assert {name for name, p in model.named_parameters() if not p.requires_grad} == {
-        name for name, _ in model.named_parameters() if "lora_B" not in name
-    }
+    assert all(parameter.requires_grad == ("lora_B" in name) for name, parameter in model.named_parameters())
 
 
-def test_transformers_own_adapters_are_switched_off_too(monkeypatch):
-    monkeypatch.setattr(
-        "transformers.integrations.peft.MIN_PEFT_VERSION", "0", raising=False
-    )  # newer than is installed
-    model = tiny_model()
-    rows = rows_of(model)
-    base, _ = direct(model, rows)
-    model.add_adapter(LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
-    tuned, _ = direct(moved(model).eval(), rows)
-    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
-    assert torch.equal(direct(model, rows)[0], tuned)
-
-
-def test_the_base_of_an_adapter_with_a_saved_head_and_of_a_loaded_adapter(tmp_path):
+def test_the_base_of_a_loaded_adapter(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
-    distributions = BaseDistributions.of(model, rows)
-    moved(model, 0.1)
+    s2ft.save_adapter(moved(attached(model), 0.1), tmp_path / "adapter")
     expected = direct_kl(base, direct(model, rows)[0])
-    assert distributions.kl(model) == pytest.approx(expected, rel=1e-4)
-    s2ft.save_adapter(model, tmp_path / "adapter")
     s2ft.detach(model)
     s2ft.load_adapter(model, tmp_path / "adapter")
     assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(expected, rel=1e-4)
@@ -211,16 +207,6 @@ def test_the_base_is_measured_in_the_middle_of_a_training():
     assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items() if name not in trained)
 
 
-def test_half_of_a_small_update_has_a_quarter_of_the_divergence():
-    model = tiny_model()
-    rows = rows_of(model, (40, 50))
-    s2ft.attach(model, CONFIG, name="small")
-    base = BaseDistributions.of(model, rows)
-    whole = base.kl(moved(model, 0.05))
-    s2ft.set_adapter(model, {"small": 0.5})
-    assert base.kl(model) == pytest.approx(whole / 4, rel=0.1)
-
-
 def test_measuring_draws_no_random_number():
     model = tiny_model(attention_dropout=0.5).train()
     state = torch.get_rng_state()
@@ -243,23 +229,18 @@ def test_a_token_that_the_base_never_writes_adds_nothing():
 
 
 @pytest.mark.parametrize(
-    "rows, message",
+    "make, rows, batch_size, message",
     (
-        ([], "none of the 0 rows"),
-        ([{"input_ids": [5, 6], "labels": [5, -100]}], "none of the 1 rows has a token with a label after its first"),
-        ([{"input_ids": [5, 6]}], r"row 0 must be a token row with input_ids and labels, got \['input_ids'\]"),
-        ([[5, 6]], "row 0 must be a token row with input_ids and labels, got list"),
-        ([{"input_ids": [5, 6], "labels": [5]}], r"as many labels as input_ids.*\(2,\) and \(1,\)"),
-        ([{"input_ids": [5] * 300, "labels": [5] * 300}], "row 0 has 300 tokens, but the model's context has 256"),
+        (tiny_model, [], 8, "none of the 0 rows"),
+        (tiny_model, [{"input_ids": [5, 6], "labels": [5, -100]}], 8, "none of the 1 rows"),
+        (tiny_model, [{"input_ids": [5, 6]}], 8, r"row 0 .*labels, got \['input_ids'\]"),
+        (tiny_model, [[5, 6]], 8, "row 0 .*got list"),
+        (tiny_model, [{"input_ids": [5, 6], "labels": [5]}], 8, r"\(2,\) and \(1,\)"),
+        (tiny_model, [{"input_ids": [5] * 300, "labels": [5] * 300}], 8, "row 0 has 300 tokens.*256"),
+        (tiny_model, [], 0, "batch_size .*0"),
+        (lambda: model_of("t5"), [], 8, "T5"),
     ),
 )
-def test_rows_that_cant_be_measured_are_named(rows, message):
+def test_what_cant_be_measured_is_named(make, rows, batch_size, message):
     with pytest.raises(ValueError, match=message):
-        mean_loss(tiny_model(), rows)
-
-
-def test_other_models_and_batch_sizes_are_refused():
-    with pytest.raises(ValueError, match="batch_size must be at least 1, got 0"):
-        mean_loss(tiny_model(), [], 0)
-    with pytest.raises(ValueError, match="causal language models of transformers, and T5"):
-        mean_loss(model_of("t5"), [])
+        mean_loss(make(), rows, batch_size)

@@ -4,14 +4,12 @@ import json
 import random
 
 import pytest
-import torch
 from datasets import Dataset
 from text.merging_tokenizers import TOKENIZERS
 from train.tiny import CHAT, tiny_model, tiny_tokenizer, write_jsonl
 
-from s2ft.text.collator import TokenCollator
 from s2ft.text.data import DataOptions, load_rows
-from s2ft.text.encoding import encode_prompts, left_pad, tokenize_rows
+from s2ft.text.encoding import RowOutcome, encode_prompts, tokenize_rows
 from s2ft.text.examples import Example
 from s2ft.text.prompts import PromptFormat, prompt_format
 
@@ -29,14 +27,12 @@ def chats(count=100):
     """Chats of one to four questions and answers, some with a system message."""
     draw = random.Random(0)
 
-    def words():
-        return " ".join(
-            "".join(draw.choices("abc de.,\n", k=draw.randint(1, 9))).strip() or "x" for _ in range(draw.randint(1, 5))
-        )
+    def said(role):
+        return {"role": role, "content": "".join(draw.choices("abc de.,\n", k=draw.randint(1, 40))).strip() or "x"}
 
     return [
-        [{"role": "system", "content": words()}] * (draw.random() < 0.3)
-        + [{"role": role, "content": words()} for _ in range(draw.randint(1, 4)) for role in ("user", "assistant")]
+        [said("system")] * (draw.random() < 0.3)
+        + [said(role) for _ in range(draw.randint(1, 4)) for role in ("user", "assistant")]
         for _ in range(count)
     ]
 
@@ -69,9 +65,9 @@ def test_100_chats_have_the_assistant_mask_of_trl(tmp_path):
     tokenized = tokens(rows, tiny_tokenizer(MARKED))
     assert list(tokenized.dataset) == expected
     supervised = sum(label >= 0 for row in expected for label in row["labels"])
-    assert tokenized.supervised == supervised and f"the loss falls on {supervised:,} of them" in str(tokenized)
+    assert f"the loss falls on {supervised:,} of them" in str(tokenized)
     without_marks = tokens(rows)  # the same template without marks, and without the line break after the last answer
-    assert without_marks.supervised == supervised
+    assert f"the loss falls on {supervised:,} of them" in str(without_marks)
     assert [row["labels"] for row in without_marks.dataset] == [row["labels"][:-1] for row in expected]
 
 
@@ -90,19 +86,6 @@ def test_message_lists_are_those_of_trl(tmp_path):
     assert list(tokens([LISTS], tiny_tokenizer(MARKED), loss_on="all", completion_only=False).dataset) == whole
 
 
-def test_sharegpt_and_messages_of_the_same_chats_have_the_same_loss(tmp_path):
-    names = {"system": "system", "user": "human", "assistant": "gpt"}
-    shared = [[{"from": names[m["role"]], "value": m["content"]} for m in chat] for chat in chats(8)]
-    files = (
-        write_jsonl(tmp_path / "a.jsonl", [{"messages": chat} for chat in chats(8)]),
-        write_jsonl(tmp_path / "b.jsonl", [{"conversations": chat} for chat in shared]),
-    )
-    first, second = (list(tokens(load_rows(DataOptions(data=[str(file)]))).dataset) for file in files)
-    assert first == second
-    model, collate = tiny_model(max_position_embeddings=1024), TokenCollator(pad=2)
-    assert model(**collate(first)).loss.item() == model(**collate(second)).loss.item()
-
-
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_prompt_of_a_text_row_is_that_of_generation(kind):
     from s2ft.text.prompts import encode_prompt
@@ -114,96 +97,75 @@ def test_prompt_of_a_text_row_is_that_of_generation(kind):
     assert trained(tokenizer, row).strip() == "The sum is 5<|im_end|>"
 
 
-def test_text_prompts_become_messages_in_form_chat():
-    as_chat = {
-        "messages": [{"role": "user", "content": PAIR["prompt"]}, {"role": "assistant", "content": PAIR["completion"]}]
-    }
-    assert list(tokens([PAIR]).dataset) == list(tokens([as_chat]).dataset)
-
-
-def test_loss_on_the_last_answer_only():
-    tokenizer, rows = tiny_tokenizer(), [{"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "6"}]}]
-    assert trained(tokenizer, tokens(rows, loss_on="last").dataset[0]) == "6<|im_end|>"
-    assert trained(tokenizer, tokens(rows).dataset[0]) == "5<|im_end|>6<|im_end|>"
-    assert tokens(rows, loss_on="all").supervised == tokens(rows).tokens - 1  # nothing predicts the first token
-
-
-def test_system_prompt_is_added_where_a_row_has_none():
-    tokenizer, rows = (
-        tiny_tokenizer(),
-        [{"messages": [QUESTION, ANSWER]}, {"messages": [{"role": "system", "content": "a"}, QUESTION, ANSWER]}, LISTS],
-    )
-    dataset = [{"messages": None, "prompt": None, "completion": None, **row} for row in rows]
-    found = tokenize_rows(
-        Dataset.from_list(dataset), tokenizer, PromptFormat("chat", CHAT, "Be brief."), max_length=999
-    )
-    texts = [tokenizer.decode(row["input_ids"]) for row in found.dataset]
-    assert [text.count("system\nBe brief.") for text in texts] == [1, 0, 1]
-    assert [trained(tokenizer, row) for row in found.dataset] == ["5<|im_end|>"] * 3
-
-
 def answered(question, answer="4"):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def test_long_chats_are_left_out_and_counted():
-    tokenized = tokens([answered("a"), answered("b" * 500), answered("c", "d" * 500)], max_length=120)
-    assert (len(tokenized.dataset), tokenized.long_prompts, tokenized.long_rows) == (1, 1, 1)
-    assert "2 too long rows left out" in str(tokenized)
+def test_text_prompts_become_messages_in_form_chat():
+    as_chat = answered(PAIR["prompt"], PAIR["completion"])
+    assert list(tokens([PAIR]).dataset) == list(tokens([as_chat]).dataset)
 
 
-def test_long_chats_are_cut_if_asked_where_something_is_left_to_learn():
-    tokenized = tokens([answered("b" * 500), answered("c", "d" * 500)], max_length=120, too_long="cut")
+def test_loss_on_the_last_answer_only_or_on_everything():
+    tokenizer, rows = tiny_tokenizer(), [{"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "6"}]}]
+    assert trained(tokenizer, tokens(rows, loss_on="last").dataset[0]) == "6<|im_end|>"
+    assert trained(tokenizer, tokens(rows).dataset[0]) == "5<|im_end|>6<|im_end|>"
+    whole = tokens(rows, loss_on="all")
+    count = len(whole.dataset[0]["input_ids"])
+    assert f"the loss falls on {count - 1} of them" in str(whole)  # nothing predicts the first token
+
+
+def test_system_prompt_is_added_where_a_row_has_none():
+    tokenizer, system = tiny_tokenizer(), {"role": "system", "content": "a"}
+    rows = [{"messages": [QUESTION, ANSWER]}, {"messages": [system, QUESTION, ANSWER]}, LISTS]
+    dataset = Dataset.from_list([{"messages": None, "prompt": None, "completion": None, **row} for row in rows])
+    found = tokenize_rows(dataset, tokenizer, PromptFormat("chat", CHAT, "Be brief."), max_length=999).dataset
+    texts = [tokenizer.decode(row["input_ids"]) for row in found]
+    assert [text.count("system\nBe brief.") for text in texts] == [1, 0, 1]
+    assert [trained(tokenizer, row) for row in found] == ["5<|im_end|>"] * 3
+
+
+def test_long_chats_are_left_out_or_cut_where_something_is_left_to_learn():
+    rows = [answered("a"), answered("b" * 500), answered("c", "d" * 500)]
+    tokenized = tokens(rows, max_length=120)
+    assert tokenized.outcomes == {RowOutcome.KEPT: 1, RowOutcome.LONG_PROMPT: 1, RowOutcome.LONG_ROW: 1}
+    assert len(tokenized.dataset) == 1 and "2 too long rows left out" in str(tokenized)
+    tokenized = tokens(rows[1:], max_length=120, too_long="cut")
     (row,) = tokenized.dataset
     assert len(row["input_ids"]) == 120 and "d" * 20 in trained(tiny_tokenizer(), row)
-    assert (tokenized.cut, tokenized.long_prompts) == (1, 1) and "1 too long row cut" in str(tokenized)
+    assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.LONG_PROMPT: 1}
+    length = len(tokens(rows[:1]).dataset[0]["input_ids"])
+    assert tokens(rows[:1], max_length=length).outcomes == {RowOutcome.KEPT: 1}
 
 
 def test_long_texts_are_cut_into_several_rows_and_no_token_is_lost():
-    whole = tokens([{"text": "a b c d e f " * 20}], form="text").dataset[0]["input_ids"]
-    tokenized = tokens([{"text": "a b c d e f " * 20}], form="text", max_length=64)
+    rows = [{"text": "a b c d e f " * 20}]
+    tokenized = tokens(rows, form="text", max_length=64)
+    whole = tokens(rows, form="text").dataset[0]["input_ids"]
     assert [token for row in tokenized.dataset for token in row["input_ids"]] == whole
-    assert tokenized.rows == 4 and tokenized.cut == 1 and tokenized.tokens == len(whole)
-    with pytest.raises(ValueError, match="none of 1 rows fits: 1 with a prompt and an answer that are longer together"):
-        tokens([{"text": "a" * 100}], form="text", max_length=64, too_long="leave_out")
-
-
-def test_a_row_of_exactly_max_length_is_kept():
-    length = tokens([answered("a")]).tokens
-    assert tokens([answered("a")], max_length=length).rows == 1
-
-
-def test_no_row_left_is_an_error():
-    with pytest.raises(
-        ValueError, match="none of 2 rows fits: 2 with a prompt of 100 tokens or more; raise max_length"
-    ):
-        tokens([answered("b" * 500)] * 2, max_length=100)
+    assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.KEPT: 3}
 
 
 def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
     gemma = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
     rows = [{"messages": [{"role": "system", "content": "a"}, QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}]
-    dataset = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "a.jsonl", rows))]))
-    with pytest.raises(
-        ValueError, match="1 of 2 rows can't be used; .*:\n  .*a.jsonl, line 1: the chat template can't.*System"
-    ):
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    dataset = load_rows(DataOptions(data=[str(path)]))
+    with pytest.raises(ValueError, match="1 of 2 rows can't be used.*\n.*a.jsonl, line 1: .*System role"):
         tokens(dataset, tiny_tokenizer(gemma))
     tokenized = tokens(dataset, tiny_tokenizer(gemma), skip_bad_rows=True)
-    assert (tokenized.rows, tokenized.bad) == (1, 1) and "1 row left out that the chat template can't" in str(tokenized)
+    assert tokenized.outcomes == {RowOutcome.KEPT: 1, RowOutcome.BAD: 1} and len(tokenized.dataset) == 1
+    streamed = load_rows(DataOptions(data=[str(path)], streaming=True))
+    with pytest.raises(ValueError, match="line 1: .*System role"):
+        list(tokens(streamed, tiny_tokenizer(gemma)).dataset)
 
 
 def test_template_with_another_prompt_before_an_answer_is_said(caplog):
-    other = CHAT + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
-    tokenized = tokens([answered("a")], tiny_tokenizer(other), loss_on="last")
+    thought = "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
+    tokenized = tokens([answered("a")], tiny_tokenizer(CHAT + thought), loss_on="last")
     assert trained(tiny_tokenizer(), tokenized.dataset[0]) == "4<|im_end|>" and not caplog.text
-    marked = MARKED + "{% if add_generation_prompt %}{{ '<think>' }}{% endif %}"
-    assert tokens([answered("a")], tiny_tokenizer(marked)).other_prompts == 1
-    assert "writes another prompt when an answer follows it, in 1 of 1 rows" in caplog.text
-
-
-def test_messages_need_a_template():
-    with pytest.raises(ValueError, match="messages need a chat template, but form='text' uses none"):
-        tokens([answered("a")], form="text")
+    assert tokens([answered("a")], tiny_tokenizer(MARKED + thought)).outcomes == {RowOutcome.OTHER_PROMPT: 1}
+    assert "another prompt" in caplog.text and "1 of 1 rows" in caplog.text
 
 
 def test_streamed_rows_equal_the_stored_ones(tmp_path):
@@ -212,8 +174,8 @@ def test_streamed_rows_equal_the_stored_ones(tmp_path):
     stored, streamed = (
         tokens(load_rows(DataOptions(data=[path], streaming=streaming)), max_length=200) for streaming in (False, True)
     )
-    assert list(streamed.dataset) == list(stored.dataset) and stored.rows == 39
-    assert "the rows are streamed" in str(streamed)
+    assert list(streamed.dataset) == list(stored.dataset) and len(stored.dataset) == 39
+    assert "streamed" in str(streamed)
 
 
 def test_later_steps_of_datasets_do_not_mix_two_data_sets_up():
@@ -229,48 +191,36 @@ def test_several_processes_make_the_same_rows():
     assert list(one.dataset) == list(two.dataset) and str(one) == str(two)
 
 
-@pytest.mark.parametrize("options, message", [({"loss_on": "first"}, "loss_on must be one of assistant, last, all"),
-                                              ({"too_long": "drop"}, "too_long must be one of leave_out, cut")])  # fmt: skip
-def test_unknown_choices_are_named(options, message):
+@pytest.mark.parametrize(
+    "row, options, message",
+    [
+        (answered("b" * 500), {"max_length": 100}, "1 with a prompt of 100 tokens.*max_length"),
+        ({"text": "a" * 99}, {"form": "text", "max_length": 64, "too_long": "leave_out"}, "1 .*longer together"),
+        (answered("a"), {"form": "text"}, "form='text'"),
+        (answered("a"), {"loss_on": "first"}, "loss_on.*assistant"),
+        (answered("a"), {"too_long": "drop"}, "too_long.*leave_out"),
+    ],
+)
+def test_rows_and_choices_that_can_not_be_used_are_named(row, options, message):
     with pytest.raises(ValueError, match=message):
-        tokens([answered("a")], **options)
+        tokens([row], **options)
 
 
-def example(question):
-    return Example(({"role": "user", "content": question},), "4")
-
-
-def test_prompt_longer_than_the_context_is_left_out_and_counted(caplog):
-    prompts = encode_prompts(tiny_tokenizer(), [example("a"), example("b" * 500)], room=100)
-    assert prompts[1] is None and prompts[0] and "left out 1 of 2 rows" in caplog.text
-
-
-def test_no_prompt_left_is_an_error():
-    with pytest.raises(ValueError, match="none of 1 prompts fits into the 100 tokens"):
-        encode_prompts(tiny_tokenizer(), [example("b" * 500)], room=100)
-
-
-def test_prompts_of_examples_have_the_format():
-    tokenizer = tiny_tokenizer()
+def test_prompts_have_the_format_and_long_ones_are_left_out(caplog):
+    tokenizer, long = tiny_tokenizer(), Example(({"role": "user", "content": "b" * 500},), "4")
     text = Example("2+3=", "5")
-    for form, expected in (
-        (PromptFormat("text"), "2+3="),
-        (PromptFormat("chat", None, "Be brief."), "system\nBe brief."),
-    ):
-        (ids,) = encode_prompts(tokenizer, [text], 999, form)
+    for form, expected in ((PromptFormat("text"), "2+3="), (PromptFormat(system="Be brief."), "system\nBe brief.")):
+        (ids,) = encode_prompts(tokenizer, [text], 150, form)
         assert expected in tokenizer.decode(ids)
-
-
-def test_left_pad_adds_nothing_to_one_sequence():
-    batch = left_pad([[3, 4]], pad=0)
-    assert batch["input_ids"].tolist() == [[3, 4]] and batch["attention_mask"].all()
+    found = encode_prompts(tokenizer, [text, long], room=100)
+    assert found[0] and found[1] is None and "left out 1 of 2 rows" in caplog.text
+    with pytest.raises(ValueError, match="none of 1 prompts fits into the 100"):
+        encode_prompts(tokenizer, [long], room=100)
 
 
 def test_json_of_tools_reaches_the_template():
     tools = [{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]
     template = "{% for t in tools or [] %}{{ t | tojson }}{% endfor %}" + CHAT
-    rows = Dataset.from_list([{**answered("a"), "tools": json.dumps(tools)}])
-    rows = rows.map(lambda row: {"tools": json.loads(row["tools"])})
+    rows = Dataset.from_list([answered("a")]).map(lambda row: {"tools": tools})
     ids = tokens(rows, tiny_tokenizer(template)).dataset[0]["input_ids"]
     assert json.dumps(tools[0]) in tiny_tokenizer().decode(ids)
-    assert torch.tensor(ids).max() < len(tiny_tokenizer())

@@ -9,6 +9,7 @@ from s2ft.text.data.forms import normalised
 from s2ft.text.evaluation import evaluate
 from s2ft.text.examples import Example, examples_of
 from s2ft.text.generation import generate, generation_mode
+from s2ft.text.output_head import contiguous_head
 from s2ft.text.prompts import encode_prompt
 
 
@@ -93,38 +94,38 @@ def test_beams_with_an_adapter_equal_those_of_the_merged_model(model):
     assert first.records == again.records == merged.records
 
 
-def test_generation_restores_the_model(model):
+def test_generation_restores_the_model_which_trains_on(model):
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}
     generate(model, tiny_tokenizer(), [[3, 4, 5]], 1, 4)
-    assert model.training and not any(row.fused for row in s2ft.status(model).rows)
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    assert all(parameter.requires_grad == key.endswith("s2") for key, parameter in model.named_parameters())
-
-
-def test_the_model_is_restored_after_an_error(model):
     with pytest.raises(RuntimeError), generation_mode(model):
-        assert all(row.fused for row in s2ft.status(model).rows)
+        assert all(row.fused for row in s2ft.status(model).rows) and model.lm_head._forward_pre_hooks
         raise RuntimeError
-    assert not any(row.fused for row in s2ft.status(model).rows)
-
-
-def test_training_goes_on_after_generation(model):
-    generate(model, tiny_tokenizer(), [[3, 4, 5]], 1, 4)
+    assert model.training and not any(row.fused for row in s2ft.status(model).rows)
+    assert not model.lm_head._forward_pre_hooks
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert trained == [parameter for key, parameter in model.named_parameters() if key.endswith("s2")]
     model(torch.tensor([[3, 4, 5]]), labels=torch.tensor([[3, 4, 5]])).loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.parameters() if p.requires_grad)
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
 
 
-def test_plain_model_without_adapter_is_evaluated():
-    result = evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", batch_size=2, max_new_tokens=4)
-    assert len(result.records) == 5 and 0 <= result.accuracy <= 1 and "of 5" in str(result)
+def test_a_frozen_head_has_a_contiguous_input_and_the_same_logits():
+    model, ids, seen = tiny_model().requires_grad_(False), torch.randint(3, 200, (4, 7)), []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].is_contiguous()))
+    expected = model(ids, logits_to_keep=2).logits
+    with contiguous_head(model):
+        logits = model(ids, logits_to_keep=2).logits
+    assert seen == [False, True]  # if the model packs its positions itself, the hook can be removed from s2ft
+    torch.testing.assert_close(logits, expected)
 
 
 def test_accuracy_counts_right_records(monkeypatch):
-    monkeypatch.setattr("s2ft.text.evaluation.generate", lambda *_, **__: ["The answer is 0.", "3", "4", "", "no 4"])
+    texts = ["The answer is 0.", "3", "4", "", "no 4"]
+    monkeypatch.setattr("s2ft.text.evaluation.generate", lambda *_, **__: texts)
     result = evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", max_new_tokens=4)
     assert [record.right for record in result.records] == [True, False, True, False, False]
-    assert result.accuracy == 2 / 5 and result.to_dict()["right"] == 2
+    assert result.accuracy == 2 / 5 and result.to_dict()["right"] == 2 and "2 of 5" in str(result)
 
 
 def test_prompts_longer_than_the_context_are_counted():
@@ -133,18 +134,14 @@ def test_prompts_longer_than_the_context_are_counted():
     assert result.left_out == 1 and len(result.records) == 2 and "1 rows left out" in str(result)
 
 
-def test_row_that_can_not_be_scored_is_an_error_before_generation():
-    with pytest.raises(ValueError, match="has no number"):
-        evaluate(tiny_model(), tiny_tokenizer(), [Example(({"role": "user", "content": "x"},), "no")], "arithmetic")
-
-
-def test_sizes_are_checked():
-    with pytest.raises(ValueError, match="batch_size must be at least 1"):
-        evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", batch_size=0)
-    with pytest.raises(ValueError, match="num_beams must be at least 1, got 0"):
-        evaluate(tiny_model(), tiny_tokenizer(), examples(), "arithmetic", num_beams=0)
-
-
-def test_choices_are_not_generated():
-    with pytest.raises(ValueError, match="task choices compares the likelihood"):
-        evaluate(tiny_model(), tiny_tokenizer(), examples(), "choices")
+@pytest.mark.parametrize(
+    "task, options, message",
+    [
+        ("arithmetic", {"batch_size": 0}, "batch_size"),
+        ("arithmetic", {"num_beams": 0}, "num_beams"),
+        ("commonsense", {}, "no answer word"),
+    ],
+)
+def test_what_can_not_be_scored_is_an_error_before_generation(task, options, message):
+    with pytest.raises(ValueError, match=message):
+        evaluate(tiny_model(), tiny_tokenizer(), [Example("x", "5")], task, **options)

@@ -37,18 +37,9 @@ def test_gguf_is_loaded_as_a_plain_model_that_saves_and_reloads_bit_for_bit(gguf
     assert reloaded.chat_template == tokenizer.chat_template
 
 
-def test_gguf_in_a_folder_is_found(gguf_file):
+def test_gguf_in_a_folder_is_found_and_loaded_in_the_dtype_of_the_caller(gguf_file):
     assert locate(str(gguf_file.parent)) == (str(gguf_file.parent), {"gguf_file": "tiny.gguf"})
-
-
-def test_gguf_is_loaded_in_the_dtype_of_the_caller(gguf_file):
     assert load_model(str(gguf_file), "bfloat16")[0].dtype == torch.bfloat16
-
-
-def test_two_gguf_files_in_a_folder_are_an_error_that_lists_them(tmp_path):
-    (tmp_path / "a.gguf").touch(), (tmp_path / "b.gguf").touch()
-    with pytest.raises(ValueError, match="several GGUF files .a.gguf, b.gguf.: name one"):
-        locate(str(tmp_path))
 
 
 def test_dtype_auto_keeps_the_dtype_of_the_checkpoint(tmp_path):
@@ -57,47 +48,41 @@ def test_dtype_auto_keeps_the_dtype_of_the_checkpoint(tmp_path):
     assert load_model(str(tmp_path / "m"), "float32")[0].dtype == torch.float32
 
 
-def test_unknown_dtype():
-    with pytest.raises(ValueError, match="dtype must be one of auto, float32"):
+def without(*patterns):
+    """A writer of a checkpoint's folder that lacks files."""
+
+    def write(folder):
+        save_tiny(folder)
+        for pattern in patterns:
+            for file in folder.glob(pattern):
+                file.unlink()
+
+    return write
+
+
+def file(name, content=b""):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "name, write, kind, message",
+    [
+        *((name, None, FileNotFoundError, "doesn't exist") for name in ("./nowhere", "/no/where", "a/b/c", "x.gguf")),
+        ("", None, ValueError, "neither config.json nor a .gguf"),
+        ("", lambda folder: (file("a.gguf")(folder), file("b.gguf")(folder)), ValueError, "a.gguf, b.gguf"),
+        ("a.safetensors", file("a.safetensors"), ValueError, "not a .gguf"),
+        ("bad.gguf", file("bad.gguf", b"not a model"), ValueError, "load a tokenizer from .*bad.gguf"),
+        ("", without("model.safetensors"), ValueError, "load a causal language model"),
+        ("", without("tokenizer*"), ValueError, "load a tokenizer"),
+    ],
+)
+def test_what_is_no_model_is_named(name, write, kind, message, tmp_path):
+    if write:
+        write(tmp_path)
+    with pytest.raises(kind, match=message):
+        load_model(str(tmp_path / name) if write or not name else name)
+    with pytest.raises(ValueError, match="dtype .*float32"):
         load_model("x", "int3")
-
-
-@pytest.mark.parametrize("name", ["./nowhere", "/no/where", "a/b/c", "x.gguf"])
-def test_missing_path_is_not_looked_for_on_the_hub(name):
-    with pytest.raises(FileNotFoundError, match="doesn't exist"):
-        load_model(name)
-
-
-def test_folder_without_a_model(tmp_path):
-    with pytest.raises(ValueError, match="neither config.json nor a .gguf file"):
-        load_model(str(tmp_path))
-
-
-def test_a_file_that_is_not_gguf(tmp_path):
-    (tmp_path / "model.safetensors").touch()
-    with pytest.raises(ValueError, match="not a .gguf; give the checkpoint's folder"):
-        load_model(str(tmp_path / "model.safetensors"))
-
-
-def test_broken_gguf_is_one_clear_error(tmp_path):
-    (tmp_path / "bad.gguf").write_bytes(b"not a model")
-    with pytest.raises(ValueError, match="can't load a tokenizer from .*bad.gguf"):
-        load_model(str(tmp_path / "bad.gguf"))
-
-
-def test_folder_without_weights(tmp_path):
-    save_tiny(tmp_path)
-    (tmp_path / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match="can't load a causal language model from"):
-        load_model(str(tmp_path))
-
-
-def test_folder_without_tokenizer(tmp_path):
-    save_tiny(tmp_path)
-    for file in tmp_path.glob("tokenizer*"):
-        file.unlink()
-    with pytest.raises(ValueError, match="can't load a tokenizer from"):
-        load_model(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", MODELS)

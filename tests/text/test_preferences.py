@@ -1,13 +1,11 @@
 """Rows of dpo and grpo: every form gives the same pair or prompt, and a row that can't be used says why."""
 
-import json
-
 import pytest
-from train.tiny import tiny_tokenizer
+from train.tiny import tiny_tokenizer, write_jsonl
 
-from s2ft.text.data import DataOptions, load_rows
+from s2ft.text.data import DataOptions, form_of, load_rows
 from s2ft.text.data.forms import BadRow
-from s2ft.text.data.preferences import PAIRS, PROMPTS, form_of_prompts, pair, scored_prompt, with_columns
+from s2ft.text.data.preferences import PAIRS, PROMPTS, pair, scored_prompt, with_columns
 from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_format
 
@@ -20,6 +18,7 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+CHAT = [user("2+3="), assistant("5")]
 ASKED = {"prompt": [user("2+3=")], "chosen": [assistant("5")], "rejected": [assistant("6")]}
 FORMS = {
     "messages": ASKED,
@@ -62,29 +61,33 @@ def test_a_system_prompt_and_earlier_turns_belong_to_the_prompt():
     assert pair(chats, {}) == {**ASKED, "prompt": turns}
 
 
+AB = {"prompt": "a", "chosen": "b"}
+
+
 @pytest.mark.parametrize(
-    ("row", "words"),
+    ("convert", "row", "words"),
     [
-        ({"prompt": "a", "chosen": "b"}, "field 'rejected' is missing: a row has chosen and rejected; it has 'prompt'"),
-        ({"prompt": "a", "chosen": "b", "rejected": None}, "field 'rejected' is missing"),
-        ({"prompt": "a", "chosen": "b", "rejected": "b"}, "'chosen' and 'rejected' are the same answer"),
-        ({"prompt": "a", "chosen": " ", "rejected": "b"}, "field 'chosen' is empty"),
-        ({"prompt": "a", "chosen": "b", "rejected": [assistant("c")]}, "must both be text or both be messages"),
-        ({"prompt": [], "chosen": "b", "rejected": "c"}, "there is no prompt"),
-        ({"chosen": [assistant("b")], "rejected": [assistant("c")]}, "there is no prompt"),
-        (
-            {"prompt": "a", "chosen": [user("b")], "rejected": [user("c")]},
-            "'chosen' must begin and end with a message of",
-        ),
-        ({"prompt": 5, "chosen": "b", "rejected": "c"}, "field 'prompt' must be a list of messages, got int"),
-        ({"prompt": "a", "chosen": "\ud800", "rejected": "c"}, "not valid Unicode"),
-        ("text", "expected an object with chosen and rejected, got str"),
+        (pair, AB, "'rejected' is missing.*it has 'prompt'"),
+        (pair, {**AB, "rejected": None}, "'rejected' is missing"),
+        (pair, {**AB, "rejected": "b"}, "the same answer"),
+        (pair, {"chosen": CHAT, "rejected": CHAT}, "the same answer"),
+        (pair, {**AB, "chosen": " ", "rejected": "c"}, "'chosen' is empty"),
+        (pair, {**AB, "rejected": [assistant("c")]}, "both be text"),
+        (pair, {**AB, "prompt": [], "rejected": "c"}, "no prompt"),
+        (pair, {"chosen": [assistant("b")], "rejected": [assistant("c")]}, "no prompt"),
+        (pair, {"chosen": [], "rejected": CHAT}, "'chosen' must begin and end"),
+        (pair, {**AB, "chosen": [user("b")], "rejected": [user("c")]}, "'chosen' must begin and end"),
+        (pair, {**AB, "prompt": 5, "rejected": "c"}, "'prompt' must be a list of messages, got int"),
+        (pair, {**AB, "chosen": "\ud800", "rejected": "c"}, "Unicode"),
+        (pair, "text", "expected an object .*got str"),
+        (scored_prompt, {"text": "a"}, "needs prompt.*it has 'text'.*--field"),
+        (scored_prompt, {"messages": [assistant("a")]}, "'messages' has no message before"),
+        (scored_prompt, {"prompt": "a", "tools": [{}]}, "'tools' is not used"),
     ],
 )
-def test_a_pair_that_cannot_be_used_says_why(row, words):
-    with pytest.raises(BadRow) as error:
-        pair(row, {})
-    assert words in str(error.value)
+def test_a_row_that_cannot_be_used_says_why(convert, row, words):
+    with pytest.raises(BadRow, match=words):
+        convert(row, {})
 
 
 @pytest.mark.parametrize(
@@ -101,44 +104,27 @@ def test_prompts_keep_the_columns_for_the_rewards(row, columns):
     assert scored_prompt(row, {}) == {"prompt": [user("2+3=")], "columns": columns}
 
 
-@pytest.mark.parametrize(
-    ("row", "words"),
-    [
-        ({"text": "a"}, "needs prompt, messages, instruction or question; it has 'text'; --field OURS=THEIRS"),
-        ({"messages": [assistant("a")]}, "field 'messages' has no message before the assistant's"),
-        ({"prompt": "a", "tools": [{}]}, "field 'tools' is not used by s2ft grpo"),
-    ],
-)
-def test_a_prompt_that_cannot_be_used_says_why(row, words):
-    with pytest.raises(BadRow) as error:
-        scored_prompt(row, {})
-    assert words in str(error.value)
-
-
 # ---- files, and token rows -----------------------------------------------------------------------------
 
 
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
-
-
 def test_files_are_read_with_renamed_fields_and_bad_rows_are_named(tmp_path):
-    path = written(tmp_path / "pairs.jsonl", [{"q": "2+3=", "good": "5", "bad": "6"}, {"q": "a", "good": "b"}])
-    options = dict(data=[path], field=["question=q", "chosen=good", "rejected=bad"])
-    with pytest.raises(ValueError, match=r"1 of 2 rows can't be used; .*:\n.*pairs.jsonl, line 2: field 'rejected' is"):
+    path = write_jsonl(tmp_path / "pairs.jsonl", [{"q": "2+3=", "good": "5", "bad": "6"}, {"q": "a", "good": "b"}])
+    options = dict(data=[str(path)], field=["question=q", "chosen=good", "rejected=bad"])
+    with pytest.raises(ValueError, match="1 of 2 rows .*\n.*pairs.jsonl, line 2: field 'rejected'"):
         load_rows(DataOptions(**options), shape=PAIRS)
     (row,) = load_rows(DataOptions(**options, skip_bad_rows=True), shape=PAIRS)
     assert {name: row[name] for name in ASKED} == ASKED
 
 
 def test_texts_that_look_like_json_stay_texts(tmp_path):
-    path = written(tmp_path / "tasks.jsonl", [{"prompt": "5", "answer": "1"}, {"prompt": "[1]", "extra": "2"}])
-    rows = load_rows(DataOptions(data=[path]), shape=PROMPTS)
-    assert form_of_prompts(rows, DataOptions()) == "text"
+    path = write_jsonl(
+        tmp_path / "tasks.jsonl", [{"prompt": "5", "answer": "1"}, {"prompt": "[1]", "extra": 0.1234567890123456}]
+    )
+    rows = load_rows(DataOptions(data=[str(path)]), shape=PROMPTS)
+    assert form_of(rows, DataOptions()) == "text"
     assert list(with_columns(rows, PromptFormat("text"))) == [
         {"prompt": "5", "answer": "1", "extra": None},
-        {"prompt": "[1]", "answer": None, "extra": "2"},
+        {"prompt": "[1]", "answer": None, "extra": 0.1234567890123456},
     ]
     chats = with_columns(rows, PromptFormat("chat", "{{ messages }}", "Be brief."))
     assert chats[0]["prompt"] == [{"role": "system", "content": "Be brief."}, user("5")]
@@ -146,7 +132,7 @@ def test_texts_that_look_like_json_stay_texts(tmp_path):
 
 def test_a_pair_has_the_prompt_of_generation_and_ends_after_the_end_of_turn(tmp_path):
     tokenizer = tiny_tokenizer()
-    rows = load_rows(DataOptions(data=[written(tmp_path / "pairs.jsonl", [ASKED])]), shape=PAIRS)
+    rows = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "pairs.jsonl", [ASKED]))]), shape=PAIRS)
     found = encode_pairs(rows, tokenizer, prompt_format(tokenizer), max_length=100)
     (row,) = found.dataset
     assert row["prompt_ids"] == encode_prompt(tokenizer, ASKED["prompt"])
@@ -159,9 +145,9 @@ def test_a_pair_has_the_prompt_of_generation_and_ends_after_the_end_of_turn(tmp_
 def test_long_pairs_are_left_out_or_cut(tmp_path):
     tokenizer = tiny_tokenizer()
     long = {**ASKED, "chosen": [assistant("5" * 90)]}
-    rows = load_rows(DataOptions(data=[written(tmp_path / "pairs.jsonl", [ASKED, long])]), shape=PAIRS)
+    rows = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "pairs.jsonl", [ASKED, long]))]), shape=PAIRS)
     how = dict(tokenizer=tokenizer, prompt=prompt_format(tokenizer))
-    assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long pair left out")
+    assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long row left out")
     assert len(encode_pairs(rows, max_length=100, too_long="cut", **how).dataset) == 2
-    with pytest.raises(ValueError, match="none of 2 pairs can be used: 2 are longer than max_length 20"):
+    with pytest.raises(ValueError, match="none of 2 pairs .*: 2 are longer.*max_length 20"):
         encode_pairs(rows, max_length=20, **how)

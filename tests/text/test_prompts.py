@@ -5,7 +5,9 @@ from pathlib import Path
 import pytest
 import trl
 from text.merging_tokenizers import TOKENIZERS
+from tokenizers.processors import TemplateProcessing
 from train.tiny import CHAT, tiny_tokenizer
+from transformers import GenerationConfig
 from trl.chat_template_utils import get_training_chat_template
 
 from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, pad_id, prompt_format, prompt_text
@@ -96,15 +98,12 @@ def test_answers_end_with_the_end_of_turn_and_nothing_else_is_trained():
     assert trained_text(tokenizer, encoded(tokenizer, *TALK, answer("4"), loss_on="all")[1]) == whole[:-1]
 
 
-def test_thinking_block_of_the_last_answer_is_kept_and_earlier_answers_need_another_template():
+def test_earlier_answers_that_a_template_changes_or_drops_are_refused():
     tokenizer = tiny_tokenizer(THINKING)
     assert trained_text(tokenizer, encoded(tokenizer, *TALK, answer("4"), loss_on="last")[1]).startswith("<think></th")
-    with pytest.raises(TemplateError, match='answer "4" differently when other messages follow it: train on the last'):
+    with pytest.raises(TemplateError, match='answer "4" differently .*loss_on="last"'):
         encoded(tokenizer, ASK, answer("4"), ASK, answer("5"))
-
-
-def test_template_that_drops_earlier_answers_is_refused_for_chats_that_have_some():
-    with pytest.raises(TemplateError, match='leaves out the assistant\'s answer "the first one"'):
+    with pytest.raises(TemplateError, match='leaves out .* "the first one"'):
         encoded(tiny_tokenizer(REWRITING), ASK, answer("the first one"), ASK, answer("5"))
 
 
@@ -113,7 +112,7 @@ def test_tool_calls_are_trained_and_a_template_that_drops_them_is_refused():
     messages = ASK, {"role": "assistant", "content": "", "tool_calls": [call]}
     qwen = tiny_tokenizer((OF_TRL / "qwen2_5.jinja").read_text())
     assert '"arguments": {"a": 2}' in trained_text(qwen, encoded(qwen, *messages)[1])
-    with pytest.raises(TemplateError, match="leaves out the assistant's answer that calls a tool"):
+    with pytest.raises(TemplateError, match="leaves out .* calls a tool"):
         encoded(tiny_tokenizer(), *messages)
 
 
@@ -164,19 +163,14 @@ def test_alpaca_is_the_prompt_of_tokenizers_without_a_template():
 
 
 def test_the_tokenizers_first_token_is_kept_and_an_end_token_is_dropped():
-    from tokenizers.processors import TemplateProcessing
-
     tokenizer = tiny_tokenizer(None)
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
     for prompt in (TALK[1:2], "a text"):
         ids = encode_prompt(tokenizer, prompt)
-        assert ids[:2] == [1, tokenizer.encode(prompt_text(tokenizer, prompt).removeprefix(SPECIAL_START))[1]]
+        assert ids[:2] == [1, tokenizer.encode(prompt_text(tokenizer, prompt).removeprefix("<|im_start|>"))[1]]
         assert ids[-1] != 2
-
-
-SPECIAL_START = "<|im_start|>"
 
 
 @pytest.mark.parametrize("template", [None, CHAT, ENDLESS])
@@ -189,17 +183,10 @@ def test_tokenizer_without_end_and_padding_tokens(template):
 
 
 def test_end_ids_are_those_of_tokenizer_settings_and_template():
-    class Settings:
-        eos_token_id = [0, 2]
-
-    assert end_ids(tiny_tokenizer(), Settings) == [0, 2]
+    assert end_ids(tiny_tokenizer(), GenerationConfig(eos_token_id=[0, 2])) == [0, 2]
     assert end_ids(tiny_tokenizer(CHAT.replace("<|im_end|>", "<|endoftext|>"))) == [0, 2]
     assert end_ids(tiny_tokenizer(None)) == [2]
-
-
-def test_padding_token_needs_no_change_of_the_tokenizer():
-    tokenizer = tiny_tokenizer()
-    assert tokenizer.pad_token is None and pad_id(tokenizer) == tokenizer.eos_token_id
+    assert tiny_tokenizer().pad_token is None and pad_id(tiny_tokenizer()) == 2  # the tokenizer needs no change
 
 
 def test_template_is_a_file_a_text_or_a_name(tmp_path):
@@ -217,16 +204,16 @@ def test_template_is_a_file_a_text_or_a_name(tmp_path):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"chat_template": "nowhere.jinja"}, "chat_template nowhere.jinja is no file, no template text, and no name"),
-        ({"chat_template": "{% for m in messages %}"}, "can't render the messages: line 1: Unexpected end of template"),
-        ({"chat_template": "{{ messages[0]['content'] }}"}, "leaves out the question of a chat"),
-        ({"chat_template": "{{ messages[-1]['content'][:3] }}"}, "leaves out the question of a chat"),
+        ({"chat_template": "nowhere.jinja"}, "nowhere.jinja is no file"),
+        ({"chat_template": "{% for m in messages %}"}, "line 1: Unexpected end"),
+        ({"chat_template": "{{ messages[0]['content'] }}"}, "leaves out the question"),
+        ({"chat_template": "{{ messages[-1]['content'][:3] }}"}, "leaves out the question"),
         ({"chat_template": CHAT.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")},
-         "leaves out the answer of a chat"),
+         "leaves out the answer"),
         ({"chat_template": MISTRAL, "system": "Be brief."}, "leaves out the system prompt"),
-        ({"chat_template": str(OF_TRL / "gemma.jinja"), "system": "Be brief."}, "takes no system prompt: .*not supported"),
-        ({"form": "text", "system": "Be brief."}, "system has no effect on plain text"),
-        ({"form": "prose"}, "form must be one of chat, text, got 'prose'"),
+        ({"chat_template": str(OF_TRL / "gemma.jinja"), "system": "Be brief."}, "no system prompt: .*not supported"),
+        ({"form": "text", "system": "Be brief."}, "system"),
+        ({"form": "prose"}, "form .*chat, text.*prose"),
     ],
 )  # fmt: skip
 def test_format_that_can_not_work_is_refused(options, message):
@@ -240,5 +227,5 @@ def test_format_is_recorded_and_read_again():
     other = prompt.apply_to(tiny_tokenizer(None))
     assert prompt_text(other, prompt.conversation([ASK])).startswith("<|im_start|>system\nBe brief.<|im_end|>")
     assert prompt.conversation(TALK) == list(TALK)
-    with pytest.raises(ValueError, match="template must be text, got list"):
+    with pytest.raises(ValueError, match="template .*list"):
         PromptFormat.from_dict({"template": []})

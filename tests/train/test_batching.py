@@ -11,17 +11,9 @@ from datasets import Dataset
 from transformers import AutoModelForCausalLM, FalconH1Config, Mamba2Config, MistralConfig, MixtralConfig
 
 import s2ft
-from s2ft.text.collator import TokenCollator
+from s2ft.text.collator import PackedCollator, TokenCollator
 from s2ft.train.arguments import SFTArguments
-from s2ft.train.batching import (
-    Batching,
-    LengthSampler,
-    PackedCollator,
-    choose_batching,
-    endless,
-    row_lengths,
-    why_not_packed,
-)
+from s2ft.train.batching import Batching, LengthSampler, choose_batching, endless, row_lengths, why_not_packed
 from s2ft.train.loss import chunked_loss
 from s2ft.train.memory import longest_batch
 
@@ -133,13 +125,13 @@ def test_wrapped_packing_is_refused():
 def test_the_default_is_grouping_by_length_and_no_padding_where_attention_knows_rows(monkeypatch):
     model, rows = tiny_model(), token_rows()
     found = choose_batching(model, 0, rows, arguments_for())
-    assert found.by_length and found.line(6, 6) == "batches: padded, rows of similar length"
+    assert found.by_length and "similar length" in found.line(6, 6)
     found = choose_batching(model, 0, rows, arguments_for(train_sampling_strategy="random"))
-    assert not found.by_length and found.line(6, 6) == "batches: padded, rows in random order"
+    assert not found.by_length and "random order" in found.line(6, 6)
     monkeypatch.setattr("s2ft.train.batching.has_varlen_attention", lambda model: True)
     found = choose_batching(model, 0, rows, arguments_for())
     assert isinstance(found.collator, PackedCollator) and found.collator.flat and not found.packed
-    assert found.line(6, 6) == "batches: without padding, sdpa keeps rows apart"
+    assert "without padding, sdpa" in found.line(6, 6)
     found = choose_batching(model_of("recurrent"), 0, rows, arguments_for())
     assert isinstance(found.collator, TokenCollator) and "would mix up rows without padding" in found.why
 

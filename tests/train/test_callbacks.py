@@ -8,7 +8,8 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from s2ft.train.callbacks import LossBar
+from s2ft.train.callbacks import JsonlLog
+from s2ft.train.output import read_log
 
 
 def state(step, zero=True):
@@ -29,25 +30,27 @@ def train(bar, zero=True):
     bar.on_train_end(None, state(3, zero), None)
 
 
-def test_without_a_terminal_each_step_is_a_line(caplog, capfd):
+def test_without_a_terminal_each_step_is_a_line(caplog, capfd, tmp_path):
     caplog.set_level("INFO")
-    train(LossBar())
+    train(JsonlLog(tmp_path / "log.jsonl", shows=True))
     line = r"step 2/3, epoch 1\.00, loss 0\.5000, learning rate 1\.00e-04, [\d,]+ tokens/s, 0:00:00 left"
     assert len(caplog.messages) == 6 and re.fullmatch(line, caplog.messages[2])
     assert caplog.messages[3] == "step 2/3: evaluation loss 0.5000, accuracy 25.0%"
     assert not any("\r" in text for text in (caplog.text, *capfd.readouterr()))
 
+    assert [line.get("eval_accuracy") for line in read_log(tmp_path / "log.jsonl")] == [None, 0.25] * 3
 
-def test_only_the_first_rank_prints(caplog):
+
+def test_only_the_first_rank_prints_and_writes(caplog, tmp_path):
     caplog.set_level("INFO")
-    train(LossBar(), zero=False)
-    assert caplog.messages == []
+    train(JsonlLog(tmp_path / "log.jsonl", shows=True), zero=False)
+    assert caplog.messages == [] == list(tmp_path.iterdir())
 
 
-def test_in_a_terminal_it_is_a_bar(caplog, capsys, monkeypatch):
+def test_in_a_terminal_it_is_a_bar(caplog, capsys, monkeypatch, tmp_path):
     caplog.set_level("INFO")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bar = LossBar()
+    bar = JsonlLog(tmp_path / "log.jsonl", shows=True)
     train(bar)
     printed = capsys.readouterr().err
     assert "3/3" in printed and "loss 0.3333, lr 1.00e-04" in printed and caplog.messages == []

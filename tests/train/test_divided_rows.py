@@ -8,13 +8,13 @@ from train.tiny import tiny_model
 
 pytest.importorskip("trl")
 
-from transformers.loss.loss_utils import ForCausalLMLoss
-
+from s2ft.text.collator import SplitCollator, TokenCollator
 from s2ft.train import divided_rows
 from s2ft.train.arguments import SFTArguments
-from s2ft.train.divided_rows import SplitCollator, check_divided_rows
+from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.parallel import Devices
 
+WHOLE = {"packing": True, "padding_free": True, "loss_type": "dft", "router_aux_loss_coef": 0.1}
 ROWS = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, -100, 8, 9]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
 
 
@@ -37,20 +37,10 @@ def test_rows_are_padded_on_the_right_and_labels_are_shifted_before_the_division
 
 
 def test_the_loss_is_that_of_padded_rows():
-    from s2ft.text.collator import TokenCollator
-
     model = tiny_model().eval()
     with torch.no_grad():
         expected = model(**TokenCollator(pad=0)(ROWS)).loss
         assert torch.isclose(model(**SplitCollator(pad=0, multiple=4)(ROWS)).loss, expected)
-
-
-@pytest.mark.parametrize(
-    "option", [{"packing": True}, {"padding_free": True}, {"loss_type": "dft"}, {"router_aux_loss_coef": 0.1}]
-)
-def test_options_that_need_whole_rows_are_refused(option, tmp_path):
-    with pytest.raises(ValueError, match=f"{next(iter(option))}.* needs whole rows.*2 context parallel"):
-        check_divided_rows(tiny_model(), arguments_for(tmp_path, **option))
 
 
 def ignoring(name):
@@ -61,44 +51,33 @@ def ignoring(name):
     return model
 
 
-def with_eager_attention():
-    return tiny_model(attn_implementation="eager")
-
-
-def with_state():
+def with_attribute(name, value):
     model = tiny_model()
-    model._is_stateful = True
-    return model
-
-
-def with_own_loss():
-    model = tiny_model()
-    model.loss_function = lambda *args, **options: ForCausalLMLoss(*args, **options)
+    setattr(model, name, value)
     return model
 
 
 @pytest.mark.parametrize(
-    "make, message",
+    "make, option, message",
     [
-        (with_eager_attention, "its attention is 'eager'"),
-        (with_state, "a state that goes along the row"),
-        (with_own_loss, "does not use the standard loss"),
-        (lambda: ignoring("shift_labels"), "does not take the labels beside each position"),
-        (lambda: ignoring("position_ids"), "does not take the positions"),
+        *((tiny_model, {name: value}, f"{name}.* whole rows.*2 context parallel") for name, value in WHOLE.items()),
+        (lambda: tiny_model(attn_implementation="eager"), {}, "attention is 'eager'"),
+        (lambda: with_attribute("_is_stateful", True), {}, "a state"),
+        (lambda: with_attribute("loss_function", lambda *args, **options: None), {}, "standard loss"),
+        (lambda: ignoring("shift_labels"), {}, "labels beside each position"),
+        (lambda: ignoring("position_ids"), {}, "the positions"),
     ],
 )
-def test_models_that_would_train_something_else_are_refused(make, message, tmp_path):
+def test_options_and_models_that_would_train_something_else_are_refused(make, option, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        check_divided_rows(make(), arguments_for(tmp_path))
+        check_divided_rows(make(), arguments_for(tmp_path, **option))
 
 
 def test_other_models_are_taken_and_whole_rows_are_not_checked(tmp_path, monkeypatch):
     check_divided_rows(tiny_model(), arguments_for(tmp_path))
+    stateful = with_attribute("_is_stateful", True)
     monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: replace(Devices(2), tensor=2))
-    check_divided_rows(with_state(), arguments_for(tmp_path, packing=True))
-
-
-def test_sequence_parallelism_of_deepspeed_is_refused(tmp_path, monkeypatch):
+    check_divided_rows(stateful, arguments_for(tmp_path, packing=True))
     monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: Devices(2, sequence=2))
     with pytest.raises(ValueError, match="sp_size.*context.yaml"):
         check_divided_rows(tiny_model(), arguments_for(tmp_path))

@@ -14,11 +14,11 @@ import s2ft
 from s2ft.text.data.preferences import pair
 from s2ft.text.pairs import encode_pairs
 from s2ft.text.prompts import prompt_format
+from s2ft.train.arguments import DPOArguments
 from s2ft.train.dpo import dpo
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
 from s2ft.train.reference import Reference
-from s2ft.train.rl_arguments import DPOArguments
 from s2ft.train.rl_trainers import DPORunTrainer
 
 ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(12)]

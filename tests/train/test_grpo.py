@@ -10,11 +10,11 @@ from trl.trainer import grpo_trainer
 import s2ft
 from s2ft.text.data.preferences import scored_prompt, with_columns
 from s2ft.text.prompts import encode_prompt, prompt_format
+from s2ft.train.arguments import GRPOArguments
 from s2ft.train.grpo import grpo
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
 from s2ft.train.rewards import checked, load_rewards
-from s2ft.train.rl_arguments import GRPOArguments
 from s2ft.train.rl_trainers import GRPORunTrainer
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)

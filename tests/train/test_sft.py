@@ -461,7 +461,7 @@ def test_an_interrupt_in_the_last_evaluation_leaves_the_adapter_saved(tmp_path, 
 
 
 def test_a_logger_that_fails_at_the_end_leaves_the_adapter_saved(tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr("s2ft.train.callbacks.LossBar.on_train_end", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("s2ft.train.callbacks.JsonlLog.on_train_end", lambda *args, **options: 1 / 0)
     _, folder, result = run(tmp_path / "out", save_steps=0)
     assert result.finished and deltas(folder) and "the trainer failed after the last one" in caplog.text
 

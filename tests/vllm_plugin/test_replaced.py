@@ -1,4 +1,4 @@
-"""An adapter is loaded, replaced and removed under twenty clients. bench/vllm_stress.py does it a hundred times."""
+"""An adapter is loaded, replaced and removed under twenty clients."""
 
 import pytest
 from support.vllm_server import vllm_server

@@ -17,7 +17,10 @@ DEEP = 2  # modules between the block and its layers
 
 
 def ffn_blocks(structure: Structure) -> Iterator[Block]:
-    """Propose couplings for every pair or triple of layers whose sizes fit and that run one after the other."""
+    """Propose couplings for every pair or triple of layers whose sizes fit and that run one after the other.
+
+    Layers of a block that is not refused are taken: no other block is proposed for them.
+    """
     for down in sorted(structure.layers, key=structure.place.get, reverse=True):  # consumers run last
         if down in structure.taken or not may_be_coupled(structure, down):
             continue
@@ -26,9 +29,11 @@ def ffn_blocks(structure: Structure) -> Iterator[Block]:
             continue
         around, ups = found
         proposals = tuple(_proposals(structure, around, ups, down))
-        structure.taken.update(projection.path for projection in proposals[0].couplings[0].projections)
         names = ", ".join(dict.fromkeys(map(structure.pattern, (*ups, down))))
-        yield Block(f"ffn of {names} ({type(structure.modules[around]).__name__})", proposals)
+        block = Block(f"ffn of {names} ({type(structure.modules[around]).__name__})", proposals)
+        if block.key not in structure.refused:
+            structure.taken.update(projection.path for projection in proposals[0].couplings[0].projections)
+        yield block
 
 
 def may_be_coupled(structure: Structure, path: str) -> bool:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+from s2ft.files.tables import table
 from s2ft.model.coupling import Coupling
 
 STATUSES = ("confirmed", "movable", "in place", "one-sided", "untouched")
@@ -62,5 +63,4 @@ def _table(rows: list[WeightRow]) -> list[str]:
         grouped.setdefault((name, row.status, row.reason), []).append(row.path)
     head = ("weight", "number", "status", "why")
     lines = [head, *((name, str(len(paths)), status, why) for (name, status, why), paths in grouped.items())]
-    widths = [max(len(line[i]) for line in lines) for i in range(3)]
-    return ["  ".join([*(cell.ljust(width) for cell, width in zip(line, widths)), line[3]]) for line in lines]
+    return table(lines).splitlines()

@@ -72,6 +72,7 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
     findings = Findings(structure, trial)
     for propose in PROPOSERS:
         outcomes = _settled(trial, propose)
+        structure.refused = trial.structure.refused
         for block in list(propose(structure)):
             outcome = outcomes.get(block.key) or Outcome(None, None, "the twin has no block like it")
             findings.add(block, outcome)
@@ -83,15 +84,23 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
 
 
 def _settled(trial: Trial, propose: Callable[[Structure], Iterator[Block]]) -> dict[str, Outcome]:
-    """The outcomes of the twin's blocks by key. Layers of couplings are not proposed again."""
-    blocks: dict[str, list[Block]] = {}
-    for block in propose(trial.structure):
-        blocks.setdefault(block.key, []).append(block)
-    outcomes = {key: settle(trial, alike) for key, alike in blocks.items()}
+    """The outcomes of the twin's blocks by key. Layers of couplings are not proposed again, and those of others are."""
+    structure, taken, outcomes = trial.structure, set(trial.structure.taken), {}
+    while True:
+        blocks: dict[str, list[Block]] = {}
+        for block in propose(structure):
+            blocks.setdefault(block.key, []).append(block)
+        found = {key: settle(trial, alike) for key, alike in blocks.items() if key not in outcomes}
+        outcomes |= found
+        refused = {key for key, outcome in found.items() if outcome.status is None}
+        if not refused:
+            break
+        structure.refused |= refused
+        structure.taken = set(taken)
     for key, alike in blocks.items():
         for block in alike:
             for coupling in outcomes[key].couplings(block):
-                trial.structure.taken.update(projection.path for projection in coupling.projections)
+                structure.taken.update(projection.path for projection in coupling.projections)
     return outcomes
 
 

@@ -65,6 +65,7 @@ class Structure:
             their paths. They are not in `layers`: what is trained in one place would be merged into the other too.
         called: Call numbers of modules by pattern and by path, from a run of the twin; empty before a run.
         taken: Paths of the layers that are in a coupling already.
+        refused: Keys of proposed blocks that are no coupling, so that their layers are free for others.
     """
 
     def __init__(self, model: nn.Module, called: Mapping[str, int] | None = None) -> None:
@@ -78,6 +79,7 @@ class Structure:
         }
         self.called = dict(called or {})
         self.taken: set[str] = set()
+        self.refused: set[str] = set()
         self._sizes = {path: tuple(kind_of(module).shape(module)[:2]) for path, module in self.layers.items()}
 
     def outputs(self, path: str) -> int:

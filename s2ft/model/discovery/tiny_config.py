@@ -128,6 +128,7 @@ _DEPTH = re.compile(
     r"|depth|num_encoder_layers|num_decoder_layers|num_transformer_layers|num_block|num_conv_pos_layers)"
 )
 _PER_LAYER = re.compile("layer|rope|pattern|type|interval|moe|mlp|block")  # lists with an entry for each layer
+_LAYERS = re.compile(r"layer|block")  # lists with the numbers of layers
 _TOKEN = re.compile(r".*(token_id|token_index|_token|_idx|token_ids|_id)")
 
 # Entries that describe the checkpoint, or that follow from the others.
@@ -313,12 +314,16 @@ def _shallow(entries: dict, depth: int, level: Level) -> dict:
     for key in [key for key, value in entries.items() if _DEPTH.fullmatch(key) and _is_size(value)]:
         count = entries[key]
         lists = {name: value for name, value in entries.items() if _has_entry_per_layer(name, value, count)}
-        if not lists:
+        chosen = {name: value for name, value in entries.items() if _names_layers(name, value, count)}
+        if not lists and not chosen:
             entries[key] = min(count, depth)
             continue
-        kept = _layers_of_each_kind(list(zip(*lists.values())), min(depth, count))
+        kinds = [*lists.values(), *([layer in value for layer in range(count)] for value in chosen.values())]
+        kept = _layers_of_each_kind(list(zip(*kinds)), min(depth, count))
         for name, value in lists.items():
             entries[name] = [value[layer] for layer in kept]
+        for name, value in chosen.items():
+            entries[name] = [kept.index(layer) for layer in value if layer in kept]
         if isinstance(entries.get("per_layer_config"), dict):
             entries["per_layer_config"] = _per_layer(entries["per_layer_config"], kept, level)
         entries[key] = len(kept)
@@ -329,6 +334,16 @@ def _has_entry_per_layer(name: str, value: Any, count: int) -> bool:
     if not isinstance(value, (list, tuple)) or len(value) != count or count < 3 or "depths" in name or "mrope" in name:
         return False
     return count > 9 or all(isinstance(entry, str) for entry in value) or bool(_PER_LAYER.search(name))
+
+
+def _names_layers(name: str, value: Any, count: int) -> bool:
+    """Whether a list has the numbers of some layers, in ascending order, as in `mlp_only_layers`."""
+    if not isinstance(value, (list, tuple)) or not 0 < len(value) < count:
+        return False
+    if not _LAYERS.search(name) or _DEPTH.fullmatch(name):
+        return False
+    numbers = all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < count for entry in value)
+    return numbers and list(value) == sorted(set(value))
 
 
 def _layers_of_each_kind(kinds: list[tuple], depth: int) -> list[int]:

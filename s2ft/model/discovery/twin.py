@@ -143,7 +143,7 @@ def _gathered_copies(model: nn.Module) -> dict[int, nn.Parameter]:
 
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    model = model.to(dtype).eval().requires_grad_(True)
+    model = _cast(model, dtype).eval().requires_grad_(True)
     make_general(model)
     if dtype == torch.float64:
         if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
@@ -153,6 +153,12 @@ def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         model.register_forward_pre_hook(_enter_float64, prepend=True)
         model.register_forward_hook(_leave_float64, always_call=True)
     return model
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """Cast a model. The `to` of a module would drop the imaginary parts of complex tensors."""
+    made = model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    return made._apply(lambda tensor: tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor)
 
 
 @contextlib.contextmanager

@@ -1,14 +1,15 @@
-"""Families that differ in the names of their layers only: an attention with separate q, k and v, and an FFN.
+"""Families that differ in the names of their layers only: an attention and an FFN.
 
-Most are encoders of text, sound and images, translators, and older decoders. `NAMES` has a row for each way of naming.
-Sizes are those of the layers. An FFN may be packed, with gate and up in one layer. Layers are counted through the
-stacks in their order, so first those of an encoder.
+Most are encoders of text, sound and images, translators, and decoders without a gate. `NAMES` has a row for each way of
+naming. Sizes are those of the layers. An FFN may be packed, with gate and up in one layer. Layers are counted through
+the stacks in their order, so first those of an encoder.
 
 Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
 biases of single heads (BEiT, MPNet, Swin) and slopes of heads (BLOOM, MPT) do: heads with them stay. So do those of
 Funnel, whose parameters have the heads in their second dimension, and the channels of ConvNeXt V2 with its norm of
 responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
-attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained.
+attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained. So does SigLIP's
+pooling head, which is left out.
 """
 
 from collections.abc import Iterator
@@ -24,6 +25,8 @@ QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 SELF_AND_OUTPUT = ("attention.query", "attention.key", "attention.value", "output.dense")
 BERT = ("self.query", "self.key", "self.value", "output.dense")
+GATED_MLP = ("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
+POSITION_BIAS = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,9 @@ class Names:
         channel_moves: Tensors of the block whose first dimension has an entry for each channel of the FFN.
         moves: Tensors of the attention whose first dimension is split by the heads; a type may lack them.
         channels_stay: Whether the FFN's channels can't move.
-        numbered: Whether something outside numbers the heads, so that they stay; or a module or flag of the block that
+        numbered: Whether something outside numbers the heads, so that they stay; or flags of the config, each of which
             tells it.
+        gated: Paths of up, down and gate in blocks that have such a gate, in place of the FFN's layers above.
     """
 
     stacks: tuple[str, ...]
@@ -59,7 +63,8 @@ class Names:
     channel_moves: tuple[str, ...] = ()
     moves: tuple[str, ...] = ()
     channels_stay: bool = False
-    numbered: str | bool = False
+    numbered: bool | tuple[str, ...] = False
+    gated: tuple[str, str, str] | None = None
 
 
 ENCODER_DECODER = Names(("encoder.layers", "decoder.layers"), "fc1", "fc2", cross="encoder_attn")
@@ -101,9 +106,18 @@ NAMES: dict[tuple[str, ...], Names] = {
     ),
     ("moonshine",): replace(ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO),
     ("biogpt", "xglm"): DECODER,
-    ("big_bird", "bros", "esm", "markuplm", "splinter", "visual_bert", "xmod", "yoso"): BERT_LIKE,
+    ("opt",): replace(DECODER, stacks=("decoder.layers",)),
+    (
+        *("bert", "bert-generation", "big_bird", "bros", "camembert", "data2vec-text", "electra", "ernie", "esm"),
+        *("layoutlm", "markuplm", "megatron-bert", "rembert", "roberta", "roberta-prelayernorm", "roc_bert"),
+        *("roformer", "splinter", "tapas", "visual_bert", "xlm-roberta", "xlm-roberta-xl", "xmod", "yoso"),
+    ): BERT_LIKE,
+    ("clip", "metaclip_2", "siglip"): replace(
+        CLIP_LIKE, stacks=("text_model.encoder.layers", "vision_model.encoder.layers")
+    ),
+    ("clip_text_model", "clip_vision_model", "tipsv2_text_model"): CLIP_LIKE,
     ("deberta-v2",): DEBERTA,
-    ("layoutlmv3",): replace(BERT_LIKE, numbered="attention.self.config.has_relative_attention_bias"),
+    ("layoutlmv3",): replace(BERT_LIKE, numbered=("has_relative_attention_bias",)),
     ("longformer",): replace(
         BERT_LIKE, more=(("self.query_global", "q"), ("self.key_global", "k"), ("self.value_global", "v"))
     ),
@@ -134,7 +148,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         cross="cross_attn",
     ),
     ("nystromformer",): replace(BERT_LIKE, moves=("self.conv.weight",)),
-    ("mpnet",): replace(BERT_LIKE, layers=("attn.q", "attn.k", "attn.v", "attn.o"), numbered="attention.attn"),
+    ("mpnet",): replace(BERT_LIKE, layers=("attn.q", "attn.k", "attn.v", "attn.o"), numbered=True),
     ("distilbert",): Names(
         ("transformer.layer",),
         "ffn.lin1",
@@ -145,15 +159,19 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("jina_embeddings_v3",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=QKVO),
     ("ctrl",): Names(("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")),
     ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
+    ("gptj",): Names(("h",), "mlp.fc_in", "mlp.fc_out", attention="attn"),
+    ("starcoder2",): Names(("layers",), "mlp.c_fc", "mlp.c_proj", layers=QKVO),
+    ("phi",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=("q_proj", "k_proj", "v_proj", "dense")),
+    ("phi3",): Names(("layers",), "mlp.gate_up_proj", "mlp.down_proj", layers=("qkv_proj", "o_proj")),
     ("apertus", "apertus1p5_text", "arcee", "jais2", "nemotron"): PLAIN_MLP,
     ("nanochat",): replace(PLAIN_MLP, up="mlp.fc1", down="mlp.fc2"),
-    ("glm", "glm4"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
+    ("glm", "glm4", "glm4v_text", "glm_ocr_text"): replace(PLAIN_MLP, up="mlp.gate_up_proj"),
     ("modernbert",): Names(("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("Wqkv", "Wo")),
     ("modernbert-decoder",): Names(
         ("layers",), "mlp.Wi", "mlp.Wo", attention="attn", layers=("q_proj", "k_proj", "v_proj", "Wo")
     ),
     ("bloom",): replace(NEOX, stacks=("h",), attention="self_attention", numbered=True),
-    ("gpt_neox_japanese",): NEOX,
+    ("gpt_neox", "gpt_neox_japanese"): NEOX,
     ("persimmon",): replace(NEOX, attention="self_attn"),
     ("mpt",): Names(
         ("blocks",), "ffn.up_proj", "ffn.down_proj", attention="attn", layers=("Wqkv", "out_proj"), numbered=True
@@ -168,10 +186,10 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("bitnet",): replace(
         PLAIN_MLP, gate="mlp.gate_proj", channel_moves=("mlp.ffn_sub_norm.weight",), moves=("attn_sub_norm.weight",)
     ),
-    ("audio-spectrogram-transformer", "pixio", "vit_mae", "vivit"): VIT_LIKE,
-    ("beit",): replace(VIT_LIKE, numbered="relative_position_bias"),
-    ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",)),
-    ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj"),
+    ("audio-spectrogram-transformer", "deit", "ijepa", "pixio", "vit", "vit_mae", "vit_msn", "vivit"): VIT_LIKE,
+    ("beit",): replace(VIT_LIKE, numbered=POSITION_BIAS),
+    ("dinov2", "dinov2_with_registers"): replace(VIT_LIKE, stacks=("encoder.layer",), gated=GATED_MLP),
+    ("dinov3_vit",): replace(VIT_LIKE, stacks=("layer",), up="mlp.up_proj", down="mlp.down_proj", gated=GATED_MLP),
     ("convnext",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None),
     ("convnextv2",): Names(("encoder.stages.*.layers",), "pwconv1", "pwconv2", attention=None, channels_stay=True),
     ("swin",): replace(VIT_LIKE, stacks=("encoder.layers.*.blocks",), numbered=True),
@@ -191,9 +209,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         VIT_LIKE, stacks=("stages.*.blocks",), channel_moves=("mlp.dwconv.dwconv.weight", "mlp.dwconv.dwconv.bias")
     ),
     ("videomae", "yolos"): replace(BERT_LIKE, layers=SELF_AND_OUTPUT),
-    ("data2vec-vision",): replace(
-        BERT_LIKE, layers=SELF_AND_OUTPUT, numbered="attention.attention.relative_position_bias"
-    ),
+    ("data2vec-vision",): replace(BERT_LIKE, layers=SELF_AND_OUTPUT, numbered=POSITION_BIAS),
     ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2"): WAV2VEC2,
     ("wavlm",): replace(WAV2VEC2, attention=None),
     ("sew-d",): replace(DEBERTA, stacks=("encoder.encoder.layer",)),
@@ -230,8 +246,7 @@ BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for mode
 }
 MODEL_TYPES = tuple(BY_TYPE)
 SINCE = {
-    "audio-spectrogram-transformer": "5.9",
-    "beit": "5.9",
+    **dict.fromkeys(("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_msn"), "5.9"),
     "dinov2": "5.18",
     "dinov2_with_registers": "5.18",
     "layoutlmv3": "5.24",
@@ -268,19 +283,16 @@ def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
-    gate = f"{path}.{names.gate}" if names.gate else None
+    is_gated = names.gated and _get(block, names.gated[-1]) is not None
+    layers = names.gated if is_gated else (names.up, names.down, *filter(None, [names.gate]))
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
-    found = [
-        replace(
-            ffn(model, i, f"{path}.{names.up}", f"{path}.{names.down}", gate),
-            vectors=vectors,
-            fixed=names.channels_stay,
-        )
-    ]
+    paths = (f"{path}.{name}" for name in layers)
+    found = [replace(ffn(model, i, *paths), vectors=vectors, fixed=names.channels_stay)]
     cross = names.cross if _has_encoder(model.config) else None
     for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
         if name and _get(block, name) is not None:
-            numbered = names.numbered if isinstance(names.numbered, bool) else bool(_get(block, names.numbered))
+            flags = names.numbered
+            numbered = flags if isinstance(flags, bool) else any(getattr(model.config, flag) for flag in flags)
             fixed = numbered and kind == "attention"
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found

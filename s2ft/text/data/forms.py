@@ -10,10 +10,10 @@ Each function converts a row of the data to a normalised row with one of these c
 import json
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 Row = Mapping[str, Any]
+Convert = Callable[[Row, bool], dict[str, Any]]  # takes a row, and whether it is for evaluation
 ROLES = {  # names of roles in ShareGPT data, and the roles of chat templates
     "human": "user",
     "user": "user",
@@ -40,148 +40,47 @@ class BadRow(ValueError):
     """A row cannot be used. The message names the field."""
 
 
-@dataclass(frozen=True)
-class Form:
-    """A form of rows.
-
-    Attributes:
-        needs: Fields by which the form is recognised.
-        convert: Function that converts a row.
-    """
-
-    needs: tuple[str, ...]
-    convert: Callable[[Row, bool], dict[str, Any]]
+# ---- parts of rows -------------------------------------------------------------------------------------
 
 
-def _messages(row: Row, _scored: bool) -> dict[str, Any]:
-    return {"messages": chat(row["messages"], "messages")}
-
-
-def _conversations(row: Row, _scored: bool) -> dict[str, Any]:
-    field = "conversations" if "conversations" in row else "conversation"
-    messages = read_messages(row[field], field)
-    if row.get("system") is not None and text(row, "system", may_be_empty=True).strip():
-        messages = [{"role": "system", "content": row["system"]}, *messages]
-    return {"messages": check_chat(messages, field)}
-
-
-def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
-    kinds = [isinstance(row[name], str) for name in ("prompt", "completion")]
-    if kinds[0] != kinds[1] and all(isinstance(row[name], (str, list)) for name in ("prompt", "completion")):
-        raise BadRow("fields 'prompt' and 'completion' must both be text or both be lists of messages")
-    if not isinstance(row["prompt"], list):
-        return {"prompt": text(row, "prompt", may_be_empty=True), "completion": answer_text(row, "completion", scored)}
-    prompt, completion = (read_messages(row[name], name) for name in ("prompt", "completion"))
-    if not prompt or not completion:
-        raise BadRow(f"field {'prompt' if not prompt else 'completion'!r} has no messages")
-    check_chat([*prompt, *completion], "completion")
-    if not any(message["role"] == "assistant" for message in completion):
-        raise BadRow("field 'completion' has no message of the assistant")
-    return {"prompt": prompt, "completion": completion[: last_answer(completion) + 1]}
-
-
-def _question(prompt: str, output: str) -> Callable[[Row, bool], dict[str, Any]]:
-    """A form with a question and an answer, which become a chat."""
-
-    def convert(row: Row, scored: bool) -> dict[str, Any]:
-        question, answer = text(row, prompt), answer_text(row, output, scored)
-        if prompt == "instruction" and row.get("input") is not None and text(row, "input", may_be_empty=True).strip():
-            question = f"{question}\n\n{row['input']}"
-        system = text(row, "system", may_be_empty=True) if row.get("system") is not None else ""
-        messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-        return {"messages": [{"role": "system", "content": system}] * bool(system.strip()) + messages}
-
-    return convert
-
-
-def _text(row: Row, _scored: bool) -> dict[str, Any]:
-    return {"text": text(row, "text")}
-
-
-FORMS = {  # the first form whose fields a row has
-    "messages": Form(("messages",), _messages),
-    "ShareGPT": Form(("conversations",), _conversations),
-    "ShareGPT, one conversation": Form(("conversation",), _conversations),
-    "prompt and completion": Form(("prompt", "completion"), _prompt_completion),
-    "instruction": Form(("instruction", "output"), _question("instruction", "output")),
-    "instruction and response": Form(("instruction", "response"), _question("instruction", "response")),
-    "prompt and response": Form(("prompt", "response"), _question("prompt", "response")),
-    "question and response": Form(("question", "response"), _question("question", "response")),
-    "question and answer": Form(("question", "answer"), _question("question", "answer")),
-    "text": Form(("text",), _text),
-}
-OPTIONAL = ("input", "system", "answer", "choices", "tools", "chosen", "rejected")
-FIELDS = tuple(dict.fromkeys([*(name for form in FORMS.values() for name in form.needs), *OPTIONAL]))
-KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
-
-
-def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) -> dict[str, Any]:
-    """Convert a row of the data to a normalised row.
+def fields_of(row: object, renamed: Mapping[str, str], needs: str) -> dict[str, Any]:
+    """Return the fields of a row by our names.
 
     Args:
         row: The row.
         renamed: Our name of a field, by its name in the data.
-        scored: Whether the row is for evaluation. The output may then be empty if the row has a field `answer`.
-
-    Returns:
-        The contents described at the top of this module, and `answer` and `tools` if the row has them; `choices` too
-        if the row is for evaluation.
+        needs: What a row has, for the message.
 
     Raises:
-        BadRow: The row cannot be used.
-
-    Example:
-        >>> from s2ft.text.data.forms import normalised
-        >>> normalised({"question": "2+3=", "answer": 5}, {})["messages"][1]
-        {'role': 'assistant', 'content': '5'}
+        BadRow: The row is no object, or has none of the renamed fields.
     """
     if not isinstance(row, Mapping):
-        raise BadRow(f"expected an object with {KNOWN}, got {type(row).__name__}")
+        raise BadRow(f"expected an object with {needs}, got {type(row).__name__}")
+    if renamed and not any(name in row for name in renamed):
+        raise BadRow(f"has no field {next(iter(renamed))!r}, which field names; it has {listed(row)}")
     found = {name: value for name, value in row.items() if name not in renamed}
-    found |= {renamed[name]: value for name, value in row.items() if name in renamed}
-    if renamed:
-        missing = [name for name in renamed if name not in row]
-        if missing and not any(name in row for name in renamed):
-            raise BadRow(f"has no field {missing[0]!r}, which field names; it has {_listed(row)}")
-    present = {name for name, value in found.items() if value is not None}
-    fitting = [form for form in FORMS.values() if present.issuperset(form.needs)]
-    named = [form for form in fitting if set(form.needs) & set(renamed.values())]
-    form = next(iter([*named, *fitting]), None)
-    if form is None:
-        raise BadRow(_why_no_form(found, present))
-    result = form.convert(found, scored)
-    answer = None if form.needs == ("question", "answer") else _short_answer(found)
-    if answer is not None:
-        result["answer"] = answer
-    if scored and found.get("choices"):
-        result["choices"] = _choices(found["choices"])
-    if found.get("tools"):
-        result["tools"] = _tools(found["tools"])
-    return result
+    return found | {renamed[name]: value for name, value in row.items() if name in renamed}
 
 
-def _why_no_form(row: Row, present: set[str]) -> str:
-    """Explain which field is missing from the form that the row resembles most."""
-    for form in FORMS.values():
-        partly = [name for name in form.needs if name in present]
-        if partly and len(partly) < len(form.needs):
-            missing = [name for name in form.needs if name not in present]
-            others = [
-                name for other in FORMS.values() if set(partly) <= set(other.needs) for name in other.needs
-                if name not in present
-            ]  # fmt: skip
-            how = "is null" if missing[0] in row else "is missing"
-            options = " or ".join(repr(name) for name in dict.fromkeys(others))
-            more = f" (with {partly[0]!r} a row needs {options})" if len(set(others)) > 1 else ""
-            return f"field {missing[0]!r} {how}{more}; it has {_listed(row)}"
-    output = [name for name in ("output", "completion", "response") if name in present]
-    if output:
-        return f"field 'instruction' is missing, which belongs to {output[0]!r}; it has {_listed(row)}"
-    return f"needs {KNOWN}; it has {_listed(row)}; --field OURS=THEIRS maps other names"
-
-
-def _listed(row: Row) -> str:
+def listed(row: Row) -> str:
+    """The names of a row's fields, for a message."""
     return ", ".join(map(repr, row)) or "nothing"
+
+
+def with_system(row: Row, messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Put the field `system` of a row in front of its messages, unless they have a system message."""
+    system = text(row, "system", may_be_empty=True) if row.get("system") is not None else ""
+    if not system.strip() or any(message["role"] == "system" for message in messages):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+def question_of(row: Row, name: str) -> list[dict[str, Any]]:
+    """Return a question as messages: the field `system`, and the question with the field `input` of an instruction."""
+    question = text(row, name)
+    if name == "instruction" and row.get("input") is not None and text(row, "input", may_be_empty=True).strip():
+        question = f"{question}\n\n{row['input']}"
+    return with_system(row, [{"role": "user", "content": question}])
 
 
 def text(row: Row, name: str, may_be_empty: bool = False) -> str:
@@ -201,64 +100,152 @@ def text(row: Row, name: str, may_be_empty: bool = False) -> str:
     return value
 
 
-def answer_text(row: Row, name: str, scored: bool) -> str:
+def _parsed(value: object, name: str) -> object:
+    """Return a value, or what its text says as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise BadRow(f"{name} can't be read as JSON") from None
+
+
+# ---- forms ---------------------------------------------------------------------------------------------
+
+
+def _conversations(field: str) -> Convert:
+    def convert(row: Row, _scored: bool) -> dict[str, Any]:
+        messages = read_messages(row[field], field)
+        return {"messages": check_chat(messages if field == "messages" else with_system(row, messages), field)}
+
+    return convert
+
+
+def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
+    kinds = [isinstance(row[name], str) for name in ("prompt", "completion")]
+    if kinds[0] != kinds[1] and all(isinstance(row[name], (str, list)) for name in ("prompt", "completion")):
+        raise BadRow("fields 'prompt' and 'completion' must both be text or both be lists of messages")
+    if not isinstance(row["prompt"], list):
+        return {"prompt": text(row, "prompt", may_be_empty=True), "completion": _answer(row, "completion", scored)}
+    prompt, completion = (read_messages(row[name], name) for name in ("prompt", "completion"))
+    if not prompt or not completion:
+        raise BadRow(f"field {'prompt' if not prompt else 'completion'!r} has no messages")
+    check_chat([*prompt, *completion], "completion")
+    last = last_answer(completion)
+    if last < 0:
+        raise BadRow("field 'completion' has no message of the assistant")
+    return {"prompt": prompt, "completion": completion[: last + 1]}
+
+
+def _answered(question: str, answer: str) -> Convert:
+    """A form with a question and an answer, which become a chat."""
+
+    def convert(row: Row, scored: bool) -> dict[str, Any]:
+        content = _answer(row, answer, scored)
+        return {"messages": [*question_of(row, question), {"role": "assistant", "content": content}]}
+
+    return convert
+
+
+def _answer(row: Row, name: str, scored: bool) -> str:
     """Return the text of the answer, which may be empty if only the field `answer` is scored."""
     return text(row, name, may_be_empty=scored and row.get("answer") is not None)
 
 
-def _short_answer(row: Row) -> str | None:
-    value = row.get("answer")
+# The fields by which a form is recognised, and what converts it. The first form whose fields a row has counts.
+# TRL's maybe_convert_to_chatml was tried for ShareGPT: it keeps the roles human and gpt, which no chat template knows.
+FORMS: dict[tuple[str, ...], Convert] = {
+    ("messages",): _conversations("messages"),
+    ("conversations",): _conversations("conversations"),
+    ("conversation",): _conversations("conversation"),
+    ("prompt", "completion"): _prompt_completion,
+    **{
+        (question, answer): _answered(question, answer)
+        for question, answer in (
+            ("instruction", "output"),
+            ("instruction", "response"),
+            ("prompt", "response"),
+            ("question", "response"),
+            ("question", "answer"),
+        )
+    },
+    ("text",): lambda row, _scored: {"text": text(row, "text")},
+}
+OPTIONAL = ("input", "system", "answer", "tools", "chosen", "rejected")
+FIELDS = tuple(dict.fromkeys([*(name for needs in FORMS for name in needs), *OPTIONAL]))
+KNOWN = "messages, conversations, prompt and completion, instruction and output, question and answer, or text"
+
+
+def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) -> dict[str, Any]:
+    """Convert a row of the data to a normalised row.
+
+    Args:
+        row: The row.
+        renamed: Our name of a field, by its name in the data.
+        scored: Whether the row is for evaluation. The output may then be empty if the row has a field `answer`.
+
+    Returns:
+        The contents described at the top of this module, and `answer` and `tools` if the row has them.
+
+    Raises:
+        BadRow: The row cannot be used.
+
+    Example:
+        >>> from s2ft.text.data.forms import normalised
+        >>> normalised({"question": "2+3=", "answer": 5}, {})["messages"][1]
+        {'role': 'assistant', 'content': '5'}
+    """
+    found = fields_of(row, renamed, KNOWN)
+    present = {name for name, value in found.items() if value is not None}
+    fitting = [needs for needs in FORMS if present.issuperset(needs)]
+    fitting.sort(key=lambda needs: not set(needs) & set(renamed.values()))  # a form that the user names comes first
+    if not fitting:
+        raise BadRow(_why_no_form(found, present))
+    result = FORMS[fitting[0]](found, scored)
+    if fitting[0] != ("question", "answer") and "answer" in present:
+        result["answer"] = _short_answer(found["answer"])
+    if found.get("tools"):
+        result["tools"] = tools_of(found)
+    return result
+
+
+def _why_no_form(row: Row, present: set[str]) -> str:
+    """Explain which field is missing from the form that the row resembles most."""
+    for needs in FORMS:
+        partly = present.intersection(needs)
+        if partly:
+            others = [name for other in FORMS if partly <= set(other) for name in other if name not in present]
+            missing = next(name for name in needs if name not in present)
+            how = "is null" if missing in row else "is missing"
+            options = " or ".join(repr(name) for name in dict.fromkeys(others))
+            more = f" (with {min(partly)!r} a row needs {options})" if len(set(others)) > 1 else ""
+            return f"field {missing!r} {how}{more}; it has {listed(row)}"
+    return f"needs {KNOWN}; it has {listed(row)}; --field OURS=THEIRS maps other names"
+
+
+def _short_answer(value: object) -> str:
     if isinstance(value, list) and len(value) == 1:
         value = value[0]
-    if value is None:
-        return None
     if not isinstance(value, (str, bool, int, float)):
         raise BadRow(f"field 'answer' must be text or a number, got {type(value).__name__}")
     return text({"answer": value}, "answer", may_be_empty=True)
 
 
-def _choices(value: object) -> list[str] | dict[str, list[str]]:
-    """Return the allowed answers: a list of texts, or with their labels an object with the lists `text` and `label`."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow("field 'choices' is text but not JSON") from None
-    if isinstance(value, Mapping):
-        found = {
-            name: [text({"choices": one}, "choices") for one in value.get(name) or ()] for name in ("text", "label")
-        }
-        if not found["text"] or len(found["text"]) != len(found["label"]):
-            raise BadRow("field 'choices' must have as many 'label' as 'text'")
-        return found
-    if not isinstance(value, list):
-        raise BadRow(f"field 'choices' must be a list of texts, got {type(value).__name__}")
-    return [text({"choices": choice}, "choices") for choice in value]
-
-
-def _tools(value: object) -> list:
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            raise BadRow("field 'tools' is text but not JSON") from None
+def tools_of(row: Row) -> list:
+    """Return the field `tools`: a list of objects, or its JSON."""
+    value = _parsed(row["tools"], "field 'tools'")
     if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise BadRow("field 'tools' must be a list of objects")
     return value
 
 
-def chat(value: object, field: str) -> list[dict[str, Any]]:
-    """Read a list of messages and check that it is a chat with an answer."""
-    return check_chat(read_messages(value, field), field)
+# ---- chats ---------------------------------------------------------------------------------------------
 
 
 def read_messages(value: object, field: str) -> list[dict[str, Any]]:
     """Read a list of messages: role and content, or from and value."""
     if isinstance(value, str) and value.lstrip().startswith("["):
-        try:
-            value = json.loads(value)
-        except ValueError:
-            pass
+        value = _parsed(value, f"field {field!r}")
     if not isinstance(value, list):
         raise BadRow(f"field {field!r} must be a list of messages, got {type(value).__name__}")
     return [_message(message, f"{field}[{number}]") for number, message in enumerate(value)]
@@ -269,7 +256,7 @@ def _message(message: object, place: str) -> dict[str, Any]:
         raise BadRow(f"{place} must be an object with 'role' and 'content', got {type(message).__name__}")
     names = ("role", "content") if "role" in message else ("from", "value")
     if "role" not in message and "from" not in message:
-        raise BadRow(f"{place} needs 'role' and 'content', or 'from' and 'value'; it has {_listed(message)}")
+        raise BadRow(f"{place} needs 'role' and 'content', or 'from' and 'value'; it has {listed(message)}")
     role = message[names[0]]
     if not isinstance(role, str) or not role.strip():
         raise BadRow(f"{place} has the role {role!r}")
@@ -281,7 +268,8 @@ def _message(message: object, place: str) -> dict[str, Any]:
     result: dict[str, Any] = {"role": known if names[0] == "from" else role.strip(), "content": content}
     if result["role"] == "function_call":
         result = {"role": "assistant", "content": ""}
-        calls = _calls_in_text(content, place)
+        calls = _parsed(content, f"the function call in {place}")
+        calls = calls if isinstance(calls, list) else [calls]
     if calls:
         result["tool_calls"] = [_tool_call(call, place) for call in calls]
     return result | {name: message[name] for name in OF_A_MESSAGE if message.get(name) is not None}
@@ -308,25 +296,12 @@ def _part(part: object, place: str) -> str:
     raise BadRow(f"{place} must be a part of type 'text', got {kind!r}: this command trains on text only")
 
 
-def _calls_in_text(content: str, place: str) -> list:
-    try:
-        calls = json.loads(content)
-    except ValueError:
-        raise BadRow(f"{place} is a function call, but its value is not JSON") from None
-    return calls if isinstance(calls, list) else [calls]
-
-
 def _tool_call(call: object, place: str) -> dict[str, Any]:
     """Return a tool call with its arguments as an object, which is what chat templates write as JSON."""
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise BadRow(f"{place} has a tool call without a name")
-    arguments = function.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError:
-            raise BadRow(f"{place} calls {function['name']} with arguments that are not JSON") from None
+    arguments = _parsed(function.get("arguments", {}), f"{place}: the arguments of {function['name']}")
     extra = {"id": call["id"]} if isinstance(call.get("id"), str) else {}
     return extra | {"type": "function", "function": {"name": function["name"], "arguments": arguments}}
 
@@ -337,7 +312,8 @@ def check_chat(messages: list[dict[str, Any]], field: str) -> list[dict[str, Any
         raise BadRow(f"field {field!r} must be a list of at least two messages")
     last = last_answer(messages)
     if last < 0:
-        raise BadRow(f"field {field!r} has no message of the assistant")
+        roles = ", ".join(sorted({message["role"] for message in messages}))
+        raise BadRow(f"field {field!r} has no message of the assistant: its roles are {roles}")
     if not any(message["role"] != "system" for message in messages[:last]):
         raise BadRow(f"field {field!r} has no message before the assistant's")
     answers = [message for message in messages if message["role"] == "assistant"]

@@ -1,16 +1,19 @@
 """Load normalised rows: read sources, convert their rows, and report the rows that cannot be used."""
 
+import itertools
 import json
 import logging
+import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from s2ft.packages import check_packages
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
-from s2ft.text.data.scratch import scratch_file
-from s2ft.text.data.sources import BUILDERS, Rows, Source, UnreadableRow, is_pattern, open_source
+from s2ft.text.data.scratch import scratch_folder
+from s2ft.text.data.sources import BUILDERS, UnreadableRow, is_pattern, read_rows
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
     from datasets import Dataset, IterableDataset
@@ -38,8 +41,8 @@ class Shape:
 
 
 EXAMPLES = Shape(
-    ("messages", "prompt", "completion", "text", "answer", "choices", "tools", "place"),
-    ("messages", "prompt", "completion", "choices", "tools"),
+    ("messages", "prompt", "completion", "text", "answer", "tools", "place"),
+    ("messages", "prompt", "completion", "tools"),
     normalised,
 )
 
@@ -85,16 +88,17 @@ def load_rows(
     entries = _entries(options, data, split)
     if not entries:
         raise ValueError("no data was given: name files, folders or data sets with data (--data)")
+    fractions = _fractions(entries)
     limit = options.limit if limit is None else limit
     if options.is_streamed:
-        return _streamed(entries, options, limit, scored, shape)
+        return _streamed(entries, fractions, options, limit, scored, shape)
     parts = []
     for entry in entries:
-        wanted = None if limit is None or _fractions(entries) else limit - sum(map(len, parts))
+        wanted = None if limit is None or fractions else limit - sum(map(len, parts))
         if wanted == 0:
             break
         parts.append(_stored(entry, options, wanted, scored, shape))
-    rows = _mixed(parts, _fractions(entries))
+    rows = _mixed(parts, fractions)
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
 
 
@@ -135,12 +139,7 @@ def load_split(
         size = options.test_split_size
         if size >= len(train):
             raise ValueError(f"test_split_size {size} must be smaller than the {len(train)} rows there are")
-        parts = train.train_test_split(
-            test_size=int(size) if size >= 1 else size,
-            seed=seed,
-            train_indices_cache_file_name=scratch_file("train-rows.arrow"),
-            test_indices_cache_file_name=scratch_file("test-rows.arrow"),
-        )
+        parts = train.train_test_split(int(size) if size >= 1 else size, seed=seed)
         held_out = parts["test"]
         return parts["train"], held_out.select(range(min(eval_limit or len(held_out), len(held_out))))
     if evaluates and options.dataset_name:
@@ -149,7 +148,7 @@ def load_split(
 
 
 def _entries(options: DataOptions, data: Sequence[str] | None, split: str | None) -> list[dict[str, Any]]:
-    """What is read, as the arguments of `open_source` and the fraction of a mixture."""
+    """What is read, as the arguments of `read_rows` and the fraction of a mixture."""
     split = split or options.dataset_train_split
     if data is None and options.datasets:
         return [{"split": split, **entry} for entry in options.datasets]
@@ -167,11 +166,6 @@ def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
     return [fraction / sum(fractions) for fraction in fractions]
 
 
-def _open(entry: dict[str, Any], streaming: bool) -> list[Source]:
-    arguments = {name: value for name, value in entry.items() if name != "fraction"}
-    return open_source(**arguments, streaming=streaming)
-
-
 def _features(shape: Shape):
     from datasets import Features, Value
 
@@ -185,29 +179,23 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
     from datasets import Dataset
     from datasets.arrow_writer import ArrowWriter
 
-    problems = Problems(options.skip_bad_rows)
-    path, read = scratch_file("rows.arrow"), 0
-    slice_of = entry["split"].partition("[")[1] and entry["split"]
-    with ArrowWriter(features=_features(shape), path=path) as writer:
-        for source in _open(entry, streaming=False):
-            for row in _converted(source.read(), options, scored, problems, shape):
-                writer.write(row)
-                read += 1
-                if read == limit and not slice_of:
-                    break
-            if read == limit and not slice_of:
-                break
-        writer.finalize()
-    problems.check(read, entry["path"])
-    rows = Dataset.from_file(path)
-    rows.info.features = _features(shape)
-    return rows.select(_slice(slice_of, len(rows))) if slice_of and _is_local(entry) else rows
+    # Token rows are a second file: whether rows need a chat template is known when all are read, and rows are held
+    # out, answered and shown as they are.
+    problems, features = Problems(options.skip_bad_rows), _features(shape)
+    path = str(scratch_folder() / f"{secrets.token_hex(8)}.arrow")
+    sliced = "[" in entry["split"] and _is_local(entry)  # datasets takes the slice of a data set on the hub
+    with ArrowWriter(features=features, path=path) as writer:
+        rows = _converted(entry, options, scored, problems, shape)
+        for row in itertools.islice(rows, None if sliced else limit):
+            writer.write(row)
+        count, _ = writer.finalize()
+    problems.check(count, entry["path"])
+    found = Dataset.from_file(path)
+    found.info.features = features
+    return found.select(_slice(entry["split"], count)) if sliced else found
 
 
 def _is_local(entry: dict[str, Any]) -> bool:
-    """Whether the slice of a split is taken here. For data sets of the hub, datasets takes it."""
-    from pathlib import Path
-
     return entry["path"] in BUILDERS or Path(entry["path"]).expanduser().exists() or is_pattern(entry["path"])
 
 
@@ -241,16 +229,14 @@ def form_of(rows, options: DataOptions) -> str:
         return "chat"
     if not hasattr(rows, "data"):
         first = next(iter(rows))
-        return "chat" if first["messages"] is not None or isinstance(first["prompt"], list) else "text"
-    table = rows.with_format("arrow")
-    chats = sum(len(part["messages"]) - part["messages"].null_count for part in table.iter(FEW))
-    lists = sum(str(value).startswith("[") for part in table.iter(FEW) for value in part["prompt"].to_pylist() if value)
-    if not chats and not lists:
-        return "text"
-    texts = len(rows) - chats - lists
-    if texts:
+        return "chat" if first.get("messages") is not None or isinstance(first["prompt"], list) else "text"
+    cells = rows.select_columns([name for name in ("messages", "prompt") if name in rows.column_names])
+    columns = [column for part in cells.with_format("arrow").iter(FEW) for column in part.columns]
+    chats = sum(str(value).startswith("[") for column in columns for value in column.to_pylist())  # a list as JSON
+    if 0 < chats < len(rows):
+        texts = len(rows) - chats
         logger.info("%d of %d rows have no messages: their prompts become messages of the user", texts, len(rows))
-    return "chat"
+    return "chat" if chats else "text"
 
 
 class Problems:
@@ -289,12 +275,14 @@ class Problems:
 
 
 def _converted(
-    rows: Rows, options: DataOptions, scored: bool, problems: Problems, shape: Shape
+    entry: dict[str, Any], options: DataOptions, scored: bool, problems: Problems, shape: Shape, streaming: bool = False
 ) -> Iterator[dict[str, Any]]:
+    """Read the rows of an entry, and yield the good ones in their normalised form."""
     from s2ft.text.data.columns import as_json
 
     renamed, good = options.renamed, 0
-    for place, row in rows:
+    arguments = {name: value for name, value in entry.items() if name != "fraction"}
+    for place, row in read_rows(**arguments, streaming=streaming):
         try:
             if isinstance(row, UnreadableRow):
                 raise BadRow(row.problem)
@@ -309,17 +297,19 @@ def _converted(
         yield cells
 
 
-def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
+def _streamed(
+    entries: list[dict[str, Any]],
+    fractions: list[float] | None,
+    options: DataOptions,
+    limit: int | None,
+    scored: bool,
+    shape: Shape,
+):
     """Read, convert and mix the rows while they are used."""
     from datasets import IterableDataset, concatenate_datasets, interleave_datasets
 
-    parts = [
-        IterableDataset.from_generator(
-            _generate, gen_kwargs={"entry": entry, "options": options, "scored": scored, "shape": shape}
-        )
-        for entry in entries
-    ]
-    fractions = _fractions(entries)
+    arguments = {"options": options, "scored": scored, "shape": shape}
+    parts = [IterableDataset.from_generator(_generate, gen_kwargs={"entry": entry, **arguments}) for entry in entries]
     if fractions:
         rows = interleave_datasets(parts, probabilities=fractions, seed=0, stopping_strategy="first_exhausted")
     else:
@@ -332,8 +322,7 @@ def _streamed(entries: list[dict[str, Any]], options: DataOptions, limit: int | 
 
 def _generate(entry: dict[str, Any], options: DataOptions, scored: bool, shape: Shape) -> Iterable[Mapping[str, Any]]:
     good, problems = 0, Problems(options.skip_bad_rows, at_once=True)
-    for source in _open(entry, streaming=True):
-        for row in _converted(source.read(), options, scored, problems, shape):
-            good += 1
-            yield {name: json.loads(value) if name in shape.as_json and value else value for name, value in row.items()}
+    for row in _converted(entry, options, scored, problems, shape, streaming=True):
+        good += 1
+        yield {name: json.loads(value) if name in shape.as_json and value else value for name, value in row.items()}
     problems.check(good, entry["path"])

@@ -1,18 +1,13 @@
 """Options that say which data is read and how. This module imports no PyTorch, so that ``--help`` is quick."""
 
-from dataclasses import MISSING, dataclass, field as dataclass_field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2ft.config import check_fields, option
+
 DATA = "files, folders, or names of data sets on the hub"
 FILES = "json, jsonl, csv, tsv or parquet, also compressed"
-
-
-def _option(default: Any = MISSING, text: str = "", **metadata: Any) -> Any:
-    """A field with its help. A list is copied for each object."""
-    if isinstance(default, list):
-        return dataclass_field(default_factory=default.copy, metadata={"help": text, **metadata})
-    return dataclass_field(default=default, metadata={"help": text, **metadata})
 
 
 @dataclass
@@ -30,52 +25,52 @@ class DataOptions:
         {'question': 'instruction'}
     """
 
-    data: list[str] = _option([], f"files ({FILES}), folders, or names of data sets on the hub", metavar="FILE_OR_NAME")
-    eval_data: list[str] = _option([], "held-out data, as for --data", metavar="FILE_OR_NAME")
-    dataset_name: str | None = _option(None, "a file, a folder, or the name of a data set on the hub", metavar="NAME")
-    dataset_config: str | None = _option(None, "configuration of the data sets on the hub", metavar="NAME")
-    dataset_train_split: str = _option("train", "split to train on, such as train or train[:1000]", metavar="SPLIT")
-    dataset_test_split: str = _option(
+    data: list[str] = option([], f"files ({FILES}), folders, or names of data sets on the hub", metavar="FILE_OR_NAME")
+    eval_data: list[str] = option([], "held-out data, as for --data", metavar="FILE_OR_NAME")
+    dataset_name: str | None = option(None, "a file, a folder, or the name of a data set on the hub", metavar="NAME")
+    dataset_config: str | None = option(None, "configuration of the data sets on the hub", metavar="NAME")
+    dataset_train_split: str = option("train", "split to train on, such as train or train[:1000]", metavar="SPLIT")
+    dataset_test_split: str = option(
         "test", "split to evaluate on, if the run evaluates and no --eval-data is given", metavar="SPLIT"
     )
-    dataset_revision: str | None = _option(None, "branch, tag or commit of the data sets on the hub", metavar="NAME")
-    dataset_streaming: bool = _option(False, "read the rows while training, without storing them; needs --max-steps")
-    datasets: list[dict[str, Any]] = _option(
+    dataset_revision: str | None = option(None, "branch, tag or commit of the data sets on the hub", metavar="NAME")
+    dataset_streaming: bool = option(False, "read the rows while training, without storing them; needs --max-steps")
+    datasets: list[dict[str, Any]] = option(
         [],
         "a mixture, in a configuration file only: for each data set path, and optionally name, data_dir, data_files, "
         "split, revision, columns and fraction",
     )
-    streaming: bool = _option(False, "another name of --dataset-streaming")
-    test_split_size: float | None = _option(
+    streaming: bool = option(False, "another name of --dataset-streaming")
+    test_split_size: float | None = option(
         None, "rows to hold out from the training data: a share below 1, or a number of rows", metavar="SHARE"
     )
-    limit: int | None = _option(None, "use the first N rows only", shown="all rows", least=1)
-    field: list[str] = _option(
+    limit: int | None = option(None, "use the first N rows only", shown="all rows", least=1)
+    field: list[str] = option(
         [],
         "other names of fields in the data, as OURS=THEIRS: instruction=question output=reply",
         metavar="OURS=THEIRS",
     )
-    form: str = _option(
+    form: str = option(
         "auto",
         "chat puts every prompt into the chat template; text uses prompt, completion and text as they are; auto: text "
         "if all rows are texts",
         choices=("auto", "chat", "text"),
     )
-    chat_template: str | None = _option(
+    chat_template: str | None = option(
         None,
         "a file with a Jinja chat template, its text, or alpaca",
         metavar="FILE",
         shown="the tokenizer's template, or alpaca if it has none",
     )
-    system_prompt: str | None = _option(None, "system prompt of the chats that have none", metavar="TEXT")
-    skip_bad_rows: bool = _option(False, "leave out rows that can't be used; otherwise they are an error")
-    too_long: str | None = _option(
+    system_prompt: str | None = option(None, "system prompt of the chats that have none", metavar="TEXT")
+    skip_bad_rows: bool = option(False, "leave out rows that can't be used; otherwise they are an error")
+    too_long: str | None = option(
         None,
         "what happens to rows longer than --max-length",
         choices=("leave_out", "cut"),
         shown="chats are left out, plain texts are cut into several rows",
     )
-    last_answer_only: bool = _option(False, "compute the loss on the last answer of a chat only")
+    last_answer_only: bool = option(False, "compute the loss on the last answer of a chat only")
 
     def __post_init__(self) -> None:
         if isinstance(self.field, dict):  # in a configuration file
@@ -83,12 +78,7 @@ class DataOptions:
         for name in ("data", "eval_data", "field"):
             value = getattr(self, name)
             setattr(self, name, [str(value)] if isinstance(value, (str, Path)) else list(value or ()))
-        for name, choices in (("form", ("auto", "chat", "text")), ("too_long", (None, "leave_out", "cut"))):
-            if getattr(self, name) not in choices:
-                listed = ", ".join(choice for choice in choices if choice)
-                raise ValueError(f"{name} must be one of {listed}, got {getattr(self, name)!r}")
-        if self.limit is not None and self.limit < 1:
-            raise ValueError(f"limit must be at least 1, got {self.limit}")
+        check_fields(self)
         size = self.test_split_size
         if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
             raise ValueError(f"test_split_size must be a share between 0 and 1 or a number of rows, got {size}")
@@ -142,11 +132,11 @@ class ReadingOptions:
         'test'
     """
 
-    split: str | None = _option(None, "split of a folder or of a data set on the hub", metavar="SPLIT")
-    field: list[str] = _option(
+    split: str | None = option(None, "split of a folder or of a data set on the hub", metavar="SPLIT")
+    field: list[str] = option(
         [], "other names of fields in the data, as OURS=THEIRS: instruction=question", metavar="OURS=THEIRS"
     )
-    skip_bad_rows: bool = _option(False, "leave out rows that can't be used; otherwise they are an error")
+    skip_bad_rows: bool = option(False, "leave out rows that can't be used; otherwise they are an error")
 
     def __post_init__(self) -> None:
         self.of(["data"], "train")  # ValueError for a wrong field

@@ -1,66 +1,49 @@
 """The rows of s2ft dpo and s2ft grpo: pairs of a better and a worse answer, and prompts whose answers are scored."""
 
 import json
-from collections.abc import Mapping, Sequence
+import secrets
+from collections.abc import Mapping
 from typing import Any
 
-from s2ft.text.data.forms import BadRow, Row, check_unicode, last_answer, read_messages, text
+from s2ft.text.data.forms import (
+    BadRow,
+    Row,
+    check_unicode,
+    fields_of,
+    last_answer,
+    listed,
+    question_of,
+    read_messages,
+    text,
+    tools_of,
+    with_system,
+)
 from s2ft.text.data.loading import FEW, Shape
-from s2ft.text.data.options import DataOptions
-from s2ft.text.data.scratch import scratch_file
 from s2ft.text.prompts import PromptFormat
 
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
 QUESTIONS = ("instruction", "question")  # fields that hold a question, which becomes a chat
+ANSWERS_OF_PAIRS = ("chosen", "rejected")
 ANSWERS = ("answer", "output", "completion", "response")  # fields that hold what is right, the first one counts
 GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 Chat = list[dict[str, Any]]
 
-# ---- what both kinds share -----------------------------------------------------------------------------
 
-
-def _known(row: object, renamed: Mapping[str, str], needs: str) -> dict[str, Any]:
-    """Return the fields of a row by our names, without those that are null."""
-    if not isinstance(row, Mapping):
-        raise BadRow(f"expected an object with {needs}, got {type(row).__name__}")
-    missing = [name for name in renamed if name not in row]
-    if missing and len(missing) == len(renamed):
-        raise BadRow(f"has no field {missing[0]!r}, which fields names; it has {_listed(row)}")
-    return {renamed.get(name, name): value for name, value in row.items() if value is not None}
-
-
-def _listed(row: Row) -> str:
-    return ", ".join(map(repr, row)) or "nothing"
-
-
-def _question(row: Row) -> tuple[str | Chat | None, list[str]]:
-    """Return what an answer answers, as text, as a chat, or None, and the fields that have it."""
-    for name in ("prompt", *CHATS):
+def _question(row: Row) -> tuple[str | Chat | None, str]:
+    """Return what an answer answers, as text, as a chat, or None, and the field that has it."""
+    for name in ("prompt", *CHATS, *QUESTIONS):
         if name in row:
-            value = row[name]
-            if name == "prompt" and isinstance(value, str):
-                question = text(row, name, may_be_empty=True)
-                return (
-                    (_with_system(row, _user(question)), [name, "system"]) if row.get("system") else (question, [name])
-                )
-            return _with_system(row, read_messages(value, name)), [name, "system"]
-    for name in QUESTIONS:
-        if name in row:
-            more = text(row, "input", may_be_empty=True) if name == "instruction" and "input" in row else ""
-            question = text(row, name) + (f"\n\n{more}" if more.strip() else "")
-            return _with_system(row, _user(question)), [name, "input", "system"]
-    return None, []
+            if name in QUESTIONS:
+                return question_of(row, name), name
+            if name != "prompt" or not isinstance(row[name], str):
+                return with_system(row, read_messages(row[name], name)), name
+            question = text(row, name, may_be_empty=True)
+            return (with_system(row, _chat("user", question)) if row.get("system") else question), name
+    return None, ""
 
 
-def _user(content: str) -> Chat:
-    return [{"role": "user", "content": content}]
-
-
-def _with_system(row: Row, messages: Chat) -> Chat:
-    system = text(row, "system", may_be_empty=True) if "system" in row else ""
-    if not system.strip() or any(message["role"] == "system" for message in messages):
-        return messages
-    return [{"role": "system", "content": system}, *messages]
+def _chat(role: str, content: str) -> Chat:
+    return [{"role": role, "content": content}]
 
 
 # ---- pairs ---------------------------------------------------------------------------------------------
@@ -89,82 +72,61 @@ def pair(row: object, renamed: Mapping[str, str], _scored: bool = False) -> dict
         >>> found["prompt"], found["chosen"]
         ([{'role': 'user', 'content': '2+3='}], [{'role': 'assistant', 'content': '5'}])
     """
-    found = _known(row, renamed, "chosen and rejected")
-    missing = [name for name in ("chosen", "rejected") if name not in found]
+    found = {name: value for name, value in fields_of(row, renamed, "chosen and rejected").items() if value is not None}
+    missing = [name for name in ANSWERS_OF_PAIRS if name not in found]
     if missing:
-        raise BadRow(f"field {missing[0]!r} is missing: a row has chosen and rejected; it has {_listed(found)}")
-    prompt, chosen, rejected = _texts_or_chats(found)
-    for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        _check_answer(name, answer)
-    if chosen == rejected:
+        raise BadRow(f"field {missing[0]!r} is missing: a row has chosen and rejected; it has {listed(found)}")
+    if found["chosen"] == found["rejected"]:
         raise BadRow("fields 'chosen' and 'rejected' are the same answer")
+    prompt, chosen, rejected = _texts_or_chats(found)
+    for name, answer in zip(ANSWERS_OF_PAIRS, (chosen, rejected)):
+        _check_answer(name, answer)
     if prompt == []:
         raise BadRow(
             "there is no prompt: give prompt, or chats in chosen and rejected that begin with the same messages"
         )
     result = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
-    return {**result, "tools": found["tools"]} if found.get("tools") else result
+    return {**result, "tools": tools_of(found)} if found.get("tools") else result
 
 
 def _texts_or_chats(row: Row) -> tuple[Any, Any, Any]:
+    """Return the prompt and both answers, which are all texts or all chats."""
     prompt, _ = _question(row)
-    answers = [row["chosen"], row["rejected"]]
-    are_texts = [isinstance(answer, (str, int, float)) for answer in answers]
+    are_texts = [isinstance(row[name], (str, int, float)) for name in ANSWERS_OF_PAIRS]
     if are_texts[0] != are_texts[1]:
         raise BadRow("fields 'chosen' and 'rejected' must both be text or both be messages")
     if all(are_texts):
-        chosen, rejected = text(row, "chosen"), text(row, "rejected")
+        answers = [text(row, name) for name in ANSWERS_OF_PAIRS]
         if prompt is None:
-            return _common_text(chosen, rejected)
-        if isinstance(prompt, str):
-            return prompt, chosen, rejected
-        return prompt, _assistant(chosen), _assistant(rejected)
+            return _divided(*answers)
+        return prompt, *(answers if isinstance(prompt, str) else (_chat("assistant", answer) for answer in answers))
     chosen, rejected = (
-        read_messages([row[name]] if isinstance(row[name], Mapping) else row[name], name)
-        for name in ("chosen", "rejected")
+        read_messages([row[name]] if isinstance(row[name], Mapping) else row[name], name) for name in ANSWERS_OF_PAIRS
     )
-    if isinstance(prompt, str):
-        prompt = _user(prompt)
-    return _without_prompt(prompt or [], chosen, rejected)
+    prompt = _chat("user", prompt) if isinstance(prompt, str) else prompt or []
+    if prompt and all(chat and chat[0]["role"] == "assistant" for chat in (chosen, rejected)):
+        return prompt, chosen, rejected
+    begin, chosen, rejected = _divided(chosen, rejected)  # both begin with the prompt
+    systems = [message for message in prompt if message["role"] == "system"]
+    return [*(systems if all(message["role"] != "system" for message in begin) else ()), *begin], chosen, rejected
 
 
-def _assistant(content: str) -> Chat:
-    return [{"role": "assistant", "content": content}]
-
-
-def _common_text(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """Divide two texts after what they have in common, as TRL does."""
+def _divided(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Divide two texts or two chats after what they have in common, as TRL does."""
     from trl import extract_prompt
 
-    found = extract_prompt({"chosen": chosen, "rejected": rejected})
-    return found["prompt"], found["chosen"], found["rejected"]
+    if not chosen or not rejected:
+        return [], chosen, rejected
+    return tuple(extract_prompt({"chosen": chosen, "rejected": rejected}).values())
 
 
-def _without_prompt(prompt: Chat, chosen: Chat, rejected: Chat) -> tuple[Chat, Chat, Chat]:
-    """Divide chats into the prompt and the answers, if they begin with the prompt."""
-    if all(chat and chat[0]["role"] == "assistant" for chat in (chosen, rejected)) and prompt:
-        return prompt, chosen, rejected
-    same = 0
-    for one, other in zip(chosen, rejected):
-        if one != other:
-            break
-        same += 1
-    same = min(same, len(chosen) - 1, len(rejected) - 1)
-    begins = chosen[:same]
-    systems = [message for message in prompt if message["role"] == "system"]
-    if systems and not any(message["role"] == "system" for message in begins):
-        begins = [*systems, *begins]
-    return begins, chosen[same:], rejected[same:]
-
-
-def _check_answer(name: str, answer: str | Sequence[dict[str, Any]]) -> None:
+def _check_answer(name: str, answer: str | Chat) -> None:
     if isinstance(answer, str):
         if not answer.strip():
             raise BadRow(f"field {name!r} has no answer of its own: both texts are the same up to its end")
-        return
-    if not answer or answer[-1]["role"] != "assistant" or answer[0]["role"] != "assistant":
+    elif not answer or answer[-1]["role"] != "assistant" or answer[0]["role"] != "assistant":
         raise BadRow(f"field {name!r} must begin and end with a message of the assistant, after the common messages")
-    if not answer[-1]["content"].strip() and not answer[-1].get("tool_calls"):
+    elif not answer[-1]["content"].strip() and not answer[-1].get("tool_calls"):
         raise BadRow(f"field {name!r} has an empty answer")
 
 
@@ -193,43 +155,28 @@ def scored_prompt(row: object, renamed: Mapping[str, str], _scored: bool = False
         {'prompt': [{'role': 'user', 'content': '2+3='}], 'columns': {'answer': '5', 'level': 1}}
     """
     needs = "prompt, messages, instruction or question"
-    found = _known(row, renamed, needs)
+    found = {name: value for name, value in fields_of(row, renamed, needs).items() if value is not None}
     prompt, used = _question(found)
     if prompt is None:
-        raise BadRow(f"needs {needs}; it has {_listed(found)}; --field OURS=THEIRS maps other names")
+        raise BadRow(f"needs {needs}; it has {listed(found)}; --field OURS=THEIRS maps other names")
     if found.get("tools"):
         raise BadRow("field 'tools' is not used by s2ft grpo, whose answers call no tools: leave it out")
     answers = [str(found[name]) for name in ANSWERS if isinstance(found.get(name), (str, int, float))]
     if not isinstance(prompt, str):
-        last = last_answer(prompt)
-        if last >= 0 and last == len(prompt) - 1:
-            answers.append(prompt[last]["content"])
-            prompt = prompt[:last]
+        if last_answer(prompt) == len(prompt) - 1 >= 0:
+            answers.append(prompt[-1]["content"])
+            prompt = prompt[:-1]
         if not any(message["role"] != "system" for message in prompt):
-            raise BadRow(f"field {used[0]!r} has no message before the assistant's")
+            raise BadRow(f"field {used!r} has no message before the assistant's")
     for answer in answers[:1]:
         check_unicode(answer, "field 'answer'")
-    columns = {name: value for name, value in found.items() if name not in (*used, *GIVEN, "completion")}
+    left_out = (used, "system", *(["input"] if used in QUESTIONS else []), *GIVEN, "completion")
+    columns = {name: value for name, value in found.items() if name not in left_out}
     return {"prompt": prompt, "columns": {**columns, **({"answer": answers[0]} if answers else {})}}
 
 
 PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), ("prompt", "chosen", "rejected", "tools"), pair)
 PROMPTS = Shape(("prompt", "columns", "place"), ("prompt", "columns"), scored_prompt)
-
-
-def form_of_prompts(rows, options: DataOptions) -> str:
-    """Return the form of prompts for rows: "text" if all prompts are texts, else "chat".
-
-    Args:
-        rows: A Dataset of PAIRS or PROMPTS.
-        options: The options of the data, which may name the form. A chat template or a system prompt says "chat".
-    """
-    if options.form != "auto":
-        return options.form
-    if options.chat_template is not None or options.system_prompt is not None:
-        return "chat"
-    prompts = (prompt for batch in rows.select_columns("prompt").iter(FEW) for prompt in batch["prompt"])
-    return "text" if all(isinstance(prompt, str) for prompt in prompts) else "chat"
 
 
 def with_columns(rows, prompt: PromptFormat):
@@ -245,14 +192,16 @@ def with_columns(rows, prompt: PromptFormat):
     Raises:
         ValueError: A prompt is a chat, but the form is "text".
     """
-    from datasets import Features, Json
+    from datasets import Features
+
+    from s2ft.text.data.columns import ExactJson
 
     names = list(dict.fromkeys(name for batch in rows.iter(FEW) for columns in batch["columns"] for name in columns))
 
     def spread(row: dict[str, Any]) -> dict[str, Any]:
         found = row["prompt"]
         if prompt.form == "chat":
-            found = prompt.conversation(_user(found) if isinstance(found, str) else found)
+            found = prompt.conversation(_chat("user", found) if isinstance(found, str) else found)
         elif not isinstance(found, str):
             raise ValueError(f"{row['place']}: messages need a chat template, but form='text' uses none")
         values = {"prompt": found, **{name: row["columns"].get(name) for name in names}}
@@ -261,8 +210,6 @@ def with_columns(rows, prompt: PromptFormat):
     return rows.map(
         spread,
         remove_columns=rows.column_names,
-        features=Features({name: Json() for name in ("prompt", *names)}),
-        cache_file_name=scratch_file("prompts.arrow"),
-        load_from_cache_file=False,
-        new_fingerprint="prompts",
+        features=Features({name: ExactJson() for name in ("prompt", *names)}),
+        new_fingerprint=secrets.token_hex(8),
     )

@@ -1,18 +1,22 @@
-"""Read the rows of files, folders and data sets of the hub, through the package datasets.
+"""Read the rows of files, folders and data sets of the hub, as pairs of a place and a row.
 
-A source yields (place, row) pairs. The place names the file and the row or line for messages. JSON is decoded line by
-line here: the JSON reader of datasets gives all rows the fields of all other rows, also inside tool calls and schemas.
+The place names the file and the row or line for messages. The package datasets reads tables and the hub, and finds the
+files of a folder's splits. JSON is decoded here and CSV by pandas. The reader of datasets 5.2 was tried: it rounds
+numbers to nine digits, turns 1 into 1.0 beside 2.5, refuses a field that the first 10 MB lack, stops at a broken line
+without its number, and makes 7 of 007.
 """
 
+import glob
+import itertools
 import json
 import logging
+import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from s2ft.text.data.scratch import scratch_file
+from s2ft.text.data.scratch import scratch_folder
 
 KINDS = {  # endings of files, and what reads them
     ".json": "json",
@@ -25,8 +29,7 @@ KINDS = {  # endings of files, and what reads them
 }
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-MARKS = {b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"BZh": "bz2", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-         b"PAR1": "parquet", b"ARROW1": "arrow"}  # fmt: skip
+BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 Rows = Iterator[tuple[str, object]]
 
@@ -38,40 +41,7 @@ class UnreadableRow:
         self.problem = problem
 
 
-@dataclass(frozen=True)
-class Source:
-    """A place that rows are read from.
-
-    Attributes:
-        name: The name in messages.
-        rows: Function that reads the rows with their places, or None if there is a data set.
-        dataset: A data set of the package datasets, or None.
-    """
-
-    name: str
-    rows: Callable[[], Rows] | None = None
-    dataset: Any = None
-
-    def read(self) -> Rows:
-        """Yield the rows with their places."""
-        if self.rows is not None:
-            yield from self.rows()
-            return
-        for number, row in enumerate(self.dataset, 1):
-            yield f"{self.name}, row {number}", row
-
-
-def quiet_datasets() -> None:
-    """Turn off the progress bars of datasets if the output is no terminal, and its messages about caches."""
-    import datasets
-
-    datasets.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # one line for each retry
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-
-def open_source(
+def read_rows(
     path: str,
     *,
     split: str = "train",
@@ -81,8 +51,8 @@ def open_source(
     data_files: Any = None,
     columns: list[str] | None = None,
     streaming: bool = False,
-) -> list[Source]:
-    """Find what a path or a name means, and open it.
+) -> Rows:
+    """Find what a path or a name means, and read its rows, one after another.
 
     Args:
         path: A file, a folder, a data set of the hub, or "json", "csv" or "parquet" with `data_files`.
@@ -95,27 +65,34 @@ def open_source(
         streaming: Whether a data set of the hub is read without storing it.
 
     Returns:
-        One source for each file, or one for the data set.
+        The rows with their places.
 
     Raises:
         FileNotFoundError: The path does not exist.
         ValueError: The file or the data set cannot be read.
     """
-    quiet_datasets()
+    _quiet_datasets()
     local = Path(path).expanduser()
     if path in BUILDERS and data_files and not local.exists():
-        sources = [_file(Path(file), path) for file in _listed(data_files, split, data_dir)]
+        rows = _files(_listed(data_files, split, data_dir), path)
     elif local.is_file():
-        sources = [_file(local)]
+        rows = _files([local])
     elif is_pattern(path) and not local.exists():
-        sources = [_file(Path(file)) for file in _listed(path, split, data_dir)]
+        rows = _files(_listed(path, split, data_dir))
     elif local.is_dir():
-        sources = _folder(local / data_dir if data_dir else local, split, data_files)
-    elif _looks_like_a_path(path):
+        rows = _folder(local / data_dir if data_dir else local, split, data_files)
+    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or _kind(Path(path)):
         raise FileNotFoundError(f"data file {path} doesn't exist")
     else:
-        sources = [_hub(path, split, name, revision, data_dir, data_files, streaming)]
-    return [_with_columns(source, columns) for source in sources] if columns else sources
+        options = {"split": split, "revision": revision, "data_dir": data_dir, "data_files": data_files}
+        rows = _hub(path, name, **options, streaming=streaming)
+    if not columns:
+        return rows
+    kept = set(columns)
+    return (
+        (place, {key: row[key] for key in row if key in kept} if isinstance(row, Mapping) else row)
+        for place, row in rows
+    )
 
 
 def is_pattern(path: str) -> bool:
@@ -123,188 +100,88 @@ def is_pattern(path: str) -> bool:
     return "*" in path
 
 
-def _looks_like_a_path(path: str) -> bool:
-    ending = Path(path.removesuffix(next((end for end in COMPRESSED if path.endswith(end)), ""))).suffix
-    return path.startswith((".", "/", "~")) or path.count("/") > 1 or ending in KINDS or "\\" in path
+def _quiet_datasets() -> None:
+    """Turn off the progress bars of datasets if the output is no terminal, and its messages about caches."""
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # one line for each retry
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
 
 
-def _with_columns(source: Source, columns: list[str]) -> Source:
-    def rows() -> Rows:
-        for place, row in source.read():
-            yield place, {name: row[name] for name in columns if name in row} if isinstance(row, Mapping) else row
-
-    return Source(source.name, rows)
+def _numbered(name: object, rows: Iterable) -> Rows:
+    return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
-def _listed(data_files: Any, split: str, data_dir: str | None) -> list[str]:
+# ---- files ---------------------------------------------------------------------------------------------
+
+
+def _listed(data_files: Any, split: str, data_dir: str | None) -> list[Path]:
     """Return the files of a split. A name can have * in it."""
-    import glob
-
     if isinstance(data_files, Mapping):
-        base = split.partition("[")[0]
-        if base not in data_files:
-            raise ValueError(f"data_files has no split {base!r}; it has {', '.join(map(repr, data_files))}")
-        data_files = data_files[base]
-    names = [data_files] if isinstance(data_files, str) else list(data_files)
-    paths = [str(Path(data_dir or "", name).expanduser()) for name in names]
-    files = {path: sorted(glob.glob(path, recursive=True)) if is_pattern(path) else [path] for path in paths}
-    for path, found in files.items():
-        if not found:
+        data_files = _split_of(data_files, split, "data_files")
+    found = []
+    for name in [data_files] if isinstance(data_files, str) else data_files:
+        path = str(Path(data_dir or "", name).expanduser())
+        files = sorted(glob.glob(path, recursive=True)) if is_pattern(path) else [path]
+        if not files:
             raise FileNotFoundError(f"no data file matches {path}")
-    return [file for found in files.values() for file in found]
+        found += map(Path, files)
+    return found
 
 
-def _file(path: Path, kind: str | None = None) -> Source:
+def _split_of(found: Mapping[str, Any], split: str, name: str) -> Any:
+    base = split.partition("[")[0]
+    if base not in found:
+        raise ValueError(f"{name} has no split {base!r}; it has {', '.join(repr(str(key)) for key in found)}")
+    return found[base]
+
+
+def _kind(path: Path) -> str | None:
+    """What reads a file, by its ending before one of compression."""
+    return KINDS.get(Path(path.stem if path.suffix in COMPRESSED else path.name).suffix)
+
+
+def _files(paths: Iterable[Path], kind: str | None = None) -> Rows:
+    return itertools.chain.from_iterable([_file(path, kind) for path in paths])
+
+
+def _file(path: Path, kind: str | None) -> Rows:
     if not path.exists():
         raise FileNotFoundError(f"data file {path} doesn't exist")
     if not path.is_file():
         raise ValueError(f"data file {path} is not a file")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty")
-    packed = _packing(path)
-    kind = kind or KINDS.get(Path(path.name.removesuffix(path.suffix if path.suffix in COMPRESSED else "")).suffix)
-    if kind in (None, "json"):
-        with path.open("rb") as file:
-            mark = file.read(8)
-        kind = next((found for start, found in MARKS.items() if mark.startswith(start) and found in BUILDERS), kind)
-    if kind is None:
-        if path.suffix == ".txt":
-            raise ValueError(f'{path} is plain text: write JSON lines such as {{"text": "..."}}')
-        kind = "json"
-    if kind == "json":
-        return Source(str(path), lambda: _json(path, packed))
-    return Source(str(path), lambda: _table(path, kind, packed))
+    kind = kind or _kind(path)
+    if kind is None and path.suffix == ".txt":
+        raise ValueError(f'{path} is plain text: write JSON lines such as {{"text": "..."}}')
+    return _json(path) if kind in (None, "json") else _table(path, kind)
 
 
-def _packing(path: Path) -> str | None:
-    """The compression of a file, by its first bytes."""
-    with path.open("rb") as file:
-        start = file.read(8)
-    found = next((kind for mark, kind in MARKS.items() if start.startswith(mark)), None)
-    return None if found in BUILDERS else found
-
-
-def _json(path: Path, packed: str | None) -> Rows:
-    """Read JSON lines, a JSON list, or an object with one list of rows. Only lines are read piece by piece."""
-    import fsspec
-
-    try:
-        with fsspec.open(path, "rt", encoding="utf-8-sig", compression=packed) as file:
-            first = next((line for line in file if line.strip()), "")
-            file.seek(0)
-            if not first:
-                raise ValueError(f"{path} is empty")
-            whole = first.lstrip().startswith("[") or not _is_json(first)
-            if whole and (rows := _document(path, file.read())) is not None:
-                yield from ((f"{path}, row {number}", row) for number, row in enumerate(rows, 1))
-                return
-            file.seek(0)
-            yield from _lines(path, file)
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
-    except (EOFError, OSError) as error:
-        raise ValueError(f"{path} can't be read: {error}") from error
-
-
-def _is_json(line: str) -> bool:
-    try:
-        json.loads(line)
-    except (ValueError, RecursionError):
-        return False
-    return True
-
-
-def _lines(path: Path, file: Iterable[str]) -> Rows:
-    for number, line in enumerate(file, 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            row = UnreadableRow(f"not JSON: {error.msg}")
-        except (RecursionError, ValueError) as error:
-            row = UnreadableRow(_why_not_read(error))
-        rows = _rows_of_object(row)
-        if rows is None:
-            yield f"{path}, line {number}", row
-        else:
-            yield from ((f"{path}, row {at}", inner) for at, inner in enumerate(rows, 1))
-
-
-def _document(path: Path, text: str) -> list | None:
-    """The rows of a JSON list, or of an object with one list. None if the text is neither, so that lines are read."""
-    is_list = text.lstrip().startswith("[")
-    try:
-        found = json.loads(text)
-    except json.JSONDecodeError as error:
-        if is_list:
-            raise ValueError(f"{path}, line {error.lineno}: not JSON: {error.msg}") from None
-        return None
-    except (RecursionError, ValueError) as error:
-        if is_list:
-            raise ValueError(f"{path}, row {_row_that_fails(text)}: {_why_not_read(error)}") from None
-        return None
-    rows = found if isinstance(found, list) else _rows_of_object(found)
-    if rows is not None and not rows:
-        raise ValueError(f"{path} has no rows")
-    return [found] if rows is None else rows
-
-
-def _rows_of_object(found: object) -> list | None:
-    """The rows of an object such as {"data": [...]}: its only list of objects."""
-    if not isinstance(found, Mapping):
-        return None
-    from s2ft.text.data.forms import FIELDS
-
-    lists = [value for name, value in found.items() if isinstance(value, list) and name not in FIELDS]
-    if len(lists) != 1 or any(name in FIELDS for name in found) or not lists[0]:
-        return None
-    return lists[0] if all(isinstance(row, Mapping) for row in lists[0]) else None
-
-
-def _row_that_fails(text: str) -> int:
-    """Return the number of the first row, from 1, of a JSON list that Python cannot read."""
-    decoder, at, row = json.JSONDecoder(), text.index("[") + 1, 1
-    while True:
-        while text[at].isspace() or text[at] == ",":
-            at += 1
-        try:
-            _, at = decoder.raw_decode(text, at)
-        except (RecursionError, ValueError):
-            return row
-        row += 1
-
-
-def _why_not_read(error: Exception) -> str:
-    """Explain why Python refuses well-formed JSON: the nesting is too deep, or a number is too long."""
-    return "it is nested too deeply" if isinstance(error, RecursionError) else f"a number is too long ({error})"
-
-
-def _table(path: Path, kind: str, packed: str | None) -> Rows:
+def _table(path: Path, kind: str) -> Rows:
     """Read a table piece by piece."""
     try:
-        rows = _cells(path, kind, packed) if kind in ("csv", "tsv") else _columns(path, kind)
-        for number, row in enumerate(rows, 1):
-            yield f"{path}, row {number}", row
+        yield from _numbered(path, _cells(path, kind) if kind in ("csv", "tsv") else _columns(path, kind))
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
 
 
-def _cells(path: Path, kind: str, packed: str | None) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file. All cells are text, so that 007 stays 007. The reader of datasets can't do that."""
+def _cells(path: Path, kind: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV file. All cells are text, so that 007 stays 007."""
     import pandas
 
-    separator = "\t" if kind == "tsv" else ","
-    options = {"dtype": str, "keep_default_na": False, "compression": packed}
-    for part in pandas.read_csv(path, sep=separator, chunksize=10_000, **options):
+    options = {"sep": "\t" if kind == "tsv" else ",", "dtype": str, "keep_default_na": False}
+    for part in pandas.read_csv(path, chunksize=10_000, **options):
         yield from part.to_dict("records")
 
 
-def _columns(path: Path, kind: str) -> Iterator[dict[str, Any]]:
+def _columns(path: Path, kind: str) -> Iterable[dict[str, Any]]:
     import datasets
 
-    cache = str(Path(scratch_file("cache")).parent)  # for lock files
-    yield from datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
+    lock_files = str(scratch_folder())  # in place of the user's cache
+    return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=lock_files)
 
 
 def _reason(error: BaseException) -> str:
@@ -314,62 +191,121 @@ def _reason(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).split("\n")[0]
 
 
-def _folder(path: Path, split: str, data_files: Any) -> list[Source]:
+# ---- JSON ----------------------------------------------------------------------------------------------
+
+
+def _json(path: Path) -> Rows:
+    """Read JSON lines, a JSON list, or an object with one list of rows. Only lines are read piece by piece."""
+    import fsspec
+
+    try:
+        with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
+            first = next((line for line in file if line.strip()), "")
+            if not first:
+                raise ValueError(f"{path} is empty")
+            file.seek(0)
+            if not first.lstrip().startswith("[") and not isinstance(_decoded(first), UnreadableRow):
+                yield from _lines(path, file)
+                return
+            rows = _document(path, file.read())
+            file.seek(0)
+            yield from _lines(path, file) if rows is None else _numbered(path, rows)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text: {error}") from None
+    except (EOFError, OSError) as error:
+        raise ValueError(f"{path} can't be read: {error}") from error
+
+
+def _decoded(text: str) -> object:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        return UnreadableRow(f"not JSON: {error.msg} (character {error.pos + 1})")
+    except (RecursionError, ValueError) as error:
+        deep = isinstance(error, RecursionError)
+        return UnreadableRow("it is nested too deeply" if deep else f"a number is too long ({error})")
+
+
+def _lines(path: Path, file: Iterable[str]) -> Rows:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        row = _decoded(line)
+        rows = _rows_of_object(row)
+        yield from [(f"{path}, line {number}", row)] if rows is None else _numbered(path, rows)
+
+
+def _document(path: Path, text: str) -> list | None:
+    """The rows of a JSON list, or of an object with one list. None if the text is neither, so that lines are read."""
+    found = _decoded(text)
+    if not isinstance(found, UnreadableRow):
+        rows = found if isinstance(found, list) else _rows_of_object(found)
+        if rows == []:
+            raise ValueError(f"{path} has no rows")
+        return [found] if rows is None else rows
+    if not text.lstrip().startswith("["):
+        return None
+    number, line = _first_unreadable(text)
+    raise ValueError(f"{path}, row {number}, line {line}: {found.problem}")
+
+
+def _first_unreadable(text: str) -> tuple[int, int]:
+    """Return the row, from 1, of a JSON list that Python cannot read, and the line on which it begins."""
+    decoder, at, row = json.JSONDecoder(), text.index("[") + 1, 1
+    while True:
+        at = BETWEEN_ROWS.match(text, at).end()
+        try:
+            _, at = decoder.raw_decode(text, at)
+        except (RecursionError, ValueError):
+            return row, text.count("\n", 0, at) + 1
+        row += 1
+
+
+def _rows_of_object(found: object) -> list | None:
+    """The rows of an object such as {"data": [...]}: its only list of objects."""
+    from s2ft.text.data.forms import FIELDS
+
+    if not isinstance(found, Mapping) or any(name in FIELDS for name in found):
+        return None
+    lists = [value for value in found.values() if isinstance(value, list)]
+    is_table = len(lists) == 1 and lists[0] and all(isinstance(row, Mapping) for row in lists[0])
+    return lists[0] if is_table else None
+
+
+# ---- folders and the hub -------------------------------------------------------------------------------
+
+
+def _folder(path: Path, split: str, data_files: Any) -> Rows:
     import datasets
     from datasets.data_files import DataFilesPatternsDict, get_data_patterns
 
     if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
         found = datasets.load_from_disk(str(path))
-        if isinstance(found, datasets.DatasetDict):
-            found = _split_of(found, split, str(path))
-        return [Source(str(path), dataset=found)]
+        is_dict = isinstance(found, datasets.DatasetDict)
+        return _numbered(path, _split_of(found, split, f"data set {path}") if is_dict else found)
     if data_files:
-        return [_file(Path(file)) for file in _listed(data_files, split, str(path))]
+        return _files(_listed(data_files, split, str(path)))
     try:
-        patterns = get_data_patterns(str(path))
-    except Exception:
-        patterns = {}
-    files = DataFilesPatternsDict.from_patterns(patterns).resolve(str(path)) if patterns else {}
-    by_split = {name: [Path(file) for file in found if _is_data(Path(file))] for name, found in files.items()}
-    by_split = {name: found for name, found in by_split.items() if found}
-    if not by_split:
+        files = DataFilesPatternsDict.from_patterns(get_data_patterns(str(path))).resolve(str(path))
+    except Exception:  # an empty folder
+        files = {}
+    found = {name: [Path(file) for file in names if _is_data(Path(file))] for name, names in files.items()}
+    found = {name: names for name, names in found.items() if names}
+    if not found:
         raise ValueError(f"data folder {path} has no file of the kinds {', '.join(KINDS)}")
-    base = split.partition("[")[0]
-    if base not in by_split:
-        raise ValueError(
-            f"data folder {path} has no split {base!r}; it has {', '.join(repr(str(name)) for name in by_split)}"
-        )
-    return [_file(file) for file in by_split[base]]
+    return _files(_split_of(found, split, f"data folder {path}"))
 
 
 def _is_data(path: Path) -> bool:
-    name = path.name.removesuffix(path.suffix) if path.suffix in COMPRESSED else path.name
-    return Path(name).suffix in KINDS and name not in ("dataset_info.json", "dataset_infos.json")
+    return _kind(path) is not None and not path.name.startswith(("dataset_info.json", "dataset_infos.json"))
 
 
-def _split_of(found: Mapping[str, Any], split: str, name: str) -> Any:
-    base = split.partition("[")[0]
-    if base not in found:
-        raise ValueError(f"data set {name} has no split {base!r}; it has {', '.join(map(repr, found))}")
-    return found[base]
-
-
-def _hub(
-    path: str,
-    split: str,
-    name: str | None,
-    revision: str | None,
-    data_dir: str | None,
-    data_files: Any,
-    streaming: bool,
-) -> Source:
+def _hub(path: str, *name: str | None, **options: Any) -> Rows:
     import datasets
     from huggingface_hub.constants import is_offline_mode
 
     try:
-        found = datasets.load_dataset(
-            path, name, split=split, revision=revision, data_dir=data_dir, data_files=data_files, streaming=streaming
-        )
+        found = datasets.load_dataset(path, *name, **options)
     except Exception as error:  # the hub, the network and each reader have their own kinds of errors
         way_out = (
             "HF_HUB_OFFLINE is set, so only what was downloaded before can be used"
@@ -380,4 +316,4 @@ def _hub(
             f"data set {path} can't be loaded: there is no such file or folder here, and the hub says: "
             f"{_reason(error).rstrip('.')}; {way_out}"
         ) from error
-    return Source(path, dataset=found)
+    return _numbered(path, found)

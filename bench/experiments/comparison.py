@@ -1,0 +1,323 @@
+"""Train methods on tasks, and measure what they learn, forget and cost. The evidence and the paper's accuracies.
+
+Stages: (1) every row at each of its rates on each task of `sweep`, with the first seed; (2) its best rate, by the
+accuracy on validation examples, with all seeds and on all tasks; rows that are `screened` stop after (1); (3) time and
+memory of a few updates, if `costs` is set, one run at a time on all cores. Without `sweep` every rate has all seeds.
+"""
+
+import ctypes
+import gc
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import s2ft
+from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
+from bench.experiments.memory import PeakMemory
+from bench.experiments.methods import METHODS, Prepared, default_rate, trained_parameters
+from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.selections import CANDIDATES
+from bench.experiments.tasks import TASKS, Task, files_of
+from bench.experiments.training import Trained, arguments_of, evaluating, train, train_in_phases
+from s2ft.text.divergence import mean_loss
+from s2ft.text.generation import generate
+from s2ft.text.models import hollow_model
+from s2ft.text.prompts import encode_prompt
+from s2ft.train.demo import default_model
+
+BASE = "base"  # the row of the model without training
+COSTS = "costs"  # the task of runs that measure time and memory
+ROUNDS = 2  # of each row
+BASE_TOKENS = 160  # the least that the base may write: it writes long answers before it comes to the number
+OF_A_ROW = ("method", "options", "parameters", "phases", "protect")  # what a run's numbers depend on
+# The keys of a recipe, those that it must have, those of its settings, and those of a row
+KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
+NEEDED = ("rows", "seeds", "tasks")
+SETTINGS = (*OF_LEARNING, "best", "save", "judge", "train", "tests", "answers")
+ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened")
+
+
+# ---- the plan --------------------------------------------------------------------------------------------
+
+
+def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: int) -> Run:
+    """Return a run of a row, with everything that its numbers depend on."""
+    entry = {"method": BASE} if row == BASE else experiment["rows"][row]
+    settings = {**experiment["settings"], **{key: entry[key] for key in OF_A_ROW if key in entry}}
+    settings |= {"task": experiment["sweep"][0] if task == COSTS else task, "rate": rate, "seed": seed}
+    if task == COSTS:
+        settings[COSTS] = True
+    if task in experiment.get("steps", {}):
+        settings["training"] = {**settings["training"], "max_steps": experiment["steps"][task]}
+    files = files_of(settings["task"], settings)
+    if files:
+        settings["files"] = list(map(file_digest, files))
+    return Run({"row": row, "task": task, "rate": rate, "seed": seed}, settings)
+
+
+def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
+    """Return the learning rates of a row: its own, those of the experiment, or the default of its method."""
+    entry = experiment["rows"][row]
+    rates = entry.get("rates", [] if "rate_of" in entry else experiment.get("rates"))
+    if rates is None:
+        config = hollow_model(experiment["settings"]["model"] or default_model()).config
+        rates = [default_rate(entry["method"], config.hidden_size)]
+    return [float(rate) for rate in rates]
+
+
+def full_rows(experiment: dict[str, Any]) -> list[str]:
+    """Return the rows that are not screened only."""
+    return [name for name, row in experiment["rows"].items() if not row.get("screened")]
+
+
+def trains_on(experiment: dict[str, Any], row: str, task: str) -> bool:
+    """Whether the experiment wants a row on a task; every row is on the tasks of the sweep."""
+    return task in experiment.get("sweep", ()) or task in experiment["rows"][row].get("tasks", experiment["tasks"])
+
+
+def best_rate(experiment: dict[str, Any], results: Results, row: str, task: str) -> float | None:
+    """Return the rate with the best accuracy on validation examples, or None if a run of the row is missing.
+
+    It is chosen on the task itself if that is in the sweep, else on the first task of the sweep. Of equal ones it is
+    the one with the least forgetting.
+    """
+    entry, sweep = experiment["rows"][row], experiment["sweep"]
+    if "rate_of" in entry:  # the same computation in another dtype
+        return best_rate(experiment, results, entry["rate_of"], task)
+    on, found = task if task in sweep else sweep[0], []
+    for rate in rates_of(experiment, row):
+        one = results.row(run_of(experiment, row, on, rate, experiment["seeds"][0]))
+        if one is None:
+            return None
+        found.append((-one["validation"], next(iter(one.get("forgetting", {}).values()), 0.0), rate))
+    return min(found)[2]
+
+
+def sweep_runs(experiment: dict[str, Any]) -> list[Run]:
+    """Return the runs of the first stage, one rate of each row after the other."""
+    rates = {row: rates_of(experiment, row) for row in experiment["rows"]}
+    seeds = experiment["seeds"][:1] if "sweep" in experiment else experiment["seeds"]
+    return [
+        run_of(experiment, row, task, rates[row][number], seed)
+        for task in experiment.get("sweep", experiment["tasks"])
+        for number in range(max(map(len, rates.values())))
+        for row in rates
+        if number < len(rates[row])
+        for seed in seeds
+    ]
+
+
+def base_runs(experiment: dict[str, Any]) -> list[Run]:
+    """Return the runs that score the base, if the experiment wants them."""
+    tasks = experiment["tasks"] if experiment.get("base") else ()
+    return [run_of(experiment, BASE, task, 0.0, experiment["seeds"][0]) for task in tasks]
+
+
+def later_runs(experiment: dict[str, Any], results: Results) -> list[Run]:
+    """Return the runs of the second stage of all rows whose first stage is complete, seed after seed."""
+    if "sweep" not in experiment:
+        return base_runs(experiment)
+    rates = {
+        (row, task): best_rate(experiment, results, row, task)
+        for task in experiment["tasks"]
+        for row in full_rows(experiment)
+        if trains_on(experiment, row, task)
+    }
+    chosen = [
+        run_of(experiment, row, task, rate, seed)
+        for seed in experiment["seeds"]
+        for (row, task), rate in rates.items()
+        if rate is not None
+    ]
+    return [*base_runs(experiment), *chosen]
+
+
+def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> list[Run]:
+    """Return the runs that measure time and memory, if the experiment wants them."""
+    rows = full_rows(experiment) if rows is None else rows
+    rounds = range(ROUNDS if experiment.get(COSTS) else 0)
+    return [run_of(experiment, row, COSTS, 1e-4, number) for number in rounds for row in rows]
+
+
+def stages(experiment: dict[str, Any]) -> list[Stage]:
+    """Check the experiment and return its stages. What would fail hours later fails here."""
+    settings = experiment["settings"]
+    check_names("tasks", [*experiment["tasks"], *experiment.get("sweep", ())], TASKS)
+    for task in experiment["tasks"]:
+        files_of(task, settings)
+    if settings.get("best") and not settings["questions"].get("validation"):
+        raise ValueError("best needs held-out rows: set questions.validation")
+    if settings.get("judge"):
+        read_questions(Path(settings.get("data") or ".") / settings["judge"])
+    hollow = hollow_model(settings["model"] or default_model())
+    for name, row in experiment["rows"].items():
+        check_names(f"row {name}, method", [row.get("method")], METHODS)
+        options = {key: value for key, value in row.get("options", {}).items() if value not in CANDIDATES}
+        try:
+            trained_parameters(hollow, row["method"], options)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"row {name}: {error}") from error
+        if any(rate <= 0 for rate in rates_of(experiment, name)):
+            raise ValueError(f"row {name}: rates must be positive, got {row.get('rates')!r}")
+    return [
+        Stage(lambda results: sweep_runs(experiment)),
+        Stage(lambda results: later_runs(experiment, results)),
+        Stage(lambda results: cost_runs(experiment), alone=True),
+    ]
+
+
+# ---- a run -----------------------------------------------------------------------------------------------
+
+
+def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
+    """Train and measure a run.
+
+    Args:
+        settings: Its settings.
+        folder: The folder for its files.
+
+    Returns:
+        One row: accuracies as shares, losses in nats a token, times in seconds, memory in bytes.
+    """
+    base = base_of(settings)
+    task, scored, dtype = base.task(settings), COSTS not in settings, base.model.dtype
+    if scored:
+        base.measure_base(settings)
+    if settings["method"] == BASE:
+        untrained = Prepared(base.model, base.model, BASE, {}, 0, "")
+        longer = replace(task, max_new_tokens=max(task.max_new_tokens, BASE_TOKENS))
+        return [_scores(base, untrained, longer, settings, folder)]
+    rows = base.rows(task.train, settings)
+    held_out = base.rows(task.validation, settings) if settings.get("best") else None
+    _return_freed_memory()
+    memory = PeakMemory(base.model.device.type)
+    memory.forget_peak()
+    model = base.copy()
+    with tempfile.TemporaryDirectory() as place:
+        arguments = arguments_of(settings, place)
+        if "phases" in settings:
+            config = s2ft.S2FTConfig(
+                **settings["options"], budget=settings["parameters"] // settings["phases"], seed=settings["seed"]
+            )
+            how = (settings["phases"], settings["calibration"])
+            prepared, trained = train_in_phases(model, base.tokenizer, rows, arguments, config, *how)
+        else:
+            prepared = prepared_for(base, model, rows, settings)
+            best = bool(settings.get("best"))
+            trained = train(prepared, base.tokenizer, rows, arguments, held_out=held_out, best=best)
+    peak = memory.peak()
+    if settings["method"] == "full":
+        model.to(dtype)
+    if settings.get("save"):
+        _save(prepared, base, folder / "adapter")
+    row = _scores(base, prepared, task, settings, folder) if scored else {}
+    known = {one.question.strip() for one in task.train}
+    asked = [one.question.strip() for ones in task.tests.values() for one in ones]
+    return [{**row, **_of_training(prepared, trained, peak), "trained_on_tests": sum(one in known for one in asked)}]
+
+
+def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Measure accuracy, loss, forgetting and divergence of the model as it was trained: adapters are not merged."""
+    found: dict[str, Any] = {}
+    with evaluating(prepared) as model:
+        if task.validation and task.right:
+            found["validation"] = base.accuracy(model, task, task.validation, settings)
+        if task.validation:
+            found["loss"] = mean_loss(model, base.rows(task.validation, settings))
+        found["tests"] = base.scores(model, task, settings, folder / "answers" if settings.get("save") else None)
+        found |= base.distance(model, settings)
+        if settings.get("judge"):
+            answer_questions(base, model, settings, folder)
+    return found
+
+
+def _of_training(prepared: Prepared, trained: Trained, peak: int) -> dict[str, Any]:
+    return {
+        "trainable": prepared.trainable,
+        "options": {key: value for key, value in prepared.options.items() if key != "units"},
+        "losses": trained.losses,
+        "seconds_per_step": trained.seconds_per_step,
+        "tokens_per_second": trained.tokens_per_second,
+        "peak_bytes": peak,
+        **({} if trained.best_step is None else {"best_step": trained.best_step}),
+    }
+
+
+def _save(prepared: Prepared, base: Base, folder: Path) -> None:
+    """Save the adapter of a method. Full fine-tuning has none."""
+    if prepared.method == "s2ft":
+        s2ft.adapter.add_info(prepared.model, {"prompt": base.prompt.to_dict()})
+        s2ft.save_adapter(prepared.model, folder)
+    elif prepared.method != "full":
+        prepared.model.save_pretrained(folder)
+
+
+def _return_freed_memory() -> None:
+    """Give memory that earlier runs have freed back to the system, so that it does not hide what this run needs."""
+    gc.collect()
+    with_trim = ctypes.CDLL(None)
+    if hasattr(with_trim, "malloc_trim"):
+        with_trim.malloc_trim(0)
+
+
+# ---- answers for a judge ---------------------------------------------------------------------------------
+
+
+def read_questions(file: Path) -> list[dict[str, Any]]:
+    """Read questions in the form of MT-Bench's question.jsonl: one object a line, with `question_id` and `turns`.
+
+    Raises:
+        ValueError: A line has another form. The message names the line.
+    """
+    questions = []
+    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        question = json.loads(line) if line.strip().startswith("{") else {}
+        turns = question.get("turns")
+        if (
+            "question_id" not in question
+            or not isinstance(turns, list)
+            or not all(isinstance(one, str) for one in turns)
+        ):
+            raise ValueError(
+                f"judge {file}, line {number}: needs question_id and a list of texts turns, got {line[:80]!r}"
+            )
+        questions.append(question)
+    return questions
+
+
+def answer_questions(base: Base, model: Any, settings: dict[str, Any], folder: Path) -> None:
+    """Write answers in the form of MT-Bench's model_answer, for a judge of your choice. No judge runs here.
+
+    The second turn follows the model's own first answer. Answers are greedy, or by beams; MT-Bench draws those of some
+    categories at a temperature of 0.7.
+
+    Args:
+        base: The base, for the prompts.
+        model: The model that answers.
+        settings: `judge`, the file of the questions in the folder `data`, and how answers are generated.
+        folder: The folder of model_answer.jsonl.
+    """
+    questions = read_questions(Path(settings.get("data") or ".") / settings["judge"])
+    chats: list[list[dict[str, str]]] = [[] for _ in questions]
+    how = (settings.get("answer_batch", 64), settings.get("max_new_tokens", 256), "answering", settings.get("beams", 1))
+    for turn in range(max(len(question["turns"]) for question in questions)):
+        asked = [number for number, question in enumerate(questions) if turn < len(question["turns"])]
+        for number in asked:
+            chats[number].append({"role": "user", "content": questions[number]["turns"][turn]})
+        prompts = [encode_prompt(base.tokenizer, base.prompt.conversation(chats[number])) for number in asked]
+        for number, text in zip(asked, generate(model, base.tokenizer, prompts, *how)):
+            chats[number].append({"role": "assistant", "content": text})
+    lines = []
+    for question, chat in zip(questions, chats):
+        turns = [message["content"] for message in chat if message["role"] == "assistant"]
+        line = {
+            "question_id": question["question_id"],
+            "model_id": folder.name,
+            "choices": [{"index": 0, "turns": turns}],
+        }
+        lines.append(json.dumps({**line, "answer_id": f"{question['question_id']}-{folder.name}"}, ensure_ascii=False))
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "model_answer.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,0 +1,464 @@
+"""Proves on the model at hand that an attached model computes what merging would write, and that its slices train.
+
+Couplings may be declared by a family, described by a user or found on a twin. Whichever it is, the model itself runs on
+a tiny example, plain and attached, with the same random values added to the selected units: written into the weights of
+the plain model, and in the slices of the attached one. Moved units, replaced forwards and weights that are read past
+their layers all show in the outputs. Afterwards the weights are the base's and the slices are zeros.
+
+In evaluation mode the model runs without a hook of ours on its modules, because some code asks for hooks. In training
+mode hooks compare what each consumer and each replaced forward returns, and pass on what the plain model returned. So
+rounding errors of one block do not reach the next, and the first block that differs is known.
+"""
+
+import inspect
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from s2ft.attached.active import deactivate, set_mounted_deltas, write
+from s2ft.attached.arrival import not_awaiting
+from s2ft.attached.record import Attachment
+from s2ft.config import S2FTConfig
+from s2ft.distributed import decide, is_sharded, reshard_all
+from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.delta import Delta
+from s2ft.model.discovery.examples import example_of, examples_of, run_example
+from s2ft.model.gathering import gathered_forwards
+from s2ft.model.modes import Rest, seeded
+from s2ft.model.outputs import changes, largest_change, tensors_in
+from s2ft.model.towers import tower_of
+from s2ft.model.weights import allow_packing, can_run, layers_that_pack, stop_packing, weight_at
+from s2ft.selection import Selection
+
+# By how much rounding may change an entry, see `changes`: behind one block, and behind the whole model. None stands for
+# all dtypes of less precision.
+OF_BLOCK = {torch.float64: 1e-9, torch.float32: 5e-4, None: 0.05}
+OF_MODEL = {torch.float64: 1e-8, torch.float32: 2e-3, None: 0.3}
+MEDIAN_IN_HALF = 0.1  # where rounding may send a token to other experts, half of the entries must agree
+ROWS, LENGTH = 2, 4  # of tokens
+NEED_EXAMPLE = (
+    "verify runs the model and needs an input for it: pass example= (a tensor, a tuple of arguments or a dict of "
+    "them), or verify=False"
+)
+TRY_INSTEAD = "layout='indexed' moves no unit, couplings= describes the model, and verify=False skips this proof"
+Tolerance = dict[torch.dtype | None, float]
+Outputs = dict[str, list[Tensor]]
+
+
+@contextmanager
+def proved(
+    model: nn.Module,
+    record: Attachment,
+    couplings: list[Coupling],
+    config: S2FTConfig,
+    selection: Selection,
+    verify: bool | None,
+    example: Any,
+) -> Iterator[None]:
+    """Prove what the body mounts. A rank whose model is on the meta device waits for those that can run it.
+
+    Args:
+        model: The model, with the base in its weights. After the body it has trainable layers with slices of zeros.
+        record: Its record.
+        couplings: The couplings that have selected units.
+        config: The config of the new adapter.
+        selection: Its units.
+        verify: True if there must be a proof, None if it is made where an input can be made, False for none.
+        example: Input of the model: tensor, tuple of arguments or dict of them; default: made from its config.
+
+    Raises:
+        TypeError: `example` is of another type.
+        ValueError: The mounted model computes something else. Or there must be a proof, and there can be none.
+    """
+    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
+        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
+    if verify is False:
+        yield
+        return
+    proof, able = Proof(model, record, couplings, verify or example is not None), can_run(model)
+
+    def run_plain() -> bool:
+        return proof.run_plain(example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection))
+
+    found = decide("what the base computes", able, run_plain).value
+    if found is None:
+        proof.notes.append("nothing was proved, because the weights are not here yet")
+        if verify:
+            raise ValueError("verify=True runs the model, and its weights are on the meta device: load them first")
+    yield
+    if found:
+        decide("the proof of attach", able, proof.check)
+    record.unproved = "; ".join(proof.notes)
+
+
+class Proof:
+    """What a plain model computes on a tiny example, to compare it with the attached model."""
+
+    def __init__(self, model: nn.Module, record: Attachment, couplings: list[Coupling], demanded: bool) -> None:
+        self.model, self.record, self.couplings, self.demanded = model, record, couplings, demanded
+        self.is_sharded = any(map(is_sharded, model.parameters()))
+        self.places = {} if self.is_sharded else {_consumer_of(one): one for one in reversed(couplings)}
+        self.blocks = {} if self.is_sharded else {c.block: c for c in couplings if c.activation and c.block}
+        self.notes: list[str] = []  # what was not proved
+        self.deltas: dict[str, Delta] = {}
+        self.evaluated: list[Tensor] = []  # outputs in evaluation mode
+        self.trained: list[Tensor] | None = None  # outputs in training mode; None if they are random
+        self.passed: dict[bool, Outputs] = {}  # by training mode: what each place returns, where it may differ
+        self.has_backward = not self.is_sharded
+        self.without_dropout: Callable[[], AbstractContextManager] = nullcontext
+
+    # ---- the plain model -----------------------------------------------------------------------------
+
+    def run_plain(self, given: Any, deltas: dict[str, Delta]) -> bool:
+        """Run the plain model, with random values in its units, on the example given or on one that is made.
+
+        Returns:
+            Whether it runs on an example.
+
+        Raises:
+            ValueError: It does not, and there must be a proof.
+        """
+        failed = []
+        packing = layers_that_pack(self.model)
+        stop_packing(self.model, packing)
+        try:
+            self.deltas = deltas
+            for name, delta in deltas.items():
+                write(self.model, self.record, self.record.projections[name], [(delta, 1.0)])
+            for example in _examples(self.model, self.couplings) if given is None else [given]:
+                failure = self._run_plain_on(example, raises=given is not None)
+                if not failure:
+                    return True
+                failed.append(failure)
+        finally:
+            deactivate(self.model, self.record)
+            allow_packing(self.model, packing)
+        if self.demanded:
+            tried = f" ({failed[0]})" if failed else ""
+            raise ValueError(f"{NEED_EXAMPLE}{tried}" if given is None else failed[0])
+        why = f"runs on no input that s2ft makes ({failed[0]})" if failed else "has no config to make an input from"
+        self.notes.append(f"nothing was proved: {type(self.model).__name__} {why}. Pass example=")
+        return False
+
+    def _run_plain_on(self, example: Any, raises: bool) -> str:
+        """Run the model on an example. Returns why the example is no good if it is not."""
+        self.example = example
+        try:
+            self.evaluated = self._run(False)
+        except Exception as error:  # models refuse inputs in many ways
+            if raises:
+                raise
+            return f"{type(error).__name__}: {str(error)[:200]}"
+        if not any(bool(tensor.isfinite().any()) for tensor in self.evaluated):
+            return "example must give finite numbers, got NaN or infinity at the output"
+        try:
+            self._run_plain_in_training()
+        except Exception as error:  # a model may ask for labels, or have other reasons
+            self.notes.append(f"training mode was not proved: {type(error).__name__}: {str(error)[:200]}")
+        if self.trained is None:
+            self.passed = {}
+        if self.trained is None or largest_change(self.trained, self.evaluated) != 0:
+            self._run_recorded(False)
+        return ""
+
+    def _run_plain_in_training(self) -> None:
+        """Run in training mode, without dropout if there is any: the attached model would drop other units."""
+        for self.without_dropout in (nullcontext, _WithoutDropout):
+            found = self._run_recorded(True)
+            if largest_change(found, self.evaluated) == 0:
+                self.trained = found
+                return
+        if largest_change(found, self._run(True)) == 0:
+            self.trained = found
+        else:
+            self._note_randomness()
+
+    def _note_randomness(self) -> None:
+        self.notes.append("training mode was not proved, because the model's outputs are random there")
+
+    def _run_recorded(self, training: bool) -> list[Tensor]:
+        passed = self.passed[training] = {path: [] for path in (*self.places, *self.blocks)}
+        return self._run(training, hook=lambda path, number, output: passed[path].append(output.detach().clone()))
+
+    # ---- the attached model --------------------------------------------------------------------------
+
+    def check(self) -> None:
+        """Compare the attached model with the plain one, with the same values in its slices, and run the backward.
+
+        Raises:
+            ValueError: They differ, or a slice gets no gradient. The message names the first block and weight.
+        """
+        with not_awaiting(self.model, self.record):
+            self._check()
+
+    def _check(self) -> None:
+        slices = {path: mount.layer.s2 for path, mount in self.record.mounts.items()}
+        training = self.trained is not None
+        try:
+            set_mounted_deltas(self.record, self.deltas)
+            if not self.is_sharded:
+                self._check_blocks(training, backward=True)
+            missed = [path for path, s2 in slices.items() if s2.grad is None and self.has_backward]
+            outputs = self._run(False)
+            if self._differs(outputs, self.evaluated, OF_MODEL):
+                if False in self.passed:  # which names the block, if it can
+                    self._check_blocks(False)
+                change = f"an output changes by {largest_change(outputs, self.evaluated):.2g} of its size"
+                self._raise(False, f"{change}. Does the model use the number of a unit elsewhere")
+        finally:
+            for mount in self.record.mounts.values():
+                mount.layer.unfuse()
+            for s2 in () if self.is_sharded else slices.values():
+                s2.detach().zero_()
+                s2.grad = None
+        self._check_reached(missed)
+
+    def _check_blocks(self, training: bool, backward: bool = False) -> None:
+        """Compare what each block returns for the same inputs, and the outputs of the model."""
+        found: list[str] = []
+        counts: dict[str, int] = {}
+        passed, expected = self.passed[training], self.trained if training else self.evaluated
+        outputs = self._run(training, partial(self._compare, found, counts, passed), backward)
+        short = [path for path, tensors in passed.items() if counts.get(path, 0) < len(tensors)]
+        if not found and short:
+            found = [f"{short[0]} does not run as often as before. Does its block compute more than s2ft knows"]
+        elif not found and self._differs(outputs, expected, OF_MODEL):
+            found = ["an output changes. Does the model use the number of a unit elsewhere"]
+        if found and training and largest_change(self._run(True), self._run(True, seed=1)) != 0:
+            self._note_randomness()
+        elif found:
+            self._raise(training, found[0])
+
+    def _compare(
+        self, found: list[str], counts: dict[str, int], passed: Outputs, path: str, number: int, output: Tensor
+    ) -> Tensor | None:
+        """Compare the output of a place with that of the plain model, which is passed on, with a gradient."""
+        counts[path] = number + 1
+        if not passed[path]:
+            return None
+        then = passed[path][number % len(passed[path])]  # a checkpoint runs its block again, in the backward
+        change = float(changes(output, then).max())
+        if number < len(passed[path]) and not found and not change <= self._allowed(then, OF_BLOCK):
+            coupling = self.places.get(path) or self.blocks[path]
+            found.append(
+                f"the output of {path} changes by {change:.2g} of its size, in {coupling}, of {coupling.count} units. "
+                "Is a module, a norm or bias (vectors), or the unit wrong, or does the block compute more than s2ft "
+                "knows"
+            )
+        return _Passed.apply(output, then) if output.shape == then.shape else None
+
+    def _raise(self, training: bool, what: str) -> None:
+        """Raise ValueError for a difference. If merging changes the outputs of the attached model, that is why."""
+        layers = {p: m.layer for p, m in self.record.mounts.items() if m.layer.kind.read_only is None}
+        paths, attached = list(layers), self._run(training)
+
+        def changed(count: int) -> bool:
+            """Whether the outputs are others with the slices of the first layers written into their weights."""
+            for number, layer in enumerate(layers.values()):
+                layer.fuse() if number < count else layer.unfuse()
+            return self._differs(self._run(training), attached, OF_BLOCK)
+
+        low, high = 0, len(paths)
+        if self.is_sharded or not changed(high):
+            raise ValueError(
+                f"attach would change what the model computes: in {_mode(training)} mode {what}? {TRY_INSTEAD}"
+            )
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if changed(middle) else (middle, high)
+        way_out = "" if training else ", or use effective='step', which writes slices into the weights"
+        raise ValueError(
+            f"the model would be trained as one function and merged as another: in {_mode(training)} mode it computes "
+            f"with the weight of {paths[high - 1]} without running that layer, so that its slice has no effect there. "
+            "Some code reads the weight itself, such as a fast path of torch.nn, a helper or a penalty: train other "
+            f"layers{way_out}"
+        )
+
+    def _check_reached(self, missed: list[str]) -> None:
+        """Name the layers that get no gradient, apart from experts, which may get no token."""
+        missed = [path for path in missed if "expert" not in path]
+        if not missed:
+            return
+        which = f"{missed[0]}{f' and {len(missed) - 1} more' if len(missed) > 1 else ''}"
+        if self.demanded:
+            raise ValueError(
+                f"example must reach every coupling, and this one does not reach {which}: no gradient arrives there. "
+                "Pass another as example=, or verify=False"
+            )
+        self.notes.append(f"not proved, because the example does not reach it: {which}. Pass another as example=")
+
+    # ---- runs ----------------------------------------------------------------------------------------
+
+    def _run(
+        self,
+        training: bool,
+        hook: Callable[[str, int, Tensor], Tensor | None] | None = None,
+        backward: bool = False,
+        seed: int = 0,
+    ) -> list[Tensor]:
+        """Run the model and return its outputs. Afterwards it is as before, but for gradients of slices.
+
+        Args:
+            training: Whether it runs in training mode.
+            hook: Called with the path of a place, the number of the call and the output; may return another output.
+            backward: Whether to run the backward of a random loss.
+            seed: Seed of all random numbers.
+        """
+        model, record = self.model, self.record
+        slices = {id(mount.layer.s2) for mount in record.mounts.values()}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in slices]
+        record.rest = Rest(model, {mount.layer for mount in record.mounts.values()}, others)
+        try:
+            with ExitStack() as stack:
+                for path in {**self.places, **self.blocks} if hook else ():
+                    at_place = partial(_call_with_first, partial(hook, path), [0])
+                    stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
+                if "torch._dynamo" in sys.modules:
+                    stack.enter_context(torch.compiler.set_stance("force_eager"))
+                for context in (seeded(model, seed), torch.inference_mode(False), gathered_forwards(model)):
+                    stack.enter_context(context)
+                stack.enter_context(torch.set_grad_enabled(backward))
+                stack.enter_context(self.without_dropout() if training else nullcontext())
+                model.train(training)
+                for parameter in others if backward else ():
+                    parameter.requires_grad_(False)
+                output = list(tensors_in(run_example(model, self.example)))
+                if backward:
+                    self._run_backward(output)
+        finally:
+            record.rest.restore()
+            record.rest = None
+            reshard_all(model)  # so that units move on the shards, not on gathered weights
+        return [tensor.detach() for tensor in output]
+
+    def _run_backward(self, output: list[Tensor]) -> None:
+        """Run the backward of a random weighted sum of all outputs."""
+        parts = [torch.view_as_real(one) if one.is_complex() else one for one in output if one.requires_grad]
+        sums = [(one.masked_fill(~one.isfinite(), 0) * torch.randn_like(one)).sum().float().cpu() for one in parts]
+        try:
+            if sums:
+                torch.stack(sums).sum().backward()
+        except Exception as error:  # the model's own backward may refuse
+            if self.demanded:
+                raise
+            self.notes.append(f"no gradient was proved: {type(error).__name__}: {str(error)[:200]}")
+            self.has_backward = False
+
+    # ---- tolerance -----------------------------------------------------------------------------------
+
+    @cached_property
+    def _in_half(self) -> bool:
+        """Whether something is computed in half precision. Layers with quantized weights may do so."""
+        passed = (one for places in self.passed.values() for tensors in places.values() for one in tensors)
+        dtypes = {tensor.dtype for tensor in (*self.model.parameters(), *self.evaluated, *passed)}
+        return not all(dtype.is_complex or dtype in OF_BLOCK for dtype in dtypes)
+
+    @cached_property
+    def _in_double(self) -> bool:
+        return all(parameter.dtype in (torch.float64, torch.complex128) for parameter in self.model.parameters())
+
+    def _allowed(self, tensor: Tensor, tolerance: Tolerance) -> float:
+        exact = self._in_double and tensor.dtype in (torch.float64, torch.complex128)
+        return tolerance[None if self._in_half else torch.float64 if exact else torch.float32]
+
+    def _differs(self, now: list[Tensor], then: list[Tensor], tolerance: Tolerance) -> bool:
+        """Whether outputs of the model differ by more than rounding."""
+        routes = self._in_half and any("expert" in path for path, _ in self.model.named_modules())
+        for pair in zip(now, then):
+            found, allowed = changes(*pair), self._allowed(pair[1], tolerance)
+            if not (found.median() <= MEDIAN_IN_HALF if routes and found.numel() > 1 else found.max() <= allowed):
+                return True
+        return len(now) != len(then)
+
+
+# ---- what the runs need ------------------------------------------------------------------------------------------
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Inside, dropout drops nothing. Other randomness stays."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs, name = dict(kwargs or {}), getattr(func, "__name__", "")
+        if "dropout" in name and "native" not in name:
+            return args[0] if args else kwargs["input"]
+        if func is F.scaled_dot_product_attention:
+            kwargs |= {"dropout_p": 0.0} if len(args) < 5 else {}
+            args = (*args[:4], 0.0, *args[5:]) if len(args) > 4 else args
+        if func is F.multi_head_attention_forward:
+            kwargs["training"] = False  # nothing but its dropout asks for it
+        return func(*args, **kwargs)
+
+
+class _Passed(torch.autograd.Function):
+    """Another tensor in place of an output, with the output's gradient."""
+
+    @staticmethod
+    def forward(ctx, output: Tensor, other: Tensor) -> Tensor:
+        return other.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _call_with_first(
+    hook: Callable[[int, Tensor], Tensor | None], calls: list[int], module: nn.Module, inputs: Any, output: Any
+) -> Tensor | None:
+    """Forward hook: call a function with the number of the call and the first tensor of the output."""
+    first = next(tensors_in(output), None)
+    if first is None:
+        return None
+    calls[0] += 1
+    other = hook(calls[0] - 1, first)
+    return other if isinstance(output, Tensor) else None
+
+
+def _consumer_of(coupling: Coupling) -> str:
+    """The module that runs a coupling's consumer: for experts that with their parameters."""
+    path = coupling.main.path
+    return path if coupling.expert is None else path.rpartition(".")[0]
+
+
+def _mode(training: bool) -> str:
+    return "training" if training else "evaluation"
+
+
+def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:
+    """Inputs for the proof, the smallest that may reach the couplings first."""
+    plain = example_of(model, ROWS, LENGTH)
+    if plain is not None:
+        if "logits_to_keep" in inspect.signature(model.forward).parameters:
+            plain["logits_to_keep"] = 1  # a large vocabulary would take as long as several blocks
+        if {tower_of(model, coupling.main.path) for coupling in couplings} == {"language"}:
+            yield {name: value for name, value in plain.items() if name != "pixel_values"} or plain
+        yield plain
+    yield from examples_of(model)
+
+
+def _random_deltas(
+    model: nn.Module, couplings: list[Coupling], config: S2FTConfig, selection: Selection
+) -> dict[str, Delta]:
+    """Random values, about as large as usual weights, for all selected units that can be written into the weights."""
+    deltas: dict[str, Delta] = {}
+    chosen = [one for one in projections_of(couplings) if one.name in selection]
+    first = {id(weight_at(model, one).tensor): one.path for one in reversed(chosen)}
+    tied = {id(weight_at(model, one).tensor) for one in chosen if first[id(weight_at(model, one).tensor)] != one.path}
+    for number, projection in enumerate(chosen):
+        weight, elements = weight_at(model, projection), projection.elements(selection[projection.name])
+        in_shared_memory = weight.tensor.device.type == "cpu" and weight.tensor.is_shared()
+        if weight.read_only is None and not in_shared_memory and id(weight.tensor) not in tied:
+            shape = list(weight.shape)
+            shape[projection.dim] = elements.numel()
+            most = torch.Size(weight.shape[1:]).numel() ** -0.5
+            generator = torch.Generator(weight.tensor.device).manual_seed(number)
+            dtype = config.delta_dtype_for(weight.tensor.dtype)
+            values = torch.empty(shape, dtype=dtype, device=weight.tensor.device)
+            deltas[projection.name] = Delta(projection.dim, elements, values.uniform_(-most, most, generator=generator))
+    return deltas

@@ -1,1 +1,0 @@
-"""Kinds of experiments. Each file defines one as KIND; a recipe names the file."""

@@ -1,0 +1,239 @@
+"""What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
+
+import logging
+from typing import Any
+
+from s2ft.packages import check_packages
+from s2ft.text.calibration import needs_calibration
+from s2ft.text.data.loading import load_split
+from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
+from s2ft.text.drift import PromptRows
+from s2ft.text.encoding import context_length, tokenize_rows
+from s2ft.text.examples import examples_of
+from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
+from s2ft.text.prompts import encode_prompt, prompt_for_rows
+from s2ft.text.scoring import right_answer
+from s2ft.train.dpo import dpo
+from s2ft.train.grpo import base_for_vllm, check_count, grpo, largest_batch
+from s2ft.train.held_out import HeldOut
+from s2ft.train.memory import log_memory, log_memory_of_batch
+from s2ft.train.out_of_memory import explain_out_of_memory
+from s2ft.train.rates import suggested_rate, width_of
+from s2ft.train.rewards import check_columns, load_rewards
+from s2ft.train.rl_trainers import refuse_sharding
+from s2ft.train.run import Encoded, Method, Run
+from s2ft.train.sft import check_dtype, check_run, sft, smaller_step
+
+logger = logging.getLogger(__name__)
+FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
+
+
+def _read(run: Run, shape: Any = None, evaluates: bool = False) -> tuple[Any, Any]:
+    """Read the training rows and the held-out rows.
+
+    Raises:
+        ValueError: Rows can't be used, or the run evaluates without held-out rows.
+    """
+    arguments, limit = run.arguments, run.options.eval_limit
+    evaluates = evaluates or arguments.eval_strategy != "no"
+    how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": limit}
+    rows, held_out = load_split(run.data, **how, **({} if shape is None else {"shape": shape}))
+    if held_out is None and (evaluates or limit is not None):
+        name = "eval_task" if run.options.eval_task else "eval_limit" if limit else "an evaluation"
+        raise ValueError(
+            f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
+            f"{run.data.dataset_test_split!r}"
+        )
+    return rows, held_out
+
+
+def _room(run: Run, model) -> int:
+    """Tokens of the longest row."""
+    return min(run.arguments.max_length or 1 << 30, context_length(model) or 1 << 30)
+
+
+class SFT(Method):
+    """Rows of prompt and answer, whose answers are learned."""
+
+    name = "sft"
+
+    def learning_rate(self, model) -> float | None:
+        width = width_of(model)
+        return None if width is None else suggested_rate(width).rate
+
+    def read(self, run: Run) -> tuple[Any, Any]:
+        task = run.options.eval_task
+        rows, held_out = _read(run, evaluates=task is not None)
+        if task is not None:
+            for example in examples_of(held_out):
+                right_answer(example, task)
+        arguments = run.arguments
+        return (rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows), held_out
+
+    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
+        data, arguments, options = run.data, run.arguments, run.options
+        prompt = prompt_for_rows(tokenizer, rows, data)
+        prompt.apply_to(tokenizer)
+        how = {
+            "max_length": _room(run, model),
+            "too_long": data.too_long,
+            "loss_on": "last" if data.last_answer_only else "assistant" if arguments.assistant_only_loss else "all",
+            "completion_only": arguments.completion_only_loss is not False,
+            "skip_bad_rows": data.skip_bad_rows,
+            "processes": arguments.dataset_num_proc,
+        }
+        tokens = tokenize_rows(rows, tokenizer, prompt, **how)
+        if run.is_first:
+            logger.info(str(tokens))
+        check_run(model, tokens.dataset, arguments)
+        if held_out is None:
+            return Encoded(prompt, tokens.dataset)
+        examples = list(examples_of(held_out)) if options.eval_task else ()
+        others = tokenize_rows(held_out, tokenizer, prompt, **how).dataset
+        scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
+        return Encoded(prompt, tokens.dataset, scored)
+
+    def token_rows(self, rows, tokenizer) -> Any:
+        return rows
+
+    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+        log_memory(model, run.config, data.rows, run.arguments, run.options, tokenizer)
+
+    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
+        return sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
+
+
+class RL(Method):
+    """What DPO and GRPO share: they need whole models, and a format of prompts instead of rows."""
+
+    shape: Any  # of the rows
+
+    def check(self, run: Run) -> None:
+        refuse_sharding(run.arguments, f"s2ft {self.name}")
+        for name, value in (
+            ("streaming", run.data.is_streamed),
+            ("eval_task", run.options.eval_task),
+            ("last_answer_only", run.data.last_answer_only),
+        ):
+            if value:
+                raise ValueError(f"{name} {FOR_SFT}")
+
+    def read(self, run: Run) -> tuple[Any, Any]:
+        return _read(run, self.shape)
+
+    def prompt(self, run: Run, model, tokenizer, rows):
+        """Return the format of the prompts of rows, and set its template in the tokenizer."""
+        check_dtype(model, run.arguments)
+        prompt = prompt_for_rows(tokenizer, rows, run.data)
+        prompt.apply_to(tokenizer)
+        return prompt
+
+
+class DPO(RL):
+    """Pairs of a better and a worse answer."""
+
+    name = "dpo"
+    shape = PAIRS
+
+    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
+        data, arguments = run.data, run.arguments
+        prompt = self.prompt(run, model, tokenizer, rows)
+        arguments.max_length = _room(run, model)
+        how = {
+            "max_length": arguments.max_length,
+            "too_long": data.too_long,
+            "skip_bad_rows": data.skip_bad_rows,
+            "processes": arguments.dataset_num_proc,
+        }
+        pairs = encode_pairs(rows, tokenizer, prompt, **how)
+        if run.is_first:
+            logger.info(str(pairs))
+        others = None if held_out is None else encode_pairs(held_out, tokenizer, prompt, **how).dataset
+        return Encoded(prompt, pairs.dataset, others)
+
+    def token_rows(self, rows, tokenizer) -> Any:
+        return ChosenRows(rows)
+
+    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+        batch = longest_batch(data.rows, tokenizer, run.arguments.per_device_train_batch_size)
+        log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
+
+    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
+        with explain_out_of_memory(smaller_step(run.arguments), run.folder.kept):
+            return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
+
+
+class GRPO(RL):
+    """Prompts, whose answers by the model are rewarded."""
+
+    name = "grpo"
+    shape = PROMPTS
+
+    def check(self, run: Run) -> None:
+        super().check(run)
+        arguments = run.arguments
+        arguments.set_generation()
+        if arguments.use_vllm:
+            check_packages("use_vllm", "leave --use-vllm out: transformers generates the answers then")
+        rewards = load_rewards(run.rewards)
+        if arguments.reward_weights is not None and len(arguments.reward_weights) != len(rewards):
+            raise ValueError(
+                f"reward_weights has {len(arguments.reward_weights)} numbers for {len(rewards)} rewards "
+                f"({', '.join(reward.title for reward in rewards)}): give one for each"
+            )
+
+    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
+        arguments = run.arguments
+        prompt = self.prompt(run, model, tokenizer, rows)
+        room = (context_length(model) or 1 << 30) - arguments.max_completion_length
+        kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run.is_first, "prompts")
+        others, other = None, 0
+        if held_out is not None:
+            rest = with_columns(held_out, prompt)
+            others, other = _fitting(rest, tokenizer, room, run.is_first, "prompts to evaluate on")
+        if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
+            arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
+        check_columns(load_rewards(run.rewards), kept.column_names)
+        check_count(arguments, kept)
+        return Encoded(prompt, kept, others, longest)
+
+    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
+        if needs_calibration(run.config):
+            raise ValueError(
+                f"selection {run.config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units "
+                "with s2ft select, and give the file with units"
+            )
+        return None
+
+    def token_rows(self, rows, tokenizer) -> Any:
+        return PromptRows(rows, tokenizer)
+
+    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+        batch = largest_batch(run.arguments, data.longest)
+        log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
+
+    def base(self, run: Run, model, tokenizer):
+        return base_for_vllm(model, tokenizer, run.arguments)
+
+    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
+        with explain_out_of_memory(smaller_step(run.arguments), run.folder.kept):
+            rewards = load_rewards(run.rewards)
+            return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
+
+
+def _fitting(rows, tokenizer, room: int, says: bool, what: str):
+    """Leave out rows with a prompt of more than `room` tokens, and return also the tokens of the longest one."""
+    lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in rows]
+    kept = [number for number, length in enumerate(lengths) if length <= room]
+    left = len(rows) - len(kept)
+    if not kept:
+        raise ValueError(
+            f"none of {len(rows)} prompts fits into the {room} tokens that the context leaves for a prompt"
+        )
+    if says:
+        note = f"; {left} left out, longer than the {room} tokens that the context leaves for a prompt" if left else ""
+        logger.info("%d %s%s", len(kept), what, note)
+    return rows.select(kept) if left else rows, max(lengths[number] for number in kept)
+
+
+METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}

@@ -1,0 +1,493 @@
+"""One run of a training command: options, data, model, adapter, training, files.
+
+The commands differ in one object, a :class:`Method`; see `s2ft.train.methods`.
+"""
+
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import s2ft
+from s2ft.adapter import add_info, read_adapter
+from s2ft.adapter.hub import write_card
+from s2ft.config import S2FTConfig
+from s2ft.files.reading import check_adapter_name
+from s2ft.files.writing import reason_not_written
+from s2ft.packages import check_packages
+from s2ft.selection.protection import with_protect_ratio
+from s2ft.text.calibration import batches_of, calibration_for
+from s2ft.text.data import DataOptions
+from s2ft.text.drift import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, text_rows
+from s2ft.text.prompts import PromptFormat
+from s2ft.train.device import keep_freed_memory, say_device
+from s2ft.train.forgetting import ForgettingMeter
+from s2ft.train.kernels import apply_kernels, check_kernels
+from s2ft.train.loading import fit_layout, load_base
+from s2ft.train.options import (
+    DEFAULT_BATCH,
+    ForgettingOptions,
+    ModelOptions,
+    RunOptions,
+    divide_batch,
+    with_default_ratio,
+)
+from s2ft.train.output import GROUPS, ROWS, RunFolder
+from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
+from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, this_rank
+
+logger = logging.getLogger(__name__)
+MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
+NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
+                "vllm_server_", "vllm_transport", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
+NOT_IN_RUN = ("output_dir", "push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
+              "overwrite", "stop_after", "keep_memory", "max_new_tokens", "per_device_eval_batch_size", "debug",
+              "local_rank", "batch_eval_metrics", "do_train", "do_eval", "do_predict", "deepspeed", "fsdp",
+              "fsdp_config", "parallelism_config", "batch_size")  # fmt: skip
+EVALUATION = ("eval_strategy", "eval_steps")  # part of a run whose best checkpoint is kept
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The rows of a run as the trainer takes them.
+
+    Attributes:
+        prompt: The format of the prompts, which the tokenizer has.
+        rows: The rows to train on.
+        held_out: The rows to evaluate on, or None.
+        longest: Tokens of the longest prompt, where a method needs them.
+    """
+
+    prompt: PromptFormat
+    rows: Any
+    held_out: Any = None
+    longest: int = 0
+
+
+@dataclass(frozen=True)
+class Run:
+    """What the options of a training command say.
+
+    Attributes:
+        method: What the command does.
+        model: How the base is loaded.
+        data: Which data is read.
+        config: What is trained.
+        arguments: The arguments of TRL's trainer.
+        options: Options that TRL's arguments do not have.
+        forgetting: What is measured and protected.
+        rewards: Names of the rewards.
+        given: The options that the user has set, by their full names.
+    """
+
+    method: "Method"
+    model: ModelOptions
+    data: DataOptions
+    config: S2FTConfig
+    arguments: Any
+    options: RunOptions
+    forgetting: ForgettingOptions
+    rewards: tuple[str, ...]
+    given: Mapping[str, Any]
+
+    @property
+    def folder(self) -> RunFolder:
+        """The output folder."""
+        return RunFolder(self.arguments.output_dir)
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that prints and writes."""
+        return this_rank().is_main_process
+
+    @property
+    def resume(self) -> bool | Path:
+        """False, True for the newest valid checkpoint, or the path of the checkpoint to resume.
+
+        Raises:
+            FileNotFoundError: There is no such checkpoint in the output folder.
+        """
+        value, folder = self.arguments.resume_from_checkpoint, self.folder.path
+        word = str(value).lower()
+        if value is None or word in ("false", "no", "none", ""):
+            return False
+        if word in ("latest", "true", "yes"):
+            return True
+        path = Path(value).expanduser()
+        if not path.is_dir() or path.resolve().parent != folder.resolve():
+            raise FileNotFoundError(f"resume_from_checkpoint {value} is no checkpoint in the output folder {folder}")
+        return path
+
+    def with_defaults(self) -> "Run":
+        """Return the run with the ratios that follow from its options."""
+        config = with_default_ratio(self.config, self.given)
+        return replace(self, config=with_protect_ratio(config, bool(self.forgetting.protect)))
+
+    def for_model(self, model) -> "Run":
+        """Return the run with the learning rate and the layout that follow from the model, unless the user set them."""
+        run = replace(self, config=fit_layout(self.config, model, "layout" in self.given))
+        rate = self.method.learning_rate(model)
+        if rate is None or "learning_rate" in self.given:
+            return run
+        self.arguments.learning_rate = rate
+        if self.is_first:
+            logger.info(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
+        return replace(run, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
+
+    def determining(self) -> dict[str, Any]:
+        """Return the options that a resumed run must have in common with the run that it continues, as JSON values.
+
+        The names of the selection begin with "adapter.", those of the model with "model.", and those of TRL's arguments
+        with "training.".
+        """
+        arguments, given = self.arguments, self.given
+        found: dict[str, Any] = {"command": self.method.name, "model": self.model.model_name_or_path}
+        found |= {f"model.{one.name}": getattr(self.model, one.name) for one in fields(self.model)[1:]}
+        found |= {f"adapter.{key}": entry for key, entry in self.config.to_dict().items()}
+        for options in (self.data, self.options, self.forgetting):
+            found |= {one.name: _plain(getattr(options, one.name)) for one in fields(options) if _belongs(one.name)}
+        found |= {"rewards": list(self.rewards)} if self.rewards else {}
+        best = arguments.load_best_model_at_end
+        for one in fields(arguments):
+            if one.init and _belongs(one.name, best) and given.get(one.name, one.default) != one.default:
+                value = _plain(given[one.name])
+                if one.name == "model_init_kwargs":
+                    value.pop("distributed_config", None)  # other devices can go on with the run
+                if value != {}:
+                    found[f"training.{one.name}"] = value
+        found |= {f"training.{name}": getattr(arguments, name) for name in (MICRO, PASSES, "seed", "data_seed")}
+        return {**found, ROWS: rows_of_update(arguments), GROUPS: devices_of(arguments).groups}
+
+
+class Method(ABC):
+    """What one training command does differently from the others."""
+
+    name: str
+
+    def learning_rate(self, model) -> float | None:
+        """Return the learning rate of a run that names none, or None for that of the arguments."""
+        return None
+
+    def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
+        """Check the options before anything is read. Raises ValueError."""
+
+    @abstractmethod
+    def read(self, run: Run) -> tuple[Any, Any]:
+        """Return the training rows, and the held-out rows or None."""
+
+    @abstractmethod
+    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
+        """Choose the prompt's format, set it in the tokenizer, and convert the rows."""
+
+    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
+        """Return batches for a selection by statistics, or None if the selection needs none."""
+        size = run.arguments.per_device_train_batch_size
+        return calibration_for(
+            run.config, tokenizer, self.token_rows(data.rows, tokenizer), run.options.calibration_examples, size
+        )
+
+    @abstractmethod
+    def token_rows(self, rows, tokenizer) -> Any:
+        """Return encoded rows as token rows whose labels are one answer."""
+
+    @abstractmethod
+    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+        """Log the memory that a step on the longest rows takes."""
+
+    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
+        """Write the base to a folder inside the context if something besides the trainer needs it."""
+        return nullcontext()
+
+    @abstractmethod
+    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
+        """Train the attached model and save its adapter."""
+
+
+# ---- the run -------------------------------------------------------------------------------------------
+
+
+def train(run: Run, config_text: Any) -> None:
+    """Train, after everything has been checked. Only the first rank reserves the output folder.
+
+    Args:
+        run: The options.
+        config_text: Function of the run that returns the text of config.yaml.
+
+    Raises:
+        ValueError: An option does not fit the model, the data or the machine.
+        FileExistsError: The output folder holds another run, or another process uses it.
+        OSError: A file can't be written. The message names what is kept.
+    """
+    run = run.with_defaults()
+    arguments, options, folder = run.arguments, run.options, run.folder
+    check_can_shard(arguments)
+    check_packages_of_run(arguments)
+    check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
+    check_kernels(options.kernels)
+    check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
+    batches, resume = set_batches(arguments, options, run.given), run.resume
+    with folder.reserved(bool(resume), options.overwrite) if run.is_first else nullcontext():
+        check_upload(arguments)
+        if run.is_first:
+            logger.info(batches)
+        # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
+        uploads, arguments.push_to_hub = arguments.push_to_hub, False
+        result = _train(run, config_text)
+        if run.is_first:
+            _finish(result, folder, arguments, uploads)
+
+
+def _train(run: Run, config_text: Any) -> Finetuned:
+    """Read the data, load the model, attach the adapter, and train it."""
+    method, arguments, device = run.method, run.arguments, this_rank().device
+    method.check(run)
+    rows, held_out = method.read(run)
+    measured, protected = _other_text(run)
+    if run.is_first:
+        say_device(device)
+    if device.type == "cpu" and run.options.keep_memory:
+        keep_freed_memory()
+    model, tokenizer = load_base(run.model, arguments)
+    run = run.for_model(model)
+    data = method.encode(run, model, tokenizer, rows, held_out)
+    calibration = method.calibration(run, tokenizer, data)
+    if run.is_first and not run.resume:
+        method.log_memory(run, model, tokenizer, data)
+    with method.base(run, model, tokenizer) as base:
+        meter = _meter(run, measured, model, tokenizer, data)
+        protect = None
+        if protected is not None:
+            texts = text_rows(
+                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
+            )
+            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
+        _begin(run, model, data, calibration, protect, config_text(run))
+        how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
+        with naming_what_is_kept(run.folder):
+            return method.train(run, model, tokenizer, data, **how, **({"base": base} if base else {}))
+
+
+def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: str) -> None:
+    """Attach the adapter to the model, record its prompt and training, and write the options into the output folder."""
+    options, ranks = run.options, this_rank()
+    placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
+    if (calibration is not None or protect is not None) and not placed:
+        model.to(ranks.device)
+    load_below(model, options.on_top, options.name)
+    how = {"protect": protect, "on_top": bool(options.on_top)}
+    report = s2ft.attach(model, run.config, options.name, calibration, **how)
+    apply_kernels(model, options.kernels)
+    add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
+    check_ranks_agree(model)
+    if run.is_first:
+        run.folder.begin(run.determining(), bool(run.resume), config_text)
+        print(report, flush=True)
+    ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
+
+
+def load_below(model, folders: list[str], name: str) -> None:
+    """Load the adapters that a run trains on top of, and make all of them active.
+
+    Args:
+        model: The base.
+        folders: Adapter folders, or outputs of runs.
+        name: Name of the adapter that will be trained. An adapter with this name, or with that of an earlier folder,
+            gets the name of its folder.
+
+    Raises:
+        FileNotFoundError: A folder does not exist.
+        ValueError: A folder has no adapter of this base, or names clash. The message names the folder.
+    """
+    names: list[str] = []
+    for folder in folders:
+        adapter = read_adapter(folder)
+        chosen = adapter.name if adapter.name not in (name, *names) else Path(folder).name
+        try:
+            s2ft.load_adapter(model, adapter, chosen, active=False)
+        except ValueError as error:
+            raise ValueError(f"on_top {folder}: {error}") from error
+        names.append(chosen)
+    if names:
+        s2ft.set_adapter(model, dict.fromkeys(names, 1.0))
+
+
+def _told(run: Run, rows) -> dict:
+    """What an adapter tells of its training. Names of data sets on the hub are told, and no paths."""
+    data, arguments = run.data, run.arguments
+    names = [*data.data, *filter(None, [data.dataset_name]), *(entry["path"] for entry in data.datasets)]
+    return {
+        "method": run.method.name,
+        "rows": len(rows) if hasattr(rows, "__len__") else None,
+        "data": [name for name in names if "/" in name and not Path(name).expanduser().exists()],
+        "epochs": arguments.num_train_epochs,
+        "max_steps": arguments.max_steps if arguments.max_steps > 0 else None,
+        "batch_size": rows_of_update(arguments),
+        "learning_rate": arguments.learning_rate,
+        "seed": arguments.seed,
+    }
+
+
+def _finish(result: Finetuned, folder: RunFolder, arguments, uploads: bool) -> None:
+    """Print the summary, write the model card, and upload the adapter if that was asked for."""
+    steps = f"{result.steps} step{'s' * (result.steps != 1)}"
+    quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
+    print(
+        f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, {quality} "
+        "(mean of the last tenth of the logged steps)"
+    )
+    if result.drift is not None:
+        where = "" if result.kept_step is None else f", step {result.kept_step} of the {result.stopped_at} trained"
+        print(f"{result.drift}{where}")
+    if not result.finished:
+        print(f"stopped before the end: go on with --resume in {folder.path}")
+        return
+    with log_errors("the model card was not written"):
+        write_card(read_adapter(result.adapter), result.adapter)
+    print(f"adapter: {result.adapter}")
+    if uploads:
+        try:
+            print(f"uploaded: {upload(arguments, folder)}")
+        except Exception as error:
+            raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error
+
+
+@contextmanager
+def naming_what_is_kept(folder: RunFolder) -> Iterator[None]:
+    """If a file can't be written inside the context, for example on a full disk, the OSError names what is kept."""
+    try:
+        yield
+    except Exception as error:
+        reason = reason_not_written(error)
+        if reason is None:
+            raise
+        raise OSError(f"{reason}; {folder.kept()}") from error
+
+
+# ---- parts of it ---------------------------------------------------------------------------------------
+
+
+def set_batches(arguments: Any, options: RunOptions, given: Mapping[str, Any]) -> str:
+    """Set the rows of a forward pass and the number of passes of an update.
+
+    Without any of the three options, an update has 64 rows. `batch_size` alone is divided among the devices. The other
+    two mean what they mean in transformers.
+
+    Args:
+        arguments: Arguments of a trainer, which are changed.
+        options: The options of the run, with `batch_size`.
+        given: The options that the user has set, by name.
+
+    Returns:
+        The line that says how many rows an update has.
+
+    Raises:
+        ValueError: The rows can't be divided, or the three options contradict each other.
+    """
+    shared, total = devices_of(arguments), options.batch_size
+    devices = shared.groups
+    micro = arguments.per_device_train_batch_size if MICRO in given else None
+    passes = arguments.gradient_accumulation_steps if PASSES in given else None
+    if total is None and micro is None and passes is None:
+        total = max(1, round(DEFAULT_BATCH / devices)) * devices
+    if total is not None:
+        if micro and passes and micro * passes * devices != total:
+            raise ValueError(
+                f"batch_size {total} contradicts {MICRO} {micro} × {PASSES} {passes} × {shared} = "
+                f"{micro * passes * devices} rows: leave one of them out"
+            )
+        if passes:
+            divide_batch(total, devices * passes)
+            micro = total // (devices * passes)
+        micro, passes = divide_batch(total, devices, micro)
+        arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = micro, passes
+    micro, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    return (
+        f"{micro * passes * devices} rows an update: {micro} rows × {passes} forward pass{'es' * (passes != 1)} × "
+        f"{shared}"
+    )
+
+
+def check_upload(arguments: Any) -> None:
+    """Check before the training that the adapter can be uploaded after it.
+
+    Raises:
+        ValueError: The hub can't be reached, or takes no token.
+    """
+    if not arguments.push_to_hub:
+        return
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi(token=arguments.hub_token).whoami()
+    except Exception as error:  # each error of the network has a class of its own
+        first = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        raise ValueError(f"push_to_hub: the hub does not let you write ({first}): run `hf auth login` first") from error
+
+
+def upload(arguments: Any, folder: RunFolder) -> str:
+    """Upload the adapter of a run with its model card, and return the address of the commit."""
+    from s2ft.adapter.push import push_to_hub
+
+    return push_to_hub(
+        folder.adapter,
+        arguments.hub_model_id or folder.path.absolute().name,
+        revision=arguments.hub_revision,
+        private=arguments.hub_private_repo,
+        token=arguments.hub_token,
+    )
+
+
+def _other_text(run: Run) -> tuple[Any, Any]:
+    """Read the files of `--forgetting-data` and `--protect`, before a model is loaded."""
+    options, data = run.forgetting, run.data
+
+    def rows(names: list[str], most: int) -> Any:
+        if not names:
+            return None
+        own = DataOptions(data=names, field=data.field, skip_bad_rows=data.skip_bad_rows)
+        return read_texts(own, most, run.config.seed)
+
+    return rows(options.forgetting_data, options.meter_rows), rows(options.protect, options.protect_rows)
+
+
+def _meter(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter | None:
+    """Make the meter of a run, or return None if nothing is to be measured."""
+    options, seed = run.forgetting, run.config.seed
+    if not options.measures:
+        return None
+    held_out = getattr(data.held_out, "rows", data.held_out)
+    rows = run.method.token_rows(data.rows if held_out is None else held_out, tokenizer)
+    texts = None if other is None else text_rows(other, tokenizer, longest_other_row(model), options.meter_rows, seed)
+    prompts: Any = prompt_rows(rows, options.meter_rows, seed) if options.measures_kl else None
+    if options.measures_kl and options.kl_on == "answers":
+        questions, length = prompts_of(rows, options.meter_rows, seed), run.options.max_new_tokens
+
+        def prompts(model):
+            return answer_rows(model, tokenizer, questions, length)
+
+    return ForgettingMeter(
+        other=texts,
+        prompts=prompts,
+        every=options.meter_steps,
+        stop_at_forgetting=options.stop_at_forgetting,
+        stop_at_kl=options.stop_at_kl,
+    )
+
+
+def _belongs(name: str, best: bool = False) -> bool:
+    if best and name in EVALUATION:
+        return True
+    return name not in NOT_IN_RUN and not name.startswith(NOT_OF_A_RUN)
+
+
+def _plain(value: Any) -> Any:
+    """A value that JSON can hold."""
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    value = getattr(value, "value", value)
+    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)

@@ -1,0 +1,258 @@
+"""Methods are made ready as planned, and measures equal direct computations."""
+
+import json
+import mmap
+
+import pytest
+import torch
+from support.models import model_of
+from train.tiny import tiny_model
+
+import s2ft
+from bench.experiments import memory, metamath, sequence, serving
+from bench.experiments.learning import base_of
+from bench.experiments.methods import METHODS, matched, prepare, trained_parameters
+from bench.experiments.models import at_least_one_unit, config_of
+from bench.experiments.smoke import smoke_data, smoke_model
+from bench.experiments.tasks import TASKS, example, orders_of, same_words
+from bench.experiments.training import KeepBest, _schedule, arguments_of
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("experiments")
+    return {
+        "model": smoke_model(folder / "model"), "dtype": "float32", "data": smoke_data(folder / "data"), "seed": 0,
+        "questions": {"train": 4, "validation": 2, "test": 2, "near": 0}, "method": "s2ft", "rate": 0.01,
+    }  # fmt: skip
+
+
+# ---- methods ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method, options", [
+    ("s2ft", {"d_ratio": 0.1, "o_ratio": 0.25, "allocation": "global"}), ("s2ft", {"d_ratio": 0.3, "selection": "weight"}),
+    ("lora", {"r": 4}), ("dora", {"r": 4}), ("rslora", {"r": 4}), ("shira", {"r": 4}), ("miss", {"r": 4}), ("full", {}),
+])  # fmt: skip
+def test_the_number_of_parameters_is_known_before_and_can_be_matched(method, options):
+    with torch.device("meta"):
+        hollow = type(model_of("llama"))(model_of("llama").config)
+    count = prepare(model_of("llama"), method, options).trainable
+    assert trained_parameters(hollow, method, options) == count
+    if METHODS[method].size:
+        found = matched(hollow, method, 2500, options)
+        assert 1200 < prepare(model_of("llama"), method, found).trainable <= 2500
+        assert "lora_alpha" not in found or found["lora_alpha"] == found["r"] * 32 / 4
+
+
+def test_the_best_parameters_are_put_back_bit_for_bit():
+    model = prepare(model_of("llama"), "lora", {"r": 2}).model
+    trained = [each for each in model.parameters() if each.requires_grad]
+    best = KeepBest(model)
+    for step, loss in enumerate((3.0, 1.0, 2.0, float("nan")), 1):
+        for each in trained:
+            each.data.fill_(step)
+        best.on_evaluate(None, type("State", (), {"global_step": step}), None, {"eval_loss": loss})
+    best.restore()
+    assert best.step == 2 and all(bool((each == 2).all()) for each in trained)
+
+
+def test_phases_go_on_in_the_schedule_of_the_whole_run(settings, tmp_path):
+    arguments = arguments_of({**settings, "training": {"max_steps": 6, "warmup_steps": 2}}, tmp_path)
+    rate = _schedule(arguments)
+    assert [rate(step) for step in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0])
+
+
+def test_ratios_that_select_nothing_are_raised_to_one_unit():
+    model = model_of("llama")
+    raised = at_least_one_unit(model, {"o_ratio": 0.026, "d_ratio": 0.01, "v_ratio": 0.5})
+    assert (
+        raised["o_ratio"] == 0.25 and raised["v_ratio"] == 0.5 and s2ft.plan(model, s2ft.S2FTConfig(**raised)).trainable
+    )
+    with pytest.raises(ValueError, match="model_type"):
+        config_of({"hidden_size": 4})
+
+
+# ---- tasks and scores ------------------------------------------------------------------------------------
+
+
+def test_tasks_without_packages_are_the_same_each_time_and_share_no_question(settings):
+    for name in ("arithmetic", "math10k", "boolq"):
+        task, again = TASKS[name](settings), TASKS[name](settings)
+        assert task.train == again.train and task.tests == again.tests
+        assert not {one.question for one in task.train} & {one.question for one in task.validation}
+    assert len(TASKS["arithmetic"](settings).train) == 4 and len(TASKS["math10k"](settings).tests) == 7
+    assert "Answer format: true/false" in TASKS["boolq"](settings).train[0].question.replace("\n", " ")
+    assert TASKS["math10k"]({**settings, "seed": 1}).train != TASKS["math10k"](settings).train
+
+
+@pytest.mark.parametrize("text, right", [("Mother-in-law.", True), ("mother", False), ("a, b", False)])
+def test_words_are_compared_without_case_and_marks(text, right):
+    assert same_words(example("", "mother-in-law", "mother-in-law"), text) == right
+
+
+def test_choices_are_different_orders_and_contain_the_answer_at_any_place():
+    questions = [example(f"a, {n}, c", "", f"a, {n}, c") for n in range(40)]
+    for one in questions:
+        assert one.answer in orders_of(one) and len(set(orders_of(one))) == 4 and orders_of(one) == orders_of(one)
+    assert {orders_of(one).index(one.answer) for one in questions} == {0, 1, 2, 3}
+
+
+def test_the_likeliest_choice_is_that_of_a_direct_computation(settings):
+    base = base_of(settings)
+    ones = [example(f"What is {n}?", "", "red") for n in range(6)]
+    task = TASKS["arithmetic"](settings)
+    task = type(task)([], [], {}, None, 4, lambda one: ["red", "blue", "a longer text"])
+    expected = 0
+    for one in ones:
+        sums = []
+        for choice in task.choices(one):
+            prompt = base.tokenizer.apply_chat_template(
+                list(one.conversation), add_generation_prompt=True, tokenize=False
+            )
+            ids, end = (base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, choice))
+            logits = base.model(torch.tensor([ids + end])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
+            sums.append(sum(float(row[token]) for row, token in zip(logits, end)))
+        expected += sums.index(max(sums)) == 0
+    assert base.choice_accuracy(base.model, task, ones) == expected / 6
+
+
+def test_distance_from_the_base_is_zero_for_the_base(settings):
+    base = base_of(settings)
+    known = {**settings, "task": "math10k", "probes": ["other_text.jsonl"], "probe_texts": 2, "kl_prompts": 1}
+    assert base.distance(base.model, known) == {"forgetting": {"other_text.jsonl": 0.0}, "kl": 0.0}
+    moved = base.copy()
+    moved.lm_head.weight.data.mul_(2)
+    found = base.distance(moved, {**known, "kl_prompts": None, "kl_texts": True})
+    assert found["forgetting"]["other_text.jsonl"] != 0 and found["kl"] > 0
+
+
+@pytest.mark.parametrize("change", ["bit", "dtype", "missing"])
+def test_every_difference_of_a_state_is_found(change):
+    ours = {"a": torch.tensor([0.0, 1.0]), "b": torch.ones(2)}
+    theirs = {name: one.clone() for name, one in ours.items()}
+    assert sequence.differing(ours, theirs) == []
+    theirs = {"bit": {**theirs, "a": torch.tensor([-0.0, 1.0])}, "dtype": {**theirs, "a": ours["a"].half()},
+              "missing": {"b": theirs["b"]}}[change]  # fmt: skip
+    assert sequence.differing(ours, theirs) == ["a"]
+
+
+def test_serving_finds_one_changed_bit_and_memory_its_peak():
+    model = tiny_model()
+    other = tiny_model()
+    assert serving.same_bits(model, other)
+    other.lm_head.weight.data[0, 0] = torch.nextafter(other.lm_head.weight[0, 0], torch.tensor(9.0))
+    assert not serving.same_bits(model, other)
+    peak = memory.PeakMemory("cpu")
+    peak.forget_peak()
+    fresh = torch.frombuffer(mmap.mmap(-1, 2**26), dtype=torch.uint8)  # torch's memory may be some that was kept
+    fresh.fill_(1)
+    assert peak.peak() > 0.9 * 2**26
+    with memory.limited("cpu", 2**20), pytest.raises(RuntimeError):
+        torch.ones(2**28, dtype=torch.uint8)
+
+
+# ---- PEFT's protocol -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text, right, expected", [
+    ("It is 5. The answer is: 5.", "#### 5", True), ("The answer is: $50%", "#### 50", True),
+    ("The answer is: 7/2", "#### 3.5", True), ("The answer is: 7/0", "#### 3.5", False),
+    ("The answer is: 1,200", "#### 1,200", True), ("The answer is: 1200", "#### 1,200", False),  # as text
+    ("#### 4\nThe answer is 5", "#### 5", True), ("The answer is: 5\n\nQuestion: what?", "#### 5", True),
+    ("The answer is: NaN", "#### 5", False), ("5", "#### 5", False), ("The answer is: sNaN", "#### 5", False),
+])  # fmt: skip
+def test_answers_are_compared_by_peft_s_rules(text, right, expected):
+    assert metamath.is_right(text, right) is expected
+    with pytest.raises(ValueError, match="the set's answer has none of"):
+        metamath.is_right(text, "5")
+    assert metamath.has_number("so 1200.", "#### 1,200") and not metamath.has_number("no", "#### 3")
+
+
+def test_batches_are_sorted_within_twenty_batches_and_label_one_end_token():
+    rows = [[0] * length for length in range(1, 101)]
+    made = list(metamath.batches_of(rows, 2))
+    assert sum(made, []) == sorted(rows[:40], key=len)[::-1] + sorted(rows[40:80], key=len)[::-1] + rows[80:][::-1]
+    batch = metamath.tensors_of([[5, 6, 7, 8], [5, 6], [9]], 2)
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8], [5, 6, 2, 2], [9, 2, 2, 2]]
+    assert batch["labels"].tolist() == [[5, 6, 7, 8], [5, 6, 2, -100], [9, 2, -100, -100]]
+    assert batch["attention_mask"].sum(1).tolist() == [4, 2, 1]
+
+
+@pytest.fixture
+def run(settings):
+    from bench.experiments.__main__ import changed, read
+
+    recipe = read("metamath")
+    recipe = changed(recipe, {**recipe["smoke"], "model": settings["model"], "data": settings["data"]})
+    recipe["rows"] = {"s2ft": recipe["rows"]["s2ft"]}
+    return metamath.runs(recipe)[0].settings
+
+
+def test_losses_and_forgetting_are_those_of_a_direct_computation(run, tmp_path):
+    """And a run that was stopped after its first validation ends with the same numbers."""
+    (row,) = metamath.measure(run, tmp_path / "whole")
+    loaded = metamath._Loaded(run)
+    model, rows = loaded.model, loaded.rows
+    s2ft.attach(model, s2ft.S2FTConfig(**matched(model, "s2ft", run["parameters"], run["options"]), seed=0))
+    trained = [each for each in model.parameters() if each.requires_grad]
+    optimizer, losses = torch.optim.AdamW(trained, lr=run["rate"], weight_decay=0.1), []
+    for step, batch in enumerate(list(metamath.batches_of(rows, 2))[:4]):
+        optimizer.param_groups[0]["lr"] = run["rate"] * 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / 4)).item())
+        tensors = metamath.tensors_of(batch, loaded.end)
+        logits = model(input_ids=tensors["input_ids"], attention_mask=tensors["attention_mask"]).logits
+        total = torch.nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), tensors["labels"][:, 1:].flatten(), reduction="sum"
+        )
+        loss = total / tensors["attention_mask"].sum()
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        losses.append(loss.item())
+    assert row["train_loss"] == pytest.approx(sum(losses[2:]) / 2, rel=1e-5) and row["forgetting"] != 0
+    assert row["trained"] == sum(each.numel() for each in trained) and row["file_bytes"] >= 4 * row["trained"]
+
+    class Stopped(Exception):
+        pass
+
+    def stop(self):
+        save(self)
+        raise Stopped
+
+    save = metamath.Trainer.save
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(metamath.Trainer, "save", stop)
+        with pytest.raises(Stopped):
+            metamath.measure(run, tmp_path / "part")
+    (again,) = metamath.measure(run, tmp_path / "part")
+    for name in ("train_loss", "forgetting", "accuracy", "validation"):
+        assert again[name] == row[name], name
+    assert not list(tmp_path.glob("*/checkpoint.pt"))
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_data_that_lack_a_field_are_named(run, tmp_path):
+    with pytest.raises(FloatingPointError, match="lower the learning rate"):
+        metamath.measure({**run, "rate": 1e30}, tmp_path)
+    (tmp_path / "metamathqa.jsonl").write_text('{"query": "a"}\n')
+    with pytest.raises(FileNotFoundError, match="has neither gsm8k-train.jsonl nor"):
+        metamath.files_of(str(tmp_path))
+    for name in ("gsm8k-train", "gsm8k-test", "encyclopedia"):
+        (tmp_path / f"{name}.jsonl").write_text("{}\n")
+    with pytest.raises(ValueError, match="metamathqa, row 0: field 'response' must be text"):
+        metamath.Data({**run, "data": str(tmp_path)}, 8)
+
+
+def test_the_rows_of_s2ft_are_experiments_of_peft(settings, tmp_path):
+    from bench.experiments.__main__ import main
+    from s2ft.peft import S2FTPeftConfig
+
+    assert main(["metamath", "--smoke", "--only", "s2ft", "s2ft-protect", "--set", f"peft={tmp_path / 'peft'}", "--plan",
+                 "--output", str(tmp_path)]) == 0  # fmt: skip
+    plain, chosen = (
+        S2FTPeftConfig.from_pretrained(next(tmp_path.glob(f"peft/s2ft/*-{n}-lr_0.001"))) for n in ("s2ft", "protect")
+    )
+    assert plain.d_ratio == 0.1 and plain.units is None
+    assert chosen.units and chosen.info == {"chosen_by": {"d_ratio": 0.1, "protect_ratio": 0.5}}
+    written = json.loads(next(tmp_path.glob("peft/s2ft/*-protect-*/training_params.json")).read_text())
+    assert written == {"optimizer_kwargs": {"lr": 0.001, "weight_decay": 0.1}}

@@ -1,0 +1,166 @@
+"""Every recipe runs on a tiny model, and mistakes are found before anything is trained."""
+
+import json
+
+import pytest
+
+from bench.experiments import __main__ as command, comparison
+from bench.experiments.runner import Results, Run
+
+QUICK = ("commonsense", "fusion", "metamath", "small-sequence", "serving")  # one of each kind, and efficiency is slow
+RECIPES = sorted(file.stem for file in command.RECIPES.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in RECIPES]
+)
+def test_a_smoke_run_of_every_recipe(name, tmp_path, capsys):
+    assert command.main([name, "--smoke", "--workers", "0", "--output", str(tmp_path)]) == 0
+    printed = capsys.readouterr().out
+    assert "failed" not in printed and "not run" not in printed and "**" in printed
+    lines = [json.loads(line) for line in (tmp_path / f"{name}-smoke.jsonl").read_text().splitlines()]
+    assert lines and all(line["status"] == "done" and line["rows"] for line in lines)
+    check = {"commonsense": check_commonsense, "instruction": check_instruction, "metamath": check_metamath,
+             "evidence": check_evidence}.get(name)  # fmt: skip
+    if check:
+        check([line["rows"][0] for line in lines], tmp_path)
+    assert command.main([name, "--smoke", "--workers", "0", "--output", str(tmp_path)]) == 0  # nothing is made again
+    assert len((tmp_path / f"{name}-smoke.jsonl").read_text().splitlines()) == len(lines)
+
+
+def check_commonsense(rows, folder):
+    import s2ft
+    from s2ft.text.models import load_model
+
+    assert all(row["best_step"] in (1, 2) and len(row["tests"]) == 8 for row in rows)
+    answers = [
+        json.loads(line) for line in next(folder.glob("runs/lora*/answers/boolq.jsonl")).read_text().splitlines()
+    ]
+    assert answers[0].keys() == {"question", "generated", "right"}
+    model, _ = load_model(str(folder / "smoke" / "model"))
+    s2ft.load_adapter(model, str(next(folder.glob("runs/s2ft*/adapter"))))  # what was trained can be used
+    assert next(folder.glob("runs/lora*/adapter/adapter_model.safetensors")).is_file()
+
+
+def check_instruction(rows, folder):
+    assert all(row["forgetting"].keys() == {"other_text.jsonl"} and "loss" in row for row in rows)
+    files = list(folder.glob("runs/*/model_answer.jsonl"))
+    assert len(files) == 4  # of each row and of the base
+    line = json.loads(files[0].read_text().splitlines()[1])
+    assert line["question_id"] == 82 and len(line["choices"][0]["turns"]) == 2
+
+
+def check_metamath(rows, folder):
+    assert all(len(row["validation"]) == 2 and row["forgetting"] != 0 for row in rows)
+    assert not list(folder.glob("runs/*/checkpoint.pt"))
+
+
+def check_evidence(rows, folder):
+    trained = [row for row in rows if "losses" in row]
+    assert all(row["seconds_per_step"] > 0 and row["losses"] for row in trained)
+    assert all(row["kl"] > 0 and row["forgetting"]["documentation"] != 0 for row in trained if "kl" in row)
+    assert [row["kl"] for row in rows if "trainable" not in row] == [0.0]  # the base
+
+
+# ---- mistakes --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["comonsense"], "did you mean commonsense"),
+        (["nosuch.yaml"], "doesn't exist"),
+        (["commonsense"], "--data names the folder"),
+        (["commonsense", "--data", "nosuch"], "there is no file nosuch"),
+        (["arithmetic", "--smoke", "--set", "rates"], "--set must be NAME=VALUE"),
+        (["arithmetic", "--smoke", "--set", "beam=1"], "there is no 'beam'; did you mean beams"),
+        (["arithmetic", "--smoke", "--set", "seeds=[]"], "seeds must be a list with at least one value"),
+        (["arithmetic", "--smoke", "--set", "tasks=[math]"], "there is no 'math'"),
+        (["arithmetic", "--smoke", "--set", "best=true"], "best needs held-out rows"),
+        (["arithmetic", "--smoke", "--set", "rows.s2ft.rates=[0]"], "row s2ft: rates must be positive"),
+        (["arithmetic", "--smoke", "--set", "rows.s2ft.options.d_raito=0.1"], "row s2ft: an option of method s2ft"),
+        (["arithmetic", "--smoke", "--set", "rows.s2ft.options.d_ratio=0.001"], "row s2ft: d_ratio=0.001"),
+        (["arithmetic", "--smoke", "--set", "rows.dora.options.rank=3"], "row dora: method dora does not take an option"),
+        (["arithmetic", "--smoke", "--set", "rows.dora.method=dorra"], "there is no 'dorra'; did you mean dora"),
+        (["arithmetic", "--smoke", "--set", "rows.dora.option=1"], "there is no 'option'; did you mean options"),
+        (["arithmetic", "--smoke", "--set", "rows.dora=3"], "row dora: must hold lines"),
+        (["arithmetic", "--smoke", "--only", "galore"], "there is no 'galore'"),
+        (["arithmetic", "--smoke", "--part", "3/2"], "--part must be K/N"),
+        (["projections", "--smoke", "--set", "equal_to=dd"], "equal_to: there is no 'dd'"),
+        (["instruction", "--smoke", "--set", "judge=other_text.jsonl"], "line 1: needs question_id"),
+        (["efficiency", "--smoke", "--set", "model.max_position_embeddings=4"], "lengths must be at most 4"),
+        (["serving", "--smoke", "--set", "widths=[65]"], "widths multiples of 64"),
+        (["serving", "--smoke", "--set", "channels=999"], "channels must be at most"),
+        (["fusion", "--smoke", "--set", "weights=[[1,0]]"], "weights must be pairs without 0"),
+        (["fusion", "--smoke", "--set", "rows.lora.rates={}"], "row lora: rates must have a rate for boolq"),
+        (["sequence", "--smoke", "--set", "rows.lora.mode=on_top"], "mode on_top needs method s2ft"),
+        (["sequence", "--smoke", "--set", "rows.s2ft-disjoint.options.d_ratio=0.6"], "disjoint units need ratios of at most"),
+        (["metamath", "--smoke", "--set", "query=x"], "query must contain {query}"),
+    ],
+)  # fmt: skip
+def test_mistakes_are_found_before_a_run(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command.runner, "make", lambda *arguments, **options: pytest.fail("a run began"))
+    with pytest.raises(SystemExit):
+        command.main([*words, "--output", str(tmp_path)])
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_recipe_of_ones_own_and_its_plan(tmp_path, monkeypatch, capsys):
+    from bench.experiments.smoke import smoke_model
+
+    (tmp_path / "mine.jsonl").write_text('{"question": "2+3=", "answer": "5"}\n')
+    (tmp_path / "mine.yaml").write_text(f"""
+        kind: comparison
+        title: Mine
+        settings: {{model: {smoke_model(tmp_path / "model")}, dtype: float32, data: {tmp_path}, train: mine.jsonl,
+                    tests: [mine.jsonl], questions: {{}}, training: {{max_steps: 1}}}}
+        tasks: [files]
+        seeds: [0, 1]
+        rows: {{s2ft: {{method: s2ft, options: {{d_ratio: 0.5}}}}}}
+    """)
+    assert command.main([str(tmp_path / "mine.yaml"), "--plan", "--output", str(tmp_path / "out")]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "s2ft-files-0.018-1: to be made"  # the method's default rate
+    assert not (tmp_path / "out").exists()
+    assert command.main(["--list"]) == 0 and "small-sequence: " in capsys.readouterr().out
+
+
+# ---- the plan of a comparison ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def evidence():
+    return command.read("evidence")
+
+
+def add(results, run, validation, forgetting=0.1):
+    row = {"validation": validation, "forgetting": {"encyclopedia": forgetting}}
+    results.add({"digest": run.digest, "status": "done", "rows": [row]})
+
+
+def test_the_sweep_has_every_rate_of_every_row_once(evidence):
+    runs = comparison.sweep_runs(evidence)
+    assert (
+        len({run.digest for run in runs})
+        == len(runs)
+        == sum(len(row.get("rates", [])) for row in evidence["rows"].values())
+    )
+    for name, row in evidence["rows"].items():
+        assert row.get("screened") or row.get("rate_of") or len(row["rates"]) == 4, name
+
+
+def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(evidence, tmp_path):
+    results, rates = Results(tmp_path / "r.jsonl"), evidence["rows"]["lora"]["rates"]
+    evidence["sweep"] = ["arithmetic", "subjects"]
+    for rate, validation, forgetting in zip(rates, (0.5, 0.7, 0.7, 0.6), (0.0, 0.3, 0.2, 0.0)):
+        assert comparison.best_rate(evidence, results, "lora", "arithmetic") is None  # a rate is missing
+        add(results, comparison.run_of(evidence, "lora", "arithmetic", rate, 0), validation, forgetting)
+    for row in ("lora", "lora-bf16"):
+        assert comparison.best_rate(evidence, results, row, "arithmetic") == rates[2]
+        assert (
+            comparison.best_rate(evidence, results, row, "procedural") == rates[2]
+        )  # not in the sweep: the first task
+        assert comparison.best_rate(evidence, results, row, "subjects") is None  # chosen by its own validation
+    later = [run for run in comparison.later_runs(evidence, results) if run.labels["row"] == "lora"]
+    labels = [(run.labels["task"], run.labels["rate"], run.labels["seed"]) for run in later]
+    assert set(labels) == {(task, rates[2], seed) for task in ("arithmetic", "procedural") for seed in (0, 1, 2)}
+    assert isinstance(later[0], Run) and later[0].settings["training"]["max_steps"] == 40

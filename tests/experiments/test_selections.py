@@ -1,0 +1,204 @@
+"""Every candidate's scores equal a direct computation in float64, and choosing does not change the model."""
+
+import pytest
+import torch
+from support.models import model_of
+
+import s2ft
+from bench.experiments import selections
+from bench.experiments.selections import CANDIDATES, KEPT, ProtectedRequest, choose, ratio
+from s2ft.model.coupling import projections_of
+from s2ft.model.registry import couplings_of
+from s2ft.model.weights import weight_at
+from s2ft.selection.batches import Calibration
+from s2ft.selection.metric import Request
+
+CASES = ("llama-grouped", "mixtral")
+ALL = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
+FFN = dict(u_ratio=0.2, d_ratio=0.15)
+
+
+def rows_of(model, seed, rows=3):
+    """Sequences of different lengths, one a batch, so that nothing is padded."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randint(model.config.vocab_size, (1, 9 - row), generator=generator) for row in range(rows)]
+
+
+def scores_of(model, name):
+    task, other = (Calibration(rows_of(model, seed), torch.device("cpu")) for seed in (1, 2))
+    keys = {projection.key for projection in projections_of(couplings_of(model))}
+    config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
+    request = ProtectedRequest(couplings_of(model), config, model, task, other)
+    return CANDIDATES[name].score(request)
+
+
+# ---- direct computations ---------------------------------------------------------------------------------
+
+
+def units_of(matrix, projection):
+    """The weights of every unit, [count] tensors."""
+    moved = matrix.movedim(projection.dim, 0)
+    return [moved[projection.elements(torch.tensor([unit]))] for unit in range(projection.count)]
+
+
+def norms(matrix, projection):
+    return torch.stack([unit.norm() for unit in units_of(matrix, projection)])
+
+
+def low_rank(matrix, projection):
+    """The projection's part of a weight after rank reduction, in the place of the weight."""
+    elements = projection.elements(torch.arange(projection.count))
+    part = matrix.movedim(projection.dim, 0)[elements]
+    left, values, right = torch.linalg.svd(part, full_matrices=False)
+    values[max(1, min(part.shape) // KEPT) :] = 0
+    reduced = torch.zeros_like(matrix.movedim(projection.dim, 0))
+    reduced[elements] = left @ values.diag() @ right
+    return reduced.movedim(0, projection.dim)
+
+
+def gradients(model, rows):
+    """Every weight's gradient of every sequence, [sequences] dicts."""
+    found = []
+    for ids in rows:
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        found.append(
+            {
+                p.name: weight_at(model, p).view(weight_at(model, p).tensor.grad.clone())
+                for p in projections_of(couplings_of(model))
+            }
+        )
+    model.zero_grad()
+    return found
+
+
+def mean_square(values):
+    return torch.stack(values).square().mean(0).sqrt()
+
+
+def expected(model, name):
+    projections = list(projections_of(couplings_of(model)))
+    weights = {p.name: weight_at(model, p).matrix for p in projections}
+    if name == "principal":
+        return {p.name: norms(low_rank(weights[p.name], p), p) for p in projections}
+    if name == "off_principal":
+        return {
+            p.name: norms(weights[p.name] - low_rank(weights[p.name], p), p) ** 2 / norms(weights[p.name], p) ** 2
+            for p in projections
+        }
+    if name == "shielded":
+        return need_of(model)
+    task = gradients(model, rows_of(model, 1))
+    gradient = {p.name: mean_square([norms(one[p.name], p) for one in task]) for p in projections}
+    if name == "gradient_per_weight":
+        return {p.name: gradient[p.name] / norms(weights[p.name], p) for p in projections}
+    if name == "fisher_ratio":
+        other = gradients(model, rows_of(model, 2))
+        return over({p.name: mean_square([norms(one[p.name], p) for one in other]) for p in projections}, gradient)
+    saliency = {
+        p.name: mean_square(
+            [torch.stack([unit.sum() for unit in units_of(one[p.name] * weights[p.name], p)]) for one in task]
+        )
+        for p in projections
+    }
+    return saliency if name == "saliency" else over(need_of(model), saliency)
+
+
+def over(need, gain):
+    return {name: values / (need[name] + need[name].mean()) for name, values in gain.items()}
+
+
+def need_of(model):
+    """Weight norm × activation norm, by the metric of s2ft, which tests/selection/test_metrics.py checks."""
+    keys = {projection.key for projection in projections_of(couplings_of(model))}
+    config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
+    data = Calibration(rows_of(model, 2), torch.device("cpu"))
+    return s2ft.selection.METRICS["product"].score(Request(couplings_of(model), config, model, data))
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+@pytest.mark.parametrize("case", CASES)
+def test_scores_equal_the_direct_computation_in_float64(case, name):
+    model = model_of(case, torch.float64)
+    model.config._experts_implementation = "eager"  # torch's grouped product has no float64
+    found, direct = scores_of(model, name), expected(model, name)
+    assert found.keys() == direct.keys()
+    for path, values in direct.items():
+        torch.testing.assert_close(found[path], values, rtol=1e-7, atol=1e-12)
+        assert found[path].dtype is torch.float64 and bool((found[path] >= 0).all())
+
+
+def test_the_randomized_decomposition_is_near_the_exact_one_and_always_the_same(monkeypatch):
+    """Large weights get it. A spectrum like that of a trained weight: a few large values over a slow decay."""
+    left, right = (torch.linalg.qr(torch.randn(size, 96, dtype=torch.float64)).Q for size in (130, 96))
+    rows = left * (1 / torch.arange(1, 97)) @ right.T
+    exact, before = selections._inside(rows), torch.random.get_rng_state()
+    monkeypatch.setattr(selections, "EXACT", 8)
+    found = selections._inside(rows)
+    assert torch.equal(before, torch.random.get_rng_state()) and torch.equal(found, selections._inside(rows))
+    torch.testing.assert_close(found, exact, rtol=1e-3, atol=1e-6)
+
+
+def test_ratios_are_finite_where_the_base_needs_nothing():
+    gain = {"a": torch.tensor([1.0, 0.0], dtype=torch.float64), "b": torch.zeros(2, dtype=torch.float64)}
+    need = {"a": torch.tensor([0.0, 2.0], dtype=torch.float64), "b": torch.zeros(2, dtype=torch.float64)}
+    assert ratio(gain, need)["a"].tolist() == [1.0, 0.0] and ratio(gain, need)["b"].tolist() == [0.0, 0.0]
+
+
+# ---- choosing --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_the_meant_end_is_chosen_twice_the_same_and_the_model_does_not_change(name):
+    model = model_of("llama").train()
+    before = {path: value.clone() for path, value in model.state_dict().items()}
+    scores = scores_of(model_of("llama"), name)
+    for order in ("largest", "smallest"):
+        config = s2ft.S2FTConfig(**FFN, order=order)
+        chosen = choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
+        assert chosen == choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
+        path = "model.layers.1.mlp.down_proj"
+        largest = (order == "largest") != CANDIDATES[name].smallest
+        ranking = scores[path].argsort(descending=largest, stable=True)
+        assert torch.equal(chosen[path], ranking[: chosen[path].numel()].sort().values)
+    assert all(torch.equal(value, before[path]) for path, value in model.state_dict().items()) and model.training
+    assert s2ft.attach(model, s2ft.S2FTConfig(units=chosen)).trainable > 0
+
+
+def test_budget_allocation_layers_and_exclude_work_as_in_s2ft():
+    model = model_of("llama")
+    budgeted = choose(model, "principal", s2ft.S2FTConfig(d_ratio=1.0, budget=600))
+    assert s2ft.attach(model_of("llama"), s2ft.S2FTConfig(units=budgeted)).trainable <= 600
+    spread = choose(model, "principal", s2ft.S2FTConfig(d_ratio=0.1, selection="weight", allocation="global"))
+    assert sum(units.numel() for units in spread.units.values()) == 15
+    first = choose(model, "principal", s2ft.S2FTConfig(d_ratio=0.1, layers=[1]))
+    rest = choose(model, "principal", s2ft.S2FTConfig(d_ratio=0.1, layers=[1], exclude=first))
+    path = "model.layers.1.mlp.down_proj"
+    assert list(rest.units) == [path] and not set(first[path].tolist()) & set(rest[path].tolist())
+
+
+@pytest.mark.parametrize("name", ("random", "gradient", "principal", "fisher_ratio"))
+def test_protected_units_are_never_chosen(name):
+    model = model_of("llama")
+    needed = need_of(model)
+    data = rows_of(model, 1), iter(rows_of(model, 2))
+    config = s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.5, protect_ratio=0.5)
+    for path, units in choose(model, name, config, *data).units.items():
+        most = needed[path].argsort(descending=True)[: needed[path].numel() // 2]
+        assert units.numel() and not set(units.tolist()) & set(most.tolist())
+    with pytest.raises(ValueError, match="protect"):
+        choose(model, name, config, rows_of(model, 1))
+
+
+def test_errors_name_what_is_missing():
+    model = model_of("llama")
+    config = s2ft.S2FTConfig(**FFN)
+    with pytest.raises(ValueError, match="name must be one of random, .*principal.*, got 'principle'"):
+        choose(model, "principle", config)
+    with pytest.raises(ValueError, match="saliency needs calibration data: pass calibration"):
+        choose(model, "saliency", config, protect=rows_of(model, 2))
+    with pytest.raises(ValueError, match="fisher_ratio needs protect data: pass protect"):
+        choose(model, "fisher_ratio", config, rows_of(model, 1))
+    s2ft.attach(model, config)
+    with pytest.raises(ValueError, match="adapter"):
+        choose(model, "principal", config)

@@ -1,0 +1,60 @@
+"""Every boolean and every listed choice of each type's config, flipped one at a time: attach is right, or refuses.
+
+`pytest -m slow tests/test_flips.py -s -n 0` prints the table of all outcomes.
+"""
+
+from dataclasses import replace
+
+import pytest
+from support import composites
+from support.aliases import ROWS, missing
+from support.flips import Flip, flips_of, outcome_of, outcomes_of, table_of
+from support.models import CASES
+
+from s2ft.model.families import composite, named
+
+TYPES = sorted({*(make().model_type for make in CASES.values()), *ROWS, *composite.MODEL_TYPES})
+# Flips that change a block, of which some were wrong once
+FAST = {
+    "beit": Flip("", "use_shared_relative_position_bias", True),
+    "dinov2": Flip("", "use_swiglu_ffn", True),
+    "dinov3_vit": Flip("", "use_gated_mlp", True),
+    "doge": Flip("", "is_moe", True),
+}
+OUTCOMES: dict[str, dict] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def table():
+    yield
+    if OUTCOMES:
+        print(f"\n{table_of(OUTCOMES)}")
+
+
+def lacks(model_type):
+    return composites.missing(model_type) if model_type in composite.MODEL_TYPES else missing(model_type)
+
+
+@pytest.mark.parametrize("model_type", FAST)
+def test_a_flag_that_changes_a_block(model_type):
+    if lacks(model_type):
+        pytest.skip("this version of transformers lacks the type")
+    assert FAST[model_type] in list(flips_of(model_type))
+    assert outcome_of(model_type, FAST[model_type], None).word == "right"
+
+
+def test_a_flag_that_a_declaration_does_not_know_is_found(monkeypatch):
+    (names,) = named.BY_TYPE["dinov3_vit"]
+    monkeypatch.setitem(named.BY_TYPE, "dinov3_vit", (replace(names, gated=None),))
+    assert outcome_of("dinov3_vit", FAST["dinov3_vit"], None).word == "wrong"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_type", TYPES)
+def test_every_flip_is_right(model_type):
+    if lacks(model_type):
+        pytest.skip("this version of transformers lacks the type")
+    OUTCOMES[model_type] = outcomes_of(model_type)
+    found = {str(flip): one for flip, one in OUTCOMES[model_type].items()}
+    assert found["as it is"].word == "right"
+    assert {flip: one for flip, one in found.items() if one.word in ("wrong", "refused")} == {}
