@@ -52,7 +52,8 @@ def test_selection_and_fingerprint_are_those_of_the_loaded_model(case, layout, s
     with s2ft.weights_on_disk(hollow, folder) as inside:
         assert inside is hollow
         report = s2ft.attach(hollow, config)
-    assert str(report) == str(s2ft.attach(loaded, config))
+    found = s2ft.attach(loaded, config)
+    assert (report.rows, report.trainable, report.total) == (found.rows, found.trainable, found.total)
     assert attachment_of(hollow).selection == attachment_of(loaded).selection
     assert attachment_of(hollow).fingerprint == attachment_of(loaded).fingerprint
     assert [name for name, tensor in hollow.named_parameters() if tensor.is_meta == name.endswith(".s2")] == []
