@@ -251,7 +251,7 @@ class Talk:
             "/adapter": self._adapter,
             "/system": self._system,
             "/undo": self._undo,
-            "/reset": self._reset,
+            "/reset": lambda rest: self.chat.reset(),
             "/save": self._save,
             "/help": lambda rest: say(HELP),
         }
@@ -278,9 +278,6 @@ class Talk:
     def _undo(self, rest: str) -> None:
         if not self.chat.undo():
             raise ValueError("there is nothing to undo")
-
-    def _reset(self, rest: str) -> None:
-        self.chat.reset()
 
     def _save(self, name: str) -> None:
         import json

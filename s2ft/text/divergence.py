@@ -348,11 +348,8 @@ class _Reader:
 
     def parts(self, count: int) -> Iterator[slice]:
         """Yield slices of `count` positions whose logits fit into LOGITS."""
-        rows = max(1, LOGITS.get(self.device.type, LOGITS["cuda"]) // self._vocabulary())
+        rows = max(1, LOGITS.get(self.device.type, LOGITS["cuda"]) // self.model.config.get_text_config().vocab_size)
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
-
-    def _vocabulary(self) -> int:
-        return self.model.config.get_text_config().vocab_size
 
     def hidden(self, index: Tensor) -> Tensor:
         """Return the output layer's input at flat positions, shape [n, width]. The layer itself gets one position."""

@@ -115,8 +115,8 @@ class RunOptions:
 
     Example:
         >>> from s2ft.train.options import RunOptions
-        >>> RunOptions(batch_size=32).per_device(devices=4)
-        (8, 1)
+        >>> RunOptions(batch_size=32).batch_size
+        32
     """
 
     name: str = option("default", "name of the adapter")
@@ -167,20 +167,6 @@ class RunOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-
-    def per_device(self, devices: int) -> tuple[int, int]:
-        """Divide `batch_size` among devices.
-
-        Args:
-            devices: Number of devices.
-
-        Returns:
-            Rows of one forward pass on one device, at most 8, and the number of passes whose gradients are added up.
-
-        Raises:
-            ValueError: `batch_size` cannot be divided. The message names the nearest sizes that can.
-        """
-        return divide_batch(self.batch_size or DEFAULT_BATCH, devices)
 
 
 @dataclass
@@ -240,18 +226,6 @@ class ForgettingOptions:
     def measures(self) -> bool:
         """Whether anything is measured."""
         return bool(self.forgetting_data) or self.measures_kl
-
-
-@dataclass
-class RewardOptions:
-    """What `s2ft grpo` rewards."""
-
-    rewards: list[str] = option(
-        [],
-        "what answers are rewarded for: answer_equal, format, FILE.py:NAME, or FILE.py for all its rewards; their sum "
-        "counts, weighted by --reward-weights",
-        metavar="REWARD",
-    )
 
 
 def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:
