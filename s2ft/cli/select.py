@@ -7,7 +7,7 @@ from s2ft.cli.parse import MODEL, given_options, new_file, parse, quiet_transfor
 from s2ft.config import S2FTConfig
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, check_fields, option, with_default_ratio
+from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, option, with_default_ratio
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
@@ -15,7 +15,7 @@ EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --sele
 
 
 @dataclass
-class SelectArguments:
+class SelectArguments(Options):
     model: str = option(text=MODEL, group="model and data")
     output: str = option(text="JSON file for the selection; it must not exist", group="model and data", metavar="FILE")
     data: list[str] | None = option(
@@ -37,9 +37,6 @@ class SelectArguments:
         group="model and data",
         choices=DTYPES,
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:

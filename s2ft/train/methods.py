@@ -7,10 +7,10 @@ from s2ft.packages import check_packages
 from s2ft.text.calibration import needs_calibration
 from s2ft.text.data.loading import load_split
 from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
-from s2ft.text.drift import PromptRows
+from s2ft.text.drift import ConvertedRows, row_of_prompt
 from s2ft.text.encoding import context_length, tokenize_rows
 from s2ft.text.examples import examples_of
-from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
+from s2ft.text.pairs import encode_pairs, longest_batch, token_row
 from s2ft.text.prompts import encode_prompt, prompt_for_rows
 from s2ft.text.scoring import right_answer
 from s2ft.train.dpo import dpo
@@ -151,7 +151,7 @@ class DPO(RL):
         return Encoded(prompt, pairs.dataset, others)
 
     def token_rows(self, rows, tokenizer) -> Any:
-        return ChosenRows(rows)
+        return ConvertedRows(rows, lambda row: token_row(row, "chosen_ids"))
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         batch = longest_batch(data.rows, tokenizer, run.arguments.per_device_train_batch_size)
@@ -204,7 +204,7 @@ class GRPO(RL):
         return None
 
     def token_rows(self, rows, tokenizer) -> Any:
-        return PromptRows(rows, tokenizer)
+        return ConvertedRows(rows, lambda row: row_of_prompt(encode_prompt(tokenizer, row["prompt"])))
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         batch = largest_batch(run.arguments, data.longest)

@@ -65,6 +65,13 @@ def with_default_ratio(config, given: Collection[str]):
     return replace(config, d_ratio=DEFAULT_D_RATIO)
 
 
+class Options:
+    """Base of options whose values are checked by their fields."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 @dataclass
 class ModelOptions:
     """How the base model is loaded. The names are those of TRL's ModelConfig.
@@ -107,7 +114,7 @@ class ModelOptions:
 
 
 @dataclass
-class RunOptions:
+class RunOptions(Options):
     """Options of a run that TRL's arguments do not have.
 
     Raises:
@@ -164,9 +171,6 @@ class RunOptions:
     stop_after: int = option(
         0, "write a checkpoint at this update and stop; continue with --resume; 0 trains to the end", least=0
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 @dataclass
@@ -257,7 +261,7 @@ def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int
 
 
 @dataclass
-class DemoOptions:
+class DemoOptions(Options):
     """Options of ``s2ft demo``. With the defaults it takes some minutes on two CPU cores.
 
     Raises:
@@ -283,6 +287,3 @@ class DemoOptions:
     )
     seed: int = option(0, "seed of the selection and of the order of the rows", least=0)
     keep_memory: bool = option(True, **KEEP_MEMORY)
-
-    def __post_init__(self) -> None:
-        check_fields(self)

@@ -226,8 +226,9 @@ def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
     from s2ft.train.callbacks import JsonlLog
 
-    if checkpoint is not None and _is_complete(checkpoint):
-        _take_over(trainer, checkpoint)
+    state = None if checkpoint is None else _state_of(checkpoint)
+    if state is not None and 0 < state.max_steps <= state.global_step:  # the Trainer would train one more step
+        _take_over(trainer, checkpoint, state)
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -240,17 +241,11 @@ def _train(trainer, checkpoint: Path | None) -> None:
         next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, JsonlLog)).close()
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint is that of the last step. The Trainer would train one more step from it."""
-    state = _state_of(checkpoint)
-    return 0 < state.max_steps <= state.global_step
-
-
-def _take_over(trainer, checkpoint: Path) -> None:
+def _take_over(trainer, checkpoint: Path, state) -> None:
     """Put the model and the Trainer into the state after the last step."""
     from s2ft.train.trainer import restore_adapter
 
-    trainer.state = _state_of(checkpoint)
+    trainer.state = state
     trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
