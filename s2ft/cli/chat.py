@@ -10,7 +10,7 @@ from typing import Any
 from s2ft.cli.parse import DTYPE, MODEL, did_you_mean, parse, quiet_transformers
 from s2ft.cli.sampling import SamplingArguments
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import Options, option
 
 BASE = "base"  # the model without an adapter, in /adapter
 HELP = """/adapter NAME   go on with another adapter; /adapter base is the model without one; /adapter alone lists them
@@ -36,7 +36,7 @@ EXAMPLE = """  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter my-r
 
 
 @dataclass
-class ChatArguments:
+class ChatArguments(Options):
     model: str = option(text=MODEL)
     adapter: list[str] | None = option(
         None,
@@ -46,9 +46,6 @@ class ChatArguments:
     )
     system: str | None = option(None, "system prompt", shown="the one of the training, if it had one", metavar="TEXT")
     dtype: str = option("auto", DTYPE, choices=DTYPES)
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:
@@ -251,7 +248,7 @@ class Talk:
             "/adapter": self._adapter,
             "/system": self._system,
             "/undo": self._undo,
-            "/reset": self._reset,
+            "/reset": lambda rest: self.chat.reset(),
             "/save": self._save,
             "/help": lambda rest: say(HELP),
         }
@@ -278,9 +275,6 @@ class Talk:
     def _undo(self, rest: str) -> None:
         if not self.chat.undo():
             raise ValueError("there is nothing to undo")
-
-    def _reset(self, rest: str) -> None:
-        self.chat.reset()
 
     def _save(self, name: str) -> None:
         import json

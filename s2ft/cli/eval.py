@@ -1,14 +1,12 @@
 """s2ft eval: score a model, with or without an adapter, on a file of problems, or on tasks of lm-eval."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from s2ft.cli.forgetting import measure_drift, read_other_text
-from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, new_file, parse, quiet_transformers
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
@@ -102,69 +100,75 @@ def run(arguments: list[str]) -> None:
     quiet_transformers()
     if job.lm_eval is not None:
         score_by_lm_eval(job)
-    elif job.measures_only:
-        measure(job, reading)
     else:
         score(job, reading)
 
 
 def score(job: EvalArguments, reading: ReadingOptions) -> None:
-    """Score the model on the rows of --data and print the accuracy.
+    """Score the model on the rows of --data, measure how far the adapter has moved it from its base, and print both.
 
     Args:
-        job: The options of the command.
+        job: The options of the command. Without a task nothing is scored.
         reading: How the data is read.
 
     Raises:
         FileExistsError: The output file exists.
         FileNotFoundError: The folder of the output file does not exist.
-        ValueError: A row can't be scored, or the model or the adapter can't be loaded.
+        ValueError: A row can't be scored or measured, or the model or the adapter can't be loaded.
     """
+    from s2ft.text.drift import read_texts
     from s2ft.text.evaluation import evaluate
     from s2ft.text.examples import read_examples
     from s2ft.text.scoring import right_answer
     from s2ft.train.output import write_json
 
-    output = _check_output(job.output)
-    examples = tuple(read_examples(reading.of(job.data, "test", job.limit)))
-    for number, example in enumerate(examples, 1):  # A row that can't be scored is reported before the model is loaded.
+    output = new_file(job.output)
+    examples = tuple(read_examples(reading.of(job.data, "test", job.limit))) if job.data else ()
+    for number, example in enumerate(examples if job.task else (), 1):  # before the model is loaded
         try:
             right_answer(example, job.task)
         except ValueError as error:
             raise ValueError(f"the data, example {number}: {error}") from None
-    other = read_other_text(job, reading)
+    other = read_texts(reading.of(job.forgetting, "test"), job.meter_rows) if job.forgetting else None
+    found: dict[str, Any] = {"model": job.model, "adapter": job.adapter, "data": job.data}
     with _loaded(job) as (model, prompter):
         how = (job.task, job.batch_size, job.max_new_tokens, "evaluating", prompter.format, job.num_beams)
-        result = evaluate(model, prompter.tokenizer, examples, *how)
-        drift = measure_drift(job, model, prompter, other, examples)
-    print(result)
+        result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
+        if job.forgetting or job.kl:
+            found["drift"] = _measure_drift(job, model, prompter, other, examples)
+    if result is not None:
+        print(result)
+        found |= result.to_dict()
     if output:
-        names = {"model": job.model, "adapter": job.adapter, "data": job.data}
-        write_json(output, {**names, **drift, **result.to_dict()})
+        write_json(output, found)
 
 
-def measure(job: EvalArguments, reading: ReadingOptions) -> None:
-    """Measure how far the adapter has moved the model from its base, and print it.
+def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Sequence) -> dict[str, Any]:
+    """Measure how far the loaded adapter has moved the model from its base, and print it."""
+    from s2ft.text.drift import DriftMeter, longest_other_row, text_rows
 
-    Args:
-        job: The options of the command.
-        reading: How the data is read.
+    texts = None if other is None else text_rows(other, prompter.tokenizer, longest_other_row(model), job.meter_rows)
+    prompts = _prompt_rows(job, model, prompter, examples) if job.kl else None
+    meter = DriftMeter(model, other=texts, prompts=prompts, batch_size=min(8, job.batch_size))
+    drift = meter.measure(model)
+    print(drift)
+    base = {} if meter.base_loss is None else {"base_loss": meter.base_loss}
+    on = {"kl_on": job.kl_on, "positions": meter.distributions.positions} if job.kl else {}
+    return {**base, **drift.to_dict(), **on}
 
-    Raises:
-        FileExistsError: The output file exists.
-        FileNotFoundError: The folder of the output file does not exist.
-        ValueError: A row can't be measured, or the model or the adapter can't be loaded.
-    """
-    from s2ft.text.examples import read_examples
-    from s2ft.train.output import write_json
 
-    output = _check_output(job.output)
-    examples = tuple(read_examples(reading.of(job.data, "test", job.limit))) if job.data else ()
-    other = read_other_text(job, reading)
-    with _loaded(job) as (model, prompter):
-        drift = measure_drift(job, model, prompter, other, examples)
-    if output:
-        write_json(output, {"model": job.model, "adapter": job.adapter, "data": job.data, **drift})
+def _prompt_rows(job: EvalArguments, model, prompter, examples: Sequence) -> list[dict[str, Any]]:
+    """Return the rows on which the divergence is measured."""
+    from s2ft.text.drift import answer_rows, drawn, prompt_rows, row_of_prompt
+    from s2ft.text.encoding import context_length, encode_prompts
+
+    answers = job.kl_on == "answers"
+    room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
+    some = [examples[number] for number in drawn(len(examples), job.meter_rows, 0)]
+    prompts = [ids for ids in encode_prompts(prompter.tokenizer, some, room, prompter.format) if ids is not None]
+    if answers:
+        return answer_rows(model, prompter.tokenizer, prompts, job.max_new_tokens)
+    return prompt_rows([row_of_prompt(ids) for ids in prompts], len(prompts))
 
 
 def score_by_lm_eval(job: EvalArguments) -> None:
@@ -182,7 +186,7 @@ def score_by_lm_eval(job: EvalArguments) -> None:
     from s2ft.packages import check_packages
 
     check_packages("s2ft eval --lm-eval")
-    output = _check_output(job.output)
+    output = new_file(job.output)
     from s2ft.integrations.lm_eval import as_json, as_table, check_tasks, evaluate
 
     tasks = [name.strip() for name in job.lm_eval.split(",") if name.strip()]
@@ -217,13 +221,3 @@ def _loaded(job: EvalArguments) -> Iterator[tuple[Any, Any]]:
     with explain_out_of_memory(smaller_answers(job.batch_size, str(model.dtype))):
         model.to(gpu_or_cpu(job.keep_memory))
         yield model, prompter
-
-
-def _check_output(name: str | None) -> Path | None:
-    """Check that a file can be written, before anything is scored. Returns its path."""
-    output = Path(name) if name else None
-    if output and output.exists():
-        raise FileExistsError(f"output {output} exists")
-    if output and not output.parent.is_dir():
-        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
-    return output

@@ -68,16 +68,12 @@ def describe(name: str | Path) -> str:
         f"{name} trained in full: {' × '.join(map(str, value.shape))}, {_name(value.dtype)}"
         for name, value in adapter.extra_weights.items()
     ]
-    one_sided = _one_sided(adapter)
+    # Couplings of a known family are in its code, not in the file.
+    one_sided = {coupling.main.name for coupling in adapter.couplings or () if coupling.is_one_sided}
     rows = [
         _row(path, delta, adapter.selection[path].numel(), path in one_sided) for path, delta in adapter.deltas.items()
     ]
     return "\n".join([*lines, table(rows)])
-
-
-def _one_sided(adapter) -> set[str]:
-    """The names of the projections of one-sided couplings; those of a known family are in its code, not in the file."""
-    return {coupling.main.name for coupling in adapter.couplings or () if coupling.is_one_sided}
 
 
 def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:

@@ -4,13 +4,13 @@ from dataclasses import dataclass
 
 from s2ft.cli.parse import ADAPTER, BASE, parse, quiet_transformers
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import Options, option
 
 EXAMPLE = "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model"
 
 
 @dataclass
-class MergeArguments:
+class MergeArguments(Options):
     model: str = option(text=BASE)
     adapter: str = option(text=ADAPTER, metavar="DIR")
     output: str = option(text="folder for the checkpoint; it must not exist", metavar="DIR")
@@ -18,9 +18,6 @@ class MergeArguments:
     max_shard_size: str | None = option(
         None, "the largest file of weights, for example 2GB; default: that of transformers", metavar="SIZE"
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
 
 
 def run(arguments: list[str]) -> None:

@@ -16,6 +16,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cache
+from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
@@ -37,7 +38,6 @@ OTHER_NAMES = {
     "dtype float16": "fp16",
     "eval-data": "eval-dataset validation-file",
     "limit": "max-samples",
-    "lm-eval": "suite scoring length-normalized answer-form skip-missing",
     "match-lora-rank": "lora-rank r rank",
     "max-length": "cutoff-len max-seq-length max-seq-len sequence-len",
     "max-new-tokens": "max-tokens",
@@ -201,7 +201,10 @@ class OptionParser(Parser):
         needed = [self.options[name] for name, default in self.defaults.items() if default is MISSING]
         self.required = self.table.required or [(one.dest,) for one in needed if one.option_strings]
         places_first = [one for one in self.options.values() if not one.option_strings]
-        words = [_positional(one) for one in places_first]
+        words = [
+            f"[{one.metavar}]" if one.nargs == "?" else one.metavar + " ..." * (one.nargs == "+")
+            for one in places_first
+        ]
         words += [f"{self.short_name(names[0])} {self.options[names[0]].metavar}" for names in self.required]
         words = ["[--config FILE]"] * (self.table.rest is not None) + words
         self.usage = " ".join([self.prog, *words, "[options]"])
@@ -361,10 +364,6 @@ def _spellings(name: str) -> list[str]:
     return list(dict.fromkeys((f"--{name.replace('_', '-')}", f"--{name.replace('-', '_')}")))
 
 
-def _positional(action: argparse.Action) -> str:
-    return f"[{action.metavar}]" if action.nargs == "?" else f"{action.metavar}{' ...' * (action.nargs == '+')}"
-
-
 def _parts(hint: Any) -> list[Any]:
     """The types of which a value may be one, without None."""
     parts = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
@@ -502,6 +501,27 @@ def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | No
     begun = [name for name in names if len(word) > 2 and name.startswith(word)]
     close = own or begun[:1] or difflib.get_close_matches(word, names, 1)
     return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def new_file(name: str | None) -> Path | None:
+    """Check that a file can be written, before anything is computed for it.
+
+    Args:
+        name: The option `output`, or None.
+
+    Returns:
+        The file's path, or None.
+
+    Raises:
+        FileExistsError: The file exists.
+        FileNotFoundError: Its folder does not exist.
+    """
+    output = Path(name) if name else None
+    if output and output.exists():
+        raise FileExistsError(f"output {output} exists: choose another")
+    if output and not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
+    return output
 
 
 def quiet_transformers() -> None:

@@ -2,13 +2,12 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 
-from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
+from s2ft.cli.parse import MODEL, given_options, new_file, parse, quiet_transformers
 from s2ft.config import S2FTConfig
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, check_fields, option, with_default_ratio
+from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, option, with_default_ratio
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
@@ -16,7 +15,7 @@ EXAMPLE = """  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --sele
 
 
 @dataclass
-class SelectArguments:
+class SelectArguments(Options):
     model: str = option(text=MODEL, group="model and data")
     output: str = option(text="JSON file for the selection; it must not exist", group="model and data", metavar="FILE")
     data: list[str] | None = option(
@@ -39,9 +38,6 @@ class SelectArguments:
         choices=DTYPES,
     )
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 def run(arguments: list[str]) -> None:
     job, config, reading = parse(
@@ -56,10 +52,7 @@ def run(arguments: list[str]) -> None:
     from s2ft.selection.protection import with_protect_ratio
 
     config = with_protect_ratio(with_default_ratio(config, given_options(arguments)), bool(job.protect))
-    if Path(job.output).exists():
-        raise FileExistsError(f"output {job.output} exists: choose another")
-    if not Path(job.output).absolute().parent.is_dir():
-        raise FileNotFoundError(f"there is no folder for output {job.output}")
+    new_file(job.output)
     selection = choose(job, config, reading)
     selection.save(job.output)
     print(f"{selection}\nselection: {job.output}")
@@ -80,6 +73,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
 
     import s2ft
     from s2ft.text.calibration import needs_calibration
+    from s2ft.text.drift import read_texts
     from s2ft.text.models import load_model
     from s2ft.train.device import say_device
 
@@ -88,7 +82,9 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
         raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
     if not calibrated and not job.protect:
         return _choose_from_disk(job, config)
-    protected = _read_protected(job, config, reading)
+    protected = None  # the text of --protect
+    if job.protect:
+        protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed)
     model, tokenizer = load_model(job.model, job.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
@@ -129,13 +125,6 @@ def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, t
     room = min(job.max_length, context_length(model) or job.max_length)
     tokenized = tokenize_rows(rows, tokenizer, prompt, max_length=room, skip_bad_rows=options.skip_bad_rows)
     return calibration_for(config, tokenizer, tokenized.dataset, job.calibration_examples, job.batch_size)
-
-
-def _read_protected(job: SelectArguments, config, reading: ReadingOptions):
-    """Read the text of --protect. Returns None without any."""
-    from s2ft.text.drift import read_texts
-
-    return read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
 
 
 def _protect_batches(job: SelectArguments, config, protected, model, tokenizer):

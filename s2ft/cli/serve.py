@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
+from s2ft.train.options import Options, option
 
 EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
@@ -30,7 +30,7 @@ ONLY_VLLM = ("slices", "slice_units")
 
 
 @dataclass
-class ServeArguments:
+class ServeArguments(Options):
     model: str = option(text=MODEL)
     adapters: list[str] = option(
         [],
@@ -98,12 +98,10 @@ class ServeArguments:
     revision: str = option("main", "branch, tag or commit of the model on the hub")
     trust_remote_code: bool = option(False, "run the code that the model brings along")
 
-    def __post_init__(self) -> None:
-        check_fields(self)
-
 
 def run(arguments: list[str]) -> None:
-    words, options = _split(arguments)
+    at = arguments.index("--") if "--" in arguments else len(arguments)
+    words, options = arguments[:at], arguments[at + 1 :]  # the options after the first -- are vLLM's
     (job,) = parse(
         "serve",
         "Answer over HTTP with a base model and its adapters. The API is like OpenAI's; a request's `model` names the\n"
@@ -124,12 +122,6 @@ def run(arguments: list[str]) -> None:
         serve_by_vllm(job, options)
     else:
         serve_here(job)
-
-
-def _split(arguments: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words before and after the first ``--``."""
-    at = arguments.index("--") if "--" in arguments else len(arguments)
-    return arguments[:at], arguments[at + 1 :]
 
 
 def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> None:

@@ -93,12 +93,11 @@ def read_run(command: str, arguments: Sequence[str]):
     filled = {**given, **_evaluation(given, parser), **_text_field(given)}
     if "seed" in given:  # the selection has the seed that the run is given, unless it has its own
         filled.setdefault("selection_seed", given["seed"])
-    model, data, config, trainer, options, forgetting, *rewards, _ = parser.objects(filled)
+    model, data, config, trainer, options, forgetting, _ = parser.objects(filled)
     from s2ft.train.methods import METHODS  # after all mistakes in the options, because they import much
     from s2ft.train.run import Run
 
-    names = tuple(rewards[0].rewards) if rewards else ()
-    return Run(METHODS[command], model, data, config, trainer, options, forgetting, names, given)
+    return Run(METHODS[command], model, data, config, trainer, options, forgetting, given)
 
 
 @cache
@@ -107,10 +106,9 @@ def parser_of(command: str, everything: bool = False) -> OptionParser:
     from s2ft.config import S2FTConfig
     from s2ft.text.data import DataOptions
     from s2ft.train.arguments import ARGUMENTS
-    from s2ft.train.options import ForgettingOptions, ModelOptions, RewardOptions, RunOptions
+    from s2ft.train.options import ForgettingOptions, ModelOptions, RunOptions
 
     kinds = [ModelOptions, DataOptions, S2FTConfig, ARGUMENTS[command], RunOptions, ForgettingOptions]
-    kinds += [RewardOptions] if command == "grpo" else []
     return OptionParser(command, HELP[command][0], [*kinds, _lora_options()], HELP[command][1], TABLE, everything)
 
 

@@ -13,7 +13,6 @@ All other options are TRL's, and all of its training commands are taken: sft, dp
 several devices, `accelerate launch -m s2ft.integrations.trl sft --config run.yaml` runs it.
 """
 
-import difflib
 import json
 import sys
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from trl.cli.commands.training import TrainingCommand
 
 from s2ft.integrations.settings import config_from
 from s2ft.peft import S2FTPeftConfig
+from s2ft.train.rewards import closest
 
 HELP = "what S²FT trains: fields of s2ft.peft.S2FTPeftConfig, in YAML or as JSON, for example {d_ratio: 0.03}"
 
@@ -74,9 +74,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     name, *options = given or [""]
     commands = [command.name for command in get_commands() if isinstance(command, TrainingCommand)]
     if name not in commands:
-        close = difflib.get_close_matches(name, commands, 1)
-        nearest = f"; did you mean {close[0]}?" if close else ""
-        raise SystemExit(f"usage: python -m s2ft.integrations.trl {{{','.join(commands)}}} [TRL's options]{nearest}")
+        raise SystemExit(
+            f"usage: python -m s2ft.integrations.trl {{{','.join(commands)}}} [TRL's options]{closest(name, commands)}"
+        )
     script = import_module(f"trl.scripts.{name}")
     parser = trl.TrlParser((*script.make_parser().dataclass_types, S2FTOptions), prog=f"s2ft.integrations.trl {name}")
     *parsed, chosen = parser.parse_args_and_config(options)

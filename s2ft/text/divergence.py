@@ -79,13 +79,9 @@ class BaseDistributions:
         batches: The rows, collated.
         hidden: Input of the output layer at the labelled positions of each batch, shape [positions, width].
         head: A copy of the output layer, or None if the model's own stays as it is.
-        switched_off: Whether adapters were switched off to measure the base.
-        base_loss: Mean cross entropy of the base over the same positions, in nats.
 
     Attributes:
         positions: Number of positions.
-        switched_off: Whether adapters were switched off to measure the base. If not, the model as it was is the base.
-        base_loss: Mean cross entropy of the base over the same positions, in nats.
 
     Example:
         >>> from s2ft.text.divergence import BaseDistributions
@@ -96,17 +92,9 @@ class BaseDistributions:
         (14, 0.0)
     """
 
-    def __init__(
-        self,
-        batches: list["_Batch"],
-        hidden: list[Tensor],
-        head: nn.Module | None,
-        switched_off: bool,
-        base_loss: float,
-    ) -> None:
+    def __init__(self, batches: list["_Batch"], hidden: list[Tensor], head: nn.Module | None) -> None:
         self._batches, self._hidden, self._head = batches, hidden, head
         self.positions = sum(map(len, hidden))
-        self.switched_off, self.base_loss = switched_off, base_loss
 
     @classmethod
     def of(cls, model: Any, rows: Iterable[Row], batch_size: int = 8) -> "BaseDistributions":
@@ -127,19 +115,16 @@ class BaseDistributions:
             ValueError: As :func:`mean_loss`; or the output layer is trained and its weight is spread over ranks.
         """
         batches = _batches(rows, batch_size, _context_length(model))
-        switch = base_switch(model)
+        switch, hidden = base_switch(model), []
         with switch() if switch else contextlib.nullcontext():
             reshard_all(model)  # FSDP leaves the weights of the outermost module whole after a forward pass
             head = _copy_of_head(_causal_model(model).get_output_embeddings())
-            hidden, total = _base_pass(model, batches)
+            with _reading(model) as reader:
+                for batch in batches:
+                    reader.start(batch)
+                    hidden.append(reader.hidden(batch.index).cpu())
         head = None if head is not None and _is_unchanged(head, model) else head
-        return cls(batches, hidden, head, switch is not None, total / sum(map(len, hidden)))
-
-    @property
-    def nbytes(self) -> int:
-        """Memory of what is kept, in bytes."""
-        copied = self._head.parameters() if self._head is not None else ()
-        return sum(tensor.nbytes for tensor in (*self._hidden, *copied))
+        return cls(batches, hidden, head)
 
     def kl(self, model: Any) -> float:
         """Return the mean of KL(base‖model) over the positions.
@@ -165,17 +150,6 @@ class BaseDistributions:
                     base = reader.logits_of(hidden[part], self._head).log_softmax(-1).to(tuned.device)
                     total += float(divergences(base, tuned).double().sum())
         return total / self.positions
-
-
-def _base_pass(model, batches: list["_Batch"]) -> tuple[list[Tensor], float]:
-    """Return the input of the output layer at the positions of each batch, and the sum of their losses."""
-    hidden, total = [], 0.0
-    with _reading(model) as reader:
-        for batch in batches:
-            reader.start(batch)
-            hidden.append(reader.hidden(batch.index).cpu())
-            total += reader.loss(batch)
-    return hidden, total
 
 
 def divergences(base: Tensor, tuned: Tensor) -> Tensor:
@@ -348,20 +322,13 @@ class _Reader:
 
     def parts(self, count: int) -> Iterator[slice]:
         """Yield slices of `count` positions whose logits fit into LOGITS."""
-        rows = max(1, LOGITS.get(self.device.type, LOGITS["cuda"]) // self._vocabulary())
+        rows = max(1, LOGITS.get(self.device.type, LOGITS["cuda"]) // self.model.config.get_text_config().vocab_size)
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
-
-    def _vocabulary(self) -> int:
-        return self.model.config.get_text_config().vocab_size
 
     def hidden(self, index: Tensor) -> Tensor:
         """Return the output layer's input at flat positions, shape [n, width]. The layer itself gets one position."""
-        self._run(index[:1])
+        self.logits(index[:1])
         return self._seen.flatten(0, 1)[index.to(self._seen.device)]
-
-    def logits(self, index: Tensor) -> Tensor:
-        """Return the logits at flat positions, shape [n, vocabulary], float32."""
-        return self._run(index)
 
     def loss(self, batch: _Batch) -> float:
         """Return the sum of the cross entropy over the labels of the batch."""
@@ -384,14 +351,15 @@ class _Reader:
         try:
             if head is not None:
                 self.head.forward = head.forward
-            return self._run(torch.arange(len(hidden)))
+            return self.logits(torch.arange(len(hidden)))
         finally:
             self._given = None
             self.head.__dict__.pop("forward", None)
             if before is not None:
                 self.head.forward = before
 
-    def _run(self, index: Tensor) -> Tensor:
+    def logits(self, index: Tensor) -> Tensor:
+        """Return the logits at flat positions, shape [n, vocabulary], float32."""
         self._index = index
         logits = self.model(**self._inputs, use_cache=False).logits
         if logits.shape[:-1] != (1, len(index)):

@@ -8,7 +8,7 @@ arXiv 2509.04259).
 import contextlib
 import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from s2ft.text.divergence import BaseDistributions, base_switch, mean_loss
 from s2ft.text.encoding import context_length, tokenize_rows
 from s2ft.text.generation import answer_ids
 from s2ft.text.output_head import contiguous_head
-from s2ft.text.prompts import encode_prompt, end_ids, prompt_for_rows
+from s2ft.text.prompts import end_ids, prompt_for_rows
 
 ROWS = 64  # rows of a measurement, if the user names no number
 
@@ -251,28 +251,27 @@ def row_of_prompt(prompt: Sequence[int]) -> dict[str, Any]:
     return {"input_ids": [*prompt, prompt[-1]], "labels": [IGNORED] * len(prompt) + [prompt[-1]]}
 
 
-class PromptRows(Sequence):
-    """Rows with prompts and without answers, as token rows. A row is encoded when it is read.
+class ConvertedRows(Sequence):
+    """Rows that become token rows when they are read.
 
     Args:
-        rows: Rows with the column prompt, a chat or a text.
-        tokenizer: The model's tokenizer.
+        rows: The rows.
+        convert: Function of a row that returns a token row.
 
     Example:
-        >>> from transformers import ByT5Tokenizer
-        >>> from s2ft.text.drift import PromptRows
-        >>> PromptRows([{"prompt": "ab"}], ByT5Tokenizer())[0]
-        {'input_ids': [100, 101, 101], 'labels': [-100, -100, 101]}
+        >>> from s2ft.text.drift import ConvertedRows, row_of_prompt
+        >>> ConvertedRows([[5, 6]], row_of_prompt)[0]
+        {'input_ids': [5, 6, 6], 'labels': [-100, -100, 6]}
     """
 
-    def __init__(self, rows, tokenizer) -> None:
-        self.rows, self.tokenizer = rows, tokenizer
+    def __init__(self, rows, convert: Callable[[Any], dict[str, Any]]) -> None:
+        self.rows, self.convert = rows, convert
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, number):
-        return row_of_prompt(encode_prompt(self.tokenizer, self.rows[number]["prompt"]))
+        return self.convert(self.rows[number])
 
 
 def answer_rows(

@@ -114,28 +114,6 @@ def encode_pairs(
     return Tokenized(rows, summary, outcomes)
 
 
-class ChosenRows(Sequence):
-    """The prompts of pairs with their better answers, as token rows.
-
-    Args:
-        pairs: A Dataset of :func:`encode_pairs`.
-
-    Example:
-        >>> from s2ft.text.pairs import ChosenRows
-        >>> ChosenRows([{"prompt_ids": [5, 6], "chosen_ids": [7], "rejected_ids": [8]}])[0]
-        {'input_ids': [5, 6, 7], 'labels': [-100, -100, 7]}
-    """
-
-    def __init__(self, pairs) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, number):
-        return token_row(self.pairs[number], "chosen_ids")
-
-
 def token_row(pair: Mapping[str, list[int]], answer: str) -> dict[str, list[int]]:
     """Return the prompt of a pair with one of its answers, "chosen_ids" or "rejected_ids", as a token row."""
     prompt, ids = pair["prompt_ids"], pair[answer]

@@ -217,11 +217,10 @@ def _checked(tokenizer, template: str, name: str) -> str:
         prompt = render(tokenizer, PROBE[:-1], template, prompt=True)
     except TemplateError as error:
         raise ValueError(f"{name}: {error}") from None
-    missing = [part for part in ("second question",) if part not in prompt]
-    missing += [part for part in ("second answer",) if part not in text]
+    missing = "question" if "second question" not in prompt else "answer" if "second answer" not in text else ""
     if missing:
         raise ValueError(
-            f"{name} leaves out the {'answer' if 'answer' in missing[0] else 'question'} of a chat: with the last "
+            f"{name} leaves out the {missing} of a chat: with the last "
             f"messages 'second question' and 'second answer' it writes {text[-160:]!r}; give another one with "
             "chat_template"
         )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
-from s2ft.config import LARGEST
+from s2ft.config import LARGEST, option
 from s2ft.sync.trl import SLEEP
 
 DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth of the run
@@ -231,6 +231,12 @@ class GRPOArguments(RunArguments, GRPOConfig):
     learning_rate: float = _peak_rate()
     include_num_input_tokens_seen: str | bool = field(
         default="no", metadata={"help": "not used: TRL counts the tokens of prompts and answers"}
+    )
+    rewards: list[str] = option(
+        [],
+        "what answers are rewarded for: answer_equal, format, FILE.py:NAME, or FILE.py for all its rewards; their sum "
+        "counts, weighted by --reward-weights",
+        metavar="REWARD",
     )
     vllm_transport: str = field(
         default="auto",

@@ -118,7 +118,7 @@ def run_demo(options: DemoOptions) -> dict:
     """
     check_packages("s2ft demo")
     folder, name = RunFolder(options.output), options.model or default_model()
-    with folder.reserved(overwrite=_is_demo(folder)):
+    with folder.reserved(overwrite=folder.run.is_file() and "demo" in folder.options()):
         return _run_demo(options, folder, name)
 
 
@@ -153,14 +153,24 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
         training = _train(model, tokenizer, rows, options, folder)
     after = score("tuned")
     print(f"tuned: {after}")
-    report = _report(name, dtype, attached, before, after, training, clock, folder)
+    report = {
+        "model": name,
+        "dtype": dtype,
+        "accuracy_before": before.accuracy,
+        "accuracy_after": after.accuracy,
+        "gain_points": 100 * (after.accuracy - before.accuracy),
+        "problems": len(after.records),
+        "seconds": clock.seconds,
+        "peak_memory_bytes": peak_memory(),
+        "trainable": attached.trainable,
+        "total": attached.total,
+        "trainable_share": attached.trainable / attached.total,
+        "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
+        "loss": training.loss,
+    }
     write_json(folder.report, {**report, "before": before.to_dict(), "after": after.to_dict()})
     print(summary(report, before, after, folder))
     return report
-
-
-def _is_demo(folder: RunFolder) -> bool:
-    return folder.run.is_file() and "demo" in folder.options()
 
 
 def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
@@ -177,26 +187,6 @@ def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
         seed=options.seed,
     )
     return sft(model, tokenizer, rows, arguments, folder)
-
-
-def _report(
-    name: str, dtype: str, attached, before: Evaluation, after: Evaluation, training, clock: Clock, folder: RunFolder
-) -> dict:
-    return {
-        "model": name,
-        "dtype": dtype,
-        "accuracy_before": before.accuracy,
-        "accuracy_after": after.accuracy,
-        "gain_points": 100 * (after.accuracy - before.accuracy),
-        "problems": len(after.records),
-        "seconds": clock.seconds,
-        "peak_memory_bytes": peak_memory(),
-        "trainable": attached.trainable,
-        "total": attached.total,
-        "trainable_share": attached.trainable / attached.total,
-        "adapter_bytes": sum(file.stat().st_size for file in folder.adapter.iterdir()),
-        "loss": training.loss,
-    }
 
 
 def peak_memory() -> int:

@@ -5,15 +5,7 @@ from pathlib import Path
 
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder
-from s2ft.train.sft import (
-    Finetuned,
-    callbacks_of,
-    check_dtype,
-    check_packages_of_run,
-    checkpoint_of,
-    log_length,
-    run_trainer,
-)
+from s2ft.train.sft import Finetuned, callbacks_of, check_dtype, check_packages_of_run, log_length, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +50,6 @@ def dpo(
     options = options or RunOptions()
     check_packages_of_run(arguments)
     check_dtype(model, arguments)
-    checkpoint = checkpoint_of(folder, resume)
     trainer = DPORunTrainer(
         model,
         arguments,
@@ -69,4 +60,4 @@ def dpo(
     )
     if trainer.is_world_process_zero():
         log_length(trainer.args, len(train))
-    return run_trainer(trainer, model, arguments, folder, checkpoint, meter)
+    return run_trainer(trainer, model, arguments, folder, resume, meter)

@@ -15,7 +15,7 @@ from s2ft.text.encoding import IGNORED
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder
 from s2ft.train.rewards import check_columns
-from s2ft.train.sft import Finetuned, callbacks_of, check_dtype, check_packages_of_run, checkpoint_of, run_trainer
+from s2ft.train.sft import Finetuned, callbacks_of, check_dtype, check_packages_of_run, run_trainer
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +70,6 @@ def grpo(
     check_columns(rewards, train.column_names)
     arguments.set_generation()
     check_count(arguments, train)
-    checkpoint = checkpoint_of(folder, resume)
     trainer = GRPORunTrainer(
         model,
         rewards,
@@ -82,7 +81,7 @@ def grpo(
         base=base,
         name=name_of_run(folder.path),
     )
-    return run_trainer(trainer, model, arguments, folder, checkpoint, meter)
+    return run_trainer(trainer, model, arguments, folder, resume, meter)
 
 
 def check_vllm(arguments, base) -> None:

@@ -75,17 +75,12 @@ def apply_kernels(model, name: str) -> None:
             f"kernels liger: Liger-Kernel has none for models of type {kind!r}, only for "
             f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}: {WAY_OUT}"
         )
-    modules = _modules_of(model)
+    names = {type(layer).__module__ for layer in model.modules()}
+    modules = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]
     before = {module.__name__: dict(vars(module)) for module in modules}
     _apply_liger_kernel_to_instance(model=model, **dict.fromkeys(LEFT_TO_S2FT, False))
     for module in modules:
         _keep_functions_only(module, before[module.__name__])
-
-
-def _modules_of(model) -> list[ModuleType]:
-    """The modules of Python in which the classes of the model's layers are defined."""
-    names = {type(layer).__module__ for layer in model.modules()}
-    return [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]
 
 
 def _keep_functions_only(module: ModuleType, before: dict[str, object]) -> None:

@@ -6,6 +6,7 @@ from functools import partial
 
 import torch
 from torch import nn
+from transformers import Trainer
 
 import s2ft
 from s2ft.distributed import without_zero_init
@@ -63,11 +64,12 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, sh
         if strategy is not None and strategy.shards_weights:
             chunked = False
         chunked = chunked and not why_not_chunked(model, batch if short is None else short)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         found = s2ft.estimate(
             model,
             config,
             example=batch,
-            optimizer=_optimizer(arguments),
+            optimizer=partial(kind, **options),
             loss=loss_in_chunks if chunked else None,
             gradient_checkpointing=is_checkpointed(arguments),
             accumulation=arguments.gradient_accumulation_steps,
@@ -95,13 +97,6 @@ def longest_batch(train, arguments, batching: Batching) -> dict:
         return batching.collator([{"input_ids": full, "labels": full}] * rows)
     lengths = row_lengths(train)
     return batching.collator([train[row] for row in sorted(range(len(train)), key=lengths.__getitem__)[-rows:]])
-
-
-def _optimizer(arguments):
-    from transformers import Trainer
-
-    kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-    return partial(kind, **options)
 
 
 def plain_copy(model: nn.Module) -> nn.Module:

@@ -7,22 +7,21 @@ from s2ft.packages import check_packages
 from s2ft.text.calibration import needs_calibration
 from s2ft.text.data.loading import load_split
 from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
-from s2ft.text.drift import PromptRows
+from s2ft.text.drift import ConvertedRows, row_of_prompt
 from s2ft.text.encoding import context_length, tokenize_rows
 from s2ft.text.examples import examples_of
-from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
+from s2ft.text.pairs import encode_pairs, longest_batch, token_row
 from s2ft.text.prompts import encode_prompt, prompt_for_rows
 from s2ft.text.scoring import right_answer
 from s2ft.train.dpo import dpo
 from s2ft.train.grpo import base_for_vllm, check_count, grpo, largest_batch
 from s2ft.train.held_out import HeldOut
 from s2ft.train.memory import log_memory, log_memory_of_batch
-from s2ft.train.out_of_memory import explain_out_of_memory
 from s2ft.train.rates import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.rl_trainers import refuse_sharding
 from s2ft.train.run import Encoded, Method, Run
-from s2ft.train.sft import check_dtype, check_run, sft, smaller_step
+from s2ft.train.sft import check_dtype, check_run, sft
 
 logger = logging.getLogger(__name__)
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
@@ -152,15 +151,14 @@ class DPO(RL):
         return Encoded(prompt, pairs.dataset, others)
 
     def token_rows(self, rows, tokenizer) -> Any:
-        return ChosenRows(rows)
+        return ConvertedRows(rows, lambda row: token_row(row, "chosen_ids"))
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         batch = longest_batch(data.rows, tokenizer, run.arguments.per_device_train_batch_size)
         log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        with explain_out_of_memory(smaller_step(run.arguments), run.folder.kept):
-            return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
+        return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
 
 
 class GRPO(RL):
@@ -175,7 +173,7 @@ class GRPO(RL):
         arguments.set_generation()
         if arguments.use_vllm:
             check_packages("use_vllm", "leave --use-vllm out: transformers generates the answers then")
-        rewards = load_rewards(run.rewards)
+        rewards = load_rewards(arguments.rewards)
         if arguments.reward_weights is not None and len(arguments.reward_weights) != len(rewards):
             raise ValueError(
                 f"reward_weights has {len(arguments.reward_weights)} numbers for {len(rewards)} rewards "
@@ -193,7 +191,7 @@ class GRPO(RL):
             others, other = _fitting(rest, tokenizer, room, run.is_first, "prompts to evaluate on")
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
-        check_columns(load_rewards(run.rewards), kept.column_names)
+        check_columns(load_rewards(arguments.rewards), kept.column_names)
         check_count(arguments, kept)
         return Encoded(prompt, kept, others, longest)
 
@@ -206,7 +204,7 @@ class GRPO(RL):
         return None
 
     def token_rows(self, rows, tokenizer) -> Any:
-        return PromptRows(rows, tokenizer)
+        return ConvertedRows(rows, lambda row: row_of_prompt(encode_prompt(tokenizer, row["prompt"])))
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         batch = largest_batch(run.arguments, data.longest)
@@ -216,9 +214,8 @@ class GRPO(RL):
         return base_for_vllm(model, tokenizer, run.arguments)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        with explain_out_of_memory(smaller_step(run.arguments), run.folder.kept):
-            rewards = load_rewards(run.rewards)
-            return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
+        rewards = load_rewards(run.arguments.rewards)
+        return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
 
 
 def _fitting(rows, tokenizer, room: int, says: bool, what: str):

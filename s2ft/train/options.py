@@ -65,6 +65,13 @@ def with_default_ratio(config, given: Collection[str]):
     return replace(config, d_ratio=DEFAULT_D_RATIO)
 
 
+class Options:
+    """Base of options whose values are checked by their fields."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+
 @dataclass
 class ModelOptions:
     """How the base model is loaded. The names are those of TRL's ModelConfig.
@@ -107,7 +114,7 @@ class ModelOptions:
 
 
 @dataclass
-class RunOptions:
+class RunOptions(Options):
     """Options of a run that TRL's arguments do not have.
 
     Raises:
@@ -115,8 +122,8 @@ class RunOptions:
 
     Example:
         >>> from s2ft.train.options import RunOptions
-        >>> RunOptions(batch_size=32).per_device(devices=4)
-        (8, 1)
+        >>> RunOptions(batch_size=32).batch_size
+        32
     """
 
     name: str = option("default", "name of the adapter")
@@ -164,23 +171,6 @@ class RunOptions:
     stop_after: int = option(
         0, "write a checkpoint at this update and stop; continue with --resume; 0 trains to the end", least=0
     )
-
-    def __post_init__(self) -> None:
-        check_fields(self)
-
-    def per_device(self, devices: int) -> tuple[int, int]:
-        """Divide `batch_size` among devices.
-
-        Args:
-            devices: Number of devices.
-
-        Returns:
-            Rows of one forward pass on one device, at most 8, and the number of passes whose gradients are added up.
-
-        Raises:
-            ValueError: `batch_size` cannot be divided. The message names the nearest sizes that can.
-        """
-        return divide_batch(self.batch_size or DEFAULT_BATCH, devices)
 
 
 @dataclass
@@ -242,18 +232,6 @@ class ForgettingOptions:
         return bool(self.forgetting_data) or self.measures_kl
 
 
-@dataclass
-class RewardOptions:
-    """What `s2ft grpo` rewards."""
-
-    rewards: list[str] = option(
-        [],
-        "what answers are rewarded for: answer_equal, format, FILE.py:NAME, or FILE.py for all its rewards; their sum "
-        "counts, weighted by --reward-weights",
-        metavar="REWARD",
-    )
-
-
 def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:
     """Divide the rows of one update among devices and forward passes.
 
@@ -283,7 +261,7 @@ def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int
 
 
 @dataclass
-class DemoOptions:
+class DemoOptions(Options):
     """Options of ``s2ft demo``. With the defaults it takes some minutes on two CPU cores.
 
     Raises:
@@ -309,6 +287,3 @@ class DemoOptions:
     )
     seed: int = option(0, "seed of the selection and of the order of the rows", least=0)
     keep_memory: bool = option(True, **KEEP_MEMORY)
-
-    def __post_init__(self) -> None:
-        check_fields(self)

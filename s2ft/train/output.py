@@ -127,7 +127,9 @@ class RunFolder:
         """
         if resume:
             earlier = self.options()
-            different = _differences(earlier, options)
+            free = {GROUPS, *DIVISION} if earlier.get(GROUPS) != options.get(GROUPS) else set()
+            changed = [key for key in {**earlier, **options} if earlier.get(key) != options.get(key)]
+            different = [key for key in changed if key not in free]
             if different:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "
@@ -142,12 +144,6 @@ class RunFolder:
         write_json(self.run, options)
         if config is not None:
             replace_file(self.config, config.encode())
-
-
-def _differences(earlier: dict, options: dict) -> list[str]:
-    """The names of the options that change the result and are not those of the earlier run."""
-    free = {GROUPS, *DIVISION} if earlier.get(GROUPS) != options.get(GROUPS) else set()
-    return [key for key in {**earlier, **options} if key not in free and earlier.get(key) != options.get(key)]
 
 
 def log_failure(what: str, error: Exception) -> None:

@@ -3,7 +3,7 @@
 Nothing here reads weights: the model is on the meta device.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -202,7 +202,8 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
     head += ["kept for backward", "peak"] if memory else []
     head += [size(room)] if memory and room is not None else []
     cells = [head, *(_cells(row, memory, room) for row in rows if not row.refused)]
-    return "\n".join([tables.table(cells, right=range(len(head))), *_notes(rows)])
+    notes = [f"ratio {row.ratio:g}: {row.refused}" for row in rows if row.refused]
+    return "\n".join([tables.table(cells, right=range(len(head))), *notes])
 
 
 def _cells(row: Planned, memory: bool, room: int | None) -> list[str]:
@@ -213,7 +214,3 @@ def _cells(row: Planned, memory: bool, room: int | None) -> list[str]:
         cells += [about + size(row.kept or 0), about + size(row.peak or 0)]
         cells += [] if room is None else ["fits" if row.fits else "too small"]
     return cells
-
-
-def _notes(rows: Sequence[Planned]) -> Iterator[str]:
-    yield from (f"ratio {row.ratio:g}: {row.refused}" for row in rows if row.refused)

@@ -17,6 +17,8 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from s2ft.text.data.preferences import GIVEN
+
 Reward = Callable[..., Any]
 
 # ---- what a completion answers -------------------------------------------------------------------------
@@ -221,7 +223,6 @@ BUILT_IN: dict[str, Reward] = {"answer_equal": answer_equal, "format": answer_fo
 # ---- rewards of a file ---------------------------------------------------------------------------------
 
 # What TRL gives a reward besides the columns of the data.
-GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
 
 
 class RewardError(ValueError):

@@ -14,15 +14,16 @@ from s2ft.sync.trl import with_slices
 from s2ft.text.prompts import encode_prompt, end_ids
 from s2ft.train.parallel import devices_of, loading_config
 from s2ft.train.reference import Reference
-from s2ft.train.run_trainer import Changed, RunTrainer
+from s2ft.train.run_trainer import Changed, RunMethods, without_checkpointing
+from s2ft.train.trainer import AdapterCheckpoints
 
 
-class RLTrainer(RunTrainer):
+class RLTrainer(AdapterCheckpoints, RunMethods):
     """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
 
     def __init__(self, model, *args: Any, args_of_run, tokenizer, **options: Any) -> None:
         self._changed, self._given, self._pad_token = Changed(model), tokenizer, tokenizer.pad_token
-        super().__init__(model, *args, args=_for_trl(args_of_run), processing_class=tokenizer, **options)
+        super().__init__(model, *args, args=without_checkpointing(args_of_run), processing_class=tokenizer, **options)
         self._changed.undo_always()
 
     def restore_model(self) -> None:
@@ -209,12 +210,3 @@ def refuse_sharding(arguments, command: str) -> None:
             "which was tried on one device and on several with a whole model each; start it without FSDP, DeepSpeed, "
             "and tensor and context parallelism"
         )
-
-
-def _for_trl(arguments):
-    """Return a copy of the arguments for TRL. The functions of s2ft turn checkpointing on; see sft.checkpointing."""
-    arguments = copy.copy(arguments)
-    arguments.gradient_checkpointing, arguments.gradient_checkpointing_kwargs = False, None
-    if hasattr(arguments, "activation_checkpointing"):
-        arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
-    return arguments

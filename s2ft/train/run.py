@@ -35,9 +35,10 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
+from s2ft.train.out_of_memory import explain_out_of_memory
 from s2ft.train.output import GROUPS, ROWS, RunFolder
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
-from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, this_rank
+from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, smaller_step, this_rank
 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
@@ -79,7 +80,6 @@ class Run:
         arguments: The arguments of TRL's trainer.
         options: Options that TRL's arguments do not have.
         forgetting: What is measured and protected.
-        rewards: Names of the rewards.
         given: The options that the user has set, by their full names.
     """
 
@@ -90,7 +90,6 @@ class Run:
     arguments: Any
     options: RunOptions
     forgetting: ForgettingOptions
-    rewards: tuple[str, ...]
     given: Mapping[str, Any]
 
     @property
@@ -149,7 +148,6 @@ class Run:
         found |= {f"adapter.{key}": entry for key, entry in self.config.to_dict().items()}
         for options in (self.data, self.options, self.forgetting):
             found |= {one.name: _plain(getattr(options, one.name)) for one in fields(options) if _belongs(one.name)}
-        found |= {"rewards": list(self.rewards)} if self.rewards else {}
         best = arguments.load_best_model_at_end
         for one in fields(arguments):
             if one.init and _belongs(one.name, best) and given.get(one.name, one.default) != one.default:
@@ -266,7 +264,8 @@ def _train(run: Run, config_text: Any) -> Finetuned:
             protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
-        with naming_what_is_kept(run.folder):
+        less = smaller_step(arguments)
+        with naming_what_is_kept(run.folder), explain_out_of_memory(less, run.folder.kept):
             return method.train(run, model, tokenizer, data, **how, **({"base": base} if base else {}))
 
 

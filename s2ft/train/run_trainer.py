@@ -1,11 +1,12 @@
 """What the Trainers of s2ft sft, dpo and grpo share."""
 
+import copy
+
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 
 from s2ft.train.options import SCHEDULES
 from s2ft.train.output import log_failure
-from s2ft.train.trainer import AdapterCheckpoints
 
 
 class RunMethods:
@@ -34,7 +35,8 @@ class RunMethods:
             scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or self._schedule_arguments(num_training_steps),
         )
         if skipped and isinstance(schedule, LambdaLR):
-            schedule = LambdaLR(schedule.optimizer, [_one_later(rate) for rate in schedule.lr_lambdas])
+            later = [lambda step, rate=rate: rate(step + 1) for rate in schedule.lr_lambdas]
+            schedule = LambdaLR(schedule.optimizer, later)
         self.lr_scheduler, self._created_lr_scheduler = schedule, True
         return schedule
 
@@ -53,10 +55,6 @@ class RunMethods:
                 raise
             log_failure(f"the evaluation at step {self.state.global_step} failed", error)
             return {}
-
-
-class RunTrainer(AdapterCheckpoints, RunMethods):
-    """:class:`RunMethods` with the checkpoints of s2ft."""
 
 
 class Changed:
@@ -90,5 +88,10 @@ class Changed:
             vars(config).update(values)
 
 
-def _one_later(rate):
-    return lambda step: rate(step + 1)
+def without_checkpointing(arguments):
+    """Return a copy of the arguments for TRL without gradient checkpointing, which the run turns on itself."""
+    arguments = copy.copy(arguments)
+    arguments.gradient_checkpointing, arguments.gradient_checkpointing_kwargs = False, None
+    if hasattr(arguments, "activation_checkpointing"):
+        arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
+    return arguments

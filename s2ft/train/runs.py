@@ -1,6 +1,5 @@
 """The Trainer of s2ft sft: TRL's SFTTrainer with the loss, the batches and the checkpoints of s2ft."""
 
-import copy
 import warnings
 from typing import Any
 
@@ -15,7 +14,7 @@ from s2ft.text.evaluation import evaluate
 from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
 from s2ft.train.held_out import HeldOut
 from s2ft.train.parallel import devices_of, rows_of_update
-from s2ft.train.run_trainer import Changed, RunMethods
+from s2ft.train.run_trainer import Changed, RunMethods, without_checkpointing
 from s2ft.train.trainer import AdapterCheckpoints
 
 
@@ -176,14 +175,11 @@ def needs_trl_loss(arguments) -> bool:
 
 def _for_trl(arguments, batching: Batching):
     """Return a copy of the arguments for TRL, to which the rows are given ready and which need not know why."""
-    arguments = copy.copy(arguments)
+    arguments = without_checkpointing(arguments)
     arguments.dataset_kwargs = {"skip_prepare_dataset": True}
     arguments.packing = arguments.padding_free = arguments.eval_packing = False
     arguments.shuffle_dataset, arguments.chat_template_path, arguments.eos_token = False, None, None
     arguments.assistant_only_loss = arguments.completion_only_loss = False
     if arguments.train_sampling_strategy == BY_LENGTH and not batching.by_length:
         arguments.train_sampling_strategy = "random"
-    arguments.gradient_checkpointing, arguments.gradient_checkpointing_kwargs = False, None  # sft() turns it on
-    if hasattr(arguments, "activation_checkpointing"):
-        arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
     return arguments

@@ -25,7 +25,6 @@ from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.held_out import HeldOut
 from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.out_of_memory import explain_out_of_memory
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 from s2ft.train.parallel import devices_of, is_spread, rows_of_update, run_where_weights_are
 
@@ -118,27 +117,13 @@ def sft(
     from s2ft.train.batching import short_row
 
     options = options or RunOptions()
-    checkpoint = checkpoint_of(folder, resume)
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([short_row(train)])
-    with (
-        explain_out_of_memory(smaller_step(arguments), folder.kept),
-        contiguous_head(model),
-        loss_for(model, arguments, options, example),
-    ):
-        return run_trainer(trainer, model, arguments, folder, checkpoint, meter)
+    with contiguous_head(model), loss_for(model, arguments, options, example):
+        return run_trainer(trainer, model, arguments, folder, resume, meter)
 
 
-def checkpoint_of(folder: RunFolder, resume: bool | Path) -> Path | None:
-    """Return the checkpoint that a run begins from, and log it. The arguments are those of :func:`sft`."""
-    if not resume:
-        return None
-    checkpoint = resume if isinstance(resume, Path) else newest_valid(folder.path)
-    logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
-    return checkpoint
-
-
-def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path | None, meter: Any = None) -> Finetuned:
+def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Path, meter: Any = None) -> Finetuned:
     """Train, save the adapter, write the report, evaluate, and draw the plot.
 
     Args:
@@ -146,11 +131,15 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path |
         model: The model, with the adapter.
         arguments: The arguments of the run.
         folder: The output folder.
-        checkpoint: The checkpoint to begin from, or None.
+        resume: As in :func:`sft`.
         meter: A :class:`~s2ft.train.forgetting.ForgettingMeter` that is not among the callbacks yet, or None.
     """
     from transformers.trainer_callback import PrinterCallback
 
+    checkpoint = None
+    if resume:
+        checkpoint = resume if isinstance(resume, Path) else newest_valid(folder.path)
+        logger.info("resuming from %s", checkpoint.name if checkpoint else "the start: there is no valid checkpoint")
     trainer.remove_callback(PrinterCallback)  # JsonlLog shows the same values
     if meter is not None:
         meter.add_to(trainer)
@@ -164,6 +153,8 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, checkpoint: Path |
 
 def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, meter: Any) -> Finetuned:
     """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
+    from accelerate.utils import broadcast_object_list
+
     seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
     _train(trainer, checkpoint)
@@ -175,9 +166,11 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     if finished and trainer.is_world_process_zero():
         with log_errors(f"{folder.report} was not written"):
             write_json(folder.report, result.to_dict())
-    evaluates = finished and trainer.eval_dataset is not None and result.best_step is None
-    if evaluates and not _is_evaluated(trainer, folder):
-        trainer.evaluate()
+    if finished and trainer.eval_dataset is not None and result.best_step is None:
+        lines = [line for line in read_log(folder.log) if "eval_loss" in line]
+        evaluated = [any(line["step"] == trainer.state.global_step for line in lines)]
+        if not broadcast_object_list(evaluated)[0]:  # the first rank reads the log and tells the others
+            trainer.evaluate()
     return result
 
 
@@ -233,8 +226,9 @@ def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
     from s2ft.train.callbacks import JsonlLog
 
-    if checkpoint is not None and _is_complete(checkpoint):
-        _take_over(trainer, checkpoint)
+    state = None if checkpoint is None else _state_of(checkpoint)
+    if state is not None and 0 < state.max_steps <= state.global_step:  # the Trainer would train one more step
+        _take_over(trainer, checkpoint, state)
         return
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -247,17 +241,11 @@ def _train(trainer, checkpoint: Path | None) -> None:
         next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, JsonlLog)).close()
 
 
-def _is_complete(checkpoint: Path) -> bool:
-    """Whether a checkpoint is that of the last step. The Trainer would train one more step from it."""
-    state = _state_of(checkpoint)
-    return 0 < state.max_steps <= state.global_step
-
-
-def _take_over(trainer, checkpoint: Path) -> None:
+def _take_over(trainer, checkpoint: Path, state) -> None:
     """Put the model and the Trainer into the state after the last step."""
     from s2ft.train.trainer import restore_adapter
 
-    trainer.state = _state_of(checkpoint)
+    trainer.state = state
     trainer.state.is_world_process_zero = trainer.is_world_process_zero()
     best = trainer.state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
     restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
@@ -275,14 +263,6 @@ def _save(model, folder: RunFolder, trainer) -> None:
     trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
     save = partial(s2ft.save_adapter, model, folder.adapter, state=trained)
     run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
-
-
-def _is_evaluated(trainer, folder: RunFolder) -> bool:
-    """Whether the log has an evaluation of the last step. The first rank reads the log and tells the others."""
-    from accelerate.utils import broadcast_object_list
-
-    found = [any("eval_loss" in line and line["step"] == trainer.state.global_step for line in read_log(folder.log))]
-    return broadcast_object_list(found)[0]
 
 
 def _plot(folder: RunFolder) -> None:

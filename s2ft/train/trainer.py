@@ -150,7 +150,7 @@ class AdapterCheckpoints:
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         if engine is None:
             state = optimizer_state.gather_state(self.optimizer, self.model)
-        elif self._replaces_checkpoints_of(engine):
+        elif hasattr(Trainer, "_prepare_for_training") and zero_state.is_zero(engine):  # without DeepSpeed's own
             state = zero_state.gather_zero_state(engine)
         else:
             state = None
@@ -171,10 +171,6 @@ class AdapterCheckpoints:
             order = optimizer_state.load_state(self.optimizer, self.model, state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         optimizer_state.load_schedule(self.lr_scheduler, schedule, order)
-
-    def _replaces_checkpoints_of(self, engine) -> bool:
-        """Whether the optimizer of a DeepSpeed engine is saved without DeepSpeed's own checkpoint."""
-        return hasattr(Trainer, "_prepare_for_training") and zero_state.is_zero(engine)
 
     def _prepare_for_training(self, max_steps, train_dataloader, resume_from_checkpoint):
         """Prepare as the Trainer does, but let no DeepSpeed look for its own checkpoint where there is none."""

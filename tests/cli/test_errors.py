@@ -158,17 +158,6 @@ def sft(work, output, *more):
     return ["sft", *(str(word) for pair in files.items() for word in pair), *map(str, more)]
 
 
-def test_an_output_folder_in_use_names_the_process(capsys, work, tmp_path):
-    from s2ft.train.output import RunFolder
-
-    with RunFolder(tmp_path / "out").reserved():
-        for more in ([], ["--overwrite"], ["--resume"]):
-            if more:
-                (tmp_path / "out/run.json").write_text("{}")
-            assert main(sft(work, tmp_path / "out", *more)) == 2
-            assert f"out is in use: process {os.getpid()} on " in capsys.readouterr().err
-
-
 def test_fsdp_without_a_gpu(capsys, work, tmp_path, monkeypatch):
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
         with monkeypatch.context() as environment:

@@ -46,25 +46,6 @@ def test_beams_and_the_distance_from_the_base_are_in_the_file(work, tmp_path, ca
 @pytest.mark.parametrize(
     "words, message",
     [
-        ([], "missing: --data FILE_OR_NAME, --task, or --lm-eval"),
-        (["--data", "x"], "missing: --task"),
-        (["--data", "x", "--task", "arithmetic", "--num-fewshot", "1"], "num_fewshot has no meaning with data"),
-        (["--data", "x", "--task", "arithmetic", "--num-beams", "0"], "num_beams must be at least 1"),
-        (["--suite", "boolq"], "there is no option --suite; did you mean --lm-eval?"),
-        (["--kl", "--adapter", "x"], "kl needs rows with prompts"),
-        (["--lm-eval", "arc_easy", "--data", "x"], "data has no meaning with lm_eval"),
-        (["--lm-eval", "arc_easy", "--num-beams", "2"], "num_beams has no meaning with lm_eval"),
-        (["--lm-eval", "arc_easy", "--split", "test"], "split, field and skip_bad_rows have no meaning with lm_eval"),
-    ],
-)
-def test_options_that_contradict_each_other(words, message, capsys):
-    assert main(["eval", "--model", "nosuch", *words]) == 2
-    assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
         (["--data", "WORK/sums.jsonl", "--task", "commonsense"], "example 1: "),
         (["--data", "WORK/nosuch.jsonl", "--task", "arithmetic"], "nosuch.jsonl"),
         (["--data", "WORK/sums.jsonl", "--task", "arithmetic", "--output", "WORK/model"], "exists"),
@@ -77,11 +58,3 @@ def test_mistakes_are_found_before_the_model_is_loaded(words, message, work, mon
     monkeypatch.setattr("s2ft.text.adapter_prompts.load_with_adapter", load)
     evaluate(work, *(word.replace("WORK", str(work)) for word in words), status=2)
     assert message in capsys.readouterr().err
-
-
-def test_lm_eval_is_named_where_it_is_missing(work, monkeypatch, capsys):
-    monkeypatch.setattr("s2ft.packages.is_installed", lambda package: package != "lm-eval")
-    evaluate(work, "--lm-eval", "arc_easy", status=2)
-    assert "s2ft eval --lm-eval needs the package lm-eval, which is not installed: pip install lm-eval" in (
-        capsys.readouterr().err
-    )

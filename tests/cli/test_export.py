@@ -3,7 +3,6 @@
 import json
 import re
 
-import peft
 import pytest
 import torch
 from support.convert_hf_to_gguf import convert
@@ -55,18 +54,6 @@ def attached(work):
     model, _ = load_model(str(work / "model"))
     s2ft.load_adapter(model, work / "adapter")
     return model
-
-
-def test_lora(work, tmp_path, capsys):
-    s2ft_command("export", work / "adapter", "--model", work / "model", "--output", tmp_path / "lora")
-    printed = capsys.readouterr().out
-    assert "LoRA of rank 6 to 16 (vLLM: --enable-lora --max-lora-rank 16)" in printed
-    assert {path.name for path in (tmp_path / "lora").iterdir()} == {lora.CONFIG, lora.TENSORS}
-    base = AutoModelForCausalLM.from_pretrained(work / "model")
-    expected = logits_of(attached(work))
-    found = logits_of(peft.PeftModel.from_pretrained(base, tmp_path / "lora"))
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    assert [path.name for path in tmp_path.iterdir()] == ["lora"]
 
 
 def test_lora_and_back(work, tmp_path, capsys):
@@ -198,13 +185,6 @@ def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_p
     printed = capsys.readouterr().err
     assert message in printed and printed.count("\n") == 1
     assert not any(tmp_path.iterdir())
-
-
-def test_an_output_that_exists_is_kept(work, tmp_path, capsys):
-    for kind in ("lora", "merged", "gguf"):
-        command = ["export", work / "adapter", "--model", work / "model", "--format", kind, "--output", tmp_path]
-        assert main([str(argument) for argument in command]) == 2
-        assert "exists" in capsys.readouterr().err
 
 
 # ---- a base with a tokenizer that a GGUF file can hold --------------------------------------------------

@@ -133,12 +133,3 @@ def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory
     assert known.names == names and logged in caplog.text
     for name in names:
         known.release(known.acquire(name))
-
-
-def test_a_client_loads_the_output_of_a_run(work):
-    from s2ft.adapter.bank import AdapterBank
-    from s2ft.serve.registry import Adapters
-
-    known = Adapters(AdapterBank(tiny_model()), [work])
-    known.load("mine", "runs/math")
-    assert known.acquire("mine").folder == (work / "runs/math/adapter").resolve()

@@ -19,7 +19,6 @@ from s2ft.cli.main import main
 from s2ft.export import gguf
 from s2ft.export.llama_cpp import VARIABLE, find_tools
 from s2ft.export.ollama import modelfile
-from s2ft.packages import MissingPackages
 from s2ft.text.models import load_model
 
 QUANTIZER = """#!{python}
@@ -130,12 +129,6 @@ def test_mistakes_write_nothing(options, word, work, tmp_path, capsys):
     printed = capsys.readouterr().err
     assert re.search(word, printed), printed
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_package_gguf_is_named(work, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(MissingPackages, match="pip install gguf"):
-        gguf.export(str(work / "model"), work / "adapter", tmp_path / "out")
 
 
 # ---- Ollama --------------------------------------------------------------------------------------------

@@ -40,6 +40,13 @@ CASES = [
         ["export", "a", "--model", "./nowhere", "--format", "gguf", *OUT],
         "export --format gguf needs the package gguf, which is not installed: pip install gguf",
     ),
+    (
+        ["lm_eval"],
+        ["eval", "--model", "./nowhere", "--lm-eval", "arc_easy"],
+        "s2ft eval --lm-eval needs the package lm-eval",
+    ),
+    (["liger_kernel"], [*TRAIN, "--kernels", "liger"], "pip install liger-kernel, or leave out --kernels liger"),
+    (["schedulefree"], [*TRAIN, "--optimizer", "schedule_free_adamw"], "pip install schedulefree"),
     (["gguf"], ["generate", "--model", "m.gguf", "--prompt", "a"], "a model in a .gguf file needs the package gguf"),
 ]
 

@@ -2,7 +2,6 @@
 
 import importlib
 import importlib.util
-import json
 
 import pytest
 import torch
@@ -120,16 +119,6 @@ def test_evaluation_while_training_does_not_change_what_is_trained(work, plain, 
         assert [line["step"] for line in lines] == steps
         assert all(0 <= line["eval_accuracy"] <= 1 and line["eval_loss"] > 0 for line in lines)
         assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / name).items())
-
-
-def test_a_stopped_and_resumed_run_equals_one_run(work, plain, tmp_path, capsys):
-    assert sft(work, tmp_path / "out", "--stop-after", 3) == 0
-    assert "stopped before the end: go on with --resume" in capsys.readouterr().out
-    assert not (tmp_path / "out/adapter").exists() and (tmp_path / "out/checkpoint-3").is_dir()
-    assert sft(work, tmp_path / "out", "--resume") == 0
-    assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / "out").items())
-    report = json.loads((tmp_path / "out/report.json").read_text())
-    assert report["steps"] == 4 and report["tokens_per_second"] > 0
 
 
 def test_memory_is_logged_at_the_start_with_a_warning_if_it_does_not_fit(work, tmp_path, caplog, monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 from serve.fleet import alone
-from train.tiny import CHAT, tiny_model, tiny_tokenizer
+from train.tiny import tiny_model, tiny_tokenizer
 
 from s2ft.text.adapter_prompts import Prompter
 from s2ft.text.chat import Chat
@@ -47,18 +47,6 @@ def test_a_later_turn_runs_only_what_is_new():
     chat.model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].numel()))
     ask(chat, "next")
     assert ran[0] < 60 and set(ran[1:]) <= {1}  # the template's words and the message, not the first turn
-
-
-def test_the_recorded_system_prompt_is_used_unless_another_is_given():
-    info = {"prompt": {"form": "chat", "template": CHAT, "system": "Be brief."}}
-    chat = chat_of(info=info)
-    recorded = [{"role": "system", "content": "Be brief."}]
-    assert chat.transcript() == recorded
-    assert ask(chat, "hi") == text_from_scratch([*recorded, {"role": "user", "content": "hi"}], 12)
-    for system in ("Be long.", ""):
-        chat = chat_of(info=info, system=system)
-        given = [{"role": "system", "content": system}] if system else []
-        assert ask(chat, "hi") == text_from_scratch([*given, {"role": "user", "content": "hi"}], 12)
 
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full():

@@ -78,7 +78,6 @@ def test_neither_the_batches_nor_the_chunks_change_the_numbers(batch_size, monke
     base, _ = direct(model, rows)
     s2ft.attach(model, CONFIG)
     distributions = BaseDistributions.of(model, rows, batch_size)
-    assert distributions.base_loss == pytest.approx(mean_loss(model, rows), rel=1e-6)
     moved(model)
     model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
     assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=1e-4)
@@ -100,7 +99,7 @@ def test_a_model_with_a_bfloat16_head_is_summed_in_float32():
     base, _ = direct(model, rows)
     s2ft.attach(model, CONFIG)
     distributions = BaseDistributions.of(model, rows, 16)
-    assert distributions.base_loss == pytest.approx(direct_loss(model, rows), rel=2e-4)
+    assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
     moved(model)
     assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
     assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=2e-2)
@@ -112,8 +111,6 @@ def test_full_fine_tuning_keeps_a_copy_of_the_trained_head():
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
     distributions = BaseDistributions.of(model, rows)
-    assert not distributions.switched_off
-    assert distributions.nbytes == distributions.positions * 32 * 4 + 259 * 32 * 4
     moved(model, 0.05)
     assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=1e-4)
 
@@ -150,7 +147,6 @@ def test_adapters_are_switched_off_for_the_base(way, monkeypatch):
     model = moved(WAYS[way](model).eval(), 0.1)
     tuned, _ = direct(model, rows)
     distributions = BaseDistributions.of(model, rows)
-    assert distributions.switched_off
     assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
     assert mean_loss(model, rows) == pytest.approx(direct_loss(model, rows), rel=1e-6)
     assert torch.equal(direct(model, rows)[0], tuned)

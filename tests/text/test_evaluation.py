@@ -48,33 +48,6 @@ def test_generation_equals_that_of_the_trained_model(model):
     assert generate(model, tokenizer, [prompt], 1, 6) == [expected]
 
 
-def beam_search(model, prompt, beams, tokens):
-    """The ids of the likeliest beginning, without a cache, batches, fusing, or beginnings that end early."""
-    kept = [(0.0, prompt)]
-    for _ in range(tokens):
-        following = model(torch.tensor([ids for _, ids in kept])).logits[:, -1].double().log_softmax(-1)
-        every = [(score + row[token].item(), [*ids, token])
-                 for (score, ids), row in zip(kept, following) for token in row.topk(beams).indices.tolist()]  # fmt: skip
-        kept = sorted(every, reverse=True)[:beams]
-    return kept[0][1][len(prompt) :], [ids for _, ids in kept]
-
-
-@torch.no_grad()
-def test_beams_equal_a_plain_beam_search_on_the_trained_model(model):
-    tokenizer = tiny_tokenizer()
-    tokenizer.eos_token = tokenizer.unk_token  # a token that no beam has here, so that all have the same length
-    model.generation_config.eos_token_id = None
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": "a" * n}]) for n in (3, 30, 1)]
-    expected, greedy = [], []
-    for prompt in prompts:
-        best, every = beam_search(model, prompt, 4, 6)
-        assert not any(token in (0, 2) for ids in every for token in ids[len(prompt) :])
-        expected.append(tokenizer.decode(best, skip_special_tokens=True).strip())
-        greedy.append(generate(model, tokenizer, [prompt], 1, 6)[0])
-    assert generate(model, tokenizer, prompts, 2, 6, num_beams=4) == expected != greedy
-    assert [generate(model, tokenizer, [prompt], 1, 6, num_beams=4)[0] for prompt in prompts] == expected
-
-
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_penalties_of_the_checkpoint_are_not_applied(model, num_beams):
     tokenizer = tiny_tokenizer()

@@ -6,7 +6,7 @@ from train.tiny import tiny_tokenizer, write_jsonl
 from s2ft.text.data import DataOptions, form_of, load_rows
 from s2ft.text.data.forms import BadRow
 from s2ft.text.data.preferences import PAIRS, PROMPTS, pair, scored_prompt, with_columns
-from s2ft.text.pairs import ChosenRows, encode_pairs, longest_batch
+from s2ft.text.pairs import encode_pairs, longest_batch, token_row
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_format
 
 
@@ -138,7 +138,7 @@ def test_a_pair_has_the_prompt_of_generation_and_ends_after_the_end_of_turn(tmp_
     assert row["prompt_ids"] == encode_prompt(tokenizer, ASKED["prompt"])
     assert [tokenizer.decode(row[name]) for name in ("chosen_ids", "rejected_ids")] == ["5<|im_end|>", "6<|im_end|>"]
     assert str(found).startswith("1 pair: ")
-    assert ChosenRows(found.dataset)[0]["labels"][-2:] == row["chosen_ids"]
+    assert token_row(found.dataset[0], "chosen_ids")["labels"][-2:] == row["chosen_ids"]
     assert longest_batch(found.dataset, tokenizer, 4)["input_ids"].shape == (2, len(row["prompt_ids"]) + 2)
 
 

@@ -50,17 +50,6 @@ def test_rows_join_and_leave_at_any_time(folder):
         assert row.tokens == alone(row.adapter and folder / row.adapter, row.prompt, len(row.tokens), ends=(), **UNTIED)
 
 
-def test_columns_of_the_longest_row_are_removed_with_it():
-    batch = RunningBatch(tiny_model())
-    short, long = greedy_row(prompt(3, 0)), greedy_row(prompt(40, 1))
-    batch.admit([short, long])
-    assert batch._mask.shape == (2, 40)
-    batch.keep([short])
-    assert batch._mask.shape == (1, 3) and batch._cache.layers[0].keys.shape[:3] == (1, 2, 3)
-    batch.keep([])
-    assert batch._cache is None
-
-
 @pytest.mark.parametrize("kept, rest", [(0, [9]), (1, [9, 10, 11]), (8, []), (12, [9]), (99, []), (99, [9, 10, 11])])
 def test_a_row_that_replaces_another_gets_the_tokens_that_it_gets_alone(kept, rest):
     """The keys of the common beginning are used again, and none of another beginning."""

@@ -143,8 +143,3 @@ def test_examples_are_read_like_training_data(tmp_path):
     assert [message["content"] for message in messages] == ["Be brief.", "2+3="]
     with pytest.raises(ValueError, match="c.jsonl, line 1: .*'text'"):
         read_examples(str(write_jsonl(tmp_path / "c.jsonl", [{"text": "a"}])))
-
-
-@pytest.mark.parametrize("value, text", [(3, "3"), (2.5, "2.5"), (True, "true"), ("x", "x"), (["C"], "C")])
-def test_answer_may_be_a_number_a_bool_or_a_list_of_one(value, text):
-    assert row(answer=value).answer == text

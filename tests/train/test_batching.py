@@ -117,11 +117,6 @@ def test_packing_is_refused_where_rows_would_be_mixed_up(name, reason, dtype):
     assert isinstance(choose_batching(model, 0, rows, arguments_for()).collator, TokenCollator)
 
 
-def test_wrapped_packing_is_refused():
-    with pytest.raises(ValueError, match="packing_strategy 'wrapped' mixes up rows"):
-        arguments_for(packing=True, packing_strategy="wrapped")
-
-
 def test_the_default_is_grouping_by_length_and_no_padding_where_attention_knows_rows(monkeypatch):
     model, rows = tiny_model(), token_rows()
     found = choose_batching(model, 0, rows, arguments_for())

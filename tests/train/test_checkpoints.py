@@ -3,9 +3,7 @@
 import shutil
 
 import pytest
-import torch
 from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
-from train.test_sft import deltas, losses, run
 
 from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, move_into_place, newest_valid, seal
 from s2ft.train.trainer import AdapterCheckpoints, S2FTTrainer
@@ -50,12 +48,6 @@ def test_a_corrupt_checkpoint_is_reported_and_the_newest_valid_one_taken(case, t
     assert message in damage(tmp_path / "checkpoint-20")
     assert newest_valid(tmp_path).name == "checkpoint-10"
     assert "checkpoint-20 is damaged and is skipped" in caplog.text and message in caplog.text
-
-
-def test_no_checkpoint_is_valid(tmp_path):
-    assert newest_valid(tmp_path) is None
-    (checkpoint(tmp_path, 3) / "optimizer.pt").unlink()
-    assert newest_valid(tmp_path) is None
 
 
 def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
@@ -165,14 +157,3 @@ def test_a_model_without_trainable_adapter_is_refused(tmp_path):
 
 
 # ---- runs of the command line -------------------------------------------------------------------------------
-
-
-def test_a_run_resumes_from_the_newest_valid_checkpoint_and_logs_it(tmp_path, caplog):
-    caplog.set_level("INFO")
-    _, whole, _ = run(tmp_path / "whole", save_steps=2)
-    run(tmp_path / "cut", save_steps=2, options={"stop_after": 6})
-    (tmp_path / "cut/checkpoint-6/s2ft_adapter.safetensors").write_bytes(b"")
-    _, folder, result = run(tmp_path / "cut", save_steps=2, resume=True)
-    assert "checkpoint-6 is damaged and is skipped" in caplog.text and "resuming from checkpoint-4" in caplog.text
-    assert result.steps == 8 and losses(folder) == losses(whole)
-    assert all(torch.equal(value, deltas(whole)[key]) for key, value in deltas(folder).items())

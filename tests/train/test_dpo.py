@@ -153,11 +153,6 @@ def check_close(ours, theirs):
     )
 
 
-def test_log_probabilities_computed_before_the_training_are_the_same(tmp_path, whole):
-    _, folder = run(tmp_path / "before", save_steps=0, precompute_ref_log_probs=True)
-    check_close(losses(folder), losses(whole[1]))
-
-
 def test_a_trained_adapter_goes_on_from_its_base(tmp_path):
     """The reference is the base, not the adapter that the training begins with."""
     model, tokenizer = tiny_model(), tiny_tokenizer()
@@ -184,26 +179,3 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole):
     assert losses(folder) == losses(whole[1])
     one, other = (load_file(found.adapter / "s2ft_adapter.safetensors") for found in (folder, whole[1]))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"sync_ref_model": True}, "sync_ref_model does not work here: the reference is the base"),
-        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor does not work here"),
-        ({"padding_free": True}, "padding_free does not work here"),
-        ({"learning_rate": 0}, "learning_rate must be positive"),
-    ],
-)
-def test_what_cannot_work_is_refused(changes, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        arguments(tmp_path, **changes)
-
-
-def test_a_sharded_model_is_refused(tmp_path):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    s2ft.attach(model, MIXED)
-    found = arguments(tmp_path)
-    found.fsdp = ["full_shard"]
-    with pytest.raises(ValueError, match=r"s2ft dpo does not shard the model \(fsdp\)"):
-        DPORunTrainer(model, found, pairs(tokenizer).dataset, tokenizer=tokenizer)

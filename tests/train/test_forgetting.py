@@ -99,11 +99,6 @@ def test_each_measurement_equals_a_direct_computation(whole):
     assert result.to_dict()["base_kl"] == result.drift.base_kl > 0
 
 
-def test_the_trainer_logs_the_values_of_the_step(whole):
-    lines = [line for line in read_log(whole[1].log) if "loss" in line]
-    assert all(line.keys() >= {"forgetting", "base_kl", "other_loss", "meter_seconds"} for line in lines)
-
-
 def test_measuring_changes_nothing_in_the_training(whole, tmp_path):
     check_same(run(tmp_path)[1], whole[1])
 
@@ -251,13 +246,6 @@ def test_full_fine_tuning_is_resumed_with_the_base_of_its_beginning(tmp_path):
     assert again == {step: first[step] for step in (3, 4)}
     with pytest.raises(ValueError, match="call meter.add_to"):
         train(str(tmp_path / "checkpoint-2"), add=False)
-
-
-def test_a_constructor_takes_the_callback_too(tmp_path):
-    model, meter = tiny_model(), ForgettingMeter(other=other_rows(), every=2)
-    arguments = TrainingArguments(str(tmp_path), **PLAIN)
-    Trainer(model, arguments, train_dataset=rows_for_trainer(), callbacks=[meter]).train()
-    assert sorted(meter.measured) == [2, 4]
 
 
 # ---- rows ----------------------------------------------------------------------------------------------

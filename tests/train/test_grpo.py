@@ -14,7 +14,7 @@ from s2ft.train.arguments import GRPOArguments
 from s2ft.train.grpo import grpo
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
-from s2ft.train.rewards import checked, load_rewards
+from s2ft.train.rewards import checked
 from s2ft.train.rl_trainers import GRPORunTrainer
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
@@ -135,49 +135,6 @@ def test_the_columns_reach_the_rewards(tmp_path):
     options = arguments(tmp_path, max_steps=1, save_steps=0)
     grpo(model, tokenizer, prompts(tokenizer), [checked(reward, "reward")], options, folder)
     assert seen and set(seen) <= {(row["question"], row["answer"], row["level"]) for row in ROWS}
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"use_vllm": True, "vllm_enable_sleep_mode": True}, "vllm_enable_sleep_mode does not work with slices"),
-        ({"use_transformers_continuous_batching": True}, "use_transformers_continuous_batching does not work here"),
-        ({"sync_ref_model": True, "beta": 0.1}, "sync_ref_model does not work here"),
-        ({"num_generations": 1}, "num_generations must be at least 2"),
-        ({"generation_batch_size": 8, "steps_per_generation": 1}, "say the same: give one of them"),
-    ],
-)
-def test_what_cannot_work_is_refused(changes, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        arguments(tmp_path, **changes)
-
-
-@pytest.mark.parametrize(
-    ("changes", "words"),
-    [
-        ({"num_generations": 3}, "8 answers are generated at once, which is no multiple of num_generations, 3: .* 9"),
-        ({"num_iterations": 3, "save_steps": 4}, "save_steps 4 must be a multiple of 3, .*: the nearest is 3 or 6"),
-    ],
-)
-def test_numbers_that_do_not_fit_together_are_refused(changes, words, tmp_path):
-    with pytest.raises(ValueError, match=words):
-        arguments(tmp_path, **changes).set_generation()
-
-
-def test_fewer_prompts_than_one_generation_takes_are_refused(tmp_path):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    s2ft.attach(model, CONFIG)
-    rows = prompts(tokenizer, ROWS[:1])
-    with pytest.raises(ValueError, match="there is 1 prompt, and each generation takes 2"):
-        grpo(model, tokenizer, rows, REWARDS, arguments(tmp_path), RunFolder(tmp_path))
-
-
-def test_a_missing_column_is_named_before_the_training(tmp_path):
-    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(tmp_path)
-    s2ft.attach(model, CONFIG)
-    rows = prompts(tokenizer, [{"question": "1+1="}])
-    with pytest.raises(ValueError, match="reward answer_equal needs a column 'answer'"):
-        grpo(model, tokenizer, rows, load_rewards(["answer_equal"]), arguments(tmp_path), folder)
 
 
 @pytest.mark.slow

@@ -20,7 +20,6 @@ from train.tiny import tiny_model
 from transformers.models.llama import modeling_llama
 
 import s2ft
-from s2ft.cli.main import main
 from s2ft.packages import MissingPackages
 from s2ft.train import kernels
 from s2ft.train.kernels import apply_kernels, plain_kernels
@@ -132,14 +131,6 @@ def test_experts_that_run_on_ligers_forward_are_refused_by_name():
         layer.mlp.experts.forward = MethodType(LigerExperts.forward, layer.mlp.experts)
     with pytest.raises(ValueError, match="replaced by .*LigerExperts.forward.*swiglu=False"):
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25))
-
-
-def test_the_command_says_so_before_it_reads_anything(monkeypatch, capsys, tmp_path):
-    monkeypatch.setitem(sys.modules, "liger_kernel", None)
-    command = ["sft", "--model", "nowhere", "--data", "nothing.jsonl", "--output", str(tmp_path / "run")]
-    assert main([*command, "--kernels", "liger"]) == 2
-    assert "pip install liger-kernel, or leave out --kernels liger" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
 
 
 # ---- the real package ----------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ import torch
 from train.tiny import save_tiny
 
 import s2ft
-from s2ft.text.models import load_model
 from s2ft.train.loading import fit_layout, load_base, quantization_config
 from s2ft.train.options import ModelOptions
 
@@ -79,12 +78,6 @@ def test_the_options_of_bitsandbytes_have_trls_names():
     config = quantization_config(options, "float32")
     assert config.bnb_4bit_compute_dtype == torch.float32 and config.bnb_4bit_quant_type == "fp4"
     assert config.bnb_4bit_use_double_quant and config.bnb_4bit_quant_storage == torch.bfloat16
-
-
-def test_a_gguf_file_is_not_quantized_again(tmp_path):
-    (tmp_path / "m.gguf").touch()
-    with pytest.raises(ValueError, match="is a GGUF file, which can't be quantized again"):
-        load_model(str(tmp_path / "m.gguf"), quantization=object())
 
 
 def test_special_tokens_must_be_in_the_vocabulary(tiny, tmp_path):

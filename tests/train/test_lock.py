@@ -75,20 +75,6 @@ def test_a_folder_with_foreign_files_is_not_touched(tmp_path):
     assert tmp_path.stat().st_mtime_ns == before
 
 
-def test_a_lock_that_its_holder_removed_is_taken_again(tmp_path, monkeypatch):
-    """The process that holds the lock ends and removes the file between our opening and locking it."""
-    flock, seen = fcntl.flock, []
-
-    def late(file, how):
-        if not seen:
-            seen.append((tmp_path / LOCK).unlink())
-        flock(file, how)
-
-    monkeypatch.setattr(fcntl, "flock", late)
-    with only_run_in(tmp_path):
-        assert f"process {os.getpid()}" in (tmp_path / LOCK).read_text()
-
-
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EIO, errno.EPERM])
 def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, error):
     def not_supported(*_):

@@ -149,13 +149,6 @@ def test_label_smoothing_where_the_logits_are_kept(tmp_path):
             pass
 
 
-def test_in_evaluation_the_chunked_loss_can_replace_the_models_own():
-    model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
-    expected = model(input_ids=ids, labels=ids).loss
-    with chunked_loss(model, in_evaluation=True):
-        torch.testing.assert_close(model(input_ids=ids, labels=ids).loss, expected, rtol=1e-5, atol=0)
-
-
 def test_evaluation_has_the_models_own_loss_and_logits():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model(input_ids=ids, labels=ids)
@@ -205,12 +198,3 @@ def test_the_reason_names_an_old_torch_or_a_changed_head(monkeypatch):
     assert why_not_chunked(model, {}) == "the output layer is a Linear whose forward was replaced"
     monkeypatch.delattr(torch.nn.functional, "linear_cross_entropy")
     assert "has no linear_cross_entropy" in why_not_chunked(tiny_model(), {})
-
-
-def test_runs_with_and_without_it_agree_and_the_log_names_where_it_is_off(tmp_path, caplog):
-    caplog.set_level("INFO")
-    _, fused, _ = run(tmp_path / "fused", save_steps=0)
-    assert "keeps the logits" not in caplog.text
-    _, plain, _ = run(tmp_path / "plain", save_steps=0, options={"chunked_loss": False})
-    for (_, ours, *_), (_, theirs, *_) in zip(losses(fused), losses(plain)):
-        assert ours == pytest.approx(theirs, rel=1e-5)

@@ -21,13 +21,6 @@ def test_folder_with_another_run(tmp_path):
     RunFolder(tmp_path).check(overwrite=True)
 
 
-def test_folder_with_foreign_files_is_never_overwritten(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    for overwrite in (False, True):
-        with pytest.raises(FileExistsError, match="isn't empty and holds no run"):
-            RunFolder(tmp_path).check(overwrite=overwrite)
-
-
 def test_overwriting_removes_only_the_earlier_run(tmp_path):
     folder = RunFolder(tmp_path)
     folder.begin({"a": 1})
@@ -39,11 +32,6 @@ def test_overwriting_removes_only_the_earlier_run(tmp_path):
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(FileNotFoundError, match="holds no run to resume"):
         RunFolder(tmp_path / "new").check(resume=True)
-
-
-def test_resume_and_overwrite_together_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="exclude"):
-        RunFolder(tmp_path).check(resume=True, overwrite=True)
 
 
 def test_output_that_is_a_file(tmp_path):
@@ -91,11 +79,6 @@ def test_a_run_goes_on_with_the_same_rows_on_another_number_of_devices(tmp_path,
         folder.begin(now, resume=True)
 
 
-def test_a_truncated_log_is_read_up_to_the_last_full_line(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 1}\n{"ste')
-    assert read_log(tmp_path / "log.jsonl") == [{"step": 1}] and read_log(tmp_path / "none") == []
-
-
 @pytest.mark.parametrize("content", ["{", "[]", "[" * 100000])
 def test_options_that_can_not_be_read_name_the_file(tmp_path, content):
     (tmp_path / "run.json").write_text(content)
@@ -103,7 +86,7 @@ def test_options_that_can_not_be_read_name_the_file(tmp_path, content):
         RunFolder(tmp_path).begin({}, resume=True)
 
 
-@pytest.mark.parametrize("line", ["3", '{"loss": 1}', '{"step": "1"}', "[" * 100000])
+@pytest.mark.parametrize("line", ["3", '{"ste', '{"loss": 1}', '{"step": "1"}', "[" * 100000])
 def test_a_log_is_read_up_to_the_first_invalid_line(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]

@@ -1,7 +1,7 @@
 """The suggested learning rate, against the rates that are known to have been good."""
 
 import pytest
-from tiny import save_tiny, tiny_model
+from tiny import save_tiny
 
 from s2ft.train import rates
 
@@ -21,10 +21,6 @@ def test_a_wider_model_gets_a_lower_rate_and_none_gets_more_than_the_narrowest_k
 def test_a_width_that_is_none_is_refused():
     with pytest.raises(ValueError, match="width must be above 0"):
         rates.suggested_rate(0)
-
-
-def test_a_model_without_a_width_has_none():
-    assert rates.width_of(object()) is None and rates.width_of(tiny_model()) == 32
 
 
 def test_plan_prints_it(tmp_path, capsys):

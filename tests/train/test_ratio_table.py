@@ -86,17 +86,3 @@ def test_a_quantized_base_saves_what_its_linear_layers_save():
 @pytest.mark.parametrize("text,expected", (("24GB", 24 << 30), ("80 GiB", 80 << 30), ("1.5g", 3 << 29), ("7", 7)))
 def test_sizes_of_a_device(text, expected):
     assert size_of(text, "memory") == expected
-
-
-@pytest.mark.parametrize(
-    "words,message",
-    (
-        (["--device-memory", "much"], "device_memory must be a size above 0, such as 24GB, got 'much'"),
-        (["--ratios", "1.5"], "ratios must be above 0 and at most 1, got 1.5"),
-        (["--load-in-4bit", "--load-in-8bit"], "exclude each other"),
-        (["--batch-size", "0"], "batch_size must be at least 1, got 0"),
-    ),
-)
-def test_mistakes(folder, words, message, capsys):
-    assert main(["estimate", str(folder), *words]) == 2
-    assert message in capsys.readouterr().err

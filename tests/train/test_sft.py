@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import sys
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ pytest.importorskip("trl")
 from datasets import Dataset, IterableDataset
 
 import s2ft
-from s2ft.packages import NEEDS, MissingPackages
+from s2ft.packages import NEEDS
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.held_out import HeldOut
 from s2ft.train.options import SCHEDULES, RunOptions
@@ -208,19 +207,6 @@ def test_resume_with_another_selection_is_an_error(whole, tmp_path):
         run(again, resume=True, config=s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5, seed=1))
 
 
-def test_resume_of_a_finished_run_changes_nothing(whole, tmp_path):
-    shutil.copytree(whole[1].path, tmp_path / "again")
-    _, folder, result = run(tmp_path / "again", resume=True)
-    check_same(folder, whole[1])
-
-
-def test_gradient_checkpointing_gives_the_same_deltas(whole, tmp_path):
-    model, folder, _ = run(tmp_path / "out", gradient_checkpointing=True, save_steps=0)
-    for key, value in deltas(folder).items():
-        torch.testing.assert_close(value, deltas(whole[1])[key], rtol=1e-3, atol=1e-5)
-    assert not any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
-
-
 def test_accumulation_equals_one_large_batch(whole, tmp_path):
     changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_steps": 0}
     _, folder, _ = run(tmp_path / "out", **changes)
@@ -231,13 +217,6 @@ def test_accumulation_equals_one_large_batch(whole, tmp_path):
 def test_half_precision_base_keeps_float32_deltas(tmp_path):
     _, folder, _ = run(tmp_path / "out", model_changes={"dtype": torch.bfloat16}, max_steps=2, save_steps=0)
     assert all(value.dtype == torch.float32 for key, value in deltas(folder).items() if key.endswith("delta"))
-
-
-def test_float16_without_a_gpu_is_an_error(tmp_path):
-    if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    with pytest.raises(ValueError, match="float16 needs a GPU"):
-        run(tmp_path / "out", model_changes={"dtype": torch.float16})
 
 
 # ---- what TRL changes in a model and does besides ------------------------------------------------------
@@ -359,14 +338,6 @@ def check_rates(found, steps, schedule):
     assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
 
 
-@pytest.mark.parametrize(
-    "schedule", [name if name == "linear" else pytest.param(name, marks=pytest.mark.slow) for name in SCHEDULES]
-)
-def test_every_update_of_a_run_has_a_positive_learning_rate(tmp_path, schedule):
-    for steps in (1, 11):  # without and with warm-up
-        check_rates(rates(tmp_path / str(steps), schedule, steps), steps, schedule)
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_learning_rate_of_a_schedule_is_positive(tmp_path, schedule):
     """The schedules of the trainer of a run, without the training."""
@@ -429,13 +400,6 @@ def test_a_run_of_few_updates_gets_a_warning(tmp_path, caplog):
 # ---- an error in an optional part loses no run ---------------------------------------------------------
 
 
-def test_without_matplotlib_the_adapter_is_saved_and_the_log_names_the_package(tmp_path, caplog, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
-    assert result.finished and deltas(folder) and folder.report.is_file() and not folder.plot.exists()
-    assert "loss.png was not drawn" in caplog.text and "pip install matplotlib" in caplog.text
-
-
 def test_a_report_that_can_not_be_written_loses_nothing(tmp_path, caplog, monkeypatch):
     monkeypatch.setattr("s2ft.train.sft.write_json", lambda *args: 1 / 0)
     _, folder, result = run(tmp_path / "out", save_steps=0, max_steps=2)
@@ -496,20 +460,6 @@ def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
 
 
 # ---- packages ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options, package, message",
-    [
-        ({}, "trl", "s2ft sft needs the package trl, which is not installed: pip install"),
-        ({"optim": "adamw_8bit"}, "bitsandbytes", "optimizer adamw_8bit .* pip install bitsandbytes"),
-        ({"optim": "schedule_free_adamw"}, "schedulefree", "pip install schedulefree"),
-    ],
-)
-def test_a_missing_package_of_a_run_is_named(options, package, message, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(MissingPackages, match=message):
-        check_packages_of_run(arguments_for(tmp_path, **options))
 
 
 def test_every_logger_has_a_package():
