@@ -14,7 +14,7 @@ from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import find, parameter_position, put, split_of_units
 from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
-from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
+from s2ft.selection.metric import Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
 
 
@@ -165,6 +165,3 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
         module.__dict__.pop("forward", None)
     else:
         module.forward = forward
-
-
-METRIC = Metric(activation_scores, calibrated=True)

@@ -9,7 +9,7 @@ from s2ft.distributed import full_values
 from s2ft.model.coupling import Projection
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import weight_at
-from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
+from s2ft.selection.metric import Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, keep_checkpointing, loss_of, single_sequences, temporary_hooks
 
 
@@ -95,6 +95,3 @@ def _collect(
         weight.grad = None
 
     return hook
-
-
-METRIC = Metric(gradient_scores, calibrated=True)
