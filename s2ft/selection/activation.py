@@ -35,7 +35,7 @@ def activation_scores(request: Request) -> Units:
         temporary_hooks() as hooks,
         torch.no_grad(),
     ):
-        for path, projections in _by_path(request).items():
+        for path, projections in request.by_path().items():
             hooks += sums.watch(path, projections)
         for batch in request.calibration.batches(request.model):
             run_forward(request.model, batch)
@@ -130,20 +130,13 @@ class _Sums:
         return scores
 
 
-def _by_path(request: Request) -> dict[str, list[Projection]]:
-    found: dict[str, list[Projection]] = {}
-    for projection in request.projections:
-        found.setdefault(projection.path, []).append(projection)
-    return found
-
-
 @contextmanager
 def _experts_observed(request: Request) -> Iterator[None]:
     """Replace the requested parameters of experts by modules, so that hooks see what each expert gets and returns.
 
     Everything is restored afterwards.
     """
-    stacks = {path: found[0] for path, found in _by_path(request).items() if found[0].expert is not None}
+    stacks = {path: found[0] for path, found in request.by_path().items() if found[0].expert is not None}
     with ExitStack() as stack:
         for path, projection in stacks.items():
             parameter, place = find(request.model, path), parameter_position(request.model, path)

@@ -30,6 +30,13 @@ class Request:
         for coupling in self.couplings:
             yield from (projection for projection in coupling.projections if projection.key in self.config.ratios)
 
+    def by_path(self) -> dict[str, list[Projection]]:
+        """The projections by the path of their weight, which several may share."""
+        found: dict[str, list[Projection]] = {}
+        for projection in self.projections:
+            found.setdefault(projection.path, []).append(projection)
+        return found
+
 
 @dataclass(frozen=True)
 class Metric:

@@ -53,11 +53,8 @@ def weight_scores(request: Request) -> Units:
 
     This is S²FT-W of the paper. Biases do not count. Weights that are spread over ranks are gathered, one at a time.
     """
-    by_weight: dict[str, list[Projection]] = {}
-    for projection in request.projections:
-        by_weight.setdefault(projection.path, []).append(projection)
     scores = {}
-    for projections in by_weight.values():
+    for projections in request.by_path().values():
         with weight_at(request.model, projections[0]).full() as weight:
             for projection in projections:
                 matrix = weight_at(request.model, projection).view(weight)

@@ -132,14 +132,10 @@ def copied(model: nn.Module) -> nn.Module:
                 if tensor.is_floating_point():
                     tensor.detach().zero_()
         else:
-            twin = copy.deepcopy(model, _gathered_copies(model)).to("cpu")
+            partitioned = {str(id(one)): one for one in model.parameters() if is_partitioned(one)}  # by ZeRO-3
+            memo = {int(key): nn.Parameter(value) for key, value in full_tensors(partitioned).items()}
+            twin = copy.deepcopy(model, memo).to("cpu")
     return _prepared(twin, torch.float64)
-
-
-def _gathered_copies(model: nn.Module) -> dict[int, nn.Parameter]:
-    """Full copies of the parameters that ZeRO-3 has partitioned, by their ids, as the memo of a deep copy."""
-    partitioned = {str(id(one)): one for one in model.parameters() if is_partitioned(one)}
-    return {int(key): nn.Parameter(value) for key, value in full_tensors(partitioned).items()}
 
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:

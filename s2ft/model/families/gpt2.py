@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from s2ft.model.builders import attention_paths, layers_of
+from s2ft.model.builders import attention_paths, ffn, layers_of, packed_attention
 from s2ft.model.coupling import Coupling
 
 MODEL_TYPES = ("gpt2", "imagegpt", "openai-gpt")
@@ -18,10 +18,8 @@ def couplings(model: nn.Module) -> list[Coupling]:
     heads, head_dim = config.n_head, config.n_embd // config.n_head
     found = []
     for i, (path, layer) in enumerate(layers_of(model, "h")):
-        ffn = {"up": f"{path}.mlp.c_fc", "down": f"{path}.mlp.c_proj"}
-        found.append(Coupling.ffn(i, **ffn, channels=layer.mlp.c_fc.nf))
-        attention = {"qkv": f"{path}.attn.c_attn", "o": f"{path}.attn.c_proj"}
-        found.append(Coupling.packed_attention(i, **attention, heads=heads, head_dim=head_dim))
+        found.append(ffn(model, i, f"{path}.mlp.c_fc", f"{path}.mlp.c_proj"))
+        found.append(packed_attention(model, i, f"{path}.attn.c_attn", f"{path}.attn.c_proj", heads))
         if hasattr(layer, "crossattention"):
             found.append(_cross_attention(i, f"{path}.crossattention", heads, head_dim))
     return found
