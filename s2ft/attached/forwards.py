@@ -53,9 +53,8 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
             options = {} if activation is None else {"activation": activation, "act_class": act_class}
             _put(block, path, partial(forward_of(block), block, **options), record)
         elif path not in record.forwards:
-            replaced = block.__dict__["forward"]
             raise ValueError(
-                f"the forward of {path} has been replaced by {getattr(replaced, '__qualname__', type(replaced).__name__)}, which can't run "
+                f"the forward of {path} has been replaced by {_name_of(block.__dict__['forward'])}, which can't run "
                 "trainable experts: leave the experts out of what replaces it, for Liger-Kernel with swiglu=False"
             )
     if coupling.activation is not None and record.config.ffn_kernel:
@@ -63,6 +62,10 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
         if "forward" not in block.__dict__:
             forward = partial(gated_forward, block, activation=coupling.activation, act_class=type(block.act_fn))
             _put(block, coupling.block, forward, record)
+
+
+def _name_of(forward: object) -> str:
+    return getattr(forward, "__qualname__", type(forward).__name__)
 
 
 def _put(block: nn.Module, path: str, forward: partial, record: Attachment) -> None:

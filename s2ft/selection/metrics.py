@@ -8,7 +8,6 @@ import hashlib
 
 import torch
 
-from s2ft.model.coupling import Projection
 from s2ft.model.weights import weight_at
 from s2ft.selection.activation import activation_scores
 from s2ft.selection.gradient import gradient_scores

@@ -127,7 +127,7 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
         return _trial_on(model, example)
     tried: list[str] = []
     for twin in twins_of(model, tried):
-        for make in (lambda twin: runnable_example(twin)[0], example_of):
+        for make in (runnable_example, example_of):
             try:
                 return Trial(twin, make(twin))
             except Exception as error:  # models refuse inputs in many ways

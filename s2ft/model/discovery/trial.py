@@ -105,7 +105,9 @@ class Trial:
                 tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
                 if not tensors:
                     return set()
-                loss = sum((tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum() for tensor in tensors)
+                loss = sum(
+                    (tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum() for tensor in tensors
+                )
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         except Exception as error:  # the model's own backward refuses
             raise ValueError(
