@@ -13,7 +13,7 @@ from torch import nn
 
 from s2ft.model.coupling import Coupling
 
-FILES = ("composite", "conformer", "decoders", "gemma", "gpt2", "jetmoe", "named", "packed", "t5", "towers", "xlm")
+FILES = ("composite", "conformer", "decoders", "gemma", "jetmoe", "named", "packed", "t5", "towers", "xlm")
 
 FLOOR = "5.0"  # the first release of transformers that s2ft works with, as in pyproject.toml
 

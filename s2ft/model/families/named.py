@@ -87,6 +87,7 @@ WAV2VEC2 = Names(
 )
 DECODER = Names(("layers",), "fc1", "fc2")
 PLAIN_MLP = Names(("layers",), "mlp.up_proj", "mlp.down_proj", layers=QKVO)
+GPT2 = Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn", layers=("c_attn", "c_proj"))
 NEOX = Names(
     ("layers",),
     "mlp.dense_h_to_4h",
@@ -161,9 +162,8 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("jina_embeddings_v3",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=QKVO),
     ("ctrl",): Names(("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")),
     ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
-    ("gpt_bigcode",): Names(
-        ("h",), "mlp.c_fc", "mlp.c_proj", attention="attn", layers=("c_attn", "c_proj"), interleaved=True
-    ),
+    ("gpt2", "imagegpt", "openai-gpt"): replace(GPT2, cross="crossattention"),
+    ("gpt_bigcode",): replace(GPT2, interleaved=True),
     ("gptj",): Names(("h",), "mlp.fc_in", "mlp.fc_out", attention="attn"),
     ("starcoder2",): Names(("layers",), "mlp.c_fc", "mlp.c_proj", layers=QKVO),
     ("phi",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=("q_proj", "k_proj", "v_proj", "dense")),
@@ -319,12 +319,26 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
     }
     if len(names.layers) == 2:
         qkv, o = (f"{path}.{name}" for name in names.layers)
+        if _get(block, "q_attn") is not None:
+            return _cross_attention(model, layer, f"{path}.q_attn", qkv, o, heads, **options)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
         vectors = tuple(Vector(at, unit) for at, unit in moving.items())
         return replace(packed, producers=packed.producers + extra, vectors=vectors, **options)
     layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
+
+
+def _cross_attention(model: nn.Module, layer: int, q: str, kv: str, o: str, heads: int, **options) -> Coupling:
+    """GPT-2's attention to an encoder has k and v in one weight, and q in another."""
+    size, unit = outputs_of(model, kv), outputs_of(model, q) // heads
+    producers = (
+        Projection("q", q, heads, unit, 0),
+        Projection("k", kv, heads, unit, 0, size=size),
+        Projection("v", kv, heads, unit, 0, start=size // 2, size=size),
+    )
+    consumer = Projection("o", o, heads, unit, 1)
+    return Coupling(layer=layer, producers=producers, consumer=consumer, **options)
 
 
 def _get(module: nn.Module, path: str) -> Any:
