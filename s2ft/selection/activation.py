@@ -15,7 +15,7 @@ from s2ft.model.weights import find, parameter_position, put, split_of_units
 from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Request, Units, squares_by_unit
-from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
+from s2ft.selection.running import in_evaluation_mode, run_forward
 
 
 def activation_scores(request: Request) -> Units:
@@ -32,11 +32,12 @@ def activation_scores(request: Request) -> Units:
         in_evaluation_mode(request.model),
         _experts_observed(request),
         gathered_forwards(request.model),
-        temporary_hooks() as hooks,
+        ExitStack() as stack,
         torch.no_grad(),
     ):
         for path, projections in request.by_path().items():
-            hooks += sums.watch(path, projections)
+            for hook in sums.watch(path, projections):
+                stack.callback(hook.remove)
         for batch in request.calibration.batches(request.model):
             run_forward(request.model, batch)
     return sums.scores()
