@@ -133,14 +133,10 @@ def explain(model: nn.Module, example: Any = None) -> Discovery:
     if found.weights:
         return Discovery(found.couplings, list(found.weights))
     family = f"declared for model type {model.config.model_type}"
-    rows = {p.path: WeightRow(p.path, _word(c), family, c) for c in found.couplings for p in c.projections}
+    rows = {p.path: WeightRow(p.path, c.status, family, c) for c in found.couplings for p in c.projections}
     for path in layers_of_blocks(model):
         rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
     return Discovery(found.couplings, list(rows.values()))
-
-
-def _word(coupling: Coupling) -> str:
-    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
 
 
 def _outside_saved_modules(model: nn.Module, couplings: list[Coupling], config: S2FTConfig | None) -> list[Coupling]:

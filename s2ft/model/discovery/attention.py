@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.discovery.proposal import Block, Proposal
+from s2ft.model.discovery.proposal import Block, Proposal, vector_choices
 from s2ft.model.discovery.structure import Structure, name_and_owner, parent_of
-from s2ft.model.discovery.vectors import vector_choices
 
 QUERIES = ("query", "queries", "q")  # in this order: "q" is also the first letter of other words
 KEY_AND_VALUE = {"query": ("key", "value"), "queries": ("keys", "values"), "q": ("k", "v")}
