@@ -1,6 +1,7 @@
 """Weights that stay in a checkpoint: s2ft reads them one at a time and gets the values of `from_pretrained`."""
 
 import json
+import shutil
 import weakref
 
 import pytest
@@ -51,7 +52,8 @@ def test_selection_and_fingerprint_are_those_of_the_loaded_model(case, layout, s
     with s2ft.weights_on_disk(hollow, folder) as inside:
         assert inside is hollow
         report = s2ft.attach(hollow, config)
-    assert str(report) == str(s2ft.attach(loaded, config))
+    found = s2ft.attach(loaded, config)
+    assert (report.rows, report.trainable, report.total) == (found.rows, found.trainable, found.total)
     assert attachment_of(hollow).selection == attachment_of(loaded).selection
     assert attachment_of(hollow).fingerprint == attachment_of(loaded).fingerprint
     assert [name for name, tensor in hollow.named_parameters() if tensor.is_meta == name.endswith(".s2")] == []
@@ -158,6 +160,7 @@ def without_a_tensor(folder):
     "change, error, message",
     [
         (without_files, ValueError, "has no model.safetensors"),
+        (lambda folder: shutil.rmtree(folder), FileNotFoundError, "no checkpoint"),  # it is not sought on the hub
         (of_another_model, ValueError, r"in the checkpoint, and .* in the model"),
         (without_a_shard, FileNotFoundError, "names model-00002-of-.*, which does not exist there"),
         (without_a_tensor, ValueError, "names model.norm.weight, which is not in one.safetensors"),
@@ -168,13 +171,6 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(change, error, message, stor
     change(folder)
     with pytest.raises(error, match=message), s2ft.weights_on_disk(hollow, folder):
         pass
-
-
-def test_a_folder_that_does_not_exist_is_not_looked_for_on_the_hub(stored, tmp_path):
-    _, hollow, _ = stored("llama")
-    with pytest.raises(FileNotFoundError, match="there is no checkpoint .*nowhere"):
-        with s2ft.weights_on_disk(hollow, tmp_path / "nowhere"):
-            pass
 
 
 def header(path, **entries):

@@ -13,7 +13,6 @@ from transformers.pytorch_utils import Conv1D
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.attached.record import attachment_of
 from s2ft.layers import S2ColumnLinear, S2Layer, S2RowOwnForward, kind_of
 from s2ft.layers.derived import computes_linear
 
@@ -154,9 +153,13 @@ EXAMPLE = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
 COUPLING = Coupling.ffn(0, up="up", down="down", channels=CHANNELS)
 
 
-def attached(layout, name="default", seed=0):
+def make_net():
     torch.manual_seed(0)
-    model = Net()
+    return Net().eval()
+
+
+def attached(layout, name="default", seed=0):
+    model = make_net()
     base = copy.deepcopy(model)
     config = S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout=layout, seed=seed)
     s2ft.attach(model, config, couplings=[COUPLING], example=EXAMPLE, name=name)
@@ -169,49 +172,6 @@ def fit(model):
         model(EXAMPLE).square().mean().backward()
         optimizer.step()
         optimizer.zero_grad()
-
-
-def same_states(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return list(ours) == list(theirs) and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_a_model_with_derived_layers_all_the_way(layout, tmp_path):
-    model, base = attached(layout)
-    assert isinstance(model.down, S2RowOwnForward) and len(attachment_of(model).mounts) == 2
-    assert relative_difference(model(EXAMPLE), base(EXAMPLE)) <= 1e-5
-    fit(model)
-    assert all(mount.layer.s2.abs().max() > 0 for mount in attachment_of(model).mounts.values())
-    state = model.state_dict()  # with the base's names and values, and those of the layers
-    assert all(torch.equal(state[key], value) for key, value in base.state_dict().items())
-    s2ft.save_adapter(model, tmp_path)
-    assert same_states(s2ft.detach(copy.deepcopy(model)), base)
-    output = model(EXAMPLE)
-    s2ft.fuse(model.eval())
-    assert relative_difference(model(EXAMPLE), output) <= 1e-5
-    s2ft.unfuse(model)
-    merged = s2ft.merge(model)
-    assert type(merged.down) is Scaled and relative_difference(merged(EXAMPLE), output) <= 1e-5
-    for trainable in (False, True):
-        other = copy.deepcopy(base)
-        s2ft.load_adapter(other, tmp_path, trainable=trainable)
-        assert same_states(s2ft.merge(other), merged)
-
-
-def test_switching_on_derived_layers_restores_the_base(tmp_path):
-    outputs = {}
-    for name, seed in (("one", 1), ("two", 2)):
-        model, base = attached("indexed", name, seed)
-        fit(model)
-        outputs[name] = model(EXAMPLE)
-        s2ft.save_adapter(model, tmp_path / name)
-    for name in outputs:
-        s2ft.load_adapter(base, tmp_path / name)
-    for name, output in outputs.items():
-        s2ft.set_adapter(base, name)
-        assert relative_difference(base(EXAMPLE), output) <= 1e-5
-    assert same_states(s2ft.detach(base), Net())
 
 
 def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
@@ -231,28 +191,6 @@ def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
     assert model.down.seen == seen + 1
     plain = s2ft.detach(model)
     assert plain.down.shift.dtype is plain.down.weight.dtype is torch.float64 and "seen" not in plain.down.state_dict()
-
-
-def test_hooks_of_a_derived_layer_run_once():
-    plain, seen = made(Scaled), []
-    plain.register_forward_hook(lambda *args: seen.append(1))
-    S2RowOwnForward.from_module(plain, 0, 2)(torch.randn(2, WIDTH))
-    assert seen == [1]
-
-
-@pytest.mark.slow
-def test_compiled_own_forward_trains_as_eager():
-    losses = []
-    for compiled in (False, True):
-        model, _ = attached("indexed")
-        forward = torch.compile(model, backend="aot_eager") if compiled else model
-        for _ in range(2):
-            loss = forward(EXAMPLE).square().mean()
-            loss.backward()
-            with torch.no_grad():
-                model.down.s2.sub_(model.down.s2.grad)
-            losses.append(loss.item())
-    assert losses[:2] == pytest.approx(losses[2:], rel=1e-5)
 
 
 def test_out_projection_of_multihead_attention_is_refused_by_name():

@@ -151,6 +151,10 @@ def test_only_slices_of_the_chosen_towers_are_trained(choice, tmp_path):
     report = s2ft.attach(model, config, couplings=couplings(), example=inputs())
     assert planned.trainable == report.trainable and planned.towers == report.towers
     assert [tower for tower, is_trained in report.towers.items() if is_trained] == expected
+    words = str(report).partition("towers: ")[2].partition(" trained")[0]
+    assert words == ", ".join(expected)
+    estimate = s2ft.estimate(llava(), config, example=inputs(), couplings=couplings(), optimizer="sgd")
+    assert estimate.trained == report.trainable
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert set(trained) == {f"{path}.s2" for path in selection.units}
     assert {tower_of(model, name) for name in trained} == set(expected)
@@ -163,59 +167,12 @@ def test_only_slices_of_the_chosen_towers_are_trained(choice, tmp_path):
     assert {name for name, p in other.named_parameters() if p.requires_grad} == set(trained)
 
 
-def test_the_report_says_what_is_frozen():
-    report = s2ft.plan(llava(), S2FTConfig(d_ratio=0.25), couplings=couplings())
-    assert "towers: language trained; vision, projector frozen (towers= trains them)" in str(report)
-    everything = S2FTConfig(d_ratio=0.25, towers=[LANGUAGE, VISION, PROJECTOR])
-    assert (
-        "towers: language, vision, projector trained\n"
-        in str(s2ft.plan(llava(), everything, couplings=couplings())) + "\n"
-    )
-
-
 def test_an_example_of_text_reaches_the_language_model():
     """Couplings of frozen towers are not tried out."""
     example = {"input_ids": torch.tensor([[5, 7, 8]])}
     assert s2ft.attach(llava(), S2FTConfig(d_ratio=0.25), couplings=couplings(), example=example).trainable
     with pytest.raises(ValueError, match="example must reach every coupling"):
         s2ft.attach(llava(), S2FTConfig(d_ratio=0.25, towers=[VISION]), couplings=couplings(), example=example)
-
-
-BAD = {
-    "absent": (dict(towers=[AUDIO]), "towers names audio, which .* does not have: it has language, vision, projector"),
-    "no coupling": (
-        dict(towers=[VISION, PROJECTOR]),
-        "no coupling is in projector, .* has couplings in language, vision",
-    ),
-    "layer of another tower": (dict(layers=[2]), "layers names .2., but the model has layers 0 to 1"),
-}
-
-
-@pytest.mark.parametrize("bad", BAD)
-def test_towers_that_can_not_be_trained(bad):
-    options, message = BAD[bad]
-    model = llava()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    given = couplings()[:-1] if bad == "no coupling" else couplings()
-    with pytest.raises(ValueError, match=message):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.25, **options), couplings=given, verify=False)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("towers", ["vision", [], ["sight"], [VISION, VISION], [1]])
-def test_towers_are_a_list_of_known_names(towers):
-    with pytest.raises(
-        ValueError, match="towers must be a list of different names of language, vision, audio, projector"
-    ):
-        S2FTConfig(d_ratio=0.1, towers=towers)
-
-
-def test_units_by_name_and_towers_exclude_each_other():
-    with pytest.raises(ValueError, match="nothing is left for towers to choose"):
-        S2FTConfig(units={"model.vision_tower.encoder.layers.0.mlp.fc2": [1]}, towers=[VISION])
-    model, config = llava(), S2FTConfig(units={"model.vision_tower.encoder.layers.0.mlp.fc2": [1]})
-    assert s2ft.attach(model, config, couplings=couplings(), verify=False).towers[VISION]
 
 
 def test_models_without_a_language_model_beside_others_are_trained_whole():
@@ -232,16 +189,6 @@ def test_one_side_of_an_encoder_decoder():
     assert report.towers == {LANGUAGE: True, AUDIO: False}
     model(**inputs_of(model)).logits.sum().backward()
     assert {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None} == {"decoder"}
-
-
-def test_the_estimate_counts_the_chosen_towers():
-    options = dict(example=inputs(), couplings=couplings(), optimizer="sgd")
-    for towers in (None, [VISION]):
-        config = S2FTConfig(d_ratio=0.25, towers=towers)
-        assert (
-            s2ft.estimate(llava(), config, **options).trained
-            == s2ft.plan(llava(), config, couplings=couplings()).trainable
-        )
 
 
 def test_names_tell_the_towers_of_a_model_of_ones_own():
@@ -296,6 +243,32 @@ def test_calibration_with_images_and_padding():
     assert len(outside) == 6 and all(torch.equal(chosen[0][name], chosen[1][name]) for name in outside)
 
 
+VISION_UNITS = {"model.vision_tower.encoder.layers.0.mlp.fc2": [1]}
+REFUSED = [  # config, how many couplings are given, key words
+    *((dict(towers=towers), 5, "towers") for towers in (["vision", "vision"], ["sight"], "vision", [], [1])),
+    (dict(towers=[AUDIO]), 5, "audio.*language, vision, projector"),
+    (dict(towers=[VISION, PROJECTOR]), 4, "projector"),
+    (dict(layers=[2]), 5, "layers"),
+    (dict(units=VISION_UNITS, d_ratio=0.0, towers=[VISION]), 5, "towers"),
+]
+
+
+@pytest.mark.parametrize("options, count, words", REFUSED)
+def test_what_is_refused_changes_nothing(options, count, words):
+    model = llava()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(ValueError, match=words):
+        config = S2FTConfig(**{"d_ratio": 0.25, **options})
+        s2ft.attach(model, config, couplings=couplings()[:count], verify=False)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_units_by_name_choose_their_tower():
+    report = s2ft.attach(llava(), S2FTConfig(units=VISION_UNITS), couplings=couplings(), verify=False)
+    assert report.towers[VISION]
+
+
 PEFT_CHOICES = {
     "default": (None, {LANGUAGE}),
     "vision": ([VISION], {VISION}),
@@ -317,15 +290,6 @@ def test_the_peft_method_trains_the_same_towers(choice, monkeypatch):
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert {tower_of(model.get_base_model(), name.removeprefix("base_model.model.")) for name in trained} == expected
     assert model.get_nb_trainable_parameters()[0] == report.trainable
-
-
-def test_the_peft_method_refuses_what_attach_refuses(monkeypatch):
-    peft = pytest.importorskip("peft")
-    from s2ft.model import registry
-    from s2ft.peft import S2FTPeftConfig
-
-    monkeypatch.setitem(registry._REGISTERED, "llava", lambda model: couplings())
-    with pytest.raises(ValueError, match="towers names audio"):
-        peft.get_peft_model(llava(), S2FTPeftConfig(d_ratio=0.25, towers=[AUDIO]))
-    with pytest.raises(ValueError, match="towers goes with q_ratio"):
-        S2FTPeftConfig(target_modules=["fc2"], ratio=0.25, towers=[VISION])
+    for wrong in (dict(d_ratio=0.25, towers=[AUDIO]), dict(target_modules=["fc2"], ratio=0.25, towers=[VISION])):
+        with pytest.raises(ValueError, match="towers"):
+            peft.get_peft_model(llava(), S2FTPeftConfig(**wrong))

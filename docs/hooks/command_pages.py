@@ -59,9 +59,9 @@ def section(command: str, parser: argparse.ArgumentParser) -> str:
         actions = [action for action in group._group_actions if shown(action)]
         if actions:
             title = group.title if group.title not in (None, "positional arguments", "options") else None
-            parts.append((f"### {title[:1].upper()}{title[1:]} {{ #{command}-{slug(title)} }}\n" if title else "")
-                         + "\n".join(["", "| option | default | meaning |", "|---|---|---|", *(row(a, parser) for a in actions)])
-                         + "\n")  # fmt: skip
+            heading = f"### {title[:1].upper()}{title[1:]} {{ #{command}-{slug(title)} }}\n" if title else ""
+            table = ["", "| option | default | meaning |", "|---|---|---|", *(row(one, parser) for one in actions)]
+            parts.append(heading + "\n".join(table) + "\n")
     if parser.epilog:
         parts.append(f"```text\n{parser.epilog.strip()}\n```\n")
     return "\n".join(parts)

@@ -163,7 +163,7 @@ def check(job: ServeArguments) -> None:
         NotADirectoryError: A folder of adapters does not exist.
         ValueError: A number is outside its range, or a folder can't be served.
     """
-    from s2ft.serve.sources import source_of
+    from s2ft.adapter.sources import source_of
 
     for adapters in job.adapters:
         source_of(adapters)
@@ -230,7 +230,7 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     import tempfile
     from pathlib import Path
 
-    from s2ft.serve import vllm
+    from s2ft.vllm import command
     from s2ft.vllm.slices.units import Budget
 
     if not job.adapters:
@@ -238,7 +238,7 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     if job.slice_units is not None and not job.slices:
         raise ValueError("--slice-units is the budget of --slices: give both")
     Budget.parse(job.slice_units or "")
-    vllm.check_options(options)
+    command.check_options(options)
     # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if something fails here.
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
         launch = _launch(job, options, Path(target))
@@ -248,16 +248,16 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
 
 def _launch(job: ServeArguments, options: list[str], target):
     """What is started, with files of its own in the folder `target`."""
-    from s2ft.serve import vllm
+    from s2ft.adapter.sources import source_of
     from s2ft.serve.options import key_of, served_name, warn_if_open
-    from s2ft.serve.sources import source_of
+    from s2ft.vllm import command
 
     key = key_of(job.api_key)
     warn_if_open(job.host, key)
-    model = vllm.unpacked(job.model, job.dtype, target / "base")
-    adapters = vllm.adapters_of(model, job.adapters, job.revision)
-    template = vllm.write_template(adapters, target)
-    settings = vllm.Settings(
+    model = command.unpacked(job.model, job.dtype, target / "base")
+    adapters = command.adapters_of(model, job.adapters, job.revision)
+    template = command.write_template(adapters, target)
+    settings = command.Settings(
         model,
         job.served_model_name or served_name(job.model),
         job.host,
@@ -271,9 +271,9 @@ def _launch(job: ServeArguments, options: list[str], target):
         job.slice_units,
         tuple(options),
     )
-    reason = vllm.why_no_plugin()
+    reason = command.why_no_plugin()
     if reason is not None:
-        vllm.logger.warning("warning: the adapters are exported as LoRA folders: %s", reason)
-        return vllm.launch_exported(adapters, settings, template, target)
+        command.logger.warning("warning: the adapters are exported as LoRA folders: %s", reason)
+        return command.launch_exported(adapters, settings, template, target)
     directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
-    return vllm.launch(adapters, directories, settings, template)
+    return command.launch(adapters, directories, settings, template)

@@ -67,7 +67,11 @@ class Step:
 
     def _hook(self, record: Attachment, device: torch.device) -> None:
         divided = with_parts(self.shadow)
-        for name, module in self.shadow.named_modules():
+        # Not on activations: a gated FFN runs its own forward if its activation has hooks.
+        holders = {
+            name: module for name, module in self.shadow.named_modules() if module._parameters or module._modules
+        }
+        for name, module in holders.items():
             module.register_forward_pre_hook(partial(self._enter, self.part_of[name], name in divided))
             module.register_forward_hook(self._leave, always_call=True)
         for path in {c.main.path.rpartition(".")[0] for c in record.couplings if c.expert is not None}:

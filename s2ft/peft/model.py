@@ -281,7 +281,15 @@ class S2FTPeftModel(BaseTuner):
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
-    # ---- loading -------------------------------------------------------------------------------------
+    # ---- saving and loading --------------------------------------------------------------------------
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Remove the adapter's name also where the name of an expert's parameter is between it and the end."""
+        mine = f".s2ft_delta.{adapter_name}."
+        if mine in key:
+            return key.replace(mine, ".s2ft_delta.", 1)
+        return super()._remove_adapter_name_from_key(key, adapter_name)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

@@ -11,12 +11,12 @@ from copy import deepcopy
 
 from fastapi import Request
 
+from s2ft.adapter.sources import some
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.metrics import RequestRecord
 from s2ft.serve.options import Limits
 from s2ft.serve.schemas import ChatRequest, Sampled
-from s2ft.serve.sources import some
 from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
 from s2ft.text.prompts import PromptFormat

@@ -22,7 +22,7 @@ from s2ft.serve.access import Access
 from s2ft.serve.answer import DONE, Answer, Reply, Service, server_sent_event
 from s2ft.serve.engine import Event
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
-from s2ft.serve.metrics import Metrics, record_of
+from s2ft.serve.metrics import RECORD, Metrics
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 
 PLACE = "#/components/schemas/"
@@ -32,10 +32,6 @@ BODIES = {
     "/v1/load_lora_adapter": LoadRequest,
     "/v1/unload_lora_adapter": UnloadRequest,
 }
-NO_PAGE = (
-    "the server has no page at /docs, since such a page loads scripts from another site; GET /openapi.json describes "
-    "the API for programs, and the page 'Many adapters' of the documentation for people"
-)
 
 
 def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
@@ -100,11 +96,6 @@ def state_routes(service: Service, metrics: Metrics) -> APIRouter:
         if not service.engine.alive:
             raise ApiError(503, "not_running", "the server is shutting down")
         return JSONResponse({"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting})
-
-    @router.get("/docs", include_in_schema=False)
-    async def docs() -> Response:
-        """GET /docs: where the description of the API is."""
-        raise ApiError(404, "not_found", NO_PAGE)
 
     @router.get("/metrics")
     def counters() -> Response:
@@ -217,7 +208,7 @@ def _refuse_constant(word: str):
 
 
 async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Response:
-    arrived, record = asyncio.get_running_loop().time(), record_of(request.scope)
+    arrived, record = asyncio.get_running_loop().time(), request.scope[RECORD]
     ignored: list[str] | None = [] if service.limits.ignore_unsupported else None
     try:
         body = parse(kind, await _json(request, service), ignored)
@@ -230,7 +221,10 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
         answer.start(job)
         events, reply = answer.events(), Reply(body)
         first = await anext(events)  # an error before the first token has its own status
-        headers = {"X-Ignored-Parameters": _as_header(ignored)} if ignored else {}
+        names = [
+            quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]
+        ]  # clients can make them up
+        headers = {"X-Ignored-Parameters": ", ".join(names)} if names else {}
         if body.stream:
             return EventStream(_stream(answer, reply, first, events), answer, headers)
         found = [first, *[event async for event in events]]
@@ -243,11 +237,6 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
     except BaseException:
         answer.close()
         raise
-
-
-def _as_header(names: list[str]) -> str:
-    """Names of fields, which clients can make up, as the value of a header."""
-    return ", ".join(quote(name, safe="", errors="replace")[:100] for name in names[:20])
 
 
 async def _stream(answer: Answer, reply: Reply, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:

@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from s2ft.serve.metrics import record_of
+from s2ft.serve.metrics import RECORD
 
 logger = logging.getLogger(__name__)
 TYPES = {
@@ -65,18 +65,18 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(ApiError)
     async def api_error(request: Request, error: ApiError) -> JSONResponse:
-        return error.response(record_of(request.scope).id)
+        return error.response(request.scope[RECORD].id)
 
     @app.exception_handler(HTTPException)
     async def router_error(request: Request, error: HTTPException) -> JSONResponse:
         where = f"{request.method} {request.url.path[:200]}"
         code = CODES.get(error.status_code, "http_error")
         answer = ApiError(error.status_code, code, f"{where}: {error.detail}", error.headers)
-        return answer.response(record_of(request.scope).id)
+        return answer.response(request.scope[RECORD].id)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        request_id = record_of(request.scope).id
+        request_id = request.scope[RECORD].id
         logger.error("%s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
         failed = ApiError(500, "internal_error", "the server failed; see its log for the reason")
         return failed.response(request_id)

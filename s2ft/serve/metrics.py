@@ -33,11 +33,6 @@ class RequestRecord:
     started: float = field(default_factory=time.perf_counter)
 
 
-def record_of(scope) -> RequestRecord:
-    """Return the record of a request by its ASGI scope."""
-    return scope[RECORD]
-
-
 class Metrics:
     """The counters of one server, in their own registry."""
 
@@ -60,20 +55,10 @@ class Metrics:
         self.batch_size = Histogram(
             "s2ft_batch_size", "Sequences per step of the model", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **kind
         )
-        self.latency = Histogram(
-            "s2ft_request_seconds",
-            "From a request's arrival to the end of its answer",
-            ["route"],
-            buckets=SECONDS,
-            **kind,
-        )
-        self.model_latency = Histogram(
-            "s2ft_model_request_seconds",
-            "From a request's arrival to the end of its answer, by model",
-            ["model"],
-            buckets=COARSE,
-            **kind,
-        )
+        words = "From a request's arrival to the end of its answer"
+        self.latency = Histogram("s2ft_request_seconds", words, ["route"], buckets=SECONDS, **kind)
+        words += ", by model"
+        self.model_latency = Histogram("s2ft_model_request_seconds", words, ["model"], buckets=COARSE, **kind)
         self.first_token = Histogram(
             "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
         )

@@ -121,10 +121,5 @@ def served_name(model: str) -> str:
         >>> s2ft.serve.options.served_name("models/SmolLM2.gguf")
         'SmolLM2'
     """
-    return (
-        Path(model).expanduser().resolve().stem
-        if model.endswith(".gguf")
-        else Path(model).expanduser().resolve().name
-        if Path(model).expanduser().exists()
-        else model
-    )
+    path = Path(model).expanduser()
+    return path.resolve().stem if model.endswith(".gguf") else path.resolve().name if path.exists() else model

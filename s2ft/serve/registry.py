@@ -13,10 +13,10 @@ from pathlib import Path
 
 from s2ft.adapter.folders import ADAPTER, STATE
 from s2ft.adapter.loading import read_adapter
+from s2ft.adapter.sources import grouped, some, source_of
 from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
-from s2ft.serve.sources import grouped, some, source_of
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import PromptFormat
 
@@ -55,7 +55,7 @@ class Adapters:
 
     Args:
         bank: The :class:`s2ft.AdapterBank` that loads the adapters.
-        sources: Where adapters are looked for, see :func:`s2ft.serve.sources.source_of`. None serves the base alone.
+        sources: Where adapters are looked for, see :func:`s2ft.adapter.sources.source_of`. None serves the base alone.
         reserved: Names of the base.
 
     Raises:
@@ -222,7 +222,7 @@ class Adapters:
             all_of = "" if single else f"none of the {len(self.refused)} adapters found can be served; "
             raise ValueError(f"{all_of}adapter {name!r} can't be served: {self.refused[name]}")
         if names:
-            logger.info("serving %s: %s", _counted(names), some(names, SHOWN))
+            logger.info("serving %d adapter%s: %s", len(names), "s" * (len(names) != 1), some(names, SHOWN))
         elif self.sources:
             logger.warning(
                 "warning: no adapters in %s, so the base is served alone; adapters are expected as DIR/NAME/%s or, in "
@@ -241,7 +241,8 @@ class Adapters:
         """
         names = self._log_skipped()
         if names:
-            logger.info("%s fit%s the base: %s", _counted(names), "s" * (len(names) == 1), some(names, SHOWN))
+            fit = "adapter fits" if len(names) == 1 else "adapters fit"
+            logger.info("%d %s the base: %s", len(names), fit, some(names, SHOWN))
         if self.refused:
             count = len(self.refused)
             raise ValueError(f"{count} of {count + len(names)} adapters can't be served; the reasons are above")
@@ -258,10 +259,6 @@ class Adapters:
         for line in grouped(self.refused):
             logger.warning("warning: not served: %s", line)
         return names
-
-
-def _counted(names: Sequence[str]) -> str:
-    return f"{len(names)} adapter{'s' * (len(names) != 1)}"
 
 
 def _named_by_client(directories: Sequence[Path], path: str) -> Path:

@@ -1,5 +1,6 @@
 """The fields of requests. A field that the server does not support is an error that names it, and is never ignored."""
 
+import json
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -187,7 +188,7 @@ def parse(kind: type[Strict], body: Any, ignored: list[str] | None = None):
         ApiError: 400 with the names of wrong or unsupported fields.
     """
     if not isinstance(body, dict):
-        raise ApiError(400, "invalid_request", f"the body must be a JSON object, got {_kind(body)}")
+        raise ApiError(400, "invalid_request", f"the body must be a JSON object, got {json.dumps(body)[:20]}")
     if issubclass(kind, Sampled):
         body = {name: value for name, value in body.items() if name not in IGNORED_FIELDS}
         for name, (allowed, why) in REFUSED.items():
@@ -215,7 +216,3 @@ def _first(error: ValidationError) -> str:
         for problem in problems
         if problem["loc"][:1] == field
     )[:1000]
-
-
-def _kind(value: Any) -> str:
-    return {list: "a list", str: "a string", type(None): "null"}.get(type(value), "something else")

@@ -4,8 +4,9 @@ import json
 import socket
 import urllib.error
 import urllib.request
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit
 
 import torch
@@ -29,7 +30,7 @@ class EngineError(RuntimeError):
     """
 
 
-class Engine(Protocol):
+class Engine(ABC):
     """What a sender asks of an engine.
 
     Attributes:
@@ -40,23 +41,54 @@ class Engine(Protocol):
     name: str
     is_local: bool
 
-    def dtype(self) -> torch.dtype | None: ...
+    @abstractmethod
+    def dtype(self) -> torch.dtype | None:
+        """The dtype of its weights; None if it does not say so.
 
-    def transport(self) -> str: ...
+        Raises:
+            EngineError: It has no routes for weights, or another weight transfer backend.
+        """
 
-    def init(self, info: dict[str, Any]) -> None: ...
+    @abstractmethod
+    def transport(self) -> str:
+        """The best transport."""
 
-    def start(self) -> None: ...
+    @abstractmethod
+    def call(self, method: str, body: dict[str, Any] | None = None) -> Any:
+        """Call one of vLLM's methods for weights.
 
-    def update(self, info: dict[str, Any]) -> None: ...
+        Args:
+            method: Its name, which is that of the server's route too.
+            body: Its argument.
 
-    def finish(self) -> None: ...
+        Raises:
+            EngineError: The engine refused, failed, or did not answer.
+        """
 
-    def reset_prefix_cache(self) -> None: ...
+    def init(self, info: dict[str, Any]) -> None:
+        """Announce slices."""
+        self.call("init_weight_transfer_engine", {"init_info": info})
 
-    def pause(self) -> None: ...
+    def start(self) -> None:
+        """Begin an update."""
+        self.call("start_weight_update")
 
-    def resume(self) -> None: ...
+    def update(self, info: dict[str, Any]) -> None:
+        """Send an update."""
+        self.call("update_weights", {"update_info": info})
+
+    def finish(self) -> None:
+        """End an update, and forget what was computed with other weights."""
+        self.call("finish_weight_update")
+        self.call("reset_prefix_cache")
+
+    def pause(self) -> None:
+        """Stop generation. Requests wait and go on afterwards."""
+        self.call("pause?mode=keep")
+
+    def resume(self) -> None:
+        """Let generation go on."""
+        self.call("resume")
 
 
 def engine_of(engine: Any, timeout: float) -> Engine:
@@ -76,7 +108,7 @@ def engine_of(engine: Any, timeout: float) -> Engine:
     raise TypeError(f"engine must be the address of a vLLM server or vLLM's LLM, got {type(engine).__name__}")
 
 
-class ServerEngine:
+class ServerEngine(Engine):
     """A server of vLLM.
 
     Attributes:
@@ -93,11 +125,6 @@ class ServerEngine:
         self.name = f"the engine at {self.url}"
 
     def dtype(self) -> torch.dtype | None:
-        """The dtype of its weights; None if it does not say so.
-
-        Raises:
-            EngineError: It has no routes for weights, or another weight transfer backend.
-        """
         config = self._request("server_info?config_format=json", None).get("vllm_config", {})
         backend = (config.get("weight_transfer_config") or {}).get("backend")
         if backend != "s2ft":
@@ -114,33 +141,8 @@ class ServerEngine:
         here = {"localhost", "::1", "0.0.0.0", socket.gethostname(), socket.getfqdn()}
         return "file" if host in here or host.startswith("127.") else "http"
 
-    def init(self, info: dict[str, Any]) -> None:
-        """Announce slices."""
-        self._request("init_weight_transfer_engine", {"init_info": info})
-
-    def start(self) -> None:
-        """Begin an update."""
-        self._request("start_weight_update", {})
-
-    def update(self, info: dict[str, Any]) -> None:
-        """Send an update."""
-        self._request("update_weights", {"update_info": info})
-
-    def finish(self) -> None:
-        """End an update."""
-        self._request("finish_weight_update", {})
-
-    def reset_prefix_cache(self) -> None:
-        """Forget what was computed with other weights."""
-        self._request("reset_prefix_cache", {})
-
-    def pause(self) -> None:
-        """Stop generation. Requests wait and go on afterwards."""
-        self._request("pause?mode=keep", {})
-
-    def resume(self) -> None:
-        """Let generation go on."""
-        self._request("resume", {})
+    def call(self, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._request(method, body or {})
 
     def _request(self, path: str, body: Mapping[str, Any] | None) -> dict[str, Any]:
         """Send a POST request, or a GET request without a body. Returns the answer.
@@ -180,7 +182,7 @@ def _values(raw: bytes) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-class LocalEngine:
+class LocalEngine(Engine):
     """vLLM's LLM in this process. Each rank of the trainer has its own.
 
     Attributes:
@@ -194,11 +196,6 @@ class LocalEngine:
         self.llm = llm
 
     def dtype(self) -> torch.dtype | None:
-        """The dtype of its weights.
-
-        Raises:
-            EngineError: It has another weight transfer backend.
-        """
         config = getattr(getattr(self.llm, "llm_engine", None), "vllm_config", None)
         if config is None:
             return None
@@ -223,34 +220,14 @@ class LocalEngine:
         parallel = self.llm.llm_engine.vllm_config.parallel_config
         return 1 if parallel.distributed_executor_backend == "external_launcher" else parallel.world_size
 
-    def init(self, info: dict[str, Any]) -> None:
-        """Announce slices."""
-        self._call("init_weight_transfer_engine", {"init_info": info})
-
-    def start(self) -> None:
-        """Begin an update."""
-        self._call("start_weight_update")
-
-    def update(self, info: dict[str, Any]) -> None:
-        """Send an update."""
-        self._call("update_weights", {"update_info": info})
-
-    def finish(self) -> None:
-        """End an update."""
-        self._call("finish_weight_update")
-
-    def reset_prefix_cache(self) -> None:
-        """Forget what was computed with other weights."""
-        self._call("reset_prefix_cache")
-
     def pause(self) -> None:
         """Nothing: an LLM generates nothing between two calls."""
 
     def resume(self) -> None:
         """Nothing."""
 
-    def _call(self, name: str, *arguments: Any) -> None:
+    def call(self, method: str, body: dict[str, Any] | None = None) -> None:
         try:
-            getattr(self.llm, name)(*arguments)
+            getattr(self.llm, method)(*([] if body is None else [body]))
         except Exception as error:  # of the worker, of any class
-            raise EngineError(f"{self.name} refused {name}: {error}") from error
+            raise EngineError(f"{self.name} refused {method}: {error}") from error

@@ -257,7 +257,6 @@ class SliceSender:
             self._engine.start()
         yield
         self._engine.finish()
-        self._engine.reset_prefix_cache()
 
     def _recovered(self) -> str:
         """Restore the engine's base after a failure. Returns in words what the engine has now."""

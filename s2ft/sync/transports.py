@@ -1,11 +1,11 @@
-"""How the numbers of an update reach an engine: in the request, by a file, by a broadcast, or as a tensor."""
+"""How the numbers of an update reach an engine: in the request, by a file, or as a tensor."""
 
 import base64
 import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,77 +18,37 @@ MEMORY = Path("/dev/shm")  # a disk in the memory of this machine
 Post = Callable[[dict[str, Any]], None]
 
 
-class Transport(Protocol):
-    """A way for the numbers.
+class Transport:
+    """A way for the numbers: as they are, for an engine in this process.
 
     Attributes:
         kind: Its name in messages.
     """
 
-    kind: str
+    kind = "direct"
 
     def open(self, init: Post) -> None:
-        """Call `init` with the description of this transport, and connect."""
+        """Call `init` with the description of this transport."""
+        init({"kind": self.kind})
 
     def send(self, flat: Tensor, message: dict[str, Any], update: Post) -> None:
-        """Call `update` with the message and send the numbers."""
+        """Call `update` with the message and the numbers."""
+        update({**message, "tensor": flat})
 
     def close(self) -> None:
         """Give up what the transport holds."""
 
 
-def transport_of(kind: str, engine: Engine, sender: str, folder: str | os.PathLike | None) -> Transport:
-    """Make a transport.
-
-    Args:
-        kind: One of KINDS.
-        engine: The engine.
-        sender: Name of the sender, which the file gets.
-        folder: Folder for the file, which the engine can read. Default: memory of this machine.
-
-    Raises:
-        ValueError: There is no such transport, or the engine can't use it.
-    """
-    if kind not in KINDS:
-        raise ValueError(f"transport must be auto or one of {', '.join(KINDS)}, got {kind!r}")
-    if kind == "direct" and not engine.is_local:
-        raise ValueError("transport direct needs an LLM in this process; a server can have file or http")
-    if kind == "file":
-        return File(Path(folder) if folder else MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()), sender)
-    return {"direct": Direct, "http": Http}[kind]()
-
-
-class Direct:
-    """The buffer itself, for an engine in this process."""
-
-    kind = "direct"
-
-    def open(self, init: Post) -> None:
-        init({"kind": self.kind})
-
-    def send(self, flat: Tensor, message: dict[str, Any], update: Post) -> None:
-        update({**message, "tensor": flat})
-
-    def close(self) -> None:
-        pass
-
-
-class Http:
+class Http(Transport):
     """The numbers in the request, as base64: a third more bytes."""
 
     kind = "http"
 
-    def open(self, init: Post) -> None:
-        init({"kind": self.kind})
-
     def send(self, flat: Tensor, message: dict[str, Any], update: Post) -> None:
         update({**message, "values": base64.b64encode(_bytes(flat)).decode()})
 
-    def close(self) -> None:
-        pass
 
-
-class File:
+class File(Transport):
     """A file in a folder that the engine can read, such as a disk in memory. It is removed after each update.
 
     Attributes:
@@ -120,6 +80,27 @@ class File:
     def close(self) -> None:
         for left in self.folder.glob(f"s2ft-{self._sender}-*"):
             left.unlink(missing_ok=True)
+
+
+def transport_of(kind: str, engine: Engine, sender: str, folder: str | os.PathLike | None) -> Transport:
+    """Make a transport.
+
+    Args:
+        kind: One of KINDS.
+        engine: The engine.
+        sender: Name of the sender, which the file gets.
+        folder: Folder for the file, which the engine can read. Default: memory of this machine.
+
+    Raises:
+        ValueError: There is no such transport, or the engine can't use it.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"transport must be auto or one of {', '.join(KINDS)}, got {kind!r}")
+    if kind == "direct" and not engine.is_local:
+        raise ValueError("transport direct needs an LLM in this process; a server can have file or http")
+    if kind == "file":
+        return File(Path(folder) if folder else MEMORY if MEMORY.is_dir() else Path(tempfile.gettempdir()), sender)
+    return Http() if kind == "http" else Transport()
 
 
 def _bytes(flat: Tensor) -> memoryview:

@@ -10,11 +10,9 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from torch import Tensor
-
 from s2ft.vllm import retired
 from s2ft.vllm.compatibility import guarded, part_of, private, when_imported
-from s2ft.vllm.slices.layer import SliceLayer, encode, is_slices, parts_of, with_slices
+from s2ft.vllm.slices.layer import SliceLayer, is_slices, parts_of, with_slices
 from s2ft.vllm.slices.units import OPTION, Admission, Budget, Place
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
@@ -52,25 +50,6 @@ def wanted() -> bool:
 def enabled() -> bool:
     """Whether the layers of this process hold slices. False too if this release of vLLM can't have them."""
     return _installed
-
-
-def weights(path: str, index: Tensor, values: Tensor, dim: int, dtype: Any) -> Any:
-    """Make what vLLM keeps of one projection of an adapter.
-
-    Args:
-        path: Name of the projection in vLLM.
-        index: The output (dim 0) or input (dim 1) of each unit in the linear map, shape [n], int64.
-        values: The delta, shape [n, inputs] for dim 0 and [outputs, n] for dim 1.
-        dim: 0 if the units are outputs, 1 if they are inputs.
-        dtype: Dtype of the layers, vLLM's ``lora_dtype``.
-
-    Returns:
-        vLLM's LoRALayerWeights, for a LoRAModel.
-    """
-    make = private("vllm.lora.lora_weights", "LoRALayerWeights")
-    rows = values if dim == 0 else values.t()
-    count = max(1, index.numel())
-    return make(path, count, count, encode(index, dim), rows.to(dtype).contiguous(), scaling=1)
 
 
 def install() -> None:

@@ -20,6 +20,7 @@ from s2ft.vllm import layers
 from s2ft.vllm.base import Base, served_base
 from s2ft.vllm.compatibility import part_of, private
 from s2ft.vllm.names import MERGED, Targets, sizes
+from s2ft.vllm.slices.layer import encode
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
@@ -141,7 +142,7 @@ def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) ->
 def _slices(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The index with its dim, and a row of values for each position of it, for layers that hold slices."""
     dim, index, values = _joined(deltas, dtype)
-    return layers.encode(index, dim), values if dim == 0 else values.t().contiguous()
+    return encode(index, dim), values if dim == 0 else values.t().contiguous()
 
 
 def _joined(deltas: list[Delta], dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:

@@ -7,13 +7,12 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
-from hypothesis import given, settings, strategies as st
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter import Adapter, read_adapter
+from s2ft.adapter import Adapter
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.formats import native
 from s2ft.attached.record import new_attachment
@@ -135,14 +134,11 @@ def test_every_sequence_gets_the_output_of_its_adapter_alone(case, tmp_path):
     assert_plain(model, case)
 
 
-def test_bfloat16(folder):
+def test_half_precision(folder, model):
     """A written adapter rounds base + delta, a bank rounds the output: they differ by a few roundings."""
-    model = model_of("llama", torch.bfloat16)
-    assert_as_alone("llama", folder, model, ["a", "c"], limit=0.05, dtype=torch.bfloat16)
-
-
-def test_autocast(folder, model):
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16), AdapterBank(model, folder).batch(["a", None]):
+    half = model_of("llama", torch.bfloat16)
+    assert_as_alone("llama", folder, half, ["a", "c"], limit=0.05, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), AdapterBank(model, folder).batch(["a", None]):
         batch = output_of(model)
     assert_close(batch[0].float(), alone("llama", folder, "a", output_of)[0], 0.05)
 
@@ -170,32 +166,6 @@ def test_gradients_pass_and_the_bank_has_none(folder, model):
     assert_close(ours, embedded.grad[0], 1e-4)
 
 
-@settings(max_examples=20, deadline=None)
-@given(st.lists(st.sampled_from([None, "a", "b", "c", "d", "e"]), min_size=1, max_size=6), st.integers(1, 4))
-def test_random_batches(tmp_path_factory, names, tokens):
-    root, expected, bank = shared(tmp_path_factory)
-    with torch.no_grad(), bank.batch(names):
-        batch = bank.model(token_batch(bank.model, 6)[: len(names), :tokens]).logits
-    for row, name in enumerate(names):
-        assert_close(batch[row], expected[name][row, :tokens])
-
-
-def shared(tmp_path_factory, made={}):
-    """Random adapters, their logits for six sequences, and one bank, shared by all examples.
-
-    The model is causal, so that a prefix of a sequence has the same logits."""
-    if not made:
-        root, model = tmp_path_factory.mktemp("random"), model_of("llama")
-        for seed, name in enumerate("abcde"):
-            draw = torch.Generator().manual_seed(seed)
-            keys = [key for key in RATIOS if float(torch.rand(1, generator=draw)) < 0.5] or ["d_ratio"]
-            write(model, root / name, {key: RATIOS[key] for key in keys}, seed)
-        ids = token_batch(model, 6)
-        expected = {name: alone("llama", root, name, lambda model: model(ids).logits) for name in (None, *"abcde")}
-        made["all"] = root, expected, AdapterBank(model, root)
-    return made["all"]
-
-
 # ---- generate --------------------------------------------------------------------------------------------
 
 
@@ -221,21 +191,6 @@ def test_generates_the_tokens_of_separate_runs(options, folder, model):
         expected = alone("llama", folder, name, lambda model: generate(model, inputs, slice(row, row + 1), **options))
         assert torch.equal(batch[each * row :][:each], expected)
     assert_plain(model)
-
-
-def test_sixteen_sequences_over_eight_adapters(tmp_path, model):
-    for seed in range(8):
-        write(model, tmp_path / str(seed), dict(d_ratio=0.15, o_ratio=0.5), seed)
-    names, inputs = [str(i % 8) for i in range(16)], prompts(model, 16)
-    bank = AdapterBank(model, tmp_path)
-    with bank.batch(names):
-        batch = generate(model, inputs)
-    single = model_of("llama")
-    for name in map(str, range(8)):
-        s2ft.load_adapter(single, tmp_path / name, name)
-    for row, name in enumerate(names):
-        s2ft.set_adapter(single, name)
-        assert torch.equal(batch[row : row + 1], generate(single, inputs, slice(row, row + 1)))
 
 
 def test_an_encoder_decoder_generates(tmp_path):
@@ -323,43 +278,18 @@ def test_a_batch_keeps_its_adapters_and_must_fit(folder, model):
     enter(bank, "c")
 
 
-def test_the_base_is_checked_once(folder, model, monkeypatch):
-    looks, look = [], s2ft.attached.record.fingerprint
-    monkeypatch.setattr(s2ft.attached.record, "fingerprint", lambda *args: (looks.append(1), look(*args))[1])
-    bank = AdapterBank(model, folder)
-    for name in "abcde":
-        enter(bank, name)
-    assert len(looks) == 1
-
-
-def test_a_thousand_adapters(tmp_path):
+def test_hundreds_of_adapters(folder, model, tmp_path):
     """A bank finds and loads them all, and one batch uses them all."""
-    torch.manual_seed(0)
-    net = nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4))
-    couplings = [Coupling("ffn", 0, (Projection("u", "0", 10, 1, 0),), Projection("d", "2", 10, 1, 1))]
-    s2ft.attach(net, S2FTConfig(u_ratio=0.1, d_ratio=0.2), couplings=couplings, verify=False)
-    s2ft.save_adapter(net, tmp_path / "one")
-    one, net = read_adapter(tmp_path / "one"), s2ft.detach(net)
-    shifts = []
-    for i in range(20):
-        for delta in one.deltas.values():
-            delta.values = torch.randn(delta.values.shape)
-        native.write(one, tmp_path / str(i))
-        shifts.append({path: (delta.dim, delta.index, delta.values) for path, delta in one.deltas.items()})
-    for i in range(1000):
-        shutil.copytree(tmp_path / str(i % 20), tmp_path / "all" / str(i))
-    bank = AdapterBank(net, tmp_path / "all")
-    names, x = [str(i) for i in torch.randperm(1000).tolist()], torch.randn(1000, 6)
+    for i in range(300):
+        shutil.copytree(folder / "abcde"[i % 5], tmp_path / str(i))
+    bank, names = AdapterBank(model, tmp_path), [str(i) for i in torch.randperm(300).tolist()]
+    ids = token_batch(model, len(names))
     with torch.no_grad(), bank.batch(names):
-        y = net(x)
-    assert len(bank) == len(bank.loaded) == 1000
-    for row in range(0, 1000, 50):
-        first, second = (net[i].weight.detach().clone() for i in (0, 2))
-        for weight, path in ((first, "0"), (second, "2")):
-            dim, index, values = shifts[int(names[row]) % 20][path]
-            weight.index_add_(dim, index, values)
-        expected = (x[row] @ first.t() + net[0].bias).relu() @ second.t() + net[2].bias
-        assert_close(y[row], expected.detach())
+        logits = model(ids).logits
+    assert len(bank) == len(bank.loaded) == 300
+    expected = {name: alone("llama", folder, name, lambda model: model(ids).logits) for name in "abcde"}
+    for row, name in enumerate(names):
+        assert_close(logits[row], expected["abcde"[int(name) % 5]][row])
 
 
 # ---- refused adapters and models -------------------------------------------------------------------------
@@ -378,18 +308,6 @@ def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
     enter(bank, None)  # only the base runs
     with pytest.raises(ValueError, match="'a'"):
         enter(AdapterBank(model_of("llama-wide-heads"), folder), "a")
-
-
-def test_damaged_files_are_refused(folder, model, tmp_path):
-    shutil.copytree(folder, tmp_path / "all")
-    with open(tmp_path / "all" / "a" / native.TENSORS, "r+b") as file:
-        file.seek(-3, 2)
-        file.write(b"xyz")
-    bank = AdapterBank(model, tmp_path / "all")
-    with pytest.raises(ValueError, match="damaged"):
-        enter(bank, "b", "a")
-    assert_plain(model)
-    enter(bank, "b")
 
 
 def test_experts_and_convolutions_are_refused(tmp_path):
@@ -440,30 +358,14 @@ def test_batches_do_not_nest(folder, model):
 # ---- exceptions and threads --------------------------------------------------------------------------------
 
 
-def test_an_exception_does_not_change_the_model(folder, model, monkeypatch):
+def test_an_exception_does_not_change_the_model(folder, model):
     bank = AdapterBank(model, folder)
     with pytest.raises(KeyboardInterrupt):
         with bank.batch(["a", "b"]):
             raise KeyboardInterrupt
     assert_plain(model)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):  # while adapters are packed
-        patch.setattr(torch, "cat", failing(torch.cat, after=25))
-        enter(bank, "c", "d", "e")
-    assert_plain(model)
     with torch.no_grad(), bank.batch(["c", "d"]):
         assert_close(output_of(model)[1], alone("llama", folder, "d", output_of)[1])
-
-
-def failing(function, after):
-    calls = []
-
-    def run(*args, **options):
-        calls.append(1)
-        if len(calls) > after:
-            raise MemoryError
-        return function(*args, **options)
-
-    return run
 
 
 def test_a_batch_keeps_an_adapter_that_is_removed_meanwhile(folder, model):

@@ -1,13 +1,11 @@
 """Extra weights, trained in full beside the slices, are saved, resumed, switched, merged and removed."""
 
-import copy
 import json
 import shutil
 
 import pytest
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from adapter.test_hostile import rewrite
 from support.models import model_of
 from transformers import (
     BertConfig,
@@ -20,10 +18,9 @@ from transformers import (
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter.formats import lora, native
+from s2ft.adapter.formats import native
 from s2ft.adapter.pretrained import INDEX
 from s2ft.attached.record import attachment_of, find_attachment
-from s2ft.files.adapter_folder import CONFIG, TENSORS
 
 HEAD = ("classifier.weight", "classifier.bias")
 BERT = dict(
@@ -91,28 +88,6 @@ BOTH = pytest.mark.parametrize("how", ("named", "by hand"))
 # ---- the base and back -------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_switching_restores_the_base_and_the_trained_weights(how, layout):
-    model = train(attached(how, layout))
-    trained = head_of(model)
-    assert all(not torch.equal(trained[name], BASE[name]) for name in HEAD)
-    for _ in range(2):
-        s2ft.set_adapter(model, None)
-        assert all(torch.equal(value, BASE[name]) for name, value in head_of(model).items())
-        s2ft.set_adapter(model, "default")
-        assert_states(head_of(model), trained)
-    with s2ft.disable_adapters(model):
-        assert_states(head_of(model), {name: BASE[name] for name in HEAD})
-    assert_states(head_of(model), trained)
-    copied = copy.deepcopy(model)
-    assert_states(state_of(s2ft.detach(model)), BASE)
-    merged = s2ft.merge(copied)
-    assert_states(head_of(merged), trained)
-    assert not merged._forward_pre_hooks and not merged._load_state_dict_pre_hooks
-    assert all(parameter.requires_grad for parameter in merged.parameters())
-
-
 def test_a_weight_is_unfrozen_in_the_middle_of_training():
     model = train(attached())
     model.bert.embeddings.LayerNorm.requires_grad_(True)
@@ -135,81 +110,11 @@ def test_evaluation_records_nothing():
 # ---- files -------------------------------------------------------------------------------------------------
 
 
-@BOTH
-@pytest.mark.parametrize("trainable", (False, True))
-def test_saved_and_loaded(how, trainable, tmp_path):
-    model = train(attached(how))
-    s2ft.save_adapter(model, tmp_path)
-    assert len(json.loads((tmp_path / CONFIG).read_text())["extra_weights"]) == 2
-    fresh = classifier()
-    s2ft.load_adapter(fresh, tmp_path, trainable=trainable)
-    assert_states(head_of(fresh), head_of(model))
-    assert fresh.classifier.weight.requires_grad == trainable
-    torch.testing.assert_close(fresh.eval()(IDS).logits, model.eval()(IDS).logits)
-    again = s2ft.get_adapter(fresh, "default")
-    assert_states(again.extra_weights, head_of(model))
-    s2ft.set_adapter(fresh, None)
-    s2ft.set_adapter(fresh, "default")
-    assert_states(head_of(fresh), head_of(model))
-    if trainable:
-        train(fresh, 1)
-        assert not torch.equal(fresh.classifier.weight, model.classifier.weight)
-    assert_states(state_of(s2ft.detach(fresh)), BASE)
-
-
-@pytest.mark.parametrize(
-    "saved_with, loaded_with, message",
-    (
-        ("named", "frozen", "classifier.bias trained in full, which is frozen in this model"),
-        ("frozen", "named", "this model trains classifier.bias in full"),
-    ),
-)
-def test_restoring_other_extra_weights_is_refused_and_changes_nothing(saved_with, loaded_with, message, tmp_path):
-    train(attached(saved_with)).save_pretrained(tmp_path)
-    model = attached(loaded_with)
-    before = state_of(model)
-    with pytest.raises(ValueError, match=message):
-        s2ft.adapter.restore_adapter(model, tmp_path)
-    with pytest.raises(ValueError, match=message):
-        model.load_state_dict(load_file(tmp_path / TENSORS), strict=False)
-    assert_states(state_of(model), before)
-
-
-def test_a_file_without_extra_weights_has_no_field_for_them(tmp_path):
-    s2ft.save_adapter(train(attached("frozen")), tmp_path)
-    header = json.loads((tmp_path / CONFIG).read_text())
-    assert header["schema"] == 1 and "extra_weights" not in header and "modules_to_save" not in header["config"]
-    with safe_open(tmp_path / TENSORS, "pt") as file:
-        assert file.metadata()["schema"] == "1" and not [key for key in file.keys() if "/" in key]
-
-
-def test_half_precision_keeps_its_dtype(tmp_path):
-    model = classifier().to(torch.bfloat16)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["classifier"]))
-    train(model, 1)
-    s2ft.save_adapter(model, tmp_path)
-    found = s2ft.read_adapter(tmp_path).extra_weights
-    assert {value.dtype for value in found.values()} == {torch.bfloat16}
-    assert_states(found, head_of(model))
-
-
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
     s2ft.save_adapter(train(attached()), folder)
     return folder
-
-
-def rewritten(folder, config=lambda content: None, tensors=lambda found: None):
-    """Change a folder and write digests that fit the change."""
-    import hashlib
-
-    content, found = json.loads((folder / CONFIG).read_text()), load_file(folder / TENSORS)
-    config(content), tensors(found)
-    save_file(found, folder / TENSORS)
-    content["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
-    content.pop("config_sha256")
-    (folder / CONFIG).write_text(json.dumps(content))
 
 
 KEY, COUPLED = "extra_weights/classifier.bias", "bert.encoder.layer.0.output.dense.bias"
@@ -266,7 +171,7 @@ def test_hostile_files_are_refused_before_a_weight_moves(case, saved, tmp_path):
     change, message = SPOILT[case]
     folder = tmp_path / "folder"
     shutil.copytree(saved, folder)
-    rewritten(folder, **change)
+    rewrite(**change)(folder)
     model = classifier()
     with pytest.raises(ValueError, match=message):
         s2ft.load_adapter(model, folder, trainable=True)
@@ -335,24 +240,14 @@ def test_the_state_of_accelerate_contains_them(how, tmp_path):
 # ---- several adapters --------------------------------------------------------------------------------------
 
 
-def test_two_adapters_with_the_same_extra_weight_are_not_active_together():
-    model = train(attached())
-    s2ft.load_adapter(model, s2ft.get_adapter(train(attached(name="other")), "other"), active=False)
-    before = state_of(model)
-    with pytest.raises(ValueError, match="'default' and 'other' both have classifier.weight"):
-        s2ft.set_adapter(model, {"default": 1, "other": 1})
-    for name in ("default", "other"):
-        with pytest.raises(ValueError, match=f"'{name}' has classifier.weight trained in full.*not 0.5"):
-            s2ft.set_adapter(model, {name: 0.5})
-    assert s2ft.status(model).active == {"default": 1.0}
-    assert_states(state_of(model), before)
-
-
 def test_arithmetic_keeps_extra_weights_or_refuses():
     with_head = s2ft.get_adapter(train(attached()), "default")
     without = s2ft.get_adapter(train(attached("frozen", name="plain")), "plain")
     for total in (with_head + without, without + with_head, with_head - without):
         assert_states(total.extra_weights, with_head.extra_weights)
+        s2ft.load_adapter(model := classifier(), total)
+        assert_states(head_of(model), with_head.extra_weights)
+        assert_states(state_of(s2ft.detach(model)), BASE)
         assert total.config.modules_to_save == ["classifier"]
     for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
         with pytest.raises(ValueError, match="classifier.weight trained in full"):
@@ -360,80 +255,20 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
     assert (0.5 * without).extra_weights == {}
 
 
-def test_combine_adapters_and_the_command(tmp_path, saved, capsys):
-    from s2ft.cli.combine import combine
-
-    s2ft.save_adapter(train(attached("frozen", name="plain")), tmp_path / "plain")
-    combine([str(saved), str(tmp_path / "plain")], None, None, tmp_path / "sum")
-    model = classifier()
-    for folder, name in ((saved, "a"), (tmp_path / "plain", "b")):
-        s2ft.load_adapter(model, folder, name, active=False)
-    s2ft.combine_adapters(model, {"a": 1, "b": 1}, "both")
-    s2ft.set_adapter(model, "both")
-    assert_states(head_of(model), s2ft.read_adapter(tmp_path / "sum").extra_weights)
-    with pytest.raises(ValueError, match="'a' has classifier.* trained in full"):
-        s2ft.combine_adapters(model, {"a": 0.5, "b": 1}, "less")
-    s2ft.delete_adapter(model, "both")
-    assert_states(state_of(s2ft.detach(model)), BASE)
-
-
-def test_an_adapter_is_attached_beside_a_loaded_one(saved):
-    model = classifier()
-    s2ft.load_adapter(model, saved, "loaded")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.05, modules_to_save=["classifier"]), name="second")
-    assert_states(head_of(model), {name: BASE[name] for name in HEAD})
-    train(model)
-    s2ft.delete_adapter(model, "second")
-    assert s2ft.list_adapters(model) == ["loaded"]
-    s2ft.set_adapter(model, "loaded")
-    assert_states(head_of(model), s2ft.read_adapter(saved).extra_weights)
-    assert_states(state_of(s2ft.detach(model)), BASE)
-
-
-def norm_of_llama(tmp_path):
-    """Returns the base, and the folder of an adapter that trains the last norm in full."""
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]), name="normed")
-    with torch.no_grad():
-        model.model.norm.weight.mul_(1.5)
-    s2ft.save_adapter(model, tmp_path / "normed")
-    return model_of("llama"), tmp_path / "normed"
-
-
-def test_banks_and_lora_export_refuse_them_by_name(tmp_path):
-    model, folder = norm_of_llama(tmp_path)
+def test_banks_refuse_them_by_name_and_a_merge_keeps_them(tmp_path):
+    model, folder = model_of("llama"), tmp_path / "normed"
+    s2ft.attach(trains := model_of("llama"), S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]), name="normed")
+    trains.model.norm.weight.data.mul_(1.5)
+    s2ft.save_adapter(trains, folder)
     bank = s2ft.AdapterBank(model, tmp_path)
     with pytest.raises(ValueError, match="'normed' has model.norm.weight trained in full"):
         with bank.batch(["normed"]):
             pass
-    with pytest.raises(ValueError, match="model.norm.weight trained in full.*format merged"):
-        lora.write(native.read(folder), tmp_path / "lora", model)
-    assert not (tmp_path / "lora").exists()
-
-
-def test_merging_a_loaded_adapter_keeps_its_extra_weights(tmp_path):
-    model, folder = norm_of_llama(tmp_path)
     s2ft.load_adapter(model, folder)
     assert torch.equal(s2ft.merge(model).model.norm.weight, native.read(folder).extra_weights["model.norm.weight"])
 
 
 # ---- modules_to_save, and weights that must stay frozen ----------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "modules, message",
-    (
-        (["nothing"], "'nothing', which is not a module of Bert"),
-        (["dense"], "holds bert.encoder.layer.0.*a weight whose units are trained as slices"),
-        (["dropout"], "no floating-point weights"),
-    ),
-)
-def test_invalid_modules_are_refused_before_anything_changes(modules, message):
-    model, config = classifier(), S2FTConfig(d_ratio=0.1, modules_to_save=modules)
-    for call in (s2ft.attach, s2ft.plan):
-        with pytest.raises(ValueError, match=message):
-            call(model, config)
-    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
 
 
 def test_a_tied_head_is_trained_under_the_embeddings_name(tmp_path):
@@ -502,14 +337,3 @@ def test_the_model_card_names_them(saved):
     from s2ft.adapter.hub import card_of
 
     assert "and classifier.bias, classifier.weight trained in full" in card_of(s2ft.read_adapter(saved))
-
-
-@pytest.mark.parametrize(
-    "value, message", ((torch.zeros(3, dtype=torch.int64), "are saved as F64"), (torch.zeros(0), "empty or not finite"))
-)
-def test_weights_that_could_not_be_read_are_not_saved(value, message, saved, tmp_path):
-    adapter = s2ft.read_adapter(saved)
-    adapter.extra_weights["classifier.bias"] = value
-    with pytest.raises(ValueError, match=message):
-        native.write(adapter, tmp_path / "a")
-    assert not (tmp_path / "a").exists()

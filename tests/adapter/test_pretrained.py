@@ -1,11 +1,11 @@
 """An attached model in the unchanged Trainers of transformers and TRL: checkpoints contain only the adapter."""
 
 import copy
-import json
 
 import pytest
 import torch
-from train.tiny import tiny_model, tiny_tokenizer
+from support import trl_trainers
+from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import s2ft
@@ -83,15 +83,11 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     names = {path.name for path in (tmp_path / "checkpoint-4").iterdir()}
     assert {"s2ft_adapter.safetensors", "s2ft_config.json", INDEX, "README.md", "optimizer.pt"} <= names
     assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "adapter_config.json"}
+    with pytest.raises(Exception):  # it is not a model
+        AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     fresh = tiny_model()
     s2ft.load_adapter(fresh, tmp_path / "checkpoint-8")
     assert_same(s2ft.merge(fresh), s2ft.merge(model))
-
-
-def test_a_checkpoint_does_not_load_as_a_model(tmp_path):
-    attached().save_pretrained(tmp_path)
-    with pytest.raises(Exception):
-        AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
 def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
@@ -144,13 +140,6 @@ def test_resuming_with_another_adapter_is_refused_and_changes_nothing(case, tmp_
     assert_same(model, before)
 
 
-def test_the_state_of_an_attached_model_loads_into_another():
-    model, other = attached(), attached()
-    torch.nn.init.normal_(model.model.layers[0].mlp.down_proj.s2)
-    other.load_state_dict(model.state_dict())
-    assert_same(model, other)
-
-
 def test_merged_and_detached_models_are_saved_in_full(tmp_path):
     for back in (s2ft.merge, s2ft.detach):
         model = attached()
@@ -178,127 +167,39 @@ def test_save_pretrained_saves_a_given_state(tmp_path):
         model.save_pretrained(tmp_path / "less", state_dict=state)
 
 
-def test_pushing_from_save_pretrained_points_to_the_right_call(tmp_path):
-    with pytest.raises(ValueError, match="s2ft.push_to_hub"):
-        attached().save_pretrained(tmp_path / "x", push_to_hub=True)
-    assert not (tmp_path / "x").exists()
-
-
-def test_print_trainable_parameters(capsys):
-    model = attached()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    model.print_trainable_parameters()
-    s2ft.print_trainable_parameters(model)
-    first, second = capsys.readouterr().out.splitlines()
-    assert first == second and first.startswith(f"trainable params: {trained:,} || all params:")
-
-
 def test_reports_print_the_same_counts(capsys):
     """The model trains one head of four in each layer."""
     model = tiny_model()
     base = sum(parameter.numel() for parameter in model.parameters())
     report = s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25))
-    model.print_trainable_parameters()
-    assert f"all params: {base:,} || trainable%: {100 * report.share:.4f}" in capsys.readouterr().out
+    for show in (model.print_trainable_parameters, lambda: s2ft.print_trainable_parameters(model)):
+        show()
+    trained, *again = capsys.readouterr().out.splitlines()
+    assert again == [trained]
+    assert (
+        f"trainable params: {report.trainable:,} || all params: {base:,} || trainable%: {100 * report.share:.4f}"
+        in trained
+    )
     assert f"of {base:,} parameters" in str(report) and "1 of 4 heads" in str(report)
     assert s2ft.status(model).details.count("1 of 4 heads") == 2
     s2ft.load_adapter(other := tiny_model(), s2ft.get_adapter(model, "default"))
     assert s2ft.status(other).details.count("1 of 4 heads") == 2
 
 
-def test_trainers_card_and_state(tmp_path):
-    done = trainer(attached(), tmp_path)
-    done.train()
-    done.create_model_card(model_name="tiny", tags="s2ft")
-    assert "s2ft" in (tmp_path / "README.md").read_text()
-    assert json.loads((tmp_path / "checkpoint-8/trainer_state.json").read_text())["global_step"] == 8
-
-
 # ---- TRL ---------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of_tiny():
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = "<|endoftext|>"
-    return tokenizer
-
-
-def trl_options(folder, **changes):
-    return {
-        **dict(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-2,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-        ),
-        **changes,
-    }
-
-
-def sft(folder, rows):
-    from trl import SFTConfig, SFTTrainer
-
-    return lambda model: SFTTrainer(
-        model=model,
-        args=SFTConfig(**trl_options(folder), max_length=64),
-        train_dataset=rows,
-        processing_class=tokenizer_of_tiny(),
-    )
-
-
-def dpo(folder, rows):
-    from trl import DPOConfig, DPOTrainer
-
-    return lambda model: DPOTrainer(
-        model=model,
-        ref_model=tiny_model(),
-        args=DPOConfig(**trl_options(folder), max_length=64),
-        train_dataset=rows,
-        processing_class=tokenizer_of_tiny(),
-    )
-
-
-def grpo(folder, rows):
-    from trl import GRPOConfig, GRPOTrainer
-
-    options = trl_options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
-    return lambda model: GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=GRPOConfig(**options, num_generations=4, max_completion_length=6),
-        train_dataset=rows,
-        processing_class=tokenizer_of_tiny(),
-    )
-
-
-TRL = {
-    "sft": (sft, [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]),
-    "dpo": (dpo, [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]),
-    "grpo": (grpo, [{"prompt": f"{a}+1="} for a in range(8)]),
-}
-
-
-@pytest.mark.parametrize("kind", TRL)
+@pytest.mark.parametrize("kind", trl_trainers.ROWS)
 def test_trls_trainers(kind, tmp_path):
     """They train, do not change the base, write checkpoints of the adapter only, and resume from them."""
     pytest.importorskip("trl")
-    from datasets import Dataset
-
-    make, rows = TRL[kind]
-    build = make(tmp_path, Dataset.from_list(rows))
-    model = attached()
-    done = build(model)
+    model, again = attached(), attached()
+    more = {"ref_model": tiny_model()} if kind == "dpo" else {}
+    done, resumed = (trl_trainers.trl_trainer(kind, each, tmp_path, **more) for each in (model, again))
     done.train()
     assert any((delta.values != 0).any() for delta in mounted_deltas(model._s2ft).values())
     last = tmp_path / f"checkpoint-{done.state.global_step}"
     assert (last / "s2ft_adapter.safetensors").exists() and not (last / "model.safetensors").exists()
-    again = attached()
-    resumed = build(again)
     resumed.train(resume_from_checkpoint=str(last))
     assert_same(again, model)
     assert_same(s2ft.detach(model), tiny_model())
@@ -326,9 +227,3 @@ def test_a_folder_with_other_weights_or_an_index_is_refused(name, tmp_path):
     with pytest.raises(ValueError, match=f"holds another model \\({name}\\)"):
         attached().save_pretrained(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == [name]
-
-
-def test_an_adapter_is_saved_over_an_adapter(tmp_path):
-    for seed in (0, 1):
-        attached(seed=seed).save_pretrained(tmp_path)
-    assert s2ft.read_adapter(tmp_path).config.seed == 1

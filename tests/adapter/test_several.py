@@ -4,14 +4,14 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch, train
+from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
+from support.states import same
 
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.adapter import overlap
 from s2ft.attached.record import attachment_of
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 CASE = "llama-grouped"
 
 
@@ -27,15 +27,6 @@ def adapter_on(seed, name, case=CASE, config=None, dtype=torch.float32):
 
 
 FIVE = {name: adapter_on(seed, name) for seed, name in enumerate("abcde")}
-
-
-def states(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def same(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def loaded(names="abcde", dtype=torch.float32, trainable=None, layout="permuted"):
@@ -69,46 +60,6 @@ def effective(base, weights, adapters=FIVE):
 
 
 # ---- weighted sums -------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("trainable", (None, "a", "b"))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_a_weighted_sum_is_written_once(dtype, trainable):
-    """The sum is formed in float32 and rounded once; a trainable adapter of weight 1 is added to it."""
-    weights = {"a": 0.7, "b": 0.3, "c": -1.5}
-    base, model = model_of(CASE, dtype), loaded(dtype=dtype, trainable=trainable)
-    s2ft.set_adapter(model, weights)
-    assert s2ft.status(model).active == weights
-    merged, expected = s2ft.merge(model), effective(base, weights)
-    for key, value in expected.state_dict().items():
-        tolerance = {torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}[dtype]
-        torch.testing.assert_close(merged.state_dict()[key], value, rtol=tolerance, atol=1e-7)
-
-
-def test_only_the_trainable_adapter_trains_beside_another():
-    model = loaded("ab", trainable="a")
-    s2ft.set_adapter(model, {"a": 1, "b": 1})
-    before, others = s2ft.get_adapter(model, "a"), copy.deepcopy(FIVE["b"].deltas)
-    assert all(mount.layer.enabled for mount in attachment_of(model).mounts.values())
-    train(model, 2)
-    after = s2ft.get_adapter(model, "a")
-    assert any(not torch.equal(before.deltas[path].values, after.deltas[path].values) for path in before.deltas)
-    assert all(
-        torch.equal(delta.values, others[path].values)
-        for path, delta in attachment_of(model).loaded["b"].deltas.items()
-    )
-    output = output_of(model)
-    assert torch.allclose(output_of(s2ft.merge(model)), output, atol=1e-5)
-
-
-def test_a_trainable_adapter_at_another_weight_is_written():
-    model = loaded("ab", trainable="a")
-    s2ft.set_adapter(model, {"a": 0.5})
-    row = next(row for row in s2ft.status(model).rows if row.adapter == "a")
-    assert (row.weight, row.active, row.trainable, row.fused) == (0.5, True, True, True)
-    assert not any(mount.layer.enabled for mount in attachment_of(model).mounts.values())
-    expected = effective(model_of(CASE), {"a": 0.5})
-    assert torch.allclose(output_of(model), output_of(expected), atol=1e-5)
 
 
 def test_combined_adapters_are_the_sum(tmp_path):
@@ -160,106 +111,6 @@ def test_arithmetic():
 
 
 # ---- names, deleting, loading ------------------------------------------------------------------------------------
-
-
-def test_deleting_the_last_adapter_gives_the_plain_model():
-    model = loaded("ab")
-    s2ft.set_adapter(model, "a")
-    s2ft.delete_adapter(model, "a")
-    assert s2ft.status(model).active == {} and same(copy.deepcopy(model), model_of(CASE))
-    s2ft.delete_adapter(model, "b")
-    assert s2ft.status(model).adapters == [] and all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("active", ("a", "b", {"a": 1, "b": 0.5}, None))
-def test_deleting_the_trainable_one_keeps_the_others(active):
-    model = loaded("ab", trainable="a")
-    s2ft.set_adapter(model, active)
-    s2ft.delete_adapter(model, "a")
-    kept = {"b": 1.0} if active == "b" else {}
-    assert (s2ft.list_adapters(model), s2ft.status(model).active) == (["b"], kept)
-    assert not any(p.requires_grad for p in model.parameters())
-    assert same(model, effective(model_of(CASE), kept))
-    assert same(s2ft.detach(model), model_of(CASE)) and all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("how", ("attach", "load"))
-def test_training_begins_on_a_model_with_adapters(how):
-    model = loaded("ab")
-    s2ft.set_adapter(model, "b")
-    if how == "attach":
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2), name="new", verify=True)
-    else:
-        s2ft.load_adapter(model, FIVE["c"], "new", trainable=True)
-    assert (s2ft.status(model).active, s2ft.status(model).trainable) == ({"new": 1.0}, "new")
-    train(model, 1)
-    s2ft.set_adapter(model, "b")
-    s2ft.set_adapter(model, None)
-    assert same(s2ft.detach(model), model_of(CASE))
-
-
-def test_a_failed_attach_restores_the_others():
-    model = loaded("ab")
-    s2ft.set_adapter(model, "b")
-    before = states(model)
-    with pytest.raises(ValueError, match="selects none"):
-        s2ft.attach(model, S2FTConfig(o_ratio=0.01), name="new")
-    assert s2ft.status(model).active == {"b": 1.0}
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-
-
-def test_a_failure_while_mounting_restores_the_others(monkeypatch):
-    import s2ft.attached.mounting as mounting
-
-    model = loaded("ab")
-    s2ft.set_adapter(model, "b")
-    before = states(model)
-
-    def fail(*args):
-        raise MemoryError
-
-    monkeypatch.setattr(mounting, "_mount", fail)
-    with pytest.raises(MemoryError):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2), name="new")
-    assert (s2ft.list_adapters(model), s2ft.status(model).active) == (["a", "b"], {"b": 1.0})
-    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
-    monkeypatch.undo()
-    s2ft.attach(model, S2FTConfig(d_ratio=0.2), name="new")
-
-
-def test_a_failure_while_writing_leaves_no_partial_adapter(monkeypatch):
-    import s2ft.attached.active as active
-
-    model, real, calls = loaded("ab"), active.scatter_add_, []
-
-    def fails_late(*args, **kwargs):
-        calls.append(1)
-        if len(calls) == 4:
-            raise MemoryError
-        return real(*args, **kwargs)
-
-    monkeypatch.setattr(active, "scatter_add_", fails_late)
-    with pytest.raises(MemoryError):
-        s2ft.set_adapter(model, "a")
-    monkeypatch.undo()
-    assert s2ft.status(model).active == {} and same(copy.deepcopy(model), model_of(CASE))
-
-
-def test_disabling_for_a_while():
-    model = loaded("ab", trainable="a")
-    s2ft.fuse(model)
-    output, base = output_of(model), output_of(model_of(CASE))
-    with s2ft.disable_adapters(model):
-        assert torch.allclose(output_of(model), base, atol=1e-6)
-        assert not torch.allclose(output, base, atol=1e-2)
-    assert (
-        torch.equal(output_of(model), output)
-        and attachment_of(model).mounts
-        and next(iter(attachment_of(model).mounts.values())).layer.fused
-    )
-    with pytest.raises(KeyError), s2ft.disable_adapters(model):
-        raise KeyError
-    assert s2ft.status(model).active == {"a": 1.0}
 
 
 def test_switching_does_not_recompile():

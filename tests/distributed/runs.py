@@ -14,10 +14,20 @@ STEPS, ROWS, LENGTH = 4, 4, 7
 RANKS = 2
 
 
-def attached(case, layout="permuted", dtype=torch.float32, **changes):
-    model = model_of(case, dtype)
-    s2ft.attach(model, s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes}))
+def config_for(case, layout="permuted", **changes):
+    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
+
+
+def attach_to(model, case, layout="permuted", **changes):
+    """Attach with the ratios of a case, and with data if the selection needs some."""
+    config = config_for(case, layout, **changes)
+    calibrated = config.selection in ("activation", "product", "gradient")
+    s2ft.attach(model, config, calibration=batches(model, 2) if calibrated else None)
     return model
+
+
+def attached(case, layout="permuted", dtype=torch.float32, **changes):
+    return attach_to(model_of(case, dtype), case, layout, **changes)
 
 
 def batches(model, steps=STEPS):

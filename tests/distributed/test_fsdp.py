@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks trains, saves and switches adapters as one process does. Other calls are refused."""
+"""FSDP2 on two ranks restores, switches, merges and casts adapters as one process does. Other calls are refused."""
 
 import gc
 import warnings
@@ -8,17 +8,11 @@ import pytest
 import torch
 from runs import adapters_of_one_process, attached, check_same_files, files, logits, sharded, train
 from support.models import model_of
-from support.pairs import in_turn, rest_slow
+from support.pairs import rest_slow
 
 import s2ft
 from s2ft.attached.record import attachment_of
 
-WAYS = {
-    "blocks": {},
-    "root": {"blocks": False},
-    "kept": {"reshard_after_forward": False},
-    "offloaded": {"offload": True},
-}
 CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 
 
@@ -26,57 +20,6 @@ CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 def alone(tmp_path_factory):
     """Adapters that one process trained with twice the accumulation, by case and layout."""
     return adapters_of_one_process(tmp_path_factory, attached)
-
-
-def train_and_save(rank, case, layout, way, directory, checkpointing=None, changes={}):
-    """Train and save. Returns whether the base is unchanged, bit for bit."""
-    model = attached(case, layout, **changes)
-    base = {key: value.detach().clone() for key, value in model.named_parameters() if not value.requires_grad}
-    if checkpointing is not None:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": checkpointing})
-    sharded(model, **WAYS[way])
-    train(model, rank)
-    s2ft.save_adapter(model, directory)
-    now = dict(model.named_parameters())
-    return all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
-
-
-@pytest.mark.parametrize(
-    "case_and_way, layout",
-    in_turn(
-        [(case, "blocks") for case in CASES] + [("llama-grouped", way) for way in WAYS if way != "blocks"],
-        ("permuted", "indexed"),
-    ),
-    ids=str,
-)
-def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, alone, case_and_way, layout, tmp_path):
-    case, way = case_and_way
-    assert all(ranks(train_and_save, case, layout, way, tmp_path))
-    check_same_files(tmp_path, alone(case, layout))
-
-
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_with_gradient_checkpointing(ranks, alone, reentrant, tmp_path):
-    assert all(ranks(train_and_save, "llama-grouped", "permuted", "blocks", tmp_path, reentrant))
-    check_same_files(tmp_path, alone("llama-grouped", "permuted"))
-
-
-def test_fewer_rows_than_ranks(ranks, alone, tmp_path):
-    """The second rank's shard of an s2 with one row is empty."""
-    changes = dict(
-        units={"model.layers.1.mlp.up_proj": [7], "model.layers.1.mlp.down_proj": [3]},
-        **{f"{key}_ratio": 0.0 for key in "qkvougd"},
-    )
-    assert all(ranks(train_and_save, "llama", "permuted", "blocks", tmp_path, None, changes))
-    check_same_files(tmp_path, alone("llama", "permuted", **changes))
-
-
-def test_the_adapter_loads_into_one_process(ranks, tmp_path):
-    ranks(train_and_save, "llama-grouped", "permuted", "blocks", tmp_path)
-    model, trained = model_of("llama-grouped"), attached("llama-grouped")
-    train(trained)
-    s2ft.load_adapter(model, tmp_path)
-    torch.testing.assert_close(logits(model), logits(trained), rtol=1e-4, atol=1e-4)
 
 
 # ---- adapters on a sharded model ---------------------------------------------------------------------------
@@ -316,13 +259,6 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
 # ---- weights that are trained in full ------------------------------------------------------------------------
 
 EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
-
-
-@pytest.mark.parametrize("way", WAYS)
-def test_two_ranks_train_and_save_the_extra_weights_of_one_process(ranks, alone, way, tmp_path):
-    assert all(ranks(train_and_save, "llama-grouped", "permuted", way, tmp_path, None, EXTRA))
-    assert set(s2ft.read_adapter(tmp_path).extra_weights) == {"model.norm.weight", "lm_head.weight"}
-    check_same_files(tmp_path, alone("llama-grouped", "permuted", **EXTRA))
 
 
 def switch_extra_weights(rank, folder, unfrozen):

@@ -5,24 +5,22 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import adapters_of_one_process, batches, blocks_of, check_same_files, logits, rows_of, sharded, train
+from runs import (
+    adapters_of_one_process,
+    attach_to,
+    attached,
+    batches,
+    blocks_of,
+    check_same_files,
+    logits,
+    rows_of,
+    sharded,
+    train,
+)
 from support.fsdp_on_cpu import allow
-from support.models import ALL_RATIOS, model_of, ratios_for
+from support.models import model_of
 
 import s2ft
-
-CASES = ("llama-grouped", "gpt2", "mixtral")
-SELECTIONS = ("random", "weight", "activation", "gradient")
-
-
-def config_for(case, layout, **changes):
-    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
-
-
-def attach_to(model, config):
-    calibrated = config.selection in ("activation", "product", "gradient")
-    s2ft.attach(model, config, calibration=batches(model, 2) if calibrated else None)
-    return model
 
 
 def meta_of(model):
@@ -39,9 +37,7 @@ def meta_of(model):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Adapters that one process trained, by case, layout and changes of the config."""
-    return adapters_of_one_process(
-        tmp_path_factory, lambda case, layout, **changes: attach_to(model_of(case), config_for(case, layout, **changes))
-    )
+    return adapters_of_one_process(tmp_path_factory, attached)
 
 
 @contextmanager
@@ -93,7 +89,7 @@ def with_accelerate(rank, case, layout, directory, has, changes):
     """Only rank 0 has weights. Returns whether the base is unchanged after training and detach."""
     model = model_of(case) if rank == 0 else without_weights(case, has)
     with efficient_accelerator(model) as accelerator:
-        attach_to(model, config_for(case, layout, **changes))
+        attach_to(model, case, layout, **changes)
         trained = [p for p in model.parameters() if p.requires_grad]
         model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1))
         model.train()
@@ -135,29 +131,33 @@ def test_accelerate_broadcasts_to_four_ranks(four_ranks, alone, layout, selectio
 # ---- without accelerate ----------------------------------------------------------------------------------
 
 
-def shard_and_load(model, rank, state):
-    """Shard the model and broadcast the state of the first rank, as PyTorch documents it."""
+def shard_and_load(model, rank, state, keeps=False):
+    """Shard the model and broadcast the state of the first rank, as PyTorch documents it.
+
+    keeps: Whether this rank shards the weights that it has.
+    """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 
     buffers = dict(model.named_buffers())
-    sharded(model.to("meta"))
-    model.to_empty(device="cpu")
-    for name, buffer in model.named_buffers():
-        if "inv_freq" in name:
-            buffer.copy_(buffers[name])
+    sharded(model if keeps else model.to("meta"))
+    if not keeps:
+        model.to_empty(device="cpu")
+        for name, buffer in model.named_buffers():
+            if "inv_freq" in name:
+                buffer.copy_(buffers[name])
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
     set_model_state_dict(model, state if rank == 0 else {}, options=options)
     return model
 
 
-def with_torch(rank, case, layout, directory, selection, real):
-    """The ranks in `real` have weights when they attach. Returns whether the base is unchanged after detach."""
+def with_torch(rank, case, layout, directory, selection, real, first_keeps):
+    """The ranks in `real` have weights when they attach, which the first one may shard. Returns whether the base is unchanged after detach."""
     model = model_of(case) if rank in real else meta_of(model_of(case))
     state = model_of(case).state_dict()
-    attach_to(model, config_for(case, layout, selection=selection))
+    attach_to(model, case, layout, selection=selection)
     if real:
         state = model.state_dict()
-    shard_and_load(model, rank, state)
+    shard_and_load(model, rank, state, first_keeps and rank == 0)
     train(model, rank)
     s2ft.save_adapter(model, directory)
     s2ft.detach(model)
@@ -165,44 +165,19 @@ def with_torch(rank, case, layout, directory, selection, real):
 
 
 @pytest.mark.parametrize(
-    "layout, selection, real",
+    "layout, selection, real, first_keeps",
     [
-        ("permuted", "weight", (0,)),
-        ("indexed", "random", (0,)),
-        ("permuted", "random", ()),
-        ("permuted", "random", (0, 1)),
+        ("permuted", "weight", (0,), False),
+        ("indexed", "random", (0,), False),
+        ("permuted", "random", (), False),
+        ("permuted", "random", (0, 1), False),
+        ("permuted", "random", (0,), True),
     ],
 )
-def test_torch_broadcasts_the_weights_of_the_first_rank(ranks, alone, layout, selection, real, tmp_path):
+def test_torch_broadcasts_the_weights_of_the_first_rank(ranks, alone, layout, selection, real, first_keeps, tmp_path):
     """Also if no rank has weights when it attaches, and if all have and the state is loaded in the base's order."""
-    assert ranks(with_torch, "llama-grouped", layout, tmp_path, selection, real) == [True, True]
+    assert ranks(with_torch, "llama-grouped", layout, tmp_path, selection, real, first_keeps) == [True, True]
     check_same_files(tmp_path, alone("llama-grouped", layout, selection=selection))
-
-
-def first_rank_stays(rank, directory):
-    """The first rank shards the weights that it has moved; the second one has none. All get the first one's state."""
-    from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
-
-    model = model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped"))
-    attach_to(model, config_for("llama-grouped", "permuted"))
-    state = model.state_dict() if rank == 0 else {}
-    sharded(model)
-    if rank:
-        buffers = dict(model.named_buffers())
-        model.to_empty(device="cpu")
-        for name, buffer in model.named_buffers():
-            buffer.copy_(buffers[name]) if "inv_freq" in name else None
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=False)
-    set_model_state_dict(model, state, options=options)
-    train(model, rank)
-    s2ft.save_adapter(model, directory)
-    s2ft.detach(model)
-    return base_is(model, "llama-grouped")
-
-
-def test_the_first_rank_has_sharded_the_weights_that_it_had(ranks, alone, tmp_path):
-    assert ranks(first_rank_stays, tmp_path) == [True, True]
-    check_same_files(tmp_path, alone("llama-grouped", "permuted"))
 
 
 # ---- adapters --------------------------------------------------------------------------------------------
@@ -242,7 +217,7 @@ def base_is_beneath(model, case):
 
 @pytest.mark.parametrize("has", ("nothing", "any values"))
 def test_a_trained_adapter_goes_on(ranks, has, tmp_path):
-    model = attach_to(model_of("llama-grouped"), config_for("llama-grouped", "permuted", **EXTRA))
+    model = attached("llama-grouped", **EXTRA)
     train(model)
     s2ft.save_adapter(model, tmp_path / "start")
     assert ranks(go_on, tmp_path / "start", tmp_path, has) == [(True, True, True)] * 2
@@ -262,9 +237,10 @@ def refusals(rank, saved):
     no_weights = s2ft.S2FTConfig(d_ratio=0.1, selection="weight")
     tries["weight"] = lambda: s2ft.attach(meta, no_weights)
     tries["active"] = lambda: s2ft.load_adapter(meta, saved)
-    waiting = attach_to(meta_of(model_of("llama-grouped")), config_for("llama-grouped", "permuted"))
+    waiting = attach_to(meta_of(model_of("llama-grouped")), "llama-grouped")
     tries["save"] = lambda: s2ft.save_adapter(waiting, saved.parent / "nothing")
-    broken = attach_to(model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped")), no_weights)
+    broken = model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped"))
+    s2ft.attach(broken, no_weights)
     other = model_of("llama-grouped").state_dict()
     other["model.layers.1.mlp.down_proj.weight"] *= 2
     tries["another base"] = lambda: shard_and_load(broken, rank, other)
@@ -277,7 +253,7 @@ def refusals(rank, saved):
 
 
 def test_what_needs_weights_that_are_not_there_is_refused(ranks, tmp_path):
-    s2ft.save_adapter(attach_to(model_of("llama-grouped"), config_for("llama-grouped", "permuted")), tmp_path / "saved")
+    s2ft.save_adapter(attached("llama-grouped"), tmp_path / "saved")
     for messages, names, exists in ranks(refusals, tmp_path / "saved"):
         assert "they are on the meta device on every rank: load them first" in messages["weight"]
         assert "the weights have not arrived on every rank" in messages["active"]
@@ -288,7 +264,7 @@ def test_what_needs_weights_that_are_not_there_is_refused(ranks, tmp_path):
 
 def run_before_order(rank):
     """Load weights around load_state_dict, and run a part of the model, whose hooks see nothing of it."""
-    model = attach_to(meta_of(model_of("llama-grouped")), config_for("llama-grouped", "permuted"))
+    model = attach_to(meta_of(model_of("llama-grouped")), "llama-grouped")
     inner = model.model
     base = model_of("llama-grouped")
     for name, parameter in base.named_parameters():
@@ -296,7 +272,7 @@ def run_before_order(rank):
         model.get_submodule(owner)._parameters[last] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
     with pytest.raises(RuntimeError) as error:
         inner(batches(model, 1)[0])
-    expected = logits(attach_to(model_of("llama-grouped"), config_for("llama-grouped", "permuted")))
+    expected = logits(attached("llama-grouped"))
     return str(error.value), torch.equal(logits(model), expected)
 
 

@@ -1,41 +1,17 @@
-"""FSDP2 was applied before attach: the same training, selection, switching and merging as in one process."""
+"""FSDP2 was applied before attach: the same switching and merging as in one process."""
 
 import pytest
 import torch
-from runs import adapters_of_one_process, batches, check_same_files, logits, sharded, train
-from support.models import ALL_RATIOS, model_of, ratios_for
+from runs import adapters_of_one_process, attached, check_same_files, config_for, logits, sharded, train
+from support.models import model_of
 
 import s2ft
-
-WAYS = {
-    "blocks": {},
-    "root": {"blocks": False},
-    "kept": {"reshard_after_forward": False},
-    "offloaded": {"offload": True},
-}
-CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
-
-
-def config_for(case, layout, **changes):
-    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
-
-
-def calibration_for(config, model):
-    return batches(model, 2) if config.selection in ("activation", "product", "gradient") else None
-
-
-def attach_to(model, case, layout, **changes):
-    config = config_for(case, layout, **changes)
-    s2ft.attach(model, config, calibration=calibration_for(config, model))
-    return model
 
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     """Adapters that one process trained, by case, layout and changes of the config."""
-    return adapters_of_one_process(
-        tmp_path_factory, lambda case, layout, **changes: attach_to(model_of(case), case, layout, **changes)
-    )
+    return adapters_of_one_process(tmp_path_factory, attached)
 
 
 def base_of(model):
@@ -45,57 +21,6 @@ def base_of(model):
 def is_base(model, base):
     now = dict(model.named_parameters())
     return now.keys() == base.keys() and all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
-
-
-def train_and_save(rank, case, layout, way, directory, ran=False, checkpointing=None, changes={}):
-    """Shard, attach, train and save, then detach. Returns whether the base is unchanged, bit for bit."""
-    model = sharded(model_of(case), **WAYS[way])
-    if ran:
-        logits(model)
-        model.reshard()
-    base = base_of(model)
-    if checkpointing is not None:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": checkpointing})
-    attach_to(model, case, layout, **changes)
-    train(model, rank)
-    s2ft.save_adapter(model, directory)
-    s2ft.detach(model)
-    return is_base(model, base)
-
-
-@pytest.mark.parametrize(
-    "case, way, layout",
-    [
-        ("llama-grouped", "blocks", "permuted"),
-        ("llama-grouped", "root", "indexed"),
-        ("qwen2-grouped-tied", "kept", "permuted"),
-        ("mixtral", "blocks", "permuted"),
-        pytest.param("gpt2", "blocks", "indexed", marks=pytest.mark.slow),
-        pytest.param("mixtral", "blocks", "indexed", marks=pytest.mark.slow),
-        pytest.param("phi3", "offloaded", "permuted", marks=pytest.mark.slow),
-    ],
-)
-def test_two_ranks_train_and_save_the_adapter_of_one_process(ranks, alone, case, way, layout, tmp_path):
-    assert ranks(train_and_save, case, layout, way, tmp_path) == [True, True]
-    check_same_files(tmp_path, alone(case, layout))
-
-
-@pytest.mark.parametrize(
-    "selection, case", [("weight", "mixtral"), ("activation", "mixtral"), ("gradient", "qwen2-grouped-tied")]
-)
-def test_ranks_select_the_units_of_one_process(ranks, alone, selection, case, tmp_path):
-    """A forward has been run, so that FSDP2 has made its gathered parameters before they are frozen."""
-    changes = dict(selection=selection)
-    assert ranks(train_and_save, case, "permuted", "blocks", tmp_path, True, None, changes) == [True, True]
-    check_same_files(tmp_path, alone(case, "permuted", **changes))
-
-
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_with_gradient_checkpointing_and_extra_weights(ranks, alone, reentrant, tmp_path):
-    changes = dict(modules_to_save=["model.norm", "lm_head"])
-    layout = "permuted" if reentrant else "indexed"
-    assert ranks(train_and_save, "llama-grouped", layout, "blocks", tmp_path, False, reentrant, changes) == [True, True]
-    check_same_files(tmp_path, alone("llama-grouped", layout, **changes))
 
 
 # ---- models that transformers shards -----------------------------------------------------------------------
@@ -195,13 +120,7 @@ def interrupted(rank, error):
     same = is_base(model, base) and torch.equal(logits(model), before)
     model.reshard()
     s2ft.attach(model, config_for("llama-grouped", "permuted"))
-    return same and torch.equal(logits(model), logits(attached_alone()))
-
-
-def attached_alone():
-    model = model_of("llama-grouped")
-    s2ft.attach(model, config_for("llama-grouped", "permuted"))
-    return model
+    return same and torch.equal(logits(model), logits(attached("llama-grouped")))
 
 
 def test_an_error_while_layers_are_mounted_leaves_the_sharded_model_as_it_was(ranks):
@@ -229,36 +148,3 @@ def test_mixed_precision_is_that_of_a_model_that_is_sharded_later(ranks, tmp_pat
     for first in ("shard", "attach"):
         ranks(train_in_bfloat16, tmp_path, first)
     check_same_files(tmp_path / "shard", tmp_path / "attach", exactly=True)
-
-
-# ---- four ranks --------------------------------------------------------------------------------------------
-
-
-def train_on_four(rank, case, layout, mesh, directory):
-    """Two ranks for each half of a batch, on one mesh of four or on two copies of two shards."""
-    from torch.distributed.device_mesh import init_device_mesh
-
-    model = sharded(
-        model_of(case, torch.float64),
-        mesh=init_device_mesh("cpu", mesh, mesh_dim_names=("copy", "shard")[-len(mesh) :]),
-    )
-    base = base_of(model)
-    attach_to(model, case, layout, selection="weight")
-    train(model, rank // 2)
-    s2ft.save_adapter(model, directory)
-    s2ft.detach(model)
-    return is_base(model, base)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case, layout, mesh",
-    [("llama-grouped", "permuted", (4,)), ("mixtral", "permuted", (2, 2)), ("gpt2", "indexed", (4,))],
-)
-def test_four_ranks(four_ranks, case, layout, mesh, tmp_path):
-    """In float64, because AdamW enlarges the rounding of a sum over four ranks where a gradient is nearly zero."""
-    assert four_ranks(train_on_four, case, layout, mesh, tmp_path / "four") == [True] * 4
-    model = attach_to(model_of(case, torch.float64), case, layout, selection="weight")
-    train(model)
-    s2ft.save_adapter(model, tmp_path / "alone")
-    check_same_files(tmp_path / "four", tmp_path / "alone", rtol=1e-9, atol=1e-9)

@@ -65,41 +65,130 @@ def whole(tensor):
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
 
-def train_and_save(rank, folder, case, layout, tp=2, sizes=()):
-    model = load(folder, tp, **dict(sizes))
-    before = logits(model)
-    s2ft.attach(model, config_of(case, layout))
-    unchanged = logits(model)
-    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    losses = train(model)
-    s2ft.save_adapter(model, folder / f"adapter-{tp}-{rank}")
-    after = logits(model)
-    slices = {name: p.detach().clone() for name, p in trained.items()}
-    state = {key: whole(value) for key, value in model.state_dict().items()}
-    s2ft.detach(model)
-    return before, unchanged, losses, after, slices, logits(model), state
+def load_packed(folder):
+    from transformers.distributed import DistributedConfig
+
+    plan = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
+    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(tp_size=2, tp_plan=plan))
+
+
+def load_parallelized(folder, mesh=None):
+    """torch's own parallelize_module: it registers hooks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+    model = load(folder, 1)
+    outputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
+    plan = {name: ColwiseParallel() for name in outputs}
+    plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh or init_device_mesh("cpu", (2,)), plan)
+    return model
+
+
+# How a model is split. With a number of ranks that share a row, the others train on the other half of each batch.
+WAYS = {
+    "one process": (lambda folder: load(folder, 1), None),
+    "two": (load, None),
+    "four": (lambda folder: load(folder, 4), None),
+    "two halves": (lambda folder: load(folder, **TWO_DIMENSIONS), 2),
+    "two copies": (lambda folder: load(folder, dp_replicate_size=2), 2),
+    "packed": (load_packed, None),
+    "parallelized": (load_parallelized, None),
+    "sharded later": (load_parallelized, 2),
+}
+
+
+def folder_of(folder, way, rank):
+    """Each rank has the whole slices of a model that is split alone. Of one that is sharded too, the first rank saves."""
+    return folder / (way if WAYS[way][1] else f"{way}, {rank}")
+
+
+def live(rank, folder, case, config, way):
+    """Attach, train, save, load again and detach. Returns what must equal one process."""
+    loader, share = WAYS[way]
+    saved = folder_of(folder, way, rank)
+    if way == "sharded later":  # parallelize_module on one dimension of a mesh, attach, fully_shard on the other one
+        mesh = torch.distributed.device_mesh.init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+        model = loader(folder, mesh["tp"])
+    else:
+        model = loader(folder)
+    found = {"before": logits(model)}
+    s2ft.attach(model, config)
+    if way == "sharded later":
+        for module in (*model.model.layers, model):
+            torch.distributed.fsdp.fully_shard(module, mesh=mesh["dp"])
+    found["attached"] = logits(model)
+    if share is None:
+        found["losses"] = train(model)
+    else:
+        train_halves(model, rank // share)
+    s2ft.save_adapter(model, saved)
+    found["after"] = logits(model)
+    found["slices"] = {name: whole(p).detach() for name, p in model.named_parameters() if p.requires_grad}
+    if way != "sharded later":
+        if way in ("one process", "two"):
+            found["state"] = {key: whole(value) for key, value in model.state_dict().items()}
+        s2ft.set_adapter(model, None)
+        s2ft.load_adapter(model, saved, name="again")
+        found["again"] = logits(model)
+        s2ft.detach(model)
+        found["restored"] = logits(model)
+    return found
+
+
+def check_equal_to_one_process(ranks, folder, way, case, config):
+    model_of(case).save_pretrained(folder)
+    alone, found = live(0, folder, case, config, "one process"), ranks(live, folder, case, config, way)
+    base = load(folder, 1).state_dict()
+    for rank, one in enumerate(found):
+        torch.testing.assert_close(one["before"], alone["before"])
+        torch.testing.assert_close(one["attached"], one["before"])
+        for name in one.keys() & {"losses", "after", "again"}:
+            torch.testing.assert_close(one[name], alone[name], rtol=1e-4, atol=1e-4, msg=name)
+        assert torch.equal(one.get("restored", one["before"]), one["before"])  # detach gives the forwards back
+        if "state" in one:  # the base, in its own order
+            assert all(torch.equal(one["state"][key], value) for key, value in base.items())
+        check_same_files(folder_of(folder, way, rank), folder_of(folder, "one process", 0), atol=1e-4)
+        assert one["slices"].keys() == alone["slices"].keys()
+        for name, value in one["slices"].items():
+            # s2 has the same order, so that an optimizer's state fits any number of ranks
+            torch.testing.assert_close(value, alone["slices"][name], rtol=1e-4, atol=1e-4)
+            assert torch.equal(value, found[0]["slices"][name])  # the ranks have the same, bit for bit
+
+
+SLOW = [("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased", "permuted")]
 
 
 @pytest.mark.parametrize(
-    "case, layout", [*CASES, *(pytest.param(*more, marks=pytest.mark.slow) for more in MORE_CASES)]
+    "way, case, layout",
+    [
+        *(("two", *row) for row in CASES),
+        ("packed", "phi3-grouped", "permuted"),
+        *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW),
+    ],
 )
-def test_training_equals_one_process(ranks, tmp_path, case, layout):
-    model_of(case).save_pretrained(tmp_path)
-    before, unchanged, losses, after, slices, *_ = train_and_save(0, tmp_path, case, layout, tp=1)
-    found = ranks(train_and_save, tmp_path, case, layout)
-    base = load(tmp_path, 1).state_dict()
-    for rank, (b, u, found_losses, a, s, r, state) in enumerate(found):
-        assert all(torch.equal(state[key], value) for key, value in base.items())  # the base, in its own order
-        torch.testing.assert_close(b, before)
-        torch.testing.assert_close(u, b)
-        torch.testing.assert_close(found_losses, losses)
-        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
-        assert torch.equal(r, b)  # detach gives the base and its forwards back
-        check_same_files(tmp_path / f"adapter-2-{rank}", tmp_path / "adapter-1-0", atol=1e-4)
-        assert s.keys() == slices.keys()
-        for name in s:  # s2 has the same order, so that an optimizer's state fits any number of ranks
-            torch.testing.assert_close(s[name], slices[name], rtol=1e-4, atol=1e-4)
-            assert torch.equal(s[name], found[0][4][name])  # the ranks have the same, bit for bit
+def test_two_ranks_equal_one_process(ranks, tmp_path, way, case, layout):
+    check_equal_to_one_process(ranks, tmp_path, way, case, config_of(case, layout))
+
+
+def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
+    check_equal_to_one_process(ranks, tmp_path, "two", "mixtral", s2ft.S2FTConfig(v_ratio=0.5, o_ratio=0.5))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "way, case, layout",
+    [
+        ("four", "llama", "permuted"),
+        ("two halves", "llama", "permuted"),
+        ("two halves", "llama-biased", "indexed"),
+        ("two copies", "qwen2-grouped-tied", "permuted"),
+        ("sharded later", "llama", "permuted"),
+    ],
+)
+def test_four_ranks_equal_one_process(four_ranks, tmp_path, way, case, layout):
+    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_of(case, layout))
 
 
 # ---- selection and the base ----------------------------------------------------------------------------
@@ -130,38 +219,6 @@ def test_selection_on_groups_of_ranks(four_ranks, tmp_path):
     expected = select_all(0, tmp_path, "llama-biased", tp=1)
     for found in four_ranks(select_all, tmp_path, "llama-biased", 2, tuple(TWO_DIMENSIONS.items())):
         assert found == expected
-
-
-def train_and_shard(rank, folder):
-    """parallelize_module on one dimension of a mesh, attach, then fully_shard on the other one."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
-    model = load_parallelized(folder, mesh["tp"])
-    before = logits(model)
-    s2ft.attach(model, config_of("llama"))
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh["dp"])
-    fully_shard(model, mesh=mesh["dp"])
-    unchanged = logits(model)
-    train_halves(model, rank // 2)
-    s2ft.save_adapter(model, folder / "split")
-    return before, unchanged, logits(model)
-
-
-@pytest.mark.slow
-def test_sharded_after_attach(four_ranks, tmp_path):
-    model_of("llama").save_pretrained(tmp_path)
-    model = load(tmp_path, 1)
-    s2ft.attach(model, config_of("llama"))
-    train_halves(model)
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    after = logits(model)
-    for b, u, a in four_ranks(train_and_shard, tmp_path):
-        torch.testing.assert_close(u, b)
-        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
-    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
 
 
 # ---- adapters ------------------------------------------------------------------------------------------
@@ -255,102 +312,7 @@ def test_a_rank_without_units_takes_part(ranks, tmp_path):
     assert not torch.equal(first[3], first[2])  # a copy has an s2 and a forward of its own
 
 
-# ---- tensor parallelism and other strategies -----------------------------------------------------------
-
-
-def train_in_groups(rank, folder, case, layout, tp, sizes):
-    """As train_and_save, with each data-parallel rank on its half of every batch."""
-    model = load(folder, tp, **sizes)
-    before = logits(model)
-    s2ft.attach(model, config_of(case, layout))
-    unchanged = logits(model)
-    train_halves(model, rank // tp if sizes else None)
-    s2ft.save_adapter(model, folder / "split")
-    after = logits(model)
-    s2ft.detach(model)
-    return before, unchanged, after, logits(model)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "case, layout, tp, sizes",
-    [
-        ("llama", "permuted", 4, {}),
-        ("llama", "permuted", 2, TWO_DIMENSIONS),
-        ("llama-biased", "indexed", 2, TWO_DIMENSIONS),
-        ("qwen2-grouped-tied", "permuted", 2, {"dp_replicate_size": 2}),
-    ],
-)
-def test_four_ranks_equal_one_process(four_ranks, tmp_path, case, layout, tp, sizes):
-    model_of(case).save_pretrained(tmp_path)
-    model = load(tmp_path, 1)
-    s2ft.attach(model, config_of(case, layout))
-    train_halves(model)
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    after = logits(model)
-    for b, u, a, r in four_ranks(train_in_groups, tmp_path, case, layout, tp, sizes):
-        torch.testing.assert_close(u, b)
-        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
-        assert torch.equal(r, b)
-    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
-
-
-# ---- other ways to split, and what is refused ----------------------------------------------------------
-
-PACKED = {"model.layers.*.mlp.gate_up_proj": "packed_colwise", "model.layers.*.mlp.down_proj": "rowwise"}
-
-
-def load_packed(folder):
-    from transformers.distributed import DistributedConfig
-
-    config = DistributedConfig(tp_size=2, tp_plan=PACKED)
-    return AutoModelForCausalLM.from_pretrained(folder, distributed_config=config)
-
-
-def load_parallelized(folder, mesh=None):
-    """torch's own parallelize_module: it registers hooks."""
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    model = load(folder, 1)
-    outputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    plan = {name: ColwiseParallel() for name in outputs}
-    plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh or init_device_mesh("cpu", (2,)), plan)
-    return model
-
-
-def train_loaded(rank, folder, case, loader):
-    model = loader(folder)
-    before = logits(model)
-    s2ft.attach(model, config_of(case))
-    unchanged, losses = logits(model), train(model)
-    s2ft.save_adapter(model, folder / "split")
-    s2ft.set_adapter(model, None)
-    s2ft.load_adapter(model, folder / "split", name="again")
-    again = logits(model)
-    s2ft.detach(model)
-    return before, unchanged, losses, again, logits(model)
-
-
-@pytest.mark.parametrize(
-    "case, loader",
-    [("phi3-grouped", load_packed), pytest.param("llama-biased", load_parallelized, marks=pytest.mark.slow)],
-)
-def test_other_ways_to_split(ranks, tmp_path, case, loader):
-    model_of(case).save_pretrained(tmp_path)
-    model = load(tmp_path, 1)
-    s2ft.attach(model, config_of(case))
-    losses = train(model)
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    after = logits(model)
-    for b, u, found, a, r in ranks(train_loaded, tmp_path, case, loader):
-        torch.testing.assert_close(u, b)
-        torch.testing.assert_close(found, losses)
-        torch.testing.assert_close(a, after, rtol=1e-4, atol=1e-4)
-        assert torch.equal(r, b)
-    check_same_files(tmp_path / "split", tmp_path / "adapter", atol=1e-4)
+# ---- what is refused -----------------------------------------------------------------------------------
 
 
 def refused(rank, folder, way):
@@ -387,22 +349,6 @@ def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):
     model_of(case).save_pretrained(tmp_path)
     for message, is_same in ranks(refused, tmp_path, way):
         assert words in message and is_same, message
-
-
-def train_attention(rank, folder, tp=2):
-    model = load(folder, tp)
-    s2ft.attach(model, s2ft.S2FTConfig(v_ratio=0.5, o_ratio=0.5))
-    losses = train(model)
-    s2ft.save_adapter(model, folder / f"adapter-{tp}")
-    return losses
-
-
-def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
-    model_of("mixtral").save_pretrained(tmp_path)
-    losses = train_attention(0, tmp_path, tp=1)
-    for found in ranks(train_attention, tmp_path):
-        torch.testing.assert_close(found, losses)
-    check_same_files(tmp_path / "adapter-2", tmp_path / "adapter-1", atol=1e-4)
 
 
 def parallelize(rank):

@@ -1,7 +1,6 @@
 """target_modules="all-linear" and other wide choices: what is trained, what is left out, and that it is said."""
 
 import copy
-import json
 
 import pytest
 import torch
@@ -9,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from support.models import model_of, output_of
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
-from transformers import FalconConfig, FalconForCausalLM, HubertConfig, HubertForCTC
+from transformers import HubertConfig, HubertForCTC
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
@@ -27,7 +26,7 @@ def names_of(model):
 
 
 @pytest.mark.parametrize("case", ("bert", "vit", "opt", "llama-grouped", "gpt2", "deepseek-v3"))
-def test_all_linear_trains_what_lora_trains(case, tmp_path):
+def test_all_linear_trains_what_lora_trains(case):
     base = model_of(case)
     model = injected(copy.deepcopy(base), target_modules="all-linear", ratio=0.5)
     config = model.peft_config["default"]
@@ -37,12 +36,6 @@ def test_all_linear_trains_what_lora_trains(case, tmp_path):
         assert set(layers_of(model)) == {name for name, module in lora.named_modules() if hasattr(module, "lora_A")}
     coupled = {name for name in layers_of(model) if name.removeprefix("base_model.model.") not in config.uncoupled}
     assert coupled and all(layers_of(model)[f"base_model.model.{name}"].dim == 1 for name in config.uncoupled)
-    output = output_of(model)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
-    merged = model.merge_and_unload()
-    assert relative_difference(output_of(merged), output) <= LOGITS
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in merged.state_dict().items())
 
 
 def test_small_layers_are_left_out_with_a_warning(tmp_path):
@@ -170,16 +163,6 @@ def test_layers_with_a_forward_of_their_own():
     merged = model.merge_and_unload()
     assert type(merged.router) is Router
     torch.testing.assert_close(merged(x), outputs["b"])
-
-
-def test_layers_of_a_class_that_computes_the_same():
-    sizes = dict(vocab_size=31, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
-    torch.manual_seed(0)
-    base = FalconForCausalLM(FalconConfig(**sizes)).eval()
-    x = torch.randint(31, (2, 5))
-    model = get_peft_model(copy.deepcopy(base), S2FTPeftConfig(target_modules="all-linear", ratio=0.5, dim=None))
-    assert relative_difference(model(x).logits, base(x).logits) <= LOGITS and len(layers_of(model)) == 4
-    assert json.dumps(model.peft_config["default"].to_dict())
 
 
 class Reader(nn.Module):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.models import model_of, output_of, token_batch
+from support.states import same
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (
@@ -16,7 +17,6 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
-import s2ft
 from s2ft.peft import S2FTPeftConfig, to_native
 
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=2, num_attention_heads=4, vocab_size=61)
@@ -43,11 +43,6 @@ def fit(model, steps=2):
     return model.eval()
 
 
-def same_state(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 def check_round_trip(base, model, folder):
     """Save, load and merge. Returns the merged model."""
     output = output_of(model)
@@ -56,7 +51,7 @@ def check_round_trip(base, model, folder):
     again = PeftModel.from_pretrained(copy.deepcopy(base), folder).eval()
     assert torch.equal(output_of(again), output)
     merged = model.merge_and_unload()
-    assert same_state(merged, again.merge_and_unload()) and relative_difference(output_of(merged), output) <= LOGITS
+    assert same(merged, again.merge_and_unload()) and relative_difference(output_of(merged), output) <= LOGITS
     return merged
 
 
@@ -107,10 +102,3 @@ def test_single_tokens_are_trained(case, tmp_path):
     changed = (merged.model.embed_tokens.weight != base.model.embed_tokens.weight).any(1).nonzero().flatten()
     assert changed.tolist() == tokens
     assert (merged.lm_head.weight is merged.model.embed_tokens.weight) == ("tied" in case)
-
-
-def test_classifier_converts_to_native():
-    model = fit(get_peft_model(classifier("bert"), S2FTPeftConfig(d_ratio=0.5, task_type="SEQ_CLS")))
-    native = classifier("bert")
-    s2ft.load_adapter(native, to_native(model))
-    assert relative_difference(output_of(native), output_of(model)) <= LOGITS

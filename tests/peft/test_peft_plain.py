@@ -5,8 +5,9 @@ import copy
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
-from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
-from support.models import model_of, output_of, token_batch
+from peft import PeftModel, get_peft_model
+from support.models import model_of
+from support.peft_modules import MODULES, net_of
 from support.tolerances import GEMM
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -14,26 +15,13 @@ from transformers.pytorch_utils import Conv1D
 import s2ft
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer, from_native, to_native
 
-MODULES = {  # a module and an input
-    "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
-    "linear-unbiased": lambda: (nn.Linear(9, 11, bias=False), torch.randn(4, 9)),
-    "Conv1D": lambda: (Conv1D(11, 9), torch.randn(4, 3, 9)),
-    "conv1d-same": lambda: (nn.Conv1d(6, 8, 3, padding="same", dilation=2), torch.randn(4, 6, 12)),
-    "conv2d-reflect": lambda: (
-        nn.Conv2d(6, 8, 3, stride=2, padding=1, padding_mode="reflect"),
-        torch.randn(4, 6, 7, 7),
-    ),
-    "conv3d": lambda: (nn.Conv3d(6, 8, 2, padding=1), torch.randn(4, 6, 4, 4, 4)),
-}
 modules = pytest.mark.parametrize("kind", MODULES)
 dims = pytest.mark.parametrize("dim", ("inputs", "outputs"))
 
 
 def wrapped(kind, dim, dtype=torch.float32, **fields):
-    torch.manual_seed(0)
-    module, x = MODULES[kind]()
-    net = nn.Sequential(module, nn.Tanh()).to(dtype)
-    plain = copy.deepcopy(module)
+    net, x = net_of(kind, dtype), MODULES[kind]()[1]
+    plain = copy.deepcopy(net[0])
     config = S2FTPeftConfig(**{"target_modules": ["0"], "ratio": 0.4, "dim": dim, "init_weights": False, **fields})
     return get_peft_model(net, config, "a").eval(), x.to(dtype), plain
 
@@ -46,44 +34,42 @@ def dense_of(model, names):
     """The plain module plus the dense deltas of the adapters, in double precision."""
     layer = layer_of(model)
     dense = copy.deepcopy(layer.base_layer).double()
-    with torch.no_grad():
-        for name in names:
-            dense.weight += layer.get_delta_weight(name).double()
-    return dense
+    for name in names:
+        dense.weight.data += layer.get_delta_weight(name).detach().double()
+    return dense.requires_grad_()
 
 
 @modules
 @dims
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
-def test_forward_and_merging(kind, dim, dtype):
+def test_forward_merging_and_gradients(kind, dim, dtype):
+    """Of each adapter alone and of two at a time, as of the dense weight."""
     model, x, _ = wrapped(kind, dim, dtype)
     model.add_adapter("b", S2FTPeftConfig(target_modules=["0"], ratio=0.4, dim=dim, init_weights=False, seed=1))
+    layer, (rtol, atol) = layer_of(model), GEMM[dtype]
     for active in (["a"], ["b"], ["a", "b"]):
         model.base_model.set_adapter(active)
-        y, before = model(x), layer_of(model).base_layer.weight.clone()
-        rtol, atol = GEMM[dtype]
-        assert torch.allclose(y.double(), dense_of(model, active)(x.double()).tanh(), rtol=10 * rtol, atol=10 * atol)
+        model.zero_grad()
+        given, dense = x.clone().requires_grad_(), dense_of(model, active)
+        y, wide = model(given), x.double().requires_grad_()
+        expected = dense(wide).tanh()
+        torch.testing.assert_close(y.double(), expected, rtol=10 * rtol, atol=10 * atol)
+        if dtype is torch.float32:
+            y.square().sum().backward()
+            expected.square().sum().backward()
+            torch.testing.assert_close(given.grad.double(), wide.grad, rtol=1e-4, atol=1e-4)
+            gradient = dense.weight.grad.t() if isinstance(dense, Conv1D) else dense.weight.grad
+            gradient = gradient.flatten(2) if gradient.dim() > 2 else gradient
+            for name in active:
+                delta = layer.s2ft_delta[name]
+                expected_part = gradient.index_select(layer.dim, delta.index)
+                torch.testing.assert_close(delta.values.grad.double(), expected_part, rtol=1e-4, atol=1e-4)
+            assert layer.base_layer.weight.grad is None
+        before = layer.base_layer.weight.clone()
         model.merge_adapter(safe_merge=True)
         assert torch.equal(model(x), y)
         model.unmerge_adapter()
-        assert torch.equal(layer_of(model).base_layer.weight, before)
-
-
-@modules
-@dims
-def test_gradients(kind, dim):
-    model, x, _ = wrapped(kind, dim)
-    x.requires_grad_()
-    model(x).square().sum().backward()
-    layer, dense, x64 = layer_of(model), dense_of(model, ["a"]), x.detach().double().requires_grad_()
-    dense.weight.requires_grad_()
-    dense(x64).tanh().square().sum().backward()
-    expected = dense.weight.grad.t() if isinstance(dense, Conv1D) else dense.weight.grad
-    expected = expected.flatten(2) if expected.dim() > 2 else expected
-    expected = expected.index_select(layer.dim, layer.s2ft_delta["a"].index)
-    assert torch.allclose(layer.s2ft_delta["a"].values.grad.double(), expected, rtol=1e-4, atol=1e-4)
-    assert torch.allclose(x.grad.double(), x64.grad, rtol=1e-4, atol=1e-4)
-    assert layer.base_layer.weight.grad is None
+        assert torch.equal(layer.base_layer.weight, before)
 
 
 @modules
@@ -105,15 +91,6 @@ def test_mixed_batches(kind, dim, grad):
         model.requires_grad_(True)
         model(x, adapter_names=names).sum().backward()
         assert all(layer_of(model).s2ft_delta[name].values.grad.abs().sum() > 0 for name in "ab")
-
-
-@modules
-@dims
-def test_saving_and_loading(kind, dim, tmp_path):
-    model, x, plain = wrapped(kind, dim)
-    model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(nn.Sequential(plain, nn.Tanh()), str(tmp_path / "a"), adapter_name="other").eval()
-    assert torch.equal(again(x), model(x)) and again.peft_config["other"].dim == dim
 
 
 def test_a_layer_gets_all_tokens_in_one_dimension():
@@ -139,20 +116,6 @@ def test_one_side_of_a_module():
 def test_selection_by_weight_takes_the_largest_units():
     model, _, plain = wrapped("linear", "inputs", ratio=0.3, selection="weight")
     assert model.peft_config["a"].units["0"] == sorted(plain.weight.norm(dim=0).topk(3).indices.tolist())
-
-
-@pytest.mark.parametrize(
-    "module, name",
-    (
-        (nn.Conv2d(6, 8, 3, groups=2), "Conv2d of 2 groups"),
-        (nn.Embedding(5, 6), "Embedding"),
-        (nn.MultiheadAttention(8, 2), "MultiheadAttention"),
-        (nn.ReLU(), "ReLU"),
-    ),
-)
-def test_modules_that_are_refused(module, name):
-    with pytest.raises(ValueError, match=f"0 is a {name}: S²FT trains"):
-        get_peft_model(nn.Sequential(module), S2FTPeftConfig(target_modules=["0"], ratio=0.5, dim="inputs"))
 
 
 def test_loading_does_not_change_requires_grad(tmp_path):
@@ -202,49 +165,19 @@ def test_a_model_on_the_meta_device_chooses_the_same_units():
 # ---- quantized bases ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ("nf4", "8bit", "torchao-int8"))
-def test_quantized_bases(kind, tmp_path):
-    pytest.importorskip("bitsandbytes")
-    pytest.importorskip("torchao")
-    from test_quantized import dense_reference, quantized
+def test_an_adapter_of_a_quantized_base_loads_on_the_dequantized_one(tmp_path):
+    from support.quantized import dense_reference, forward, quantized
 
-    from s2ft.layers import NO_FUSE
-
-    base = quantized(kind)
-    tokens, reference = token_batch(base), output_of(quantized(kind))
-    model = get_peft_model(
-        prepare_model_for_kbit_training(base, use_gradient_checkpointing=False),
-        S2FTPeftConfig(o_ratio=0.5, u_ratio=0.2, d_ratio=0.2),
-    ).eval()
-    assert torch.allclose(model(tokens).logits, reference, rtol=1e-3, atol=1e-3)
-    model.train()
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
-    losses = []
-    for _ in range(3):
-        loss = model(tokens, labels=tokens).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    model.eval()
-    trained = model(tokens).logits
-    with pytest.raises(ValueError, match=NO_FUSE[:40]):
-        model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(model(tokens).logits, model.get_base_model()(tokens).logits)
+    model = get_peft_model(quantized("nf4"), S2FTPeftConfig(d_ratio=0.2, init_weights=False)).eval()
     model.save_pretrained(tmp_path)
-    again = PeftModel.from_pretrained(quantized(kind), tmp_path).eval()
-    assert torch.allclose(again(tokens).logits, trained, rtol=1e-3, atol=1e-3)
-    dense = PeftModel.from_pretrained(dense_reference(quantized(kind)), tmp_path).eval()  # same fingerprint
-    assert torch.allclose(dense(tokens).logits, trained, rtol=0.05, atol=0.05)
-    dense.merge_and_unload()
+    dense = PeftModel.from_pretrained(dense_reference(quantized("nf4")), tmp_path)  # same fingerprint
+    torch.testing.assert_close(forward(dense), forward(model), rtol=1e-3, atol=1e-3)
 
 
 def test_quantized_weights_that_pass_no_gradient_are_refused_for_training():
     pytest.importorskip("bitsandbytes")
     torchao = pytest.importorskip("torchao.quantization")
-    from test_quantized import plain
+    from support.quantized import plain
 
     model = plain()
     torchao.quantize_(
@@ -283,9 +216,25 @@ def test_couplings_of_a_model_of_no_known_family_are_saved_with_the_adapter(tmp_
         torch.testing.assert_close(from_native(two_layers(), adapter)(x), model(x))
 
 
-def test_wrong_couplings_are_refused():
-    with pytest.raises(ValueError, match="expected a weight with 9"):
-        wrong = s2ft.Coupling.ffn(0, up="0", down="2", channels=9)
-        get_peft_model(two_layers(), S2FTPeftConfig(d_ratio=0.5, couplings=[wrong]))
-    with pytest.raises(TypeError, match="couplings"):
-        S2FTPeftConfig(d_ratio=0.5, couplings=["0"])
+BY_NAME = dict(target_modules=["0"], ratio=0.5, dim="inputs")
+REFUSED = {
+    "groups": (lambda: nn.Sequential(nn.Conv2d(6, 8, 3, groups=2)), BY_NAME, "2 groups"),
+    "embedding": (lambda: nn.Sequential(nn.Embedding(5, 6)), BY_NAME, "Embedding"),
+    "attention": (lambda: nn.Sequential(nn.MultiheadAttention(8, 2)), BY_NAME, "MultiheadAttention"),
+    "activation": (lambda: nn.Sequential(nn.ReLU()), BY_NAME, "ReLU"),
+    "channels": (
+        two_layers,
+        dict(d_ratio=0.5, couplings=[s2ft.Coupling.ffn(0, up="0", down="2", channels=9)]),
+        "expected a weight with 9",
+    ),
+    "couplings": (two_layers, dict(d_ratio=0.5, couplings=["0"]), "couplings"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_refused_leaves_the_modules(case):
+    make, config, word = REFUSED[case]
+    net = make()
+    with pytest.raises((ValueError, TypeError), match=word):
+        get_peft_model(net, S2FTPeftConfig(**config))
+    assert [type(module) for module in net.modules()] == [type(module) for module in make().modules()]

@@ -5,7 +5,8 @@ import copy
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
-from train.tiny import tiny_model, tiny_tokenizer
+from support.trl_trainers import ROWS, trl_trainer
+from train.tiny import tiny_model
 from transformers import Trainer, TrainingArguments
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
@@ -55,13 +56,17 @@ def fresh(**config):
     return get_peft_model(tiny_model(), S2FTPeftConfig(**{**CONFIG, **config}))
 
 
-def test_resumed_training_equals_uninterrupted_training_bit_for_bit(tmp_path):
+@pytest.mark.parametrize("reentrant", (True, False))
+def test_resumed_training_equals_uninterrupted_training_bit_for_bit(reentrant, tmp_path):
+    """With gradient checkpointing, where the uninterrupted one keeps its activations."""
     model, resumed = fresh(), fresh()
     trainer(model, tmp_path / "through").train()
     assert moved(deltas_of(model))
     assert (tmp_path / "through/checkpoint-4/adapter_model.safetensors").exists()
     assert not (tmp_path / "through/checkpoint-4/model.safetensors").exists()
-    trainer(resumed, tmp_path / "resumed").train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
+    how = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
+    run = trainer(resumed, tmp_path / "resumed", **how)
+    run.train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
     assert_equal(deltas_of(resumed), deltas_of(model))
     assert_equal(dict(model.unload().state_dict()), dict(tiny_model().state_dict()))
 
@@ -73,15 +78,6 @@ def test_resuming_with_other_units_is_refused(tmp_path):
     with pytest.raises(ValueError, match="have other units than its config"):
         trainer(other, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     assert not any((delta != 0).any() for delta in deltas_of(other).values())
-
-
-def test_gradient_checkpointing_in_trainer_gives_the_same_run(tmp_path):
-    runs = []
-    for checkpointing in (False, True):
-        model = fresh()
-        trainer(model, tmp_path / str(checkpointing), gradient_checkpointing=checkpointing, max_steps=3).train()
-        runs.append(deltas_of(model))
-    assert_equal(*runs)
 
 
 # ---- adapters of transformers ----------------------------------------------------------------------------
@@ -115,92 +111,18 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 # ---- TRL -------------------------------------------------------------------------------------------------
 
 
-def dataset(rows):
-    from datasets import Dataset  # TRL installs it
-
-    return Dataset.from_list(rows)
-
-
-def tokenizer_of_tiny():
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = "<|endoftext|>"
-    return tokenizer
-
-
-def options(folder, **changes):
-    return {
-        **dict(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-2,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-        ),
-        **changes,
-    }
-
-
-def sft(folder, model, **more):
-    from trl import SFTConfig, SFTTrainer
-
-    rows = [{"prompt": f"{a}+1=", "completion": f" {a + 1}"} for a in range(8)]
-    return SFTTrainer(
-        model=model,
-        args=SFTConfig(**options(folder), max_length=64),
-        processing_class=tokenizer_of_tiny(),
-        train_dataset=dataset(rows),
-        **more,
-    )
-
-
-def dpo(folder, model, **more):
-    from trl import DPOConfig, DPOTrainer
-
-    rows = [{"prompt": f"{a}+1=", "chosen": f" {a + 1}", "rejected": " no"} for a in range(8)]
-    return DPOTrainer(
-        model=model,
-        args=DPOConfig(**options(folder), max_length=64),
-        processing_class=tokenizer_of_tiny(),
-        train_dataset=dataset(rows),
-        **more,
-    )
-
-
-def grpo(folder, model, **more):
-    from trl import GRPOConfig, GRPOTrainer
-
-    rows = [{"prompt": f"{a}+1="} for a in range(8)]
-    settings = options(folder, per_device_train_batch_size=4, max_steps=2, save_steps=1)
-    return GRPOTrainer(
-        model=model,
-        reward_funcs=lambda completions, **_: [float(len(set(text))) for text in completions],
-        args=GRPOConfig(**settings, num_generations=4, max_completion_length=6, beta=0.1),
-        processing_class=tokenizer_of_tiny(),
-        train_dataset=dataset(rows),
-        **more,
-    )
-
-
-TRL = {"sft": sft, "dpo": dpo, "grpo": grpo}
-
-
-@pytest.mark.parametrize("kind", TRL)
+@pytest.mark.parametrize("kind", ROWS)
 def test_trl_with_peft_config(kind, tmp_path):
     """TRL trains only the adapter, saves it, and resumes from it."""
     pytest.importorskip("trl")
-    done = TRL[kind](tmp_path, tiny_model(), peft_config=S2FTPeftConfig(**CONFIG))
+    done, resumed = (
+        trl_trainer(kind, tiny_model(), tmp_path, beta=0.1, peft_config=S2FTPeftConfig(**CONFIG)) for _ in range(2)
+    )
     assert isinstance(done.model, PeftModel)
     done.train()
     assert moved(deltas_of(done.model))
     last = tmp_path / f"checkpoint-{done.state.global_step}"
     assert (last / "adapter_config.json").exists() and not (last / "model.safetensors").exists()
-    saved = PeftModel.from_pretrained(tiny_model(), last)
-    assert_equal(deltas_of(saved), deltas_of(done.model))
-    resumed = TRL[kind](tmp_path, tiny_model(), peft_config=S2FTPeftConfig(**CONFIG))
     resumed.train(resume_from_checkpoint=str(last))
     assert_equal(deltas_of(resumed.model), deltas_of(done.model))
     assert_equal(dict(done.model.unload().state_dict()), dict(tiny_model().state_dict()))
@@ -212,7 +134,7 @@ def test_dpo_disables_the_adapter_for_its_reference(tmp_path):
     runs = {}
     for kind in ("off", "own"):
         model = fresh()
-        done = dpo(tmp_path / kind, model, ref_model=tiny_model() if kind == "own" else None)
+        done = trl_trainer("dpo", model, tmp_path / kind, ref_model=tiny_model() if kind == "own" else None)
         done.train()
         runs[kind] = deltas_of(done.model)
         runs[kind + " rewards"] = [
@@ -230,7 +152,7 @@ def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):
     trained.save_pretrained(tmp_path / "sft")
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "sft", is_trainable=True)
     before = copy.deepcopy(deltas_of(model))
-    done = dpo(tmp_path / "dpo", model)
+    done = trl_trainer("dpo", model, tmp_path / "dpo")
     assert_equal(deltas_of(done.model, "ref"), before)
     assert done.model.peft_config["ref"].units == done.model.peft_config["default"].units
     done.train()

@@ -3,14 +3,14 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.models import ALL_RATIOS, model_of
+from support.models import model_of
 
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.attached.record import attachment_of
 from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
-from s2ft.selection.budget import share_out, unit_parameters
+from s2ft.selection.budget import unit_parameters
 
 MODEL = model_of("llama-grouped")
 PROJECTIONS = {p.path: p for p in projections_of(couplings_of(MODEL))}
@@ -55,21 +55,6 @@ def test_a_budget_is_never_exceeded_and_missed_by_less_than_a_unit(ratios, budge
             assert max(sizes) - min(sizes) <= 1
 
 
-@settings(deadline=None)
-@given(data=st.data(), count=st.integers(1, 6))
-def test_share_out_spends_the_total_within_a_unit(data, count):
-    names = [str(i) for i in range(count)]
-    free = {name: data.draw(st.integers(1, 50)) for name in names}
-    costs = {name: data.draw(st.integers(1, 9)) for name in names}
-    shares = {name: data.draw(st.floats(0.01, 50)) for name in names}
-    total = data.draw(st.integers(0, sum(free[name] * costs[name] for name in names)))
-    units = share_out(total, shares, free, costs)
-    spent = sum(units[name] * costs[name] for name in names)
-    assert spent <= total and all(0 <= units[name] <= free[name] for name in names)
-    room = [costs[name] for name in names if units[name] < free[name]]
-    assert spent == total or total - spent < min(room)
-
-
 def test_a_budget_keeps_the_proportions_of_the_ratios():
     selection = s2ft.select(MODEL, S2FTConfig(u_ratio=0.1, d_ratio=0.2, budget=24 * 3 * 30))
     assert per_layer(selection, "up_proj") == [10] * 3 and per_layer(selection, "down_proj") == [20] * 3
@@ -89,13 +74,8 @@ def test_a_budget_as_text_and_as_the_rank_of_a_lora():
     report = s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.1, match_lora_rank=4))
     lora = 2 * 3 * 4 * (24 + 52)  # two projections in three layers
     assert lora - 24 < report.trainable <= lora
-
-
-def test_the_report_counts_the_trained_parameters():
-    model = model_of("llama-grouped")
-    report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, budget=10_000))
-    assert report.trainable == parameters(attachment_of(model).selection) <= 10_000
-    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == report.trainable
+    assert report.trainable == parameters(attachment_of(model).selection)
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
 # ---- over the layers -------------------------------------------------------------------------------------
@@ -143,47 +123,6 @@ def test_equal_scores_are_selected_in_order_of_layers():
     assert [units.tolist() for units in selection.units.values()] == [list(range(52)), list(range(26))]
 
 
-# ---- mistakes --------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        (dict(budget="9.2X"), "budget must be a number of parameters such as 9.2M"),
-        (dict(budget="-3"), "budget must be a number of parameters"),
-        (dict(budget="0.1"), "budget must be a whole number of at least 1, got 0"),
-        (dict(budget=0), "budget must be a whole number of at least 1"),
-        (dict(budget=1.5), "budget must be a whole number of at least 1, got 1.5"),
-        (dict(budget=True), "budget must be a whole number"),
-        (dict(match_lora_rank=0), "match_lora_rank must be a whole number of at least 1"),
-        (dict(match_lora_rank="8"), "match_lora_rank must be a whole number"),
-        (dict(budget=9, match_lora_rank=1), "budget and match_lora_rank exclude each other"),
-        (dict(allocation="layered"), "allocation must be one of uniform, global"),
-    ],
-)
-def test_wrong_options_raise(options, message):
-    with pytest.raises(ValueError, match=message):
-        S2FTConfig(d_ratio=0.1, **options)
-
-
-@pytest.mark.parametrize(
-    "options,message",
-    [
-        (dict(d_ratio=0.1, budget=71), "budget=71 is too small: it leaves model.layers.2.mlp.down_proj no unit"),
-        (
-            dict(d_ratio=0.001, u_ratio=1, budget=500),
-            "leaves model.layers.0.mlp.down_proj no unit.*Raise it or d_ratio",
-        ),
-        (dict(d_ratio=0.1, budget=3 * 52 * 24 + 1), "budget=3,745 is more than the 3,744 parameters"),
-        (dict(o_ratio=0.1, match_lora_rank=1), "match_lora_rank=1, 144 parameters, is too small"),
-        (dict(budget=10), "nothing is selected"),
-    ],
-)
-def test_budgets_too_small_or_too_large_raise(options, message):
-    with pytest.raises(ValueError, match=message):
-        s2ft.select(MODEL, S2FTConfig(**options))
-
-
 def test_align_rounds_numbers_down_and_keeps_smaller_ones():
     config = {"d_ratio": 0.35, "o_ratio": 0.25, "selection": "weight"}
     plain, aligned = s2ft.select(MODEL, S2FTConfig(**config)), s2ft.select(MODEL, S2FTConfig(**config, align=8))
@@ -198,17 +137,3 @@ def test_a_budget_stays_a_budget_with_align():
     most = S2FTConfig(d_ratio=1, budget=1000, selection="weight", align=8)
     selection = s2ft.select(MODEL, most)
     assert 0 < parameters(selection) <= 1000 and all(count % 8 == 0 for count in per_layer(selection, "down_proj"))
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    [
-        ({"d_ratio": 0.1, "align": 0}, "align must be a whole number"),
-        ({"d_ratio": 0.1, "align": 8, "allocation": "global"}, "align=8 needs allocation='uniform'"),
-        ({"units": {"a": [0]}, "align": 8}, "nothing is left for align to choose"),
-    ],
-)
-def test_align_is_checked(options, message):
-    with pytest.raises(ValueError, match=message):
-        S2FTConfig(**options)
-    assert "align" not in S2FTConfig(d_ratio=0.1).to_dict()

@@ -4,18 +4,21 @@ are not from transformers.
 The expected scores come from all activations, stored, and from one backward for each sequence.
 """
 
+from functools import partial
+
 import pytest
 import torch
+from selection import reference
+from selection.test_metrics import assert_untouched, state
 from support.models import model_of
 from support.pairs import in_turn
-from test_metrics import assert_untouched, norms, state
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import BertForSequenceClassification, LlamaForSequenceClassification
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.coupling import Projection
 from s2ft.model.registry import couplings_of
 from s2ft.selection import METRICS
 from s2ft.selection.batches import Calibration
@@ -128,53 +131,6 @@ def expected_mask(case, path, batch):
     return batch.get("decoder_attention_mask", batch["labels"] != -100 if "labels" in batch else None)
 
 
-def stored_activations(model, batches, case):
-    """Scores [units] by path, from every activation, stored, with one run of the model for each batch."""
-    rows = {}
-    for batch in batches:
-        for path, (p, x) in run_and_store(model, couplings_of(model), batch).items():
-            mask = expected_mask(case, path, batch)
-            kept = x.flatten(0, -2) if mask is None else x[mask.bool()]
-            rows.setdefault(path, (p, []))[1].append(kept.double())
-    return {path: root_mean_square(p, torch.cat(kept)) for path, (p, kept) in rows.items()}
-
-
-def run_and_store(model, couplings, batch):
-    seen, hooks = {}, []
-    for p in projections_of(couplings):
-        hooks.append(
-            model.get_submodule(p.path).register_forward_hook(
-                lambda module, inputs, output, p=p: seen.update({p.path: (p, inputs[0] if p.dim == 1 else output)})
-            )
-        )
-    with torch.no_grad():
-        if isinstance(batch, dict):
-            model(**batch)
-        else:
-            model(*batch)
-    for hook in hooks:
-        hook.remove()
-    return seen
-
-
-def root_mean_square(projection, x):
-    """The root mean square of every unit, shape [units], for x of shape [positions, features]."""
-    return x.unflatten(1, (projection.count, projection.unit)).square().sum((0, 2)).div(len(x)).sqrt()
-
-
-def plain_gradients(model, batches):
-    totals = {}
-    for batch in batches:
-        for i in range(len(batch["labels"])):
-            if bool((batch["labels"][i] != -100).any()):
-                model.zero_grad()
-                model(**{name: value[i : i + 1] for name, value in batch.items()}).loss.backward()
-                for p in projections_of(couplings_of(model)):
-                    totals.setdefault(p.path, []).append(norms(model.get_submodule(p.path).weight.grad, p))
-    model.zero_grad()
-    return {path: torch.stack(found).square().mean(0).sqrt() for path, found in totals.items()}
-
-
 def checkpoint_blocks(model, **options):
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     getattr(model, f"{kind}_checkpointing_enable")(options or None)
@@ -200,37 +156,31 @@ def assert_scores(found, expected):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_activation_scores_equal_those_of_stored_activations(name):
+def test_scores_are_those_of_a_simple_computation_and_the_model_does_not_change(name):
     case, batches = CASES[name]
-    model = model_of(case)
-    expected = stored_activations(model, batches, case)
-    assert_scores(scores_of(model, "activation", batches), expected)
-    weights = {
-        p.path: norms(model.get_submodule(p.path).weight.detach(), p) for p in projections_of(couplings_of(model))
-    }
-    assert_scores(scores_of(model, "product", batches), {path: weights[path] * expected[path] for path in weights})
+    model = model_of(case).train()
+    for metric in ("activation", "product"):
+        expected = reference.scores(model, metric, batches, partial(expected_mask, case))
+        before = state(model)
+        assert_scores(scores_of(model, metric, batches), expected)
+        assert_untouched(model, before)
 
 
 WITH_LABELS = [name for name, (case, batches) in CASES.items() if all("labels" in batch for batch in batches)]
+CHECKPOINTING = (None, dict(use_reentrant=False), dict(use_reentrant=True))
 
 
-@pytest.mark.parametrize("name, checkpointing", in_turn(WITH_LABELS, (False, True)))
+@pytest.mark.parametrize("name, checkpointing", in_turn(WITH_LABELS, CHECKPOINTING))
 def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointing):
     case, batches = CASES[name]
-    model = model_of(case)
-    expected = plain_gradients(model, batches)
+    model = model_of(case).train()
+    next(model.parameters()).requires_grad_(False)
+    expected = reference.scores(model, "gradient", batches)
     if checkpointing:
-        checkpoint_blocks(model)
+        checkpoint_blocks(model, **checkpointing)
+    before = state(model)
     assert_scores(scores_of(model, "gradient", batches), expected)
-
-
-@pytest.mark.parametrize("name", ("vit", "bert", "t5, labels", "whisper, labels"))
-def test_reentrant_checkpointing_needs_no_input_with_a_gradient(name):
-    case, batches = CASES[name]
-    model = model_of(case)
-    expected = plain_gradients(model, batches)
-    checkpoint_blocks(model, use_reentrant=True)
-    assert_scores(scores_of(model, "gradient", batches), expected)
+    assert_untouched(model, before)
     assert not any(value.requires_grad for batch in batches for value in batch.values())
 
 
@@ -242,7 +192,7 @@ def test_checkpointing_does_not_turn_dropout_on(case, batches):
     for module in model.modules():
         if isinstance(getattr(module, "dropout", None), float):
             module.dropout = 0.5  # used by a function that reads the block's training flag
-    expected = plain_gradients(model, batches)
+    expected = reference.scores(model, "gradient", batches)
     checkpoint_blocks(model)
     functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
     assert_scores(scores_of(model, "gradient", batches), expected)
@@ -299,20 +249,9 @@ SMALL = dict(
 @pytest.mark.parametrize("values", (CLASSES, torch.tensor([[0.5], [-1.0], [-100.0]])))
 def test_labels_of_whole_sequences(kind, values):
     """Labels are classes [n] or numbers [n, 1]. Among numbers, -100 is a value like any other."""
-    config = {BertForSequenceClassification: BertConfig, LlamaForSequenceClassification: LlamaConfig}[kind]
-    model = kind(config(**{**SMALL, "num_labels": 5 if values.dim() == 1 else 1})).eval()
+    model = kind(kind.config_class(**{**SMALL, "num_labels": 5 if values.dim() == 1 else 1})).eval()
     batches = [{**text(8), "labels": values}]
-    totals = {}
-    for i in range(3):
-        model.zero_grad()
-        model(**{name: value[i : i + 1] for name, value in batches[0].items()}).loss.backward()
-        for p in projections_of(couplings_of(model)):
-            totals.setdefault(p.path, []).append(norms(model.get_submodule(p.path).weight.grad, p))
-    model.zero_grad()
-    assert_scores(
-        scores_of(model, "gradient", batches),
-        {path: torch.stack(found).square().mean(0).sqrt() for path, found in totals.items()},
-    )
+    assert_scores(scores_of(model, "gradient", batches), reference.scores(model, "gradient", batches))
 
 
 # ---- modules that are not from transformers -----------------------------------------------------------
@@ -343,42 +282,28 @@ MLP = Coupling("ffn", 0, (Projection("u", "up", 10, 1, 0),), Projection("d", "do
 ROWS, GRID, SCALE = torch.randn(4, 6), torch.randn(2, 5, 6), torch.rand(4, 10)
 
 
+LOADER = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # its batches are lists
+MASKED = {"x": GRID, "attention_mask": mask_of((5, 2), 5)}
+
+
 @pytest.mark.parametrize(
-    "make, batch, plain",
+    "make, batches, plain",
     (
-        (Perceptron, ROWS, (ROWS,)),
-        (Perceptron, GRID, (GRID,)),
-        (Perceptron, (ROWS, SCALE), (ROWS, SCALE)),
-        (Perceptron, {"scale": SCALE, "x": ROWS}, (ROWS, SCALE)),
-        (Convolutional, pixels(3), (pixels(3),)),
-        (lambda: nn.Sequential(Perceptron()), [ROWS], (ROWS,)),
+        (Perceptron, [ROWS], [(ROWS,)]),
+        (Perceptron, [GRID], [(GRID,)]),
+        (Perceptron, [GRID] * 2, [(GRID,)]),
+        (Perceptron, [MASKED], [(GRID[:1],), (GRID[1:, :2],)]),
+        (Perceptron, [(ROWS, SCALE)], [(ROWS, SCALE)]),
+        (Perceptron, [{"scale": SCALE, "x": ROWS}], [(ROWS, SCALE)]),
+        (Perceptron, LOADER, [(ROWS, SCALE)]),
+        (Convolutional, [pixels(3)], [(pixels(3),)]),
     ),
 )
-def test_any_module(make, batch, plain):
+def test_any_module(make, batches, plain):
     model = make().eval()
-    prefix = "0." if isinstance(model, nn.Sequential) else ""
-    up, down = Projection("u", f"{prefix}up", 10, 1, 0), Projection("d", f"{prefix}down", 10, 1, 1)
-    coupling = Coupling("ffn", 0, (up,), down)
-    expected = {
-        path: root_mean_square(p, x.flatten(0, -2).double())
-        for path, (p, x) in run_and_store(model, [coupling], plain).items()
-    }
-    found = scores_of(model, "activation", [batch], [coupling])
-    assert_scores(found, expected)
-    assert_scores(scores_of(model, "activation", [batch] * 2, [coupling]), expected)
-    assert s2ft.select(model, S2FTConfig(d_ratio=0.2, selection="product"), [batch], couplings=[coupling])
-
-
-def test_any_module_with_an_attention_mask():
-    model, mask = Perceptron(), mask_of((5, 2), 5)
-    short = scores_of(model, "activation", [GRID[:1], GRID[1:, :2]], [MLP])
-    assert_scores(scores_of(model, "activation", [{"x": GRID, "attention_mask": mask}], [MLP]), short)
-
-
-def test_any_module_from_a_loader():
-    model = Perceptron()
-    loader = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # its batches are lists
-    assert_scores(scores_of(model, "activation", loader, [MLP]), scores_of(model, "activation", [(ROWS, SCALE)], [MLP]))
+    expected = reference.scores(model, "activation", plain, couplings=[MLP])
+    assert_scores(scores_of(model, "activation", batches, [MLP]), expected)
+    assert s2ft.select(model, S2FTConfig(d_ratio=0.2, selection="product"), batches, couplings=[MLP])
 
 
 class Scored(Perceptron):
@@ -389,161 +314,7 @@ class Scored(Perceptron):
 
 
 def test_any_module_with_a_loss():
-    model, labels = Scored(), torch.tensor([2, 0, 1, 1])
-    found = scores_of(model, "gradient", [{"x": ROWS, "labels": labels}], [MLP])
-    squares = 0
-    for i in range(4):
-        model.zero_grad()
-        model(ROWS[i : i + 1], labels[i : i + 1])["loss"].backward()
-        squares = squares + model.down.weight.grad.double().square().sum(0)
-    torch.testing.assert_close(found["down"], (squares / 4).sqrt(), rtol=1e-4, atol=1e-9)
-    assert scores_of(model, "activation", [{"x": ROWS, "labels": labels}], [MLP])  # its forward requires labels
-
-
-# ---- the model does not change; errors ----------------------------------------------------------------
-
-
-def select(model, metric, batches, couplings=None):
-    return s2ft.select(model, S2FTConfig(d_ratio=0.1, o_ratio=0.4, selection=metric), batches, couplings=couplings)
-
-
-@pytest.mark.parametrize("name", ("vit", "clip", "clip-vision", "bert", "t5, labels", "whisper, all"))
-@pytest.mark.parametrize("metric", CALIBRATED)
-def test_selecting_does_not_change_the_model(metric, name):
-    case, batches = CASES[name]
-    model = model_of(case).train()
-    next(model.parameters()).requires_grad_(False)
-    before = state(model)
-    if metric == "gradient" and name.startswith("clip"):
-        with pytest.raises(ValueError):
-            select(model, metric, batches)
-    else:
-        select(model, metric, batches)
-    assert_untouched(model, before)
-
-
-def changed(name, **values):
-    """The case's batch with other values. None removes a value."""
-    batch = {**CASES[name][1][0], **values}
-    return CASES[name][0], [{key: value for key, value in batch.items() if value is not None}]
-
-
-WRONG = {  # case, batches, message
-    "no pixels": (
-        "vit",
-        [{"labels": CLASSES}],
-        "batch 0 needs pixel_values, ViTForImageClassification's main input, "
-        r"floating-point pixels of shape \[images, .*got NoneType \(it has labels\)",
-    ),
-    "one image": ("vit", [pixels(1)[0]], r"needs pixel_values, .*got shape \(3, 12, 12\)"),
-    "no images": (
-        "vit",
-        [{"pixel_values": pixels(rows), "labels": CLASSES[:rows]} for rows in (2, 0)],
-        r"batch 1 needs pixel_values, .*got shape \(0, 3, 12, 12\)",
-    ),
-    "bytes": ("vit", [{"pixel_values": pixels(2).byte()}], "needs pixel_values, .*of torch.uint8"),
-    "ids for images": ("vit", [tokens(2, 7)], r"needs pixel_values, .*it has input_ids"),
-    "a tuple": ("vit", [(pixels(2), CLASSES)], "must be a dict of tensors or a tensor of pixel_values, got tuple"),
-    "a list": ("clip-vision", [{"pixel_values": pixels(1).tolist()}], "needs pixel_values, .*got list"),
-    "classes": (
-        *changed("vit", labels=CLASSES[:2]),
-        r"batch 0: labels must have shape \(3, ...\) to fit pixel_values \(3, 3, 12, 12\), got \(2,\)",
-    ),
-    "classes as a list": (*changed("vit", labels=[1, 4, 0]), "labels must have shape .* got list"),
-    "clip's mask": (
-        *changed("clip", attention_mask=mask_of((3, 8, 6), 8)),
-        r"attention_mask must have shape \(3, 10\) to fit input_ids",
-    ),
-    "bert's labels": (
-        *changed("bert", labels=tokens(3, 7)),
-        r"labels must have shape \(3, 8\) to fit input_ids \(3, 8\)",
-    ),
-    "no sound": ("whisper", [{"labels": tokens(2, 5)}], "batch 0 needs input_features, WhisperForConditional"),
-    "flat sound": ("whisper", [{"input_features": sound(2)[0]}], r"needs input_features, .*got shape \(5, 14\)"),
-    "frames": (
-        *changed("whisper, labels", attention_mask=mask_of((14, 6), 14)),
-        r"attention_mask must have shape \(3, ...\) to fit input_features",
-    ),
-    "no decoder inputs": ("t5", [text(8)], "needs decoder_input_ids, or labels to make them from, for the decoder of"),
-    "sound without decoder inputs": ("whisper", [sound(2)], r"needs decoder_input_ids, .*\(it has input_features\)"),
-    "decoder rows": (
-        *changed("t5, inputs", decoder_input_ids=tokens(2, 5)),
-        r"decoder_input_ids must have shape \(3, ...\) to fit input_ids \(3, 8\), got \(2, 5\)",
-    ),
-    "decoder mask": (
-        *changed("t5, inputs", decoder_attention_mask=mask_of((2, 2, 2), 4)),
-        r"decoder_attention_mask must have shape \(3, 5\) to fit decoder_input_ids",
-    ),
-    "decoder mask by labels": (
-        *changed("t5, labels", decoder_attention_mask=mask_of((2, 2, 2), 4)),
-        r"decoder_attention_mask must have shape \(3, 5\) to fit labels",
-    ),
-    "decoder labels": (
-        *changed("t5, both", labels=tokens(3, 4)),
-        r"labels must have shape \(3, 5\) to fit decoder_input_ids",
-    ),
-    "label rows": (*changed("t5, labels", labels=tokens(2, 5)), r"labels must have shape \(3, ...\) to fit input_ids"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("metric", CALIBRATED)
-def test_bad_batches_raise_and_do_not_change_the_model(metric, wrong):
-    case, batches, message = WRONG[wrong]
-    model = model_of(case).train()
-    before = state(model)
-    with pytest.raises(ValueError, match=message):
-        select(model, metric, batches)
-    assert_untouched(model, before)
-
-
-NEED_LABELS = {"vit": "vit", "bert": "bert", "t5": "t5, inputs", "whisper": "whisper, inputs"}
-
-
-@pytest.mark.parametrize("case", NEED_LABELS)
-def test_gradient_needs_labels_except_for_causal_models(case):
-    _, batches = changed(NEED_LABELS[case], labels=None)
-    with pytest.raises(ValueError, match="needs labels in every calibration batch: .* is not a causal language model"):
-        select(model_of(case), "gradient", batches)
-
-
-def test_gradient_refuses_a_contrastive_loss():
-    case, batches = CASES["clip, other length"]
-    with pytest.raises(ValueError, match="contrastive loss of CLIPModel compares the pairs of a batch, so one pair"):
-        select(model_of(case), "gradient", batches)
-
-
-@pytest.mark.parametrize("case", ("clip-text", "clip-vision"))
-def test_gradient_refuses_a_model_without_a_loss(case):
-    with pytest.raises(ValueError, match="needs a model that computes a loss from labels; CLIP.*Model does not"):
-        select(model_of(case), "gradient", CASES[case][1])
-
-
-def test_a_decoder_with_only_padding_raises():
-    case, batches = changed("t5, inputs", decoder_attention_mask=mask_of((0, 0, 0), 5))
-    with pytest.raises(ValueError, match="no calibration batch has more than padding for decoder.block.0"):
-        select(model_of(case), "activation", batches)
-
-
-MODULE_WRONG = {
-    "text": ("text", "batch 0 must be a tensor, a tuple of tensors or a dict of them, got str"),
-    "no tensors": ({"x": [1.0]}, "must have tensors whose first dim is the batch, none of them empty, got none"),
-    "nothing": ({}, "got none"),
-    "a number": (torch.tensor(1.0), "got none"),
-    "an empty one": ((ROWS[:0], ROWS), r"none of them empty, got shapes \[\(0, 6\), \(4, 6\)\]"),
-    "a mask of other rows": (
-        {"x": GRID, "attention_mask": mask_of((1, 2, 3), 5)},
-        r"up has activations of shape \(2, 5, 10\), which the mask of shape \(3, 5\) does not",
-    ),
-}
-
-
-@pytest.mark.parametrize("wrong", MODULE_WRONG)
-def test_bad_batches_for_any_module_raise(wrong):
-    batch, message = MODULE_WRONG[wrong]
-    model = Perceptron()
-    before = state(model)
-    config = S2FTConfig(u_ratio=0.1, d_ratio=0.1, selection="activation")
-    with pytest.raises(ValueError, match=message):
-        s2ft.select(model, config, [batch], couplings=[MLP])
-    assert_untouched(model, before)
+    model, batches = Scored(), [{"x": ROWS, "labels": torch.tensor([2, 0, 1, 1])}]
+    expected = reference.scores(model, "gradient", batches, couplings=[MLP])
+    assert_scores(scores_of(model, "gradient", batches, [MLP]), expected)
+    assert scores_of(model, "activation", batches, [MLP])  # its forward requires labels

@@ -1,22 +1,19 @@
 """Every metric equals a simple computation that stores everything, and selecting does not change the model."""
 
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
+from selection import reference
 from support.models import ALL_RATIOS, model_of
 from torch.utils.data import DataLoader
 
 import s2ft
 from s2ft import S2FTConfig, config
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import projections_of
 from s2ft.model.registry import couplings_of
-from s2ft.model.weights import weight_at
 from s2ft.selection import ALLOCATIONS, METRICS
 from s2ft.selection.batches import Calibration
-from s2ft.selection.metric import Request, shared_by_producers
+from s2ft.selection.metric import Request
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
 SCORED = [name for name, metric in METRICS.items() if metric.ordered]
@@ -54,76 +51,6 @@ def scores_of(model, metric, data, **config):
     return METRICS[metric].score(Request(couplings_of(model), config, model, calibration))
 
 
-def norms(matrix, projection):
-    """The norm of every unit, shape [units], by a loop over the units."""
-    matrix = matrix.double().movedim(projection.dim, 0)
-    return torch.stack([matrix[projection.elements(torch.tensor([unit]))].norm() for unit in range(projection.count)])
-
-
-def reference(model, metric, batch):
-    """Scores by projection, from all activations, stored, and one full backward for each sequence."""
-    if metric == "product":
-        weights, activations = (reference(model, name, batch) for name in ("weight", "activation"))
-        return {name: weights[name] * activations[name] for name in weights}
-    if metric == "gradient":
-        return reference_gradients(model, batch)
-    projections = list(projections_of(couplings_of(model)))
-    if metric == "weight":
-        return {p.name: norms(weight_at(model, p).matrix, p) for p in projections}
-    seen, hooks = {}, []
-    real = batch["attention_mask"].bool()
-    for path in {p.path for p in projections if p.expert is None}:
-        hooks.append(
-            model.get_submodule(path).register_forward_hook(
-                lambda module, inputs, output, path=path: seen.update(
-                    {path: tuple(x.reshape(*real.shape, -1)[real] for x in (inputs[0], output))}
-                )
-            )
-        )
-    for path in {p.path.rpartition(".")[0] for p in projections if p.expert is not None}:
-        hooks.append(
-            model.get_submodule(path).register_forward_hook(
-                lambda module, inputs, output, path=path: seen.update(
-                    inside_experts(module, path, real.flatten(), *inputs)
-                )
-            )
-        )
-    model(**batch)
-    for hook in hooks:
-        hook.remove()
-    scores = {}
-    for p in projections:
-        where = p.path if p.expert is None else (p.path, p.expert)
-        passed = seen[where][1 - p.dim]  # [positions, features]
-        scores[p.name] = norms(passed, replace(p, dim=1)) / int(real.sum()) ** 0.5
-    return scores
-
-
-def inside_experts(module, path, real, hidden, chosen, weights):
-    """(input, output) of both weights of every expert, for the tokens routed to it, without padding."""
-    found = {}
-    for expert in range(module.num_experts):
-        x = hidden[(chosen == expert).any(1) & real]
-        gate_up = x @ module.gate_up_proj[expert].t()
-        gate, up = gate_up.chunk(2, -1)
-        inner = module.act_fn(gate) * up
-        found[f"{path}.gate_up_proj", expert] = x, gate_up
-        found[f"{path}.down_proj", expert] = inner, inner @ module.down_proj[expert].t()
-    return found
-
-
-def reference_gradients(model, batch):
-    totals = {}
-    for ids, mask in zip(batch["input_ids"], batch["attention_mask"]):
-        model.zero_grad()
-        labels = torch.where(mask * mask.roll(1) == 1, ids, -100)  # neither padding nor the token after it
-        model(input_ids=ids[None], attention_mask=mask[None], labels=labels[None]).loss.backward()
-        for p in projections_of(couplings_of(model)):
-            totals.setdefault(p.name, []).append(norms(weight_at(model, p).view(weight_at(model, p).tensor.grad), p))
-    model.zero_grad()
-    return {name: torch.stack(found).square().mean(0).sqrt() for name, found in totals.items()}
-
-
 # ---- scores ----------------------------------------------------------------------------------------------
 
 
@@ -132,47 +59,28 @@ def reference_gradients(model, batch):
 def test_scores_equal_the_simple_computation(case, metric):
     model = model_of(case)
     found = scores_of(model, metric, calibration_for(metric, model))
-    expected = reference(model, metric, batch_of(model))
+    expected = reference.scores(model, metric, [batch_of(model)])
     assert found.keys() == expected.keys()
     for path, values in expected.items():
         torch.testing.assert_close(found[path], values, rtol=1e-4, atol=1e-9)
         assert found[path].dtype is torch.float64
 
 
-@pytest.mark.parametrize("order", ("largest", "smallest"))
+@pytest.mark.parametrize("order, case", (("largest", "llama"), ("smallest", "llama-grouped")))
 @pytest.mark.parametrize("metric", SCORED)
-def test_the_selected_units_have_the_best_scores(metric, order):
-    model = model_of("llama")
+def test_the_selected_units_have_the_best_scores(metric, order, case):
+    model = model_of(case)
     data = calibration_for(metric, model)
     selection = s2ft.select(model, S2FTConfig(**RATIOS, selection=metric, order=order), data)
-    scores = reference(model, metric, batch_of(model))
+    scores = reference.scores(model, metric, [batch_of(model)])
     for coupling in couplings_of(model):
-        shared = sum(scores[p.path].square() for p in coupling.producers).sqrt()
         for projection in coupling.projections:
+            alike = [p for p in coupling.producers if p.count == projection.count]  # these share their scores
+            shared = sum(scores[p.path].square() for p in alike).sqrt() if alike else None
             values = scores[projection.path] if projection.dim == 1 else shared
             units = selection[projection.path]
             best = values.sort(descending=order == "largest").indices[: units.numel()]
             assert torch.equal(units, best.sort().values), projection.path
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_both_layouts_select_the_same_units_and_producers_are_nested(metric):
-    chosen = []
-    for layout in ("permuted", "indexed"):
-        model = model_of("llama")
-        s2ft.attach(
-            model, S2FTConfig(**ALL_RATIOS, selection=metric, layout=layout), calibration=calibration_for(metric, model)
-        )
-        chosen.append(attachment_of(model).selection)
-        if layout == "permuted":
-            assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
-    assert (
-        chosen[0]
-        == chosen[1]
-        == s2ft.select(
-            model_of("llama"), S2FTConfig(**ALL_RATIOS, selection=metric), calibration_for(metric, model_of("llama"))
-        )
-    )
 
 
 def test_equal_scores_are_selected_in_order_of_units():
@@ -184,26 +92,17 @@ def test_equal_scores_are_selected_in_order_of_units():
         assert units["model.layers.2.mlp.down_proj"].tolist() == [0, 1, 2, 3, 4]
 
 
-def test_producers_with_different_numbers_of_units_share_no_score():
-    model = model_of("llama-grouped")
-    config = S2FTConfig(**RATIOS, selection="weight")
-    request = Request(couplings_of(model), config, model)
-    scores = METRICS["weight"].score(request)
-    shared, attention = shared_by_producers(request, scores), "model.layers.0.self_attn."
-    assert torch.equal(shared[attention + "k_proj"], shared[attention + "v_proj"])
-    assert torch.equal(shared[attention + "q_proj"], scores[attention + "q_proj"])
-    assert torch.equal(shared[attention + "o_proj"], scores[attention + "o_proj"])
-
-
 @pytest.mark.parametrize("metric", CALIBRATED)
 def test_scores_do_not_depend_on_how_data_is_divided_into_batches(metric):
+    """Also of a model two of whose layers share a weight."""
     model = model_of("llama")
+    first, second = (layer.mlp.down_proj for layer in model.model.layers[:2])
+    second.weight = first.weight
     batch = batch_of(model, rows=4)
     rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
-    loader = DataLoader(rows, batch_size=3)
-    generator = ({name: value[i : i + 1] for name, value in batch.items()} for i in range(4))
     expected = scores_of(model, metric, [batch])
-    for data in (loader, generator):
+    single = ({name: value[None] for name, value in row.items()} for row in rows)
+    for data in (DataLoader(rows, batch_size=3), single):
         for path, values in scores_of(model, metric, data).items():
             torch.testing.assert_close(values, expected[path], rtol=1e-4, atol=1e-9)
 
@@ -241,15 +140,6 @@ def test_bfloat16(metric):
         assert values.dtype is torch.float64
         assert (values - expected[path]).norm() <= 0.1 * expected[path].norm(), path
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection=metric), calibration=data)
-
-
-@pytest.mark.parametrize("metric", CALIBRATED)
-def test_tied_weights(metric):
-    model = model_of("llama")
-    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
-    scores = scores_of(model, metric, [batch_of(model)])
-    if metric == "gradient":
-        assert torch.equal(scores["model.layers.0.mlp.down_proj"], scores["model.layers.1.mlp.down_proj"])
 
 
 def checkpoint_blocks(model):
@@ -364,53 +254,6 @@ def test_selecting_does_not_change_the_model(metric, case, checkpointing):
 
 
 IDS = torch.arange(16).view(2, 8)
-WRONG = {
-    "empty": (list, ValueError, "calibration is empty"),
-    "all padding": (lambda: [{"input_ids": IDS, "attention_mask": IDS * 0}], ValueError, "it has no tokens"),
-    "one batch": (lambda: {"input_ids": IDS}, TypeError, "iterable of batches, got dict"),
-    "one tensor": (lambda: IDS, TypeError, "got Tensor"),
-    "a number": (lambda: 3, TypeError, "got int"),
-    "text": (lambda: [IDS, "text"], ValueError, "calibration batch 1 must be a dict .* got str"),
-    "no ids": (lambda: [{"attention_mask": IDS}], ValueError, "batch 0 needs input_ids.*got NoneType"),
-    "flat ids": (lambda: [IDS[0]], ValueError, r"got shape \(8,\)"),
-    "float ids": (lambda: [IDS.float()], ValueError, "torch.float32"),
-    "mask": (lambda: [{"input_ids": IDS, "attention_mask": IDS[:, 1:]}], ValueError, r"attention_mask must have shape"),
-    "labels": (lambda: [{"input_ids": IDS, "labels": IDS[:1]}], ValueError, r"labels must have shape \(2, 8\)"),
-    "unknown token": (lambda: [IDS, IDS + 1000], IndexError, "index out of range"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-@pytest.mark.parametrize("metric", CALIBRATED)
-def test_bad_calibration_raises_and_does_not_change_the_model(metric, wrong):
-    data, error, message = WRONG[wrong]
-    model = awkward()
-    before = state(model)
-    with pytest.raises(error, match=message):
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, selection=metric), calibration=data())
-    assert_untouched(model, before)
-    assert s2ft.status(model).adapters == []
-
-
-@pytest.mark.parametrize("metric", METRICS)
-def test_calibration_is_required_or_refused(metric):
-    model = awkward()
-    before, calibrated = state(model), METRICS[metric].calibrated
-    with pytest.raises(ValueError, match="needs calibration data" if calibrated else "takes no calibration data"):
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, selection=metric), calibration=None if calibrated else [IDS])
-    assert_untouched(model, before)
-
-
-@pytest.mark.parametrize("value", (float("nan"), float("inf")))
-@pytest.mark.parametrize("metric", SCORED)
-def test_the_error_for_statistics_that_are_not_finite_names_the_projection(metric, value):
-    model = awkward()
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight[3, 2] = value
-    config = S2FTConfig(u_ratio=0.1, d_ratio=0.1, selection=metric)
-    with pytest.raises(ValueError, match=f"selection='{metric}': the statistics of model.layers.* are NaN or infinite"):
-        s2ft.attach(model, config, calibration=calibration_for(metric, model))
-    assert [module.training for module in model.model.layers] == [True, False, True]
 
 
 def test_sequences_without_a_label_do_not_count():
@@ -422,15 +265,8 @@ def test_sequences_without_a_label_do_not_count():
         s2ft.select(model, config, [{"input_ids": IDS, "labels": labels}])[path].tolist()
         == s2ft.select(model, config, [IDS[:1]])[path].tolist()
     )
-    with pytest.raises(ValueError, match="no calibration sequence has a label"):
-        s2ft.select(model, config, [{"input_ids": IDS, "labels": labels * 0 - 100}])
-
-
-def test_gradient_refuses_a_model_without_a_loss():
-    model = model_of("llama").model
-    with pytest.raises(ValueError, match="loss from labels; LlamaModel does not"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="gradient"), calibration=[IDS])
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="activation"), calibration=[IDS])
+    with pytest.raises(ValueError, match="loss from labels"):  # a model without a head
+        s2ft.select(model.model, config, [IDS])
 
 
 # ---- the tables ------------------------------------------------------------------------------------------

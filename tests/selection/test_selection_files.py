@@ -52,6 +52,16 @@ def test_table():
     ]
 
 
+HOSTILE = {
+    "pipe": os.mkfifo,
+    "deep": lambda path: path.write_text("[" * 10**5),
+    "folder": os.mkdir,
+    "nothing": lambda path: None,
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "key twice": lambda path: path.write_text('{"schema": 1, "schema": 1, "units": {"a": [1]}, "digest": ""}'),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
+    "huge": lambda path: (path.touch(), os.truncate(path, reading.MAX_CONFIG + 1)),
+}
 WRONG = {
     "not JSON": ("{", "not JSON"),
     "no object": ("[]", "contains a list"),
@@ -69,41 +79,16 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_files(wrong, tmp_path):
-    content, message = WRONG[wrong]
-    path = tmp_path / "s.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    with pytest.raises(ValueError, match=message) as error:
-        Selection.load(path)
-    assert str(path) in str(error.value)
-
-
-def test_missing_file(tmp_path):
-    for path in (tmp_path / "nowhere.json", tmp_path):
-        with pytest.raises(FileNotFoundError):
-            Selection.load(path)
-
-
-HOSTILE = {
-    "pipe": os.mkfifo,
-    "deep": lambda path: path.write_text("[" * 10**5),
-    "folder": os.mkdir,
-    "device": lambda path: path.symlink_to("/dev/zero"),
-    "key twice": lambda path: path.write_text('{"schema": 1, "schema": 1, "units": {"a": [1]}, "digest": ""}'),
-    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe"),
-    "huge": lambda path: (path.touch(), os.truncate(path, reading.MAX_CONFIG + 1)),
-}
-
-
-@pytest.mark.parametrize("inside", (False, True), ids=("file", "adapter folder"))
-@pytest.mark.parametrize("hostile", HOSTILE)
-def test_hostile_files_are_refused(hostile, inside, tmp_path):
-    """They are refused before they are read, because reading a pipe or a device never ends."""
-    path = tmp_path / (CONFIG if inside else "s.json")
-    HOSTILE[hostile](path)
-    with pytest.raises((ValueError, FileNotFoundError)):
-        Selection.load(tmp_path if inside or hostile == "folder" else path)
-    config = s2ft.S2FTConfig(units=str(tmp_path if inside else path))
-    with pytest.raises((ValueError, FileNotFoundError)):
-        s2ft.attach(model_of("llama"), config)
+@pytest.mark.parametrize("wrong", (*HOSTILE, *WRONG))
+def test_wrong_files_are_refused(wrong, tmp_path):
+    """Before they are read, because reading a pipe or a device never ends; as a file and in an adapter's folder."""
+    content, word = WRONG.get(wrong, (HOSTILE.get(wrong), ""))
+    for source, path in ((tmp_path / "s.json", tmp_path / "s.json"), (tmp_path, tmp_path / CONFIG)):
+        if callable(content):
+            content(path)
+        else:
+            path.write_text(content if isinstance(content, str) else json.dumps(content))
+        for load in (Selection.load, lambda file: s2ft.attach(model_of("llama"), s2ft.S2FTConfig(units=str(file)))):
+            with pytest.raises((ValueError, FileNotFoundError)) as error:
+                load(source)
+            assert str(source) in str(error.value) and (source == tmp_path or word in str(error.value))

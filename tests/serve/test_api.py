@@ -177,25 +177,25 @@ BAD = [  # a change of a completion, the code, and one word of the message
 ]
 
 
-@pytest.mark.parametrize("change, code, word", BAD, ids=lambda value: str(value)[:30])
-def test_a_field_that_is_wrong_or_not_supported_is_named(server, change, code, word):
-    assert word in error_of(post(server, "/v1/completions", {**GOOD, **change}), 400, code)
+BAD_CHATS = [
+    (
+        dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]),
+        INVALID,
+        "content",
+    ),
+    (dict(messages=[]), INVALID, "messages"),
+    (dict(tools=[{"type": "function"}]), UNSUPPORTED, "tools"),
+    (dict(logprobs=True), UNSUPPORTED, "vllm"),
+    (dict(top_logprobs=2), UNSUPPORTED, "vllm"),
+]
+GOOD_CHAT = dict(model=BASE, messages=CHAT, max_tokens=1, user="me", n=1, tools=[], logprobs=False)
+TABLE = [("completions", GOOD, *row) for row in BAD] + [("chat/completions", GOOD_CHAT, *row) for row in BAD_CHATS]
 
 
-@pytest.mark.parametrize(
-    "change, code",
-    [
-        (dict(messages=[{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]), INVALID),
-        (dict(messages=[]), INVALID),
-        (dict(tools=[{"type": "function"}]), UNSUPPORTED),
-        (dict(logprobs=True), UNSUPPORTED),
-        (dict(top_logprobs=2), UNSUPPORTED),
-    ],
-)
-def test_chat_refuses_what_is_not_text(server, change, code):
-    good = dict(model=BASE, messages=CHAT, max_tokens=1, user="me", n=1, tools=[], logprobs=False)
-    assert post(server, "/v1/chat/completions", good).status_code == 200
-    error_of(post(server, "/v1/chat/completions", {**good, **change}), 400, code)
+@pytest.mark.parametrize("path, good, change, code, word", TABLE, ids=lambda value: str(value)[:30])
+def test_a_field_that_is_wrong_or_not_supported_is_named(server, path, good, change, code, word):
+    assert word in error_of(post(server, f"/v1/{path}", {**good, **change}), 400, code)
+    assert post(server, f"/v1/{path}", good).status_code == 200
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b'{"model": NaN}', b"[" * 100000, b"1" * 5000])
@@ -213,7 +213,7 @@ def test_unknown_routes_and_methods(server):
     error_of(httpx.get(f"{server[0]}/v1/completions/"), 404, "not_found")
     error_of(httpx.get(f"{server[0]}/v1/completions"), 405, "method_not_allowed")
     error_of(httpx.get(f"{server[0]}/v1/models/unknown"), 404, "model_not_found")
-    assert "/openapi.json" in error_of(httpx.get(f"{server[0]}/docs"), 404, "not_found")
+    error_of(httpx.get(f"{server[0]}/docs"), 404, "not_found")
 
 
 def test_an_unexpected_error_is_json_without_details_and_that_of_a_template_is_returned(server, monkeypatch):

@@ -87,7 +87,7 @@ def test_an_address_in_use_is_an_error(model, capsys):
         other.bind(("127.0.0.1", 0))
         other.listen()
         assert main(["serve", "--model", str(model), "--port", str(other.getsockname()[1])]) == 1
-    assert "error: can't listen on 127.0.0.1, port" in (said := capsys.readouterr().err) and "in use" in said
+    assert "in use" in capsys.readouterr().err
 
 
 def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(monkeypatch):
@@ -108,7 +108,6 @@ def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(mo
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--adapters", "nowhere"], "nowhere is not a folder"),
         (["--port", "70000"], "port"),
         (["--queue-size", "0"], "queue_size"),
         (["--api-key", "a b"], "API key"),

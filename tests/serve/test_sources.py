@@ -11,8 +11,8 @@ from train.tiny import save_tiny, tiny_model
 
 import s2ft
 from s2ft.adapter.formats import native
+from s2ft.adapter.sources import grouped, source_of
 from s2ft.cli.main import main
-from s2ft.serve.sources import grouped, source_of
 
 UNTIED = dict(tie_word_embeddings=False)
 

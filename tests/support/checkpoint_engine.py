@@ -15,6 +15,7 @@ import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from safetensors import safe_open
+from starlette.concurrency import run_in_threadpool
 
 from s2ft.sync.wire import DTYPES, from_message, hashes_of
 
@@ -90,6 +91,14 @@ class CheckpointEngine:
     def reset_prefix_cache(self) -> None:
         self.calls.append("reset")
 
+    def pause(self, mode="abort") -> None:
+        self.calls.append(f"pause {mode}")
+        self.paused = True
+
+    def resume(self) -> None:
+        self.calls.append("resume")
+        self.paused = False
+
     # ---- what an update does -------------------------------------------------------------------------
 
     def _update(self, info) -> None:
@@ -148,47 +157,13 @@ def app_of(engine: CheckpointEngine, has_dev_mode: bool = True) -> FastAPI:
         models = {"dtype": str(engine.dtype)}
         return {"vllm_config": {"model_config": models, "weight_transfer_config": {"backend": "s2ft"}}}
 
-    @app.post("/pause")
-    def pause(mode: str = "abort"):
-        engine.calls.append(f"pause {mode}")
-        engine.paused = True
-        return {"status": "paused"}
-
-    @app.post("/resume")
-    def resume():
-        engine.calls.append("resume")
-        engine.paused = False
-        return {"status": "resumed"}
-
-    @app.post("/reset_prefix_cache")
-    def reset_prefix_cache():
-        return answer(engine.reset_prefix_cache)
-
-    @app.post("/start_weight_update")
-    def start():
-        return answer(engine.start_weight_update)
-
-    @app.post("/finish_weight_update")
-    def finish():
-        return answer(engine.finish_weight_update)
-
-    @app.post("/init_weight_transfer_engine")
-    async def init(request: Request):
+    @app.post("/{method}")
+    async def call(method: str, request: Request):
         body = await request.json()
-        return await _in_thread(answer, engine.init_weight_transfer_engine, body)
-
-    @app.post("/update_weights")
-    async def update(request: Request):
-        body = await request.json()
-        return await _in_thread(answer, engine.update_weights, body)
+        arguments = [*request.query_params.values(), *([body] if body else [])]
+        return await run_in_threadpool(answer, getattr(engine, method), *arguments)
 
     return app
-
-
-async def _in_thread(call, *arguments):
-    from starlette.concurrency import run_in_threadpool
-
-    return await run_in_threadpool(call, *arguments)
 
 
 @contextmanager

@@ -140,8 +140,8 @@ def test_the_trainer_state_names_the_final_path_of_the_best_checkpoint(tmp_path)
 
 def test_adapter_checkpoints_work_with_another_trainer(tmp_path):
     pytest.importorskip("trl")
-    from adapter.test_pretrained import TRL, tokenizer_of_tiny, trl_options
     from datasets import Dataset
+    from support.trl_trainers import ROWS, tokenizer_of_tiny, trl_options
     from trl import SFTConfig, SFTTrainer
 
     class Mine(AdapterCheckpoints, SFTTrainer):
@@ -150,7 +150,7 @@ def test_adapter_checkpoints_work_with_another_trainer(tmp_path):
     done = Mine(
         model=attached(),
         args=SFTConfig(**trl_options(tmp_path), max_length=64),
-        train_dataset=Dataset.from_list(TRL["sft"][1]),
+        train_dataset=Dataset.from_list(ROWS["sft"]),
         processing_class=tokenizer_of_tiny(),
     )
     done.train()

@@ -51,6 +51,13 @@ ESCAPES = ("../secret", "..", ".", "", "math/../../secret", "/etc", "..\\secret"
            "math/", "a" * 5000)  # fmt: skip
 
 
+def test_a_name_is_looked_up_in_all_directories_in_their_order(adapters, tmp_path):
+    for name in ("math", "other"):
+        native.write(s2ft.read_adapter(adapters / "math"), tmp_path / name)
+    found = {name: path_of(name, [adapters, tmp_path], frozenset(), "/models/base") for name in ("math", "other", "no")}
+    assert found == {"math": str(adapters / "math"), "other": str(tmp_path / "other"), "no": None}
+
+
 @pytest.mark.parametrize("name", ESCAPES)
 def test_no_name_leads_out_of_the_directory(adapters, name):
     assert found(name, adapters) is None

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from support.pairs import pairs
+from support.pairs import in_turn, pairs
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
 from torch import nn
@@ -18,7 +18,7 @@ from s2ft.vllm.compatibility import MissingInVLLM
 from s2ft.vllm.slices.bank import BankFull, SliceBank
 from s2ft.vllm.slices.layer import encode, with_slices
 from s2ft.vllm.slices.product import Batch, add_slices_
-from s2ft.vllm.slices.units import Admission, Budget, Extent, Place, setting_for
+from s2ft.vllm.slices.units import Admission, Budget, Extent, Place
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -290,8 +290,7 @@ class Model:
         torch.testing.assert_close(self.output(x, numbers), expected)
 
 
-@pytest.mark.parametrize("ranks", (1, 2, 4))
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind, ranks", in_turn(KINDS, (1, 2, 4)))
 def test_outputs_are_right_after_200_loads_and_evictions(kind, ranks):
     """An adapter that is used again keeps its slot; the one that was used least gives its slot up."""
     torch.manual_seed(0)
@@ -369,12 +368,6 @@ def test_warm_up_fills_all_slots_and_makes_room_for_adapters():
     model.check({7: full}, [7, 0])
 
 
-def test_factors_of_a_lora_are_refused():
-    layer = Model("row", 1).layers[0]
-    with pytest.raises(ValueError, match="S²FT adapters alone"):
-        layer.set_lora(0, torch.ones(1, 32), torch.ones(12, 1))
-
-
 INDEX, VALUES = encode(torch.tensor([7]), 0), torch.ones(1, 12, dtype=torch.float64)
 
 
@@ -391,6 +384,8 @@ def test_units_that_do_not_fit_the_layer(factors, word, ranks):
     layer = Model("query, key and value", ranks).layers[0]
     with pytest.raises(ValueError, match=word):
         layer.needs(*factors)
+    with pytest.raises(ValueError, match="S²FT"):  # factors of a LoRA
+        layer.set_lora(0, torch.ones(1, 12), torch.ones(8, 1))
     assert layer.needs([INDEX, INDEX, None], [VALUES, VALUES, None]) == {0: 2 if ranks == 1 else 1}
 
 
@@ -454,12 +449,6 @@ def test_an_adapter_is_accepted_if_it_fits_with_the_largest_others():
         admission.add(1, "one", {down: 41})
     admission.forget(4)
     admission.add(1, "one", {down: 60})
-
-
-def test_the_setting_of_a_server_whose_adapters_are_known():
-    adapters = [{"m.0.down_proj": 5, "m.1.down_proj": 9}, {"m.0.down_proj": 2, "m.0.q_proj": 1}, {"m.1.down_proj": 3}]
-    assert setting_for(adapters, 1) == "down_proj=9,q_proj=1"
-    assert setting_for(adapters, 2) == "down_proj=12,q_proj=1"
 
 
 def test_copies_of_a_config_do_not_change_it():

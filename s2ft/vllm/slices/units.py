@@ -172,21 +172,3 @@ def setting(adapters: Iterable[Mapping[Place, int]], slots: int) -> str:
     for place, counts in units.items():
         most[place.key] = max(most.get(place.key, 0), sum(sorted(counts, reverse=True)[:slots]))
     return ",".join(f"{key}={count}" for key, count in sorted(most.items()) if count)
-
-
-def setting_for(adapters: Iterable[Mapping[str, int]], slots: int) -> str:
-    """Return the option's value for adapters that are known before the engine starts.
-
-    Args:
-        adapters: The units of each adapter by the path of the projection in the checkpoint.
-        slots: Number of adapters at once.
-
-    Example:
-        >>> from s2ft.vllm.slices.units import setting_for
-        >>> setting_for([{"layers.0.mlp.down_proj": 5, "layers.1.mlp.down_proj": 9}, {"layers.0.mlp.down_proj": 2}], 4)
-        'down_proj=9'
-    """
-    return setting(
-        ({Place(path, path.rpartition(".")[2], 0): count for path, count in adapter.items()} for adapter in adapters),
-        slots,
-    )

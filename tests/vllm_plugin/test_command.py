@@ -12,8 +12,8 @@ from train.tiny import save_tiny
 
 from s2ft.adapter.formats import lora
 from s2ft.cli.main import main
-from s2ft.serve import vllm
 from s2ft.text.prompts import PromptFormat
+from s2ft.vllm import command as vllm
 from s2ft.vllm.slices.units import Budget, Extent
 
 UNTIED = dict(tie_word_embeddings=False)

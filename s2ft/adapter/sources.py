@@ -1,4 +1,4 @@
-"""Where the adapters of a server come from: directories of adapters or of runs, and single adapters."""
+"""Where adapters come from: directories of adapters or of runs, and single adapters."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,7 +116,7 @@ def grouped(reasons: dict[str, str], shown: int = 5) -> list[str]:
         shown: Number of names in a line. The others are counted.
 
     Example:
-        >>> s2ft.serve.sources.grouped({"a": "it is empty", "b": "it is empty"})
+        >>> s2ft.adapter.sources.grouped({"a": "it is empty", "b": "it is empty"})
         ['a, b: it is empty']
     """
     by_reason: dict[str, list[str]] = {}
