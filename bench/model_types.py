@@ -228,9 +228,10 @@ def _fill(row: dict, model_type: str, dtype) -> float:
         model = tiny_model_of(model_type, dtype)
     except ValueError as error:
         raise ValueError(f"not built: {error}") from None
-    example, reached = runnable_example(model)
+    example = runnable_example(model)
     paths = {path for path, _ in model.named_modules()}
     row["inputs"] = " ".join(example)
+    reached = _reached(model, example)
     before = _outputs(model, example)
     if not _same(_outputs(model, example), before, exactly=True):
         raise ValueError("its output differs from one run to the next")
@@ -306,6 +307,18 @@ def _outputs(model, example) -> list:
         return [tensor.clone() for tensor in tensors_in(run_example(model, example))]
 
 
+def _reached(model, example) -> set[str]:
+    """The paths of the modules that the example reaches."""
+    reached: set[str] = set()
+    handles = [
+        module.register_forward_hook(lambda *_, path=path: reached.add(path)) for path, module in model.named_modules()
+    ]
+    _outputs(model, example)
+    for handle in handles:
+        handle.remove()
+    return reached
+
+
 def _same(after: list, before: list, exactly: bool = False) -> bool:
     import torch
 
@@ -326,7 +339,7 @@ def _word(good: bool) -> str:
     return "yes" if good else "NO"
 
 
-def _gradients(model, example, paths: set[str], reached: dict[str, int]) -> str:
+def _gradients(model, example, paths: set[str], reached: set[str]) -> str:
     """How many of the deltas that run get a gradient from the sum of all outputs with random weights."""
     import torch
 

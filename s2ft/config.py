@@ -11,14 +11,14 @@ if TYPE_CHECKING:
 
 PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l")  # as in s2ft.model.coupling, which imports PyTorch
 TOWERS = ("language", "vision", "audio", "projector")  # the parts of a model that takes images or sound besides text
-METRICS = {  # a metric is a row here and a file s2ft/selection/<name>.py
+METRICS = {  # a metric is a row here and in s2ft/selection/metrics.py
     "random": "at random",
     "weight": "by weight norm",
     "activation": "by activation norm on calibration data",
     "product": "by weight norm times activation norm on calibration data",
     "gradient": "by gradient norm on calibration data",
 }
-ALLOCATIONS = {  # an allocation is a row here and a file s2ft/selection/allocation_<name>.py
+ALLOCATIONS = {  # an allocation is a row here and in s2ft/selection/allocation.py
     "uniform": "the same number of units in each layer",
     "global": "the units with the best scores over all layers, or drawn from all layers together, so a layer may get "
     "none",

@@ -134,7 +134,7 @@ def test_a_decoder_alone_has_no_cross_attention():
 def test_a_wrong_declaration_is_found(monkeypatch):
     """The norms of OLMo 3 move with the heads, and this declaration moves no norm here."""
     base = base_of("olmo3")
-    monkeypatch.setattr("s2ft.model.families.llama.moving_with_heads", lambda *_: {})
+    monkeypatch.setattr("s2ft.model.families.decoders.moving_with_heads", lambda *_: {})
     with pytest.raises(ValueError, match="attach would change what the model computes"):
         check_declaration(base)
 

@@ -141,7 +141,11 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
         if coupling in moves:
             record.moves.append(moves[coupling])
             record.moves[-1].do(model, later=record.awaits_weights)
-        order = _order(coupling, record.selection) if coupling.movable and record.config.layout == "permuted" else None
+        order = None
+        if coupling.movable and record.config.layout == "permuted":
+            # The order of s2 follows from it, also where tensor parallelism needs another order of the weights. So s2
+            # and its optimizer's state have the same order on any number of ranks.
+            order = coupling_order(coupling.count, *_selected(coupling, record.selection))
         for projection in coupling.projections:
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
@@ -149,7 +153,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
     tied = {id(weight) for weight in _tied_weights(model)}
     for path, parts_here in parts.items():
         _mount(model, path, parts_here, record, tied)
-    follow(model, _places_of_layers(model, record))
+    follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
     for coupling in touched:
@@ -159,29 +163,16 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
         record.host_hooks.add(model, record)
 
 
-def _places_of_layers(model: nn.Module, record: Attachment) -> dict[tuple[int, str], Place]:
-    """Where the trainable layers have the parameters that FSDP2 knows in the replaced modules."""
-    moved = {}
+def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
+    """Where FSDP2 finds each parameter without the trainable layers, and with them."""
+    found = []
     for path, mounted in record.mounts.items():
         if mounted.original is None:
             owner, _, name = path.rpartition(".")
-            moved[id(model.get_submodule(owner)), name] = (mounted.layer, "weight")
+            found.append(((model.get_submodule(owner), name), (mounted.layer, "weight")))
         else:
-            moved |= {(id(mounted.original), name): (mounted.layer, name) for name in mounted.original._parameters}
-    return moved
-
-
-def _places_of_originals(model: nn.Module, record: Attachment) -> dict[tuple[int, str], Place]:
-    """Where the replaced modules had the parameters that FSDP2 knows in the trainable layers."""
-    moved = {}
-    for path, mounted in record.mounts.items():
-        if mounted.original is None:
-            owner, _, name = path.rpartition(".")
-            moved[id(mounted.layer), "weight"] = (model.get_submodule(owner), name)
-        else:
-            names = mounted.original._parameters
-            moved |= {(id(mounted.layer), name): (mounted.original, name) for name in names}
-    return moved
+            found += [((mounted.original, name), (mounted.layer, name)) for name in mounted.original._parameters]
+    return found
 
 
 def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
@@ -267,15 +258,6 @@ def _number_positions(parts: list[Part]) -> None:
         first += part.elements.numel()
 
 
-def _order(coupling: Coupling, selection: Selection) -> Tensor:
-    """Return the order of the units that moves the selected ones together, shape [units], int64.
-
-    The order of s2 follows from it, also where tensor parallelism needs another order of the weights. So s2 and its
-    optimizer's state have the same order on any number of ranks.
-    """
-    return coupling_order(coupling.count, *_selected(coupling, selection))
-
-
 def _moves(model: nn.Module, touched: list[Coupling], selection: Selection) -> dict[Coupling, Move]:
     """Make the moves that bring selected units together, after checks. With tensor parallelism no unit changes ranks.
 
@@ -324,7 +306,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
             mounted.original.train(mounted.layer.training)
             mounted.original._is_full_backward_hook = mounted.layer._is_full_backward_hook  # the dicts are shared
             put(model, path, mounted.original)
-    follow(model, _places_of_originals(model, record))
+    follow(model, [(there, here) for here, there in _places(model, record)])
     for move in reversed(record.moves):
         move.undo(model)
     allow_packing(model, record.packing_stopped)
@@ -341,7 +323,7 @@ def remount(model: nn.Module, record: Attachment) -> None:
         if mounted.original is not None:
             mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
-    follow(model, _places_of_layers(model, record))
+    follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     put_forwards_back(model, record)
     stop_packing(model, record.packing_stopped)

@@ -29,7 +29,7 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.delta import Delta
-from s2ft.model.discovery.examples import example_of, examples_of, run_example
+from s2ft.model.discovery.examples import check_example, example_of, examples_of, run_example
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.modes import Rest, seeded
 from s2ft.model.outputs import changes, largest_change, tensors_in
@@ -77,8 +77,7 @@ def proved(
         TypeError: `example` is of another type.
         ValueError: The mounted model computes something else. Or there must be a proof, and there can be none.
     """
-    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
-        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
+    check_example(example)
     if verify is False:
         yield
         return

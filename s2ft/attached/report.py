@@ -16,13 +16,12 @@ from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.tables import table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.discovery.report import STATUSES
 from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection
 from s2ft.selection.budget import unit_parameters
 from s2ft.selection.selection import span
-
-STATUSES = ("confirmed", "movable", "in place", "one-sided", "untouched")
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ class Report:
             extra_weights=extra_weights,
             fresh_heads=tuple(fresh_heads(model, record)),
             towers=_towers(model, record.couplings, parts, extra_weights),
-            couplings=_counted(map(_moves, record.custom_couplings or ())),
+            couplings=_counted(coupling.status for coupling in record.custom_couplings or ()),
             weights=_counted(row.status for row in record.weights),
             unproved=record.unproved,
         )
@@ -172,7 +171,7 @@ class Report:
             total=count_parameters(model),
             extra_weights=extra_weights,
             towers=_towers(model, couplings, parts, extra_weights),
-            couplings=_counted(map(_moves, couplings if is_custom else ())),
+            couplings=_counted(coupling.status for coupling in (couplings if is_custom else ())),
             weights=_counted(row.status for row in weights),
         )
 
@@ -241,10 +240,6 @@ def _towers(
     trained = {tower_of(model, path) for path in (*(part.projection.path for part in parts), *extra_weights)}
     present = trained | {tower_of(model, coupling.main.path) for coupling in couplings}
     return {tower: tower in trained for tower in TOWERS if tower in present} if len(present) > 1 else {}
-
-
-def _moves(coupling: Coupling) -> str:
-    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
 
 
 def _counted(statuses: Iterable[str]) -> dict[str, int]:

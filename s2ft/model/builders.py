@@ -64,22 +64,22 @@ def attention(
     """
     head_dim = inputs_of(model, o) // heads
     kv_heads = outputs_of(model, v) // head_dim
-    sides = [("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads), *_more(more or {}, heads, kv_heads)]
+    others = [(key, path, kv_heads if key in "kv" else heads) for path, key in (more or {}).items()]
+    sides = [("q", q, heads), ("k", k, kv_heads), ("v", v, kv_heads), *others]
     producers = tuple(Projection(key, path, n, outputs_of(model, path) // n, 0) for key, path, n in sides)
     vectors = tuple(Vector(path, unit) for path, unit in (moving or {}).items())
     return Coupling(kind, layer, producers, Projection("o", o, heads, head_dim, 1), vectors, fixed)
 
 
 def packed_attention(model: nn.Module, layer: int, qkv: str, o: str, heads: int, interleaved: bool = False) -> Coupling:
-    """Describe an attention block as :meth:`Coupling.packed_attention` does, with the sizes of its layers."""
+    """Describe an attention block as :meth:`Coupling.packed_attention` does, with the sizes of its layers.
+
+    Heads that share keys are never interleaved.
+    """
     head_dim = inputs_of(model, o) // heads
     kv_heads = (outputs_of(model, qkv) // head_dim - heads) // 2
     sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
-    return Coupling.packed_attention(layer, qkv=qkv, o=o, **sizes, interleaved=interleaved)
-
-
-def _more(layers: Mapping[str, str], heads: int, kv_heads: int) -> list[tuple[str, str, int]]:
-    return [(key, path, kv_heads if key in "kv" else heads) for path, key in layers.items()]
+    return Coupling.packed_attention(layer, qkv=qkv, o=o, **sizes, interleaved=interleaved and kv_heads == heads)
 
 
 def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = None, kind: str = "ffn") -> Coupling:
@@ -122,17 +122,10 @@ def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     )
 
 
-def gated_mlp(model: nn.Module, layer: int, path: str, channels: int | None = None, kind: str = "ffn") -> Coupling:
+def gated_mlp(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Coupling:
     """The block of llama and similar families: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
-    coupling = Coupling.gated_ffn(
-        layer,
-        up=f"{path}.up_proj",
-        gate=f"{path}.gate_proj",
-        down=f"{path}.down_proj",
-        channels=channels or model.config.intermediate_size,
-        kind=kind,
-    )
-    return replace(coupling, block=path, activation=activation_of(model, path))
+    found = ffn(model, layer, f"{path}.up_proj", f"{path}.down_proj", f"{path}.gate_proj", kind)
+    return replace(found, block=path, activation=activation_of(model, path))
 
 
 def activation_of(model: nn.Module, mlp: str) -> str | None:
@@ -176,13 +169,6 @@ def is_gated_mlp(block_class: type[nn.Module]) -> bool:
     return code is not None and (code.co_code, code.co_names) in GATED
 
 
-def head_sizes(config) -> tuple[int, int, int]:
-    """The number of heads, the number of key/value heads and the head size in a model's config."""
-    heads = config.num_attention_heads
-    kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    return heads, kv_heads, getattr(config, "head_dim", None) or config.hidden_size // heads
-
-
 def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
     """The norms, sinks and biases of an attention block that move, as :meth:`Coupling.attention` takes them.
 
@@ -211,9 +197,10 @@ def under_base(model: nn.Module, name: str) -> str:
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over (path, module) of the layers in a list of modules of the base model, if it has that list.
 
-    A tower with a head, and in older releases of transformers every tower, has the list inside one more module.
+    A tower with a head, and in older releases of transformers every tower, has the list inside one more module. So have
+    the language models of Llama 3.2 Vision and Llama 4 with their heads.
     """
-    for path in (under_base(model, name), f"text_model.{name}", f"vision_model.{name}"):
+    for path in (under_base(model, name), f"text_model.{name}", f"vision_model.{name}", f"model.{name}"):
         try:
             layers = model.get_submodule(path)
         except AttributeError:

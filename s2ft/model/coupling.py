@@ -415,6 +415,11 @@ class Coupling:
             yield self.consumer
 
     @property
+    def status(self) -> str:
+        """How its units are trained: "one-sided", "movable", or "in place"."""
+        return "one-sided" if self.is_one_sided else "movable" if self.movable else "in place"
+
+    @property
     def main(self) -> Projection:
         """The consumer, or the first producer of a coupling without one. It names the coupling."""
         return next(iter(self.producers)) if self.consumer is None else self.consumer

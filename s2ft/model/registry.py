@@ -109,7 +109,9 @@ def find_couplings(
         couplings = _outside_saved_modules(model, declared, config)
         found = Found(couplings, is_custom=len(couplings) < len(declared))
     else:
-        found = _discovered(model, example, (config and config.modules_to_save) or ())
+        discovery, modules = discover(model, example), (config and config.modules_to_save) or ()
+        couplings = [coupling for coupling in discovery.couplings if _is_outside(coupling, modules)]
+        found = Found(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
     check_shapes(model, found.couplings)
     return found
 
@@ -131,14 +133,10 @@ def explain(model: nn.Module, example: Any = None) -> Discovery:
     if found.weights:
         return Discovery(found.couplings, list(found.weights))
     family = f"declared for model type {model.config.model_type}"
-    rows = {p.path: WeightRow(p.path, _word(c), family, c) for c in found.couplings for p in c.projections}
+    rows = {p.path: WeightRow(p.path, c.status, family, c) for c in found.couplings for p in c.projections}
     for path in layers_of_blocks(model):
         rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
     return Discovery(found.couplings, list(rows.values()))
-
-
-def _word(coupling: Coupling) -> str:
-    return "one-sided" if coupling.is_one_sided else "movable" if coupling.movable else "in place"
 
 
 def _outside_saved_modules(model: nn.Module, couplings: list[Coupling], config: S2FTConfig | None) -> list[Coupling]:
@@ -157,12 +155,6 @@ def _is_free(path: str, modules: Sequence[str]) -> bool:
     """Whether a path is in none of the modules, which are given by their paths or by the last parts of them."""
     above = [path[:end] for end, character in enumerate(path) if character == "."] + [path]
     return not any(one == module or one.endswith(f".{module}") for module in modules for one in above)
-
-
-def _discovered(model: nn.Module, example: Any, modules: Sequence[str]) -> Found:
-    discovery = discover(model, example)
-    couplings = [coupling for coupling in discovery.couplings if _is_outside(coupling, modules)]
-    return Found(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
 
 
 def _declaration(model: nn.Module) -> Declaration | None:

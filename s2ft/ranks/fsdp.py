@@ -10,7 +10,7 @@ PyTorch has no public way for either. The private names that are needed are look
 """
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -74,33 +74,32 @@ def managed_by_fsdp(model: nn.Module) -> set[tuple[int, str]]:
     return places
 
 
-def follow(model: nn.Module, moved: dict[tuple[int, str], Place]) -> None:
+def follow(model: nn.Module, moved: Iterable[tuple[Place, Place]]) -> None:
     """Tell FSDP2 where parameters are now. It can be called again.
 
     Args:
         model: The model.
-        moved: The new place of a parameter by the id of the module that had it and its name there.
+        moved: The old and the new place of each parameter.
     """
-    for group in _groups(model) if moved else ():
+    new = {(id(module), name): there for (module, name), there in moved}
+    for group in _groups(model) if new else ():
         for parameter in group.fsdp_params:
             info = parameter._module_info
-            place = moved.get((id(info.module), info.param_name))
-            if place is not None:
-                info.module, info.param_name = place
-            for i, shared in enumerate(zip(info.shared_modules, info.shared_param_names)):
-                place = moved.get((id(shared[0]), shared[1]))
-                if place is not None:
-                    info.shared_modules[i], info.shared_param_names[i] = place
+            here = id(info.module), info.param_name
+            info.module, info.param_name = new.get(here, (info.module, info.param_name))
+            for i, (module, name) in enumerate(zip(info.shared_modules, info.shared_param_names)):
+                place = new.get((id(module), name), (module, name))
+                info.shared_modules[i], info.shared_param_names[i] = place
 
 
 @contextmanager
 def following(model: nn.Module, here: Place, there: Place) -> Iterator[None]:
     """Inside, FSDP2 knows that a parameter is there; before and afterwards it is here."""
     try:
-        follow(model, {(id(here[0]), here[1]): there})
+        follow(model, [(here, there)])
         yield
     finally:
-        follow(model, {(id(there[0]), there[1]): here})
+        follow(model, [(there, here)])
 
 
 def shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:

@@ -1,32 +1,26 @@
 """Selection: which units are trained (S²FT paper, section 3.2 and its strategies S²FT-R, -W, -A, -S and -G).
 
-Each metric is one file named after it, which defines METRIC, and one row of METRICS in s2ft/config.py. Each allocation
-is one file allocation_<name>.py, which defines ``allocate``, and one row of ALLOCATIONS there.
+See metrics.py for what scores units, and allocation.py for how many units each projection gets.
 """
 
 from dataclasses import replace
-from importlib import import_module
 from typing import Any
 
 import torch
 from torch import nn
 
-from s2ft import config as options
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_distributed
 from s2ft.model.coupling import Coupling
 from s2ft.model.weights import can_run, have_numbers
+from s2ft.selection.allocation import ALLOCATIONS
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
-from s2ft.selection.metric import Allocation, Metric, Request, Units, check_finite, shared_by_producers
+from s2ft.selection.metric import Metric, Request, Units, check_finite, shared_by_producers
+from s2ft.selection.metrics import METRICS
 from s2ft.selection.named_units import allowed_units, named_units
 from s2ft.selection.protection import allowed_without_protected, with_protect_ratio
 from s2ft.selection.selection import Selection
-
-METRICS: dict[str, Metric] = {name: import_module(f"{__name__}.{name}").METRIC for name in options.METRICS}
-ALLOCATIONS: dict[str, Allocation] = {
-    name: import_module(f"{__name__}.allocation_{name}").allocate for name in options.ALLOCATIONS
-}
 
 __all__ = ["ALLOCATIONS", "METRICS", "Selection", "select"]
 

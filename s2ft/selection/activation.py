@@ -14,8 +14,8 @@ from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import find, parameter_position, put, split_of_units
 from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
-from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
-from s2ft.selection.running import in_evaluation_mode, run_forward, temporary_hooks
+from s2ft.selection.metric import Request, Units, squares_by_unit
+from s2ft.selection.running import in_evaluation_mode, run_forward
 
 
 def activation_scores(request: Request) -> Units:
@@ -32,11 +32,12 @@ def activation_scores(request: Request) -> Units:
         in_evaluation_mode(request.model),
         _experts_observed(request),
         gathered_forwards(request.model),
-        temporary_hooks() as hooks,
+        ExitStack() as stack,
         torch.no_grad(),
     ):
-        for path, projections in _by_path(request).items():
-            hooks += sums.watch(path, projections)
+        for path, projections in request.by_path().items():
+            for hook in sums.watch(path, projections):
+                stack.callback(hook.remove)
         for batch in request.calibration.batches(request.model):
             run_forward(request.model, batch)
     return sums.scores()
@@ -130,20 +131,13 @@ class _Sums:
         return scores
 
 
-def _by_path(request: Request) -> dict[str, list[Projection]]:
-    found: dict[str, list[Projection]] = {}
-    for projection in request.projections:
-        found.setdefault(projection.path, []).append(projection)
-    return found
-
-
 @contextmanager
 def _experts_observed(request: Request) -> Iterator[None]:
     """Replace the requested parameters of experts by modules, so that hooks see what each expert gets and returns.
 
     Everything is restored afterwards.
     """
-    stacks = {path: found[0] for path, found in _by_path(request).items() if found[0].expert is not None}
+    stacks = {path: found[0] for path, found in request.by_path().items() if found[0].expert is not None}
     with ExitStack() as stack:
         for path, projection in stacks.items():
             parameter, place = find(request.model, path), parameter_position(request.model, path)
@@ -165,6 +159,3 @@ def _set_forward(module: nn.Module, forward: Callable | None) -> None:
         module.__dict__.pop("forward", None)
     else:
         module.forward = forward
-
-
-METRIC = Metric(activation_scores, calibrated=True)

@@ -242,7 +242,7 @@ def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iter
             yield "decoder_attention_mask", *labels
         elif named.get("labels") is not None:
             yield "decoder_attention_mask", _shape(named["labels"]), "labels"
-    elif main == "input_ids" and _predicts_tokens(model):
+    elif main == "input_ids" and model.get_output_embeddings() is not None:  # a label for every token
         kept = named.get("logits_to_keep")  # s2ft's collator makes labels for the kept logits only
         labels = (size, kept if isinstance(kept, int) and kept else ids.shape[1]), main
     yield "attention_mask", *(((size,), main) if ids is None else (tuple(ids.shape), "input_ids"))
@@ -277,8 +277,3 @@ def is_causal_lm(model: nn.Module) -> bool:
         and not is_encoder_decoder(model)
         and model.can_generate()
     )
-
-
-def _predicts_tokens(model: nn.Module) -> bool:
-    """Return True if the model has a label for every token."""
-    return model.get_output_embeddings() is not None

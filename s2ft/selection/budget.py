@@ -41,9 +41,10 @@ def units_per_projection(
     total, what = _budget(config, model, requested)
     most = sum(free[path] * costs[path] for path in free)
     if total > most:
+        taken = "" if config.protect_ratio is None else f" with protect_ratio={config.protect_ratio:g}"
         raise ValueError(
             f"{what} is more than the {most:,} parameters that the requested projections have to choose "
-            f"from{_taken(config)}: lower it, or request more projections"
+            f"from{taken}: lower it, or request more projections"
         )
     units = _aligned(share_out(total, shares, free, costs), config.align)
     _check_none_is_empty(config, requested, units, costs, what)
@@ -55,11 +56,6 @@ def _aligned(units: dict[str, int], align: int | None) -> dict[str, int]:
     if align is None:
         return units
     return {name: number - number % align if number > align else number for name, number in units.items()}
-
-
-def _taken(config: S2FTConfig) -> str:
-    """Return what takes units away, for a message."""
-    return "" if config.protect_ratio is None else f" with protect_ratio={config.protect_ratio:g}"
 
 
 def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:

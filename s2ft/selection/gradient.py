@@ -1,6 +1,7 @@
 """Selection by gradient norm (S²FT-G in the paper)."""
 
 from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -9,8 +10,8 @@ from s2ft.distributed import full_values
 from s2ft.model.coupling import Projection
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import weight_at
-from s2ft.selection.metric import Metric, Request, Units, squares_by_unit
-from s2ft.selection.running import in_evaluation_mode, keep_checkpointing, loss_of, single_sequences, temporary_hooks
+from s2ft.selection.metric import Request, Units, squares_by_unit
+from s2ft.selection.running import in_evaluation_mode, keep_checkpointing, loss_of, single_sequences
 
 
 def gradient_scores(request: Request) -> Units:
@@ -47,14 +48,16 @@ def root_mean_squares(request: Request, squares: Callable[[Tensor, Projection], 
     with (
         in_evaluation_mode(request.model),
         gathered_forwards(request.model) as gathered,
-        temporary_hooks() as hooks,
+        ExitStack() as stack,
         torch.enable_grad(),
     ):
         request.model.requires_grad_(False)
         for weight, projections in _weights(request):
             leaf = gathered.leaf(weight).requires_grad_(True)
-            hooks.append(leaf.register_post_accumulate_grad_hook(_collect(request.model, projections, squares, sums)))
-        hooks += keep_checkpointing(request.model)
+            hook = leaf.register_post_accumulate_grad_hook(_collect(request.model, projections, squares, sums))
+            stack.callback(hook.remove)
+        for hook in keep_checkpointing(request.model):
+            stack.callback(hook.remove)
         for batch in request.calibration.batches(request.model):
             for sequence in single_sequences(request.model, batch):
                 loss_of(request.model, sequence).backward()
@@ -95,6 +98,3 @@ def _collect(
         weight.grad = None
 
     return hook
-
-
-METRIC = Metric(gradient_scores, calibrated=True)

@@ -30,10 +30,17 @@ class Request:
         for coupling in self.couplings:
             yield from (projection for projection in coupling.projections if projection.key in self.config.ratios)
 
+    def by_path(self) -> dict[str, list[Projection]]:
+        """The projections by the path of their weight, which several may share."""
+        found: dict[str, list[Projection]] = {}
+        for projection in self.projections:
+            found.setdefault(projection.path, []).append(projection)
+        return found
+
 
 @dataclass(frozen=True)
 class Metric:
-    """A way to score units. A file of this folder defines one as METRIC, and s2ft/config.py lists its name.
+    """A way to score units.
 
     Attributes:
         score: Returns, for every projection of the request by name, the score of each unit, shape [count], float64, not
@@ -69,7 +76,7 @@ def squares_by_unit(matrix: Tensor, dim: int, projection: Projection, split: Spl
     rows = max(1, PIECE // max(1, matrix[:1].numel()))
     total = torch.zeros(matrix.shape[dim], dtype=torch.float64, device=matrix.device)
     for start in range(0, matrix.shape[0], rows):
-        squares = matrix[start : start + rows].to(_wide(matrix.dtype)).square()
+        squares = matrix[start : start + rows].to(torch.promote_types(matrix.dtype, torch.float32)).square()
         if dim == 0:
             total[start : start + rows] = squares.flatten(1).sum(1)
         else:
@@ -80,10 +87,6 @@ def squares_by_unit(matrix: Tensor, dim: int, projection: Projection, split: Spl
         total[own] = part if part.numel() == own.numel() else part[own]
     elements = projection.elements(torch.arange(projection.count)).to(total.device)
     return total[elements].view(projection.count, projection.unit).sum(1)
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.promote_types(dtype, torch.float32)
 
 
 def shared_by_producers(request: Request, scores: Units) -> Units:

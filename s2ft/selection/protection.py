@@ -11,7 +11,7 @@ from s2ft.config import PROTECTED, S2FTConfig
 from s2ft.model.coupling import Projection
 from s2ft.selection.allocation import best_first, check_enough
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
-from s2ft.selection.product import product_scores
+from s2ft.selection.metrics import product_scores
 
 
 def with_protect_ratio(config: S2FTConfig, has_data: bool) -> S2FTConfig:

@@ -35,17 +35,6 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
             parameter.grad = gradient
 
 
-@contextlib.contextmanager
-def temporary_hooks() -> Iterator[list]:
-    """Yield a list for the handles of hooks. All hooks in it are removed afterwards, also after an error."""
-    handles: list = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 def run_forward(model: nn.Module, batch: Batch) -> None:
     """Run one forward for its activations, without a loss or a cache, and with one logit per sequence.
 
@@ -75,8 +64,10 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: The model has none.
     """
+    parameters = inspect.signature(model.forward).parameters.values()
+    takes_labels = any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters)
     try:
-        output = model(*batch.positional, **{**batch.named, **_no_cache(model)}) if _takes_labels(model) else None
+        output = model(*batch.positional, **{**batch.named, **_no_cache(model)}) if takes_labels else None
     except TypeError as error:
         if "labels" not in str(error):
             raise
@@ -87,11 +78,6 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
             f"selection='gradient' needs a model that computes a loss from labels; {type(model).__name__} does not"
         )
     return loss
-
-
-def _takes_labels(model: nn.Module) -> bool:
-    parameters = inspect.signature(model.forward).parameters.values()
-    return any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters)
 
 
 def _no_cache(model: nn.Module) -> dict[str, bool]:

@@ -29,8 +29,9 @@ from transformers import (
 
 from s2ft.model.discovery import discover
 from s2ft.model.discovery.examples import run_example, runnable_example
+from s2ft.model.discovery.search import trial_of
 from s2ft.model.discovery.tiny_config import HEADS, Level, tiny_config
-from s2ft.model.discovery.twin import kinds_of_blocks, paths_and_classes, twin_of
+from s2ft.model.discovery.twin import kinds_of_blocks, paths_and_classes, twins_of
 from s2ft.model.outputs import tensors_in
 
 LLAMA_8B = dict(
@@ -43,8 +44,8 @@ def on_meta(config, kind=AutoModelForCausalLM):
         return kind.from_config(config)
 
 
-def example_that_runs(twin):
-    return runnable_example(twin)[0]
+def twin_of(model):
+    return next(twins_of(model, []))
 
 
 # ---- configs ----------------------------------------------------------------------------------------------
@@ -115,15 +116,14 @@ def test_a_twin_has_the_modules_of_the_model_and_runs(name):
     assert kinds_of_blocks(twin) == kinds_of_blocks(model)
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
     assert sum(parameter.numel() for parameter in twin.parameters()) < 2e6
-    example_that_runs(twin)
+    runnable_example(twin)
 
 
 def test_the_example_of_a_model_with_images_reaches_both_towers():
-    twin = twin_of(on_meta(LlavaConfig(), AutoModelForImageTextToText))
-    example, reached = runnable_example(twin)
-    assert "pixel_values" in example
-    for tower in ("model.language_model.layers.0.mlp.down_proj", "model.vision_tower.encoder.layers.0.mlp.fc2"):
-        assert any(path.endswith(tower.removeprefix("model.")) for path in reached), tower
+    trial = trial_of(on_meta(LlavaConfig(), AutoModelForImageTextToText))
+    assert "pixel_values" in trial.example
+    for tower in ("language_model.layers.0.mlp.down_proj", "vision_tower.encoder.layers.0.mlp.fc2"):
+        assert any(path.endswith(tower) for path in trial.called), tower
 
 
 @pytest.mark.parametrize("config", [ViTConfig(), SwinConfig(), WhisperConfig()], ids=lambda config: config.model_type)
@@ -134,7 +134,7 @@ def test_a_twin_of_images_or_sound_runs(config):
     kind = getattr(transformers, kinds.get(config.model_type, "WhisperForConditionalGeneration"))
     with torch.device("meta"):
         model = kind(config)
-    example_that_runs(twin_of(model))
+    runnable_example(twin_of(model))
 
 
 def test_nothing_in_a_twin_is_special():
@@ -148,7 +148,7 @@ def test_nothing_in_a_twin_is_special():
 def test_a_twin_computes_in_float64_where_the_model_asks_for_float32():
     """Norms convert to float32. On the twin, its rounding must not hide a small change."""
     twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
-    example = example_that_runs(twin)
+    example = runnable_example(twin)
     norm = dict(twin.named_modules())["model.layers.0.input_layernorm"]
     found = []
     norm.register_forward_hook(lambda module, args, output: found.append(output))
@@ -214,8 +214,8 @@ def test_too_large_a_model_that_no_config_builds_is_refused_with_what_was_tried(
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B))
     model.config = Broken()
-    with pytest.raises(ValueError, match=r"small copy of LlamaForCausalLM.*no dict of this one.*too many"):
-        twin_of(model)
+    with pytest.raises(ValueError, match=r"LlamaForCausalLM: no small copy.*no dict of this one.*too many"):
+        trial_of(model)
 
 
 # ---- examples ---------------------------------------------------------------------------------------------
@@ -228,23 +228,15 @@ def test_no_example_that_runs_is_an_error_that_says_what_was_tried():
         runnable_example(twin)
 
 
-def test_a_given_example_that_does_not_run_is_refused():
+def test_an_output_with_nan_is_refused():
     twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
-    with pytest.raises(ValueError, match="does not run on the example given"):
-        runnable_example(twin, {"input_ids": torch.zeros(2, 4)})
-    with pytest.raises(TypeError, match="example must be a tensor"):
-        runnable_example(twin, "text")
-
-
-def test_an_example_with_nan_is_refused():
-    model = nn.Sequential(nn.Linear(2, 2))
+    twin.model.norm.weight.data.fill_(torch.nan)
     with pytest.raises(ValueError, match="NaN or infinity"):
-        runnable_example(model, torch.full((1, 2), torch.nan))
+        runnable_example(twin)
 
 
 def test_the_order_of_calls_is_that_of_the_forward():
-    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
-    _, order = runnable_example(twin)
+    order = trial_of(on_meta(LlamaConfig(**LLAMA_8B))).called
     assert order["model.layers.0.mlp.up_proj"] < order["model.layers.0.mlp.down_proj"] < order["lm_head"]
 
 

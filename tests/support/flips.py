@@ -92,7 +92,7 @@ def example_of(model: PreTrainedModel, known: dict[str, Tensor] | None = None) -
             return found
         except Exception:  # a flip may ask for other inputs
             continue
-    return runnable_example(model)[0]
+    return runnable_example(model)
 
 
 # ---- flips ------------------------------------------------------------------------------------------------------

@@ -6,9 +6,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.discovery.proposal import Block, Proposal
+from s2ft.model.discovery.proposal import Block, Proposal, vector_choices
 from s2ft.model.discovery.structure import Structure, name_and_owner, parent_of
-from s2ft.model.discovery.vectors import vector_choices
 
 QUERIES = ("query", "queries", "q")  # in this order: "q" is also the first letter of other words
 KEY_AND_VALUE = {"query": ("key", "value"), "queries": ("keys", "values"), "q": ("k", "v")}
@@ -68,13 +67,10 @@ def attention_blocks(structure: Structure) -> Iterator[Block]:
                 kinds = type(structure.modules[inputs.root]).__name__, type(structure.modules[around]).__name__
                 own = (name for name, _ in structure.modules[inputs.root].named_parameters(recurse=False))
                 names = ", ".join([*map(structure.pattern, inputs.paths), *own])  # some blocks of a stack have sinks
-                yield Block(f"attention of {names} ({', '.join(kinds)})", tuple(_finest_first(proposals)))
+                # Many heads first: halves of heads can't move, but pairs of heads can where single heads can.
+                proposals.sort(key=lambda proposal: -proposal.couplings[0].consumer.count)
+                yield Block(f"attention of {names} ({', '.join(kinds)})", tuple(proposals))
                 break
-
-
-def _finest_first(proposals: list[Proposal]) -> list[Proposal]:
-    """Proposals with many heads first: halves of heads can't move, but pairs of heads can where single heads can."""
-    return sorted(proposals, key=lambda proposal: -proposal.couplings[0].consumer.count)
 
 
 # ---- which layers ------------------------------------------------------------------------------------------------
@@ -152,7 +148,8 @@ def _head_counts(structure: Structure, inputs: Inputs, out: str, around: str) ->
         if found:
             yield from found
             return
-    yield from ((f"divisor {i}", width // size) for i, size in enumerate(_divisors(width)) if size < width)
+    divisors = [size for size in range(1, width) if width % size == 0]
+    yield from ((f"divisor {i}", width // size) for i, size in enumerate(divisors))
 
 
 def _counts_of(owner: Any, source: str, width: int) -> Iterator[tuple[str, int]]:
@@ -170,10 +167,6 @@ def _count(owner: Any, name: str) -> int | None:
     except Exception:  # configs whose layers differ refuse to name one number for all
         return None
     return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
-def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
 
 
 def _layouts(

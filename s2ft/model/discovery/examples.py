@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.modes import evaluation_mode, seeded
+from s2ft.model.outputs import tensors_in
 
 ROWS, LENGTH = 2, 24
 SAMPLES = 8000  # of a recording
@@ -76,35 +77,31 @@ def _value(name: str, config: Any, rows: int, length: int, generator: torch.Gene
 # ---- the first batch that runs ----------------------------------------------------------------------------
 
 
-def runnable_example(model: nn.Module, example: Any = None) -> tuple[Any, dict[str, int]]:
-    """Find an input on which the model runs.
+def check_example(example: Any) -> None:
+    """Raise TypeError unless an example is None or has a type of an input of a model."""
+    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
+        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
 
-    Args:
-        model: The model.
-        example: Tensor, tuple of arguments or dict of them; default: the first of :func:`examples_of` that runs.
 
-    Returns:
-        The input, and the paths of the modules that it reaches, each with the place of its first call.
+def runnable_example(model: nn.Module) -> dict[str, Tensor]:
+    """Find an input on which the model runs: the first one of :func:`examples_of` that it takes.
 
     Raises:
         ValueError: The model runs on none; the message says what was tried.
-        TypeError: `example` is of another type.
     """
-    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
-        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
     failed: list[str] = []
     start = time.monotonic()
-    for candidate in examples_of(model) if example is None else [example]:
+    for candidate in examples_of(model):
         if failed and time.monotonic() - start > LONGEST and not _is_plain(candidate):
             continue
-        order, failure = _try(model, candidate)
+        failure = _failure(model, candidate)
         if not failure:
-            return candidate, order
-        named = ", ".join(candidate) if isinstance(candidate, dict) else "the given one"
-        failed.append(f"{named}: {failure}")
-    what = "the example given" if example is not None else "any input that s2ft makes"
+            return candidate
+        failed.append(f"{', '.join(candidate)}: {failure}")
     tried = "; ".join(dict.fromkeys(failed)) or "no input: its config names no tokens, images or sound"
-    raise ValueError(f"{type(model).__name__} does not run on {what}. Tried: {tried}. Pass another as example=")
+    raise ValueError(
+        f"{type(model).__name__} does not run on any input that s2ft makes. Tried: {tried}. Pass another as example="
+    )
 
 
 def run_example(model: nn.Module, example: Any) -> Any:
@@ -126,48 +123,16 @@ def _is_plain(example: Any) -> bool:
     )
 
 
-def _try(model: nn.Module, example: Any) -> tuple[dict[str, int], str]:
-    """Run the model once. Returns the order of the calls, and why the example is no good if it is not."""
-    order: dict[str, int] = {}
-    handles = [
-        module.register_forward_hook(lambda module, args, output, path=path: _note(order, path))
-        for path, module in model.named_modules()
-    ]
+def _failure(model: nn.Module, example: Any) -> str:
+    """Run the model once, and say why the example is no good if it is not."""
     try:
-        with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(_cuda_devices(model)):
-            torch.manual_seed(0)
-            output = run_example(model, example)
+        with torch.no_grad(), evaluation_mode(model), seeded(model, 0):
+            found = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.numel()]
     except Exception as error:  # models refuse inputs in many ways; every one only rules this input out
-        return order, f"{type(error).__name__}: {str(error)[:200]}"
-    finally:
-        for handle in handles:
-            handle.remove()
-    return order, "" if all(map(_is_finite, _floats(output))) else "its output has NaN or infinity"
-
-
-def _note(order: dict[str, int], path: str) -> None:
-    order.setdefault(path, len(order))
-
-
-def _cuda_devices(model: nn.Module) -> list[torch.device]:
-    return sorted({parameter.device for parameter in model.parameters() if parameter.is_cuda}, key=str)
-
-
-def _is_finite(tensor: Tensor) -> bool:
+        return f"{type(error).__name__}: {str(error)[:200]}"
     # Classes that can't be chosen get the lowest number or minus infinity in some models.
-    return not bool(torch.isnan(tensor).any()) and bool(torch.isfinite(tensor).any())
-
-
-def _floats(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        if output.is_floating_point() and output.numel():
-            yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _floats(value)
-    elif isinstance(output, (tuple, list)):
-        for value in output:
-            yield from _floats(value)
+    good = all(tensor.isfinite().any() and not tensor.isnan().any() for tensor in found)
+    return "" if good else "its output has NaN or infinity"
 
 
 # ---- candidates -------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@ from dataclasses import replace
 from torch import nn
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.discovery.proposal import Block, Proposal
+from s2ft.model.discovery.proposal import Block, Proposal, vector_choices
 from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, parent_of
-from s2ft.model.discovery.vectors import vector_choices
 
 GATE = re.compile(r"gate|(^|[._])w1$|w_0$|wi_0$|linear_1$|fc1_g$|act_fn", re.I)
 SHARED = re.compile(r"shared_?(expert|mlp)")

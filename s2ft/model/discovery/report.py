@@ -45,7 +45,13 @@ class Discovery:
         return {"couplings": [coupling.to_dict() for coupling in self.couplings], "weights": rows}
 
     def __str__(self) -> str:
-        return "\n".join([*_table(self.weights), self.summary])
+        """The summary, under the rows: weights that differ in numbers only, with the same status, are one row."""
+        grouped: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.weights:
+            name = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
+            grouped.setdefault((name, row.status, row.reason), []).append(row.path)
+        lines = [(name, str(len(paths)), status, why) for (name, status, why), paths in grouped.items()]
+        return "\n".join([*table([("weight", "number", "status", "why"), *lines]).splitlines(), self.summary])
 
     @property
     def summary(self) -> str:
@@ -53,14 +59,3 @@ class Discovery:
         counts = {status: sum(row.status == status for row in self.weights) for status in STATUSES}
         words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
         return f"{len(self.couplings)} couplings; weights of the blocks: {words or 'none'}"
-
-
-def _table(rows: list[WeightRow]) -> list[str]:
-    """The rows with those of all layers together: weights that differ in numbers only, with the same status."""
-    grouped: dict[tuple[str, str, str], list[str]] = {}
-    for row in rows:
-        name = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
-        grouped.setdefault((name, row.status, row.reason), []).append(row.path)
-    head = ("weight", "number", "status", "why")
-    lines = [head, *((name, str(len(paths)), status, why) for (name, status, why), paths in grouped.items())]
-    return table(lines).splitlines()

@@ -5,7 +5,7 @@ from torch import nn
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.ffn import may_be_coupled
 from s2ft.model.discovery.proposal import Block
-from s2ft.model.discovery.report import WeightRow
+from s2ft.model.discovery.report import Discovery, WeightRow
 from s2ft.model.discovery.settle import Outcome
 from s2ft.model.discovery.stacks import stacked_weights
 from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure
@@ -20,7 +20,6 @@ class Findings:
 
     Attributes:
         structure: The model. Its `taken` has the paths of the layers in a coupling.
-        couplings: The couplings, in the order of their layers.
     """
 
     def __init__(self, structure: Structure, trial: Trial) -> None:
@@ -30,16 +29,13 @@ class Findings:
         self._rows: dict[str, WeightRow] = {}
         self._why: dict[str, str] = {}  # of layers whose block is no coupling
 
-    @property
-    def couplings(self) -> list[Coupling]:
-        return sorted(self._couplings, key=lambda coupling: coupling.layer)
-
-    @property
-    def rows(self) -> list[WeightRow]:
+    def discovery(self) -> Discovery:
+        """The couplings in the order of their layers, and the rows in that of the model's weights."""
         places = {path: i for i, (path, _) in enumerate(self.structure.model.named_parameters())}
-        return sorted(
+        rows = sorted(
             self._rows.values(), key=lambda row: places.get(row.path, places.get(f"{row.path}.weight", len(places)))
         )
+        return Discovery(sorted(self._couplings, key=lambda coupling: coupling.layer), rows)
 
     def add(self, block: Block, outcome: Outcome) -> None:
         """Add the couplings of a block, or remember why its layers are in none."""
@@ -48,7 +44,8 @@ class Findings:
         past = next(filter(self.structure.is_read_past, sorted(paths)), None)
         if past is not None:
             outcome = Outcome(None, None, f"of its block, {past.rpartition('.')[2]} may be used without its layer")
-        if not found or past is not None or self._is_taken(paths):
+        used = {projection.path for one in self._couplings for projection in one.projections}
+        if not found or past is not None or paths & used:
             for projection in block.proposals[0].couplings[0].projections:
                 self._why.setdefault(projection.path, outcome.reason)
             return
@@ -60,10 +57,6 @@ class Findings:
         self.structure.taken |= paths
         for path in sorted(paths):
             self._rows[path] = WeightRow(path, outcome.status, outcome.reason, found[0])
-
-    def _is_taken(self, paths: set[str]) -> bool:
-        used = {projection.path for one in self._couplings for projection in one.projections}
-        return bool(paths & used)
 
     def add_one_sided(self) -> None:
         """Cover every layer of the blocks that is in no coupling, or say why it is not trained."""

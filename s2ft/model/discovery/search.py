@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import full_shape
 from s2ft.model.discovery.attention import attention_blocks
-from s2ft.model.discovery.examples import example_of, runnable_example
+from s2ft.model.discovery.examples import check_example, example_of, runnable_example
 from s2ft.model.discovery.ffn import ffn_blocks
 from s2ft.model.discovery.proposal import Block
 from s2ft.model.discovery.report import Discovery
@@ -77,7 +77,7 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
             outcome = outcomes.get(block.key) or Outcome(None, None, "the twin has no block like it")
             findings.add(block, outcome)
     findings.add_one_sided()
-    found = Discovery(findings.couplings, findings.rows)
+    found = findings.discovery()
     if not found.couplings:
         raise ValueError(f"{type(model).__name__}: s2ft finds nothing that it can train.\n{found}")
     return found
@@ -114,8 +114,7 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
         ValueError: See :func:`discover`.
         TypeError: The example is of another type.
     """
-    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
-        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
+    check_example(example)
     own = not hasattr(getattr(model, "config", None), "to_dict")
     if own and example is None:
         raise ValueError(
@@ -128,7 +127,7 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
         return _trial_on(model, example)
     tried: list[str] = []
     for twin in twins_of(model, tried):
-        for make in (lambda twin: runnable_example(twin)[0], example_of):
+        for make in (runnable_example, example_of):
             try:
                 return Trial(twin, make(twin))
             except Exception as error:  # models refuse inputs in many ways

@@ -3,6 +3,7 @@
 Nothing here reads a weight, so a model on the meta device will do.
 """
 
+import inspect
 import re
 from collections.abc import Mapping
 from functools import cache, cached_property
@@ -10,7 +11,6 @@ from functools import cache, cached_property
 from torch import nn
 
 from s2ft.layers import kind_of
-from s2ft.model.discovery.past import reads_past
 from s2ft.model.towers import tower_of
 
 # Layers that read the model's outputs or choose experts: training some of their units is not what S²FT is for.
@@ -19,6 +19,10 @@ NO_BLOCK_LAYER = re.compile(
     r"indexer|shared_expert_gate|output_embeddings|proj_out_head|modality_router|logit)(\.|$)|(^|\.)gate$|router"
 )
 PROJECTOR = re.compile(r"projector|merger|connector|aligner|resampler|adapter|qformer|multi_modal|feature_projection")
+NOT_IN_FORWARD = ("__init__", "reset_parameters", "_init_weights", "init_weights", "extra_repr")
+# What only describes a weight: reading it past the layer does no harm.
+DESCRIPTIONS = "dtype|device|shape|size|ndim|dim|numel|is_|requires_grad|element_size"
+READS = re.compile(rf"(?<!isinstance\()\bself\.(\w+)\.(?:weight|bias)\b(?!\.(?:{DESCRIPTIONS}))")
 NESTED_STACKS = ("blocks", "layers", "layer", "block")
 
 
@@ -131,7 +135,7 @@ class Structure:
     def is_read_past(self, path: str) -> bool:
         """Whether the block around a layer, or a parameter of experts, may use the weight without running the layer."""
         around, _, name = path.rpartition(".")
-        return path in self.layers and reads_past(self.modules[around], name)
+        return path in self.layers and name in _read_past(type(self.modules[around]))
 
     # ---- numbers -------------------------------------------------------------------------------------
 
@@ -215,6 +219,28 @@ class Structure:
         """The number of the layer that a path is in, counted through the stacks; 0 outside of all."""
         block = self.block_of(path)
         return self._first_numbers[self._stack_of(block)] + self._number_within(block) if block else 0
+
+
+@cache
+def _read_past(owner: type) -> frozenset[str]:
+    """The names of the layers whose weights a method of the class reads itself.
+
+    A trainable layer adds its delta in its forward. A block that multiplies by the weight itself, often only where a
+    fused kernel is installed, would train or compute without the delta.
+    """
+    found = set()
+    for base in owner.__mro__:
+        if base.__module__.startswith("torch.nn."):
+            continue
+        for method, function in vars(base).items():
+            if method in NOT_IN_FORWARD or not inspect.isfunction(function):
+                continue
+            try:
+                source = inspect.getsource(inspect.unwrap(function))
+            except (OSError, TypeError):  # made without a file
+                continue
+            found.update(READS.findall(source))
+    return frozenset(found)
 
 
 def layers_of_blocks(model: nn.Module) -> list[str]:

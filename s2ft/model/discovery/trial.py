@@ -105,7 +105,9 @@ class Trial:
                 tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
                 if not tensors:
                     return set()
-                loss = sum((_finite(tensor) * torch.randn_like(tensor)).sum() for tensor in tensors)
+                loss = sum(
+                    (tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum() for tensor in tensors
+                )
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         except Exception as error:  # the model's own backward refuses
             raise ValueError(
@@ -163,10 +165,6 @@ def _different(now: Tensor, then: Tensor) -> bool:
         return False
     now, then = now[finite], then[finite]
     return not float((now - then).abs().max()) <= TOLERANCE * float(then.abs().max())
-
-
-def _finite(tensor: Tensor) -> Tensor:
-    return tensor.masked_fill(~torch.isfinite(tensor), 0.0)
 
 
 def _trained_outputs(output: Any) -> list[Tensor]:

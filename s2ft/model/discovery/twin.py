@@ -27,30 +27,16 @@ SPREAD = 0.2  # of what is added to norm weights and biases
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def twin_of(model: nn.Module) -> nn.Module:
-    """Build the tiny twin of a model.
+def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
+    """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built.
+
+    A twin has modules of the same classes as the model, under the same paths, apart from numbers in them. It is on the
+    CPU, in float64 and in evaluation mode. The model and the global random state stay as they are.
 
     Args:
         model: The model. Its weights may be quantized, in half precision, on another device, or on meta.
-
-    Returns:
-        A model with modules of the same classes under the same paths, apart from numbers in them. It is on the CPU, in
-        float64 and in evaluation mode. The model itself and the global random state are as before.
-
-    Raises:
-        ValueError: No twin can be built; the message says what was tried.
+        tried: Gets what failed, in words.
     """
-    tried: list[str] = []
-    for twin in twins_of(model, tried):
-        return twin
-    raise ValueError(
-        f"s2ft can't build a small copy of {type(model).__name__} to try couplings on. Tried: {'; '.join(tried)}. "
-        "Describe its couplings in attach(..., couplings=[...])"
-    )
-
-
-def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
-    """Iterate over twins of a model, the smallest first, and append to `tried` why others can't be built."""
     size = sum(full_shape(parameter).numel() for parameter in model.parameters())
     on_meta = any(parameter.is_meta for parameter in model.parameters())
     if size <= COPIED_AT_ONCE and not on_meta and not _is_quantized(model):
@@ -132,14 +118,10 @@ def copied(model: nn.Module) -> nn.Module:
                 if tensor.is_floating_point():
                     tensor.detach().zero_()
         else:
-            twin = copy.deepcopy(model, _gathered_copies(model)).to("cpu")
+            partitioned = {str(id(one)): one for one in model.parameters() if is_partitioned(one)}  # by ZeRO-3
+            memo = {int(key): nn.Parameter(value) for key, value in full_tensors(partitioned).items()}
+            twin = copy.deepcopy(model, memo).to("cpu")
     return _prepared(twin, torch.float64)
-
-
-def _gathered_copies(model: nn.Module) -> dict[int, nn.Parameter]:
-    """Full copies of the parameters that ZeRO-3 has partitioned, by their ids, as the memo of a deep copy."""
-    partitioned = {str(id(one)): one for one in model.parameters() if is_partitioned(one)}
-    return {int(key): nn.Parameter(value) for key, value in full_tensors(partitioned).items()}
 
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:

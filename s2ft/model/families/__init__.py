@@ -13,28 +13,7 @@ from torch import nn
 
 from s2ft.model.coupling import Coupling
 
-FILES = (
-    "codegen",
-    "composite",
-    "conformer",
-    "deepseek",
-    "falcon",
-    "gemma3n",
-    "gemma4",
-    "gpt2",
-    "gpt_bigcode",
-    "gpt_oss",
-    "hybrid",
-    "jetmoe",
-    "llama",
-    "mixtral",
-    "mllama",
-    "named",
-    "t5",
-    "towers",
-    "whisper",
-    "xlm",
-)
+FILES = ("composite", "conformer", "decoders", "gemma", "jetmoe", "named", "packed", "t5", "towers", "xlm")
 
 FLOOR = "5.0"  # the first release of transformers that s2ft works with, as in pyproject.toml
 

@@ -40,7 +40,8 @@ class Names:
         gate: Path of the FFN's gate, if it is a layer of its own.
         attention: Path of the attention; None if no layer of it can be trained.
         layers: Paths of q, k, v and o in the attention; or of q, k and v in one layer, and of o.
-        interleaved: Whether one layer with q, k and v has those of each head in turn.
+        interleaved: Whether one layer with q, k and v has those of each head in turn. It has all of q first where heads
+            share keys, as in GPT-BigCode with multi_query.
         cross: Path of the attention to the encoder, in blocks that have one. Its layers have the same names.
         more: Other layers of the attention that are split by its heads, with their keys; a type may lack them.
         channel_moves: Tensors of the block whose first dimension has an entry for each channel of the FFN.
@@ -86,6 +87,7 @@ WAV2VEC2 = Names(
 )
 DECODER = Names(("layers",), "fc1", "fc2")
 PLAIN_MLP = Names(("layers",), "mlp.up_proj", "mlp.down_proj", layers=QKVO)
+GPT2 = Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn", layers=("c_attn", "c_proj"))
 NEOX = Names(
     ("layers",),
     "mlp.dense_h_to_4h",
@@ -104,6 +106,7 @@ NAMES: dict[tuple[str, ...], Names] = {
         down="ffn.fc2",
         cross="cross_attention",
     ),
+    ("fsmt", "m2m_100", "pegasus_x", "speech_to_text", "whisper"): ENCODER_DECODER,
     ("moonshine",): replace(ENCODER_DECODER, up="mlp.fc1", down="mlp.fc2", layers=QKVO),
     ("biogpt", "xglm"): DECODER,
     ("opt",): replace(DECODER, stacks=("decoder.layers",)),
@@ -159,6 +162,8 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("jina_embeddings_v3",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=QKVO),
     ("ctrl",): Names(("h",), "ffn.0", "ffn.2", attention="multi_head_attention", layers=("Wq", "Wk", "Wv", "dense")),
     ("gpt_neo",): Names(("h",), "mlp.c_fc", "mlp.c_proj", attention="attn.attention"),
+    ("gpt2", "imagegpt", "openai-gpt"): replace(GPT2, cross="crossattention"),
+    ("gpt_bigcode",): replace(GPT2, interleaved=True),
     ("gptj",): Names(("h",), "mlp.fc_in", "mlp.fc_out", attention="attn"),
     ("starcoder2",): Names(("layers",), "mlp.c_fc", "mlp.c_proj", layers=QKVO),
     ("phi",): Names(("layers",), "mlp.fc1", "mlp.fc2", layers=("q_proj", "k_proj", "v_proj", "dense")),
@@ -249,6 +254,7 @@ SINCE = {
     **dict.fromkeys(("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_msn"), "5.9"),
     "dinov2": "5.18",
     "dinov2_with_registers": "5.18",
+    "fsmt": "5.18",  # before, its decoder sees the first token only
     "layoutlmv3": "5.24",
     "moonshine": "5.2",
     "pixio": "5.9",
@@ -313,12 +319,26 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
     }
     if len(names.layers) == 2:
         qkv, o = (f"{path}.{name}" for name in names.layers)
+        if _get(block, "q_attn") is not None:
+            return _cross_attention(model, layer, f"{path}.q_attn", qkv, o, heads, **options)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
         vectors = tuple(Vector(at, unit) for at, unit in moving.items())
         return replace(packed, producers=packed.producers + extra, vectors=vectors, **options)
     layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
+
+
+def _cross_attention(model: nn.Module, layer: int, q: str, kv: str, o: str, heads: int, **options) -> Coupling:
+    """GPT-2's attention to an encoder has k and v in one weight, and q in another."""
+    size, unit = outputs_of(model, kv), outputs_of(model, q) // heads
+    producers = (
+        Projection("q", q, heads, unit, 0),
+        Projection("k", kv, heads, unit, 0, size=size),
+        Projection("v", kv, heads, unit, 0, start=size // 2, size=size),
+    )
+    consumer = Projection("o", o, heads, unit, 1)
+    return Coupling(layer=layer, producers=producers, consumer=consumer, **options)
 
 
 def _get(module: nn.Module, path: str) -> Any:

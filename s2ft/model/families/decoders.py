@@ -1,0 +1,314 @@
+"""Decoders: attention and a gated FFN, a mixture of experts, or what takes their place in some layers.
+
+Each part of a layer has its own couplings, by the name of its module in `PARTS`. See recurrent.py for linear attention,
+state spaces and convolutions.
+
+**Attention.** Biases of q, k and v are reordered with their rows. Norms of q and k over all heads (OLMo 2, Cohere,
+MiniMax M2) and sinks (Flint) move with the heads; a norm that all heads share stays. A gate of the heads' outputs
+(Trinity, Laguna) belongs to the queries; Qwen3-Next and Qwen3.5 compute it in the layer of q, so that a head of q is
+twice as wide as one of o. Rotary embeddings and sliding windows are the same for every head. The attention of Llama 3.2
+Vision that reads the image runs only with an image.
+
+Heads stay in DiffLlama, which subtracts the output of a head from that of another one, half of the heads away; in Doge,
+which computes the mask of a head from the values of all heads, by dt_proj, which is not trained; and in StableLM with
+qk_layernorm, a norm module for every head.
+
+**Low-rank attention** (DeepSeek-V2 and V3). q_proj, or q_b_proj after a low-rank q_a_proj, computes the queries.
+kv_b_proj computes keys and values, [key, value] for each head in turn. The rotated part of the keys is shared by all
+heads. The low-rank dimensions are not units of a coupling, so q_a_proj and kv_a_proj_with_mqa are not trained. Neither
+is the indexer of DeepSeek-V3.2 and GLM-5: it chooses tokens, and no gradient passes a choice.
+
+**Mixtures.** Channels are selected in each expert separately. An expert that processes every token (shared) is a
+coupling of its own. The router is not part of a coupling. GPT-OSS stores [experts, inputs, outputs], gate and up of
+each channel in turn, with a bias that moves with its channel. Aria and Llama 4 are transposed too. Every expert of
+Llama 4 gets every token, with weight 0 if it was not chosen. Nemotron-H has no gate; a layer of it is one block, which
+is a mixture, an FFN, an attention or a state space. Muse Spark has a norm after each expert. The last two may project
+tokens to a smaller width for their experts, and back.
+"""
+
+from collections.abc import Callable
+
+from torch import nn
+
+from s2ft.model.builders import (
+    attention,
+    attention_paths,
+    experts,
+    ffn,
+    gated_mlp,
+    heads_in,
+    inputs_of,
+    layers_of,
+    moving_with_heads,
+    outputs_of,
+)
+from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.families.recurrent import (
+    delta_attention,
+    delta_net,
+    jamba_mamba,
+    lightning_attention,
+    mamba,
+    rg_lru,
+    short_convolution,
+)
+
+MODEL_TYPES = (
+    "afmoe",
+    "aria_text",
+    "axk1",
+    "bailing_hybrid",
+    "bamba",
+    "beam",
+    "cohere",
+    "cohere2",
+    "cohere2_moe",
+    "cwm",
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "diffllama",
+    "doge",
+    "dots1",
+    "emu3_text_model",
+    "ernie4_5",
+    "ernie4_5_moe",
+    "esmc",
+    "eurobert",
+    "exaone",
+    "exaone4",
+    "exaone_moe",
+    "falcon_h1",
+    "falcon_mamba",
+    "flex_olmo",
+    "flint",
+    "gemma",
+    "gemma2",
+    "gemma3_text",
+    "glm4_moe",
+    "glm4_moe_lite",
+    "glm4v_moe_text",
+    "glm_moe_dsa",
+    "gpt_oss",
+    "granite",
+    "granite_swa",
+    "granitemoe",
+    "granitemoe_swa",
+    "granitemoehybrid",
+    "granitemoeshared",
+    "gte",
+    "helium",
+    "hunyuan_v1_dense",
+    "hunyuan_v1_moe",
+    "hy_v3",
+    "hy_v4",
+    "hyperclovax",
+    "internlm3",
+    "iquestcoder",
+    "jamba",
+    "kimi_linear",
+    "kolibri1",
+    "laguna",
+    "lara_mini",
+    "lfm2",
+    "lfm2_moe",
+    "lfm3",
+    "llama",
+    "llama4_text",
+    "mamba",
+    "mamba2",
+    "mellum",
+    "mimo_v2_flash",
+    "minicpm3",
+    "minimax",
+    "minimax_m2",
+    "minimax_m3_vl_text",
+    "ministral",
+    "ministral3",
+    "mistral",
+    "mistral4",
+    "mixtral",
+    "mllama_text_model",
+    "molmo2_text",
+    "muse_spark_text",
+    "nemotron_h",
+    "nomic_bert",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "olmo_hybrid",
+    "olmoe",
+    "openai_privacy_filter",
+    "paddleocr_vl_text",
+    "phimoe",
+    "qwen2",
+    "qwen2_5_omni_text",
+    "qwen2_5_vl_text",
+    "qwen2_moe",
+    "qwen2_vl_text",
+    "qwen3",
+    "qwen3_5_moe_text",
+    "qwen3_5_text",
+    "qwen3_moe",
+    "qwen3_next",
+    "qwen3_vl_moe_text",
+    "qwen3_vl_text",
+    "recurrent_gemma",
+    "sarvam_mla",
+    "sarvam_moe",
+    "seed_oss",
+    "smollm3",
+    "solar_open",
+    "stablelm",
+    "ultrabert",
+    "vaultgemma",
+    "youtu",
+)
+SINCE = {
+    "afmoe": "5.5",
+    "aria_text": "5.18",
+    "gpt_oss": "5.7",
+    "granitemoe": "5.14",
+    "granitemoehybrid": "5.14",
+    "granitemoeshared": "5.14",
+    "hunyuan_v1_moe": "5.1",
+    "nemotron_h": "5.15",
+    "olmo_hybrid": "5.15",
+    "phimoe": "5.1",
+    "recurrent_gemma": "5.14",
+}
+Part = Callable[[nn.Module, int, str], list[Coupling]]
+SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the expert that processes every token
+GATES = ("gate_proj", "g_proj")  # names of the gate of an attention's output
+# Layers from the model's width to that of the experts, and back
+WIDTHS = ("pre_expert_proj", "post_expert_proj", "fc1_latent_proj", "fc2_latent_proj")
+# Names of a feed-forward block's layers: up, down and gate, or up and gate in one
+FFNS = (
+    ("up_proj", "down_proj", "gate_proj"),
+    ("w3", "w2", "w1"),
+    ("gate_up_proj", "down_proj", None),
+    ("input_linear", "output_linear", None),
+)
+
+
+def couplings(model: nn.Module) -> list[Coupling]:
+    found = []
+    for i, (path, layer) in enumerate(layers_of(model, "layers")):
+        for name, describe in PARTS.items():
+            if getattr(layer, name, None) is not None:
+                found += describe(model, i, f"{path}.{name}")
+    return found
+
+
+# ---- feed-forward blocks -------------------------------------------------------------------------------
+
+
+def mixture(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    """List the couplings of a block: of a mixture, with its shared expert if it has one, or of a plain FFN."""
+    mlp = model.get_submodule(path)
+    if not hasattr(mlp, "experts"):
+        return [dense(model, layer, path)]
+    found = experts(model, layer, f"{path}.experts")
+    shared = [name for name in SHARED if getattr(mlp, name, None) is not None]
+    found += [dense(model, layer, f"{path}.{name}", kind="shared-expert") for name in shared]
+    widths = [f"{path}.{name}" for name in WIDTHS if isinstance(getattr(mlp, name, None), nn.Linear)]
+    return found + [Coupling.one_sided(layer, path=width, count=inputs_of(model, width)) for width in widths]
+
+
+def dense(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Coupling:
+    """Describe a gated feed-forward block under any of its names."""
+    block = model.get_submodule(path)
+    up, down, gate = next(names for names in FFNS if hasattr(block, names[0]))
+    if gate == "gate_proj" and hasattr(block, gate):
+        return gated_mlp(model, layer, path, kind)
+    gate = f"{path}.{gate}" if gate and hasattr(block, gate) else None
+    return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate, kind=kind)
+
+
+def _shared(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    """GraniteMoE's shared expert is beside the mixture, not in it."""
+    return [dense(model, layer, path, kind="shared-expert")]
+
+
+# ---- attention -----------------------------------------------------------------------------------------
+
+
+def _attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    block = model.get_submodule(path)
+    if hasattr(block, "output_gate"):
+        return lightning_attention(model, layer, path)
+    if hasattr(block, "forget_gate"):
+        return delta_attention(model, layer, path)
+    if hasattr(block, "kv_b_proj"):
+        return [latent_attention(model, layer, path)]
+    return [self_attention(model, layer, path)]
+
+
+def self_attention(model: nn.Module, layer: int, path: str, kind: str = "attention") -> Coupling:
+    """Describe an attention with separate q, k and v, and with what moves with its heads."""
+    block, heads, config = model.get_submodule(path), heads_in(model, path), model.config
+    paths = attention_paths(path, o="o_proj" if hasattr(block, "o_proj") else "out_proj")
+    moving = moving_with_heads(model, path, heads, inputs_of(model, paths["o"]) // heads)
+    more = {f"{path}.{name}": "q" for name in GATES if getattr(block, name, None) is not None}
+    fixed = config.model_type in ("diffllama", "doge") or config.model_type == "stablelm" and config.qk_layernorm
+    return attention(model, layer, **paths, heads=heads, more=more, moving=moving, fixed=fixed, kind=kind)
+
+
+def _cross_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    return [self_attention(model, layer, path, kind="cross-attention")]
+
+
+def latent_attention(model: nn.Module, layer: int, path: str) -> Coupling:
+    """Describe an attention with low-rank keys and values, and the gate and the sinks of its heads."""
+    block, heads = model.get_submodule(path), heads_in(model, path)
+    q = f"{path}.q_b_proj" if getattr(block, "q_b_proj", None) is not None else f"{path}.q_proj"
+    value, both = inputs_of(model, f"{path}.o_proj") // heads, outputs_of(model, f"{path}.kv_b_proj") // heads
+    kv = dict(stride=both, size=heads * both)
+    gates = [f"{path}.{name}" for name in GATES if getattr(block, name, None) is not None]
+    return Coupling(
+        "attention",
+        layer,
+        (
+            Projection("q", q, heads, outputs_of(model, q) // heads, 0),
+            Projection("k", f"{path}.kv_b_proj", heads, both - value, 0, **kv),
+            Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=both - value, **kv),
+            *(Projection("q", gate, heads, outputs_of(model, gate) // heads, 0) for gate in gates),
+        ),
+        Projection("o", f"{path}.o_proj", heads, value, 1),
+        (Vector(f"{path}.sinks", 1),) if getattr(block, "sinks", None) is not None else (),
+    )
+
+
+# ---- what takes the place of attention -----------------------------------------------------------------
+
+
+def _mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    return (jamba_mamba if model.config.model_type == "jamba" else mamba)(model, layer, path)
+
+
+def _temporal(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    return (rg_lru if hasattr(model.get_submodule(path), "rg_lru") else _attention)(model, layer, path)
+
+
+def _mixer(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    """The only block of a layer of Nemotron-H, or the state space of a Mamba."""
+    block = model.get_submodule(path)
+    describe = _attention if hasattr(block, "q_proj") else mamba if hasattr(block, "in_proj") else mixture
+    return describe(model, layer, path)
+
+
+# name of a module of a layer → its couplings
+PARTS: dict[str, Part] = {
+    "mlp": mixture,
+    "mlp_block": mixture,
+    "feed_forward": mixture,
+    "block_sparse_moe": mixture,
+    "shared_mlp": _shared,
+    "self_attn": _attention,
+    "cross_attn": _cross_attention,
+    "temporal_block": _temporal,
+    "linear_attn": delta_net,
+    "mamba": _mamba,
+    "mixer": _mixer,
+    "conv": short_convolution,
+}
