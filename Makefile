@@ -86,7 +86,7 @@ bench: $(VENV)/.installed
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
-	$(BIN)/python bench/attach.py --threads 1
+	$(BIN)/python bench/attach.py
 	$(BIN)/python bench/merge.py
 	$(BIN)/python bench/switch.py
 	$(BIN)/python bench/serve.py

@@ -434,7 +434,9 @@ def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:
     plain = example_of(model, ROWS, LENGTH)
     if plain is not None:
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            plain["logits_to_keep"] = 1  # a large vocabulary would take as long as several blocks
+            # A large vocabulary would take as long as several blocks. An index makes a copy: for a view with gaps, as a
+            # number makes, PyTorch copies the frozen head once for every row, which takes 4 s for Llama-3.2-1B.
+            plain["logits_to_keep"] = torch.tensor([LENGTH - 1])
         if {tower_of(model, coupling.main.path) for coupling in couplings} == {"language"}:
             yield {name: value for name, value in plain.items() if name != "pixel_values"} or plain
         yield plain
