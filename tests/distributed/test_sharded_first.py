@@ -6,6 +6,7 @@ from runs import adapters_of_one_process, batches, check_same_files, logits, sha
 from support.models import ALL_RATIOS, model_of, ratios_for
 
 import s2ft
+from s2ft.distributed import is_sharded
 
 WAYS = {
     "blocks": {},
@@ -26,7 +27,8 @@ def calibration_for(config, model):
 
 def attach_to(model, case, layout, **changes):
     config = config_for(case, layout, **changes)
-    s2ft.attach(model, config, calibration=calibration_for(config, model))
+    report = s2ft.attach(model, config, calibration=calibration_for(config, model))
+    assert ("in evaluation mode only" in report.unproved) == is_sharded(next(model.parameters()))
     return model
 
 

@@ -68,7 +68,8 @@ def whole(tensor):
 def train_and_save(rank, folder, case, layout, tp=2, sizes=()):
     model = load(folder, tp, **dict(sizes))
     before = logits(model)
-    s2ft.attach(model, config_of(case, layout))
+    report = s2ft.attach(model, config_of(case, layout))
+    assert ("in evaluation mode only" in report.unproved) == (tp > 1)
     unchanged = logits(model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     losses = train(model)
