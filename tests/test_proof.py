@@ -39,6 +39,7 @@ class Block(nn.Module):
         self.register_buffer("phase", torch.complex(torch.ones(CHANNELS), torch.linspace(0, 2, CHANNELS)))
         self.taken = [self.up.weight]  # by a list that no module knows
         self.teacher = [self.up.weight.detach().clone()]
+        self.kept = [self.up]
 
     def forward(self, x):
         found = self.between(self, x, self.up(x))
@@ -240,6 +241,15 @@ def test_a_weight_that_is_read_past_its_layer_is_refused(name, layout):
     with pytest.raises(ValueError, match=r"trained as one function and merged as another.*blocks\.0\.(up|down) "):
         attach(net, layout)
     assert states_equal(net, before)
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_a_layer_that_is_called_past_its_module_is_refused(layout):
+    net = Stack(lambda block, x, h: h * block.kept[0](x))
+    before = copy.deepcopy(net)
+    with pytest.raises(ValueError, match="attach would break the model.*Does it keep a layer in a list"):
+        attach(net, layout)
+    assert states_equal(net, before) and s2ft.list_adapters(net) == []
 
 
 @pytest.mark.parametrize("name", READS)

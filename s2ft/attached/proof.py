@@ -75,7 +75,7 @@ def proved(
 
     Raises:
         TypeError: `example` is of another type.
-        ValueError: The mounted model computes something else. Or there must be a proof, and there can be none.
+        ValueError: The mounted model fails or computes something else. Or there must be a proof, and there can be none.
     """
     check_example(example)
     if verify is False:
@@ -157,6 +157,9 @@ class Proof:
             return f"{type(error).__name__}: {str(error)[:200]}"
         if not any(bool(tensor.isfinite().any()) for tensor in self.evaluated):
             return "example must give finite numbers, got NaN or infinity at the output"
+        if self.is_sharded:
+            self.notes.append("proved without values in the slices, and in evaluation mode only: the model is sharded")
+            return ""
         try:
             self._run_plain_in_training()
         except Exception as error:  # a model may ask for labels, or have other reasons
@@ -192,10 +195,17 @@ class Proof:
         """Compare the attached model with the plain one, with the same values in its slices, and run the backward.
 
         Raises:
-            ValueError: They differ, or a slice gets no gradient. The message names the first block and weight.
+            ValueError: They differ, a slice gets no gradient, or the attached model fails. The message names the first
+                block and weight.
         """
-        with not_awaiting(self.model, self.record):
-            self._check()
+        try:
+            with not_awaiting(self.model, self.record):
+                self._check()
+        except (AttributeError, TypeError) as error:  # replaced layers have no weight
+            raise ValueError(
+                f"attach would break the model, whose forward would fail: {error}. Does it keep a layer in a list or a "
+                "function, besides the module that has it? Train other layers, or let it use the module's"
+            ) from error
 
     def _check(self) -> None:
         slices = {path: mount.layer.s2 for path, mount in self.record.mounts.items()}

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedModel, __version__
+from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
 from s2ft.model.discovery.examples import examples_of
@@ -37,7 +38,6 @@ LACKING: dict[str, dict] = {
     **dict.fromkeys(("got_ocr2", "pp_chart2table"), {"vision_config": {"image_size": 128}}),
     "shieldgemma2": {"vision_config": {"image_size": 256}},
 }
-RAISES = {"llama4": "Llama4ForConditionalGeneration of transformers 5.24 has no image_outputs for its output"}
 # entries of the tiny config that depend on each other
 TINY: dict[str, Callable[[Any], dict[str, dict]]] = {
     "aria": lambda config: {"": {"projector_patch_to_query_dict": {49: 16}}},
@@ -97,6 +97,8 @@ def composite_of(model_type: str, change: dict[str, dict] | None = None) -> PreT
     for part, entries in TINY.get(model_type, lambda _: {})(config).items():
         for key, value in entries.items():
             setattr(getattr(config, part) if part else config, key, value)
+    if model_type == "llama4":  # transformers 5.24 reads this from an output that lacks it
+        MoeCausalLMOutputWithPast.image_outputs = None
     return tiny_model(getattr(transformers, _class_of(model_type)), config)
 
 
@@ -148,8 +150,8 @@ def _own_examples(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
             "aspect_ratio_mask": torch.ones(2, 1, tiles, dtype=torch.int64),
             "cross_attention_mask": torch.ones(2, 12, 1, tiles, dtype=torch.int64),
         }
-    if config.model_type in ("blip-2", "instructblip"):
-        image = torch.full((2, config.num_query_tokens), config.image_token_index)
+    if config.model_type in ("blip-2", "instructblip", "llama4"):
+        image = torch.full((2, getattr(config, "num_query_tokens", 16)), config.image_token_index)
         own = {"input_ids": torch.cat([image, tokens], dim=1)}
         pixels = torch.randn(2, 3, vision.image_size, vision.image_size, generator=generator)
         question = {"qformer_input_ids": tokens} if config.model_type == "instructblip" else {}
