@@ -5,6 +5,15 @@ from functools import wraps
 
 import pytest
 import torch
+from support.inside import (
+    ACTIVATIONS,
+    HIDDEN_ACTS,
+    attachment_of,
+    couplings_of,
+    mounted_deltas,
+    projections_of,
+    weight_at,
+)
 from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
 from support.pairs import pairs_mostly_slow, rest_slow
 from support.tolerances import LOGITS, relative_difference
@@ -29,13 +38,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.record import attachment_of
-from s2ft.model.builders import HIDDEN_ACTS
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
-from s2ft.model.weights import weight_at
-from s2ft.ops.act_mul import ACTIVATIONS
 
 LAYOUTS = ("permuted", "indexed")
 # each projection alone, all projections, and the asymmetric pairs of the paper
@@ -530,7 +532,7 @@ def test_calibration_without_a_use_is_refused():
 
 
 def test_a_failure_in_the_middle_restores_the_base(monkeypatch):
-    import s2ft.attached.mounting as mounting
+    from support.inside import mounting
 
     base = model_of("llama")
     model, real, calls = copy.deepcopy(base), mounting._mount, []

@@ -7,17 +7,14 @@ import weakref
 import pytest
 import torch
 from export.test_streamed import without_values
+from support.inside import SOURCE, StoredTensor, StoredWeights, attachment_of, lay_out, open_checkpoint, stored_tensors
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2ft
-from s2ft.attached.record import attachment_of
+from s2ft import Coupling, Selection
 from s2ft.cli.main import main
-from s2ft.files.streaming import StoredTensor, lay_out, stored_tensors
-from s2ft.model.checkpoint import SOURCE, StoredWeights, open_checkpoint
-from s2ft.model.coupling import Coupling
-from s2ft.selection import Selection
 
 FAST = ("llama-grouped", "gpt2", "mixtral", "phi3")
 

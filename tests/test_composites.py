@@ -2,15 +2,12 @@
 
 import pytest
 from support.composites import composite_of, example_for, logits_of, loss_of, missing
+from support.inside import FAMILIES, composite, couplings_of, is_known, projections_of, tower_of, towers
 from support.tolerances import LOGITS, relative_difference
 from transformers import __version__
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.model.coupling import projections_of
-from s2ft.model.families import FAMILIES, composite, towers
-from s2ft.model.registry import couplings_of, is_known
-from s2ft.model.towers import tower_of
 
 FAST = ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl")
 TYPES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in composite.MODEL_TYPES]

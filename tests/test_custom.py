@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.inside import CONFIG, Projection, Vector, attachment_of, couplings_of, projections_of
 from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, ratios_for
 from support.pairs import rest_slow
 from support.tolerances import relative_difference
@@ -14,10 +15,6 @@ from transformers.pytorch_utils import Conv1D
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.adapter.formats.native import CONFIG
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import Projection, Vector, projections_of
-from s2ft.model.registry import couplings_of
 
 LAYOUTS = ("permuted", "indexed")
 HEADS, WIDTH, CHANNELS = 4, 5, 30  # heads of five elements, in a model of twelve
@@ -235,7 +232,7 @@ def test_a_model_that_writes_into_its_input():
 
 def test_verification_finds_a_fault_of_attach_itself(monkeypatch):
     """A fault that occurs after the trial of the couplings also leaves the base unchanged."""
-    from s2ft.layers import S2ColumnLinear
+    from s2ft import S2ColumnLinear
 
     model, real = net(), S2ColumnLinear.forward
     monkeypatch.setattr(S2ColumnLinear, "forward", lambda self, x: real(self, x) * 1.5)

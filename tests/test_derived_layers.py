@@ -6,15 +6,14 @@ import io
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import S2Layer, S2RowOwnForward, computes_linear, kind_of
 from support.tolerances import GEMM, relative_difference
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
-from s2ft import Coupling, S2FTConfig
-from s2ft.layers import S2ColumnLinear, S2Layer, S2RowOwnForward, kind_of
-from s2ft.layers.derived import computes_linear
+from s2ft import Coupling, S2ColumnLinear, S2FTConfig
 
 WIDTH, CHANNELS = 6, 10
 

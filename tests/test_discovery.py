@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.aliases import GROUPED, alias_of, missing
+from support.inside import discover, judge, registry, search as search_module, trial_of
 from support.models import CASES, inputs_of, model_of
 from support.nets import Block, Net, batch
 from support.tolerances import relative_difference
@@ -17,10 +18,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import s2ft
 from s2ft import Coupling, S2FTConfig
 from s2ft.cli.main import main
-from s2ft.model import registry
-from s2ft.model.discovery import discover, search as search_module
-from s2ft.model.discovery.search import trial_of
-from s2ft.model.discovery.settle import judge
 
 # ---- the declared couplings are found again --------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ import torch
 from state.models import fill_slices, ratios, tiny_model, tokens
 from state.plain import same_bits
 from state.threads import repeating
+from support.inside import EXPERTS, BaseS2Layer as S2Layer, Projection, kind_of
 from support.models import model_of
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
-from s2ft.layers import EXPERTS, kind_of
-from s2ft.layers.base import S2Layer
-from s2ft.model.coupling import Coupling, Projection
+from s2ft import Coupling
 
 CALL, STEP = "call", "step"
 STEPS = s2ft.S2FTConfig(d_ratio=0.25, effective=STEP)

@@ -8,6 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from support.inside import (
+    OPTIMIZERS,
+    Memory,
+    MemoryPart,
+    Projection,
+    chunked_loss,
+    contiguous_head,
+    free_memory,
+    storages,
+)
 from support.models import ALL_RATIOS, AUTO, CASES, inputs_of, model_of, ratios_for, token_batch
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from torch import nn
@@ -20,12 +30,7 @@ from transformers import (
 )
 
 import s2ft
-from s2ft import Coupling, S2FTConfig
-from s2ft.estimation import OPTIMIZERS, Estimate, MemoryPart
-from s2ft.estimation.memory import Memory, free_memory, storages
-from s2ft.model.coupling import Projection
-from s2ft.text.output_head import contiguous_head
-from s2ft.train.loss import chunked_loss
+from s2ft import Coupling, Estimate, S2FTConfig
 
 s2ft_estimate = sys.modules["s2ft.estimation"]  # s2ft.estimate itself is the function
 KEPT = 0.05  # largest relative error of the bytes kept for backward; without randomness they are equal

@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside import estimate as command, strategy as strategies
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.pairs import rest_slow
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import s2ft
 from s2ft import S2FTConfig, Strategy
-from s2ft.cli import estimate as command
 from s2ft.cli.main import main
-from s2ft.estimation import strategy as strategies
 
 CONFIG = S2FTConfig(d_ratio=0.25, o_ratio=0.25)
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=256)

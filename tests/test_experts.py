@@ -7,6 +7,7 @@ from types import FunctionType
 import pytest
 import torch
 from support.aliases import alias_of
+from support.inside import S2ColumnExperts, S2RowExperts, attachment_of, experts_forward, project
 from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
@@ -15,9 +16,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.layers import S2ColumnExperts, S2RowExperts
-from s2ft.layers.experts import experts_forward, project
 
 KINDS = {0: S2ColumnExperts, 1: S2RowExperts}
 INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}  # expert 1 has no units
@@ -320,7 +318,7 @@ WRONG = {
 def test_wrong_experts_are_named(wrong):
     from dataclasses import replace
 
-    from s2ft.model.registry import couplings_of
+    from support.inside import couplings_of
 
     change, message = WRONG[wrong]
     model = model_of("mixtral")

@@ -6,12 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside import FLOOR, SINCE, families, is_too_old
 from support.models import CASES, model_of
 from transformers import CLIPTextModelWithProjection
 
 import s2ft
-from s2ft.model import families
-from s2ft.model.families import FLOOR, SINCE, is_too_old
 
 ROOT = Path(__file__).parents[1]
 
@@ -47,7 +46,7 @@ def test_releases_are_compared_as_numbers(monkeypatch, release, old):
 
 
 def test_a_family_that_the_user_registers_needs_no_release(monkeypatch):
-    from s2ft.model import registry
+    from support.inside import registry
 
     monkeypatch.setitem(registry._REGISTERED, "llama", families.FAMILIES["llama"])
     monkeypatch.setitem(SINCE, "llama", "999.0")

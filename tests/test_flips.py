@@ -9,9 +9,8 @@ import pytest
 from support import composites
 from support.aliases import ROWS, missing
 from support.flips import Flip, flips_of, outcome_of, outcomes_of, table_of
+from support.inside import composite, named
 from support.models import CASES
-
-from s2ft.model.families import composite, named
 
 TYPES = sorted({*(make().model_type for make in CASES.values()), *ROWS, *composite.MODEL_TYPES})
 # Flips that change a block, of which some were wrong once

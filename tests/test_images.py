@@ -5,15 +5,13 @@ import copy
 import pytest
 import torch
 from support.images import MODELS, batch, rows
+from support.inside import cli_main as main, couplings_of, projections_of
 from support.tolerances import LOGITS, relative_difference
 from train.tiny import sums, write_jsonl
 from transformers import Trainer, TrainingArguments
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.cli import main
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
 
 pytest.importorskip("PIL", reason="pillow is not installed")
 pytest.importorskip("torchvision", reason="torchvision is not installed")

@@ -19,19 +19,23 @@ from support.aliases import (
     with_dropout,
 )
 from support.composites import missing as lacks_composite, part_types
+from support.inside import (
+    FAMILIES,
+    attachment_of,
+    composite,
+    couplings_of,
+    gated_forward,
+    is_too_old,
+    mounted_deltas,
+    projections_of,
+    tower_of,
+)
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.forwards import gated_forward
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import projections_of
-from s2ft.model.families import FAMILIES, composite, is_too_old
-from s2ft.model.registry import couplings_of
-from s2ft.model.towers import tower_of
 
 CASE_TYPES = {make().model_type for make in CASES.values()}
 

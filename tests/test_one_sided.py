@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from support.inside import CONFIG, Projection, attachment_of, describe, projections_of
 from support.models import inputs_of, model_of
 from support.pairs import pairs
 from support.states import same
@@ -13,10 +14,6 @@ from torch import nn
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.adapter.formats.native import CONFIG
-from s2ft.attached.record import attachment_of
-from s2ft.cli.info import describe
-from s2ft.model.coupling import Projection, projections_of
 
 LAYOUTS = ("permuted", "indexed")
 SIDES = ("inputs", "outputs")

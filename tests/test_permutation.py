@@ -5,9 +5,7 @@ import time
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-
-from s2ft.model.coupling import Projection
-from s2ft.model.permutation import contiguous_range, coupling_order, element_order, inverse
+from support.inside import Projection, contiguous_range, coupling_order, element_order, inverse
 
 
 def draw(count, size, seed):

@@ -7,6 +7,7 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
+from support.inside import attachment_of, copied, couplings_of, tiny_config
 from support.models import model_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -14,10 +15,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.model.discovery.tiny_config import tiny_config
-from s2ft.model.discovery.twin import copied
-from s2ft.model.registry import couplings_of
 
 WIDTH, CHANNELS = 12, 20
 RATIOS = dict(u_ratio=0.3, d_ratio=0.3)

@@ -8,6 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 from adapter.test_pretrained import StopAt
+from support.inside import attachment_of, find_attachment, kind_of, mounted_deltas
 from support.models import model_of, output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.quantized import (
@@ -31,9 +32,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.record import attachment_of, find_attachment
-from s2ft.layers import kind_of
 
 RATIOS = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
 INDEXED = S2FTConfig(**RATIOS, layout="indexed")

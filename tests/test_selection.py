@@ -3,10 +3,9 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support.inside import Projection
 
-from s2ft.config import S2FTConfig
-from s2ft.model.coupling import Coupling, Projection
-from s2ft.selection import Selection, select
+from s2ft import Coupling, S2FTConfig, Selection, select
 
 
 def ffn(layer, channels=40):

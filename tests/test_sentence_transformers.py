@@ -4,11 +4,11 @@ import pytest
 import torch
 from datasets import Dataset
 from support.encoders import save_encoder
+from support.inside import attachment_of
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoModel
 
 import s2ft
-from s2ft.attached.record import attachment_of
 
 WHY = "sentence-transformers is not installed: pip install sentence-transformers"
 sentence_transformers = pytest.importorskip("sentence_transformers", reason=WHY)
@@ -22,8 +22,7 @@ from sentence_transformers import (
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
-
-from s2ft.train.trainer import AdapterCheckpoints
+from support.inside import AdapterCheckpoints
 
 TEXTS = ["where is my parcel", "can I pay by card", "yes", "follow the link in the mail"]
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)

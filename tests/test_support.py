@@ -1,5 +1,6 @@
 """Tests of the helpers that other tests use."""
 
+import ast
 import itertools
 import subprocess
 import sys
@@ -70,3 +71,18 @@ def test_names_of_test_files_are_unique():
     files = [path for path in Path(__file__).parent.rglob("test_*.py") if not (path.parent / "__init__.py").exists()]
     names = [path.name for path in files]
     assert [name for name in names if names.count(name) > 1] == []
+
+
+def test_tests_reach_internals_through_support_inside_alone():
+    """So that what moves in s2ft changes one line, and no test."""
+    public = {"s2ft", "s2ft.ops", "s2ft.peft", "s2ft.vllm", "s2ft.cli.main"}
+    tests, found = Path(__file__).parent, []
+    for path in tests.rglob("*.py"):
+        if "golden" not in path.parts and path.parent.name != "upstream" and path.name != "typing_use.py":
+            nodes = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.ImportFrom)]
+            found += [
+                f"{path.name}: {n.module}"
+                for n in nodes
+                if f"{n.module}.".startswith("s2ft.") and n.module not in public
+            ]
+    assert found == []

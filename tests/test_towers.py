@@ -5,14 +5,13 @@ import json
 import pytest
 import torch
 import transformers
+from support.inside import CONFIG, tower_of, towers_of, trained_towers
 from support.models import inputs_of, model_of
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.adapter.formats.native import CONFIG
-from s2ft.model.towers import tower_of, towers_of, trained_towers
 
 LANGUAGE, VISION, AUDIO, PROJECTOR = "language", "vision", "audio", "projector"
 SIZES = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2)
@@ -203,7 +202,7 @@ def test_names_tell_the_towers_of_a_model_of_ones_own():
 @pytest.mark.parametrize("found_by", ["declaration", "trials"])
 def test_a_frozen_projector_can_be_trained_in_full(found_by, tmp_path, monkeypatch):
     """It is then in no coupling. The adapter has the couplings that are left."""
-    from s2ft.model import registry
+    from support.inside import registry
 
     for types in (registry.FAMILIES, registry._REGISTERED):
         monkeypatch.delitem(types, "llava", raising=False)
@@ -279,7 +278,8 @@ PEFT_CHOICES = {
 @pytest.mark.parametrize("choice", PEFT_CHOICES)
 def test_the_peft_method_trains_the_same_towers(choice, monkeypatch):
     peft = pytest.importorskip("peft")
-    from s2ft.model import registry
+    from support.inside import registry
+
     from s2ft.peft import S2FTPeftConfig
 
     monkeypatch.setitem(registry._REGISTERED, "llava", lambda model: couplings())

@@ -6,15 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from support.inside import CONFIG, TENSORS, Location, add_info, native, restore_adapter
 from support.models import ALL_RATIOS, model_of, ratios_for, token_batch, train
 from support.states import same
 
 import s2ft
-from s2ft import S2FTConfig
-from s2ft.adapter import add_info, read_adapter, restore_adapter
-from s2ft.adapter.formats import native
-from s2ft.adapter.formats.native import CONFIG, TENSORS
-from s2ft.model.location import Location
+from s2ft import S2FTConfig, read_adapter
 
 LAYOUTS = ("permuted", "indexed")
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}

@@ -6,14 +6,13 @@ from dataclasses import replace
 import pytest
 import torch
 from adapter import test_extra_weights as extra
+from support.inside import add_info, lora, native, restore_adapter
 from support.models import model_of, train
 from support.slices import random_slices
 from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter import add_info, restore_adapter
-from s2ft.adapter.formats import lora, native
 
 DOWN = "model.layers.1.mlp.down_proj"
 

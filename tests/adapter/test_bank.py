@@ -7,18 +7,12 @@ import threading
 import pytest
 import torch
 import torch._dynamo.testing
+from support.inside import Delta, Projection, native, new_attachment, projections_of, weight_at
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from torch import nn
 
 import s2ft
-from s2ft import S2FTConfig
-from s2ft.adapter import Adapter
-from s2ft.adapter.bank import AdapterBank
-from s2ft.adapter.formats import native
-from s2ft.attached.record import new_attachment
-from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.delta import Delta
-from s2ft.model.weights import weight_at
+from s2ft import Adapter, AdapterBank, Coupling, S2FTConfig
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)

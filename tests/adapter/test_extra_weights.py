@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from adapter.test_hostile import rewrite
+from support.inside import INDEX, attachment_of, find_attachment, native
 from support.models import model_of
 from transformers import (
     BertConfig,
@@ -18,9 +19,6 @@ from transformers import (
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter.formats import native
-from s2ft.adapter.pretrained import INDEX
-from s2ft.attached.record import attachment_of, find_attachment
 
 HEAD = ("classifier.weight", "classifier.bias")
 BERT = dict(
@@ -204,7 +202,7 @@ def trainer(model, folder, steps, kind=Trainer, callbacks=()):
 @BOTH
 @pytest.mark.parametrize("kind", ("transformers", "s2ft"))
 def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
-    from s2ft.train.trainer import S2FTTrainer
+    from support.inside import S2FTTrainer
 
     kind = {"transformers": Trainer, "s2ft": S2FTTrainer}[kind]
     whole, first, second = (attached(how) for _ in range(3))
@@ -334,6 +332,6 @@ def test_heads_are_found_by_structure_in_a_model_without_a_checkpoint():
 
 
 def test_the_model_card_names_them(saved):
-    from s2ft.adapter.hub import card_of
+    from support.inside import card_of
 
     assert "and classifier.bias, classifier.weight trained in full" in card_of(s2ft.read_adapter(saved))

@@ -5,11 +5,11 @@ import threading
 
 import pytest
 import torch
+from support.inside import PENDING, AdapterFolderCONFIG as CONFIG, AdapterFolderTENSORS as TENSORS, is_folder, stamp_of
 from support.models import model_of, train
 
 import s2ft
 from s2ft import S2FTConfig, Selection
-from s2ft.files.adapter_folder import CONFIG, PENDING, TENSORS, is_folder, stamp_of
 
 
 def adapter(seed):

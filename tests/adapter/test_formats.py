@@ -11,19 +11,13 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.inside import ADAPTER_FORMATS, EXPORTS, IMPORTS, add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
 from torch import nn
 
 import s2ft
-from s2ft import S2FTConfig
-from s2ft.adapter import add_info, hub, read_adapter
-from s2ft.adapter.export import export_lora, import_lora
-from s2ft.adapter.formats import lora, native
-from s2ft.adapter.push import push_to_hub
-from s2ft.adapter.switch import get_adapter
-from s2ft.export import EXPORTS, IMPORTS
-from s2ft.files.formats import ADAPTER_FORMATS
+from s2ft import S2FTConfig, export_lora, get_adapter, import_lora, push_to_hub, read_adapter
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 FAMILIES = (

@@ -12,13 +12,11 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
+from support.inside import CONFIG, TENSORS, reading
 from support.models import model_of, train
 
 import s2ft
-from s2ft import S2FTConfig
-from s2ft.adapter import read_adapter
-from s2ft.adapter.formats.native import CONFIG, TENSORS
-from s2ft.files import reading
+from s2ft import S2FTConfig, read_adapter
 
 DOWN, QUERY = "model.layers.1.mlp.down_proj", "model.layers.0.self_attn.q_proj"
 

@@ -4,12 +4,11 @@ import copy
 
 import pytest
 import torch
+from support.inside import attachment_of, overlap
 from support.models import model_of, token_batch, train
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter import overlap
-from s2ft.attached.record import attachment_of
 
 TASKS = ("one", "two", "three", "four", "five")
 RATIOS = dict(d_ratio=0.15, u_ratio=0.1, g_ratio=0.1)

@@ -5,12 +5,11 @@ import copy
 import pytest
 import torch
 from support import trl_trainers
+from support.inside import INDEX, mounted_deltas
 from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
 import s2ft
-from s2ft.adapter.pretrained import INDEX
-from s2ft.attached.active import mounted_deltas
 
 CONFIG = dict(d_ratio=0.1, v_ratio=0.5, o_ratio=0.25)
 ROWS = [

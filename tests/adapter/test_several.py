@@ -4,13 +4,12 @@ import copy
 
 import pytest
 import torch
+from support.inside import attachment_of, overlap
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from support.states import same
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter import overlap
-from s2ft.attached.record import attachment_of
 
 CASE = "llama-grouped"
 

@@ -7,16 +7,11 @@ import sys
 
 import pytest
 import torch
+from support.inside import Chat, Sampler, add_info, chat as command, load_with_adapter, native
 from train.tiny import CHAT, save_tiny, tiny_model
 
 import s2ft
-from s2ft.adapter import add_info
-from s2ft.adapter.formats import native
-from s2ft.cli import chat as command
 from s2ft.cli.main import main
-from s2ft.text.adapter_prompts import load_with_adapter
-from s2ft.text.chat import Chat
-from s2ft.text.sampling import Sampler
 
 UNTIED = dict(tie_word_embeddings=False)
 OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from support.inside import attachment_of, native
 from support.models import model_of
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.adapter.formats import native
-from s2ft.attached.record import attachment_of
 from s2ft.cli.main import main
 
 

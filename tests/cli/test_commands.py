@@ -7,14 +7,11 @@ import sys
 
 import pytest
 import torch
+from support.inside import ChatArguments, keep_freed_memory, load_model, parse
 from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
-from s2ft.cli.chat import ChatArguments
 from s2ft.cli.main import main
-from s2ft.cli.parse import parse
-from s2ft.text.models import load_model
-from s2ft.train.device import keep_freed_memory
 
 SFT = (
     "sft --model {work}/model --data {work}/data.jsonl --output {out} --max-steps 6 --batch-size 4 --micro_batch_size 4 "

@@ -8,14 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
+from support.inside import RunOptions
 
-from s2ft.config import S2FTConfig
-from s2ft.train.options import RunOptions
+from s2ft import S2FTConfig
 
 pytest.importorskip("trl")
-from s2ft.cli.parse import UsageError
-from s2ft.cli.training import config_text, parser_of, read_run
-from s2ft.train.run import set_batches
+from support.inside import UsageError, config_text, parser_of, read_run, set_batches
 
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 

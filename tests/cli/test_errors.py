@@ -11,11 +11,11 @@ import subprocess
 import sys
 
 import pytest
+from support.inside import GONE
 from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import COMMANDS, main, set_up_logging
-from s2ft.cli.parse import GONE
 
 WITH_TRL = ("sft", "dpo", "grpo")  # the help of these lists TRL's options
 

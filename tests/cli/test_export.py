@@ -6,15 +6,14 @@ import re
 import pytest
 import torch
 from support.convert_hf_to_gguf import convert
+from support.inside import load_model, lora, native
 from tokenizers import Tokenizer
 from train.tiny import save_tiny, tiny_config, tiny_tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 import s2ft
-from s2ft.adapter import read_adapter
-from s2ft.adapter.formats import lora, native
+from s2ft import read_adapter
 from s2ft.cli.main import main
-from s2ft.text.models import load_model
 
 RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
 

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
+from support.inside import adapter_named, adapters_in
 from train.tiny import save_tiny, sums, tiny_model, write_jsonl
 
 import s2ft
-from s2ft.adapter.folders import adapter_named, adapters_in
 from s2ft.cli.main import main
 
 
@@ -124,8 +124,9 @@ def test_adapters_of_a_directory(work, tmp_path):
     ],
 )
 def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
-    from s2ft.adapter.bank import AdapterBank
-    from s2ft.serve.registry import Adapters
+    from support.inside import Adapters
+
+    from s2ft import AdapterBank
 
     caplog.set_level("INFO")
     known = Adapters(AdapterBank(tiny_model()), [work / directory])

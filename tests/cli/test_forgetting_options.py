@@ -8,11 +8,10 @@ from train.tiny import save_tiny, sums, tiny_model, tiny_tokenizer, write_jsonl
 
 pytest.importorskip("trl")
 
+from support.inside import DataOptions, read_log, read_texts, text_rows
+
 import s2ft
 from s2ft.cli.main import main
-from s2ft.text.data import DataOptions
-from s2ft.text.drift import read_texts, text_rows
-from s2ft.train.output import read_log
 
 TEXTS = ["A heron stands in the water and waits.", "Iron rusts where salt and rain meet it.", "The hill is steep."]
 

@@ -4,13 +4,11 @@ import io
 import sys
 
 import pytest
+from support.inside import generate, load_model, native
 from train.tiny import CHAT, save_tiny, tiny_tokenizer
 
 import s2ft
-from s2ft.adapter.formats import native
 from s2ft.cli.main import main
-from s2ft.text.generation import generate
-from s2ft.text.models import load_model
 
 UNTIED = dict(tie_word_embeddings=False)
 OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")

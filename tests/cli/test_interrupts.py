@@ -11,11 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.inside import checkpoints, newest_valid, read_log
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from s2ft.train.checkpoints import checkpoints, newest_valid
-from s2ft.train.output import read_log
 
 STEPS, SAVE = 60, 3
 TESTS = Path(__file__).parents[1]

@@ -12,14 +12,11 @@ import pytest
 import torch
 from cli.test_export import base_of, make_adapter
 from support import convert_hf_to_gguf
+from support.inside import VARIABLE, find_tools, gguf, load_model, modelfile
 from transformers import AutoModelForCausalLM
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.export import gguf
-from s2ft.export.llama_cpp import VARIABLE, find_tools
-from s2ft.export.ollama import modelfile
-from s2ft.text.models import load_model
 
 QUANTIZER = """#!{python}
 import shutil, sys

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from cli.test_training_options import deltas, sft, work  # noqa: F401
+from support.inside import overlap
 
 import s2ft
-from s2ft.adapter import overlap
 
 
 @pytest.fixture(scope="module")

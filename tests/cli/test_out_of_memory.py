@@ -4,11 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.inside import explain_out_of_memory, first_line, is_out_of_memory, smaller_step
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from s2ft.train.out_of_memory import explain_out_of_memory, first_line, is_out_of_memory
-from s2ft.train.sft import smaller_step
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.")
 ON_CPU = RuntimeError(
@@ -27,7 +26,7 @@ def work(tmp_path_factory):
 
 def fails_at(step):
     """A step of training that fails as if memory were too small, from this one on."""
-    from s2ft.train.runs import SFTRunTrainer
+    from support.inside import SFTRunTrainer
 
     plain = SFTRunTrainer.training_step
 

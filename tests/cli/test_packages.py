@@ -4,11 +4,16 @@ import subprocess
 import sys
 
 import pytest
+from support.inside import (
+    NEEDS,
+    MissingPackages,
+    check_packages,
+    is_installed,
+    methods,  # noqa: F401 - transformers remembers which packages it found when it was asked first
+)
 from train.tiny import save_tiny, sums, write_jsonl
 
-import s2ft.train.methods  # noqa: F401 - transformers remembers which packages it found when it was asked first
 from s2ft.cli.main import main
-from s2ft.packages import NEEDS, MissingPackages, check_packages, is_installed
 
 OUT = ["--output", "out"]
 TRAIN = ["sft", "--model", "./nowhere", "--data", "nowhere.jsonl", *OUT]

@@ -76,11 +76,11 @@ def test_without_access_nothing_is_trained(words, tmp_path, capsys, monkeypatch)
 
 
 def test_the_card_names_what_is_on_the_hub(tmp_path):
+    from support.inside import card_of
     from train.tiny import tiny_model
 
     import s2ft
-    from s2ft.adapter import read_adapter
-    from s2ft.adapter.hub import card_of
+    from s2ft import read_adapter
 
     model = tiny_model()
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))

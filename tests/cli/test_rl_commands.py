@@ -6,12 +6,11 @@ from importlib.util import find_spec
 import pytest
 import yaml
 from safetensors.torch import load_file
+from support.inside import read_log, read_run
 from train.tiny import save_tiny, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.cli.training import read_run
-from s2ft.train.output import read_log
 
 PAIRS = [{"question": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(12)]
 TASKS = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]

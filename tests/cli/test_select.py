@@ -1,11 +1,11 @@
 """s2ft select and the selection options of s2ft sft."""
 
 import pytest
+from support.inside import calibration_for
 from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.text.calibration import calibration_for
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 

@@ -6,10 +6,10 @@ import importlib.util
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.inside import read_log
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from s2ft.train.output import read_log
 
 
 @pytest.fixture(scope="module")
@@ -149,8 +149,9 @@ def test_tensorboard(work, tmp_path, monkeypatch):
 
 def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):
     """The result is the same with and without the chunked loss, and in a run that was stopped and resumed."""
-    from s2ft.adapter import read_adapter
-    from s2ft.text.models import load_model
+    from support.inside import load_model
+
+    from s2ft import read_adapter
 
     more = ("--modules-to-save", "norm", "lm_head")
     assert sft(work, tmp_path / "out", *more, "--stop-after", 2) == 0

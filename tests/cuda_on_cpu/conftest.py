@@ -10,8 +10,7 @@ import pytest
 import torch
 from filelock import FileLock  # PyTorch needs it too
 from support import sanitizers
-
-from s2ft.ops.act_mul import ACTIVATIONS as PYTHON_ACTIVATIONS
+from support.inside import ACTIVATIONS as PYTHON_ACTIVATIONS
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"

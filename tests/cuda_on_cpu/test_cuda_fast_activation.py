@@ -9,8 +9,7 @@ import math
 
 import pytest
 import torch
-
-from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
+from support.inside import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.bfloat16, torch.float16)
 # Of the relative error of both instructions: two units in the last place beside the correctly rounded result.

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from support.inside import multi_adapter_linear_reference as reference
 from support.tolerances import GEMM
 
 from s2ft.ops import pack_adapters
-from s2ft.ops.multi_adapter_linear import reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

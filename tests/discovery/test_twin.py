@@ -5,6 +5,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside import (
+    HEADS,
+    Level,
+    discover,
+    kinds_of_blocks,
+    paths_and_classes,
+    run_example,
+    runnable_example,
+    tensors_in,
+    tiny_config,
+    trial_of,
+    twins_of,
+)
 from torch import nn
 from transformers import (
     AutoModelForCausalLM,
@@ -26,13 +39,6 @@ from transformers import (
     ViTConfig,
     WhisperConfig,
 )
-
-from s2ft.model.discovery import discover
-from s2ft.model.discovery.examples import run_example, runnable_example
-from s2ft.model.discovery.search import trial_of
-from s2ft.model.discovery.tiny_config import HEADS, Level, tiny_config
-from s2ft.model.discovery.twin import kinds_of_blocks, paths_and_classes, twins_of
-from s2ft.model.outputs import tensors_in
 
 LLAMA_8B = dict(
     hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8

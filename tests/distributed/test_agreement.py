@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from runs import attached, check_same_files, sharded, train
+from support.inside import distributed
 from support.models import model_of
 from support.ranks import patience
 
 import s2ft
-from s2ft import distributed
 
 
 def error_of(act, *kinds):
@@ -73,7 +73,7 @@ def test_a_disagreement_is_an_error_on_every_rank(ranks):
 
 
 def compare_models(rank):
-    from s2ft.train.sft import check_ranks_agree
+    from support.inside import check_ranks_agree
 
     model = model_of("llama")
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=rank), f"of {rank}")

@@ -14,12 +14,9 @@ from train.tiny import tiny_model, tiny_tokenizer
 
 pytest.importorskip("trl")
 
+from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
+
 import s2ft
-from s2ft.train.arguments import SFTArguments
-from s2ft.train.held_out import HeldOut
-from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, read_log
-from s2ft.train.sft import sft
 
 FSDP = {
     "version": 2,

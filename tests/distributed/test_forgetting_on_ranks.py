@@ -3,13 +3,11 @@
 import pytest
 import torch
 from runs import attached, sharded
+from support.inside import DriftMeter, ForgettingMeter, gather_trained
 from support.models import model_of
 from test_trainer import trainer
 
 import s2ft
-from s2ft.adapter.saving import gather_trained
-from s2ft.text.drift import DriftMeter
-from s2ft.train.forgetting import ForgettingMeter
 
 
 def rows_of_meter():

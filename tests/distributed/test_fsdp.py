@@ -7,11 +7,11 @@ import weakref
 import pytest
 import torch
 from runs import adapters_of_one_process, attached, check_same_files, files, logits, sharded, train
+from support.inside import attachment_of
 from support.models import model_of
 from support.pairs import rest_slow
 
 import s2ft
-from s2ft.attached.record import attachment_of
 
 CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 
@@ -209,9 +209,8 @@ def test_no_full_weight_is_kept_beside_the_shards(ranks, case):
 
 def train_cast(rank, way, directory):
     """Train with steps of a fiftieth of the bfloat16 spacing at the deltas. Returns the warnings about s2."""
+    from support.inside import _warn_about_cast
     from torch.distributed.fsdp import MixedPrecisionPolicy
-
-    from s2ft.layers.base import _warn_about_cast
 
     _warn_about_cast.cache_clear()
     policy = {

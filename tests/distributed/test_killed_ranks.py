@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from runs import attached, check_same_files, sharded, train
+from support.inside import distributed
 from support.killed import kill_at
 from support.models import model_of
 from support.ranks import Ranks, patience
@@ -14,7 +15,6 @@ from test_meta_ranks import meta_of
 from test_trainer import trainer
 
 import s2ft
-from s2ft import distributed
 
 SECONDS = 5  # that a rank waits for another one, instead of half an hour
 

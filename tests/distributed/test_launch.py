@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 from runs import check_same_files
+from support.inside import read_log
 from support.ranks import RANKS, free_port
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
-from s2ft.train.output import read_log
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))

@@ -5,10 +5,9 @@ from unittest import mock
 
 import pytest
 from runs import attached, check_same_files
+from support.inside import trainer as trainers
 from test_trainer import trainer
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-from s2ft.train import trainer as trainers
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 

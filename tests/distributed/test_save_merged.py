@@ -104,7 +104,7 @@ def test_four_ranks_save_what_one_process_merges(four_ranks, prepared, how, is_o
 
 def save_where_writing_fails(rank, folder, is_on_disk):
     """Fail on the first rank after it has written some tensors. Every rank must end with an error, and can go on."""
-    from s2ft.files.streaming import StoredTensor
+    from support.inside import StoredTensor
 
     model, write, count = spread(folder, "fsdp"), StoredTensor.write, [5]
     if not is_on_disk:

@@ -6,6 +6,7 @@ from unittest import mock
 import pytest
 import torch
 from runs import check_same_files
+from support.inside import S2FTTrainer
 from support.models import model_of
 from support.ranks import Ranks
 from test_trainer import reset
@@ -13,7 +14,6 @@ from test_zero_init import TRAINER, arguments_for, config_of
 from transformers import AutoModelForCausalLM, Trainer
 
 import s2ft
-from s2ft.train.trainer import S2FTTrainer
 
 pytestmark = pytest.mark.deepspeed
 LENGTH = 8  # DeepSpeed's loader wants the positions, and a length that the devices can divide

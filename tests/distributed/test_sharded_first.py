@@ -32,7 +32,8 @@ def from_transformers(rank, folder, layout, directory):
 
     model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
     base = base_of(model)
-    s2ft.attach(model, config_for("llama-grouped", layout))
+    report = s2ft.attach(model, config_for("llama-grouped", layout))
+    assert "in evaluation mode only" in report.unproved
     train(model, rank)
     s2ft.save_adapter(model, directory / "trained")
     s2ft.detach(model)
@@ -100,7 +101,7 @@ def test_adapters_on_a_model_that_was_sharded_first(ranks, alone, tmp_path):
 
 def interrupted(rank, error):
     """Fail while layers are mounted, after FSDP2 has been told of them."""
-    from s2ft.attached import mounting
+    from support.inside import mounting
 
     model = sharded(model_of("llama-grouped"))
     base, before = base_of(model), logits(model)

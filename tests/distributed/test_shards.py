@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from support.inside import Move, distributed, find_couplings, fingerprint, tensors_of, weight_at
 from support.models import ALL_RATIOS, model_of, ratios_for
 from torch import nn
 
 import s2ft
-from s2ft import distributed
-from s2ft.model.coupling import Coupling
-from s2ft.model.fingerprint import fingerprint
-from s2ft.model.permutation import Move
-from s2ft.model.registry import find_couplings
-from s2ft.model.weights import tensors_of, weight_at
+from s2ft import Coupling
 
 CASES = ("llama-grouped", "gpt2", "mixtral", "phi3")
 
@@ -66,7 +62,7 @@ def test_units_move_on_shards_as_on_whole_weights(ranks, case, way):
 
 def recovered(rank):
     """Interrupt a move after each of its tensors, on this rank only, as a signal may."""
-    from s2ft.model import permutation
+    from support.inside import permutation
 
     model = cut(model_of("llama-grouped"), CUTS["first"])
     base = {name: tensor.to_local().clone() for name, tensor in model.named_parameters()}

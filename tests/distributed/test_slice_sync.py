@@ -6,11 +6,11 @@ import torch.distributed as dist
 from export.test_streamed import randomize
 from runs import sharded
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
+from support.inside import EngineError, SliceSender
 from support.models import ALL_RATIOS, model_of, ratios_for
 from transformers import AutoModelForCausalLM
 
 import s2ft
-from s2ft.sync import EngineError, SliceSender
 
 CASES = [
     ("llama-grouped", "permuted", "fsdp"),
@@ -52,7 +52,7 @@ def send(rank, folder, how, url):
 
 def prepare(case, layout, folder):
     """Save the base, an adapter for it, and the numbers that one process sends."""
-    from s2ft.sync import TrainedSlices
+    from support.inside import TrainedSlices
 
     model = model_of(case)
     model.save_pretrained(folder / "base")

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
+from support.inside import SliceSender
 from test_deepspeed import engine_for
 from test_slice_sync import prepare
 from test_zero_init import partitioned
 
 import s2ft
-from s2ft.sync import SliceSender
 
 pytestmark = pytest.mark.deepspeed
 pytest.importorskip("deepspeed")

@@ -8,13 +8,12 @@ from unittest import mock
 import pytest
 import torch
 from distributed.runs import STEPS, batches, check_same_files, train as train_halves
+from support.inside import couplings_of, fingerprint
 from support.models import ALL_RATIOS, model_of, ratios_for
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 import s2ft
-from s2ft.model.fingerprint import fingerprint
-from s2ft.model.registry import couplings_of
 
 # "llama" moves heads and channels, "llama-grouped" has heads that can't move and "phi3" weights whose units are on
 # different ranks; "llama-biased" has biases on both sides, "qwen3" norms of heads that transformers runs by a style

@@ -8,13 +8,13 @@ import pytest
 import torch
 from runs import attached, check_same_files, files
 from support.fsdp_on_cpu import allow
+from support.inside import S2FTTrainer
 from support.pairs import in_turn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainingArguments
 
 import s2ft
-from s2ft.train.trainer import S2FTTrainer
 
 WAYS = ("ddp", "fsdp", "fsdp checkpointed", "fsdp sharded")
 ROWS = [

@@ -6,12 +6,12 @@ import signal
 import pytest
 import torch
 from runs import attached, batches, check_same_files, files, logits, train
+from support.inside import full_tensors
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.ranks import Ranks
 from test_deepspeed import engine_for, run
 
 import s2ft
-from s2ft.distributed import full_tensors
 
 pytestmark = pytest.mark.deepspeed
 os.environ.setdefault("DS_ACCELERATOR", "cpu" if not torch.cuda.is_available() else "cuda")
@@ -405,11 +405,10 @@ def arguments_for(folder, **changes):
 
 def train_loaded(rank, base, folder, kind, zero):
     """The model is loaded when the arguments exist: ZeRO-3 partitions it at once. Returns the losses."""
+    from support.inside import S2FTTrainer
     from test_trainer import ROWS, reset
     from transformers import AutoModelForCausalLM, Trainer
     from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-
-    from s2ft.train.trainer import S2FTTrainer
 
     losses = []
     for name, checkpoint in (("whole", None), ("again", folder / "whole" / "checkpoint-2")):
@@ -430,10 +429,9 @@ def train_loaded(rank, base, folder, kind, zero):
 def train_alone(base, folder):
     from unittest import mock
 
+    from support.inside import S2FTTrainer
     from test_trainer import ROWS, reset
     from transformers import AutoModelForCausalLM
-
-    from s2ft.train.trainer import S2FTTrainer
 
     with mock.patch.dict(os.environ):
         reset("ddp")

@@ -8,9 +8,7 @@ import pytest
 import type_pages
 from support.aliases import missing
 from support.composites import part_types
-
-from s2ft.model.families import composite
-from s2ft.model.registry import known_architectures
+from support.inside import composite, known_architectures
 
 from .blocks import ROOT
 

@@ -4,6 +4,7 @@ import gzip
 import re
 
 import pytest
+from support.inside import PROBLEMS, problem_set
 
 from bench.experiments import families
 from bench.experiments.problems import (
@@ -14,7 +15,6 @@ from bench.experiments.problems import (
     is_held_out,
     make_problems,
 )
-from s2ft.train.demo import PROBLEMS, problem_set
 
 TRAIN, HELD_OUT = make_problems(1500, held_out=False), make_problems(400, held_out=True)
 

@@ -29,8 +29,9 @@ def test_a_smoke_run_of_every_recipe(name, tmp_path, capsys):
 
 
 def check_commonsense(rows, folder):
+    from support.inside import load_model
+
     import s2ft
-    from s2ft.text.models import load_model
 
     assert all(row["best_step"] in (1, 2) and len(row["tests"]) == 8 for row in rows)
     answers = [

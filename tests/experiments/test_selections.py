@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from support.inside import Calibration, Request, couplings_of, projections_of, weight_at
 from support.models import model_of
 
 import s2ft
 from bench.experiments import selections
 from bench.experiments.selections import CANDIDATES, KEPT, ProtectedRequest, choose, ratio
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
-from s2ft.model.weights import weight_at
-from s2ft.selection.batches import Calibration
-from s2ft.selection.metric import Request
 
 CASES = ("llama-grouped", "mixtral")
 ALL = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)

@@ -3,12 +3,12 @@
 import pytest
 import torch
 from export.test_streamed import SHARDS, check_equal, randomize, tensors_in, without_values
+from support.inside import from_model
 from support.models import ALL_RATIOS, model_of, ratios_for
 from torch import nn
 
 import s2ft
-from s2ft.export import from_model
-from s2ft.model.coupling import Coupling
+from s2ft import Coupling
 
 CASES = ("llama-grouped", "gpt2", "mixtral", "phi3", "qwen2-grouped-tied")
 

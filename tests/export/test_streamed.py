@@ -8,17 +8,24 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.composites import composite_of
+from support.inside import (
+    CannotStream,
+    StoredWeights,
+    conversion,
+    export,
+    keep_in_float32,
+    load_model,
+    merged,
+    open_checkpoint,
+    stored_tensors,
+    streamed,
+    temporary_folder,
+    write_merged,
+)
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from train.tiny import save_tiny, tiny_tokenizer
 
 import s2ft
-from s2ft.export import merged, streamed
-from s2ft.export.merged import export, temporary_folder, write_merged
-from s2ft.files.streaming import stored_tensors
-from s2ft.model import conversion
-from s2ft.model.checkpoint import StoredWeights, open_checkpoint
-from s2ft.model.conversion import CannotStream
-from s2ft.text.models import keep_in_float32, load_model
 
 WEIGHTS = "model.safetensors"
 # dense, biases, tied, Conv1D, fused experts and weights, transposed experts, an encoder and a decoder

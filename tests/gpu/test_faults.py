@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model, train
+from support.inside import _linear
 
 import s2ft
-from s2ft.ops import _linear, sliced_linear
+from s2ft.ops import sliced_linear
 
 LIMIT = 2 << 30  # bytes that this process may take, so that tests beside it keep theirs
 

@@ -5,9 +5,10 @@ import torch
 import torch.nn.functional as F
 from state.threads import in_threads, repeating
 from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model, train
+from support.inside import _linear
 
 import s2ft
-from s2ft.ops import _linear, scatter_add_, sliced_linear, swap_
+from s2ft.ops import scatter_add_, sliced_linear, swap_
 
 LONG = 50_000  # clock cycles for which a stream is kept busy, so that the other one can overtake it
 

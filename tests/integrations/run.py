@@ -23,15 +23,12 @@ import torch
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from support.inside import RunFolder, RunOptions, SFTArguments, sft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import s2ft
 import s2ft.peft
-from s2ft.config import S2FTConfig
-from s2ft.train.arguments import SFTArguments
-from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder
-from s2ft.train.sft import sft
+from s2ft import S2FTConfig
 from tests.integrations.workplace import BATCH, PROGRAMS, RATE, SETTINGS, STEPS, Program, lay_out
 
 ROUNDING = 1e-6  # of deltas of about STEPS * RATE, in float32

@@ -13,13 +13,11 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
+from support.inside import ADAPTER_FORMATS, config_from, main as print_path
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
-from s2ft.adapter import read_adapter
-from s2ft.files.formats import ADAPTER_FORMATS
-from s2ft.integrations.__main__ import main as print_path
-from s2ft.integrations.settings import config_from
+from s2ft import read_adapter
 from s2ft.peft import S2FTPeftConfig, to_native
 
 SETTINGS = {"d_ratio": 0.25, "seed": 3}
@@ -143,8 +141,7 @@ def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(trl_r
     """Bit for bit. The layout of PEFT's form is indexed, and it has no kernel of the whole FFN."""
     import trl
     from datasets import load_dataset
-
-    from s2ft.integrations.trl import main
+    from support.inside import trl_main as main
 
     monkeypatch.setattr(trl, "get_peft_config", trl.get_peft_config)  # is put back after the test
     config, folder = trl_run
@@ -176,7 +173,7 @@ def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(trl_r
     ],
 )
 def test_trl_says_what_is_wrong_with_the_settings_before_it_loads_a_model(options, message, tmp_path):
-    from s2ft.integrations.trl import main
+    from support.inside import trl_main as main
 
     with pytest.raises(ValueError) as raised:
         main(["sft", "--model_name_or_path", "none", "--output_dir", str(tmp_path / "out"), "--use_cpu", *options])
@@ -184,7 +181,7 @@ def test_trl_says_what_is_wrong_with_the_settings_before_it_loads_a_model(option
 
 
 def test_trl_names_its_commands():
-    from s2ft.integrations.trl import main
+    from support.inside import trl_main as main
 
     with pytest.raises(SystemExit, match=r"\{distillation,dpo,grpo,.*did you mean sft\?"):
         main(["sfp"])

@@ -5,11 +5,11 @@ import json
 import pytest
 import torch
 import yaml
+from support.inside import Prompter
 from train.tiny import save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.text.adapter_prompts import Prompter
 
 pytestmark = pytest.mark.lm_eval
 CHOICES = ["red", "blue green", "grey"]
@@ -63,7 +63,7 @@ def work(tmp_path_factory):
 
 
 def loaded(work):
-    from s2ft.text.adapter_prompts import load_with_adapter
+    from support.inside import load_with_adapter
 
     return load_with_adapter(str(work / "base"), str(work / "adapter"))
 
@@ -76,8 +76,7 @@ def test_an_adapter_gives_the_numbers_of_the_merged_model(work, tasks):
     """Every log-probability and every generated text is equal, and the weights are restored bit for bit."""
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
-
-    from s2ft.integrations.lm_eval import as_json, as_table, evaluate
+    from support.inside import as_json, as_table, evaluate
 
     model, prompter = loaded(work)
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -97,7 +96,7 @@ def test_an_adapter_gives_the_numbers_of_the_merged_model(work, tasks):
 
 
 def test_the_chat_template_is_the_adapters(tasks):
-    from s2ft.integrations.lm_eval import evaluate
+    from support.inside import evaluate
 
     recorded = {"form": "chat", "template": "[{{ messages[-1]['content'] }}]", "system": None}
     prompter = Prompter(tiny_tokenizer(), {"prompt": recorded})

@@ -6,10 +6,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from support.inside import ACTIVATIONS
 from torch import Tensor
 
 from s2ft import ops
-from s2ft.ops.act_mul import ACTIVATIONS
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)

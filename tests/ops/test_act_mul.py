@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
+from support.inside import ACTIVATIONS, reference, reference_backward
 from support.tolerances import GEMM
 
 from s2ft.ops import act_mul
-from s2ft.ops.act_mul import ACTIVATIONS, reference, reference_backward
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

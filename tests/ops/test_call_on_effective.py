@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from state.threads import in_threads
+from support.inside import _effective, _linear, call_on_effective, effective_units
 
 import s2ft
-from s2ft.ops import _effective, _linear, indexed_linear, sliced_linear
-from s2ft.ops._effective import call_on_effective, effective_units
+from s2ft.ops import indexed_linear, sliced_linear
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 UNITS = {"slice": 3, "index": torch.tensor([5, 0, 3, 4])}

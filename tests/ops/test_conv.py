@@ -3,9 +3,8 @@
 import pytest
 import torch
 from ops.cases import CONV
+from support.inside import S2ColumnConv, S2RowConv
 from support.tolerances import relative_difference
-
-from s2ft.layers import S2ColumnConv, S2RowConv
 
 
 @pytest.mark.parametrize("name", CONV)

@@ -6,9 +6,9 @@ from contextlib import nullcontext
 import pytest
 import torch
 from ops.cases import ALL, DTYPES, effective_groups, grouped
+from support.inside import grouped_mm, grouped_outer
 
 from s2ft.ops import grouped_linear
-from s2ft.ops._grouped import grouped_mm, grouped_outer
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ops.cases import ALL, LINEAR, REGISTERED, linear, upstream_of
+from support.inside import _linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2ft
-from s2ft.ops import _linear, act_mul, indexed_linear, sliced_linear
+from s2ft.ops import act_mul, indexed_linear, sliced_linear
 
 cases = pytest.mark.parametrize("name", LINEAR)
 

@@ -6,9 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-
-from s2ft.ops._lock import LOCK
-from s2ft.ops._memory import check_private
+from support.inside import LOCK, check_private
 
 ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 

@@ -6,11 +6,11 @@ import sys
 import pytest
 import torch
 from ops.cases import MOVES
+from support.inside import check_distinct
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft import build_info
 from s2ft.ops import scatter_add_
-from s2ft.ops._library import check_distinct
 
 
 def test_scatter_add_without_a_place_for_the_old_values():

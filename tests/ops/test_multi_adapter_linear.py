@@ -8,9 +8,8 @@ import sys
 import pytest
 import torch
 from ops.cases import bank
+from support.inside import without_waiting
 from support.tolerances import GEMM
-
-from s2ft.ops.multi_adapter_linear import without_waiting
 
 dims = pytest.mark.parametrize("dim", (0, 1))
 counts = pytest.mark.parametrize("count", (4, 40))  # adapters: 4 take one product, 40 a product for each sequence

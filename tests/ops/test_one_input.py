@@ -3,13 +3,12 @@
 import pytest
 import torch
 from state.models import tiny_model
+from support.inside import forwards, run_on_one_input
 from support.tolerances import GEMM
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import s2ft
-from s2ft.attached import forwards
-from s2ft.layers import run_on_one_input
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16)
 UNITS = {"plain": None, "slice": {"start": 3, "end": 9}, "index": {"index": torch.tensor([7, 3, 12])}}

@@ -8,12 +8,11 @@ import sys
 import pytest
 import torch
 from ops.cases import ALL, DTYPES, OTHER, SMALL, permuted
+from support.inside import REFERENCES, _grouped
 from support.tolerances import GEMM
 from support.waits import no_waits
 
 from s2ft import ops
-from s2ft.ops import _grouped
-from s2ft.ops._library import REFERENCES
 
 CHECKED = ("scatter_add_", "swap_", "permute_")  # their public functions check the index, which waits on a GPU
 

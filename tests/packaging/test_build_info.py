@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside import _build
 
 import s2ft
-from s2ft.ops import _build
 
 
 @pytest.fixture

@@ -4,11 +4,10 @@ import warnings
 
 import pytest
 import torch
+from support.inside import _build, runs_on, version, why_unusable
 from support.models import model_of
 
 import s2ft
-from s2ft.ops import _build
-from s2ft.ops._cuda import runs_on, version, why_unusable
 
 # architecture, capability, whether the driver compiles PTX, whether the code runs there
 SERVES = [

@@ -3,8 +3,7 @@
 from pathlib import Path
 
 import pytest
-
-from s2ft.ops import _build
+from support.inside import _build
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_module = pytest.mark.skipif(_build.load() is None, reason="no compiled kernels")

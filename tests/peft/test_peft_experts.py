@@ -3,13 +3,13 @@
 import pytest
 import torch
 from peft import get_peft_model
+from support.inside import S2FTPeftExperts
 from support.models import model_of, output_of, train
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 
 import s2ft
 from s2ft.peft import S2FTPeftConfig, to_native
-from s2ft.peft.experts import S2FTPeftExperts
 
 CASES = ("mixtral", "qwen3-moe")
 BOTH = dict(target_parameters=["mlp.experts.gate_up_proj", "mlp.experts.down_proj"], ratio=0.2)

@@ -3,10 +3,7 @@
 from dataclasses import replace
 
 import torch
-
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
-from s2ft.model.weights import weight_at
+from support.inside import couplings_of, projections_of, weight_at
 
 
 def norms(matrix, projection):

@@ -3,14 +3,11 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support.inside import attachment_of, couplings_of, projections_of, unit_parameters
 from support.models import model_of
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
-from s2ft.selection.budget import unit_parameters
 
 MODEL = model_of("llama-grouped")
 PROJECTIONS = {p.path: p for p in projections_of(couplings_of(MODEL))}

@@ -10,6 +10,7 @@ import pytest
 import torch
 from selection import reference
 from selection.test_metrics import assert_untouched, state
+from support.inside import METRICS, Calibration, Projection, Request, couplings_of
 from support.models import model_of
 from support.pairs import in_turn
 from torch import nn
@@ -18,11 +19,6 @@ from transformers import BertForSequenceClassification, LlamaForSequenceClassifi
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.model.coupling import Projection
-from s2ft.model.registry import couplings_of
-from s2ft.selection import METRICS
-from s2ft.selection.batches import Calibration
-from s2ft.selection.metric import Request
 
 RATIOS = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]

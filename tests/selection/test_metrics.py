@@ -5,15 +5,12 @@ import weakref
 import pytest
 import torch
 from selection import reference
+from support.inside import ALLOCATIONS, METRICS, Calibration, Request, config, couplings_of
 from support.models import ALL_RATIOS, model_of
 from torch.utils.data import DataLoader
 
 import s2ft
-from s2ft import S2FTConfig, config
-from s2ft.model.registry import couplings_of
-from s2ft.selection import ALLOCATIONS, METRICS
-from s2ft.selection.batches import Calibration
-from s2ft.selection.metric import Request
+from s2ft import S2FTConfig
 
 CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
 SCORED = [name for name, metric in METRICS.items() if metric.ordered]
@@ -153,7 +150,7 @@ def checkpoint_blocks(model):
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
     """The test counts them whenever one is reduced. Only gradients of the requested projections are computed."""
-    from s2ft.selection import gradient
+    from support.inside import gradient
 
     model = model_of("llama")
     expected = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)

@@ -6,17 +6,20 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from selection.test_metrics import batch_of
+from support.inside import (
+    METRICS,
+    Calibration,
+    Request,
+    attachment_of,
+    couplings_of,
+    projections_of,
+    shared_by_producers,
+)
 from support.models import ALL_RATIOS, model_of
 from support.pairs import in_turn
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
-from s2ft.selection import METRICS, shared_by_producers
-from s2ft.selection.batches import Calibration
-from s2ft.selection.metric import Request
 
 DOWN = "model.layers.1.mlp.down_proj"
 RATIOS = {**ALL_RATIOS, "q_ratio": 0.25, "k_ratio": 0.25, "v_ratio": 0.25, "o_ratio": 0.25}

@@ -4,13 +4,12 @@ import hashlib
 
 import pytest
 import torch
+from support.inside import couplings_of
 from support.models import model_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
-from s2ft import S2FTConfig
-from s2ft.model.registry import couplings_of
-from s2ft.selection import select
+from s2ft import S2FTConfig, select
 
 MODEL = model_of("llama")
 COUPLINGS = couplings_of(MODEL)

@@ -6,13 +6,11 @@ import os
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support.inside import AdapterFolderCONFIG as CONFIG, attachment_of, reading
 from support.models import ALL_RATIOS, model_of
 
 import s2ft
-from s2ft.attached.record import attachment_of
-from s2ft.files import reading
-from s2ft.files.adapter_folder import CONFIG
-from s2ft.selection import Selection
+from s2ft import Selection
 
 UNITS = st.dictionaries(
     st.text("abc.1é", min_size=1, max_size=9),

@@ -7,11 +7,11 @@ import torch
 from selection import test_calibration_inputs as inputs
 from selection.test_calibration_inputs import CASES, CLASSES, mask_of, pixels, sound, text, tokens
 from selection.test_metrics import CALIBRATED, SCORED, assert_untouched, awkward, batch_of, state
+from support.inside import METRICS
 from support.models import model_of
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.selection import METRICS
 
 DOWN = "model.layers.1.mlp.down_proj"
 EVERY_DOWN = {f"model.layers.{i}.mlp.down_proj": list(range(50)) for i in range(3)}

@@ -3,12 +3,11 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
+from support.inside import METRICS, attachment_of
 from support.models import ALL_RATIOS, model_of, train
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.selection import METRICS
 
 DOWN, UP, GATE = (f"model.layers.1.mlp.{name}_proj" for name in ("down", "up", "gate"))
 

@@ -5,13 +5,10 @@ import time
 from contextlib import contextmanager
 
 import torch
+from support.inside import Row, RunningBatch, Sampler, Server, ServerOptions, build_app, config_of, listen
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
-from s2ft.serve.options import ServerOptions
-from s2ft.serve.server import Server, build_app, config_of, listen
-from s2ft.text.running_batch import Row, RunningBatch
-from s2ft.text.sampling import Sampler
 
 BASE = "tiny"
 DEADLINE = 60.0

@@ -11,13 +11,10 @@ import openai
 import pytest
 import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
+from support.inside import Limits, Sampler, metrics, native
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
-from s2ft.adapter.formats import native
-from s2ft.serve import metrics
-from s2ft.serve.options import Limits
-from s2ft.text.sampling import Sampler
 
 UNTIED = dict(tie_word_embeddings=False)
 TOKENIZER = tiny_tokenizer()

@@ -5,10 +5,9 @@ import shlex
 from pathlib import Path
 
 import pytest
+from support.inside import ServeArguments, parse
 
 from s2ft.cli.main import COMMANDS
-from s2ft.cli.parse import parse
-from s2ft.cli.serve import ServeArguments
 
 ROOT = Path(__file__).parents[2]
 tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later

@@ -6,13 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 from serve.fleet import eventually
+from support.inside import Adapters, ApiError, Engine, Job, Sampler, TextStream
 from train.tiny import tiny_model, tiny_tokenizer
-
-from s2ft.serve.engine import Engine, Job
-from s2ft.serve.errors import ApiError
-from s2ft.serve.registry import Adapters
-from s2ft.text.sampling import Sampler
-from s2ft.text.streams import TextStream
 
 
 class FakeBank:

@@ -10,11 +10,10 @@ import httpx
 import pytest
 from serve.fleet import eventually, running, save_adapters
 from serve.process import served
+from support.inside import Limits, server
 from train.tiny import save_tiny, tiny_model
 
 from s2ft.cli.main import main
-from s2ft.serve import server
-from s2ft.serve.options import Limits
 
 LONG = dict(max_position_embeddings=1 << 16, tie_word_embeddings=False, eos_token_id=None)
 

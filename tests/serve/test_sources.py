@@ -7,11 +7,10 @@ import httpx
 import pytest
 from serve.fleet import BASE, running, save_adapters
 from serve.test_api import damaged
+from support.inside import grouped, native, source_of
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
-from s2ft.adapter.formats import native
-from s2ft.adapter.sources import grouped, source_of
 from s2ft.cli.main import main
 
 UNTIED = dict(tie_word_embeddings=False)

@@ -3,12 +3,11 @@
 from collections.abc import Iterable
 
 import torch
+from support.inside import couplings_of, projections_of
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import s2ft
-from s2ft.model.coupling import projections_of
-from s2ft.model.registry import couplings_of
 
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 NOT_ATTACHED = "has no S²FT adapter"  # part of the ValueError that detach raises for a plain model

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from support.inside import _linear
 from torch import Tensor, nn
 
 import s2ft
-from s2ft.ops import _linear, grouped_linear, indexed_linear, permute_, scatter_add_, sliced_linear, swap_
+from s2ft.ops import grouped_linear, indexed_linear, permute_, scatter_add_, sliced_linear, swap_
 from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
 from state.plain import different_weights, effective_weights, same_bits, weights_of
 from state.threads import in_child, in_threads, repeating

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from s2ft.model.families import is_too_old
+from support.inside import is_too_old
 from support.models import BERT, DEEPSEEK, GPT2, IDS, IMAGE, MOE, ODD, SHAPE, T5, TOWERS, WHISPER, randomized
 
 HEADS = {**SHAPE, **IDS, "num_key_value_heads": 4}

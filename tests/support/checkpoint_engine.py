@@ -17,7 +17,7 @@ from fastapi.responses import JSONResponse
 from safetensors import safe_open
 from starlette.concurrency import run_in_threadpool
 
-from s2ft.sync.wire import DTYPES, from_message, hashes_of
+from support.inside import DTYPES, from_message, hashes_of
 
 
 def tensors_of(folder) -> dict[str, torch.Tensor]:

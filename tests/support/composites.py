@@ -10,11 +10,14 @@ from transformers import CONFIG_MAPPING, PreTrainedModel, __version__
 from transformers.modeling_outputs import MoeCausalLMOutputWithPast
 from transformers.models.auto import modeling_auto
 
-from s2ft.model.discovery.examples import examples_of
-from s2ft.model.discovery.tiny_config import tiny_config
-from s2ft.model.discovery.twin import tiny_model
-from s2ft.model.families import composite, is_too_old
-from s2ft.model.modes import evaluation_mode
+from support.inside import (
+    composite,
+    evaluation_mode,
+    examples_examples_of as examples_of,
+    is_too_old,
+    tiny_config,
+    tiny_model,
+)
 
 MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [8, 12, 12]}}
 HALF = {**MROPE["rope_parameters"], "mrope_section": [8, 4, 4], "partial_rotary_factor": 0.5}

@@ -19,15 +19,18 @@ from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.model.coupling import projections_of
-from s2ft.model.discovery.examples import run_example, runnable_example
-from s2ft.model.discovery.twin import copied
-from s2ft.model.families import composite
-from s2ft.model.outputs import tensors_in
-from s2ft.model.registry import couplings_of
-from s2ft.model.towers import tower_of
 from support import composites
 from support.aliases import ROWS, model_with
+from support.inside import (
+    composite,
+    copied,
+    couplings_of,
+    projections_of,
+    run_example,
+    runnable_example,
+    tensors_in,
+    tower_of,
+)
 from support.models import ALL_RATIOS, CASES, inputs_of
 
 TOLERANCE = 1e-9  # of outputs in float64, relative to the largest

@@ -14,7 +14,7 @@ def allow() -> None:
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedType
 
-    from s2ft.train import parallel
+    from support.inside import parallel
 
     if hasattr(AcceleratorState, "before_allow"):
         return

@@ -52,9 +52,7 @@ from transformers import (
 )
 from transformers.pytorch_utils import Conv1D
 
-from s2ft.model.coupling import projections_of
-from s2ft.model.families import is_too_old
-from s2ft.model.registry import couplings_of
+from support.inside import couplings_of, is_too_old, projections_of
 
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4, vocab_size=67)
 ODD = {**SHAPE, "hidden_size": 30, "intermediate_size": 41, "num_attention_heads": 3}

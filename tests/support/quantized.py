@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from s2ft.layers import NO_FUSE, S2Layer, kind_of
+from support.inside import NO_FUSE, S2Layer, kind_of
 from support.models import output_of
 
 bnb = pytest.importorskip("bitsandbytes")

@@ -5,7 +5,7 @@ from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.attached.record import attachment_of
+from support.inside import attachment_of
 from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
 from support.tolerances import relative_difference
 

@@ -110,7 +110,7 @@ def engine(folder, dtype="float32", **options):
 
 def syncs(folder, form="permuted", dtype="float32", served="", steps="50", workers="1"):
     """Train, and compare all tensors of the engine after each sync. At the end they are those at the start."""
-    from s2ft.sync import SliceSender
+    from support.inside import SliceSender
 
     torch.manual_seed(0)
     model = model_in(form, folder, getattr(torch, dtype))
@@ -157,7 +157,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     from datasets import Dataset
     from transformers import AutoTokenizer
 
-    from s2ft.sync import with_slices
+    from support.inside import with_slices
 
     module, name = TRAINERS[kind]
     module = import_module(module)
@@ -284,7 +284,7 @@ def async_grpo(folder, url, form="permuted"):
 
     import s2ft
     from s2ft.peft import S2FTPeftConfig
-    from s2ft.sync import with_slices
+    from support.inside import with_slices
 
     packing._flash_attn = lambda: SimpleNamespace(flash_attn_varlen_func=attention)
     async_grpo_trainer.get_peak_flops_per_device = lambda *_: None  # TRL asks for the name of a GPU
@@ -316,7 +316,7 @@ def command(folder, output, *options):
     from train.tiny import write_jsonl
 
     from s2ft.cli.main import main
-    from s2ft.train.rl_trainers import GRPORunTrainer
+    from support.inside import GRPORunTrainer
 
     found, log = [], GRPORunTrainer.log
 

@@ -17,7 +17,7 @@ FIXED = dict(dtype="float32", max_model_len=256, enforce_eager=True, max_num_seq
 def main(questions: Path, answers: Path) -> None:
     asked = json.loads(questions.read_text())
     if asked.get("missing"):
-        from s2ft.vllm import loading
+        from support.inside import loading
 
         loading.NEEDED += (tuple(asked["missing"]),)
     from vllm import LLM, SamplingParams

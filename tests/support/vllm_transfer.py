@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from s2ft.sync.wire import SliceSpec, hashes_of, to_message
+from support.inside import SliceSpec, hashes_of, to_message
 
 ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
@@ -232,7 +232,7 @@ def packed(served) -> None:
 def expert_slices(served):
     """The specs of what an adapter of experts would send."""
     import s2ft
-    from s2ft.sync import TrainedSlices
+    from support.inside import TrainedSlices
     from support.vllm_models import type_of
 
     model = type_of(served.base).from_pretrained(served.base, dtype=torch.float32)
@@ -257,7 +257,7 @@ def experts(served) -> None:
 
 def not_chosen(served) -> None:
     """An engine without the backend packs its weights as ever."""
-    from s2ft.vllm.unpacked import is_packed
+    from support.inside import is_packed
 
     llm = engine(served, weight_transfer_config=None)
     model = llm.llm_engine.model_executor.driver_worker.worker.model_runner.get_model()

@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft.ops._library import REFERENCES
+from support.inside import REFERENCES
 
 # Operators whose result, or the size of it, is a number that the host must know.
 WAITING = (

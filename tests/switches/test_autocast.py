@@ -4,15 +4,13 @@ import copy
 
 import pytest
 import torch
+from support.inside import attachment_of, mounted_deltas, weight_at
 from support.models import loss_of
 from support.slices import attached, gradients, slices
 from support.tolerances import GEMM, relative_difference
 
 import s2ft
 from s2ft import S2ColumnLinear, S2RowLinear
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.record import attachment_of
-from s2ft.model.weights import weight_at
 
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)

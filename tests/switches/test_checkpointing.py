@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from support.inside import Projection, attachment_of
 from support.models import inputs_of, loss_of, token_batch
 from support.pairs import pairs_mostly_slow
 from support.slices import assert_same, attach_random, attached, everything, gradients, plain_model
@@ -18,8 +19,6 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import Projection
 
 # llama-grouped and gemma2 have the FFN kernel, phi3 and gpt-neox several projections in a weight, gpt2 has Conv1D, vit
 # and whisper have no tokens, t5 and whisper an encoder and a decoder, qwen3-moe has experts.

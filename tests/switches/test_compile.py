@@ -6,6 +6,7 @@ import logging
 import pytest
 import torch
 from support.inductor import skip_where_wrong
+from support.inside import Projection, attachment_of
 from support.models import loss_of, output_of, token_batch
 from support.slices import assert_same, attach_random, attached, everything, gradients, plain_model
 from support.tolerances import GEMM, LOGITS, relative_difference
@@ -14,8 +15,6 @@ from torch._dynamo.utils import counters
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-from s2ft.attached.record import attachment_of
-from s2ft.model.coupling import Projection
 
 BACKEND = "aot_eager"  # traces forward and backward as inductor does, in a fraction of the time
 FORWARD = "eager"  # traces the forward only: what is in a graph, and when it is traced again

@@ -3,10 +3,8 @@
 import pytest
 import torch
 from support.engines import CHANNELS, HIDDEN, SHAPES, Engine, checkpoint
+from support.inside import NoPlace, SliceSpec, check_base, hashes_of, parts_of, places, regions
 from torch import nn
-
-from s2ft.sync.places import NoPlace, check_base, parts_of, places, regions
-from s2ft.sync.wire import SliceSpec, hashes_of
 
 INDEX = {  # positions of each weight's slice: some, runs, all, the ends
     "model.embed_tokens.weight": (0, [0, 3, 15, 16, 29]),

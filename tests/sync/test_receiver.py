@@ -6,9 +6,7 @@ import os
 import pytest
 import torch
 from support.engines import Engine, Threads, checkpoint
-
-from s2ft.sync.receiver import Receiver
-from s2ft.sync.wire import SliceSpec, hashes_of, to_message
+from support.inside import Receiver, SliceSpec, hashes_of, to_message
 
 NAMES = ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
 DIMS = {NAMES[0]: 1, NAMES[1]: 0, NAMES[2]: 0}

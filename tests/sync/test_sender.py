@@ -7,12 +7,11 @@ import threading
 import pytest
 import torch
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
+from support.inside import EngineError, SliceSender, choose_port
 from support.models import ALL_RATIOS, model_of, ratios_for, train
 from sync.test_slices import randomize
 
 import s2ft
-from s2ft.sync import EngineError, SliceSender
-from s2ft.sync.trl import choose_port
 
 CASE = "llama-grouped"
 

@@ -5,11 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from support.checkpoint_engine import CheckpointEngine, tensors_of
 from support.composites import composite_of, missing
+from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 
 import s2ft
-from s2ft.sync.slices import TrainedSlices
-from s2ft.sync.wire import hashes_of, to_message
 
 FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
 ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from s2ft.sync.wire import SliceSpec, from_message, hashes_of, to_message
+from support.inside import SliceSpec, from_message, hashes_of, to_message
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -3,10 +3,16 @@
 import pytest
 from jinja2 import TemplateSyntaxError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
+from support.inside import (
+    Prompter,
+    PromptFormat,
+    check_same_prompts,
+    give_prompt,
+    prompt_text,
+    recorded_format,
+    standalone_template,
+)
 from train.tiny import CHAT, tiny_tokenizer
-
-from s2ft.text.adapter_prompts import Prompter, check_same_prompts, give_prompt, recorded_format, standalone_template
-from s2ft.text.prompts import PromptFormat, prompt_text
 
 OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
 ASK = [{"role": "user", "content": "2+3?"}]

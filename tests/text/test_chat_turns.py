@@ -2,11 +2,8 @@
 
 import pytest
 from serve.fleet import alone
+from support.inside import Chat, Prompter, Sampler
 from train.tiny import tiny_model, tiny_tokenizer
-
-from s2ft.text.adapter_prompts import Prompter
-from s2ft.text.chat import Chat
-from s2ft.text.sampling import Sampler
 
 UNTIED = dict(tie_word_embeddings=False)
 

@@ -3,8 +3,7 @@
 import json
 
 import pytest
-
-from s2ft.text.data.forms import BadRow, normalised
+from support.inside import BadRow, normalised
 
 USER, ASSISTANT = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
 CHAT = [USER, ASSISTANT]

@@ -6,9 +6,8 @@ import lzma
 
 import datasets
 import pytest
+from support.inside import DataOptions, form_of, load_rows, load_split
 from train.tiny import write_jsonl
-
-from s2ft.text.data import DataOptions, form_of, load_rows, load_split
 
 ROWS = [{"instruction": f"{n}+1=", "output": str(n + 1)} for n in range(6)]
 CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}

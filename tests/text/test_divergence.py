@@ -6,13 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from support.inside import BaseDistributions, base_switch, divergence, divergences, mean_loss
 from support.models import CASES, model_of
 from support.pairs import rest_slow
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.text import divergence
-from s2ft.text.divergence import BaseDistributions, base_switch, divergences, mean_loss
 
 CAUSAL = [c for c in CASES if not c.startswith(("vit", "clip", "t5", "whisper", "bert", "roberta"))]
 CONFIG = s2ft.S2FTConfig(d_ratio=0.2)

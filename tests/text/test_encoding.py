@@ -5,13 +5,18 @@ import random
 
 import pytest
 from datasets import Dataset
+from support.inside import (
+    DataOptions,
+    Example,
+    PromptFormat,
+    RowOutcome,
+    encode_prompts,
+    load_rows,
+    prompt_format,
+    tokenize_rows,
+)
 from text.merging_tokenizers import TOKENIZERS
 from train.tiny import CHAT, tiny_model, tiny_tokenizer, write_jsonl
-
-from s2ft.text.data import DataOptions, load_rows
-from s2ft.text.encoding import RowOutcome, encode_prompts, tokenize_rows
-from s2ft.text.examples import Example
-from s2ft.text.prompts import PromptFormat, prompt_format
 
 MARKED = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
@@ -88,7 +93,7 @@ def test_message_lists_are_those_of_trl(tmp_path):
 
 @pytest.mark.parametrize("kind", TOKENIZERS)
 def test_prompt_of_a_text_row_is_that_of_generation(kind):
-    from s2ft.text.prompts import encode_prompt
+    from support.inside import encode_prompt
 
     tokenizer = TOKENIZERS[kind]()
     (row,) = tokens([PAIR], tokenizer, "text").dataset

@@ -2,15 +2,19 @@
 
 import pytest
 import torch
+from support.inside import (
+    Example,
+    contiguous_head,
+    encode_prompt,
+    evaluation_evaluate as evaluate,
+    examples_of,
+    generate,
+    generation_mode,
+    normalised,
+)
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
-from s2ft.text.data.forms import normalised
-from s2ft.text.evaluation import evaluate
-from s2ft.text.examples import Example, examples_of
-from s2ft.text.generation import generate, generation_mode
-from s2ft.text.output_head import contiguous_head
-from s2ft.text.prompts import encode_prompt
 
 
 @pytest.fixture

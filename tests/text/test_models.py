@@ -7,10 +7,9 @@ import torch
 from cli.test_export import base_of
 from support.convert_hf_to_gguf import convert
 from support.images import MODELS
+from support.inside import load_model, locate
 from train.tiny import save_tiny
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from s2ft.text.models import load_model, locate
 
 
 @pytest.fixture

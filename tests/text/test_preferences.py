@@ -1,13 +1,24 @@
 """Rows of dpo and grpo: every form gives the same pair or prompt, and a row that can't be used says why."""
 
 import pytest
+from support.inside import (
+    PAIRS,
+    PROMPTS,
+    BadRow,
+    DataOptions,
+    PromptFormat,
+    encode_pairs,
+    encode_prompt,
+    form_of,
+    load_rows,
+    longest_batch,
+    pair,
+    prompt_format,
+    scored_prompt,
+    token_row,
+    with_columns,
+)
 from train.tiny import tiny_tokenizer, write_jsonl
-
-from s2ft.text.data import DataOptions, form_of, load_rows
-from s2ft.text.data.forms import BadRow
-from s2ft.text.data.preferences import PAIRS, PROMPTS, pair, scored_prompt, with_columns
-from s2ft.text.pairs import encode_pairs, longest_batch, token_row
-from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_format
 
 
 def user(text):

@@ -4,15 +4,24 @@ from pathlib import Path
 
 import pytest
 import trl
+from support.inside import (
+    PromptFormat,
+    TemplateError,
+    as_template_takes,
+    encode_prompt,
+    encode_rendered,
+    end_ids,
+    pad_id,
+    prompt_format,
+    prompt_text,
+    render_chat,
+    template_of,
+)
 from text.merging_tokenizers import TOKENIZERS
 from tokenizers.processors import TemplateProcessing
 from train.tiny import CHAT, tiny_tokenizer
 from transformers import GenerationConfig
 from trl.chat_template_utils import get_training_chat_template
-
-from s2ft.text.prompts import PromptFormat, encode_prompt, end_ids, pad_id, prompt_format, prompt_text
-from s2ft.text.templates import TemplateError, as_template_takes, render_chat, template_of
-from s2ft.text.tokens import encode_rendered
 
 OF_TRL = Path(trl.__file__).parent / "chat_templates"
 ASK = {"role": "user", "content": "1+1?"}

@@ -5,10 +5,10 @@ import random
 import pytest
 import torch
 from serve.fleet import RunningBatch, alone, greedy_row, save_adapters
+from support.inside import rows_interact
 from train.tiny import tiny_model
 
-from s2ft.adapter.bank import AdapterBank
-from s2ft.text.running_batch import rows_interact
+from s2ft import AdapterBank
 
 UNTIED = dict(tie_word_embeddings=False)
 

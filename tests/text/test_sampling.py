@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-
-from s2ft.text.sampling import Sampler
+from support.inside import Sampler
 
 
 def test_a_temperature_near_0_takes_the_likeliest_token():

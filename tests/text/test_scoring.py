@@ -1,12 +1,18 @@
 """Scoring: tables of texts and of the answers that are found in them."""
 
 import pytest
+from support.inside import (
+    Example,
+    PromptFormat,
+    examples_of,
+    first_word,
+    is_right,
+    last_number,
+    normalised,
+    read_examples,
+    right_answer,
+)
 from train.tiny import write_jsonl
-
-from s2ft.text.data.forms import normalised
-from s2ft.text.examples import Example, examples_of, read_examples
-from s2ft.text.prompts import PromptFormat
-from s2ft.text.scoring import first_word, is_right, last_number, right_answer
 
 ROLES = ("user", "assistant")
 NUMBERS = {

@@ -2,9 +2,8 @@
 
 import pytest
 from hypothesis import given, settings, strategies as st
+from support.inside import TextStream
 from train.tiny import tiny_tokenizer
-
-from s2ft.text.streams import TextStream
 
 TOKENIZER = tiny_tokenizer()
 

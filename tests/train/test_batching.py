@@ -8,14 +8,22 @@ from train.tiny import tiny_model, tiny_tokenizer
 pytest.importorskip("trl")
 
 from datasets import Dataset
+from support.inside import (
+    Batching,
+    LengthSampler,
+    PackedCollator,
+    SFTArguments,
+    TokenCollator,
+    choose_batching,
+    chunked_loss,
+    endless,
+    memory_longest_batch as longest_batch,
+    row_lengths,
+    why_not_packed,
+)
 from transformers import AutoModelForCausalLM, FalconH1Config, Mamba2Config, MistralConfig, MixtralConfig
 
 import s2ft
-from s2ft.text.collator import PackedCollator, TokenCollator
-from s2ft.train.arguments import SFTArguments
-from s2ft.train.batching import Batching, LengthSampler, choose_batching, endless, row_lengths, why_not_packed
-from s2ft.train.loss import chunked_loss
-from s2ft.train.memory import longest_batch
 
 SMALL = dict(vocab_size=259, hidden_size=32, num_hidden_layers=2)
 HEADS = dict(intermediate_size=64, num_attention_heads=4, num_key_value_heads=2)

@@ -8,8 +8,7 @@ import pytest
 
 pytest.importorskip("accelerate")
 
-from s2ft.train.callbacks import JsonlLog
-from s2ft.train.output import read_log
+from support.inside import JsonlLog, read_log
 
 
 def state(step, zero=True):

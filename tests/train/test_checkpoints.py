@@ -4,9 +4,18 @@ import shutil
 
 import pytest
 from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
-
-from s2ft.train.checkpoints import SEAL, STATE, UNFINISHED, checkpoints, damage, move_into_place, newest_valid, seal
-from s2ft.train.trainer import AdapterCheckpoints, S2FTTrainer
+from support.inside import (
+    SEAL,
+    STATE,
+    UNFINISHED,
+    AdapterCheckpoints,
+    S2FTTrainer,
+    checkpoints,
+    damage,
+    move_into_place,
+    newest_valid,
+    seal,
+)
 
 
 def checkpoint(folder, step, sealed=True):

@@ -8,11 +8,7 @@ from train.tiny import tiny_model
 
 pytest.importorskip("trl")
 
-from s2ft.text.collator import SplitCollator, TokenCollator
-from s2ft.train import divided_rows
-from s2ft.train.arguments import SFTArguments
-from s2ft.train.divided_rows import check_divided_rows
-from s2ft.train.parallel import Devices
+from support.inside import Devices, SFTArguments, SplitCollator, TokenCollator, check_divided_rows, divided_rows
 
 WHOLE = {"packing": True, "padding_free": True, "loss_type": "dft", "router_aux_loss_coef": 0.1}
 ROWS = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, -100, 8, 9]}, {"input_ids": [3, 4], "labels": [-100, 4]}]

@@ -6,20 +6,23 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.inside import (
+    DPOArguments,
+    DPORunTrainer,
+    Reference,
+    RunFolder,
+    RunOptions,
+    dpo,
+    encode_pairs,
+    pair,
+    prompt_format,
+    read_log,
+)
 from support.tolerances import GEMM, LOGITS, relative_difference
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import dpo_trainer
 
 import s2ft
-from s2ft.text.data.preferences import pair
-from s2ft.text.pairs import encode_pairs
-from s2ft.text.prompts import prompt_format
-from s2ft.train.arguments import DPOArguments
-from s2ft.train.dpo import dpo
-from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, read_log
-from s2ft.train.reference import Reference
-from s2ft.train.rl_trainers import DPORunTrainer
 
 ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(12)]
 # No layer is permuted and no kernel replaces the FFN's, so that every sum has the order of the untouched base.

@@ -11,19 +11,29 @@ from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 pytest.importorskip("trl")
 
 from peft import LoraConfig, get_peft_model
+from support.inside import (
+    DataOptions,
+    Drift,
+    ForgettingMeter,
+    ForgettingOptions,
+    RunFolder,
+    RunOptions,
+    S2FTTrainer,
+    SFTArguments,
+    answer_rows,
+    mean_loss,
+    prompt_rows,
+    prompts_of,
+    read_log,
+    read_texts,
+    row_of_prompt,
+    sft,
+    text_rows,
+)
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import s2ft
-from s2ft.text.data import DataOptions
-from s2ft.text.divergence import mean_loss
-from s2ft.text.drift import Drift, answer_rows, prompt_rows, prompts_of, read_texts, row_of_prompt, text_rows
-from s2ft.train.arguments import SFTArguments
-from s2ft.train.forgetting import ForgettingMeter
-from s2ft.train.options import ForgettingOptions, RunOptions
-from s2ft.train.output import RunFolder, read_log
-from s2ft.train.sft import sft
-from s2ft.train.trainer import S2FTTrainer
 
 
 def other_rows(count=4):
@@ -163,7 +173,7 @@ def test_without_a_number_of_steps_there_are_about_twenty_measurements(tmp_path)
 
 
 def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
-    from s2ft.train.held_out import HeldOut
+    from support.inside import HeldOut
 
     values = {step: drift.base_kl for step, drift in whole[3].measured.items()}
     model = tiny_model()

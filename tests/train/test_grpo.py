@@ -4,18 +4,23 @@ import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
+from support.inside import (
+    GRPOArguments,
+    GRPORunTrainer,
+    RunFolder,
+    RunOptions,
+    checked,
+    encode_prompt,
+    grpo,
+    prompt_format,
+    read_log,
+    scored_prompt,
+    with_columns,
+)
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import grpo_trainer
 
 import s2ft
-from s2ft.text.data.preferences import scored_prompt, with_columns
-from s2ft.text.prompts import encode_prompt, prompt_format
-from s2ft.train.arguments import GRPOArguments
-from s2ft.train.grpo import grpo
-from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, read_log
-from s2ft.train.rewards import checked
-from s2ft.train.rl_trainers import GRPORunTrainer
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
 ROWS = [{"question": f"{a}+1=", "answer": str(a + 1), "level": a % 3} for a in range(8)]
@@ -156,9 +161,8 @@ def test_the_reward_rises(tmp_path):
 
 
 def test_an_attached_model_that_would_be_sent_whole_is_refused_before_vllm_starts(tmp_path):
+    from support.inside import AdapterCheckpoints
     from trl import GRPOConfig, GRPOTrainer
-
-    from s2ft.train.trainer import AdapterCheckpoints
 
     class Mine(AdapterCheckpoints, GRPOTrainer):
         pass

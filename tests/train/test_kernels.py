@@ -13,6 +13,7 @@ from types import MethodType, ModuleType, SimpleNamespace
 import numpy
 import pytest
 import torch
+from support.inside import MissingPackages, apply_kernels, kernels, plain_kernels
 from support.models import model_of, output_of
 from support.tolerances import relative_difference
 from torch import nn
@@ -20,9 +21,6 @@ from train.tiny import tiny_model
 from transformers.models.llama import modeling_llama
 
 import s2ft
-from s2ft.packages import MissingPackages
-from s2ft.train import kernels
-from s2ft.train.kernels import apply_kernels, plain_kernels
 
 IDS = torch.arange(16).view(2, 8) + 5
 

@@ -5,14 +5,13 @@ import shutil
 
 import pytest
 import torch
+from support.inside import ModelOptions, fit_layout, load_base, quantization_config
 from train.tiny import save_tiny
 
 import s2ft
-from s2ft.train.loading import fit_layout, load_base, quantization_config
-from s2ft.train.options import ModelOptions
 
 pytest.importorskip("trl")
-from s2ft.train.arguments import SFTArguments
+from support.inside import SFTArguments
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"

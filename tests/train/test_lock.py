@@ -7,9 +7,7 @@ import subprocess
 import sys
 
 import pytest
-
-from s2ft.train.lock import LOCK, only_run_in
-from s2ft.train.output import RunFolder
+from support.inside import LockLOCK as LOCK, RunFolder, only_run_in
 
 HOLD = """
 import sys

@@ -2,14 +2,7 @@
 
 import pytest
 import torch
-from support.models import CASES, inputs_of, model_of
-from support.pairs import in_turn
-from support.tolerances import GEMM
-from train.test_sft import losses, run
-from train.tiny import tiny_model
-
-import s2ft
-from s2ft.train.loss import (
+from support.inside import (
     CHUNK,
     IGNORED,
     ChunkedLoss,
@@ -19,6 +12,13 @@ from s2ft.train.loss import (
     sum_of_losses,
     why_not_chunked,
 )
+from support.models import CASES, inputs_of, model_of
+from support.pairs import in_turn
+from support.tolerances import GEMM
+from train.test_sft import losses, run
+from train.tiny import tiny_model
+
+import s2ft
 
 # These cases have another loss than that of a causal language model, or change their logits.
 NOT = {

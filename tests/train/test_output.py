@@ -3,8 +3,7 @@
 from contextlib import nullcontext
 
 import pytest
-
-from s2ft.train.output import RunFolder, read_log
+from support.inside import RunFolder, read_log
 
 
 def test_new_and_empty_folders_are_fine(tmp_path):

@@ -6,8 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from s2ft.train.output import RunFolder
-from s2ft.train.plot import loss_figure, plot_loss
+from support.inside import RunFolder, loss_figure, plot_loss
 
 STEPS = [{"step": step, "loss": 3 - step / 9, "learning_rate": 1e-4} for step in range(1, 10)]
 MORE = [*STEPS, {"step": 9, "eval_loss": 4.0, "eval_accuracy": 0.5, "forgetting": 0.1}]

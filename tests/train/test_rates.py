@@ -1,9 +1,8 @@
 """The suggested learning rate, against the rates that are known to have been good."""
 
 import pytest
+from support.inside import rates
 from tiny import save_tiny
-
-from s2ft.train import rates
 
 
 @pytest.mark.parametrize("width, good", rates.KNOWN)

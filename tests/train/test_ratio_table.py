@@ -5,13 +5,11 @@ import json
 import peft
 import pytest
 import torch
+from support.inside import loss_in_chunks, planned, rows_of, saved_by_bits, size_of
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
 from s2ft.cli.main import main
-from s2ft.estimation.result import size_of
-from s2ft.train.loss import loss_in_chunks
-from s2ft.train.ratio_table import planned, rows_of, saved_by_bits
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25, o_ratio=0.25)
 

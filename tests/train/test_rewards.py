@@ -3,8 +3,7 @@
 import asyncio
 
 import pytest
-
-from s2ft.train.rewards import RewardError, answer_equal, answer_format, check_columns, is_equal, load_rewards, numbers
+from support.inside import RewardError, answer_equal, answer_format, check_columns, is_equal, load_rewards, numbers
 
 # (completion, expected answer): equal
 EQUAL = [

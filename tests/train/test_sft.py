@@ -11,15 +11,22 @@ from train.tiny import sums, tiny_model, tiny_tokenizer
 pytest.importorskip("trl")
 
 from datasets import Dataset, IterableDataset
+from support.inside import (
+    NEEDS,
+    SCHEDULES,
+    HeldOut,
+    RunFolder,
+    RunOptions,
+    SFTArguments,
+    check_packages_of_run,
+    log_length,
+    loss_figure,
+    read_log,
+    sft,
+    trainer_for,
+)
 
 import s2ft
-from s2ft.packages import NEEDS
-from s2ft.train.arguments import SFTArguments
-from s2ft.train.held_out import HeldOut
-from s2ft.train.options import SCHEDULES, RunOptions
-from s2ft.train.output import RunFolder, read_log
-from s2ft.train.plot import loss_figure
-from s2ft.train.sft import check_packages_of_run, log_length, sft, trainer_for
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5)
 ARGUMENTS = dict(
@@ -475,9 +482,8 @@ def test_a_logger_that_transformers_can_not_use(tmp_path, monkeypatch):
 
 
 def test_every_optimizer_that_needs_bitsandbytes_is_known():
+    from support.inside import BITSANDBYTES
     from transformers.training_args import OptimizerNames
-
-    from s2ft.packages import BITSANDBYTES
 
     words = ("bnb", "8bit", "lion", "ademamix", "paged")
     others = ("galore", "adamw_torch")

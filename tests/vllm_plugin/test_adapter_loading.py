@@ -9,17 +9,23 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
+from support.inside import (
+    Location,
+    MissingInVLLM,
+    Targets,
+    base as base_module,
+    compatibility,
+    loading,
+    lora_of,
+    native,
+    private,
+    when_imported,
+)
 from support.vllm_models import randomize, tiny_llama
 from support.vllm_modules import Layer, PPMissingLayer, Request, engine_of, fake_modules
 from transformers import GPT2Config, GPT2LMHeadModel, Phi3Config, Phi3ForCausalLM
 
 import s2ft
-from s2ft.adapter.formats import native
-from s2ft.model.location import Location
-from s2ft.vllm import base as base_module, compatibility, loading
-from s2ft.vllm.compatibility import MissingInVLLM, private, when_imported
-from s2ft.vllm.lora import lora_of
-from s2ft.vllm.names import Targets
 
 SHAPE = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
 RATIOS = dict(d_ratio=0.1, u_ratio=0.05, g_ratio=0.05, q_ratio=0.25, k_ratio=0.5, v_ratio=0.5, o_ratio=0.25)

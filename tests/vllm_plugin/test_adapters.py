@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.inside import native
 from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
 from support.vllm_server import ROOT, vllm_server
 from transformers import (
@@ -23,7 +24,6 @@ from transformers import (
 )
 
 import s2ft
-from s2ft.adapter.formats import native
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

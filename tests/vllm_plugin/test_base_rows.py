@@ -4,8 +4,7 @@ import sys
 from types import ModuleType
 
 import torch
-
-from s2ft.vllm import base_rows
+from support.inside import base_rows
 
 
 class PunicaWrapperCPU:

@@ -8,13 +8,10 @@ import sys
 
 import pytest
 from serve.fleet import save_adapters
+from support.inside import Budget, Extent, PromptFormat, command as vllm, lora
 from train.tiny import save_tiny
 
-from s2ft.adapter.formats import lora
 from s2ft.cli.main import main
-from s2ft.text.prompts import PromptFormat
-from s2ft.vllm import command as vllm
-from s2ft.vllm.slices.units import Budget, Extent
 
 UNTIED = dict(tie_word_embeddings=False)
 
@@ -246,7 +243,7 @@ def test_why_vllm_cannot_run_the_plugin(monkeypatch):
 
 
 def test_a_gguf_file_is_unpacked(work, tmp_path, monkeypatch):
-    from s2ft.text.models import load_model
+    from support.inside import load_model
 
     model = load_model(str(work / "model"))
     monkeypatch.setattr(vllm, "load_model", lambda name, dtype: model)

@@ -8,12 +8,10 @@ from http import HTTPStatus
 from types import ModuleType, SimpleNamespace
 
 import pytest
+from support.inside import native, path_of, resolver
 from support.models import model_of, train
 
 import s2ft
-from s2ft.adapter.formats import native
-from s2ft.vllm import resolver
-from s2ft.vllm.resolver import path_of
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,7 @@ import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
-
-from s2ft.vllm import retired
+from support.inside import retired
 
 
 @pytest.fixture

@@ -8,17 +8,24 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from support.inside import (
+    Admission,
+    BankFull,
+    Batch,
+    Budget,
+    Extent,
+    MissingInVLLM,
+    Place,
+    SliceBank,
+    add_slices_,
+    encode,
+    layer_with_slices as with_slices,
+    layers,
+)
 from support.pairs import in_turn, pairs
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
 from torch import nn
-
-from s2ft.vllm import layers
-from s2ft.vllm.compatibility import MissingInVLLM
-from s2ft.vllm.slices.bank import BankFull, SliceBank
-from s2ft.vllm.slices.layer import encode, with_slices
-from s2ft.vllm.slices.product import Batch, add_slices_
-from s2ft.vllm.slices.units import Admission, Budget, Extent, Place
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -33,7 +33,7 @@ def requests(served, names=NAMES):
 
 def units_of(served, name):
     """The most units of an adapter in one projection."""
-    from s2ft.adapter import read_adapter
+    from s2ft import read_adapter
 
     return max(delta.index.numel() for delta in read_adapter(served.adapters / name).deltas.values())
 

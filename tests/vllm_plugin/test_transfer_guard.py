@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-from s2ft.vllm import transfer, unpacked
+from support.inside import transfer, unpacked
 
 
 class Worker:

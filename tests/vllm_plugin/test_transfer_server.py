@@ -5,11 +5,10 @@ import threading
 
 import pytest
 import torch
+from support.inside import to_message
 from support.vllm_models import PROMPTS
 from support.vllm_server import vllm_server
 from support.vllm_transfer import slices_of
-
-from s2ft.sync.wire import to_message
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

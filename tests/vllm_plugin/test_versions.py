@@ -9,10 +9,9 @@ from types import ModuleType
 import pytest
 import torch
 from serve.fleet import save_adapters
+from support.inside import versions, when_imported
 
-from s2ft.adapter.loading import read_adapter
-from s2ft.vllm import versions
-from s2ft.vllm.compatibility import when_imported
+from s2ft import read_adapter
 
 
 @dataclass
