@@ -113,12 +113,11 @@ def _flipped(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
     entries = {
         key: value for key, value in config.to_dict().items() if key not in PretrainedConfig.__dataclass_fields__
     }
-    # some entries may not be read in another way, and some are behind a property
-    values = vars(config) | {key.removeprefix("_"): value for key, value in vars(config).items()}
+    config.allow_global_per_layer_attribute_access = True  # where layers differ
     for key in dict.fromkeys((*ours, *entries)):
-        if key in PretrainedConfig.__dataclass_fields__ or key not in values:
+        if key in PretrainedConfig.__dataclass_fields__ or not hasattr(config, key):
             continue
-        value, hint = values[key], ours.get(key)
+        value, hint = getattr(config, key), ours.get(key)
         if isinstance(value, bool) or value is None and "bool" in str(hint):
             yield key, not value
         elif isinstance(value, str) or value is None and "str" in str(hint):
