@@ -116,6 +116,7 @@ def _flipped(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
     entries = {
         key: value for key, value in config.to_dict().items() if key not in PretrainedConfig.__dataclass_fields__
     }
+    config.allow_global_per_layer_attribute_access = True  # where layers differ
     for key in dict.fromkeys((*ours, *entries)):
         if key in PretrainedConfig.__dataclass_fields__ or not hasattr(config, key):
             continue
