@@ -17,7 +17,7 @@ STARTED := $(shell date +%s)
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
 
 test: $(VENV)/.installed $(VENV)/.quantized
-	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not slow"
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=50 -m "not slow"
 
 test-all: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal

@@ -32,7 +32,7 @@ import s2ft
 from s2ft.ops import multi_adapter_linear
 from s2ft.vllm.slices.bank import SliceBank
 from s2ft.vllm.slices.product import Batch, add_slices_
-from s2ft.vllm.slices.units import setting_for
+from s2ft.vllm.slices.units import Place, setting
 
 RESULTS = Path(__file__).parent / "results" / "vllm_layers.json"
 CONFIGS = {"one": dict(d_ratio=0.03, o_ratio=0.12), "two": dict(d_ratio=0.02, o_ratio=0.12)}
@@ -58,7 +58,8 @@ def main() -> None:
         if {"speed", "memory"} & set(args.parts):
             adapters, prompts = prepare(Path(folder))
             rank = rank_for(adapters)
-            found.update(units=setting_for(adapters, len(adapters)), rank=rank)
+            places = [{Place(path, path.rpartition(".")[2], 0): n for path, n in one.items()} for one in adapters]
+            found.update(units=setting(places, len(places)), rank=rank)
         if "memory" in args.parts:
             found["memory"] = memory(Path(folder), rank, found["units"], args.dtype)
         if "speed" in args.parts:

@@ -43,9 +43,10 @@ def test_a_flag_that_changes_a_block(model_type):
 
 
 def test_a_flag_that_a_declaration_does_not_know_is_found(monkeypatch):
+    # attach proves itself, so such a declaration is refused and computes nothing wrong
     (names,) = named.BY_TYPE["dinov3_vit"]
     monkeypatch.setitem(named.BY_TYPE, "dinov3_vit", (replace(names, gated=None),))
-    assert outcome_of("dinov3_vit", FAST["dinov3_vit"], None).word == "wrong"
+    assert outcome_of("dinov3_vit", FAST["dinov3_vit"], None).word == "refused"
 
 
 @pytest.mark.slow

@@ -3,9 +3,9 @@
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from support.inside import Projection
+from support.inside import Projection, select_units as select
 
-from s2ft import Coupling, S2FTConfig, Selection, select
+from s2ft import Coupling, S2FTConfig, Selection
 
 
 def ffn(layer, channels=40):

@@ -4,12 +4,12 @@ import hashlib
 
 import pytest
 import torch
-from support.inside import couplings_of
+from support.inside import couplings_of, select_units as select
 from support.models import model_of
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import s2ft
-from s2ft import S2FTConfig, select
+from s2ft import S2FTConfig
 
 MODEL = model_of("llama")
 COUPLINGS = couplings_of(MODEL)
