@@ -7,11 +7,12 @@ import random
 import pytest
 import torch
 import torch.nn.functional as F
-from support.inside import attachment_of, copied, couplings_of, tiny_config
+from support.aliases import ROWS, model_with
+from support.inside import attachment_of, copied, couplings_of, examples_examples_of as examples_of, tiny_config
 from support.models import model_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -392,6 +393,12 @@ def test_without_an_example_nothing_is_proved_and_the_report_says_so():
     assert "nothing was proved" in str(report) and "Pass example=" in report.unproved
     with pytest.raises(ValueError, match="pass example="):
         attach(Stack(RIGHT["counted"]), example=None, verify=True)
+
+
+def test_an_example_of_sound_is_short_even_where_the_model_takes_long_ones():
+    model = model_with(CONFIG_MAPPING["wav2vec2-bert"](**ROWS["wav2vec2-bert"]))
+    assert model.config.max_source_positions == 5000
+    assert max(next(examples_of(model))["input_features"].shape) == 128
 
 
 def test_verify_false_runs_nothing():

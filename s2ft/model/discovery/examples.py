@@ -447,7 +447,8 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
     )
     bins = (_first(audio, keys) or 80) * (_first(audio, ("num_stacked_frames",)) or 1)
     positions = _first(audio, ("max_source_positions",))
-    for steps in dict.fromkeys((2 * positions if positions else 128, 128, 256)):
+    most = 2 * positions if positions else 128  # Whisper takes 3000 and no other number
+    for steps in dict.fromkeys((most, 128, 256) if most <= 3000 else (128, 256, most)):
         for shape in ((bins, steps), (steps, bins), (steps, 2 * bins), (steps, 4 * bins)):
             ones = torch.ones(ROWS, steps, dtype=torch.int64)
             masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), ones)
