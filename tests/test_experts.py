@@ -7,7 +7,7 @@ from types import FunctionType
 import pytest
 import torch
 from support.aliases import alias_of
-from support.inside import S2ColumnExperts, S2RowExperts, attachment_of, experts_forward, project
+from support.inside import S2ColumnExperts, S2RowExperts, experts_forward, project
 from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
@@ -60,38 +60,6 @@ def test_expert_layers_compute_with_the_effective_weight(dim, dtype, transposed)
     assert torch.equal(layer.weight, before)
     layer.enabled = False
     assert torch.equal(layer(x, OFFSETS), project(before, x, OFFSETS, transposed))
-
-
-@pytest.mark.parametrize("fused", (False, True))
-def test_the_state_of_an_expert_layer_loads(fused):
-    layer, other = expert_layer(0).eval(), expert_layer(0).eval()
-    nn.init.zeros_(other.s2)
-    layer.load_state_dict({**layer.state_dict(), "index": torch.tensor([0, 5, 1, 3, 2])})  # other units
-    if fused:
-        layer.fuse()
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(7, 5)
-    assert other.fused == fused and torch.equal(other(x, OFFSETS), layer(x, OFFSETS))
-    layer.unfuse(), other.unfuse()
-    assert torch.equal(other.weight, layer.weight) and torch.equal(other(x, OFFSETS), layer(x, OFFSETS))
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_each_expert_has_its_own_units_and_order(layout):
-    base = model_of("mixtral")
-    model = copy.deepcopy(base)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, layout=layout))
-    experts, path = model.model.layers[0].mlp.experts, "model.layers.0.mlp.experts.down_proj"
-    chosen = [attachment_of(model).selection[f"{path}[{expert}]"].tolist() for expert in range(3)]
-    assert chosen[0] != chosen[1] != chosen[2]
-    moved = [
-        not torch.equal(experts.gate_up_proj[e], base.model.layers[0].mlp.experts.gate_up_proj[e]) for e in range(3)
-    ]
-    assert moved == [layout == "permuted"] * 3
-    assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, S2RowExperts)
-    assert list(base.model.layers[0].mlp.experts.state_dict()) == list(
-        s2ft.detach(model).model.layers[0].mlp.experts.state_dict()
-    )
 
 
 def test_an_expert_without_tokens():
@@ -305,24 +273,3 @@ def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_pat
     assert all(torch.equal(value, merged.state_dict()[key]) for key, value in again.state_dict().items())
     assert torch.equal(output_of(again), output_of(merged))
     assert relative_difference(output_of(again), output_of(model)) <= 1e-5
-
-
-WRONG = {
-    "expert": ({"expert": 3}, "more than 3 experts"),
-    "no parameter": ({"path": "model.layers.0.mlp.gate"}, "must be a parameter"),
-    "no expert": ({"expert": None}, "is a Parameter"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_experts_are_named(wrong):
-    from dataclasses import replace
-
-    from support.inside import couplings_of
-
-    change, message = WRONG[wrong]
-    model = model_of("mixtral")
-    one = next(c for c in couplings_of(model) if c.kind == "experts")
-    one = replace(one, consumer=replace(one.consumer, **change))
-    with pytest.raises(ValueError, match=message):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[one], verify=False)

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from adapter.test_pretrained import StopAt
-from support.inside import attachment_of, find_attachment, kind_of, mounted_deltas
-from support.models import model_of, output_of, token_batch, train
+from support.inside import attachment_of, mounted_deltas
+from support.models import output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.quantized import (
     KINDS,
@@ -101,15 +101,6 @@ def test_packing_is_allowed_again_after_detach():
     assert not any(allowed())
     s2ft.detach(model)
     assert allowed() == before
-
-
-def test_packed_weights_are_dequantized():
-    model = quantized("nf4")
-    before = {path: kind_of(module).matrix(module) for path, module in linears(model).items()}
-    with torch.no_grad():
-        output_of(model)
-    for path, module in linears(model).items():
-        assert relative_difference(kind_of(module).matrix(module), before[path]) <= 2**-7
 
 
 @pytest.mark.parametrize(
@@ -430,19 +421,6 @@ def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     assert relative_difference(forward(again), forward(model)) <= LOGITS
 
 
-@pytest.mark.parametrize("kind, half", in_turn(KINDS, (torch.bfloat16, torch.float16)), ids=str)
-def test_autocast_trains(kind, half):
-    """Autocast trains the deltas in float32."""
-    model = quantized(kind)
-    before = contents(model)
-    s2ft.attach(model, INDEXED)
-    with torch.autocast("cpu", half):
-        losses = train(model, 5)
-    assert losses[-1] < losses[0]
-    assert all(delta.dtype is torch.float32 and delta.any() for delta in deltas_of(model).values())
-    assert_same_contents(contents(model), before)
-
-
 @pytest.mark.parametrize("kind", ("4bit", "8bit", "torchao-int8"))
 def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     """On the base that the adapter was trained on, PEFT gives the same logits and keeps the same bytes."""
@@ -467,16 +445,3 @@ def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
 
 
 # ---- weights that are not available ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_weights_on_the_meta_device_are_not_read(layout, tmp_path):
-    """An adapter can wait for them, see distributed/test_meta_ranks.py. What needs their numbers is refused."""
-    model = model_of("llama").to("meta")
-    with pytest.raises(ValueError, match="selection='weight' reads the weights, and they are on the meta device"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout, selection="weight"))
-    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
-    with pytest.raises(ValueError, match="have not arrived on this rank"):
-        s2ft.save_adapter(model, tmp_path)
-    assert not list(tmp_path.iterdir())

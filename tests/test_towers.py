@@ -6,7 +6,6 @@ import pytest
 import torch
 import transformers
 from support.inside import CONFIG, tower_of, towers_of, trained_towers
-from support.models import inputs_of, model_of
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -172,22 +171,6 @@ def test_an_example_of_text_reaches_the_language_model():
     assert s2ft.attach(llava(), S2FTConfig(d_ratio=0.25), couplings=couplings(), example=example).trainable
     with pytest.raises(ValueError, match="example must reach every coupling"):
         s2ft.attach(llava(), S2FTConfig(d_ratio=0.25, towers=[VISION]), couplings=couplings(), example=example)
-
-
-def test_models_without_a_language_model_beside_others_are_trained_whole():
-    for case in ("clip", "whisper", "t5", "llama"):
-        model = model_of(case)
-        everything = s2ft.plan(model, S2FTConfig(d_ratio=0.25))
-        names = S2FTConfig(d_ratio=0.25, towers=[t for t in towers_of(model) if t != PROJECTOR])
-        assert everything.trainable == s2ft.plan(model, names).trainable
-
-
-def test_one_side_of_an_encoder_decoder():
-    model = model_of("whisper")
-    report = s2ft.attach(model, S2FTConfig(d_ratio=0.25, towers=[LANGUAGE]))
-    assert report.towers == {LANGUAGE: True, AUDIO: False}
-    model(**inputs_of(model)).logits.sum().backward()
-    assert {name.split(".")[1] for name, p in model.named_parameters() if p.grad is not None} == {"decoder"}
 
 
 def test_names_tell_the_towers_of_a_model_of_ones_own():

@@ -86,12 +86,6 @@ def test_fused_layers_extra_weights_and_small_files(gathered, tmp_path, caplog):
     check_saved(model, tmp_path, caplog, gathered, max_shard_size=SHARDS)
 
 
-def test_a_base_that_is_given_is_used(tmp_path, caplog):
-    model = trained("llama", tmp_path)
-    model.config._name_or_path = "nowhere/at-all"
-    check_saved(model, tmp_path, caplog, base=tmp_path / "base")
-
-
 def test_a_model_without_values_is_saved_from_its_checkpoint(tmp_path, caplog):
     model = trained("llama-grouped", tmp_path)
     s2ft.save_adapter(model, tmp_path / "adapter")
