@@ -61,7 +61,7 @@ MODULES = {
     "model.discovery.settle": "judge",
     "model.discovery.tiny_config": "HEADS Level tiny_config",
     "model.discovery.twin": "copied kinds_of_blocks paths_and_classes tiny_model twins_of",
-    "model.families": "FAMILIES FLOOR SINCE composite is_too_old named towers",
+    "model.families": "FAMILIES SINCE composite is_too_old named towers",
     "model.fingerprint": "fingerprint",
     "model.location": "Location",
     "model.modes": "evaluation_mode",
