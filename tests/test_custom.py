@@ -1,15 +1,15 @@
 """Couplings that a user describes are verified before a weight changes."""
 
 import copy
-import json
 from dataclasses import replace
 
 import pytest
 import torch
-from support.inside import CONFIG, Projection, Vector, attachment_of
+from support.inside import Projection, Vector, attachment_of
 from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, ratios_for
 from support.pairs import rest_slow
 from support.tolerances import relative_difference
+from test_life_cycle import Subject, live_natively
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -94,6 +94,13 @@ def net(dtype=torch.float32):
     return Net().to(dtype)  # in training mode, with dropout
 
 
+def plain_net():
+    model = Net()
+    for block in model.blocks:
+        block.dropout = nn.Identity()
+    return model
+
+
 def example(dtype=torch.float32):
     return torch.randn(3, 7, 12, generator=torch.Generator().manual_seed(1)).to(dtype)
 
@@ -112,23 +119,18 @@ def states_equal(ours, theirs):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_a_users_own_model_all_the_way(layout, tmp_path):
-    base = net().eval()
-    model = copy.deepcopy(base)
-    report = s2ft.attach(model, S2FTConfig(**ALL_RATIOS, layout=layout), couplings=couplings(), example=example())
-    assert sum(row.layers for row in report.rows) == 14 and len(attachment_of(model).mounts) == 14
-    assert relative_difference(model(example()), base(example())) <= 1e-5
-    fit(model)
-    s2ft.save_adapter(model, tmp_path)
-    assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
-    output, merged = model(example()), s2ft.merge(model)
-    assert relative_difference(merged(example()), output) <= 1e-5
-    for trainable in (False, True):  # only the folder is needed
-        other = copy.deepcopy(base)
-        s2ft.load_adapter(other, tmp_path, trainable=trainable)
-        s2ft.save_adapter(other, tmp_path / "again")
-        assert json.loads((tmp_path / "again" / CONFIG).read_text())["couplings"]
-        assert states_equal(s2ft.merge(other), merged)
+@pytest.mark.parametrize("kind", ("separate", "fused"))
+def test_the_life_of_a_users_own_model(kind, layout, tmp_path):
+    """`fused` has q, k and v in one weight."""
+    make, given = (plain_net, couplings()) if kind == "separate" else (Fused, [fused_coupling()])
+
+    def seeded():
+        torch.manual_seed(0)
+        return make().eval()
+
+    config = {**ALL_RATIOS} if kind == "separate" else dict(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
+    options = dict(couplings=given, example=example())
+    live_natively(Subject(seeded, {**config, "layout": layout}, lambda model: model(example()), options), tmp_path)
 
 
 def test_both_layouts_train_alike_and_like_a_masked_model():
@@ -359,27 +361,6 @@ def fused_coupling(**change):
     )
     producers = tuple(replace(p, **change) for p in producers)
     return Coupling("attention", 0, producers, Projection("o", "o", HEADS, WIDTH, 1))
-
-
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_projections_that_share_a_weight(layout, tmp_path):
-    torch.manual_seed(0)
-    base = Fused()
-    model = copy.deepcopy(base)
-    s2ft.attach(
-        model,
-        S2FTConfig(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25, layout=layout),
-        couplings=[fused_coupling()],
-        example=example(),
-    )
-    assert model.qkv.s2.shape == (3 * WIDTH, 12) and len(s2ft.status(model).rows) == 3
-    fit(model)
-    s2ft.save_adapter(model, tmp_path)
-    merged = s2ft.merge(model)
-    moved = (merged.qkv.weight != base.qkv.weight).view(12, HEADS, 3, WIDTH).any(3).any(0)  # [heads, q k v]
-    assert moved.sum(0).tolist() == [1, 0, 2]
-    s2ft.load_adapter(base, tmp_path)
-    assert states_equal(s2ft.merge(base), merged)
 
 
 SHARED = {

@@ -1,7 +1,6 @@
 """Estimated memory, computed before attach, is compared with the same model attached and trained."""
 
 import copy
-import re
 import sys
 from typing import Any
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from support.inside import OPTIMIZERS, Memory, Projection, chunked_loss, contiguous_head, storages
 from support.models import ALL_RATIOS, AUTO, CASES, inputs_of, model_of, ratios_for, token_batch
-from support.pairs import in_turn, pairs_mostly_slow, rest_slow
+from support.pairs import in_turn, rest_slow
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPConfig, LlamaConfig
 
@@ -120,62 +119,43 @@ def test_inputs_are_made_with_labels(case, labels):
     assert (estimated.batch, estimated.length) == (3, None if case == "vit" else 7)
 
 
-def some(cases, values):
-    """Cases with values in turn, and more cases that are slow."""
-    more = ("whisper", "phi3", "gpt2", "t5", "bert", "vit", "clip")
-    slow = [pytest.param(case, value, marks=pytest.mark.slow) for case in more for value in values]
-    return in_turn(cases, values) + slow
+def checkpointed(reentrant):
+    return lambda model: model.activation_checkpointing_enable(
+        activation_checkpointing_kwargs={"use_reentrant": reentrant}
+    )
 
 
-@pytest.mark.parametrize("case, kind", some(("llama-grouped", "mixtral"), ("reentrant", "non-reentrant")))
-def test_kept_under_checkpointing(case, kind):
-    model, config = model_of(case), config_for(case)
-    inputs = training_inputs(model)
-    estimated = s2ft.estimate(model, config, example=inputs, gradient_checkpointing=kind)
-    real = attached(model, config)
-    real.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
-    assert estimated.kept == bytes_kept(real, lambda m: m(**inputs))
-    assert estimated.kept < s2ft.estimate(model, config, example=inputs).kept / 2
-    model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": kind == "reentrant"})
-    assert s2ft.estimate(model, config, example=inputs).kept == estimated.kept  # without the argument
+def attending(kind):
+    return lambda model: model.set_attn_implementation(kind)
 
 
-@pytest.mark.parametrize(
-    "case, dtype",
-    some(("llama-grouped", "phi-normed", "mixtral", "bert-cross-attention"), (torch.bfloat16, torch.float16)),
-    ids=str,
-)
-def test_kept_under_autocast(case, dtype):
-    model, config = model_of(case), config_for(case)
-    inputs = training_inputs(model)
-    estimated = s2ft.estimate(model, config, example=inputs, autocast=dtype)
-    with torch.autocast("cpu", dtype):
+# what is set in the model, options of the config, more inputs, and the dtype of autocast
+VARIATIONS = [
+    *((case, checkpointed(reentrant), {}, {}, None) for case in ("llama-grouped", "mixtral") for reentrant in (True, False)),
+    # statistics of a half-precision norm with a float32 weight
+    ("llama-grouped", None, {}, {}, torch.bfloat16),
+    ("phi-normed", None, {}, {}, torch.float16),
+    ("mixtral", None, {}, {}, torch.bfloat16),
+    ("bert-cross-attention", None, {}, {}, torch.float16),
+    ("llama-grouped", None, dict(ffn_kernel=False), {}, None),
+    ("llama-grouped", None, dict(delta_dtype="float64"), {}, None),
+    *(("mixtral", None, dict(layers=[layer]), {}, None) for layer in (0, 1)),  # other experts run as in transformers
+    ("llama-grouped", attending("eager"), {}, dict(use_cache=True), None),
+    # With a cache, the values of Phi-3 are copies. Without one, they are views that keep queries and keys alive.
+    *(("phi3", attending("sdpa"), {}, dict(use_cache=use), None) for use in (True, False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case, change, options, more, autocast", VARIATIONS)
+def test_kept_with_settings_of_the_model_and_the_config(case, change, options, more, autocast):
+    model, config = model_of(case), config_for(case, **options)
+    if change is not None:
+        change(model)
+    inputs = {**training_inputs(model), **more}
+    estimated = s2ft.estimate(model, config, example=inputs, autocast=autocast)
+    with torch.autocast("cpu", autocast, enabled=autocast is not None):
         measured = bytes_kept(attached(model, config), lambda m: m(**inputs))
-    assert estimated.kept == measured  # includes the statistics of a half-precision norm with a float32 weight
-
-
-@pytest.mark.parametrize("options", (dict(ffn_kernel=False), dict(delta_dtype="float64"), dict(layers=[1])), ids=str)
-@pytest.mark.parametrize("case", rarely(("llama-grouped", "mixtral"), "gemma2 deepseek-v3 phi3"))
-def test_kept_with_options_of_the_config(case, options):
-    """In layers of a mixture that train nothing, the experts run as in transformers."""
-    model = model_of(case)
-    config = config_for(case, **options)
-    inputs = training_inputs(model)
-    estimated = s2ft.estimate(model, config, example=inputs)
-    check_kept(case, estimated.kept, bytes_kept(attached(model, config), lambda m: m(**inputs)))
-
-
-@pytest.mark.parametrize(
-    "case, attention, use_cache",
-    pairs_mostly_slow(("llama-grouped", "phi3", "qwen3", "phi3-grouped"), ("eager", "sdpa"), (True, False)),
-)
-def test_kept_by_attention_and_cache(case, attention, use_cache):
-    """With a cache, the values of Phi-3 are copies. Without one, they are views that keep queries and keys alive."""
-    model, config = model_of(case), config_for(case)
-    model.set_attn_implementation(attention)
-    ids = token_batch(model)
-    measured = bytes_kept(attached(model, config), lambda m: m(input_ids=ids, labels=ids, use_cache=use_cache))
-    assert s2ft.estimate(model, config, 2, 9, use_cache=use_cache).kept == measured
+    check_kept(case, estimated.kept, measured)
 
 
 def test_kept_with_logits_at_some_positions():
@@ -467,24 +447,11 @@ def test_nothing_is_allocated_for_the_weights():
 # ---- the report --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "free,fits,text",
-    [
-        (10**15, True, r"it fits\.$"),
-        (
-            100,
-            False,
-            r"It will not fit: [\d.]+ KiB are needed in addition to the [\d.]+ KiB that are loaded, and 100 B are free on "
-            r"cpu\. A smaller batch",
-        ),
-        (None, None, "The free memory of cpu is not known"),
-    ],
-)
-def test_whether_it_fits(monkeypatch, free, fits, text):
-    monkeypatch.setattr(s2ft_estimate, "free_memory", lambda device: free)
-    estimated = s2ft.estimate(model_of("llama"), S2FTConfig(d_ratio=0.1), 2, 9)
-    assert estimated.fits is fits
-    assert re.search(text, estimated.summary()), estimated.summary()
+def test_an_unknown_or_small_memory_is_said(monkeypatch):
+    for free, fits, text in ((100, False, "It will not fit"), (None, None, "free memory of cpu is not known")):
+        monkeypatch.setattr(s2ft_estimate, "free_memory", lambda device, free=free: free)
+        estimated = s2ft.estimate(model_of("llama"), S2FTConfig(d_ratio=0.1), 2, 9)
+        assert estimated.fits is fits and text in estimated.summary()
 
 
 def test_weights_that_are_loaded_are_not_needed_again(monkeypatch):

@@ -149,16 +149,6 @@ def test_every_implementation_of_experts_can_be_the_base():
         assert relative_difference(output_of(s2ft.detach(model)), before) <= 1e-5
 
 
-def test_experts_whose_forward_was_replaced_are_refused():
-    """The new forward would read a parameter that a trainable layer has replaced."""
-    model, base = model_of("mixtral"), model_of("mixtral")
-    mine = model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
-    with pytest.raises(ValueError, match="forward of model.layers.1.mlp.experts has been replaced"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2))
-    assert model.model.layers[1].mlp.experts.forward is mine and s2ft.status(model).adapters == []
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
-
-
 def with_experts_of(kind):
     """A Mixtral whose experts are modules of a class that transformers does not have."""
     model = model_of("mixtral")
@@ -188,21 +178,40 @@ class Doubled(MixtralExperts):
         return 2 * super().forward(*args)
 
 
-@pytest.mark.parametrize("fuse", (True, False))
-@pytest.mark.parametrize("by_class", (True, False))
-def test_experts_whose_class_has_another_forward_are_refused(by_class, fuse, monkeypatch):
-    """It would be dropped, also where it has the names of the usual one."""
+class OtherExperts(nn.Module):
+    pass
+
+
+def foreign(kind):
+    """A Mixtral whose experts have another forward: one of their own, of their class, put in the class, or unknown."""
     model, plain = model_of("mixtral"), MixtralExperts.forward
-    if by_class:
-        model = with_experts_of(Doubled)
+    if kind == "own":
+        model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
+    elif kind == "function":
+        MixtralExperts.forward = wraps(plain)(lambda *args: 2 * plain(*args))
     else:
-        monkeypatch.setattr(MixtralExperts, "forward", wraps(plain)(lambda *args: 2 * plain(*args)))
-    before = output_of(model)
-    with pytest.raises(
-        ValueError, match="forward of (Doubled|MixtralExperts) is a function of test_experts, which can't run"
-    ):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=fuse))
-    assert torch.equal(output_of(model), before)
+        model = with_experts_of({"class": Doubled, "unknown": OtherExperts}[kind])
+    return model
+
+
+@pytest.mark.parametrize("ffn_kernel", (True, False))
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("own", "forward of model.layers.1.mlp.experts has been replaced"),
+        ("class", "forward of Doubled is a function of test_experts, which can't run"),
+        ("function", "forward of MixtralExperts is a function of test_experts, which can't run"),
+        ("unknown", "must have _apply_gate.*OtherExperts has none"),
+    ],
+)
+def test_experts_that_would_compute_something_else_are_refused(kind, words, ffn_kernel, monkeypatch):
+    """A trainable layer would be read as a parameter, or the forward would be dropped."""
+    monkeypatch.setattr(MixtralExperts, "forward", MixtralExperts.forward)  # it is put back
+    model, base = foreign(kind), model_of("mixtral").state_dict()
+    with pytest.raises(ValueError, match=words):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=ffn_kernel))
+    assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
 
 
 def doubled(module, inputs, output):
@@ -219,18 +228,6 @@ def test_a_hook_on_the_activation_of_experts_or_another_one_runs(hook):
         else:
             experts.act_fn = nn.Tanh()
     assert relative_difference(output_of(model), output_of(plain)) <= 1e-5
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_experts_whose_activation_is_not_known_are_refused(layout):
-    class OtherExperts(nn.Module):
-        pass
-
-    model, base = with_experts_of(OtherExperts), model_of("mixtral")
-    with pytest.raises(ValueError, match="must have _apply_gate.*OtherExperts has none"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
-    assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 LAYOUTS = {

@@ -111,23 +111,6 @@ def test_two_layers_of_one_size_get_different_units():
     assert selection["0"].tolist() != selection["1"].tolist()
 
 
-def trained(**options):
-    model, _ = attached(**options)
-    train(model)
-    adapter = s2ft.get_adapter(model, "default")
-    return s2ft.detach(model), adapter
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_a_lora_has_the_same_slices(side, tmp_path):
-    base, adapter = trained(side=side)
-    s2ft.load_adapter(base, adapter)
-    s2ft.export_lora(base, tmp_path)
-    other = net()
-    s2ft.import_lora(other, tmp_path, "math", couplings=couplings(side))
-    assert torch.equal(s2ft.merge(other).last.weight, s2ft.merge(base).last.weight)
-
-
 def test_status_and_adapter_file(tmp_path):
     model, _ = attached()
     rows = {row.path: row.units for row in s2ft.status(model).rows}

