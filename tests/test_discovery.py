@@ -289,34 +289,21 @@ def test_a_search_is_done_once_for_models_that_are_alike(monkeypatch):
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
-class NoisyNet(Net):
-    def forward(self, x):
-        return super().forward(x + torch.randn_like(x))
+def noisy():
+    return Net(lambda outputs: outputs[-1] + torch.randn_like(outputs[-1]))
 
 
-class ChoosingNet(Net):
-    def forward(self, x):
-        return super().forward(x).argmax(-1)
-
-
-class Frozen(nn.Module):
-    """Nothing but a table and a norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(24)
-
-    def forward(self, x):
-        return self.norm(x)
+def choosing():
+    return Net(lambda outputs: outputs[-1].argmax(-1))
 
 
 BAD = {
     "no example": (Net, None, ValueError, "pass example="),
     "an example that does not run": (Net, torch.randn(2, 7, 5), ValueError, "mat1 and mat2"),
     "an example of another type": (Net, "text", TypeError, "example must be a tensor"),
-    "random outputs": (NoisyNet, batch(), ValueError, "random"),
-    "outputs that are choices": (ChoosingNet, batch(), ValueError, "no floating-point"),
-    "nothing to train": (Frozen, batch(), ValueError, "nothing that it can train"),
+    "random outputs": (noisy, batch(), ValueError, "random"),
+    "outputs that are choices": (choosing, batch(), ValueError, "no floating-point"),
+    "nothing to train": (lambda: nn.Sequential(nn.LayerNorm(24)), batch(), ValueError, "nothing that it can train"),
 }
 
 

@@ -83,13 +83,11 @@ def test_tokens_of_experts_of_other_devices_add_nothing():
     x, weights = torch.randn(5, 24), torch.rand(5, 2)
     chosen = torch.tensor([[0, 3], [3, 3], [2, 1], [3, 0], [1, 0]])  # there are 3 experts here
     grads = []
-    for masked in (False, True):
+    same = chosen.masked_fill(chosen == 3, 0), weights.masked_fill(chosen == 3, 0.0)  # expert 0 at weight 0
+    for masked, routed in ((False, same), (True, (chosen, weights))):
         experts._is_expert_parallel = masked
         given = x.clone().requires_grad_()
-        if masked:
-            y = experts(given, chosen, weights)
-        else:  # the same with expert 0 at weight 0
-            y = experts(given, chosen.masked_fill(chosen == 3, 0), weights.masked_fill(chosen == 3, 0.0))
+        y = experts(given, *routed)
         y.square().sum().backward()
         grads.append((y.detach(), given.grad, experts.down_proj.s2.grad, experts.gate_up_proj.s2.grad))
         model.zero_grad()
