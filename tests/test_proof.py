@@ -399,6 +399,8 @@ def test_an_example_of_sound_is_short_even_where_the_model_takes_long_ones():
     model = model_with(CONFIG_MAPPING["wav2vec2-bert"](**ROWS["wav2vec2-bert"]))
     assert model.config.max_source_positions == 5000
     assert max(next(examples_of(model))["input_features"].shape) == 128
+    model = model_with(CONFIG_MAPPING["wav2vec2-conformer"](**ROWS["wav2vec2-conformer"]))  # a frame is 4 samples
+    assert next(one["input_values"] for one in examples_of(model) if "input_values" in one).shape == (2, 100)
 
 
 def test_verify_false_runs_nothing():
