@@ -474,6 +474,18 @@ def test_an_interrupt_in_any_run_leaves_the_model_as_it_was():
     assert ended and 10 <= Normed.runs < 20
 
 
+def test_an_interrupt_right_after_a_hook_is_registered_leaves_no_hook(monkeypatch):
+    def interrupted(module, hook):
+        register(module, hook)
+        raise KeyboardInterrupt
+
+    net, register = Stack(RIGHT["counted"]), nn.Module.register_forward_hook
+    monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        attach(net, example=batch())
+    assert not any(module._forward_hooks for module in net.modules())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ("resnet18", "vit_b_16", "swin_t", "convnext_tiny", "mobilenet_v3_small", "densenet121")

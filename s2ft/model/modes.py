@@ -35,7 +35,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 class Rest:
-    """Modes, attributes and buffers of a model's modules, and which parameters train, as they were when this was made.
+    """Modes, attributes, buffers and forward hooks of modules, and which parameters train, as when this was made.
 
     :meth:`restore` can be called any number of times, and an interrupt in it does no harm: the next call finishes it.
     """
@@ -52,6 +52,9 @@ class Rest:
         """
         self.trained = list(trained)
         self.modes = [(module, module.training) for module in model.modules()]
+        # An interrupt may come when PyTorch has registered a hook, before anyone has the handle that removes it.
+        hooks = [one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)]
+        self.hooks = [(one, set(one)) for one in hooks]
         whole = [module for module in model.modules() if module not in modes_only]
         self.attributes = [(module, _public(module)) for module in whole]
         self.buffers = [(module, dict(module._buffers)) for module in whole]
@@ -67,6 +70,9 @@ class Rest:
             parameter.requires_grad_(True)
         for module, training in self.modes:
             module.training = training
+        for hooks, keys in self.hooks:
+            for key in hooks.keys() - keys:
+                hooks.pop(key, None)
         for module, attributes in self.attributes:
             for name in _public(module).keys() - attributes.keys():
                 module.__dict__.pop(name, None)
