@@ -474,7 +474,8 @@ def test_an_interrupt_in_any_run_leaves_the_model_as_it_was():
     assert ended and 10 <= Normed.runs < 20
 
 
-def test_an_interrupt_right_after_a_hook_is_registered_leaves_no_hook(monkeypatch):
+@pytest.mark.parametrize("selection, data", [("random", None), ("activation", [batch()])])
+def test_an_interrupt_right_after_a_hook_is_registered_leaves_no_hook(monkeypatch, selection, data):
     def interrupted(module, hook):
         register(module, hook)
         raise KeyboardInterrupt
@@ -482,7 +483,9 @@ def test_an_interrupt_right_after_a_hook_is_registered_leaves_no_hook(monkeypatc
     net, register = Stack(RIGHT["counted"]), nn.Module.register_forward_hook
     monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        attach(net, example=batch())
+        s2ft.attach(
+            net, S2FTConfig(**RATIOS, selection=selection), couplings=couplings(), example=batch(), calibration=data
+        )
     assert not any(module._forward_hooks for module in net.modules())
 
 
