@@ -75,7 +75,7 @@ class EstimateArguments:
 
     def spread(self):
         """Return how training is spread over devices, an s2ft.Strategy, or None for one device."""
-        from s2ft.estimation.strategy import Strategy, check_devices
+        from s2ft.estimation.devices import Strategy, check_devices
 
         if self.strategy is None:
             return None

@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> None:
         {S2FTConfig: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
-    from s2ft.selection.protection import with_protect_ratio
+    from s2ft.selection.allowed import with_protect_ratio
 
     config = with_protect_ratio(with_default_ratio(config, given_options(arguments)), bool(job.protect))
     new_file(job.output)
