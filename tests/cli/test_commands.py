@@ -1,14 +1,13 @@
 """The commands end to end on a tiny model: sft, eval, merge, info, demo."""
 
 import json
-import platform
 import subprocess
 import sys
 
 import pytest
 import torch
-from support.inside import ChatArguments, keep_freed_memory, load_model, parse
-from train.tiny import save_tiny, sums, write_jsonl
+from support.inside import load_model
+from train.tiny import save_tiny
 
 import s2ft
 from s2ft.cli.main import main
@@ -26,11 +25,8 @@ def command(text, status=0, **paths):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(work):
     """A folder with a model, data and a finished run in out/."""
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(12))
     command(SFT, work=work, out=work / "out")
     return work
 
@@ -131,13 +127,3 @@ def test_demo_on_a_tiny_model(work, tmp_path, capsys):
     assert {"adapter", "log.jsonl", "loss.png", "report.json"} <= {p.name for p in (tmp_path / "demo").iterdir()}
     command(DEMO, model=tmp_path / "model", out=tmp_path / "demo")  # a demo replaces an earlier demo and nothing else
     command(DEMO, 2, model=tmp_path / "model", out=work / "out")
-
-
-def test_memory_is_kept_with_glibc_only():
-    assert keep_freed_memory() == (platform.libc_ver()[0] == "glibc")
-
-
-def test_a_repeated_option_of_several_values_adds_to_them():
-    arguments = ["--model", "m", "--adapter", "math=a", "b", "--adapter", "c", "--model", "n"]
-    (job,) = parse("chat", "", [ChatArguments], arguments)
-    assert (job.adapter, job.model) == (["math=a", "b", "c"], "n")

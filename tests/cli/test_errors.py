@@ -12,7 +12,6 @@ import sys
 
 import pytest
 from support.inside import GONE
-from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import COMMANDS, main, set_up_logging
@@ -37,41 +36,6 @@ def test_version_and_help_list_every_command(capsys):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_has_an_example(capsys, command):
     assert f"example: s2ft {command} " in help_of(capsys, command)
-
-
-GOLDEN = """usage: s2ft info ADAPTER [options]
-
-Print the size, the origin, the settings and the deltas of an adapter.
-
-positional arguments:
-  ADAPTER     an adapter: the output folder of a run, an adapter's folder, a checkpoint, or a name on the hub
-
-options:
-  -h, --help  show this help message and exit
-
-example:
-  s2ft info my-run
-"""
-
-
-def test_a_help_is_a_usage_a_text_the_options_and_an_example(capsys, monkeypatch):
-    monkeypatch.setenv("COLUMNS", "120")
-    with pytest.raises(SystemExit):
-        main(["info", "--help"])
-    assert capsys.readouterr().out == GOLDEN
-
-
-def test_the_help_has_groups_choices_units_and_switches(capsys):
-    printed = help_of(capsys, "select")
-    places = [printed.index(f"{group}: --") for group in ("model and data", "selection")]
-    assert places == sorted(places)
-    for words in (
-        "--selection {random,weight,activation,product,gradient}",
-        "(default: 8 rows)",
-        "(default: 1 % of the rows, at least 16)",
-        "--no-ffn-kernel compute act(gate) * up of the FFN in separate steps",
-    ):
-        assert words in printed
 
 
 def test_no_help_imports_pytorch():
@@ -143,14 +107,6 @@ def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path,
     monkeypatch.setattr("s2ft.cli.info.describe", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info", str(tmp_path)])
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(4))
-    return work
 
 
 def sft(work, output, *more):

@@ -158,34 +158,6 @@ def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path
     assert not (tmp_path / "lora/chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        ([], "give an ADAPTER to export, or --from-lora"),
-        (["ADAPTER", "--from-lora", "LORA"], "and not both"),
-        (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
-        (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
-        (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
-        (["ADAPTER", "--name", "x"], "--name is for from-lora and from-peft, not for lora"),
-        (["ADAPTER", "--rank", 3], "rank must be at least"),
-        (
-            ["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"],
-            "max_shard_size must be a size above 0, such as",
-        ),
-        (["ADAPTER", "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
-        (["nowhere"], "adapter nowhere doesn't exist"),
-        (["--from-lora", "ADAPTER"], "is not a PEFT LoRA: it has no adapter_config.json"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
-    filled = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
-    command = ["export", *filled, "--model", work / "model", "--output", tmp_path / "out"]
-    assert main([str(argument) for argument in command]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
-    assert not any(tmp_path.iterdir())
-
-
 # ---- a base with a tokenizer that a GGUF file can hold --------------------------------------------------
 
 
@@ -219,40 +191,24 @@ def test_info_prints_everything(work, capsys):
     printed = capsys.readouterr().out
     adapter = read_adapter(work / "adapter")
     size = sum(path.stat().st_size for path in (work / "adapter").iterdir())
-    for words in (
-        "adapter 'tiny'",
-        f"{adapter.parameters:,} parameters, {size:,} bytes",
-        "10 projections",
-        "float32",
-        f"as a LoRA about {8 * adapter.parameters:,} bytes",
-        "trained on: 2 layers in float32",
-        adapter.selection.digest,
-        "model_type: llama",
-        "q_ratio 0.5",
-        "layout permuted",
-    ):
+    for words in (f"{adapter.parameters:,} parameters, {size:,} bytes", adapter.selection.digest, "layout permuted"):
         assert words in printed, words
     assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
 
 
-def test_info_describes_the_prompt_and_the_training(work, tmp_path, capsys):
+def test_info_describes_the_prompt_and_the_training_and_escapes_control_characters(work, tmp_path, capsys):
     adapter = read_adapter(work / "adapter")
-    adapter.info = {"prompt": TRAINED, "training": {"method": "sft", "data": [], "epochs": 2}}
+    training = {"method": "sft", "data": [], "epochs": 2}
+    adapter.info = {"prompt": TRAINED, "training": training, "note\x1b[2J": "first\nadapter 'other'\x07"}
     native.write(adapter, tmp_path)
     s2ft_command("info", tmp_path)
     printed = capsys.readouterr().out
-    template = len(OTHER)
-    assert f"prompt: chat, template of {template} characters, system prompt 'Say \"yes\".\\\\n'" in printed
-    assert "training: method sft, epochs 2\n" in printed
-
-
-def test_info_escapes_control_characters(work, tmp_path, capsys):
-    adapter = read_adapter(work / "adapter")
-    adapter.info = {"note\x1b[2J": "first\nadapter 'other'\x07"}
-    native.write(adapter, tmp_path)
-    s2ft_command("info", tmp_path)
-    printed = capsys.readouterr().out
-    assert r"note\x1b[2J: first\nadapter 'other'\x07" in printed and "\x1b" not in printed
+    for words in (
+        f"prompt: chat, template of {len(OTHER)} characters, system prompt 'Say \"yes\".\\\\n'",
+        "training: method sft, epochs 2\n",
+        r"note\x1b[2J: first\nadapter 'other'\x07",
+    ):
+        assert words in printed and "\x1b" not in printed
 
 
 def test_info_of_a_lora_names_the_option_that_imports_it(tmp_path, capsys):

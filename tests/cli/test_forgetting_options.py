@@ -4,7 +4,7 @@ import json
 
 import pytest
 from text.test_divergence import direct, direct_kl, direct_loss
-from train.tiny import save_tiny, sums, tiny_model, tiny_tokenizer, write_jsonl
+from train.tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
 
 pytest.importorskip("trl")
 
@@ -17,10 +17,7 @@ TEXTS = ["A heron stands in the water and waits.", "Iron rusts where salt and ra
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("forgetting")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(8))
+def work(work):
     write_jsonl(work / "other.jsonl", [{"text": text} for text in TEXTS])
     return work
 
@@ -66,7 +63,7 @@ def test_protect_is_recorded_and_a_run_without_it_has_other_units(work, measured
     assert plain.config.protect_ratio is None and plain.selection != adapter.selection
 
 
-def test_eval_measures_the_adapter_against_its_base(work, measured, tmp_path, capsys):
+def test_eval_measures_the_adapter_against_its_base_on_text_prompts_and_answers(work, measured, tmp_path, capsys):
     common = ["eval", "--model", work / "model", "--adapter", measured, "--forgetting", work / "other.jsonl"]
     assert main([*map(str, [*common, "--output", tmp_path / "alone.json"])]) == 0
     assert capsys.readouterr().out.startswith("forgetting ")
@@ -74,22 +71,19 @@ def test_eval_measures_the_adapter_against_its_base(work, measured, tmp_path, ca
     assert alone["forgetting"] == pytest.approx(
         json.loads((measured / "report.json").read_text())["forgetting"], abs=2e-5
     )
-    scored = ["--data", work / "data.jsonl", "--task", "arithmetic", "--max-new-tokens", 2, "--kl"]
+    scored = ["--data", work / "data.jsonl", "--task", "arithmetic", "--max-new-tokens", 2, "--kl", "--num-beams", 2]
     assert main([*map(str, [*common, *scored, "--output", tmp_path / "scored.json"])]) == 0
     found = json.loads((tmp_path / "scored.json").read_text())
-    assert found["of"] == 8 and found["drift"]["kl_on"] == "prompts" and "KL from the base" in capsys.readouterr().out
+    assert found["of"] == 12 and found["drift"]["kl_on"] == "prompts" and "KL from the base" in capsys.readouterr().out
     tokenizer = tiny_tokenizer()
     rows = []
-    for row in sums(8):
+    for row in sums(12):
         chat = [{"role": "user", "content": row["instruction"]}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
         rows.append({"input_ids": [*ids, 0], "labels": [-100, *ids[1:], 0]})
     kl = direct_kl(direct(tiny_model(), rows)[0], direct(with_adapter(measured), rows)[0])
     assert found["drift"]["base_kl"] == pytest.approx(kl, rel=1e-3, abs=2e-6)
     assert found["drift"]["positions"] == sum(len(row["input_ids"]) - 1 for row in rows)
-
-
-def test_eval_measures_on_the_answers_of_the_base(work, measured, capsys):
     words = ["--data", work / "data.jsonl", "--kl", "--kl-on", "answers", "--max-new-tokens", 3]
     assert main([*map(str, ["eval", "--model", work / "model", "--adapter", measured, *words])]) == 0
     assert capsys.readouterr().out.startswith("KL from the base ")

@@ -92,13 +92,9 @@ def test_the_prompt_comes_from_a_file_or_stdin(capsys, work, tmp_path, monkeypat
     assert answer(capsys, work, "--prompt", "-", "--max-new-tokens", 9) == wanted
 
 
-def test_a_seed_gives_the_same_answer_again(capsys, work):
-    draw = ["--prompt", "Hello", "--max-new-tokens", 20, "--temperature", 1.5, "--top-p", 0.9, "--seed"]
-    assert answer(capsys, work, *draw, 1) == answer(capsys, work, *draw, 1) != answer(capsys, work, *draw, 2)
-
-
-def test_options_of_the_sampling_are_those_of_the_sampler(capsys, work):
+def test_options_of_the_sampling_are_those_of_the_sampler_and_a_seed_gives_the_same_answer_again(capsys, work):
     draw = ["--prompt", "Hello", "--max-new-tokens", 20, "--temperature", 1.5, "--seed", 1]
+    assert answer(capsys, work, *draw) == answer(capsys, work, *draw) != answer(capsys, work, *draw[:-1], 2)
     greedy = answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20)
     assert answer(capsys, work, *draw, "--top-k", 1) == greedy == answer(capsys, work, *draw, "--min-p", 1)
     assert answer(capsys, work, "--prompt", "Hello", "--max-new-tokens", 20, "--repetition-penalty", 9) != greedy

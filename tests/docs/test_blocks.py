@@ -5,8 +5,7 @@ import shutil
 import pytest
 
 from .blocks import ROOT, RUN, SHOWN, blocks_of, fences, pages, run
-from .count import report
-from .shell import Shell, commands, free_port
+from .shell import Shell, free_port
 from .workplace import fill
 
 
@@ -51,12 +50,6 @@ def test_no_block_is_missed(page):
     assert len(list(blocks_of(page))) >= visible
 
 
-def test_the_report_names_the_blocks_that_are_left_out():
-    lines = report().splitlines()
-    print("\n".join(lines))
-    assert lines[0].endswith(f"{len(lines) - 1} left out")
-
-
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text(encoding="utf-8").split()) <= 1500
 
@@ -68,12 +61,6 @@ def page_with(folder, text):
     page = folder / "page.md"
     page.write_text(text)
     return page
-
-
-def test_blocks_share_names_and_files(shell, tmp_path):
-    page = page_with(tmp_path, "```python\na = 1\nopen('a.txt', 'w').close()\n```\n\n```bash\nls a.txt\n```\n\n"
-                               "```python\n>>> a + 1\n2\n```\n")  # fmt: skip
-    assert run(page, shell) == 3
 
 
 @pytest.mark.parametrize("block", ["python\nassert False", "bash\nfalse", "python\n>>> 1 + 1\n3", "bash\ns2ft merge"])
@@ -93,7 +80,3 @@ def test_a_reason_is_required(tmp_path, monkeypatch):
     monkeypatch.setattr("docs.blocks.ROOT", tmp_path)
     with pytest.raises(ValueError, match="write the reason"):
         list(blocks_of(page_with(tmp_path, "<!--- skip: next -->\n\n```bash\nfalse\n```\n")))
-
-
-def test_commands_of_a_block():
-    assert commands("# a comment\ns2ft info \\\n  adapter\n\n$ ls\n") == ["s2ft info    adapter", "ls"]

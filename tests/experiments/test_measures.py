@@ -12,10 +12,9 @@ import s2ft
 from bench.experiments import memory, metamath, sequence, serving
 from bench.experiments.learning import base_of
 from bench.experiments.methods import METHODS, matched, prepare, trained_parameters
-from bench.experiments.models import at_least_one_unit, config_of
 from bench.experiments.smoke import smoke_data, smoke_model
-from bench.experiments.tasks import TASKS, example, orders_of, same_words
-from bench.experiments.training import KeepBest, _schedule, arguments_of
+from bench.experiments.tasks import TASKS, example
+from bench.experiments.training import KeepBest
 
 
 @pytest.fixture(scope="module")
@@ -57,22 +56,6 @@ def test_the_best_parameters_are_put_back_bit_for_bit():
     assert best.step == 2 and all(bool((each == 2).all()) for each in trained)
 
 
-def test_phases_go_on_in_the_schedule_of_the_whole_run(settings, tmp_path):
-    arguments = arguments_of({**settings, "training": {"max_steps": 6, "warmup_steps": 2}}, tmp_path)
-    rate = _schedule(arguments)
-    assert [rate(step) for step in range(7)] == pytest.approx([1 / 3, 2 / 3, 1, 0.75, 0.5, 0.25, 0])
-
-
-def test_ratios_that_select_nothing_are_raised_to_one_unit():
-    model = model_of("llama")
-    raised = at_least_one_unit(model, {"o_ratio": 0.026, "d_ratio": 0.01, "v_ratio": 0.5})
-    assert (
-        raised["o_ratio"] == 0.25 and raised["v_ratio"] == 0.5 and s2ft.plan(model, s2ft.S2FTConfig(**raised)).trainable
-    )
-    with pytest.raises(ValueError, match="model_type"):
-        config_of({"hidden_size": 4})
-
-
 # ---- tasks and scores ------------------------------------------------------------------------------------
 
 
@@ -84,18 +67,6 @@ def test_tasks_without_packages_are_the_same_each_time_and_share_no_question(set
     assert len(TASKS["arithmetic"](settings).train) == 4 and len(TASKS["math10k"](settings).tests) == 7
     assert "Answer format: true/false" in TASKS["boolq"](settings).train[0].question.replace("\n", " ")
     assert TASKS["math10k"]({**settings, "seed": 1}).train != TASKS["math10k"](settings).train
-
-
-@pytest.mark.parametrize("text, right", [("Mother-in-law.", True), ("mother", False), ("a, b", False)])
-def test_words_are_compared_without_case_and_marks(text, right):
-    assert same_words(example("", "mother-in-law", "mother-in-law"), text) == right
-
-
-def test_choices_are_different_orders_and_contain_the_answer_at_any_place():
-    questions = [example(f"a, {n}, c", "", f"a, {n}, c") for n in range(40)]
-    for one in questions:
-        assert one.answer in orders_of(one) and len(set(orders_of(one))) == 4 and orders_of(one) == orders_of(one)
-    assert {orders_of(one).index(one.answer) for one in questions} == {0, 1, 2, 3}
 
 
 def test_the_likeliest_choice_is_that_of_a_direct_computation(settings):

@@ -85,12 +85,6 @@ def assert_equal(ours, theirs):
 # ---- settings ------------------------------------------------------------------------------------------
 
 
-def test_settings_become_a_config():
-    config = config_from({"o_ratio": 0.5, "seed": None}, "s2ft", task_type="CAUSAL_LM", modules_to_save=None)
-    assert (config.ratios, config.seed, config.task_type) == ({"o": 0.5}, 0, "CAUSAL_LM")
-    assert config_from({"d_ratio": 0.5, "task_type": "SEQ_CLS"}, "s2ft", task_type="CAUSAL_LM").task_type == "SEQ_CLS"
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -180,15 +174,6 @@ def test_trl_says_what_is_wrong_with_the_settings_before_it_loads_a_model(option
     assert message in str(raised.value) and not (tmp_path / "out").exists()
 
 
-def test_trl_names_its_commands():
-    from support.inside import trl_main as main
-
-    with pytest.raises(SystemExit, match=r"\{distillation,dpo,grpo,.*did you mean sft\?"):
-        main(["sfp"])
-    with pytest.raises(SystemExit, match="usage:"):
-        main([])
-
-
 # ---- Axolotl -------------------------------------------------------------------------------------------
 
 
@@ -265,11 +250,6 @@ def test_ms_swift_finds_the_package_trl_after_it_has_loaded_the_plugin_by_its_pa
     spec = importlib.util.spec_from_file_location("_swift_external", file)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
     assert importlib.util.find_spec("settings") is None
-
-
-def test_the_path_of_an_unknown_module_is_refused():
-    with pytest.raises(SystemExit, match=r"\{axolotl,llamafactory,lm_eval,ms_swift,trl\}"):
-        print_path(["swift"])
 
 
 # ---- LlamaFactory --------------------------------------------------------------------------------------

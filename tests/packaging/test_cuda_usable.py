@@ -4,7 +4,7 @@ import warnings
 
 import pytest
 import torch
-from support.inside import _build, runs_on, version, why_unusable
+from support.inside import _build, runs_on, why_unusable
 from support.models import model_of
 
 import s2ft
@@ -61,10 +61,6 @@ def test_the_decision_and_its_reason(case):
     driver, built, archs, devices, expected = DECISIONS[case]
     reason = why_unusable(driver, built, archs, devices)
     assert expected in reason and bool(reason) == bool(expected)
-
-
-def test_versions():
-    assert version(12080) == "12.8" and version(13000) == "13.0"
 
 
 class Module:
@@ -148,21 +144,14 @@ def test_what_cannot_run_is_not_registered_and_said_once(fresh, monkeypatch, mod
     assert reason in message and "uses the PyTorch implementations" in message
 
 
-def test_the_reason_of_the_build_is_reported(fresh):
+def test_another_vendor_registers_nothing_a_failure_does_not_reach_pytorch_and_a_build_says_why(fresh, monkeypatch):
     assert fresh(Module(with_cuda=False), record={"cuda_reason": "CUDA kernels need nvcc"}) == "CUDA kernels need nvcc"
-
-
-def test_pytorch_for_another_vendor_registers_nothing(fresh, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    module = Module()
-    assert "not built for CUDA" in fresh(module) and not module.registered
-
-
-def test_a_failure_does_not_reach_pytorch(fresh):
     module = Module()
     module.register_cuda = lambda: 1 / 0
     assert "could not be registered: division by zero" in fresh(module)
     assert len(warnings_of_two_calls()) == 1
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "not built for CUDA" in fresh(Module())
 
 
 def test_attach_warns_for_a_model_on_cuda(monkeypatch):

@@ -14,14 +14,6 @@ def run_with_s2ft(run_script, script):
     return found.stdout.split()
 
 
-def test_the_module_uses_the_limited_api():
-    """torch's own bindings and pybind11 belong to one Python each."""
-    for path in ROOT.glob("csrc/**/*"):
-        if path.suffix in (".h", ".cpp", ".cu"):
-            assert not [word for word in ("pybind11", "torch/extension.h") if word in path.read_text()], path
-    assert "py_limited_api=LIMITED_API" in (ROOT / "setup.py").read_text()
-
-
 @needs_module
 def test_what_the_module_offers():
     module = _build.load()
