@@ -31,6 +31,15 @@ COMMANDS = {
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
 TRAINING = ("sft", "dpo", "grpo")
+# Commands whose module has another name
+MODULES = {
+    "demo": "training",
+    "merge": "export",
+    "info": "adapters",
+    "combine": "adapters",
+    "estimate": "plan",
+    "couplings": "plan",
+}
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
 OTHER_NAMES = {
@@ -138,7 +147,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             run(command, rest)
         else:
-            importlib.import_module(f"s2ft.cli.{command}").run(rest)  # Only the chosen command is imported.
+            module = importlib.import_module(f"s2ft.cli.{MODULES.get(command, command)}")  # only the chosen one
+            getattr(module, f"run_{command}")(rest)
     except MISTAKES as error:
         if traceback:
             raise

@@ -39,7 +39,7 @@ class SelectArguments(Options):
     )
 
 
-def run(arguments: list[str]) -> None:
+def run_select(arguments: list[str]) -> None:
     job, config, reading = parse(
         "select",
         "Choose the units that a configuration describes, print a table of them, and save them.",

@@ -68,16 +68,16 @@ class ServeArguments(Options):
     served_model_name: str | None = option(
         None, "name of the base model for clients", shown="the name of the model or of its folder", metavar="NAME"
     )
-    max_batch_size: int = option(16, "answers that are generated at once", unit="answers")
+    max_batch_size: int = option(16, "answers that are generated at once", unit="answers", least=1)
     max_batch_tokens: int | None = option(
         None,
         "tokens of all prompts and answers in the batch, which limits the memory of keys and values",
         shown="no limit",
     )
-    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests")
+    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests", least=1)
     timeout: float = option(300.0, "longest time of a request, waiting included", unit="seconds", metavar="SECONDS")
     max_tokens_limit: int | None = option(None, "longest answer in tokens", shown="the rest of the context")
-    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB")
+    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB", least=1)
     adapter_bytes: int | None = option(
         None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit"
     )
@@ -99,7 +99,7 @@ class ServeArguments(Options):
     trust_remote_code: bool = option(False, "run the code that the model brings along")
 
 
-def run(arguments: list[str]) -> None:
+def run_serve(arguments: list[str]) -> None:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     words, options = arguments[:at], arguments[at + 1 :]  # the options after the first -- are vLLM's
     (job,) = parse(
@@ -163,9 +163,8 @@ def check(job: ServeArguments) -> None:
         raise ValueError("--check checks adapters: give --adapters")
     if not 0 <= job.port < 1 << 16:
         raise ValueError(f"port must be 0 to 65535, got {job.port}")
-    for name in ("max_batch_size", "queue_size", "timeout", "max_body_bytes"):
-        if not getattr(job, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(job, name)}")
+    if not job.timeout > 0:
+        raise ValueError(f"timeout must be above 0, got {job.timeout}")
 
 
 def serve_here(job: ServeArguments) -> None:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import signal
 import sys
 
 import pytest
@@ -152,30 +151,19 @@ def test_a_mistake_in_a_terminal_leaves_the_chat_and_the_present_adapter(chat, w
     assert "was trained on another base" in err and "math (on), other, base" in err
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch, tmp_path):
+def test_ctrl_c_stops_an_answer_in_a_terminal_and_ends_a_script(chat, monkeypatch, tmp_path):
     printed = []
 
     def interrupted(*words, **options):
+        print(*words, **options)
         printed.append(words)
         if len(printed) == 3:
-            signal.raise_signal(signal.SIGINT)
-        print(*words, **options)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "print", interrupted, raising=False)
-    before = signal.getsignal(signal.SIGINT)
-    status, _, _ = chat(["Hello", "more", f"/save {tmp_path}/a"], "--max-new-tokens", 20)
+    lines = ["Hello", "more", f"/save {tmp_path}/a"]
+    assert chat(lines, "--max-new-tokens", 20, terminal=True)[0] == 0
     first, second = [one for one in json.loads((tmp_path / "a").read_text())["messages"] if one["role"] == "assistant"]
-    assert status == 0 and 0 < len(first["content"]) < len(second["content"])
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_second_ctrl_c_ends_the_chat(chat, monkeypatch):
-    def interrupted(*words, **options):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(command, "print", interrupted, raising=False)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background processes
-    try:
-        assert chat(["Hello", "more"], "--max-new-tokens", 20)[0] == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert 0 < len(first["content"]) < len(second["content"])
+    printed.clear()
+    assert chat(lines, "--max-new-tokens", 20)[0] == 130

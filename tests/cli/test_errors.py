@@ -101,10 +101,10 @@ def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path,
     def full(*_):
         raise error
 
-    monkeypatch.setattr("s2ft.cli.info.describe", full)
+    monkeypatch.setattr("s2ft.cli.adapters.describe", full)
     assert main(["info", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("s2ft info: error: ")
-    monkeypatch.setattr("s2ft.cli.info.describe", lambda folder: 1 / 0)
+    monkeypatch.setattr("s2ft.cli.adapters.describe", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info", str(tmp_path)])
 

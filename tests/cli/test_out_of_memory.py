@@ -86,7 +86,7 @@ def test_a_command_that_counts_nothing_names_a_switch(command, monkeypatch, caps
     def run(arguments):
         raise MemoryError("no room")
 
-    monkeypatch.setattr(f"s2ft.cli.{command}.run", run)
+    monkeypatch.setattr(f"s2ft.cli.export.run_{command}", run)
     assert main([command]) == 1
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"s2ft {command}: error: out of memory: no room" and "--dtype" in second
