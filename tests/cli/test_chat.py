@@ -42,17 +42,14 @@ def chat(work, monkeypatch, capsys):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
         stdin.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", stdin)
-        line = ["chat", "--model", work / "model", "--max-new-tokens", 9, *arguments]
-        status = main([str(word) for word in line])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        status = main([*map(str, ["chat", "--model", work / "model", "--max-new-tokens", 9, *arguments])])
+        return status, *capsys.readouterr()
 
     return run
 
 
 def answer(capsys, work, *arguments):
-    line = ["generate", "--model", work / "model", "--max-new-tokens", 9, *arguments]
-    assert main([str(word) for word in line]) == 0
+    assert main([*map(str, ["generate", "--model", work / "model", "--max-new-tokens", 9, *arguments])]) == 0
     return capsys.readouterr().out
 
 

@@ -100,17 +100,6 @@ def test_the_merged_checkpoint_loads_in_a_process_without_s2ft(work, merged, tmp
     assert changed and all(key.endswith(("down_proj.weight", "o_proj.weight")) for key in changed)
 
 
-def test_merge_uses_the_dtype_of_training(work, tmp_path):
-    """A float32 checkpoint is trained in bfloat16. Merged weights equal the trained ones, bit for bit."""
-    command(SFT + " --dtype bfloat16", work=work, out=tmp_path / "out")
-    command(MERGE, work=work, adapter=tmp_path / "out/adapter", out=tmp_path / "merged")
-    trained, _ = load_model(str(work / "model"), "bfloat16")
-    s2ft.load_adapter(trained, tmp_path / "out/adapter", trainable=True)
-    merged, expected = load_model(str(tmp_path / "merged"))[0].state_dict(), s2ft.merge(trained).state_dict()
-    assert all(weight.dtype == torch.bfloat16 and torch.equal(merged[key], weight) for key, weight in expected.items())
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["merged", "out"]
-
-
 DEMO = (
     "demo --model {model} --output {out} --steps 2 --batch-size 2 --held-out 4 --max-new-tokens 4 --d-ratio 0.1 "
     "--o-ratio 0.25"

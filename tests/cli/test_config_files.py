@@ -50,21 +50,6 @@ def test_every_option_is_reachable_by_its_own_name_and_no_short_name_stands_for_
     assert {name for name in parsers[0].group_of if name not in known} == set()
 
 
-def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
-    for words, more in ((["--help"], False), (["--help-all"], True)):
-        with pytest.raises(SystemExit):
-            parse(*words)
-        printed = capsys.readouterr().out
-        headings = [line for line in printed.splitlines() if line.endswith(":") and not line.startswith(" ")]
-        assert headings[:5] == ["options:", "model:", "data:", "selection:", "training:"]
-        options = [word for line in printed.splitlines() if line.startswith("  --") for word in line.split()[:1]]
-        assert len(options) == len(set(options)) and ("--no-dataloader-in-order" in printed) == more
-        assert ("--ddp-timeout" in printed) == more and "--no-assistant-only-loss" in printed
-        assert "lora" not in printed.split("example")[0].replace("match-lora-rank", "").lower().replace(
-            "as lora of", ""
-        )
-
-
 READ = {  # words → what the run has
     "--learning_rate 1e-3 --num_train_epochs 2": lambda run: run.arguments.learning_rate == 1e-3,
     "--lr=1e-3 --epochs=2": lambda run: (run.arguments.learning_rate, run.arguments.num_train_epochs) == (1e-3, 2),

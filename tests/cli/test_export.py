@@ -137,15 +137,9 @@ def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsy
     own = [{"role": "system", "content": "No."}, *ASK]
     assert tokenizer.apply_chat_template(own, tokenize=False).startswith("<|endoftext|>system\nNo.<|im_end|>")
     assert "has the system prompt of the training as its default" in caplog.text
-    said = "not the base's own" if load_model(str(base))[1].chat_template else "the base has no chat template"
-    assert said in caplog.text
-
-
-def test_a_lora_has_the_template_of_the_training_for_vllm(prompted, tmp_path):
-    base, adapter = prompted
-    s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")
-    template = (tmp_path / "lora/chat_template.jinja").read_text()
-    tokenizer = load_model(str(base))[1]
+    s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")  # vLLM reads the template there
+    template, tokenizer = (tmp_path / "lora/chat_template.jinja").read_text(), load_model(str(base))[1]
+    assert ("not the base's own" if tokenizer.chat_template else "the base has no chat template") in caplog.text
     text = tokenizer.apply_chat_template(ASK, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert text == PROMPT
 

@@ -3,6 +3,7 @@
 The tools are stand-ins: a converter of the tiny model, and a quantizer that copies a file.
 """
 
+import contextlib
 import json
 import re
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from cli.test_export import base_of, make_adapter
 from support import convert_hf_to_gguf
-from support.inside import VARIABLE, find_tools, gguf, load_model, modelfile
+from support.inside import VARIABLE, find_tools, gguf, load_model
 from transformers import AutoModelForCausalLM
 
 import s2ft
@@ -59,18 +60,14 @@ def export(work, tmp_path, *options, base="model", form="gguf"):
 
 def test_tools_are_found_by_the_option_the_variable_and_the_path(work, tmp_path, monkeypatch):
     folder = work / "llama.cpp"
-    assert find_tools() == find_tools(None) and find_tools().converter is None
     named = find_tools(folder)
     assert named.converter.parent == folder and named.quantizer == folder / "build/bin/llama-quantize"
     monkeypatch.setenv("PATH", str(folder / "build/bin"))
     assert find_tools().quantizer == named.quantizer and find_tools().converter is None
-    monkeypatch.setenv(VARIABLE, str(folder))
-    assert find_tools() == named
-    with pytest.raises(FileNotFoundError, match="neither"):
-        find_tools(tmp_path)
-    monkeypatch.setenv(VARIABLE, str(tmp_path / "gone"))
-    with pytest.raises(FileNotFoundError, match=f"{VARIABLE}=.*gone"):
-        find_tools()
+    for place, words in ((folder, None), (tmp_path, "neither"), (tmp_path / "gone", f"{VARIABLE}=.*gone")):
+        monkeypatch.setenv(VARIABLE, str(place))
+        with pytest.raises(FileNotFoundError, match=words) if words else contextlib.nullcontext():
+            assert find_tools() == named
 
 
 @pytest.mark.parametrize("base", ("model", "base.gguf"))
@@ -137,11 +134,3 @@ def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(w
     assert not (out / "chat_template.jinja").exists()
     found, merged = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (out, work / "merged"))
     assert all(torch.equal(weight, merged[key]) for key, weight in found.items())
-
-
-def test_plain_text_has_no_turns_and_a_system_prompt_is_quoted():
-    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(256, [], is_text=True)
-    assert 'SYSTEM """Be "brief"."""' in modelfile(256, ['a"b'], 'Be "brief".')
-    assert "stop" not in modelfile(256, ['a"b'])  # a Modelfile can't hold it
-    with pytest.raises(ValueError, match="system prompt"):
-        modelfile(256, [], '"""')

@@ -79,14 +79,3 @@ def test_errors_of_all_allocators_are_known_and_shown_without_statistics():
     assert first_line(GPU) == "CUDA out of memory. Tried to allocate 2.00 GiB"
     assert first_line(ON_CPU).startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
     assert first_line(MemoryError()) == "MemoryError"
-
-
-@pytest.mark.parametrize("command", ("merge", "export"))
-def test_a_command_that_counts_nothing_names_a_switch(command, monkeypatch, capsys):
-    def run(arguments):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(f"s2ft.cli.export.run_{command}", run)
-    assert main([command]) == 1
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == f"s2ft {command}: error: out of memory: no room" and "--dtype" in second

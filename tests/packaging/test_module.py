@@ -19,13 +19,6 @@ def test_what_the_module_offers():
     module = _build.load()
     assert Path(module.__file__).name.split(".")[0] == "_C"
     info = module.build_info()
-    assert {name: type(value) for name, value in info.items()} == {
-        "compiler": str,
-        "cxx_standard": int,
-        "torch_target": str,
-        "with_cuda": bool,
-        "cuda_archs": str,
-    }
     assert info["torch_target"] == "2.11" and info["cxx_standard"] >= 202002
     assert hasattr(module, "register_cuda") is hasattr(module, "cuda_versions") is info["with_cuda"]
     with pytest.raises(TypeError, match="cannot create 's2ft._C.WeightLock' instances"):
