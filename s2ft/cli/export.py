@@ -59,17 +59,13 @@ def _parser() -> Parser:
     for word, keywords in {name: text for one in EXPORTS.values() for name, text in one.options.items()}.items():
         owners = ", ".join(name for name, one in EXPORTS.items() if word in one.options)
         keywords = {**keywords, "help": f"{owners}: {keywords['help']}"}
-        parser.add_argument(_flag(word), default=argparse.SUPPRESS, **keywords)
+        parser.add_argument(f"--{word.replace('_', '-')}", default=argparse.SUPPRESS, **keywords)
     parser.add_argument(
         "--name",
         default=argparse.SUPPRESS,
         help=f"{', '.join(f'from-{name}' for name in IMPORTS)}: name of the new adapter (default: default)",
     )
     return parser
-
-
-def _flag(option: str) -> str:
-    return f"--{option.replace('_', '-')}"
 
 
 def _check(job: dict) -> tuple[str | None, dict]:
@@ -90,7 +86,7 @@ def _check(job: dict) -> tuple[str | None, dict]:
     given = {word: job[word] for options in allowed.values() for word in options if word in job}
     for word in sorted(given.keys() - allowed[kind]):
         kinds = " and ".join(name for name, options in allowed.items() if word in options)
-        raise ValueError(f"{_flag(word)} is for {kinds}, not for {kind}")
+        raise ValueError(f"--{word.replace('_', '-')} is for {kinds}, not for {kind}")
     if sources:
         given.setdefault("name", None)
     return (sources[0] if sources else None), given

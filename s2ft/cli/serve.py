@@ -115,12 +115,11 @@ def run_serve(arguments: list[str]) -> None:
     _check_engine(job, words, options)
     if by_vllm:
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
-    else:
-        check_packages("s2ft serve")
-    check(job)
-    if by_vllm:
+        check(job)
         serve_by_vllm(job, options)
     else:
+        check_packages("s2ft serve")
+        check(job)
         serve_here(job)
 
 
@@ -169,8 +168,14 @@ def check(job: ServeArguments) -> None:
 
 def serve_here(job: ServeArguments) -> None:
     """Serve with the built-in server until it is stopped."""
+    from types import SimpleNamespace
+
+    import torch
+
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import check_adapters, serve
+    from s2ft.train.loading import load_base
+    from s2ft.train.options import ModelOptions
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
     options = ServerOptions(
@@ -183,28 +188,14 @@ def serve_here(job: ServeArguments) -> None:
         job.access_log,
         limits,
     )
-    model, tokenizer = load(job)
+    gpu = torch.cuda.is_available()
+    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
+    loading = (job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit)
+    model, tokenizer = load_base(ModelOptions(*loading), device)
     base = job.served_model_name or served_name(job.model)
     if job.check:
         return check_adapters(model, base, job.adapters)
     serve(model, tokenizer, base, job.adapters, options)
-
-
-def load(job: ServeArguments):
-    """Load the model and its tokenizer."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from s2ft.train.loading import load_base
-    from s2ft.train.options import ModelOptions
-
-    options = ModelOptions(
-        job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit
-    )
-    gpu = torch.cuda.is_available()
-    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
-    return load_base(options, device)
 
 
 def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:

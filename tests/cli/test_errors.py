@@ -19,13 +19,6 @@ from s2ft.cli.main import COMMANDS, main, set_up_logging
 WITH_TRL = ("sft", "dpo", "grpo")  # the help of these lists TRL's options
 
 
-def help_of(capsys, *words):
-    with pytest.raises(SystemExit) as leave:
-        main([*words, "--help"])
-    assert leave.value.code == 0
-    return " ".join(capsys.readouterr().out.split())
-
-
 def test_version_and_help_list_every_command(capsys):
     assert main(["--version"]) == 0 and capsys.readouterr().out.strip() == f"s2ft {s2ft.__version__}"
     assert main(["--help"]) == 0
@@ -35,7 +28,9 @@ def test_version_and_help_list_every_command(capsys):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_the_help_of_a_command_has_an_example(capsys, command):
-    assert f"example: s2ft {command} " in help_of(capsys, command)
+    with pytest.raises(SystemExit) as leave:
+        main([command, "--help"])
+    assert leave.value.code == 0 and f"example: s2ft {command} " in " ".join(capsys.readouterr().out.split())
 
 
 def test_no_help_imports_pytorch():
@@ -81,12 +76,11 @@ def test_what_begins_with_dashes_and_has_blanks_is_a_value(capsys):
     assert "./nowhere" in capsys.readouterr().err
 
 
-def test_the_traceback_option_raises_the_error(tmp_path, monkeypatch):
+@pytest.mark.parametrize("words, variable", [(["--traceback"], "0"), ([], "1")])
+def test_the_traceback_option_raises_the_error(words, variable, tmp_path, monkeypatch):
+    monkeypatch.setenv("S2FT_TRACEBACK", variable)
     with pytest.raises(FileNotFoundError):
-        main(["info", str(tmp_path), "--traceback"])
-    monkeypatch.setenv("S2FT_TRACEBACK", "1")
-    with pytest.raises(FileNotFoundError):
-        main(["info", str(tmp_path)])
+        main(["info", str(tmp_path), *words])
 
 
 @pytest.mark.parametrize(
@@ -114,12 +108,11 @@ def sft(work, output, *more):
     return ["sft", *(str(word) for pair in files.items() for word in pair), *map(str, more)]
 
 
-def test_fsdp_without_a_gpu(capsys, work, tmp_path, monkeypatch):
-    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"):
-        with monkeypatch.context() as environment:
-            environment.setenv(name, "true")
-            assert main(sft(work, tmp_path / "out", "--use-cpu")) == 2
-        assert "ddp.yaml" in capsys.readouterr().err and not (tmp_path / "out").exists()
+@pytest.mark.parametrize("name", ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"))
+def test_fsdp_without_a_gpu(name, capsys, work, tmp_path, monkeypatch):
+    monkeypatch.setenv(name, "true")
+    assert main(sft(work, tmp_path / "out", "--use-cpu")) == 2
+    assert "ddp.yaml" in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 LESS_THAN_A_CHECKPOINT = 16_000  # bytes, and more than run.json and the rows of the data

@@ -104,24 +104,3 @@ def test_adapters_of_a_directory(work, tmp_path):
     for directory in (work / "runs", work / "runs/math", work / "stopped", tmp_path):
         for name in ("math", "chat", "a", "adapter", "checkpoint-12"):
             assert adapter_named(directory, name) == adapters_in(directory).get(name)
-
-
-@pytest.mark.parametrize(
-    "directory, names, logged",
-    [
-        ("runs", ["chat", "math"], "serving 2 adapters: chat, math"),
-        ("runs/math", ["math"], "serving 1 adapter: math"),
-        ("stopped", [], "the base is served alone"),
-    ],
-)
-def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
-    from support.inside import Adapters
-
-    from s2ft import AdapterBank
-
-    caplog.set_level("INFO")
-    known = Adapters(AdapterBank(tiny_model()), [work / directory])
-    known.log_adapters()
-    assert known.names == names and logged in caplog.text
-    for name in names:
-        known.release(known.acquire(name))

@@ -69,20 +69,3 @@ def test_without_access_nothing_is_trained(words, tmp_path, capsys, monkeypatch)
     said = capsys.readouterr().err.splitlines()
     assert "push_to_hub: the hub does not let you write (no token found): run `hf auth login` first" in said[-1]
     assert not (tmp_path / "my-run").exists()
-
-
-def test_the_card_names_what_is_on_the_hub(tmp_path):
-    from support.inside import card_of
-    from train.tiny import tiny_model
-
-    import s2ft
-    from s2ft import read_adapter
-
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-    info = {"base_model": "org/base", "training": {"method": "dpo", "data": ["org/chats"], "epochs": 2, "rows": 1000}}
-    s2ft.save_adapter(model, tmp_path / "saved", info=info)
-    card = card_of(read_adapter(tmp_path / "saved"))
-    front = yaml.safe_load(card.split("---")[1])
-    assert front == {"base_model": "org/base", "datasets": ["org/chats"], "library_name": "s2ft", "tags": ["s2ft"]}
-    assert "| org/chats, 1,000 rows |" in card and "direct preference optimization" in card and "2 epochs" in card

@@ -12,7 +12,7 @@ from bench.experiments import memory, metamath, serving
 from bench.experiments.learning import base_of
 from bench.experiments.methods import METHODS, matched, prepare, trained_parameters
 from bench.experiments.smoke import smoke_data, smoke_model
-from bench.experiments.tasks import TASKS, example
+from bench.experiments.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -53,25 +53,6 @@ def test_tasks_without_packages_are_the_same_each_time_and_share_no_question(set
     assert len(TASKS["arithmetic"](settings).train) == 4 and len(TASKS["math10k"](settings).tests) == 7
     assert "Answer format: true/false" in TASKS["boolq"](settings).train[0].question.replace("\n", " ")
     assert TASKS["math10k"]({**settings, "seed": 1}).train != TASKS["math10k"](settings).train
-
-
-def test_the_likeliest_choice_is_that_of_a_direct_computation(settings):
-    base = base_of(settings)
-    ones = [example(f"What is {n}?", "", "red") for n in range(6)]
-    task = TASKS["arithmetic"](settings)
-    task = type(task)([], [], {}, None, 4, lambda one: ["red", "blue", "a longer text"])
-    expected = 0
-    for one in ones:
-        sums = []
-        for choice in task.choices(one):
-            prompt = base.tokenizer.apply_chat_template(
-                list(one.conversation), add_generation_prompt=True, tokenize=False
-            )
-            ids, end = (base.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (prompt, choice))
-            logits = base.model(torch.tensor([ids + end])).logits[0, len(ids) - 1 : -1].log_softmax(-1)
-            sums.append(sum(float(row[token]) for row, token in zip(logits, end)))
-        expected += sums.index(max(sums)) == 0
-    assert base.choice_accuracy(base.model, task, ones) == expected / 6
 
 
 def test_distance_from_the_base_is_zero_for_the_base(settings):
