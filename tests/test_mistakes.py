@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from train.tiny import save_tiny, sums, tiny_model, write_jsonl
+from train.tiny import save_random_adapter, save_tiny, sums, tiny_model, write_jsonl
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -475,15 +475,8 @@ class World:
         self.other_folder = save_tiny(root / "other", seed=1)
         self.model, self.other = tiny_model(), tiny_model(seed=1)
         self.adapter, self.data = root / "adapter", write_jsonl(root / "data.jsonl", sums(4))
-        trained = tiny_model()
-        s2ft.attach(trained, S2FTConfig(d_ratio=0.1))
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.01)
-        s2ft.save_adapter(trained, self.adapter)
-        s2ft.attach(self.other, S2FTConfig(d_ratio=0.1))
-        s2ft.save_adapter(self.other, root / "foreign")
-        s2ft.detach(self.other)
+        save_random_adapter(self.adapter, tiny_model(), d_ratio=0.1)
+        s2ft.detach(save_random_adapter(root / "foreign", self.other, d_ratio=0.1))
         self.copies = 0
 
     def paths(self):

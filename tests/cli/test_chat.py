@@ -5,9 +5,8 @@ import json
 import sys
 
 import pytest
-import torch
-from support.inside import Chat, Sampler, add_info, chat as command, load_with_adapter, native
-from train.tiny import CHAT, save_tiny, tiny_model
+from support.inside import Chat, Sampler, chat as command, load_with_adapter, native
+from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model
 
 import s2ft
 from s2ft.cli.main import main
@@ -22,15 +21,10 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
     for seed, (name, template) in enumerate({"math": CHAT, "talk": OTHER}.items()):
-        model = tiny_model(**UNTIED)
-        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.5, seed=seed))
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        add_info(model, {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}})
-        s2ft.save_adapter(model, work / "runs" / name / "adapter")
-        (work / "runs" / name / "config.yaml").touch()
+        info, folder = {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}}, work / "runs" / name
+        ratios = dict(d_ratio=0.2, o_ratio=0.5, seed=seed)
+        save_random_adapter(folder / "adapter", tiny_model(**UNTIED), 0.3, info=info, **ratios)
+        (folder / "config.yaml").touch()
     return work
 
 
@@ -139,9 +133,7 @@ def test_mistakes_end_a_script_with_one_line(chat, work, lines, options, message
 
 
 def test_a_mistake_in_a_terminal_leaves_the_chat_and_the_present_adapter(chat, work, tmp_path):
-    other = tiny_model(seed=5, **UNTIED)
-    s2ft.attach(other, s2ft.S2FTConfig(d_ratio=0.2))
-    s2ft.save_adapter(other, tmp_path / "other")
+    save_random_adapter(tmp_path / "other", tiny_model(seed=5, **UNTIED), d_ratio=0.2)
     lines = ["/adaptor x", "Hello", "/adapter other", "/adapter"]
     err = chat(lines, "--adapter", work / "runs/math", tmp_path / "other", terminal=True)[2]
     assert "error: there is no /adaptor" in err

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from support.inside import attachment_of, native
+from support.inside import native
 from support.models import model_of
+from train.tiny import save_random_adapter
 
 import s2ft
-from s2ft import S2FTConfig
 from s2ft.cli.main import main
 
 
@@ -15,11 +15,7 @@ def folders(tmp_path_factory):
     """Two adapters of one base and an adapter of another base."""
     root = tmp_path_factory.mktemp("adapters")
     for seed, (name, case) in enumerate((("a", "llama"), ("b", "llama"), ("other", "qwen2"))):
-        model = model_of(case)
-        s2ft.attach(model, S2FTConfig(d_ratio=0.5, seed=seed), name=name)
-        for mount in attachment_of(model).mounts.values():
-            torch.nn.init.normal_(mount.layer.s2)
-        s2ft.save_adapter(model, root / name)
+        save_random_adapter(root / name, model_of(case), name=name, d_ratio=0.5, seed=seed)
     return root
 
 

@@ -7,11 +7,9 @@ import pytest
 import torch
 from support.convert_hf_to_gguf import convert
 from support.inside import load_model, lora, native
-from tokenizers import Tokenizer
-from train.tiny import save_tiny, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from train.tiny import save_random_adapter, save_tiny, tiny_tokenizer, with_merges
+from transformers import AutoTokenizer
 
-import s2ft
 from s2ft import read_adapter
 from s2ft.cli.main import main
 
@@ -23,15 +21,7 @@ def s2ft_command(*arguments):
 
 
 def make_adapter(model_folder, folder, **info):
-    """Save an adapter with random deltas."""
-    model, _ = load_model(str(model_folder))
-    s2ft.attach(model, s2ft.S2FTConfig(**RATIOS), name="tiny")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    s2ft.save_adapter(model, folder, info=info)
+    save_random_adapter(folder, load_model(str(model_folder))[0], name="tiny", info=info, **RATIOS)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +71,8 @@ PROMPT = '<|endoftext|>system\nSay "yes".\n<|im_end|>\n<|endoftext|>user\n2+3?<|
 def prompted(request, work, tmp_path_factory):
     """A base without a chat template, with another one, or in a GGUF file, and an adapter that records TRAINED."""
     folder = tmp_path_factory.mktemp(request.param)
-    base = folder / "model"
-    base_of(base)
+    base = base_of(folder / "model")
     if request.param == "without":
-        tokenizer_with_merges(None).save_pretrained(base)
         (base / "chat_template.jinja").unlink()
     if request.param == "gguf":
         base = convert(base, folder / "model.gguf")
@@ -117,28 +105,10 @@ def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path
     assert not (tmp_path / "lora/chat_template.jinja").exists()
 
 
-# ---- a base with a tokenizer that a GGUF file can hold --------------------------------------------------
-
-
-def tokenizer_with_merges(chat_template=tiny_tokenizer().chat_template):
-    """The tiny tokenizer with two merges, an added token and a gap in its token ids."""
-    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    content["model"]["vocab"] |= {"so": 259, "me": 260}
-    content["model"]["merges"] = [["s", "o"], ["m", "e"]]
-    backend = Tokenizer.from_str(json.dumps(content))
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
-    fast.chat_template = chat_template
-    fast.add_tokens(["<think>"])
-    return fast
-
-
 def base_of(folder):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(vocab_size=270))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    model.save_pretrained(folder), tokenizer_with_merges().save_pretrained(folder)
+    """A base whose tokenizer a GGUF file can hold."""
+    save_tiny(folder)
+    with_merges().save_pretrained(folder)
     return folder
 
 

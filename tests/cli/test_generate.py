@@ -5,7 +5,7 @@ import sys
 
 import pytest
 from support.inside import generate, load_model, native
-from train.tiny import CHAT, save_tiny, tiny_tokenizer
+from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model, tiny_tokenizer
 
 import s2ft
 from s2ft.cli.main import main
@@ -17,16 +17,9 @@ OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
 @pytest.fixture(scope="module")
 def work(tmp_path_factory):
     """A folder with model/ and adapter/."""
-    import torch
-
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
-    model, _ = load_model(str(work / "model"))
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.5))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data += 0.3 * torch.randn_like(parameter)
-    s2ft.save_adapter(model, work / "adapter")
+    save_random_adapter(work / "adapter", tiny_model(**UNTIED), 0.3, d_ratio=0.2, o_ratio=0.5)
     return work
 
 
