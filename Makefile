@@ -79,7 +79,7 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM
+# All benchmarks except bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM.
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/experts.py
