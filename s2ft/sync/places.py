@@ -67,31 +67,15 @@ class Place:
     original: Tensor
     line: Tensor
 
-    def part_of(self, values: Tensor) -> Tensor:
-        """The part of a slice's values that lies here."""
-        part = values[self.across]
-        return part if self.mine is None else part.index_select(self.dim, self.mine)
-
-    def read(self) -> Tensor:
-        """A copy of the numbers that are here now."""
-        return self.view.index_select(self.dim, self.here)
-
-    def put(self, part: Tensor) -> None:
-        """Write numbers of this part, in the parameter's dtype."""
-        self.view.index_copy_(self.dim, self.here, part)
-
     def write(self, values: Tensor) -> None:
-        """Write this part of a slice's values."""
-        self.put(self.part_of(values))
+        """Write this part of a slice's values, in the parameter's dtype."""
+        part = values[self.across]
+        part = part if self.mine is None else part.index_select(self.dim, self.mine)
+        self.view.index_copy_(self.dim, self.here, part)
 
     def restore(self) -> None:
         """Write back the original numbers."""
-        self.put(self.original)
-
-    @property
-    def original_line(self) -> Tensor:
-        """The numbers that were at :attr:`line`."""
-        return _line(self.original, self.dim, 0)
+        self.view.index_copy_(self.dim, self.here, self.original)
 
     def key(self) -> tuple:
         """What part of the slice this is: parts with the same key on several ranks are copies of each other."""

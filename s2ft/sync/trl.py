@@ -47,7 +47,7 @@ def with_slices(trainer: type[Trainer], *, llm: Mapping[str, Any] | None = None,
             AsyncGRPOTrainer makes the model itself: give it `peft_config`, or call s2ft.attach on its `model` before
             `train`.
         llm: More arguments of vLLM's LLM in colocate mode, for example ``{"dtype": "bfloat16"}``.
-        options: Arguments of :class:`SliceSender`: transport, folder, take_over, timeout, name.
+        options: Arguments of :class:`SliceSender`: take_over, timeout, name.
 
     Returns:
         A class with the arguments of `trainer`. Its trainers have the attribute `slice_sender`; None without vLLM.

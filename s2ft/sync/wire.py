@@ -92,12 +92,15 @@ def from_message(message: Mapping[str, Any]) -> list[SliceSpec]:
     """Read a description that :func:`to_message` wrote.
 
     Raises:
-        ValueError: The lists have different lengths, a shape, a dim or a position is not valid, or a text is no base64.
+        ValueError: There are no slices, the lists have different lengths, a shape, a dim or a position is not valid,
+            or a text is no base64.
     """
     fields = [message[name] for name in ("names", "shapes", "dims", "counts")]
     if len({len(field) for field in fields}) != 1:
         raise ValueError(f"the description of the slices has lists of lengths {[len(field) for field in fields]}")
     counts = message["counts"]
+    if not counts:
+        raise ValueError("slices describes none")
     index = _decoded(message["index"], np.int32, sum(counts)).to(torch.int64).split(counts)
     hashes = _decoded(message["hashes"], np.int64, sum(counts)).split(counts)
     specs = [

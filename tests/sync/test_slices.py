@@ -27,7 +27,7 @@ def sent(slices, folder):
     engine = CheckpointEngine(folder, slices.dtype)
     names = {str(slices.dtype).removeprefix("torch."): slices.dtype}
     info = {"sender": "me", "dtype": next(iter(names)), "slices": to_message(slices.specs)}
-    engine.init_weight_transfer_engine({"init_info": {**info, "transport": {"kind": "direct"}, "take_over": False}})
+    engine.init_weight_transfer_engine({"init_info": {**info, "take_over": False}})
     engine.start_weight_update()
     engine.update_weights({"update_info": {"sender": "me", "step": 0, "tensor": slices.buffer()}})
     return engine
