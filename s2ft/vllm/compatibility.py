@@ -17,7 +17,7 @@ from typing import Any
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
 TESTED = ("0.32.0",)  # releases of vLLM that s2ft was tested with
-EXPORT = "`s2ft export --format lora` writes a LoRA folder that vLLM serves without s2ft"
+EXPORT = "use `s2ft export --format lora`, which writes a LoRA folder that vLLM serves without s2ft"
 
 
 class MissingInVLLM(RuntimeError):
@@ -33,7 +33,7 @@ class MissingInVLLM(RuntimeError):
         name = f"{module}.{attribute}" if attribute else module
         super().__init__(
             f"vLLM {version()} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
-            f"one of these releases, or use exported adapters: {EXPORT}"
+            f"one of these releases, or {EXPORT}"
         )
 
 

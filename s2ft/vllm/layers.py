@@ -1,7 +1,7 @@
 """Layers of vLLM that hold slices: the numbers of an S²FT adapter as they are, without padding to a rank.
 
-Switched on by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of a layer, see
-:mod:`s2ft.vllm.slices.units`. vLLM's own LoRA layers are not made then, and adapters of other kinds are refused.
+Switched on by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of an adapter in a layer, see
+:class:`s2ft.vllm.slices.layer.Budget`. vLLM's LoRA layers are not made then, and adapters of other kinds are refused.
 """
 
 import functools
@@ -10,10 +10,8 @@ import os
 from collections.abc import Iterator
 from typing import Any
 
-from s2ft.vllm import retired
-from s2ft.vllm.compatibility import guarded, part_of, private, when_imported
-from s2ft.vllm.slices.layer import SliceLayer, is_slices, parts_of, with_slices
-from s2ft.vllm.slices.units import OPTION, Admission, Budget, Place
+from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.slices.layer import OPTION, Budget, SliceLayer, is_slices, with_slices
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
@@ -70,7 +68,6 @@ def install() -> None:
         return
     when_imported("vllm.config.lora", FEATURE, lambda: _change_config(budget))
     when_imported(WORKERS, FEATURE, lambda: _change_workers(budget))
-    guarded(retired.FEATURE, retired.install)
 
 
 def _refuse(message: str) -> None:
@@ -94,12 +91,7 @@ def _change_workers(budget: Budget) -> None:
     private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
     manager = private("vllm.lora.model_manager", "LoRAModelManager")
     worker = private(WORKERS, "WorkerLoRAManager")
-    hooks = {
-        (manager, "__init__"): _with_report,
-        (manager, "activate_adapter"): _with_room,
-        (worker, "_load_adapter"): _with_check,
-        (worker, "remove_adapter"): _forgetting,
-    }
+    hooks = {(manager, "__init__"): _with_report, (worker, "_load_adapter"): _with_check}
     changed = {key: make(private(key[0].__module__, f"{key[0].__name__}.{key[1]}")) for key, make in hooks.items()}
     for (cls, name), method in changed.items():
         setattr(cls, name, method)
@@ -136,10 +128,9 @@ def _with_report(init: Any) -> Any:
     @functools.wraps(init)
     def changed(self: Any, *args: Any, **options: Any) -> None:
         init(self, *args, **options)
-        self.s2ft_admission = Admission(self.lora_slots)
-        layers = dict(_slice_layers(self))
-        total = sum(bank.nbytes for layer in layers.values() for bank in layer.banks)
-        units = {place.key: place.capacity for _, place in _places(layers) if place.capacity}
+        layers = [layer for _, layer in _slice_layers(self)]
+        total = sum(bank.nbytes for layer in layers for bank in layer.banks)
+        units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
         logger.info(
             "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
             len(layers),
@@ -148,25 +139,6 @@ def _with_report(init: Any) -> Any:
             OPTION,
             ",".join(f"{key}={count}" for key, count in sorted(units.items())),
         )
-
-    return changed
-
-
-def _with_room(activate_adapter: Any) -> Any:
-    """Before an adapter gets a slot, empty all slots that vLLM has given up. It does not tell the layers."""
-
-    @functools.wraps(activate_adapter)
-    def changed(self: Any, lora_id: int) -> bool:
-        if lora_id in part_of(self, "_active_adapters"):
-            return activate_adapter(self, lora_id)
-        unused = [slot for slot, number in enumerate(self.lora_index_to_id) if number is None]
-        for _, layer in _slice_layers(self):
-            layer.drop(unused)
-        try:
-            return activate_adapter(self, lora_id)
-        except Exception:
-            self.deactivate_adapter(lora_id)  # its slot is filled in some layers alone
-            raise
 
     return changed
 
@@ -183,28 +155,15 @@ def _with_check(load_adapter: Any) -> Any:
     return changed
 
 
-def _forgetting(remove_adapter: Any) -> Any:
-    @functools.wraps(remove_adapter)
-    def changed(self: Any, adapter_id: int) -> bool:
-        self._adapter_manager.s2ft_admission.forget(adapter_id)
-        return remove_adapter(self, adapter_id)
-
-    return changed
-
-
 def _slice_layers(manager: Any) -> Iterator[tuple[str, SliceLayer]]:
     return ((path, layer) for path, layer in manager.modules.items() if isinstance(layer, SliceLayer))
-
-
-def _places(layers: dict[str, SliceLayer]) -> Iterator[tuple[int, Place]]:
-    return (pair for path, layer in layers.items() for pair in layer.places(path).items())
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
 
 
 def admit(manager: Any, lora: Any, name: str) -> None:
-    """Check that an adapter can be served in the layers of this worker, and keep a record of its units.
+    """Check that an adapter can be served in the layers of this worker.
 
     Args:
         manager: vLLM's LoRAModelManager.
@@ -214,25 +173,26 @@ def admit(manager: Any, lora: Any, name: str) -> None:
     Raises:
         ValueError: It is no S²FT adapter, does not fit the layers, or is too large for their budget.
     """
-    needs: dict[Place, int] = {}
-    left = dict(lora.loras)
+    left, needs, too_large = dict(lora.loras), {}, ""
     for path, layer in _slice_layers(manager):
-        paths = manager.packed_modules.get(path, [path])
-        found = [left.pop(one, None) for one in paths]
+        found = [left.pop(one, None) for one in manager.packed_modules.get(path, [path])]
         if not any(found):
             continue
-        a = [one and one.lora_a for one in found] if path in manager.packed_modules else found[0].lora_a
-        b = [one and one.lora_b for one in found] if path in manager.packed_modules else found[0].lora_b
-        if not all(part is None or is_slices(part[0]) for part in parts_of(a, b)):
+        if not all(one is None or is_slices(one.lora_a) for one in found):
             raise _is_lora(name)
         try:
-            counts = layer.needs(a, b)
+            counts = layer.needs([one and (one.lora_a, one.lora_b) for one in found])
         except ValueError as error:
             raise ValueError(f"the adapter {name!r} does not fit {path}: {error}") from error
-        places = layer.places(path)
-        needs.update({places[dim]: count for dim, count in counts.items()})
+        for dim, count in counts.items():
+            key, room = layer.room(dim)
+            needs[key] = max(count, needs.get(key, 0))
+            if count > room:
+                too_large = too_large or f"it has {count} units in {path}, whose budget for an adapter is {room}"
     _check_left(manager, left, name)
-    manager.s2ft_admission.add(lora.id, name, needs)
+    if too_large:
+        units = ",".join(f"{key}={count}" for key, count in sorted(needs.items()))
+        raise ValueError(f"the adapter {name!r} does not fit: {too_large}. Start vLLM with {OPTION}={units}")
 
 
 def _check_left(manager: Any, left: dict[str, Any], name: str) -> None:
