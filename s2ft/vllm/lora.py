@@ -47,7 +47,8 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
         loras = _weights(adapter, manager, base)
         base.check(adapter)
     except (OSError, ValueError) as error:
-        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {error}") from error
+        words = str(error).replace(str(folder), request.lora_path)  # the folder may be a copy
+        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {words}") from error
     rank = max(weights.rank for weights in loras.values())
     lora = part_of(manager, "_lora_model_cls")(request.lora_int_id, rank, loras)
     lora.is_3d_lora_weight = False

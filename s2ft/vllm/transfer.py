@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from s2ft.vllm.compatibility import private, when_imported
-from s2ft.vllm.unpacked import BACKEND, is_chosen
+from s2ft.vllm.processors import BACKEND, is_chosen
 
 logger = logging.getLogger(__name__)
 
 FEATURE = "slices of a training run"
 _FACTORY = "vllm.distributed.weight_transfer.factory"
 _CORE = "vllm.v1.engine.core"
-_DONE = "_s2ft_transfer"  # the mark of a function that this module has replaced
 _OPEN = "_s2ft_update_is_open"  # of an engine core: an update was started and not finished
 INIT, UPDATE, SHUTDOWN = "init_weight_transfer_engine", "update_weights", "shutdown_weight_transfer_engine"
 START, FINISH = "start_weight_update", "finish_weight_update"
@@ -46,8 +45,6 @@ def _register() -> None:
 def _guard() -> None:
     core = private(_CORE, "EngineCore")
     call = private(_CORE, "EngineCore.collective_rpc")
-    if getattr(call, _DONE, False):
-        return
 
     @functools.wraps(call)
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
@@ -55,7 +52,6 @@ def _guard() -> None:
             return call(self, method, timeout, args, kwargs)
         return _guarded_call(self, functools.partial(call, self), method, timeout, args, dict(kwargs or {}))
 
-    setattr(collective_rpc, _DONE, True)
     core.collective_rpc = collective_rpc
 
 

@@ -214,7 +214,7 @@ def test_why_vllm_cannot_run_the_plugin(monkeypatch):
     monkeypatch.setattr(vllm, "entry_points", lambda group: [SimpleNamespace(value="s2ft.vllm:register")])
     monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.1")
     monkeypatch.setattr(vllm, "NEEDED", (("json", "no_such_name"),))
-    with pytest.raises(RuntimeError, match="has no json.no_such_name, which s2ft needs"):
+    with pytest.raises(ValueError, match="has no json.no_such_name, which s2ft needs"):
         vllm.check_plugin()
     monkeypatch.setattr(vllm, "find_distribution", lambda package: f"{vllm.TESTED[0]}+cpu")
     vllm.check_plugin()
