@@ -103,12 +103,6 @@ def test_chats_use_the_prompt_of_the_training(client, folder, name, prompt):
     assert client.chat.completions.create(model=name, messages=again, max_tokens=2).choices
 
 
-def test_a_stream_ends_with_done(server):
-    response = post(server, "/v1/completions", dict(model=BASE, prompt="a", max_tokens=2, stream=True))
-    assert response.headers["content-type"].startswith("text/event-stream")
-    assert response.text.endswith("data: [DONE]\n\n")
-
-
 def test_a_stop_string_ends_the_text(client, folder):
     text, _, _ = expected(folder, "a1", "Hello", 40)
     stop = text[6:8]

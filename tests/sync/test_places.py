@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support.engines import CHANNELS, HIDDEN, SHAPES, Engine, checkpoint
+from support.engines import HIDDEN, Engine, checkpoint
 from support.inside import NoPlace, SliceSpec, check_base, hashes_of, parts_of, places, regions
 from torch import nn
 
@@ -116,12 +116,6 @@ def test_a_tied_weight_is_sent_under_one_name():
         check_base(parts_of(found, spec), spec)
 
 
-def test_padding_of_the_vocabulary_stays():
-    engine = engines(1)[0]
-    regions(engine.load_weights, engine, [("model.embed_tokens.weight", (30, HIDDEN))], torch.float32)
-    assert bool((engine.embed[30:] == 0).all())
-
-
 class Odd(nn.Module):
     """A model whose loader does not copy."""
 
@@ -216,14 +210,3 @@ def test_weights_of_another_dtype():
     spec = SliceSpec("weight", (3, 4), 1, torch.tensor([1]), torch.zeros(1, dtype=torch.int64))
     with pytest.raises(NoPlace, match="weight is float8_e4m3fn in this engine, which is quantized or packed"):
         places(packed.load_weights, packed, [spec], torch.bfloat16)
-
-
-def test_a_name_that_is_given_twice():
-    engine, specs = engines(1)[0], specs_of(checkpoint())
-    with pytest.raises(NoPlace, match="named twice"):
-        places(engine.load_weights, engine, specs[:1] * 2, torch.float32)
-
-
-def test_every_weight_of_the_stand_in_is_tried():
-    assert set(SHAPES) - set(INDEX) == {"model.layers.0.experts.0.down_proj.weight"}
-    assert CHANNELS % 4 == 0

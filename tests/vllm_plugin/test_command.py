@@ -163,22 +163,6 @@ def test_adapters_that_cannot_be_served_are_left_out(work, tmp_path, caplog):
             vllm.adapters_of(str(model), [str(folder)])
 
 
-def test_the_base_is_read_once(work, monkeypatch):
-    calls, read = [], vllm.weights_on_disk
-    monkeypatch.setattr(vllm, "weights_on_disk", lambda *where: calls.append(where) or read(*where))
-    assert len(vllm.adapters_of(str(work / "model"), [str(work / "adapters")])) == 2 and len(calls) == 1
-
-
-def test_a_base_of_pickles_is_compared_by_the_plugin(work, monkeypatch, caplog):
-    def refuse(model, name):
-        raise ValueError("no safetensors files")
-
-    monkeypatch.setattr(vllm, "weights_on_disk", refuse)
-    with caplog.at_level("INFO"):
-        assert len(vllm.adapters_of(str(work / "model"), [str(work / "adapters")])) == 2
-    assert "compared with the base when vLLM loads them: no safetensors files" in caplog.text
-
-
 def test_a_base_that_cannot_be_built_needs_adapters_that_record_their_modules(work, monkeypatch):
     expected = {one.name: one.ranks for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")])}
 
@@ -194,17 +178,6 @@ def test_a_base_that_cannot_be_built_needs_adapters_that_record_their_modules(wo
     )
     with pytest.raises(ValueError, match="'a0' can't be served: the model has code of its own"):
         vllm.adapters_of(str(work / "model"), [str(work / "adapters" / "a0")])
-
-
-def test_another_revision_is_compared(work, monkeypatch):
-    asked = []
-
-    def download(name, revision):
-        asked.append((name, revision))
-        return str(work / "model")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert len(vllm.adapters_of("org/model", [str(work / "adapters")], "v2")) == 2 and asked == [("org/model", "v2")]
 
 
 def test_why_vllm_cannot_run_the_plugin(monkeypatch):

@@ -99,16 +99,6 @@ def test_every_token_gets_its_adapter(name, dim, dtype, many, device):
     assert torch.equal(y.cpu()[without], before.cpu()[without])
 
 
-@pytest.mark.parametrize("dim", (0, 1))
-def test_a_sum_is_rounded_once(dim):
-    """y + product in float32, then bfloat16, as when the base and the delta are one matrix product."""
-    torch.manual_seed(0)
-    bank, x, y, expected = case(dim, torch.bfloat16, "cpu", [2] * 40)
-    add_slices_(y, x, bank, batch_of([2] * 40, many=16))
-    step = torch.finfo(torch.bfloat16).eps * expected.abs()
-    assert ((y.double() - expected).abs() <= 0.501 * step + 1e-6).all()
-
-
 def test_padding_after_the_batch_and_another_dtype_of_the_output():
     """A CUDA graph has more rows than the batch; what they have is never read."""
     bank, x, y, expected = case(1, torch.float64, "cpu", [0, 2, -1])
@@ -179,20 +169,6 @@ def test_a_cuda_graph_serves_other_batches_and_adapters(dim, tokens):
         y.copy_(new_y)
         graph.replay()
         torch.testing.assert_close(out.double().cpu(), expected, rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.cuda
-def test_the_host_never_waits_for_the_device():
-    slots = BATCHES["prompts"]
-    bank, x, y, _ = case(1, torch.float32, "cuda", slots)
-    batch = batch_of(slots, device="cuda")
-    add_slices_(y, x, bank, batch)
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        batch.update(np.array(slots))
-        add_slices_(y, x, bank, batch)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 # ---- layers ----------------------------------------------------------------------------------------------
@@ -306,32 +282,6 @@ def test_inputs_and_outputs_of_every_layer(kind, ranks):
     factors, full = model.adapter([0, 1], 9, seed=3)
     model.activate(7, factors)
     model.check({7: full}, [7, 0, 7])
-
-
-def test_a_layer_of_the_transformers_backend():
-    """x and the output have a dimension for the batch there."""
-    model = Model("row", 1)
-    factors, full = model.adapter([1], 9, seed=3)
-    model.activate(7, factors)
-    x = torch.randn(1, 5, 32, dtype=torch.float64)
-    model.punicas[0].step([7, 7, 0, 7, 0], model.slot_ids)
-    got = model.layers[0](x)
-    chosen = torch.tensor([1, 1, 0, 1, 0.0], dtype=torch.float64)[None, :, None]
-    torch.testing.assert_close(got, x @ model.whole.t() + chosen * (x @ full.t()))
-
-
-def test_a_quantized_base():
-    """The layer adds to the output, so that it never reads the base's weight."""
-    model = Model("row", 1)
-    factors, full = model.adapter([1], 9, seed=3)
-    model.activate(7, factors)
-    base = model.layers[0].base_layer
-    scale = base.weight.abs().amax(1, keepdim=True) / 127
-    packed = (base.weight / scale).round().to(torch.int8)
-    base.weight = packed.double() * scale
-    x = torch.randn(2, 32, dtype=torch.float64)
-    got = model.output(x, [7, 0])
-    torch.testing.assert_close(got, x @ base.weight.t() + torch.stack((full @ x[0], torch.zeros(12).double())))
 
 
 def test_warm_up_fills_all_slots_and_makes_room_for_adapters():
