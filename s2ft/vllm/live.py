@@ -91,7 +91,6 @@ def live_difference(
         The difference in words; empty if there is none.
     """
     targets, differ, compared = Targets(adapter_manager), [], 0
-    same = _close if is_quantized else _same
     for layer, pairs in names.items():
         samples = theirs["layers"].get(layer, {}).get("samples", [])
         if len(samples) != SAMPLES * len(pairs):
@@ -102,8 +101,11 @@ def live_difference(
             for n, value in _samples(targets, name).items()
         ]
         compared += len(found)
-        if found and not same(*torch.tensor(found).t()):
-            differ.append(layer)
+        if found:
+            wanted, ours = torch.tensor(found).t()
+            close = torch.allclose(wanted, ours, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().mean()))
+            if not (_close(wanted, ours) if is_quantized else close):
+                differ.append(layer)
     if differ:
         return f"{len(differ)} of {len(names)} layers differ, the first is layer {differ[0]}"
     return "" if compared else "vLLM serves adapters on none of the layers whose numbers the adapter has recorded"
@@ -111,10 +113,6 @@ def live_difference(
 
 def _close(wanted: Tensor, ours: Tensor) -> bool:
     return float((wanted - ours).abs().mean()) <= QUANTIZATION * float(wanted.abs().mean())
-
-
-def _same(wanted: Tensor, ours: Tensor) -> bool:
-    return torch.allclose(wanted, ours, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().mean()))
 
 
 def _samples(targets: Targets, name: str) -> dict[int, float]:

@@ -58,8 +58,14 @@ def _guard() -> None:
 def _guarded_call(
     core: Any, call: Callable, method: str, timeout: Any, args: tuple, kwargs: dict[str, Any]
 ) -> list[Any]:
-    if method in (INIT, UPDATE, SHUTDOWN):
-        _check_replicas(core)
+    # The workers of all replicas may agree on a message together. A replica that generates would wait for the others in
+    # its own collectives meanwhile, and they for it.
+    replicas = core.vllm_config.parallel_config.data_parallel_size
+    if method in (INIT, UPDATE, SHUTDOWN) and replicas > 1 and not core.is_scheduler_paused():
+        raise RuntimeError(
+            "an engine with data parallel replicas takes slices while it is paused: pause it first (POST "
+            "/pause?mode=keep) and resume it afterwards (POST /resume)"
+        )
     idle = is_idle(core)
     name = {INIT: "init_info", UPDATE: "update_info"}.get(method)
     if name is not None and name not in kwargs and args:
@@ -94,19 +100,6 @@ def is_idle(core: Any) -> bool:
     if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
         raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
     return not core.scheduler.has_unfinished_requests() and not core.batch_queue
-
-
-def _check_replicas(core: Any) -> None:
-    """Raise RuntimeError for replicas that are not paused.
-
-    The workers of all replicas may agree on a message together. A replica that generates would wait for the others in
-    its own collectives meanwhile, and they for it.
-    """
-    if core.vllm_config.parallel_config.data_parallel_size > 1 and not core.is_scheduler_paused():
-        raise RuntimeError(
-            "an engine with data parallel replicas takes slices while it is paused: pause it first (POST "
-            "/pause?mode=keep) and resume it afterwards (POST /resume)"
-        )
 
 
 def _forget_caches(core: Any) -> None:
