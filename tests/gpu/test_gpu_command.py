@@ -94,13 +94,6 @@ def test_acceptance(stage, words, holds):
     assert held([stage], words) == holds
 
 
-def test_a_changed_weight_is_missed_with_and_without_a_gpu():
-    stage = steps(s2ft=1, frozen=1)
-    stage.data["runs"][0]["results"]["s2ft"]["frozen_as_before"] = False
-    for on_gpu in (True, False):
-        assert held([stage], ["frozen weights"], on_gpu) == [False]
-
-
 # ---- the report ----------------------------------------------------------------------------------------
 
 
@@ -156,28 +149,6 @@ def gpu_run():
     sys.modules["gpu_run"] = module  # for its dataclasses
     spec.loader.exec_module(module)
     return module
-
-
-def test_a_stage_of_sanitizers_passes_only_with_all_runs(gpu_run):
-    def stage(*statuses):
-        return gpu_run.sanitizer_stage(states("memcheck", *statuses), 2)
-
-    assert stage(0, 0).state == PASSED
-    assert stage(0, 9).state == FAILED and "memcheck" in stage(0, 9).reason
-    assert stage(0).state == FAILED and "no time" in stage(0).reason
-    assert stage(0, None).state == NOT_RUN and "no tool" in stage(0, None).reason
-
-
-def test_a_build_passes_only_with_the_cuda_kernels(gpu_run):
-    def stage(ops, cuda_ops, cpu=False):
-        info = {"ops": ops, "cuda_ops": cuda_ops, "reason": "not built", "cuda_reason": "no nvcc"}
-        return gpu_run.built_stage(info, "output", cpu)
-
-    ops = {"act_mul": ["CPU", "CUDA"], "grouped_mm": []}
-    assert stage(ops, {"act_mul": "CUDA"}).state == PASSED
-    assert stage(ops, {"act_mul": "PyTorch"}).reason == "no CUDA kernel of act_mul: no nvcc"
-    assert stage(ops, {}, cpu=True).state == PASSED
-    assert stage({"act_mul": []}, {}, cpu=True).reason == "not built"
 
 
 def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):

@@ -142,14 +142,6 @@ def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp
     check(slices, tmp_path, lambda: s2ft.merge(model))
 
 
-def test_units_of_two_projections_in_one_weight_are_one_slice():
-    """GPT-2's c_attn has queries, keys and values in one weight, with the inputs first."""
-    specs = {spec.name: spec for spec in TrainedSlices.of(attached(model_of("gpt2"), q_ratio=0.5, v_ratio=0.5)).specs}
-    spec = specs["transformer.h.0.attn.c_attn.weight"]
-    assert spec.dim == 1 and spec.shape == (24, 72) and bool((spec.index.diff() > 0).all())
-    assert spec.index.numel() == 24 and len(specs) == 3
-
-
 # ---- refusals ------------------------------------------------------------------------------------------
 
 

@@ -162,12 +162,6 @@ def test_a_base_of_which_the_adapters_is_a_part_is_refused(folder, tmp_path, rec
         load(engine_of(small_llama(), folder / "base"), tmp_path)
 
 
-def test_other_sizes_are_another_base(folder, tmp_path):
-    saved_adapter(small_llama(intermediate_size=112), tmp_path, o_ratio=0.25, d_ratio=0.1)
-    with pytest.raises(ValueError, match="another base: model.layers.0.mlp.down_proj has 64 outputs and 112 inputs"):
-        load(engine_of(small_llama(), folder / "base"), tmp_path)
-
-
 def test_a_damaged_folder_names_the_adapter_and_the_fault(folder, tmp_path):
     native.write(s2ft.read_adapter(folder / "adapter"), tmp_path)
     config = json.loads((tmp_path / native.CONFIG).read_text())
@@ -265,21 +259,6 @@ def test_a_checkpoint_with_other_names_is_read_as_transformers_reads_it(tmp_path
 
 
 # ---- folders, and names of vLLM --------------------------------------------------------------------------------
-
-
-def test_folders_of_adapters(folder, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=SimpleNamespace(VLLM_USE_MODELSCOPE=False)))
-    assert loading.folder_of(str(folder / "adapter")) == folder / "adapter"
-    native.write(s2ft.read_adapter(folder / "adapter"), tmp_path / "run" / "adapter")
-    assert loading.folder_of(str(tmp_path / "run")) == tmp_path / "run" / "adapter"
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / native.CONFIG).write_text("{}")
-    assert loading.folder_of(str(tmp_path / "half")) == tmp_path / "half", "the reader says what is missing"
-    (tmp_path / "lora").mkdir()
-    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
-    for other in ("lora", "nowhere", "run/none"):
-        assert loading.folder_of(str(tmp_path / other)) is None
-    assert loading.folder_of("no-such-org/no-such-adapter") is None
 
 
 def test_missing_names_say_the_release_the_tested_ones_and_the_way_out(monkeypatch):

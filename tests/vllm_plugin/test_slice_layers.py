@@ -1,7 +1,5 @@
 """Banks of slices, and layers like vLLM's that hold them. Nothing here needs vLLM."""
 
-import random
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
@@ -17,7 +15,7 @@ from support.inside import (
     layer_with_slices as with_slices,
     layers,
 )
-from support.pairs import in_turn, pairs
+from support.pairs import pairs
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
 from torch import nn
@@ -245,33 +243,6 @@ class Model:
             [(self.whole + (deltas[number] if number else 0)) @ x[t] for t, number in enumerate(numbers)]
         )
         torch.testing.assert_close(self.output(x, numbers), expected)
-
-
-@pytest.mark.parametrize("kind, ranks", in_turn(KINDS, (1, 2, 4)))
-def test_outputs_are_right_after_200_loads_and_evictions(kind, ranks):
-    """An adapter that is used again keeps its slot; the one that was used least gives its slot up."""
-    torch.manual_seed(0)
-    model, choose = Model(kind, ranks), random.Random(kind)
-    dims = [1] if kind == "row" else [0, 1] if kind == "replicated" else [0]
-    buffers = [[bank.values.data_ptr() for bank in layer.banks] for layer in model.layers]
-    active, known = OrderedDict(), {}
-    for load in range(200):
-        number = choose.randrange(1, 12)
-        if number not in known or choose.random() < 0.3:  # new, or of new content
-            known[number] = model.adapter(dims, choose.randrange(10), seed=1000 + load)
-            if number in active:
-                del active[number]
-                model.slot_ids[model.slot_ids.index(number)] = None
-        if number not in active:
-            if len(active) == 3:
-                gone, _ = active.popitem(last=False)
-                model.slot_ids[model.slot_ids.index(gone)] = None
-            model.activate(number, known[number][0])
-        active[number] = None
-        active.move_to_end(number)
-        batch = [choose.choice([0, *active]) for _ in range(choose.choice((1, 5, 90)))]
-        model.check({one: known[one][1] for one in active}, batch)
-    assert buffers == [[bank.values.data_ptr() for bank in layer.banks] for layer in model.layers]
 
 
 @pytest.mark.parametrize("ranks", (1, 2))

@@ -59,27 +59,6 @@ def answers(server):
     return server.answers(["base"], PROMPTS)["base"]
 
 
-def test_updates_and_refusals(server, served):
-    specs, numbers = slices_of(served, "down-o")
-    good = dict(sender="a", step=1, values=values(numbers))
-    assert refused(update(server, **good), "an update of sender 'a' before init")
-    wrong = [
-        *specs[:2],
-        type(specs[2])(*[getattr(specs[2], n) for n in ("name", "shape", "dim", "index")], -1 * specs[2].hashes),
-    ]
-    assert refused(init(server, wrong), f"1 of 3 slices differ, the first is {specs[2].name}")
-    assert ok(init(server, specs)) and server.checksums() == server.first
-    assert ok(update(server, **good)) and answers(server) == served.answers["down-o"]
-    written = server.checksums()
-    assert refused(update(server, **{**good, "values": "AAAA"}), "values is no base64 text")
-    assert refused(update(server, **{**good, "sender": "b"}), "so sender 'b' is refused")
-    assert refused(init(server, specs, "b"), "so sender 'b' is refused: release it")
-    assert refused(update(server, nonsense=1), "unexpected keyword argument")
-    assert server.checksums() == written and answers(server) == served.answers["down-o"]
-    assert ok(init(server, specs, "b", take_over=True)) and server.checksums() == server.first
-    assert ok(update(server, base=True, sender="b")) and answers(server) == served.answers["base"]
-
-
 def test_while_requests_run(server, served):
     specs, numbers = slices_of(served, "down-o")
     good = dict(sender="a", step=1, values=values(numbers))
