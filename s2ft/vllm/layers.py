@@ -5,12 +5,14 @@ Switched on by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of unit
 """
 
 import functools
+import itertools
 import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
 from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.names import is_elsewhere
 from s2ft.vllm.slices.layer import OPTION, Budget, SliceLayer, is_slices, with_slices
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
@@ -66,7 +68,7 @@ def install() -> None:
         message = str(error)
         when_imported(WORKERS, FEATURE, lambda: _refuse(message))
         return
-    when_imported("vllm.config.lora", FEATURE, lambda: _change_config(budget))
+    when_imported("vllm.config.lora", FEATURE, lambda: _change_hash(budget))
     when_imported(WORKERS, FEATURE, lambda: _change_workers(budget))
 
 
@@ -77,49 +79,41 @@ def _refuse(message: str) -> None:
     private("vllm.lora.model_manager", "LoRAModelManager").__init__ = __init__
 
 
-def _change_config(budget: Budget) -> None:
-    config = private("vllm.config.lora", "LoRAConfig")
-    config.compute_hash = _hash_with(private("vllm.config.lora", "LoRAConfig.compute_hash"), budget)
-
-
 def _change_workers(budget: Budget) -> None:
     """Change vLLM's LoRA. All names are looked up before the first change."""
     global _installed
-    made = tuple(with_slices(_checked(name), budget) for name in LAYERS)
+    for name, method in itertools.product(LAYERS, METHODS):
+        private("vllm.lora.layers", f"{name}.{method}")
+    made = tuple(with_slices(private("vllm.lora.layers", name), budget) for name in LAYERS)
     private("vllm.lora.utils", "_all_lora_classes")
     private("vllm.lora.model_manager", "from_layer_logits_processor")
     private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
     manager = private("vllm.lora.model_manager", "LoRAModelManager")
     worker = private(WORKERS, "WorkerLoRAManager")
-    hooks = {(manager, "__init__"): _with_report, (worker, "_load_adapter"): _with_check}
-    changed = {key: make(private(key[0].__module__, f"{key[0].__name__}.{key[1]}")) for key, make in hooks.items()}
-    for (cls, name), method in changed.items():
-        setattr(cls, name, method)
+    init = private("vllm.lora.model_manager", "LoRAModelManager.__init__")
+    load = private(WORKERS, "WorkerLoRAManager._load_adapter")
+    manager.__init__, worker._load_adapter = _with_report(init), _with_check(load)
     private("vllm.lora.utils")._all_lora_classes = made
     # lm_head stays as it is, too. Its LoRA would be computed for every token, and no adapter can have one.
     private("vllm.lora.model_manager").from_layer_logits_processor = lambda layer, *args, **options: layer
     _installed = True
 
 
-def _checked(name: str) -> type:
-    """A LoRA layer that has all methods which are overridden."""
-    for method in METHODS:
-        private("vllm.lora.layers", f"{name}.{method}")
-    return private("vllm.lora.layers", name)
-
-
 # ---- hooks -----------------------------------------------------------------------------------------------
 
 
-def _hash_with(compute_hash: Any, budget: Budget) -> Any:
+def _change_hash(budget: Budget) -> None:
     """vLLM keeps compiled models on the disk by this hash. Layers with slices are another model."""
     from s2ft import __version__
+
+    config = private("vllm.config.lora", "LoRAConfig")
+    compute_hash = private("vllm.config.lora", "LoRAConfig.compute_hash")
 
     @functools.wraps(compute_hash)
     def changed(self: Any) -> str:
         return f"{compute_hash(self)} s2ft {__version__} slices {budget}"
 
-    return changed
+    config.compute_hash = changed
 
 
 def _with_report(init: Any) -> Any:
@@ -189,21 +183,17 @@ def admit(manager: Any, lora: Any, name: str) -> None:
             needs[key] = max(count, needs.get(key, 0))
             if count > room:
                 too_large = too_large or f"it has {count} units in {path}, whose budget for an adapter is {room}"
-    _check_left(manager, left, name)
-    if too_large:
-        units = ",".join(f"{key}={count}" for key, count in sorted(needs.items()))
-        raise ValueError(f"the adapter {name!r} does not fit: {too_large}. Start vLLM with {OPTION}={units}")
-
-
-def _check_left(manager: Any, left: dict[str, Any], name: str) -> None:
     for path, one in left.items():
         if not is_slices(one.lora_a):
             raise _is_lora(name)
-        if not _is_elsewhere(manager.model, path):
+        if not is_elsewhere(manager.model, path):
             raise ValueError(
                 f"the adapter {name!r} has slices of {path}, which is no linear layer that vLLM serves adapters on: "
                 f"start vLLM without {SWITCH}, or merge the adapter"
             )
+    if too_large:
+        units = ",".join(f"{key}={count}" for key, count in sorted(needs.items()))
+        raise ValueError(f"the adapter {name!r} does not fit: {too_large}. Start vLLM with {OPTION}={units}")
 
 
 def _is_lora(name: str) -> ValueError:
@@ -211,13 +201,3 @@ def _is_lora(name: str) -> ValueError:
         f"{name!r} is no S²FT adapter, and vLLM was started with {SWITCH}=1, which has no memory for LoRA: start it "
         f"without {SWITCH} to serve adapters of both kinds"
     )
-
-
-def _is_elsewhere(model: Any, path: str) -> bool:
-    """Whether another rank of pipeline parallelism has the module."""
-    missing = private("vllm.model_executor.models.utils", "PPMissingLayer")
-    for name in path.split("."):
-        if isinstance(model, missing):
-            return True
-        model = getattr(model, name, None)
-    return isinstance(model, missing)

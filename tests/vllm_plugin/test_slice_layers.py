@@ -368,9 +368,16 @@ def test_a_release_of_vllm_that_lacks_a_name(changes, monkeypatch):
     assert not layers.enabled()
 
 
-def test_compiled_models_are_kept_apart():
+def test_compiled_models_are_kept_apart(monkeypatch):
     """vLLM finds compiled models on the disk by this hash."""
-    assert len({layers._hash_with(lambda _: "same", Budget.parse(text))(None) for text in ("", "5", "a=5")}) == 3
+    found = set()
+    for text in ("", "5", "a=5"):
+        config = type("LoRAConfig", (), {"compute_hash": lambda self: "same"})
+        found_in = {"LoRAConfig": config, "LoRAConfig.compute_hash": config.compute_hash}
+        monkeypatch.setattr(layers, "private", lambda module, name, found_in=found_in: found_in[name])
+        layers._change_hash(Budget.parse(text))
+        found.add(config().compute_hash())
+    assert len(found) == 3
 
 
 # ---- adapters as vLLM has them -----------------------------------------------------------------------------
@@ -383,7 +390,7 @@ class Missing(nn.Module):
 @pytest.fixture
 def manager(monkeypatch):
     """vLLM's manager of a model with two layers on this rank, and one on another."""
-    monkeypatch.setattr(layers, "private", lambda module, attribute: Missing)
+    monkeypatch.setattr("s2ft.vllm.names.private", lambda module, attribute: Missing)
     wrapped = {
         "layers.0.qkv_proj": Model("query, key and value", 1).layers[0],
         "layers.0.proj": Model("row", 1).layers[0],
