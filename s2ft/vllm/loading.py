@@ -144,7 +144,7 @@ class Contents:
 
     def __init__(self, limit: int = KEPT) -> None:
         self.limit = limit
-        self._kept: OrderedDict[str, tuple[bytes, IO[bytes]]] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], tuple[bytes, IO[bytes]]] = OrderedDict()  # by path and digest
 
     @contextmanager
     def folder(self, path: str, version: str) -> Iterator[Path]:
@@ -157,24 +157,29 @@ class Contents:
         Raises:
             ValueError: The folder has another content, and the one with this digest was not read before.
         """
-        if version not in self._kept:
+        key = path, version
+        if key not in self._kept:
             folder = folder_of(path)
             content = None if folder is None else read_folder(folder, _open)
             if content is None or _digest(content[0]) != version:
                 raise ValueError(
                     f"adapter {path} was replaced while it was loaded, or after {self.limit} others were: load it again"
                 )
-            self._kept[version] = content
-        self._kept.move_to_end(version)
+            self._kept[key] = content
+        self._kept.move_to_end(key)
         while len(self._kept) > self.limit:
             self._kept.popitem(last=False)[1][1].close()
-        config, tensors = self._kept[version]
+        config, tensors = self._kept[key]
         with tempfile.TemporaryDirectory(prefix="s2ft-adapter-") as made:
             (Path(made) / CONFIG).write_bytes(config)
             tensors.seek(0)
             with open(Path(made) / TENSORS, "wb") as copied:  # readers refuse links that lead out of a folder
                 shutil.copyfileobj(tensors, copied, 1 << 20)
-            yield Path(made)
+            try:
+                yield Path(made)
+            except Exception:  # it may be damaged: the next load reads the folder again
+                self._kept.pop(key, None)
+                raise
 
 
 # ---- in each worker ---------------------------------------------------------------------------------------

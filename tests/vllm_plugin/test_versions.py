@@ -82,12 +82,24 @@ def test_a_content_is_read_again_after_its_folder_was_replaced_or_deleted(folder
         pass
 
 
+def test_a_damaged_content_is_not_kept(folder):
+    """The config, by which a content is named, may be the same before and after the repair, and in another folder."""
+    name, contents = loading.split_version(loading.with_version(str(folder))), loading.Contents()
+    tensors = (folder / loading.TENSORS).read_bytes()
+    (folder / loading.TENSORS).write_bytes(tensors[:-8])
+    with pytest.raises(ValueError), contents.folder(*name) as found:
+        read_adapter(found)
+    (folder / loading.TENSORS).write_bytes(tensors)
+    with contents.folder(*name) as found:
+        assert torch.equal(values(found), values(folder))
+
+
 def test_the_number_of_open_files_is_limited(folder):
     contents = loading.Contents(limit=1)
     names = [loading.split_version(loading.with_version(str(place))) for place in (folder, other(folder))]
     for name in (*names, names[0]):
         with contents.folder(*name):
-            assert list(contents._kept) == [name[1]]
+            assert list(contents._kept) == [name]
 
 
 @pytest.fixture
