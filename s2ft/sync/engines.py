@@ -72,19 +72,9 @@ class Engine(ABC):
         self.update({**info, "values": base64.b64encode(raw).decode()})
 
     def update(self, info: dict[str, Any]) -> None:
-        """Make an update. One that another sender has begun and not finished is finished first."""
-        try:
-            self.call("start_weight_update")
-        except EngineError as error:
-            if "already active" not in str(error):
-                raise
-            self.finish()
-            self.call("start_weight_update")
+        """Make an update, and forget what was computed with other weights."""
+        self.call("start_weight_update")
         self.call("update_weights", {"update_info": info})
-        self.finish()
-
-    def finish(self) -> None:
-        """End an update, and forget what was computed with other weights."""
         self.call("finish_weight_update")
         self.call("reset_prefix_cache")
 
