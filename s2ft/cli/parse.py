@@ -57,6 +57,7 @@ GONE = {
     "skip-missing": "--lm-eval scores suites of tasks",
     "writer": "llama.cpp's converter writes GGUF files, --llama-cpp DIR says where it is",
     "grace": "a server that is stopped lets requests go on for 10 seconds",
+    "vllm-transport": "a vLLM server gets the slices in its requests",
     "measure": "`s2ft sft --max-steps 3` prints tokens per second",
 }
 

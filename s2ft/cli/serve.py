@@ -52,9 +52,9 @@ class ServeArguments(Options):
     )
     slice_units: str | None = option(
         None,
-        "with --slices: rows or columns of all adapters of a batch that a layer can hold, one number or by projection, "
+        "with --slices: rows or columns of an adapter that a layer can hold, one number or by projection, "
         "such as down_proj=512,o_proj=128",
-        shown="what the adapters need, and one more adapter",
+        shown="what the adapters need",
         metavar="UNITS",
     )
     host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only")
@@ -213,7 +213,7 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     from pathlib import Path
 
     from s2ft.vllm import command
-    from s2ft.vllm.slices.units import Budget
+    from s2ft.vllm.slices.layer import Budget
 
     if not job.adapters:
         raise ValueError("--engine vllm serves adapters: give --adapters")
@@ -221,16 +221,16 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
         raise ValueError("--slice-units is the budget of --slices: give both")
     Budget.parse(job.slice_units or "")
     command.check_options(options)
+    command.check_plugin()
     # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if something fails here.
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
-        launch = _launch(job, options, Path(target))
-        os.environ.update(launch.environment)
-        os.execv(launch.command[0], launch.command)
+        words, environment = _launch(job, options, Path(target))
+        os.environ.update(environment)
+        os.execv(words[0], words)
 
 
 def _launch(job: ServeArguments, options: list[str], target):
-    """What is started, with files of its own in the folder `target`."""
-    from s2ft.adapter.sources import source_of
+    """The command line and the variables of what is started, with files of its own in the folder `target`."""
     from s2ft.serve.options import key_of, served_name, warn_if_open
     from s2ft.vllm import command
 
@@ -238,24 +238,5 @@ def _launch(job: ServeArguments, options: list[str], target):
     warn_if_open(job.host, key)
     model = command.unpacked(job.model, job.dtype, target / "base")
     adapters = command.adapters_of(model, job.adapters, job.revision)
-    template = command.write_template(adapters, target)
-    settings = command.Settings(
-        model,
-        job.served_model_name or served_name(job.model),
-        job.host,
-        job.port,
-        key,
-        job.dtype,
-        job.revision,
-        job.trust_remote_code,
-        job.load_in_4bit,
-        job.slices,
-        job.slice_units,
-        tuple(options),
-    )
-    reason = command.why_no_plugin()
-    if reason is not None:
-        command.logger.warning("warning: the adapters are exported as LoRA folders: %s", reason)
-        return command.launch_exported(adapters, settings, template, target)
-    directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
-    return command.launch(adapters, directories, settings, template)
+    base, template = job.served_model_name or served_name(job.model), command.write_template(adapters, target)
+    return command.launch(job, adapters, model, base, key, options, template)

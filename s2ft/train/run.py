@@ -43,7 +43,7 @@ from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
-                "vllm_server_", "vllm_transport", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
+                "vllm_server_", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
 NOT_IN_RUN = ("output_dir", "push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
               "overwrite", "stop_after", "keep_memory", "max_new_tokens", "per_device_eval_batch_size", "debug",
               "local_rank", "batch_eval_metrics", "do_train", "do_eval", "do_predict", "deepspeed", "fsdp",

@@ -155,16 +155,14 @@ MODULES = {
     "train.runs": "SFTRunTrainer",
     "train.sft": "check_packages_of_run check_ranks_agree log_length sft smaller_step trainer_for",
     "train.trainer": "AdapterCheckpoints S2FTTrainer",
-    "vllm": "base base_rows command compatibility layers loading resolver retired transfer unpacked versions",
+    "vllm": "base command compatibility layers loading processors resolver transfer",
     "vllm.compatibility": "MissingInVLLM private when_imported",
     "vllm.lora": "lora_of",
     "vllm.names": "Targets",
     "vllm.resolver": "path_of",
-    "vllm.slices.bank": "BankFull SliceBank",
-    "vllm.slices.layer": "encode with_slices:layer_with_slices",
-    "vllm.slices.product": "Batch add_slices_",
-    "vllm.slices.units": "Admission Budget Extent Place",
-    "vllm.unpacked": "is_packed",
+    "vllm.slices.bank": "Batch SliceBank add_slices_",
+    "vllm.slices.layer": "Budget encode with_slices:layer_with_slices",
+    "vllm.processors": "is_packed",
 }
 _HOMES = {
     entry.rpartition(":")[2]: (".".join(filter(None, ("s2ft", module))), entry.partition(":")[0])
