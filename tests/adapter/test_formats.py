@@ -11,7 +11,7 @@ import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.inside import ADAPTER_FORMATS, EXPORTS, IMPORTS, add_info, hub, lora, native
+from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
 from torch import nn
@@ -162,11 +162,6 @@ def test_the_ranks_of_modules(options, spread, tmp_path):
     padded = [key for key, tensor in tensors.items() if not bool(tensor.any(int("lora_A" in key)).all())]
     assert (len(set(ranks.values())) > 1) == spread and bool(padded) != spread
     assert lora.describe(tmp_path).startswith("LoRA of rank " + (f"{min(ranks.values())} to " if spread else ""))
-
-
-@pytest.mark.parametrize("needed,rank", ((1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)))
-def test_the_rank_that_vllm_is_set_to(needed, rank):
-    assert lora.vllm_rank(needed) == rank
 
 
 def test_a_rank_too_large_for_vllm_is_reported(tmp_path):
@@ -355,20 +350,6 @@ def test_other_loras_are_refused_and_do_not_change_the_model(make, word, tmp_pat
 
 
 # ---- the tables of formats -----------------------------------------------------------------------------
-
-
-def test_every_row_has_the_functions_of_its_module():
-    for known in ADAPTER_FORMATS.values():
-        assert all(callable(getattr(known.module, name)) for name in ("matches", "read", "write", "describe"))
-    assert set(IMPORTS) == {*ADAPTER_FORMATS} - {"native"} == {*EXPORTS} - {"merged", "gguf", "ollama"}
-    assert all(callable(EXPORTS[name].module.export) for name in EXPORTS if name not in IMPORTS)
-
-
-def test_reading_a_lora_folder_needs_its_model(tmp_path):
-    model = trained("llama", steps=1)
-    export_lora(model, tmp_path)
-    with pytest.raises(ValueError, match="is a LoRA.*use s2ft.import_lora"):
-        read_adapter(tmp_path)
 
 
 # ---- the hub -------------------------------------------------------------------------------------------
