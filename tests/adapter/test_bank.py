@@ -242,19 +242,14 @@ def test_the_least_recently_used_are_removed_first(folder, model):
 # ---- refused adapters and models -------------------------------------------------------------------------
 
 
-def test_another_base_is_refused_before_anything_changes(folder, tmp_path):
-    other = model_of("llama")
-    with torch.no_grad():
-        other.model.layers[1].mlp.down_proj.weight[0, 0] += 1
-    bank = AdapterBank(other, folder)
-    before = {key: value.clone() for key, value in other.state_dict().items()}
+def test_another_base_is_refused_before_anything_changes(folder, model):
+    model.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
+    bank, before = AdapterBank(model, folder), copy.deepcopy(model.state_dict())
     with pytest.raises(ValueError, match="another base"):
         enter(bank, None, "a")
-    assert bank.loaded == [] and not any("forward" in module.__dict__ for module in other.modules())
-    assert all(torch.equal(value, before[key]) for key, value in other.state_dict().items())
+    assert bank.loaded == [] and not any("forward" in module.__dict__ for module in model.modules())
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     enter(bank, None)  # only the base runs
-    with pytest.raises(ValueError, match="'a'"):
-        enter(AdapterBank(model_of("llama-wide-heads"), folder), "a")
 
 
 def test_experts_and_weights_trained_in_full_are_refused(tmp_path):

@@ -89,27 +89,6 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     assert_same(s2ft.merge(fresh), s2ft.merge(model))
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    """The best checkpoint is the one with the largest loss here, which is the first."""
-    model = attached()
-    done = trainer(
-        model,
-        tmp_path,
-        max_steps=6,
-        save_steps=2,
-        eval_steps=2,
-        eval_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-    )
-    done.train()
-    best = done.state.best_model_checkpoint
-    assert best.endswith("checkpoint-2")
-    for name, delta in s2ft.adapter.read_adapter(best).deltas.items():
-        assert torch.equal(delta.values, mounted_deltas(model._s2ft)[name].values)
-
-
 SPOILT = {
     "another selection": (dict(seed=1), "other units of"),
     "another projection": (dict(config=dict(d_ratio=0.1)), "trains other projections"),

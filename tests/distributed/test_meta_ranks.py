@@ -5,20 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import (
-    adapters_of_one_process,
-    attach_to,
-    attached,
-    batches,
-    blocks_of,
-    check_same_files,
-    logits,
-    rows_of,
-    sharded,
-    train,
-)
-from support.fsdp_on_cpu import allow
+from runs import attach_to, attached, batches, check_same_files, logits, reset, rows_of, sharded, train
 from support.models import model_of
+from test_accelerate import accelerator_for
 
 import s2ft
 
@@ -34,39 +23,16 @@ def meta_of(model):
     return model
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Adapters that one process trained, by case, layout and changes of the config."""
-    return adapters_of_one_process(tmp_path_factory, attached)
-
-
 @contextmanager
 def efficient_accelerator(model):
-    """An Accelerator for FSDP2 with cpu_ram_efficient_loading. What it sets in the process is reset before and after."""
-    allow()
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    def reset():
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
-        for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
-            del os.environ[name]
-
-    reset()
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    """An Accelerator for FSDP2 with cpu_ram_efficient_loading. What it sets in the process is reset afterwards."""
+    efficient = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     try:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=[type(blocks_of(model)[0]).__name__],
-            cpu_ram_efficient_loading=True,
-        )
-        yield Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator = accelerator_for("fsdp efficient", model)
+        os.environ.update(efficient)
+        yield accelerator
     finally:
         reset()
-        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def base_is(model, case):
