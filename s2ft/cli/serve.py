@@ -155,7 +155,7 @@ def check(job: ServeArguments) -> None:
         NotADirectoryError: A folder of adapters does not exist.
         ValueError: A number is outside its range, or a folder can't be served.
     """
-    from s2ft.adapter.sources import source_of
+    from s2ft.adapter.folders import source_of
 
     for adapters in job.adapters:
         source_of(adapters)
@@ -240,7 +240,7 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
 
 def _launch(job: ServeArguments, options: list[str], target):
     """What is started, with files of its own in the folder `target`."""
-    from s2ft.adapter.sources import source_of
+    from s2ft.adapter.folders import source_of
     from s2ft.serve.options import key_of, served_name, warn_if_open
     from s2ft.vllm import command
 

@@ -241,15 +241,15 @@ def _parts_of_layer(path: str, layer: Any, names: list[str]) -> Iterator[Trained
             f"{path} is quantized, and merged numbers can't be written into a quantized weight, neither here nor in an "
             "engine: load the base in bfloat16, or serve the adapter by its name"
         )
-    if not hasattr(layer, "dims"):
-        delta, weight = layer.delta_of([name for name in names if name in layer.s2ft_delta]), layer.base_layer.weight
+    if "" in layer.dims:
+        delta, weight = layer.sum_of("", names), layer.base_layer.weight
         with full_values(weight) as stored:
             base = layer.kind.view(stored).index_select(layer.dim, delta.index.to(stored.device)).clone()
         shape = full_shape(weight)
         yield Trained(f"{path}.weight", shape, base, layer.dim, delta.index.cpu(), None, layer.kind.transposed)
         return
     for name, dim in layer.dims.items():  # stacked experts
-        if not layer._has(name, _of(layer, names)):
+        if name not in layer.trained_by(_of(layer, names)):
             continue
         weight, transposed = getattr(layer.base_layer, name), layer.transposed[name]
         with full_values(weight) as stored:
@@ -262,11 +262,11 @@ def _parts_of_layer(path: str, layer: Any, names: list[str]) -> Iterator[Trained
 def _deltas_of(layer: Any, names: list[str]) -> Iterator[Tensor]:
     """The adapters' deltas of a layer of PEFT, in the order of :func:`_parts_of_layer`."""
     names = _of(layer, names)
-    if not hasattr(layer, "dims"):
-        yield _gathered(layer, names, layer.delta_of)
+    if "" in layer.dims:
+        yield _gathered(layer, names, lambda some: layer.sum_of("", some))
         return
     for name, dim in layer.dims.items():
-        if layer._has(name, names):
+        if name in layer.trained_by(names):
             values = _gathered(layer, names, lambda some, name=name: layer.sum_of(name, some))
             for _, (places, _) in _by_expert(layer, name, names):
                 yield values.index_select(dim, places.to(values.device))

@@ -87,8 +87,9 @@ def train_at_once_and_resumed(rank, way, layout, folder):
     half = str(folder / "whole" / "checkpoint-2")
     losses = run_of(way, folder / "whole", layout)
     run_of(way, folder / "again", layout, half)
-    with pytest.raises(ValueError, match="another selection|other units"):
-        run_of(way, folder / "other", layout, half, seed=5)
+    if "plain" not in way:
+        with pytest.raises(ValueError, match="another selection"):
+            run_of(way, folder / "other", layout, half, seed=5)
     return losses
 
 

@@ -62,26 +62,23 @@ def test_units_are_those_that_attach_trains(case):
         assert model.peft_config["default"].units == chosen.to_dict()
 
 
-def test_a_reused_config_keeps_its_original_options():
+def test_a_config_keeps_its_options_and_is_used_again():
     config = S2FTPeftConfig(d_ratio=0.1)
     first = get_peft_model(model_of("llama-grouped"), config)
-    assert first.peft_config["default"] is config and config.chosen_by == {"d_ratio": 0.1, "seed": 0}
-    again = get_peft_model(model_of("llama-grouped"), config)
-    assert again.peft_config["default"] is config
-    units = dict(config.units)
+    mine = first.peft_config["default"]
+    assert config.units is None and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}
     for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
         other = get_peft_model(model_of(case), config).peft_config["default"]
-        assert other is not config and other.base_fingerprint != config.base_fingerprint
+        assert other.base_fingerprint != mine.base_fingerprint
     config.seed = 1
     first.add_adapter("b", config)
-    assert first.peft_config["b"].units != units and first.peft_config["default"].units == config.units == units
+    assert first.peft_config["b"].units != mine.units
     config.d_ratio = 0.3
     first.add_adapter("c", config)
     assert {len(numbers) for numbers in first.peft_config["c"].units.values()} == {16}
-    assert first.peft_config["default"].units == units
     many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))  # PEFT shortens such a long target_modules
-    many.add_adapter("b", many.peft_config["default"])
-    assert many.peft_config["b"] is many.peft_config["default"] and len(many.peft_config["b"].target_modules) == 7
+    many.add_adapter("b", many.peft_config["default"])  # as TRL makes a reference
+    assert many.peft_config["b"].units == many.peft_config["default"].units
 
 
 def test_layers_and_peft_fields_restrict_the_modules():
