@@ -54,7 +54,7 @@ test-transformers: $(VENV)/.installed
 	$(foreach release,$(RELEASES),$(BIN)/python tests/support/releases.py $(release) &&) true
 
 # Run the tests that need DeepSpeed, in an environment that has it and takes all other packages from $(VENV). With
-# ARGUMENTS="tests/distributed/test_zero_init.py -x" pytest runs these. It takes about 15 minutes.
+# ARGUMENTS="tests/distributed/test_deepspeed.py -x" pytest runs these. It takes about 15 minutes.
 test-deepspeed: $(VENV)/.installed
 	$(BIN)/python tests/support/with_deepspeed.py $(ARGUMENTS)
 

@@ -207,6 +207,7 @@ ADAPTERS = [
     (with_two(lambda world: s2ft.rename_adapter(world.model, "b", "c")), ValueError, "'b'"),
     (with_two(lambda world: s2ft.rename_adapter(world.model, "a", "x/y")), ValueError, "x/y"),
     (with_two(lambda world: s2ft.save_adapter(world.model, world.root / "s", name="b")), ValueError, "'b'"),
+    (with_two(lambda world: s2ft.get_adapter(nn.ModuleDict({"module": world.model}), "a")), ValueError, "model.module"),
     (lambda world: s2ft.save_adapter(world.model, world.root / "s"), ValueError, "adapter"),
     (lambda world: s2ft.read_adapter("nowhere"), FileNotFoundError, "nowhere"),
     (lambda world: s2ft.combine_adapters(world.model, {}, "sum"), ValueError, "adapter"),

@@ -428,7 +428,7 @@ def check_upload(arguments: Any) -> None:
 
 def upload(arguments: Any, folder: RunFolder) -> str:
     """Upload the adapter of a run with its model card, and return the address of the commit."""
-    from s2ft.adapter.push import push_to_hub
+    from s2ft.adapter.hub import push_to_hub
 
     return push_to_hub(
         folder.adapter,
