@@ -15,6 +15,7 @@ import test_one_sided as one_sided
 import torch
 from adapter import test_extra_weights as classifiers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
+from support.inside import couplings_of, projections_of, weight_at
 from support.models import ALL_RATIOS, CASES, model_of, output_of, ratios_for
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.peft_modules import MODULES, net_of
@@ -198,12 +199,29 @@ def live_natively(subject, folder):
         assert_same(tensors_of(s2ft.merge(other)), tensors_of(merged))
     s2ft.load_adapter(plain := subject.make(), folder, trainable=True)
     assert [parameter.requires_grad for parameter in s2ft.detach(plain).parameters()] == requires_grad
+    return merged
+
+
+def assert_only_trained_units_moved(merged, base, adapter):
+    """Frozen entries never move, and no trained one is lost."""
+    moved = {name: weight != base.get_parameter(name) for name, weight in merged.named_parameters()}
+    for p in projections_of(couplings_of(base)):
+        if p.name in adapter.deltas:
+            change, delta = moved[p.path if p.path in moved else f"{p.path}.weight"], adapter.deltas[p.name]
+            by_element = weight_at(base, p).view(change).transpose(0, p.dim)
+            mine, trained = p.elements(torch.arange(p.count)), delta.values.transpose(0, p.dim).flatten(1).any(1)
+            assert torch.equal(mine[by_element[mine].flatten(1).any(1)], delta.index[trained]), p.name
+            # ReLU leaves channels that were never active unchanged, and a router leaves experts that it does not choose
+            assert trained.float().mean() >= 0.5 or p.expert is not None
+            by_element[mine] = False
+    assert not any(change.any() for change in moved.values())
 
 
 @pytest.mark.parametrize("case, layout, dtype", pairs_mostly_slow(CASES, LAYOUTS, DTYPES), ids=str)
 def test_every_family(case, layout, dtype, tmp_path):
     config = dict(ratios_for(case, RATIOS), layout=layout)
-    live_natively(Subject(partial(model_of, case, dtype), config), tmp_path)
+    merged = live_natively(Subject(partial(model_of, case, dtype), config), tmp_path)
+    assert_only_trained_units_moved(merged, model_of(case, dtype), s2ft.read_adapter(tmp_path))
 
 
 OWN_FORWARD = Subject(
