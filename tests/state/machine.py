@@ -177,11 +177,6 @@ def detach(state: State) -> None:
     state.kept, state.unfrozen = {}, False
 
 
-def detach_and_attach(state: State) -> None:
-    detach(state)
-    attach(state)
-
-
 def load(state: State, trainable: bool = False, active: bool = True) -> None:
     name, adapter = state.new_name(), state.rng.choice(state.pool)
     if not trainable:
@@ -202,11 +197,6 @@ def load_inactive(state: State) -> None:
 
 def load_trainable(state: State) -> None:
     load(state, trainable=True)
-
-
-def detach_and_load(state: State) -> None:
-    detach(state)
-    load(state)
 
 
 def activate_one(state: State) -> None:
@@ -326,32 +316,6 @@ def step(state: State) -> None:
     require(any(not same_bits(before[name], s2) for name, s2 in state.slices.items()), "the step changed nothing")
 
 
-def step_checkpointed(state: State) -> None:
-    options = {"use_reentrant": state.rng.random() < 0.5}
-    state.both(lambda model: model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options))
-    try:
-        step(state)
-    finally:
-        state.both(lambda model: model.gradient_checkpointing_disable())
-
-
-def accumulate(state: State) -> None:
-    mode, slices = state.model.training, state.slices
-    state.model.train()
-    loss_of(state).backward()
-    once = {name: s2.grad.clone() for name, s2 in slices.items()}
-    loss_of(state).backward()
-    for name, s2 in slices.items():
-        bound = 4 * state.tolerance() * (1e-3 + float(once[name].abs().max()))
-        require(float((s2.grad - 2 * once[name]).abs().max()) <= bound, f"the gradient of {name} is not twice one")
-    state.model.zero_grad()
-    state.model.train(mode)
-
-
-def forward(state: State) -> None:
-    loss_of(state)
-
-
 def backward(state: State) -> None:
     loss_of(state).backward()
     state.model.zero_grad()
@@ -381,10 +345,6 @@ def deep_copy(state: State) -> None:
 
 
 def save_whole(state: State) -> None:
-    try:
-        torch.save(state.plain, io.BytesIO())
-    except AttributeError:
-        return  # checkpointing of transformers leaves a hook that can't be pickled, also in a plain model
     file = io.BytesIO()
     torch.save(state.model, file)
     file.seek(0)
@@ -401,12 +361,6 @@ def evaluation_mode(state: State) -> None:
 
 def cast(state: State) -> None:
     cast_to(state, state.rng.choice(CASTS))
-
-
-def cast_and_back(state: State) -> None:
-    before = next(state.plain.parameters()).dtype
-    cast_to(state, state.rng.choice(CASTS))
-    cast_to(state, before)
 
 
 def cast_to(state: State, dtype: torch.dtype) -> None:
@@ -452,8 +406,6 @@ OPERATIONS = (
     Operation(attach_on_top, lambda state: state.trainable is None),
     Operation(freeze, lambda state: state.trainable is not None, same_output=True),
     Operation(detach, attached),
-    Operation(detach_and_attach, attached),
-    Operation(detach_and_load, attached),
     Operation(load, lambda state: len(state.status.adapters) < 4),
     Operation(load_inactive, lambda state: len(state.status.adapters) < 4, same_output=True),
     Operation(load_trainable, lambda state: state.trainable is None),
@@ -470,9 +422,6 @@ OPERATIONS = (
     Operation(keep, attached, same_output=True),
     Operation(arithmetic, attached, same_output=True),
     Operation(step, lambda state: state.can_train),
-    Operation(step_checkpointed, lambda state: state.can_train),
-    Operation(accumulate, lambda state: state.can_train, same_output=True),
-    Operation(forward, lambda state: not (state.fused and state.model.training), same_output=True),
     Operation(backward, lambda state: state.can_train, same_output=True),
     Operation(load_own_state, attached, same_output=True),
     Operation(load_own_state_into_copy, attached, same_output=True),
@@ -482,7 +431,6 @@ OPERATIONS = (
     Operation(train_mode, always),
     Operation(evaluation_mode, always),
     Operation(cast, always),
-    Operation(cast_and_back, always),
     Operation(unfreeze, attached, same_output=True),
 )
 
@@ -701,7 +649,6 @@ def main() -> int:
 def prepare() -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore", message="s2 was made as")  # casts cause it on purpose here
-    warnings.filterwarnings("ignore", message=".*gradient_checkpointing_", category=FutureWarning)
     logging.set_verbosity_error()
 
 
