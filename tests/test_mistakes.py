@@ -4,6 +4,7 @@ A row is what the user does, the exception and the words to look for. The words 
 came or the way out, never a sentence. The mistakes on the command line end with exit status 2 and one error on stderr.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -81,6 +82,39 @@ def twice(world):
         s2ft.detach(world.model)
 
 
+def with_two(call):
+    """Two adapters are loaded."""
+
+    def mistake(world):
+        s2ft.load_adapter(world.model, world.adapter, name="a")
+        try:
+            call(world)
+        finally:
+            s2ft.set_adapter(world.model, None)
+            s2ft.delete_adapter(world.model, "a")
+
+    return mistake
+
+
+def changed(change, call=s2ft.attach):
+    """Call with a copy of the model whose blocks were changed."""
+
+    def mistake(world):
+        model = copy.deepcopy(world.model)
+        change(model.model.layers)
+        call(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+
+    return mistake
+
+
+def share_a_module(layers):
+    layers[1].mlp.down_proj = layers[0].mlp.down_proj
+
+
+def wrap_a_layer(layers):
+    layers[1].mlp.up_proj = nn.Sequential(layers[1].mlp.up_proj)
+
+
 def plain_net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -117,6 +151,11 @@ ATTACHING = [
     (attach_units({"model.layers.9.mlp.down_proj": [1]}), ValueError, "model.layers.9"),
     (attach_units("nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
     (twice, ValueError, "default detach"),
+    (with_two(lambda world: s2ft.plan(world.model, S2FTConfig(d_ratio=0.1))), ValueError, "adapter"),
+    (changed(share_a_module), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(share_a_module, s2ft.plan), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(wrap_a_layer), ValueError, "layers.1.mlp.up_proj Sequential"),
+    (attach(o_ratio=0.01), ValueError, "none heads"),
     (
         lambda world: s2ft.attach(world.model, S2FTConfig(d_ratio=0.1), protect="text"),
         TypeError,
@@ -170,20 +209,6 @@ def cut_off(world):
     file = folder / "s2ft_adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     s2ft.load_adapter(world.model, folder)
-
-
-def with_two(call):
-    """Two adapters are loaded."""
-
-    def mistake(world):
-        s2ft.load_adapter(world.model, world.adapter, name="a")
-        try:
-            call(world)
-        finally:
-            s2ft.set_adapter(world.model, None)
-            s2ft.delete_adapter(world.model, "a")
-
-    return mistake
 
 
 ADAPTERS = [
