@@ -1,6 +1,5 @@
 """The Trainer of s2ft sft: TRL's SFTTrainer with the loss, the batches and the checkpoints of s2ft."""
 
-import warnings
 from typing import Any
 
 import torch
@@ -51,24 +50,21 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         self._sampler: LengthSampler | None = None
         self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
         self._changed = Changed(model)
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "`(label_smoothing_factor|use_liger_kernel)", FutureWarning)
-            super().__init__(
-                model=model,
-                args=_for_trl(arguments, batching),
-                train_dataset=rows,
-                eval_dataset=held_out.rows if held_out is not None else None,
-                data_collator=batching.collator,
-                processing_class=tokenizer,
-                callbacks=callbacks,
-            )
+        super().__init__(
+            model=model,
+            args=_for_trl(arguments, batching),
+            train_dataset=rows,
+            eval_dataset=held_out.rows if held_out is not None else None,
+            data_collator=batching.collator,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
         self._changed.undo_always()
         self.trl_loss = needs_trl_loss(arguments)
         if not self.trl_loss:
             self.restore_model()
             self.aux_loss_enabled = False
         self.processing_class = None  # the Trainer would write the tokenizer's special tokens into the model's config
-        self.label_smoother = None  # the loss has it
 
     def restore_model(self) -> None:
         """Give the model its own forward and config back, which TRL has changed for its loss."""

@@ -23,7 +23,7 @@ from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import newest_valid
 from s2ft.train.divided_rows import check_divided_rows
 from s2ft.train.held_out import HeldOut
-from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, log_failure, read_log, write_json
 from s2ft.train.parallel import devices_of, is_spread, rows_of_update, run_where_weights_are
@@ -390,12 +390,7 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         reason = _why_not_chunked(model, arguments, batch)
         if reason and arguments.process_index == 0:
             logger.info("the loss keeps the logits: %s", reason)
-    smoothing = arguments.label_smoothing_factor
-    if not reason:
-        loss = chunked_loss(model, in_evaluation=True, label_smoothing=smoothing)
-    else:
-        loss = smoothed_loss(model, smoothing) if smoothing else contextlib.nullcontext()
-    with loss:
+    with contextlib.nullcontext() if reason else chunked_loss(model, in_evaluation=True):
         yield
 
 

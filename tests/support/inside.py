@@ -139,7 +139,7 @@ MODULES = {
     "train.loading": "fit_layout load_base quantization_config",
     "train.lock": "LOCK:LockLOCK only_run_in",
     "train.loss": (
-        "CHUNK ChunkedLoss IGNORED chunk_of chunked_loss loss_in_chunks smoothed_loss sum_of_losses why_not_chunked"
+        "CHUNK ChunkedLoss IGNORED chunk_of chunked_loss loss_in_chunks sum_of_losses why_not_chunked"
     ),
     "train.memory": "longest_batch:memory_longest_batch",
     "train.options": "ForgettingOptions ModelOptions RunOptions SCHEDULES",

@@ -183,7 +183,7 @@ RESUMED = {
     "in one sequence": {"padding_free": True},
     "in random order": {"train_sampling_strategy": "random"},
     "shuffled before": {"train_sampling_strategy": "sequential", "shuffle_dataset": True},
-    "NEFTune and label smoothing": {"neftune_noise_alpha": 5.0, "label_smoothing_factor": 0.1},
+    "NEFTune": {"neftune_noise_alpha": 5.0},
     "streamed": {"data": stream},
     "TRL's loss": {"loss_type": "dft"},
 }
