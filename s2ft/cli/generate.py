@@ -48,8 +48,7 @@ def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.text.chat import pieces
     from s2ft.text.running_batch import Row, RunningBatch
-    from s2ft.train.device import gpu_or_cpu
-    from s2ft.train.out_of_memory import explain_out_of_memory, smaller_answers
+    from s2ft.train.device import explain_out_of_memory, gpu_or_cpu, smaller_answers
 
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
@@ -73,7 +72,7 @@ def read_prompt(job: GenerateArguments) -> str:
     """
     from pathlib import Path
 
-    from s2ft.text.examples import check_unicode
+    from s2ft.text.evaluation import check_unicode
 
     if job.prompt is not None and job.prompt_file is None:
         prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt

@@ -34,7 +34,7 @@ class SamplingArguments:
 
     def sampler(self, seed: int | None = None):
         """Return the Sampler of an answer, with another seed if one is given."""
-        from s2ft.text.sampling import Sampler
+        from s2ft.text.running_batch import Sampler
 
         return Sampler(
             self.temperature,

@@ -39,7 +39,7 @@ def fails_at(step):
 
 
 def test_training(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("s2ft.train.runs.SFTRunTrainer.training_step", fails_at(1))
+    monkeypatch.setattr("s2ft.train.trainers.SFTRunTrainer.training_step", fails_at(1))
     options = ["--batch-size", "4", "--max-steps", "3", "--save-steps", "1", "--max-length", "200"]
     command = ["sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run", *options]
     assert main([str(word) for word in command]) == 1
@@ -54,7 +54,7 @@ def test_training_on_pairs(work, tmp_path, monkeypatch, capsys):
     def fails(self, *args, **options):
         raise GPU
 
-    monkeypatch.setattr("s2ft.train.rl_trainers.DPORunTrainer.training_step", fails)
+    monkeypatch.setattr("s2ft.train.trainers.DPORunTrainer.training_step", fails)
     rows = [{"prompt": f"{number}+1=", "chosen": str(number + 1), "rejected": "no"} for number in range(8)]
     data = write_jsonl(tmp_path / "pairs.jsonl", rows)
     command = ["dpo", "--model", work / "model", "--data", data, "--output", tmp_path / "run", "--batch-size", 4]

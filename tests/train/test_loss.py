@@ -109,11 +109,13 @@ def test_rows_without_a_label_may_be_kept_or_removed(dtype):
     assert not ours[::3].any()
 
 
-def test_evaluation_has_the_models_own_loss_and_logits():
+def test_evaluation_and_a_forward_without_labels_have_the_models_own_loss_and_logits():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model(input_ids=ids, labels=ids)
     with chunked_loss(model):
         found = model(input_ids=ids, labels=ids)
+        model.train()(input_ids=ids, labels=ids)
+        assert torch.equal(model(ids).logits, expected.logits)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
 
 
@@ -133,14 +135,6 @@ def test_the_logits_are_not_kept(monkeypatch):
     assert largest() >= 4 * 64 * 5000
     with chunked_loss(model):
         assert largest() < 4 * 64 * 5000 / 2
-
-
-def test_a_forward_without_labels_returns_the_logits():
-    model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
-    expected = model.train()(ids).logits
-    with chunked_loss(model):
-        model(input_ids=ids, labels=ids)
-        assert torch.equal(model(ids).logits, expected)
 
 
 def test_the_model_is_restored_after_an_error():
