@@ -405,7 +405,7 @@ COMMANDS = [
     (command(SFT + " {data} --forgetting-data none.jsonl"), "none.jsonl"),
     (command(SFT + " {data} --protect-ratio 0.3"), "protect_ratio=0.3 protect"),
     (command(SFT + " {long}", long=json.dumps({"instruction": "x" * 400, "output": "y"})), "1 rows fits"),
-    (command(SFT + " {deep}", deep="[" * 100000), "row 1 nested"),
+    (command(SFT + " {deep}", deep="[" * 100000), "nested"),
     (command(SFT + " {half}", half='{"instruction": "\\ud800", "output": "x"}'), "line 1 instruction"),
     (command(SFT + " {data} --d-ratio 0 --q-ratio=0.0"), "q_ratio d_ratio above 0"),
     (command(DPO + " {data} --d-ratio 0"), "d_ratio above 0"),

@@ -155,6 +155,8 @@ def check(job: ServeArguments) -> None:
         ValueError: A number is outside its range, or a folder can't be served.
     """
 
+    from s2ft.adapter.folders import source_of
+
     for adapters in job.adapters:
         source_of(adapters)
     if job.check and not job.adapters:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from export.test_streamed import randomize
 from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
