@@ -2,8 +2,8 @@
 
 import pytest
 from support.composites import composite_of, example_for, logits_of, loss_of, missing
-from support.inside import FAMILIES, composite, couplings_of, is_known, projections_of, tower_of
-from support.tolerances import LOGITS, relative_difference
+from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of
+from support.tolerances import relative_difference
 from transformers import __version__
 
 import s2ft
@@ -35,9 +35,11 @@ def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type)
     model = model_of(model_type)
     assert is_known(model)
     example = example_for(model)
+    example = {name: value.double() if value.is_floating_point() else value for name, value in example.items()}
+    model = copied(model)  # in float64, because Qwen3.5's linear attention amplifies the rounding of float32
     before = logits_of(model, example)
     s2ft.attach(model, everything(model), example=example, verify=True)
-    assert relative_difference(logits_of(model, example), before) <= LOGITS
+    assert relative_difference(logits_of(model, example), before) <= 1e-9
     loss_of(model, example).backward()
     slices = trained(model)
     assert [name for name, slice_ in slices.items() if slice_.grad is None or not slice_.grad.any()] == []

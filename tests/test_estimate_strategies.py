@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.inside import estimate as command, strategy as strategies
+from support.inside import cli_plan as command, strategy as strategies
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.pairs import rest_slow
 from transformers import AutoModelForCausalLM, LlamaConfig

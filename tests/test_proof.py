@@ -388,6 +388,8 @@ def test_an_example_of_sound_is_short_even_where_the_model_takes_long_ones():
     model = model_with(CONFIG_MAPPING["wav2vec2-bert"](**ROWS["wav2vec2-bert"]))
     assert model.config.max_source_positions == 5000
     assert max(next(examples_of(model))["input_features"].shape) == 128
+    model = model_with(CONFIG_MAPPING["wav2vec2-conformer"](**ROWS["wav2vec2-conformer"]))  # a frame is 4 samples
+    assert next(one["input_values"] for one in examples_of(model) if "input_values" in one).shape == (2, 100)
 
 
 def test_verify_false_runs_nothing():
@@ -456,6 +458,21 @@ def test_an_interrupt_in_any_run_leaves_the_model_as_it_was():
         assert [module.training for module in net.modules()] == modes
         assert not any(m._forward_hooks for m in net.modules())
     assert ended and 10 <= Normed.runs < 20
+
+
+@pytest.mark.parametrize("selection, data", [("random", None), ("activation", [batch()])])
+def test_an_interrupt_right_after_a_hook_is_registered_leaves_no_hook(monkeypatch, selection, data):
+    def interrupted(module, hook):
+        register(module, hook)
+        raise KeyboardInterrupt
+
+    net, register = Stack(RIGHT["counted"]), nn.Module.register_forward_hook
+    monkeypatch.setattr(nn.Module, "register_forward_hook", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        s2ft.attach(
+            net, S2FTConfig(**RATIOS, selection=selection), couplings=couplings(), example=batch(), calibration=data
+        )
+    assert not any(module._forward_hooks for module in net.modules())
 
 
 @pytest.mark.slow

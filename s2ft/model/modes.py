@@ -34,8 +34,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def forward_hooks(model: nn.Module) -> list[tuple[dict, set]]:
+    """Return the dicts of forward hooks and pre-hooks of all modules, and their keys of now."""
+    hooks = [one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)]
+    return [(one, set(one)) for one in hooks]
+
+
+def remove_new_hooks(found: list[tuple[dict, set]]) -> None:
+    """Remove the hooks that :func:`forward_hooks` has not seen.
+
+    An interrupt may come when PyTorch has registered a hook, before anyone has the handle that removes it.
+    """
+    for hooks, keys in found:
+        for key in hooks.keys() - keys:
+            hooks.pop(key, None)
+
+
 class Rest:
-    """Modes, attributes and buffers of a model's modules, and which parameters train, as they were when this was made.
+    """Modes, attributes, buffers and forward hooks of modules, and which parameters train, as when this was made.
 
     :meth:`restore` can be called any number of times, and an interrupt in it does no harm: the next call finishes it.
     """
@@ -52,6 +68,7 @@ class Rest:
         """
         self.trained = list(trained)
         self.modes = [(module, module.training) for module in model.modules()]
+        self.hooks = forward_hooks(model)
         whole = [module for module in model.modules() if module not in modes_only]
         self.attributes = [(module, _public(module)) for module in whole]
         self.buffers = [(module, dict(module._buffers)) for module in whole]
@@ -67,6 +84,7 @@ class Rest:
             parameter.requires_grad_(True)
         for module, training in self.modes:
             module.training = training
+        remove_new_hooks(self.hooks)
         for module, attributes in self.attributes:
             for name in _public(module).keys() - attributes.keys():
                 module.__dict__.pop(name, None)

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2ft.distributed import reshard_all
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.modes import evaluation_mode, forward_hooks, remove_new_hooks
 from s2ft.selection.batches import IGNORED, Batch, has_decoder_inputs, is_causal_lm, is_encoder_decoder
 
 
@@ -17,10 +17,11 @@ from s2ft.selection.batches import IGNORED, Batch, has_decoder_inputs, is_causal
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode and take its gradients away for the time of the context.
 
-    A model of FSDP2 has its shards before and afterwards. Afterwards the mode of every module, and requires_grad and
-    the gradient of every parameter, are restored, also after an error.
+    A model of FSDP2 has its shards before and afterwards. Afterwards the mode and the forward hooks of every module,
+    and requires_grad and the gradient of every parameter, are restored, also after an error.
     """
     reshard_all(model)
+    hooks = forward_hooks(model)
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in parameters:
@@ -28,6 +29,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
         with evaluation_mode(model):
             yield
     finally:
+        remove_new_hooks(hooks)
         reshard_all(model)
         for parameter, required, gradient in parameters:
             parameter.grad = None

@@ -6,6 +6,7 @@ its forward; how many tokens stand for an image is asked from the model itself.
 
 import inspect
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from s2ft.model.modes import evaluation_mode, seeded
 from s2ft.model.outputs import tensors_in
 
 ROWS, LENGTH = 2, 24
-SAMPLES = 8000  # of a recording
+FRAMES = 25  # of a recording
 LONGEST = 20  # seconds in which inputs with images and sound are tried
 MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
 Media = dict[str, Tensor]
@@ -447,9 +448,11 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
                 yield {"input_features": inputs.normal(ROWS, *shape), "attention_mask": ones, **masks}
             yield {"input_features": inputs.normal(ROWS, *shape), **masks}
             yield {"input_features": inputs.normal(ROWS, *shape)}
-    for shape in ((SAMPLES,), (1, SAMPLES)):
+    strides = _first(audio, ("conv_stride",), whole=False)
+    samples = FRAMES * (math.prod(strides) if isinstance(strides, (list, tuple)) else 320)
+    for shape in ((samples,), (1, samples)):
         yield {"input_values": inputs.normal(ROWS, *shape)}
-        yield {"input_values": inputs.normal(ROWS, *shape), "padding_mask": torch.ones(ROWS, SAMPLES).bool()}
+        yield {"input_values": inputs.normal(ROWS, *shape), "padding_mask": torch.ones(ROWS, samples).bool()}
 
 
 # ---- reading configs --------------------------------------------------------------------------------------
