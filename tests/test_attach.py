@@ -56,7 +56,7 @@ def requests_mostly_slow():
             yield pytest.param(case, name, layout, marks=[pytest.mark.slow] * (position not in chosen))
 
 
-@pytest.mark.parametrize("case,request_,layout", requests_mostly_slow())
+@pytest.mark.parametrize("case,request_,layout", list(requests_mostly_slow()))
 def test_attach_keeps_the_logits_and_merge_those_of_the_slices(case, request_, layout):
     model = model_of(case)
     with torch.no_grad():
