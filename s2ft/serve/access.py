@@ -14,7 +14,6 @@ logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
 ID = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)  # ids of clients that are safe in a log and in a header
 QUIET = ("/health", "/metrics")  # routes that are not logged if they succeed, since monitors call them all the time
-FORMATS = ("text", "json", "off")
 RECORD = "s2ft_record"  # key in the ASGI scope
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COARSE = (0.1, 0.5, 1, 2.5, 10, 60, 300)  # by model: there may be hundreds of them
