@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from train.tiny import save_tiny, sums, tiny_model, write_jsonl
+from train.tiny import save_random_adapter, save_tiny, sums, tiny_model, write_jsonl
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -300,6 +300,29 @@ COMMANDS = [
     (command("info {root}/nothing"), "adapter"),
     (command("export --model {model} --format lorra --output {out} {adapter}"), "lorra"),
     (command("combine {adapter} --weights 1 2 --output {out}"), "weights"),
+    (command("export --model {model} --output {out}"), "ADAPTER --from-lora"),
+    (command("export {adapter} --from-lora x --model {model} --output {out}"), "ADAPTER --from-lora not both"),
+    (command("export --from-lora x --format lora --model {model} --output {out}"), "--from-lora --format"),
+    (command("export {adapter} --format merged --rank 8 --model {model} --output {out}"), "--rank lora merged"),
+    (command("export {adapter} --max-shard-size 1GB --model {model} --output {out}"), "--max-shard-size merged lora"),
+    (command("export {adapter} --name x --model {model} --output {out}"), "--name from-lora lora"),
+    (command("export {adapter} --rank 1 --model {model} --output {out}"), "rank at least"),
+    (
+        command("export {adapter} --format merged --max-shard-size 0GB --model {model} --output {out}"),
+        "max_shard_size above 0",
+    ),
+    (command("export {adapter} --dtype int8 --model {model} --output {out}"), "--dtype bfloat16 'int8'"),
+    (command("export {root}/nowhere --model {model} --output {out}"), "nowhere"),
+    (command("export --from-lora {adapter} --model {model} --output {out}"), "LoRA adapter_config.json"),
+    (command("export {adapter} --format gguf --quantization q4_k_n --model {model} --output {out}"), "q4_k_"),
+    (command("export {adapter} --format gguf --llama-cpp nowhere --model {model} --output {out}"), "nowhere folder"),
+    (command("export {adapter} --format gguf --num-ctx 8 --model {model} --output {out}"), "--num-ctx ollama"),
+    (command("export {adapter} --format ollama --num-ctx 0 --model {model} --output {out}"), "at least 1, got 0"),
+    (command("combine {adapter} {foreign} --output {out}"), "bases"),
+    (command("chat --model {model} --adapter {adapter} {adapter}"), "adapter both NAME="),
+    (command("chat --model {model} --adapter base={adapter}"), "'base' NAME="),
+    (command("chat --model {model} --top-p 0"), "top_p above 0"),
+    (command("eval --model {model} --task commonsense --data {data}"), "example 1"),
     (command("plan {root}/nowhere"), "nowhere"),
     (command("estimate {model} --batch-size 0"), "batch 0"),
     (command("estimate {model} --ratios 1.5"), "ratios 1.5"),
@@ -452,12 +475,8 @@ class World:
         self.other_folder = save_tiny(root / "other", seed=1)
         self.model, self.other = tiny_model(), tiny_model(seed=1)
         self.adapter, self.data = root / "adapter", write_jsonl(root / "data.jsonl", sums(4))
-        trained = tiny_model()
-        s2ft.attach(trained, S2FTConfig(d_ratio=0.1))
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.01)
-        s2ft.save_adapter(trained, self.adapter)
+        save_random_adapter(self.adapter, tiny_model(), d_ratio=0.1)
+        s2ft.detach(save_random_adapter(root / "foreign", self.other, d_ratio=0.1))
         self.copies = 0
 
     def paths(self):
@@ -466,6 +485,7 @@ class World:
             "model": self.model_folder,
             "other": self.other_folder,
             "adapter": self.adapter,
+            "foreign": self.root / "foreign",
             "data": self.data,
             "out": self.root / "out",
         }

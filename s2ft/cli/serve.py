@@ -68,16 +68,16 @@ class ServeArguments(Options):
     served_model_name: str | None = option(
         None, "name of the base model for clients", shown="the name of the model or of its folder", metavar="NAME"
     )
-    max_batch_size: int = option(16, "answers that are generated at once", unit="answers")
+    max_batch_size: int = option(16, "answers that are generated at once", unit="answers", least=1)
     max_batch_tokens: int | None = option(
         None,
         "tokens of all prompts and answers in the batch, which limits the memory of keys and values",
         shown="no limit",
     )
-    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests")
+    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests", least=1)
     timeout: float = option(300.0, "longest time of a request, waiting included", unit="seconds", metavar="SECONDS")
     max_tokens_limit: int | None = option(None, "longest answer in tokens", shown="the rest of the context")
-    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB")
+    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB", least=1)
     adapter_bytes: int | None = option(
         None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit"
     )
@@ -99,7 +99,7 @@ class ServeArguments(Options):
     trust_remote_code: bool = option(False, "run the code that the model brings along")
 
 
-def run(arguments: list[str]) -> None:
+def run_serve(arguments: list[str]) -> None:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     words, options = arguments[:at], arguments[at + 1 :]  # the options after the first -- are vLLM's
     (job,) = parse(
@@ -115,12 +115,11 @@ def run(arguments: list[str]) -> None:
     _check_engine(job, words, options)
     if by_vllm:
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
-    else:
-        check_packages("s2ft serve")
-    check(job)
-    if by_vllm:
+        check(job)
         serve_by_vllm(job, options)
     else:
+        check_packages("s2ft serve")
+        check(job)
         serve_here(job)
 
 
@@ -163,15 +162,20 @@ def check(job: ServeArguments) -> None:
         raise ValueError("--check checks adapters: give --adapters")
     if not 0 <= job.port < 1 << 16:
         raise ValueError(f"port must be 0 to 65535, got {job.port}")
-    for name in ("max_batch_size", "queue_size", "timeout", "max_body_bytes"):
-        if not getattr(job, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(job, name)}")
+    if not job.timeout > 0:
+        raise ValueError(f"timeout must be above 0, got {job.timeout}")
 
 
 def serve_here(job: ServeArguments) -> None:
     """Serve with the built-in server until it is stopped."""
+    from types import SimpleNamespace
+
+    import torch
+
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import check_adapters, serve
+    from s2ft.train.loading import load_base
+    from s2ft.train.options import ModelOptions
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
     options = ServerOptions(
@@ -184,28 +188,14 @@ def serve_here(job: ServeArguments) -> None:
         job.access_log,
         limits,
     )
-    model, tokenizer = load(job)
+    gpu = torch.cuda.is_available()
+    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
+    loading = (job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit)
+    model, tokenizer = load_base(ModelOptions(*loading), device)
     base = job.served_model_name or served_name(job.model)
     if job.check:
         return check_adapters(model, base, job.adapters)
     serve(model, tokenizer, base, job.adapters, options)
-
-
-def load(job: ServeArguments):
-    """Load the model and its tokenizer."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from s2ft.train.loading import load_base
-    from s2ft.train.options import ModelOptions
-
-    options = ModelOptions(
-        job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit
-    )
-    gpu = torch.cuda.is_available()
-    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
-    return load_base(options, device)
 
 
 def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:

@@ -18,7 +18,7 @@ from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
 from s2ft.files.writing import reason_not_written
 from s2ft.packages import check_packages
-from s2ft.selection.protection import with_protect_ratio
+from s2ft.selection.allowed import with_protect_ratio
 from s2ft.text.calibration import batches_of, calibration_for
 from s2ft.text.data import DataOptions
 from s2ft.text.drift import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, text_rows
