@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 import s2ft
-from support.vllm_models import Served, answers, randomize, tiny_llama, type_of
+from support.vllm_models import Served, answers, randomize, tiny_llama
 from support.vllm_server import Server
 
 CHANGED = "changed"  # the adapter that is loaded, replaced and removed
@@ -45,17 +45,6 @@ def save_contents(folder: Path) -> Served:
     for number in range(len(PROMPTS)):
         assert len({tuple(of_name[number]) for of_name in found.values()}) == len(found), "two answers are equal"
     return Served(folder / "base", folder / "adapters", found)
-
-
-def export_contents(served: Served) -> Served:
-    """Export all contents as LoRA folders, to see what vLLM does with these."""
-    model = type_of(served.base).from_pretrained(served.base, dtype=torch.float32)
-    folder = served.adapters.parent / "loras"
-    for source in served.adapters.iterdir():
-        s2ft.load_adapter(model, source, name=source.name)
-        s2ft.export_lora(model, folder / source.name, source.name)
-        s2ft.delete_adapter(model, source.name)
-    return Served(served.base, folder, served.answers)
 
 
 @dataclass
