@@ -4,6 +4,7 @@ A row is what the user does, the exception and the words to look for. The words 
 came or the way out, never a sentence. The mistakes on the command line end with exit status 2 and one error on stderr.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -81,6 +82,39 @@ def twice(world):
         s2ft.detach(world.model)
 
 
+def with_two(call):
+    """Two adapters are loaded."""
+
+    def mistake(world):
+        s2ft.load_adapter(world.model, world.adapter, name="a")
+        try:
+            call(world)
+        finally:
+            s2ft.set_adapter(world.model, None)
+            s2ft.delete_adapter(world.model, "a")
+
+    return mistake
+
+
+def changed(change, call=s2ft.attach):
+    """Call with a copy of the model whose blocks were changed."""
+
+    def mistake(world):
+        model = copy.deepcopy(world.model)
+        change(model.model.layers)
+        call(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+
+    return mistake
+
+
+def share_a_module(layers):
+    layers[1].mlp.down_proj = layers[0].mlp.down_proj
+
+
+def wrap_a_layer(layers):
+    layers[1].mlp.up_proj = nn.Sequential(layers[1].mlp.up_proj)
+
+
 def plain_net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -117,6 +151,11 @@ ATTACHING = [
     (attach_units({"model.layers.9.mlp.down_proj": [1]}), ValueError, "model.layers.9"),
     (attach_units("nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
     (twice, ValueError, "default detach"),
+    (with_two(lambda world: s2ft.plan(world.model, S2FTConfig(d_ratio=0.1))), ValueError, "adapter"),
+    (changed(share_a_module), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(share_a_module, s2ft.plan), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(wrap_a_layer), ValueError, "layers.1.mlp.up_proj Sequential"),
+    (attach(o_ratio=0.01), ValueError, "none heads"),
     (
         lambda world: s2ft.attach(world.model, S2FTConfig(d_ratio=0.1), protect="text"),
         TypeError,
@@ -172,20 +211,6 @@ def cut_off(world):
     s2ft.load_adapter(world.model, folder)
 
 
-def with_two(call):
-    """Two adapters are loaded."""
-
-    def mistake(world):
-        s2ft.load_adapter(world.model, world.adapter, name="a")
-        try:
-            call(world)
-        finally:
-            s2ft.set_adapter(world.model, None)
-            s2ft.delete_adapter(world.model, "a")
-
-    return mistake
-
-
 ADAPTERS = [
     (lambda world: s2ft.load_adapter(world.model, "nowhere"), FileNotFoundError, "nowhere"),
     (lambda world: s2ft.load_adapter(world.model, world.folder), (ValueError, FileNotFoundError), "adapter"),
@@ -207,6 +232,7 @@ ADAPTERS = [
     (with_two(lambda world: s2ft.rename_adapter(world.model, "b", "c")), ValueError, "'b'"),
     (with_two(lambda world: s2ft.rename_adapter(world.model, "a", "x/y")), ValueError, "x/y"),
     (with_two(lambda world: s2ft.save_adapter(world.model, world.root / "s", name="b")), ValueError, "'b'"),
+    (with_two(lambda world: s2ft.get_adapter(nn.ModuleDict({"module": world.model}), "a")), ValueError, "model.module"),
     (lambda world: s2ft.save_adapter(world.model, world.root / "s"), ValueError, "adapter"),
     (lambda world: s2ft.read_adapter("nowhere"), FileNotFoundError, "nowhere"),
     (lambda world: s2ft.combine_adapters(world.model, {}, "sum"), ValueError, "adapter"),
@@ -379,7 +405,7 @@ COMMANDS = [
     (command(SFT + " {data} --forgetting-data none.jsonl"), "none.jsonl"),
     (command(SFT + " {data} --protect-ratio 0.3"), "protect_ratio=0.3 protect"),
     (command(SFT + " {long}", long=json.dumps({"instruction": "x" * 400, "output": "y"})), "1 rows fits"),
-    (command(SFT + " {deep}", deep="[" * 100000), "row 1 nested"),
+    (command(SFT + " {deep}", deep="[" * 100000), "nested"),
     (command(SFT + " {half}", half='{"instruction": "\\ud800", "output": "x"}'), "line 1 instruction"),
     (command(SFT + " {data} --d-ratio 0 --q-ratio=0.0"), "q_ratio d_ratio above 0"),
     (command(DPO + " {data} --d-ratio 0"), "d_ratio above 0"),

@@ -218,7 +218,7 @@ class Talk:
                 held = ""
 
     def _answer(self, message: str) -> None:
-        from s2ft.text.examples import check_unicode
+        from s2ft.text.evaluation import check_unicode
 
         check_unicode(message, "message")
         dropped = self.chat.last.dropped

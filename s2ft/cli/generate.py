@@ -47,7 +47,7 @@ class SamplingArguments:
 
     def sampler(self, seed: int | None = None):
         """Return the Sampler of an answer, with another seed if one is given."""
-        from s2ft.text.sampling import Sampler
+        from s2ft.text.running_batch import Sampler
 
         return Sampler(
             self.temperature,
@@ -83,8 +83,7 @@ def run_generate(arguments: list[str]) -> None:
     from s2ft.text.chat import pieces
     from s2ft.text.encoding import context_length
     from s2ft.text.running_batch import Row, RunningBatch
-    from s2ft.train.device import gpu_or_cpu
-    from s2ft.train.out_of_memory import explain_out_of_memory, smaller_answers
+    from s2ft.train.device import explain_out_of_memory, gpu_or_cpu, smaller_answers
 
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
@@ -112,7 +111,7 @@ def read_prompt(job: GenerateArguments) -> str:
     Raises:
         ValueError: There is no prompt, there are two, or it is empty or not valid text.
     """
-    from s2ft.text.examples import check_unicode
+    from s2ft.text.evaluation import check_unicode
 
     if (job.prompt is None) == (job.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")

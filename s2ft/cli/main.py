@@ -9,7 +9,7 @@ import warnings
 
 from s2ft.cli.parse import did_you_mean
 from s2ft.files.writing import reason_not_written
-from s2ft.train.out_of_memory import OutOfMemory, first_line, is_out_of_memory
+from s2ft.train.device import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",

@@ -72,8 +72,8 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     import torch
 
     import s2ft
-    from s2ft.text.calibration import batches_of, needs_calibration
-    from s2ft.text.drift import read_texts, text_rows
+    from s2ft.text.collator import batches_of, needs_calibration
+    from s2ft.text.divergence import read_texts, text_rows
     from s2ft.text.encoding import context_length
     from s2ft.text.models import load_model
     from s2ft.train.device import say_device
@@ -119,7 +119,7 @@ def _choose_from_disk(job: SelectArguments, config):
 
 
 def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, tokenizer):
-    from s2ft.text.calibration import calibration_for
+    from s2ft.text.collator import calibration_for
     from s2ft.text.data import load_rows
     from s2ft.text.encoding import context_length, tokenize_rows
     from s2ft.text.prompts import prompt_for_rows

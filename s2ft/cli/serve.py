@@ -154,7 +154,8 @@ def check(job: ServeArguments) -> None:
         NotADirectoryError: A folder of adapters does not exist.
         ValueError: A number is outside its range, or a folder can't be served.
     """
-    from s2ft.adapter.sources import source_of
+
+    from s2ft.adapter.folders import source_of
 
     for adapters in job.adapters:
         source_of(adapters)

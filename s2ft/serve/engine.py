@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from s2ft.serve.errors import ApiError, shutting_down
 from s2ft.serve.registry import Adapters, ServedAdapter, cannot_load
-from s2ft.text.running_batch import Row, RunningBatch, rows_interact
-from s2ft.text.streams import TextStream
+from s2ft.text.running_batch import Row, RunningBatch, TextStream, rows_interact
 
 logger = logging.getLogger(__name__)
 

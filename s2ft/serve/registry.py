@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.adapter.folders import ADAPTER, STATE
+from s2ft.adapter.folders import ADAPTER, STATE, grouped, some, source_of
 from s2ft.adapter.loading import read_adapter
-from s2ft.adapter.sources import grouped, some, source_of
 from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
@@ -55,7 +54,7 @@ class Adapters:
 
     Args:
         bank: The :class:`s2ft.AdapterBank` that loads the adapters.
-        sources: Where adapters are looked for, see :func:`s2ft.adapter.sources.source_of`. None serves the base alone.
+        sources: Where adapters are looked for, see :func:`s2ft.adapter.folders.source_of`. None serves the base alone.
         reserved: Names of the base.
 
     Raises:

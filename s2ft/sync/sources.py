@@ -220,7 +220,7 @@ class PeftSource:
         experts the units of one.
         """
         found = [layer.s2ft_delta[name] for name in self.names if name in layer.s2ft_delta]
-        if not hasattr(layer, "dims"):
+        if "" in layer.dims:  # one weight
             yield "weight", layer.dim, layer.kind.transposed, found, None
             return
         for name, dim in layer.dims.items():

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 from s2ft.text.adapter_prompts import Prompter
 from s2ft.text.encoding import context_length
-from s2ft.text.running_batch import Row, RunningBatch
-from s2ft.text.streams import TextStream
+from s2ft.text.running_batch import Row, RunningBatch, TextStream
 
 SHARE = 4  # a prompt leaves at least one part in so many of the context to the answer
 
@@ -59,7 +58,7 @@ class Chat:
     Args:
         model: A causal language model, in evaluation mode, on its device.
         prompter: Makes the prompts; see :meth:`use`.
-        new_sampler: Makes the :class:`~s2ft.text.sampling.Sampler` of an answer from a seed.
+        new_sampler: Makes the :class:`~s2ft.text.running_batch.Sampler` of an answer from a seed.
         max_new_tokens: Longest answer in tokens.
         system: System prompt. None is the one that the adapter was trained with.
         seed: Seed of all answers. None draws one.
@@ -72,7 +71,7 @@ class Chat:
         >>> from transformers import ByT5Tokenizer
         >>> from s2ft.text.adapter_prompts import Prompter
         >>> from s2ft.text.chat import Chat
-        >>> from s2ft.text.sampling import Sampler
+        >>> from s2ft.text.running_batch import Sampler
         >>> tokenizer = ByT5Tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
         >>> chat = Chat(model.eval(), Prompter(tokenizer), lambda seed: Sampler(), max_new_tokens=4)
         >>> answer = "".join(chat.answer("2+3="))

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.folders import grouped, source_of
 from s2ft.adapter.formats import lora, native
-from s2ft.adapter.sources import grouped, source_of
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.model.checkpoint import weights_on_disk
 from s2ft.model.coupling import Coupling, projections_of
@@ -80,7 +80,7 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
 
     Args:
         model_name: The adapters' base: a checkpoint folder or a name on the hub.
-        sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.adapter.sources.source_of`.
+        sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.adapter.folders.source_of`.
         revision: Branch, tag or commit of the base on the hub.
 
     Returns:

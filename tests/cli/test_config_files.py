@@ -102,7 +102,7 @@ WRONG = [
     ({"dtype": True}, "dtype must not be true; put a word into quotes"),
     ({"model_init_kwargs": 3}, "model_init_kwargs"),
     ({"seed": 10**30}, "seed must be at most 4294967295"),
-    ({"label_smoothing_factor": 1}, "label_smoothing_factor must be at least 0 and below 1"),
+    ({"label_smoothing_factor": 1}, "label_smoothing_factor does not work here: "),
     ({"use_liger_kernel": True}, "use_liger_kernel does not work here: "),
     ({"auto_find_batch_size": True}, "auto_find_batch_size does not work here: "),
     ({"save_only_model": True}, "save_only_model does not work here: "),

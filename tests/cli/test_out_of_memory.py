@@ -30,7 +30,7 @@ def fails_at(step):
 
 
 def test_training(work, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("s2ft.train.runs.SFTRunTrainer.training_step", fails_at(1))
+    monkeypatch.setattr("s2ft.train.trainers.SFTRunTrainer.training_step", fails_at(1))
     options = ["--batch-size", "4", "--max-steps", "3", "--save-steps", "1", "--max-length", "200"]
     command = ["sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run", *options]
     assert main([str(word) for word in command]) == 1

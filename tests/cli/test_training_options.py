@@ -74,7 +74,6 @@ OPTIONS = {
     "--load-in-8bit": ((NEEDS_BITSANDBYTES, SLOW), None),
     "--adam-beta2 0.9": ((SLOW,), None),
     "--adam-epsilon 1": ((SLOW,), None),
-    "--label-smoothing 0.5": ((SLOW,), None),
     "--neftune 5": ((SLOW,), None),
     "--weight-decay 0.5": ((SLOW,), None),
     "--max-grad-norm 1e-6 --optim sgd": ((SLOW,), None),
