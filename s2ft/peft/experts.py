@@ -15,7 +15,6 @@ from s2ft.model.delta import Delta
 from s2ft.ops import grouped_linear
 from s2ft.ops._memory import check_private
 from s2ft.peft.layer import AdapterDelta, S2FTPeftLayer
-from s2ft.peft.units import ModuleUnits
 
 
 class _Effective(nn.Module):
@@ -43,7 +42,7 @@ class S2FTPeftExperts(S2FTPeftLayer):
     Args:
         base_layer: The module whose parameters are the weights of the experts.
         adapter_name: Name of the first adapter.
-        units: The selected units of each parameter, by the parameter's name in the module.
+        units: The selected units by the parameter's name in the module.
         init_weights: True starts the deltas at zero, False at random.
 
     Attributes:
@@ -51,30 +50,20 @@ class S2FTPeftExperts(S2FTPeftLayer):
         s2ft_delta: By adapter, the :class:`AdapterDelta` of each parameter.
     """
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, units: dict[str, ModuleUnits], init_weights: bool
-    ) -> None:
-        nn.Module.__init__(self)
-        self._set_up(base_layer, adapter_name)
-        self.transposed: dict[str, bool] = {}
-        self._most: dict[tuple[str, ...], int] = {}  # most units of one expert, by parameter and adapters
-        self._addresses: dict[str, int] = {}  # of the memory that check_private has checked
-        self.update_experts(adapter_name, units, init_weights)
-
     @property
     def kind(self) -> Kind:
         return EXPERTS
 
-    def update_experts(self, adapter_name: str, units: dict[str, ModuleUnits], init_weights: bool) -> None:
-        """Add an adapter to this layer, see the class."""
+    def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:
+        self._most: dict[tuple[str, ...], int] = {}  # most units of one expert, by parameter and adapters
+        self._addresses: dict[str, int] = {}  # of the memory that check_private has checked
         deltas = nn.ModuleDict()
         for name, one in units.items():
             weight = getattr(self.base_layer, name)
             self.dims[name], self.transposed[name] = one.dim, one.transposed
             shape = list(stack_of(weight, one.transposed).shape[1:])
-            deltas[name] = AdapterDelta.new(shape, one.dim, one.index, weight, weight.dtype, init_weights)
+            deltas[name] = AdapterDelta.new(shape, one, weight, weight.dtype, init_weights)
         self.s2ft_delta[adapter_name] = deltas
-        self._most.clear()
         self.set_adapter(self.active_adapters)
 
     # ---- forward -------------------------------------------------------------------------------------

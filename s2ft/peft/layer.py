@@ -36,9 +36,10 @@ class AdapterDelta(nn.Module):
 
     @classmethod
     def new(
-        cls, shape: list[int], dim: int, index: Tensor, weight: Tensor, dtype: torch.dtype, init_weights: bool
+        cls, shape: list[int], units: Any, weight: Tensor, dtype: torch.dtype, init_weights: bool
     ) -> "AdapterDelta":
-        """Make the delta of a weight of this shape, zero or random, on the weight's device."""
+        """Make the delta of some units of a weight of this shape, zero or random, on the weight's device."""
+        dim, index = units.dim, units.index
         values = torch.zeros(shape[:dim] + [index.numel()] + shape[dim + 1 :], dtype=dtype, device=weight.device)
         where = "cpu" if weight.is_meta else weight.device
         return cls(values if init_weights else values.normal_(std=0.1), index.to(where, copy=True))
@@ -80,13 +81,13 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The layer to wrap: a linear layer, Conv1D, a convolution or a quantized linear layer.
         adapter_name: Name of the first adapter.
-        dim: 0 to train outputs, 1 to train inputs.
-        index: Elements of the selected units, [n] int64, ascending.
+        units: The selected :class:`s2ft.peft.units.ModuleUnits` by weight; the weight of a layer has the name "".
         init_weights: True starts the delta at zero, False at random.
 
     Attributes:
         base_layer: The layer that this one wraps.
         s2ft_delta: The :class:`AdapterDelta` of each adapter, by name.
+        dims: The dim of each weight.
         dim: 0 if the adapters train outputs, 1 if they train inputs.
 
     Example:
@@ -101,51 +102,48 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("s2ft_delta",)
     _looked_at = 0  # see check_private_once
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, units: dict[str, Any], init_weights: bool = True
+    ) -> None:
         super().__init__()
-        self.dim = dim
-        self._set_up(base_layer, adapter_name)
-        self.out_features, self.in_features = self.kind.shape(base_layer)[:2]
-        self.update_layer(adapter_name, dim, index, init_weights)
-
-    def _set_up(self, base_layer: nn.Module, adapter_name: str) -> None:
         self.__dict__.update(hooks_of(base_layer))
         self.base_layer, self.s2ft_delta = base_layer, nn.ModuleDict()
-        self.dims: dict[str, int] = {}  # the dim of each weight, by its name in the module; "" for the one of a layer
-        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values of each weight, while merged
+        self.dims: dict[str, int] = {}  # by weight
+        self.transposed: dict[str, bool] = {}  # whether a weight of stacked experts is [experts, inputs, outputs]
+        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values by weight, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
+        self.update_layer(adapter_name, units, init_weights)
 
-    def check_dims(self, adapter_name: str, dims: dict[str, int]) -> None:
+    def check_dims(self, adapter_name: str, units: dict[str, Any]) -> None:
         """Check that an adapter trains the same dim of each weight as the adapters of this layer.
 
         Args:
             adapter_name: Name of the adapter, for the message.
-            dims: 0 for outputs, 1 for inputs, by weight.
+            units: Its units by weight.
 
         Raises:
             ValueError: It trains the other dim.
         """
         sides = ("outputs", "inputs")
-        for name in dims.keys() & self.dims.keys():
-            if dims[name] != self.dims[name]:
+        for name, one in units.items():
+            if one.dim != self.dims.get(name, one.dim):
                 raise ValueError(
-                    f"adapter {adapter_name!r} trains {sides[dims[name]]} of a module, and another adapter trains its "
+                    f"adapter {adapter_name!r} trains {sides[one.dim]} of a module, and another adapter trains its "
                     f"{sides[self.dims[name]]}: give both the same dim"
                 )
 
-    def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+    def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:
         """Add an adapter to this layer.
 
         Args:
             adapter_name: Name of the adapter.
-            dim: 0 to train outputs, 1 to train inputs.
-            index: Elements of the selected units, [n] int64, ascending.
-            init_weights: True starts the delta at zero, False at random.
+            units: Its units by weight.
+            init_weights: True starts the deltas at zero, False at random.
         """
-        shape, weight = list(self.kind.shape(self.base_layer)), self.base_layer.weight
-        self.dims[""] = dim
-        dtype = self.kind.delta_dtype(self.base_layer)
-        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, dim, index, weight, dtype, init_weights)
+        shape, dtype = list(self.kind.shape(self.base_layer)), self.kind.delta_dtype(self.base_layer)
+        self.out_features, self.in_features = shape[:2]
+        self.dim = self.dims[""] = units[""].dim
+        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, units[""], self.base_layer.weight, dtype, init_weights)
         self.set_adapter(self.active_adapters)
 
     @property

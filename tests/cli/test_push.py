@@ -59,7 +59,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, tmp_path, capsys, monkeypa
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
-    for text in ("supervised fine-tuning: d_ratio 0.03", "| 8 rows |", "1 steps, 4 rows an update, learning rate 0.001",
+    for text in (": d_ratio 0.03", "| 8 rows |", "method sft, max_steps 1", "batch_size 4, learning_rate 0.001",
                  "the system prompt “Add \\| up.”"):  # fmt: skip
         assert text in card
     hub.files["README.md"] = b"by hand"
@@ -89,4 +89,4 @@ def test_the_card_names_what_is_on_the_hub(tmp_path):
     card = card_of(read_adapter(tmp_path / "saved"))
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"base_model": "org/base", "datasets": ["org/chats"], "library_name": "s2ft", "tags": ["s2ft"]}
-    assert "| org/chats, 1,000 rows |" in card and "direct preference optimization" in card and "2 epochs" in card
+    assert "| org/chats, 1,000 rows |" in card and "method dpo, epochs 2" in card
