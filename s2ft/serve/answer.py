@@ -20,8 +20,7 @@ from s2ft.serve.schemas import ChatRequest, Sampled
 from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
 from s2ft.text.prompts import PromptFormat
-from s2ft.text.sampling import Sampler
-from s2ft.text.streams import TextStream
+from s2ft.text.running_batch import Sampler, TextStream
 
 logger = logging.getLogger(__name__)
 PROMPTERS = 64  # formats of prompts that are kept; most servers have a few

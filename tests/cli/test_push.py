@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
 
@@ -37,12 +36,9 @@ class Hub:
 
 
 @pytest.fixture
-def words(tmp_path):
-    save_tiny(tmp_path / "model")
-    write_jsonl(tmp_path / "data.jsonl", sums(8))
-    paths = {"--model": "model", "--data": "data.jsonl", "--output": "my-run"}
-    return [*(str(word) for key, name in paths.items() for word in (key, tmp_path / name)), "--max-steps", "1",
-            "--batch-size", "4", "--system-prompt", "Add | up."]  # fmt: skip
+def words(work, tmp_path):
+    paths = ["--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "my-run"]
+    return [*map(str, paths), "--max-steps", "1", "--batch-size", "4", "--system-prompt", "Add | up."]
 
 
 def test_the_adapter_is_uploaded_with_its_card(words, tmp_path, capsys, monkeypatch):
@@ -59,7 +55,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, tmp_path, capsys, monkeypa
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
-    for text in (": d_ratio 0.03", "| 8 rows |", "method sft, max_steps 1", "batch_size 4, learning_rate 0.001",
+    for text in (": d_ratio 0.03", "| 12 rows |", "method sft, max_steps 1", "batch_size 4, learning_rate 0.001",
                  "the system prompt “Add \\| up.”"):  # fmt: skip
         assert text in card
     hub.files["README.md"] = b"by hand"

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from export.test_streamed import randomize
 from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
@@ -93,17 +92,3 @@ def test_the_refusal_of_the_engine_is_an_error_on_every_rank(ranks, tmp_path):
     with serving(app_of(engine)) as url:
         first, second = ranks(refused, tmp_path, url)
     assert "is of another base" in first and "rank 0 failed" in second and "is of another base" in second
-
-
-def protocol(rank, folder, url):
-    model = spread(folder, "fsdp")
-    if rank == 0:
-        with pytest.raises(RuntimeError, match="spread over ranks.*with_slices"):
-            SliceSender(model, url).init_weight_transfer()
-    dist.barrier()
-    return True
-
-
-def test_trl_calls_the_first_rank_alone_which_can_not_gather(ranks, tmp_path):
-    prepare("llama-grouped", "permuted", tmp_path)
-    assert ranks(protocol, tmp_path, "http://localhost:1") == [True, True]
