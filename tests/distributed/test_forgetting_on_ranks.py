@@ -63,19 +63,3 @@ def protected_on_shards(rank):
 
 def test_a_sharded_model_protects_the_same_units(ranks):
     assert ranks(protected_on_shards) == [True, True]
-
-
-def measured_on_shards(rank):
-    model = attached("llama-grouped")
-    with torch.no_grad():
-        for index, parameter in enumerate(p for p in model.parameters() if p.requires_grad):
-            parameter.fill_(0.01 * (index + 1))
-    expected = DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter()).measure(model)
-    model = sharded(model)
-    return expected, DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter()).measure(model)
-
-
-def test_a_sharded_model_is_measured_as_a_whole_one(ranks):
-    for expected, found in ranks(measured_on_shards):
-        assert found.forgetting == pytest.approx(expected.forgetting, rel=1e-4, abs=1e-6)
-        assert found.base_kl == pytest.approx(expected.base_kl, rel=1e-3, abs=1e-6) and found.base_kl > 1e-5

@@ -315,14 +315,6 @@ def test_peft_computes_what_attach_computes(case, tmp_path):
     assert same(get_peft_model_state_dict(back), get_peft_model_state_dict(model))
 
 
-def test_info_is_saved_and_kept_in_both_directions(tmp_path):
-    info = {"prompt": {"form": "chat", "template": "{{ messages }}", "system": None}}
-    peft_of("llama", d_ratio=0.1, info=info).save_pretrained(tmp_path)
-    adapter = to_native(PeftModel.from_pretrained(model_of("llama"), tmp_path))
-    assert adapter.info["prompt"] == info["prompt"]
-    assert from_native(model_of("llama"), adapter).peft_config["default"].info["prompt"] == info["prompt"]
-
-
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_safe_merge_refuses_values_that_are_not_finite(value):
     model = two_of()
