@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.folders import adapters_in
 from s2ft.adapter.formats import native
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
@@ -48,8 +49,8 @@ class AdapterBank:
     Args:
         model: The base, plain or with adapters of which none is active, in layout `indexed`. Do not change its weights
             while the bank is in use, because the bank checks them only once.
-        directory: A directory of adapters or of outputs of runs. Each folder in it that holds an adapter is known by
-            its name, also if it is created later.
+        directory: A directory of adapters or of outputs of runs. Each folder in it that holds an adapter now is known
+            by its name. :meth:`add` adds others.
         limit_bytes: Limit for the adapters that are kept in memory; the ones that were not used for longest are
             dropped. The buffers of the largest batch so far are not counted. Default: no limit.
         dtype: Dtype in which adapters are kept; default: the dtype of the weights that they change.
@@ -85,11 +86,10 @@ class AdapterBank:
         model = unwrapped(model)
         check_plain(model)
         self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
-        self._directory = None if directory is None else Path(directory)
-        self._entries: dict[str, Path] = {}  # the folder by name; a name that is added again has a new Path
-        self._removed: set[str] = set()  # names in the directory that were removed from the bank
+        found = {} if directory is None else adapters_in(Path(directory))
+        self._entries = {name: folder for name, folder in found.items() if not name.startswith(".")}  # folders by name
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the most recently used one is last
-        self._lock = threading.Lock()  # guards the three fields above; never held while a file is read
+        self._lock = threading.Lock()  # guards the two fields above; never held while a file is read
         self._running = threading.Lock()  # held by a batch; guards the fields below
         self._records: dict[Any, Attachment] = {}  # guarded by the lock below, since a batch may run during a check
         self._making_record = threading.Lock()
@@ -109,10 +109,7 @@ class AdapterBank:
             []
         """
         with self._lock:
-            found = set(self._entries)
-            if self._directory is not None:
-                found |= {folder.name for folder in self._directory.iterdir() if self._in_directory(folder.name)}
-        return sorted(found)
+            return sorted(self._entries)
 
     @property
     def loaded(self) -> list[str]:
@@ -138,7 +135,7 @@ class AdapterBank:
 
     def __contains__(self, name) -> bool:
         with self._lock:
-            return isinstance(name, str) and (name in self._entries or self._in_directory(name))
+            return name in self._entries
 
     def __len__(self) -> int:
         return len(self.names)
@@ -168,7 +165,7 @@ class AdapterBank:
             missing = next((file for file in (CONFIG, TENSORS) if not (folder / file).is_file()), CONFIG)
             raise FileNotFoundError(f"{folder} is not an S²FT adapter: it has no {missing}")
         with self._lock:
-            if name in self._entries or self._in_directory(name):
+            if name in self._entries:
                 raise ValueError(f"there is an adapter called {name!r} already: remove it first")
             self._entries[name] = folder
 
@@ -217,22 +214,12 @@ class AdapterBank:
         """
         with self._lock:
             self._entry(name)
-            if self._in_directory(name):
-                self._removed.add(name)
             del self._entries[name]
             self._loaded.pop(name, None)
 
-    def _in_directory(self, name: str) -> bool:
-        """Whether the directory has an adapter with this name that was not removed from the bank."""
-        if self._directory is None or name in self._removed or name.startswith(".") or any(c in name for c in "/\\\0"):
-            return False
-        return bool(name) and is_folder(own_folder(self._directory / name))
-
     def _entry(self, name: str) -> Path:
         if name not in self._entries:
-            if not isinstance(name, str) or not self._in_directory(name):
-                raise ValueError(f"the bank has no adapter called {name!r}")
-            self._entries[name] = own_folder(self._directory / name)
+            raise ValueError(f"the bank has no adapter called {name!r}")
         return self._entries[name]
 
     # ---- batches -------------------------------------------------------------------------------------

@@ -51,8 +51,7 @@ def resolve(directory_or_repo, **options) -> Path:
 
 # ---- the model card ------------------------------------------------------------------------------------
 
-
-METHODS = {"sft": "supervised fine-tuning", "dpo": "direct preference optimization", "grpo": "GRPO"}  # by command
+TRAINING = ("method", "max_steps", "epochs", "batch_size", "learning_rate", "seed")  # of the recorded training
 
 
 def card_of(adapter: Adapter) -> str:
@@ -67,12 +66,14 @@ def card_of(adapter: Adapter) -> str:
     metadata: dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"]}
     metadata |= {"base_model": base} if base else {}
     metadata |= {"datasets": data} if data else {}
+    chosen = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units by name"
+    whole = f" and {', '.join(adapter.extra_weights)} trained in full" if adapter.extra_weights else ""
     rows = {
         "base model": f"[{base}](https://huggingface.co/{base})" if base else "a local model",
-        "method": _method(adapter, training),
-        "trained": _trained(adapter),
+        "method": f"S²FT (structured sparse fine-tuning, arXiv 2412.06289): {chosen}",
+        "trained": f"{adapter.parameters:,} parameters on {len(adapter.deltas)} projections{whole}",
         "data": ", ".join([*data, *([f"{training['rows']:,} rows"] if training.get("rows") else [])]),
-        "training": _length(training),
+        "training": ", ".join(f"{name} {training[name]}" for name in TRAINING if training.get(name) is not None),
         "prompt": _prompt(adapter.info.get("prompt")),
     }
     return "\n".join(
@@ -95,27 +96,6 @@ def card_of(adapter: Adapter) -> str:
 
 def _on_hub(name: Any) -> str | None:
     return name if isinstance(name, str) and REPOSITORY.fullmatch(name) and not Path(name).exists() else None
-
-
-def _method(adapter: Adapter, training: dict[str, Any]) -> str:
-    keys = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units given by name"
-    chosen = "" if adapter.config.units is not None else f", units chosen by {adapter.config.selection}"
-    kind = METHODS.get(training.get("method", ""), "")
-    return f"S²FT (structured sparse fine-tuning, arXiv 2412.06289){f', {kind}' if kind else ''}: {keys}{chosen}"
-
-
-def _trained(adapter: Adapter) -> str:
-    whole = f" and {', '.join(adapter.extra_weights)} trained in full" if adapter.extra_weights else ""
-    return f"{adapter.parameters:,} parameters on {len(adapter.deltas)} projections{whole}"
-
-
-def _length(training: dict[str, Any]) -> str:
-    length = {"steps": training.get("max_steps"), "epochs": training.get("epochs")}
-    known = [f"{value:g} {name}" for name, value in length.items() if value][:1]
-    known += [f"{training['batch_size']} rows an update"] if training.get("batch_size") else []
-    known += [f"{name} {training[key]:g}" for key, name in (("learning_rate", "learning rate"), ("seed", "seed"))
-              if training.get(key) is not None]  # fmt: skip
-    return ", ".join(known)
 
 
 def _prompt(prompt: Any) -> str:

@@ -14,7 +14,6 @@ from s2ft.selection import METRICS, Selection
 
 TYPE = "S2FT"  # the method's name in PeftType and in adapter_config.json
 DIMS = ("outputs", "inputs")  # names of a weight's dim 0 and 1
-MAX_UNITS = 2**24  # of a module, in a range such as 0-9 that is read from a file
 
 
 @dataclass
@@ -90,8 +89,8 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     ffn_kernel: ClassVar[bool] = False
     effective: ClassVar[str] = "call"
     delta_dtype: ClassVar[None] = None
-    module_units: ClassVar[dict[str, Any] | None] = None  # s2ft.peft.units.ModuleUnits by module, after the injection
-    expert_units: ClassVar[dict[str, dict[str, Any]]] = {}  # the same by module and parameter, of stacked experts
+    # ModuleUnits by module and weight, after the injection: "" is the weight of a layer, others are of stacked experts
+    module_units: ClassVar[dict[str, dict[str, Any]] | None] = None
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to train: ends of their names, a regular expression, or all-linear"}
@@ -247,7 +246,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as JSON values. The units of a module are one text such as "0-3,17".
+        """Return the fields as JSON values. The units of a module are one text such as "0,1,2,17".
 
         Returns:
             The values by field.
@@ -255,40 +254,21 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         Example:
             >>> from s2ft.peft import S2FTPeftConfig
             >>> S2FTPeftConfig(units={"model.layers.0.mlp.down_proj": [0, 1, 2, 17]}).to_dict()["units"]
-            {'model.layers.0.mlp.down_proj': '0-2,17'}
+            {'model.layers.0.mlp.down_proj': '0,1,2,17'}
         """
         values = super().to_dict()
         for name in ("target_modules", "target_parameters", "exclude_modules"):
             values[name] = sorted(values[name]) if isinstance(values[name], set) else values[name]
         if isinstance(self.units, dict):
-            values["units"] = {name: _text(numbers) for name, numbers in sorted(self.units.items())}
+            values["units"] = {name: ",".join(map(str, sorted(units))) for name, units in sorted(self.units.items())}
         return values
-
-
-def _text(numbers: list[int]) -> str:
-    """Unit numbers as text: 0-3,17."""
-    runs: list[list[int]] = []
-    for number in sorted(numbers):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return ",".join(f"{first}" if first == last else f"{first}-{last}" for first, last in runs)
 
 
 def _lists(units: Any) -> Any:
     """Units that :meth:`S2FTPeftConfig.to_dict` wrote as text become lists again; other values stay as they are."""
     if not isinstance(units, dict):
         return units
-    return {name: _numbers(name, text) if isinstance(text, str) else text for name, text in units.items()}
-
-
-def _numbers(name: str, text: str) -> list[int]:
-    numbers: list[int] = []
-    for run in text.split(","):
-        found = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", run)
-        first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
-        if not first <= last < MAX_UNITS:
-            raise ValueError(f"units: {name} must be unit numbers such as 0-3,17, got {text[:40]!r}")
-        numbers += range(first, last + 1)
-    return numbers
+    for name, text in units.items():
+        if isinstance(text, str) and not re.fullmatch(r"\d{1,9}(,\d{1,9})*", text):
+            raise ValueError(f"units: {name} must be unit numbers such as 0,1,2,17, got {text[:40]!r}")
+    return {name: list(map(int, one.split(","))) if isinstance(one, str) else one for name, one in units.items()}

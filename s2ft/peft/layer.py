@@ -1,4 +1,9 @@
-"""A module with S²FT adapters in PEFT: the deltas by adapter, their units, and the forward."""
+"""Modules with S²FT adapters in PEFT: the deltas by adapter, their units, and the forward.
+
+A layer has one weight. The weights of stacked experts are parameters of one module, which PEFT names by
+`target_parameters`: its forward runs the experts on their weights plus the sum of the active deltas, as one grouped
+product.
+"""
 
 import warnings
 from collections.abc import Sequence
@@ -9,11 +14,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.layers import Kind, kind_of
+from s2ft.layers import EXPERTS, Kind, forward_of, kind_of
 from s2ft.layers.base import check_private_once, copy_at_rest
+from s2ft.layers.experts import stack_of
 from s2ft.model.delta import Delta
-from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
+from s2ft.ops import effective_units, grouped_linear, multi_adapter_linear, pack_adapters
 from s2ft.ops._lock import LOCK, finish_interrupted
+from s2ft.ops._memory import check_private
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 
@@ -36,9 +43,10 @@ class AdapterDelta(nn.Module):
 
     @classmethod
     def new(
-        cls, shape: list[int], dim: int, index: Tensor, weight: Tensor, dtype: torch.dtype, init_weights: bool
+        cls, shape: list[int], units: Any, weight: Tensor, dtype: torch.dtype, init_weights: bool
     ) -> "AdapterDelta":
-        """Make the delta of a weight of this shape, zero or random, on the weight's device."""
+        """Make the delta of some units of a weight of this shape, zero or random, on the weight's device."""
+        dim, index = units.dim, units.index
         values = torch.zeros(shape[:dim] + [index.numel()] + shape[dim + 1 :], dtype=dtype, device=weight.device)
         where = "cpu" if weight.is_meta else weight.device
         return cls(values if init_weights else values.normal_(std=0.1), index.to(where, copy=True))
@@ -80,13 +88,13 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The layer to wrap: a linear layer, Conv1D, a convolution or a quantized linear layer.
         adapter_name: Name of the first adapter.
-        dim: 0 to train outputs, 1 to train inputs.
-        index: Elements of the selected units, [n] int64, ascending.
+        units: The selected :class:`s2ft.peft.units.ModuleUnits` by weight; the weight of a layer has the name "".
         init_weights: True starts the delta at zero, False at random.
 
     Attributes:
         base_layer: The layer that this one wraps.
         s2ft_delta: The :class:`AdapterDelta` of each adapter, by name.
+        dims: The dim of each weight.
         dim: 0 if the adapters train outputs, 1 if they train inputs.
 
     Example:
@@ -101,51 +109,48 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("s2ft_delta",)
     _looked_at = 0  # see check_private_once
 
-    def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, units: dict[str, Any], init_weights: bool = True
+    ) -> None:
         super().__init__()
-        self.dim = dim
-        self._set_up(base_layer, adapter_name)
-        self.out_features, self.in_features = self.kind.shape(base_layer)[:2]
-        self.update_layer(adapter_name, dim, index, init_weights)
-
-    def _set_up(self, base_layer: nn.Module, adapter_name: str) -> None:
         self.__dict__.update(hooks_of(base_layer))
         self.base_layer, self.s2ft_delta = base_layer, nn.ModuleDict()
-        self.dims: dict[str, int] = {}  # the dim of each weight, by its name in the module; "" for the one of a layer
-        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values of each weight, while merged
+        self.dims: dict[str, int] = {}  # by weight
+        self.transposed: dict[str, bool] = {}  # whether a weight of stacked experts is [experts, inputs, outputs]
+        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values by weight, while merged
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
+        self.update_layer(adapter_name, units, init_weights)
 
-    def check_dims(self, adapter_name: str, dims: dict[str, int]) -> None:
+    def check_dims(self, adapter_name: str, units: dict[str, Any]) -> None:
         """Check that an adapter trains the same dim of each weight as the adapters of this layer.
 
         Args:
             adapter_name: Name of the adapter, for the message.
-            dims: 0 for outputs, 1 for inputs, by weight.
+            units: Its units by weight.
 
         Raises:
             ValueError: It trains the other dim.
         """
         sides = ("outputs", "inputs")
-        for name in dims.keys() & self.dims.keys():
-            if dims[name] != self.dims[name]:
+        for name, one in units.items():
+            if one.dim != self.dims.get(name, one.dim):
                 raise ValueError(
-                    f"adapter {adapter_name!r} trains {sides[dims[name]]} of a module, and another adapter trains its "
+                    f"adapter {adapter_name!r} trains {sides[one.dim]} of a module, and another adapter trains its "
                     f"{sides[self.dims[name]]}: give both the same dim"
                 )
 
-    def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
+    def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:
         """Add an adapter to this layer.
 
         Args:
             adapter_name: Name of the adapter.
-            dim: 0 to train outputs, 1 to train inputs.
-            index: Elements of the selected units, [n] int64, ascending.
-            init_weights: True starts the delta at zero, False at random.
+            units: Its units by weight.
+            init_weights: True starts the deltas at zero, False at random.
         """
-        shape, weight = list(self.kind.shape(self.base_layer)), self.base_layer.weight
-        self.dims[""] = dim
-        dtype = self.kind.delta_dtype(self.base_layer)
-        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, dim, index, weight, dtype, init_weights)
+        shape, dtype = list(self.kind.shape(self.base_layer)), self.kind.delta_dtype(self.base_layer)
+        self.out_features, self.in_features = shape[:2]
+        self.dim = self.dims[""] = units[""].dim
+        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, units[""], self.base_layer.weight, dtype, init_weights)
         self.set_adapter(self.active_adapters)
 
     @property
@@ -409,3 +414,114 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
+
+
+# ---- stacked experts ----------------------------------------------------------------------------------
+
+
+class _Effective(nn.Module):
+    """Takes the place of a parameter for one forward: the experts' weights with a delta added to some units."""
+
+    def __init__(self, weight: nn.Parameter, transposed: bool, delta: Delta, most: int) -> None:
+        super().__init__()
+        self.__dict__["weight"] = weight  # not as a parameter of this object
+        self.transposed, self.delta, self.most = transposed, delta, most
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """Run the experts: x [rows, inputs], those of expert 0 first, → [rows, outputs]."""
+        stack, index = stack_of(self.weight, self.transposed), self.delta.index.to(x.device)
+        values = self.delta.values.to(x.device)
+        with torch.autocast(x.device.type, enabled=False):
+            return grouped_linear(x.to(stack.dtype), stack, values, index, offsets, self.delta.dim, self.most)
+
+
+class S2FTPeftExperts(S2FTPeftLayer):
+    """A module of experts with the deltas of all its adapters. PEFT creates it when an adapter is injected.
+
+    It computes and merges as :class:`S2FTPeftLayer` does. An adapter has a delta for each parameter that it trains. The
+    units of all experts are numbered through: unit u of expert e is e times the units of an expert, plus u.
+
+    Args:
+        base_layer: The module whose parameters are the weights of the experts.
+        adapter_name: Name of the first adapter.
+        units: The selected units by the parameter's name in the module.
+        init_weights: True starts the deltas at zero, False at random.
+
+    Attributes:
+        base_layer: The module that this one wraps.
+        s2ft_delta: By adapter, the :class:`AdapterDelta` of each parameter.
+    """
+
+    @property
+    def kind(self) -> Kind:
+        return EXPERTS
+
+    def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:
+        self._most: dict[tuple[str, ...], int] = {}  # most units of one expert, by parameter and adapters
+        self._addresses: dict[str, int] = {}  # of the memory that check_private has checked
+        deltas = nn.ModuleDict()
+        for name, one in units.items():
+            weight = getattr(self.base_layer, name)
+            self.dims[name], self.transposed[name] = one.dim, one.transposed
+            shape = list(stack_of(weight, one.transposed).shape[1:])
+            deltas[name] = AdapterDelta.new(shape, one, weight, weight.dtype, init_weights)
+        self.s2ft_delta[adapter_name] = deltas
+        self.set_adapter(self.active_adapters)
+
+    # ---- forward -------------------------------------------------------------------------------------
+
+    def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the module's experts with an object in the place of each parameter that has a delta."""
+        module = self.base_layer
+        other = object.__new__(type(module))  # the module itself does not change: another thread may run it
+        other.__dict__.update(module.__dict__)
+        effective = {name: self._effective_of(name, names) for name in self.trained_by(names)}
+        parameters = module._parameters.items()
+        other.__dict__["_parameters"] = {name: value for name, value in parameters if name not in effective}
+        other.__dict__["_modules"] = {**module._modules, **effective}
+        return forward_of(module)(other, *args, **kwargs)
+
+    def _effective_of(self, parameter: str, names: list[str]) -> _Effective:
+        weight, delta = getattr(self.base_layer, parameter), self.sum_of(parameter, names)
+        if not torch.compiler.is_compiling() and self._addresses.get(parameter) != weight.data_ptr():
+            check_private(parameter, weight)
+            self._addresses[parameter] = weight.data_ptr()
+        key = (parameter, *names)
+        if key not in self._most:  # once, because the count waits for a GPU
+            size = self._size(parameter)
+            self._most[key] = int(torch.bincount(delta.index // size).max())
+        return _Effective(weight, self.transposed[parameter], delta, self._most[key])
+
+    def _size(self, parameter: str) -> int:
+        """Number of units of one expert."""
+        return stack_of(getattr(self.base_layer, parameter), self.transposed[parameter]).shape[1 + self.dims[parameter]]
+
+    def _row_names(self, args: tuple, names: list[str]) -> list[str]:
+        is_by_token = len(args) > 1 and all(isinstance(one, Tensor) and len(one) == len(args[0]) for one in args)
+        if not is_by_token:
+            raise ValueError(
+                f"adapter_names: {type(self.base_layer).__name__} does not get one row for each token, so sequences "
+                "with different adapters can't be in one batch: run one batch for each adapter"
+            )
+        return super()._row_names(args, names)
+
+    def _mixed(self, args: tuple, adapter_names: list[str], here: list[str]) -> Any:
+        return self._row_by_row(args, adapter_names, here)
+
+    # ---- merge, and what PEFT and the tuner call ---------------------------------------------------------
+
+    def _places(self, weight: str, index: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """View the weights as [experts, units, elements of a unit], and find the units of an index there."""
+        stack = stack_of(getattr(self.base_layer, weight).detach(), self.transposed[weight])
+        index, size = index.to(stack.device), self._size(weight)
+        return stack.transpose(1, 1 + self.dims[weight]), (index // size, index % size)
+
+    def deltas_of(self, adapter: str) -> dict[str, AdapterDelta]:
+        return dict(self.s2ft_delta[adapter].items())
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """Raise ValueError: an adapter has a delta for each of several parameters."""
+        raise ValueError("stacked experts have several weights, so PEFT can't get the one of an adapter")
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: dim={dim}" for name, dim in self.dims.items())

@@ -16,9 +16,9 @@ from s2ft.adapter.adapter import check_weight
 from s2ft.attached.checks import check_gradients_pass
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.config import S2FTPeftConfig
-from s2ft.peft.experts import S2FTPeftExperts
-from s2ft.peft.layer import BASE, S2FTPeftLayer
-from s2ft.peft.units import select_units
+from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
+from s2ft.peft.targets import HEADS
+from s2ft.peft.units import ModuleUnits, select_units
 
 PREFIX = "s2ft_"  # PEFT finds the parameters of adapters by it
 
@@ -47,13 +47,13 @@ class S2FTPeftModel(BaseTuner):
         Raises:
             ValueError: As :func:`s2ft.peft.units.select_units`, or another adapter trains the other dim of a module.
         """
-        config = select_units(self.peft_config[adapter_name], model)
+        given = self.peft_config[adapter_name]
+        config = select_units(given, model)
+        if given.task_type in HEADS:  # PEFT adds the head to the list of the config that it was given, afterwards
+            config.modules_to_save = given.modules_to_save = list(given.modules_to_save or ())
         for path, units in config.module_units.items():
             if isinstance(layer := model.get_submodule(path), S2FTPeftLayer):
-                layer.check_dims(adapter_name, {"": units.dim})
-        for path, stacks in config.expert_units.items():
-            if isinstance(layer := model.get_submodule(path), S2FTPeftExperts):
-                layer.check_dims(adapter_name, {name: units.dim for name, units in stacks.items()})
+                layer.check_dims(adapter_name, units)
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
@@ -69,7 +69,7 @@ class S2FTPeftModel(BaseTuner):
     def _check_target_module_exists(peft_config: S2FTPeftConfig, key: str):
         """A target is a module of which units are selected. The selection has applied PEFT's rules already."""
         found = BaseTuner._check_target_module_exists(peft_config, key)
-        return found if not found or peft_config.module_units is None else key in peft_config.module_units
+        return found if not found or peft_config.module_units is None else "" in peft_config.module_units.get(key, ())
 
     def _create_and_replace(
         self,
@@ -84,14 +84,7 @@ class S2FTPeftModel(BaseTuner):
         units = peft_config.module_units.get(current_key)
         if units is None:
             raise ValueError(f"{current_key} has weights in the adapter, but the config names no units of it")
-        if isinstance(target, S2FTPeftLayer):
-            target.update_layer(adapter_name, units.dim, units.index, peft_config.init_weights)
-            return
-        layer = S2FTPeftLayer(target, adapter_name, units.dim, units.index, peft_config.init_weights)
-        layer.train(target.training)
-        if adapter_name not in self.active_adapters:
-            layer.requires_grad_(False)  # a further adapter is not trained before it is active
-        self._replace_module(parent, target_name, layer, target)
+        self._wrap(peft_config, adapter_name, parent, target_name, target, units)
 
     def _inject_parameters(
         self, peft_config: S2FTPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
@@ -101,18 +94,31 @@ class S2FTPeftModel(BaseTuner):
         Returns:
             The names of the parameters.
         """
-        for path, units in peft_config.expert_units.items():
+        stacks = {path: units for path, units in peft_config.module_units.items() if "" not in units}
+        for path, units in stacks.items():
             parent, target, name = _get_submodules(model, path)
             with init_empty_weights() if low_cpu_mem_usage else nullcontext():
-                if isinstance(target, S2FTPeftExperts):
-                    target.update_experts(adapter_name, units, peft_config.init_weights)
-                    continue
-                layer = S2FTPeftExperts(target, adapter_name, units, peft_config.init_weights)
-            layer.train(target.training)
-            if adapter_name not in self.active_adapters:
-                layer.requires_grad_(False)
-            self._replace_module(parent, name, layer, target)
-        return [f"{path}.{name}" for path, units in peft_config.expert_units.items() for name in units]
+                self._wrap(peft_config, adapter_name, parent, name, target, units)
+        return [f"{path}.{name}" for path, units in stacks.items() for name in units]
+
+    def _wrap(
+        self,
+        config: S2FTPeftConfig,
+        adapter_name: str,
+        parent: nn.Module,
+        name: str,
+        target: nn.Module,
+        units: dict[str, ModuleUnits],
+    ) -> None:
+        if isinstance(target, S2FTPeftLayer):
+            target.update_layer(adapter_name, units, config.init_weights)
+            return
+        kind = S2FTPeftLayer if "" in units else S2FTPeftExperts
+        layer = kind(target, adapter_name, units, config.init_weights)
+        layer.train(target.training)
+        if adapter_name not in self.active_adapters:
+            layer.requires_grad_(False)  # a further adapter is not trained before it is active
+        self._replace_module(parent, name, layer, target)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         """Replace a module. PEFT's own step also assigns the old module's weight, which not every module has."""
@@ -171,7 +177,7 @@ class S2FTPeftModel(BaseTuner):
         for config in configs:
             for name, numbers in config.units.items():
                 units[name] = sorted({*units.get(name, ()), *numbers})
-        paths = {path for config in configs for path in config.module_units}
+        paths = {path for config in configs for path, units in config.module_units.items() if "" in units}
         stacks = {path for config in configs for path in config.target_parameters or ()}
         self.peft_config[adapter_name] = replace(
             configs[0],

@@ -2,16 +2,18 @@
 
 import json
 import os
+from collections.abc import Iterator
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
 from s2ft.peft.config import S2FTPeftConfig
+from s2ft.peft.units import ModuleUnits
 from s2ft.selection import Selection
 from s2ft.selection.selection import unit_tensors
 
@@ -52,12 +54,8 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
             "s2ft can't hold: keep it in PEFT's form, or merge it"
         )
     deltas = {}
-    for path, units in config.module_units.items():
-        deltas.update(units.split(base.get_submodule(path).s2ft_delta[adapter_name].values.detach().cpu()))
-    for path, stacks in config.expert_units.items():
-        for name, units in stacks.items():
-            values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
-            deltas.update(units.split(values.detach().cpu()))
+    for units, values in _values(base, config, adapter_name):
+        deltas.update(units.split(values.detach().cpu()))
     selection = Selection(unit_tensors(config.units, "units"))
     extra_weights = {
         f"{path}.{name}": value.detach().cpu().clone()
@@ -75,6 +73,13 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
         None if config.couplings is None else [Coupling.from_dict(one) for one in config.couplings],
         extra_weights=extra_weights,
     )
+
+
+def _values(base: nn.Module, config: S2FTPeftConfig, adapter_name: str) -> Iterator[tuple[ModuleUnits, Tensor]]:
+    """The units and the values of an adapter's delta on each weight."""
+    for path, units in config.module_units.items():
+        deltas = base.get_submodule(path).deltas_of(adapter_name)
+        yield from ((one, deltas[weight].values) for weight, one in units.items())
 
 
 def from_native(
@@ -122,12 +127,8 @@ def from_native(
         model = get_peft_model(model, settings, adapter_name)
     base = model.get_base_model()
     with torch.no_grad():
-        for path, units in model.peft_config[adapter_name].module_units.items():
-            base.get_submodule(path).s2ft_delta[adapter_name].values.copy_(units.join(adapter.deltas))
-        for path, stacks in model.peft_config[adapter_name].expert_units.items():
-            for name, units in stacks.items():
-                values = base.get_submodule(path).s2ft_delta[adapter_name][name].values
-                values.copy_(units.join(adapter.deltas))
+        for units, values in _values(base, model.peft_config[adapter_name], adapter_name):
+            values.copy_(units.join(adapter.deltas))
     return model
 
 

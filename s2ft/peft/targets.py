@@ -94,7 +94,9 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
     """
     config, skipped = _named_linears(config, model)
     names = None if config.units is None else units_by_name(config.units, "units")
-    couplings = _apart_from(couplings, set(config.uncoupled or ()) if names is not None else set())
+    if names is not None:  # modules that were in no coupling when the adapter was made stay so, in a later s2ft
+        apart = set(config.uncoupled or ())
+        couplings = [one for one in couplings if not any(projection.path in apart for projection in one.projections)]
     if config.ratios:
         couplings = couplings_in_towers(model, couplings, config)
     targets = []
@@ -202,11 +204,6 @@ def _only_reads_weight(parent: type, name: str) -> bool:
 
 
 # ---- what is trained -----------------------------------------------------------------------------------
-
-
-def _apart_from(couplings: list[Coupling], paths: set[str]) -> list[Coupling]:
-    """The couplings without modules that were in none when the adapter was made, by an older version of s2ft."""
-    return [one for one in couplings if not any(projection.path in paths for projection in one.projections)]
 
 
 def _is_trained(config: S2FTPeftConfig, names: dict[str, Tensor] | None, projection: Projection) -> bool:

@@ -73,7 +73,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         model: The base, with or without adapters.
 
     Returns:
-        A copy of the config with `units`, `module_units` and `expert_units`.
+        A copy of the config with `units` and `module_units`.
 
     Raises:
         ValueError: Something can't be trained, or the base is not the config's; the message names the field or module.
@@ -90,38 +90,32 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
             return selected
         selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
     found.warn()
-    modules, experts = _by_path(found.targets, selection)
+    modules = _by_path(found.targets, selection)
     selected = found.config.with_units(
         selection,
-        sorted(modules),
-        sorted(f"{path}.{name}" for path, stacks in experts.items() for name in stacks),
+        sorted(path for path, units in modules.items() if "" in units),
+        sorted(f"{path}.{weight}" for path, units in modules.items() for weight in units if weight),
         None if base is None else json.dumps(base),
         found.uncoupled,
         list(found.skipped),
     )
     if couplings and not is_known:
         selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
-    selected.module_units, selected.expert_units = modules, experts
+    selected.module_units = modules
     return selected
 
 
-def _by_path(
-    targets: list[Targets], selection: Selection
-) -> tuple[dict[str, ModuleUnits], dict[str, dict[str, ModuleUnits]]]:
-    """The selected units by module; and those of stacked experts by module and parameter."""
+def _by_path(targets: list[Targets], selection: Selection) -> dict[str, dict[str, ModuleUnits]]:
+    """The selected units by module and weight; "" is the weight of a layer, others are those of stacked experts."""
     parts: dict[str, list[tuple[Projection, Tensor]]] = {}
     for projection in projections_of(targets):
         if projection.name in selection:
             parts.setdefault(projection.path, []).append((projection, selection[projection.name]))
-    modules: dict[str, ModuleUnits] = {}
-    experts: dict[str, dict[str, ModuleUnits]] = {}
+    modules: dict[str, dict[str, ModuleUnits]] = {}
     for path, found in parts.items():
-        if found[0][0].expert is None:
-            modules[path] = ModuleUnits.of(found)
-        else:
-            owner, _, name = path.rpartition(".")
-            experts.setdefault(owner, {})[name] = ModuleUnits.of(found)
-    return modules, experts
+        owner, _, weight = (path, "", "") if found[0][0].expert is None else path.rpartition(".")
+        modules.setdefault(owner, {})[weight] = ModuleUnits.of(found)
+    return modules
 
 
 @contextmanager

@@ -135,7 +135,7 @@ def _is_of(folder: Path, base: str) -> bool:
     from s2ft.adapter.hub import REPOSITORY
 
     try:
-        recorded = native.read_info(folder).get("base_model")
+        recorded = native.read_without_values(folder).info.get("base_model")
     except (OSError, ValueError):  # the workers say what is wrong
         return True
     known = all(isinstance(name, str) and REPOSITORY.fullmatch(name) for name in (recorded, base))

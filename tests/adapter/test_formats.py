@@ -3,7 +3,6 @@
 import importlib.util
 import json
 import warnings
-from dataclasses import replace
 from pathlib import Path
 from unittest.mock import MagicMock, call
 
@@ -374,14 +373,6 @@ def test_what_is_pushed(api, tmp_path):
         with pytest.raises(ValueError, match=words):
             push_to_hub(tmp_path / "saved", "org/broken", name)
     assert not api.mock_calls
-
-
-def test_the_model_card_names_a_base_of_the_hub_but_no_local_folder(tmp_path):
-    adapter = get_adapter(trained("llama"), "default")
-    for base, shown in (("org/base", True), (str(tmp_path), False)):
-        page = hub.card_of(replace(adapter, info={"base_model": base}))
-        assert "library_name: s2ft" in page
-        assert (f"base_model: {base}" in page) == shown and (base in page) == shown
 
 
 def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(api, tmp_path, monkeypatch):

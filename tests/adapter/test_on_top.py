@@ -113,14 +113,3 @@ def test_units_excluded_by_hand_stay_excluded():
     )
     s2ft.attach(model, S2FTConfig(d_ratio=0.1, layers=[0], exclude={path: free[:-8]}), name="two", on_top=True)
     assert set(attachment_of(model).selection[path].tolist()) <= set(free[-8:])
-
-
-def test_freeze_keeps_modules_that_are_trained_in_full():
-    model = model_of(CASE)
-    s2ft.attach(model, config_of("one", modules_to_save=["lm_head"]), name="one")
-    train(model)
-    before = weights(model)
-    s2ft.freeze_adapter(model)
-    assert_same(weights(model), before)
-    s2ft.attach(model, config_of("two"), name="two", on_top=True)
-    assert_same(weights(model), before)

@@ -76,17 +76,17 @@ def sharded(model, blocks=True, offload=False, **options):
     return fully_shard(model, **options)
 
 
-# ---- ways to spread a model: ddp, fsdp, fsdp first (before the adapter), tp, zero 1, zero 2, zero 3 --------------
+# ---- ways to spread a model: ddp, fsdp, fsdp first (before the adapter), fsdp of transformers, tp, zero 1, zero 2, zero 3 --------------
 
 
 def base_on(how, folder):
     """The model in a folder, spread as far as it is before an adapter is attached."""
     from transformers import AutoModelForCausalLM
 
-    if how == "tp":
+    if how in ("tp", "fsdp of transformers"):
         from transformers.distributed import DistributedConfig
 
-        split = DistributedConfig(tp_size=dist.get_world_size())
+        split = DistributedConfig(**{"tp_size" if how == "tp" else "fsdp_size": dist.get_world_size()})
         return AutoModelForCausalLM.from_pretrained(folder, distributed_config=split)
     model = AutoModelForCausalLM.from_pretrained(folder)
     if how == "fsdp first":

@@ -10,11 +10,12 @@ import s2ft
 
 SETTINGS = (None, "a", {"a": 0.5, "b": 2.0}, "c", {"b": 0.5, "c": 1.0}, {"a": 1.0, "b": 1.0}, None)
 ENDS = {"merge b": "b", "merge half of a": {"a": 0.5}}
-WAYS = [  # how the model is spread, and whether products are those of one process
+WAYS = [
     ("fsdp", "llama-grouped", "merge b"),
     ("fsdp", "mixtral", "merge half of a"),
     ("fsdp", "phi3", "merge b"),
     ("fsdp first", "llama-grouped", "merge half of a"),
+    ("fsdp of transformers", "llama-grouped", "merge b"),
     ("tp", "llama-biased", "merge b"),
 ]
 SLOW = [

@@ -186,7 +186,9 @@ def attach_loaded(rank, folder, unknown):
 
     whole = model_of("llama-grouped")  # before a config of ZeRO-3 lives
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
-    live = HfDeepSpeedConfig(zero_config(3, train_micro_batch_size_per_gpu=2))
+    live = HfDeepSpeedConfig(
+        {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero_config(3)["zero_optimization"]}
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     assert all(parameter.numel() == 0 for parameter in model.parameters())
     for one in (whole, model):

@@ -149,43 +149,6 @@ def is_base(model, base):
     return now.keys() == base.keys() and all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
 
 
-def from_transformers(rank, folder, layout, directory):
-    from transformers import AutoModelForCausalLM
-    from transformers.distributed import DistributedConfig
-
-    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
-    base = base_of(model)
-    report = s2ft.attach(model, config_for("llama-grouped", layout))
-    assert "in evaluation mode only" in report.unproved
-    train(model, rank)
-    s2ft.save_adapter(model, directory / "trained")
-    s2ft.detach(model)
-    same = is_base(model, base)
-    s2ft.load_adapter(model, directory / "trained", trainable=True)
-    s2ft.save_adapter(model, directory / "again")
-    s2ft.merge(model)
-    return same, base_of(model)
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_models_that_transformers_has_sharded(ranks, layout, tmp_path):
-    """They train, go on, and merge into the shards, bit for bit the weights that one process merges."""
-    model_of("llama-grouped").save_pretrained(tmp_path / "base")
-    model = type(model_of("llama-grouped")).from_pretrained(tmp_path / "base")
-    s2ft.attach(model, config_for("llama-grouped", layout))
-    train(model)
-    s2ft.save_adapter(model, tmp_path / "alone")
-    answers = ranks(from_transformers, tmp_path / "base", layout, tmp_path)
-    check_same_files(tmp_path / "trained", tmp_path / "alone")
-    check_same_files(tmp_path / "again", tmp_path / "trained", exactly=True)
-    merged = model_of("llama-grouped")
-    s2ft.load_adapter(merged, tmp_path / "trained", trainable=True)
-    expected = dict(s2ft.merge(merged).named_parameters())
-    for same, weights in answers:
-        assert same and weights.keys() == expected.keys()
-        assert all(torch.equal(weights[key], value) for key, value in expected.items())
-
-
 def interrupted(rank, error):
     """Fail while layers are mounted, after FSDP2 has been told of them."""
     from support.inside import mounting

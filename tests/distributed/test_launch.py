@@ -102,21 +102,6 @@ def test_two_ranks_resume_exactly_in_a_later_epoch(job, tmp_path, more):
     check_same_files(tmp_path / "halves" / "adapter", tmp_path / "whole" / "adapter", exactly=True)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank", [0, 1])
-def test_torchrun_ends_the_run_of_a_killed_rank_and_the_next_one_goes_on(job, tmp_path, rank):
-    """The rank kills itself while the second checkpoint is written."""
-    arguments, alone = job
-    point = "s2ft.train.checkpoints:seal" if rank == 0 else "transformers:Trainer._save_rng_state"
-    killed = [str(ROOT / "tests" / "support" / "killed.py"), str(rank), point, "2"]
-    done = run(*TORCHRUN, *killed, *arguments, "--output", str(tmp_path))
-    assert done.returncode != 0 and "Signal 9" in done.stderr, done.stderr[-3000:]
-    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
-    assert not (tmp_path / "adapter").exists()
-    torchrun(tmp_path, *arguments, "--resume")
-    check_same_files(tmp_path / "adapter", alone)
-
-
 def options_for(name, processes):
     """The options of accelerate for an example. Of four devices, each two share a row or a weight."""
     options = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml")]
@@ -224,6 +209,27 @@ def test_the_slurm_script_trains_on_two_machines_and_resumes_when_it_is_started_
         assert done.returncode == 0, done.stderr[-3000:]
     check_same_files(tmp_path / "out" / "adapter", job[1])
     assert [line["step"] for line in read_log(tmp_path / "out" / "log.jsonl")] == [1, 2, 3, 4]
+
+
+@pytest.mark.slow
+def test_two_processes_resume_with_rewards_and_train_on_pairs_as_one(job, tmp_path):
+    model = job[0][job[0].index("--model") + 1]
+    common = ["--model", model, "--max-steps", "4", "--batch-size", "8", "--lr", "0.01", "--save-steps", "2"]
+    pairs = [{"question": f"{a}+1=", "chosen": str(a + 1), "rejected": "no idea"} for a in range(16)]
+    dpo = ["dpo", "--data", str(write_jsonl(tmp_path / "pairs.jsonl", pairs)), *common]
+    torchrun(tmp_path / "pairs", *dpo)
+    assert main([*dpo, "--output", str(tmp_path / "alone")]) == 0
+    check_same_files(tmp_path / "pairs" / "adapter", tmp_path / "alone" / "adapter")
+    (tmp_path / "mine.py").write_text(
+        "def short(completions, **_):\n    return [-len(c[0]['content']) for c in completions]\n"
+    )
+    tasks = write_jsonl(tmp_path / "tasks.jsonl", [{"question": f"{a}+1="} for a in range(8)])
+    grpo = ["grpo", "--data", str(tasks), "--rewards", f"{tmp_path / 'mine.py'}:short", "--beta", "0.1", *common]
+    grpo += ["--num-generations", "4", "--max-completion-length", "8"]
+    torchrun(tmp_path / "whole", *grpo)
+    torchrun(tmp_path / "half", *grpo, "--stop-after", "2")
+    torchrun(tmp_path / "half", *grpo, "--resume")
+    check_same_files(tmp_path / "half" / "adapter", tmp_path / "whole" / "adapter", exactly=True)
 
 
 def test_the_slurm_script_is_valid():

@@ -209,14 +209,6 @@ def test_selection_and_fingerprint_equal_one_process(ranks, tmp_path, case):
         assert found == expected
 
 
-@pytest.mark.slow
-def test_selection_on_groups_of_ranks(four_ranks, tmp_path):
-    model_of("llama-biased").save_pretrained(tmp_path)
-    expected = select_all(0, tmp_path, "llama-biased", tp=1)
-    for found in four_ranks(select_all, tmp_path, "llama-biased", 2, tuple(TWO_DIMENSIONS.items())):
-        assert found == expected
-
-
 # ---- training as people do it --------------------------------------------------------------------------
 
 

@@ -23,10 +23,10 @@ ROWS = [
 ]
 
 
-def zero_config(stage, train_micro_batch_size_per_gpu="auto", **more):
+def zero_config(stage, **more):
     return {
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more},
-        "train_micro_batch_size_per_gpu": train_micro_batch_size_per_gpu,
+        "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "zero_allow_untested_optimizer": True,

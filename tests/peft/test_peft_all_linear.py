@@ -73,12 +73,6 @@ def test_a_family_that_is_declared_later_does_not_change_an_adapter():
     assert layers_of(single).popitem()[1].s2ft_delta["default"].values.shape == (24, 2)
 
 
-def test_a_second_adapter_leaves_the_first_ones_head_alone():
-    model = injected(model_of("llama"), target_modules="all-linear", ratio=0.5, modules_to_save=["lm_head"])
-    model.add_adapter("b", S2FTPeftConfig(target_modules="all-linear", ratio=0.5, seed=1))
-    assert set(model.peft_config["b"].units) == names_of(model)
-
-
 # ---- layers that can't be trained, and derived ones -----------------------------------------------------
 
 

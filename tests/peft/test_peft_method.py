@@ -4,14 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import (
-    PeftConfig,
-    PeftModel,
-    get_peft_model,
-    get_peft_model_state_dict,
-    inject_adapter_in_model,
-    set_peft_model_state_dict,
-)
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.models import ALL_RATIOS, T5, model_of, output_of, ratios_for
 from support.states import same
 from support.tolerances import LOGITS, relative_difference
@@ -128,8 +121,8 @@ BAD = {
     "experts not listed": (dict(target_parameters="block.stack", ratio=0.5), "target_parameters must be a list"),
     "experts without a ratio": (dict(target_parameters=["block.stack"]), "needs ratio"),
     "experts and d_ratio": (dict(target_parameters=["block.stack"], d_ratio=0.5), "exclude each other"),
-    "unit ranges": (dict(units={"x": "3-1"}), "must be unit numbers such as 0-3,17"),
-    "endless ranges": (dict(units={"x": "0-999999999"}), "must be unit numbers such as 0-3,17"),
+    "unit ranges": (dict(units={"x": "3-1"}), "must be unit numbers such as 0,1,2,17"),
+    "endless ranges": (dict(units={"x": "0-999999999"}), "must be unit numbers such as 0,1,2,17"),
 }
 
 
@@ -322,26 +315,6 @@ def test_peft_computes_what_attach_computes(case, tmp_path):
     assert same(get_peft_model_state_dict(back), get_peft_model_state_dict(model))
 
 
-def test_info_is_saved_and_kept_in_both_directions(tmp_path):
-    info = {"prompt": {"form": "chat", "template": "{{ messages }}", "system": None}}
-    peft_of("llama", d_ratio=0.1, info=info).save_pretrained(tmp_path)
-    adapter = to_native(PeftModel.from_pretrained(model_of("llama"), tmp_path))
-    assert adapter.info["prompt"] == info["prompt"]
-    assert from_native(model_of("llama"), adapter).peft_config["default"].info["prompt"] == info["prompt"]
-
-
-def test_merging_one_after_the_other_equals_merging_together():
-    one, both = two_of(), two_of()
-    both.merge_adapter(["a", "b"])
-    one.merge_adapter(["a"])
-    with pytest.warns(UserWarning, match="Already following adapters were merged"):
-        one.merge_adapter(["b"])
-    assert same(one.state_dict(), both.state_dict())
-    with both.disable_adapter():
-        assert torch.equal(output_of(both), output_of(model_of("llama-grouped")))
-    assert same(one.unload().state_dict(), model_of("llama-grouped").state_dict())
-
-
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_safe_merge_refuses_values_that_are_not_finite(value):
     model = two_of()
@@ -408,15 +381,6 @@ def test_to_native_keeps_modules_to_save():
     assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
     with pytest.raises(ValueError, match="model.norm.weight trained in full"):
         from_native(model_of("llama"), found)
-
-
-def test_inject_adapter_in_model_and_state_dicts():
-    model, other = model_of("llama-grouped"), model_of("llama-grouped")
-    inject_adapter_in_model(S2FTPeftConfig(**RATIOS, init_weights=False), model)
-    inject_adapter_in_model(S2FTPeftConfig(**RATIOS), other)
-    assert torch.equal(output_of(other), output_of(model_of("llama-grouped")))
-    result = set_peft_model_state_dict(other, get_peft_model_state_dict(model))
-    assert not result.unexpected_keys and torch.equal(output_of(other), output_of(model))
 
 
 # ---- several adapters ----------------------------------------------------------------------------------

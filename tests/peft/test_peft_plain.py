@@ -67,27 +67,6 @@ def test_forward_and_gradients(kind, dim, dtype):
             assert layer.base_layer.weight.grad is None
 
 
-@modules
-@dims
-@pytest.mark.parametrize("grad", (False, True))
-def test_mixed_batches(kind, dim, grad):
-    model, x, plain = wrapped(kind, dim)
-    model.add_adapter("b", S2FTPeftConfig(target_modules=["0"], ratio=0.7, dim=dim, init_weights=False, seed=1))
-    model.requires_grad_(True)
-    names = ["b", "__base__", "a", "b"]
-    with torch.set_grad_enabled(grad):
-        y = model(x, adapter_names=names)
-    for row, name in enumerate(names):
-        if name != "__base__":
-            model.set_adapter(name)
-        expected = plain(x[row : row + 1]).tanh() if name == "__base__" else model(x[row : row + 1])
-        assert torch.allclose(y[row : row + 1], expected, rtol=1e-5, atol=1e-5)
-    if grad:
-        model.requires_grad_(True)
-        model(x, adapter_names=names).sum().backward()
-        assert all(layer_of(model).s2ft_delta[name].values.grad.abs().sum() > 0 for name in "ab")
-
-
 def test_one_side_of_a_module():
     """An adapter on the other side is refused, and no module of it is changed."""
     net = nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 9))

@@ -79,7 +79,7 @@ MODULES = {
     "ops.act_mul": "ACTIVATIONS reference reference_backward",
     "ops.multi_adapter_linear": "reference:multi_adapter_linear_reference without_waiting",
     "packages": "BITSANDBYTES MissingPackages NEEDS check_packages is_installed",
-    "peft.experts": "S2FTPeftExperts",
+    "peft.layer": "S2FTPeftExperts",
     "selection": "ALLOCATIONS METRICS gradient select:select_units shared_by_producers",
     "selection.batches": "Calibration",
     "selection.budget": "unit_parameters",

@@ -158,25 +158,6 @@ def read_files(folder) -> tuple[Adapter, dict[str, bytes]]:
     return read_folder(Path(folder), _read)
 
 
-def read_info(folder) -> dict[str, Any]:
-    """Read the info of an adapter, without its tensors. This takes a fraction of the time of :func:`read`.
-
-    Args:
-        folder: The adapter's folder.
-
-    Raises:
-        FileNotFoundError: A file is missing.
-        ValueError: The config is damaged.
-    """
-
-    def read_header(path: Path) -> dict[str, Any]:
-        header = _read_header(read_bytes(path, MAX_CONFIG), path)
-        _check_digest(header, path)
-        return _field(header, "info", dict, path)
-
-    return read_folder(Path(folder), read_header)
-
-
 def read_without_values(folder) -> Adapter:
     """Read an adapter as :func:`read` does, but leave its values in the file.
 
