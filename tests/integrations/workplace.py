@@ -256,7 +256,7 @@ PROGRAMS = {
             *("axolotl-contribs-mit==0.0.6", "pydantic==2.12.5", "pydantic-core==2.41.5", "addict", "fire", "six"),
             *("termcolor", "typer==0.25.1", "einops", "colorama", "python-dotenv==1.0.1", "posthog==6.7.11"),
             *("backoff", "distro", "schedulefree==1.4.1", "art", "numba", "llvmlite", "optimum==1.16.2", "triton"),
-            *("evaluate==0.4.1", "kernels<0.18", "fastcore", "wandb"),
+            *("evaluate==0.4.1", "kernels<0.18", "fastcore", "wandb", "platformdirs"),
         ),
         _axolotl_merge,
         "out/merged",
