@@ -36,7 +36,7 @@ from shapes import add_model_options, base_name, base_of
 from train_step import LORA_TARGETS, lora_model
 
 import s2ft
-from s2ft.text.output_head import contiguous_head
+from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching
@@ -46,8 +46,8 @@ from s2ft.train.device import keep_freed_memory
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
-from s2ft.train.runs import SFTTrainer, TokenRowTrainer
 from s2ft.train.sft import checkpointing, loss_for, sft
+from s2ft.train.trainers import SFTTrainer, TokenRowTrainer
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
 OWN = ", base's dtype"

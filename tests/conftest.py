@@ -60,5 +60,5 @@ def empty_plots():
 
         return Figure(figsize=(1, 1))
 
-    with mock.patch("s2ft.train.plot.loss_figure", empty):
+    with mock.patch("s2ft.train.output.loss_figure", empty):
         yield

@@ -2,7 +2,7 @@
 
 import pytest
 from support.composites import composite_of, example_for, logits_of, loss_of, missing
-from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of, towers
+from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of
 from support.tolerances import relative_difference
 from transformers import __version__
 
@@ -70,16 +70,6 @@ def test_a_part_without_a_declaration_leaves_the_whole_model_to_discovery(monkey
     model = model_of("llava_next")
     monkeypatch.delitem(FAMILIES, "clip_vision_model")
     assert composite.undeclared_parts(model) == ["clip_vision_model"] and not is_known(model)
-
-
-def test_a_wrong_declaration_of_a_tower_is_found(monkeypatch):
-    """The norms of InternVL's queries and keys move with the heads, and CLIP's names do not move any norm."""
-    model = model_of("internvl", {"vision_config": {"use_qk_norm": True}})
-    example = example_for(model)
-    row = towers.BY_TYPE["internvl_vision"]
-    monkeypatch.setitem(towers.BY_TYPE, "internvl_vision", type(row)(**{**vars(row), "moves": ()}))
-    with pytest.raises(ValueError, match="attach would change what the model computes"):
-        s2ft.attach(model, everything(model), example=example, verify=True)
 
 
 def test_the_base_model_has_the_same_couplings_as_the_one_with_a_head():

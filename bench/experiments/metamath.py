@@ -28,8 +28,7 @@ from bench.experiments.methods import METHODS, Prepared, matched, prepare, train
 from bench.experiments.printing import Column, Table, cell_of, failures
 from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
 from s2ft.packages import check_packages
-from s2ft.text.calibration import needs_calibration
-from s2ft.text.collator import TokenCollator
+from s2ft.text.collator import TokenCollator, needs_calibration
 from s2ft.text.divergence import mean_loss
 from s2ft.text.encoding import left_pad
 from s2ft.text.generation import generation_mode

@@ -26,7 +26,7 @@ import torch
 
 import s2ft
 from bench.harness import processor
-from s2ft.train.out_of_memory import first_line, is_out_of_memory
+from s2ft.train.device import first_line, is_out_of_memory
 
 PLACES = ("data", "near")  # settings that say where files lie; a digest of what they hold is in `files`
 DONE, FAILED, OOM = "done", "failed", "out of memory"

@@ -18,17 +18,16 @@ import s2ft
 from bench.experiments.methods import Prepared, prepare
 from bench.experiments.selections import choose
 from s2ft.selection import Selection
-from s2ft.text.output_head import contiguous_head
+from s2ft.text.evaluation import HeldOut
+from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.callbacks import JsonlLog
-from s2ft.train.held_out import HeldOut
 from s2ft.train.options import RunOptions
 from s2ft.train.output import read_log
-from s2ft.train.run_trainer import RunMethods
-from s2ft.train.runs import SFTRunTrainer, TokenRowTrainer
 from s2ft.train.sft import checkpointing, loss_for, restored, updates
+from s2ft.train.trainers import RunMethods, SFTRunTrainer, TokenRowTrainer
 
 
 @dataclass(frozen=True)

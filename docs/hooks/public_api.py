@@ -75,7 +75,7 @@ GROUPS = (
     Group("forgetting", "Forgetting", "Measure how far a model has moved from its base, and stop in time.",
           _of("s2ft.train.forgetting", "ForgettingMeter")
           + _of("s2ft.text.divergence", "mean_loss BaseDistributions base_switch")
-          + _of("s2ft.text.drift", "DriftMeter prompt_rows")),
+          + _of("s2ft.text.divergence", "DriftMeter prompt_rows")),
     Group("sync", "Slice sync", "Send what is trained to vLLM, which generates the answers of reinforcement learning.",
           _of("s2ft.sync.trl", "with_slices") + _of("s2ft.sync.sender", "SliceSender Sent")
           + _of("s2ft.sync.slices", "TrainedSlices") + _of("s2ft.sync.engines", "EngineError")),

@@ -92,7 +92,7 @@ class EvalArguments:
             raise ValueError(f"{given[0]} has no meaning with {way}")
 
 
-def run(arguments: list[str]) -> None:
+def run_eval(arguments: list[str]) -> None:
     description = "Generate an answer to each row and score it."
     job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
     if job.lm_eval is not None and reading != ReadingOptions():
@@ -116,9 +116,8 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         FileNotFoundError: The folder of the output file does not exist.
         ValueError: A row can't be scored or measured, or the model or the adapter can't be loaded.
     """
-    from s2ft.text.drift import read_texts
-    from s2ft.text.evaluation import evaluate
-    from s2ft.text.examples import read_examples
+    from s2ft.text.divergence import read_texts
+    from s2ft.text.evaluation import evaluate, read_examples
     from s2ft.text.scoring import right_answer
     from s2ft.train.output import write_json
 
@@ -145,7 +144,7 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
 
 def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Sequence) -> dict[str, Any]:
     """Measure how far the loaded adapter has moved the model from its base, and print it."""
-    from s2ft.text.drift import DriftMeter, longest_other_row, text_rows
+    from s2ft.text.divergence import DriftMeter, longest_other_row, text_rows
 
     texts = None if other is None else text_rows(other, prompter.tokenizer, longest_other_row(model), job.meter_rows)
     prompts = _prompt_rows(job, model, prompter, examples) if job.kl else None
@@ -159,16 +158,17 @@ def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Se
 
 def _prompt_rows(job: EvalArguments, model, prompter, examples: Sequence) -> list[dict[str, Any]]:
     """Return the rows on which the divergence is measured."""
-    from s2ft.text.drift import answer_rows, drawn, prompt_rows, row_of_prompt
-    from s2ft.text.encoding import context_length, encode_prompts
+    from s2ft.text.divergence import answer_rows, prompt_rows, row_of_prompt, some
+    from s2ft.text.encoding import context_length
+    from s2ft.text.evaluation import encode_prompts
 
     answers = job.kl_on == "answers"
     room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
-    some = [examples[number] for number in drawn(len(examples), job.meter_rows, 0)]
-    prompts = [ids for ids in encode_prompts(prompter.tokenizer, some, room, prompter.format) if ids is not None]
+    chosen = some(examples, job.meter_rows)
+    prompts = [ids for ids in encode_prompts(prompter.tokenizer, chosen, room, prompter.format) if ids is not None]
     if answers:
         return answer_rows(model, prompter.tokenizer, prompts, job.max_new_tokens)
-    return prompt_rows([row_of_prompt(ids) for ids in prompts], len(prompts))
+    return prompt_rows([row_of_prompt(ids) for ids in prompts])
 
 
 def score_by_lm_eval(job: EvalArguments) -> None:
@@ -214,8 +214,7 @@ def score_by_lm_eval(job: EvalArguments) -> None:
 def _loaded(job: EvalArguments) -> Iterator[tuple[Any, Any]]:
     """Load the model with its adapter, and explain an out-of-memory error inside the context."""
     from s2ft.text.adapter_prompts import load_with_adapter
-    from s2ft.train.device import gpu_or_cpu
-    from s2ft.train.out_of_memory import explain_out_of_memory, smaller_answers
+    from s2ft.train.device import explain_out_of_memory, gpu_or_cpu, smaller_answers
 
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
     with explain_out_of_memory(smaller_answers(job.batch_size, str(model.dtype))):

@@ -56,7 +56,6 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "adam_beta2": ("beta2", "second decay rate of Adam"),
         "adam_epsilon": ("epsilon", "epsilon of Adam"),
         "max_grad_norm": ("", "clip the norm of the gradient to this value; 0 turns clipping off"),
-        "label_smoothing_factor": ("label-smoothing", "share of the loss that is spread over all tokens"),
         "neftune_noise_alpha": ("neftune", "noise on the embeddings while training (NEFTune)"),
         "loss_type": (
             "",
@@ -164,6 +163,6 @@ TABLE = Table(
     },
     rest="more options of transformers and TRL",
     renamed={("S2FTConfig", "seed"): "selection_seed"},  # the seed of the run is another one
-    own=("label_smoothing", "epsilon"),  # of DPO and GRPO; in s2ft sft they are short names
+    own=("epsilon",),  # of GRPO; in s2ft sft it is a short name
     required=(("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",)),
 )

@@ -109,7 +109,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside, all random numbers start from a seed; afterwards the random states are as before."""
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    devices = {tensor.device for tensor in _tensors(model) if tensor.is_cuda}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(seed)
@@ -121,8 +121,3 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
         random.setstate(states[0])
         if numpy is not None:
             numpy.random.set_state(states[1])
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

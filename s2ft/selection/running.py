@@ -43,21 +43,14 @@ def run_forward(model: nn.Module, batch: Batch) -> None:
     An encoder-decoder without decoder inputs keeps its labels, because it makes the decoder inputs from them.
     """
     known = inspect.signature(model.forward).parameters
-    dropped = {"return_loss", "logits_to_keep"}
-    if not _needs_labels(model, batch):
-        dropped.add("labels")
-    named = {name: value for name, value in batch.named.items() if name not in dropped}
-    model(
-        *batch.positional,
-        **{**named, **({"logits_to_keep": 1} if "logits_to_keep" in known else {}), **_no_cache(model)},
-    )
-
-
-def _needs_labels(model: nn.Module, batch: Batch) -> bool:
     if is_encoder_decoder(model):
-        return not has_decoder_inputs(batch.named)
-    labels = inspect.signature(model.forward).parameters.get("labels")
-    return labels is not None and labels.default is labels.empty  # a custom module may require labels
+        needs_labels = not has_decoder_inputs(batch.named)
+    else:  # a custom module may require labels
+        needs_labels = "labels" in known and known["labels"].default is inspect.Parameter.empty
+    dropped = {"return_loss", "logits_to_keep"} | (set() if needs_labels else {"labels"})
+    named = {name: value for name, value in batch.named.items() if name not in dropped}
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    model(*batch.positional, **{**named, **kept, **_no_cache(model)})
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -113,7 +106,12 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
     if batch.named.get("labels") is not None:
         return batch.named["labels"]
     if is_causal_lm(model):
-        return _tokens_as_labels(batch.named["input_ids"], batch.named.get("attention_mask"))
+        ids, mask = batch.named["input_ids"], batch.named.get("attention_mask")
+        if mask is None:
+            return ids
+        labels = ids.masked_fill(mask == 0, IGNORED)
+        labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # padding predicts nothing
+        return labels
     takes = inspect.signature(model.forward).parameters
     if "labels" in takes:
         raise ValueError(
@@ -127,15 +125,6 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
             "selection='activation' or 'product'"
         )
     return None
-
-
-def _tokens_as_labels(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the token ids without padding as labels, shape [sequences, tokens]."""
-    if mask is None:
-        return ids
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # padding predicts nothing
-    return labels
 
 
 def keep_checkpointing(model: nn.Module) -> list:

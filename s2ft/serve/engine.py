@@ -12,8 +12,7 @@ from dataclasses import dataclass
 
 from s2ft.serve.errors import ApiError, shutting_down
 from s2ft.serve.registry import Adapters, ServedAdapter, cannot_load
-from s2ft.text.running_batch import Row, RunningBatch, rows_interact
-from s2ft.text.streams import TextStream
+from s2ft.text.running_batch import Row, RunningBatch, TextStream, rows_interact
 
 logger = logging.getLogger(__name__)
 
@@ -108,9 +107,8 @@ class Engine:
         prefill_tokens: int = 4096,
         metrics=None,
     ) -> None:
-        for name, value in dict(
-            max_batch_size=max_batch_size, queue_size=queue_size, max_batch_tokens=max_batch_tokens
-        ).items():
+        sizes = dict(max_batch_size=max_batch_size, queue_size=queue_size, max_batch_tokens=max_batch_tokens)
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if rows_interact(model.config) and max_batch_size > 1:
@@ -201,7 +199,7 @@ class Engine:
                 self._advance()
             except Exception as error:  # any error, such as a lack of memory; the next batch may work
                 logger.exception("the batch failed")
-                self._finish(self.batch.rows, model_failed(error))
+                self._finish(self.batch.rows, _model_failed(error))
                 self.batch.clear()
         with self._changed:
             left = [*self.batch.rows, *self._waiting]
@@ -287,7 +285,7 @@ class Engine:
             self.batch.admit(jobs)
         except Exception as error:  # the rows of the batch are unchanged
             logger.exception("a prompt failed")
-            self._finish(jobs, model_failed(error))
+            self._finish(jobs, _model_failed(error))
             return
         self._deliver(jobs)
 
@@ -323,6 +321,5 @@ class Engine:
         job.released = True
 
 
-def model_failed(error: Exception) -> ApiError:
-    """Return the error for a batch or a prompt that failed."""
+def _model_failed(error: Exception) -> ApiError:
     return ApiError(500, "model_failed", f"the model failed: {type(error).__name__}")

@@ -1,13 +1,16 @@
 """Make batches of token rows. A token row is a dict with input_ids and labels, see s2ft.text.encoding."""
 
-from collections.abc import Mapping, Sequence
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from s2ft.selection import METRICS
 from s2ft.selection.batches import IGNORED
 from s2ft.text.encoding import left_pad
+from s2ft.text.prompts import pad_id
 
 
 @dataclass(frozen=True)
@@ -159,3 +162,61 @@ class SplitCollator:
         batch = PackedCollator(self.pad, flat=False, chosen_logits=False, multiple=self.multiple)(rows)
         # The devices' shares are cut from each tensor in place, so that no two may be one.
         return {**batch, "attention_mask": torch.ones_like(batch["input_ids"]), "labels": batch["labels"].clone()}
+
+
+# ---- batches for a selection ----------------------------------------------------------------------------
+
+
+SHARE = 0.01  # share of the rows that is drawn, as in the paper
+LEAST = 16  # number of rows that is drawn from small data
+
+
+def needs_calibration(config) -> bool:
+    """Whether the selection of a config uses calibration data."""
+    return config.units is None and METRICS[config.selection].calibrated
+
+
+def calibration_for(
+    config, tokenizer, rows, examples: int | None, batch_size: int, convert: Callable = dict
+) -> Iterator[dict] | None:
+    """Draw rows with the config's seed and collate them as for training.
+
+    Args:
+        config: The S2FTConfig of the run.
+        tokenizer: The model's tokenizer.
+        rows: The rows of the training data.
+        examples: Number of rows to draw. None draws 1 % of the rows, but at least 16.
+        batch_size: Rows in a batch.
+        convert: Makes a token row of a row.
+
+    Returns:
+        The batches, or None if the selection needs no calibration data.
+
+    Raises:
+        ValueError: `examples` is not from 1 to the number of rows, or the selection needs no calibration data.
+    """
+    if not needs_calibration(config):
+        if examples is not None:
+            raise ValueError(
+                "calibration_examples has no effect here: "
+                f"{'units' if config.units else f'selection={config.selection!r}'} needs no data"
+            )
+        return None
+    if examples is None:
+        examples = min(len(rows), max(LEAST, round(SHARE * len(rows))))
+    if not 1 <= examples <= len(rows):
+        raise ValueError(f"calibration_examples must be from 1 to the {len(rows)} rows there are, got {examples}")
+    drawn = random.Random(config.seed).sample(range(len(rows)), examples)
+    return batches_of([convert(rows[number]) for number in drawn], tokenizer, batch_size)
+
+
+def batches_of(rows: Sequence, tokenizer, batch_size: int) -> Iterator[dict]:
+    """Collate token rows as for training, a batch at a time.
+
+    Args:
+        rows: Token rows.
+        tokenizer: The model's tokenizer.
+        batch_size: Rows in a batch.
+    """
+    collate = TokenCollator(pad_id(tokenizer))
+    return (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))

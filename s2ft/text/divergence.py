@@ -5,11 +5,11 @@ layer gets the labelled positions only, a few at a time.
 """
 
 import contextlib
-import copy
-from collections import OrderedDict
+import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -23,6 +23,10 @@ from s2ft.attached.reference import without_trainable
 from s2ft.distributed import is_sharded, reshard_all
 from s2ft.model.modes import evaluation_mode
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
+from s2ft.text.data import DataOptions, load_rows
+from s2ft.text.encoding import context_length, tokenize_rows
+from s2ft.text.generation import answer_ids, contiguous_head
+from s2ft.text.prompts import end_ids, prompt_for_rows
 
 LOGITS = {"cpu": 2**23, "cuda": 2**26}  # number of logits that exist at once: 32 and 256 MiB in float32
 
@@ -56,12 +60,14 @@ def mean_loss(model: Any, rows: Iterable[Row], batch_size: int = 8) -> float:
         >>> abs(loss - model(input_ids, labels=input_ids).loss.item()) < 1e-5
         True
     """
-    batches = _batches(rows, batch_size, _context_length(model))
-    total = 0.0
+    batches, total = _batches(model, rows, batch_size), 0.0
     with _reading(model) as reader:
         for batch in batches:
-            reader.start(batch)
-            total += reader.loss(batch)
+            hidden = reader.hidden(batch)
+            for part in reader.parts(len(hidden)):
+                logits = reader.logits(hidden[part])
+                losses = F.cross_entropy(logits, batch.labels[part].to(logits.device), reduction="none")
+                total += float(losses.double().sum())
     return total / sum(len(batch.labels) for batch in batches)
 
 
@@ -78,7 +84,7 @@ class BaseDistributions:
     Args:
         batches: The rows, collated.
         hidden: Input of the output layer at the labelled positions of each batch, shape [positions, width].
-        head: A copy of the output layer, or None if the model's own stays as it is.
+        head: Forward of the base's output layer, or None if the model's own stays as it is.
 
     Attributes:
         positions: Number of positions.
@@ -92,7 +98,7 @@ class BaseDistributions:
         (14, 0.0)
     """
 
-    def __init__(self, batches: list["_Batch"], hidden: list[Tensor], head: nn.Module | None) -> None:
+    def __init__(self, batches: list["_Batch"], hidden: list[Tensor], head: Callable | None) -> None:
         self._batches, self._hidden, self._head = batches, hidden, head
         self.positions = sum(map(len, hidden))
 
@@ -114,16 +120,16 @@ class BaseDistributions:
         Raises:
             ValueError: As :func:`mean_loss`; or the output layer is trained and its weight is spread over ranks.
         """
-        batches = _batches(rows, batch_size, _context_length(model))
-        switch, hidden = base_switch(model), []
+        batches, switch = _batches(model, rows, batch_size), base_switch(model)
         with switch() if switch else contextlib.nullcontext():
             reshard_all(model)  # FSDP leaves the weights of the outermost module whole after a forward pass
             head = _copy_of_head(_causal_model(model).get_output_embeddings())
             with _reading(model) as reader:
-                for batch in batches:
-                    reader.start(batch)
-                    hidden.append(reader.hidden(batch.index).cpu())
-        head = None if head is not None and _is_unchanged(head, model) else head
+                hidden = [reader.hidden(batch).cpu() for batch in batches]
+        now = _causal_model(model).get_output_embeddings()
+        if head is not None and _is_frozen(now) and type(now).__module__.startswith("torch.nn"):
+            if torch.equal(now.weight, head.keywords["weight"]):  # no adapter changes it, and it will stay so
+                head = None
         return cls(batches, hidden, head)
 
     def kl(self, model: Any) -> float:
@@ -144,10 +150,10 @@ class BaseDistributions:
         total = 0.0
         with _reading(model) as reader:
             for batch, hidden in zip(self._batches, self._hidden):
-                reader.start(batch)
+                ours = reader.hidden(batch)
                 for part in reader.parts(len(hidden)):
-                    tuned = reader.logits(batch.index[part]).log_softmax(-1)
-                    base = reader.logits_of(hidden[part], self._head).log_softmax(-1).to(tuned.device)
+                    tuned = reader.logits(ours[part]).log_softmax(-1)
+                    base = reader.logits(hidden[part], self._head).log_softmax(-1).to(tuned.device)
                     total += float(divergences(base, tuned).double().sum())
         return total / self.positions
 
@@ -236,8 +242,9 @@ class _Batch:
     labels: Tensor  # [n] int64: the token that each of them predicts
 
 
-def _batches(rows: Iterable[Row], batch_size: int, longest: int | None) -> list[_Batch]:
+def _batches(model, rows: Iterable[Row], batch_size: int) -> list[_Batch]:
     """Make batches of rows of similar length. Raises ValueError for rows that can't be measured."""
+    longest = getattr(getattr(_causal_model(model), "config", None), "max_position_embeddings", None)
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     checked = [_checked(row, number, longest) for number, row in enumerate(rows)]
@@ -275,10 +282,6 @@ def _padded(rows: list[tuple[Tensor, Tensor]]) -> _Batch:
     return _Batch(ids, mask, index, predicted[index])
 
 
-def _context_length(model) -> int | None:
-    return getattr(getattr(_causal_model(model), "config", None), "max_position_embeddings", None)
-
-
 # ---- logits of some positions --------------------------------------------------------------------------
 
 
@@ -298,8 +301,8 @@ class _Reader:
     """Computes logits of chosen positions of a batch, a few at a time, with one run of the layers below the head.
 
     A hook gives the output layer the chosen positions in place of all. What the model does to its logits afterwards,
-    such as a cap, is done to them too. Each further part of a batch calls the model again, with the output of its body
-    from the first call.
+    such as a cap, is done to them too. Each part of a batch calls the model again, with the output of its body from the
+    first call.
     """
 
     def __init__(self, model) -> None:
@@ -310,73 +313,47 @@ class _Reader:
         self.device = inner.device if self.device.type == "meta" else self.device
         self._inputs: dict[str, Any] = {}
         self._body_output: Any = None
-        self._index: Tensor | None = None  # flat positions for the head
-        self._given: Tensor | None = None  # what the head gets in their place
+        self._given: Tensor | None = None  # what the head gets in place of its input
         self._seen: Tensor | None = None
 
-    def start(self, batch: _Batch) -> None:
-        """Begin with another batch."""
+    def hidden(self, batch: _Batch) -> Tensor:
+        """Run the body on a batch, and return the output layer's input at the labelled positions, [n, width]."""
         inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
         self._inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
-        self._body_output = None
+        self._body_output = self._given = None
+        self._run()
+        return self._seen.flatten(0, 1)[batch.index.to(self._seen.device)]
 
     def parts(self, count: int) -> Iterator[slice]:
         """Yield slices of `count` positions whose logits fit into LOGITS."""
         rows = max(1, LOGITS.get(self.device.type, LOGITS["cuda"]) // self.model.config.get_text_config().vocab_size)
         return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
-    def hidden(self, index: Tensor) -> Tensor:
-        """Return the output layer's input at flat positions, shape [n, width]. The layer itself gets one position."""
-        self.logits(index[:1])
-        return self._seen.flatten(0, 1)[index.to(self._seen.device)]
-
-    def loss(self, batch: _Batch) -> float:
-        """Return the sum of the cross entropy over the labels of the batch."""
-        total = 0.0
-        for part in self.parts(len(batch.labels)):
-            logits = self.logits(batch.index[part])
-            losses = F.cross_entropy(logits, batch.labels[part].to(logits.device), reduction="none")
-            total += float(losses.double().sum())
-        return total
-
-    def logits_of(self, hidden: Tensor, head: nn.Module | None) -> Tensor:
-        """Return the logits of another input of the output layer, shape [n, vocabulary], float32.
+    def logits(self, hidden: Tensor, head: Callable | None = None) -> Tensor:
+        """Return the logits of an input of the output layer, shape [n, vocabulary], float32.
 
         Args:
             hidden: The input, shape [n, width].
-            head: The output layer to use, or None for the model's own.
+            head: Forward of the output layer to use, or None for the model's own.
         """
         self._given = hidden
-        before = self.head.__dict__.get("forward")
-        try:
-            if head is not None:
-                self.head.forward = head.forward
-            return self.logits(torch.arange(len(hidden)))
-        finally:
-            self._given = None
-            self.head.__dict__.pop("forward", None)
-            if before is not None:
-                self.head.forward = before
-
-    def logits(self, index: Tensor) -> Tensor:
-        """Return the logits at flat positions, shape [n, vocabulary], float32."""
-        self._index = index
-        logits = self.model(**self._inputs, use_cache=False).logits
-        if logits.shape[:-1] != (1, len(index)):
+        with _with_forward(self.head, head) if head else contextlib.nullcontext():
+            logits = self._run()
+        if logits.shape[:-1] != (1, len(hidden)):
             raise ValueError(
-                f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} for {len(index)} "
+                f"{type(self.model).__name__} returned logits of shape {tuple(logits.shape)} for {len(hidden)} "
                 "positions of its output layer: its loss and its divergence can't be measured"
             )
         return logits[0].float()
+
+    def _run(self) -> Tensor:
+        return self.model(**self._inputs, use_cache=False).logits
 
     def before_head(self, module: nn.Module, inputs: tuple) -> tuple:
         """Hook of the output layer: replace its input [rows, length, width] by [1, n, width]."""
         length = self._inputs["input_ids"].shape[1]
         self._seen = inputs[0][:, -length:]  # virtual tokens of a prompt that PEFT has learned stand before
-        if self._given is not None:
-            chosen = self._given.to(self._seen.device)
-        else:
-            chosen = self._seen.flatten(0, 1)[self._index.to(self._seen.device)]
+        chosen = self._seen[0, :1] if self._given is None else self._given.to(self._seen.device)
         return (chosen[None], *inputs[1:])
 
     def once(self, forward: Callable) -> Callable:
@@ -391,64 +368,303 @@ class _Reader:
 
 
 @contextlib.contextmanager
+def _with_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Replace the forward of a module inside the context."""
+    before = module.__dict__.get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+        if before is not None:
+            module.forward = before
+
+
+@contextlib.contextmanager
 def _reading(model) -> Iterator[_Reader]:
     """Yield a reader of a model in evaluation mode without gradients. The model is restored afterwards."""
     reader = _Reader(model)
-    hook = reader.head.register_forward_pre_hook(reader.before_head)
-    body, before = reader.body, None if reader.body is None else reader.body.__dict__.get("forward")
+    hook, body = reader.head.register_forward_pre_hook(reader.before_head), reader.body
     try:
-        if body is not None:
-            body.forward = reader.once(body.forward)
-        with evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield reader
+        with _with_forward(body, reader.once(body.forward)) if body is not None else contextlib.nullcontext():
+            with evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+                yield reader
     finally:
         hook.remove()
-        if body is not None:
-            body.__dict__.pop("forward", None)
-        if before is not None:
-            body.forward = before
 
 
-# ---- the output layer of the base ----------------------------------------------------------------------
-
-HOOKS = [name for name in nn.Module().__dict__ if name.endswith("_hooks")]
-
-
-def _copy_of_head(head: nn.Module) -> nn.Module | None:
-    """Return a copy of the output layer as it is now, or None for one that can't change."""
-    weights, frozen = list(head.parameters()), _is_frozen(head)
-    if frozen and (any(map(is_sharded, weights)) or not all(weight.is_floating_point() for weight in weights)):
+def _copy_of_head(head: nn.Module) -> partial | None:
+    """Return the forward of the output layer with copies of its weights, or None for one that can't change."""
+    weights = list(head.parameters())
+    if _is_frozen(head) and any(is_sharded(weight) or not weight.is_floating_point() for weight in weights):
         return None
     if any(map(is_sharded, weights)):
         raise ValueError(
             "the output layer is trained and its weight is spread over ranks, so no copy of the base's is kept: "
             "measure the divergence on one rank, or don't train the output layer"
         )
-    with _without_hooks(head):
-        return copy.deepcopy(head).requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _without_hooks(head: nn.Module) -> Iterator[None]:
-    """Take away hooks and replaced forwards inside the context. A copy would copy what they refer to as well."""
-    before = [(module, dict(module.__dict__)) for module in head.modules()]
-    try:
-        for module, _ in before:
-            module.__dict__.update({name: OrderedDict() for name in HOOKS})
-            module.__dict__.pop("forward", None)
-        yield
-    finally:
-        for module, attributes in before:
-            module.__dict__.update(attributes)
-
-
-def _is_unchanged(base: nn.Module, model) -> bool:
-    """Whether the model's output layer, with adapters, is that of the base and will stay so."""
-    head = _causal_model(model).get_output_embeddings()
-    ours, theirs = base.state_dict(), head.state_dict()
-    plain = _is_frozen(head) and type(head).__module__.startswith("torch.nn")
-    return plain and ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    bias = getattr(head, "bias", None)
+    return partial(F.linear, weight=head.weight.detach().clone(), bias=None if bias is None else bias.detach().clone())
 
 
 def _is_frozen(head: nn.Module) -> bool:
     return not any(parameter.requires_grad for parameter in head.parameters())
+
+
+# ---- one measurement, and its rows ----------------------------------------------------------------------
+
+
+ROWS = 64  # rows of a measurement, if the user names no number
+
+
+@dataclass(frozen=True)
+class Drift:
+    """One measurement.
+
+    Attributes:
+        forgetting: Rise of the loss on other text over that of the base, in nats a token; None if it is not measured.
+        other_loss: The loss on other text, in nats a token.
+        base_kl: KL(base‖model) on the task's prompts, in nats a position; None if it is not measured.
+    """
+
+    forgetting: float | None = None
+    other_loss: float | None = None
+    base_kl: float | None = None
+
+    def to_dict(self) -> dict[str, float]:
+        """What was measured, by name."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
+
+    def __str__(self) -> str:
+        words = []
+        if self.forgetting is not None:
+            words.append(f"forgetting {self.forgetting:+.4f} (loss {self.other_loss:.4f} on other text)")
+        if self.base_kl is not None:
+            words.append(f"KL from the base {self.base_kl:.4f}")
+        return ", ".join(words)
+
+
+class DriftMeter:
+    """Measures a model against its base.
+
+    The base is measured when the object is made. Adapters are switched off for that; a model without adapters is its
+    own base, so make the object before it is trained.
+
+    Args:
+        model: A causal language model, as in :func:`s2ft.text.divergence.mean_loss`.
+        other: Token rows of other text, for the forgetting, or None.
+        prompts: Token rows whose labels are the positions of the divergence, see :func:`prompt_rows`, or None.
+        batch_size: Rows of a forward pass.
+
+    Attributes:
+        base_loss: The loss of the base on the other text, or None.
+        distributions: The base's distributions on the prompts, or None.
+
+    Raises:
+        ValueError: Neither kind of rows is given, or rows can't be measured.
+
+    Example:
+        >>> from s2ft.text.divergence import DriftMeter
+        >>> rows = [{"input_ids": ids.tolist(), "labels": ids.tolist()} for ids in input_ids]
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> meter = DriftMeter(model, other=rows, prompts=rows)
+        >>> meter.measure(model)
+        Drift(forgetting=0.0, other_loss=4..., base_kl=0.0)
+    """
+
+    def __init__(self, model: Any, *, other: Any = None, prompts: Any = None, batch_size: int = 8) -> None:
+        if other is None and prompts is None:
+            raise ValueError("nothing is measured: give other, prompts, or both")
+        self._other, self._batch_size = other, batch_size
+        self.base_loss: float | None = None
+        self.distributions: BaseDistributions | None = None
+        if other is not None:
+            switch = base_switch(model)
+            with switch() if switch else contextlib.nullcontext():
+                self.base_loss = mean_loss(model, other, batch_size)
+        if prompts is not None:
+            self.distributions = BaseDistributions.of(model, prompts, batch_size)
+
+    def measure(self, model: Any) -> Drift:
+        """Measure the model as it is now, with its active adapters.
+
+        Args:
+            model: The model.
+
+        Returns:
+            What was measured.
+        """
+        loss = None if self._other is None else mean_loss(model, self._other, self._batch_size)
+        rise = None if loss is None else loss - self.base_loss
+        return Drift(rise, loss, None if self.distributions is None else self.distributions.kl(model))
+
+
+# ---- rows ----------------------------------------------------------------------------------------------
+
+
+def drawn(count: int, most: int, seed: int) -> list[int]:
+    """Draw the numbers of rows, in their order.
+
+    Args:
+        count: Number of rows there are.
+        most: Number of rows to draw. If there are fewer, all are taken.
+        seed: Seed of the draw.
+    """
+    return sorted(random.Random(seed).sample(range(count), min(count, most)))
+
+
+def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
+    """Read data and draw rows.
+
+    Args:
+        options: Which data is read, and how.
+        most: Number of rows to draw.
+        seed: Seed of the draw.
+
+    Returns:
+        A Dataset, as :func:`s2ft.text.data.load_rows` returns it.
+
+    Raises:
+        ValueError: The data can't be read.
+    """
+    rows = load_rows(options)
+    return rows.select(drawn(len(rows), most, seed)) if len(rows) > most else rows
+
+
+def longest_other_row(model) -> int:
+    """Return the tokens of the longest row of other text: the context, but at most 1024, as in training."""
+    return min(context_length(model) or 1024, 1024)
+
+
+def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 0) -> list[dict[str, Any]]:
+    """Make token rows whose labels are all of their tokens.
+
+    Plain texts are taken as they are, and chats and answers in the tokenizer's chat template. A longer plain text is
+    cut into several rows, another one at its end.
+
+    Args:
+        rows: The rows, as :func:`read_texts` returns them.
+        tokenizer: The model's tokenizer.
+        longest: Longest token row.
+        most: Number of token rows to draw.
+        seed: Seed of the draw.
+
+    Returns:
+        Token rows.
+
+    Raises:
+        ValueError: No row has text.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.data import DataOptions
+        >>> from s2ft.text.divergence import read_texts, text_rows
+        >>> _ = Path("texts.jsonl").write_text('{"text": "ab"}')
+        >>> text_rows(read_texts(DataOptions(data=["texts.jsonl"])), ByT5Tokenizer(), longest=100)
+        [{'input_ids': [100, 101, 1], 'labels': [100, 101, 1]}]
+    """
+    prompt = prompt_for_rows(tokenizer, rows, DataOptions())
+    how = {"max_length": longest, "too_long": "cut", "loss_on": "all", "completion_only": False}
+    tokens = tokenize_rows(rows, tokenizer, prompt, **how).dataset
+    return some(tokens, most, seed)
+
+
+def some(rows: Any, most: int = ROWS, seed: int = 0) -> list:
+    """Draw rows.
+
+    Args:
+        rows: The rows.
+        most: Number of rows to draw.
+        seed: Seed of the draw.
+    """
+    return [rows[number] for number in drawn(len(rows), most, seed)]
+
+
+def prompt_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Make rows that measure the divergence on the prompts of token rows.
+
+    Args:
+        rows: Token rows. The prompt of a row ends before its first label. A row without a prompt, such as plain text,
+            is measured as a whole.
+
+    Returns:
+        Token rows whose labels are the tokens of the prompt and the first one of the answer.
+
+    Example:
+        >>> from s2ft.text.divergence import prompt_rows
+        >>> prompt_rows([{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}])
+        [{'input_ids': [5, 6, 7], 'labels': [-100, 6, 7]}]
+    """
+    found = []
+    for row in rows:
+        first = _first_label(row)
+        ids = list(row["input_ids"])[: first + 1 if first > 1 else None]
+        found.append({"input_ids": ids, "labels": [IGNORED, *ids[1:]]})
+    return found
+
+
+def prompts_of(rows: Iterable[Row]) -> list[list[int]]:
+    """Return the prompts of token rows, for :func:`answer_rows`. Rows without a prompt are left out.
+
+    Args:
+        rows: Token rows.
+
+    Raises:
+        ValueError: No row has a prompt.
+    """
+    found = [list(row["input_ids"])[: _first_label(row)] for row in rows if _first_label(row) > 1]
+    if not found:
+        raise ValueError("no row has a prompt that the base could answer: measure the divergence on the prompts' rows")
+    return found
+
+
+def _first_label(row) -> int:
+    """The first token with a label. Nothing stands before it if it is the second token, since the first has none."""
+    labels = list(row["labels"])
+    return next((place for place, label in enumerate(labels) if place and label != IGNORED), len(labels))
+
+
+def row_of_prompt(prompt: Sequence[int]) -> dict[str, Any]:
+    """Make a token row of a prompt that has no answer, for :func:`prompt_rows` and :func:`prompts_of`.
+
+    Args:
+        prompt: Token ids.
+
+    Returns:
+        The row. Its last token stands for the answer. It only marks the position that predicts it and is never read.
+
+    Example:
+        >>> from s2ft.text.divergence import row_of_prompt
+        >>> row_of_prompt([5, 6])
+        {'input_ids': [5, 6, 6], 'labels': [-100, -100, 6]}
+    """
+    return {"input_ids": [*prompt, prompt[-1]], "labels": [IGNORED] * len(prompt) + [prompt[-1]]}
+
+
+def answer_rows(
+    model, tokenizer, prompts: Sequence[Sequence[int]], max_new_tokens: int = 64, batch_size: int = 8
+) -> list[dict[str, Any]]:
+    """Let the base answer prompts greedily, and make rows whose labels are these answers.
+
+    On them, KL(base‖model) is the divergence of the two policies where the base goes, as RL's Razor measures it.
+
+    Args:
+        model: A causal language model. Its adapters are switched off.
+        tokenizer: The model's tokenizer.
+        prompts: Token ids of each prompt.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Prompts that are answered at once.
+
+    Returns:
+        Token rows, in the order of the prompts.
+    """
+    switch, ends = base_switch(model), end_ids(tokenizer, model.generation_config)
+    with switch() if switch else contextlib.nullcontext(), evaluation_mode(model), torch.no_grad():
+        with contiguous_head(model):
+            answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens)
+    rows = []
+    for prompt, answer in zip(prompts, answers):  # what follows the end token is padding
+        length = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))
+        rows.append({"input_ids": [*prompt, *answer[:length]], "labels": [IGNORED] * len(prompt) + answer[:length]})
+    return rows

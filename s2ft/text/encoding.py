@@ -16,13 +16,12 @@ import torch
 
 from s2ft.selection.batches import IGNORED
 from s2ft.text.data.loading import Problems
-from s2ft.text.examples import Example
-from s2ft.text.prompts import PromptFormat, encode_prompt
-from s2ft.text.templates import Rendered, TemplateError, begin_ids, render_chat, template_of
+from s2ft.text.prompts import PromptFormat
+from s2ft.text.templates import Rendered, TemplateError, begin_ids, in_common, render_chat, template_of
 from s2ft.text.tokens import encode_rendered
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -63,10 +62,10 @@ class Tokenized:
     """Token rows, or pairs of them, and what is known of them. Its text says so in one line.
 
     Attributes:
-        dataset: A datasets.Dataset or IterableDataset. Token rows have the columns input_ids and labels, lists of whole
+        dataset: A datasets.Dataset. Token rows have the columns input_ids and labels, lists of whole
             numbers. A label is -100 where the token has no loss. Pairs have the columns of TRL's DPOTrainer.
         summary: The number of rows and tokens, and where the loss falls.
-        outcomes: Number of rows by :class:`RowOutcome`. Empty for a stream.
+        outcomes: Number of rows by :class:`RowOutcome`.
 
     Example:
         >>> from s2ft.text.encoding import RowOutcome, Tokenized
@@ -187,7 +186,7 @@ def _has_loss(labels: Sequence[int]) -> bool:
 
 
 def tokenize_rows(
-    dataset: "Dataset | IterableDataset",
+    dataset: "Dataset",
     tokenizer: "PreTrainedTokenizerBase",
     prompt: PromptFormat,
     *,
@@ -230,17 +229,21 @@ def tokenize_rows(
         >>> print(tokenized)
         1 token row, 6 tokens; the loss falls on 2 of them (33.3%): all answers of the assistant
     """
-    from datasets import IterableDataset
-
     for name, value, choices in (("loss_on", loss_on, LOSS_ON), ("too_long", too_long or "cut", TOO_LONG)):
         if value not in choices:
             raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
     job = RowEncoder(tokenizer, prompt, max_length, too_long, loss_on, completion_only)
-    if isinstance(dataset, IterableDataset):
-        return _stream(dataset, job, skip_bad_rows)
     rows, outcomes = encoded_rows(dataset, job, ROW, skip_bad_rows, processes)
     if not len(rows):
-        raise ValueError(_nothing_left(len(dataset), max_length, outcomes))
+        reasons = {
+            RowOutcome.LONG_PROMPT: f"with a prompt of {max_length} tokens or more",
+            RowOutcome.LONG_ROW: "with a prompt and an answer that are longer together",
+            RowOutcome.BAD: "that the chat template can't render",
+        }
+        found = ", ".join(f"{outcomes[outcome]} {reason}" for outcome, reason in reasons.items() if outcomes[outcome])
+        raise ValueError(
+            f"none of {len(dataset)} rows fits: {found or 'all are empty'}; raise max_length, or give too_long='cut'"
+        )
     if outcomes[RowOutcome.OTHER_PROMPT]:
         logger.warning(
             "the chat template writes another prompt when an answer follows it, in %d of %d rows: the model is trained "
@@ -248,7 +251,10 @@ def tokenize_rows(
             outcomes[RowOutcome.OTHER_PROMPT],
             len(dataset),
         )
-    tokens, supervised = _token_counts(rows)
+    tokens = supervised = 0
+    for batch in rows.with_format("numpy").iter(ROWS):
+        tokens += sum(map(len, batch["labels"]))
+        supervised += sum(int((labels[1:] != IGNORED).sum()) for labels in batch["labels"])  # the first has no loss
     summary = (
         f"{len(rows):,} token row{'s' * (len(rows) != 1)}, {tokens:,} tokens; the loss falls on {supervised:,} of them "
         f"({supervised / max(1, tokens):.1%}): {LOSS_ON[loss_on]}"
@@ -271,14 +277,15 @@ def encoded_rows(
     Returns:
         The rows with the columns, and the number of rows of each outcome.
     """
-    from datasets import Features, Value
+    from datasets import Features, List, Value
 
+    token_lists = {name: List(Value("int32")) for name in columns}
     rows = dataset.map(
         job,
         batched=True,
         batch_size=ROWS,
         remove_columns=dataset.column_names,
-        features=Features({**_lists(columns), "outcome": Value("int8"), "problem": Value("string")}),
+        features=Features({**token_lists, "outcome": Value("int8"), "problem": Value("string")}),
         new_fingerprint=secrets.token_hex(8),  # later maps of datasets name their files by it
         num_proc=processes,
         desc="tokenizing",
@@ -291,82 +298,6 @@ def encoded_rows(
     kept = [number for number, outcome in enumerate(outcomes) if outcome <= RowOutcome.CUT]
     rows = rows.select_columns(list(columns))
     return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(RowOutcome, outcomes))
-
-
-def _lists(columns: Sequence[str]) -> dict[str, Any]:
-    from datasets import List, Value
-
-    return {name: List(Value("int32")) for name in columns}
-
-
-def _token_counts(rows) -> tuple[int, int]:
-    """Number of tokens, and of tokens with a loss. The first token of a row has none, since nothing predicts it."""
-    tokens = supervised = 0
-    for batch in rows.with_format("numpy").iter(ROWS):
-        for labels in batch["labels"]:
-            tokens += len(labels)
-            supervised += int((labels[1:] != IGNORED).sum())
-    return tokens, supervised
-
-
-def _nothing_left(of: int, max_length: int, outcomes: Mapping[RowOutcome, int]) -> str:
-    reasons = {
-        RowOutcome.LONG_PROMPT: f"with a prompt of {max_length} tokens or more",
-        RowOutcome.LONG_ROW: "with a prompt and an answer that are longer together",
-        RowOutcome.BAD: "that the chat template can't render",
-    }
-    found = ", ".join(f"{outcomes[outcome]} {reason}" for outcome, reason in reasons.items() if outcomes[outcome])
-    return f"none of {of} rows fits: {found or 'all are empty'}; raise max_length, or give too_long='cut'"
-
-
-def _stream(dataset: "IterableDataset", job: RowEncoder, skip_bad_rows: bool) -> Tokenized:
-    """Tokenize rows as they are read. Bad rows raise when they come."""
-    from datasets import Features
-
-    problems = Problems(skip_bad_rows, at_once=True)
-
-    def convert(batch: Mapping[str, list]) -> dict[str, list]:
-        found = rows_of(job(batch))
-        for row in found:
-            if row["problem"]:
-                problems.add(row["problem"])
-        return {name: [row[name] for row in found if row["input_ids"]] for name in ROW}
-
-    columns = dataset.column_names or list(next(iter(dataset)))
-    rows = dataset.map(
-        convert, batched=True, batch_size=ROWS // 10, remove_columns=columns, features=Features(_lists(ROW))
-    )
-    return Tokenized(rows, f"the rows are streamed; the loss falls on {LOSS_ON[job.loss_on]}")
-
-
-def encode_prompts(
-    tokenizer, examples: Sequence[Example], room: int, prompt: PromptFormat | None = None
-) -> list[list[int] | None]:
-    """Encode the prompts of examples, and log a warning with the number of prompts that are too long.
-
-    Args:
-        tokenizer: The model's tokenizer.
-        examples: The examples whose prompts are encoded.
-        room: Longest prompt in tokens.
-        prompt: The format of prompts. None uses the tokenizer's chat template.
-
-    Returns:
-        Token ids for each example, or None if its prompt is too long.
-
-    Raises:
-        ValueError: No prompt fits.
-    """
-    form = prompt or PromptFormat()
-    prompts = [encode_prompt(tokenizer, example.prompt_for(form), example.tools) for example in examples]
-    fitting = [prompt if len(prompt) <= room else None for prompt in prompts]
-    left_out = fitting.count(None)
-    if left_out == len(prompts):
-        raise ValueError(
-            f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context leaves for the prompt"
-        )
-    if left_out:
-        logger.warning("left out %d of %d rows: the prompt is longer than %d tokens", left_out, len(prompts), room)
-    return fitting
 
 
 def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) -> dict[str, torch.Tensor]:
@@ -397,3 +328,116 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) ->
         attention_mask[row, longest - len(ids) :] = 1
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
+
+
+# ---- pairs of answers -----------------------------------------------------------------------------------
+
+
+IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # the columns of TRL's DPOTrainer
+
+
+class TokenPair(NamedTuple):
+    """A pair of :func:`encode_pairs`. One that is left out has no tokens."""
+
+    prompt_ids: Sequence[int] = ()
+    chosen_ids: Sequence[int] = ()
+    rejected_ids: Sequence[int] = ()
+    outcome: RowOutcome = RowOutcome.KEPT
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class _PairEncoder:
+    """Turns normalised pairs into pairs of token rows."""
+
+    rows: RowEncoder
+
+    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
+        rows = rows_of(batch)
+        pairs = [
+            [self.rows.rendered({**row, "completion": row[answer]}) for answer in ("chosen", "rejected")]
+            for row in rows
+        ]
+        good = [one for pair in pairs for one in pair if isinstance(one, Rendered)]
+        encoded = iter(encode_rendered(self.rows.tokenizer, good))
+        found = []
+        for row, pair in zip(rows, pairs):
+            tokens = [next(encoded) for one in pair if isinstance(one, Rendered)]
+            wrong = [str(one) for one in pair if not isinstance(one, Rendered)]
+            found.append(TokenPair(outcome=RowOutcome.BAD, problem=wrong[0]) if wrong else self._fitted(row, *tokens))
+        return columns_of(TokenPair, found)
+
+    def _fitted(self, row: Mapping, *answers: tuple[list[int], list[int]]) -> TokenPair:
+        starts, rows = [], []
+        for ids, labels in answers:
+            trained = [place for place, label in enumerate(labels) if label != IGNORED]
+            starts.append(trained[0] if trained else len(ids))
+            rows.append(ids[: trained[-1] + 1] if trained else ids)
+        start = min(*starts, in_common(*rows))
+        longest, room = max(map(len, rows)), self.rows.max_length
+        if longest > room and (self.rows.too_long != "cut" or start >= room):
+            return TokenPair(outcome=RowOutcome.LONG_ROW)
+        if rows[0][start:] == rows[1][start:]:
+            return TokenPair(
+                outcome=RowOutcome.BAD, problem=f"{row['place']}: chosen and rejected have the same tokens"
+            )
+        outcome = RowOutcome.CUT if longest > room else RowOutcome.KEPT
+        return TokenPair(rows[0][:start], rows[0][start:], rows[1][start:], outcome)
+
+
+def encode_pairs(
+    dataset,
+    tokenizer,
+    prompt: PromptFormat,
+    *,
+    max_length: int,
+    too_long: str | None = None,
+    skip_bad_rows: bool = False,
+    processes: int | None = None,
+) -> Tokenized:
+    """Convert normalised pairs to pairs of token rows.
+
+    Args:
+        dataset: The rows, with the columns of :data:`s2ft.text.data.preferences.PAIRS`.
+        tokenizer: The model's tokenizer.
+        prompt: The format of prompts.
+        max_length: Longest prompt with an answer.
+        too_long: What happens to a longer pair: "leave_out" or "cut". None leaves it out. An answer is cut at its end.
+        skip_bad_rows: Leave out pairs that the chat template cannot render. Otherwise they are an error.
+        processes: Number of processes. None uses this one.
+
+    Returns:
+        The pairs and their numbers.
+
+    Raises:
+        ValueError: The template cannot render a pair, no pair is left, or an argument is not among its choices.
+
+    Example:
+        >>> from datasets import Dataset
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.encoding import encode_pairs
+        >>> from s2ft.text.prompts import PromptFormat, pad_id
+        >>> rows = Dataset.from_list([{"prompt": "2+3=", "chosen": "5", "rejected": "6", "tools": None, "place": "a"}])
+        >>> encode_pairs(rows, ByT5Tokenizer(), PromptFormat("text"), max_length=20).dataset[0]
+        {'prompt_ids': [53, 46, 54, 64], 'chosen_ids': [56, 1], 'rejected_ids': [57, 1]}
+    """
+    if too_long not in (None, *TOO_LONG):
+        raise ValueError(f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
+    job = _PairEncoder(RowEncoder(tokenizer, prompt, max_length, too_long))
+    rows, outcomes = encoded_rows(dataset, job, IDS, skip_bad_rows, processes)
+    if not len(rows):
+        raise ValueError(
+            f"none of {len(dataset)} pairs can be used: {outcomes[RowOutcome.LONG_ROW]} are longer than max_length "
+            f"{max_length}, {outcomes[RowOutcome.BAD]} are wrong; raise max_length, or shorten the data"
+        )
+    means = (f"{sum(map(len, rows[name])) / len(rows):,.0f}" for name in IDS)
+    summary = "{}: {} tokens of prompt, {} of the chosen answer and {} of the rejected one in the mean".format(
+        f"{len(rows):,} pair{'s' * (len(rows) != 1)}", *means
+    )
+    return Tokenized(rows, summary, outcomes)
+
+
+def token_row(pair: Mapping[str, list[int]], answer: str) -> dict[str, list[int]]:
+    """Return the prompt of a pair with one of its answers, "chosen_ids" or "rejected_ids", as a token row."""
+    prompt, ids = pair["prompt_ids"], pair[answer]
+    return {"input_ids": [*prompt, *ids], "labels": [IGNORED] * len(prompt) + list(ids)}

@@ -3,15 +3,124 @@
 The accuracy is that of generated answers. Teacher forcing would overstate it.
 """
 
+import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from s2ft.text.encoding import context_length, encode_prompts
-from s2ft.text.examples import Example
+from s2ft.text.data import DataOptions, load_rows
+from s2ft.text.data.forms import check_unicode as check_unicode
+from s2ft.text.encoding import context_length
 from s2ft.text.generation import generate
-from s2ft.text.prompts import PromptFormat
+from s2ft.text.prompts import PromptFormat, encode_prompt
 from s2ft.text.scoring import is_right, right_answer
+from s2ft.text.templates import plain_text
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Example:
+    """A prompt and the answer to it.
+
+    Attributes:
+        conversation: Messages with the keys "role" and "content", of which the last one is not the assistant's. Or a
+            text.
+        output: The answer of the data.
+        answer: The short answer that is scored. None takes it from `output`.
+        tools: Schemas of the tools that the assistant can call, or None.
+    """
+
+    conversation: tuple[dict[str, Any], ...] | str
+    output: str
+    answer: str | None = None
+    tools: list | None = None
+
+    @property
+    def question(self) -> str:
+        """The last message before the answer, or the text."""
+        return self.conversation if isinstance(self.conversation, str) else plain_text(self.conversation[-1])
+
+    def prompt_for(self, prompt: PromptFormat) -> list[dict[str, Any]] | str:
+        """Return what :func:`s2ft.text.prompts.encode_prompt` encodes.
+
+        Args:
+            prompt: The format of prompts. In form "chat" a text becomes a message of the user.
+        """
+        if isinstance(self.conversation, str):
+            if prompt.form == "text":
+                return self.conversation
+            return prompt.conversation([{"role": "user", "content": self.conversation}])
+        return prompt.conversation(self.conversation)
+
+
+def examples_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
+    """Convert normalised rows to examples. The last answer of a chat is the output.
+
+    Args:
+        rows: Rows as :func:`s2ft.text.data.load_rows` returns them.
+
+    Raises:
+        ValueError: A row has neither a question nor a prompt.
+    """
+    for row in rows:
+        scored = (row.get("answer"), row.get("tools"))
+        if row.get("text") is not None:
+            raise ValueError(f"{row.get('place', 'a row')}: a row with only 'text' has no question to answer")
+        if isinstance(row.get("prompt"), str):
+            yield Example(row["prompt"], row["completion"], *scored)
+            continue
+        messages = row.get("messages") or [*row["prompt"], *row["completion"]]
+        yield Example(tuple(messages[:-1]), plain_text(messages[-1]), *scored)
+
+
+def read_examples(data: DataOptions | str | Iterable[str], limit: int | None = None) -> list[Example]:
+    """Read examples from files or data sets.
+
+    Args:
+        data: The options of the data, or the name of a file or of several.
+        limit: Read the first rows only.
+
+    Returns:
+        The examples in the order of the rows.
+
+    Raises:
+        FileNotFoundError: A file does not exist.
+        ValueError: A row cannot be used. The message names the file, the row or line, and the problem.
+
+    Example:
+        >>> from pathlib import Path
+        >>> _ = Path("data.jsonl").write_text('{"instruction": "2+3=", "output": "The answer is 5."}')
+        >>> (example,) = s2ft.text.evaluation.read_examples("data.jsonl")
+        >>> example.question, example.output
+        ('2+3=', 'The answer is 5.')
+    """
+    if not isinstance(data, DataOptions):
+        data = DataOptions(data=[data] if isinstance(data, str) else [str(file) for file in data])
+    return list(examples_of(load_rows(data, limit=limit, scored=True)))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Rows for the evaluation loss and, with a task, examples for the accuracy.
+
+    Attributes:
+        rows: Token rows whose loss is computed, a Dataset with the columns input_ids and labels.
+        examples: The same data as examples. They are answered only if `task` is set.
+        task: "arithmetic", "commonsense", or None for the loss alone.
+        batch_size: Number of prompts that are generated at once.
+        max_new_tokens: Longest answer in tokens.
+    """
+
+    rows: Any
+    examples: Sequence[Example] = ()
+    task: str | None = None
+    batch_size: int = 32
+    max_new_tokens: int = 256
+
+
+# ---- scores ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -74,6 +183,36 @@ class Evaluation:
         return text + (f"; {self.left_out} rows left out as too long" if self.left_out else "")
 
 
+def encode_prompts(
+    tokenizer, examples: Sequence[Example], room: int, prompt: PromptFormat | None = None
+) -> list[list[int] | None]:
+    """Encode the prompts of examples, and log a warning with the number of prompts that are too long.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        examples: The examples whose prompts are encoded.
+        room: Longest prompt in tokens.
+        prompt: The format of prompts. None uses the tokenizer's chat template.
+
+    Returns:
+        Token ids for each example, or None if its prompt is too long.
+
+    Raises:
+        ValueError: No prompt fits.
+    """
+    form = prompt or PromptFormat()
+    prompts = [encode_prompt(tokenizer, example.prompt_for(form), example.tools) for example in examples]
+    fitting = [prompt if len(prompt) <= room else None for prompt in prompts]
+    left_out = fitting.count(None)
+    if left_out == len(prompts):
+        raise ValueError(
+            f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context leaves for the prompt"
+        )
+    if left_out:
+        logger.warning("left out %d of %d rows: the prompt is longer than %d tokens", left_out, len(prompts), room)
+    return fitting
+
+
 def evaluate(
     model,
     tokenizer,
@@ -90,7 +229,7 @@ def evaluate(
     Args:
         model: A causal language model, with or without an attached adapter.
         tokenizer: The model's tokenizer.
-        examples: The examples, as :func:`s2ft.text.examples.read_examples` returns them.
+        examples: The examples, as :func:`s2ft.text.evaluation.read_examples` returns them.
         task: "arithmetic" compares the last number of the answer, "commonsense" its first answer word.
         batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens. A longer one is cut and scored.
@@ -107,7 +246,7 @@ def evaluate(
     Example:
         >>> from transformers import ByT5Tokenizer
         >>> from s2ft.text.evaluation import evaluate
-        >>> from s2ft.text.examples import Example
+        >>> from s2ft.text.evaluation import Example
         >>> tokenizer = ByT5Tokenizer(chat_template="{{ messages[0]['content'] }}")
         >>> examples = [Example(({"role": "user", "content": "2+3="},), output="5")]
         >>> print(evaluate(model, tokenizer, examples, "arithmetic", max_new_tokens=4))

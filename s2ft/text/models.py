@@ -61,6 +61,8 @@ def load_model(
         >>> loaded.dtype, loaded.config._attn_implementation, tokenizer("5")["input_ids"]
         (torch.bfloat16, 'eager', [56, 1])
     """
+    import transformers
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, options = locate(name)
@@ -73,12 +75,18 @@ def load_model(
     options = {**options, **_remote(revision, trust_remote_code)}
     _check_hub(name, source, options.get("revision"))
     tokenizer = _tokenizer(name, source, options)
-    wanted = {**options, **(_unpacked() if is_gguf else {}), "dtype": dtype, **model_options}
+    if is_gguf:  # plain weights, where transformers would keep GGUF blocks if it has kernels for them
+        kind = getattr(transformers, "GgufConfig", None)  # transformers 5.0 always unpacks
+        quantization = kind and kind(dequantize=True)
+    wanted = {**options, "dtype": dtype, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
     model = _from_pretrained(_auto_class(name, source, options, is_gguf), MODEL, name, source, wanted)
     if is_gguf:
-        _forget_packing(model)
+        for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
+            model.__dict__.pop(attribute, None)
+        if hasattr(model.config, "quantization_config"):
+            del model.config.quantization_config
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
 
@@ -305,20 +313,3 @@ def _from_pretrained(kind, what: str, name: str, source: str, options: dict):
             first = "it brings Python code along, which runs only with trust_remote_code (--trust-remote-code)"
         where = "" if Path(source).exists() else " (no such folder here, so it was looked for on the hub)"
         raise ValueError(f"can't load {what} from {name}{where}: {first}") from error
-
-
-def _unpacked() -> dict:
-    """Options for plain weights. Otherwise transformers keeps GGUF blocks if it has kernels for them."""
-    try:
-        from transformers import GgufConfig
-    except ImportError:  # transformers 5.0 always unpacks
-        return {}
-    return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _forget_packing(model) -> None:
-    """Remove the marks of quantization from a model whose weights are plain now, and so from its checkpoints."""
-    for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):
-        model.__dict__.pop(attribute, None)
-    if hasattr(model.config, "quantization_config"):
-        del model.config.quantization_config

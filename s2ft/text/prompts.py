@@ -22,7 +22,7 @@ from s2ft.text.templates import (
 from s2ft.text.tokens import encode_rendered
 
 if TYPE_CHECKING:
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
     from transformers import PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
@@ -161,9 +161,7 @@ def prompt_format(
     return PromptFormat("chat", template, system)
 
 
-def prompt_for_rows(
-    tokenizer: "PreTrainedTokenizerBase", rows: "Dataset | IterableDataset", options: DataOptions
-) -> PromptFormat:
+def prompt_for_rows(tokenizer: "PreTrainedTokenizerBase", rows: "Dataset", options: DataOptions) -> PromptFormat:
     """Choose the format of prompts for rows of data.
 
     Args:

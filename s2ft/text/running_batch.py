@@ -6,6 +6,7 @@ again, and sequences can join or leave between two steps.
 """
 
 import inspect
+import secrets
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Generic, TypeVar
@@ -13,10 +14,17 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import DynamicCache
+from transformers import (
+    DynamicCache,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from s2ft.text.encoding import left_pad
-from s2ft.text.output_head import contiguous_head
+from s2ft.text.generation import contiguous_head
 
 
 class Row:
@@ -24,7 +32,7 @@ class Row:
 
     Attributes:
         prompt: Token ids of the prompt.
-        sampler: The :class:`~s2ft.text.sampling.Sampler` that chooses the tokens.
+        sampler: The :class:`~s2ft.text.running_batch.Sampler` that chooses the tokens.
         adapter: Name of the adapter in the bank. None is the base.
         tokens: The generated tokens.
         failed: Why the sequence cannot continue, or None.
@@ -49,7 +57,7 @@ class RunningBatch(Generic[R]):
 
     Example:
         >>> from s2ft.text.running_batch import Row, RunningBatch
-        >>> from s2ft.text.sampling import Sampler
+        >>> from s2ft.text.running_batch import Sampler
         >>> batch, row = RunningBatch(model.eval()), Row([5, 6, 7], Sampler())
         >>> batch.admit([row])
         >>> batch.step()
@@ -104,7 +112,7 @@ class RunningBatch(Generic[R]):
 
         Example:
             >>> from s2ft.text.running_batch import Row, RunningBatch
-            >>> from s2ft.text.sampling import Sampler
+            >>> from s2ft.text.running_batch import Sampler
             >>> batch, first = RunningBatch(model.eval()), Row([5, 6, 7], Sampler())
             >>> batch.replace(first)
             >>> batch.replace(Row([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
@@ -228,3 +236,178 @@ def rows_interact(config) -> bool:
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
     return any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
+
+
+# ---- tokens to text -------------------------------------------------------------------------------------
+
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+WINDOW = 16  # approximate number of tokens that are decoded again for each new token
+CONTEXT = 4  # tokens kept before a new one, since some tokenizers omit the space of a first token
+
+
+class Detokenizer:
+    """Decodes a growing sequence of tokens. A character of several tokens is returned when it is complete.
+
+    Args:
+        tokenizer: The model's tokenizer.
+    """
+
+    def __init__(self, tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._window: list[int] = []
+        self._sent = 0  # characters of the window's text that were returned
+
+    def push(self, token: int) -> str:
+        """Return the text that a token adds. It is empty if the token ends inside a character."""
+        self._window.append(token)
+        text = self._decode()
+        complete = len(text)
+        while complete > max(0, len(text) - 3) and text[complete - 1] == BROKEN:  # the next token may complete it
+            complete -= 1
+        new = text[self._sent : complete]
+        self._sent = max(self._sent, complete)
+        if complete == len(text) and len(self._window) > WINDOW:
+            self._window = self._window[-CONTEXT:]
+            self._sent = len(self._decode())
+        return new
+
+    def flush(self) -> str:
+        """Return the rest of the text, with a replacement character for an incomplete one."""
+        text = self._decode()
+        new, self._sent = text[self._sent :], len(text)
+        return new
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+
+class TextStream:
+    """Text up to the first stop string. Text that may become part of a stop string is held back.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop: Strings that end the text. They are not returned.
+
+    Attributes:
+        stopped: Whether a stop string was found.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()) -> None:
+        self._detokenizer, self._stop = Detokenizer(tokenizer), tuple(stop)
+        self._held = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Return the text that can be shown after a token."""
+        return self._pass_on(self._detokenizer.push(token))
+
+    def flush(self) -> str:
+        """Return the text that was held back, after the last token."""
+        if self.stopped:
+            return ""
+        text = self._pass_on(self._detokenizer.flush())
+        if not self.stopped:
+            text, self._held = text + self._held, ""
+        return text
+
+    def _pass_on(self, text: str) -> str:
+        text = self._held + text
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest beginning of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ---- the next token -------------------------------------------------------------------------------------
+
+
+GREEDY = 1e-5  # a lower temperature would overflow and choose the likeliest token anyway
+
+
+class Sampler:
+    """Draws the tokens of one sequence with its own generator, so that a seed gives the same tokens in any batch.
+
+    The logits are changed by the repetition penalty, then by the temperature. Then `top_k`, `top_p` and `min_p` leave
+    out tokens, in this order.
+
+    Args:
+        temperature: Divisor of the logits. 0 always chooses the likeliest token.
+        top_p: Draw among the likeliest tokens whose probabilities sum up to this value, from 0 to 1.
+        seed: Seed of the generator. None draws a new seed.
+        top_k: Draw among so many likeliest tokens. 0 is all.
+        min_p: Leave out tokens whose probability is below this share of the likeliest token's, from 0 to 1.
+        repetition_penalty: Logits of tokens in the prompt or the answer are divided by this value if they are
+            positive, and multiplied by it otherwise. 1 changes nothing.
+
+    Attributes:
+        greedy: Whether the likeliest token is chosen.
+        plain: Whether the logits are used as they are.
+
+    Example:
+        >>> logits = model(input_ids).logits[0, -1]
+        >>> from s2ft.text.running_batch import Sampler
+        >>> Sampler().choose(logits) == int(logits.argmax())
+        True
+        >>> Sampler(1.0, seed=3).choose(logits) == Sampler(1.0, seed=3).choose(logits)
+        True
+        >>> best = int(logits.argmax())
+        >>> Sampler(repetition_penalty=100.0).choose(logits, tokens=[best]) == best
+        False
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> None:
+        self.greedy, self.plain = temperature < GREEDY, repetition_penalty == 1
+        self._penalty = None if self.plain else RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
+        self._generator, self._warpers = None, []
+        if not self.greedy:
+            self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+            self._warpers = [TemperatureLogitsWarper(float(temperature))]
+            self._warpers += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+            self._warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+            self._warpers += [MinPLogitsWarper(min_p)] if min_p > 0 else []
+
+    def choose(self, logits: Tensor, tokens: Sequence[int] = (), prompt: Sequence[int] = ()) -> int:
+        """Choose a token.
+
+        The token is found by inverting the distribution function with one random number. Logits that differ only by
+        rounding give the same token, unless the number is next to a border between two tokens.
+
+        Args:
+            logits: Logits of the next token, shape [vocabulary].
+            tokens: The tokens of the answer so far, for the repetition penalty.
+            prompt: The tokens of the prompt, for it too.
+
+        Returns:
+            The token id.
+        """
+        if self.greedy and self.plain:
+            return int(logits.argmax())
+        scores, seen = logits.detach().cpu().double()[None], torch.tensor([[*prompt, *tokens]], dtype=torch.int64)
+        if self._penalty is not None and seen.numel():
+            scores = self._penalty(seen, scores)
+        if self.greedy:
+            return int(scores.argmax())
+        for warper in self._warpers:
+            scores = warper(seen, scores)
+        up_to = scores[0].softmax(0).cumsum(0)
+        drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * up_to[-1]
+        last = int(torch.searchsorted(up_to, up_to[-1]))  # the last token that was not left out
+        return min(int(torch.searchsorted(up_to, drawn, right=True)), last)

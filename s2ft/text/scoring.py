@@ -4,10 +4,7 @@ A right answer that is a letter from A to E is compared with the last such lette
 """
 
 import re
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:  # examples import PyTorch, and the commands need only TASKS for their help
-    from s2ft.text.examples import Example
+from typing import Any
 
 TASKS = ("arithmetic", "commonsense")  # tasks whose generated answers can be scored
 TOLERANCE = 1e-3
@@ -49,17 +46,18 @@ def first_word(text: str, answer: str) -> str | None:
     return found.group() if found else None
 
 
-def right_answer(example: "Example", task: str) -> str:
+def right_answer(example: Any, task: str) -> str:
     """Return the answer that an example is scored against.
 
     Args:
-        example: The example. Its `answer` is used, or the answer in its `output` if it has no `answer`.
+        example: The :class:`~s2ft.text.evaluation.Example`. Its `answer` is used, or the answer in its `output`.
         task: "arithmetic" or "commonsense".
 
     Raises:
         ValueError: The task is unknown, or the example has no answer that the task can score.
     """
-    check_task(task)
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
     if task == "arithmetic":
         source = example.output if example.answer is None else example.answer
         if example.answer is not None and LETTERS.fullmatch(source.strip()):
@@ -77,12 +75,6 @@ def right_answer(example: "Example", task: str) -> str:
     return found.group()
 
 
-def check_task(task: str) -> None:
-    """Raise ValueError if there is no such task."""
-    if task not in TASKS:
-        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
-
-
 def is_right(text: str, answer: str, task: str) -> bool:
     """Whether generated text contains the right answer.
 
@@ -90,11 +82,7 @@ def is_right(text: str, answer: str, task: str) -> bool:
         text: The generated text.
         answer: The right answer, as :func:`right_answer` returns it.
         task: "arithmetic" or "commonsense".
-
-    Raises:
-        ValueError: The task is unknown.
     """
-    check_task(task)
     if task == "commonsense":
         return first_word(text, answer) == answer
     if LETTERS.fullmatch(answer):

@@ -14,7 +14,7 @@ from s2ft.sync.trl import SLEEP
 DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth of the run
 POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps")
 FINITE = ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
-          "adam_epsilon", "label_smoothing_factor")  # fmt: skip
+          "adam_epsilon")  # fmt: skip
 DICTIONARIES = ("model_init_kwargs", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 # Arguments that cannot work, with the reason and the way out.
 REFUSED = {
@@ -24,6 +24,8 @@ REFUSED = {
     "optim_target_modules": "it is for optimizers that work on the gradients of whole weights, which s2ft does not "
     "train",
     "save_only_model": "a checkpoint without the optimizer cannot be resumed exactly; the adapter is saved in any case",
+    "label_smoothing_factor": "the cross entropy of s2ft sft has none, and TRL will drop it too; s2ft dpo has "
+    "label_smoothing",
     "include_for_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
     "batch_eval_metrics": "the metrics of a run are the loss and, with eval_task, the accuracy",
     "do_predict": "s2ft eval scores answers of a trained model",
@@ -37,13 +39,8 @@ REFUSED_BY_GRPO = {
     "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the answers "
     "are generated in batches by model.generate",
     "sync_ref_model": NO_SYNC,
-    "label_smoothing_factor": "it is for the cross entropy of s2ft sft",
 }
-REFUSED_BY_DPO = {
-    "sync_ref_model": NO_SYNC,
-    "label_smoothing_factor": "it is for the cross entropy of s2ft sft; the losses of preferences have label_smoothing",
-    "padding_free": "TRL's DPOTrainer does not do it at present",
-}
+REFUSED_BY_DPO = {"sync_ref_model": NO_SYNC, "padding_free": "TRL's DPOTrainer does not do it at present"}
 
 
 @dataclass
@@ -238,14 +235,6 @@ class GRPOArguments(RunArguments, GRPOConfig):
         "counts, weighted by --reward-weights",
         metavar="REWARD",
     )
-    vllm_transport: str = field(
-        default="auto",
-        metadata={
-            "help": "how a vLLM server gets the trained slices after each update: file (a server on this machine) "
-            "or http",
-            "choices": ["auto", "file", "http"],
-        },
-    )
     vllm_take_over: bool = field(
         default=False, metadata={"help": "take the vLLM server from another run that has died while it used the server"}
     )
@@ -323,10 +312,6 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, name, None)
         if value is not None and value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    if not 0 <= arguments.label_smoothing_factor < 1:
-        raise ValueError(
-            f"label_smoothing_factor must be at least 0 and below 1, got {arguments.label_smoothing_factor}"
-        )
     for one in fields(arguments):
         value = getattr(arguments, one.name)
         if isinstance(value, int) and not isinstance(value, bool) and value > LARGEST:

@@ -53,7 +53,7 @@ class Batching:
         """Shuffle and pack the rows if the arguments say so.
 
         Args:
-            rows: The token rows, a Dataset or an IterableDataset.
+            rows: The token rows, a Dataset.
             arguments: The SFTArguments of the run.
 
         Returns:
@@ -66,47 +66,17 @@ class Batching:
             if arguments.shuffle_dataset:
                 rows = rows.shuffle(seed=arguments.seed)
             rows = pack_dataset(rows, arguments.max_length, arguments.packing_strategy)
-        rows = rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
-        return rows if hasattr(rows, "__len__") else endless(rows)
+        return rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows
 
-    def line(self, rows: int | None, packs: int | None) -> str:
+    def line(self, rows: int, packs: int) -> str:
         """Return one line about the batches.
 
         Args:
-            rows: Number of rows, or None if it is not known.
-            packs: Number of packs, or None if it is not known.
+            rows: Number of rows.
+            packs: Number of packs.
         """
-        found = f"{rows:,} rows in {packs:,} packs, " if self.packed and rows and packs else ""
+        found = f"{rows:,} rows in {packs:,} packs, " if self.packed else ""
         return f"batches: {found}{self.why}"
-
-
-def endless(rows):
-    """Return a stream that begins again at its end, in another order if the rows are shuffled.
-
-    To a Trainer it is one long epoch, so that a resumed run skips exactly the rows that were trained on.
-
-    Args:
-        rows: An IterableDataset.
-
-    Returns:
-        An IterableDataset with the columns input_ids and labels, and seq_lengths if the rows are packed.
-    """
-    from datasets import IterableDataset
-    from datasets.iterable_dataset import ExamplesIterable
-
-    return IterableDataset(ExamplesIterable(_repeat, {"rows": rows}))
-
-
-def _repeat(rows) -> Iterator[tuple[int, dict]]:
-    number = 0
-    for epoch in itertools.count():
-        rows.set_epoch(epoch)
-        before = number
-        for row in rows:
-            yield number, row
-            number += 1
-        if number == before:
-            raise ValueError("the streamed data has no row")
 
 
 def choose_batching(
@@ -117,7 +87,7 @@ def choose_batching(
     Args:
         model: The model. It is run on two short rows if rows may be packed.
         pad: The token id to pad with.
-        rows: The token rows, a Dataset or an IterableDataset.
+        rows: The token rows, a Dataset.
         arguments: The SFTArguments. `packing` None and the default `train_sampling_strategy` leave the choice to this
             function.
         all_logits: Whether batches have labels for all positions, which TRL's own loss needs.
@@ -128,13 +98,11 @@ def choose_batching(
     """
     multiple = arguments.pad_to_multiple_of if isinstance(arguments.pad_to_multiple_of, int) else 1
     by_length, varlen = arguments.train_sampling_strategy == BY_LENGTH, has_varlen_attention(model)
-    sized, keep = hasattr(rows, "__len__"), takes(model, "logits_to_keep") and not all_logits
+    keep = takes(model, "logits_to_keep") and not all_logits
     devices = devices_of(arguments)
     if devices.splits_rows:
         collator = SplitCollator(pad, math.lcm(multiple, 2 * devices.context))
-        return Batching(
-            collator, False, sized and by_length, f"padded, each row divided among {devices.context} devices"
-        )
+        return Batching(collator, False, by_length, f"padded, each row divided among {devices.context} devices")
     asked = "packing" if arguments.packing else "padding_free" if arguments.padding_free else ""
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
@@ -145,14 +113,13 @@ def choose_batching(
     if arguments.packing:
         return Batching(packed, True, False, f"packed to at most {arguments.max_length:,} tokens")
     if reason == "":
-        return Batching(packed, False, sized and by_length, f"without padding, {_attention(model)} keeps rows apart")
+        return Batching(packed, False, by_length, f"without padding, {_attention(model)} keeps rows apart")
     if reason:
         because = f" ({_attention(model)} would mix up rows without padding: {reason})"
     padded = TokenCollator(pad, keep, multiple)
-    if by_length and sized:
+    if by_length:
         return Batching(padded, False, True, f"padded, rows of similar length{because}")
-    order = f"{arguments.train_sampling_strategy} order" if sized else "the order of the stream"
-    return Batching(padded, False, False, f"padded, rows in {order}{because}")
+    return Batching(padded, False, False, f"padded, rows in {arguments.train_sampling_strategy} order{because}")
 
 
 def takes(model: nn.Module, name: str) -> bool:
@@ -264,7 +231,7 @@ def short_row(rows) -> Mapping[str, Sequence[int]]:
     """Return the shortest of the first token rows. A trial of the model on it takes the least time.
 
     Args:
-        rows: Token rows, also a stream of them.
+        rows: Token rows.
     """
     return min(itertools.islice(rows, AMONG), key=lambda row: len(row["input_ids"]))
 

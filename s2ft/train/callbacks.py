@@ -2,13 +2,11 @@
 
 import json
 import logging
-import sys
 import time
 from datetime import timedelta
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.trainer_callback import ProgressCallback
 
 from s2ft.files.writing import replace_file
 from s2ft.train.output import read_log
@@ -22,8 +20,8 @@ SHOWN = {"accuracy": "accuracy {:.1%}", "reward": "reward {:.3f}", "rewards/accu
          "forgetting": "forgetting {:+.4f}", "base_kl": "KL from the base {:.4f}"}  # fmt: skip
 
 
-class JsonlLog(ProgressCallback):
-    """Writes log.jsonl on the first rank, and shows the progress: transformers' bar in a terminal, elsewhere lines.
+class JsonlLog(TrainerCallback):
+    """Writes log.jsonl on the first rank, and shows the progress in lines.
 
     The line of a logged step has step, epoch, loss, learning_rate, grad_norm and tokens_per_second. The line of an
     evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. Both have the rewards of DPO and
@@ -36,28 +34,16 @@ class JsonlLog(ProgressCallback):
     """
 
     def __init__(self, path: Path, shows: bool = False) -> None:
-        super().__init__()
-        self.path, self.shows, self.has_bar = path, shows, shows and sys.stderr.isatty()
+        self.path, self.shows = path, shows
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.seen = state.global_step, state.num_input_tokens_seen
         self.begin = self.clock = time.perf_counter()
-        if self.has_bar:
-            super().on_train_begin(args, state, control, **kwargs)
         if state.is_world_process_zero:
             kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
             replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
 
-    def on_step_end(self, args, state, control, **kwargs):
-        if self.has_bar:
-            super().on_step_end(args, state, control, **kwargs)
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if self.has_bar:
-            super().on_prediction_step(args, state, control, **kwargs)
-
     def on_evaluate(self, args, state, control, **kwargs):
-        super().on_evaluate(args, state, control, **kwargs)
         self.clock = time.perf_counter()  # the evaluation does not count in the tokens per second
 
     def on_log(self, args, state, control, logs=None, **kwargs):
@@ -77,9 +63,6 @@ class JsonlLog(ProgressCallback):
         self.seen, self.clock = seen, now
         values = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
         self._write(state, {**values, "tokens_per_second": round(speed, 1)}, logs, "")
-        if self.training_bar is not None:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.4f}{_shown(logs)}, lr {logs['learning_rate']:.2e}")
-            return
         each = (now - self.begin) / max(1, state.global_step - self.first)
         self._say(
             f"step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
@@ -94,19 +77,8 @@ class JsonlLog(ProgressCallback):
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **values, **more}) + "\n")
 
     def _say(self, line: str) -> None:
-        if self.training_bar is not None:
-            self.training_bar.write(line, file=sys.stderr)
-        elif self.shows:
+        if self.shows:
             logger.info(line)
-
-    def on_train_end(self, args, state, control, **kwargs):
-        self.close()
-
-    def close(self) -> None:
-        """Close the bar. After an error in the training, its message then begins a new line."""
-        if self.training_bar is not None:
-            self.training_bar.close()
-            self.training_bar = None
 
 
 class EvaluateAfterSaving(TrainerCallback):

@@ -9,17 +9,18 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.utils.benchmark import Timer
 
 import s2ft
 from s2ft.adapter import add_info
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.encoding import tokenize_rows
-from s2ft.text.evaluation import Evaluation, evaluate
-from s2ft.text.examples import Example
+from s2ft.text.evaluation import Evaluation, Example, evaluate
 from s2ft.text.models import load_model
 from s2ft.text.prompts import PromptFormat, prompt_format
 from s2ft.train.device import gpu_or_cpu
@@ -77,30 +78,12 @@ def token_rows(tokenizer, examples: list[Example], prompt: PromptFormat | None =
 
 def faster_dtype() -> str:
     """Return "bfloat16" if this machine multiplies faster in it, else "float32". Some machines emulate bfloat16."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     times = {}
     for name in ("float32", "bfloat16"):
-        device = "cuda" if torch.cuda.is_available() else "cpu"
         matrix = torch.ones(512, 512, dtype=getattr(torch, name), device=device)
-        rounds = []
-        for _ in range(7):
-            start = time.perf_counter()
-            float((matrix @ matrix)[0, 0])  # float() waits until a GPU is done.
-            rounds.append(time.perf_counter() - start)
-        times[name] = min(rounds)
+        times[name] = Timer("matrix @ matrix", globals={"matrix": matrix}).blocked_autorange(min_run_time=0.05).median
     return min(times, key=times.__getitem__)
-
-
-class Clock:
-    """Measures the seconds of each phase."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[name] = round(time.perf_counter() - start, 1)
 
 
 def run_demo(options: DemoOptions) -> dict:
@@ -123,21 +106,22 @@ def run_demo(options: DemoOptions) -> dict:
 
 
 def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
-    clock = Clock()
+    seconds: dict[str, float] = {}
+    phase = partial(_phase, seconds)
     dtype = faster_dtype() if options.dtype == "auto" else options.dtype
     train, test = (
         problem_set(count, held_out)
         for count, held_out in ((options.steps * options.batch_size, False), (options.held_out, True))
     )
     print(f"model {name}, {dtype}; {len(train)} problems to train on, {len(test)} held out")
-    with clock.phase("load"):
+    with phase("load"):
         model, tokenizer = load_model(name, dtype)
         model.to(gpu_or_cpu(options.keep_memory))
         prompt = prompt_format(tokenizer)
         prompt.apply_to(tokenizer)
 
     def score(title: str) -> Evaluation:
-        with clock.phase(title):
+        with phase(title):
             return evaluate(
                 model, tokenizer, test, "arithmetic", options.eval_batch_size, options.max_new_tokens, title
             )
@@ -149,10 +133,11 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
-    with clock.phase("training"):
+    with phase("training"):
         training = _train(model, tokenizer, rows, options, folder)
     after = score("tuned")
     print(f"tuned: {after}")
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     report = {
         "model": name,
         "dtype": dtype,
@@ -160,8 +145,8 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
         "accuracy_after": after.accuracy,
         "gain_points": 100 * (after.accuracy - before.accuracy),
         "problems": len(after.records),
-        "seconds": clock.seconds,
-        "peak_memory_bytes": peak_memory(),
+        "seconds": seconds,
+        "peak_memory_bytes": resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
         "trainable": attached.trainable,
         "total": attached.total,
         "trainable_share": attached.trainable / attached.total,
@@ -171,6 +156,14 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     write_json(folder.report, {**report, "before": before.to_dict(), "after": after.to_dict()})
     print(summary(report, before, after, folder))
     return report
+
+
+@contextmanager
+def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
+    """Write the seconds that the context takes."""
+    start = time.perf_counter()
+    yield
+    seconds[name] = round(time.perf_counter() - start, 1)
 
 
 def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
@@ -189,36 +182,26 @@ def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
     return sft(model, tokenizer, rows, arguments, folder)
 
 
-def peak_memory() -> int:
-    """Return the largest resident size of the process in bytes, plus the largest allocation on the GPU."""
-    size = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return size + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
-
-
 def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """Return the report as text, with some answers of both models."""
-    lines = ["", "examples:"]
-    for old, new in list(zip(before.records, after.records))[:SHOWN]:
-        lines += [
-            f"  {old.question}",
-            f"    base:  {_one_line(old.generated)}",
-            f"    tuned: {_one_line(new.generated)}",
-            f"    right: {old.answer}",
-        ]
+    examples = (
+        f"  {old.question}\n    base:  {_one_line(old.generated)}\n    tuned: {_one_line(new.generated)}\n"
+        f"    right: {old.answer}"
+        for old, new in list(zip(before.records, after.records))[:SHOWN]
+    )
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
-    phases += f", together {sum(report['seconds'].values()):.0f}"
+    written = ", ".join(str(file) for file in (folder.log, folder.plot, folder.report) if file.is_file())
     return "\n".join(
         [
-            *lines,
-            "",
-            f"accuracy on {report['problems']} held-out problems: {report['accuracy_before']:.1%} before, "
+            "\nexamples:",
+            *examples,
+            f"\naccuracy on {report['problems']} held-out problems: {report['accuracy_before']:.1%} before, "
             f"{report['accuracy_after']:.1%} after: {report['gain_points']:+.1f} points",
-            f"seconds: {phases}",
+            f"seconds: {phases}, together {sum(report['seconds'].values()):.0f}",
             f"peak memory: {report['peak_memory_bytes'] / 2**20:,.0f} MiB",
             f"trained: {report['trainable']:,} of {report['total']:,} parameters ({report['trainable_share']:.2%})",
             f"adapter: {report['adapter_bytes']:,} bytes in {folder.adapter}",
-            "also written: "
-            + ", ".join(str(file) for file in (folder.log, folder.plot, folder.report) if file.is_file()),
+            f"also written: {written}",
         ]
     )
 

@@ -1,19 +1,24 @@
-"""The device of a command."""
+"""The device of a command, and the error for too little memory on it.
+
+PyTorch is imported in functions, so that the command stays quick.
+"""
 
 import ctypes
 import logging
-
-import torch
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 logger = logging.getLogger(__name__)
 
 
-def gpu_or_cpu(keep_memory: bool = False) -> torch.device:
+def gpu_or_cpu(keep_memory: bool = False):
     """Return the GPU if there is one, else the CPU, and log the latter.
 
     Args:
         keep_memory: Whether a process on the CPU keeps freed memory, see :func:`keep_freed_memory`.
     """
+    import torch
+
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     say_device(device)
     if device.type == "cpu" and keep_memory:
@@ -21,8 +26,10 @@ def gpu_or_cpu(keep_memory: bool = False) -> torch.device:
     return device
 
 
-def say_device(device: torch.device) -> None:
+def say_device(device) -> None:
     """Log that the command runs on the CPU because PyTorch finds no GPU."""
+    import torch
+
     if device.type == "cpu":
         logger.info("running on the CPU: PyTorch %s finds no GPU", torch.__version__)
 
@@ -39,3 +46,82 @@ def keep_freed_memory() -> bool:
     except (AttributeError, OSError, TypeError):
         return False
     return all(mallopt(*setting) for setting in (never_trim, never_map))
+
+
+# ---- too little memory ----------------------------------------------------------------------------------
+
+# in messages of PyTorch, whose CPU allocator raises a plain RuntimeError
+MESSAGES = ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory", "out of memory")
+
+
+class OutOfMemory(MemoryError):
+    """Memory was too small. The message says what failed, and its further lines what to change.
+
+    Args:
+        reason: What failed.
+        advice: Lines with the changes that help.
+        kept: What the run has kept, or "".
+    """
+
+    def __init__(self, reason: str, advice: list[str], kept: str = "") -> None:
+        self.reason, self.advice, self.kept = reason, advice, kept
+        super().__init__("\n".join([reason, *advice, *([kept] if kept else [])]))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error says that memory was too small: Python's, or one of PyTorch's allocators."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in MESSAGES)
+
+
+def first_line(error: BaseException) -> str:
+    """Return the first sentence of an allocator's message, which goes on with statistics and settings.
+
+    The CPU allocator begins with the place in PyTorch's source, which is left out.
+    """
+    text = str(error).strip().split("\n")[0]
+    text = text[text.index("DefaultCPUAllocator") :] if "DefaultCPUAllocator" in text else text
+    return text.split(" GPU ")[0].strip().rstrip(".") or type(error).__name__
+
+
+@contextmanager
+def explain_out_of_memory(switch: str, kept: Callable[[], str] = str) -> Iterator[None]:
+    """Turn an out-of-memory error inside the context into one that says what is free and which switch helps most.
+
+    Args:
+        switch: The options to give.
+        kept: Returns a sentence about what the run has kept.
+
+    Raises:
+        OutOfMemory: Memory was too small.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory: {first_line(error)}{_free()}; {switch} needs less", [], kept()) from error
+
+
+def _free() -> str:
+    import torch
+
+    from s2ft.estimation.memory import free_memory
+    from s2ft.estimation.result import size
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    free = free_memory(device)
+    return "" if free is None else f"; {size(free)} are free on {device}"
+
+
+def smaller_answers(batch: int, dtype: str) -> str:
+    """Return the options with which generated answers take less memory.
+
+    Args:
+        batch: Answers that are generated at once.
+        dtype: Dtype of the weights.
+    """
+    if batch > 1:
+        return f"--batch-size {max(1, batch // 4)}"
+    return "--dtype bfloat16" if dtype == "torch.float32" else "a smaller --max-new-tokens"

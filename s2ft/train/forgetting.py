@@ -13,8 +13,7 @@ from transformers import TrainerCallback
 
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
-from s2ft.text.divergence import base_switch
-from s2ft.text.drift import Drift, DriftMeter
+from s2ft.text.divergence import Drift, DriftMeter, base_switch
 
 logger = logging.getLogger(__name__)
 TIMES = 20  # measurements of a run, if the user names no number of steps
@@ -35,10 +34,10 @@ class ForgettingMeter(TrainerCallback):
     With several ranks, each measures all rows, and all use the values of the first one.
 
     Args:
-        other: Token rows of other text, for the forgetting, or None. See :func:`s2ft.text.drift.text_rows`.
+        other: Token rows of other text, for the forgetting, or None. See :func:`s2ft.text.divergence.text_rows`.
         prompts: Token rows whose labels are the positions of the divergence, or None. See
-            :func:`s2ft.text.drift.prompt_rows`. A function of the model makes them when the base is measured, for
-            :func:`s2ft.text.drift.answer_rows`.
+            :func:`s2ft.text.divergence.prompt_rows`. A function of the model makes them when the base is measured, for
+            :func:`s2ft.text.divergence.answer_rows`.
         every: Steps between two measurements. Default: a twentieth of the run. The last step is measured too, and with
             a limit each checkpoint.
         batch_size: Rows of a forward pass.

@@ -35,8 +35,8 @@ class ChunkedLoss:
     logits but scale them. :func:`why_not_chunked` checks this.
     """
 
-    def __init__(self, model: nn.Module, in_evaluation: bool = False, label_smoothing: float = 0.0) -> None:
-        self.in_evaluation, self.label_smoothing = in_evaluation, label_smoothing
+    def __init__(self, model: nn.Module, in_evaluation: bool = False) -> None:
+        self.in_evaluation = in_evaluation
         self.head = model.get_output_embeddings()
         self.head_forward = self.head.forward
         self.enabled = False
@@ -74,21 +74,16 @@ class ChunkedLoss:
                 logits, labels, vocab_size, num_items_in_batch, ignore_index, shift_labels, **options
             )
         self.enabled, self.seen = False, logits.detach() if self.trial else None
-        smoothing = 0.0 if self.trial else self.label_smoothing  # the trial compares with the model's own loss
-        targets = _targets(labels, shift_labels, ignore_index).to(logits.device)
+        targets = F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        targets = targets.to(logits.device)
         if is_sharded(self.head.weight):  # the forward of the output layer gathers the weight
-            return loss_of_logits(self.head(logits), targets, num_items_in_batch, ignore_index, smoothing)
+            return loss_of_logits(self.head(logits), targets, num_items_in_batch, ignore_index)
         hidden, targets = logits.flatten(0, -2), targets.flatten()
         labelled = targets != ignore_index
         items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if hidden.device.type == "cpu":  # on a GPU the host would have to wait for the number of rows
             hidden, targets = hidden[labelled], targets[labelled]
-        return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index, smoothing) / items
-
-
-def _targets(labels: Tensor, shift_labels: Tensor | None, ignore_index: int) -> Tensor:
-    """Return the token that each position predicts."""
-    return F.pad(labels, (0, 1), value=ignore_index)[..., 1:] if shift_labels is None else shift_labels
+        return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index) / items
 
 
 def loss_of_logits(
@@ -96,7 +91,6 @@ def loss_of_logits(
     targets: Tensor,  # [rows, positions] int64
     items=None,
     ignore_index: int = IGNORED,
-    label_smoothing: float = 0.0,
 ) -> Tensor:  # float32
     """Compute the cross entropy of logits.
 
@@ -105,17 +99,12 @@ def loss_of_logits(
         targets: The token that each position predicts, shape [rows, positions], int64.
         items: What the sum over the tokens is divided by. None is the number of targets.
         ignore_index: Target of the positions that have no loss.
-        label_smoothing: Share of each target that is spread evenly over the vocabulary.
 
     Returns:
         The loss, a float32 scalar.
     """
     total = F.cross_entropy(
-        logits.flatten(0, -2).float(),
-        targets.flatten(),
-        ignore_index=ignore_index,
-        reduction="sum",
-        label_smoothing=label_smoothing,
+        logits.flatten(0, -2).float(), targets.flatten(), ignore_index=ignore_index, reduction="sum"
     )
     return total / ((targets != ignore_index).sum().clamp(min=1) if items is None else items)
 
@@ -126,7 +115,6 @@ def sum_of_losses(
     bias: Tensor | None,  # [vocabulary]
     targets: Tensor,  # [n] int64
     ignore_index: int = IGNORED,
-    label_smoothing: float = 0.0,
 ) -> Tensor:  # float32
     """Sum the cross entropy of hidden @ weightᵀ + bias over the rows whose target is not `ignore_index`.
 
@@ -139,7 +127,6 @@ def sum_of_losses(
         bias: Bias of the output layer, shape [vocabulary], or None.
         targets: Token ids, shape [n], int64.
         ignore_index: Target of the rows that have no loss.
-        label_smoothing: Share of each target that is spread evenly over the vocabulary.
 
     Returns:
         The sum, a float32 scalar.
@@ -158,22 +145,7 @@ def sum_of_losses(
         total = total + F.linear_cross_entropy(
             chunk, weight, chunk_targets, linear_bias=bias, reduction="sum", ignore_index=ignore_index, options=options
         )
-    if label_smoothing:
-        total = total + label_smoothing * _smoothing(hidden, weight, bias, targets, ignore_index)
     return total
-
-
-def _smoothing(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, ignore_index: int) -> Tensor:
-    """Return the sum of what the loss against all tokens has more than the loss against the targets, without logits.
-
-    Both have the same log-sum of exponentials, so the difference is that of the target's logit and the mean logit.
-    """
-    labelled = targets != ignore_index
-    targets = targets.where(labelled, 0)
-    more = (hidden.float() * (weight[targets].float() - weight.mean(0, dtype=torch.float32))).sum(-1)
-    if bias is not None:
-        more = more + bias[targets].float() - bias.mean(dtype=torch.float32)
-    return more.where(labelled, 0).sum()
 
 
 def chunk_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyOptions"]:
@@ -197,13 +169,12 @@ def chunk_of(device: str, vocabulary: int) -> tuple[int, "nn.LinearCrossEntropyO
 
 
 @contextlib.contextmanager
-def chunked_loss(model: nn.Module, in_evaluation: bool = False, label_smoothing: float = 0.0) -> Iterator[ChunkedLoss]:
+def chunked_loss(model: nn.Module, in_evaluation: bool = False) -> Iterator[ChunkedLoss]:
     """Replace the model's loss by :class:`ChunkedLoss` inside the context.
 
     Args:
         model: A causal language model of transformers for which :func:`why_not_chunked` returns an empty string.
         in_evaluation: Whether the loss is also replaced in evaluation mode. The outputs then have no logits.
-        label_smoothing: Share of each target that is spread evenly over the vocabulary.
 
     Example:
         >>> from s2ft.train.loss import chunked_loss
@@ -213,7 +184,7 @@ def chunked_loss(model: nn.Module, in_evaluation: bool = False, label_smoothing:
         >>> torch.isclose(loss, expected)
         tensor(True)
     """
-    chunked, before = ChunkedLoss(model, in_evaluation, label_smoothing), model.__dict__.get("_loss_function")
+    chunked, before = ChunkedLoss(model, in_evaluation), model.__dict__.get("_loss_function")
     hook = model.register_forward_pre_hook(chunked.before, with_kwargs=True)
     chunked.head.forward, model.loss_function = chunked.forward, chunked.loss
     try:
@@ -229,34 +200,6 @@ def loss_in_chunks(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Compute the loss of a batch without keeping the logits."""
     with chunked_loss(model):
         return model(**inputs).loss
-
-
-@contextlib.contextmanager
-def smoothed_loss(model: nn.Module, label_smoothing: float) -> Iterator[None]:
-    """Compute the model's loss from all logits with label smoothing, inside the context.
-
-    Args:
-        model: A causal language model of transformers.
-        label_smoothing: Share of each target that is spread evenly over the vocabulary.
-
-    Raises:
-        ValueError: The model has a loss of its own.
-    """
-    before = model.__dict__.get("_loss_function")
-    if not has_standard_loss(model):
-        raise ValueError("label_smoothing_factor needs a model with the standard loss of causal language models")
-
-    def loss(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=IGNORED, shift_labels=None, **options):
-        targets = _targets(labels, shift_labels, ignore_index).to(logits.device)
-        return loss_of_logits(logits, targets, num_items_in_batch, ignore_index, label_smoothing)
-
-    model.loss_function = loss
-    try:
-        yield
-    finally:
-        del model._loss_function
-        if before is not None:
-            model.loss_function = before
 
 
 def has_standard_loss(model: nn.Module) -> bool:

@@ -12,12 +12,12 @@ import s2ft
 from s2ft.distributed import without_zero_init
 from s2ft.text.prompts import pad_id
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row
-from s2ft.train.kernels import plain_kernels
+from s2ft.train.loading import plain_kernels
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
-from s2ft.train.runs import needs_trl_loss
 from s2ft.train.sft import is_checkpointed
+from s2ft.train.trainers import needs_trl_loss
 
 logger = logging.getLogger(__name__)
 
@@ -28,14 +28,11 @@ def log_memory(model, config, train, arguments, options: RunOptions, tokenizer) 
     Args:
         model: The model without an adapter.
         config: The S2FTConfig of the run.
-        train: The token rows of the training data. Nothing is logged for a stream, whose longest row is not known.
+        train: The token rows of the training data.
         arguments: The SFTArguments of the run.
         options: Options that TRL's arguments do not have.
         tokenizer: The model's tokenizer.
     """
-    if not hasattr(train, "__len__"):
-        logger.info("memory was not estimated: the longest row of streamed data is not known")
-        return
     if devices_of(arguments).splits_rows:
         logger.info("memory was not estimated: each row is divided among devices")
         return

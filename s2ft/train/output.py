@@ -7,15 +7,18 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
+
 from s2ft.adapter.folders import ADAPTER, OPTIONS, RUN
 from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.reading import read_json
 from s2ft.files.writing import replace_file
 from s2ft.train.checkpoints import UNFINISHED, checkpoints, newest_valid
-from s2ft.train.lock import LOCK, only_run_in
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
+LOCK = ".lock"  # a file in the folder, which the process that writes a run holds locked
+NO_LOCKS = "files in %s can't be locked here: start no second run in this folder before this one ends"
 # Options in run.json: how many groups of devices train on different rows, and how many rows an update has. In another
 # number of groups the same rows are divided in another way.
 GROUPS, ROWS = "groups_of_devices", "training.batch_size"
@@ -80,7 +83,7 @@ class RunFolder:
             overwrite: Whether the run replaces the one in the folder.
 
         Raises:
-            FileExistsError: As :meth:`check`, or another process runs in the folder. The message names the process.
+            FileExistsError: As :meth:`check`, or another process runs in the folder.
             FileNotFoundError: As :meth:`check`.
         """
         if not self.run.is_file():  # The lock file is not written into a folder with other files.
@@ -170,3 +173,108 @@ def read_log(path: Path) -> list[dict]:
                 break
             lines.append(line)
     return lines
+
+
+# ---- the lock ------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def only_run_in(folder: Path) -> Iterator[None]:
+    """Hold the lock of a folder inside the context.
+
+    The folder is made if it does not exist, and removed if it is still empty at the end. The operating system releases
+    the lock when the process ends for any reason. If files cannot be locked (on some network file systems), a warning
+    is logged and nothing is locked.
+
+    Args:
+        folder: The output folder of a run.
+
+    Raises:
+        FileExistsError: Another process holds the lock.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from s2ft.train.output import only_run_in
+        >>> with only_run_in(Path("run")):
+        ...     Path("run/report.json").write_text("{}")
+        2
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with _locked(folder / LOCK):
+            yield
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):  # the folder is not empty
+                path.rmdir()
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    lock = FileLock(path, timeout=0.2)  # not 0: it tries again where a holder has removed the file
+    try:
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"output folder {path.parent} is in use: another process writes a run to it; wait until that run ends, or "
+            "choose another folder"
+        ) from None
+    except (OSError, NotImplementedError):  # the file system does not support locks
+        logger.warning(NO_LOCKS, path.parent)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)  # before the lock is released: who waits for it then opens a new file
+        lock.release()
+
+
+# ---- the picture ---------------------------------------------------------------------------------------
+
+CHARTS = {  # below each other, as far as they were measured
+    "loss": ("loss", "eval_loss"),
+    "learning rate": ("learning_rate",),
+    "accuracy": ("eval_accuracy",),
+    "nats": ("forgetting", "base_kl"),
+}
+
+
+def plot_loss(log: Path, image: Path, title: str = "") -> None:
+    """Write a PNG file with the loss, the learning rate and the evaluations of a run.
+
+    Args:
+        log: The log.jsonl of the run.
+        image: The file to write.
+        title: Text above the picture.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure = loss_figure(read_log(log), title)
+    FigureCanvasAgg(figure)
+    figure.savefig(image, dpi=120)
+
+
+def loss_figure(lines: list[dict], title: str = ""):
+    """Draw the lines of a log as a matplotlib Figure.
+
+    Args:
+        lines: The lines, as :func:`s2ft.train.output.read_log` returns them.
+        title: Text above the picture.
+    """
+    from matplotlib.figure import Figure
+
+    series = {key: [(line["step"], line[key]) for line in lines if key in line] for key in sum(CHARTS.values(), ())}
+    drawn = [name for name, keys in CHARTS.items() if any(series[key] for key in keys)] or ["loss"]
+    figure = Figure(figsize=(8, 2 + 2 * len(drawn)), layout="constrained")
+    figure.suptitle(title, fontsize="medium")
+    charts = figure.subplots(len(drawn), 1, sharex=True, squeeze=False)[:, 0]
+    for name, chart in zip(drawn, charts):
+        for key in CHARTS[name]:
+            if series[key]:
+                chart.plot(*zip(*series[key]), marker="." if len(series[key]) <= 30 else None, label=key)
+                chart.legend(frameon=False)
+        chart.set_ylabel(name)
+        chart.grid(alpha=0.3)
+    charts[-1].set_xlabel("step")
+    return figure

@@ -25,7 +25,6 @@ from typing import Any
 FACTOR = 0.8  # rate × width
 NARROWEST = 576  # width of the narrowest model with a known rate
 SPREAD = 5.2  # the good rates lie within this factor of the rule
-KNOWN = ((576, 1e-3), (3072, 3e-4), (4096, 2e-4), (4096, 1e-3))  # the table's widths and good rates
 
 
 @dataclass(frozen=True)

@@ -13,12 +13,11 @@ import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.estimation.result import Estimate, size
 from s2ft.files import tables
-from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.coupling import projections_of
 from s2ft.model.registry import find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import count_parameters, weight_at
-from s2ft.selection import Selection
-from s2ft.train.kernels import plain_kernels
+from s2ft.train.loading import plain_kernels
 from s2ft.train.loss import loss_in_chunks
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
@@ -70,10 +69,14 @@ def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATI
         ValueError: The configuration can't be trained.
     """
     config = as_random(config)
-    own = set(config.ratios.values()) if not _is_fixed(config) else set()
+    is_fixed = config.units is not None or config.budget is not None or config.match_lora_rank is not None
+    own = set() if is_fixed else set(config.ratios.values())
     rows = [planned(model, config, own.pop() if len(own) == 1 else None)]
-    others = () if _is_fixed(config) else [ratio for ratio in ratios if ratio != rows[0].ratio]
-    rows += [_row(model, config, ratio) for ratio in others]
+    for ratio in () if is_fixed else [ratio for ratio in ratios if ratio != rows[0].ratio]:
+        try:
+            rows.append(planned(model, with_ratio(config, ratio), ratio))
+        except ValueError as error:
+            rows.append(Planned(ratio, refused=str(error).split("\n")[0]))
     return sorted(rows, key=lambda row: (row.ratio is not None, row.ratio or 0.0))
 
 
@@ -85,48 +88,25 @@ def as_random(config: S2FTConfig) -> S2FTConfig:
     return replace(config, selection="random", allocation=allocation, order="largest", protect_ratio=None)
 
 
-def _is_fixed(config: S2FTConfig) -> bool:
-    return config.units is not None or config.budget is not None or config.match_lora_rank is not None
-
-
 def with_ratio(config: S2FTConfig, ratio: float) -> S2FTConfig:
     """Return a configuration with this ratio for all projections that it trains."""
     return replace(config, **{f"{name}_ratio": ratio for name in config.ratios})
 
 
-def _row(model: nn.Module, config: S2FTConfig, ratio: float) -> Planned:
-    try:
-        return planned(model, with_ratio(config, ratio), ratio)
-    except ValueError as error:
-        return Planned(ratio, refused=str(error).split("\n")[0])
-
-
 def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planned:
     """Return the row of one configuration, without its memory."""
-    report = s2ft.plan(model, config)
-    selection = s2ft.select(model, config)
-    trained = [projection for projection in _projections(model, config) if projection.name in selection]
+    report, selection = s2ft.plan(model, config), s2ft.select(model, config)
+    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
+    trained = [projection for projection in projections_of(couplings) if projection.name in selection]
     shapes = {projection.weight_key: weight_at(model, projection).shape for projection in trained}
     each_rank = sum(shape[0] + shape[1:].numel() for shape in shapes.values())
-    of_slices = report.trainable - sum(report.extra_weights.values())
-    return Planned(
-        ratio,
-        report.trainable,
-        report.trainable / count_parameters(model),
-        of_slices / each_rank,
-        _adapter_bytes(report, trained, selection),
-    )
-
-
-def _projections(model: nn.Module, config: S2FTConfig) -> list[Projection]:
-    return projections_of(couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config))
-
-
-def _adapter_bytes(report, trained: list[Projection], selection: Selection) -> int:
-    """The bytes of the slices, of the numbers of their rows or columns, and of weights that are trained in full."""
+    in_full = sum(report.extra_weights.values())
     values = sum(row.parameters * row.dtype.itemsize for row in report.rows)
     index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 8
-    return values + index + sum(report.extra_weights.values()) * 4
+    share = report.trainable / count_parameters(model)
+    return Planned(
+        ratio, report.trainable, share, (report.trainable - in_full) / each_rank, values + index + in_full * 4
+    )
 
 
 def with_memory(
@@ -166,7 +146,15 @@ def with_memory(
         if strategy is not None:  # the number of devices for the largest row is that of all
             step = {**step, "devices": found.devices}
         ends[row.trained] = (found.kept, found.peak - saved_by_bits(model, bits))
-    return [row if row.refused else _on_line(row, ends, step["memory"]) for row in rows], found
+    (low, below), (high, above) = min(ends.items()), max(ends.items())
+
+    def on_line(row: Planned) -> Planned:
+        part = (row.trained - low) / (high - low) if high > low else 0.0
+        kept, peak = (round(start + part * (end - start)) for start, end in zip(below, above))
+        fits = None if step["memory"] is None else peak <= step["memory"]
+        return replace(row, kept=kept, peak=peak, counted=row.trained in ends, fits=fits)
+
+    return [row if row.refused else on_line(row) for row in rows], found
 
 
 def saved_by_bits(model: nn.Module, bits: str | None) -> int:
@@ -184,14 +172,6 @@ def saved_by_bits(model: nn.Module, bits: str | None) -> int:
     return max(0, int(sum(weights) * model.dtype.itemsize - packed - max(weights) * model.dtype.itemsize))
 
 
-def _on_line(row: Planned, ends: dict[int, tuple[int, int]], room: int | None) -> Planned:
-    (low, below), (high, above) = min(ends.items()), max(ends.items())
-    part = (row.trained - low) / (high - low) if high > low else 0.0
-    kept, peak = (round(start + part * (end - start)) for start, end in zip(below, above))
-    fits = None if room is None else peak <= room
-    return replace(row, kept=kept, peak=peak, counted=row.trained in ends, fits=fits)
-
-
 # ---- text ----------------------------------------------------------------------------------------------
 
 
@@ -201,16 +181,14 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
     head = ["ratio", "trained", "share", "LoRA rank", "adapter"]
     head += ["kept for backward", "peak"] if memory else []
     head += [size(room)] if memory and room is not None else []
-    cells = [head, *(_cells(row, memory, room) for row in rows if not row.refused)]
+    cells = [head]
+    for row in rows:
+        if row.refused:
+            continue
+        ratio, about = "as given" if row.ratio is None else f"{row.ratio:g}", "" if row.counted else "≤ "
+        line = [ratio, f"{row.trained:,}", f"{row.share:.2%}", f"{row.lora_rank:.1f}", size(row.adapter_bytes)]
+        line += [about + size(row.kept or 0), about + size(row.peak or 0)] if memory else []
+        line += ["fits" if row.fits else "too small"] if memory and room is not None else []
+        cells.append(line)
     notes = [f"ratio {row.ratio:g}: {row.refused}" for row in rows if row.refused]
     return "\n".join([tables.table(cells, right=range(len(head))), *notes])
-
-
-def _cells(row: Planned, memory: bool, room: int | None) -> list[str]:
-    ratio = "as given" if row.ratio is None else f"{row.ratio:g}"
-    cells = [ratio, f"{row.trained:,}", f"{row.share:.2%}", f"{row.lora_rank:.1f}", size(row.adapter_bytes)]
-    if memory:
-        about = "" if row.counted else "≤ "
-        cells += [about + size(row.kept or 0), about + size(row.peak or 0)]
-        cells += [] if room is None else ["fits" if row.fits else "too small"]
-    return cells

@@ -8,6 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,15 +19,14 @@ from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
 from s2ft.files.writing import reason_not_written
 from s2ft.packages import check_packages
-from s2ft.selection.protection import with_protect_ratio
-from s2ft.text.calibration import batches_of, calibration_for
+from s2ft.selection.allowed import with_protect_ratio
+from s2ft.text.collator import batches_of, calibration_for
 from s2ft.text.data import DataOptions
-from s2ft.text.drift import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, text_rows
+from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
-from s2ft.train.device import keep_freed_memory, say_device
+from s2ft.train.device import explain_out_of_memory, keep_freed_memory, say_device
 from s2ft.train.forgetting import ForgettingMeter
-from s2ft.train.kernels import apply_kernels, check_kernels
-from s2ft.train.loading import fit_layout, load_base
+from s2ft.train.loading import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.options import (
     DEFAULT_BATCH,
     ForgettingOptions,
@@ -35,7 +35,6 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
-from s2ft.train.out_of_memory import explain_out_of_memory
 from s2ft.train.output import GROUPS, ROWS, RunFolder
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
 from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, smaller_step, this_rank
@@ -43,7 +42,7 @@ from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
-                "vllm_server_", "vllm_transport", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
+                "vllm_server_", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
 NOT_IN_RUN = ("output_dir", "push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
               "overwrite", "stop_after", "keep_memory", "max_new_tokens", "per_device_eval_batch_size", "debug",
               "local_rank", "batch_eval_metrics", "do_train", "do_eval", "do_predict", "deepspeed", "fsdp",
@@ -182,14 +181,12 @@ class Method(ABC):
 
     def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
         """Return batches for a selection by statistics, or None if the selection needs none."""
-        size = run.arguments.per_device_train_batch_size
-        return calibration_for(
-            run.config, tokenizer, self.token_rows(data.rows, tokenizer), run.options.calibration_examples, size
-        )
+        convert, size = partial(self.token_row, tokenizer), run.arguments.per_device_train_batch_size
+        return calibration_for(run.config, tokenizer, data.rows, run.options.calibration_examples, size, convert)
 
     @abstractmethod
-    def token_rows(self, rows, tokenizer) -> Any:
-        """Return encoded rows as token rows whose labels are one answer."""
+    def token_row(self, tokenizer, row) -> Any:
+        """Return an encoded row as a token row whose labels are one answer."""
 
     @abstractmethod
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
@@ -319,7 +316,7 @@ def _told(run: Run, rows) -> dict:
     names = [*data.data, *filter(None, [data.dataset_name]), *(entry["path"] for entry in data.datasets)]
     return {
         "method": run.method.name,
-        "rows": len(rows) if hasattr(rows, "__len__") else None,
+        "rows": len(rows),
         "data": [name for name in names if "/" in name and not Path(name).expanduser().exists()],
         "epochs": arguments.num_train_epochs,
         "max_steps": arguments.max_steps if arguments.max_steps > 0 else None,
@@ -428,7 +425,7 @@ def check_upload(arguments: Any) -> None:
 
 def upload(arguments: Any, folder: RunFolder) -> str:
     """Upload the adapter of a run with its model card, and return the address of the commit."""
-    from s2ft.adapter.push import push_to_hub
+    from s2ft.adapter.hub import push_to_hub
 
     return push_to_hub(
         folder.adapter,
@@ -458,14 +455,16 @@ def _meter(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter 
     if not options.measures:
         return None
     held_out = getattr(data.held_out, "rows", data.held_out)
-    rows = run.method.token_rows(data.rows if held_out is None else held_out, tokenizer)
     texts = None if other is None else text_rows(other, tokenizer, longest_other_row(model), options.meter_rows, seed)
-    prompts: Any = prompt_rows(rows, options.meter_rows, seed) if options.measures_kl else None
-    if options.measures_kl and options.kl_on == "answers":
-        questions, length = prompts_of(rows, options.meter_rows, seed), run.options.max_new_tokens
-
-        def prompts(model):
-            return answer_rows(model, tokenizer, questions, length)
+    prompts: Any = None
+    if options.measures_kl:
+        drawn = some(data.rows if held_out is None else held_out, options.meter_rows, seed)
+        rows = [run.method.token_row(tokenizer, row) for row in drawn]
+        prompts = prompt_rows(rows)
+        if options.kl_on == "answers":  # by the base, when the meter measures it
+            prompts = partial(
+                answer_rows, tokenizer=tokenizer, prompts=prompts_of(rows), max_new_tokens=run.options.max_new_tokens
+            )
 
     return ForgettingMeter(
         other=texts,

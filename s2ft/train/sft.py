@@ -17,16 +17,15 @@ from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
-from s2ft.text.drift import Drift
-from s2ft.text.output_head import contiguous_head
+from s2ft.text.divergence import Drift
+from s2ft.text.evaluation import HeldOut
+from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.checkpoints import newest_valid
-from s2ft.train.divided_rows import check_divided_rows
-from s2ft.train.held_out import HeldOut
-from s2ft.train.loss import chunked_loss, smoothed_loss, why_not_chunked
+from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, log_failure, read_log, write_json
-from s2ft.train.parallel import devices_of, is_spread, rows_of_update, run_where_weights_are
+from s2ft.train.output import RunFolder, log_failure, plot_loss, read_log, write_json
+from s2ft.train.parallel import check_divided_rows, devices_of, is_spread, rows_of_update, run_where_weights_are
 
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10  # a warning is logged for a run with fewer updates
@@ -98,7 +97,7 @@ def sft(
     Args:
         model: A causal language model with a trainable adapter.
         tokenizer: The model's tokenizer.
-        train: The token rows, a Dataset or an IterableDataset with the columns input_ids and labels.
+        train: The token rows, a Dataset with the columns input_ids and labels.
         arguments: The SFTArguments of the run.
         folder: The output folder. The adapter is saved to `folder.adapter`.
         options: Options that TRL's arguments do not have.
@@ -146,7 +145,9 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
     with checkpointing(model, arguments), restored(model, trainer):
         result = _train_and_save(trainer, model, folder, checkpoint, meter)
     if trainer.is_world_process_zero():
-        _plot(folder)
+        with log_errors(f"{folder.plot} was not drawn"):
+            check_packages("loss.png")
+            plot_loss(folder.log, folder.plot, folder.title())
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -224,8 +225,6 @@ def _best_step(trainer) -> int | None:
 
 def _train(trainer, checkpoint: Path | None) -> None:
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
-    from s2ft.train.callbacks import JsonlLog
-
     state = None if checkpoint is None else _state_of(checkpoint)
     if state is not None and 0 < state.max_steps <= state.global_step:  # the Trainer would train one more step
         _take_over(trainer, checkpoint, state)
@@ -237,8 +236,6 @@ def _train(trainer, checkpoint: Path | None) -> None:
         if trainer.args.world_size > 1 or not 0 < trainer.state.max_steps <= trainer.state.global_step:
             raise
         log_failure("all steps are trained, but the trainer failed after the last one", error)
-    finally:
-        next(callback for callback in trainer.callback_handler.callbacks if isinstance(callback, JsonlLog)).close()
 
 
 def _take_over(trainer, checkpoint: Path, state) -> None:
@@ -265,14 +262,6 @@ def _save(model, folder: RunFolder, trainer) -> None:
     run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
 
 
-def _plot(folder: RunFolder) -> None:
-    with log_errors(f"{folder.plot} was not drawn"):
-        check_packages("loss.png")
-        from s2ft.train.plot import plot_loss
-
-        plot_loss(folder.log, folder.plot, folder.title())
-
-
 @contextlib.contextmanager
 def log_errors(failure: str) -> Iterator[None]:
     """Log an error that is raised inside the context, with `failure` and the reason, and continue."""
@@ -292,27 +281,25 @@ def trainer_for(
     held_out: HeldOut | None = None,
 ):
     """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`sft`."""
-    from s2ft.train.batching import choose_batching
-    from s2ft.train.runs import SFTRunTrainer, needs_trl_loss
+    from s2ft.train.batching import choose_batching, why_not_packed
+    from s2ft.train.trainers import SFTRunTrainer, needs_trl_loss
 
     options = options or RunOptions()
     check_run(model, train, arguments)
-    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments), _try_packing)
+
+    def try_packing(model, *arguments) -> str:
+        return run_where_weights_are("the trial of packing", model, lambda: why_not_packed(model, *arguments))
+
+    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments), try_packing)
     rows = batching.prepare(train, arguments)
     callbacks = callbacks_of(arguments, folder, options)
     trainer = SFTRunTrainer(
         model, arguments, rows, batching, tokenizer=tokenizer, held_out=held_out, callbacks=callbacks
     )
     if trainer.is_world_process_zero():
-        logger.info(batching.line(_count(train), _count(rows)))
-        log_length(trainer.args, _count(rows))
+        logger.info(batching.line(len(train), len(rows)))
+        log_length(trainer.args, len(rows))
     return trainer
-
-
-def _try_packing(model, *arguments) -> str:
-    from s2ft.train.batching import why_not_packed
-
-    return run_where_weights_are("the trial of packing", model, lambda: why_not_packed(model, *arguments))
 
 
 def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]:
@@ -332,10 +319,6 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
     return callbacks
 
 
-def _count(rows) -> int | None:
-    return len(rows) if hasattr(rows, "__len__") else None
-
-
 def check_run(model, train, arguments) -> None:
     """Check that a run can work with its rows, its model and this machine. Nothing is written.
 
@@ -345,7 +328,7 @@ def check_run(model, train, arguments) -> None:
         arguments: The SFTArguments.
 
     Raises:
-        ValueError: The rows have images, a stream has no number of steps, the dtype does not work here, or devices are
+        ValueError: The rows have images, the dtype does not work here, or devices are
             to divide rows that can't be divided.
         MissingPackages: See :func:`check_packages_of_run`.
     """
@@ -357,8 +340,6 @@ def check_run(model, train, arguments) -> None:
             f"the rows have images (column {images[0]!r}), which s2ft sft does not train on: use S2FTTrainer or TRL's "
             "SFTTrainer with AdapterCheckpoints, see docs/howto/images.md"
         )
-    if _count(train) is None and arguments.max_steps <= 0:
-        raise ValueError("max_steps must be positive for streamed data, whose number of rows is not known")
     check_dtype(model, arguments)
     check_divided_rows(model, arguments)
 
@@ -378,7 +359,7 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
     Otherwise the model's own loss is used, and the reason is logged. TRL's own loss, if the arguments ask for it,
     replaces both.
     """
-    from s2ft.train.runs import needs_trl_loss
+    from s2ft.train.trainers import needs_trl_loss
 
     reason = "this was asked for"
     if needs_trl_loss(arguments):
@@ -390,12 +371,7 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         reason = _why_not_chunked(model, arguments, batch)
         if reason and arguments.process_index == 0:
             logger.info("the loss keeps the logits: %s", reason)
-    smoothing = arguments.label_smoothing_factor
-    if not reason:
-        loss = chunked_loss(model, in_evaluation=True, label_smoothing=smoothing)
-    else:
-        loss = smoothed_loss(model, smoothing) if smoothing else contextlib.nullcontext()
-    with loss:
+    with contextlib.nullcontext() if reason else chunked_loss(model, in_evaluation=True):
         yield
 
 
@@ -501,49 +477,35 @@ def check_packages_of_run(arguments) -> None:
     """
     check_packages("s2ft sft")
     check_packages(f"optimizer {getattr(arguments.optim, 'value', arguments.optim)}")
-    loggers = [name for name in arguments.report_to or [] if name != "none"]
-    if not loggers:
-        return
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
+    loggers = [name for name in arguments.report_to or [] if name != "none"]
     get_reporting_integration_callbacks(loggers)  # ValueError for an unknown name
     for name in loggers:
         check_packages(f"report_to {name}")
-    available = get_available_reporting_integrations() + ["flyte"]  # transformers omits it
-    for name in loggers:
-        if name not in available:
+        if name not in (*get_available_reporting_integrations(), "flyte"):  # transformers omits flyte
             raise ValueError(f"report_to: transformers can't use {name} with its present installation and settings")
 
 
-def updates(arguments, rows: int | None) -> int:
+def updates(arguments, rows: int) -> int:
     """Return the number of updates of a run on so many rows or packs."""
-    if arguments.max_steps > 0 or rows is None:
+    if arguments.max_steps > 0:
         return arguments.max_steps
     batches = math.ceil(rows / (arguments.train_batch_size * devices_of(arguments).groups))
     each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
     return math.ceil(each * arguments.num_train_epochs)
 
 
-def log_length(arguments, rows: int | None) -> None:
-    """Log a warm-up that is shorter than the default, and a warning about a run with few updates."""
+def log_length(arguments, rows: int) -> None:
+    """Log a warning about a run with few updates."""
     steps = updates(arguments, rows)
-    warmup = arguments.get_warmup_steps(steps)
-    if getattr(arguments, "_limited_warmup", False) and warmup < arguments.warmup_steps:
-        logger.info(
-            "warm-up is %d step%s instead of %d: at most a tenth of the run's %d",
-            warmup,
-            "" if warmup == 1 else "s",
-            arguments.warmup_steps,
-            steps,
-        )
     if arguments.max_steps <= 0 and steps < FEW_STEPS:
-        batch = rows_of_update(arguments)
         logger.warning(
             "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
             "anything: lower --batch-size, or raise --epochs",
             rows,
             "packs" if getattr(arguments, "packing", False) else "rows",
-            batch,
+            rows_of_update(arguments),
             arguments.num_train_epochs,
             steps,
             "" if steps == 1 else "s",

@@ -30,7 +30,7 @@ from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl import check_sends_slices
-from s2ft.train import optimizer_state, zero_state
+from s2ft.train import optimizer_state
 from s2ft.train.checkpoints import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
 
 logger = logging.getLogger(__name__)
@@ -150,8 +150,8 @@ class AdapterCheckpoints:
         engine = self.model_wrapped if self.is_deepspeed_enabled else None
         if engine is None:
             state = optimizer_state.gather_state(self.optimizer, self.model)
-        elif hasattr(Trainer, "_prepare_for_training") and zero_state.is_zero(engine):  # without DeepSpeed's own
-            state = zero_state.gather_zero_state(engine)
+        elif hasattr(Trainer, "_prepare_for_training") and optimizer_state.is_zero(engine):  # without DeepSpeed's own
+            state = optimizer_state.gather_zero_state(engine)
         else:
             state = None
             engine.save_checkpoint(output_dir, exclude_frozen_parameters=True)
@@ -166,7 +166,7 @@ class AdapterCheckpoints:
             super()._load_optimizer_and_scheduler(checkpoint)
             return
         if self.is_deepspeed_enabled:
-            order = zero_state.load_zero_state(self.model_wrapped, state)
+            order = optimizer_state.load_zero_state(self.model_wrapped, state)
         else:
             order = optimizer_state.load_state(self.optimizer, self.model, state)
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)

@@ -33,7 +33,6 @@ CONFIGS = {
         "save_strategy": "epoch",
         "load_best_model_at_end": True,
         "neftune_noise_alpha": 5,
-        "label_smoothing_factor": 0.1,
         "lr_scheduler_type": "cosine_with_min_lr",
         "lr_scheduler_kwargs": {"min_lr_rate": 0.1},
         "warmup_steps": 0.03,

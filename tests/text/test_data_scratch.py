@@ -7,7 +7,7 @@ import sys
 SCRIPT = """
 import os, signal, sys
 from pathlib import Path
-from s2ft.text.data.scratch import scratch_folder
+from s2ft.text.data.sources import scratch_folder
 path = scratch_folder() / "a.arrow"
 path.write_text("rows")
 before = len(list(path.parent.parent.glob("s2ft-data-*")))

@@ -106,11 +106,6 @@ def answered(question, answer="4"):
     return {"messages": [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]}
 
 
-def test_text_prompts_become_messages_in_form_chat():
-    as_chat = answered(PAIR["prompt"], PAIR["completion"])
-    assert list(tokens([PAIR]).dataset) == list(tokens([as_chat]).dataset)
-
-
 def test_loss_on_the_last_answer_only_or_on_everything():
     tokenizer, rows = tiny_tokenizer(), [{"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "6"}]}]
     assert trained(tokenizer, tokens(rows, loss_on="last").dataset[0]) == "6<|im_end|>"
@@ -160,9 +155,6 @@ def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
         tokens(dataset, tiny_tokenizer(gemma))
     tokenized = tokens(dataset, tiny_tokenizer(gemma), skip_bad_rows=True)
     assert tokenized.outcomes == {RowOutcome.KEPT: 1, RowOutcome.BAD: 1} and len(tokenized.dataset) == 1
-    streamed = load_rows(DataOptions(data=[str(path)], streaming=True))
-    with pytest.raises(ValueError, match="line 1: .*System role"):
-        list(tokens(streamed, tiny_tokenizer(gemma)).dataset)
 
 
 def test_template_with_another_prompt_before_an_answer_is_said(caplog):
@@ -173,27 +165,10 @@ def test_template_with_another_prompt_before_an_answer_is_said(caplog):
     assert "another prompt" in caplog.text and "1 of 1 rows" in caplog.text
 
 
-def test_streamed_rows_equal_the_stored_ones(tmp_path):
-    rows = [*(answered("q" * n) for n in range(1, 40)), answered("b" * 500)]
-    path = str(write_jsonl(tmp_path / "a.jsonl", rows))
-    stored, streamed = (
-        tokens(load_rows(DataOptions(data=[path], streaming=streaming)), max_length=200) for streaming in (False, True)
-    )
-    assert list(streamed.dataset) == list(stored.dataset) and len(stored.dataset) == 39
-    assert "streamed" in str(streamed)
-
-
 def test_later_steps_of_datasets_do_not_mix_two_data_sets_up():
     first, second = (tokens([answered(text)]).dataset for text in "ab")
     packed = [rows.map(lambda row: {"input_ids": row["input_ids"][:-1]}) for rows in (first, second)]
     assert packed[0][0]["input_ids"] != packed[1][0]["input_ids"] == second[0]["input_ids"][:-1]
-
-
-@pytest.mark.slow
-def test_several_processes_make_the_same_rows():
-    rows = [answered("q" * n) for n in range(1, 40)]
-    one, two = (tokens(rows, processes=count) for count in (None, 2))
-    assert list(one.dataset) == list(two.dataset) and str(one) == str(two)
 
 
 @pytest.mark.parametrize(

@@ -79,13 +79,6 @@ def test_training_begins_with_the_tokens_of_generation(name, kind, text):
     assert tokenizer.decode(ids) == written
 
 
-@pytest.mark.parametrize("kind", ["merging", "SentencePiece"])
-def test_the_tokenizers_of_these_tests_merge_prompts_and_answers(kind):
-    tokenizer = TOKENIZERS[kind](COLON)
-    prompt, whole = (tokenizer.encode(text, add_special_tokens=False) for text in ("a: ", "a: The"))
-    assert whole[: len(prompt)] != prompt
-
-
 @pytest.mark.parametrize("kind", TOKENIZERS)
 @pytest.mark.parametrize("name", STABLE)
 def test_each_turn_of_a_chat_begins_with_the_tokens_of_generation(name, kind):

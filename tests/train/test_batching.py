@@ -3,20 +3,18 @@
 import pytest
 import torch
 from support.tolerances import GEMM
-from train.tiny import tiny_model, tiny_tokenizer
+from train.tiny import tiny_model
 
 pytest.importorskip("trl")
 
 from datasets import Dataset
 from support.inside import (
-    Batching,
     LengthSampler,
     PackedCollator,
     SFTArguments,
     TokenCollator,
     choose_batching,
     chunked_loss,
-    endless,
     memory_longest_batch as longest_batch,
     row_lengths,
     why_not_packed,
@@ -195,16 +193,7 @@ def test_the_order_by_length_depends_on_the_seed_and_the_epoch_only():
     assert padded(first) < 1.1 * sum(lengths) < 0.7 * padded(list(range(403)))
 
 
-def test_a_stream_begins_again_at_its_end():
-    rows = Dataset.from_list(token_rows(4)).to_iterable_dataset()
-    taken = [row["input_ids"] for row, _ in zip(endless(rows), range(9))]
-    assert taken[:4] == taken[4:8] and taken[8] == taken[0]
-    with pytest.raises(ValueError, match="has no row"):
-        next(iter(endless(rows.filter(lambda row: False))))
-
-
 def test_the_reason_names_an_error_of_the_model(monkeypatch):
     model = tiny_model()
     monkeypatch.setattr(type(model.model), "forward", lambda *args, **options: 1 / 0)
     assert why_not_packed(model, token_rows()) == "it fails on packed rows: division by zero"
-    assert isinstance(Batching(PackedCollator(tiny_tokenizer().eos_token_id), True, False, "").line(None, None), str)

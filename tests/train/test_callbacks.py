@@ -1,7 +1,6 @@
-"""Progress is a bar in a terminal, and a plain line for each logged step elsewhere."""
+"""Progress is a line for each logged step, of the first rank."""
 
 import re
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -22,14 +21,13 @@ def train(bar, zero=True):
     for step in (1, 2, 3):
         bar.on_step_end(None, state(step, zero), None)
         bar.on_log(None, state(step, zero), None, {"loss": 1 / step, "learning_rate": 1e-4})
-        bar.on_prediction_step(None, state(step, zero), None, eval_dataloader=[0])
         bar.on_log(None, state(step, zero), None, {"eval_loss": 0.5, "eval_accuracy": 0.25})
         bar.on_evaluate(None, state(step, zero), None)
     bar.on_log(None, state(3, zero), None, {"train_runtime": 1.0})
     bar.on_train_end(None, state(3, zero), None)
 
 
-def test_without_a_terminal_each_step_is_a_line(caplog, capfd, tmp_path):
+def test_each_step_is_a_line(caplog, capfd, tmp_path):
     caplog.set_level("INFO")
     train(JsonlLog(tmp_path / "log.jsonl", shows=True))
     line = r"step 2/3, epoch 1\.00, loss 0\.5000, learning rate 1\.00e-04, [\d,]+ tokens/s, 0:00:00 left"
@@ -44,13 +42,3 @@ def test_only_the_first_rank_prints_and_writes(caplog, tmp_path):
     caplog.set_level("INFO")
     train(JsonlLog(tmp_path / "log.jsonl", shows=True), zero=False)
     assert caplog.messages == [] == list(tmp_path.iterdir())
-
-
-def test_in_a_terminal_it_is_a_bar(caplog, capsys, monkeypatch, tmp_path):
-    caplog.set_level("INFO")
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    bar = JsonlLog(tmp_path / "log.jsonl", shows=True)
-    train(bar)
-    printed = capsys.readouterr().err
-    assert "3/3" in printed and "loss 0.3333, lr 1.00e-04" in printed and caplog.messages == []
-    assert "step 2/3: evaluation loss 0.5000" in printed and bar.training_bar is None

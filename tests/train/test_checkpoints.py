@@ -8,7 +8,6 @@ from support.inside import (
     SEAL,
     STATE,
     UNFINISHED,
-    AdapterCheckpoints,
     S2FTTrainer,
     checkpoints,
     damage,
@@ -119,50 +118,8 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / UNFINISHED).exists() and newest_valid(tmp_path).name == "checkpoint-8"
 
 
-def test_the_trainer_state_names_the_final_path_of_the_best_checkpoint(tmp_path):
-    model = attached()
-    done = ours(
-        model,
-        tmp_path,
-        max_steps=6,
-        save_steps=2,
-        eval_steps=2,
-        eval_strategy="steps",
-        save_total_limit=2,
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-    )
-    done.train()
-    assert done.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-6"]
-    assert f'"best_model_checkpoint": "{tmp_path}/checkpoint-2"' in (tmp_path / "checkpoint-2" / STATE).read_text()
-
-
-def test_adapter_checkpoints_work_with_another_trainer(tmp_path):
-    pytest.importorskip("trl")
-    from datasets import Dataset
-    from support.trl_trainers import ROWS, tokenizer_of_tiny, trl_options
-    from trl import SFTConfig, SFTTrainer
-
-    class Mine(AdapterCheckpoints, SFTTrainer):
-        pass
-
-    done = Mine(
-        model=attached(),
-        args=SFTConfig(**trl_options(tmp_path), max_length=64),
-        train_dataset=Dataset.from_list(ROWS["sft"]),
-        processing_class=tokenizer_of_tiny(),
-    )
-    done.train()
-    assert not damage(tmp_path / "checkpoint-4") and (tmp_path / "checkpoint-4" / SEAL).exists()
-
-
 def test_a_model_without_trainable_adapter_is_refused(tmp_path):
     from train.tiny import tiny_model
 
     with pytest.raises(ValueError, match="no S²FT adapter"):
         ours(tiny_model(), tmp_path)
-
-
-# ---- runs of the command line -------------------------------------------------------------------------------

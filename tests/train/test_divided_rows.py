@@ -8,7 +8,7 @@ from train.tiny import tiny_model
 
 pytest.importorskip("trl")
 
-from support.inside import Devices, SFTArguments, SplitCollator, TokenCollator, check_divided_rows, divided_rows
+from support.inside import Devices, SFTArguments, SplitCollator, TokenCollator, check_divided_rows, parallel
 
 WHOLE = {"packing": True, "padding_free": True, "loss_type": "dft", "router_aux_loss_coef": 0.1}
 ROWS = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, -100, 8, 9]}, {"input_ids": [3, 4], "labels": [-100, 4]}]
@@ -16,7 +16,7 @@ ROWS = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, -100, 8, 9]}, {"input
 
 @pytest.fixture(autouse=True)
 def two_devices(monkeypatch):
-    monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: Devices(2, context=2))
+    monkeypatch.setattr(parallel, "devices_of", lambda arguments: Devices(2, context=2))
 
 
 def arguments_for(folder, **changes):
@@ -72,8 +72,8 @@ def test_options_and_models_that_would_train_something_else_are_refused(make, op
 def test_other_models_are_taken_and_whole_rows_are_not_checked(tmp_path, monkeypatch):
     check_divided_rows(tiny_model(), arguments_for(tmp_path))
     stateful = with_attribute("_is_stateful", True)
-    monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: replace(Devices(2), tensor=2))
+    monkeypatch.setattr(parallel, "devices_of", lambda arguments: replace(Devices(2), tensor=2))
     check_divided_rows(stateful, arguments_for(tmp_path, packing=True))
-    monkeypatch.setattr(divided_rows, "devices_of", lambda arguments: Devices(2, sequence=2))
+    monkeypatch.setattr(parallel, "devices_of", lambda arguments: Devices(2, sequence=2))
     with pytest.raises(ValueError, match="sp_size.*context.yaml"):
         check_divided_rows(tiny_model(), arguments_for(tmp_path))

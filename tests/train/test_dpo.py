@@ -18,7 +18,7 @@ from support.inside import (
     prompt_format,
     read_log,
 )
-from support.tolerances import GEMM, LOGITS, relative_difference
+from support.tolerances import GEMM
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import dpo_trainer
 
@@ -81,16 +81,6 @@ def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
     with torch.no_grad():
         assert not torch.equal(model(ids).logits, base(ids).logits)
         assert torch.equal(Reference(model)(input_ids=ids).logits, base(ids).logits)
-
-
-def test_in_a_permuted_model_the_reference_is_the_model_of_the_start():
-    base, model = tiny_model(), tiny_model()
-    s2ft.attach(model, MIXED)
-    ids = torch.arange(60).view(3, 20)
-    start = model(ids).logits
-    move(model)
-    assert torch.equal(Reference(model)(input_ids=ids).logits, start)
-    assert relative_difference(start, base(ids).logits) < LOGITS  # the channels are summed in another order
 
 
 @pytest.mark.parametrize("extra", [None, ["norm", "embed_tokens"]], ids=["slices", "extra weights"])

@@ -28,6 +28,7 @@ from support.inside import (
     read_texts,
     row_of_prompt,
     sft,
+    some,
     text_rows,
 )
 from transformers import Trainer, TrainingArguments
@@ -46,7 +47,7 @@ def other_rows(count=4):
     return rows
 
 
-PROMPTS = prompt_rows(token_rows(), 5)
+PROMPTS = prompt_rows(some(token_rows(), 5))
 
 
 def run(path, resume=False, options=None, meter=None, **changes):
@@ -158,18 +159,9 @@ def test_a_run_that_is_beyond_its_limit_at_once_keeps_its_values_and_says_so(tmp
 
 
 def test_values_that_are_no_numbers_are_beyond_every_limit(tmp_path, monkeypatch, caplog):
-    monkeypatch.setattr("s2ft.text.drift.DriftMeter.measure", lambda *_: Drift(float("nan"), 1.0, 0.0))
+    monkeypatch.setattr("s2ft.text.divergence.DriftMeter.measure", lambda *_: Drift(float("nan"), 1.0, 0.0))
     assert run(tmp_path, meter={"stop_at_forgetting": 5})[2].steps == 1
     assert "forgetting nan is above stop_at_forgetting 5" in caplog.text
-
-
-def test_the_last_step_is_measured_and_without_a_limit_nothing_is_copied(tmp_path):
-    _, folder, _, meter = run(tmp_path, meter={"every": 3})
-    assert sorted(measured(folder)) == [3, 6, 8] and meter._within is None
-
-
-def test_without_a_number_of_steps_there_are_about_twenty_measurements(tmp_path):
-    assert sorted(run(tmp_path, meter={"every": None}, max_steps=4)[3].measured) == [1, 2, 3, 4]
 
 
 def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
@@ -271,8 +263,7 @@ def test_rows_of_prompts_end_with_the_first_token_of_the_answer():
     with pytest.raises(ValueError, match="no row has a prompt"):
         prompts_of([text])
     many = [{"input_ids": [n, n], "labels": [n, n]} for n in range(50)]
-    assert prompt_rows(many, 7, seed=1) == prompt_rows(many, 7, seed=1) != prompt_rows(many, 7, seed=2)
-    assert len(prompt_rows(iter(many), 7)) == 7
+    assert some(many, 7, seed=1) == some(many, 7, seed=1) != some(many, 7, seed=2)
 
 
 def test_answers_are_those_of_the_base_one_by_one():

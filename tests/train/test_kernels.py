@@ -1,20 +1,17 @@
 """Kernels of Liger-Kernel around an attached model.
 
-The package needs a GPU and Triton, so most tests run on a stand-in that replaces what Liger-Kernel replaces: a function
-and a class of transformers' module, and the forwards of the model's norms. The last test runs the real kernels in
-Triton's interpreter, where both packages are installed.
+The package needs a GPU and Triton, so these tests run on a stand-in that replaces what Liger-Kernel replaces: a function
+and a class of transformers' module, and the forwards of the model's norms. tests/gpu runs the real kernels.
 """
 
 import importlib.util
-import os
 import sys
 from types import MethodType, ModuleType, SimpleNamespace
 
-import numpy
 import pytest
 import torch
-from support.inside import MissingPackages, apply_kernels, kernels, plain_kernels
-from support.models import model_of, output_of
+from support.inside import MissingPackages, apply_kernels, plain_kernels, train_loading
+from support.models import model_of
 from support.tolerances import relative_difference
 from torch import nn
 from train.tiny import tiny_model
@@ -58,7 +55,7 @@ def liger(monkeypatch):
         module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(kernels, "_replaced", {})
+    monkeypatch.setattr(train_loading, "_replaced", {})
     yield seen
     modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = original, norm
 
@@ -90,7 +87,7 @@ def test_an_attached_model_trains_on_the_other_kernels(liger, attach_first):
 def test_ffn_and_loss_stay_those_of_s2ft(liger):
     model = tiny_model()
     apply_kernels(model, "liger")
-    assert liger.options == dict.fromkeys(kernels.LEFT_TO_S2FT, False)
+    assert liger.options == dict.fromkeys(train_loading.LEFT_TO_S2FT, False)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
     assert model.model.layers[0].mlp.forward.func.__name__ == "gated_forward"
 
@@ -129,70 +126,3 @@ def test_experts_that_run_on_ligers_forward_are_refused_by_name():
         layer.mlp.experts.forward = MethodType(LigerExperts.forward, layer.mlp.experts)
     with pytest.raises(ValueError, match="replaced by .*LigerExperts.forward.*swiglu=False"):
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25))
-
-
-# ---- the real package ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def interpreter(monkeypatch):
-    """Triton's interpreter. Two things of Liger's norms do not exist in it: numbers as tensors, and CUDA's rsqrt."""
-    pytest.importorskip("liger_kernel", reason="needs liger-kernel")
-    import triton.language as tl
-    from triton.runtime import interpreter
-
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("set TRITON_INTERPRET=1 before Triton is imported")
-    convert = interpreter._implicit_cvt
-
-    def also_floats(value):
-        if not isinstance(value, float):
-            return convert(value)
-        return tl.tensor(interpreter.TensorHandle(numpy.array([value], dtype=numpy.float32), tl.float32), tl.float32)
-
-    monkeypatch.setattr(interpreter, "_implicit_cvt", also_floats)
-    monkeypatch.setattr("liger_kernel.ops.rms_norm.rsqrt", lambda x: tl.sqrt(1.0 / x))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case", ("llama", "qwen3", "gemma2", "mixtral"))
-@pytest.mark.parametrize("attach_first", (False, True))
-def test_the_real_kernels(interpreter, case, attach_first):
-    config = s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.5)
-    plain, model = model_of(case), model_of(case)
-    s2ft.attach(plain, config)
-    steps = [lambda: s2ft.attach(model, config), lambda: apply_kernels(model, "liger")]
-    for step in steps if attach_first else reversed(steps):
-        step()
-    with plain_kernels():
-        expected, gradients = step_of(plain)
-    found, others = step_of(model)
-    assert relative_difference(found, expected) <= 1e-5
-    assert all(relative_difference(one, other) <= 1e-3 for one, other in zip(others, gradients, strict=True))
-    s2ft.detach(model)
-    assert all(torch.equal(value, model_of(case).state_dict()[key]) for key, value in model.state_dict().items())
-    assert relative_difference(output_of(model), output_of(model_of(case))) <= 1e-5
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("case,by_class", (("llama", True), ("llama", False), ("mixtral", True)))
-def test_the_real_ffn_that_a_user_has_applied(interpreter, case, by_class, monkeypatch):
-    """Liger's own FFN and experts, in place of the classes of transformers or in a loaded model."""
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
-    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
-
-    plain = model_of(case)
-    module, config = sys.modules[type(plain).__module__], s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25)
-    s2ft.attach(plain, config)
-    expected, gradients = step_of(plain)
-    for name, value in dict(vars(module)).items():
-        monkeypatch.setattr(module, name, value)  # restored at the end
-    if by_class:
-        MODEL_TYPE_TO_APPLY_LIGER_FN[case](fused_linear_cross_entropy=False)
-    model = model_of(case)
-    if not by_class:
-        _apply_liger_kernel_to_instance(model=model, fused_linear_cross_entropy=False)
-    s2ft.attach(model, config)
-    found, others = step_of(model)
-    assert relative_difference(found, expected) <= 1e-5
-    assert all(relative_difference(one, other) <= 1e-3 for one, other in zip(others, gradients, strict=True))

@@ -2,7 +2,6 @@
 
 import errno
 import fcntl
-import os
 import subprocess
 import sys
 
@@ -36,7 +35,7 @@ def holder(tmp_path):
 def test_a_second_process_is_refused_and_changes_nothing(holder, tmp_path):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for how in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(FileExistsError, match=f"output folder .*out is in use: process {holder.pid} on .* writes"):
+        with pytest.raises(FileExistsError, match="output folder .*out is in use"):
             with RunFolder(tmp_path / "out").reserved(**how):
                 raise AssertionError
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
@@ -57,7 +56,7 @@ def test_the_folder_is_free_when_the_process_has_ended(holder, tmp_path, end):
 def test_a_new_folder_is_locked_before_the_run_begins_and_removed_if_it_does_not_begin(tmp_path):
     with pytest.raises(ZeroDivisionError):
         with RunFolder(tmp_path / "a/b").reserved():
-            with pytest.raises(FileExistsError, match=f"process {os.getpid()} on"):
+            with pytest.raises(FileExistsError, match="is in use"):
                 with RunFolder(tmp_path / "a/b").reserved():
                     raise AssertionError
             1 / 0

@@ -2,20 +2,10 @@
 
 import pytest
 import torch
-from support.inside import (
-    CHUNK,
-    IGNORED,
-    ChunkedLoss,
-    chunk_of,
-    chunked_loss,
-    smoothed_loss,
-    sum_of_losses,
-    why_not_chunked,
-)
+from support.inside import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
 from support.models import CASES, inputs_of, model_of
 from support.pairs import in_turn
 from support.tolerances import GEMM
-from train.test_sft import losses, run
 from train.tiny import tiny_model
 
 import s2ft
@@ -119,41 +109,13 @@ def test_rows_without_a_label_may_be_kept_or_removed(dtype):
     assert not ours[::3].any()
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-def test_label_smoothing_needs_no_logits(dtype):
-    """The loss and its gradient are those of torch's cross entropy with label smoothing."""
-    hidden = torch.randn(30, 16).to(dtype).requires_grad_()
-    weight, bias, targets = torch.randn(50, 16).to(dtype), torch.randn(50).to(dtype), torch.randint(0, 50, (30,))
-    targets[::3] = IGNORED
-    ours = sum_of_losses(hidden, weight, bias, targets, label_smoothing=0.2)
-    (gradient,) = torch.autograd.grad(ours, hidden)
-    exact = hidden.detach().double().requires_grad_()
-    logits = exact @ weight.double().T + bias.double()
-    expected = torch.nn.functional.cross_entropy(logits, targets, reduction="sum", label_smoothing=0.2)
-    (theirs,) = torch.autograd.grad(expected, exact)
-    rtol, atol = GEMM[dtype]
-    torch.testing.assert_close(ours, expected.float(), rtol=rtol, atol=atol)
-    torch.testing.assert_close(gradient, theirs.to(dtype), rtol=10 * rtol, atol=10 * atol)
-
-
-def test_label_smoothing_where_the_logits_are_kept(tmp_path):
-    """The two ways to compute it agree, and a loss of the model's own is refused."""
-    _, chunked, _ = run(tmp_path / "chunked", save_steps=0, label_smoothing_factor=0.2)
-    _, plain, _ = run(tmp_path / "plain", save_steps=0, label_smoothing_factor=0.2, options={"chunked_loss": False})
-    for (_, ours, *_), (_, theirs, *_) in zip(losses(chunked), losses(plain)):
-        assert ours == pytest.approx(theirs, rel=1e-5)
-    model = tiny_model()
-    model.loss_function = lambda logits, labels, **_: logits.sum()
-    with pytest.raises(ValueError, match="label_smoothing_factor needs a model with the standard loss"):
-        with smoothed_loss(model, 0.1):
-            pass
-
-
-def test_evaluation_has_the_models_own_loss_and_logits():
+def test_evaluation_and_a_forward_without_labels_have_the_models_own_loss_and_logits():
     model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
     expected = model(input_ids=ids, labels=ids)
     with chunked_loss(model):
         found = model(input_ids=ids, labels=ids)
+        model.train()(input_ids=ids, labels=ids)
+        assert torch.equal(model(ids).logits, expected.logits)
     assert torch.equal(found.loss, expected.loss) and torch.equal(found.logits, expected.logits)
 
 
@@ -173,14 +135,6 @@ def test_the_logits_are_not_kept(monkeypatch):
     assert largest() >= 4 * 64 * 5000
     with chunked_loss(model):
         assert largest() < 4 * 64 * 5000 / 2
-
-
-def test_a_forward_without_labels_returns_the_logits():
-    model, ids = tiny_model(), torch.randint(3, 200, (2, 9))
-    expected = model.train()(ids).logits
-    with chunked_loss(model):
-        model(input_ids=ids, labels=ids)
-        assert torch.equal(model(ids).logits, expected)
 
 
 def test_the_model_is_restored_after_an_error():

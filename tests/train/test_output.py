@@ -6,12 +6,6 @@ import pytest
 from support.inside import RunFolder, read_log
 
 
-def test_new_and_empty_folders_are_fine(tmp_path):
-    RunFolder(tmp_path / "new").check()
-    RunFolder(tmp_path).check()
-    assert not (tmp_path / "new").exists()
-
-
 def test_folder_with_another_run(tmp_path):
     RunFolder(tmp_path).begin({})
     with pytest.raises(FileExistsError, match="holds another run: resume it, overwrite it, or choose another"):
@@ -26,17 +20,6 @@ def test_overwriting_removes_only_the_earlier_run(tmp_path):
     folder.log.write_text("{}\n"), (tmp_path / "checkpoint-3").mkdir(), (tmp_path / "notes.txt").touch()
     folder.begin({"a": 2})
     assert {path.name for path in tmp_path.iterdir()} == {"run.json", "notes.txt"}
-
-
-def test_nothing_to_resume(tmp_path):
-    with pytest.raises(FileNotFoundError, match="holds no run to resume"):
-        RunFolder(tmp_path / "new").check(resume=True)
-
-
-def test_output_that_is_a_file(tmp_path):
-    (tmp_path / "x").touch()
-    with pytest.raises(FileExistsError, match="is a file"):
-        RunFolder(tmp_path / "x").check()
 
 
 def test_a_resumed_run_must_have_the_options_of_the_run(tmp_path):

@@ -14,7 +14,7 @@ MORE = [*STEPS, {"step": 9, "eval_loss": 4.0, "eval_accuracy": 0.5, "forgetting"
 
 @pytest.fixture(autouse=True)
 def real_plots(monkeypatch):
-    monkeypatch.setattr("s2ft.train.plot.loss_figure", loss_figure)
+    monkeypatch.setattr("s2ft.train.output.loss_figure", loss_figure)
 
 
 @pytest.mark.parametrize(

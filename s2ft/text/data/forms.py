@@ -210,16 +210,14 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
 
 
 def _why_no_form(row: Row, present: set[str]) -> str:
-    """Explain which field is missing from the form that the row resembles most."""
+    """Explain which field is missing from the first form that the row has a part of."""
     for needs in FORMS:
-        partly = present.intersection(needs)
-        if partly:
-            others = [name for other in FORMS if partly <= set(other) for name in other if name not in present]
-            missing = next(name for name in needs if name not in present)
-            how = "is null" if missing in row else "is missing"
-            options = " or ".join(repr(name) for name in dict.fromkeys(others))
-            more = f" (with {min(partly)!r} a row needs {options})" if len(set(others)) > 1 else ""
-            return f"field {missing!r} {how}{more}; it has {listed(row)}"
+        missing = [name for name in needs if name not in present]
+        if len(missing) < len(needs):
+            others = [name for form in FORMS if present & {*needs} <= {*form} for name in form if name not in present]
+            options = f" (or {', '.join(map(repr, dict.fromkeys(others[1:])))})" if len(set(others)) > 1 else ""
+            how = "is null" if missing[0] in row else "is missing"
+            return f"field {missing[0]!r} {how}{options}; it has {listed(row)}"
     return f"needs {KNOWN}; it has {listed(row)}; --field OURS=THEIRS maps other names"
 
 

@@ -1,10 +1,9 @@
 """Load normalised rows: read sources, convert their rows, and report the rows that cannot be used."""
 
 import itertools
-import json
 import logging
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,17 +11,16 @@ from typing import TYPE_CHECKING, Any
 from s2ft.packages import check_packages
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
-from s2ft.text.data.scratch import scratch_folder
-from s2ft.text.data.sources import BUILDERS, UnreadableRow, is_pattern, read_rows
+from s2ft.text.data.sources import BUILDERS, UnreadableRow, is_pattern, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
-    from datasets import Dataset, IterableDataset
+    from datasets import Dataset
 
 logger = logging.getLogger(__name__)
 
 SHOWN = 3  # bad rows that a message shows
 SKIP = "skip_bad_rows (--skip-bad-rows)"
-FEW = 1000  # bad rows after which a streamed data set without a good row is given up
+FEW = 1000  # rows that are read from a file at once
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def load_rows(
     limit: int | None = None,
     scored: bool = False,
     shape: Shape = EXAMPLES,
-) -> "Dataset | IterableDataset":
+) -> "Dataset":
     """Load the rows of data sets in their normalised form.
 
     Args:
@@ -67,9 +65,8 @@ def load_rows(
         shape: The kind of rows: by default examples with an answer.
 
     Returns:
-        A datasets.Dataset in a temporary file, or a datasets.IterableDataset if the options ask for streaming. Each row
-        has `messages`, or `prompt` and `completion`, or `text`, and perhaps `answer` and `tools`; the others are None.
-        `place` names the file and the row.
+        A datasets.Dataset in a temporary file. Each row has `messages`, or `prompt` and `completion`, or `text`, and
+        perhaps `answer` and `tools`; the others are None. `place` names the file and the row.
 
     Raises:
         FileNotFoundError: A file does not exist.
@@ -85,26 +82,29 @@ def load_rows(
         ([{'role': 'user', 'content': '2+3='}, {'role': 'assistant', 'content': '5'}], 'sums.jsonl, line 1')
     """
     check_packages("reading data")
+    from datasets import concatenate_datasets
+
     entries = _entries(options, data, split)
     if not entries:
         raise ValueError("no data was given: name files, folders or data sets with data (--data)")
     fractions = _fractions(entries)
     limit = options.limit if limit is None else limit
-    if options.is_streamed:
-        return _streamed(entries, fractions, options, limit, scored, shape)
     parts = []
     for entry in entries:
         wanted = None if limit is None or fractions else limit - sum(map(len, parts))
         if wanted == 0:
             break
         parts.append(_stored(entry, options, wanted, scored, shape))
-    rows = _mixed(parts, fractions)
+    if fractions:
+        total = min(len(part) / share for part, share in zip(parts, fractions))
+        parts = [part.select(range(min(len(part), round(share * total)))) for part, share in zip(parts, fractions)]
+    rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
 
 
 def load_split(
     options: DataOptions, *, seed: int, evaluates: bool = True, eval_limit: int | None = None, shape: Shape = EXAMPLES
-) -> "tuple[Dataset | IterableDataset, Dataset | IterableDataset | None]":
+) -> "tuple[Dataset, Dataset | None]":
     """Load the training rows and the held-out rows.
 
     Args:
@@ -120,7 +120,7 @@ def load_split(
 
     Raises:
         FileNotFoundError: A file does not exist.
-        ValueError: See :func:`load_rows`. Or a streamed data set is to be split.
+        ValueError: See :func:`load_rows`. Or there are too few rows to hold out so many.
 
     Example:
         >>> from pathlib import Path
@@ -134,8 +134,6 @@ def load_split(
     if options.eval_data:
         return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62, shape=shape)
     if options.test_split_size is not None:
-        if options.is_streamed:
-            raise ValueError("test_split_size can't split a data set that is streamed: give eval_data")
         size = options.test_split_size
         if size >= len(train):
             raise ValueError(f"test_split_size {size} must be smaller than the {len(train)} rows there are")
@@ -166,70 +164,46 @@ def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
     return [fraction / sum(fractions) for fraction in fractions]
 
 
-def _features(shape: Shape):
-    from datasets import Features, Value
+def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
+    """Write the normalised rows of one entry to a temporary file and open it. The rows are never held in memory."""
+    from datasets import Dataset, Features, ReadInstruction, Value
+    from datasets.arrow_writer import ArrowWriter
 
     from s2ft.text.data.columns import ExactJson
 
-    return Features({name: ExactJson() if name in shape.as_json else Value("string") for name in shape.columns})
-
-
-def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
-    """Write the normalised rows of one entry to a temporary file and open it. The rows are never held in memory."""
-    from datasets import Dataset
-    from datasets.arrow_writer import ArrowWriter
-
     # Token rows are a second file: whether rows need a chat template is known when all are read, and rows are held
     # out, answered and shown as they are.
-    problems, features = Problems(options.skip_bad_rows), _features(shape)
+    problems = Problems(options.skip_bad_rows)
+    features = Features({name: ExactJson() if name in shape.as_json else Value("string") for name in shape.columns})
     path = str(scratch_folder() / f"{secrets.token_hex(8)}.arrow")
-    sliced = "[" in entry["split"] and _is_local(entry)  # datasets takes the slice of a data set on the hub
+    is_local = entry["path"] in BUILDERS or is_pattern(entry["path"]) or Path(entry["path"]).expanduser().exists()
+    sliced = "[" in entry["split"] and is_local  # datasets takes the slice of a data set on the hub
+    streaming = limit is not None and "[" not in entry["split"]  # so that the hub sends these rows only
     with ArrowWriter(features=features, path=path) as writer:
-        rows = _converted(entry, options, scored, problems, shape)
+        rows = _converted(entry, options, scored, problems, shape, streaming)
         for row in itertools.islice(rows, None if sliced else limit):
             writer.write(row)
         count, _ = writer.finalize()
     problems.check(count, entry["path"])
     found = Dataset.from_file(path)
     found.info.features = features
-    return found.select(_slice(entry["split"], count)) if sliced else found
-
-
-def _is_local(entry: dict[str, Any]) -> bool:
-    return entry["path"] in BUILDERS or Path(entry["path"]).expanduser().exists() or is_pattern(entry["path"])
-
-
-def _slice(split: str, rows: int) -> range:
-    """The rows that a split such as train[:10%] names."""
-    from datasets import ReadInstruction
-
-    (found,) = ReadInstruction.from_spec(split).to_absolute({split.partition("[")[0]: rows})
-    return range(found.from_ or 0, rows if found.to is None else found.to)
-
-
-def _mixed(parts: list, fractions: list[float] | None):
-    from datasets import concatenate_datasets
-
-    if fractions:
-        total = min(len(part) / share for part, share in zip(parts, fractions))
-        parts = [part.select(range(min(len(part), round(share * total)))) for part, share in zip(parts, fractions)]
-    return parts[0] if len(parts) == 1 else concatenate_datasets(parts)
+    if not sliced:
+        return found
+    (part,) = ReadInstruction.from_spec(entry["split"]).to_absolute({entry["split"].partition("[")[0]: count})
+    return found.select(range(part.from_ or 0, count if part.to is None else part.to))
 
 
 def form_of(rows, options: DataOptions) -> str:
     """Return the form of prompts for rows: "text" if all are texts, else "chat".
 
     Args:
-        rows: Rows as :func:`load_rows` returns them. Of rows that are streamed only the first one is looked at.
+        rows: Rows as :func:`load_rows` returns them.
         options: The options of the data, which may name the form. A chat template or a system prompt says "chat".
     """
     if options.form != "auto":
         return options.form
     if options.chat_template is not None or options.system_prompt is not None:
         return "chat"
-    if not hasattr(rows, "data"):
-        first = next(iter(rows))
-        return "chat" if first.get("messages") is not None or isinstance(first["prompt"], list) else "text"
     cells = rows.select_columns([name for name in ("messages", "prompt") if name in rows.column_names])
     columns = [column for part in cells.with_format("arrow").iter(FEW) for column in part.columns]
     chats = sum(str(value).startswith("[") for column in columns for value in column.to_pylist())  # a list as JSON
@@ -244,19 +218,16 @@ class Problems:
 
     Args:
         skip: Whether they are left out. Otherwise they are an error.
-        at_once: Whether a row raises an error as soon as it is read, which is so for rows that are streamed.
     """
 
-    def __init__(self, skip: bool, at_once: bool = False) -> None:
-        self.skip, self.at_once, self.count, self.shown = skip, at_once, 0, []
+    def __init__(self, skip: bool) -> None:
+        self.skip, self.count, self.shown = skip, 0, []
 
-    def add(self, problem: str, good: int = 0) -> None:
+    def add(self, problem: str) -> None:
         """Count a bad row, and keep its description if it is among the first."""
         self.count += 1
         if len(self.shown) < SHOWN:
             self.shown.append(problem)
-        if self.at_once and (not self.skip or (not good and self.count >= FEW)):
-            self.check(good)
 
     def check(self, good: int, name: str = "the data") -> None:
         """Raise ValueError if there are bad rows that must not be left out, or no good row."""
@@ -275,12 +246,12 @@ class Problems:
 
 
 def _converted(
-    entry: dict[str, Any], options: DataOptions, scored: bool, problems: Problems, shape: Shape, streaming: bool = False
+    entry: dict[str, Any], options: DataOptions, scored: bool, problems: Problems, shape: Shape, streaming: bool
 ) -> Iterator[dict[str, Any]]:
     """Read the rows of an entry, and yield the good ones in their normalised form."""
     from s2ft.text.data.columns import as_json
 
-    renamed, good = options.renamed, 0
+    renamed = options.renamed
     arguments = {name: value for name, value in entry.items() if name != "fraction"}
     for place, row in read_rows(**arguments, streaming=streaming):
         try:
@@ -291,38 +262,6 @@ def _converted(
                 name: as_json(found.get(name)) if name in shape.as_json else found.get(name) for name in shape.columns
             }
         except BadRow as error:
-            problems.add(f"{place}: {error}", good)
+            problems.add(f"{place}: {error}")
             continue
-        good += 1
         yield cells
-
-
-def _streamed(
-    entries: list[dict[str, Any]],
-    fractions: list[float] | None,
-    options: DataOptions,
-    limit: int | None,
-    scored: bool,
-    shape: Shape,
-):
-    """Read, convert and mix the rows while they are used."""
-    from datasets import IterableDataset, concatenate_datasets, interleave_datasets
-
-    arguments = {"options": options, "scored": scored, "shape": shape}
-    parts = [IterableDataset.from_generator(_generate, gen_kwargs={"entry": entry, **arguments}) for entry in entries]
-    if fractions:
-        rows = interleave_datasets(parts, probabilities=fractions, seed=0, stopping_strategy="first_exhausted")
-    else:
-        rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
-    rows = rows.take(limit) if limit is not None else rows
-    if next(iter(rows), None) is None:  # bad data is reported before the training
-        raise ValueError("the data has no rows")
-    return rows
-
-
-def _generate(entry: dict[str, Any], options: DataOptions, scored: bool, shape: Shape) -> Iterable[Mapping[str, Any]]:
-    good, problems = 0, Problems(options.skip_bad_rows, at_once=True)
-    for row in _converted(entry, options, scored, problems, shape, streaming=True):
-        good += 1
-        yield {name: json.loads(value) if name in shape.as_json and value else value for name, value in row.items()}
-    problems.check(good, entry["path"])

@@ -34,7 +34,7 @@ class DataOptions:
         "test", "split to evaluate on, if the run evaluates and no --eval-data is given", metavar="SPLIT"
     )
     dataset_revision: str | None = option(None, "branch, tag or commit of the data sets on the hub", metavar="NAME")
-    dataset_streaming: bool = option(False, "read the rows while training, without storing them; needs --max-steps")
+    dataset_streaming: bool = option(False, "must be false: --limit N reads only the first N rows of the hub")
     datasets: list[dict[str, Any]] = option(
         [],
         "a mixture, in a configuration file only: for each data set path, and optionally name, data_dir, data_files, "
@@ -84,10 +84,12 @@ class DataOptions:
             raise ValueError(f"test_split_size must be a share between 0 and 1 or a number of rows, got {size}")
         if size is not None and self.eval_data:
             raise ValueError("test_split_size and eval_data both say what to evaluate on: give one of them")
-        self._check_sources()
         _ = self.renamed
-
-    def _check_sources(self) -> None:
+        if self.streaming or self.dataset_streaming:
+            raise ValueError(
+                "streaming is not needed: rows are converted into a file and never held in memory; limit (--limit N) "
+                "reads only the first N rows of a data set on the hub"
+            )
         given = [name for name in ("data", "dataset_name", "datasets") if getattr(self, name)]
         if len(given) > 1:
             raise ValueError(f"{' and '.join(given)} both say what to train on: give one of them")
@@ -115,11 +117,6 @@ class DataOptions:
                 raise ValueError(f"field: {theirs!r} has two meanings, {renamed[theirs]!r} and {ours!r}")
             renamed[theirs] = ours
         return renamed
-
-    @property
-    def is_streamed(self) -> bool:
-        """Whether the rows are read while training."""
-        return self.streaming or self.dataset_streaming
 
 
 @dataclass

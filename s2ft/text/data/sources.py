@@ -6,17 +6,19 @@ numbers to nine digits, turns 1 into 1.0 beside 2.5, refuses a field that the fi
 without its number, and makes 7 of 007.
 """
 
+import atexit
+import functools
 import glob
 import itertools
 import json
 import logging
-import re
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-from s2ft.text.data.scratch import scratch_folder
 
 KINDS = {  # endings of files, and what reads them
     ".json": "json",
@@ -27,9 +29,9 @@ KINDS = {  # endings of files, and what reads them
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
-BETWEEN_ROWS = re.compile(r"[\s,]*")
 
 Rows = Iterator[tuple[str, object]]
 
@@ -219,11 +221,14 @@ def _json(path: Path) -> Rows:
 def _decoded(text: str) -> object:
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
-        return UnreadableRow(f"not JSON: {error.msg} (character {error.pos + 1})")
     except (RecursionError, ValueError) as error:
-        deep = isinstance(error, RecursionError)
-        return UnreadableRow("it is nested too deeply" if deep else f"a number is too long ({error})")
+        return UnreadableRow(_problem(error))
+
+
+def _problem(error: RecursionError | ValueError) -> str:
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} (character {error.colno})"
+    return "it is nested too deeply" if isinstance(error, RecursionError) else f"a number is too long ({error})"
 
 
 def _lines(path: Path, file: Iterable[str]) -> Rows:
@@ -237,28 +242,17 @@ def _lines(path: Path, file: Iterable[str]) -> Rows:
 
 def _document(path: Path, text: str) -> list | None:
     """The rows of a JSON list, or of an object with one list. None if the text is neither, so that lines are read."""
-    found = _decoded(text)
-    if not isinstance(found, UnreadableRow):
-        rows = found if isinstance(found, list) else _rows_of_object(found)
-        if rows == []:
-            raise ValueError(f"{path} has no rows")
-        return [found] if rows is None else rows
-    if not text.lstrip().startswith("["):
-        return None
-    number, line = _first_unreadable(text)
-    raise ValueError(f"{path}, row {number}, line {line}: {found.problem}")
-
-
-def _first_unreadable(text: str) -> tuple[int, int]:
-    """Return the row, from 1, of a JSON list that Python cannot read, and the line on which it begins."""
-    decoder, at, row = json.JSONDecoder(), text.index("[") + 1, 1
-    while True:
-        at = BETWEEN_ROWS.match(text, at).end()
-        try:
-            _, at = decoder.raw_decode(text, at)
-        except (RecursionError, ValueError):
-            return row, text.count("\n", 0, at) + 1
-        row += 1
+    try:
+        found = json.loads(text)
+    except (RecursionError, ValueError) as error:
+        if not text.lstrip().startswith("["):
+            return None
+        line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise ValueError(f"{path}{line}: {_problem(error)}") from error
+    rows = found if isinstance(found, list) else _rows_of_object(found)
+    if rows == []:
+        raise ValueError(f"{path} has no rows")
+    return [found] if rows is None else rows
 
 
 def _rows_of_object(found: object) -> list | None:
@@ -289,15 +283,12 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
         files = DataFilesPatternsDict.from_patterns(get_data_patterns(str(path))).resolve(str(path))
     except Exception:  # an empty folder
         files = {}
-    found = {name: [Path(file) for file in names if _is_data(Path(file))] for name, names in files.items()}
+    found = {name: [file for file in map(Path, names) if _kind(file) and not file.name.startswith(INFOS)]
+             for name, names in files.items()}  # fmt: skip
     found = {name: names for name, names in found.items() if names}
     if not found:
         raise ValueError(f"data folder {path} has no file of the kinds {', '.join(KINDS)}")
     return _files(_split_of(found, split, f"data folder {path}"))
-
-
-def _is_data(path: Path) -> bool:
-    return _kind(path) is not None and not path.name.startswith(("dataset_info.json", "dataset_infos.json"))
 
 
 def _hub(path: str, *name: str | None, **options: Any) -> Rows:
@@ -317,3 +308,49 @@ def _hub(path: str, *name: str | None, **options: Any) -> Rows:
             f"{_reason(error).rstrip('.')}; {way_out}"
         ) from error
     return _numbered(path, found)
+
+
+# ---- temporary files ------------------------------------------------------------------------------------
+
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks, so folders of killed processes stay there
+    fcntl = None  # type: ignore[assignment]
+
+PREFIX, LOCK = "s2ft-data-", "in-use"
+
+
+@functools.cache
+def scratch_folder() -> Path:
+    """Return the temporary folder of this process and of those that it forks. TMPDIR moves it.
+
+    Example:
+        >>> from s2ft.text.data.sources import scratch_folder
+        >>> scratch_folder().is_dir()
+        True
+    """
+    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}") if fcntl else ():
+        _remove_if_abandoned(lock)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    atexit.register(_remove, folder, os.getpid())
+    if fcntl:
+        held = os.open(folder / "new", os.O_CREAT | os.O_RDWR)  # open as long as the process lives
+        fcntl.flock(held, fcntl.LOCK_EX)
+        (folder / "new").rename(folder / LOCK)  # the lock appears when it is held
+    return folder
+
+
+def _remove(folder: Path, process: int) -> None:
+    if process == os.getpid():  # a forked process must not remove the folder of its parent
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _remove_if_abandoned(lock: Path) -> None:
+    """Remove a folder whose lock nobody holds."""
+    try:
+        with lock.open("r+") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    except OSError:  # it is in use, of another user, or was removed just now
+        pass

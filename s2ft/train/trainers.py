@@ -1,0 +1,476 @@
+"""The Trainers of s2ft sft, dpo and grpo: TRL's, with the loss, the batches and the checkpoints of s2ft."""
+
+import copy
+from collections.abc import Sequence
+from contextlib import contextmanager, nullcontext
+from typing import Any
+
+import torch
+from accelerate.utils import gather_object
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import Trainer, get_scheduler
+from trl import DPOTrainer, GRPOTrainer, SFTTrainer
+from trl.trainer.utils import RepeatSampler
+
+import s2ft
+from s2ft.distributed import ranks_sharing
+from s2ft.sync.trl import with_slices
+from s2ft.text.encoding import IGNORED
+from s2ft.text.evaluation import HeldOut, evaluate
+from s2ft.text.prompts import encode_prompt, end_ids
+from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
+from s2ft.train.options import SCHEDULES
+from s2ft.train.output import log_failure
+from s2ft.train.parallel import devices_of, loading_config, rows_of_update
+from s2ft.train.reference import Reference
+from s2ft.train.trainer import AdapterCheckpoints
+
+
+class RunMethods:
+    """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged."""
+
+    def _send_telemetry(self) -> None:
+        """Send nothing."""
+
+    def create_model_card(self, *args, **options) -> None:
+        """Write no model card into checkpoints. The command writes one beside the adapter."""
+
+    def create_scheduler(self, num_training_steps: int, optimizer=None):
+        """Make the schedule of transformers without its first step, whose learning rate of 0 wastes an update.
+
+        Schedules whose arguments are needed but not given get those of :data:`~s2ft.train.options.SCHEDULES`.
+        """
+        if self.lr_scheduler is not None:
+            return self.lr_scheduler
+        warmup = self.args.get_warmup_steps(num_training_steps)
+        skipped = 1 if warmup else 0
+        schedule = get_scheduler(
+            self.args.lr_scheduler_type,
+            optimizer=self.optimizer if optimizer is None else optimizer,
+            num_warmup_steps=warmup + skipped,
+            num_training_steps=num_training_steps + skipped,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or self._schedule_arguments(num_training_steps),
+        )
+        if skipped and isinstance(schedule, LambdaLR):
+            later = [lambda step, rate=rate: rate(step + 1) for rate in schedule.lr_lambdas]
+            schedule = LambdaLR(schedule.optimizer, later)
+        self.lr_scheduler, self._created_lr_scheduler = schedule, True
+        return schedule
+
+    def _schedule_arguments(self, steps: int) -> dict:
+        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        if name == "warmup_stable_decay":
+            return {"num_decay_steps": max(1, steps // 10)}
+        return dict(SCHEDULES.get(name, {}))
+
+    def evaluate(self, *args, **options):
+        """Evaluate. An error is logged and training continues, unless there are other ranks, which would wait."""
+        try:
+            return super().evaluate(*args, **options)
+        except Exception as error:
+            if self.args.world_size > 1 or self.args.load_best_model_at_end:
+                raise
+            log_failure(f"the evaluation at step {self.state.global_step} failed", error)
+            return {}
+
+
+class Changed:
+    """What TRL's constructor changes in a model, and how it was before."""
+
+    def __init__(self, model) -> None:
+        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
+        self.forward = self.model.__dict__.get("forward")
+        self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+        self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
+        self.tags = model.__dict__.get("model_tags")
+
+    def undo_always(self) -> None:
+        """Undo what no run needs. TRL rounds the trained parameters of a quantized model to bfloat16, and adds tags."""
+        for parameter, data in self.trained.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+        self.trained = {}
+        self.model.__dict__.pop("model_tags", None)
+        if self.tags is not None:
+            self.model.model_tags = self.tags
+
+    def undo(self) -> None:
+        """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""
+        self.model.__dict__.pop("forward", None)
+        if self.forward is not None:
+            self.model.forward = self.forward
+        for config, values in self.configs:
+            vars(config).clear()
+            vars(config).update(values)
+
+
+def without_checkpointing(arguments):
+    """Return a copy of the arguments for TRL without gradient checkpointing, which the run turns on itself."""
+    arguments = copy.copy(arguments)
+    arguments.gradient_checkpointing, arguments.gradient_checkpointing_kwargs = False, None
+    if hasattr(arguments, "activation_checkpointing"):
+        arguments.activation_checkpointing, arguments.activation_checkpointing_kwargs = False, None
+    return arguments
+
+
+# ---- SFT ---------------------------------------------------------------------------------------------------
+
+
+class TokenRowTrainer(RunMethods, SFTTrainer):
+    """TRL's SFTTrainer on token rows, with the loss of s2ft where logits are only computed for labels.
+
+    The model can have any trainable parameters, so that other methods can be compared under the same conditions. TRL's
+    own loss is used where only it has what the arguments ask for: ``loss_type="dft"`` and
+    ``router_aux_loss_coef``. The trainer does not change the tokenizer or the model's config, and sends no telemetry.
+
+    Args:
+        model: The model.
+        arguments: The SFTArguments.
+        rows: The token rows to train on, as :meth:`~s2ft.train.batching.Batching.prepare` returns them.
+        batching: How rows become batches.
+        tokenizer: The model's tokenizer.
+        held_out: Data to evaluate on, or None. If it has a task, its examples are answered at each evaluation.
+        callbacks: More callbacks.
+    """
+
+    def __init__(
+        self,
+        model,
+        arguments,
+        rows,
+        batching: Batching,
+        *,
+        tokenizer,
+        held_out: HeldOut | None = None,
+        callbacks: Any = None,
+    ) -> None:
+        self._batching, self._held_out, self._text_tokenizer = batching, held_out, tokenizer
+        self._devices = devices_of(arguments)
+        self._sampler: LengthSampler | None = None
+        self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
+        self._changed = Changed(model)
+        super().__init__(
+            model=model,
+            args=_for_trl(arguments, batching),
+            train_dataset=rows,
+            eval_dataset=held_out.rows if held_out is not None else None,
+            data_collator=batching.collator,
+            processing_class=tokenizer,
+            callbacks=callbacks,
+        )
+        self._changed.undo_always()
+        self.trl_loss = needs_trl_loss(arguments)
+        if not self.trl_loss:
+            self.restore_model()
+            self.aux_loss_enabled = False
+        self.processing_class = None  # the Trainer would write the tokenizer's special tokens into the model's config
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and config back, which TRL has changed for its loss."""
+        self._changed.undo()
+
+    # ---- batches -----------------------------------------------------------------------------------------
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self._batching.by_length:
+            return super()._get_train_sampler(train_dataset)
+        lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._sampler = LengthSampler(lengths, rows_of_update(self.args), seed)
+        return self._sampler
+
+    def _run_epoch(self, *args, epoch: int, **options):
+        if self._sampler is not None:  # accelerate does not reach the sampler of a resumed run on several ranks
+            self._sampler.set_epoch(epoch)
+        return super()._run_epoch(*args, epoch=epoch, **options)
+
+    def training_step(self, model, inputs, *args, **options):
+        """Train on a batch. Its tokens are counted before, because a row that is divided is cut in place."""
+        self._tokens = self._tokens_of(inputs)
+        return super().training_step(model, inputs, *args, **options)
+
+    def _tokens_of(self, inputs) -> torch.Tensor:
+        if self.args.include_num_input_tokens_seen == "all":
+            return torch.tensor(inputs["input_ids"].numel(), device=self.args.device)
+        if "attention_mask" in inputs and not self._devices.splits_rows:
+            return inputs["attention_mask"].sum()
+        positions = inputs["position_ids"]  # padding is all position 0, and a row of one token has no label
+        return (positions > 0).sum() + (positions == 1).sum()
+
+    def _track_num_input_tokens(self, inputs) -> None:
+        """Add up tokens without padding, once for all devices that train on the same rows."""
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = int(self.accelerator.gather(self._tokens.to(self.args.device)).sum())
+            self.state.num_input_tokens_seen += tokens // self._devices.together
+
+    # ---- loss --------------------------------------------------------------------------------------------
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Compute the loss by the model's forward, whose loss function sft() has replaced, or by TRL."""
+        if self.trl_loss:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        return Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Compute the loss of a batch, and add it up over all labels."""
+        shifted = inputs["shift_labels"] if "shift_labels" in inputs else inputs["labels"][..., 1:]
+        count = (shifted != IGNORED).sum().to(self.args.device)
+        if self._devices.splits_rows:  # by transformers, since TRL would compute whole rows on every device
+            loss, logits, labels = Trainer.prediction_step(self, model, inputs, prediction_loss_only, ignore_keys)
+            scale = self._devices.count if self.args.average_tokens_across_devices else 1
+            total, count = loss.float() / scale, count / self._devices.together
+        else:
+            loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+            total = loss.float() * count
+        self._evaluated = self._evaluated.to(loss.device) + torch.stack([total, count.float()])
+        return loss, logits, labels
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """Count the labels by which a loss is divided. An evaluation adds up losses and divides them at the end."""
+        return (
+            torch.ones((), device=device) if self._evaluates else super()._get_num_items_in_batch(batch_samples, device)
+        )
+
+    # ---- evaluation --------------------------------------------------------------------------------------
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **options):
+        """Compute the loss, as the mean over all labels, and, with a task, the accuracy."""
+        self._evaluated, self._evaluates = torch.zeros(2), True
+        try:
+            output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **options)
+        finally:
+            self._evaluates = False
+        total, count = self.accelerator.reduce(self._evaluated.to(self.args.device), "sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = total / max(count, 1)
+        if self._held_out is not None and self._held_out.task is not None:
+            output.metrics[f"{metric_key_prefix}_accuracy"] = self._accuracy()
+        return output
+
+    def _accuracy(self) -> float:
+        data, examples = self._held_out, self._held_out.examples
+        if ranks_sharing(self.model.parameters()) is None:  # else all devices compute each token together
+            examples = examples[self.args.process_index :: self.args.world_size]
+        counts = [(0, 0)]
+        if examples:
+            model = self.accelerator.unwrap_model(self.model)
+            scored = evaluate(model, self._text_tokenizer, examples, data.task, data.batch_size, data.max_new_tokens)
+            counts = [(scored.right, len(scored.records))]
+        counts = gather_object(counts)
+        return sum(right for right, _ in counts) / sum(count for _, count in counts)
+
+
+class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
+    """:class:`TokenRowTrainer` for an attached model, with the checkpoints of s2ft. The arguments are the same."""
+
+
+def needs_trl_loss(arguments) -> bool:
+    """Return whether the arguments ask for a loss that only TRL has, which computes logits for every position."""
+    return arguments.loss_type == "dft" or bool(arguments.router_aux_loss_coef)
+
+
+def _for_trl(arguments, batching: Batching):
+    """Return a copy of the arguments for TRL, to which the rows are given ready and which need not know why."""
+    arguments = without_checkpointing(arguments)
+    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
+    arguments.packing = arguments.padding_free = arguments.eval_packing = False
+    arguments.shuffle_dataset, arguments.chat_template_path, arguments.eos_token = False, None, None
+    arguments.assistant_only_loss = arguments.completion_only_loss = False
+    if arguments.train_sampling_strategy == BY_LENGTH and not batching.by_length:
+        arguments.train_sampling_strategy = "random"
+    return arguments
+
+
+# ---- DPO and GRPO ---------------------------------------------------------------------------------------
+
+
+class RLTrainer(AdapterCheckpoints, RunMethods):
+    """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
+
+    def __init__(self, model, *args: Any, args_of_run, tokenizer, **options: Any) -> None:
+        self._changed, self._given, self._pad_token = Changed(model), tokenizer, tokenizer.pad_token
+        super().__init__(model, *args, args=without_checkpointing(args_of_run), processing_class=tokenizer, **options)
+        self._changed.undo_always()
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and config back, and the tokenizer its own padding, which TRL has changed."""
+        self._changed.undo()
+        self._given.pad_token = self._pad_token
+
+
+class DPORunTrainer(RLTrainer, DPOTrainer):
+    """TRL's DPOTrainer on pairs of token rows. Its reference model is the model itself without the adapter.
+
+    Args:
+        model: The model, with a trainable adapter.
+        arguments: The DPOArguments.
+        pairs: Rows with `prompt_ids`, `chosen_ids` and `rejected_ids`.
+        tokenizer: The model's tokenizer.
+        held_out: Pairs to evaluate on, or None.
+        callbacks: More callbacks.
+
+    Raises:
+        ValueError: The model would be sharded.
+    """
+
+    def __init__(
+        self, model, arguments, pairs, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
+    ) -> None:
+        refuse_sharding(arguments, "s2ft dpo")
+        super().__init__(
+            model,
+            ref_model=Reference(model),
+            args_of_run=arguments,
+            train_dataset=pairs,
+            eval_dataset=held_out,
+            tokenizer=tokenizer,
+            callbacks=list(callbacks or ()),
+        )
+        self.processing_class = None  # checkpoints need no tokenizer
+
+    def _prepare_dataset(self, dataset, *args: Any, **options: Any):
+        """Return the rows as they are: s2ft has encoded them."""
+        return dataset
+
+
+class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
+    """TRL's GRPOTrainer. Its reference model is the model itself without the adapter.
+
+    Answers are generated by the prompts and end tokens of `s2ft generate`: by transformers with the adapter fused into
+    the weights, or, with `arguments.use_vllm`, by vLLM, which gets the trained slices after each update.
+
+    Args:
+        model: The model, with a trainable adapter.
+        rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
+        arguments: The GRPOArguments.
+        prompts: Rows with `prompt` and the columns that the rewards need.
+        tokenizer: The model's tokenizer, with the chat template to use.
+        held_out: Rows to evaluate on, or None.
+        callbacks: More callbacks.
+        base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
+        name: Name of the run for a vLLM server, the same after a resume.
+
+    Raises:
+        ValueError: The model would be sharded.
+    """
+
+    def __init__(
+        self,
+        model,
+        rewards,
+        arguments,
+        prompts,
+        *,
+        tokenizer,
+        held_out=None,
+        callbacks: Sequence[Any] | None = None,
+        base: str | None = None,
+        name: str | None = None,
+    ) -> None:
+        refuse_sharding(arguments, "s2ft grpo")
+        if arguments.use_vllm:
+            self.sender_options, self.llm_options = vllm_options(arguments, base, name)
+        without_beta = copy.copy(arguments)
+        without_beta.beta = 0.0  # with a beta, TRL would load the base a second time
+        super().__init__(
+            model,
+            reward_funcs=list(rewards),
+            args_of_run=without_beta,
+            train_dataset=prompts,
+            eval_dataset=held_out,
+            tokenizer=tokenizer,
+            callbacks=list(callbacks or ()),
+        )
+        self.beta = self.args.beta = arguments.beta
+        self.ref_model = Reference(model) if self.beta else None
+        self.eos_token_ids = end_ids(tokenizer, model.generation_config)
+        if self.use_vllm:
+            stops = {"stop_token_ids": self.eos_token_ids}
+            self.vllm_generation.generation_kwargs = {**stops, **self.vllm_generation.generation_kwargs}
+        else:
+            self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
+
+    def _tokenize_prompts(self, prompts: list):
+        """Return the token ids of prompts. A text begins as a text of the training does, and has no end token."""
+        if isinstance(prompts[0], str):
+            return [encode_prompt(self._tokenizer, prompt) for prompt in prompts], None, {}
+        return super()._tokenize_prompts(prompts)
+
+    def _generate_single_turn(self, *args: Any, **options: Any):
+        with nullcontext() if self.use_vllm else fused(self.model):
+            return super()._generate_single_turn(*args, **options)
+
+    # ---- the same rows after a resume ----------------------------------------------------------------------
+
+    def _get_train_sampler(self, dataset=None):
+        if not isinstance(sampler := super()._get_train_sampler(dataset), RepeatSampler):
+            return sampler
+        self._epochs = EpochSampler(sampler)
+        return self._epochs
+
+    def _run_epoch(self, *args: Any, epoch: int, **options: Any):
+        self._epochs.set_epoch(epoch)  # accelerate does not reach the sampler of a resumed run on several ranks
+        return super()._run_epoch(*args, epoch=epoch, **options)
+
+
+class EpochSampler(torch.utils.data.Sampler):
+    """TRL's sampler, whose order depends on the seed and the epoch only.
+
+    TRL's own order depends on how many epochs the process has trained, which a resumed run has not.
+
+    Args:
+        sampler: TRL's sampler.
+    """
+
+    def __init__(self, sampler: RepeatSampler) -> None:
+        self.sampler = sampler
+        self.set_epoch(0)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the next iteration has the order of."""
+        self.epoch = epoch
+
+    def __iter__(self):
+        if self.sampler.shuffle:
+            self.sampler.generator.manual_seed((self.sampler.seed or 0) + self.epoch)
+        return iter(self.sampler)
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+
+def vllm_options(arguments, base: str | None, name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The options of the sender and of vLLM's LLM, see :func:`s2ft.sync.with_slices`."""
+    sender = {"take_over": arguments.vllm_take_over, "name": name}
+    # compiling takes longer than it saves on a CPU, where it needs a C++ compiler too
+    llm: dict[str, Any] = {} if torch.accelerator.is_available() else {"enforce_eager": True}
+    return sender, llm if base is None else {**llm, "model": base}
+
+
+@contextmanager
+def fused(model):
+    """Hold the trainable adapter in the weights inside the context. Each token is then a plain matrix product."""
+    was_fused = any(row.fused for row in s2ft.status(model).rows)  # effective="step": the weights stay as they are
+    s2ft.fuse(model)
+    try:
+        yield
+    finally:
+        if not was_fused:
+            s2ft.unfuse(model)
+
+
+def refuse_sharding(arguments, command: str) -> None:
+    """Raise ValueError if FSDP, DeepSpeed or tensor parallelism would shard the model, or devices would share rows."""
+    sharded = [name for name in ("fsdp", "deepspeed") if getattr(arguments, name, None)]
+    state = arguments.distributed_state
+    kind = str(getattr(getattr(state, "distributed_type", None), "value", "")).lower()
+    if any(name in kind for name in ("fsdp", "deepspeed")):
+        sharded.append(kind)
+    if (devices := devices_of(arguments)).together > 1 or loading_config(arguments):
+        sharded.append(str(devices))
+    if sharded:
+        raise ValueError(
+            f"{command} does not shard the model ({sharded[0]}): its reference is the same model without the adapter, "
+            "which was tried on one device and on several with a whole model each; start it without FSDP, DeepSpeed, "
+            "and tensor and context parallelism"
+        )
