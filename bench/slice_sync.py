@@ -4,7 +4,7 @@
 
 The model trains on random tokens. After each update the slices are sent to vLLM's LLM in this process, and all of its
 tensors are compared, bit for bit, with those that its own loader makes of the merged checkpoint. At the end the base is
-restored and compared. Bytes are those of the numbers; transport http sends them as base64, which is a third more. It
+restored and compared. Bytes are those of the numbers; a server gets them as base64, which is a third more. It
 needs vLLM (`make test-vllm` makes an environment that has it).
 """
 

@@ -30,9 +30,7 @@ from support.vllm_server import vllm_server
 
 import s2ft
 from s2ft.ops import multi_adapter_linear
-from s2ft.vllm.slices.bank import SliceBank
-from s2ft.vllm.slices.product import Batch, add_slices_
-from s2ft.vllm.slices.units import Place, setting
+from s2ft.vllm.slices.bank import Batch, SliceBank, add_slices_
 
 RESULTS = Path(__file__).parent / "results" / "vllm_layers.json"
 CONFIGS = {"one": dict(d_ratio=0.03, o_ratio=0.12), "two": dict(d_ratio=0.02, o_ratio=0.12)}
@@ -58,8 +56,10 @@ def main() -> None:
         if {"speed", "memory"} & set(args.parts):
             adapters, prompts = prepare(Path(folder))
             rank = rank_for(adapters)
-            places = [{Place(path, path.rpartition(".")[2], 0): n for path, n in one.items()} for one in adapters]
-            found.update(units=setting(places, len(places)), rank=rank)
+            most: dict[str, int] = {}
+            for path, count in (pair for one in adapters for pair in one.items()):
+                most[path.rpartition(".")[2]] = max(count, most.get(path.rpartition(".")[2], 0))
+            found.update(units=",".join(f"{name}={count}" for name, count in most.items()), rank=rank)
         if "memory" in args.parts:
             found["memory"] = memory(Path(folder), rank, found["units"], args.dtype)
         if "speed" in args.parts:
@@ -196,23 +196,21 @@ def speed(root: Path, rank: int, units: str, prompts: list, args: argparse.Names
 
 def prompt(tokens: int = 512, units: int = 430, inputs: int = 14336, outputs: int = 4096) -> dict[str, float]:
     """Milliseconds to add the slices of one adapter, as large as 3 % of LLaMA-3-8B's down_proj, to all tokens."""
-    bank = SliceBank(2, 2 * units, outputs, dim=1)
+    bank = SliceBank(2, units, outputs, dim=1)
     bank.put(1, torch.randperm(inputs)[:units], torch.randn(units, outputs))
     x, y = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
-    batch, all_one = Batch.like(torch.empty(tokens, dtype=torch.int64), 2), torch.ones(tokens, dtype=torch.int64)
-    batch.slots.fill_(1)
+    batch, adapters = Batch.of(tokens, 2), torch.full((tokens,), 2)
     batch.update(np.full(tokens, 1))
     packed = (bank.values, bank.index, bank.offsets)
     steps = {
         "sorted, one product": lambda: add_slices_(y, x, bank, batch),
-        "multi_adapter_linear": lambda: multi_adapter_linear(x, y, *packed, all_one, 1),
+        "multi_adapter_linear": lambda: multi_adapter_linear(x, y, *packed, adapters, 1),
     }
-    one = torch.ones(1, dtype=torch.int64)
 
     def by_token() -> None:
         for token in range(tokens):
             rows = slice(token, token + 1)
-            y[rows] = multi_adapter_linear(x[rows], y[rows], *packed, one, 1)
+            y[rows] = multi_adapter_linear(x[rows], y[rows], *packed, adapters[rows], 1)
 
     steps["token by token"] = by_token
     found = {name: 1000 * statistics.median(every) for name, every in interleaved(steps, 7).items()}

@@ -21,9 +21,8 @@ from harness import save
 
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.search import search, trial_of
-from s2ft.model.discovery.settle import judge
 from s2ft.model.discovery.structure import Structure
-from s2ft.model.discovery.trial import Trial, place_of
+from s2ft.model.discovery.trial import Trial, judge, place_of
 from s2ft.text.models import AUTO
 
 RESULTS = Path(__file__).parent / "results" / "wrong_couplings.json"

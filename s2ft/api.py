@@ -24,7 +24,7 @@ from s2ft.model.registry import Found, find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units
-from s2ft.selection.protection import with_protect_ratio
+from s2ft.selection.allowed import with_protect_ratio
 
 # ---- attach ----------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Callable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -114,14 +115,12 @@ def _check_positive(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
 
 
-def _names(option: str, value: Any) -> list[str]:
-    """Check a list of module names and return it without repetitions."""
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise ValueError(f"{option} must be a list of module names, such as ['classifier'], got {value!r}")
-    names = list(value)
-    if not names or not all(isinstance(name, str) and name for name in names):
-        raise ValueError(f"{option} must be a list of at least one module name, or None, got {value!r}")
-    return list(dict.fromkeys(names))
+def _list(name: str, value: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
+    """Return a list of `what` after checking that there is at least one and none twice."""
+    items = [] if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__") else list(value)
+    if not items or not all(map(is_one, items)) or len(set(items)) < len(items):
+        raise ValueError(f"{name} must be a list of at least one of {what}, and none of them twice, got {value!r}")
+    return items
 
 
 def _units(name: str, value: Any) -> Any:
@@ -294,11 +293,14 @@ class S2FTConfig:
         if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
             raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
         if self.layers is not None:
-            self._check_layers()
+            what = "the numbers of layers from 0"
+            self.layers = _list("layers", self.layers, what, lambda one: type(one) is int and one >= 0)
         if self.towers is not None:
-            self._check_towers()
+            self.towers = _list("towers", self.towers, ", ".join(TOWERS), TOWERS.__contains__)
         if self.modules_to_save is not None:
-            self.modules_to_save = _names("modules_to_save", self.modules_to_save)
+            what = "the names of modules, such as ['classifier']"
+            names = _list("modules_to_save", self.modules_to_save, what, lambda one: isinstance(one, str) and one != "")
+            self.modules_to_save = names
         if self.budget is not None:
             self.budget = _parameters(self.budget)
         if self.match_lora_rank is not None:
@@ -306,7 +308,9 @@ class S2FTConfig:
         if self.align is not None:
             _check_positive("align", self.align)
         if self.protect_ratio is not None:
-            self._check_protect_ratio()
+            self._check_ratio("protect_ratio")
+            if not 0 < self.protect_ratio < 1:
+                raise ValueError(f"protect_ratio must be above 0 and below 1, got {self.protect_ratio:g}")
         self.exclude, self.units = _units("exclude", self.exclude), _units("units", self.units)
         self._check_together()
 
@@ -331,26 +335,6 @@ class S2FTConfig:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
             raise ValueError(f"{name} must be a number from 0 to 1, got {value!r}")
         setattr(self, name, float(value))
-
-    def _check_protect_ratio(self) -> None:
-        self._check_ratio("protect_ratio")
-        if not 0 < self.protect_ratio < 1:
-            raise ValueError(f"protect_ratio must be above 0 and below 1, got {self.protect_ratio:g}")
-
-    def _check_layers(self) -> None:
-        if isinstance(self.layers, (str, bytes)):
-            raise ValueError(f"layers must be a list of layer numbers, got {self.layers!r}")
-        self.layers = list(self.layers or ())
-        if not self.layers or any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in self.layers):
-            raise ValueError(f"layers must be a list of layer numbers from 0, got {self.layers!r}")
-        if len(set(self.layers)) != len(self.layers):
-            raise ValueError(f"layers names a layer twice: {self.layers!r}")
-
-    def _check_towers(self) -> None:
-        wanted = [] if isinstance(self.towers, (str, bytes)) else list(self.towers)
-        if not wanted or any(tower not in TOWERS for tower in wanted) or len(set(wanted)) < len(wanted):
-            raise ValueError(f"towers must be a list of different names of {', '.join(TOWERS)}, got {self.towers!r}")
-        self.towers = wanted
 
     @property
     def ratios(self) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 import pytest
 from support.composites import composite_of, example_for, logits_of, loss_of, missing
-from support.inside import FAMILIES, composite, couplings_of, is_known, projections_of, tower_of, towers
-from support.tolerances import LOGITS, relative_difference
+from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of
+from support.tolerances import relative_difference
 from transformers import __version__
 
 import s2ft
@@ -35,9 +35,11 @@ def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type)
     model = model_of(model_type)
     assert is_known(model)
     example = example_for(model)
+    example = {name: value.double() if value.is_floating_point() else value for name, value in example.items()}
+    model = copied(model)  # in float64, because Qwen3.5's linear attention amplifies the rounding of float32
     before = logits_of(model, example)
     s2ft.attach(model, everything(model), example=example, verify=True)
-    assert relative_difference(logits_of(model, example), before) <= LOGITS
+    assert relative_difference(logits_of(model, example), before) <= 1e-9
     loss_of(model, example).backward()
     slices = trained(model)
     assert [name for name, slice_ in slices.items() if slice_.grad is None or not slice_.grad.any()] == []
@@ -68,16 +70,6 @@ def test_a_part_without_a_declaration_leaves_the_whole_model_to_discovery(monkey
     model = model_of("llava_next")
     monkeypatch.delitem(FAMILIES, "clip_vision_model")
     assert composite.undeclared_parts(model) == ["clip_vision_model"] and not is_known(model)
-
-
-def test_a_wrong_declaration_of_a_tower_is_found(monkeypatch):
-    """The norms of InternVL's queries and keys move with the heads, and CLIP's names do not move any norm."""
-    model = model_of("internvl", {"vision_config": {"use_qk_norm": True}})
-    example = example_for(model)
-    row = towers.BY_TYPE["internvl_vision"]
-    monkeypatch.setitem(towers.BY_TYPE, "internvl_vision", type(row)(**{**vars(row), "moves": ()}))
-    with pytest.raises(ValueError, match="attach would change what the model computes"):
-        s2ft.attach(model, everything(model), example=example, verify=True)
 
 
 def test_the_base_model_has_the_same_couplings_as_the_one_with_a_head():

@@ -13,7 +13,7 @@ from support.models import CASES, inputs_of, model_of
 from support.nets import Block, Net, batch
 from support.tolerances import relative_difference
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -150,16 +150,6 @@ def test_a_wrong_coupling_is_refused(wrong, olmo_twin):
     assert all(judge(trial, [one]).confirmed for (_, layer), one in found.items() if layer == 0)
 
 
-def test_queries_and_values_of_other_groups_are_refused():
-    """With grouped queries q and k differ in size. Heads that belong to other keys are refused too."""
-    trial = trial_of(model_of("llama-grouped"))
-    one = next(c for c in discover(trial.twin).couplings if c.kind == "attention")
-    q, k, v = one.producers
-    assert judge(trial, [one]).confirmed
-    ungrouped = replace(one, producers=(q, *(replace(p, count=q.count, unit=p.unit // 2) for p in (k, v))))
-    assert not judge(trial, [ungrouped]).confirmed
-
-
 def test_another_order_of_a_packed_weight_is_refused():
     trial = trial_of(model_of("gpt-neox"))
     one = next(c for c in discover(trial.twin).couplings if c.kind == "attention")
@@ -238,25 +228,6 @@ def test_a_layer_whose_weight_is_read_past_it_is_untouched():
     assert rows["fc1"].status == "one-sided" and "fc2" in rows["fc1"].reason
 
 
-class Lone(nn.Module):
-    """A layer that shares its units with no other."""
-
-    def __init__(self):
-        super().__init__()
-        torch.manual_seed(0)
-        self.mix, self.rest = nn.Linear(24, 24), Block()
-
-    def forward(self, x):
-        return self.rest(torch.softmax(self.mix(x), -1))
-
-
-def test_a_layer_in_no_coupling_is_one_sided():
-    found = discover(Lone(), batch())
-    one = next(one for one in found.couplings if one.is_one_sided)
-    assert (one.main.path, one.main.key, one.count) == ("mix", "l", 24)
-    assert next(row for row in found.weights if row.path == "mix").status == "one-sided"
-
-
 # ---- attach, save, load ------------------------------------------------------------------------------------------
 
 
@@ -303,13 +274,6 @@ def test_plan_select_and_estimate_find_the_same_couplings(unknown):
     assert planned.trainable == s2ft.attach(unknown, config).trainable
 
 
-def test_an_own_module_is_attached_with_an_example():
-    model, x, config = Net(), batch(), S2FTConfig(d_ratio=0.2, q_ratio=0.5)
-    before = model(x)
-    assert s2ft.plan(model, config, example=x).trainable == s2ft.attach(model, config, example=x).trainable
-    assert relative_difference(model(x), before) < 1e-5
-
-
 def test_a_search_is_done_once_for_models_that_are_alike(monkeypatch):
     count = []
     monkeypatch.setattr(search_module, "_FOUND", {})
@@ -325,34 +289,21 @@ def test_a_search_is_done_once_for_models_that_are_alike(monkeypatch):
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
-class NoisyNet(Net):
-    def forward(self, x):
-        return super().forward(x + torch.randn_like(x))
+def noisy():
+    return Net(lambda outputs: outputs[-1] + torch.randn_like(outputs[-1]))
 
 
-class ChoosingNet(Net):
-    def forward(self, x):
-        return super().forward(x).argmax(-1)
-
-
-class Frozen(nn.Module):
-    """Nothing but a table and a norm."""
-
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(24)
-
-    def forward(self, x):
-        return self.norm(x)
+def choosing():
+    return Net(lambda outputs: outputs[-1].argmax(-1))
 
 
 BAD = {
     "no example": (Net, None, ValueError, "pass example="),
     "an example that does not run": (Net, torch.randn(2, 7, 5), ValueError, "mat1 and mat2"),
     "an example of another type": (Net, "text", TypeError, "example must be a tensor"),
-    "random outputs": (NoisyNet, batch(), ValueError, "random"),
-    "outputs that are choices": (ChoosingNet, batch(), ValueError, "no floating-point"),
-    "nothing to train": (Frozen, batch(), ValueError, "nothing that it can train"),
+    "random outputs": (noisy, batch(), ValueError, "random"),
+    "outputs that are choices": (choosing, batch(), ValueError, "no floating-point"),
+    "nothing to train": (lambda: nn.Sequential(nn.LayerNorm(24)), batch(), ValueError, "nothing that it can train"),
 }
 
 
@@ -386,16 +337,3 @@ def test_the_command_prints_a_table_or_json(unknown, tmp_path, capsys):
     written = json.loads(capsys.readouterr().out)
     couplings = [Coupling.from_dict(one) for one in written["couplings"]]
     assert set(couplings) == set(discover(unknown).couplings) and len(written["weights"]) == 21
-
-
-def test_the_command_says_what_a_family_declares(tmp_path, capsys):
-    LlamaConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2).save_pretrained(
-        tmp_path
-    )
-    assert main(["couplings", str(tmp_path)]) == 0
-    assert "declared for model type llama" in capsys.readouterr().out
-
-
-def test_found_couplings_pass_the_checks_of_couplings_given_by_hand():
-    found = discover(model_of("phi3-grouped")).couplings
-    assert s2ft.plan(model_of("phi3-grouped"), S2FTConfig(d_ratio=0.2), couplings=found).trainable > 0

@@ -4,7 +4,6 @@ import doctest
 import importlib
 import inspect
 import pkgutil
-import sys
 from contextlib import contextmanager
 
 import public_api
@@ -47,7 +46,7 @@ def examples():
 
 
 EXAMPLES = list(examples())
-NOT_RUN = {"s2ft.adapter.push.push_to_hub"}  # it needs a network
+NOT_RUN = {"s2ft.adapter.hub.push_to_hub"}  # it needs a network
 
 
 @pytest.mark.parametrize("found", EXAMPLES)
@@ -82,8 +81,3 @@ def decorated():
     2
     """
     yield
-
-
-def test_examples_of_decorated_functions_are_found():
-    found = Finder().find(sys.modules[__name__], module=sys.modules[__name__])
-    assert [each.name for each in found if each.examples] == [f"{__name__}.decorated"]

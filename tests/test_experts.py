@@ -7,7 +7,7 @@ from types import FunctionType
 import pytest
 import torch
 from support.aliases import alias_of
-from support.inside import S2ColumnExperts, S2RowExperts, attachment_of, experts_forward, project
+from support.inside import S2ColumnExperts, S2RowExperts, experts_forward, project
 from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
@@ -62,38 +62,6 @@ def test_expert_layers_compute_with_the_effective_weight(dim, dtype, transposed)
     assert torch.equal(layer(x, OFFSETS), project(before, x, OFFSETS, transposed))
 
 
-@pytest.mark.parametrize("fused", (False, True))
-def test_the_state_of_an_expert_layer_loads(fused):
-    layer, other = expert_layer(0).eval(), expert_layer(0).eval()
-    nn.init.zeros_(other.s2)
-    layer.load_state_dict({**layer.state_dict(), "index": torch.tensor([0, 5, 1, 3, 2])})  # other units
-    if fused:
-        layer.fuse()
-    other.load_state_dict(layer.state_dict())
-    x = torch.randn(7, 5)
-    assert other.fused == fused and torch.equal(other(x, OFFSETS), layer(x, OFFSETS))
-    layer.unfuse(), other.unfuse()
-    assert torch.equal(other.weight, layer.weight) and torch.equal(other(x, OFFSETS), layer(x, OFFSETS))
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_each_expert_has_its_own_units_and_order(layout):
-    base = model_of("mixtral")
-    model = copy.deepcopy(base)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, layout=layout))
-    experts, path = model.model.layers[0].mlp.experts, "model.layers.0.mlp.experts.down_proj"
-    chosen = [attachment_of(model).selection[f"{path}[{expert}]"].tolist() for expert in range(3)]
-    assert chosen[0] != chosen[1] != chosen[2]
-    moved = [
-        not torch.equal(experts.gate_up_proj[e], base.model.layers[0].mlp.experts.gate_up_proj[e]) for e in range(3)
-    ]
-    assert moved == [layout == "permuted"] * 3
-    assert isinstance(experts.gate_up_proj, nn.Parameter) and isinstance(experts.down_proj, S2RowExperts)
-    assert list(base.model.layers[0].mlp.experts.state_dict()) == list(
-        s2ft.detach(model).model.layers[0].mlp.experts.state_dict()
-    )
-
-
 def test_an_expert_without_tokens():
     """Its units get a gradient of zeros, other experts get theirs. A batch without tokens gives an empty output."""
     model = model_of("mixtral")
@@ -115,13 +83,11 @@ def test_tokens_of_experts_of_other_devices_add_nothing():
     x, weights = torch.randn(5, 24), torch.rand(5, 2)
     chosen = torch.tensor([[0, 3], [3, 3], [2, 1], [3, 0], [1, 0]])  # there are 3 experts here
     grads = []
-    for masked in (False, True):
+    same = chosen.masked_fill(chosen == 3, 0), weights.masked_fill(chosen == 3, 0.0)  # expert 0 at weight 0
+    for masked, routed in ((False, same), (True, (chosen, weights))):
         experts._is_expert_parallel = masked
         given = x.clone().requires_grad_()
-        if masked:
-            y = experts(given, chosen, weights)
-        else:  # the same with expert 0 at weight 0
-            y = experts(given, chosen.masked_fill(chosen == 3, 0), weights.masked_fill(chosen == 3, 0.0))
+        y = experts(given, *routed)
         y.square().sum().backward()
         grads.append((y.detach(), given.grad, experts.down_proj.s2.grad, experts.gate_up_proj.s2.grad))
         model.zero_grad()
@@ -181,16 +147,6 @@ def test_every_implementation_of_experts_can_be_the_base():
         assert relative_difference(output_of(s2ft.detach(model)), before) <= 1e-5
 
 
-def test_experts_whose_forward_was_replaced_are_refused():
-    """The new forward would read a parameter that a trainable layer has replaced."""
-    model, base = model_of("mixtral"), model_of("mixtral")
-    mine = model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
-    with pytest.raises(ValueError, match="forward of model.layers.1.mlp.experts has been replaced"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2))
-    assert model.model.layers[1].mlp.experts.forward is mine and s2ft.status(model).adapters == []
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
-
-
 def with_experts_of(kind):
     """A Mixtral whose experts are modules of a class that transformers does not have."""
     model = model_of("mixtral")
@@ -220,21 +176,40 @@ class Doubled(MixtralExperts):
         return 2 * super().forward(*args)
 
 
-@pytest.mark.parametrize("fuse", (True, False))
-@pytest.mark.parametrize("by_class", (True, False))
-def test_experts_whose_class_has_another_forward_are_refused(by_class, fuse, monkeypatch):
-    """It would be dropped, also where it has the names of the usual one."""
+class OtherExperts(nn.Module):
+    pass
+
+
+def foreign(kind):
+    """A Mixtral whose experts have another forward: one of their own, of their class, put in the class, or unknown."""
     model, plain = model_of("mixtral"), MixtralExperts.forward
-    if by_class:
-        model = with_experts_of(Doubled)
+    if kind == "own":
+        model.model.layers[1].mlp.experts.forward = lambda *args: args[0]
+    elif kind == "function":
+        MixtralExperts.forward = wraps(plain)(lambda *args: 2 * plain(*args))
     else:
-        monkeypatch.setattr(MixtralExperts, "forward", wraps(plain)(lambda *args: 2 * plain(*args)))
-    before = output_of(model)
-    with pytest.raises(
-        ValueError, match="forward of (Doubled|MixtralExperts) is a function of test_experts, which can't run"
-    ):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=fuse))
-    assert torch.equal(output_of(model), before)
+        model = with_experts_of({"class": Doubled, "unknown": OtherExperts}[kind])
+    return model
+
+
+@pytest.mark.parametrize("ffn_kernel", (True, False))
+@pytest.mark.parametrize(
+    "kind, words",
+    [
+        ("own", "forward of model.layers.1.mlp.experts has been replaced"),
+        ("class", "forward of Doubled is a function of test_experts, which can't run"),
+        ("function", "forward of MixtralExperts is a function of test_experts, which can't run"),
+        ("unknown", "must have _apply_gate.*OtherExperts has none"),
+    ],
+)
+def test_experts_that_would_compute_something_else_are_refused(kind, words, ffn_kernel, monkeypatch):
+    """A trainable layer would be read as a parameter, or the forward would be dropped."""
+    monkeypatch.setattr(MixtralExperts, "forward", MixtralExperts.forward)  # it is put back
+    model, base = foreign(kind), model_of("mixtral").state_dict()
+    with pytest.raises(ValueError, match=words):
+        s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=ffn_kernel))
+    assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
+    assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
 
 
 def doubled(module, inputs, output):
@@ -251,18 +226,6 @@ def test_a_hook_on_the_activation_of_experts_or_another_one_runs(hook):
         else:
             experts.act_fn = nn.Tanh()
     assert relative_difference(output_of(model), output_of(plain)) <= 1e-5
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_experts_whose_activation_is_not_known_are_refused(layout):
-    class OtherExperts(nn.Module):
-        pass
-
-    model, base = with_experts_of(OtherExperts), model_of("mixtral")
-    with pytest.raises(ValueError, match="must have _apply_gate.*OtherExperts has none"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2, layout=layout))
-    assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
-    assert all(torch.equal(value, base.state_dict()[key]) for key, value in model.state_dict().items())
 
 
 LAYOUTS = {
@@ -305,24 +268,3 @@ def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_pat
     assert all(torch.equal(value, merged.state_dict()[key]) for key, value in again.state_dict().items())
     assert torch.equal(output_of(again), output_of(merged))
     assert relative_difference(output_of(again), output_of(model)) <= 1e-5
-
-
-WRONG = {
-    "expert": ({"expert": 3}, "more than 3 experts"),
-    "no parameter": ({"path": "model.layers.0.mlp.gate"}, "must be a parameter"),
-    "no expert": ({"expert": None}, "is a Parameter"),
-}
-
-
-@pytest.mark.parametrize("wrong", WRONG)
-def test_wrong_experts_are_named(wrong):
-    from dataclasses import replace
-
-    from support.inside import couplings_of
-
-    change, message = WRONG[wrong]
-    model = model_of("mixtral")
-    one = next(c for c in couplings_of(model) if c.kind == "experts")
-    one = replace(one, consumer=replace(one.consumer, **change))
-    with pytest.raises(ValueError, match=message):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=[one], verify=False)

@@ -1,14 +1,11 @@
-"""Every boolean and every listed choice of each type's config, flipped one at a time: attach is right, or refuses.
-
-`pytest -m slow tests/test_flips.py -s -n 0` prints the table of all outcomes.
-"""
+"""Every boolean and every listed choice of each type's config, flipped one at a time: attach is right, or refuses."""
 
 from dataclasses import replace
 
 import pytest
 from support import composites
 from support.aliases import ROWS, missing
-from support.flips import Flip, flips_of, outcome_of, outcomes_of, table_of
+from support.flips import Flip, flips_of, outcome_of, outcomes_of
 from support.inside import composite, named
 from support.models import CASES
 
@@ -20,14 +17,6 @@ FAST = {
     "dinov3_vit": Flip("", "use_gated_mlp", True),
     "doge": Flip("", "is_moe", True),
 }
-OUTCOMES: dict[str, dict] = {}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def table():
-    yield
-    if OUTCOMES:
-        print(f"\n{table_of(OUTCOMES)}")
 
 
 def lacks(model_type):
@@ -54,7 +43,6 @@ def test_a_flag_that_a_declaration_does_not_know_is_found(monkeypatch):
 def test_every_flip_is_right(model_type):
     if lacks(model_type):
         pytest.skip("this version of transformers lacks the type")
-    OUTCOMES[model_type] = outcomes_of(model_type)
-    found = {str(flip): one for flip, one in OUTCOMES[model_type].items()}
+    found = {str(flip): one for flip, one in outcomes_of(model_type).items()}
     assert found["as it is"].word == "right"
     assert {flip: one for flip, one in found.items() if one.word in ("wrong", "refused")} == {}

@@ -5,9 +5,8 @@ import copy
 import pytest
 import torch
 from support.images import MODELS, batch, rows
-from support.inside import cli_main as main, couplings_of, projections_of
+from support.inside import couplings_of, projections_of
 from support.tolerances import LOGITS, relative_difference
-from train.tiny import sums, write_jsonl
 from transformers import Trainer, TrainingArguments
 
 import s2ft
@@ -90,18 +89,3 @@ def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_pat
 
 
 # ---- the commands ------------------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
-def test_finetune_trains_the_language_model_on_text_and_export_writes_the_whole_checkpoint(name, tmp_path):
-    model, processor = MODELS[name]()
-    model.save_pretrained(tmp_path / "base"), processor.save_pretrained(tmp_path / "base")
-    data = write_jsonl(tmp_path / "rows.jsonl", sums(16))
-    run, merged = str(tmp_path / "run"), str(tmp_path / "merged")
-    base = str(tmp_path / "base")
-    assert main(["sft", "--model", base, "--data", str(data), "--output", run, "--max-steps", "3"]) == 0
-    assert main(["export", run, "--model", base, "--format", "merged", "--output", merged]) == 0
-    after = type(model).from_pretrained(merged).state_dict()
-    moved = changed(model.state_dict(), after)
-    assert moved and all("language_model" in weight and "down_proj" in weight for weight in moved)

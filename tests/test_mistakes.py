@@ -4,6 +4,7 @@ A row is what the user does, the exception and the words to look for. The words 
 came or the way out, never a sentence. The mistakes on the command line end with exit status 2 and one error on stderr.
 """
 
+import copy
 import hashlib
 import json
 import shutil
@@ -12,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from train.tiny import save_tiny, sums, tiny_model, write_jsonl
+from train.tiny import save_random_adapter, save_tiny, sums, tiny_model, write_jsonl
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -81,6 +82,39 @@ def twice(world):
         s2ft.detach(world.model)
 
 
+def with_two(call):
+    """Two adapters are loaded."""
+
+    def mistake(world):
+        s2ft.load_adapter(world.model, world.adapter, name="a")
+        try:
+            call(world)
+        finally:
+            s2ft.set_adapter(world.model, None)
+            s2ft.delete_adapter(world.model, "a")
+
+    return mistake
+
+
+def changed(change, call=s2ft.attach):
+    """Call with a copy of the model whose blocks were changed."""
+
+    def mistake(world):
+        model = copy.deepcopy(world.model)
+        change(model.model.layers)
+        call(model, S2FTConfig(d_ratio=0.1, layout="indexed"))
+
+    return mistake
+
+
+def share_a_module(layers):
+    layers[1].mlp.down_proj = layers[0].mlp.down_proj
+
+
+def wrap_a_layer(layers):
+    layers[1].mlp.up_proj = nn.Sequential(layers[1].mlp.up_proj)
+
+
 def plain_net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -117,6 +151,11 @@ ATTACHING = [
     (attach_units({"model.layers.9.mlp.down_proj": [1]}), ValueError, "model.layers.9"),
     (attach_units("nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
     (twice, ValueError, "default detach"),
+    (with_two(lambda world: s2ft.plan(world.model, S2FTConfig(d_ratio=0.1))), ValueError, "adapter"),
+    (changed(share_a_module), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(share_a_module, s2ft.plan), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(wrap_a_layer), ValueError, "layers.1.mlp.up_proj Sequential"),
+    (attach(o_ratio=0.01), ValueError, "none heads"),
     (
         lambda world: s2ft.attach(world.model, S2FTConfig(d_ratio=0.1), protect="text"),
         TypeError,
@@ -172,20 +211,6 @@ def cut_off(world):
     s2ft.load_adapter(world.model, folder)
 
 
-def with_two(call):
-    """Two adapters are loaded."""
-
-    def mistake(world):
-        s2ft.load_adapter(world.model, world.adapter, name="a")
-        try:
-            call(world)
-        finally:
-            s2ft.set_adapter(world.model, None)
-            s2ft.delete_adapter(world.model, "a")
-
-    return mistake
-
-
 ADAPTERS = [
     (lambda world: s2ft.load_adapter(world.model, "nowhere"), FileNotFoundError, "nowhere"),
     (lambda world: s2ft.load_adapter(world.model, world.folder), (ValueError, FileNotFoundError), "adapter"),
@@ -207,6 +232,7 @@ ADAPTERS = [
     (with_two(lambda world: s2ft.rename_adapter(world.model, "b", "c")), ValueError, "'b'"),
     (with_two(lambda world: s2ft.rename_adapter(world.model, "a", "x/y")), ValueError, "x/y"),
     (with_two(lambda world: s2ft.save_adapter(world.model, world.root / "s", name="b")), ValueError, "'b'"),
+    (with_two(lambda world: s2ft.get_adapter(nn.ModuleDict({"module": world.model}), "a")), ValueError, "model.module"),
     (lambda world: s2ft.save_adapter(world.model, world.root / "s"), ValueError, "adapter"),
     (lambda world: s2ft.read_adapter("nowhere"), FileNotFoundError, "nowhere"),
     (lambda world: s2ft.combine_adapters(world.model, {}, "sum"), ValueError, "adapter"),
@@ -300,6 +326,29 @@ COMMANDS = [
     (command("info {root}/nothing"), "adapter"),
     (command("export --model {model} --format lorra --output {out} {adapter}"), "lorra"),
     (command("combine {adapter} --weights 1 2 --output {out}"), "weights"),
+    (command("export --model {model} --output {out}"), "ADAPTER --from-lora"),
+    (command("export {adapter} --from-lora x --model {model} --output {out}"), "ADAPTER --from-lora not both"),
+    (command("export --from-lora x --format lora --model {model} --output {out}"), "--from-lora --format"),
+    (command("export {adapter} --format merged --rank 8 --model {model} --output {out}"), "--rank lora merged"),
+    (command("export {adapter} --max-shard-size 1GB --model {model} --output {out}"), "--max-shard-size merged lora"),
+    (command("export {adapter} --name x --model {model} --output {out}"), "--name from-lora lora"),
+    (command("export {adapter} --rank 1 --model {model} --output {out}"), "rank at least"),
+    (
+        command("export {adapter} --format merged --max-shard-size 0GB --model {model} --output {out}"),
+        "max_shard_size above 0",
+    ),
+    (command("export {adapter} --dtype int8 --model {model} --output {out}"), "--dtype bfloat16 'int8'"),
+    (command("export {root}/nowhere --model {model} --output {out}"), "nowhere"),
+    (command("export --from-lora {adapter} --model {model} --output {out}"), "LoRA adapter_config.json"),
+    (command("export {adapter} --format gguf --quantization q4_k_n --model {model} --output {out}"), "q4_k_"),
+    (command("export {adapter} --format gguf --llama-cpp nowhere --model {model} --output {out}"), "nowhere folder"),
+    (command("export {adapter} --format gguf --num-ctx 8 --model {model} --output {out}"), "--num-ctx ollama"),
+    (command("export {adapter} --format ollama --num-ctx 0 --model {model} --output {out}"), "at least 1, got 0"),
+    (command("combine {adapter} {foreign} --output {out}"), "bases"),
+    (command("chat --model {model} --adapter {adapter} {adapter}"), "adapter both NAME="),
+    (command("chat --model {model} --adapter base={adapter}"), "'base' NAME="),
+    (command("chat --model {model} --top-p 0"), "top_p above 0"),
+    (command("eval --model {model} --task commonsense --data {data}"), "example 1"),
     (command("plan {root}/nowhere"), "nowhere"),
     (command("estimate {model} --batch-size 0"), "batch 0"),
     (command("estimate {model} --ratios 1.5"), "ratios 1.5"),
@@ -452,12 +501,8 @@ class World:
         self.other_folder = save_tiny(root / "other", seed=1)
         self.model, self.other = tiny_model(), tiny_model(seed=1)
         self.adapter, self.data = root / "adapter", write_jsonl(root / "data.jsonl", sums(4))
-        trained = tiny_model()
-        s2ft.attach(trained, S2FTConfig(d_ratio=0.1))
-        for parameter in trained.parameters():
-            if parameter.requires_grad:
-                nn.init.normal_(parameter, std=0.01)
-        s2ft.save_adapter(trained, self.adapter)
+        save_random_adapter(self.adapter, tiny_model(), d_ratio=0.1)
+        s2ft.detach(save_random_adapter(root / "foreign", self.other, d_ratio=0.1))
         self.copies = 0
 
     def paths(self):
@@ -466,6 +511,7 @@ class World:
             "model": self.model_folder,
             "other": self.other_folder,
             "adapter": self.adapter,
+            "foreign": self.root / "foreign",
             "data": self.data,
             "out": self.root / "out",
         }

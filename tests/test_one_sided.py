@@ -5,7 +5,7 @@ import json
 
 import pytest
 import torch
-from support.inside import CONFIG, Projection, attachment_of, describe, projections_of
+from support.inside import CONFIG, attachment_of, describe
 from support.models import inputs_of, model_of
 from support.pairs import pairs
 from support.states import same
@@ -104,50 +104,11 @@ def test_plan_and_estimate_count_them(options):
     assert s2ft.estimate(net(), config, **options).trained == report.trainable
 
 
-def test_excluded_and_named_units():
-    chosen = s2ft.select(net(), S2FTConfig(l_ratio=0.25), couplings=couplings())
-    others = s2ft.select(net(), S2FTConfig(l_ratio=0.25, exclude=chosen.to_dict()), couplings=couplings())
-    assert not set(chosen["last"].tolist()) & set(others["last"].tolist())
-    named = s2ft.select(net(), S2FTConfig(units={"last": [3, 7]}), couplings=couplings())
-    assert named["last"].tolist() == [3, 7]
-
-
 def test_two_layers_of_one_size_get_different_units():
     pair = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     alone = [Coupling.one_sided(0, path=path, count=64) for path in "01"]
     selection = s2ft.select(pair, S2FTConfig(l_ratio=0.25), couplings=alone)
     assert selection["0"].tolist() != selection["1"].tolist()
-
-
-def trained(**options):
-    model, _ = attached(**options)
-    train(model)
-    adapter = s2ft.get_adapter(model, "default")
-    return s2ft.detach(model), adapter
-
-
-@pytest.mark.parametrize("side", SIDES)
-def test_a_lora_has_the_same_slices(side, tmp_path):
-    base, adapter = trained(side=side)
-    s2ft.load_adapter(base, adapter)
-    s2ft.export_lora(base, tmp_path)
-    other = net()
-    s2ft.import_lora(other, tmp_path, "math", couplings=couplings(side))
-    assert torch.equal(s2ft.merge(other).last.weight, s2ft.merge(base).last.weight)
-
-
-def test_a_bank_runs_them(tmp_path):
-    base, adapter = trained()
-    model = copy.deepcopy(base)
-    s2ft.load_adapter(model, adapter)
-    s2ft.save_adapter(model, tmp_path / "math")
-    bank = s2ft.AdapterBank(base, tmp_path)
-    plain, x = net(), batch()["x"]
-    with bank.batch(["math", None, "math"]):
-        logits = bank.model(x)["logits"]
-    expected = model(x)["logits"]
-    expected[1] = plain(x)["logits"][1]
-    assert relative_difference(logits, expected) <= 1e-5
 
 
 def test_status_and_adapter_file(tmp_path):
@@ -194,15 +155,6 @@ def test_verification_needs_no_run_of_a_one_sided_layer():
     with pytest.raises(ValueError, match="attach would change what the model computes"):
         s2ft.attach(model, config, couplings=[couplings()[2], alone, wrong], example=batch())
     assert not s2ft.list_adapters(model)
-
-
-def test_one_sided_couplings_keep_their_fields():
-    for coupling in couplings()[:2] + couplings("outputs", 4)[:2]:
-        assert Coupling.from_dict(json.loads(json.dumps(coupling.to_dict()))) == coupling
-        assert coupling.is_one_sided and not coupling.movable and coupling.expert is None
-        assert list(projections_of([coupling])) == [coupling.main] and coupling.count == coupling.main.count
-    assert str(couplings("outputs")[1]) == "the linear coupling of layer 0 (outputs of last)"
-    assert Projection("l", "last", 5, 4, 1).elements(torch.tensor([1])).tolist() == [4, 5, 6, 7]
 
 
 def no_projection(header):

@@ -8,8 +8,8 @@ from dataclasses import replace
 import pytest
 import torch
 from adapter.test_pretrained import StopAt
-from support.inside import attachment_of, find_attachment, kind_of, mounted_deltas
-from support.models import model_of, output_of, token_batch, train
+from support.inside import attachment_of, mounted_deltas
+from support.models import output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.quantized import (
     KINDS,
@@ -103,15 +103,6 @@ def test_packing_is_allowed_again_after_detach():
     assert allowed() == before
 
 
-def test_packed_weights_are_dequantized():
-    model = quantized("nf4")
-    before = {path: kind_of(module).matrix(module) for path, module in linears(model).items()}
-    with torch.no_grad():
-        output_of(model)
-    for path, module in linears(model).items():
-        assert relative_difference(kind_of(module).matrix(module), before[path]) <= 2**-7
-
-
 @pytest.mark.parametrize(
     "kind, dtype, autocast", pairs_mostly_slow(KINDS, (torch.float32, torch.bfloat16), (False, True)), ids=str
 )
@@ -146,24 +137,6 @@ def test_quantized_couplings_that_are_not_trained_do_not_matter(kind):
 
 
 # ---- adapters -------------------------------------------------------------------------------------------
-
-
-@kinds
-def test_an_adapter_loads_on_the_dequantized_base_and_back(kind, tmp_path):
-    """The merged model has floating-point weights and the logits of training: nothing is quantized again."""
-    model = quantized(kind)
-    dense, again = dense_reference(model), dense_reference(model)
-    s2ft.attach(model, UNFUSED)
-    train(model, 5)
-    s2ft.save_adapter(model, tmp_path)
-    before, trained_logits = forward(dense), forward(model)
-    s2ft.load_adapter(dense, tmp_path)
-    s2ft.load_adapter(again, tmp_path, trainable=True)
-    for name, values in deltas_of(again).items():
-        assert torch.equal(values, deltas_of(model)[name])
-    within = {"nf4-bfloat16": 3e-2, "8bit": 1e-3}.get(kind, LOGITS)  # computed in half precision
-    assert relative_difference(before, trained_logits) > 10 * within
-    assert relative_difference(forward(s2ft.merge(dense)), trained_logits) <= within
 
 
 def test_adapters_load_on_other_kinds_of_quantization_and_on_no_other_base(tmp_path):
@@ -262,16 +235,9 @@ def test_selections(kind, selection):
     else:  # ranks of activations that are nearly equal may change
         same = [len(set(ours.tolist()) & set(expected[path].tolist())) for path, ours in selected.units.items()]
         assert sum(same) >= 0.9 * sum(units.numel() for units in selected.units.values())
-    planned = s2ft.plan(model, config, calibration)
-    report = s2ft.attach(model, config, calibration=calibration)
-    assert attachment_of(model).selection == selected
-    dense = plain()
-    assert planned.total == s2ft.plan(dense, config, calibration).total  # parameters, not packed bytes
-    for amount in (dict(budget=5000), dict(match_lora_rank=8)):
-        config = S2FTConfig(d_ratio=0.1, v_ratio=0.5, layout="indexed", **amount)
-        assert s2ft.plan(quantized(kind), config).rows == s2ft.plan(dense, config).rows
-    assert (planned.rows, planned.trainable, planned.total) == (report.rows, report.trainable, report.total)
-    train(model)
+    budget = replace(config, match_lora_rank=8)
+    planned, dense = (s2ft.plan(base, budget, calibration) for base in (model, plain()))
+    assert (planned.rows, planned.total) == (dense.rows, dense.total)  # parameters, not packed bytes
 
 
 # ---- copies, states, whole models -----------------------------------------------------------------------
@@ -354,12 +320,7 @@ def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
     s2ft.attach(model, replace(INDEXED, delta_dtype=delta_dtype))
     run = trainer(model, tmp_path)
     run.train()
-    losses = [line["loss"] for line in run.state.log_history if "loss" in line]
-    assert losses[-1] < losses[0]
     assert all(delta.any() and delta.dtype is getattr(torch, delta_dtype) for delta in deltas_of(model).values())
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    s2ft.export_lora(model, tmp_path / "lora")
-    assert_same_contents(contents(model), before)
     s2ft.detach(model)
     assert_same_contents(contents(model), before)
     assert type(model.hf_quantizer) is asked
@@ -430,19 +391,6 @@ def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     assert relative_difference(forward(again), forward(model)) <= LOGITS
 
 
-@pytest.mark.parametrize("kind, half", in_turn(KINDS, (torch.bfloat16, torch.float16)), ids=str)
-def test_autocast_trains(kind, half):
-    """Autocast trains the deltas in float32."""
-    model = quantized(kind)
-    before = contents(model)
-    s2ft.attach(model, INDEXED)
-    with torch.autocast("cpu", half):
-        losses = train(model, 5)
-    assert losses[-1] < losses[0]
-    assert all(delta.dtype is torch.float32 and delta.any() for delta in deltas_of(model).values())
-    assert_same_contents(contents(model), before)
-
-
 @pytest.mark.parametrize("kind", ("4bit", "8bit", "torchao-int8"))
 def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     """On the base that the adapter was trained on, PEFT gives the same logits and keeps the same bytes."""
@@ -467,16 +415,3 @@ def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
 
 
 # ---- weights that are not available ---------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("layout", ("permuted", "indexed"))
-def test_weights_on_the_meta_device_are_not_read(layout, tmp_path):
-    """An adapter can wait for them, see distributed/test_meta_ranks.py. What needs their numbers is refused."""
-    model = model_of("llama").to("meta")
-    with pytest.raises(ValueError, match="selection='weight' reads the weights, and they are on the meta device"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout, selection="weight"))
-    assert find_attachment(model) is None and all(p.requires_grad for p in model.parameters())
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout))
-    with pytest.raises(ValueError, match="have not arrived on this rank"):
-        s2ft.save_adapter(model, tmp_path)
-    assert not list(tmp_path.iterdir())

@@ -6,7 +6,6 @@ from datasets import Dataset
 from support.encoders import save_encoder
 from support.inside import attachment_of
 from support.tolerances import LOGITS, relative_difference
-from transformers import AutoModel
 
 import s2ft
 
@@ -63,14 +62,6 @@ def trained(folder, output, steps=2, **options):
     return model
 
 
-def test_attach_keeps_the_embeddings_and_trains_slices_only(folder):
-    model = encoder(folder)
-    before = embeddings(model)
-    s2ft.attach(model, CONFIG)
-    assert relative_difference(embeddings(model), before) <= LOGITS
-    assert {name.rpartition(".")[2] for name, value in model.named_parameters() if value.requires_grad} == {"s2"}
-
-
 def test_an_adapter_and_a_merged_model_give_the_trained_embeddings_again(folder, tmp_path):
     before = embeddings(encoder(folder))
     model = trained(folder, tmp_path / "run")
@@ -87,15 +78,6 @@ def test_an_adapter_and_a_merged_model_give_the_trained_embeddings_again(folder,
     s2ft.load_adapter(fresh, tmp_path / "adapter")
     assert torch.equal(embeddings(fresh), merged)
     assert torch.equal(embeddings(s2ft.detach(fresh) and fresh), before)
-
-
-def test_an_adapter_loads_into_the_plain_transformers_model(folder, tmp_path):
-    model = encoder(folder)
-    s2ft.attach(model, CONFIG)
-    s2ft.save_adapter(model, tmp_path)
-    plain = AutoModel.from_pretrained(folder)
-    s2ft.load_adapter(plain, tmp_path)
-    assert s2ft.list_adapters(plain) == s2ft.list_adapters(model) == ["default"]
 
 
 def test_a_resumed_run_ends_with_the_same_slices(folder, tmp_path):

@@ -63,17 +63,6 @@ def test_another_base_is_refused_and_nothing_changes(layout):
     assert same(model.state_dict(), before)
 
 
-def test_the_bases_state_leaves_a_written_adapter_in_place(tmp_path):
-    base, model = model_of("llama-grouped"), trained("llama-grouped")
-    s2ft.save_adapter(model, tmp_path)
-    model = model_of("llama-grouped")
-    s2ft.load_adapter(model, tmp_path)
-    before = output_of(model)
-    model.load_state_dict(base.state_dict())
-    assert torch.equal(output_of(model), before)
-    assert same(s2ft.detach(model).state_dict(), base.state_dict())
-
-
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16, torch.float64), ids=str)
 def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
     s2ft.save_adapter(trained("llama-grouped"), tmp_path)
@@ -114,15 +103,6 @@ def test_a_computed_weight_is_refused_by_name(change, remedy):
     with pytest.raises(ValueError, match=f"layers.1.mlp.down_proj.weight is not a parameter.*{remedy}"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.1))
     assert same(model.state_dict(), before) and s2ft.status(model).adapters == []
-
-
-def test_a_second_trainable_adapter_is_refused_with_the_first_in_place(tmp_path):
-    model = trained("llama-grouped")
-    s2ft.save_adapter(model, tmp_path)
-    before = output_of(model)
-    with pytest.raises(ValueError, match="only one adapter can be"):
-        s2ft.load_adapter(model, tmp_path, "again", trainable=True)
-    assert torch.equal(output_of(model), before) and s2ft.status(model).active == {"default": 1.0}
 
 
 @layouts

@@ -35,8 +35,8 @@ from bench.experiments.tasks import TASKS, Task, texts
 from s2ft.selection import METRICS
 from s2ft.text.collator import TokenCollator
 from s2ft.text.divergence import BaseDistributions, mean_loss
-from s2ft.text.encoding import context_length, encode_prompts, tokenize_rows
-from s2ft.text.evaluation import Example
+from s2ft.text.encoding import context_length, tokenize_rows
+from s2ft.text.evaluation import Example, encode_prompts
 from s2ft.text.generation import generate, generation_mode
 from s2ft.text.models import load_model
 from s2ft.text.prompts import PromptFormat, pad_id, prompt_format

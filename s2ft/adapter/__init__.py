@@ -1,12 +1,10 @@
 """Adapters: saving, loading, switching, combining, mixing in one batch, exporting, and a table of what is active."""
 
-from s2ft.adapter.adapter import Adapter
+from s2ft.adapter.adapter import Adapter, Overlap, overlap
 from s2ft.adapter.bank import AdapterBank
-from s2ft.adapter.export import export_lora, import_lora
-from s2ft.adapter.loading import load_adapter, read_adapter, restore_adapter
-from s2ft.adapter.overlap import Overlap, overlap
-from s2ft.adapter.push import push_to_hub
-from s2ft.adapter.saving import add_info, save_adapter
+from s2ft.adapter.hub import push_to_hub
+from s2ft.adapter.loading import import_lora, load_adapter, read_adapter, restore_adapter
+from s2ft.adapter.saving import add_info, export_lora, save_adapter
 from s2ft.adapter.switch import (
     combine_adapters,
     delete_adapter,

@@ -12,7 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from types import MethodType
 from typing import Any, Optional
@@ -27,7 +27,7 @@ from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder, own_folder
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
-from s2ft.model.coupling import Projection, projections_of
+from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
 from s2ft.model.weights import find
 from s2ft.ops import multi_adapter_linear
@@ -86,13 +86,13 @@ class AdapterBank:
         check_plain(model)
         self.model, self.limit_bytes, self.dtype = model, limit_bytes, dtype
         self._directory = None if directory is None else Path(directory)
-        self._entries: dict[str, _Entry] = {}
+        self._entries: dict[str, Path] = {}  # the folder by name; a name that is added again has a new Path
         self._removed: set[str] = set()  # names in the directory that were removed from the bank
         self._loaded: OrderedDict[str, _Loaded] = OrderedDict()  # the most recently used one is last
         self._lock = threading.Lock()  # guards the three fields above; never held while a file is read
         self._running = threading.Lock()  # held by a batch; guards the fields below
-        self._bases: dict[Any, _Base] = {}  # guarded by the lock below, since adapters are checked during a batch
-        self._making_base = threading.Lock()
+        self._records: dict[Any, Attachment] = {}  # guarded by the lock below, since a batch may run during a check
+        self._making_record = threading.Lock()
         self._layers: dict[str, _BankLayer] = {}
         self._packed: dict[int, int] = {}  # slot in the layers' buffers, by serial number of a loaded adapter
         self._slots = 1  # number of slots, a power of two
@@ -170,7 +170,7 @@ class AdapterBank:
         with self._lock:
             if name in self._entries or self._in_directory(name):
                 raise ValueError(f"there is an adapter called {name!r} already: remove it first")
-            self._entries[name] = _Entry(folder)
+            self._entries[name] = folder
 
     def check(self, folder: str | os.PathLike) -> Adapter:
         """Check that batches can use the adapter of a folder, without reading its values.
@@ -228,11 +228,11 @@ class AdapterBank:
             return False
         return bool(name) and is_folder(own_folder(self._directory / name))
 
-    def _entry(self, name: str) -> "_Entry":
+    def _entry(self, name: str) -> Path:
         if name not in self._entries:
             if not isinstance(name, str) or not self._in_directory(name):
                 raise ValueError(f"the bank has no adapter called {name!r}")
-            self._entries[name] = _Entry(own_folder(self._directory / name))
+            self._entries[name] = own_folder(self._directory / name)
         return self._entries[name]
 
     # ---- batches -------------------------------------------------------------------------------------
@@ -297,11 +297,11 @@ class AdapterBank:
             for name in names:
                 if name in self._loaded:
                     self._loaded.move_to_end(name)
-        for name, entry in entries.items():
+        for name, folder in entries.items():
             if adapters[name] is None:
-                adapters[name] = self._read(name, entry.folder)
+                adapters[name] = self._read(name, folder)
                 self._check_limit(adapters.values())
-                self._remember(name, entry, adapters[name], set(names))
+                self._remember(name, folder, adapters[name], set(names))
         self._check_limit(adapters.values())
         return adapters
 
@@ -315,10 +315,10 @@ class AdapterBank:
                 f"{self.limit_bytes:,}: give smaller batches or a higher limit"
             )
 
-    def _remember(self, name: str, entry: "_Entry", loaded: "_Loaded", needed: set[str]) -> None:
+    def _remember(self, name: str, folder: Path, loaded: "_Loaded", needed: set[str]) -> None:
         """Keep an adapter in memory, unless it was removed while it was read, and drop others to stay in the limit."""
         with self._lock:
-            if self._entries.get(name) is not entry:
+            if self._entries.get(name) is not folder:
                 return
             if self.limit_bytes is not None:
                 old = [other for other in self._loaded if other not in needed]
@@ -341,7 +341,8 @@ class AdapterBank:
         by_layer = {path: self._layer_delta(layer, deltas[path]) for path, layer in layers.items()}
         self._add_layers(layers)
         self._serial += 1
-        return _Loaded(self._serial, by_layer)
+        tensors = [tensor for delta in by_layer.values() for tensor in (delta.index, delta.values)]
+        return _Loaded(self._serial, by_layer, sum(tensor.numel() * tensor.element_size() for tensor in tensors))
 
     def _changed_by(self, adapter: Adapter) -> tuple[list[Projection], dict[str, "_BankLayer"]]:
         """Check an adapter against the model. Return its projections in order and its layers."""
@@ -350,24 +351,23 @@ class AdapterBank:
                 f"adapter {adapter.name!r} has {next(iter(adapter.extra_weights))} trained in full. A batch has one "
                 "such weight for all rows: serve the model merged (s2ft merge), or use load_adapter"
             )
-        base = self._base(adapter)
-        check_fits(adapter, self.model, base.record)
-        changed = [base.projections[key] for key in adapter.deltas]
+        record = self._record_for(adapter)
+        check_fits(adapter, self.model, record)
+        changed = [record.projections[key] for key in adapter.deltas]
         layers = {
             one.path: self._layer_at(one.path, one.dim, one.expert, f"adapter {adapter.name!r} changes")
             for one in changed
         }
         return changed, layers
 
-    def _base(self, adapter: Adapter) -> "_Base":
-        """The record and the projections of the model, by the couplings of its family or by those of the adapter."""
+    def _record_for(self, adapter: Adapter) -> Attachment:
+        """The record of the model, by the couplings of its family or by those of the adapter."""
         attached = find_attachment(self.model)
         key = None if adapter.couplings is None or attached else tuple(adapter.couplings)
-        with self._making_base:
-            if key not in self._bases:
-                record = attached or new_attachment(self.model, adapter.couplings)
-                self._bases[key] = _Base(record, {one.name: one for one in projections_of(record.couplings)})
-            return self._bases[key]
+        with self._making_record:
+            if key not in self._records:
+                self._records.update({key: attached or new_attachment(self.model, adapter.couplings)})
+            return self._records[key]
 
     def _layer_at(self, path: str, dim: int, expert: int | None, who: str) -> "_BankLayer":
         """The known layer at a path, or a new one if the layer is new or was replaced in the model."""
@@ -387,11 +387,11 @@ class AdapterBank:
             self._layers.update(layers)
             self._packed = {}  # nothing is in the buffers of the new layers
 
-    def _layer_delta(self, layer: "_BankLayer", deltas: list[Delta]) -> "_LayerDelta":
+    def _layer_delta(self, layer: "_BankLayer", deltas: list[Delta]) -> Delta:
         weight = layer.module.weight
         rows = [delta.values if delta.dim == 0 else delta.values.t() for delta in deltas]
         values = torch.cat(rows).to(weight.device, self.dtype or self._dtype_of(layer), copy=True)
-        return _LayerDelta(torch.cat([delta.index for delta in deltas]).to(weight.device), values.contiguous())
+        return Delta(0, torch.cat([delta.index for delta in deltas]).to(weight.device), values.contiguous())
 
     def _dtype_of(self, layer: "_BankLayer") -> torch.dtype:
         """The dtype in which the layer computes. A quantized weight does not have it, so it is the model's."""
@@ -423,51 +423,19 @@ class AdapterBank:
 
     def _assign_rows(self, slots: list[int]) -> None:
         """Set the slot of each sequence in all layers; -1 is the base."""
-        ids, on_device, repeated = torch.tensor(slots), {}, {}
+        devices = {layer.values.device for layer in self._layers.values()}
+        ids = {device: torch.tensor(slots, device=device) for device in devices}
         for layer in self._layers.values():
-            device = layer.values.device
-            if device not in on_device:
-                on_device[device] = ids.to(device)
-            layer.adapter, layer.repeated = on_device[device], repeated
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A known adapter. If it is removed and added again, it gets a new entry."""
-
-    folder: Path
-
-
-@dataclass
-class _Base:
-    """The record and the projections of the model by one list of couplings."""
-
-    record: Attachment
-    projections: dict[str, Projection]  # by name
-
-
-@dataclass
-class _LayerDelta:
-    """The delta of one adapter on one layer, with all projections of the layer."""
-
-    index: Tensor  # [n] int64
-    values: Tensor  # [n, inputs] for dim 0, [n, outputs] for dim 1
+            layer.adapter = ids[layer.values.device]
 
 
 @dataclass
 class _Loaded:
-    """An adapter in memory."""
+    """An adapter in memory: one delta of dim 0 for each layer, of all its projections, and their bytes."""
 
     serial: int
-    by_layer: dict[str, _LayerDelta]
-    bytes: int = field(init=False)
-
-    def __post_init__(self) -> None:
-        self.bytes = sum(
-            tensor.numel() * tensor.element_size()
-            for delta in self.by_layer.values()
-            for tensor in (delta.index, delta.values)
-        )
+    by_layer: dict[str, Delta]
+    bytes: int
 
 
 class _BankLayer:
@@ -479,7 +447,6 @@ class _BankLayer:
         self.index: Tensor | None = None  # [capacity]
         self.offsets: Tensor | None = None  # [slots + 1]
         self.adapter: Tensor | None = None  # [sequences]
-        self.repeated: dict[tuple, Tensor] = {}  # `adapter` repeated for more rows, shared by all layers
         self.used = False  # whether a packed adapter has units here
         self.original_forward: Callable | None = None  # a forward that was set on the module before, not its class's
         self.forward = MethodType(_forward_of(self), module)
@@ -489,7 +456,7 @@ class _BankLayer:
         values = self.values
         return values is not None and values.device == self.module.weight.device and values.dtype == dtype
 
-    def pack(self, deltas: list[_LayerDelta | None], dtype: torch.dtype) -> list[int]:
+    def pack(self, deltas: list[Delta | None], dtype: torch.dtype) -> list[int]:
         """Pack the deltas of adapters into the buffers. None is an adapter that does not change this layer.
 
         Returns:
@@ -536,16 +503,7 @@ class _BankLayer:
                 f"{self.path}: the batch names adapters of {sequences} sequences, but the model runs on "
                 f"{rows} rows, which is not a multiple of {sequences}"
             )
-        if torch.compiler.is_compiling():
-            return _repeat(self.adapter, rows // sequences)
-        key = (rows, self.adapter.device)
-        if key not in self.repeated:
-            self.repeated[key] = _repeat(self.adapter, rows // sequences)
-        return self.repeated[key]
-
-
-def _repeat(adapter: Tensor, times: int) -> Tensor:
-    return adapter[:, None].expand(-1, times).reshape(-1)
+        return self.adapter[:, None].expand(-1, rows // sequences).reshape(-1)
 
 
 def _forward_of(layer: _BankLayer) -> Callable:

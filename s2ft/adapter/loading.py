@@ -1,6 +1,7 @@
 """From adapter folders to a model."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter, check_fits, model_info
+from s2ft.adapter.formats import lora
 from s2ft.adapter.hub import resolve
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached import extra_weights
@@ -20,6 +22,7 @@ from s2ft.attached.proof import proved
 from s2ft.attached.record import attachment_of, find_attachment, new_attachment
 from s2ft.distributed import reshard_all
 from s2ft.files.formats import read_adapter_folder
+from s2ft.model.coupling import Coupling
 from s2ft.model.location import structure_of
 
 
@@ -149,3 +152,36 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     reshard_all(model)
     set_mounted_deltas(record, adapter.deltas)
     extra_weights.set_trained(model, record, adapter.extra_weights)
+
+
+@of_compiled
+def import_lora(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str = "default",
+    *,
+    couplings: Sequence[Coupling] | None = None,
+) -> None:
+    """Load a LoRA that has the structure of S²FT as an adapter, and make it active.
+
+    Every rank of the LoRA must be one-hot on the side that S²FT trains, as in a folder that :func:`export_lora` wrote.
+
+    Args:
+        model: The LoRA's base model, with or without adapters.
+        directory: The LoRA's folder.
+        name: The name of the new adapter.
+        couplings: The couplings of a model of no known family.
+
+    Raises:
+        FileNotFoundError: A file is missing.
+        ValueError: The LoRA has another structure or another base, or the name is taken. The model has not changed.
+
+    Example:
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.export_lora(model, "lora")
+        >>> base = s2ft.detach(model)
+        >>> s2ft.import_lora(base, "lora", "math")
+        >>> s2ft.list_adapters(base)
+        ['math']
+    """
+    load_adapter(model, lora.read(directory, model, name, couplings))

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import model_info
-from s2ft.adapter.formats import native
+from s2ft.adapter.formats import lora, native
 from s2ft.adapter.switch import get_adapter
 from s2ft.attached import extra_weights
 from s2ft.attached.hosts.compiled import of_compiled
@@ -53,6 +53,42 @@ def save_adapter(
     adapter.info = {**model_info(model), **adapter.info, **(info or {})}
     ranks = _ranks_to_wait_for(model, record) if name == record.name and state is None else None
     run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
+
+
+@of_compiled
+def export_lora(
+    model: nn.Module,
+    directory: str | os.PathLike,
+    name: str | None = None,
+    rank: int | None = None,
+    rank_pattern: bool | None = None,
+) -> None:
+    """Save one adapter of a model as a LoRA folder that PEFT and vLLM load.
+
+    The LoRA adds exactly the adapter's numbers to every weight. PEFT and vLLM multiply by the base and by the LoRA
+    separately, so outputs differ from this model's by rounding.
+
+    Args:
+        model: A model with adapters.
+        directory: The folder to write, which is created if it is missing.
+        name: The adapter; default: the trainable one, else the active one, else the first one loaded.
+        rank: The rank of every module; zeros are appended to reach it. Default: each module has the rank it needs.
+        rank_pattern: Whether each module has the rank it needs, which is the default without `rank`. False gives every
+            module the rank of the widest one, for programs that read one rank only.
+
+    Raises:
+        ValueError: The adapter is unknown, changes experts or convolutions, has extra weights, or needs a higher rank.
+            Nothing has been written.
+
+    Example:
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> s2ft.export_lora(model, "math-lora")
+        >>> from peft import PeftModel
+        >>> peft_model = PeftModel.from_pretrained(s2ft.detach(model), "math-lora")
+    """
+    record = attachment_of(model)
+    adapter = get_adapter(model, record.default_name if name is None else name)
+    lora.write(adapter, directory, model, rank=rank, rank_pattern=rank_pattern)
 
 
 @of_compiled

@@ -5,8 +5,7 @@ from contextlib import contextmanager
 
 from torch import Tensor, nn
 
-from s2ft.adapter.adapter import Adapter, check_weight, weighted_sum
-from s2ft.adapter.overlap import Overlap, overlap
+from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
 from s2ft.attached.active import mounted_deltas, switch
 from s2ft.attached.changes import freeze, fuse_mounted, remove
 from s2ft.attached.checks import check_can_write, check_known, check_new_name, check_not_in_engine

@@ -16,7 +16,7 @@ from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.tables import table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.model.discovery.report import STATUSES
+from s2ft.model.discovery import STATUSES
 from s2ft.model.towers import tower_of
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from s2ft.cli.generate import SamplingArguments
 from s2ft.cli.parse import DTYPE, MODEL, did_you_mean, parse, quiet_transformers
-from s2ft.cli.sampling import SamplingArguments
 from s2ft.text.models import DTYPES
 from s2ft.train.options import Options, option
 
@@ -48,7 +48,7 @@ class ChatArguments(Options):
     dtype: str = option("auto", DTYPE, choices=DTYPES)
 
 
-def run(arguments: list[str]) -> None:
+def run_chat(arguments: list[str]) -> None:
     job, sampling = parse("chat", DESCRIPTION, [ChatArguments, SamplingArguments], arguments, EXAMPLE)
     quiet_transformers()
     Talk(load(job), sampling, job.system).loop()
@@ -223,10 +223,14 @@ class Talk:
         check_unicode(message, "message")
         dropped = self.chat.last.dropped
         written = False
-        with stopped_by_interrupt(self.chat):
-            for piece in self.chat.answer(message):
-                print(piece, end="", flush=True)
-                written = written or bool(piece)
+        try:
+            with contextlib.closing(self.chat.answer(message)) as pieces:
+                for piece in pieces:
+                    print(piece, end="", flush=True)
+                    written = written or bool(piece)
+        except KeyboardInterrupt:  # ends the answer in a terminal; the conversation keeps what was written
+            if not self.is_terminal:
+                raise
         print(flush=True)
         last = self.chat.last
         if last.cut:
@@ -293,25 +297,3 @@ class Talk:
 def say(text: str) -> None:
     """Print what is not an answer to stderr, so that stdout has the answers alone."""
     print(text, file=sys.stderr, flush=True)
-
-
-@contextlib.contextmanager
-def stopped_by_interrupt(chat) -> Iterator[None]:
-    """Inside, Ctrl-C ends the answer after the present token. A second one raises KeyboardInterrupt."""
-    import signal
-    import threading
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def stop(number, frame) -> None:
-        chat.stopped = True
-        signal.signal(signal.SIGINT, before)
-
-    signal.signal(signal.SIGINT, stop)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)

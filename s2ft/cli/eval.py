@@ -92,7 +92,7 @@ class EvalArguments:
             raise ValueError(f"{given[0]} has no meaning with {way}")
 
 
-def run(arguments: list[str]) -> None:
+def run_eval(arguments: list[str]) -> None:
     description = "Generate an answer to each row and score it."
     job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
     if job.lm_eval is not None and reading != ReadingOptions():

@@ -2,9 +2,9 @@
 
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
-from s2ft.cli.sampling import SamplingArguments
 from s2ft.text.models import DTYPES
 from s2ft.train.options import check_fields, option
 
@@ -14,6 +14,49 @@ The prompt is the message of a user, in the chat template that the adapter was t
 of the model; a model without one continues the text."""
 EXAMPLE = """  s2ft generate --model meta-llama/Llama-3.2-1B-Instruct --adapter my-run --prompt "Hello!"
   s2ft generate --model my-model --prompt-file prompt.txt --temperature 0.7 --top-p 0.9"""
+
+
+@dataclass
+class SamplingArguments:
+    """How `s2ft generate` and `s2ft chat` choose the tokens of an answer."""
+
+    max_new_tokens: int = option(512, "longest answer", unit="tokens", least=1)
+    temperature: float = option(0.0, "sampling temperature; 0 always takes the most likely token")
+    top_p: float = option(
+        1.0, "sample from the most likely tokens whose probabilities add up to this share", metavar="SHARE"
+    )
+    top_k: int = option(0, "sample from so many most likely tokens; 0 is all", least=0)
+    min_p: float = option(
+        0.0, "leave out tokens whose probability is below this share of the most likely one's", metavar="SHARE"
+    )
+    repetition_penalty: float = option(1.0, "above 1, tokens of the prompt and of the answer become less likely")
+    seed: int | None = option(
+        None, "seed of the sampling; the same seed gives the same answers", shown="another one each time"
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not 0 <= self.temperature < float("inf"):
+            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
+        if not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+
+    def sampler(self, seed: int | None = None):
+        """Return the Sampler of an answer, with another seed if one is given."""
+        from s2ft.text.running_batch import Sampler
+
+        return Sampler(
+            self.temperature,
+            self.top_p,
+            self.seed if seed is None else seed,
+            top_k=self.top_k,
+            min_p=self.min_p,
+            repetition_penalty=self.repetition_penalty,
+        )
 
 
 @dataclass
@@ -33,27 +76,25 @@ class GenerateArguments:
             raise ValueError(f"raw is without a chat template, so there is no {'chat' if self.chat else 'system'}")
 
 
-def run(arguments: list[str]) -> None:
+def run_generate(arguments: list[str]) -> None:
     job, sampling = parse("generate", DESCRIPTION, [GenerateArguments, SamplingArguments], arguments, EXAMPLE)
     quiet_transformers()
-    generate(job, sampling)
-
-
-def generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
-    """Print the answer while it is generated.
-
-    Raises:
-        ValueError: An option is wrong, the model can't be loaded, or the generation failed.
-    """
     from s2ft.text.adapter_prompts import load_with_adapter
     from s2ft.text.chat import pieces
+    from s2ft.text.encoding import context_length
     from s2ft.text.running_batch import Row, RunningBatch
     from s2ft.train.device import explain_out_of_memory, gpu_or_cpu, smaller_answers
 
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
-    row = Row(prompt_ids(prompter, prompt, job), sampling.sampler())
-    limit = longest_answer(model, len(row.prompt), sampling.max_new_tokens)
+    if job.chat or job.system is not None or (prompter.is_chat and not job.raw):
+        ids = prompter.encode([{"role": "user", "content": prompt}], job.system)
+    else:
+        ids = prompter.encode_text(prompt)
+    room = (context_length(model) or len(ids) + sampling.max_new_tokens) - len(ids)
+    if room < 1:
+        raise ValueError(f"the model's context is {room + len(ids)} tokens, and the prompt has {len(ids)}: shorten it")
+    row, limit = Row(ids, sampling.sampler()), min(sampling.max_new_tokens, room)
     with explain_out_of_memory(smaller_answers(1, str(model.dtype))):
         batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
         batch.admit([row])
@@ -68,42 +109,18 @@ def read_prompt(job: GenerateArguments) -> str:
     """Read the prompt from the option, the file or stdin, without the last line break of the latter two.
 
     Raises:
-        ValueError: There is no prompt, there are two, or it is not valid text.
+        ValueError: There is no prompt, there are two, or it is empty or not valid text.
     """
-    from pathlib import Path
-
     from s2ft.text.evaluation import check_unicode
 
-    if job.prompt is not None and job.prompt_file is None:
-        prompt = sys.stdin.read().removesuffix("\n") if job.prompt == "-" else job.prompt
-        check_unicode(prompt, "prompt")  # Bytes of another encoding would fail later, in the tokenizer.
-        return prompt
-    if job.prompt is not None or job.prompt_file is None:
+    if (job.prompt is None) == (job.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")
     try:
-        return Path(job.prompt_file).read_text(encoding="utf-8").removesuffix("\n")
+        prompt = job.prompt if job.prompt_file is None else Path(job.prompt_file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"prompt_file {job.prompt_file} is not UTF-8 text: {error}") from None
-
-
-def prompt_ids(prompter, prompt: str, job: GenerateArguments) -> list[int]:
-    """Return the tokens of the prompt. Raises ValueError if it is empty."""
+    prompt = sys.stdin.read() if job.prompt == "-" else prompt
+    check_unicode(prompt, "prompt")  # Bytes of another encoding would fail later, in the tokenizer.
     if not prompt.strip():
         raise ValueError("the prompt is empty")
-    if job.chat or job.system is not None or (prompter.is_chat and not job.raw):
-        return prompter.encode([{"role": "user", "content": prompt}], job.system)
-    return prompter.encode_text(prompt)
-
-
-def longest_answer(model, prompt: int, new: int) -> int:
-    """Return `new`, or what the model's context leaves for an answer to `prompt` tokens.
-
-    Raises:
-        ValueError: It leaves nothing.
-    """
-    from s2ft.text.encoding import context_length
-
-    context = context_length(model)
-    if context is not None and prompt >= context:
-        raise ValueError(f"the model's context is {context} tokens, and the prompt has {prompt}: shorten it")
-    return new if context is None else min(new, context - prompt)
+    return prompt if job.prompt not in (None, "-") else prompt.removesuffix("\n")

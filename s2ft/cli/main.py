@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import warnings
-from collections.abc import Sequence
 
 from s2ft.cli.parse import did_you_mean
 from s2ft.files.writing import reason_not_written
@@ -31,6 +30,15 @@ COMMANDS = {
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
 TRAINING = ("sft", "dpo", "grpo")
+# Commands whose module has another name
+MODULES = {
+    "demo": "training",
+    "merge": "export",
+    "info": "adapters",
+    "combine": "adapters",
+    "estimate": "plan",
+    "couplings": "plan",
+}
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.
 OTHER_NAMES = {
@@ -56,13 +64,7 @@ MISTAKES = (
     PermissionError,
     ImportError,
 )
-# What takes less memory, for commands that do not count it.
-SMALLER = {
-    "merge": "a smaller --dtype, such as bfloat16, takes less memory",
-    "export": "a smaller --dtype, such as bfloat16, takes less memory",
-    "select": "a smaller --dtype, such as bfloat16, or fewer --calibration-examples take less memory",
-    "serve": "a smaller --dtype, such as bfloat16, or a smaller --max-batch-size take less memory",
-}
+UNCOUNTED = ("merge", "export", "select", "serve", "chat")  # with a model, and without an estimate of its memory
 TRACEBACK = "S2FT_TRACEBACK"
 # Loggers whose warnings are about other libraries' optional parts. Their errors are still shown.
 CHATTY = (
@@ -138,7 +140,8 @@ def main(arguments: list[str] | None = None) -> int:
 
             run(command, rest)
         else:
-            importlib.import_module(f"s2ft.cli.{command}").run(rest)  # Only the chosen command is imported.
+            module = importlib.import_module(f"s2ft.cli.{MODULES.get(command, command)}")  # only the chosen one
+            getattr(module, f"run_{command}")(rest)
     except MISTAKES as error:
         if traceback:
             raise
@@ -148,7 +151,9 @@ def main(arguments: list[str] | None = None) -> int:
         if traceback:
             raise
         if is_out_of_memory(error):
-            say_error(f"s2ft {name}", *explain(error, name))
+            hint = "; a smaller --dtype, such as bfloat16, needs less" if name in UNCOUNTED else ""
+            said = str(error) if isinstance(error, OutOfMemory) else f"out of memory: {first_line(error)}{hint}"
+            say_error(f"s2ft {name}", *said.split("\n"))
             return 1
         reason = reason_not_written(error)
         if reason is None:
@@ -176,7 +181,7 @@ def set_up_logging(everything: bool) -> None:
         warnings.filterwarnings("ignore", module=rf"(torch|datasets|peft|{'|'.join(CHATTY)})(\.|$)")
 
 
-def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
+def say_error(program: str, reason: str, *more: str) -> None:
     """Print one line on stderr, and `more` lines. If several ranks have the same error, one of them prints it.
 
     Lines of the reason that begin with two spaces, such as a list of bad rows, stay lines.
@@ -188,10 +193,3 @@ def say_error(program: str, reason: str, more: Sequence[str] = ()) -> None:
         if not should_print(line):
             return
     print("\n".join([line, *more]), file=sys.stderr)
-
-
-def explain(error: BaseException, command: str) -> tuple[str, list[str]]:
-    """Return what to print of an out-of-memory error: the reason, and lines with what to change."""
-    if isinstance(error, OutOfMemory):
-        return error.reason, [*error.advice, *([error.kept] if error.kept else [])]
-    return f"out of memory: {first_line(error)}", [SMALLER[command]] if command in SMALLER else []

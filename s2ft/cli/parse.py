@@ -11,6 +11,7 @@ import enum
 import itertools
 import json
 import logging
+import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +21,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from s2ft.cli.config_files import UsageError, read_config
+from s2ft.files.yaml_reading import parse_yaml
 
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 MOST = 16  # so many choices are listed in an error, of more the closest ones
@@ -56,6 +57,7 @@ GONE = {
     "skip-missing": "--lm-eval scores suites of tasks",
     "writer": "llama.cpp's converter writes GGUF files, --llama-cpp DIR says where it is",
     "grace": "a server that is stopped lets requests go on for 10 seconds",
+    "vllm-transport": "a vLLM server gets the slices in its requests",
     "measure": "`s2ft sft --max-steps 3` prints tokens per second",
 }
 
@@ -64,6 +66,10 @@ MODEL = "a checkpoint folder, a name on the hub, or a .gguf file"
 BASE = f"the adapter's base model: {MODEL}"
 ADAPTER = "an adapter: the output folder of a run, an adapter's folder, a checkpoint, or a name on the hub"
 DTYPE = "dtype of the model's weights; auto: the dtype of the adapter's training, or without adapter the checkpoint's"
+
+
+class UsageError(ValueError):
+    """A mistake in the options of a command."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -352,6 +358,48 @@ def parse(
 def given_options(words: Sequence[str]) -> set[str]:
     """Return the names of the options among the words of a command line, as the fields are called."""
     return {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+
+
+# ---- the file of --config ------------------------------------------------------------------------------
+
+
+def set_environment(arguments: Sequence[str]) -> None:
+    """Set the variables under `env` in the config file. Libraries read some of them when they are imported.
+
+    Args:
+        arguments: Words of the command line. Nothing is done without `--config FILE`.
+
+    Raises:
+        UsageError: See :func:`read_config`.
+    """
+    for word, after in zip(arguments, [*arguments[1:], None]):
+        path = after if word == "--config" else word[9:] if word.startswith("--config=") else None
+        if path is not None:
+            for key, value in (read_config(path).get("env") or {}).items():
+                os.environ[str(key)] = str(value)
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Return the content of a YAML file of options.
+
+    Raises:
+        UsageError: The file does not exist, is not YAML, or holds no options.
+    """
+    import yaml
+
+    try:
+        found = parse_yaml(Path(path).expanduser().read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"config {path} doesn't exist") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"config {path} can't be read: {error}") from error
+    except yaml.YAMLError as error:
+        raise UsageError(f"config {path} can't be read as YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(found, dict):
+        raise UsageError(f"config {path} must hold lines such as 'learning_rate: 2e-4', got {type(found).__name__}")
+    if not isinstance(found.get("env") or {}, dict):
+        raise UsageError(f"config {path}: env must hold lines such as 'NAME: value', got {found['env']!r}")
+    return found
 
 
 # ---- one option ----------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
-"""s2ft plan: what ratios train of a model, without reading its weights."""
+"""s2ft plan, estimate and couplings: what is known of a model before it is trained. Its weights are not read."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
+from s2ft.config import S2FTConfig
 from s2ft.text.models import DTYPES
 from s2ft.train.options import check_fields, option, with_default_ratio
 
-EXAMPLE = """  s2ft plan meta-llama/Llama-3.2-1B
-  s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08"""
 SHARED = {"group": "model and data"}
+SEVERAL = {"group": "several devices"}
+STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")  # those of s2ft.Strategy, without torch
+RANK = "LoRA rank: of a LoRA on the same weights with as many parameters"
 
 
 @dataclass
@@ -23,53 +25,217 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        check_ratios(self.ratios)
+        for ratio in self.ratios or ():
+            if not 0 < ratio <= 1:
+                raise ValueError(f"ratios must be above 0 and at most 1, got {ratio:g}")
+
+    def model_and_rows(self, config: S2FTConfig):
+        """Return a model without data, and the rows of the table."""
+        import torch
+
+        from s2ft.text.models import hollow_model
+        from s2ft.train.ratio_table import rows_of
+
+        model = hollow_model(self.model)
+        model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
+        return model, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
 
 
-def check_ratios(ratios: list[float] | None) -> None:
-    """Raise ValueError for a ratio that is no share of the units."""
-    for ratio in ratios or ():
-        if not 0 < ratio <= 1:
-            raise ValueError(f"ratios must be above 0 and at most 1, got {ratio:g}")
-
-
-def run(arguments: list[str]) -> None:
-    from s2ft.config import S2FTConfig
-
+def run_plan(arguments: list[str]) -> None:
     job, config = parse(
         "plan",
         "Print what would be trained of a model, and a table of ratios with the LoRA rank of the same size. Only the "
         "model's config is read, no weights. s2ft estimate adds the memory.",
         [PlanArguments, S2FTConfig],
         arguments,
-        EXAMPLE,
+        """  s2ft plan meta-llama/Llama-3.2-1B
+  s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08""",
         {S2FTConfig: "selection"},
     )
     quiet_transformers()
     import s2ft
     from s2ft.train.rates import suggested_rate, width_of
-    from s2ft.train.ratio_table import as_random, rows_of, table
+    from s2ft.train.ratio_table import as_random, table
 
     config = with_default_ratio(config, given_options(arguments))
-    model = hollow(job.model, job.dtype)
+    model, rows = job.model_and_rows(config)
     report = s2ft.plan(model, as_random(config))
-    rows = rows_of(model, config, **({"ratios": job.ratios} if job.ratios else {}))
     width = width_of(model)
     rate = suggested_rate(width) if width else None
     if job.json:
         found = {"learning_rate": rate and asdict(rate), "rows": [row.to_dict() for row in rows]}
         print(json.dumps({"model": job.model, **found}, indent=2))
         return
-    print(f"{report}\n\n{table(rows)}\nLoRA rank: of a LoRA on the same weights with as many parameters")
+    print(f"{report}\n\n{table(rows)}\n{RANK}")
     if rate:
         print(f"learning rate: no rule is known for all tasks; start with {rate}")
 
 
-def hollow(name: str, dtype: str):
-    """Return a model without data in a dtype."""
+# ---- s2ft estimate -------------------------------------------------------------------------------------
+
+
+@dataclass
+class EstimateArguments(PlanArguments):
+    batch_size: int = option(8, "rows of one forward pass on one device", unit="rows", least=1, **SHARED)
+    max_length: int = option(1024, "tokens of the longest row", unit="tokens", least=2, **SHARED)
+    accumulation: int = option(1, "forward passes of one update", least=1, **SHARED)
+    load_in_4bit: bool = option(False, "count a base in 4 bit", **SHARED)
+    load_in_8bit: bool = option(False, "count a base in 8 bit", **SHARED)
+    optimizer: str = option("adamw", "optimizer by its name in s2ft.estimate", **SHARED)
+    gradient_checkpointing: bool = option(False, "compute activations again in the backward pass", **SHARED)
+    chunked_loss: bool = option(
+        True, "compute the loss in pieces", off="compute the loss from all logits at once", **SHARED
+    )
+    device: str | None = option(
+        None, "device of the training", choices=("cpu", "cuda"), shown="the GPU if there is one", **SHARED
+    )
+    device_memory: str | None = option(
+        None, "memory of the device, such as 24GB: the table says which row fits", metavar="SIZE",
+        shown="what is free here", **SHARED,
+    )  # fmt: skip
+    strategy: str | None = option(
+        None,
+        "how training is spread over devices; the numbers are then those of one device",
+        choices=STRATEGIES,
+        shown="one device",
+        **SEVERAL,
+    )
+    devices: int | None = option(
+        None, "number of devices", least=1, shown="the smallest on which the largest row fits", **SEVERAL
+    )
+    tp_size: int | None = option(
+        None, "devices over which each weight is split, for tp+fsdp2", least=2, shown="none", **SEVERAL
+    )
+    offload: str | None = option(
+        None, "what is kept in the memory of the host", choices=("optimizer", "all"), shown="nothing", **SEVERAL
+    )
+    reshard_after_forward: bool = option(
+        True, "FSDP2: free the gathered weights of a block after its forward pass",
+        off="keep them until the backward pass", **SEVERAL,
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.load_in_4bit and self.load_in_8bit:
+            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
+        given = [name for name in ("devices", "tp_size", "offload") if getattr(self, name) is not None]
+        if self.strategy is None and given:
+            raise ValueError(f"{given[0]} needs strategy: one of {', '.join(STRATEGIES)}")
+        if self.strategy is not None and self.bits:
+            raise ValueError("load_in_4bit and load_in_8bit are counted for one device: leave out strategy")
+
+    @property
+    def bits(self) -> int | None:
+        """The bits of a weight of a quantized base."""
+        return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
+
+    def spread(self):
+        """Return how training is spread over devices, an s2ft.Strategy, or None for one device."""
+        from s2ft.estimation.devices import Strategy, check_devices
+
+        if self.strategy is None:
+            return None
+        made = Strategy(self.strategy, self.offload, self.tp_size, reshard_after_forward=self.reshard_after_forward)
+        check_devices(made, self.devices)
+        return made
+
+
+def run_estimate(arguments: list[str]) -> None:
+    job, config = parse(
+        "estimate",
+        "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
+        [EstimateArguments, S2FTConfig],
+        arguments,
+        """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
+  s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing""",
+        {S2FTConfig: "selection"},
+    )
+    quiet_transformers()
+    from s2ft.estimation.result import size
+    from s2ft.train.ratio_table import table
+
+    rows, found, room = estimated(job, with_default_ratio(config, given_options(arguments)))
+    if job.json:
+        shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
+        shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
+        print(json.dumps({**shown, "room": room, "rows": [row.to_dict() for row in rows]}, indent=2))
+        return
+    bits = f" before they are quantized to {job.bits} bit" if job.bits else ""
+    place = found.device
+    if found.strategy is not None:
+        host = "" if not found.host else f" and at least {size(found.host)} of the host's memory each"
+        place = f"each of {found.devices} {place} device{'s' * (found.devices > 1)} with {found.strategy}{host}"
+    print(
+        f"{size(found.parameters + found.buffers)} of weights{bits}; a step of {job.batch_size} × "
+        f"{job.max_length:,} tokens on {place}, {job.optimizer}\n{table(rows, room)}\n{RANK}"
+    )
+    if any(not row.counted and not row.refused for row in rows):
+        print("≤: on the line between the smallest and the largest row, which were counted")
+    for note in found.notes:
+        print(f"note: {note}")
+
+
+def estimated(job: EstimateArguments, config: S2FTConfig):
+    """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
     import torch
 
+    from s2ft.estimation.memory import free_memory
+    from s2ft.estimation.result import size_of
+    from s2ft.train.ratio_table import with_memory
+
+    model, rows = job.model_and_rows(config)
+    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    room = size_of(job.device_memory, "device_memory") or free_memory(device)
+    step = dict(
+        batch=job.batch_size,
+        length=job.max_length,
+        accumulation=job.accumulation,
+        gradient_checkpointing=job.gradient_checkpointing,
+        optimizer=job.optimizer,
+        device=device,
+        strategy=job.spread(),
+        devices=job.devices,
+        memory=room,
+    )
+    config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
+    bits = f"{job.bits}bit" if job.bits else None
+    return *with_memory(rows, model, config, step, job.chunked_loss, bits), room
+
+
+# ---- s2ft couplings ------------------------------------------------------------------------------------
+
+
+@dataclass
+class CouplingsArguments:
+    model: str = option(text=MODEL, positional=True, metavar="MODEL")
+    example: str | None = option(
+        None,
+        "safetensors file with an input of the model, its tensors by name; default: inputs made from the config",
+        metavar="FILE",
+    )
+    json: bool = option(False, "print JSON: the couplings with all their fields, and a row for every weight")
+
+
+def run_couplings(arguments: list[str]) -> None:
+    (job,) = parse(
+        "couplings",
+        "Print which layers of a model share units, and what becomes of every weight of its blocks. Only the model's "
+        "config is read, no weights.",
+        [CouplingsArguments],
+        arguments,
+        """  s2ft couplings Qwen/Qwen3-0.6B
+  s2ft couplings my-checkpoint --json > couplings.json""",
+    )
+    quiet_transformers()
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    from s2ft.model.registry import explain
     from s2ft.text.models import hollow_model
 
-    model = hollow_model(name)
-    return model if dtype == "auto" else model.to(getattr(torch, dtype))
+    try:
+        example = None if job.example is None else load_file(job.example)
+    except SafetensorError as error:
+        raise ValueError(f"example {job.example} is no safetensors file: {error}") from error
+    found = explain(hollow_model(job.model), example)
+    print(json.dumps(found.to_dict(), indent=2) if job.json else found)

@@ -39,7 +39,7 @@ class SelectArguments(Options):
     )
 
 
-def run(arguments: list[str]) -> None:
+def run_select(arguments: list[str]) -> None:
     job, config, reading = parse(
         "select",
         "Choose the units that a configuration describes, print a table of them, and save them.",
@@ -49,7 +49,7 @@ def run(arguments: list[str]) -> None:
         {S2FTConfig: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
-    from s2ft.selection.protection import with_protect_ratio
+    from s2ft.selection.allowed import with_protect_ratio
 
     config = with_protect_ratio(with_default_ratio(config, given_options(arguments)), bool(job.protect))
     new_file(job.output)
@@ -72,8 +72,9 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     import torch
 
     import s2ft
-    from s2ft.text.collator import needs_calibration
-    from s2ft.text.divergence import read_texts
+    from s2ft.text.collator import batches_of, needs_calibration
+    from s2ft.text.divergence import read_texts, text_rows
+    from s2ft.text.encoding import context_length
     from s2ft.text.models import load_model
     from s2ft.train.device import say_device
 
@@ -90,7 +91,11 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     device = accelerator or torch.device("cpu")
     say_device(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
-    protect = _protect_batches(job, config, protected, model, tokenizer)
+    protect = None
+    if protected is not None:
+        longest = min(job.max_length, context_length(model) or job.max_length)
+        texts = text_rows(protected, tokenizer, longest, job.protect_rows, config.seed)
+        protect = batches_of(texts, tokenizer, job.batch_size)
     return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 
@@ -125,17 +130,3 @@ def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, t
     room = min(job.max_length, context_length(model) or job.max_length)
     tokenized = tokenize_rows(rows, tokenizer, prompt, max_length=room, skip_bad_rows=options.skip_bad_rows)
     return calibration_for(config, tokenizer, tokenized.dataset, job.calibration_examples, job.batch_size)
-
-
-def _protect_batches(job: SelectArguments, config, protected, model, tokenizer):
-    """Return batches of the text to protect, or None without any."""
-    from s2ft.text.collator import batches_of
-    from s2ft.text.divergence import text_rows
-    from s2ft.text.encoding import context_length
-
-    if protected is None:
-        return None
-    longest = min(job.max_length, context_length(model) or job.max_length)
-    return batches_of(
-        text_rows(protected, tokenizer, longest, job.protect_rows, config.seed), tokenizer, job.batch_size
-    )

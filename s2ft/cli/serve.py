@@ -52,9 +52,9 @@ class ServeArguments(Options):
     )
     slice_units: str | None = option(
         None,
-        "with --slices: rows or columns of all adapters of a batch that a layer can hold, one number or by projection, "
+        "with --slices: rows or columns of an adapter that a layer can hold, one number or by projection, "
         "such as down_proj=512,o_proj=128",
-        shown="what the adapters need, and one more adapter",
+        shown="what the adapters need",
         metavar="UNITS",
     )
     host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only")
@@ -68,16 +68,16 @@ class ServeArguments(Options):
     served_model_name: str | None = option(
         None, "name of the base model for clients", shown="the name of the model or of its folder", metavar="NAME"
     )
-    max_batch_size: int = option(16, "answers that are generated at once", unit="answers")
+    max_batch_size: int = option(16, "answers that are generated at once", unit="answers", least=1)
     max_batch_tokens: int | None = option(
         None,
         "tokens of all prompts and answers in the batch, which limits the memory of keys and values",
         shown="no limit",
     )
-    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests")
+    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests", least=1)
     timeout: float = option(300.0, "longest time of a request, waiting included", unit="seconds", metavar="SECONDS")
     max_tokens_limit: int | None = option(None, "longest answer in tokens", shown="the rest of the context")
-    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB")
+    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB", least=1)
     adapter_bytes: int | None = option(
         None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit"
     )
@@ -99,7 +99,7 @@ class ServeArguments(Options):
     trust_remote_code: bool = option(False, "run the code that the model brings along")
 
 
-def run(arguments: list[str]) -> None:
+def run_serve(arguments: list[str]) -> None:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     words, options = arguments[:at], arguments[at + 1 :]  # the options after the first -- are vLLM's
     (job,) = parse(
@@ -115,12 +115,11 @@ def run(arguments: list[str]) -> None:
     _check_engine(job, words, options)
     if by_vllm:
         check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
-    else:
-        check_packages("s2ft serve")
-    check(job)
-    if by_vllm:
+        check(job)
         serve_by_vllm(job, options)
     else:
+        check_packages("s2ft serve")
+        check(job)
         serve_here(job)
 
 
@@ -155,7 +154,8 @@ def check(job: ServeArguments) -> None:
         NotADirectoryError: A folder of adapters does not exist.
         ValueError: A number is outside its range, or a folder can't be served.
     """
-    from s2ft.adapter.sources import source_of
+
+    from s2ft.adapter.folders import source_of
 
     for adapters in job.adapters:
         source_of(adapters)
@@ -163,15 +163,20 @@ def check(job: ServeArguments) -> None:
         raise ValueError("--check checks adapters: give --adapters")
     if not 0 <= job.port < 1 << 16:
         raise ValueError(f"port must be 0 to 65535, got {job.port}")
-    for name in ("max_batch_size", "queue_size", "timeout", "max_body_bytes"):
-        if not getattr(job, name) > 0:
-            raise ValueError(f"{name} must be above 0, got {getattr(job, name)}")
+    if not job.timeout > 0:
+        raise ValueError(f"timeout must be above 0, got {job.timeout}")
 
 
 def serve_here(job: ServeArguments) -> None:
     """Serve with the built-in server until it is stopped."""
+    from types import SimpleNamespace
+
+    import torch
+
     from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import check_adapters, serve
+    from s2ft.train.loading import load_base
+    from s2ft.train.options import ModelOptions
 
     limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
     options = ServerOptions(
@@ -184,28 +189,14 @@ def serve_here(job: ServeArguments) -> None:
         job.access_log,
         limits,
     )
-    model, tokenizer = load(job)
+    gpu = torch.cuda.is_available()
+    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
+    loading = (job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit)
+    model, tokenizer = load_base(ModelOptions(*loading), device)
     base = job.served_model_name or served_name(job.model)
     if job.check:
         return check_adapters(model, base, job.adapters)
     serve(model, tokenizer, base, job.adapters, options)
-
-
-def load(job: ServeArguments):
-    """Load the model and its tokenizer."""
-    from types import SimpleNamespace
-
-    import torch
-
-    from s2ft.train.loading import load_base
-    from s2ft.train.options import ModelOptions
-
-    options = ModelOptions(
-        job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit
-    )
-    gpu = torch.cuda.is_available()
-    device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
-    return load_base(options, device)
 
 
 def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
@@ -223,7 +214,7 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     from pathlib import Path
 
     from s2ft.vllm import command
-    from s2ft.vllm.slices.units import Budget
+    from s2ft.vllm.slices.layer import Budget
 
     if not job.adapters:
         raise ValueError("--engine vllm serves adapters: give --adapters")
@@ -231,16 +222,16 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
         raise ValueError("--slice-units is the budget of --slices: give both")
     Budget.parse(job.slice_units or "")
     command.check_options(options)
+    command.check_plugin()
     # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if something fails here.
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
-        launch = _launch(job, options, Path(target))
-        os.environ.update(launch.environment)
-        os.execv(launch.command[0], launch.command)
+        words, environment = _launch(job, options, Path(target))
+        os.environ.update(environment)
+        os.execv(words[0], words)
 
 
 def _launch(job: ServeArguments, options: list[str], target):
-    """What is started, with files of its own in the folder `target`."""
-    from s2ft.adapter.sources import source_of
+    """The command line and the variables of what is started, with files of its own in the folder `target`."""
     from s2ft.serve.options import key_of, served_name, warn_if_open
     from s2ft.vllm import command
 
@@ -248,24 +239,5 @@ def _launch(job: ServeArguments, options: list[str], target):
     warn_if_open(job.host, key)
     model = command.unpacked(job.model, job.dtype, target / "base")
     adapters = command.adapters_of(model, job.adapters, job.revision)
-    template = command.write_template(adapters, target)
-    settings = command.Settings(
-        model,
-        job.served_model_name or served_name(job.model),
-        job.host,
-        job.port,
-        key,
-        job.dtype,
-        job.revision,
-        job.trust_remote_code,
-        job.load_in_4bit,
-        job.slices,
-        job.slice_units,
-        tuple(options),
-    )
-    reason = command.why_no_plugin()
-    if reason is not None:
-        command.logger.warning("warning: the adapters are exported as LoRA folders: %s", reason)
-        return command.launch_exported(adapters, settings, template, target)
-    directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
-    return command.launch(adapters, directories, settings, template)
+    base, template = job.served_model_name or served_name(job.model), command.write_template(adapters, target)
+    return command.launch(job, adapters, model, base, key, options, template)

@@ -1,4 +1,4 @@
-"""s2ft sft, dpo and grpo: the options of a run, from the command line and from a file."""
+"""s2ft sft, dpo, grpo and demo: the options of a run, from the command line and from a file."""
 
 import logging
 from collections.abc import Sequence
@@ -6,9 +6,9 @@ from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any
 
-from s2ft.cli.config_files import set_environment
 from s2ft.cli.option_table import TABLE
-from s2ft.cli.parse import OptionParser, quiet_transformers
+from s2ft.cli.parse import OptionParser, parse, quiet_transformers, set_environment
+from s2ft.train.options import DemoOptions
 
 logger = logging.getLogger(__name__)
 HELP = {
@@ -90,7 +90,9 @@ def read_run(command: str, arguments: Sequence[str]):
     parser = parser_of(command, "--help-all" in arguments)
     given = parser.given(arguments)
     _take_lora(given, parser)
-    filled = {**given, **_evaluation(given, parser), **_text_field(given)}
+    filled = {**given, **_evaluation(given, parser)}
+    if given.get("dataset_text_field", "text") != "text":  # TRL's name of the field with the text
+        filled["field"] = [*given.get("field", []), f"text={given['dataset_text_field']}"]
     if "seed" in given:  # the selection has the seed that the run is given, unless it has its own
         filled.setdefault("selection_seed", given["seed"])
     model, data, config, trainer, options, forgetting, _ = parser.objects(filled)
@@ -98,6 +100,22 @@ def read_run(command: str, arguments: Sequence[str]):
     from s2ft.train.run import Run
 
     return Run(METHODS[command], model, data, config, trainer, options, forgetting, given)
+
+
+def run_demo(arguments: list[str]) -> None:
+    (options,) = parse(
+        "demo",
+        "Fine-tune SmolLM2-135M on generated arithmetic word problems.\n"
+        "Score the model on held-out problems before and after.",
+        [DemoOptions],
+        arguments,
+        """  s2ft demo
+  s2ft demo --model HuggingFaceTB/SmolLM2-360M-Instruct --steps 200 --output bigger-demo""",
+    )
+    quiet_transformers()
+    from s2ft.train import demo
+
+    demo.run_demo(options)
 
 
 @cache
@@ -180,13 +198,6 @@ def _evaluation(given: dict[str, Any], parser: OptionParser) -> dict[str, Any]:
     if best and every and "save_steps" not in given:
         found["save_steps"] = every  # so that each evaluation has a checkpoint
     return {key: value for key, value in found.items() if key not in given or key == "eval_steps"}
-
-
-def _text_field(given: dict[str, Any]) -> dict[str, Any]:
-    """TRL's name of the field with the text, as one of the fields that are renamed."""
-    if given.get("dataset_text_field", "text") == "text":
-        return {}
-    return {"field": [*given.get("field", []), f"text={given['dataset_text_field']}"]}
 
 
 def _take_lora(given: dict[str, Any], parser: OptionParser) -> None:

@@ -7,23 +7,20 @@ not depend on weights are real: token ids, masks, positions, and the experts of 
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.estimation.devices import check_plan, on_devices, smallest
+from s2ft.estimation.devices import Strategy, check_devices, check_plan, on_devices, smallest, strategy_of
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
-from s2ft.estimation.memory import free_memory, resident
-from s2ft.estimation.optimizers import OPTIMIZERS, Optimizer, maker
+from s2ft.estimation.memory import bytes_of, free_memory
 from s2ft.estimation.result import Estimate, MemoryPart, size_of
-from s2ft.estimation.shadow import checkpoint, forget_data, keep_bases, make_shadow
-from s2ft.estimation.step import Step
-from s2ft.estimation.strategy import Strategy, check_devices, strategy_of
+from s2ft.estimation.shadow import forget_data, make_shadow
+from s2ft.estimation.step import OPTIMIZERS, Optimizer, Step, maker
 from s2ft.layers.base import CALL_INSTEAD
 from s2ft.model.coupling import Coupling
 
@@ -121,14 +118,18 @@ def estimate(
     place, kernels, notes = _place(model, device)
     if config.units is None and config.selection != "random":
         notes += (f"selection={config.selection!r}, allocation={config.allocation!r} is counted as random and uniform",)
-    with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), _not_on_meta():
+    on_cpu = torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()  # meta has no data
+    with torch.random.fork_rng([kernels] if kernels.type == "cuda" else []), on_cpu:
         shadow, record = make_shadow(model, config, dtype, couplings, example)
-        _prepare(shadow, record, kernels, gradient_checkpointing, strategy)
+        if strategy is not None and strategy.is_tensor_parallel:
+            check_plan(shadow)
+        forget_data(shadow, record, kernels, gradient_checkpointing)
         inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
         cached, complete = with_cache(shadow, inputs, use_cache), example is not None or loss is not None
         step = Step(shadow.train(), record, cached, loss, kernels, autocast, complete)
         step.run(make, accumulation)
-    loaded = resident(model, place) if dtype is None and memory is None else 0
+    here = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == place.type]
+    loaded = bytes_of(here) if dtype is None and memory is None else 0
     room = free_memory(place) if memory is None else memory
     one = Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, room, notes)
     if strategy is None:
@@ -138,23 +139,6 @@ def estimate(
         return on_devices(one, step.kept_divided, shadow, strategy, number)
 
     return smallest(count, strategy) if devices is None else count(devices)
-
-
-def _prepare(
-    shadow: nn.Module, record: Attachment, kernels: torch.device, checkpointing: bool | str, strategy: Strategy | None
-) -> None:
-    """Give a shadow model tensors without data, after checks."""
-    if strategy is not None and strategy.is_tensor_parallel:
-        check_plan(shadow)
-    if checkpointing:
-        checkpoint(shadow, checkpointing)
-    forget_data(shadow, kernels)
-    keep_bases(record)
-
-
-def _not_on_meta() -> AbstractContextManager:
-    """Create new tensors on the CPU. Under ``torch.device("meta")`` they would have no data."""
-    return torch.device("cpu") if torch.get_default_device().type == "meta" else nullcontext()
 
 
 def _check(

@@ -129,11 +129,6 @@ def bytes_of(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
 # ---- the machine -----------------------------------------------------------------------------------------
 
 
-def resident(model: nn.Module, device: torch.device) -> int:
-    """Return the bytes of the model that are on the device already."""
-    return bytes_of(tensor for tensor in [*model.parameters(), *model.buffers()] if tensor.device.type == device.type)
-
-
 def free_memory(device: torch.device) -> int | None:
     """Return the free bytes of a GPU, or of the host within its control group. None if they are not known."""
     if device.type == "cuda":

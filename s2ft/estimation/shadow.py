@@ -40,17 +40,19 @@ def make_shadow(
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies
     for path, module in model.named_modules():
         quantized = kind_of(module).read_only
-        if quantized:
-            _check_is_quantized(path, module)
+        if quantized and module.weight.is_meta:  # a layer of bitsandbytes that has no quantized data yet
+            raise ValueError(
+                f"{path} ({type(module).__name__}) is on the meta device, and its quantization is known only "
+                "when it is loaded: estimate the loaded model, or the unquantized one"
+            )
         memo.update({id(thing): thing for thing in kind_of(module).shared(module)})
-        for name, tensor in _tensors_of(module):
-            if id(tensor) not in memo:
-                shared = quantized and name == "weight"
-                memo[id(tensor)] = (
-                    _shared(tensor)
-                    if shared
-                    else _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
-                )
+        for name, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
+            if not isinstance(tensor, Tensor) or id(tensor) in memo:
+                continue
+            if quantized and name == "weight":
+                memo[id(tensor)] = _shared(tensor)
+            else:
+                memo[id(tensor)] = _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
     shadow = copy.deepcopy(model, memo)
     nothing = {"layers": {}}  # the fingerprint of no base: nothing is compared
     record = Attachment(found.couplings, nothing, {}, is_custom=found.is_custom)
@@ -67,31 +69,6 @@ def make_shadow(
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
     return shadow, record
-
-
-def keep_bases(record: Attachment) -> None:
-    """Let layers of effective="step" copy the base of their slices, which then counts among the buffers.
-
-    Call it after :func:`forget_data`, which puts other tensors in the place of the weights.
-    """
-    for mounted in record.mounts.values():
-        if mounted.layer.effective == "step":
-            mounted.layer.fuse()
-
-
-def _tensors_of(module: nn.Module) -> list[tuple[str, Tensor]]:
-    """Return a module's parameters, buffers and other tensors, without those of its children."""
-    everything = (*module._parameters.items(), *module._buffers.items(), *vars(module).items())
-    return [(name, tensor) for name, tensor in everything if isinstance(tensor, Tensor)]
-
-
-def _check_is_quantized(path: str, module: nn.Module) -> None:
-    """Raise ValueError for a layer of bitsandbytes that has no quantized data yet."""
-    if module.weight.is_meta:
-        raise ValueError(
-            f"{path} ({type(module).__name__}) is on the meta device, and its quantization is known only "
-            "when it is loaded: estimate the loaded model, or the unquantized one"
-        )
 
 
 def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -127,8 +104,10 @@ def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, tor
     return wanted
 
 
-def forget_data(shadow: nn.Module, device: torch.device) -> None:
-    """Replace all tensors by fake tensors on `device`."""
+def forget_data(shadow: nn.Module, record: Attachment, device: torch.device, checkpointing: bool | str) -> None:
+    """Replace all tensors by fake tensors on `device`, and switch gradient checkpointing on if it is wanted."""
+    if checkpointing:
+        _checkpoint(shadow, checkpointing)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, so that its id is not used again
 
@@ -141,6 +120,9 @@ def forget_data(shadow: nn.Module, device: torch.device) -> None:
         state = {} if isinstance(module, S2Layer) else kind_of(module).state(module)
         for tensors in (module._parameters, module._buffers, vars(module), state):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
+    for mounted in record.mounts.values():
+        if mounted.layer.effective == "step":  # the copy of the base of its slice counts among the buffers
+            mounted.layer.fuse()
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
@@ -160,7 +142,7 @@ def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
     return made
 
 
-def checkpoint(shadow: nn.Module, kind: Any) -> None:
+def _checkpoint(shadow: nn.Module, kind: Any) -> None:
     """Switch gradient checkpointing on.
 
     Raises:

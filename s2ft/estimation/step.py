@@ -1,4 +1,4 @@
-"""One training step of a shadow model, and the memory counted in it."""
+"""One training step of a shadow model, the memory counted in it, and the optimizers that it knows by name."""
 
 import re
 from collections import Counter
@@ -22,6 +22,58 @@ from s2ft.estimation.inputs import call, can_be_labelled, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
 from s2ft.estimation.result import MemoryPart
 from s2ft.layers import kind_of
+from s2ft.packages import MissingPackages, is_installed
+
+Optimizer = str | Callable[[list[Tensor]], torch.optim.Optimizer]
+
+
+def _bitsandbytes(name: str, parameters: list[Tensor]) -> torch.optim.Optimizer:
+    if not is_installed("bitsandbytes"):
+        raise MissingPackages(f"optimizer {name}", ["bitsandbytes"])
+    import bitsandbytes
+
+    return getattr(bitsandbytes.optim, name)(parameters)
+
+
+def _torch(kind: type, parameters: list[Tensor], **options: Any) -> torch.optim.Optimizer:
+    # On a GPU PyTorch updates all parameters at once, but only if their types are its own. These are fake tensors.
+    return kind(parameters, foreach=True if parameters[0].device.type == "cuda" else None, **options)
+
+
+OPTIMIZERS: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
+    "adamw": partial(_torch, torch.optim.AdamW),
+    "adam": partial(_torch, torch.optim.Adam),
+    "adafactor": partial(_torch, torch.optim.Adafactor),
+    "sgd": partial(_torch, torch.optim.SGD, lr=1e-3),
+    "sgd-momentum": partial(_torch, torch.optim.SGD, lr=1e-3, momentum=0.9),
+    "adamw-8bit": partial(_bitsandbytes, "AdamW8bit"),
+    "paged-adamw-8bit": partial(_bitsandbytes, "PagedAdamW8bit"),
+}
+
+
+def maker(optimizer: Optimizer) -> Callable[[list[Tensor]], torch.optim.Optimizer]:
+    """Return the function that makes the optimizer from a list of parameters.
+
+    Raises:
+        ValueError: The name is unknown.
+        TypeError: `optimizer` is neither a name nor a class or function.
+    """
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(
+                f"optimizer must be one of {', '.join(OPTIMIZERS)}, or a class or function that makes "
+                f"one, got {optimizer!r}"
+            )
+        return OPTIMIZERS[optimizer]
+    if not callable(optimizer) or isinstance(optimizer, torch.optim.Optimizer):
+        raise TypeError(
+            "optimizer must be a name, or a class or function that makes a torch.optim.Optimizer from a list "
+            f"of parameters, got {type(optimizer).__name__}"
+        )
+    return optimizer
+
+
+# ---- the step -------------------------------------------------------------------------------------------------
 
 OUTSIDE = "model and loss"  # the part for tensors that only the model's own forward, or the loss, saves
 COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")
@@ -63,7 +115,9 @@ class Step:
         self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
         if not complete and can_be_labelled(shadow, inputs):
-            self.inputs = labelled(inputs, self._guarded(self._dry_run))
+            with torch.no_grad(), self.memory, self.autocast():
+                output = self._guarded(partial(call, shadow, inputs))
+            self.inputs = labelled(inputs, output)
 
     def _hook(self, record: Attachment, device: torch.device) -> None:
         divided = with_parts(self.shadow)
@@ -96,8 +150,9 @@ class Step:
                 self.memory.phase = "forward"
                 outputs = self._guarded(partial(self._forward, count=number == 0))
                 self.memory.phase = "backward"
-                self._guarded(partial(_backward, outputs))
-                del outputs
+                ones = [torch.ones_like(output) for output in outputs]
+                self._guarded(partial(torch.autograd.backward, outputs, ones))
+                del outputs, ones
             self.memory.phase = "optimizer"
             self._guarded(partial(self._update, make))
 
@@ -114,21 +169,12 @@ class Step:
                 leaves = tree_leaves(dict(optimizer.state[parameter]))
                 self.states[name] = bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
 
-    def _dry_run(self) -> Any:
-        """Return the model's output without gradients."""
-        with torch.no_grad(), self.memory, self.autocast():
-            return call(self.shadow, self.inputs)
-
     def _forward(self, count: bool) -> list[Tensor]:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
         with hooks if count else nullcontext(), self.autocast():
-            if self.loss is not None:
-                return self._differentiable(self.loss(self.shadow, self.inputs))
-            output = call(self.shadow, self.inputs)
-            loss = output.get("loss") if isinstance(output, Mapping) else None
-            return self._differentiable(output if loss is None else loss)
-
-    def _differentiable(self, output: Any) -> list[Tensor]:
+            output = (self.loss or call)(self.shadow, self.inputs)
+        if self.loss is None and isinstance(output, Mapping) and output.get("loss") is not None:
+            output = output["loss"]
         leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)
         found = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad]
         if not found:
@@ -145,21 +191,22 @@ class Step:
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
         """Return run(), with an error that names the part of the model if it can't run without data."""
+
+        def where() -> str:
+            return self.broken or f"the {self.memory.phase}"
+
         try:
             return run()
         except UnsupportedOperatorException as error:
             raise ValueError(
-                f"{type(self.shadow).__name__} can't be estimated: an operator in {self._where()} does not "
+                f"{type(self.shadow).__name__} can't be estimated: an operator in {where()} does not "
                 f"support tensors without data ({error})"
             ) from error
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
             raise ValueError(
                 f"{type(self.shadow).__name__} can't be estimated without running it on its weights: its "
-                f"computation in {self._where()} depends on values that it computes ({error})"
+                f"computation in {where()} depends on values that it computes ({error})"
             ) from error
-
-    def _where(self) -> str:
-        return self.broken or f"the {self.memory.phase}"
 
     # ---- the numbers -----------------------------------------------------------------------------
 
@@ -205,10 +252,6 @@ class Step:
         sums[OUTSIDE] = sums.pop(OUTSIDE)  # last
         parts = [MemoryPart(name, *(counted[column] for column in COLUMNS)) for name, counted in sums.items()]
         return [part for part in parts if sums[part.name].total()]
-
-
-def _backward(outputs: list[Tensor]) -> None:
-    torch.autograd.backward(outputs, [torch.ones_like(output) for output in outputs])
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> Callable:

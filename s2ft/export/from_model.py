@@ -2,7 +2,6 @@
 
 import logging
 import os
-from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
 
@@ -28,9 +27,8 @@ from s2ft.distributed import (
 )
 from s2ft.export.merged import check_output, check_size, temporary_folder
 from s2ft.export.streamed import Changes, DiskSource, Source, Sum, saved_names, write_config, write_weights
-from s2ft.files.streaming import StoredTensor
 from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
-from s2ft.model.conversion import Group, is_of_transformers, saving_groups
+from s2ft.model.conversion import is_of_transformers, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.permutation import inverse, moving_tensors
 
@@ -101,7 +99,16 @@ def save_merged(
     if is_first:
         logger.info("the base is gathered from the model to merge into it, because %s", obstacle)
     left = _left(record, changes)
-    _write_gathered(_ModelSource(model, record, plain), ranks, is_first, lambda source: write(source, left))
+    source = _ModelSource(model, record, plain)
+
+    def write_gathered() -> None:
+        try:
+            if is_first:
+                write(source, left)
+        finally:  # every rank takes part in gathering all weights, also if the first one fails
+            source.read_rest()
+
+    run_on_ranks("saving a merged checkpoint", ranks, True, write_gathered)
 
 
 def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | None) -> None:
@@ -242,8 +249,8 @@ def _left(record: Attachment, changes: Changes) -> Changes:
     return Changes(record.projections, {name: changes.passes[name][-1:] for name in trained})
 
 
-class _ModelSource:
-    """The weights of a base in an attached model, see :class:`s2ft.export.streamed.Source`.
+class _ModelSource(Source):
+    """The weights of a base in an attached model.
 
     A base that was made in this process, or changed after it was loaded, is in no checkpoint, and no rank may have room
     for all of it. So it can't be merged from a file, as all other bases are. The writer and the check are the same.
@@ -262,9 +269,6 @@ class _ModelSource:
             for moving in moving_tensors(model, move.coupling, inverse(move.order)):
                 self._moves.setdefault(id(moving.tensor), []).append(moving)
 
-    def __contains__(self, name: str) -> bool:
-        return True
-
     def values(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._read(name) for name in names}
 
@@ -281,24 +285,3 @@ class _ModelSource:
         """Take part in gathering all weights that this rank has not read yet."""
         for name in list(self._rest):
             self._read(name)
-
-    def copies(self, group: Group) -> None:
-        return None
-
-    def others(self) -> dict[str, StoredTensor]:
-        return {}
-
-
-def _write_gathered(
-    source: _ModelSource, ranks: list[int] | None, is_first: bool, write: Callable[[Source], None]
-) -> None:
-    """Write on the first rank what all ranks gather. If it fails, it takes part in the rest before it says so."""
-
-    def act() -> None:
-        try:
-            if is_first:
-                write(source)
-        finally:
-            source.read_rest()
-
-    run_on_ranks("saving a merged checkpoint", ranks, True, act)

@@ -1,16 +1,26 @@
-"""Export of a merged model as a GGUF file, by the converter of llama.cpp, and the comparison of the file."""
+"""Export of a merged model as a GGUF file, by the tools of llama.cpp, and the comparison of the file.
 
+The converter of checkpoints and the quantizer are found and called, not built.
+"""
+
+import os
 import shutil
+import subprocess
+import sys
 from difflib import get_close_matches
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
-from s2ft.export.llama_cpp import CONVERTER, QUANTIZER, VARIABLE, Tools, convert, find_tools, quantize
 from s2ft.export.merged import merged_model, temporary_folder
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model
 
+VARIABLE = "LLAMA_CPP_DIR"
+CONVERTER = ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py")
+QUANTIZER = ("llama-quantize", "llama-quantize.exe")
+PLACES = (".", "build/bin", "bin", "build/bin/Release", "libexec")  # below the folder, for a built source tree too
 FILE = "model.gguf"
 OUTTYPES = ("F32", "F16", "BF16", "Q8_0")  # what the converter writes itself
 # The largest error of a tensor, relative to its norm, by the first letters of its type. On normal weights the types
@@ -19,6 +29,18 @@ LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 5e-3, "Q8": 0.015, "Q6": 0.04,
 OTHERS = 0.7  # of all other types, those of 2 bits and less
 # A text with the cases in which tokenizers differ
 PROBE = "Some text of words, it's (not) so long\n\n  and\tsome signs: äöü 漢字 \U0001f642 <|im_start|>a+b=c"
+
+
+class Tools(NamedTuple):
+    """What was found of llama.cpp.
+
+    Attributes:
+        converter: The script convert_hf_to_gguf.py, or None.
+        quantizer: The program llama-quantize, or None.
+    """
+
+    converter: Path | None
+    quantizer: Path | None
 
 
 def export(
@@ -101,13 +123,61 @@ def _write(folder: Path, kind: str, tools: Tools, model, tokenizer) -> str:
     checkpoint, file, names = folder / "checkpoint", folder / FILE, tools.converter.name
     first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", kind_of_dtype(model.dtype))
     model.save_pretrained(checkpoint), tokenizer.save_pretrained(checkpoint)
-    convert(tools.converter, checkpoint, first, by_converter.lower())
+    script = [sys.executable, str(tools.converter), str(checkpoint)]
+    _run([*script, "--outfile", str(first), "--outtype", by_converter.lower()], names, first)
     shutil.rmtree(checkpoint)
     if first != file:
-        quantize(tools.quantizer, first, file, kind)
+        _run([str(tools.quantizer), str(first), str(file), kind], tools.quantizer.name, file)
         first.unlink()
         names += f" and {tools.quantizer.name}"
     return names
+
+
+# ---- the tools of llama.cpp -----------------------------------------------------------------------------------
+
+
+def find_tools(folder: str | Path | None = None) -> Tools:
+    """Look for the tools of llama.cpp.
+
+    Args:
+        folder: The folder of llama.cpp. Default: that of the variable LLAMA_CPP_DIR, else what is on the PATH.
+
+    Raises:
+        FileNotFoundError: The folder does not exist or has none of the tools.
+    """
+    named = folder if folder is not None else os.environ.get(VARIABLE) or None
+    if named is None:
+        return Tools(_on_path(CONVERTER), _on_path(QUANTIZER))
+    what = f"llama_cpp {named}" if folder is not None else f"{VARIABLE}={named}"
+    root = Path(named).expanduser()
+    if not root.is_dir():
+        raise FileNotFoundError(f"{what} is no folder: name the folder of llama.cpp")
+    found = Tools(_below(root, CONVERTER), _below(root, QUANTIZER))
+    if found == Tools(None, None):
+        raise FileNotFoundError(f"{what} has neither {CONVERTER[0]} nor {QUANTIZER[0]} (nor build/bin/{QUANTIZER[0]})")
+    return found
+
+
+def _on_path(names: tuple[str, ...]) -> Path | None:
+    found = next(filter(None, map(shutil.which, names)), None)
+    return Path(found) if found else None
+
+
+def _below(root: Path, names: tuple[str, ...]) -> Path | None:
+    files = (root / place / name for place in PLACES for name in names)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _run(command: list[str], name: str, file: Path) -> None:
+    """Run a program of llama.cpp that writes a file. Raises ValueError with its last line if it fails."""
+    try:
+        ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
+    except OSError as error:
+        raise ValueError(f"llama.cpp's {name} can't be started: {error}") from error
+    if ended.returncode or not file.is_file():
+        lines = [line for line in f"{ended.stdout}\n{ended.stderr}".splitlines() if line.strip()]
+        last = lines[-1].strip() if lines else "it said nothing"
+        raise ValueError(f"llama.cpp's {name} failed with status {ended.returncode}: {last}")
 
 
 # ---- comparison ----------------------------------------------------------------------------------------
@@ -128,7 +198,9 @@ def _compare(model, tokenizer, file: Path) -> str:
         return _only_read(reader, file)
     again, again_tokenizer = load_model(str(file), "float32")
     errors = _errors(again.state_dict(), model.state_dict())
-    largest = _largest_error(model, kinds)
+    used = [kind for kind in kinds.values() if kind not in ("F32", kind_of_dtype(model.dtype))]  # those are exact
+    allowed = (LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used)
+    largest = max(allowed, default=0.0)
     different = sorted(key for key, error in errors.items() if not error <= largest)
     if different:
         raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")
@@ -140,24 +212,13 @@ def _compare(model, tokenizer, file: Path) -> str:
 
 def _errors(saved: dict[str, torch.Tensor], model: dict[str, torch.Tensor]) -> dict[str, float]:
     """The error of each tensor relative to its norm; infinite for one that only one side has."""
-    found = dict.fromkeys(saved.keys() ^ model.keys(), float("inf"))
+    found = dict.fromkeys(saved.keys() | model.keys(), float("inf"))
     for key in saved.keys() & model.keys():
         expected = model[key].detach().cpu().float()
-        if saved[key].shape != expected.shape:
-            found[key] = float("inf")
-        elif torch.equal(saved[key], expected):
-            found[key] = 0.0
-        else:
-            found[key] = float((saved[key] - expected).norm() / expected.norm().clamp(min=1e-30))
+        if saved[key].shape == expected.shape:
+            equal, norm = torch.equal(saved[key], expected), expected.norm().clamp(min=1e-30)
+            found[key] = 0.0 if equal else float((saved[key] - expected).norm() / norm)
     return found
-
-
-def _largest_error(model, kinds: dict[str, str]) -> float:
-    """The largest error that the types of a file explain: none if one of them is the model's own dtype."""
-    exact = {"F32", kind_of_dtype(model.dtype)}
-    used = [kind for kind in kinds.values() if kind not in exact]
-    allowed = (LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used)
-    return max(allowed, default=0.0)
 
 
 def _only_read(reader, file: Path) -> str:

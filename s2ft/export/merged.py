@@ -96,7 +96,9 @@ def write_checkpoint(
         compare = partial(_compare, model, folder)
     tokenizer.save_pretrained(folder, **of_tokenizer)
     compare()
-    _compare_rest(tokenizer, folder)
+    AutoConfig.from_pretrained(folder)  # an error says what is wrong
+    if AutoTokenizer.from_pretrained(folder).chat_template != tokenizer.chat_template:
+        raise RuntimeError("the saved checkpoint has another chat template than the merged model")
     return model, tokenizer
 
 
@@ -193,12 +195,6 @@ def _compare(model, folder: Path) -> None:
     )
     if different:
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
-
-
-def _compare_rest(tokenizer, folder: Path) -> None:
-    AutoConfig.from_pretrained(folder)  # an error says what is wrong
-    if AutoTokenizer.from_pretrained(folder).chat_template != tokenizer.chat_template:
-        raise RuntimeError("the saved checkpoint has another chat template than the merged model")
 
 
 def _umask() -> int:

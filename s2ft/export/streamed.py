@@ -8,9 +8,9 @@ in pieces. A plain model on the meta device says which weights there are and how
 import inspect
 import json
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ class Changes:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Source(Protocol):
+class Source:
     """Where the weights of the base are.
 
     Attributes:
@@ -50,20 +50,24 @@ class Source(Protocol):
 
     transforms: list | None
 
-    def __contains__(self, name: str) -> bool: ...
+    def __contains__(self, name: str) -> bool:
+        return True
 
     def values(self, names: list[str]) -> dict[str, Tensor]:
         """Read weights by name, each into memory of its own."""
+        raise NotImplementedError
 
     def copies(self, group: Group) -> dict[str, StoredTensor] | None:
         """The tensors in files that hold what a group makes, if it only copies; else None."""
+        return None
 
     def others(self) -> dict[str, StoredTensor]:
         """Tensors of the base's files that belong to no weight of the model. The new checkpoint has them too."""
+        return {}
 
 
-class DiskSource:
-    """The weights of a base in its checkpoint, see :class:`Source`."""
+class DiskSource(Source):
+    """The weights of a base in its checkpoint."""
 
     def __init__(self, weights: StoredWeights) -> None:
         """Use these weights.
@@ -213,7 +217,10 @@ def _lay_out_all(
 
     # a piece of a larger tensor would count with all of it
     fresh = {name: torch.empty(one.shape, dtype=one.dtype, device="meta") for name, one in made.items()}
-    size = default_shard_size() if max_shard_size is None else max_shard_size
+    from transformers import PreTrainedModel
+
+    usual = inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
+    size = usual if max_shard_size is None else max_shard_size
     split = split_torch_state_dict_into_shards(fresh, max_shard_size=size)
     places: dict[str, StoredTensor] = {}
     for file, names in split.filename_to_tensors.items():
@@ -223,13 +230,6 @@ def _lay_out_all(
         index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}
         (folder / INDEX).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     return places
-
-
-def default_shard_size() -> int | str:
-    """The size of a file with which transformers saves a model."""
-    from transformers import PreTrainedModel
-
-    return inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
 
 
 def _compare(
@@ -271,11 +271,9 @@ def give_generation_config(model: nn.Module, source: str) -> None:
     """
     from transformers import GenerationConfig
 
-    if model.can_generate():
-        try:
+    with suppress(OSError):  # it may have none: those of the model's config hold then
+        if model.can_generate():
             model.generation_config = GenerationConfig.from_pretrained(source)
-        except OSError:  # it has none: those of the model's config hold
-            pass
 
 
 def write_config(folder: Path, model: nn.Module) -> None:

@@ -8,6 +8,7 @@ import os
 import re
 import stat
 from collections.abc import Callable
+from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,7 +22,6 @@ MAX_HEADER = 32 * 2**20  # bytes of a safetensors header; the same mixtures need
 MAX_TENSORS = 64 * 2**30  # bytes of a safetensors file
 MAX_NAME = 500  # characters
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # reading such files can run code
-BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4}
 TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -61,16 +61,12 @@ def open_file(directory: Path, name: str, kind: str) -> Path:
                 else ""
             )
         )
-    target = path.resolve()
-    if not any(target.is_relative_to(root) for root in _roots(directory.resolve())):
+    target, own = path.resolve(), directory.resolve()
+    snapshots = [folder for folder in (own, *own.parents) if folder.parent.name == "snapshots"]
+    # Snapshots of huggingface_hub link to its blobs.
+    if not any(target.is_relative_to(root) for root in (own, *(one.parent.parent / "blobs" for one in snapshots))):
         raise ValueError(f"{path} is a link that leads out of its folder: put the file itself there")
     return path
-
-
-def _roots(directory: Path) -> list[Path]:
-    """The folders that may hold a folder's files: itself, and the blobs to which snapshots of huggingface_hub link."""
-    snapshots = [folder for folder in (directory, *directory.parents) if folder.parent.name == "snapshots"]
-    return [directory] + [folder.parent.parent / "blobs" for folder in snapshots]
 
 
 def read_bytes(path: Path, limit: int) -> bytes:
@@ -229,22 +225,38 @@ def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
         raise ValueError(f"{path} is truncated or damaged: {error}") from None
 
 
-def _entries(file: BinaryIO, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape by name, after checking the header against the size of the file."""
+def read_header(file: BinaryIO, path: Path, limit: int) -> tuple[dict[str, Any], int, int]:
+    """Read the header of a safetensors file.
+
+    Args:
+        file: The file, opened.
+        path: Its path, for messages.
+        limit: Bytes that a header may have.
+
+    Returns:
+        The entries by the tensors' names, the position behind the header, and the file's size.
+
+    Raises:
+        ValueError: The file is truncated or damaged, or the header is too big.
+    """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    if size > MAX_TENSORS:
-        raise ValueError(f"{path} has {size:,} bytes; such a file has at most {MAX_TENSORS:,}")
     if size < 8 or length > size - 8:
         raise ValueError(f"{path} is truncated or damaged: its header ends outside the file")
-    if length > MAX_HEADER:
-        raise ValueError(f"{path} has a header of {length:,} bytes; at most {MAX_HEADER:,} are read")
+    if length > limit:
+        raise ValueError(f"{path} has a header of {length:,} bytes; at most {limit:,} are read")
     header = parse_json(file.read(length), f"{path} is truncated or damaged: its header")
     if not isinstance(header, dict):
         raise ValueError(f"{path} is truncated or damaged: its header is no object")
     header.pop("__metadata__", None)
+    return header, 8 + length, size
+
+
+def _entries(file: BinaryIO, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """Dtype and shape by name, after checking the header against the size of the file."""
+    header, start, size = read_header(file, path, MAX_HEADER)
     entries = {name: _entry(name, entry, path) for name, entry in header.items()}
-    needed = 8 + length + sum(BYTES[dtype] * _product(shape) for dtype, shape in entries.values())
+    needed = start + sum(TYPES[dtype].itemsize * prod(shape) for dtype, shape in entries.values())
     if needed != size:
         raise ValueError(f"{path} is truncated or damaged: its header describes {needed:,} bytes, it has {size:,}")
     return entries
@@ -252,18 +264,11 @@ def _entries(file: BinaryIO, path: Path) -> dict[str, tuple[str, tuple[int, ...]
 
 def _entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...]]:
     dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(dtype, str) or dtype not in BYTES:
-        raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}; only {', '.join(BYTES)} are read")
+    if not isinstance(dtype, str) or dtype not in TYPES:
+        raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}; only {', '.join(TYPES)} are read")
     if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in shape):
         raise ValueError(f"{path}: {shortened(name)} has no valid shape, got {shortened(shape)}")
     return dtype, tuple(shape)
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    product = 1
-    for n in shape:
-        product *= n
-    return product
 
 
 def check_finite(name: str, values: Tensor) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2ft.files.reading import TYPES, open_regular, parse_json, shortened
+from s2ft.files.reading import TYPES, open_regular, read_header, shortened
 
 PIECE = 8 * 2**20  # bytes that are copied at a time
 MAX_HEADER = 512 * 2**20  # bytes; a file with a million tensors needs about 150 MiB
@@ -145,16 +145,8 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
         ValueError: The file is truncated, or its header is damaged or has an unknown dtype.
     """
     with open_regular(path) as file:
-        size = file.seek(0, 2)
-        file.seek(0)
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER):
-            raise ValueError(f"{path} is truncated or damaged: its header ends outside the file")
-        header = parse_json(file.read(length), f"{path} is truncated or damaged: its header")
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is truncated or damaged: its header is no object")
-    header.pop("__metadata__", None)
-    return {name: _stored(name, entry, path, 8 + length, size) for name, entry in header.items()}
+        header, start, size = read_header(file, path, MAX_HEADER)
+    return {name: _stored(name, entry, path, start, size) for name, entry in header.items()}
 
 
 def _stored(name: str, entry: Any, path: Path, start: int, size: int) -> StoredTensor:

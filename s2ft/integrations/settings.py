@@ -2,7 +2,7 @@
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import Field, fields
+from dataclasses import fields
 from typing import Any
 
 from s2ft.peft import S2FTPeftConfig
@@ -12,20 +12,6 @@ NOT_SETTINGS = (
     *("auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision"),
     *("base_fingerprint", "chosen_by", "couplings", "info", "init_weights", "skipped", "uncoupled"),
 )
-
-
-def settings_fields() -> dict[str, Field]:
-    """Return the fields of :class:`s2ft.peft.S2FTPeftConfig` that a configuration file can set.
-
-    Returns:
-        The fields by name.
-
-    Example:
-        >>> from s2ft.integrations.settings import settings_fields
-        >>> settings_fields()["d_ratio"].default
-        0.0
-    """
-    return {one.name: one for one in fields(S2FTPeftConfig) if one.init and one.name not in NOT_SETTINGS}
 
 
 def config_from(settings: Any, where: str, **defaults: Any) -> S2FTPeftConfig:
@@ -49,7 +35,7 @@ def config_from(settings: Any, where: str, **defaults: Any) -> S2FTPeftConfig:
     """
     if not isinstance(settings, Mapping) or not settings:
         raise ValueError(f"{where} must say what is trained, for example {where}: {{d_ratio: 0.03}}, got {settings!r}")
-    known = settings_fields()
+    known = [one.name for one in fields(S2FTPeftConfig) if one.init and one.name not in NOT_SETTINGS]
     for name in settings:
         if name not in known:
             close = difflib.get_close_matches(str(name), known, 1)

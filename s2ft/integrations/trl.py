@@ -18,14 +18,12 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
-from typing import Any
 
 import trl
 from trl.cli.commands import get_commands
 from trl.cli.commands.training import TrainingCommand
 
 from s2ft.integrations.settings import config_from
-from s2ft.peft import S2FTPeftConfig
 from s2ft.train.rewards import closest
 
 HELP = "what S²FT trains: fields of s2ft.peft.S2FTPeftConfig, in YAML or as JSON, for example {d_ratio: 0.03}"
@@ -48,21 +46,6 @@ class S2FTOptions:
             except ValueError as error:
                 raise ValueError(f"--s2ft must be JSON such as '{{\"d_ratio\": 0.03}}', got {self.s2ft!r}") from error
 
-    def config(self, model_args: Any) -> S2FTPeftConfig:
-        """Make the config of the adapter.
-
-        Args:
-            model_args: TRL's ModelConfig. Its `lora_task_type` and `lora_modules_to_save` hold for S²FT too.
-
-        Returns:
-            The config.
-
-        Raises:
-            ValueError: The settings are missing or wrong.
-        """
-        others = {"task_type": model_args.lora_task_type, "modules_to_save": model_args.lora_modules_to_save}
-        return config_from(self.s2ft, "s2ft", **others)
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a training command of TRL with an S²FT adapter.
@@ -80,7 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     script = import_module(f"trl.scripts.{name}")
     parser = trl.TrlParser((*script.make_parser().dataclass_types, S2FTOptions), prog=f"s2ft.integrations.trl {name}")
     *parsed, chosen = parser.parse_args_and_config(options)
-    config = chosen.config(next(one for one in parsed if isinstance(one, trl.ModelConfig)))
+    model = next(one for one in parsed if isinstance(one, trl.ModelConfig))  # some options of LoRA hold for S²FT too
+    others = {"task_type": model.lora_task_type, "modules_to_save": model.lora_modules_to_save}
+    config = config_from(chosen.s2ft, "s2ft", **others)
     # The scripts import this function from trl when they run. It is TRL's only way from options to a PEFT config.
     trl.get_peft_config = lambda model_args: config
     script.main(*parsed)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from typing import Any
 
 from torch import nn
 
@@ -28,6 +29,14 @@ def outputs_of(model: nn.Module, path: str) -> int:
     """The number of outputs of a linear layer."""
     layer = model.get_submodule(path)
     return layer.nf if hasattr(layer, "nf") else layer.out_features
+
+
+def in_one_weight(path: str, keys: str, count: int, unit: int = 1) -> tuple[Projection, ...]:
+    """Producers that fill one weight, one after another in the order of `keys`, with `count` units of `unit` each."""
+    size = count * unit
+    return tuple(
+        Projection(key, path, count, unit, 0, start=i * size, size=len(keys) * size) for i, key in enumerate(keys)
+    )
 
 
 def attention(
@@ -192,6 +201,13 @@ def under_base(model: nn.Module, name: str) -> str:
     """The path of a module of the base model, which starts with `base_model_prefix` if the model has a head."""
     prefix = getattr(model, "base_model_prefix", "")
     return f"{prefix}.{name}" if prefix and hasattr(model, prefix) else name
+
+
+def get(module: nn.Module, path: str) -> Any:
+    """What has this path in a module, or None."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -62,12 +62,17 @@ def _checked(coupling: Any, where: str) -> Coupling:
         raise TypeError(f"{where}: kind must be a str and fixed a bool, got {coupling.kind!r} and {coupling.fixed!r}")
     _check_number(coupling.layer, 0, f"{where}: layer")
     coupling = replace(coupling, producers=tuple(coupling.producers), vectors=tuple(coupling.vectors))
-    if coupling.is_one_sided:
-        _check_one_sided(coupling, where)
-    for projection in coupling.producers:
-        _check_projection(projection, 0, where, coupling.is_one_sided)
-    if coupling.consumer is not None:
-        _check_projection(coupling.consumer, 1, where, coupling.is_one_sided)
+    if coupling.is_one_sided and len(list(coupling.projections)) != 1:
+        raise ValueError(
+            f"{where}: a coupling must have producers and a consumer, or, if its layer shares units with no other, "
+            f"exactly one projection; got {len(coupling.producers)} producers and no consumer"
+        )
+    if coupling.is_one_sided and coupling.vectors:
+        raise ValueError(
+            f"{where}: vectors are reordered with the units, and nothing of a one-sided coupling is: leave them out"
+        )
+    for projection in coupling.projections:
+        _check_projection(projection, int(projection is coupling.consumer), where, coupling.is_one_sided)
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
             raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
@@ -76,18 +81,6 @@ def _checked(coupling: Any, where: str) -> Coupling:
             if value is not None or name in ("unit", "start"):
                 _check_number(value, least, f"{where}: {name} of {vector.path}")
     return coupling
-
-
-def _check_one_sided(coupling: Coupling, where: str) -> None:
-    if len(list(coupling.projections)) != 1:
-        raise ValueError(
-            f"{where}: a coupling must have producers and a consumer, or, if its layer shares units with no other, "
-            f"exactly one projection; got {len(coupling.producers)} producers and no consumer"
-        )
-    if coupling.vectors:
-        raise ValueError(
-            f"{where}: vectors are reordered with the units, and nothing of a one-sided coupling is: leave them out"
-        )
 
 
 def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool) -> None:

@@ -1,7 +1,7 @@
 """The fingerprint of a base model: it tells whether an adapter belongs to the model."""
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import elements_of, full_values, is_dtensor, own_shard, sum_over_shards
-from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.weights import weight_at
+from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.weights import WeightHandle, weight_at
 
 SAMPLES = 4  # values of each weight in the fingerprint, for comparing weights of different dtypes
 TOLERANCE = 2**-6  # relative error of samples; rounding to bfloat16 gives 2**-9
@@ -36,21 +36,24 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
     Raises:
         ValueError: A weight is on the meta device, and in no file.
     """
-    layers: dict[str, LayerPrint] = {}
+    layers = {str(coupling.layer): LayerPrint() for coupling in couplings}
+    for layer, projection, handle in covered(model, couplings):
+        with _readable(handle.tensor, handle.full) as weight, _readable(handle.bias) as bias:
+            for name, tensor in (("weight", weight), ("bias", bias)):
+                if tensor is not None:
+                    layers[layer].add(read_print(f"{projection.key}.{name}", tensor))
+        del weight, bias, tensor  # before the next one is read
+    return {"dtype": _dtype(model, couplings), "layers": {name: layer.to_dict() for name, layer in layers.items()}}
+
+
+def covered(model: nn.Module, couplings: list[Coupling]) -> Iterator[tuple[str, Projection, WeightHandle]]:
+    """Iterate over the weights that a fingerprint covers: the layer, the first projection in the weight, the weight."""
     seen: set[str] = set()
     for coupling in couplings:
-        layer = layers.setdefault(str(coupling.layer), LayerPrint())
         for projection in coupling.projections:
-            if projection.path in seen:  # several projections, or experts, in one weight
-                continue
-            seen.add(projection.path)
-            handle = weight_at(model, projection)
-            with _readable(handle.tensor, handle.full) as weight, _readable(handle.bias) as bias:
-                for name, tensor in (("weight", weight), ("bias", bias)):
-                    if tensor is not None:
-                        layer.add(read_print(f"{projection.key}.{name}", tensor))
-            del weight, bias, tensor  # before the next one is read
-    return {"dtype": _dtype(model, couplings), "layers": {name: layer.to_dict() for name, layer in layers.items()}}
+            if projection.path not in seen:  # several projections, or experts, may be in one weight
+                seen.add(projection.path)
+                yield str(coupling.layer), projection, weight_at(model, projection)
 
 
 @dataclass(frozen=True)
@@ -152,26 +155,23 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     mine, other = ours["layers"], theirs["layers"]
     if mine.keys() != other.keys():
         return f"{len(other)} layers against this model's {len(mine)}"
-    if any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs)):
-        same = _close_samples  # for two quantized ones too: devices round differently, and scales may be quantized
-    else:
-        same = _same_digest if ours["dtype"] == theirs["dtype"] else _same_samples
-    layers = [layer for layer in mine if not same(mine[layer], other[layer])]
+    # Two quantized ones are compared by samples too: devices round differently, and scales may be quantized.
+    quantized = any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs))
+    exact = ours["dtype"] == theirs["dtype"] and not quantized
+    layers = [layer for layer in mine if not _same(mine[layer], other[layer], exact, quantized)]
     if not layers:
         return ""
     return f"{len(layers)} of {len(mine)} layers differ, the first is layer {layers[0]}"
 
 
-def _same_digest(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    return mine["digest"] == other["digest"]
-
-
-def _same_samples(mine: dict[str, Any], other: dict[str, Any]) -> bool:
+def _same(mine: dict[str, Any], other: dict[str, Any], exact: bool, quantized: bool) -> bool:
+    """Whether two layers may be of one base: by their digests, or by samples that rounding or quantization changed."""
+    if exact:
+        return mine["digest"] == other["digest"]
     a, b = torch.tensor(mine["samples"]), torch.tensor(other["samples"])
-    return a.shape == b.shape and torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * float(a.abs().mean()))
-
-
-def _close_samples(mine: dict[str, Any], other: dict[str, Any]) -> bool:
-    """Whether one may be the quantized form of the other."""
-    a, b = torch.tensor(mine["samples"]), torch.tensor(other["samples"])
-    return a.shape == b.shape and float((a - b).abs().mean()) <= QUANTIZATION * float(a.abs().mean())
+    if a.shape != b.shape:
+        return False
+    size = float(a.abs().mean())
+    if quantized:
+        return float((a - b).abs().mean()) <= QUANTIZATION * size
+    return torch.allclose(a, b, rtol=TOLERANCE, atol=TOLERANCE * size)

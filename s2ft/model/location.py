@@ -8,6 +8,7 @@ from torch import nn
 
 from s2ft.layers import EXPERTS, TRANSPOSED_EXPERTS
 from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.fingerprint import covered
 from s2ft.model.weights import weight_at
 
 LINEAR, TRANSPOSED, OF_EXPERTS, OF_EXPERTS_TRANSPOSED, OTHER = STORAGES = (
@@ -82,8 +83,10 @@ class Structure:
         locations = {name: Location(**fields) for name, fields in values["locations"].items()}
         for name, found in locations.items():
             found.check(name)
-        base_weights = {layer: [_pair(pair) for pair in pairs] for layer, pairs in values["base_weights"].items()}
-        return cls(locations, base_weights)
+        for pair in (pair for pairs in values["base_weights"].values() for pair in pairs):
+            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+                raise ValueError("each of base_weights must be a label and a name")
+        return cls(locations, {layer: list(map(tuple, pairs)) for layer, pairs in values["base_weights"].items()})
 
 
 def union(parts: Iterable[Structure | None]) -> Structure | None:
@@ -93,12 +96,6 @@ def union(parts: Iterable[Structure | None]) -> Structure | None:
         return None
     locations = {name: found for part in known for name, found in part.locations.items()}
     return Structure(locations, known[0].base_weights)
-
-
-def _pair(pair: Any) -> tuple[str, str]:
-    if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-        raise ValueError("each of base_weights must be a label and a name")
-    return pair[0], pair[1]
 
 
 def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[str]) -> Structure:
@@ -126,28 +123,18 @@ def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[st
 
 
 def _storage(kind: Any) -> str:
-    if kind is EXPERTS:
-        return OF_EXPERTS
-    if kind is TRANSPOSED_EXPERTS:
-        return OF_EXPERTS_TRANSPOSED
-    if not kind.is_linear:
-        return OTHER
-    return TRANSPOSED if kind.transposed else LINEAR
+    if kind in (EXPERTS, TRANSPOSED_EXPERTS):
+        return OF_EXPERTS if kind is EXPERTS else OF_EXPERTS_TRANSPOSED
+    return OTHER if not kind.is_linear else TRANSPOSED if kind.transposed else LINEAR
 
 
 def _base_weights(model: nn.Module, couplings: list[Coupling]) -> dict[str, list[tuple[str, str]]]:
     """The weights and biases that :func:`s2ft.model.fingerprint.fingerprint` reads, in its order."""
-    found: dict[str, list[tuple[str, str]]] = {}
-    seen: set[str] = set()
-    for coupling in couplings:
-        layer = found.setdefault(str(coupling.layer), [])
-        for projection in coupling.projections:
-            if projection.path in seen:
-                continue
-            seen.add(projection.path)
-            handle, path, key = weight_at(model, projection), projection.path, projection.key
-            is_parameter = projection.expert is not None and handle.kind in (EXPERTS, TRANSPOSED_EXPERTS)
-            layer.append((f"{key}.weight", path if is_parameter else f"{path}.weight"))
-            if handle.bias is not None:
-                layer.append((f"{key}.bias", f"{path}.bias"))
+    found: dict[str, list[tuple[str, str]]] = {str(coupling.layer): [] for coupling in couplings}
+    for layer, projection, handle in covered(model, couplings):
+        path, key = projection.path, projection.key
+        is_parameter = projection.expert is not None and handle.kind in (EXPERTS, TRANSPOSED_EXPERTS)
+        found[layer].append((f"{key}.weight", path if is_parameter else f"{path}.weight"))
+        if handle.bias is not None:
+            found[layer].append((f"{key}.bias", f"{path}.bias"))
     return found

@@ -34,8 +34,24 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def forward_hooks(model: nn.Module) -> list[tuple[dict, set]]:
+    """Return the dicts of forward hooks and pre-hooks of all modules, and their keys of now."""
+    hooks = [one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)]
+    return [(one, set(one)) for one in hooks]
+
+
+def remove_new_hooks(found: list[tuple[dict, set]]) -> None:
+    """Remove the hooks that :func:`forward_hooks` has not seen.
+
+    An interrupt may come when PyTorch has registered a hook, before anyone has the handle that removes it.
+    """
+    for hooks, keys in found:
+        for key in hooks.keys() - keys:
+            hooks.pop(key, None)
+
+
 class Rest:
-    """Modes, attributes and buffers of a model's modules, and which parameters train, as they were when this was made.
+    """Modes, attributes, buffers and forward hooks of modules, and which parameters train, as when this was made.
 
     :meth:`restore` can be called any number of times, and an interrupt in it does no harm: the next call finishes it.
     """
@@ -52,6 +68,7 @@ class Rest:
         """
         self.trained = list(trained)
         self.modes = [(module, module.training) for module in model.modules()]
+        self.hooks = forward_hooks(model)
         whole = [module for module in model.modules() if module not in modes_only]
         self.attributes = [(module, _public(module)) for module in whole]
         self.buffers = [(module, dict(module._buffers)) for module in whole]
@@ -67,6 +84,7 @@ class Rest:
             parameter.requires_grad_(True)
         for module, training in self.modes:
             module.training = training
+        remove_new_hooks(self.hooks)
         for module, attributes in self.attributes:
             for name in _public(module).keys() - attributes.keys():
                 module.__dict__.pop(name, None)
@@ -91,7 +109,7 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside, all random numbers start from a seed; afterwards the random states are as before."""
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
-    devices = {tensor.device for tensor in _tensors(model) if tensor.is_cuda}
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(seed)
@@ -103,8 +121,3 @@ def seeded(model: nn.Module, seed: int) -> Iterator[None]:
         random.setstate(states[0])
         if numpy is not None:
             numpy.random.set_state(states[1])
-
-
-def _tensors(model: nn.Module) -> Iterator[Tensor]:
-    yield from model.parameters()
-    yield from model.buffers()

@@ -60,18 +60,12 @@ def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tenso
     order = torch.arange(blocks.numel())
     for block in blocks.unique():
         units = (blocks == block).nonzero().squeeze(1)
-        inside, *others = [_numbers_in(units, blocks.numel(), chosen) for chosen in (consumer, *producers)]
+        inside, *others = [
+            None if chosen is None else torch.isin(units, chosen).nonzero().squeeze(1)
+            for chosen in (consumer, *producers)
+        ]
         order[units] = units[coupling_order(units.numel(), others, inside)]
     return order
-
-
-def _numbers_in(units: Tensor, count: int, chosen: Tensor | None) -> Tensor | None:
-    """The chosen units of a block, as positions in the block's units."""
-    if chosen is None:
-        return None
-    is_chosen = torch.zeros(count, dtype=torch.bool)
-    is_chosen[chosen] = True
-    return is_chosen[units].nonzero().squeeze(1)
 
 
 def place_first(count: int, chosen: Tensor) -> Tensor:

@@ -1,8 +1,7 @@
 """Lists the couplings of a model, by its model type or as the user describes them, and checks them."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -60,8 +59,7 @@ def is_known(model: nn.Module) -> bool:
     return declaration is not None and not (declaration is composite.couplings and composite.undeclared_parts(model))
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """The couplings of a model, and where they are from.
 
     Attributes:
@@ -195,7 +193,7 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
         raise ValueError(f"{type(model).__name__} has no module {projection.path}") from None
     if projection.expert is None:
         check_module(found, projection.path)
-    elif not _is_stack(found, projection.expert):
+    elif not (isinstance(found, nn.Parameter) and len(size := full_shape(found)) == 3 and projection.expert < size[0]):
         sides = "inputs, outputs" if projection.transposed else "outputs, inputs"
         raise ValueError(
             f"{projection.path} must be a parameter [experts, {sides}] with more than {projection.expert} experts"
@@ -210,11 +208,6 @@ def _check_projection(model: nn.Module, projection: Projection) -> None:
             f"{projection.path}: expected a weight with {projection.extent}{parts} in dim "
             f"{projection.dim}, got shape {shape}"
         )
-
-
-def _is_stack(found: Any, expert: int) -> bool:
-    """Whether this is a parameter [experts, …, …] with an expert of this number."""
-    return isinstance(found, nn.Parameter) and len(shape := full_shape(found)) == 3 and expert < shape[0]
 
 
 def check_module(found: Any, path: str) -> None:

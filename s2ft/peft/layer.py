@@ -1,6 +1,7 @@
 """A module with S²FT adapters in PEFT: the deltas by adapter, their units, and the forward."""
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from s2ft.adapter.adapter import sum_deltas
 from s2ft.layers import Kind, kind_of
 from s2ft.layers.base import check_private_once, copy_at_rest
 from s2ft.model.delta import Delta
-from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters, scatter_add_, swap_
-from s2ft.ops._lock import LOCK
+from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
+from s2ft.ops._lock import LOCK, finish_interrupted
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 
@@ -33,6 +34,15 @@ class AdapterDelta(nn.Module):
         self.values = nn.Parameter(values)
         self.register_buffer("index", index)
 
+    @classmethod
+    def new(
+        cls, shape: list[int], dim: int, index: Tensor, weight: Tensor, dtype: torch.dtype, init_weights: bool
+    ) -> "AdapterDelta":
+        """Make the delta of a weight of this shape, zero or random, on the weight's device."""
+        values = torch.zeros(shape[:dim] + [index.numel()] + shape[dim + 1 :], dtype=dtype, device=weight.device)
+        where = "cpu" if weight.is_meta else weight.device
+        return cls(values if init_weights else values.normal_(std=0.1), index.to(where, copy=True))
+
     def extra_repr(self) -> str:
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
 
@@ -49,16 +59,6 @@ def sum_of_adapters(dim: int, parts: list[tuple[AdapterDelta, float]]) -> Delta:
     """
     deltas = [(Delta(dim, part.index, part.values), weight) for part, weight in parts]
     return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
-
-
-def check_same_dim(adapter_name: str, dim: int, other: int) -> None:
-    """Raise ValueError if an adapter trains another dim of a weight than the adapters that are there."""
-    if dim != other:
-        sides = ("outputs", "inputs")
-        raise ValueError(
-            f"adapter {adapter_name!r} trains {sides[dim]} of a module, and another adapter trains its "
-            f"{sides[other]}: give both the same dim"
-        )
 
 
 def hooks_of(module: nn.Module) -> dict[str, Any]:
@@ -103,25 +103,35 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         super().__init__()
-        self.__dict__.update(hooks_of(base_layer))
-        self.base_layer, self.dim = base_layer, dim
-        self.s2ft_delta = nn.ModuleDict()
-        self._replaced: tuple[Tensor, Tensor] | None = None  # index and base values, while merged
-        self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
+        self.dim = dim
+        self._set_up(base_layer, adapter_name)
         self.out_features, self.in_features = self.kind.shape(base_layer)[:2]
         self.update_layer(adapter_name, dim, index, init_weights)
 
-    def check_dim(self, adapter_name: str, dim: int) -> None:
-        """Check that an adapter trains the same dim as the adapters of this layer.
+    def _set_up(self, base_layer: nn.Module, adapter_name: str) -> None:
+        self.__dict__.update(hooks_of(base_layer))
+        self.base_layer, self.s2ft_delta = base_layer, nn.ModuleDict()
+        self.dims: dict[str, int] = {}  # the dim of each weight, by its name in the module; "" for the one of a layer
+        self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values of each weight, while merged
+        self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
+
+    def check_dims(self, adapter_name: str, dims: dict[str, int]) -> None:
+        """Check that an adapter trains the same dim of each weight as the adapters of this layer.
 
         Args:
             adapter_name: Name of the adapter, for the message.
-            dim: 0 for outputs, 1 for inputs.
+            dims: 0 for outputs, 1 for inputs, by weight.
 
         Raises:
             ValueError: It trains the other dim.
         """
-        check_same_dim(adapter_name, dim, self.dim)
+        sides = ("outputs", "inputs")
+        for name in dims.keys() & self.dims.keys():
+            if dims[name] != self.dims[name]:
+                raise ValueError(
+                    f"adapter {adapter_name!r} trains {sides[dims[name]]} of a module, and another adapter trains its "
+                    f"{sides[self.dims[name]]}: give both the same dim"
+                )
 
     def update_layer(self, adapter_name: str, dim: int, index: Tensor, init_weights: bool) -> None:
         """Add an adapter to this layer.
@@ -133,12 +143,9 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             init_weights: True starts the delta at zero, False at random.
         """
         shape, weight = list(self.kind.shape(self.base_layer)), self.base_layer.weight
-        shape[dim] = index.numel()
-        delta = torch.zeros(shape, dtype=self.kind.delta_dtype(self.base_layer), device=weight.device)
-        self.s2ft_delta[adapter_name] = AdapterDelta(
-            delta if init_weights else delta.normal_(std=0.1),
-            index.to("cpu" if weight.is_meta else weight.device, copy=True),
-        )
+        self.dims[""] = dim
+        dtype = self.kind.delta_dtype(self.base_layer)
+        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, dim, index, weight, dtype, init_weights)
         self.set_adapter(self.active_adapters)
 
     @property
@@ -146,62 +153,80 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """The kind of the base layer."""
         return kind_of(self.base_layer)
 
-    def _matrix(self) -> Tensor:
-        return self.kind.matrix(self.base_layer)
-
     # ---- forward -------------------------------------------------------------------------------------
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Any:
         """Run the base layer with the active adapters.
 
         Args:
-            x: Input, shape [rows, ..., in_features].
-            args: Further arguments of the base layer.
+            args: Arguments of the base layer: the input [rows, ..., in_features] first.
             adapter_names: For a mixed batch, the adapter of each row, or "__base__". If x has k times as many rows as
                 there are names (OPT's FFN joins all tokens), each name applies to k rows that follow each other.
             kwargs: Further arguments of the base layer.
 
         Returns:
-            Output, shape [rows, ..., out_features].
+            What the base layer returns: [rows, ..., out_features].
         """
         if adapter_names is not None:
-            adapter_names = self._row_names(x, adapter_names)
+            adapter_names = self._row_names(args, adapter_names)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer.forward(x, *args, **kwargs)
+            return self.base_layer.forward(*args, **kwargs)
         if adapter_names is not None:
-            return self._mixed(x, adapter_names)
+            here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
+            return self._mixed(args, adapter_names, here)
         names = [name for name in self.active_adapters if name in self.s2ft_delta]
         if self.merged or not names:
-            return self.base_layer.forward(x, *args, **kwargs)
-        return self._product(x, self.delta_of(names))
+            return self.base_layer.forward(*args, **kwargs)
+        return self._run(names, args, kwargs)
 
-    def delta_of(self, names: list[str]) -> Delta:
-        """Add up the deltas of adapters.
+    def sum_of(self, weight: str, names: Sequence[str], factors: Sequence[float] | None = None) -> Delta:
+        """Add up the deltas of adapters on one weight. Those without a delta there count as zero.
 
         Args:
-            names: Names of adapters that this layer has.
+            weight: Name of the weight.
+            names: Names of adapters.
+            factors: A factor for each; default: 1.
 
         Returns:
             The sum, on the units of any of them. Gradients flow to each delta.
         """
-        return sum_of_adapters(self.dim, [(self.s2ft_delta[name], 1.0) for name in names])
+        deltas = [
+            (self.deltas_of(name)[weight], factor)
+            for name, factor in zip(names, factors or [1.0] * len(names))
+            if name in self.s2ft_delta and weight in self.deltas_of(name)
+        ]
+        return sum_of_adapters(self.dims[weight], deltas)
 
-    def _product(self, x: Tensor, delta: Delta) -> Tensor:
+    def trained_by(self, names: Sequence[str]) -> list[str]:
+        """Return the weights on which some of the layer's adapters have a delta.
+
+        Args:
+            names: Names of adapters.
+
+        Returns:
+            The names of the weights.
+        """
+        return [weight for weight in self.dims if any(weight in self.deltas_of(name) for name in names)]
+
+    def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
+        """Run the base layer on its weight plus the deltas of adapters."""
+        delta = self.sum_of("", names)
         if not torch.compiler.is_compiling():
             check_private_once(self, self.base_layer.weight)
         run, hook = self.kind.forward, getattr(self.base_layer, "_hf_hook", None)
         if hook is None or self.kind.read_only:
-            return run(self.base_layer, x, delta.values, delta.index, self.dim)
-        (x,), _ = hook.pre_forward(self.base_layer, x)  # accelerate's hook loads weights that are offloaded
+            return run(self.base_layer, args[0], delta.values, delta.index, self.dim)
+        (x,), _ = hook.pre_forward(self.base_layer, args[0])  # accelerate's hook loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
         return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
 
     # ---- mixed batches -------------------------------------------------------------------------------
 
-    def _row_names(self, x: Tensor, names: list[str]) -> list[str]:
-        """The adapter's name of each row of x. Errors have PEFT's wording, which users search for."""
+    def _row_names(self, args: tuple, names: list[str]) -> list[str]:
+        """The adapter's name of each row. Errors have PEFT's wording, which users search for."""
+        x = args[0]
         if not names or len(x) % len(names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
@@ -213,35 +238,32 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             )
         return [name for name in names for _ in range(len(x) // len(names))]
 
-    def _mixed(self, x: Tensor, adapter_names: list[str]) -> Tensor:
+    def _mixed(self, args: tuple, adapter_names: list[str], here: list[str]) -> Any:
         """Run a mixed batch: one product by the base for all rows plus the adapters' parts. With gradients, and for
         convolutions, the rows of each adapter run separately."""
-        here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
         if not here:
-            return self.base_layer.forward(x)
+            return self.base_layer.forward(args[0])
         needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].values.requires_grad for name in here)
         if needs_grad or not self.kind.is_linear:
-            return self._row_by_row(x, adapter_names, here)
-        y = self.base_layer.forward(x)
-        deltas = [self.delta_of([name]) for name in here]
+            return self._row_by_row(args[:1], adapter_names, here)
+        y = self.base_layer.forward(args[0])
+        deltas = [self.s2ft_delta[name] for name in here]
         packed = pack_adapters([(delta.index, delta.values.detach().to(y.dtype)) for delta in deltas], self.dim)
-        which = torch.tensor([here.index(name) if name in here else -1 for name in adapter_names], device=x.device)
-        return multi_adapter_linear(x.to(y.dtype), y, *packed, which, self.dim)
+        which = torch.tensor([here.index(name) if name in here else -1 for name in adapter_names], device=y.device)
+        return multi_adapter_linear(args[0].to(y.dtype), y, *packed, which, self.dim)
 
-    def _row_by_row(self, x: Tensor, adapter_names: list[str], here: list[str]) -> Tensor:
+    def _row_by_row(self, args: tuple, adapter_names: list[str], here: list[str]) -> Any:
         names = [name if name in here else BASE for name in adapter_names]
-        groups = {
-            one: torch.tensor([i for i, name in enumerate(names) if name == one], device=x.device)
-            for one in dict.fromkeys(names)
-        }
-        parts = [
-            self.base_layer.forward(x[rows]) if name == BASE else self._product(x[rows], self.delta_of([name]))
-            for name, rows in groups.items()
-        ]
-        order = torch.cat(list(groups.values())).argsort()
+        parts, order = [], []
+        for name in dict.fromkeys(names):
+            rows = torch.tensor([i for i, one in enumerate(names) if one == name], device=args[0].device)
+            part = tuple(one[rows] for one in args)
+            parts.append(self.base_layer.forward(*part) if name == BASE else self._run([name], part, {}))
+            order.append(rows)
+        back = torch.cat(order).argsort()
         if isinstance(parts[0], tuple):  # a router returns several tensors
-            return tuple(torch.cat(each)[order] for each in zip(*parts))
-        return torch.cat(parts)[order]
+            return tuple(torch.cat(each)[back] for each in zip(*parts))
+        return torch.cat(parts)[back]
 
     # ---- merge and unmerge ---------------------------------------------------------------------------
 
@@ -272,20 +294,27 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters = before + names
         self.write_sum(self.merged_adapters)
 
-    @torch.no_grad()
     def _check_finite(self, names: list[str]) -> None:
-        for name in names:  # separately, so that the message names the adapter
-            delta = self.delta_of([name])
-            if not bool(torch.isfinite(self._effective(delta)).all()):
-                raise ValueError(
-                    "NaNs detected in the merged weights. "  # PEFT's words
-                    f"The adapter {name} seems to be broken"
-                )
-        if not bool(torch.isfinite(self._effective(self.delta_of(names))).all()):
-            raise ValueError(f"NaNs detected in the merged weights, of the sum of {', '.join(names)}")
+        for some in (*([name] for name in names), names):  # separately, so that the message names the adapter
+            for weight in self.trained_by(some):
+                if not bool(torch.isfinite(self._sums(weight, some)[1]).all()):
+                    raise ValueError(
+                        "NaNs detected in the merged weights. "  # PEFT's words
+                        f"The adapter {', '.join(some)} seems to be broken"
+                    )
 
-    def _effective(self, delta: Delta) -> Tensor:
-        return effective_units(self._matrix().index_select(self.dim, delta.index), delta.values.detach())
+    def _places(self, weight: str, index: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """View a weight with its units in front, and find the units of an index there."""
+        matrix = self.kind.matrix(self.base_layer)
+        return matrix.transpose(0, self.dim), (index.to(matrix.device),)
+
+    @torch.no_grad()
+    def _sums(self, weight: str, names: list[str]) -> tuple[Tensor, Tensor]:
+        """The index of the units of adapters in a weight, and base + sum there, which are rounded once."""
+        delta = self.sum_of(weight, names)
+        view, places = self._places(weight, delta.index)
+        values = delta.values.detach().transpose(0, delta.dim).to(view.device)
+        return delta.index, effective_units(view[places], values)
 
     def unmerge(self) -> None:
         """Copy the base back into the weight, bit for bit."""
@@ -297,28 +326,29 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     @torch.no_grad()
     def write_sum(self, names: list[str]) -> None:
-        """Add the sum of adapters to the weight, which must hold the base, and keep the base's values.
+        """Add the sum of adapters to the weights, which must hold the base, and keep the base's values.
 
         Args:
             names: Names of adapters that this layer has.
         """
-        if not names:
-            return
-        delta, matrix = self.delta_of(names), self._matrix()
-        index = delta.index.to(matrix.device)
-        with LOCK:
-            # kept before anything is written, so that restore_base works after an interrupt at any point
-            self._replaced = index, matrix.index_select(self.dim, index)
-        scatter_add_(matrix, index, delta.values.detach().to(matrix.device), self.dim)
+        for weight in self.trained_by(names):
+            with LOCK:
+                finish_interrupted()
+                index, sums = self._sums(weight, names)
+                view, places = self._places(weight, index)
+                # kept before anything is written, so that restore_base works after an interrupt at any point
+                self._replaced[weight] = index.clone(), view[places]
+                view[places] = sums
 
     @torch.no_grad()
     def restore_base(self) -> None:
-        """Copy the base back into the weight without changing `merged_adapters`."""
-        if self._replaced is not None:
-            matrix, (index, base) = self._matrix(), self._replaced
-            # swap_ fills its argument with the replaced values, and the kept ones must stay until they are written
-            swap_(matrix, index.to(matrix.device), base.to(matrix, copy=True), self.dim)
-            self._replaced = None
+        """Copy the base back into the weights without changing `merged_adapters`."""
+        for weight, (index, base) in self._replaced.items():
+            with LOCK:
+                finish_interrupted()
+                view, places = self._places(weight, index)
+                view[places] = base.to(view)
+        self._replaced = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
         return copy_at_rest(self, memo)
@@ -326,26 +356,27 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     # ---- called by the tuner and by PEFT -------------------------------------------------------------
 
     def deltas_of(self, adapter: str) -> dict[str, AdapterDelta]:
-        """Return the deltas of an adapter, by what stands between the adapter's name and theirs in a state dict.
+        """Return the deltas of an adapter by weight; the weight of a layer has the name "".
 
         Args:
             adapter: Name of the adapter.
 
         Returns:
-            The deltas by suffix; a layer with one weight has the suffix "".
+            The deltas.
         """
         return {"": self.s2ft_delta[adapter]}
 
-    def set_sum(self, adapter: str, parts: list[tuple[str, float]]) -> None:
-        """Make the delta of an adapter the sum of others. It has the units of any of them, and is not trainable.
+    def set_sum(self, adapter: str, names: Sequence[str], factors: Sequence[float]) -> None:
+        """Make the deltas of an adapter the sums of others. They have the units of any of them, and are not trainable.
 
         Args:
             adapter: Name of the adapter.
-            parts: Names of other adapters, with and without a delta here, and their weights.
+            names: Names of other adapters, with and without a delta here.
+            factors: A factor for each.
         """
-        here = [(self.s2ft_delta[name], weight) for name, weight in parts if name in self.s2ft_delta]
-        total = sum_of_adapters(self.dim, here).values.detach().clone()
-        self.s2ft_delta[adapter].values = nn.Parameter(total, requires_grad=False)
+        for weight, delta in self.deltas_of(adapter).items():
+            total = self.sum_of(weight, names, factors).values.detach().clone()
+            delta.values = nn.Parameter(total, requires_grad=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return an adapter's delta as a dense tensor.
@@ -356,7 +387,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The delta, with the shape of the base layer's weight.
         """
-        delta = self.delta_of([adapter])
+        delta = self.s2ft_delta[adapter]
         dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.values.dtype, device=delta.values.device)
         matrix = self.kind.view(dense)
         matrix.transpose(0, self.dim)[delta.index] = delta.values.detach().transpose(0, self.dim)

@@ -47,21 +47,19 @@ class S2FTPeftModel(BaseTuner):
         Raises:
             ValueError: As :func:`s2ft.peft.units.select_units`, or another adapter trains the other dim of a module.
         """
-        created = self.peft_config[adapter_name].as_created()
         config = select_units(self.peft_config[adapter_name], model)
         for path, units in config.module_units.items():
             if isinstance(layer := model.get_submodule(path), S2FTPeftLayer):
-                layer.check_dim(adapter_name, units.dim)
+                layer.check_dims(adapter_name, {"": units.dim})
         for path, stacks in config.expert_units.items():
             if isinstance(layer := model.get_submodule(path), S2FTPeftExperts):
-                layer.check_dims(adapter_name, stacks)
+                layer.check_dims(adapter_name, {name: units.dim for name, units in stacks.items()})
         if not config.inference_mode:
             check_gradients_pass(model)
         self.peft_config[adapter_name] = config
         unpacked = layers_that_pack(model)
         stop_packing(model, unpacked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
-        config.remember_created(created)  # once more, because PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
 
     def _prepare_adapter_config(self, peft_config: S2FTPeftConfig, model_config: dict) -> S2FTPeftConfig:
@@ -190,7 +188,7 @@ class S2FTPeftModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
-            layer.set_sum(adapter_name, list(zip(adapters, map(float, weights))))
+            layer.set_sum(adapter_name, adapters, list(map(float, weights)))
         for module in self.model.modules():  # the sum gets the modules_to_save of its parts
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):
@@ -303,7 +301,7 @@ class S2FTPeftModel(BaseTuner):
         """
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         layers = {
-            f"{path}.s2ft_delta.{adapter_name}.{name}": delta
+            f"{path}.s2ft_delta.{adapter_name}.{name and name + '.'}": delta
             for path, module in model.named_modules()
             if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta
             for name, delta in module.deltas_of(adapter_name).items()

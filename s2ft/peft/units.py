@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -66,31 +66,28 @@ def _counted_through(projection: Projection, elements: Tensor) -> Tensor:
 
 
 def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
-    """Select the units that an adapter trains. The model is not changed.
+    """Select the units that an adapter trains. Neither the config nor the model is changed.
 
     Args:
         config: The config, with its options or with the units of an earlier selection.
         model: The base, with or without adapters.
 
     Returns:
-        The config, or a copy (see :meth:`S2FTPeftConfig.updated_to`), with `units` and `module_units`.
+        A copy of the config with `units`, `module_units` and `expert_units`.
 
     Raises:
         ValueError: Something can't be trained, or the base is not the config's; the message names the field or module.
     """
     with without_adapters(model):
-        created = config.as_created()
-        couplings, is_known = _couplings(created, model), _is_known(model)
+        couplings, is_known = _couplings(config, model), _is_known(model)
         base = _fingerprint(model, couplings)
-        _check_base(created, base)
-        found = find_targets(created, model, couplings)
+        _check_base(config, base)
+        found = find_targets(config, model, couplings)
         check_shapes(model, found.targets)
-        if not found.targets and not (created.target_modules is None and created.target_parameters is None):
-            config.module_units, config.expert_units = (
-                {},
-                {},
-            )  # PEFT raises the error that names the pattern without a match
-            return config
+        if not found.targets and not (config.target_modules is None and config.target_parameters is None):
+            selected = replace(config)
+            selected.module_units = {}  # PEFT raises the error that names the pattern without a match
+            return selected
         selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
     found.warn()
     modules, experts = _by_path(found.targets, selection)
@@ -105,7 +102,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
     if couplings and not is_known:
         selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
     selected.module_units, selected.expert_units = modules, experts
-    return config.updated_to(selected)
+    return selected
 
 
 def _by_path(

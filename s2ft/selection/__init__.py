@@ -14,12 +14,11 @@ from s2ft.distributed import decide, is_distributed
 from s2ft.model.coupling import Coupling
 from s2ft.model.weights import can_run, have_numbers
 from s2ft.selection.allocation import ALLOCATIONS
+from s2ft.selection.allowed import allowed_units, allowed_without_protected, named_units, with_protect_ratio
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
-from s2ft.selection.metric import Metric, Request, Units, check_finite, shared_by_producers
+from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
 from s2ft.selection.metrics import METRICS
-from s2ft.selection.named_units import allowed_units, named_units
-from s2ft.selection.protection import allowed_without_protected, with_protect_ratio
 from s2ft.selection.selection import Selection
 
 __all__ = ["ALLOCATIONS", "METRICS", "Selection", "select"]
@@ -89,7 +88,12 @@ def _select(
     couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None, calibration: Any, protect: Any
 ) -> Selection:
     metric = METRICS[config.selection]
-    _check_calibration(config, metric, calibration)
+    if calibration is None and metric.calibrated:
+        raise ValueError(
+            f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of batches"
+        )
+    if calibration is not None and not metric.calibrated:
+        raise ValueError(f"selection={config.selection!r} takes no calibration data: leave out calibration")
     requested, layers = requested_projections(couplings, config), requested_layers(couplings, config)
     request = Request([coupling for coupling in couplings if coupling.layer in layers], config, model)
     allowed = allowed_units(couplings, requested, config.exclude)
@@ -116,12 +120,3 @@ def _without_protected(request: Request, allowed: Units, protect: Any) -> Units:
     budget = units_per_projection(request.couplings, config) if has_ratios else None
     data = Calibration(protect, next(model.parameters()).device, "protect")
     return allowed_without_protected(replace(request, calibration=data), allowed, budget)
-
-
-def _check_calibration(config: S2FTConfig, metric: Metric, calibration) -> None:
-    if calibration is None and metric.calibrated:
-        raise ValueError(
-            f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of batches"
-        )
-    if calibration is not None and not metric.calibrated:
-        raise ValueError(f"selection={config.selection!r} takes no calibration data: leave out calibration")

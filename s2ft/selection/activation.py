@@ -1,8 +1,9 @@
 """Selection by activation norm (S²FT-A in the paper)."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import MethodType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -61,8 +62,12 @@ class _Sums:
         module = find(self.request.model, path)
         if isinstance(module, ObservedExperts):
             owner = find(self.request.model, path.rpartition(".")[0])
+
+            def count(module: nn.Module, inputs: tuple, output: Any) -> None:
+                self._counted(projections, inputs[0])
+
             return [
-                owner.register_forward_hook(lambda _, inputs, output: self._count(projections, inputs[0])),
+                owner.register_forward_hook(count),
                 module.register_forward_hook(lambda _, inputs, output: self._add_experts(projections, inputs, output)),
             ]
         consumes = projections[0].dim == 1
@@ -74,20 +79,17 @@ class _Sums:
             )
         ]
 
-    def _positions(self, projections: list[Projection], x: Tensor) -> Tensor:
-        """Return x without padding: [..., features] → [positions, features]."""
+    def _counted(self, projections: list[Projection], x: Tensor) -> Tensor:
+        """Count the positions of x and return it without padding: [..., features] → [positions, features]."""
         name, x = projections[0].name, x.detach()
         x = x.to_local() if is_dtensor(x) else x  # as torch's parallelize_module gives it to a layer
-        return self.request.calibration.without_padding(x, name, self.positions[name])
-
-    def _count(self, projections: list[Projection], x: Tensor) -> None:
-        count = len(self._positions(projections, x))
+        x = self.request.calibration.without_padding(x, name, self.positions[name])
         for projection in projections:
-            self.counts[projection.name] = self.counts.get(projection.name, 0) + count
+            self.counts[projection.name] = self.counts.get(projection.name, 0) + len(x)
+        return x
 
     def _add(self, projections: list[Projection], x: Tensor) -> None:
-        self._count(projections, x)
-        x = self._positions(projections, x)
+        x = self._counted(projections, x)
         for projection in projections:
             self._add_squares(projection, x)
 
@@ -122,8 +124,8 @@ class _Sums:
                 data = self.request.calibration.name
                 user = "" if data == "protect" else f"selection={self.request.config.selection!r}: "
                 raise ValueError(f"{user}no {data} batch {problem} {name}")
-            zeros = torch.zeros(projection.count, dtype=torch.float64)  # of an expert that received no token
-            total = self.sums.get(name, zeros)
+            # an expert may have received no token
+            total = self.sums.get(name, torch.zeros(projection.count, dtype=torch.float64))
             split = split_of_units(self.request.model, projection)
             if split is not None:  # each rank has the sums of its own units
                 total = split.sum(total)
@@ -148,14 +150,9 @@ def _experts_observed(request: Request) -> Iterator[None]:
             stack.enter_context(following(request.model, here, there))
         for path in dict.fromkeys(path.rpartition(".")[0] for path in stacks):
             owner = find(request.model, path)
-            before = owner.__dict__.get("forward")
-            stack.callback(_set_forward, owner, before)
+            if (before := owner.__dict__.get("forward")) is None:
+                stack.callback(owner.__dict__.pop, "forward", None)
+            else:
+                stack.callback(setattr, owner, "forward", before)
             owner.forward = MethodType(forward_of(owner), owner)
         yield
-
-
-def _set_forward(module: nn.Module, forward: Callable | None) -> None:
-    if forward is None:
-        module.__dict__.pop("forward", None)
-    else:
-        module.forward = forward

@@ -56,31 +56,18 @@ def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed
             sum(int(allowed[p.name].sum()) for p in projections),
             request.config,
         )
-        taken = _best_over(request, projections, scores, budget, allowed, smallest)
-        sizes = [p.count for p in projections]
-        for projection, mask in zip(projections, taken.split(sizes)):
+        costs = [unit_parameters(request.model, p) for p in projections]
+        parameters = sum(cost * budget[p.name] for p, cost in zip(projections, costs))
+        sizes = torch.tensor([p.count for p in projections])
+        cost = torch.tensor(costs).repeat_interleave(sizes)  # of each unit, one projection after the other
+        ranking = best_first(torch.cat([scores[p.name] for p in projections]), smallest)
+        ranking = ranking[torch.cat([allowed[p.name] for p in projections])[ranking]]
+        taken = torch.zeros(cost.numel(), dtype=torch.bool)
+        taken[ranking[cost[ranking].cumsum(0) <= parameters]] = True
+        for projection, mask in zip(projections, taken.split(sizes.tolist())):
             if bool(mask.any()):
                 chosen[projection.name] = mask.nonzero().squeeze(1)
     return chosen
-
-
-def _best_over(
-    request: Request,
-    projections: list[Projection],
-    scores: Units,
-    budget: dict[str, int],
-    allowed: Units,
-    smallest: bool,
-) -> Tensor:
-    """Return a mask of the chosen units over the units of all projections, one projection after the other."""
-    costs = {p.name: unit_parameters(request.model, p) for p in projections}
-    parameters = sum(costs[p.name] * budget[p.name] for p in projections)
-    ranking = best_first(torch.cat([scores[p.name] for p in projections]), smallest)
-    ranking = ranking[torch.cat([allowed[p.name] for p in projections])[ranking]]
-    cost = torch.cat([torch.full((p.count,), costs[p.name]) for p in projections])
-    taken = torch.zeros(cost.numel(), dtype=torch.bool)
-    taken[ranking[cost[ranking].cumsum(0) <= parameters]] = True
-    return taken
 
 
 ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": over_layers}

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
 from s2ft.distributed import check_all_ranks_agree, is_sharded
@@ -37,15 +38,8 @@ class Batch:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with `change` applied to every tensor."""
-
-        def changed(value: Any) -> Any:
-            return change(value) if isinstance(value, Tensor) else value
-
-        return replace(
-            self,
-            named={name: changed(value) for name, value in self.named.items()},
-            positional=tuple(changed(value) for value in self.positional),
-        )
+        named, positional = tree_map_only(Tensor, change, (self.named, self.positional))
+        return replace(self, named=named, positional=positional)
 
     def row(self, number: int) -> "Batch":
         """Return the sequence, image or recording with this number as a batch of one."""
@@ -181,8 +175,13 @@ def _checked(batch: Any, where: str, model: nn.Module) -> Batch:
         raise ValueError(f"{where} must be a dict of tensors or a tensor of {what}, got {type(batch).__name__}")
     named = dict(batch)
     _check_input(named, main, where, f"{type(model).__name__}'s main input, " if main != "input_ids" else "")
-    if is_encoder_decoder(model):
-        _check_decoder(named, where, model)
+    takes_labels = "labels" in inspect.signature(model.forward).parameters
+    has_labels = takes_labels and named.get("labels") is not None
+    if is_encoder_decoder(model) and not has_decoder_inputs(named) and not has_labels:
+        raise ValueError(
+            f"{where} needs decoder_input_ids{', or labels to make them from,' if takes_labels else ''} for "
+            f"the decoder of {type(model).__name__} (it has {', '.join(map(str, named))})"
+        )
     for name, expected, reference in _expected_shapes(named, len(named[main]), model):
         _check_shape(named, name, expected, reference, where)
     return Batch(len(named[main]), named)
@@ -215,16 +214,6 @@ def _check_input(named: dict[str, Any], name: str, where: str, role: str = "") -
     got = f"shape {tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else type(value).__name__
     has = f" (it has {', '.join(map(str, named))})" if value is None and named else ""
     raise ValueError(f"{where} needs {name}, {role}{what}, got {got}{has}")
-
-
-def _check_decoder(named: dict[str, Any], where: str, model: nn.Module) -> None:
-    """Raise ValueError if a batch has no inputs for the decoder of an encoder-decoder."""
-    takes_labels = "labels" in inspect.signature(model.forward).parameters
-    if not has_decoder_inputs(named) and not (takes_labels and named.get("labels") is not None):
-        raise ValueError(
-            f"{where} needs decoder_input_ids{', or labels to make them from,' if takes_labels else ''} for "
-            f"the decoder of {type(model).__name__} (it has {', '.join(map(str, named))})"
-        )
 
 
 def has_decoder_inputs(named: dict[str, Any]) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2ft.distributed import reshard_all
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.modes import evaluation_mode, forward_hooks, remove_new_hooks
 from s2ft.selection.batches import IGNORED, Batch, has_decoder_inputs, is_causal_lm, is_encoder_decoder
 
 
@@ -17,10 +17,11 @@ from s2ft.selection.batches import IGNORED, Batch, has_decoder_inputs, is_causal
 def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     """Put the model into evaluation mode and take its gradients away for the time of the context.
 
-    A model of FSDP2 has its shards before and afterwards. Afterwards the mode of every module, and requires_grad and
-    the gradient of every parameter, are restored, also after an error.
+    A model of FSDP2 has its shards before and afterwards. Afterwards the mode and the forward hooks of every module,
+    and requires_grad and the gradient of every parameter, are restored, also after an error.
     """
     reshard_all(model)
+    hooks = forward_hooks(model)
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
         for parameter, _, _ in parameters:
@@ -28,6 +29,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
         with evaluation_mode(model):
             yield
     finally:
+        remove_new_hooks(hooks)
         reshard_all(model)
         for parameter, required, gradient in parameters:
             parameter.grad = None
@@ -41,21 +43,14 @@ def run_forward(model: nn.Module, batch: Batch) -> None:
     An encoder-decoder without decoder inputs keeps its labels, because it makes the decoder inputs from them.
     """
     known = inspect.signature(model.forward).parameters
-    dropped = {"return_loss", "logits_to_keep"}
-    if not _needs_labels(model, batch):
-        dropped.add("labels")
-    named = {name: value for name, value in batch.named.items() if name not in dropped}
-    model(
-        *batch.positional,
-        **{**named, **({"logits_to_keep": 1} if "logits_to_keep" in known else {}), **_no_cache(model)},
-    )
-
-
-def _needs_labels(model: nn.Module, batch: Batch) -> bool:
     if is_encoder_decoder(model):
-        return not has_decoder_inputs(batch.named)
-    labels = inspect.signature(model.forward).parameters.get("labels")
-    return labels is not None and labels.default is labels.empty  # a custom module may require labels
+        needs_labels = not has_decoder_inputs(batch.named)
+    else:  # a custom module may require labels
+        needs_labels = "labels" in known and known["labels"].default is inspect.Parameter.empty
+    dropped = {"return_loss", "logits_to_keep"} | (set() if needs_labels else {"labels"})
+    named = {name: value for name, value in batch.named.items() if name not in dropped}
+    kept = {"logits_to_keep": 1} if "logits_to_keep" in known else {}
+    model(*batch.positional, **{**named, **kept, **_no_cache(model)})
 
 
 def loss_of(model: nn.Module, batch: Batch) -> Tensor:
@@ -111,7 +106,12 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
     if batch.named.get("labels") is not None:
         return batch.named["labels"]
     if is_causal_lm(model):
-        return _tokens_as_labels(batch.named["input_ids"], batch.named.get("attention_mask"))
+        ids, mask = batch.named["input_ids"], batch.named.get("attention_mask")
+        if mask is None:
+            return ids
+        labels = ids.masked_fill(mask == 0, IGNORED)
+        labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # padding predicts nothing
+        return labels
     takes = inspect.signature(model.forward).parameters
     if "labels" in takes:
         raise ValueError(
@@ -125,15 +125,6 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
             "selection='activation' or 'product'"
         )
     return None
-
-
-def _tokens_as_labels(ids: Tensor, mask: Tensor | None) -> Tensor:
-    """Return the token ids without padding as labels, shape [sequences, tokens]."""
-    if mask is None:
-        return ids
-    labels = ids.masked_fill(mask == 0, IGNORED)
-    labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # padding predicts nothing
-    return labels
 
 
 def keep_checkpointing(model: nn.Module) -> list:

@@ -51,7 +51,7 @@ class Access:
             seconds = time.perf_counter() - record.started
             self.metrics.count(route, record, seconds)
             if self.log != "off" and not (route in QUIET and record.status < 400):
-                logger.info("%s", (as_json if self.log == "json" else as_text)(scope, record, seconds))
+                logger.info("%s", line_of(self.log, scope, record, seconds))
 
 
 def _id_of(scope) -> str:
@@ -59,31 +59,15 @@ def _id_of(scope) -> str:
     return sent if ID.fullmatch(sent) else f"req-{secrets.token_hex(12)}"
 
 
-def _fields(scope, record: RequestRecord, seconds: float) -> dict:
-    client = scope.get("client")
-    return {
-        "id": record.id,
-        "client": client[0] if client else None,
-        "request": f"{scope['method']} {quote(scope['path'])[:200]}",
-        "status": record.status,
-        "model": record.model,
-        "prompt_tokens": record.prompt_tokens,
-        "generated_tokens": record.generated_tokens,
-        "seconds": round(seconds, 3),
-    }
-
-
-def as_json(scope, record: RequestRecord, seconds: float) -> str:
-    """The line of the access log as a JSON object."""
-    now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    return json.dumps({"time": now, **_fields(scope, record, seconds)}, ensure_ascii=True)
-
-
-def as_text(scope, record: RequestRecord, seconds: float) -> str:
-    """The line of the access log as text."""
-    found = _fields(scope, record, seconds)
-    model = "-" if record.model is None else ascii(record.model)[1:-1]
-    return (
-        f"{time.strftime('%H:%M:%S')} {found['id']} {found['client'] or '-'} {found['request']} {found['status']} "
-        f"model={model} in={record.prompt_tokens} out={record.generated_tokens} {seconds:.3f}s"
-    )
+def line_of(kind: str, scope, record: RequestRecord, seconds: float) -> str:
+    """The line of the access log, as text or as a JSON object."""
+    client, request = (scope.get("client") or ["-"])[0], f"{scope['method']} {quote(scope['path'])[:200]}"
+    if kind == "text":
+        model = "-" if record.model is None else ascii(record.model)[1:-1]
+        return (
+            f"{time.strftime('%H:%M:%S')} {record.id} {client} {request} {record.status} model={model} "
+            f"in={record.prompt_tokens} out={record.generated_tokens} {seconds:.3f}s"
+        )
+    found = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "id": record.id, "client": client, "request": request}
+    found |= {"status": record.status, "model": record.model, "prompt_tokens": record.prompt_tokens}
+    return json.dumps({**found, "generated_tokens": record.generated_tokens, "seconds": round(seconds, 3)})

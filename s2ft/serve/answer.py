@@ -11,7 +11,7 @@ from copy import deepcopy
 
 from fastapi import Request
 
-from s2ft.adapter.sources import some
+from s2ft.adapter.folders import some
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.errors import ApiError, Disconnected
 from s2ft.serve.metrics import RequestRecord

@@ -107,9 +107,8 @@ class Engine:
         prefill_tokens: int = 4096,
         metrics=None,
     ) -> None:
-        for name, value in dict(
-            max_batch_size=max_batch_size, queue_size=queue_size, max_batch_tokens=max_batch_tokens
-        ).items():
+        sizes = dict(max_batch_size=max_batch_size, queue_size=queue_size, max_batch_tokens=max_batch_tokens)
+        for name, value in sizes.items():
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if rows_interact(model.config) and max_batch_size > 1:
@@ -200,7 +199,7 @@ class Engine:
                 self._advance()
             except Exception as error:  # any error, such as a lack of memory; the next batch may work
                 logger.exception("the batch failed")
-                self._finish(self.batch.rows, model_failed(error))
+                self._finish(self.batch.rows, _model_failed(error))
                 self.batch.clear()
         with self._changed:
             left = [*self.batch.rows, *self._waiting]
@@ -286,7 +285,7 @@ class Engine:
             self.batch.admit(jobs)
         except Exception as error:  # the rows of the batch are unchanged
             logger.exception("a prompt failed")
-            self._finish(jobs, model_failed(error))
+            self._finish(jobs, _model_failed(error))
             return
         self._deliver(jobs)
 
@@ -322,6 +321,5 @@ class Engine:
         job.released = True
 
 
-def model_failed(error: Exception) -> ApiError:
-    """Return the error for a batch or a prompt that failed."""
+def _model_failed(error: Exception) -> ApiError:
     return ApiError(500, "model_failed", f"the model failed: {type(error).__name__}")

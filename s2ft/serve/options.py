@@ -78,22 +78,16 @@ class ServerOptions:
 
 def warn_if_open(host: str, key: str | None) -> None:
     """Log a warning if other machines can reach the server and it has no key."""
-    if key is None and not is_loopback(host):
+    try:
+        is_open = host != "localhost" and not ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        is_open = True
+    if key is None and is_open:
         logger.warning(
             "warning: %s can be reached from other machines and there is no --api-key: anyone may use this "
             "server, and load and unload its adapters",
             host,
         )
-
-
-def is_loopback(host: str) -> bool:
-    """Whether an address can be reached only from this machine."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
 
 
 def key_of(option: str | None) -> str | None:

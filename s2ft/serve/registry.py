@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.adapter.folders import ADAPTER, STATE
+from s2ft.adapter.folders import ADAPTER, STATE, grouped, some, source_of
 from s2ft.adapter.loading import read_adapter
-from s2ft.adapter.sources import grouped, some, source_of
 from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
@@ -55,7 +54,7 @@ class Adapters:
 
     Args:
         bank: The :class:`s2ft.AdapterBank` that loads the adapters.
-        sources: Where adapters are looked for, see :func:`s2ft.adapter.sources.source_of`. None serves the base alone.
+        sources: Where adapters are looked for, see :func:`s2ft.adapter.folders.source_of`. None serves the base alone.
         reserved: Names of the base.
 
     Raises:
@@ -99,7 +98,7 @@ class Adapters:
         stamp, prompt = stamp_of(folder), recorded_format(self.bank.check(folder).info)
         with self._lock:
             if name in self._served:
-                raise name_taken(name)
+                raise _name_taken(name)
             bank_name = f"{name}#{self._added}"
             self.bank.add(bank_name, folder)
             self._added += 1
@@ -130,7 +129,7 @@ class Adapters:
         with self._lock:
             served = self._served.get(name)
             if served is None:
-                raise invalid_adapter(name, self.refused[name]) if name in self.refused else unknown_model(name)
+                raise _invalid(name, self.refused[name]) if name in self.refused else unknown_model(name)
             if stamp_of(served.folder) != served.stamp:  # the bank may read it again, and would mix two contents
                 raise ApiError(
                     409,
@@ -145,7 +144,8 @@ class Adapters:
         """End the use of an adapter by a request."""
         with self._lock:
             served.users -= 1
-            self._forget_unused(served)
+            if served.unloaded and not served.users:
+                self.bank.remove(served.bank_name)
 
     def load(self, name: str, path: str) -> None:
         """Read an adapter completely, and serve it under a name.
@@ -167,7 +167,7 @@ class Adapters:
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
         if name in self.reserved or name in self.names:
-            raise name_taken(name)
+            raise _name_taken(name)
         folder = _named_by_client(directories, path)
         try:
             read_adapter(folder)  # damage of the values is found now, and not at the first request
@@ -201,64 +201,41 @@ class Adapters:
         served.unloaded = True
         del self._served[served.name]
         logger.info("no longer served: %s", served.name)
-        self._forget_unused(served)
-
-    def _forget_unused(self, served: ServedAdapter) -> None:
-        if served.unloaded and not served.users:
+        if not served.users:
             self.bank.remove(served.bank_name)
 
-    # ---- the log ---------------------------------------------------------------------------------
-
-    def log_adapters(self) -> None:
-        """Log the adapters that are served, and those that are not, with the reasons.
-
-        Raises:
-            ValueError: An adapter that was named by itself, or all adapters that were found, can't be served.
-        """
-        names = self._log_skipped()
-        single = [source.name for source in self.sources if source.name in self.refused]
-        if single or (self.refused and not names):
-            name = single[0] if single else next(iter(self.refused))
-            all_of = "" if single else f"none of the {len(self.refused)} adapters found can be served; "
-            raise ValueError(f"{all_of}adapter {name!r} can't be served: {self.refused[name]}")
-        if names:
-            logger.info("serving %d adapter%s: %s", len(names), "s" * (len(names) != 1), some(names, SHOWN))
-        elif self.sources:
-            logger.warning(
-                "warning: no adapters in %s, so the base is served alone; adapters are expected as DIR/NAME/%s or, in "
-                "the output of a run, as DIR/NAME/%s/%s; checkpoints are not served",
-                some([str(source.folder) for source in self.sources]),
-                CONFIG,
-                ADAPTER,
-                CONFIG,
-            )
-
-    def log_fitting(self) -> None:
+    def log_adapters(self, strictly: bool = False) -> None:
         """Log the adapters that fit the base, and the folders that are not served, with the reasons.
 
-        Raises:
-            ValueError: An adapter can't be served, or a source has none.
-        """
-        names = self._log_skipped()
-        if names:
-            fit = "adapter fits" if len(names) == 1 else "adapters fit"
-            logger.info("%d %s the base: %s", len(names), fit, some(names, SHOWN))
-        if self.refused:
-            count = len(self.refused)
-            raise ValueError(f"{count} of {count + len(names)} adapters can't be served; the reasons are above")
-        empty = [str(source.folder) for source in self.sources if not source.folders()]
-        if empty:
-            raise ValueError(f"there is no adapter in {some(empty)}: adapters are expected as DIR/NAME/{CONFIG}")
+        Args:
+            strictly: Whether every adapter must fit, and every source must have one.
 
-    def _log_skipped(self) -> list[str]:
-        """Log the folders that are not served, with the reasons. Returns the names of the adapters that are."""
-        names = self.names
-        for source in self.sources:
-            for line in grouped(source.skipped([*names, *self.refused])):
+        Raises:
+            ValueError: An adapter that was named by itself, or all adapters that were found, can't be served; or
+                `strictly` asks for more.
+        """
+        names, count = self.names, len(self.names) + len(self.refused)
+        for reasons in (*(source.skipped([*names, *self.refused]) for source in self.sources), self.refused):
+            for line in grouped(reasons):
                 logger.warning("warning: not served: %s", line)
-        for line in grouped(self.refused):
-            logger.warning("warning: not served: %s", line)
-        return names
+        single = [source.name for source in self.sources if source.name in self.refused]
+        if self.refused and (strictly or single or not names):
+            name = (single or list(self.refused))[0]
+            raise ValueError(
+                f"{len(self.refused)} of {count} adapters can't be served; adapter {name!r}: {self.refused[name]}"
+            )
+        empty = [str(source.folder) for source in self.sources if not source.folders()]
+        if empty and (strictly or not names):
+            words = (
+                f"there is no adapter in {some(empty)}: adapters are expected as DIR/NAME/{CONFIG} or, in the output "
+                f"of a run, as DIR/NAME/{ADAPTER}/{CONFIG}; checkpoints are not served"
+            )
+            if strictly:
+                raise ValueError(words)
+            logger.warning("warning: the base is served alone: %s", words)
+        if names:
+            what, plural = "checked" if strictly else "serving", "s" * (len(names) != 1)
+            logger.info("%s %d adapter%s: %s", what, len(names), plural, some(names, SHOWN))
 
 
 def _named_by_client(directories: Sequence[Path], path: str) -> Path:
@@ -289,13 +266,11 @@ def _inside(directory: Path, path: str) -> Path:
     return folder
 
 
-def name_taken(name: str) -> ApiError:
-    """Return the error for the name of a model that is served."""
+def _name_taken(name: str) -> ApiError:
     return ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")
 
 
-def invalid_adapter(name: str, reason: str) -> ApiError:
-    """Return the error for an adapter that can't be served."""
+def _invalid(name: str, reason: str) -> ApiError:
     return ApiError(400, "invalid_adapter", f"adapter {name!r} can't be served: {reason}")
 
 
@@ -304,7 +279,7 @@ def cannot_load(name: str, folder: Path, error: Exception) -> ApiError:
     if isinstance(error, FileNotFoundError):
         return ApiError(404, "model_not_found", f"adapter {name!r} was removed before it could be loaded")
     if isinstance(error, ValueError):  # a damaged adapter, or one that does not fit the base: trying again is no use
-        return invalid_adapter(name, reason_of(error, folder))
+        return _invalid(name, reason_of(error, folder))
     return ApiError(503, "adapter_failed", f"adapter {name!r} can't be loaded: {reason_of(error, folder)}")
 
 

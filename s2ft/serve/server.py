@@ -102,7 +102,7 @@ def check_adapters(model: PreTrainedModel, base: str, adapters: str | Sequence[s
             known.refuse(served, error)
         finally:
             known.release(served)
-    known.log_fitting()
+    known.log_adapters(strictly=True)
 
 
 def serve(

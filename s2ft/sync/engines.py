@@ -1,7 +1,7 @@
 """The engines that a trainer sends slices to: a server of vLLM, or vLLM's LLM in this process."""
 
+import base64
 import json
-import socket
 import urllib.error
 import urllib.request
 from abc import ABC, abstractmethod
@@ -10,6 +10,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from torch import Tensor
 
 from s2ft.sync.wire import DTYPES
 
@@ -50,10 +51,6 @@ class Engine(ABC):
         """
 
     @abstractmethod
-    def transport(self) -> str:
-        """The best transport."""
-
-    @abstractmethod
     def call(self, method: str, body: dict[str, Any] | None = None) -> Any:
         """Call one of vLLM's methods for weights.
 
@@ -69,16 +66,15 @@ class Engine(ABC):
         """Announce slices."""
         self.call("init_weight_transfer_engine", {"init_info": info})
 
-    def start(self) -> None:
-        """Begin an update."""
-        self.call("start_weight_update")
+    def send(self, flat: Tensor, info: dict[str, Any]) -> None:
+        """Send numbers: in the message as base64, unless the engine takes a tensor."""
+        raw = flat.detach().cpu().view(torch.uint8).numpy().tobytes()
+        self.update({**info, "values": base64.b64encode(raw).decode()})
 
     def update(self, info: dict[str, Any]) -> None:
-        """Send an update."""
+        """Make an update, and forget what was computed with other weights."""
+        self.call("start_weight_update")
         self.call("update_weights", {"update_info": info})
-
-    def finish(self) -> None:
-        """End an update, and forget what was computed with other weights."""
         self.call("finish_weight_update")
         self.call("reset_prefix_cache")
 
@@ -134,12 +130,6 @@ class ServerEngine(Engine):
             )
         name = str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch.")
         return DTYPES.get(name)
-
-    def transport(self) -> str:
-        """The best transport: a file if the server is on this machine."""
-        host = urlsplit(self.url).hostname or ""
-        here = {"localhost", "::1", "0.0.0.0", socket.gethostname(), socket.getfqdn()}
-        return "file" if host in here or host.startswith("127.") else "http"
 
     def call(self, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         return self._request(method, body or {})
@@ -207,18 +197,16 @@ class LocalEngine(Engine):
             )
         return config.model_config.dtype
 
-    def transport(self) -> str:
-        """The best transport: directly if the weights are in this process, else a file."""
+    def send(self, flat: Tensor, info: dict[str, Any]) -> None:
+        """Send numbers: the tensor itself if the weights are in this process."""
         engine = getattr(self.llm, "llm_engine", None)
-        if engine is None:
-            return "direct"
-        executor = getattr(engine, "model_executor", None)
-        return "direct" if getattr(executor, "driver_worker", None) is not None and self._workers() == 1 else "file"
-
-    def _workers(self) -> int:
-        """The number of workers that a call reaches: one if each rank has an LLM of its own."""
-        parallel = self.llm.llm_engine.vllm_config.parallel_config
-        return 1 if parallel.distributed_executor_backend == "external_launcher" else parallel.world_size
+        if getattr(getattr(engine, "model_executor", None), "driver_worker", None) is None:
+            return super().send(flat, info)
+        parallel = engine.vllm_config.parallel_config
+        # With an external launcher each rank has an LLM of its own.
+        if parallel.world_size > 1 and parallel.distributed_executor_backend != "external_launcher":
+            return super().send(flat, info)
+        self.update({**info, "tensor": flat})
 
     def pause(self) -> None:
         """Nothing: an LLM generates nothing between two calls."""

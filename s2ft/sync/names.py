@@ -5,7 +5,6 @@ the model and separate tensors in the files. An engine knows the tensors of the 
 coordinates of every number go through it in place of the numbers.
 """
 
-from collections.abc import Mapping
 from copy import deepcopy
 from dataclasses import dataclass
 
@@ -40,6 +39,11 @@ class Piece:
     across: Tensor | None = None
     flipped: bool = False
 
+    @property
+    def count(self) -> int:
+        """How many numbers it holds."""
+        return self.index.numel() * (self.shape[1 - self.dim] if self.across is None else self.across.numel())
+
     def of(self, values: Tensor, dim: int) -> Tensor:
         """Cut this share out of a slice.
 
@@ -72,12 +76,16 @@ class CheckpointNames:
         Raises:
             ValueError: transformers can't say how it saves this model.
         """
-        self._model = _skeleton(model) if is_of_transformers(model) else None
+        self._model: nn.Module | None = None
         self._groups: dict[str, Group] = {}
         self._saved: dict[str, str] = {}
         self._probed: dict[str, dict[str, list[Tensor]]] = {}
-        if self._model is None:
+        if not is_of_transformers(model):
             return
+        # A model of the same class without values. FSDP2 derives a class from the model's, which must not be built.
+        own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
+        with without_zero_init(), torch.device("meta"):
+            self._model = own(deepcopy(model.config))
         names = saved_names(self._model)
         for group in saving_groups(self._model, getattr(model, "_weight_conversions", None), names):
             self._groups.update({name: group for name, _ in group.sources})
@@ -126,7 +134,12 @@ class CheckpointNames:
         for name, maps in self._maps(weight, shape, group).items():
             piece = _piece(name, maps, (units, across), dim, index, expert)
             found += [] if piece is None else [piece]
-        _check_complete(weight, found, index.numel() * shape[across])
+        held, numbers = sum(piece.count for piece in found), index.numel() * shape[across]
+        if held != numbers:
+            raise ValueError(
+                f"{weight}: its checkpoint holds {held} of the {numbers} trained numbers in tensors in which slices "
+                "have a place: train other projections, or send the merged weights"
+            )
         return found
 
     def whole(self, weight: str, value: Tensor) -> dict[str, Tensor]:
@@ -173,13 +186,6 @@ class CheckpointNames:
         return self._probed[weight]
 
 
-def _skeleton(model: nn.Module) -> nn.Module:
-    """A model of the same class without values. FSDP2 derives a class from the model's, which must not be built."""
-    own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
-    with without_zero_init(), torch.device("meta"):
-        return own(deepcopy(model.config))
-
-
 def _coordinates(shape: torch.Size, axis: int, is_asked: bool) -> Tensor:
     """The coordinate of each number along an axis, without memory; -1 for a weight that is not asked about."""
     line = torch.arange(shape[axis], dtype=torch.int32) if is_asked else torch.full((shape[axis],), -1).int()
@@ -207,7 +213,7 @@ def _piece(
         raise refusal
     if expert is not None:
         number = int(maps[0].flatten()[0])
-        if not _is_constant(maps[0], number):
+        if any(maps[0].stride()) and bool((maps[0] != number).any()):
             raise refusal
         if number != expert:
             return None
@@ -227,10 +233,6 @@ def _piece(
     return Piece(name, tuple(maps[0].shape), place, found, some, part, flipped=place != dim)
 
 
-def _is_constant(values: Tensor, number: int) -> bool:
-    return not any(values.stride()) or bool((values == number).all())
-
-
 def _line(values: Tensor) -> tuple[Tensor | None, int]:
     """The coordinates along the one dimension of a matrix along which they differ, and the dimension.
 
@@ -244,37 +246,3 @@ def _line(values: Tensor) -> tuple[Tensor | None, int]:
             return line.long(), dim
         return None, dim
     return None, 0
-
-
-def _check_complete(weight: str, pieces: list[Piece], numbers: int) -> None:
-    held = sum(
-        piece.index.numel() * (piece.shape[1 - piece.dim] if piece.across is None else piece.across.numel())
-        for piece in pieces
-    )
-    if held != numbers:
-        raise ValueError(
-            f"{weight}: its checkpoint holds {held} of the {numbers} trained numbers in tensors in which slices have a "
-            "place: train other projections, or send the merged weights"
-        )
-
-
-def joined(pieces: Mapping[int, list[Piece]]) -> dict[str, list[tuple[int, Piece]]]:
-    """Sort the shares of several slices by the tensors that hold them.
-
-    Args:
-        pieces: The shares of each slice, by the slice's number.
-
-    Returns:
-        For each tensor, the numbers of slices and their shares.
-
-    Raises:
-        ValueError: A tensor holds slices along both of its dimensions.
-    """
-    found: dict[str, list[tuple[int, Piece]]] = {}
-    for number, shares in pieces.items():
-        for piece in shares:
-            others = found.setdefault(piece.name, [])
-            if others and others[0][1].dim != piece.dim:
-                raise ValueError(f"{piece.name}: slices of both dimensions are trained, and one of them can be sent")
-            others.append((number, piece))
-    return found

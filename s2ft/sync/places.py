@@ -8,6 +8,7 @@ parameter. So no table of model families is needed, and no memory.
 """
 
 import itertools
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft.sync.wire import DTYPES, SliceSpec, factors
+from s2ft.sync.wire import DTYPES, SliceSpec, factors, hashes_of
 
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
 _COPY = torch.ops.aten.copy_.default
@@ -67,37 +68,15 @@ class Place:
     original: Tensor
     line: Tensor
 
-    def part_of(self, values: Tensor) -> Tensor:
-        """The part of a slice's values that lies here."""
-        part = values[self.across]
-        return part if self.mine is None else part.index_select(self.dim, self.mine)
-
-    def read(self) -> Tensor:
-        """A copy of the numbers that are here now."""
-        return self.view.index_select(self.dim, self.here)
-
-    def put(self, part: Tensor) -> None:
-        """Write numbers of this part, in the parameter's dtype."""
-        self.view.index_copy_(self.dim, self.here, part)
-
     def write(self, values: Tensor) -> None:
-        """Write this part of a slice's values."""
-        self.put(self.part_of(values))
+        """Write this part of a slice's values, in the parameter's dtype."""
+        part = values[self.across]
+        part = part if self.mine is None else part.index_select(self.dim, self.mine)
+        self.view.index_copy_(self.dim, self.here, part)
 
     def restore(self) -> None:
         """Write back the original numbers."""
-        self.put(self.original)
-
-    @property
-    def original_line(self) -> Tensor:
-        """The numbers that were at :attr:`line`."""
-        return _line(self.original, self.dim, 0)
-
-    def key(self) -> tuple:
-        """What part of the slice this is: parts with the same key on several ranks are copies of each other."""
-        units = None if self.mine is None else (int(self.mine[0]), int(self.mine[-1]))
-        across = tuple((one.start, one.stop) for dim, one in enumerate(self.across) if dim != self.dim)
-        return units, across
+        self.view.index_copy_(self.dim, self.here, self.original)
 
 
 def regions(
@@ -328,41 +307,10 @@ def _line(tensor: Tensor, dim: int, position: int) -> Tensor:
     return line if line.dim() else line.unsqueeze(0)
 
 
-def part_hashes(place: Place, spec: SliceSpec) -> Tensor:
-    """Hash the original numbers of a place, so that the hashes of all parts of a unit add up to that of the unit.
-
-    Args:
-        place: The place.
-        spec: Its slice.
-
-    Returns:
-        int64 [m], on the CPU.
-    """
-    integers = {2: torch.int16, 4: torch.int32}[place.original.element_size()]
-    bits = place.original.detach().contiguous().view(integers).to(torch.int64).movedim(place.dim, 0)
-    others = [size for dim, size in enumerate(spec.shape) if dim != spec.dim]
-    weights = factors(0, int(torch.tensor(others).prod()) if others else 1).reshape(others or [1])
-    weights = weights[tuple(one for dim, one in enumerate(place.across) if dim != spec.dim)]
-    return (bits.reshape(bits.shape[0], -1) * weights.reshape(-1).to(bits.device)).sum(1).cpu()
-
-
-@dataclass
-class Part:
-    """What one rank says about one of its places, see :func:`check_base`.
-
-    Attributes:
-        slice_number: Number of the slice.
-        key: Which part it is, see :meth:`Place.key`.
-        mine: Numbers of its positions in the slice; None for all of them.
-        numbers: How many numbers it holds of each unit.
-        hashes: The hash of each of its units' parts.
-    """
-
-    slice_number: int
-    key: tuple
-    mine: Tensor | None
-    numbers: int
-    hashes: Tensor
+# What one rank says about one of its places: the number of the slice, which part it is (parts with the same key on
+# several ranks are copies of each other), the numbers of its positions in the slice (None for all of them), how many
+# numbers it holds of each unit, and the hash of each of its units' parts.
+Part = tuple[int, tuple, Tensor | None, int, Tensor]
 
 
 def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec]) -> list[Part]:
@@ -374,10 +322,13 @@ def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec]) -> list[Part]:
     """
     parts = []
     for place in found:
+        others = [size for dim, size in enumerate(specs[place.slice_number].shape) if dim != place.dim]
+        across = tuple(one for dim, one in enumerate(place.across) if dim != place.dim)
+        hashes = hashes_of(place.original, place.dim, factors(math.prod(others)).reshape(others)[across])
         mine = None if place.mine is None else place.mine.cpu()
-        numbers = place.original.numel() // place.here.numel()
-        hashes = part_hashes(place, specs[place.slice_number])
-        parts.append(Part(place.slice_number, place.key(), mine, numbers, hashes))
+        units = None if mine is None else (int(mine[0]), int(mine[-1]))
+        key = units, tuple((one.start, one.stop) for one in across)
+        parts.append((place.slice_number, key, mine, place.original.numel() // place.here.numel(), hashes.cpu()))
     return parts
 
 
@@ -395,15 +346,15 @@ def check_base(parts: Iterable[Part], specs: Sequence[SliceSpec]) -> None:
     known: dict[tuple, Tensor] = {}
     sums = [torch.zeros_like(spec.hashes) for spec in specs]
     counts = [torch.zeros_like(spec.hashes) for spec in specs]
-    for part in parts:
-        first = known.setdefault((part.slice_number, part.key), part.hashes)
-        if first is not part.hashes:
-            if not torch.equal(first, part.hashes):
-                raise ValueError(f"{specs[part.slice_number].name}: two ranks of this engine hold different numbers")
+    for number, key, mine, numbers, hashes in parts:
+        first = known.setdefault((number, key), hashes)
+        if first is not hashes:
+            if not torch.equal(first, hashes):
+                raise ValueError(f"{specs[number].name}: two ranks of this engine hold different numbers")
             continue
-        mine = slice(None) if part.mine is None else part.mine
-        sums[part.slice_number][mine] += part.hashes
-        counts[part.slice_number][mine] += part.numbers
+        some = slice(None) if mine is None else mine
+        sums[number][some] += hashes
+        counts[number][some] += numbers
     for spec, count in zip(specs, counts):
         if bool((count != spec.numel // spec.index.numel()).any()):
             held = "no place" if not bool(count.any()) else "no place for all of it"

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2ft.sync.names import CheckpointNames, Piece, joined
+from s2ft.sync.names import CheckpointNames, Piece
 from s2ft.sync.sources import AttachedSource, PeftSource, Trained, source_of
 from s2ft.sync.wire import DTYPES, SliceSpec, hashes_of
 
@@ -50,9 +50,19 @@ class TrainedSlices:
         self.dtype = dtype
         self.specs: list[SliceSpec] = []
         self._entries: list[_Entry] = []
-        slices = {n: one for n, one in enumerate(source.trained) if one.dim is not None}
-        for name, shares in joined({number: self._pieces(one) for number, one in slices.items()}).items():
-            self._add_slice(name, shares)
+        shares: dict[str, list[tuple[int, Piece]]] = {}
+        for number, one in enumerate(source.trained):
+            if one.dim is None:
+                continue
+            for piece in names.pieces(one.weight, one.shape, one.dim, one.index, one.expert, one.transposed):
+                others = shares.setdefault(piece.name, [])
+                if others and others[0][1].dim != piece.dim:
+                    raise ValueError(
+                        f"{piece.name}: slices of both dimensions are trained, and one of them can be sent"
+                    )
+                others.append((number, piece))
+        for name, found in shares.items():
+            self._add_slice(name, found)
         for number, one in enumerate(source.trained):
             if one.dim is None:
                 self._add_whole(number, one)
@@ -84,7 +94,8 @@ class TrainedSlices:
         dtype = source.trained[0].base.dtype if dtype is None else dtype
         if dtype not in DTYPES.values():
             raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
-        return cls(source, CheckpointNames(_plain(source)), dtype)
+        plain = source.model.get_base_model() if isinstance(source, PeftSource) else source.model
+        return cls(source, CheckpointNames(plain), dtype)
 
     @property
     def numel(self) -> int:
@@ -117,16 +128,12 @@ class TrainedSlices:
 
     # ---- making the specs ----------------------------------------------------------------------------
 
-    def _pieces(self, one: Trained) -> list[Piece]:
-        return self._names.pieces(one.weight, one.shape, one.dim, one.index, one.expert, one.transposed)
-
     def _add_slice(self, name: str, shares: list[tuple[int, Piece]]) -> None:
         first = shares[0][1]
         index, order = torch.cat([piece.index for _, piece in shares]).sort()
         if (index.diff() == 0).any():
             raise ValueError(f"{name}: a unit is trained by two slices, and an engine can hold one of them")
-        in_order = torch.equal(order, torch.arange(order.numel()))
-        entry = _Entry(tuple(shares), None if in_order else order)
+        entry = _Entry(tuple(shares), None if bool((order.diff() == 1).all()) else order)
         self._add(name, first.shape, first.dim, index, entry, [one.base for one in self._source.trained])
 
     def _add_whole(self, number: int, one: Trained) -> None:
@@ -151,7 +158,3 @@ class TrainedSlices:
         found = [piece.of(values[number], trained[number].dim) for number, piece in entry.shares]
         joint = found[0] if len(found) == 1 else torch.cat([one.to(found[0].device) for one in found], dim)
         return joint if entry.order is None else joint.index_select(dim, entry.order.to(joint.device))
-
-
-def _plain(source: AttachedSource | PeftSource) -> nn.Module:
-    return source.model.get_base_model() if isinstance(source, PeftSource) else source.model

@@ -7,11 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.adapter.adapter import sum_deltas
 from s2ft.attached import extra_weights
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
-from s2ft.distributed import full_shape, full_tensors, full_values, has_master_copy, is_sharded, reshard_all
+from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all
+from s2ft.model.delta import Delta
 from s2ft.model.weights import weight_at
 from s2ft.ops import effective_units
 
@@ -184,7 +186,7 @@ class PeftSource:
         self._check_active(unmerged=True)
         _check_accounted(model, self._known())
         reshard_all(model)
-        self.trained = [one for path, layer in self._layers.items() for one in _parts_of_layer(path, layer, self.names)]
+        self.trained = [one for path, layer in self._layers.items() for one in self._slices(path, layer)]
         self.trained += list(self._in_full())
         if not self.trained:
             raise ValueError(f"the PeftModel trains nothing with its active adapters ({', '.join(self.names)})")
@@ -195,9 +197,11 @@ class PeftSource:
         _check_accounted(self.model, self._known())
         bases = iter(self.trained)
         for layer in self._layers.values():
-            for values in _deltas_of(layer, self.names):
-                base = next(bases).base
-                yield effective_units(base, values.to(base.device))
+            for _, dim, _, deltas, size in self._weights(layer):
+                total = _sum(dim, deltas)
+                for _, places, _ in _by_expert(total.index, size):
+                    base = next(bases).base
+                    yield effective_units(base, total.values.index_select(dim, places).to(base.device))
         for module, name in self._in_use():
             parameters = dict(module.modules_to_save[name].named_parameters())
             yield from full_tensors(parameters).values()
@@ -208,6 +212,40 @@ class PeftSource:
             if len(names) > 1:
                 raise ValueError(f"adapters {' and '.join(names)} both have {path} in full: make one of them active")
             yield module, names[0]
+
+    def _weights(self, layer: Any) -> Iterator[tuple[str, int, bool, list[Any], int | None]]:
+        """Yield each weight of a layer that is trained.
+
+        That is its name, the dim of its units, whether it is stored transposed, the adapters' deltas, and of stacked
+        experts the units of one.
+        """
+        found = [layer.s2ft_delta[name] for name in self.names if name in layer.s2ft_delta]
+        if "" in layer.dims:  # one weight
+            yield "weight", layer.dim, layer.kind.transposed, found, None
+            return
+        for name, dim in layer.dims.items():
+            deltas = [of_adapter[name] for of_adapter in found if name in of_adapter]
+            size = full_shape(getattr(layer.base_layer, name))[1:]
+            if deltas:
+                yield name, dim, layer.transposed[name], deltas, size[1 - dim if layer.transposed[name] else dim]
+
+    def _slices(self, path: str, layer: Any) -> Iterator[Trained]:
+        """Read the base's numbers of what the adapters of a layer train."""
+        if layer.kind.read_only:
+            raise ValueError(
+                f"{path} is quantized, and merged numbers can't be written into a quantized weight, neither here nor "
+                "in an engine: load the base in bfloat16, or serve the adapter by its name"
+            )
+        for name, dim, transposed, deltas, size in self._weights(layer):
+            weight, index = getattr(layer.base_layer, name), _sum(dim, deltas).index
+            with full_values(weight) as stored:
+                for expert, _, units in _by_expert(index, size):
+                    if expert is None:
+                        matrix = layer.kind.view(stored)
+                    else:
+                        matrix = stored[expert].t() if transposed else stored[expert]
+                    base, units = matrix.index_select(dim, units.to(stored.device)).clone(), units.cpu()
+                    yield Trained(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
 
     def _in_full(self) -> Iterator[Trained]:
         for (module, _), path in zip(self._in_use(), self._saved):
@@ -234,74 +272,23 @@ class PeftSource:
                 raise ValueError("adapters of the PeftModel are merged: call unmerge_adapter first")
 
 
-def _parts_of_layer(path: str, layer: Any, names: list[str]) -> Iterator[Trained]:
-    """Read the base's numbers of what the adapters of a layer of PEFT train."""
-    if layer.kind.read_only:
-        raise ValueError(
-            f"{path} is quantized, and merged numbers can't be written into a quantized weight, neither here nor in an "
-            "engine: load the base in bfloat16, or serve the adapter by its name"
-        )
-    if not hasattr(layer, "dims"):
-        delta, weight = layer.delta_of([name for name in names if name in layer.s2ft_delta]), layer.base_layer.weight
-        with full_values(weight) as stored:
-            base = layer.kind.view(stored).index_select(layer.dim, delta.index.to(stored.device)).clone()
-        shape = full_shape(weight)
-        yield Trained(f"{path}.weight", shape, base, layer.dim, delta.index.cpu(), None, layer.kind.transposed)
+def _sum(dim: int, deltas: list[Any]) -> Delta:
+    """The sum of adapters' deltas. Those that are spread over ranks are gathered."""
+    full = full_tensors({str(number): delta.values for number, delta in enumerate(deltas)})
+    parts = [
+        (Delta(dim, delta.index, values.to(delta.values.dtype)), 1.0) for delta, values in zip(deltas, full.values())
+    ]
+    return parts[0][0] if len(parts) == 1 else sum_deltas(parts)
+
+
+def _by_expert(index: Tensor, size: int | None) -> Iterator[tuple[int | None, Tensor, Tensor]]:
+    """Yield each expert that has units in an index, their places there, and their numbers in the expert."""
+    if size is None:
+        yield None, torch.arange(index.numel(), device=index.device), index
         return
-    for name, dim in layer.dims.items():  # stacked experts
-        if not layer._has(name, _of(layer, names)):
-            continue
-        weight, transposed = getattr(layer.base_layer, name), layer.transposed[name]
-        with full_values(weight) as stored:
-            for expert, units in _by_expert(layer, name, names):
-                matrix = stored[expert].t() if transposed else stored[expert]
-                base = matrix.index_select(dim, units[1].to(stored.device)).clone()
-                yield Trained(f"{path}.{name}", full_shape(weight), base, dim, units[1].cpu(), expert, transposed)
-
-
-def _deltas_of(layer: Any, names: list[str]) -> Iterator[Tensor]:
-    """The adapters' deltas of a layer of PEFT, in the order of :func:`_parts_of_layer`."""
-    names = _of(layer, names)
-    if not hasattr(layer, "dims"):
-        yield _gathered(layer, names, layer.delta_of)
-        return
-    for name, dim in layer.dims.items():
-        if layer._has(name, names):
-            values = _gathered(layer, names, lambda some, name=name: layer.sum_of(name, some))
-            for _, (places, _) in _by_expert(layer, name, names):
-                yield values.index_select(dim, places.to(values.device))
-
-
-def _gathered(layer: Any, names: list[str], delta_of: Any) -> Tensor:
-    """The sum of adapters' deltas. Those that are spread over ranks are gathered and take the place of their shards."""
-    deltas = [layer.s2ft_delta[name] for name in names]
-    parts = [part for delta in deltas for part in (delta.values() if isinstance(delta, nn.ModuleDict) else [delta])]
-    spread = [part for part in parts if is_sharded(part.values) or has_master_copy(part.values)]
-    if not spread:
-        return delta_of(names).values.detach()
-    full = full_tensors({str(number): part.values for number, part in enumerate(spread)})
-    before = [part.values for part in spread]
-    try:
-        for number, part in enumerate(spread):
-            part._parameters["values"] = nn.Parameter(full[str(number)].to(part.values.dtype), requires_grad=False)
-        return delta_of(names).values.detach()
-    finally:
-        for part, values in zip(spread, before):
-            part._parameters["values"] = values
-
-
-def _of(layer: Any, names: list[str]) -> list[str]:
-    return [name for name in names if name in layer.s2ft_delta]
-
-
-def _by_expert(layer: Any, parameter: str, names: list[str]) -> Iterator[tuple[int, tuple[Tensor, Tensor]]]:
-    """The experts with trained units: the places of the units in the joint delta, and their numbers in the expert."""
-    index = layer.sum_of(parameter, _of(layer, names)).index.cpu()
-    size = full_shape(getattr(layer.base_layer, parameter))[1:]
-    size = (size[::-1] if layer.transposed[parameter] else size)[layer.dims[parameter]]
     for expert in (index // size).unique().tolist():
         places = (index // size == expert).nonzero().squeeze(1)
-        yield expert, (places, index[places] % size)
+        yield expert, places, index[places] % size
 
 
 def _check_accounted(model: nn.Module, known: set[int]) -> None:

@@ -47,7 +47,7 @@ def with_slices(trainer: type[Trainer], *, llm: Mapping[str, Any] | None = None,
             AsyncGRPOTrainer makes the model itself: give it `peft_config`, or call s2ft.attach on its `model` before
             `train`.
         llm: More arguments of vLLM's LLM in colocate mode, for example ``{"dtype": "bfloat16"}``.
-        options: Arguments of :class:`SliceSender`: transport, folder, take_over, timeout, name.
+        options: Arguments of :class:`SliceSender`: take_over, timeout, name.
 
     Returns:
         A class with the arguments of `trainer`. Its trainers have the attribute `slice_sender`; None without vLLM.
@@ -61,36 +61,25 @@ def with_slices(trainer: type[Trainer], *, llm: Mapping[str, Any] | None = None,
         >>> issubclass(with_slices(GRPOTrainer), GRPOTrainer)
         True
     """
-    for name, mixin in (("_sync_weight_merged", _Async), ("_move_model_to_vllm", _Own)):
-        if hasattr(trainer, name):
-            return _derived(trainer, mixin, llm, options)
-    if _module_with(trainer, "VLLMGeneration") is not None:
-        return _derived(trainer, _Generation, llm, options)
-    raise TypeError(f"{trainer.__name__} generates by no vLLM that s2ft knows: its class must be one of TRL's trainers")
-
-
-def _derived(trainer: type, mixin: type, llm: Mapping[str, Any] | None, options: dict[str, Any]) -> type:
+    if hasattr(trainer, "_sync_weight_merged"):
+        mixin = _Async
+    elif hasattr(trainer, "_move_model_to_vllm") or _module_with(trainer, "VLLMGeneration") is not None:
+        mixin = _Generating
+    else:
+        raise TypeError(
+            f"{trainer.__name__} generates by no vLLM that s2ft knows: its class must be one of TRL's trainers"
+        )
     fields = {"llm_options": dict(llm or {}), "sender_options": options, "__module__": __name__}
     return type(f"{trainer.__name__}WithSlices", (mixin, trainer), {**fields, "__doc__": trainer.__doc__})
 
 
 class _Slices:
-    """What the classes share. `trl_modules` are the modules of TRL whose names are exchanged."""
+    """What the classes share."""
 
     llm_options: Mapping[str, Any] = {}
     sender_options: Mapping[str, Any] = {}
     slice_sender: SliceSender | None = None
     _is_training = False
-
-    def _engine(self) -> Any:
-        """The engine of the trainer: an address or an LLM."""
-        if self.args.vllm_mode == "server":
-            return address_of(self.args)
-        return self._llm()
-
-    def _make_sender(self) -> None:
-        check_has_slices(self.model)
-        self.slice_sender = SliceSender(self.model, self._engine(), **self.sender_options)
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, and restore the engine's base."""
@@ -120,31 +109,19 @@ class _Slices:
             self._last_loaded_step = -1
 
 
-class _Generation(_Slices):
-    """GRPO, RLOO and others that have a `vllm_generation`."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        with _making(self, sys.modules["trl.generation.vllm_generation"], args, options):
-            super().__init__(*args, **options)
-        if getattr(self, "use_vllm", False):
-            self._make_sender()
-            self.vllm_generation.sync_weights = self.slice_sender.sync
-
-    def _llm(self) -> Any:
-        return self.vllm_generation.llm
-
-
-class _Own(_Slices):
-    """Online DPO, which has its own way to vLLM."""
+class _Generating(_Slices):
+    """GRPO, RLOO and others that have a `vllm_generation`, and online DPO, which has its own way to vLLM."""
 
     def __init__(self, *args: Any, **options: Any) -> None:
         with _making(self, _module_with(type(self), "VLLMClient"), args, options):
             super().__init__(*args, **options)
         if getattr(self, "use_vllm", False):
-            self._make_sender()
-
-    def _llm(self) -> Any:
-        return self.llm
+            check_has_slices(self.model)
+            owner = getattr(self, "vllm_generation", self)
+            engine = address_of(self.args) if self.args.vllm_mode == "server" else owner.llm
+            self.slice_sender = SliceSender(self.model, engine, **self.sender_options)
+            if owner is not self:
+                owner.sync_weights = self.slice_sender.sync
 
     def _move_model_to_vllm(self) -> None:
         self.slice_sender.sync()
@@ -245,8 +222,11 @@ def choose_port() -> None:
 
 
 @contextmanager
-def _making(trainer: _Slices, module: ModuleType, args: tuple, options: dict[str, Any]) -> Iterator[None]:
-    """Inside, a module of TRL makes engines that take slices, and clients that need no NCCL."""
+def _making(trainer: _Slices, own: ModuleType | None, args: tuple, options: dict[str, Any]) -> Iterator[None]:
+    """Inside, a module of TRL makes engines that take slices, and clients that need no NCCL.
+
+    It is the trainer's own, or the one that all other trainers use.
+    """
     config = uses_vllm(args, options)
     if config is None:
         yield
@@ -255,10 +235,11 @@ def _making(trainer: _Slices, module: ModuleType, args: tuple, options: dict[str
         raise ValueError(SLEEP)
     if config.vllm_mode == "colocate":
         choose_port()
+    module = own or sys.modules["trl.generation.vllm_generation"]
     replaced: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
     if hasattr(module, "LLM"):  # not without vLLM, for which TRL has an error
         replaced["LLM"] = partial(_llm, module.LLM, trainer)
-    if isinstance(trainer, _Own) and torch.accelerator.current_accelerator() is None:
+    if own is not None and torch.accelerator.current_accelerator() is None:
         replaced["torch"] = _OnCpu("torch")
     with _NAMES:
         before = {name: getattr(module, name) for name in replaced}

@@ -47,29 +47,30 @@ class SliceSpec:
         return int(np.prod(self.values_shape))
 
 
-def hashes_of(values: Tensor, dim: int, first: int = 0) -> Tensor:
+def hashes_of(values: Tensor, dim: int, weights: Tensor | None = None) -> Tensor:
     """Hash the bits of each row (dim 0) or column (dim 1) of a matrix; of a vector, each number.
 
     The hash is a sum modulo 2**64 of bits × a factor that depends on the position. So the hashes of two parts of a row
-    add up to the hash of the row, and a rank that holds a part needs to know only where it begins.
+    add up to the hash of the row.
 
     Args:
         values: Numbers of a slice, in the dtype in which they are sent; [n], [n, width] or [width, n].
         dim: The dimension of the slice's positions.
-        first: Position of the part in the whole row or column.
+        weights: The factors of the numbers of a part, see :func:`factors`. Default: those of whole rows or columns.
 
     Returns:
         int64 [n].
     """
     bits = values.detach().contiguous().view(_INTEGERS[values.element_size()]).to(torch.int64)
     bits = bits.movedim(dim, 0).reshape(bits.shape[dim], -1)
-    return (bits * factors(first, bits.shape[1]).to(bits.device)).sum(1)
+    weights = factors(bits.shape[1]) if weights is None else weights.reshape(-1)
+    return (bits * weights.to(bits.device)).sum(1)
 
 
-def factors(first: int, count: int) -> Tensor:
+def factors(count: int) -> Tensor:
     """An odd number for each position, which looks random (the finalizer of splitmix64), int64 [count]."""
     with np.errstate(over="ignore"):
-        mixed = (np.arange(first, first + count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (np.arange(count, dtype=np.uint64) + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
         mixed = (mixed ^ (mixed >> np.uint64(31))) | np.uint64(1)
@@ -92,12 +93,15 @@ def from_message(message: Mapping[str, Any]) -> list[SliceSpec]:
     """Read a description that :func:`to_message` wrote.
 
     Raises:
-        ValueError: The lists have different lengths, a shape, a dim or a position is not valid, or a text is no base64.
+        ValueError: There are no slices, the lists have different lengths, a shape, a dim or a position is not valid,
+            or a text is no base64.
     """
     fields = [message[name] for name in ("names", "shapes", "dims", "counts")]
     if len({len(field) for field in fields}) != 1:
         raise ValueError(f"the description of the slices has lists of lengths {[len(field) for field in fields]}")
     counts = message["counts"]
+    if not counts:
+        raise ValueError("slices describes none")
     index = _decoded(message["index"], np.int32, sum(counts)).to(torch.int64).split(counts)
     hashes = _decoded(message["hashes"], np.int64, sum(counts)).split(counts)
     specs = [

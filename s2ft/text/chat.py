@@ -1,7 +1,7 @@
 """A chat with a model: several turns, answered token by token."""
 
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 from s2ft.text.adapter_prompts import Prompter
@@ -11,9 +11,7 @@ from s2ft.text.running_batch import Row, RunningBatch, TextStream
 SHARE = 4  # a prompt leaves at least one part in so many of the context to the answer
 
 
-def pieces(
-    batch: RunningBatch, row: Row, tokenizer, ends: frozenset[int], limit: int, stopped: Callable[[], bool] = bool
-) -> Iterator[str]:
+def pieces(batch: RunningBatch, row: Row, tokenizer, ends: frozenset[int], limit: int) -> Iterator[str]:
     """Generate the rest of an answer and yield its text, as soon as it is complete.
 
     Args:
@@ -22,7 +20,6 @@ def pieces(
         tokenizer: The model's tokenizer.
         ends: Tokens that end the answer.
         limit: Longest answer in tokens.
-        stopped: Asked before each token whether to stop.
 
     Raises:
         ValueError: The model's output is not a finite number.
@@ -30,7 +27,7 @@ def pieces(
     text = TextStream(tokenizer)
     while not row.failed and row.tokens[-1] not in ends:
         yield text.push(row.tokens[-1])
-        if len(row.tokens) == limit or stopped():
+        if len(row.tokens) == limit:
             break
         batch.step()
     if row.failed:
@@ -68,7 +65,6 @@ class Chat:
 
     Attributes:
         messages: The messages so far, without the system prompt.
-        stopped: Set it to True, also from a signal handler, to end the answer after the present token.
         last: The :class:`Turn` of the last answer.
 
     Example:
@@ -95,7 +91,6 @@ class Chat:
         self.model, self.prompter, self.new_sampler = model, prompter, new_sampler
         self.max_new_tokens, self.system = max_new_tokens, system
         self.messages: list[dict[str, str]] = []
-        self.stopped = False
         self.last = Turn(0, 0, False)
         self._seeds = random.Random(seed)
         self._batch: RunningBatch[Row] = RunningBatch(model)
@@ -119,11 +114,11 @@ class Chat:
         """All messages, with the system prompt that the model gets."""
         return self.prompter.messages(self.messages, self.system)
 
-    def answer(self, text: str) -> Iterator[str]:
+    def answer(self, text: str) -> Generator[str, None, None]:
         """Answer a message of the user, and yield the answer's text while it is generated.
 
-        The message and the answer are appended to the messages, also if the answer is stopped. Nothing is appended if
-        an error is raised before the first token.
+        The message and the answer are appended to the messages, also if the answer ends early, by an interrupt or
+        because the iterator is closed. Nothing is appended if an error is raised before the first token.
 
         Args:
             text: The message.
@@ -135,13 +130,12 @@ class Chat:
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, dropped, limit = self._prompt(messages)
         row = Row(ids, self.new_sampler(self._seeds.getrandbits(63)))
-        self.stopped = False
         done, written = False, ""
         try:
             self._batch.replace(row)
             self.messages = messages
             ends = self.prompter.ends
-            for piece in pieces(self._batch, row, self.prompter.tokenizer, ends, limit, lambda: self.stopped):
+            for piece in pieces(self._batch, row, self.prompter.tokenizer, ends, limit):
                 written += piece
                 yield piece
             done = True
@@ -150,7 +144,7 @@ class Chat:
                 self._batch.clear()
             if self.messages is messages:
                 self.messages = [*messages, {"role": "assistant", "content": written}] if written else messages[:-1]
-            cut = done and not self.stopped and len(row.tokens) == limit and row.tokens[-1] not in self.prompter.ends
+            cut = done and len(row.tokens) == limit and row.tokens[-1] not in self.prompter.ends
             self.last = Turn(len(row.tokens), dropped, cut)
 
     def _prompt(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], int, int]:

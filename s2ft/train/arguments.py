@@ -235,14 +235,6 @@ class GRPOArguments(RunArguments, GRPOConfig):
         "counts, weighted by --reward-weights",
         metavar="REWARD",
     )
-    vllm_transport: str = field(
-        default="auto",
-        metadata={
-            "help": "how a vLLM server gets the trained slices after each update: file (a server on this machine) "
-            "or http",
-            "choices": ["auto", "file", "http"],
-        },
-    )
     vllm_take_over: bool = field(
         default=False, metadata={"help": "take the vLLM server from another run that has died while it used the server"}
     )

@@ -164,7 +164,7 @@ def strategy_of_run(arguments: Any):
     Args:
         arguments: Arguments of one of TRL's trainers.
     """
-    from s2ft.estimation.strategy import Strategy
+    from s2ft.estimation.devices import Strategy
 
     devices, deepspeed = devices_of(arguments), getattr(arguments, "deepspeed_plugin", None)
     if devices.count == 1:

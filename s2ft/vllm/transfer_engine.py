@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from s2ft.sync.places import NoPlace, Place
 from s2ft.sync.receiver import Receiver
 from s2ft.sync.wire import SliceSpec
 from s2ft.vllm.compatibility import private
-from s2ft.vllm.unpacked import BACKEND, is_packed
+from s2ft.vllm.processors import BACKEND, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,6 @@ class S2FTInit(WeightTransferInitInfo):
     sender: str = ""
     dtype: str = ""
     slices: dict[str, Any] = field(default_factory=dict)
-    transport: dict[str, Any] = field(default_factory=lambda: {"kind": "http"})
     take_over: bool = False
     idle: bool | None = None
 
@@ -40,10 +39,8 @@ class S2FTUpdate(WeightTransferUpdateInfo):
     sender: str | None = None
     step: int | None = None
     values: str | None = None
-    file: str | None = None
     tensor: Any = None
     base: bool | None = None
-    take_over: bool = False
     idle: bool | None = None
 
 
@@ -57,12 +54,12 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
         """Make the engine; vLLM does so after it has loaded the model."""
         super().__init__(config, vllm_config, device, model)
-        self.receiver = Receiver(model, self._load, _Workers(), self._check)
+        self.receiver = Receiver(model, self._load, _gather, self._check)
 
     def init_transfer_engine(self, init_info: S2FTInit) -> None:
         """Bind to a trainer."""
         began = time.perf_counter()
-        self.receiver.bind(_message(init_info))
+        self.receiver.bind(vars(init_info))
         logger.info("s2ft: %s, bound in %.0f ms", self.receiver.serving, 1000 * (time.perf_counter() - began))
 
     def start_weight_update(self) -> None:
@@ -71,7 +68,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
     def receive_weights(self, update_info: S2FTUpdate) -> None:
         """Write one update."""
         began = time.perf_counter()
-        self.receiver.update(_message(update_info))
+        self.receiver.update(vars(update_info))
         logger.info("s2ft: %s, written in %.1f ms", self.receiver.serving, 1000 * (time.perf_counter() - began))
 
     def finish_weight_update(self) -> None:
@@ -141,18 +138,10 @@ def _packed(module: nn.Module) -> str:
     return ""
 
 
-def _message(info: Any) -> dict[str, Any]:
-    return {one.name: getattr(info, one.name) for one in fields(info)}
-
-
-class _Workers:
-    """All workers of one engine."""
-
-    def gather(self, value: Any) -> list[Any]:
-        """Return the values of all workers."""
-        world = private("vllm.distributed.parallel_state", "get_world_group")()
-        if world.world_size == 1:
-            return [value]
-        values: list[Any] = [None] * world.world_size
+def _gather(value: Any) -> list[Any]:
+    """Return the values of all workers of this engine."""
+    world = private("vllm.distributed.parallel_state", "get_world_group")()
+    values = [value] * world.world_size
+    if world.world_size > 1:
         torch.distributed.all_gather_object(values, value, group=world.cpu_group)
-        return values
+    return values

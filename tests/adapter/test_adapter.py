@@ -1,12 +1,11 @@
 """A saved adapter loads bit for bit. A faulty file is refused, and the error names the fault."""
 
-import copy
 import json
 from dataclasses import replace
 
 import pytest
 import torch
-from support.inside import CONFIG, TENSORS, Location, add_info, native, restore_adapter
+from support.inside import CONFIG, Location, add_info, native, restore_adapter
 from support.models import ALL_RATIOS, model_of, ratios_for, token_batch, train
 from support.states import same
 
@@ -41,21 +40,9 @@ def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, 
     native.write(replace(adapter, structure=None), tmp_path / "old")
     assert "structure" not in json.loads((tmp_path / "old" / CONFIG).read_text())
     old = s2ft.read_adapter(tmp_path / "old")
-    native.write(old, tmp_path / "new", model)
     s2ft.load_adapter(model, old, "loaded")
     assert old.structure is None and s2ft.get_adapter(model, "loaded").structure == adapter.structure
-    assert s2ft.read_adapter(tmp_path / "new").structure == adapter.structure
     assert (adapter + adapter).structure == adapter.structure and (adapter + old).structure is None
-
-
-def test_files_are_small_and_named(saved):
-    assert {path.name for path in saved.iterdir()} == {CONFIG, TENSORS}
-    adapter = read_adapter(saved)
-    bytes_of_deltas = sum(d.values.numel() * d.values.element_size() for d in adapter.deltas.values())
-    assert (saved / TENSORS).stat().st_size < 1.2 * bytes_of_deltas + 200 * len(adapter.deltas)
-    assert adapter.info["model_type"] == "llama"
-    header = json.loads((saved / CONFIG).read_text())
-    assert header["schema"] == 1 and "extra_weights" not in header and "modules_to_save" not in header["config"]
 
 
 def test_info_stays_with_a_trainable_adapter(tmp_path):
@@ -103,20 +90,6 @@ def test_an_adapter_crosses_layouts_and_dtypes(tmp_path):
 # ---- switching -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("layout,dtype", [("permuted", torch.bfloat16), ("indexed", torch.float16)], ids=str)
-def test_a_thousand_switches_restore_the_base_exactly(layout, dtype, tmp_path):
-    base = model_of("llama", dtype)
-    s2ft.save_adapter(trained(seed=3, name="b"), tmp_path)
-    model = copy.deepcopy(base)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, layout=layout), name="a")
-    if dtype is not torch.float16:  # no float16 optimizer is needed to test switching
-        train(model)
-    s2ft.load_adapter(model, tmp_path, "b")
-    for i in range(1000):
-        s2ft.set_adapter(model, ("a", "b", None)[i % 3])
-    assert same(s2ft.detach(model), base)
-
-
 def test_switching_between_forward_and_backward_raises(saved):
     model = trained(name="mine", steps=1)
     s2ft.load_adapter(model, saved, "other")
@@ -125,16 +98,3 @@ def test_switching_between_forward_and_backward_raises(saved):
     s2ft.set_adapter(model, "other")
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
-
-
-def test_status_shows_active_and_trainable_apart(saved):
-    model = trained(name="mine", steps=1)
-    s2ft.load_adapter(model, saved, "other")
-    status = s2ft.status(model)
-    assert (status.adapters, status.active, status.trainable) == (["mine", "other"], {"other": 1.0}, "mine")
-    rows = {(row.path, row.adapter): row for row in status.rows}
-    mine = rows["model.layers.0.mlp.down_proj", "mine"]
-    other = rows["model.layers.0.mlp.down_proj", "other"]
-    assert (mine.active, mine.trainable, other.active, other.trainable) == (False, True, True, False)
-    assert "active: other; trainable: mine" in str(status)
-    assert s2ft.status(model_of("llama")).adapters == []

@@ -1,7 +1,6 @@
 """An adapter folder is replaced in one step: a reader gets the old adapter or the new one."""
 
 import os
-import threading
 
 import pytest
 import torch
@@ -71,28 +70,6 @@ def test_a_writer_that_is_stopped_leaves_the_old_or_the_new(is_first, call, mome
             s2ft.read_adapter(tmp_path)
     write(adapters[1], tmp_path)
     assert is_either(s2ft.read_adapter(tmp_path), adapters) == 1 and not (tmp_path / PENDING).exists()
-
-
-def test_readers_beside_a_writer_always_get_one_of_the_two(adapters, tmp_path):
-    write(adapters[0], tmp_path)
-    done, wrong, seen = threading.Event(), [], set()
-
-    def read():
-        while not done.is_set():
-            try:
-                seen.add(is_either(s2ft.read_adapter(tmp_path), adapters))
-                assert Selection.load(tmp_path) in [one.selection for one in adapters]
-            except BaseException as error:
-                wrong.append(error)
-                return
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    for turn in range(40):
-        write(adapters[turn % 2], tmp_path)
-    done.set()
-    reader.join()
-    assert not wrong and seen
 
 
 def test_every_save_has_a_new_stamp(adapters, tmp_path):

@@ -2,18 +2,19 @@
 
 import importlib.util
 import json
-import shutil
 import warnings
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
+from unittest.mock import MagicMock, call
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.inside import ADAPTER_FORMATS, EXPORTS, IMPORTS, add_info, hub, lora, native
+from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
+from support.slices import random_slices
 from torch import nn
 
 import s2ft
@@ -164,11 +165,6 @@ def test_the_ranks_of_modules(options, spread, tmp_path):
     assert lora.describe(tmp_path).startswith("LoRA of rank " + (f"{min(ranks.values())} to " if spread else ""))
 
 
-@pytest.mark.parametrize("needed,rank", ((1, 1), (2, 8), (8, 8), (9, 16), (257, 320), (512, 512), (513, None)))
-def test_the_rank_that_vllm_is_set_to(needed, rank):
-    assert lora.vllm_rank(needed) == rank
-
-
 def test_a_rank_too_large_for_vllm_is_reported(tmp_path):
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, 600), nn.ReLU(), nn.Linear(600, 4))
@@ -189,24 +185,16 @@ def test_a_custom_module(tmp_path):
 
     def net():
         torch.manual_seed(0)
-        inner = nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6))
-        return nn.Sequential(nn.Linear(6, 6), inner, nn.Linear(6, 6))
+        return nn.Sequential(nn.Linear(6, 6), nn.Sequential(nn.Linear(6, 20), nn.ReLU(), nn.Linear(20, 6)))
 
-    mlp = [s2ft.Coupling.ffn(0, up="1.0", down="1.2", channels=20)]
-    model = net()
-    s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=torch.randn(2, 6))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    export_lora(model, tmp_path, rank_pattern=True)
-    x = torch.randn(3, 6)
+    mlp, x = [s2ft.Coupling.ffn(0, up="1.0", down="1.2", channels=20)], torch.randn(3, 6)
+    model, other = net(), net()
+    s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=x)
+    random_slices(model)
+    export_lora(model, tmp_path)
     assert relative(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
-    back = lora.read(tmp_path, net(), couplings=mlp)
-    assert_equal_deltas(back, get_adapter(model, "default"))
-    other = net()
     import_lora(other, tmp_path, couplings=mlp)
-    torch.testing.assert_close(other(x), model(x))
+    assert_equal_deltas(get_adapter(other, "default"), get_adapter(model, "default"))
 
 
 # ---- LoRA, in ------------------------------------------------------------------------------------------
@@ -232,42 +220,22 @@ def layers_of(model):
 
 
 def one_hot(model):
-    """Columns 7, 3 and 11 in this order, with factors, and one unused rank."""
+    """Columns 7, 3 and 11 in this order, and one unused rank."""
     for _, a, b in layers_of(model):
         b.normal_()
-        a[0, 7], a[1, 3], a[3, 11] = 1, -2, 0.5
+        a[0, 7], a[1, 3], a[3, 11] = 1, 1, 1
 
 
-@pytest.mark.parametrize(
-    "options",
-    (
-        dict(lora_alpha=8),
-        dict(lora_alpha=4, use_rslora=True),
-        dict(alpha_pattern={"layers.1.mlp.down_proj": 2}, fan_in_fan_out=False),
-    ),
-)
-def test_a_lora_that_is_one_hot_up_to_factors_and_order(options, tmp_path):
-    expected = lora_of_peft("llama", tmp_path, one_hot, **options).merge_and_unload().state_dict()
-    adapter = lora.read(tmp_path, model_of("llama"))
-    assert {tuple(units.tolist()) for units in adapter.selection.units.values()} == {(3, 7, 11)}
-    model = model_of("llama")
-    import_lora(model, tmp_path, "from-lora")
-    found = s2ft.merge(model).state_dict()
-    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+def half_a_factor(model):
+    one_hot(model)
+    for _, a, _ in layers_of(model):
+        a[3, 11] = 0.5
 
 
-def test_parts_of_heads_are_filled_with_zeros(tmp_path):
-    def rows(model):
-        for _, a, b in layers_of(model):
-            a.normal_()
-            b[1, 0], b[13, 1] = 1, 1
-
-    expected = lora_of_peft("llama", tmp_path, rows, target_modules=["q_proj"]).merge_and_unload().state_dict()
-    model = model_of("llama")
-    import_lora(model, tmp_path)
-    assert get_adapter(model, "default").selection["model.layers.0.self_attn.q_proj"].tolist() == [0, 2]
-    found = s2ft.merge(model).state_dict()
-    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+def parts_of_heads(model):
+    for _, a, b in layers_of(model):
+        a.normal_()
+        b[1, 0], b[13, 1] = 1, 1
 
 
 def random_lora(model):
@@ -287,10 +255,14 @@ def infinite(model):
 
 
 REFUSED = {
-    "random": (random_lora, {}, "structure of S²FT: number 0 of lora_A's rows"),
-    "twice": (twice, {}, "two of lora_A's rows"),
+    "random": (random_lora, {}, "structure of S²FT: rank 0 of lora_A"),
+    "twice": (twice, {}, "two ranks of lora_A"),
     "infinite": (infinite, {}, "lora_B is not finite"),
-    "other side": (one_hot, dict(target_modules=["up_proj"]), "number [0-9]+ of lora_B's columns"),
+    "other side": (one_hot, dict(target_modules=["up_proj"]), "rank 0 of lora_B"),
+    "factor": (half_a_factor, {}, "rank 3 of lora_A must be 1"),
+    "parts of heads": (parts_of_heads, dict(target_modules=["q_proj"]), "belongs to no whole unit"),
+    "scaled": (one_hot, dict(lora_alpha=8), "lora_alpha must equal r"),
+    "scaled by a root": (one_hot, dict(use_rslora=True), "'use_rslora' is True"),
     "embedding": (random_lora, dict(target_modules=["embed_tokens"]), "embed_tokens"),
     "head": (one_hot, dict(target_modules=["lm_head"]), "lm_head"),
     "dora": (one_hot, dict(use_dora=True), "'use_dora' is True"),
@@ -314,7 +286,6 @@ SPOILT = {
     "no B": (dict(tensors=lambda t: t.pop(B0)), "has no lora_B"),
     "foreign": (dict(tensors=lambda t: t.update(x=torch.ones(1))), "'x' is not the A or B"),
     "shape": (dict(tensors=lambda t: t.update({A0: torch.ones(4, 3)})), "do not fit its weight"),
-    "rank": (dict(tensors=lambda t: t.update({A0: t[A0][:3].clone(), B0: t[B0][:, :3].clone()})), "must have rank 4"),
     "integers": (dict(tensors=lambda t: t.update({A0: t[A0].long()})), "must be a floating-point matrix"),
     "unknown module": (
         dict(tensors=lambda t: t.update({key.replace("mlp.down_proj", "mlp"): t.pop(key) for key in (A0, B0)})),
@@ -322,8 +293,7 @@ SPOILT = {
     ),
     "kind": (dict(config=lambda c: c.update(peft_type="LOHA")), "peft_type is 'LOHA'"),
     "unknown": (dict(config=lambda c: c.update(shiny=True)), "'shiny' is True"),
-    "alpha": (dict(config=lambda c: c.update(lora_alpha=0)), "lora_alpha must be a positive number"),
-    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "must be a module's name"),
+    "pattern": (dict(config=lambda c: c.update(rank_pattern={"(a+)+$": 4})), "alpha_pattern must equal rank_pattern"),
 }
 
 
@@ -344,6 +314,15 @@ def refused_loras():
     yield "pickle", lambda folder: (lora_of_peft("llama", folder, one_hot), as_pickle(folder)), "run code"
 
 
+def test_a_lora_of_peft_in_any_order_of_ranks(tmp_path):
+    expected = lora_of_peft("llama", tmp_path, one_hot).merge_and_unload().state_dict()
+    model = model_of("llama")
+    import_lora(model, tmp_path, "from-lora")
+    assert get_adapter(model, "from-lora").selection["model.layers.0.mlp.down_proj"].tolist() == [3, 7, 11]
+    found = s2ft.merge(model).state_dict()
+    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+
+
 @pytest.mark.parametrize("make, word", [pytest.param(*case[1:], id=case[0]) for case in refused_loras()])
 def test_other_loras_are_refused_and_do_not_change_the_model(make, word, tmp_path):
     make(tmp_path)
@@ -354,117 +333,58 @@ def test_other_loras_are_refused_and_do_not_change_the_model(make, word, tmp_pat
     assert all(torch.equal(weight, model_of("llama").state_dict()[key]) for key, weight in model.state_dict().items())
 
 
-# ---- the tables of formats -----------------------------------------------------------------------------
-
-
-def test_every_row_has_the_functions_of_its_module():
-    for known in ADAPTER_FORMATS.values():
-        assert all(callable(getattr(known.module, name)) for name in ("matches", "read", "write", "describe"))
-    assert set(IMPORTS) == {*ADAPTER_FORMATS} - {"native"} == {*EXPORTS} - {"merged", "gguf", "ollama"}
-    assert all(callable(EXPORTS[name].module.export) for name in EXPORTS if name not in IMPORTS)
-
-
-def test_reading_a_lora_folder_needs_its_model(tmp_path):
-    model = trained("llama", steps=1)
-    export_lora(model, tmp_path)
-    with pytest.raises(ValueError, match="is a LoRA.*use s2ft.import_lora"):
-        read_adapter(tmp_path)
-
-
 # ---- the hub -------------------------------------------------------------------------------------------
 
-
-class FakeHub:
-    """Folders serve as repositories; it replaces functions of huggingface_hub."""
-
-    def __init__(self, folder, monkeypatch):
-        self.folder, self.calls = folder, []
-        monkeypatch.setattr("huggingface_hub.snapshot_download", self.snapshot_download)
-        monkeypatch.setattr("huggingface_hub.HfApi", self.api)
-
-    def snapshot_download(self, repo_id, *, revision=None, allow_patterns=None, **options):
-        self.calls.append((repo_id, revision, options))
-        if not (self.folder / repo_id).is_dir():
-            raise OSError("404 Client Error.\nRepository Not Found for url")
-        assert set(allow_patterns) == {native.CONFIG, native.TENSORS}
-        target = self.folder / "cache" / repo_id
-        target.mkdir(parents=True, exist_ok=True)
-        for name in allow_patterns:
-            if (self.folder / repo_id / name).exists():
-                shutil.copy(self.folder / repo_id / name, target)
-        return str(target)
-
-    def api(self, token=None):
-        self.calls.append(token)
-        return self
-
-    def create_repo(self, repo_id, private=None, exist_ok=False):
-        (self.folder / repo_id).mkdir(parents=True, exist_ok=exist_ok)
-        self.calls.append(("private", private))
-
-    def create_branch(self, repo_id, branch, exist_ok):
-        self.calls.append(("branch", branch))
-
-    def file_exists(self, repo_id, name, revision=None):
-        return (self.folder / repo_id / name).exists()
-
-    def create_commit(self, repo_id, operations, commit_message, revision):
-        for operation in operations:
-            (self.folder / repo_id / operation.path_in_repo).write_bytes(operation.path_or_fileobj)
-        return SimpleNamespace(commit_url=f"https://hub/{repo_id}/commit/{revision}")
+FILES = {native.CONFIG, native.TENSORS}
 
 
 @pytest.fixture
-def fake_hub(tmp_path, monkeypatch):
-    return FakeHub(tmp_path / "hub", monkeypatch)
+def api(monkeypatch):
+    """The functions of huggingface_hub."""
+    made = MagicMock()
+    monkeypatch.setattr("huggingface_hub.HfApi", made)
+    monkeypatch.setattr("huggingface_hub.snapshot_download", made.download)
+    made().create_repo().repo_id, made().file_exists.return_value = "org/adapter", False
+    made.reset_mock()
+    return made
 
 
-PUSHED = {native.CONFIG, native.TENSORS, "README.md"}
+def uploaded(api):
+    """The files of the last commit, by name."""
+    return {one.path_in_repo: one.path_or_fileobj for one in api().create_commit.call_args.args[1]}
 
 
-def test_pushed_and_loaded_by_name(fake_hub, tmp_path):
+def test_what_is_pushed(api, tmp_path):
     model = trained("llama")
-    assert push_to_hub(model, "org/adapter", token="t", private=True).startswith("https://hub/org/adapter")
-    assert fake_hub.calls == ["t", ("private", True)]
-    assert {path.name for path in (fake_hub.folder / "org/adapter").iterdir()} == PUSHED
-    (fake_hub.folder / "org/adapter/setup.py").write_text("import os")
-    folder = hub.resolve("org/adapter@v1", local_files_only=True)
-    assert fake_hub.calls[-1] == ("org/adapter", "v1", {"local_files_only": True})
-    assert_equal_deltas(read_adapter(folder), get_adapter(model, "default"))
-    assert not (folder / "setup.py").exists()
-    card = fake_hub.folder / "org/adapter/README.md"
-    card.write_text("by hand")
+    push_to_hub(model, "adapter", token="t", private=True, revision="dev")
+    assert api.call_args_list == [call(token="t")]
+    api().create_repo.assert_called_once_with("adapter", private=True, exist_ok=True)
+    api().create_branch.assert_called_once_with("org/adapter", branch="dev", exist_ok=True)
+    assert uploaded(api).keys() == FILES | {"README.md"}
+    api().file_exists.return_value = True
     push_to_hub(model, "org/adapter")
-    assert card.read_text() == "by hand"
+    assert uploaded(api).keys() == FILES  # the card in the repository stays
     s2ft.save_adapter(model, tmp_path / "saved")
-    (tmp_path / "saved/README.md").write_text("newer")
+    (tmp_path / "saved/README.md").write_text("by hand")
     push_to_hub(tmp_path / "saved", "org/adapter")
-    assert card.read_text() == "newer"
+    assert uploaded(api)["README.md"] == b"by hand"
+    (tmp_path / "saved" / native.TENSORS).write_bytes(b"")
+    api.reset_mock()
+    for name, words in ((None, "truncated or damaged"), ("math", "a folder holds one")):
+        with pytest.raises(ValueError, match=words):
+            push_to_hub(tmp_path / "saved", "org/broken", name)
+    assert not api.mock_calls
 
 
-def test_the_model_card_names_a_base_of_the_hub_but_no_local_folder(fake_hub, tmp_path):
-    model = trained("llama")
+def test_the_model_card_names_a_base_of_the_hub_but_no_local_folder(tmp_path):
+    adapter = get_adapter(trained("llama"), "default")
     for base, shown in (("org/base", True), (str(tmp_path), False)):
-        s2ft.save_adapter(model, tmp_path / "saved", info={"base_model": base})
-        page = hub.card_of(read_adapter(tmp_path / "saved"))
-        assert page.startswith("---\n") and "library_name: s2ft" in page
+        page = hub.card_of(replace(adapter, info={"base_model": base}))
+        assert "library_name: s2ft" in page
         assert (f"base_model: {base}" in page) == shown and (base in page) == shown
 
 
-def test_a_folder_is_pushed_when_it_can_be_read(fake_hub, tmp_path):
-    push_to_hub(GOLDEN / "schema-1", "org/golden", revision="dev")
-    assert fake_hub.calls == [None, ("private", None), ("branch", "dev")]
-    assert {path.name for path in (fake_hub.folder / "org/golden").iterdir()} == PUSHED
-    shutil.copytree(GOLDEN / "schema-1", tmp_path / "broken")
-    (tmp_path / "broken" / native.TENSORS).write_bytes(b"")
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        push_to_hub(tmp_path / "broken", "org/broken")
-    with pytest.raises(ValueError, match="a folder holds one"):
-        push_to_hub(GOLDEN / "schema-1", "org/broken", name="golden")
-    assert not (fake_hub.folder / "org/broken").exists()
-
-
-def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(fake_hub, tmp_path, monkeypatch):
+def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/adapter").mkdir(parents=True)
     for name in ("org/adapter", "org/.."):
@@ -472,11 +392,11 @@ def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(fake_hub,
     for name in ("./org/none", "/none", "none", "a/b/c", "../up", "~/none", Path("org/none")):
         with pytest.raises(FileNotFoundError, match=f"adapter {Path(name).expanduser()} doesn't exist$"):
             hub.resolve(name)
-    assert fake_hub.calls == []
-    with pytest.raises(
-        FileNotFoundError, match="org/none doesn't exist as a folder, and the hub gives no adapter.*404 Client Error.$"
-    ):
+    assert not api.mock_calls
+    api.download.return_value = str(GOLDEN / "schema-1")
+    assert hub.resolve("org/other@v1", local_files_only=True) == GOLDEN / "schema-1"
+    options = api.download.call_args.kwargs
+    assert set(options.pop("allow_patterns")) == FILES and options == dict(revision="v1", local_files_only=True)
+    api.download.side_effect = OSError("404 Client Error.\nRepository Not Found for url")
+    with pytest.raises(FileNotFoundError, match="org/none doesn't exist as a folder, and the hub.*404 Client Error.$"):
         hub.resolve("org/none")
-    (fake_hub.folder / "org/empty").mkdir(parents=True)
-    with pytest.raises(FileNotFoundError, match="is not an S²FT adapter: it has no s2ft_config.json"):
-        read_adapter(hub.resolve("org/empty"))

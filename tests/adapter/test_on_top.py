@@ -115,15 +115,6 @@ def test_units_excluded_by_hand_stay_excluded():
     assert set(attachment_of(model).selection[path].tolist()) <= set(free[-8:])
 
 
-def test_on_top_of_nothing_is_a_plain_attach():
-    model = model_of(CASE)
-    other = copy.deepcopy(model)
-    s2ft.attach(model, config_of("one"), name="one", on_top=True)
-    s2ft.attach(other, config_of("one"), name="one")
-    assert attachment_of(model).selection == attachment_of(other).selection
-    assert attachment_of(model).config == attachment_of(other).config and not attachment_of(model).info
-
-
 def test_freeze_keeps_modules_that_are_trained_in_full():
     model = model_of(CASE)
     s2ft.attach(model, config_of("one", modules_to_save=["lm_head"]), name="one")

@@ -89,37 +89,6 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     assert_same(s2ft.merge(fresh), s2ft.merge(model))
 
 
-def test_the_best_checkpoint_is_loaded_at_the_end(tmp_path):
-    """The best checkpoint is the one with the largest loss here, which is the first."""
-    model = attached()
-    done = trainer(
-        model,
-        tmp_path,
-        max_steps=6,
-        save_steps=2,
-        eval_steps=2,
-        eval_strategy="steps",
-        load_best_model_at_end=True,
-        metric_for_best_model="loss",
-        greater_is_better=True,
-    )
-    done.train()
-    best = done.state.best_model_checkpoint
-    assert best.endswith("checkpoint-2")
-    for name, delta in s2ft.adapter.read_adapter(best).deltas.items():
-        assert torch.equal(delta.values, mounted_deltas(model._s2ft)[name].values)
-
-
-def test_evaluation_uses_the_adapter(tmp_path):
-    model = attached()
-    done = trainer(model, tmp_path, learning_rate=3e-2)
-    before = done.evaluate()["eval_loss"]
-    done.train()
-    assert done.evaluate()["eval_loss"] < before
-    with s2ft.disable_adapters(model):
-        assert done.evaluate()["eval_loss"] == before
-
-
 SPOILT = {
     "another selection": (dict(seed=1), "other units of"),
     "another projection": (dict(config=dict(d_ratio=0.1)), "trains other projections"),
@@ -164,25 +133,6 @@ def test_save_pretrained_saves_a_given_state(tmp_path):
     del state["model.layers.1.mlp.down_proj.s2"]
     with pytest.raises(ValueError, match="no model.layers.1.mlp.down_proj.s2"):
         model.save_pretrained(tmp_path / "less", state_dict=state)
-
-
-def test_reports_print_the_same_counts(capsys):
-    """The model trains one head of four in each layer."""
-    model = tiny_model()
-    base = sum(parameter.numel() for parameter in model.parameters())
-    report = s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.25))
-    for show in (model.print_trainable_parameters, lambda: s2ft.print_trainable_parameters(model)):
-        show()
-    trained, *again = capsys.readouterr().out.splitlines()
-    assert again == [trained]
-    assert (
-        f"trainable params: {report.trainable:,} || all params: {base:,} || trainable%: {100 * report.share:.4f}"
-        in trained
-    )
-    assert f"of {base:,} parameters" in str(report) and "1 of 4 heads" in str(report)
-    assert s2ft.status(model).details.count("1 of 4 heads") == 2
-    s2ft.load_adapter(other := tiny_model(), s2ft.get_adapter(model, "default"))
-    assert s2ft.status(other).details.count("1 of 4 heads") == 2
 
 
 # ---- TRL ---------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.inside import attachment_of, overlap
+from support.inside import attachment_of
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from support.states import same
 
@@ -75,21 +75,6 @@ def test_combined_adapters_are_the_sum(tmp_path):
         s2ft.load_adapter(other, tmp_path, trainable=trainable)
         assert torch.allclose(output_of(other), output_of(expected), atol=1e-5)
     assert s2ft.read_adapter(tmp_path).info["sum_of"] == [["a", 0.7], ["b", 0.3]]
-
-
-def test_disjoint_adapters_lose_nothing():
-    first = adapter_on(0, "a", config=S2FTConfig(d_ratio=0.3, o_ratio=0.25))
-    second = adapter_on(1, "b", config=S2FTConfig(d_ratio=0.3, o_ratio=0.25, exclude=first.selection))
-    assert overlap([first, second]).units == 0 and "disjoint" in str(overlap([first, second]))
-    total = first + second
-    for path, delta in total.deltas.items():
-        for part in (first, second):
-            where = torch.isin(delta.index, part.deltas[path].index)
-            assert torch.equal(delta.values[:, where], part.deltas[path].values)
-    model = model_of(CASE)
-    s2ft.load_adapter(model, total)
-    other = effective(effective(model_of(CASE), {"a": 1}, {"a": first}), {"b": 1}, {"b": second})
-    assert same(s2ft.merge(model), other)
 
 
 def test_arithmetic():

@@ -2,13 +2,11 @@
 
 import io
 import json
-import signal
 import sys
 
 import pytest
-import torch
-from support.inside import Chat, Sampler, add_info, chat as command, load_with_adapter, native
-from train.tiny import CHAT, save_tiny, tiny_model
+from support.inside import Chat, Sampler, chat as command, load_with_adapter, native
+from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model
 
 import s2ft
 from s2ft.cli.main import main
@@ -23,15 +21,10 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
     for seed, (name, template) in enumerate({"math": CHAT, "talk": OTHER}.items()):
-        model = tiny_model(**UNTIED)
-        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.5, seed=seed))
-        torch.manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        add_info(model, {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}})
-        s2ft.save_adapter(model, work / "runs" / name / "adapter")
-        (work / "runs" / name / "config.yaml").touch()
+        info, folder = {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}}, work / "runs" / name
+        ratios = dict(d_ratio=0.2, o_ratio=0.5, seed=seed)
+        save_random_adapter(folder / "adapter", tiny_model(**UNTIED), 0.3, info=info, **ratios)
+        (folder / "config.yaml").touch()
     return work
 
 
@@ -43,17 +36,14 @@ def chat(work, monkeypatch, capsys):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
         stdin.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", stdin)
-        line = ["chat", "--model", work / "model", "--max-new-tokens", 9, *arguments]
-        status = main([str(word) for word in line])
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
+        status = main([*map(str, ["chat", "--model", work / "model", "--max-new-tokens", 9, *arguments])])
+        return status, *capsys.readouterr()
 
     return run
 
 
 def answer(capsys, work, *arguments):
-    line = ["generate", "--model", work / "model", "--max-new-tokens", 9, *arguments]
-    assert main([str(word) for word in line]) == 0
+    assert main([*map(str, ["generate", "--model", work / "model", "--max-new-tokens", 9, *arguments])]) == 0
     return capsys.readouterr().out
 
 
@@ -69,6 +59,7 @@ def test_adapters_are_switched_in_mid_conversation(chat, work, tmp_path):
     """Each answer is that of a chat which had the adapter from the beginning and the same messages before."""
     both = ["--adapter", work / "runs"]
     lines = [
+        "/adapter",
         "Hello",
         "/adapter talk",
         "next",
@@ -79,7 +70,12 @@ def test_adapters_are_switched_in_mid_conversation(chat, work, tmp_path):
         f"/save {tmp_path}/a",
     ]
     status, out, err = chat(lines, *both)
-    assert status == 0 and "(adapter talk)" in err and "(the model without an adapter)" in err
+    assert (
+        status == 0
+        and "adapters: math (on), talk, base" in err
+        and "(adapter talk)" in err
+        and "(the model without an adapter)" in err
+    )
     said = json.loads((tmp_path / "a").read_text())["messages"]
     assert out == "".join(one["content"] + "\n" for one in said if one["role"] == "assistant")
     assert said[0] == {"role": "system", "content": "Be math."}
@@ -88,13 +84,6 @@ def test_adapters_are_switched_in_mid_conversation(chat, work, tmp_path):
         alone = Chat(model, prompter, lambda seed: Sampler(), 9)
         alone.messages = said[1 : 1 + 2 * turn]
         assert "".join(alone.answer(said[1 + 2 * turn]["content"])) == said[2 + 2 * turn]["content"], name
-
-
-def test_a_trained_run_and_names_of_one_s_own(chat, work):
-    err = chat(["/adapter"], "--adapter", f"a={work / 'runs/math'}", work / "runs/talk/adapter")[2]
-    assert "adapters: a (on), talk, base" in err
-    err = chat(["/adapter"], "--adapter", work / "runs")[2]
-    assert "adapters: math (on), talk, base" in err
 
 
 def test_an_adapter_of_plain_text_chats_in_the_template_of_the_base(chat, work, tmp_path):
@@ -135,10 +124,6 @@ def test_undo_reset_system_and_save(chat, tmp_path):
         (["/save x"], [], "there is no conversation to save"),
         (["Hello", "/save RUNS"], [], "exists: choose another file"),
         (["x" * 300], [], "the model's context is 256 tokens"),
-        ([], ["--adapter", "nosuch"], "adapter nosuch doesn't exist"),
-        ([], ["--adapter", "RUNS/math", "RUNS/math"], "are both called 'math': give one as NAME="),
-        ([], ["--adapter", "base=RUNS/math"], "can't be called 'base'"),
-        ([], ["--top-p", "0"], "top_p must be above 0"),
     ],
 )
 def test_mistakes_end_a_script_with_one_line(chat, work, lines, options, message):
@@ -147,44 +132,27 @@ def test_mistakes_end_a_script_with_one_line(chat, work, lines, options, message
     assert status == 2 and message in err and "Traceback" not in err
 
 
-def test_mistakes_do_not_end_a_chat_in_a_terminal(chat):
-    status, out, err = chat(["/adaptor x", "Hello"], terminal=True)
-    assert status == 0 and "error: there is no /adaptor" in err and len(out) > 9
-
-
-def test_an_adapter_of_another_model_leaves_the_present_one(chat, work, tmp_path):
-    other = tiny_model(seed=5, **UNTIED)
-    s2ft.attach(other, s2ft.S2FTConfig(d_ratio=0.2))
-    s2ft.save_adapter(other, tmp_path / "other")
-    lines = ["Hello", "/adapter other", "/adapter"]
+def test_a_mistake_in_a_terminal_leaves_the_chat_and_the_present_adapter(chat, work, tmp_path):
+    save_random_adapter(tmp_path / "other", tiny_model(seed=5, **UNTIED), d_ratio=0.2)
+    lines = ["/adaptor x", "Hello", "/adapter other", "/adapter"]
     err = chat(lines, "--adapter", work / "runs/math", tmp_path / "other", terminal=True)[2]
+    assert "error: there is no /adaptor" in err
     assert "was trained on another base" in err and "math (on), other, base" in err
 
 
-def test_ctrl_c_stops_an_answer_and_not_the_chat(chat, monkeypatch, tmp_path):
+def test_ctrl_c_stops_an_answer_in_a_terminal_and_ends_a_script(chat, monkeypatch, tmp_path):
     printed = []
 
     def interrupted(*words, **options):
+        print(*words, **options)
         printed.append(words)
         if len(printed) == 3:
-            signal.raise_signal(signal.SIGINT)
-        print(*words, **options)
+            raise KeyboardInterrupt
 
     monkeypatch.setattr(command, "print", interrupted, raising=False)
-    before = signal.getsignal(signal.SIGINT)
-    status, _, _ = chat(["Hello", "more", f"/save {tmp_path}/a"], "--max-new-tokens", 20)
+    lines = ["Hello", "more", f"/save {tmp_path}/a"]
+    assert chat(lines, "--max-new-tokens", 20, terminal=True)[0] == 0
     first, second = [one for one in json.loads((tmp_path / "a").read_text())["messages"] if one["role"] == "assistant"]
-    assert status == 0 and 0 < len(first["content"]) < len(second["content"])
-    assert signal.getsignal(signal.SIGINT) is before
-
-
-def test_a_second_ctrl_c_ends_the_chat(chat, monkeypatch):
-    def interrupted(*words, **options):
-        signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(command, "print", interrupted, raising=False)
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell ignores it in background processes
-    try:
-        assert chat(["Hello", "more"], "--max-new-tokens", 20)[0] == 130
-    finally:
-        signal.signal(signal.SIGINT, before)
+    assert 0 < len(first["content"]) < len(second["content"])
+    printed.clear()
+    assert chat(lines, "--max-new-tokens", 20)[0] == 130

@@ -37,20 +37,6 @@ def message(call, *arguments):
 # ---- names ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "words",
-    [
-        ["--learning_rate", "1e-3", "--num_train_epochs", "2", "--per_device_train_batch_size", "4"],
-        ["--learning-rate", "1e-3", "--num-train-epochs", "2", "--per-device-train-batch-size", "4"],
-        ["--lr=1e-3", "--epochs=2", "--micro-batch-size=4"],
-    ],
-    ids=["underscores", "dashes", "short"],
-)
-def test_an_option_has_trls_name_and_a_short_one(words):
-    arguments = parse(*NEEDED, *words).arguments
-    assert (arguments.learning_rate, arguments.num_train_epochs, arguments.per_device_train_batch_size) == (1e-3, 2, 4)
-
-
 def test_every_option_is_reachable_by_its_own_name_and_no_short_name_stands_for_two():
     parsers = [parser_of(command) for command in ("sft", "dpo", "grpo")]
     for parser in parsers:
@@ -64,22 +50,11 @@ def test_every_option_is_reachable_by_its_own_name_and_no_short_name_stands_for_
     assert {name for name in parsers[0].group_of if name not in known} == set()
 
 
-def test_the_help_shows_an_option_once_with_one_line_of_text(capsys):
-    for words, more in ((["--help"], False), (["--help-all"], True)):
-        with pytest.raises(SystemExit):
-            parse(*words)
-        printed = capsys.readouterr().out
-        headings = [line for line in printed.splitlines() if line.endswith(":") and not line.startswith(" ")]
-        assert headings[:5] == ["options:", "model:", "data:", "selection:", "training:"]
-        options = [word for line in printed.splitlines() if line.startswith("  --") for word in line.split()[:1]]
-        assert len(options) == len(set(options)) and ("--no-dataloader-in-order" in printed) == more
-        assert ("--ddp-timeout" in printed) == more and "--no-assistant-only-loss" in printed
-        assert "lora" not in printed.split("example")[0].replace("match-lora-rank", "").lower().replace(
-            "as lora of", ""
-        )
-
-
 READ = {  # words → what the run has
+    "--learning_rate 1e-3 --num_train_epochs 2": lambda run: run.arguments.learning_rate == 1e-3,
+    "--lr=1e-3 --epochs=2": lambda run: (run.arguments.learning_rate, run.arguments.num_train_epochs) == (1e-3, 2),
+    "--per-device-train-batch-size 4": lambda run: run.arguments.per_device_train_batch_size == 4,
+    "--micro-batch-size=4": lambda run: run.arguments.per_device_train_batch_size == 4,
     "--field instruction=q --field output=a": lambda run: run.data.renamed == {"q": "instruction", "a": "output"},
     "--dataset_text_field body": lambda run: run.data.renamed == {"body": "text"},
     "--packing no --no-chunked-loss": lambda run: (run.arguments.packing, run.options.chunked_loss) == (False, False),
@@ -139,6 +114,7 @@ WRONG = [
     ({"env": [1]}, "env must hold lines such as"),
     ("a: [", "can't be read as YAML"),
     ("lr: 1\nseed: 2\nlr: 3", "lr stands twice"),
+    ("lr: 1e-4\nlearning_rate: 1e-3\n", "run.yaml: lr and learning_rate are the same option: keep one of them"),
     ("- a", "must hold lines such as 'learning_rate: 2e-4', got list"),
 ]
 
@@ -148,17 +124,6 @@ def test_a_wrong_value_in_a_config_is_one_line(wrong, said, tmp_path):
     if isinstance(wrong, dict):
         wrong = {"model": "m", "data": "d", "output": "o", **wrong}
     assert said in message(from_yaml, tmp_path, wrong)
-
-
-def test_a_key_and_its_short_name_are_an_error_that_names_both(tmp_path):
-    said = message(from_yaml, tmp_path, "lr: 1e-4\nlearning_rate: 1e-3\n")
-    assert "run.yaml: lr and learning_rate are the same option: keep one of them" in said
-    assert "--lr and --learning-rate are the same option" in message(parse, *NEEDED, "--lr", 1, "--learning_rate", 2)
-
-
-def test_what_is_missing_is_named_by_its_short_name():
-    assert message(parse, "--lr", "1").startswith("missing: --model, --data, --output")
-    assert parse("--model", "m", "--dataset_name", "d", "--output", "o").data.dataset_name == "d"
 
 
 # ---- config files --------------------------------------------------------------------------------------

@@ -7,11 +7,9 @@ import pytest
 import torch
 from support.convert_hf_to_gguf import convert
 from support.inside import load_model, lora, native
-from tokenizers import Tokenizer
-from train.tiny import save_tiny, tiny_config, tiny_tokenizer
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from train.tiny import save_random_adapter, save_tiny, tiny_tokenizer, with_merges
+from transformers import AutoTokenizer
 
-import s2ft
 from s2ft import read_adapter
 from s2ft.cli.main import main
 
@@ -23,16 +21,7 @@ def s2ft_command(*arguments):
 
 
 def make_adapter(model_folder, folder, **info):
-    """Save an adapter with random deltas. Returns the model to which it is attached."""
-    model, _ = load_model(str(model_folder))
-    s2ft.attach(model, s2ft.S2FTConfig(**RATIOS), name="tiny")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.1)
-    s2ft.save_adapter(model, folder, info=info)
-    return model
+    save_random_adapter(folder, load_model(str(model_folder))[0], name="tiny", info=info, **RATIOS)
 
 
 @pytest.fixture(scope="module")
@@ -41,18 +30,6 @@ def work(tmp_path_factory):
     save_tiny(work / "model")
     make_adapter(work / "model", work / "adapter")
     return work
-
-
-def logits_of(model, text="some text 12+3="):
-    ids = tiny_tokenizer()(text, return_tensors="pt")["input_ids"]
-    with torch.no_grad():
-        return model(ids).logits
-
-
-def attached(work):
-    model, _ = load_model(str(work / "model"))
-    s2ft.load_adapter(model, work / "adapter")
-    return model
 
 
 def test_lora_and_back(work, tmp_path, capsys):
@@ -84,28 +61,6 @@ def test_lora_and_back(work, tmp_path, capsys):
     assert all(torch.equal(delta.values, theirs.deltas[path].values) for path, delta in ours.deltas.items())
 
 
-def test_merged_in_shards(work, tmp_path):
-    s2ft_command(
-        "export",
-        work / "adapter",
-        "--model",
-        work / "model",
-        "--format",
-        "merged",
-        "--max-shard-size",
-        "20KB",
-        "--output",
-        tmp_path / "merged",
-    )
-    assert len(list((tmp_path / "merged").glob("*.safetensors"))) > 1
-    assert {"config.json", "generation_config.json", "tokenizer.json"} <= {
-        path.name for path in (tmp_path / "merged").iterdir()
-    }
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
-    assert torch.equal(logits_of(found), logits_of(s2ft.merge(attached(work))))
-    assert AutoTokenizer.from_pretrained(tmp_path / "merged")("12+3=").input_ids == tiny_tokenizer()("12+3=").input_ids
-
-
 OTHER = tiny_tokenizer().chat_template.replace("<|im_start|>", "<|endoftext|>")
 ASK = [{"role": "user", "content": "2+3?"}]
 TRAINED = {"form": "chat", "template": OTHER, "system": 'Say "yes".\n'}
@@ -116,10 +71,8 @@ PROMPT = '<|endoftext|>system\nSay "yes".\n<|im_end|>\n<|endoftext|>user\n2+3?<|
 def prompted(request, work, tmp_path_factory):
     """A base without a chat template, with another one, or in a GGUF file, and an adapter that records TRAINED."""
     folder = tmp_path_factory.mktemp(request.param)
-    base = folder / "model"
-    base_of(base)
+    base = base_of(folder / "model")
     if request.param == "without":
-        tokenizer_with_merges(None).save_pretrained(base)
         (base / "chat_template.jinja").unlink()
     if request.param == "gguf":
         base = convert(base, folder / "model.gguf")
@@ -137,15 +90,9 @@ def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsy
     own = [{"role": "system", "content": "No."}, *ASK]
     assert tokenizer.apply_chat_template(own, tokenize=False).startswith("<|endoftext|>system\nNo.<|im_end|>")
     assert "has the system prompt of the training as its default" in caplog.text
-    said = "not the base's own" if load_model(str(base))[1].chat_template else "the base has no chat template"
-    assert said in caplog.text
-
-
-def test_a_lora_has_the_template_of_the_training_for_vllm(prompted, tmp_path):
-    base, adapter = prompted
-    s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")
-    template = (tmp_path / "lora/chat_template.jinja").read_text()
-    tokenizer = load_model(str(base))[1]
+    s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")  # vLLM reads the template there
+    template, tokenizer = (tmp_path / "lora/chat_template.jinja").read_text(), load_model(str(base))[1]
+    assert ("not the base's own" if tokenizer.chat_template else "the base has no chat template") in caplog.text
     text = tokenizer.apply_chat_template(ASK, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert text == PROMPT
 
@@ -158,56 +105,10 @@ def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path
     assert not (tmp_path / "lora/chat_template.jinja").exists()
 
 
-@pytest.mark.parametrize(
-    "arguments,message",
-    [
-        ([], "give an ADAPTER to export, or --from-lora"),
-        (["ADAPTER", "--from-lora", "LORA"], "and not both"),
-        (["--from-lora", "LORA", "--format", "lora"], "so there is no --format"),
-        (["ADAPTER", "--format", "merged", "--rank", 8], "--rank is for lora, not for merged"),
-        (["ADAPTER", "--max-shard-size", "1GB"], "--max-shard-size is for merged, not for lora"),
-        (["ADAPTER", "--name", "x"], "--name is for from-lora and from-peft, not for lora"),
-        (["ADAPTER", "--rank", 3], "rank must be at least"),
-        (
-            ["ADAPTER", "--format", "merged", "--max-shard-size", "0GB"],
-            "max_shard_size must be a size above 0, such as",
-        ),
-        (["ADAPTER", "--dtype", "int8"], "--dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
-        (["nowhere"], "adapter nowhere doesn't exist"),
-        (["--from-lora", "ADAPTER"], "is not a PEFT LoRA: it has no adapter_config.json"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(arguments, message, work, tmp_path, capsys):
-    filled = [work / "adapter" if argument == "ADAPTER" else argument for argument in arguments]
-    command = ["export", *filled, "--model", work / "model", "--output", tmp_path / "out"]
-    assert main([str(argument) for argument in command]) == 2
-    printed = capsys.readouterr().err
-    assert message in printed and printed.count("\n") == 1
-    assert not any(tmp_path.iterdir())
-
-
-# ---- a base with a tokenizer that a GGUF file can hold --------------------------------------------------
-
-
-def tokenizer_with_merges(chat_template=tiny_tokenizer().chat_template):
-    """The tiny tokenizer with two merges, an added token and a gap in its token ids."""
-    content = json.loads(tiny_tokenizer().backend_tokenizer.to_str())
-    content["model"]["vocab"] |= {"so": 259, "me": 260}
-    content["model"]["merges"] = [["s", "o"], ["m", "e"]]
-    backend = Tokenizer.from_str(json.dumps(content))
-    fast = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<|im_start|>", eos_token="<|im_end|>")
-    fast.chat_template = chat_template
-    fast.add_tokens(["<think>"])
-    return fast
-
-
 def base_of(folder):
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(tiny_config(vocab_size=270))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(std=0.2)
-    model.save_pretrained(folder), tokenizer_with_merges().save_pretrained(folder)
+    """A base whose tokenizer a GGUF file can hold."""
+    save_tiny(folder)
+    with_merges().save_pretrained(folder)
     return folder
 
 
@@ -219,40 +120,24 @@ def test_info_prints_everything(work, capsys):
     printed = capsys.readouterr().out
     adapter = read_adapter(work / "adapter")
     size = sum(path.stat().st_size for path in (work / "adapter").iterdir())
-    for words in (
-        "adapter 'tiny'",
-        f"{adapter.parameters:,} parameters, {size:,} bytes",
-        "10 projections",
-        "float32",
-        f"as a LoRA about {8 * adapter.parameters:,} bytes",
-        "trained on: 2 layers in float32",
-        adapter.selection.digest,
-        "model_type: llama",
-        "q_ratio 0.5",
-        "layout permuted",
-    ):
+    for words in (f"{adapter.parameters:,} parameters, {size:,} bytes", adapter.selection.digest, "layout permuted"):
         assert words in printed, words
     assert re.search(r"model.layers.0.self_attn.q_proj +2 heads +16 rows +float32", printed)
 
 
-def test_info_describes_the_prompt_and_the_training(work, tmp_path, capsys):
+def test_info_describes_the_prompt_and_the_training_and_escapes_control_characters(work, tmp_path, capsys):
     adapter = read_adapter(work / "adapter")
-    adapter.info = {"prompt": TRAINED, "training": {"method": "sft", "data": [], "epochs": 2}}
+    training = {"method": "sft", "data": [], "epochs": 2}
+    adapter.info = {"prompt": TRAINED, "training": training, "note\x1b[2J": "first\nadapter 'other'\x07"}
     native.write(adapter, tmp_path)
     s2ft_command("info", tmp_path)
     printed = capsys.readouterr().out
-    template = len(OTHER)
-    assert f"prompt: chat, template of {template} characters, system prompt 'Say \"yes\".\\\\n'" in printed
-    assert "training: method sft, epochs 2\n" in printed
-
-
-def test_info_escapes_control_characters(work, tmp_path, capsys):
-    adapter = read_adapter(work / "adapter")
-    adapter.info = {"note\x1b[2J": "first\nadapter 'other'\x07"}
-    native.write(adapter, tmp_path)
-    s2ft_command("info", tmp_path)
-    printed = capsys.readouterr().out
-    assert r"note\x1b[2J: first\nadapter 'other'\x07" in printed and "\x1b" not in printed
+    for words in (
+        f"prompt: chat, template of {len(OTHER)} characters, system prompt 'Say \"yes\".\\\\n'",
+        "training: method sft, epochs 2\n",
+        r"note\x1b[2J: first\nadapter 'other'\x07",
+    ):
+        assert words in printed and "\x1b" not in printed
 
 
 def test_info_of_a_lora_names_the_option_that_imports_it(tmp_path, capsys):

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 import pytest
-from support.inside import adapter_named, adapters_in
-from train.tiny import save_tiny, sums, tiny_model, write_jsonl
+from support.inside import adapters_in
+from train.tiny import tiny_model
 
 import s2ft
 from s2ft.cli.main import main
@@ -22,10 +22,7 @@ def save_run(folder, seed=0, finished=True):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(3))
+def work(work):
     for seed, name in enumerate(("math", "chat")):
         save_run(work / "runs" / name, seed)
     save_run(work / "stopped", finished=False)
@@ -69,9 +66,9 @@ NAMES = list(commands(Path(), "", ""))
 
 
 @pytest.mark.parametrize("command", NAMES)
-def test_every_command_takes_the_output_of_a_run(work, tmp_path, command):
-    line = commands(work, work / "runs/math", tmp_path / "out")[command]
-    assert main([str(word) for word in line]) == 0
+def test_every_command_takes_the_output_of_a_run_and_info_a_checkpoint(work, tmp_path, command):
+    adapter = work / ("stopped/checkpoint-12" if command == "info" else "runs/math")
+    assert main([str(word) for word in commands(work, adapter, tmp_path / "out")[command]]) == 0
 
 
 @pytest.mark.parametrize("command", NAMES)
@@ -86,9 +83,7 @@ def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, comma
 
 
 def test_the_api_takes_the_output_of_a_run(work):
-    s2ft.load_adapter(tiny_model(), work / "runs/math")
-    selection = s2ft.Selection.load(work / "runs/math")
-    assert selection == s2ft.read_adapter(work / "runs/math").selection
+    assert s2ft.Selection.load(work / "runs/math") == s2ft.read_adapter(work / "runs/math").selection
     model = tiny_model()
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, exclude=str(work / "runs/math")))
     assert s2ft.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units == 0
@@ -99,10 +94,6 @@ def test_the_api_takes_the_output_of_a_run(work):
         assert bank.loaded == ["math", "mine"]
 
 
-def test_info_takes_a_checkpoint(work, capsys):
-    assert main(["info", str(work / "stopped/checkpoint-12")]) == 0
-
-
 def test_adapters_of_a_directory(work, tmp_path):
     expected = {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
     assert adapters_in(work / "runs") == expected
@@ -110,27 +101,3 @@ def test_adapters_of_a_directory(work, tmp_path):
     assert adapters_in(work / "runs/math/adapter") == {} == adapters_in(work / "stopped")
     (tmp_path / "a").symlink_to(work / "runs/math/adapter"), (tmp_path / "b.txt").touch()
     assert adapters_in(tmp_path) == {"a": tmp_path / "a"}
-    for directory in (work / "runs", work / "runs/math", work / "stopped", tmp_path):
-        for name in ("math", "chat", "a", "adapter", "checkpoint-12"):
-            assert adapter_named(directory, name) == adapters_in(directory).get(name)
-
-
-@pytest.mark.parametrize(
-    "directory, names, logged",
-    [
-        ("runs", ["chat", "math"], "serving 2 adapters: chat, math"),
-        ("runs/math", ["math"], "serving 1 adapter: math"),
-        ("stopped", [], "the base is served alone"),
-    ],
-)
-def test_runs_are_served_by_name_and_checkpoints_are_not(work, caplog, directory, names, logged):
-    from support.inside import Adapters
-
-    from s2ft import AdapterBank
-
-    caplog.set_level("INFO")
-    known = Adapters(AdapterBank(tiny_model()), [work / directory])
-    known.log_adapters()
-    assert known.names == names and logged in caplog.text
-    for name in names:
-        known.release(known.acquire(name))

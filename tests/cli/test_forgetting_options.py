@@ -3,12 +3,12 @@
 import json
 
 import pytest
-from text.test_divergence import direct, direct_kl, direct_loss
-from train.tiny import save_tiny, sums, tiny_model, tiny_tokenizer, write_jsonl
+from text.test_divergence import direct, direct_kl
+from train.tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
 
 pytest.importorskip("trl")
 
-from support.inside import DataOptions, read_log, read_texts, text_rows
+from support.inside import read_log
 
 import s2ft
 from s2ft.cli.main import main
@@ -17,10 +17,7 @@ TEXTS = ["A heron stands in the water and waits.", "Iron rusts where salt and ra
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("forgetting")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(8))
+def work(work):
     write_jsonl(work / "other.jsonl", [{"text": text} for text in TEXTS])
     return work
 
@@ -39,68 +36,49 @@ def measured(work, tmp_path_factory):
     return output
 
 
-def other_rows(work):
-    return text_rows(read_texts(DataOptions(data=[str(work / "other.jsonl")])), tiny_tokenizer(), 256)
-
-
-def with_adapter(output):
-    model = tiny_model()
-    s2ft.load_adapter(model, output / "adapter")
-    return model
-
-
-def test_sft_writes_the_values_into_its_log_and_its_report(work, measured):
+def test_sft_writes_the_values_into_its_log_and_its_report_and_records_protect(work, measured, tmp_path):
     lines = [line for line in read_log(measured / "log.jsonl") if "forgetting" in line]
     assert [line["step"] for line in lines] == [1, 2, 3, 4] and all("base_kl" in line for line in lines)
-    report = json.loads((measured / "report.json").read_text())
-    rows = other_rows(work)
-    rise = direct_loss(with_adapter(measured), rows) - direct_loss(tiny_model(), rows)
-    assert report["forgetting"] == lines[-1]["forgetting"] == pytest.approx(rise, abs=2e-5)
-
-
-def test_protect_is_recorded_and_a_run_without_it_has_other_units(work, measured, tmp_path):
+    assert json.loads((measured / "report.json").read_text())["forgetting"] == lines[-1]["forgetting"]
     adapter = s2ft.read_adapter(measured / "adapter")
-    assert adapter.config.protect_ratio == 0.5
     sft(work, tmp_path / "run")
     plain = s2ft.read_adapter(tmp_path / "run/adapter")
-    assert plain.config.protect_ratio is None and plain.selection != adapter.selection
+    assert (adapter.config.protect_ratio, plain.config.protect_ratio) == (0.5, None)
+    assert plain.selection != adapter.selection
 
 
-def test_eval_measures_the_adapter_against_its_base(work, measured, tmp_path, capsys):
-    common = ["eval", "--model", work / "model", "--adapter", measured, "--forgetting", work / "other.jsonl"]
-    assert main([*map(str, [*common, "--output", tmp_path / "alone.json"])]) == 0
-    assert capsys.readouterr().out.startswith("forgetting ")
-    alone = json.loads((tmp_path / "alone.json").read_text())["drift"]
-    assert alone["forgetting"] == pytest.approx(
-        json.loads((measured / "report.json").read_text())["forgetting"], abs=2e-5
-    )
-    scored = ["--data", work / "data.jsonl", "--task", "arithmetic", "--max-new-tokens", 2, "--kl"]
-    assert main([*map(str, [*common, *scored, "--output", tmp_path / "scored.json"])]) == 0
-    found = json.loads((tmp_path / "scored.json").read_text())
-    assert found["of"] == 8 and found["drift"]["kl_on"] == "prompts" and "KL from the base" in capsys.readouterr().out
-    tokenizer = tiny_tokenizer()
-    rows = []
-    for row in sums(8):
+def test_eval_measures_the_adapter_against_its_base_on_text_prompts_and_answers(work, measured, tmp_path, capsys):
+    def evaluate(*words):
+        command = ["eval", "--model", work / "model", "--adapter", measured, "--output", tmp_path / "out.json", *words]
+        assert main([*map(str, command)]) == 0
+        found = json.loads((tmp_path / "out.json").read_text())
+        (tmp_path / "out.json").unlink()
+        return found, capsys.readouterr().out
+
+    text = ["--forgetting", work / "other.jsonl"]
+    found, printed = evaluate(*text)
+    reported = json.loads((measured / "report.json").read_text())["forgetting"]
+    assert printed.startswith("forgetting ") and found["drift"]["forgetting"] == pytest.approx(reported, abs=2e-5)
+    rows = ["--data", work / "data.jsonl", "--max-new-tokens", 2, "--kl"]
+    found, printed = evaluate(*text, *rows, "--task", "arithmetic", "--num-beams", 2)
+    assert found["of"] == 12 == len(found["records"]) and "KL from the base" in printed
+    tokenizer, rows_of_prompts = tiny_tokenizer(), []
+    for row in sums(12):
         chat = [{"role": "user", "content": row["instruction"]}]
         ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        rows.append({"input_ids": [*ids, 0], "labels": [-100, *ids[1:], 0]})
-    kl = direct_kl(direct(tiny_model(), rows)[0], direct(with_adapter(measured), rows)[0])
-    assert found["drift"]["base_kl"] == pytest.approx(kl, rel=1e-3, abs=2e-6)
-    assert found["drift"]["positions"] == sum(len(row["input_ids"]) - 1 for row in rows)
+        rows_of_prompts.append({"input_ids": [*ids, 0], "labels": [-100, *ids[1:], 0]})
+    adapted = tiny_model()
+    s2ft.load_adapter(adapted, measured / "adapter")
+    kl = direct_kl(direct(tiny_model(), rows_of_prompts)[0], direct(adapted, rows_of_prompts)[0])
+    assert found["drift"]["base_kl"] == pytest.approx(kl, rel=1e-3, abs=2e-6) and found["drift"]["kl_on"] == "prompts"
+    assert evaluate(*rows, "--kl-on", "answers")[1].startswith("KL from the base ")
 
 
-def test_eval_measures_on_the_answers_of_the_base(work, measured, capsys):
-    words = ["--data", work / "data.jsonl", "--kl", "--kl-on", "answers", "--max-new-tokens", 3]
-    assert main([*map(str, ["eval", "--model", work / "model", "--adapter", measured, *words])]) == 0
-    assert capsys.readouterr().out.startswith("KL from the base ")
-
-
-def test_select_protects(work, tmp_path, capsys):
-    common = ["select", "--model", work / "model", "--d-ratio", "0.1"]
-    protect = ["--protect", work / "other.jsonl", "--protect-rows", 2]
-    for name, words in (("plain", []), ("protected", protect), ("few", [*protect, "--protect-ratio", "0.9"])):
-        assert main([*map(str, [*common, *words, "--output", tmp_path / f"{name}.json"])]) == 0
-    plain, protected = (s2ft.Selection.load(tmp_path / f"{name}.json") for name in ("plain", "protected"))
-    assert plain != protected and [len(units) for units in protected.units.values()] == [6, 6]
-    words = [*protect, "--protect-ratio", "0.95", "--output", tmp_path / "none.json"]
-    assert main([*map(str, [*common, *words])]) == 2 and "protect_ratio=0.95" in capsys.readouterr().err
+def test_select_protects(work, tmp_path):
+    selections = []
+    for words in ([], ["--protect", work / "other.jsonl", "--protect-rows", 2, "--protect-ratio", "0.9"]):
+        file = tmp_path / f"{len(words)}.json"
+        command = ["select", "--model", work / "model", "--d-ratio", "0.1", "--output", file, *words]
+        assert main([*map(str, command)]) == 0
+        selections.append(s2ft.Selection.load(file))
+    assert selections[0] != selections[1] and [len(units) for units in selections[1].units.values()] == [6, 6]

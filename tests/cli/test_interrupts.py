@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.inside import checkpoints, newest_valid, read_log
-from train.tiny import save_tiny, sums, write_jsonl
+from train.tiny import save_tiny
 
 from s2ft.cli.main import main
 
@@ -70,10 +70,8 @@ def logged(output):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
+def work(work):
     save_tiny(work / "model", attention_dropout=0.1)
-    write_jsonl(work / "data.jsonl", sums(30))
     assert main(command(work, work / "whole")) == 0
     return work
 

@@ -2,14 +2,14 @@
 
 import pytest
 import torch
-from cli.test_training_options import deltas, sft, work  # noqa: F401
+from cli.test_training_options import deltas, sft
 from support.inside import overlap
 
 import s2ft
 
 
 @pytest.fixture(scope="module")
-def runs(work):  # noqa: F811
+def runs(work):
     """Three runs, each on top of the earlier ones. The first two have the default name."""
     sft(work, work / "first")
     sft(work, work / "second", "--on-top", work / "first", "--name", "b")
@@ -25,22 +25,17 @@ def test_each_run_trains_units_of_its_own_and_names_those_below(runs):
     assert all(any(values.abs().max() > 0 for values in deltas(run).values()) for run in runs)
 
 
-def test_a_run_on_top_is_resumed_exactly(runs, work, tmp_path):  # noqa: F811
+def test_a_run_on_top_is_resumed_exactly_and_only_with_the_same_adapters_below(runs, work, tmp_path, capsys):
     more = ("--on-top", work / "first", work / "second", "--name", "c")
     sft(work, tmp_path / "again", *more, "--stop-after", 2)
+    assert sft(work, tmp_path / "again", "--name", "c", "--resume") != 0 and "on_top" in capsys.readouterr().err
     sft(work, tmp_path / "again", *more, "--resume")
     whole = deltas(runs[2])
     assert whole.keys() == deltas(tmp_path / "again").keys()
     assert all(torch.equal(values, whole[name]) for name, values in deltas(tmp_path / "again").items())
 
 
-def test_a_resumed_run_needs_the_same_adapters_below(runs, work, tmp_path, capsys):  # noqa: F811
-    sft(work, tmp_path / "again", "--on-top", work / "first", "--name", "c", "--stop-after", 2)
-    assert sft(work, tmp_path / "again", "--name", "c", "--resume") != 0
-    assert "on_top" in capsys.readouterr().err
-
-
-def test_equal_names_become_those_of_the_folders(work, tmp_path):  # noqa: F811
+def test_equal_names_become_those_of_the_folders(work, tmp_path):
     sft(work, tmp_path / "a", "--seed", 1)
     sft(work, tmp_path / "b", "--on-top", tmp_path / "a")
     assert s2ft.read_adapter(tmp_path / "b").info["on_top_of"] == {"a": 1.0}

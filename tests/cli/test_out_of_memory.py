@@ -5,7 +5,6 @@ from types import SimpleNamespace
 import pytest
 import torch
 from support.inside import explain_out_of_memory, first_line, is_out_of_memory, smaller_step
-from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
 
@@ -14,14 +13,6 @@ ON_CPU = RuntimeError(
     "[enforce fail at alloc_cpu.cpp:121] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate "
     "99 bytes. Error code 12 (Cannot allocate memory)"
 )
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(16))
-    return work
 
 
 def fails_at(step):
@@ -48,21 +39,6 @@ def test_training(work, tmp_path, monkeypatch, capsys):
     assert error[0].startswith("s2ft sft: error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; ")
     assert "iB are free on cpu; --gradient-checkpointing needs less" in error[0]
     assert "checkpoint-1 is kept" in error[1] and len(error) == 2 and "Traceback" not in printed
-
-
-def test_training_on_pairs(work, tmp_path, monkeypatch, capsys):
-    def fails(self, *args, **options):
-        raise GPU
-
-    monkeypatch.setattr("s2ft.train.trainers.DPORunTrainer.training_step", fails)
-    rows = [{"prompt": f"{number}+1=", "chosen": str(number + 1), "rejected": "no"} for number in range(8)]
-    data = write_jsonl(tmp_path / "pairs.jsonl", rows)
-    command = ["dpo", "--model", work / "model", "--data", data, "--output", tmp_path / "run", "--batch-size", 4]
-    assert main([str(word) for word in command]) == 1
-    printed = capsys.readouterr().err
-    assert "s2ft dpo: error: out of memory: CUDA out of memory" in printed and "Traceback" not in printed
-    assert "--gradient-checkpointing needs less" in printed
-    assert "no checkpoint was written" in printed
 
 
 @pytest.mark.parametrize("command", ("generate", "eval"))
@@ -95,25 +71,11 @@ def test_the_switch_that_helps(batch, checkpointing, switch):
     assert smaller_step(SimpleNamespace(**dict(zip(names, (batch, 2, checkpointing))))) == switch
 
 
-def test_errors_of_all_allocators_are_known():
+def test_errors_of_all_allocators_are_known_and_shown_without_statistics():
     assert all(is_out_of_memory(error) for error in (GPU, ON_CPU, MemoryError()))
     assert not is_out_of_memory(ValueError("out of memory"))
     with pytest.raises(RuntimeError, match="^shape"), explain_out_of_memory("--less"):
         raise RuntimeError("shape '[2]' is invalid")
-
-
-def test_an_allocators_statistics_are_left_out():
     assert first_line(GPU) == "CUDA out of memory. Tried to allocate 2.00 GiB"
     assert first_line(ON_CPU).startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
     assert first_line(MemoryError()) == "MemoryError"
-
-
-@pytest.mark.parametrize("command", ("merge", "export"))
-def test_a_command_that_counts_nothing_names_a_switch(command, monkeypatch, capsys):
-    def run(arguments):
-        raise MemoryError("no room")
-
-    monkeypatch.setattr(f"s2ft.cli.{command}.run", run)
-    assert main([command]) == 1
-    first, second = capsys.readouterr().err.splitlines()
-    assert first == f"s2ft {command}: error: out of memory: no room" and "--dtype" in second

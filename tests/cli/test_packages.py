@@ -7,11 +7,8 @@ import pytest
 from support.inside import (
     NEEDS,
     MissingPackages,
-    check_packages,
-    is_installed,
     methods,  # noqa: F401 - transformers remembers which packages it found when it was asked first
 )
-from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
 
@@ -39,6 +36,7 @@ CASES = [
         "s2ft serve needs the packages fastapi and uvicorn and prometheus-client, which are not installed: pip install "
         "fastapi uvicorn prometheus-client",
     ),
+    (["vllm"], ["grpo", *TRAIN[1:], "--rewards", "format", "--use-vllm", "true"], "use_vllm needs the package vllm"),
     (["vllm"], ["serve", "--model", "./nowhere", "--engine", "vllm"], "pip install vllm, or --engine transformers"),
     (
         ["gguf"],
@@ -81,15 +79,13 @@ def test_importing_a_module_without_its_package(module, package):
     )
 
 
-def test_a_run_without_any_optional_package_but_those_of_training(tmp_path):
-    save_tiny(tmp_path / "model")
-    write_jsonl(tmp_path / "data.jsonl", sums(4))
+def test_a_run_without_any_optional_package_but_those_of_training(work, tmp_path):
     line = [
         "sft",
         "--model",
-        str(tmp_path / "model"),
+        str(work / "model"),
         "--data",
-        str(tmp_path / "data.jsonl"),
+        str(work / "data.jsonl"),
         "--output",
         str(tmp_path / "out"),
         "--max-steps",
@@ -102,11 +98,6 @@ def test_a_run_without_any_optional_package_but_those_of_training(tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "loss.png was not drawn: loss.png needs the package matplotlib" in done.stderr
     assert "adapter: " in done.stdout and (tmp_path / "out/adapter/s2ft_config.json").is_file()
-
-
-def test_installed_packages_pass_the_check():
-    check_packages("s2ft sft"), check_packages("export to something that needs nothing")
-    assert is_installed("prometheus-client") and not is_installed("no-such-package")
 
 
 def test_no_install_line_names_s2ft_itself():

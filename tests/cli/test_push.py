@@ -4,7 +4,6 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
 
@@ -37,12 +36,9 @@ class Hub:
 
 
 @pytest.fixture
-def words(tmp_path):
-    save_tiny(tmp_path / "model")
-    write_jsonl(tmp_path / "data.jsonl", sums(8))
-    paths = {"--model": "model", "--data": "data.jsonl", "--output": "my-run"}
-    return [*(str(word) for key, name in paths.items() for word in (key, tmp_path / name)), "--max-steps", "1",
-            "--batch-size", "4", "--system-prompt", "Add | up."]  # fmt: skip
+def words(work, tmp_path):
+    paths = ["--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "my-run"]
+    return [*map(str, paths), "--max-steps", "1", "--batch-size", "4", "--system-prompt", "Add | up."]
 
 
 def test_the_adapter_is_uploaded_with_its_card(words, tmp_path, capsys, monkeypatch):
@@ -59,7 +55,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, tmp_path, capsys, monkeypa
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
-    for text in ("supervised fine-tuning: d_ratio 0.03", "| 8 rows |", "1 steps, 4 rows an update, learning rate 0.001",
+    for text in ("supervised fine-tuning: d_ratio 0.03", "| 12 rows |", "1 steps, 4 rows an update, learning rate 0.001",
                  "the system prompt “Add \\| up.”"):  # fmt: skip
         assert text in card
     hub.files["README.md"] = b"by hand"
@@ -73,20 +69,3 @@ def test_without_access_nothing_is_trained(words, tmp_path, capsys, monkeypatch)
     said = capsys.readouterr().err.splitlines()
     assert "push_to_hub: the hub does not let you write (no token found): run `hf auth login` first" in said[-1]
     assert not (tmp_path / "my-run").exists()
-
-
-def test_the_card_names_what_is_on_the_hub(tmp_path):
-    from support.inside import card_of
-    from train.tiny import tiny_model
-
-    import s2ft
-    from s2ft import read_adapter
-
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-    info = {"base_model": "org/base", "training": {"method": "dpo", "data": ["org/chats"], "epochs": 2, "rows": 1000}}
-    s2ft.save_adapter(model, tmp_path / "saved", info=info)
-    card = card_of(read_adapter(tmp_path / "saved"))
-    front = yaml.safe_load(card.split("---")[1])
-    assert front == {"base_model": "org/base", "datasets": ["org/chats"], "library_name": "s2ft", "tags": ["s2ft"]}
-    assert "| org/chats, 1,000 rows |" in card and "direct preference optimization" in card and "2 epochs" in card

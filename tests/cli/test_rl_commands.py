@@ -1,13 +1,12 @@
 """s2ft dpo and s2ft grpo from the command line: their folders, their config files, and what they refuse."""
 
 import json
-from importlib.util import find_spec
 
 import pytest
 import yaml
 from safetensors.torch import load_file
-from support.inside import read_log, read_run
-from train.tiny import save_tiny, write_jsonl
+from support.inside import read_log
+from train.tiny import write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
@@ -18,9 +17,7 @@ SHORT = "def short(completions, **_):\n    return [-len(text[0]['content']) / 10
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
+def work(work):
     write_jsonl(work / "pairs.jsonl", PAIRS)
     write_jsonl(work / "held-out.jsonl", PAIRS[:3])
     write_jsonl(work / "tasks.jsonl", TASKS)
@@ -81,20 +78,7 @@ def test_a_run_goes_on_only_with_the_same_rewards(capsys):
     assert run("grpo", "stopped", "--resume") == 0
 
 
-@pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_the_package_is_named(work, capsys):
-    assert run("grpo", "refused", "--use-vllm", "true") == 2
-    error = capsys.readouterr().err
-    assert "use_vllm needs the package vllm, which is not installed: pip install vllm, or leave --use-vllm out" in error
-    assert not (work / "refused").exists()
-
-
 def test_a_reward_that_fails_is_named_and_the_run_can_go_on(work, capsys):
     (work / "fails.py").write_text("def broken(completions, **_):\n    return 1 / 0\n")
     assert run("grpo", "failed", "--rewards", "fails.py") == 2
     assert "reward fails.py:broken raised ZeroDivisionError in line 2: division by zero" in capsys.readouterr().err
-
-
-def test_weights_of_rewards_are_numbers():
-    words = ["--model", "model", "--data", "tasks.jsonl", "--output", "weighted", "--reward-weights", "1", "0.5"]
-    assert read_run("grpo", words).arguments.reward_weights == [1, 0.5]

@@ -2,20 +2,11 @@
 
 import pytest
 from support.inside import calibration_for
-from train.tiny import save_tiny, sums, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(20))
-    return work
 
 
 def command(*arguments):
@@ -83,18 +74,12 @@ def test_a_calibrated_run_resumes(work, tmp_path):
     assert command(*arguments, "--resume", "--calibration-examples", 2) == 2
 
 
-def test_select_without_data(work, tmp_path, capsys):
-    for metric in ("random", "weight"):
-        path = tmp_path / f"{metric}.json"
-        assert command("select", "--model", work / "model", "--output", path, "--selection", metric) == 0
-        assert s2ft.Selection.load(path)["model.layers.0.mlp.down_proj"].numel() == 2  # the paper's ratio
-
-
 def test_budget_exclude_and_units(work, tmp_path, capsys):
     def select(name, *options):
         assert command("select", "--model", work / "model", "--output", tmp_path / name, *options) == 0
         return s2ft.Selection.load(tmp_path / name)
 
+    assert select("plain.json")["model.layers.0.mlp.down_proj"].numel() == 2  # the paper's ratio
     first = select("first.json", "--budget", "0.32k", "--d-ratio", "1")
     assert [len(units) for units in first.units.values()] == [5, 5]  # units of 32 parameters each
     second = select(

@@ -6,19 +6,11 @@ import importlib.util
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.inside import read_log
-from train.tiny import save_tiny, sums, write_jsonl
+from support.inside import load_model, read_log
+from train.tiny import write_jsonl
 
+from s2ft import read_adapter
 from s2ft.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
-    write_jsonl(work / "data.jsonl", sums(12))
-    write_jsonl(work / "held_out.jsonl", sums(5))
-    return work
 
 
 def sft(work, output, *more, steps=4):
@@ -109,7 +101,7 @@ def test_options(option, work, plain, tmp_path):
 
 
 def test_evaluation_while_training_does_not_change_what_is_trained(work, plain, tmp_path, capsys):
-    task = ("--eval-data", work / "held_out.jsonl", "--eval-task", "arithmetic", "--max-new-tokens", 3)
+    task = ("--eval-data", work / "data.jsonl", "--eval-task", "arithmetic", "--max-new-tokens", 3)
     assert sft(work, tmp_path / "often", *task, "--eval-steps", 2, "--eval-limit", 3) == 0
     assert "tokens/s" in capsys.readouterr().out and (tmp_path / "often/loss.png").is_file()
     assert sft(work, tmp_path / "once", *task) == 0
@@ -120,7 +112,17 @@ def test_evaluation_while_training_does_not_change_what_is_trained(work, plain, 
         assert all(torch.equal(value, plain[key]) for key, value in deltas(tmp_path / name).items())
 
 
-def test_memory_is_logged_at_the_start_with_a_warning_if_it_does_not_fit(work, tmp_path, caplog, monkeypatch):
+def test_texts_train_without_a_template_and_the_adapter_says_so(work, tmp_path):
+    data = write_jsonl(tmp_path / "a.jsonl", [{"text": "Lima is in Peru."}, {"prompt": "2+3=", "completion": "5"}])
+    words = ["sft", "--model", work / "model", "--data", data, "--output", tmp_path / "out", "--max-steps", 1]
+    assert main([str(word) for word in words]) == 0
+    adapter = read_adapter(tmp_path / "out/adapter")
+    assert adapter.info["prompt"]["form"] == "text" and adapter.config.ratios == {"d": 0.03}  # the paper's ratio
+
+
+def test_memory_is_logged_with_a_warning_if_it_does_not_fit_or_can_not_be_estimated(
+    work, tmp_path, caplog, monkeypatch
+):
     caplog.set_level("INFO")
     assert sft(work, tmp_path / "out", steps=1) == 0
     (entry,) = [record for record in caplog.records if "Training takes" in record.message]
@@ -130,28 +132,13 @@ def test_memory_is_logged_at_the_start_with_a_warning_if_it_does_not_fit(work, t
     assert sft(work, tmp_path / "again", steps=1) == 0
     (entry,) = [record for record in caplog.records if "Training takes" in record.message]
     assert entry.levelname == "WARNING" and "It will not fit" in entry.message
-
-
-def test_a_run_continues_if_memory_can_not_be_estimated(work, tmp_path, caplog, monkeypatch):
-    caplog.set_level("INFO")
     monkeypatch.setattr("s2ft.estimate", lambda *args, **options: 1 / 0)
-    assert sft(work, tmp_path / "out", steps=1) == 0
+    assert sft(work, tmp_path / "third", steps=1) == 0
     assert "memory was not estimated: division by zero" in caplog.text
-
-
-@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard(work, tmp_path, monkeypatch):
-    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "board"))
-    assert sft(work, tmp_path / "out", "--report-to", "tensorboard", steps=2) == 0
-    assert list((tmp_path / "board").rglob("events.out.tfevents.*"))
 
 
 def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):
     """The result is the same with and without the chunked loss, and in a run that was stopped and resumed."""
-    from support.inside import load_model
-
-    from s2ft import read_adapter
-
     more = ("--modules-to-save", "norm", "lm_head")
     assert sft(work, tmp_path / "out", *more, "--stop-after", 2) == 0
     assert sft(work, tmp_path / "out", *more, "--resume") == 0
@@ -167,5 +154,3 @@ def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):
     assert torch.equal(load_model(str(tmp_path / "merged"))[0].model.norm.weight, found["model.norm.weight"])
     assert main(["export", paths[3], *paths[:2], "--output", str(tmp_path / "lora")]) == 2
     assert "trained in full" in capsys.readouterr().err and not (tmp_path / "lora").exists()
-    assert main(["info", str(tmp_path / "out")]) == 0
-    assert "model.norm.weight trained in full" in capsys.readouterr().out

@@ -1,4 +1,5 @@
 import pytest
+from runs import adapters_of_one_process, attached
 from support.ranks import Ranks
 
 
@@ -24,3 +25,9 @@ def four_ranks():
     made = Ranks(4)
     yield made
     made.close()
+
+
+@pytest.fixture(scope="session")
+def alone(tmp_path_factory):
+    """Adapters that one process trained with twice the accumulation, by case, layout and changes of the config."""
+    return adapters_of_one_process(tmp_path_factory, attached)

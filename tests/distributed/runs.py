@@ -1,8 +1,13 @@
 """The same training on one process and on two, and the comparison of the saved adapters."""
 
 import json
+import os
+import sys
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.tolerances import GEMM
@@ -10,6 +15,7 @@ from torch import nn
 
 import s2ft
 
+os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 STEPS, ROWS, LENGTH = 4, 4, 7
 RANKS = 2
 
@@ -68,6 +74,92 @@ def sharded(model, blocks=True, offload=False, **options):
     for block in blocks_of(model) if blocks else ():
         fully_shard(block, **options)
     return fully_shard(model, **options)
+
+
+# ---- ways to spread a model: ddp, fsdp, fsdp first (before the adapter), tp, zero 1, zero 2, zero 3 --------------
+
+
+def base_on(how, folder):
+    """The model in a folder, spread as far as it is before an adapter is attached."""
+    from transformers import AutoModelForCausalLM
+
+    if how == "tp":
+        from transformers.distributed import DistributedConfig
+
+        split = DistributedConfig(tp_size=dist.get_world_size())
+        return AutoModelForCausalLM.from_pretrained(folder, distributed_config=split)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    if how == "fsdp first":
+        return sharded(model)
+    return partitioned(model) if how == "zero 3" else model
+
+
+def run_on(how, model):
+    """Spread a model that has its adapters. Returns what runs a forward."""
+    if how == "fsdp":
+        return sharded(model)
+    if how == "ddp":
+        return nn.parallel.DistributedDataParallel(model)
+    return engine_for(model, int(how[-1])) if how.startswith("zero") else model
+
+
+def partitioned(model, dtype=torch.float32):
+    """The model after deepspeed.zero.Init: every rank has a part of each parameter."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0, "memory_efficient_linear": False},
+        "bf16": {"enabled": dtype == torch.bfloat16},
+    }
+    deepspeed.zero.Init(module=model, config_dict_or_path=config)
+    assert all(parameter.numel() == 0 for parameter in model.parameters())
+    return model
+
+
+def engine_for(model, stage, half=False):
+    """DeepSpeed's engine, with AdamW on what is trained."""
+    import deepspeed
+
+    deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "zero_allow_untested_optimizer": True,
+        "gradient_clipping": 0.5,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "bf16": {"enabled": half},
+    }
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1)
+    return deepspeed.initialize(model=model, optimizer=optimizer, config=config)[0]
+
+
+def reset(way="cpu"):
+    """Reset the states of accelerate, which are singletons, and remove the environment variables that they set."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    AcceleratorState._reset_state(True)
+    PartialState._reset_state()
+    if "transformers.integrations.deepspeed" in sys.modules:  # under a config of ZeRO-3 new models are partitioned
+        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
+    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
+        del os.environ[name]
+    if way == "deepspeed":  # accelerate uses it only if no one asks for CPUs, and here are only CPUs
+        PartialState(cpu=True)
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+@contextmanager
+def unchanged_environment():
+    """TrainingArguments set variables, which must not reach the other tests of this process."""
+    with mock.patch.dict(os.environ):
+        reset()
+        yield
+
+
+# ---- comparing ---------------------------------------------------------------------------------------------------
 
 
 def files(directory):

@@ -1,10 +1,8 @@
 """A loop with accelerate on two ranks: prepare, backward, clip_grad_norm_, accumulate, save_state, load_state."""
 
-import os
-
 import pytest
 import torch
-from runs import attached, batches, blocks_of, check_same_files, rows_of
+from runs import attached, batches, blocks_of, check_same_files, reset, rows_of
 from support.fsdp_on_cpu import allow
 from support.pairs import in_turn
 from torch.distributed.fsdp import FSDPModule
@@ -16,16 +14,12 @@ WAYS = ("ddp", "fsdp", "fsdp root", "fsdp kept", "fsdp checkpointed", "fsdp stat
 
 
 def accelerator_for(way, model, **options):
-    """A new Accelerator. Its states are singletons and its plugins set environment variables, so both are reset."""
+    """A new Accelerator."""
     allow()
     from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import FullyShardedDataParallelPlugin
 
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
-        del os.environ[name]
+    reset()
     if way != "ddp":
         options["fsdp_plugin"] = FullyShardedDataParallelPlugin(
             fsdp_version=2,
@@ -33,7 +27,7 @@ def accelerator_for(way, model, **options):
             transformer_cls_names_to_wrap=[type(blocks_of(model)[0]).__name__],
             reshard_after_forward="kept" not in way,
             activation_checkpointing="checkpointed" in way,
-            cpu_ram_efficient_loading=False,
+            cpu_ram_efficient_loading="efficient" in way,
             state_dict_type="FULL_STATE_DICT" if "whole" in way else "SHARDED_STATE_DICT",
         )
     return Accelerator(cpu=True, **options)

@@ -72,19 +72,6 @@ def test_a_disagreement_is_an_error_on_every_rank(ranks):
     assert ranks(agree, ["c", "c"]) == ["", ""]
 
 
-def compare_models(rank):
-    from support.inside import check_ranks_agree
-
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, seed=rank), f"of {rank}")
-    return error_of(lambda: check_ranks_agree(model))
-
-
-def test_the_command_line_compares_the_selection(ranks):
-    for message in ranks(compare_models):
-        assert message.startswith("the ranks differ in their selection (2 on 2 ranks)")
-
-
 # ---- saving ----------------------------------------------------------------------------------------------
 
 
@@ -133,9 +120,3 @@ def test_shards_of_trained_parameters_are_refused(tmp_path):
         with pytest.raises(ValueError, match=r"up_proj.s2 has shape .* this is a shard, so nothing is saved"):
             s2ft.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-
-
-def test_the_error_names_the_model_inside_a_wrapper():
-    wrapper = torch.nn.ModuleDict({"module": attached("llama")})
-    with pytest.raises(ValueError, match="wraps the model that has one: pass model.module"):
-        s2ft.get_adapter(wrapper, "default")

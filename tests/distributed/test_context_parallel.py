@@ -1,14 +1,12 @@
 """Devices that share each row (context parallelism) train the adapter of one process: s2ft sft, and plain Trainers."""
 
-import contextlib
 from dataclasses import replace
 
 import pytest
 import torch
-from runs import check_same_files
+from runs import check_same_files, reset, unchanged_environment
 from support.context_on_cpu import allow as allow_context
 from support.fsdp_on_cpu import allow
-from test_trainer import reset
 from train.test_sft import CONFIG, deltas, token_rows
 from train.tiny import tiny_model, tiny_tokenizer
 
@@ -31,7 +29,7 @@ def arguments_for(folder, context=1, data=1, **changes):
 
     options = dict(per_device_train_batch_size=2, gradient_accumulation_steps=2, max_steps=4, save_steps=2)
     if context > 1:
-        reset("fsdp")
+        reset()
         allow()
         allow_context()
         parallelism = ParallelismConfig(cp_size=context, dp_shard_size=data)
@@ -64,16 +62,8 @@ def check_log(ours, theirs):
         )
 
 
-@contextlib.contextmanager
-def unchanged_environment():
-    """TrainingArguments set variables, which must not reach the other tests of this process."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ACCELERATE_USE_CPU", "true")
-        yield
-
-
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
+def by_one(tmp_path_factory):
     """The log and the adapter of one process."""
     folder = tmp_path_factory.mktemp("alone")
     with unchanged_environment():
@@ -83,11 +73,11 @@ def alone(tmp_path_factory):
 @pytest.mark.parametrize(
     "layout, chunked, changes", [("permuted", True, {}), ("indexed", False, {"gradient_checkpointing": True})]
 )
-def test_two_devices_share_each_row(ranks, alone, tmp_path, layout, chunked, changes):
+def test_two_devices_share_each_row(ranks, by_one, tmp_path, layout, chunked, changes):
     logs = ranks(train, tmp_path, 2, 1, layout, chunked, changes)
-    check_log(logs[0], alone[0])
+    check_log(logs[0], by_one[0])
     compare = check_same_files if layout == "permuted" else check_same_deltas
-    compare(tmp_path / "adapter", alone[1])
+    compare(tmp_path / "adapter", by_one[1])
 
 
 def check_same_deltas(ours, theirs):
@@ -96,7 +86,7 @@ def check_same_deltas(ours, theirs):
 
 
 @pytest.mark.slow
-def test_four_devices_in_two_groups(four_ranks, alone, tmp_path):
+def test_four_devices_in_two_groups(four_ranks, by_one, tmp_path):
     logs = four_ranks(train, tmp_path, 2, 2)
-    check_log(logs[0], alone[0])
-    check_same_files(tmp_path / "adapter", alone[1])
+    check_log(logs[0], by_one[0])
+    check_same_files(tmp_path / "adapter", by_one[1])

@@ -1,4 +1,4 @@
-"""FSDP2 on two ranks restores, switches, merges and casts adapters as one process does. Other calls are refused."""
+"""What FSDP2 alone has: states, casts, memory, weights trained in full, and models that were sharded before attach."""
 
 import gc
 import warnings
@@ -6,165 +6,11 @@ import weakref
 
 import pytest
 import torch
-from runs import adapters_of_one_process, attached, check_same_files, files, logits, sharded, train
+from runs import attached, check_same_files, config_for, files, logits, sharded, train
 from support.inside import attachment_of
 from support.models import model_of
-from support.pairs import rest_slow
 
 import s2ft
-
-CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Adapters that one process trained with twice the accumulation, by case and layout."""
-    return adapters_of_one_process(tmp_path_factory, attached)
-
-
-# ---- adapters on a sharded model ---------------------------------------------------------------------------
-
-
-def restore_and_save(rank, case, saved, directory):
-    """Restore after a forward, when the root still holds gathered weights, which the next step discards."""
-    model = sharded(attached(case), blocks=False)
-    before = logits(model)
-    s2ft.adapter.restore_adapter(model, saved)
-    model.reshard()
-    after = logits(model)
-    s2ft.save_adapter(model, directory)
-    return before, after
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_restoring_into_a_sharded_model(ranks, alone, case, tmp_path):
-    saved = alone(case, "permuted")
-    for before, after in ranks(restore_and_save, case, saved, tmp_path):
-        model = attached(case)
-        assert torch.equal(before, logits(model))
-        s2ft.adapter.restore_adapter(model, saved)
-        assert torch.equal(after, logits(model)) and not torch.equal(before, after)
-    check_same_files(tmp_path, saved, exactly=True)
-
-
-def switch(model, adapters):
-    """The outputs under several settings of the adapters, and the status."""
-    seen = []
-    for setting in (
-        None,
-        "a",
-        {"a": 0.5, "b": 2.0},
-        "default",
-        {"default": 0.5, "b": 1.0},
-        {"default": 1.0, "b": 1.0},
-        None,
-    ):
-        s2ft.set_adapter(model, setting)
-        seen.append(logits(model))
-    s2ft.set_adapter(model, {"a": 1.0, "default": 1.0})
-    return seen, str(s2ft.status(model))
-
-
-def loaded(case, saved, before=True):
-    """A model with a trainable adapter, and two loaded adapters on other units."""
-    model = model_of(case)
-    for name in ("a", "b"):
-        s2ft.load_adapter(model, saved[name], name, active=False)
-    if before:
-        s2ft.set_adapter(model, "a")  # written into the full weight and taken off shard by shard
-    s2ft.attach(model, s2ft.S2FTConfig(units=s2ft.read_adapter(saved["b"]).selection, layout="permuted"))
-    s2ft.adapter.restore_adapter(model, saved["b"])
-    if before:
-        s2ft.set_adapter(model, {"a": 1.0, "default": 1.0})
-    return model
-
-
-def switch_sharded(rank, case, saved):
-    model = sharded(loaded(case, saved))
-    seen = switch(model, saved)
-    weights = {key: value.full_tensor().detach() for key, value in model.named_parameters()}
-    return seen, weights
-
-
-@pytest.mark.parametrize("case", rest_slow(CASES, ("llama-grouped", "mixtral", "phi3")))
-def test_switching_adapters_on_a_sharded_model(ranks, case, tmp_path):
-    saved = {}
-    for name, seed in (("a", 1), ("b", 2)):
-        model = attached(case, seed=seed)
-        train(model, steps=2, lr=0.1)
-        s2ft.save_adapter(model, saved.setdefault(name, tmp_path / name))
-    model = loaded(case, saved)
-    expected, expected_status = switch(model, saved)
-    for (seen, status), weights in ranks(switch_sharded, case, saved):
-        assert status == expected_status and len(seen) == len(expected)
-        for one, other in zip(seen, expected):
-            assert torch.equal(one, other)
-        assert all(torch.equal(value, weights[key]) for key, value in model.named_parameters())
-    assert not torch.equal(expected[0], expected[1]) and torch.equal(expected[0], expected[-1])
-
-
-def load_into_sharded(rank, case, saved):
-    """Load an adapter into a model that is sharded and has a trainable adapter."""
-    model = sharded(attached(case))
-    s2ft.load_adapter(model, saved, "late")
-    late = logits(model)
-    with s2ft.disable_adapters(model):
-        base = logits(model)
-    s2ft.delete_adapter(model, "late")
-    return late, base, s2ft.list_adapters(model)
-
-
-def test_loading_into_a_sharded_model(ranks, alone, tmp_path):
-    saved = alone("llama-grouped", "permuted")
-    model = attached("llama-grouped")
-    s2ft.load_adapter(model, saved, "late")
-    for late, base, names in ranks(load_into_sharded, "llama-grouped", saved):
-        assert torch.equal(late, logits(model)) and names == ["default"]
-        assert torch.equal(base, logits(attached("llama-grouped")))
-
-
-# ---- back to the base, and merging ---------------------------------------------------------------------------------
-
-
-def undo(rank, saved, way):
-    """Load, then detach, merge or delete. Returns the full weights and the adapters that are left."""
-    model = sharded(attached("llama-grouped"))
-    s2ft.adapter.restore_adapter(model, saved)
-    s2ft.load_adapter(model, saved, "other", active=False)
-    if way == "merge loaded":
-        s2ft.set_adapter(model, {"other": 0.5})
-    act = {"detach": s2ft.detach, "merge": s2ft.merge, "merge loaded": s2ft.merge}
-    act.get(way, lambda model: s2ft.delete_adapter(model, "default"))(model)
-    weights = {key: value.full_tensor().detach() for key, value in model.named_parameters()}
-    return weights, s2ft.list_adapters(model)
-
-
-@pytest.mark.parametrize("way", ("detach", "merge", "merge loaded", "delete"))
-def test_adapters_are_taken_off_or_merged_into_the_shards(ranks, alone, way):
-    saved = alone("llama-grouped", "permuted")
-    expected = model_of("llama-grouped")
-    if way.startswith("merge"):
-        s2ft.load_adapter(expected, saved, "other")
-        s2ft.set_adapter(expected, {"other": 0.5 if way == "merge loaded" else 1.0})
-        s2ft.merge(expected)
-    expected = dict(expected.named_parameters())
-    for weights, names in ranks(undo, saved, way):
-        assert weights.keys() == expected.keys() and names == (["other"] if way == "delete" else [])
-        assert all(torch.equal(weights[key], value) for key, value in expected.items())
-
-
-def refuse_to_fuse(rank):
-    model = sharded(attached("llama"))
-    before = logits(model)
-    with pytest.raises(ValueError) as error:
-        s2ft.fuse(model)
-    return str(error.value), torch.equal(logits(model), before)
-
-
-def test_a_sharded_model_is_not_fused(ranks):
-    for message, same in ranks(refuse_to_fuse):
-        assert "s2ft.merge writes it into the shards for good" in message and same
-
 
 # ---- states ------------------------------------------------------------------------------------------------
 
@@ -289,3 +135,101 @@ def switch_extra_weights(rank, folder, unfrozen):
 @pytest.mark.parametrize("unfrozen", (None, "before", "after"))
 def test_extra_weights_of_a_sharded_model_are_switched_and_saved(ranks, unfrozen, tmp_path):
     assert all(all(same) for same in ranks(switch_extra_weights, tmp_path, unfrozen))
+
+
+# ---- sharded before the adapter --------------------------------------------------------------------------------
+
+
+def base_of(model):
+    return {key: value.full_tensor().detach().clone() for key, value in model.named_parameters()}
+
+
+def is_base(model, base):
+    now = dict(model.named_parameters())
+    return now.keys() == base.keys() and all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
+
+
+def from_transformers(rank, folder, layout, directory):
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed import DistributedConfig
+
+    model = AutoModelForCausalLM.from_pretrained(folder, distributed_config=DistributedConfig(fsdp_size=2))
+    base = base_of(model)
+    report = s2ft.attach(model, config_for("llama-grouped", layout))
+    assert "in evaluation mode only" in report.unproved
+    train(model, rank)
+    s2ft.save_adapter(model, directory / "trained")
+    s2ft.detach(model)
+    same = is_base(model, base)
+    s2ft.load_adapter(model, directory / "trained", trainable=True)
+    s2ft.save_adapter(model, directory / "again")
+    s2ft.merge(model)
+    return same, base_of(model)
+
+
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
+def test_models_that_transformers_has_sharded(ranks, layout, tmp_path):
+    """They train, go on, and merge into the shards, bit for bit the weights that one process merges."""
+    model_of("llama-grouped").save_pretrained(tmp_path / "base")
+    model = type(model_of("llama-grouped")).from_pretrained(tmp_path / "base")
+    s2ft.attach(model, config_for("llama-grouped", layout))
+    train(model)
+    s2ft.save_adapter(model, tmp_path / "alone")
+    answers = ranks(from_transformers, tmp_path / "base", layout, tmp_path)
+    check_same_files(tmp_path / "trained", tmp_path / "alone")
+    check_same_files(tmp_path / "again", tmp_path / "trained", exactly=True)
+    merged = model_of("llama-grouped")
+    s2ft.load_adapter(merged, tmp_path / "trained", trainable=True)
+    expected = dict(s2ft.merge(merged).named_parameters())
+    for same, weights in answers:
+        assert same and weights.keys() == expected.keys()
+        assert all(torch.equal(weights[key], value) for key, value in expected.items())
+
+
+def interrupted(rank, error):
+    """Fail while layers are mounted, after FSDP2 has been told of them."""
+    from support.inside import mounting
+
+    model = sharded(model_of("llama-grouped"))
+    base, before = base_of(model), logits(model)
+    model.reshard()
+    replace = mounting.replace_forward
+
+    def fail(*args):
+        raise error
+
+    mounting.replace_forward = fail
+    try:
+        s2ft.attach(model, config_for("llama-grouped", "permuted"))
+    except type(error):
+        pass
+    finally:
+        mounting.replace_forward = replace
+    same = is_base(model, base) and torch.equal(logits(model), before)
+    model.reshard()
+    s2ft.attach(model, config_for("llama-grouped", "permuted"))
+    return same and torch.equal(logits(model), logits(attached("llama-grouped")))
+
+
+def test_an_error_while_layers_are_mounted_leaves_the_sharded_model_as_it_was(ranks):
+    assert ranks(interrupted, KeyboardInterrupt()) == [True, True]
+
+
+def train_in_bfloat16(rank, directory, first):
+    """Shard first or attach first, under a policy that gathers bfloat16 and reduces float32."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy
+
+    policy, model = MixedPrecisionPolicy(torch.bfloat16, torch.float32), model_of("llama-grouped")
+    if first == "shard":
+        sharded(model, mp_policy=policy)
+    s2ft.attach(model, config_for("llama-grouped", "permuted"))
+    if first == "attach":
+        sharded(model, mp_policy=policy)
+    train(model, rank)
+    s2ft.save_adapter(model, directory / first)
+
+
+def test_mixed_precision_is_that_of_a_model_that_is_sharded_later(ranks, tmp_path):
+    for first in ("shard", "attach"):
+        ranks(train_in_bfloat16, tmp_path, first)
+    check_same_files(tmp_path / "shard", tmp_path / "attach", exactly=True)

@@ -3,8 +3,6 @@
 A rank kills itself with SIGKILL when it is about to call a chosen function. The processes of a test are its own.
 """
 
-import shutil
-
 import pytest
 from runs import attached, check_same_files, sharded, train
 from support.inside import distributed
@@ -129,25 +127,6 @@ def test_a_rank_dies_while_a_checkpoint_is_written(of_agent, way, victim, point,
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-2", "checkpoint-4", "final"]
 
 
-def resume(rank, way, folder):
-    train_to_the_end(rank, way, folder, True)
-
-
-LOADING = "s2ft.adapter.loading:set_mounted_deltas"
-STATE = "s2ft.train.optimizer_state:load_state"
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("way, victim, point", [("fsdp", 1, LOADING), ("ddp", 1, LOADING), ("fsdp", 0, STATE)])
-def test_a_rank_dies_while_a_checkpoint_is_loaded(of_agent, way, victim, point, tmp_path):
-    of_agent(train_to_the_end, way, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole" / "checkpoint-2", tmp_path / "killed" / "checkpoint-2")
-    errors_of_survivors(of_agent, victim, point, 1, resume, way, tmp_path / "killed")
-    assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-2"]
-    of_agent(train_to_the_end, way, tmp_path / "killed", True)
-    check_same_files(tmp_path / "killed" / "final", tmp_path / "whole" / "final", exactly=True)
-
-
 # ---- ranks without weights ---------------------------------------------------------------------------------------
 
 
@@ -178,27 +157,6 @@ def test_the_first_rank_dies_while_others_wait_for_what_it_computes(mortals, poi
         and "waited for rank 0: it did not call this within 5 s" in error
         or (not mortals.agent and "can't reach the store" in error)
     )
-
-
-# ---- merged checkpoints ------------------------------------------------------------------------------------------
-
-
-def save_merged(rank, base, directory):
-    model = type(model_of("llama")).from_pretrained(base)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
-    train(model, steps=1)
-    s2ft.save_merged(sharded(model), directory, base=base)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("point", ["s2ft.export.from_model:write_config", "os:rename"])
-def test_the_first_rank_dies_while_it_writes_a_merged_checkpoint(of_agent, point, tmp_path):
-    model_of("llama").save_pretrained(tmp_path / "base")
-    (error,) = errors_of_survivors(of_agent, 0, point, 1, save_merged, tmp_path / "base", tmp_path / "merged")
-    assert "saving a merged checkpoint: rank 1 waited for rank 0: it did not call this" in error
-    assert not (tmp_path / "merged").exists()
-    of_agent(save_merged, tmp_path / "base", tmp_path / "merged")
-    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 # ---- waiting ---------------------------------------------------------------------------------------------------

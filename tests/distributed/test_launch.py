@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -104,19 +103,6 @@ def test_two_ranks_resume_exactly_in_a_later_epoch(job, tmp_path, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(2, 1), (1, 2)])
-def test_a_run_goes_on_with_another_number_of_processes(job, tmp_path, before, after):
-    arguments, alone = job
-    for processes, more in ((before, ["--stop-after", "2"]), (after, ["--resume"])):
-        if processes == 1:
-            assert main([*arguments, "--output", str(tmp_path), *more]) == 0
-        else:
-            torchrun(tmp_path, *arguments, *more)
-    check_same_files(tmp_path / "adapter", alone)
-    assert [line["step"] for line in read_log(tmp_path / "log.jsonl") if "loss" in line] == [1, 2, 3, 4]
-
-
-@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_ends_the_run_of_a_killed_rank_and_the_next_one_goes_on(job, tmp_path, rank):
     """The rank kills itself while the second checkpoint is written."""
@@ -195,14 +181,6 @@ def test_example_selects_by_data_evaluates_stops_and_resumes(job, name, tmp_path
 
 def test_every_example_is_tested():
     assert EXAMPLES == sorted(KIND)
-
-
-@pytest.mark.parametrize("name", EXAMPLES)
-def test_examples_name_the_options_for_the_number_of_devices_and_do_not_set_them(name):
-    text = (ROOT / "examples" / "accelerate" / f"{name}.yaml").read_text()
-    assert f"accelerate launch --config_file examples/accelerate/{name}.yaml --num_processes N" in text
-    assert name not in SIZES or SIZES[name] in text
-    assert not re.search("^[^#]*(num_processes|_(tp|cp|dp_shard)_size)", text, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name", EXAMPLES)

@@ -5,20 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import (
-    adapters_of_one_process,
-    attach_to,
-    attached,
-    batches,
-    blocks_of,
-    check_same_files,
-    logits,
-    rows_of,
-    sharded,
-    train,
-)
-from support.fsdp_on_cpu import allow
+from runs import attach_to, attached, batches, check_same_files, logits, reset, sharded, train
 from support.models import model_of
+from test_accelerate import accelerator_for
 
 import s2ft
 
@@ -34,39 +23,16 @@ def meta_of(model):
     return model
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Adapters that one process trained, by case, layout and changes of the config."""
-    return adapters_of_one_process(tmp_path_factory, attached)
-
-
 @contextmanager
 def efficient_accelerator(model):
-    """An Accelerator for FSDP2 with cpu_ram_efficient_loading. What it sets in the process is reset before and after."""
-    allow()
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState, PartialState
-    from accelerate.utils import FullyShardedDataParallelPlugin
-
-    def reset():
-        AcceleratorState._reset_state(True)
-        PartialState._reset_state()
-        for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
-            del os.environ[name]
-
-    reset()
-    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
+    """An Accelerator for FSDP2 with cpu_ram_efficient_loading. What it sets in the process is reset afterwards."""
+    efficient = dict(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2", FSDP_CPU_RAM_EFFICIENT_LOADING="true")
     try:
-        plugin = FullyShardedDataParallelPlugin(
-            fsdp_version=2,
-            auto_wrap_policy="transformer_based_wrap",
-            transformer_cls_names_to_wrap=[type(blocks_of(model)[0]).__name__],
-            cpu_ram_efficient_loading=True,
-        )
-        yield Accelerator(cpu=True, fsdp_plugin=plugin)
+        accelerator = accelerator_for("fsdp efficient", model)
+        os.environ.update(efficient)
+        yield accelerator
     finally:
         reset()
-        os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
 def base_is(model, case):
@@ -91,14 +57,8 @@ def with_accelerate(rank, case, layout, directory, has, changes):
     with efficient_accelerator(model) as accelerator:
         attach_to(model, case, layout, **changes)
         trained = [p for p in model.parameters() if p.requires_grad]
-        model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1))
-        model.train()
-        for batch in batches(model):
-            half = batch[rows_of(rank * 2 // torch.distributed.get_world_size())]
-            accelerator.backward(model(input_ids=half, labels=half).loss)
-            accelerator.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], 0.5)
-            optimizer.step()
-            optimizer.zero_grad()
+        model, _ = accelerator.prepare(model, torch.optim.AdamW(trained))
+        train(model, rank * 2 // torch.distributed.get_world_size())
         s2ft.save_adapter(model, directory)
         s2ft.set_adapter(model, None)
         s2ft.detach(model)
@@ -108,11 +68,9 @@ def with_accelerate(rank, case, layout, directory, has, changes):
 @pytest.mark.parametrize(
     "case, layout, selection, has",
     [
-        ("llama-grouped", "permuted", "random", "nothing"),
         ("llama-grouped", "indexed", "weight", "any values"),
         ("mixtral", "permuted", "gradient", "nothing"),
         pytest.param("gpt2", "permuted", "activation", "any values", marks=pytest.mark.slow),
-        pytest.param("mixtral", "indexed", "random", "nothing", marks=pytest.mark.slow),
     ],
 )
 def test_accelerate_broadcasts_the_weights_of_the_first_rank(ranks, alone, case, layout, selection, has, tmp_path):
@@ -121,11 +79,10 @@ def test_accelerate_broadcasts_the_weights_of_the_first_rank(ranks, alone, case,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout, selection", [("permuted", "activation"), ("indexed", "random")])
-def test_accelerate_broadcasts_to_four_ranks(four_ranks, alone, layout, selection, tmp_path):
-    changes = dict(selection=selection)
-    assert four_ranks(with_accelerate, "llama-grouped", layout, tmp_path, "nothing", changes) == [True] * 4
-    check_same_files(tmp_path, alone("llama-grouped", layout, **changes))
+def test_accelerate_broadcasts_to_four_ranks(four_ranks, alone, tmp_path):
+    changes = dict(selection="activation")
+    assert four_ranks(with_accelerate, "llama-grouped", "permuted", tmp_path, "nothing", changes) == [True] * 4
+    check_same_files(tmp_path, alone("llama-grouped", "permuted", **changes))
 
 
 # ---- without accelerate ----------------------------------------------------------------------------------
@@ -168,7 +125,6 @@ def with_torch(rank, case, layout, directory, selection, real, first_keeps):
     "layout, selection, real, first_keeps",
     [
         ("permuted", "weight", (0,), False),
-        ("indexed", "random", (0,), False),
         ("permuted", "random", (), False),
         ("permuted", "random", (0, 1), False),
         ("permuted", "random", (0,), True),
@@ -215,7 +171,7 @@ def base_is_beneath(model, case):
     )
 
 
-@pytest.mark.parametrize("has", ("nothing", "any values"))
+@pytest.mark.parametrize("has", (pytest.param("nothing", marks=pytest.mark.slow), "any values"))
 def test_a_trained_adapter_goes_on(ranks, has, tmp_path):
     model = attached("llama-grouped", **EXTRA)
     train(model)

@@ -1,11 +1,9 @@
 """save_merged on ranks writes the checkpoint that one process writes by merge and save_pretrained, bit for bit."""
 
 import pytest
-import torch.distributed as dist
 from export.test_streamed import check_equal, randomize
-from runs import sharded
+from runs import base_on, sharded
 from support.models import ALL_RATIOS, model_of, ratios_for
-from transformers import AutoModelForCausalLM
 
 import s2ft
 
@@ -27,6 +25,7 @@ SLOW = [
     ("qwen2-grouped-tied", "indexed", "tp", False),
     ("phi3-grouped", "permuted", "tp", False),
 ]
+ZERO = [("llama-grouped", "permuted", "zero 3", False), ("mixtral", "indexed", "zero 3", True)]
 WEIGHTS = {"a": 0.5, "b": 1.0}
 
 
@@ -57,21 +56,9 @@ def with_adapters(model, folder):
     return model
 
 
-def load(folder, how):
-    if how != "tp":
-        return AutoModelForCausalLM.from_pretrained(folder / "base")
-    from transformers.distributed import DistributedConfig
-
-    return AutoModelForCausalLM.from_pretrained(
-        folder / "base", distributed_config=DistributedConfig(tp_size=dist.get_world_size())
-    )
-
-
 def spread(folder, how):
-    model = load(folder, how)
-    if how == "fsdp first":
-        return with_adapters(sharded(model), folder)
-    return sharded(with_adapters(model, folder)) if how == "fsdp" else with_adapters(model, folder)
+    model = with_adapters(base_on(how, folder / "base"), folder)
+    return sharded(model) if how == "fsdp" else model
 
 
 def save(rank, folder, how, is_on_disk):
@@ -83,9 +70,16 @@ def save(rank, folder, how, is_on_disk):
 
 
 @pytest.mark.parametrize(
-    "case, layout, how, is_on_disk", [*CASES, *(pytest.param(*more, marks=pytest.mark.slow) for more in SLOW)]
+    "case, layout, how, is_on_disk",
+    [
+        *CASES,
+        *(pytest.param(*more, marks=pytest.mark.slow) for more in SLOW),
+        *(pytest.param(*more, marks=pytest.mark.deepspeed) for more in ZERO),
+    ],
 )
 def test_two_ranks_save_what_one_process_merges(ranks, prepared, case, layout, how, is_on_disk):
+    if how == "zero 3":
+        pytest.importorskip("deepspeed")
     folder = prepared(case, layout)
     assert ranks(save, folder, how, is_on_disk) == [["a", "b", "base", "expected", "saved"]] * 2
     check_equal(folder / "saved", folder / "expected")

@@ -1,16 +1,12 @@
 """Two devices share each row by DeepSpeed's sequence parallelism (Ulysses) and train the adapter of one process."""
 
-import os
-from unittest import mock
-
 import pytest
 import torch
-from runs import check_same_files
+from runs import check_same_files, config_for, reset, unchanged_environment
 from support.inside import S2FTTrainer
 from support.models import model_of
 from support.ranks import Ranks
-from test_trainer import reset
-from test_zero_init import TRAINER, arguments_for, config_of
+from test_trainer import CLOSE, losses_of, trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 import s2ft
@@ -21,16 +17,18 @@ TOKENS = torch.randint(67, (24, LENGTH), generator=torch.Generator().manual_seed
 ROWS = [{"input_ids": ids, "labels": ids, "position_ids": torch.arange(LENGTH)} for ids in TOKENS]
 
 
-def train(kind, base, folder, **changes):
+def train(kind, base, folder, way, **changes):
     """Returns the losses, and the gradient norms."""
-    arguments = arguments_for(folder, gradient_accumulation_steps=1, gradient_checkpointing=False, **changes)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-    s2ft.attach(model, config_of("llama-grouped", selection="weight"))
-    made = kind(model=model, args=arguments, train_dataset=ROWS)
+
+    def make():
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
+        s2ft.attach(model, config_for("llama-grouped", selection="weight"))
+        return model
+
+    made = trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
     made.train()
     s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / "adapter")
-    lines = [line for line in made.state.log_history if "loss" in line]
-    return [line["loss"] for line in lines], [line["grad_norm"] for line in lines]
+    return losses_of(made), [line["grad_norm"] for line in made.state.log_history if "loss" in line]
 
 
 def train_together(rank, kind, stage, base, folder):
@@ -42,8 +40,7 @@ def train_together(rank, kind, stage, base, folder):
     deepspeed.init_distributed("gloo", auto_mpi_discovery=False)
     handler = DeepSpeedSequenceParallelConfig(sp_seq_length_is_variable=True, sp_attn_implementation="sdpa")
     parallelism = ParallelismConfig(sp_size=2, sp_backend="deepspeed", sp_handler=handler)
-    zero = {"zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0}}
-    return train(kind, base, folder, deepspeed={**TRAINER, **zero}, parallelism_config=parallelism)
+    return train(kind, base, folder, f"zero {stage}", parallelism_config=parallelism)
 
 
 @pytest.mark.parametrize(
@@ -58,10 +55,9 @@ def test_trainer_trains_the_adapter_of_one_process(kind, stage, tmp_path):
         losses, norms = made(train_together, kind, stage, tmp_path / "base", tmp_path / "two")[0]
     finally:
         made.close()
-    with mock.patch.dict(os.environ):
-        reset("ddp")
-        expected_losses, expected_norms = train(S2FTTrainer, tmp_path / "base", tmp_path / "one")
+    with unchanged_environment():
+        expected_losses, expected_norms = train(S2FTTrainer, tmp_path / "base", tmp_path / "one", "ddp")
     assert losses == pytest.approx(expected_losses, rel=1e-4)
     if stage == 3:  # DeepSpeed multiplies the gradients by the number of devices in ZeRO-1 and 2
         assert norms == pytest.approx(expected_norms, rel=1e-4)
-    check_same_files(tmp_path / "two" / "adapter", tmp_path / "one" / "adapter", rtol=1e-4, atol=1e-4)
+    check_same_files(tmp_path / "two" / "adapter", tmp_path / "one" / "adapter", **CLOSE)

@@ -2,13 +2,11 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 from export.test_streamed import randomize
-from runs import sharded
+from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
 from support.inside import EngineError, SliceSender
 from support.models import ALL_RATIOS, model_of, ratios_for
-from transformers import AutoModelForCausalLM
 
 import s2ft
 
@@ -26,25 +24,21 @@ SLOW = [
 ]
 
 
-def spread(folder, how):
-    options = {}
-    if how == "tp":
-        from transformers.distributed import DistributedConfig
+ZERO = [("llama-grouped", "permuted", "zero 3"), ("mixtral", "indexed", "zero 3")]
 
-        options = {"distributed_config": DistributedConfig(tp_size=dist.get_world_size())}
-    model = AutoModelForCausalLM.from_pretrained(folder / "base", **options)
-    if how == "fsdp first":
-        model = sharded(model)
+
+def spread(folder, how):
+    model = base_on(how, folder / "base")
     s2ft.load_adapter(model, folder / "adapter", trainable=True)
-    if how == "fsdp":
-        return sharded(model)
-    return torch.nn.parallel.DistributedDataParallel(model) if how == "ddp" else model
+    return model if how == "zero 3" else run_on(how, model)
 
 
 def send(rank, folder, how, url):
     model = spread(folder, how)
     with SliceSender(model, url, timeout=60) as sender:
         sent = sender.sync()
+        if how == "zero 3":
+            run_on(how, model)
         again = sender.sync()
         same = torch.equal(sender.slices.buffer(), torch.load(folder / "expected.pt"))
     return same and sent.nbytes == again.nbytes
@@ -64,8 +58,17 @@ def prepare(case, layout, folder):
     s2ft.merge(model).save_pretrained(folder / "merged")
 
 
-@pytest.mark.parametrize("case, layout, how", [*CASES, *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW)])
+@pytest.mark.parametrize(
+    "case, layout, how",
+    [
+        *CASES,
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW),
+        *(pytest.param(*one, marks=pytest.mark.deepspeed) for one in ZERO),
+    ],
+)
 def test_ranks_send_what_one_process_sends(ranks, case, layout, how, tmp_path):
+    if how == "zero 3":
+        pytest.importorskip("deepspeed")
     prepare(case, layout, tmp_path)
     engine = CheckpointEngine(tmp_path / "base")
     with serving(app_of(engine)) as url:
@@ -77,11 +80,9 @@ def test_ranks_send_what_one_process_sends(ranks, case, layout, how, tmp_path):
 
 
 def refused(rank, folder, url):
-    model = spread(folder, "ddp")
-    try:
-        SliceSender(model, url, timeout=60).sync()
-    except (EngineError, RuntimeError) as error:
-        return str(error)
+    with pytest.raises((EngineError, RuntimeError)) as error:
+        SliceSender(spread(folder, "ddp"), url, timeout=60).sync()
+    return str(error.value)
 
 
 def test_the_refusal_of_the_engine_is_an_error_on_every_rank(ranks, tmp_path):
@@ -91,17 +92,3 @@ def test_the_refusal_of_the_engine_is_an_error_on_every_rank(ranks, tmp_path):
     with serving(app_of(engine)) as url:
         first, second = ranks(refused, tmp_path, url)
     assert "is of another base" in first and "rank 0 failed" in second and "is of another base" in second
-
-
-def protocol(rank, folder, url):
-    model = spread(folder, "fsdp")
-    if rank == 0:
-        with pytest.raises(RuntimeError, match="spread over ranks.*with_slices"):
-            SliceSender(model, url).init_weight_transfer()
-    dist.barrier()
-    return True
-
-
-def test_trl_calls_the_first_rank_alone_which_can_not_gather(ranks, tmp_path):
-    prepare("llama-grouped", "permuted", tmp_path)
-    assert ranks(protocol, tmp_path, "http://localhost:1") == [True, True]

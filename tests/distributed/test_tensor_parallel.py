@@ -1,9 +1,6 @@
 """Models that tensor parallelism has split before attach: the same units, the same training, the same adapter."""
 
-import contextlib
 import copy
-import os
-from unittest import mock
 
 import pytest
 import torch
@@ -220,46 +217,6 @@ def test_selection_on_groups_of_ranks(four_ranks, tmp_path):
         assert found == expected
 
 
-# ---- adapters ------------------------------------------------------------------------------------------
-
-
-def use_adapter(rank, folder, tp=2):
-    """What the model computes with an adapter that is on, off, trainable, fused and merged; and the base afterwards."""
-    model = load(folder, tp)
-    found = {"base": logits(model)}
-    s2ft.load_adapter(model, folder / "adapter", name="a")
-    found["written"] = logits(model)
-    s2ft.set_adapter(model, {"a": 0.5})
-    found["half"] = logits(model)
-    s2ft.set_adapter(model, None)
-    found["off"] = logits(model)
-    s2ft.delete_adapter(model, "a")
-    s2ft.load_adapter(model, folder / "adapter", name="b", trainable=True)
-    found["trainable"] = logits(model)
-    s2ft.fuse(model)
-    found["fused"] = logits(model)
-    s2ft.unfuse(model)
-    found["unfused"] = logits(model)
-    s2ft.merge(model)
-    found["merged"] = logits(model)
-    return found
-
-
-def test_adapters_switch_fuse_and_merge(ranks, tmp_path):
-    model = model_of("llama-biased")
-    model.save_pretrained(tmp_path)
-    s2ft.attach(model, config_of("llama-biased"))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            nn.init.normal_(parameter, std=0.1)
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    expected = use_adapter(0, tmp_path, tp=1)
-    for found in ranks(use_adapter, tmp_path):
-        assert torch.equal(found["off"], found["base"])
-        for name, value in found.items():
-            torch.testing.assert_close(value, expected[name], msg=name)
-
-
 # ---- training as people do it --------------------------------------------------------------------------
 
 
@@ -348,109 +305,3 @@ def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):
     model_of(case).save_pretrained(tmp_path)
     for message, is_same in ranks(refused, tmp_path, way):
         assert words in message and is_same, message
-
-
-def parallelize(rank):
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(u_ratio=0.1, d_ratio=0.1))
-    plan = {"model.layers.0.mlp.up_proj": ColwiseParallel(), "model.layers.0.mlp.down_proj": RowwiseParallel()}
-    with pytest.raises(NotImplementedError) as error:
-        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
-    return str(error.value)
-
-
-def test_torch_refuses_to_split_trainable_layers(ranks):
-    for message in ranks(parallelize):
-        assert "only support nn.Linear" in message
-
-
-# ---- Trainers ------------------------------------------------------------------------------------------
-
-
-def train_with_trainer(rank, folder, output, tp=2, sizes=(), resume=None, accumulation=1):
-    from test_trainer import trainer
-
-    model = load(folder, tp, **dict(sizes))
-    s2ft.attach(model, config_of("llama"))
-    made = trainer("ddp", model, output, gradient_accumulation_steps=accumulation)
-    made.train(resume_from_checkpoint=resume)
-    made.save_model(str(output / "final"))
-    return [(line.get("loss"), line.get("grad_norm")) for line in made.state.log_history if "loss" in line]
-
-
-@contextlib.contextmanager
-def unchanged_environment():
-    with mock.patch.dict(os.environ):
-        yield
-
-
-@pytest.mark.slow
-def test_trainer_saves_what_any_number_of_ranks_resumes(ranks, tmp_path):
-    model_of("llama-grouped").save_pretrained(tmp_path)
-    with unchanged_environment():
-        expected = train_with_trainer(0, tmp_path, tmp_path / "one", tp=1)
-    for found in ranks(train_with_trainer, tmp_path, tmp_path / "two"):
-        assert found == [pytest.approx(line, rel=1e-4) for line in expected]
-    check_same_files(tmp_path / "two" / "final", tmp_path / "one" / "final", atol=1e-4)
-    for source in ("one", "two"):
-        half = str(tmp_path / source / "checkpoint-2")
-        with unchanged_environment():
-            train_with_trainer(0, tmp_path, tmp_path / f"{source}-on-one", 1, (), half)
-        ranks(train_with_trainer, tmp_path, tmp_path / f"{source}-on-two", 2, (), half)
-        for count in ("one", "two"):
-            check_same_files(
-                tmp_path / f"{source}-on-{count}" / "final",
-                tmp_path / "one" / "final",
-                atol=1e-4,
-                exactly=source == count == "one",
-            )
-
-
-@pytest.mark.slow
-def test_trainer_on_groups_of_ranks(four_ranks, tmp_path):
-    model_of("llama").save_pretrained(tmp_path)
-    with unchanged_environment():
-        expected = train_with_trainer(0, tmp_path, tmp_path / "one", 1, accumulation=2)
-    output, sizes = tmp_path / "four", tuple(TWO_DIMENSIONS.items())
-    for found in four_ranks(train_with_trainer, tmp_path, output, 2, sizes):
-        assert found == [pytest.approx(line, rel=1e-4) for line in expected]
-    check_same_files(output / "final", tmp_path / "one" / "final", atol=1e-4)
-    four_ranks(train_with_trainer, tmp_path, tmp_path / "again", 4, (), str(output / "checkpoint-2"), 2)
-    check_same_files(tmp_path / "again" / "final", tmp_path / "one" / "final", atol=1e-4)
-
-
-def sft_losses(rank, folder, output, tp=2, sizes=()):
-    """s2ft sft's training, with its loss in chunks, an evaluation and checkpoints."""
-    from support.fsdp_on_cpu import allow
-    from test_context_parallel import CONFIG, HeldOut, RunFolder, arguments_for, read_log, sft, token_rows
-    from test_trainer import reset
-    from train.tiny import tiny_tokenizer
-
-    reset("ddp")
-    allow()
-    model = load(folder, tp, **dict(sizes))
-    s2ft.attach(model, CONFIG)
-    place, groups = RunFolder(output), 2 if sizes else 1
-    split = {"model_init_kwargs": {"distributed_config": {"tp_size": tp, **dict(sizes)}}} if tp > 1 else {}
-    arguments = arguments_for(output, data=groups, **split)
-    if rank == 0:
-        place.begin({}, False)
-    rows = token_rows(16)
-    sft(model, tiny_tokenizer(), rows, arguments, place, held_out=HeldOut(rows))
-    lines = [(line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in read_log(place.log)]
-    return [[value for value in line if value is not None] for line in lines]
-
-
-@pytest.mark.slow
-def test_sft_command(ranks, tmp_path):
-    from train.tiny import save_tiny
-
-    folder = save_tiny(tmp_path / "model")
-    with unchanged_environment():
-        expected = sft_losses(0, folder, tmp_path / "one", tp=1)
-    found = ranks(sft_losses, folder, tmp_path / "two")[0]
-    assert found == [pytest.approx(line, rel=1e-4) for line in expected]
-    check_same_files(tmp_path / "two" / "adapter", tmp_path / "one" / "adapter", atol=1e-4)

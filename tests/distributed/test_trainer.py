@@ -1,43 +1,42 @@
-"""Trainer of transformers on two ranks, with DDP and FSDP2, trains the adapter of one process, checkpoints only the
-adapter and resumes exactly."""
+"""Trainer of transformers on two ranks, with DDP, FSDP2 and ZeRO, trains the adapter of one process, checkpoints only
+the adapter and resumes exactly."""
 
 import os
-from unittest import mock
 
 import pytest
 import torch
-from runs import attached, check_same_files, files
+from runs import attached, check_same_files, files, reset, unchanged_environment
 from support.fsdp_on_cpu import allow
 from support.inside import S2FTTrainer
 from support.pairs import in_turn
-from torch.distributed.fsdp import FSDPModule
-from torch.nn.parallel import DistributedDataParallel
+from torch.nn import Module
 from transformers import Trainer, TrainingArguments
 
 import s2ft
 
-WAYS = ("ddp", "fsdp", "fsdp checkpointed", "fsdp sharded")
+CASE = "llama-grouped"
+CLOSE = dict(rtol=1e-4, atol=1e-4)  # DeepSpeed sums the gradient norm in another order
+WAYS = ("ddp", "fsdp", "fsdp checkpointed", "fsdp sharded", "fsdp plain")
+WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "zero": "DeepSpeedEngine"}  # classes, or how they begin
 ROWS = [
     {"input_ids": ids, "labels": ids} for ids in torch.randint(67, (24, 7), generator=torch.Generator().manual_seed(0))
 ]
 
 
-def reset(way):
-    """Reset the states of accelerate, which are singletons, and remove the environment variables that they set."""
-    from accelerate.state import AcceleratorState, PartialState
-
-    AcceleratorState._reset_state(True)
-    PartialState._reset_state()
-    for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
-        del os.environ[name]
-    if way == "deepspeed":  # accelerate uses it only if no one asks for CPUs, and here are only CPUs
-        PartialState(cpu=True)
-    else:
-        os.environ["ACCELERATE_USE_CPU"] = "true"
+def zero_config(stage, train_micro_batch_size_per_gpu="auto", **more):
+    return {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0, **more},
+        "train_micro_batch_size_per_gpu": train_micro_batch_size_per_gpu,
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
 
 
-def trainer(way, model, folder, kind=S2FTTrainer, **changes):
-    reset(way)
+def trainer(way, model, folder, kind=S2FTTrainer, rows=ROWS, **changes):
+    """A Trainer. A function that makes the model is called when the arguments exist."""
+    reset("deepspeed" if way.startswith("zero") else way)
     allow()
     options = dict(
         output_dir=str(folder),
@@ -52,6 +51,8 @@ def trainer(way, model, folder, kind=S2FTTrainer, **changes):
         logging_steps=1,
         dataloader_pin_memory=False,
     )
+    if way.startswith("zero"):
+        options["deepspeed"] = zero_config(int(way[-1]))
     if way.startswith("fsdp"):
         options.update(
             fsdp=True,
@@ -64,57 +65,70 @@ def trainer(way, model, folder, kind=S2FTTrainer, **changes):
             },
         )
     arguments = TrainingArguments(**{**options, **changes})
-    return kind(model=model, args=arguments, train_dataset=ROWS, eval_dataset=ROWS[:8])
+    model = model if isinstance(model, Module) else model()
+    return kind(model=model, args=arguments, train_dataset=rows, eval_dataset=rows[:8])
 
 
-def train_at_once_and_resumed(rank, way, layout, folder, case="llama-grouped"):
-    model = attached(case, layout)
-    whole = trainer(way, model, folder / "whole")
-    whole.train()
-    assert isinstance(whole.model_wrapped, DistributedDataParallel if way == "ddp" else FSDPModule)
-    whole.save_model(str(folder / "final"))
-    again = trainer(way, attached(case, layout), folder / "again")
-    again.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
-    again.save_model(str(folder / "resumed"))
-    return [line["loss"] for line in whole.state.log_history if "loss" in line]
+def run_of(way, folder, layout="permuted", resumed=None, **changes):
+    """Train and save a new model. Returns the losses."""
+    reset()
+    made = trainer(way, attached(CASE, layout, **changes), folder, Trainer if "plain" in way else S2FTTrainer)
+    made.train(resume_from_checkpoint=resumed)
+    assert type(made.model_wrapped).__name__.startswith(WRAPPERS[way.split()[0]])
+    s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / "final")
+    return losses_of(made)
 
 
-def alone(layout, folder, case="llama-grouped"):
-    """One process with twice the accumulation and the same rows in each step."""
-    with mock.patch.dict(os.environ):
-        made = trainer("ddp", attached(case, layout), folder, gradient_accumulation_steps=2)
-        made.train()
-        made.save_model(str(folder / "final"))
+def losses_of(made):
     return [line["loss"] for line in made.state.log_history if "loss" in line]
 
 
-@pytest.mark.parametrize("way, layout", in_turn(WAYS, ("permuted", "indexed")))
+def train_at_once_and_resumed(rank, way, layout, folder):
+    half = str(folder / "whole" / "checkpoint-2")
+    losses = run_of(way, folder / "whole", layout)
+    run_of(way, folder / "again", layout, half)
+    if "plain" not in way:
+        with pytest.raises(ValueError, match="another selection"):
+            run_of(way, folder / "other", layout, half, seed=5)
+    return losses
+
+
+ZERO = [pytest.param(f"zero {stage}", "permuted", marks=pytest.mark.deepspeed) for stage in (1, 2, 3)]
+
+
+@pytest.mark.parametrize(
+    "way, layout",
+    [*in_turn(WAYS, ("permuted", "indexed")), pytest.param("ddp plain", "permuted", marks=pytest.mark.slow), *ZERO],
+)
 def test_trains_checkpoints_and_resumes(ranks, way, layout, tmp_path):
+    """Under FSDP2 the checkpoints of the plain Trainer contain the base too, which s2ft can't change."""
+    if way.startswith("zero"):
+        pytest.importorskip("deepspeed")
     losses = ranks(train_at_once_and_resumed, way, layout, tmp_path)[0]
-    check_same_files(tmp_path / "resumed", tmp_path / "final", exactly=True)
-    expected = alone(layout, tmp_path / "alone")
-    assert losses == pytest.approx(expected, rel=1e-4)
-    check_same_files(tmp_path / "final", tmp_path / "alone" / "final")
-    checkpoint = tmp_path / "whole" / "checkpoint-4"
-    names = {path.name for path in checkpoint.iterdir()}
+    checkpoint, final = tmp_path / "whole" / "checkpoint-4", tmp_path / "whole" / "final"
+    check_same_files(tmp_path / "again" / "final", final, exactly=True)
+    check_same_files(checkpoint, final, exactly=True)
+    if "plain" in way:
+        return
+    with unchanged_environment():  # one process with twice the accumulation has the same rows in each step
+        made = trainer("ddp", attached(CASE, layout), tmp_path / "alone", gradient_accumulation_steps=2)
+        made.train()
+    s2ft.save_adapter(made.model, tmp_path / "alone" / "final")
+    assert losses == pytest.approx(losses_of(made), rel=1e-4)
+    check_same_files(final, tmp_path / "alone" / "final", **(CLOSE if way.startswith("zero") else {}))
+    names = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*")}
     assert {"s2ft_adapter.safetensors", "s2ft_config.json", "rng_state_0.pth", "rng_state_1.pth"} <= names
-    assert not any("model" in name and name != "model.safetensors.index.json" for name in names), names
-    check_same_files(checkpoint, tmp_path / "final", exactly=True)
+    base = [name for name in names if "model" in name or "states" in name or "global_step" in name]
+    assert base == ["model.safetensors.index.json"]  # DeepSpeed's own files would have the base
+    if way.startswith("zero"):
+        state = torch.load(checkpoint / "optimizer.pt")
+        assert all(name.endswith(".s2") for group in state["parameter_names"] for name in group)
 
 
 def best(rank, way, folder):
     """The best checkpoint is loaded at the end. It is the first one here, because the learning rate is far too high."""
-    made = trainer(
-        way,
-        attached("llama"),
-        folder,
-        eval_strategy="steps",
-        eval_steps=2,
-        learning_rate=3.0,
-        load_best_model_at_end=True,
-        save_strategy="steps",
-        seed=3,
-    )
+    options = dict(eval_strategy="steps", eval_steps=2, learning_rate=3.0, load_best_model_at_end=True, seed=3)
+    made = trainer(way, attached("llama"), folder, **options)
     made.train()
     made.save_model(str(folder / "final"))
     return os.path.basename(made.state.best_model_checkpoint)
@@ -122,44 +136,7 @@ def best(rank, way, folder):
 
 @pytest.mark.parametrize("way", (pytest.param("ddp", marks=pytest.mark.slow), "fsdp"))
 def test_the_best_checkpoint_is_loaded_at_the_end(ranks, way, tmp_path):
-    name = ranks(best, way, tmp_path)[0]
-    check_same_files(tmp_path / "final", tmp_path / name, exactly=True)
-    others = [path for path in tmp_path.glob("checkpoint-*") if path.name != name]
-    assert any(
-        not torch.equal(value, files(path)[0][key])
-        for path in others
-        for key, value in files(tmp_path / "final")[0].items()
-    )
-
-
-def resume_with_another_selection(rank, folder):
-    made = trainer("fsdp", attached("llama", seed=5), folder / "other")
-    with pytest.raises(ValueError) as error:
-        made.train(resume_from_checkpoint=str(folder / "whole" / "checkpoint-2"))
-    return str(error.value)
-
-
-def test_resuming_with_another_selection_is_refused_on_every_rank(ranks, tmp_path):
-    ranks(train_at_once_and_resumed, "fsdp", "permuted", tmp_path, "llama")
-    for message in ranks(resume_with_another_selection, tmp_path):
-        assert "another selection" in message
-
-
-# ---- the plain Trainer -------------------------------------------------------------------------------------------
-
-
-def train_plain(rank, way, folder):
-    for name, resumed in (("whole", None), ("again", str(folder / "whole" / "checkpoint-2"))):
-        model = attached("llama-grouped")
-        made = trainer(way, model, folder / name, kind=Trainer)
-        made.train(resume_from_checkpoint=resumed)
-        assert isinstance(made.model_wrapped, DistributedDataParallel if way == "ddp" else FSDPModule)
-        s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / f"{name} adapter")
-
-
-@pytest.mark.parametrize("way", (pytest.param("ddp", marks=pytest.mark.slow), "fsdp"))
-def test_plain_trainer_resumes_exactly(ranks, way, tmp_path):
-    """Under FSDP2 its checkpoints contain the base too, which s2ft can't change."""
-    ranks(train_plain, way, tmp_path)
-    check_same_files(tmp_path / "again adapter", tmp_path / "whole adapter", exactly=True)
-    check_same_files(tmp_path / "whole" / "checkpoint-4", tmp_path / "whole adapter", exactly=True)
+    assert ranks(best, way, tmp_path)[0] == "checkpoint-2"
+    check_same_files(tmp_path / "final", tmp_path / "checkpoint-2", exactly=True)
+    last, final = (files(tmp_path / name)[0] for name in ("checkpoint-4", "final"))
+    assert any(not torch.equal(value, last[key]) for key, value in final.items())

@@ -9,11 +9,9 @@ with ``&`` is a server: it runs until the page ends. A block that can't run here
 If the reason is ``needs PACKAGE``, the block runs where that Python package is installed.
 """
 
-import ast
 import doctest
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import SkipTest
@@ -21,7 +19,6 @@ from unittest import SkipTest
 from sybil import Document, Example
 from sybil.evaluators.skip import Skipper
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
-from sybil.parsers.markdown.lexers import FENCE
 
 from .shell import Shell
 
@@ -30,16 +27,6 @@ RUN = ("python", "bash")
 SHOWN = ("bibtex", "c", "cpp", "csv", "diff", "json", "jsonl", "text", "toml", "yaml")  # languages that are not run
 PACKAGE = re.compile(r'<!---? *skip: next "needs (\w+)" *-+>')
 FLAGS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
-
-
-@dataclass(frozen=True)
-class Block:
-    """A block of code on a page."""
-
-    page: str  # path from the root of the repository
-    line: int
-    language: str
-    reason: str | None  # the reason why it is not run; None if it is run
 
 
 def pages() -> list[Path]:
@@ -59,36 +46,22 @@ def parse(page: Path, shell: Shell | None = None) -> Document:
     return document
 
 
-def blocks_of(page: Path) -> Iterator[Block]:
-    """The blocks of a page that are run or left out with a reason.
+def reasons(page: Path) -> Iterator[str | None]:
+    """The reason why a block of the page is not run, for each block; None if it is run.
 
     Raises:
         ValueError: A block is left out and no reason is written.
     """
-    name, reason, left_out = str(page.relative_to(ROOT)), None, ""
+    reason = None
     for example in parse(page):
-        if isinstance(example.region.evaluator, Skipper):
-            left_out, reason = example.parsed
-            reason = ast.literal_eval(reason.strip()) if reason else None
-            if left_out != "end" and not reason:
-                raise ValueError(f'{name}, line {example.line}: write the reason, <!--- skip: next "reason" -->')
+        if not isinstance(example.region.evaluator, Skipper):
+            yield reason
+            reason = None
             continue
-        language = "bash" if isinstance(example.region.evaluator, Shell) else "python"
-        yield Block(name, example.line, language, reason if left_out in ("next", "start") else None)
-        if left_out == "next":
-            left_out = ""
-
-
-def fences(page: Path) -> Iterator[tuple[int, str]]:
-    """Line and language of every fenced block of a page, found without the parsers above."""
-    text, closing = page.read_text(encoding="utf-8"), None
-    for found in FENCE.finditer(text):
-        if closing is None:
-            closing = found["fence"]
-            words = found["trailing"].split()
-            yield text.count("\n", 0, found.start()) + 1, words[0] if words else ""
-        elif not found["trailing"].strip() and found["fence"].startswith(closing):
-            closing = None
+        _, reason = example.parsed
+        if not reason:
+            name = page.relative_to(ROOT)
+            raise ValueError(f'{name}, line {example.line}: write the reason, <!--- skip: next "reason" -->')
 
 
 def run(page: Path, shell: Shell) -> int:

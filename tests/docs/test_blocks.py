@@ -1,12 +1,12 @@
 """Every Python block and every command of README.md and docs/ runs, or has a reason why it can't run here."""
 
+import re
 import shutil
 
 import pytest
 
-from .blocks import ROOT, RUN, SHOWN, blocks_of, fences, pages, run
-from .count import report
-from .shell import Shell, commands, free_port
+from .blocks import ROOT, RUN, SHOWN, pages, reasons, run
+from .shell import Shell, free_port
 from .workplace import fill
 
 
@@ -29,32 +29,18 @@ def names(paths):
     return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
 
 
-def with_blocks():
-    """The pages that have blocks to run."""
-    return [page for page in pages() if any(block.reason is None for block in blocks_of(page))]
-
-
-@pytest.mark.parametrize("page", names(with_blocks()))
+@pytest.mark.parametrize("page", names(page for page in pages() if None in reasons(page)))
 def test_the_blocks_of_a_page_run(page, shell):
     if page.name == "images.md":
         pytest.importorskip("torchvision", reason="torchvision is not installed")
-    expected = sum(block.reason is None for block in blocks_of(page))
-    assert run(page, shell) == expected
+    assert run(page, shell) == sum(reason is None for reason in reasons(page))
 
 
 @pytest.mark.parametrize("page", names(pages()))
 def test_no_block_is_missed(page):
-    found = list(fences(page))
-    unknown = [(line, language) for line, language in found if language not in (*RUN, *SHOWN)]
-    assert unknown == [], f"languages are {', '.join(RUN)} (run) and {', '.join(SHOWN)} (not run)"
-    visible = sum(language in RUN for _, language in found)
-    assert len(list(blocks_of(page))) >= visible
-
-
-def test_the_report_names_the_blocks_that_are_left_out():
-    lines = report().splitlines()
-    print("\n".join(lines))
-    assert lines[0].endswith(f"{len(lines) - 1} left out")
+    opened = re.findall(r"^ *```+ *(\w+)", page.read_text(encoding="utf-8"), re.MULTILINE)
+    assert [language for language in opened if language not in (*RUN, *SHOWN)] == [], f"run: {RUN}, not run: {SHOWN}"
+    assert len(list(reasons(page))) >= sum(language in RUN for language in opened)
 
 
 def test_the_readme_is_short():
@@ -70,30 +56,15 @@ def page_with(folder, text):
     return page
 
 
-def test_blocks_share_names_and_files(shell, tmp_path):
-    page = page_with(tmp_path, "```python\na = 1\nopen('a.txt', 'w').close()\n```\n\n```bash\nls a.txt\n```\n\n"
-                               "```python\n>>> a + 1\n2\n```\n")  # fmt: skip
-    assert run(page, shell) == 3
-
-
 @pytest.mark.parametrize("block", ["python\nassert False", "bash\nfalse", "python\n>>> 1 + 1\n3", "bash\ns2ft merge"])
 def test_a_block_that_fails_is_an_error(shell, tmp_path, block):
     with pytest.raises((Exception, SystemExit)):
         run(page_with(tmp_path, f"```{block}\n```\n"), shell)
 
 
-def test_a_block_is_left_out_with_its_reason(shell, tmp_path, monkeypatch):
+def test_a_block_is_left_out_with_its_reason_alone(shell, tmp_path, monkeypatch):
     monkeypatch.setattr("docs.blocks.ROOT", tmp_path)
     page = page_with(tmp_path, '<!--- skip: next "no GPU" -->\n\n```bash\nfalse\n```\n\n```bash\ntrue\n```\n')
-    assert run(page, shell) == 1
-    assert [block.reason for block in blocks_of(page)] == ["no GPU", None]
-
-
-def test_a_reason_is_required(tmp_path, monkeypatch):
-    monkeypatch.setattr("docs.blocks.ROOT", tmp_path)
+    assert run(page, shell) == 1 and list(reasons(page)) == ['"no GPU"', None]
     with pytest.raises(ValueError, match="write the reason"):
-        list(blocks_of(page_with(tmp_path, "<!--- skip: next -->\n\n```bash\nfalse\n```\n")))
-
-
-def test_commands_of_a_block():
-    assert commands("# a comment\ns2ft info \\\n  adapter\n\n$ ls\n") == ["s2ft info    adapter", "ls"]
+        list(reasons(page_with(tmp_path, "<!--- skip: next -->\n\n```bash\nfalse\n```\n")))

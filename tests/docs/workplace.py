@@ -4,8 +4,7 @@ from pathlib import Path
 
 from support.encoders import save_encoder
 from support.images import qwen2_5_vl
-from tokenizers import models
-from train.tiny import save_tiny, sums, tiny_tokenizer, write_jsonl
+from train.tiny import save_tiny, sums, with_merges, write_jsonl
 from transformers.utils import is_torchvision_available
 
 SHAPE = dict(
@@ -40,16 +39,6 @@ def fill(folder: Path) -> Path:
     write_jsonl(folder / "problems.jsonl", problems)
     write_jsonl(folder / "chats.jsonl", [{"messages": messages(row)} for row in sums(8)])
     return folder
-
-
-def with_merges():
-    """A tokenizer with merges, which a GGUF file must have. Its vocabulary is as large as the model's."""
-    tokenizer = tiny_tokenizer()
-    letters = [token for token in tokenizer.get_vocab() if len(token) == 1]
-    never = sorted(letters)[-1]  # a byte that no text contains; the merged pair gets its token id
-    vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
-    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
-    return tokenizer
 
 
 def messages(row: dict) -> list[dict]:

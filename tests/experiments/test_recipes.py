@@ -20,10 +20,8 @@ def test_a_smoke_run_of_every_recipe(name, tmp_path, capsys):
     assert "failed" not in printed and "not run" not in printed and "**" in printed
     lines = [json.loads(line) for line in (tmp_path / f"{name}-smoke.jsonl").read_text().splitlines()]
     assert lines and all(line["status"] == "done" and line["rows"] for line in lines)
-    check = {"commonsense": check_commonsense, "instruction": check_instruction, "metamath": check_metamath,
-             "evidence": check_evidence}.get(name)  # fmt: skip
-    if check:
-        check([line["rows"][0] for line in lines], tmp_path)
+    if name == "commonsense":
+        check_commonsense([line["rows"][0] for line in lines], tmp_path)
     assert command.main([name, "--smoke", "--workers", "0", "--output", str(tmp_path)]) == 0  # nothing is made again
     assert len((tmp_path / f"{name}-smoke.jsonl").read_text().splitlines()) == len(lines)
 
@@ -41,26 +39,6 @@ def check_commonsense(rows, folder):
     model, _ = load_model(str(folder / "smoke" / "model"))
     s2ft.load_adapter(model, str(next(folder.glob("runs/s2ft*/adapter"))))  # what was trained can be used
     assert next(folder.glob("runs/lora*/adapter/adapter_model.safetensors")).is_file()
-
-
-def check_instruction(rows, folder):
-    assert all(row["forgetting"].keys() == {"other_text.jsonl"} and "loss" in row for row in rows)
-    files = list(folder.glob("runs/*/model_answer.jsonl"))
-    assert len(files) == 4  # of each row and of the base
-    line = json.loads(files[0].read_text().splitlines()[1])
-    assert line["question_id"] == 82 and len(line["choices"][0]["turns"]) == 2
-
-
-def check_metamath(rows, folder):
-    assert all(len(row["validation"]) == 2 and row["forgetting"] != 0 for row in rows)
-    assert not list(folder.glob("runs/*/checkpoint.pt"))
-
-
-def check_evidence(rows, folder):
-    trained = [row for row in rows if "losses" in row]
-    assert all(row["seconds_per_step"] > 0 and row["losses"] for row in trained)
-    assert all(row["kl"] > 0 and row["forgetting"]["documentation"] != 0 for row in trained if "kl" in row)
-    assert [row["kl"] for row in rows if "trainable" not in row] == [0.0]  # the base
 
 
 # ---- mistakes --------------------------------------------------------------------------------------------

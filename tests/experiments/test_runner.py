@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.experiments import runner
-from bench.experiments.printing import Column, Spread, Table, summary
+from bench.experiments.printing import Column, summary
 from bench.experiments.runner import DONE, FAILED, OOM, Results, Run, Stage, make
 
 
@@ -97,17 +97,6 @@ def test_every_run_is_in_the_table(tmp_path):
         "**Loss**", "", "| row | loss | size |", "| --- | --: | --: |", "| a | 1.50 ± 0.71 | 7 |", "| b | not run | – |",
         "", "mean ± standard deviation over 2 runs  ", "a-2 failed: ValueError: too much  ", "not run yet: a-3, b-0  ",
     ]  # fmt: skip
-
-
-def test_means_and_deviations_are_those_of_numpy():
-    import numpy as np
-
-    values = [0.1, 0.7, 0.4]
-    found = Spread.of(values)
-    assert (found.mean, found.sd) == pytest.approx((np.mean(values), np.std(values, ddof=1)))
-    assert Spread.of([1.0]).sd is None and np.isnan(Spread.of([1.0, float("nan")]).mean)
-    with pytest.raises(ValueError):
-        Table("t", "", [Column("a")], [[1, 2]]).markdown()
 
 
 def test_the_committed_tables_are_printed_from_the_committed_runs(tmp_path):

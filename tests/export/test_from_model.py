@@ -86,12 +86,6 @@ def test_fused_layers_extra_weights_and_small_files(gathered, tmp_path, caplog):
     check_saved(model, tmp_path, caplog, gathered, max_shard_size=SHARDS)
 
 
-def test_a_base_that_is_given_is_used(tmp_path, caplog):
-    model = trained("llama", tmp_path)
-    model.config._name_or_path = "nowhere/at-all"
-    check_saved(model, tmp_path, caplog, base=tmp_path / "base")
-
-
 def test_a_model_without_values_is_saved_from_its_checkpoint(tmp_path, caplog):
     model = trained("llama-grouped", tmp_path)
     s2ft.save_adapter(model, tmp_path / "adapter")
@@ -145,19 +139,13 @@ def test_a_checkpoint_with_other_weights_is_not_used_and_refused_if_it_was_given
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
     model = trained("llama", tmp_path)
-    with pytest.raises(ValueError, match="max_shard_size must be a size above 0, such as 2GB, got '0GB'"):
+    with pytest.raises(ValueError, match="max_shard_size"):
         s2ft.save_merged(model, tmp_path / "saved", max_shard_size="0GB")
-    with pytest.raises(FileExistsError, match="base exists"):
-        s2ft.save_merged(model, tmp_path / "base")
-    with pytest.raises(FileNotFoundError, match="is in a folder that doesn't exist"):
+    with pytest.raises(FileNotFoundError, match="folder that doesn't exist"):
         s2ft.save_merged(model, tmp_path / "nowhere" / "saved")
-    s2ft.set_adapter(model, None)
-    with pytest.raises(ValueError, match="no adapter is active"):
-        s2ft.save_merged(model, tmp_path / "saved")
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
-    couplings = [Coupling.ffn(0, up="0", down="2", channels=32)]
-    s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25), couplings=couplings, verify=False)
-    with pytest.raises(ValueError, match="writes checkpoints of transformers, and Sequential is no model of it"):
+    s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25), couplings=[Coupling.ffn(0, up="0", down="2", channels=32)])
+    with pytest.raises(ValueError, match="no model of it"):
         s2ft.save_merged(net, tmp_path / "saved")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
 

@@ -9,9 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.composites import composite_of
 from support.inside import (
-    CannotStream,
     StoredWeights,
-    conversion,
     export,
     keep_in_float32,
     load_model,
@@ -112,14 +110,6 @@ def test_files_have_at_most_the_size_that_is_asked_for(case, tmp_path):
     assert ours["metadata"] == theirs["metadata"] and ours["weight_map"].keys() == theirs["weight_map"].keys()
 
 
-@pytest.mark.parametrize("tied", (True, False))
-def test_weights_trained_in_full_are_written(tied, tmp_path):
-    model = model_of("qwen2-grouped-tied" if tied else "llama")
-    disk, memory = both_ways(model, tmp_path, d_ratio=0.2, modules_to_save=["lm_head", "norm"])
-    check_equal(disk, memory)
-    assert not torch.equal(tensors_in(disk)["model.norm.weight"], tensors_in(tmp_path / "base")["model.norm.weight"])
-
-
 # ---- bases that transformers did not write -----------------------------------------------------------------
 
 
@@ -196,10 +186,9 @@ def test_an_ordinary_base_is_not_loaded(work, tmp_path, monkeypatch):
 def test_a_base_in_a_hub_cache_is_read_there(work, tmp_path, monkeypatch):
     cache = tmp_path / "hub" / "models--org--name"
     shutil.copytree(work / "model", cache / "blobs")
-    (cache / "refs").mkdir(), (cache / "snapshots" / "0123").mkdir(parents=True)
+    (cache / "refs").mkdir(), (cache / "snapshots").mkdir()
     (cache / "refs" / "main").write_text("0123")
-    for file in (cache / "blobs").iterdir():
-        (cache / "snapshots" / "0123" / file.name).symlink_to(f"../../blobs/{file.name}")
+    (cache / "snapshots" / "0123").symlink_to("../blobs")
     import huggingface_hub.constants
     import transformers.utils.hub
 
@@ -211,27 +200,6 @@ def test_a_base_in_a_hub_cache_is_read_there(work, tmp_path, monkeypatch):
 
 
 # ---- what goes wrong leaves nothing ------------------------------------------------------------------------
-
-
-def test_an_adapter_of_another_base_is_refused_before_anything_is_written(work, tmp_path, monkeypatch):
-    base = changed_base(work, tmp_path / "base", lambda t: t["model.layers.1.mlp.down_proj.weight"].add_(1))
-    monkeypatch.delattr(merged, "write_weights")
-    with pytest.raises(ValueError, match="was trained on another base: 1 of 2 layers differ, the first is layer 1"):
-        export(str(base), work / "adapter", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
-
-
-def cut(file):
-    content = file.read_bytes()
-    file.write_bytes(content[: len(content) // 2])
-
-
-def test_a_truncated_base_is_refused(work, tmp_path):
-    base = changed_base(work, tmp_path / "base", lambda tensors: None)
-    cut(base / WEIGHTS)
-    with pytest.raises(ValueError, match="truncated or damaged: '.*' lies outside the file"):
-        export(str(base), work / "adapter", tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["base"]
 
 
 def damage_one(folder):
@@ -267,36 +235,13 @@ def test_a_conversion_that_its_inverse_does_not_undo_is_an_error(tmp_path, monke
         made = convert(self, *args, **options)
         return dict(zip(made, reversed(made.values())))
 
-    model = model_of("mixtral")
-    model.save_pretrained(tmp_path / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.2))
-    randomize(model)
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    hollow = without_values(model_of("mixtral"), torch.float32)
-    weights, adapter = (
-        StoredWeights(hollow, open_checkpoint(tmp_path / "base")),
-        s2ft.read_adapter(tmp_path / "adapter"),
-    )
+    both_ways(model_of("mixtral"), tmp_path, d_ratio=0.2, u_ratio=0.2)
+    hollow, adapter = without_values(model_of("mixtral"), torch.float32), s2ft.read_adapter(tmp_path / "adapter")
+    weights = StoredWeights(hollow, open_checkpoint(tmp_path / "base"))
     (tmp_path / "out").mkdir()
     monkeypatch.setattr(Chunk, "convert", swapped)
     with pytest.raises(RuntimeError, match="the saved checkpoint is not the merged model: .*gate_up_proj"):
         write_merged(tmp_path / "out", hollow, weights, adapter, None)()
-
-
-@pytest.mark.parametrize("after", (1, 7))
-def test_an_interrupt_leaves_nothing(after, work, tmp_path, monkeypatch):
-    count = [after]
-
-    def stop(*_):
-        count[0] -= 1
-        if not count[0]:
-            raise KeyboardInterrupt
-        return 0
-
-    monkeypatch.setattr("s2ft.files.streaming.zlib.crc32", stop)
-    with pytest.raises(KeyboardInterrupt):
-        export(str(work / "model"), work / "adapter", tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_stays(tmp_path):
@@ -307,14 +252,3 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_sta
         assert {one.name for one in tmp_path.iterdir()} == {".out.settings", first.name, second.name}
         (second / "a").touch()
     assert {one.name for one in tmp_path.iterdir()} == {".out.settings", "out"}
-
-
-def test_a_release_of_transformers_without_its_conversions_is_named(work, monkeypatch):
-    import transformers.core_model_loading as loading
-
-    hollow = without_values(load_model(str(work / "model"))[0], torch.float32)
-    monkeypatch.delattr(loading, "rename_source_key")
-    conversion._loading.cache_clear()
-    with pytest.raises(CannotStream, match="does not say how it converts weights .*rename_source_key"):
-        StoredWeights(hollow, open_checkpoint(work / "model"))
-    conversion._loading.cache_clear()

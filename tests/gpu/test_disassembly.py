@@ -8,29 +8,6 @@ from pathlib import Path
 import pytest
 
 COMMAND = Path(__file__).resolve().parents[2] / "bench" / "gpu" / "disassembly.py"
-LOOP = """
-\t.section\t.text.kernel,"ax",@progbits
-.text.kernel:
-        /*0000*/                   LDG.E.64 R2, desc[UR4][R2.64] ;
-.L_x_1:
-        /*0010*/                   LDG.E R4, desc[UR4][R8.64] ;
-.L_x_2:
-        /*0020*/                   LDG.E.128 R4, desc[UR4][R8.64] ;
-        /*0030*/                   HMMA.16816.F32 R12, R4, R2, R12 ;
-        /*0040*/                   STG.E.U16 desc[UR4][R8.64], R12 ;
-        /*0050*/              @!P0 BRA `(.L_x_2) ;
-        /*0060*/               @P1 BRA `(.L_x_1) ;
-        /*0070*/                   EXIT ;
-.L_x_3:
-        /*0080*/                   BRA `(.L_x_3);
-        /*0090*/                   NOP ;
-\t.section\t.nv.constant0.kernel,"a",@progbits
-"""
-PTXAS = """
-ptxas info    : Compiling entry function 'kernel' for 'sm_90'
-    8 bytes stack frame, 16 bytes spill stores, 4 bytes spill loads
-ptxas info    : Used 38 registers, used 1 barriers, 8 bytes cumulative stack size, 128 bytes smem
-"""
 
 
 @pytest.fixture(scope="module")
@@ -40,20 +17,6 @@ def command():
     sys.modules["gpu_disassembly"] = module  # dataclasses look it up
     spec.loader.exec_module(module)
     return module
-
-
-def test_the_innermost_loop_and_the_bytes_that_it_moves(command):
-    ((name, lines),) = command.functions(LOOP)
-    assert name == "kernel"
-    (loop,) = command.loops(lines)
-    assert [line.split()[0] for line in loop] == ["LDG.E.128", "HMMA.16816.F32", "STG.E.U16", "@!P0"]
-    assert command.moved(loop, "LDG") == 16 and command.moved(loop, "STG") == 2
-    whole = [line for line in lines if not line.endswith(":")]
-    assert command.moved(whole, "LDG") == 8 + 4 + 16
-
-
-def test_registers_and_spills(command):
-    assert command.resources(PTXAS) == {"kernel": (38, 20, 8, 128)}
 
 
 @pytest.mark.slow

@@ -1,14 +1,11 @@
 """Memory that runs out and interrupts, in the middle of an op: the base is back afterwards, bit for bit."""
 
-import importlib
-
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model, train
+from support.gpu import Layer, check_frozen, frozen, small_model, train
 from support.inside import _linear
 
-import s2ft
 from s2ft.ops import sliced_linear
 
 LIMIT = 2 << 30  # bytes that this process may take, so that tests beside it keep theirs
@@ -50,47 +47,3 @@ def test_memory_that_runs_out_in_a_training_step(little_memory):
     torch.cuda.empty_cache()
     check_frozen(model, before)
     assert train(model, loss, 1)[0] < expected[0]
-
-
-@pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("writes", (1, 2))
-@pytest.mark.parametrize("op", ("sliced_linear", "indexed_linear"))
-def test_an_interrupt_in_the_reference(op, writes, device, monkeypatch):
-    """It arrives right after base + delta is written, or right after the base is written back."""
-    effective = importlib.import_module("s2ft.ops._effective")
-    layer, write, calls = Layer(device, tokens=4), effective._write, []
-
-    def interrupted(*args):
-        write(*args)
-        calls.append(1)
-        if len(calls) == writes:
-            raise KeyboardInterrupt
-
-    units = layer.start if op == "sliced_linear" else torch.arange(layer.delta.shape[1], device=device)
-    monkeypatch.setattr(effective, "_write", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        _linear.reference(layer.x, layer.weight, layer.delta, units, 1, None, None)
-    layer.check_base()
-    layer.x = layer.x[:2]  # the next call works, and leaves the base too
-    y = _linear.reference(layer.x, layer.weight, layer.delta, units, 1, None, None)
-    assert torch.equal(y, F.linear(layer.x, layer.merged()))
-    layer.check_base()
-
-
-@pytest.mark.parametrize("device", DEVICES)
-def test_detach_restores_the_base_after_an_exception_in_a_backward(device):
-    plain, _ = small_model(device, attach=False)
-    before = {name: p.detach().clone() for name, p in plain.named_parameters()}
-    model, ids = small_model(device)
-
-    def fail(gradient):
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        output = model.model(input_ids=ids).last_hidden_state
-        output.register_hook(lambda gradient: gradient)
-        model.model.layers[0].mlp.down_proj.s2.register_hook(fail)
-        output.float().sum().backward()
-    s2ft.detach(model)
-    now = dict(model.named_parameters())
-    assert all(torch.equal(now[name], weight) for name, weight in before.items())

@@ -72,24 +72,6 @@ def test_replays_see_slices_that_changed_after_the_capture():
     assert torch.equal(held["logits"], expected)
 
 
-def test_replays_and_eager_steps_in_turn_on_one_stream():
-    model, ids = small_model(D)
-    before, held = frozen(model), {}
-
-    def step():
-        with torch.no_grad():
-            held["logits"] = model(input_ids=ids).logits
-
-    graph = captured(step)
-    eager = model(input_ids=ids, labels=ids).logits.detach().clone()
-    for _ in range(20):
-        graph.replay()
-        model(input_ids=ids, labels=ids).loss.backward()
-    torch.cuda.synchronize()
-    assert torch.equal(held["logits"], eager)
-    check_frozen(model, before)
-
-
 @pytest.mark.parametrize("mode", (None, "reduce-overhead", "max-autotune-no-cudagraphs"))
 def test_compiled_training_is_eager_training(mode):
     model, ids = small_model(D)

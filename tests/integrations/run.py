@@ -8,53 +8,64 @@ adapter differs by more than rounding.
 """
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import sysconfig
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 import torch
+import yaml
 from datasets import Dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from support.inside import RunFolder, RunOptions, SFTArguments, sft
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import s2ft
 import s2ft.peft
 from s2ft import S2FTConfig
-from tests.integrations.workplace import BATCH, PROGRAMS, RATE, SETTINGS, STEPS, Program, lay_out
+from tests.support.inside import RunFolder, RunOptions, SFTArguments, sft
+from tests.train.tiny import save_tiny, write_jsonl
 
-ROUNDING = 1e-6  # of deltas of about STEPS * RATE, in float32
-
-
-@dataclass(frozen=True)
-class Difference:
-    """How the values of two adapters differ.
-
-    Attributes:
-        equal: Whether they are equal bit for bit.
-        largest: The largest difference of two values.
-        size: The largest value.
-    """
-
-    equal: bool
-    largest: float
-    size: float
-
-    def __str__(self) -> str:
-        return "equal, bit for bit" if self.equal else f"differs by {self.largest:.1e} of {self.size:.1e}"
+TABLE = (Path(__file__).parent / "programs.yaml").read_text()
+KNOWN = yaml.safe_load(TABLE)
+ROUNDING = 1e-6  # of deltas of about 6 steps at a rate of 0.002, in float32
+LENGTH = 64  # tokens of every chat, so that no program pads a batch in its own way
+# The template of tests/train/tiny.py with the marks of the answers, which TRL's loss on answers needs.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-def environment(name: str, program: Program) -> Path:
+def lay_out(name: str, folder: Path) -> dict:
+    """Write the base, the chats and the files of a program. Returns the program's row of programs.yaml."""
+    installed = environment(name)
+    text = TABLE.replace("FOLDER", str(folder)).replace("PROGRAMS", str(installed)).replace("ROOT", str(ROOT))
+    program = yaml.safe_load(text)["programs"][name]
+    save_tiny(folder / "base", tie_word_embeddings=False)
+    (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "data").mkdir(), (folder / "sharegpt").mkdir()
+    chats = [(f"{10 + a}+{a % 7}=", f"The answer is {10 + a + a % 7}.".ljust(LENGTH - 26, ".")) for a in range(24)]
+    turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats]
+    write_jsonl(folder / "data" / "chats.jsonl", [{"messages": chat} for chat in turns])
+    shared = [[{"from": "human", "value": q}, {"from": "gpt", "value": a}] for q, a in chats]
+    write_jsonl(folder / "sharegpt" / "chats.jsonl", [{"conversations": chat} for chat in shared])
+    for file, content in program["files"].items():
+        (folder / file).write_text(json.dumps(content))  # which is YAML too
+    return program
+
+
+def environment(name: str) -> Path:
     """Make the environment of a program, or take the one that is there. Returns the folder of its programs."""
-    if not program.packages and not program.alone:
+    program = KNOWN["programs"][name]
+    if "packages" not in program and "alone" not in program:
         return Path(sys.executable).parent
     folder = Path(sys.prefix) / "integrations" / name.removesuffix("-v1")
     python, done = folder / "bin" / "python", folder / "installed"
@@ -65,39 +76,38 @@ def environment(name: str, program: Program) -> Path:
     packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
     (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after those of the environment
     install = [python, "-m", "pip", "install", "--quiet"]
-    if program.packages:
-        subprocess.run([*install, *program.packages], check=True)
-    if program.alone:
-        subprocess.run([*install, "--no-deps", *program.alone], check=True)
-    for module in program.stand_ins:  # its wheels need a CUDA build of PyTorch, and text needs nothing of it
+    for option, packages_of in ([], program.get("packages")), (["--no-deps"], program.get("alone")):
+        if packages_of:
+            subprocess.run([*install, *option, *packages_of], check=True)
+    for module in program.get("stand_ins", ()):  # its wheels need a CUDA build of PyTorch, and text needs nothing of it
         subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", module], check=True)
         (packages / f"{module}.py").write_text("")
     done.touch()
     return python.parent
 
 
-def run(command: list, folder: Path, program: Program, **variables: str) -> None:
+def run(command: str, folder: Path, program: dict, **variables: str) -> None:
     """Run a command of the program. Its output is shown if it fails."""
     paths = [str(ROOT), *([str(ROOT / "tests" / "integrations" / "capture")] if variables else [])]
     settings = {"PYTHONPATH": os.pathsep.join(paths), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     log = folder / "output.log"
     with log.open("a") as output:
         done = subprocess.run(
-            list(map(str, command)),
+            command.split(),
             cwd=folder,
-            env={**os.environ, **settings, **program.environment, **variables},
+            env={**os.environ, **settings, **program.get("environment", {}), **variables},
             stdout=output,
             stderr=subprocess.STDOUT,
         )
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, command))} failed:\n{log.read_text()[-3000:]}")
+        raise RuntimeError(f"{command} failed:\n{log.read_text()[-3000:]}")
 
 
 def base(folder: Path):
     return AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
 
 
-def trained_by_s2ft(folder: Path, batches: list[dict], program: Program, layout: str, chunked: bool) -> s2ft.Adapter:
+def trained_by_s2ft(folder: Path, batches: list[dict], program: dict, layout: str, chunked: bool) -> s2ft.Adapter:
     """Train on the recorded batches as `s2ft sft` does."""
     rows = [
         {"input_ids": ids.tolist(), "labels": labels.tolist()}
@@ -105,37 +115,37 @@ def trained_by_s2ft(folder: Path, batches: list[dict], program: Program, layout:
         for ids, labels in zip(batch["input_ids"], batch["labels"])
     ]
     model = base(folder)
-    s2ft.attach(model, S2FTConfig(**SETTINGS, layout=layout, ffn_kernel=layout == "permuted"))
+    s2ft.attach(model, S2FTConfig(**KNOWN["settings"], layout=layout, ffn_kernel=layout == "permuted"))
     arguments = SFTArguments(
         output_dir=str(folder / "ours"),
-        max_steps=STEPS,
-        per_device_train_batch_size=BATCH,
-        learning_rate=RATE,
+        max_steps=KNOWN["steps"],
+        per_device_train_batch_size=KNOWN["batch"],
+        learning_rate=KNOWN["rate"],
         lr_scheduler_type="constant",
         warmup_steps=0,
         optim="adamw_torch",
         save_steps=0,
         train_sampling_strategy="sequential",
-        **program.arguments,
+        **program.get("arguments", {}),
     )
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run_folder = RunFolder(Path(out))
-        run_folder.begin(dict(SETTINGS))
+        run_folder.begin(dict(KNOWN["settings"]))
         options = RunOptions(chunked_loss=chunked)
         sft(model, AutoTokenizer.from_pretrained(folder / "base"), Dataset.from_list(rows), arguments, run_folder,
             options=options)  # fmt: skip
     return s2ft.get_adapter(model, "default")
 
 
-def difference(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> Difference:
+def difference(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> tuple[float, str]:
+    """The largest difference of two values of two adapters, and what to say of it."""
     assert ours.deltas.keys() == theirs.deltas.keys(), "other modules are trained"
     pairs = [(delta, theirs.deltas[name]) for name, delta in ours.deltas.items()]
     assert all(torch.equal(one.index, other.index) for one, other in pairs), "other units are trained"
-    return Difference(
-        all(torch.equal(one.values, other.values) for one, other in pairs),
-        max(float((one.values - other.values).abs().max()) for one, other in pairs),
-        max(float(one.values.abs().max()) for one, _ in pairs),
-    )
+    largest = max(float((one.values - other.values).abs().max()) for one, other in pairs)
+    if all(torch.equal(one.values, other.values) for one, other in pairs):
+        return largest, "equal, bit for bit"
+    return largest, f"differs by {largest:.1e} of {max(float(one.values.abs().max()) for one, _ in pairs):.1e}"
 
 
 def is_merged(folder: Path, merged: Path, adapter: s2ft.Adapter) -> bool:
@@ -149,28 +159,27 @@ def is_merged(folder: Path, merged: Path, adapter: s2ft.Adapter) -> bool:
 
 def try_program(name: str, folder: Path) -> bool:
     """Train with the program and with s2ft, and print what came of it. Returns whether the adapters agree."""
-    program = PROGRAMS[name]
-    programs = environment(name, program)
-    lay_out(folder)
+    program = lay_out(name, folder)
     captured = folder / "batches.pt"
-    run(program.train(folder, programs), folder, program, S2FT_CAPTURE=str(captured))
+    run(program["train"], folder, program, S2FT_CAPTURE=str(captured))
     batches = torch.load(captured)
     shapes = {tuple(batch["input_ids"].shape) for batch in batches}
     labels = sum(int((batch["labels"] != -100).sum()) for batch in batches)
     print(
         f"{name}: {len(batches)} batches of {', '.join(map(str, sorted(shapes)))} tokens, {labels} labels", flush=True
     )
-    theirs = s2ft.peft.to_native(PeftModel.from_pretrained(base(folder), str(folder / program.adapter)))
+    theirs = s2ft.peft.to_native(PeftModel.from_pretrained(base(folder), str(folder / program["adapter"])))
     found = []
     for layout in ("indexed", "permuted"):
         for chunked in (False, True):
             ours = trained_by_s2ft(folder, batches, program, layout, chunked)
-            found.append(difference(ours, theirs))
-            print(f"  {layout}, {'chunked loss' if chunked else 'loss of all logits'}: {found[-1]}", flush=True)
-    agrees = len(batches) == STEPS and all(one.largest <= ROUNDING for one in found)
-    if program.merge:
-        run(program.merge(folder, programs), folder, program)
-        equal = is_merged(folder, folder / program.merged, theirs)
+            largest, said = difference(ours, theirs)
+            found.append(largest)
+            print(f"  {layout}, {'chunked loss' if chunked else 'loss of all logits'}: {said}", flush=True)
+    agrees = len(batches) == KNOWN["steps"] and max(found) <= ROUNDING
+    if "merge" in program:
+        run(program["merge"], folder, program)
+        equal = is_merged(folder, folder / program["merged"], theirs)
         print(f"  merged model: {'equal, bit for bit' if equal else 'differs'}", flush=True)
         agrees = agrees and equal
     return agrees
@@ -178,14 +187,14 @@ def try_program(name: str, folder: Path) -> bool:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(PROGRAMS)} (default: all)")
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"{', '.join(KNOWN['programs'])} (default: all)")
     parser.add_argument("--keep", type=Path, help="a new folder in which the files are kept")
     arguments = parser.parse_args()
-    unknown = sorted(set(arguments.names) - set(PROGRAMS))
+    unknown = sorted(set(arguments.names) - set(KNOWN["programs"]))
     if unknown:
-        parser.error(f"there is no program {unknown[0]!r}; there are {', '.join(PROGRAMS)}")
-    failed = []
-    for name in arguments.names or PROGRAMS:
+        parser.error(f"there is no program {unknown[0]!r}; there are {', '.join(KNOWN['programs'])}")
+    names, failed = arguments.names or list(KNOWN["programs"]), []
+    for name in names:
         with tempfile.TemporaryDirectory() as temporary:
             folder = arguments.keep / name if arguments.keep else Path(temporary)
             folder.mkdir(parents=True, exist_ok=True)
@@ -196,7 +205,7 @@ def main() -> int:
                 agrees = False
         if not agrees:
             failed.append(name)
-    print(f"{len(arguments.names or PROGRAMS) - len(failed)} passed, {len(failed)} failed")
+    print(f"{len(names) - len(failed)} passed, {len(failed)} failed")
     return int(bool(failed))
 
 

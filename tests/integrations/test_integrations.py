@@ -6,6 +6,7 @@
 import importlib
 import importlib.util
 import json
+import re
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -14,7 +15,7 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from support.inside import ADAPTER_FORMATS, config_from, main as print_path
-from train.tiny import save_tiny, tiny_model
+from train.tiny import save_tiny, tiny_model, write_jsonl
 
 import s2ft
 from s2ft import read_adapter
@@ -24,22 +25,23 @@ SETTINGS = {"d_ratio": 0.25, "seed": 3}
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """Adds modules with the given names to those that can be imported, and imports one of s2ft.integrations anew."""
+def program(monkeypatch):
+    """Adds modules that a program has, by their paths with the names in them, and imports s2ft's module of it anew."""
 
-    def modules(name, **contents):
-        for path, values in contents.items():
-            module = ModuleType(path.replace("__", "."))
+    def imported(name, modules):
+        paths = {path[: end.start()] for path in modules for end in re.finditer(r"\.|$", path)}
+        for path in sorted(paths):
+            module = ModuleType(path)
             module.__path__ = []
-            module.__dict__.update(values)
-            monkeypatch.setitem(sys.modules, module.__name__, module)
-            parent, _, last = module.__name__.rpartition(".")
+            module.__dict__.update(modules.get(path, {}))
+            monkeypatch.setitem(sys.modules, path, module)
+            parent, _, last = path.rpartition(".")
             if parent:
-                monkeypatch.setattr(sys.modules[parent], last, module, raising=False)
+                setattr(sys.modules[parent], last, module)
         monkeypatch.delitem(sys.modules, f"s2ft.integrations.{name}", raising=False)
         return importlib.import_module(f"s2ft.integrations.{name}")
 
-    yield modules
+    yield imported
     for name in ("axolotl", "ms_swift", "llamafactory"):
         sys.modules.pop(f"s2ft.integrations.{name}", None)
 
@@ -85,12 +87,6 @@ def assert_equal(ours, theirs):
 # ---- settings ------------------------------------------------------------------------------------------
 
 
-def test_settings_become_a_config():
-    config = config_from({"o_ratio": 0.5, "seed": None}, "s2ft", task_type="CAUSAL_LM", modules_to_save=None)
-    assert (config.ratios, config.seed, config.task_type) == ({"o": 0.5}, 0, "CAUSAL_LM")
-    assert config_from({"d_ratio": 0.5, "task_type": "SEQ_CLS"}, "s2ft", task_type="CAUSAL_LM").task_type == "SEQ_CLS"
-
-
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
@@ -112,16 +108,18 @@ def test_wrong_settings_are_refused_with_their_place(settings, message):
 # ---- TRL -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def trl_run(tmp_path):
-    save_tiny(tmp_path / "base", tie_word_embeddings=False)
+def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(tmp_path, monkeypatch):
+    """Bit for bit. The layout of PEFT's form is indexed, and it has no kernel of the whole FFN."""
+    import trl
+    from datasets import load_dataset
+    from support.inside import trl_main as main
+    from transformers import AutoTokenizer
+
+    monkeypatch.setattr(trl, "get_peft_config", trl.get_peft_config)  # is put back after the test
+    monkeypatch.chdir(save_tiny(tmp_path, tie_word_embeddings=False))
     (tmp_path / "data").mkdir()
-    rows = [{"text": f"{a}+{a % 3}={a + a % 3}"} for a in range(8)]
-    (tmp_path / "data" / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_jsonl(tmp_path / "data/rows.jsonl", [{"text": f"{a}+{a % 3}={a + a % 3}"} for a in range(8)])
     config = {
-        "model_name_or_path": str(tmp_path / "base"),
-        "dataset_name": str(tmp_path / "data"),
-        "output_dir": str(tmp_path / "out"),
         "max_steps": 3,
         "per_device_train_batch_size": 2,
         "learning_rate": 1e-2,
@@ -131,62 +129,23 @@ def trl_run(tmp_path):
         "use_cpu": True,
         "bf16": False,
         "gradient_checkpointing": False,
-        "lora_modules_to_save": ["model.norm"],
-        "s2ft": SETTINGS,
     }
-    return config, tmp_path
-
-
-def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(trl_run, monkeypatch):
-    """Bit for bit. The layout of PEFT's form is indexed, and it has no kernel of the whole FFN."""
-    import trl
-    from datasets import load_dataset
-    from support.inside import trl_main as main
-
-    monkeypatch.setattr(trl, "get_peft_config", trl.get_peft_config)  # is put back after the test
-    config, folder = trl_run
-    (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    main(["sft", "--config", str(folder / "run.yaml")])
-    base = tiny_model(tie_word_embeddings=False)
-    trained = PeftModel.from_pretrained(base, folder / "out")
-    assert type(trained.peft_config["default"]) is S2FTPeftConfig
-    theirs = to_native(trained)
+    theirs = {"model_name_or_path": ".", "dataset_name": "data", "output_dir": "out", "s2ft": SETTINGS}
+    with pytest.raises(ValueError, match="the nearest one is d_ratio"):
+        main(
+            ["sft", "--model_name_or_path", "none", "--output_dir", "wrong", "--use_cpu", "--s2ft", '{"d_raito": 0.1}']
+        )
+    assert not (tmp_path / "wrong").exists()
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, **theirs, "lora_modules_to_save": ["model.norm"]}))
+    main(["sft", "--config", "run.yaml"])
+    trained = PeftModel.from_pretrained(tiny_model(tie_word_embeddings=False), "out")
     model = tiny_model(tie_word_embeddings=False)
     s2ft.attach(model, s2ft.S2FTConfig(**SETTINGS, layout="indexed", ffn_kernel=False, modules_to_save=["model.norm"]))
-    for name in ("model_name_or_path", "dataset_name", "lora_modules_to_save", "s2ft"):
-        del config[name]
-    rows = load_dataset(str(folder / "data"), split="train")
-    arguments = trl.SFTConfig(**{**config, "output_dir": str(folder / "attached")})
-    tokenizer = __import__("transformers").AutoTokenizer.from_pretrained(folder / "base")
-    trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=tokenizer).train()
+    arguments, rows = trl.SFTConfig("attached", **config), load_dataset("data", split="train")
+    trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(".")).train()
     ours = s2ft.get_adapter(model, "default")
-    assert_equal(ours, theirs)
+    assert_equal(ours, to_native(trained))
     assert len(ours.extra_weights) == 1
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ([], "s2ft must say what is trained"),
-        (["--s2ft", "d_ratio=0.1"], "--s2ft must be JSON such as '{\"d_ratio\": 0.03}', got 'd_ratio=0.1'"),
-        (["--s2ft", '{"ratoi": 0.1}'], "the nearest one is ratio"),
-    ],
-)
-def test_trl_says_what_is_wrong_with_the_settings_before_it_loads_a_model(options, message, tmp_path):
-    from support.inside import trl_main as main
-
-    with pytest.raises(ValueError) as raised:
-        main(["sft", "--model_name_or_path", "none", "--output_dir", str(tmp_path / "out"), "--use_cpu", *options])
-    assert message in str(raised.value) and not (tmp_path / "out").exists()
-
-
-def test_trl_names_its_commands():
-    from support.inside import trl_main as main
-
-    with pytest.raises(SystemExit, match=r"\{distillation,dpo,grpo,.*did you mean sft\?"):
-        main(["sfp"])
-    with pytest.raises(SystemExit, match="usage:"):
-        main([])
 
 
 # ---- Axolotl -------------------------------------------------------------------------------------------
@@ -200,9 +159,9 @@ class Settings(dict):
 
 
 @pytest.fixture
-def axolotl(fake):
+def axolotl(program):
     base = {"BasePlugin": type("BasePlugin", (), {}), "AdapterCapabilities": lambda name: SimpleNamespace(name=name)}
-    return fake("axolotl", axolotl={}, axolotl__integrations={}, axolotl__integrations__base=base)
+    return program("axolotl", {"axolotl.integrations.base": base})
 
 
 def test_axolotl_adds_and_loads_the_adapter(axolotl, tmp_path):
@@ -241,113 +200,77 @@ def test_axolotl_checks_its_file(axolotl):
 # ---- ms-swift ------------------------------------------------------------------------------------------
 
 
-def test_ms_swift_gets_a_tuner(fake):
+def test_ms_swift_gets_a_tuner_and_finds_the_package_trl(program, capsys, monkeypatch):
+    """It loads a plugin by its path, and puts its folder, which has a trl.py, first into Python's path."""
     tuners = {}
-    module = fake("ms_swift", swift={}, swift__tuner_plugin={"PeftTuner": object, "tuners_map": tuners})
+    module = program("ms_swift", {"swift.tuner_plugin": {"PeftTuner": object, "tuners_map": tuners}})
     assert tuners == {"s2ft": module.S2FTTuner}
     for given in ({"s2ft": SETTINGS}, json.dumps({"s2ft": SETTINGS})):
         args = SimpleNamespace(model_kwargs=given, task_type="causal_lm", modules_to_save=[])
         model = module.S2FTTuner.prepare_model(args, tiny_model())
         assert model.peft_config["default"].peft_type == "S2FT" and model.peft_config["default"].task_type
+    args.model_kwargs = None
     with pytest.raises(ValueError, match=r'model_kwargs\["s2ft"\] must say what is trained'):
-        module.S2FTTuner.prepare_model(
-            SimpleNamespace(model_kwargs=None, task_type=None, modules_to_save=[]), tiny_model()
-        )
-
-
-def test_ms_swift_finds_the_package_trl_after_it_has_loaded_the_plugin_by_its_path(fake, capsys, monkeypatch):
-    """It puts the plugin's folder first into the path, and that folder has a trl.py."""
-    fake("ms_swift", swift={}, swift__tuner_plugin={"PeftTuner": object, "tuners_map": {}})
+        module.S2FTTuner.prepare_model(args, tiny_model())
     print_path(["ms_swift"])
     file = capsys.readouterr().out.strip()
     monkeypatch.setattr(sys, "path", [file.rpartition("/")[0], *sys.path])
-    assert importlib.util.find_spec("settings") is not None  # the folder's
     spec = importlib.util.spec_from_file_location("_swift_external", file)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
-    assert importlib.util.find_spec("settings") is None
-
-
-def test_the_path_of_an_unknown_module_is_refused():
-    with pytest.raises(SystemExit, match=r"\{axolotl,llamafactory,lm_eval,ms_swift,trl\}"):
-        print_path(["swift"])
+    assert importlib.util.find_spec("settings") is None  # a module of that folder
 
 
 # ---- LlamaFactory --------------------------------------------------------------------------------------
 
 
-class PeftPlugin:
-    """The registry of LlamaFactory's second version."""
-
-    found: dict = {}
-
-    def __init__(self, name):
-        self.name = name
-
-    def register(self):
-        return lambda function: self.found.setdefault(self.name, function)
-
-
 @pytest.fixture
-def llamafactory(fake):
-    calls = []
-
-    def read():
-        return sys.modules["llamafactory.hparams.parser"].read_args()
-
-    def module(given, second=False):
-        merged = {
-            "PeftPlugin": PeftPlugin,
-            "load_adapter": lambda model, path, is_train: calls.append(("load", path, is_train)) or model,
-        }
-        names = {
-            "llamafactory": {},
-            "llamafactory__extras": {},
-            "llamafactory__extras__misc": {"is_env_enabled": lambda name: second},
-            "llamafactory__launcher": {"launch": lambda: calls.append(("launch", read()))},
-            "llamafactory__hparams": {},
-            "llamafactory__hparams__parser": {"read_args": lambda args: given},
-            "llamafactory__model": {},
-            "llamafactory__model__adapter": {"LoraConfig": None},
-            "llamafactory__train": {},
-            "llamafactory__train__tuner": {"run_exp": lambda: calls.append(("train", read()))},
-            "llamafactory__v1": {},
-            "llamafactory__v1__launcher": {
-                "main": lambda: calls.append(("v1", sys.argv[1:])),
-                "launch": lambda: calls.append(("v1 launch", sys.argv[1:])),
-            },
-            "llamafactory__v1__plugins": {},
-            "llamafactory__v1__plugins__model_plugins": {},
-            "llamafactory__v1__plugins__model_plugins__peft": merged,
-        }
-        return fake("llamafactory", **names)
-
-    return module, calls
-
-
-def test_llamafactory_trains_what_its_file_says(llamafactory, monkeypatch):
-    module, calls = llamafactory
+def llamafactory(program, monkeypatch):
+    """A function that runs a command with what the file says. Returns the calls, and the second version's plugins."""
+    calls, plugins = [], {}
     monkeypatch.setattr(sys, "argv", ["x"])
-    module({"finetuning_type": "s2ft", "s2ft": SETTINGS, "stage": "sft"}).main(["train", "run.yaml"])
+
+    class Plugin:
+        def __init__(self, name):
+            self.name = name
+
+        def register(self):
+            return lambda function: plugins.setdefault(self.name, function)
+
+    def called(name, result):
+        return lambda *words: calls.append((name, *(words or [result()]))) or (words or [None])[0]
+
+    def run(given, *words, second=False):
+        read = lambda: sys.modules["llamafactory.hparams.parser"].read_args()  # noqa: E731
+        peft = {"PeftPlugin": Plugin, "load_adapter": called("load", None)}
+        modules = {
+            "llamafactory.extras.misc": {"is_env_enabled": lambda name: second},
+            "llamafactory.launcher": {"launch": called("launch", read)},
+            "llamafactory.hparams.parser": {"read_args": lambda args: given},
+            "llamafactory.model.adapter": {"LoraConfig": None},
+            "llamafactory.train.tuner": {"run_exp": called("train", read)},
+            "llamafactory.v1.launcher": {
+                "main": called("v1", lambda: sys.argv[1:]),
+                "launch": called("v1 launch", lambda: sys.argv[1:]),
+            },
+            "llamafactory.v1.plugins.model_plugins.peft": peft,
+        }
+        program("llamafactory", modules).main(words)
+        return calls, plugins
+
+    return run
+
+
+def test_llamafactory_trains_what_its_file_says_and_runs_other_commands_and_files(llamafactory):
+    calls, _ = llamafactory({"finetuning_type": "s2ft", "s2ft": SETTINGS, "stage": "sft"}, "train", "run.yaml")
     assert calls == [("train", {"finetuning_type": "lora", "stage": "sft"})]
-    lora = {
-        "r": 8,
-        "target_modules": ["q_proj"],
-        "lora_alpha": 16,
-        "modules_to_save": {"norm"},
-        "inference_mode": False,
-    }
+    lora = {"r": 8, "target_modules": ["q_proj"], "lora_alpha": 16, "modules_to_save": {"norm"}}
     config = sys.modules["llamafactory.model.adapter"].LoraConfig(task_type="CAUSAL_LM", **lora)
     assert (config.d_ratio, config.seed, config.modules_to_save) == (0.25, 3, ["norm"])
-
-
-def test_llamafactory_runs_other_commands_and_files(llamafactory, monkeypatch):
-    module, calls = llamafactory
-    monkeypatch.setattr(sys, "argv", ["x"])
-    module({"finetuning_type": "s2ft", "adapter_name_or_path": "a"}).main(["export", "run.yaml"])
-    module({"finetuning_type": "lora"}).main(["train", "run.yaml"])
-    module(["--stage", "sft"]).main(["chat"])
-    assert calls[0] == ("launch", {"finetuning_type": "lora", "adapter_name_or_path": "a"})
-    assert calls[1:] == [("train", {"finetuning_type": "lora"}), ("launch", ["--stage", "sft"])]
+    llamafactory({"finetuning_type": "s2ft", "adapter_name_or_path": "a"}, "export", "run.yaml")
+    llamafactory({"finetuning_type": "lora"}, "train", "run.yaml")
+    llamafactory(["--stage", "sft"], "chat")
+    assert calls[1] == ("launch", {"finetuning_type": "lora", "adapter_name_or_path": "a"})
+    assert calls[2:] == [("train", {"finetuning_type": "lora"}), ("launch", ["--stage", "sft"])]
 
 
 @pytest.mark.parametrize(
@@ -358,23 +281,17 @@ def test_llamafactory_runs_other_commands_and_files(llamafactory, monkeypatch):
         ({"finetuning_type": "s2ft", "s2ft": {"d_rati": 1}}, "the nearest one is d_ratio"),
     ],
 )
-def test_llamafactory_refuses_wrong_files_before_it_loads_a_model(llamafactory, monkeypatch, given, message):
-    module, calls = llamafactory
-    monkeypatch.setattr(sys, "argv", ["x"])
+def test_llamafactory_refuses_wrong_files_before_it_loads_a_model(llamafactory, given, message):
     with pytest.raises(ValueError, match=message):
-        module(given).main(["train", "run.yaml"])
-    assert calls == []
+        llamafactory(given, "train", "run.yaml")
 
 
-def test_llamafactory_second_version_has_a_plugin(llamafactory, monkeypatch):
-    module, calls = llamafactory
-    monkeypatch.setattr(sys, "argv", ["x"])
-    module(None, second=True).main(["sft", "run.yaml"])
-    module(None, second=True).main(["chat", "run.yaml"])
+def test_llamafactory_second_version_has_a_plugin(llamafactory):
+    llamafactory(None, "sft", "run.yaml", second=True)
+    calls, plugins = llamafactory(None, "chat", "run.yaml", second=True)
     assert calls == [("v1", ["sft", "run.yaml"]), ("v1 launch", ["chat", "run.yaml"])]
-    add = PeftPlugin.found["s2ft"]
-    model = add(tiny_model(), {"name": "s2ft", **SETTINGS}, True)
+    model = plugins["s2ft"](tiny_model(), {"name": "s2ft", **SETTINGS}, True)
     assert model.peft_config["default"].peft_type == "S2FT"
     base = tiny_model()
-    assert add(base, {"name": "s2ft", "adapter_name_or_path": "a"}, False) is base
-    assert calls[-1] == ("load", "a", False)
+    assert plugins["s2ft"](base, {"name": "s2ft", "adapter_name_or_path": "a"}, False) is base
+    assert calls[-1] == ("load", base, "a", False)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import yaml
 from support.inside import Prompter
-from train.tiny import save_tiny, tiny_model, tiny_tokenizer, write_jsonl
+from train.tiny import save_random_adapter, save_tiny, tiny_model, tiny_tokenizer, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
@@ -51,12 +51,7 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("models")
     save_tiny(work / "base", max_position_embeddings=1024)
     model = tiny_model(max_position_embeddings=1024)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.25), name="mine")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.5)
-    s2ft.save_adapter(model, work / "adapter")
+    save_random_adapter(work / "adapter", model, 0.5, d_ratio=0.25, o_ratio=0.25)
     s2ft.merge(model).save_pretrained(work / "merged")
     tiny_tokenizer().save_pretrained(work / "merged")
     return work

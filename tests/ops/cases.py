@@ -197,8 +197,8 @@ def then_dim(op, dim):
     return lambda *tensors: op(*tensors, dim)
 
 
-def activated(activation, dtype=torch.float32) -> Case:
-    gate, up, grad = (trained(7, 9, dtype=dtype) for _ in range(3))
+def activated(activation, shape=(7, 9), dtype=torch.float32) -> Case:
+    gate, up, grad = (trained(*shape, dtype=dtype) for _ in range(3))
     registered = (
         ("act_mul", (gate, up, activation)),
         ("act_mul_backward", (grad.detach(), gate.detach(), up.detach(), activation)),
@@ -333,6 +333,8 @@ OTHER = {
         for name, make in CONV.items()
         for spatial, geometry in ((1, "dilated"), (2, "plain"), (2, "dilated"), (3, "plain"), (3, "strided"))
     },
+    # the last is divided among threads
+    **{f"act_mul {name} {shape}": partial(activated, name, shape) for name in ACTIVATIONS for shape in ((), (0,), (17,), (129, 257))},
     # decode, packed tokens, one adapter for many tokens, empty; widths are vectors, remainders and blocks
     **{
         f"multi_adapter_linear {dim} {leading} {width}": partial(

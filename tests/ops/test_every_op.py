@@ -11,6 +11,7 @@ from support.tolerances import GEMM
 from support.waits import References
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
+SLOW = {**CONV, **GROUPED}
 HAS_DELTA_DTYPE = ("linear", "conv", "scatter")
 
 
@@ -78,8 +79,8 @@ def flat(arguments):
 def test_first_and_second_derivatives_float64(name):
     """A gradient penalty or a Hessian-vector product needs the second ones."""
     case = DIFFERENTIABLE[name](dtype=torch.float64)
-    assert torch.autograd.gradcheck(case.call, case.leaves, fast_mode=name in CONV)
-    assert torch.autograd.gradgradcheck(case.call, case.leaves, fast_mode=name in CONV)
+    assert torch.autograd.gradcheck(case.call, case.leaves, fast_mode=name in SLOW)
+    assert torch.autograd.gradgradcheck(case.call, case.leaves, fast_mode=name in SLOW)
 
 
 @named([*SMALL, *(f"{name} (7, 11, 2, 3) (2, 1, 3) False" for name in LINEAR)])

@@ -8,7 +8,7 @@ from support.inside import _linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2ft
-from s2ft.ops import act_mul, indexed_linear, sliced_linear
+from s2ft.ops import act_mul, sliced_linear
 
 cases = pytest.mark.parametrize("name", LINEAR)
 
@@ -145,14 +145,6 @@ def test_a_failed_product_restores_the_base(monkeypatch):
     with pytest.raises(MemoryError):
         _linear.reference(x, weight, delta, 2, 1, None, None)
     assert torch.equal(weight, before)
-
-
-def test_repeated_index_restores_the_base():
-    """The op does not allow a repeated index, but the base must be restored all the same."""
-    weight, before = (w := torch.randn(6, 6)), w.clone()
-    for dim in (0, 1):
-        indexed_linear(torch.randn(2, 6), weight, torch.randn(6, 6).narrow(dim, 0, 3), torch.tensor([4, 1, 4]), dim)
-        assert torch.equal(weight, before)
 
 
 @cases

@@ -6,7 +6,6 @@ from state.models import tiny_model
 from support.inside import forwards, run_on_one_input
 from support.tolerances import GEMM
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 import s2ft
 
@@ -84,20 +83,6 @@ def test_x_is_kept_only_if_a_delta_trains():
         assert [t.data_ptr() for t in kept if t.data_ptr() not in of_layers] == [x.data_ptr()] * expected
 
 
-@pytest.mark.parametrize("reentrant", (False, True))
-def test_checkpointing(reentrant):
-    layers, deltas = pair_of(("plain", "slice"))
-    x = torch.randn(3, 12, dtype=torch.float64, requires_grad=True)
-
-    def run(x):
-        one, other = run_on_one_input(x, *layers)
-        return (one * other).sum()
-
-    expected = torch.autograd.grad(run(x), (x, *deltas))
-    checkpoint(run, x, use_reentrant=reentrant).backward()
-    assert torch.equal(x.grad, expected[0]) and torch.equal(deltas[0].grad, expected[1])
-
-
 def hooked(layers):
     layers[0].register_forward_hook(lambda module, inputs, output: output * 2)
 
@@ -157,22 +142,6 @@ def test_global_hooks_and_autocast_see_the_layers():
     assert seen == layers
     with torch.autocast("cpu", torch.bfloat16):
         assert [y.dtype for y in run_on_one_input(x, *layers)] == [torch.bfloat16] * 2
-
-
-def test_compiled_equals_eager():
-    layers, deltas = pair_of(("plain", "slice"), dtype=torch.float32)
-    x = torch.randn(3, 12, requires_grad=True)
-
-    def run(x):
-        one, other = run_on_one_input(x, *layers)
-        return one * other
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x)
-    assert torch.equal(compiled, run(x))
-    for ours, theirs in zip(
-        torch.autograd.grad(compiled.sum(), (x, *deltas)), torch.autograd.grad(run(x).sum(), (x, *deltas))
-    ):
-        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_gated_ffn_shares_the_gradient_of_its_input_where_products_add_fast(monkeypatch):

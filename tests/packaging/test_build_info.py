@@ -5,6 +5,7 @@ import shutil
 import sysconfig
 import warnings
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -12,15 +13,16 @@ from support.inside import _build
 
 import s2ft
 
+ROOT = Path(__file__).resolve().parents[2]
+needs_module = pytest.mark.skipif(_build.load() is None, reason="no compiled kernels")
+
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):
     """The module _build in the state of its first import, with an empty package folder. Returns (folder, load)."""
-    monkeypatch.setattr(_build, "RECORD", tmp_path / "_build.json")
-    monkeypatch.setattr(_build, "_module", None)
-    monkeypatch.setattr(_build, "_reason", None)
-    monkeypatch.setattr(_build, "_cuda_reason", "")
-    monkeypatch.setattr(_build, "_silent", False)
+    state = {"RECORD": tmp_path / "_build.json", "_module": None, "_reason": None, "_cuda_reason": "", "_silent": False}
+    for name, value in state.items():
+        monkeypatch.setattr(_build, name, value)
 
     def load():
         with warnings.catch_warnings(record=True) as caught:
@@ -32,32 +34,21 @@ def fresh(monkeypatch, tmp_path):
     return tmp_path, load
 
 
-def record(folder, **entries):
-    (folder / "_build.json").write_text(json.dumps({"mode": "auto", "compiled": False, "reason": "", **entries}))
+def record(folder, found):
+    found = found if isinstance(found, str) else json.dumps({"mode": "auto", "compiled": False, "reason": "", **found})
+    (folder / "_build.json").write_text(found)
 
 
-def test_the_keys_and_the_version():
+def test_the_keys_the_version_and_what_is_compiled_agree_with_the_dispatcher():
     info = s2ft.build_info()
     keys = "compiled reason version torch compiler cuda archs cuda_version cuda_reason cuda_ops ops"
     assert set(info) == set(keys.split())
     assert info["version"] == s2ft.__version__ and info["torch"] == torch.__version__
-    assert {"sliced_linear", "indexed_linear", "swap_", "permute_"} <= set(info["ops"])
-
-
-def test_compiled_agrees_with_the_dispatcher():
-    info = s2ft.build_info()
     assert info["compiled"] is ("CPU" in info["ops"]["sliced_linear"])
     if not torch.cuda.is_initialized():
         assert "CUDA" not in info["ops"]["sliced_linear"] and info["cuda_reason"]
     if info["compiled"]:
         assert info["compiler"] and info["reason"]
-
-
-def failing(error):
-    def fail():
-        raise error
-
-    return fail
 
 
 # The record of the build, what its import raises, the version of PyTorch, and words of the one warning: none is silent.
@@ -77,16 +68,13 @@ FALLBACKS = {
 def test_without_a_module_the_import_warns_once_or_is_silent(case, fresh, monkeypatch):
     found, error, version, words = FALLBACKS[case]
     folder, load = fresh
-    if isinstance(found, dict):
-        record(folder, **found)
-    elif found:
-        (folder / "_build.json").write_text(found)
+    if found is not None:
+        record(folder, found)
     if error or version:
         (folder / "_C.so").write_text("")
     if error:
-        monkeypatch.setattr(_build, "_import_module", failing(error))
-    if version:
-        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(_build, "_import_module", Mock(side_effect=error))
+    monkeypatch.setattr(torch, "__version__", version or torch.__version__)
     module, messages = load()
     assert module is None and len(messages) == bool(words) and all(words in message for message in messages)
     info = _build.build_info()
@@ -105,6 +93,99 @@ def test_a_file_that_is_not_a_module_falls_back(run, tmp_path):
         Path(s2ft.__file__).parent, package, ignore=shutil.ignore_patterns("_C.*", "_build.json", "__pycache__")
     )
     (package / f"_C{sysconfig.get_config_var('EXT_SUFFIX')}").write_bytes(b"garbage")
-    record(package, compiled=True)
+    record(package, {"compiled": True})
     result = run(["-c", "import s2ft; print(s2ft.build_info()['compiled'])"], PYTHONPATH=tmp_path)
     assert result.stdout.strip() == "False" and "failed to load" in result.stderr
+
+
+# ---- the compiled module: one build for every Python, and a lock that an interrupt cannot leave behind ----
+
+
+def run_with_s2ft(run_script, script):
+    found = run_script(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}", ROOT)
+    return found.stdout.split()
+
+
+@needs_module
+def test_what_the_module_offers():
+    module = _build.load()
+    assert Path(module.__file__).name.split(".")[0] == "_C"
+    info = module.build_info()
+    assert info["torch_target"] == "2.11" and info["cxx_standard"] >= 202002
+    assert hasattr(module, "register_cuda") is hasattr(module, "cuda_versions") is info["with_cuda"]
+    with pytest.raises(TypeError, match="cannot create 's2ft._C.WeightLock' instances"):
+        module.WeightLock()
+
+
+@needs_module
+def test_a_second_import_has_the_same_lock(run_script):
+    script = """
+import importlib, threading
+from s2ft import _C as first
+del sys.modules["s2ft._C"]
+second = importlib.import_module("s2ft._C")
+second.weight_lock.acquire()
+got = []
+thread = threading.Thread(target=lambda: (first.weight_lock.acquire(), got.append(1), first.weight_lock.release()))
+thread.start(); thread.join(0.05)
+print(second is first, got)
+second.weight_lock.release()
+thread.join()
+print(got)
+"""
+    assert run_with_s2ft(run_script, script) == ["False", "[]", "[1]"]
+
+
+@needs_module
+def test_leaving_without_entering_is_an_error():
+    lock = _build.load().weight_lock
+    with pytest.raises(RuntimeError, match="this thread does not hold the lock"):
+        lock.__exit__(None, None, None)
+    with lock, lock:  # the owner may take it again
+        pass
+    with pytest.raises(RuntimeError, match="this thread does not hold the lock"):
+        lock.release()
+
+
+@needs_module
+def test_an_interrupt_that_arrives_with_the_lock_leaves_it_free(run_script):
+    """A signal arrives while the main thread waits for the lock, so Python handles it as soon as the wait has ended.
+
+    That must be inside the block, whose end gives the lock back.
+    """
+    script = """
+import signal, threading
+from s2ft.ops._lock import LOCK
+
+def interrupt(*_):
+    raise KeyboardInterrupt
+
+signal.signal(signal.SIGUSR1, interrupt)
+caught = inside = 0
+for _ in range(100):
+    held, waiting = threading.Event(), threading.Event()
+
+    def hold():
+        with LOCK:
+            held.set()
+            waiting.wait()
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGUSR1)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    try:
+        waiting.set()
+        with LOCK:
+            inside += 1
+    except KeyboardInterrupt:
+        caught += 1
+    thread.join()
+    try:
+        LOCK.release()
+    except RuntimeError:
+        continue
+    print("the lock stayed taken")
+print(caught)
+"""
+    assert run_with_s2ft(run_script, script) == ["100"]

@@ -30,6 +30,12 @@ def test_no_torch_header(source):
         queue += [(path.parent / name).resolve() for name in included]
 
 
+def test_no_macro_that_pytorch_2_11_lacks():
+    """TORCH_TARGET_VERSION hides newer functions, but not macros. The oldest supported version must compile the rest."""
+    sources = [path.read_text() for path in (ROOT / "csrc").glob("**/*") if path.suffix in (".h", ".cpp")]
+    assert not [source for source in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in source]
+
+
 LONG = ("units.cu", "scatter_add.cu")  # five to ten seconds each; the wheel's build and disassembly.py check them too
 
 

@@ -1,10 +1,11 @@
 """When CUDA kernels are registered, and the warning if they are not."""
 
 import warnings
+from unittest.mock import Mock
 
 import pytest
 import torch
-from support.inside import _build, runs_on, version, why_unusable
+from support.inside import _build, runs_on, why_unusable
 from support.models import model_of
 
 import s2ft
@@ -63,26 +64,10 @@ def test_the_decision_and_its_reason(case):
     assert expected in reason and bool(reason) == bool(expected)
 
 
-def test_versions():
-    assert version(12080) == "12.8" and version(13000) == "13.0"
-
-
-class Module:
+def compiled(driver=13000, built=13000, with_cuda=True):
     """Replaces the compiled module."""
-
-    registered = 0
-
-    def __init__(self, driver=13000, built=13000, with_cuda=True):
-        self.versions, self.with_cuda = (driver, built), with_cuda
-
-    def cuda_versions(self):
-        return self.versions
-
-    def register_cuda(self):
-        self.registered += 1
-
-    def build_info(self):
-        return {"with_cuda": self.with_cuda, "cuda_archs": "8.0;9.0" if self.with_cuda else ""}
+    info = {"with_cuda": with_cuda, "cuda_archs": "8.0;9.0" if with_cuda else ""}
+    return Mock(**{"cuda_versions.return_value": (driver, built), "build_info.return_value": info})
 
 
 @pytest.fixture
@@ -96,15 +81,15 @@ def fresh(monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", "13.0")
 
     def load(module, device=H100, record=None):
+        queued = []
+        gpu = {"device_count": 1, "get_device_name": device[0], "get_device_capability": device[1]}
+        for name, value in gpu.items():
+            monkeypatch.setattr(torch.cuda, name, Mock(return_value=value))
+        monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
         monkeypatch.setattr(_build, "_module", module)
         monkeypatch.setattr(_build, "_reason", "the compiled kernels are loaded")
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: device[0])
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda number: device[1])
-        queued = []
-        monkeypatch.setattr(torch.cuda, "_lazy_call", queued.append)
         _build._prepare_cuda(record or {})
-        assert not module.registered  # not before CUDA is initialised
+        assert not module.register_cuda.called  # not before CUDA is initialised
         for call in queued:
             call()
         return _build.build_info()["cuda_reason"]
@@ -122,8 +107,8 @@ def warnings_of_two_calls():
 
 
 def test_kernels_are_registered_with_cuda_without_a_warning(fresh):
-    module = Module()
-    assert fresh(module) == "the CUDA kernels are registered" and module.registered == 1
+    module = compiled()
+    assert fresh(module) == "the CUDA kernels are registered" and module.register_cuda.call_count == 1
     assert s2ft.build_info()["cuda_version"] == "13.0" and s2ft.build_info()["cuda"] is True
     assert warnings_of_two_calls() == []
 
@@ -131,9 +116,9 @@ def test_kernels_are_registered_with_cuda_without_a_warning(fresh):
 @pytest.mark.parametrize(
     "module, device, reason",
     (
-        (Module(driver=12080), H100, "the driver supports CUDA up to 12.8"),
-        (Module(), T4, "device 0 (Tesla T4, compute capability 7.5)"),
-        (Module(with_cuda=False), H100, "the CUDA kernels were not built"),
+        (compiled(driver=12080), H100, "the driver supports CUDA up to 12.8"),
+        (compiled(), T4, "device 0 (Tesla T4, compute capability 7.5)"),
+        (compiled(with_cuda=False), H100, "the CUDA kernels were not built"),
     ),
     ids=("driver", "device", "not built"),
 )
@@ -143,39 +128,29 @@ def test_what_cannot_run_is_not_registered_and_said_once(fresh, monkeypatch, mod
         assert s2ft.build_info()["cuda_ops"] == {}  # nothing is decided yet
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
         assert set(s2ft.build_info()["cuda_ops"].values()) == {"PyTorch"}
-    assert not module.registered
+    assert not module.register_cuda.called
     (message,) = warnings_of_two_calls()
     assert reason in message and "uses the PyTorch implementations" in message
 
 
-def test_the_reason_of_the_build_is_reported(fresh):
-    assert fresh(Module(with_cuda=False), record={"cuda_reason": "CUDA kernels need nvcc"}) == "CUDA kernels need nvcc"
-
-
-def test_pytorch_for_another_vendor_registers_nothing(fresh, monkeypatch):
-    monkeypatch.setattr(torch.version, "cuda", None)
-    module = Module()
-    assert "not built for CUDA" in fresh(module) and not module.registered
-
-
-def test_a_failure_does_not_reach_pytorch(fresh):
-    module = Module()
-    module.register_cuda = lambda: 1 / 0
+def test_another_vendor_registers_nothing_a_failure_does_not_reach_pytorch_and_a_build_says_why(fresh, monkeypatch):
+    assert (
+        fresh(compiled(with_cuda=False), record={"cuda_reason": "CUDA kernels need nvcc"}) == "CUDA kernels need nvcc"
+    )
+    module = compiled()
+    module.register_cuda.side_effect = ZeroDivisionError("division by zero")
     assert "could not be registered: division by zero" in fresh(module)
     assert len(warnings_of_two_calls()) == 1
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "not built for CUDA" in fresh(compiled())
 
 
 def test_attach_warns_for_a_model_on_cuda(monkeypatch):
-    calls = []
-    monkeypatch.setattr("s2ft.api.warn_without_cuda_kernels", lambda: calls.append(1))
-    s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
-    assert not calls
-    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
-
-    def stop(*_):
+    def warn():
         raise InterruptedError  # the tensors are not on CUDA, so the rest of attach must not run
 
-    monkeypatch.setattr("s2ft.api.select_units", stop)
+    monkeypatch.setattr("s2ft.api.warn_without_cuda_kernels", warn)
+    s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
+    monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
     with pytest.raises(InterruptedError):
         s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
-    assert calls == [1]

@@ -43,30 +43,18 @@ def test_the_wheel_without_kernels_is_for_every_platform(run, source, tmp_path):
     ]
 
 
-def check_installed(run, environment, source, from_source):
-    """s2ft, run from another folder, is the installed one and has its kernels. The command s2ft exists."""
+PIP = ("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation")
+WAYS = {"pip": (*PIP, "."), "editable": (*PIP, "-e", "."), "setup.py": ("setup.py", "-q", "install")}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_every_way_installs_the_kernels_and_the_command(way, run, source, environment):
+    """s2ft, run from another folder, is the installed one."""
+    run(WAYS[way], python=environment, cwd=source, S2FT_BUILD="cpu")
     file, info = json.loads(run(["-c", SHOW], python=environment).stdout.splitlines()[-1])
-    assert info["compiled"] is True and info["reason"]
-    assert file.startswith(str(source)) is from_source
-    assert file.startswith(str(environment.parents[1])) is not from_source
-    assert (environment.parent / "s2ft").exists()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("editable", (False, True))
-def test_pip(run, source, environment, editable):
-    run(
-        ["-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", *(["-e"] if editable else []), source],
-        python=environment,
-        S2FT_BUILD="cpu",
-    )
-    check_installed(run, environment, source, from_source=editable)
-
-
-@pytest.mark.slow
-def test_setup_py_install(run, source, environment):
-    run(["setup.py", "-q", "install"], python=environment, cwd=source, S2FT_BUILD="cpu")
-    check_installed(run, environment, source, from_source=False)
+    assert info["compiled"] is True and info["reason"] and (environment.parent / "s2ft").exists()
+    assert file.startswith(str(source if way == "editable" else environment.parents[1]))
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """S2FT_BUILD: what each value builds, and what happens if that fails."""
 
 import json
+import re
 
 import pytest
 
@@ -104,82 +105,58 @@ def of_setup(run_script, source, code, torch_cuda="13.0", check=True, **variable
 
 
 SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))"
+NEWER, NO_NVCC = "of CUDA 13 and PyTorch", "need nvcc to be built: set CUDA_HOME"
+# CUDA of nvcc and of PyTorch, S2FT_BUILD, whether CUDA kernels are built, words of the reason
+PLANS = [
+    ("13.0", "13.0", "auto", True, ""),
+    ("12.6", "13.0", "auto", True, ""),
+    ("13.1", "13.0", "auto", True, ""),
+    ("13.0", "12.8", "auto", False, NEWER),
+    ("13.0", None, "auto", False, ""),
+    (None, "13.0", "auto", False, NO_NVCC),
+    ("13.0", None, "cuda", True, ""),
+    ("13.0", "12.8", "cuda", None, f"S2FT_BUILD=cuda: nvcc in .*{NEWER}"),
+]
+
+
+@pytest.mark.parametrize("nvcc, torch_cuda, mode, cuda, words", PLANS)
+def test_an_nvcc_is_used_unless_its_major_version_is_newer(
+    run_script, source, tmp_path, nvcc, torch_cuda, mode, cuda, words
+):
+    """The warning is for an nvcc of another version only: most users of a CUDA PyTorch have no nvcc."""
+    home = toolkit(tmp_path / "cuda", nvcc) if nvcc else tmp_path
+    result = of_setup(run_script, source, SHOW_PLAN, torch_cuda, check=False, CUDA_HOME=home, S2FT_BUILD=mode)
+    if cuda is None:
+        assert result.returncode != 0 and re.search(words, result.stderr)
+        return
+    cpp, found, reason = json.loads(result.stdout.splitlines()[-1])
+    assert (cpp, found) == (True, cuda) and words in reason and ("WARNING" in result.stderr) is (words == NEWER)
+
+
+ALL = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120")
 
 
 @pytest.mark.parametrize(
-    "nvcc, torch_cuda, kept",
+    "codes, gpus, listed, expected",
     (
-        ("13.0", "13.0", True),
-        ("12.6", "13.0", True),
-        ("13.0", "12.8", False),
-        ("13.1", "13.0", True),
-        ("13.0", None, None),
+        (ALL, [], None, ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
+        (ALL[:4], [], None, ["7.5", "8.0", "9.0+PTX"]),  # CUDA 12.6
+        (ALL[:4], [(8, 6), (8, 0)], None, ["7.5", "8.0", "8.6", "9.0+PTX"]),
+        (("sm_75", "sm_80", "sm_90"), [(12, 0)], None, ["7.5", "8.0", "9.0+PTX"]),
+        ((), [], None, ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that lists nothing
+        (ALL, [], "9.0", ["9.0"]),
+        (ALL, [], "8.0, 9.0a;10.0f+PTX", ["8.0", "9.0a", "10.0f+PTX"]),
+        *((ALL, [], wrong, None) for wrong in ("8.0;Ampere", "90", "9.0+ptx")),
     ),
 )
-def test_auto_uses_an_nvcc_unless_its_major_version_is_newer(run_script, source, tmp_path, nvcc, torch_cuda, kept):
-    result = of_setup(run_script, source, SHOW_PLAN, torch_cuda, CUDA_HOME=toolkit(tmp_path / "cuda", nvcc))
-    cpp, cuda, reason = json.loads(result.stdout.splitlines()[-1])
-    assert cpp is True and cuda is bool(kept)
-    assert ("nvcc in" in reason and "of CUDA 13 and PyTorch" in reason) is (kept is False)
-    assert ("installed without CUDA kernels: nvcc in" in result.stderr) is (kept is False)
-
-
-def test_auto_without_nvcc_records_the_reason_without_a_warning(run_script, source, tmp_path):
-    result = of_setup(run_script, source, SHOW_PLAN, "13.0", CUDA_HOME=tmp_path)
-    assert json.loads(result.stdout.splitlines()[-1]) == [
-        True,
-        False,
-        "CUDA kernels need nvcc to be built: set CUDA_HOME to a CUDA toolkit, or put nvcc on PATH",
-    ]
-    assert "WARNING" not in result.stderr  # most users of a CUDA PyTorch have no nvcc
-
-
-def test_cuda_with_a_newer_nvcc_is_an_error_unless_pytorch_has_no_cuda(run_script, source, tmp_path):
-    home = toolkit(tmp_path / "cuda", "13.0")
-    result = of_setup(run_script, source, SHOW_PLAN, "12.8", check=False, CUDA_HOME=home, S2FT_BUILD="cuda")
-    assert result.returncode != 0 and "is of CUDA 13 and PyTorch" in result.stderr
-    result = of_setup(run_script, source, SHOW_PLAN, None, CUDA_HOME=home, S2FT_BUILD="cuda")
-    assert json.loads(result.stdout.splitlines()[-1]) == [True, True, ""]
-
-
-@pytest.mark.parametrize(
-    "codes, gpus, expected",
-    (
-        (("sm_75", "sm_80", "sm_86", "sm_90", "sm_100", "sm_120"), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),
-        (("sm_75", "sm_80", "sm_86", "sm_90"), [], ["7.5", "8.0", "9.0+PTX"]),  # CUDA 12.6
-        (("sm_75", "sm_80", "sm_86", "sm_90"), [(8, 6), (8, 0)], ["7.5", "8.0", "8.6", "9.0+PTX"]),
-        (("sm_75", "sm_80", "sm_90"), [(12, 0)], ["7.5", "8.0", "9.0+PTX"]),
-        ((), [], ["7.5", "8.0", "9.0", "10.0", "12.0+PTX"]),  # an nvcc that lists nothing
-    ),
-)
-def test_default_architectures(run_script, source, tmp_path, codes, gpus, expected):
+def test_architectures(run_script, source, tmp_path, codes, gpus, listed, expected):
     code = (
         f"torch.cuda.device_count = lambda: {len(gpus)}; torch.cuda.get_device_capability = {gpus}.__getitem__\n"
         "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))"
     )
-    result = of_setup(run_script, source, code, CUDA_HOME=toolkit(tmp_path / "cuda", codes=codes))
-    assert json.loads(result.stdout.splitlines()[-1]) == expected
-
-
-@pytest.mark.parametrize(
-    "listed, expected",
-    (
-        ("9.0", ["9.0"]),
-        ("8.0, 9.0a;10.0f+PTX", ["8.0", "9.0a", "10.0f+PTX"]),
-        ("8.0;Ampere", None),
-        ("90", None),
-        ("9.0+ptx", None),
-    ),
-)
-def test_a_list_of_architectures(run_script, source, tmp_path, listed, expected):
-    result = of_setup(
-        run_script,
-        source,
-        "print(json.dumps(setup['cuda_archs'](setup['PLAN'].home)))",
-        check=False,
-        CUDA_HOME=toolkit(tmp_path / "cuda"),
-        TORCH_CUDA_ARCH_LIST=listed,
-    )
+    variables = {"TORCH_CUDA_ARCH_LIST": listed} if listed else {}
+    home = toolkit(tmp_path / "cuda", codes=codes)
+    result = of_setup(run_script, source, code, check=False, CUDA_HOME=home, **variables)
     if expected is None:
         assert "is no compute capability such as 9.0 or 10.0+PTX" in result.stderr
     else:

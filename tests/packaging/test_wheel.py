@@ -48,24 +48,6 @@ def test_the_module_needs_only_symbols_that_somebody_has(tmp_path):
     assert check_wheel.strange_symbols(tmp_path / "a.so") == ["nobody_has_this"]
 
 
-def test_an_interpreter_is_asked_for_its_version():
-    version = "{}.{}".format(*sys.version_info[:2])
-    found = check_wheel.interpreter(version)
-    asked = subprocess.run([found, "--version"], capture_output=True, text=True).stdout
-    assert asked.startswith(f"Python {version}.")
-    assert check_wheel.interpreter("2.99") is None
-
-
-def test_rows():
-    result = dict(
-        python="3.10", torch="2.11", install_seconds=9.04, processor_seconds=8.0, import_seconds=1.0, ops=9, cuda_ops=9
-    )
-    assert check_wheel.row({**result, "torch_cuda": "13.0", "difference": 1e-7}).endswith("| 9 + 9 | 1.0e-07 |")
-    assert "not run: there is no Python 3.9" in check_wheel.row(
-        {"python": "3.9", "torch": "2.11", "skipped": "there is no Python 3.9 here"}
-    )
-
-
 @pytest.mark.parametrize(
     "version, numbers",
     (("GLIBC_2.2.5", (2, 2, 5)), ("GLIBC_2.28", (2, 28)), ("GLIBC_2.29", None), ("GLIBCXX_3.4.25", (3, 4, 25)))

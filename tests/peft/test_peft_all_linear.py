@@ -58,19 +58,6 @@ def test_parts_of_a_packed_weight_are_left_out_alone():
     assert {name.rpartition(".")[2] for name in model.peft_config["default"].skipped} == {"k", "v"}
 
 
-def test_only_small_layers_are_an_error():
-    with pytest.raises(ValueError, match=r"ratio=0.001 selects none of the 52 channels .* use a higher ratio"):
-        injected(model_of("llama-grouped"), target_modules="all-linear", ratio=0.001)
-
-
-def test_units_outside_couplings_are_single_inputs_by_default():
-    model = injected(model_of("llama"), target_modules=["lm_head"], ratio=0.25)
-    (layer,) = layers_of(model).values()
-    assert layer.dim == 1 and model.peft_config["default"].uncoupled == ["lm_head"]
-    model = injected(model_of("llama"), target_modules=["lm_head"], ratio=0.25, dim="outputs")
-    assert next(iter(layers_of(model).values())).dim == 0
-
-
 def test_a_family_that_is_declared_later_does_not_change_an_adapter():
     name, case = "model.layers.0.self_attn.o_proj", "llama-grouped"
     as_heads = injected(model_of(case), units={name: [0, 2]})
@@ -123,13 +110,6 @@ def test_all_linear_leaves_out_what_could_not_be_trained_or_merged():
         injected(Net(), target_modules=["out_proj"], ratio=0.5)
 
 
-def test_nothing_that_can_be_trained_is_an_error_with_the_reason():
-    net = nn.Module()
-    net.attention = nn.MultiheadAttention(8, 2)
-    with pytest.raises(ValueError, match="no linear layer can be trained; attention.out_proj of the kind out_proj of"):
-        injected(net, target_modules="all-linear", ratio=0.5)
-
-
 class Router(nn.Linear):
     def forward(self, x):
         logits = super().forward(x)
@@ -158,11 +138,7 @@ def test_layers_with_a_forward_of_their_own():
     mixed = model(x, adapter_names=["b", "__base__", "default", "b"])
     expected = torch.stack([outputs[name][i] for i, name in enumerate(("b", "__base__", "default", "b"))])
     torch.testing.assert_close(mixed, expected)
-    model.train()(x).square().sum().backward()
-    assert all(layer.s2ft_delta["b"].values.grad.abs().max() > 0 for layer in layers_of(model).values())
-    merged = model.merge_and_unload()
-    assert type(merged.router) is Router
-    torch.testing.assert_close(merged(x), outputs["b"])
+    torch.testing.assert_close(model.merge_and_unload()(x), outputs["b"])
 
 
 class Reader(nn.Module):

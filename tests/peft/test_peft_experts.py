@@ -6,7 +6,6 @@ from peft import get_peft_model
 from support.inside import S2FTPeftExperts
 from support.models import model_of, output_of, train
 from support.tolerances import LOGITS, relative_difference
-from torch import nn
 
 import s2ft
 from s2ft.peft import S2FTPeftConfig, to_native
@@ -60,39 +59,3 @@ def test_a_ratio_for_modules_does_not_touch_experts():
     assert not experts_of(model)
     model = peft_of("qwen3-moe", target_modules=["o_proj"], target_parameters=["experts.down_proj"], ratio=0.5)
     assert experts_of(model) and any("o_proj" in name for name in model.peft_config["default"].units)
-
-
-class Unknown(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stack, self.linear = nn.Parameter(torch.randn(2, 4, 4)), nn.Linear(4, 4)
-
-    def forward(self, x):
-        return self.linear(x @ self.stack[0])
-
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.block = Unknown()
-
-    def forward(self, x):
-        return self.block(x)
-
-
-@pytest.mark.parametrize(
-    "config,message",
-    [
-        (dict(target_parameters=["block.stack"], ratio=0.5), "Unknown has none"),
-        (dict(target_parameters=["linear.weight"], ratio=0.5), "2 dimensions, .* name the module .* target_modules"),
-        (dict(target_parameters=["nowhere"], ratio=0.5), "no .target_parameters. found"),
-        (dict(target_parameters="block.stack", ratio=0.5), "target_parameters must be a list"),
-        (dict(target_parameters=["block.stack"]), "needs ratio"),
-        (dict(target_parameters=["block.stack"], d_ratio=0.5), "exclude each other"),
-    ],
-)
-def test_bad_parameters_are_refused_and_the_model_stays(config, message):
-    net = Net()
-    with pytest.raises(ValueError, match=message):
-        get_peft_model(net, S2FTPeftConfig(**config))
-    assert not any("S2FT" in type(module).__name__ for module in net.modules())

@@ -67,14 +67,6 @@ def test_classifier_with_its_head(name, choice, tmp_path):
     assert not torch.equal(getattr(merged, head).weight, getattr(base, head).weight)
 
 
-def test_embedding_and_head_beside_the_slices(tmp_path):
-    base = model_of("llama")
-    config = S2FTPeftConfig(target_modules="all-linear", ratio=0.5, modules_to_save=["embed_tokens", "lm_head"])
-    merged = check_round_trip(base, fit(get_peft_model(copy.deepcopy(base), config)), tmp_path)
-    assert not torch.equal(merged.model.embed_tokens.weight, base.model.embed_tokens.weight)
-    assert not torch.equal(merged.lm_head.weight, base.lm_head.weight)
-
-
 def test_tied_head_stays_tied_where_the_config_says_so(tmp_path):
     base = model_of("qwen2-grouped-tied")
     config = dict(d_ratio=0.2, modules_to_save=["embed_tokens"])

@@ -1,9 +1,6 @@
 """S²FT as a method of PEFT on known families: selecting, training, saving, merging and switching."""
 
 import copy
-import json
-import re
-from pathlib import Path
 
 import pytest
 import torch
@@ -53,17 +50,6 @@ def layers_of(model):
     return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
 
 
-def test_the_rest_of_s2ft_does_not_import_peft():
-    root = Path(s2ft.__file__).parent
-    users = {
-        path.relative_to(root).parts[0]
-        for path in root.rglob("*.py")
-        if re.search(r"^\s*(import peft|from peft|from s2ft\.peft|import s2ft\.peft)", path.read_text(), re.M)
-    }
-    # the programs of the first train by PEFT; "sync" sends what a model in PEFT's form trains, and imports it then
-    assert users == {"integrations", "peft", "sync"}
-
-
 # ---- choosing ------------------------------------------------------------------------------------------
 
 
@@ -76,26 +62,23 @@ def test_units_are_those_that_attach_trains(case):
         assert model.peft_config["default"].units == chosen.to_dict()
 
 
-def test_a_reused_config_keeps_its_original_options():
+def test_a_config_keeps_its_options_and_is_used_again():
     config = S2FTPeftConfig(d_ratio=0.1)
     first = get_peft_model(model_of("llama-grouped"), config)
-    assert first.peft_config["default"] is config and config.chosen_by == {"d_ratio": 0.1, "seed": 0}
-    again = get_peft_model(model_of("llama-grouped"), config)
-    assert again.peft_config["default"] is config
-    units = dict(config.units)
+    mine = first.peft_config["default"]
+    assert config.units is None and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}
     for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
         other = get_peft_model(model_of(case), config).peft_config["default"]
-        assert other is not config and other.base_fingerprint != config.base_fingerprint
+        assert other.base_fingerprint != mine.base_fingerprint
     config.seed = 1
     first.add_adapter("b", config)
-    assert first.peft_config["b"].units != units and first.peft_config["default"].units == config.units == units
+    assert first.peft_config["b"].units != mine.units
     config.d_ratio = 0.3
     first.add_adapter("c", config)
     assert {len(numbers) for numbers in first.peft_config["c"].units.values()} == {16}
-    assert first.peft_config["default"].units == units
     many = get_peft_model(model_of("llama"), S2FTPeftConfig(**ALL_RATIOS))  # PEFT shortens such a long target_modules
-    many.add_adapter("b", many.peft_config["default"])
-    assert many.peft_config["b"] is many.peft_config["default"] and len(many.peft_config["b"].target_modules) == 7
+    many.add_adapter("b", many.peft_config["default"])  # as TRL makes a reference
+    assert many.peft_config["b"].units == many.peft_config["default"].units
 
 
 def test_layers_and_peft_fields_restrict_the_modules():
@@ -127,28 +110,6 @@ def test_target_modules_and_a_ratio_select_the_units_of_the_projection():
     assert shapes == {"v_proj": (6, 24), "o_proj": (24, 12)}  # one KV head and two query heads of 6
 
 
-def test_projections_that_share_a_module_are_one_delta():
-    model = peft_of("phi3-grouped", q_ratio=0.5, v_ratio=0.5, g_ratio=0.1)
-    for path, layer in layers_of(model).items():
-        index = layer.s2ft_delta["default"].index
-        assert torch.equal(index, index.sort().values) and index.unique().numel() == index.numel()
-        assert layer.s2ft_delta["default"].values.shape[0] == index.numel() == (18 if "qkv" in path else 5)
-
-
-def test_units_by_hand_and_from_files(tmp_path):
-    units = {"model.layers.1.mlp.down_proj": [3, 4, 5, 51], "model.layers.0.self_attn.k_proj": [1]}
-    chosen = s2ft.Selection({path: torch.tensor(numbers) for path, numbers in units.items()})
-    chosen.save(tmp_path / "units.json")
-    for given in (units, chosen, str(tmp_path / "units.json")):
-        assert peft_of("llama-grouped", units=given).peft_config["default"].units == units
-
-
-def test_units_of_another_adapter_can_be_excluded():
-    first = peft_of("llama-grouped", d_ratio=0.5).peft_config["default"]
-    second = peft_of("llama-grouped", d_ratio=0.5, exclude=first.units).peft_config["default"]
-    assert all(not set(numbers) & set(second.units[path]) for path, numbers in first.units.items())
-
-
 BAD = {
     "nothing": ({}, "nothing is selected"),
     "ratio alone": (dict(ratio=0.1), "give target_modules"),
@@ -164,6 +125,9 @@ BAD = {
     "layers and targets": (dict(target_modules=["down_proj"], ratio=0.1, layers=[0]), "give layers_to_transform"),
     "calibration": (dict(d_ratio=0.1, selection="activation"), r"units=s2ft\.select\(model"),
     "no such order": (dict(d_ratio=0.1, order="best"), "order must be one of"),
+    "experts not listed": (dict(target_parameters="block.stack", ratio=0.5), "target_parameters must be a list"),
+    "experts without a ratio": (dict(target_parameters=["block.stack"]), "needs ratio"),
+    "experts and d_ratio": (dict(target_parameters=["block.stack"], d_ratio=0.5), "exclude each other"),
     "unit ranges": (dict(units={"x": "3-1"}), "must be unit numbers such as 0-3,17"),
     "endless ranges": (dict(units={"x": "0-999999999"}), "must be unit numbers such as 0-3,17"),
 }
@@ -248,17 +212,42 @@ def injects(model, **fields):
     get_peft_model(model, S2FTPeftConfig(**fields))
 
 
+BY_NAME, STACK = dict(target_modules=["0"], ratio=0.5, dim="inputs"), dict(target_parameters=["0.weight"], ratio=0.5)
+NETS = {  # modules of no family
+    "unknown family": (nn.Linear(4, 8), dict(d_ratio=0.5), "all-linear"),
+    "groups": (nn.Conv2d(6, 8, 3, groups=2), BY_NAME, "2 groups"),
+    "embedding of none": (nn.Embedding(5, 6), BY_NAME, "Embedding"),
+    "attention": (nn.MultiheadAttention(8, 2), BY_NAME, "MultiheadAttention"),
+    "all of none": (
+        nn.MultiheadAttention(8, 2),
+        dict(target_modules="all-linear", ratio=0.5),
+        "no linear layer can be trained; 0.out_proj of the kind out_proj of",
+    ),
+    "activation": (nn.ReLU(), BY_NAME, "ReLU"),
+    "channels": (
+        nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 2)),
+        dict(d_ratio=0.5, couplings=[s2ft.Coupling.ffn(0, up="0.0", down="0.1", channels=9)]),
+        "expected a weight with 9",
+    ),
+    "couplings": (nn.Linear(4, 8), dict(d_ratio=0.5, couplings=["0"]), "couplings"),
+    "experts of an unknown kind": (nn.Bilinear(4, 4, 2), STACK, "Bilinear has none"),
+    "experts of two dimensions": (nn.Linear(4, 4), STACK, "2 dimensions, .* name the module .* target_modules"),
+    "experts nowhere": (nn.Linear(4, 4), dict(target_parameters=["x"], ratio=0.5), "no .target_parameters. found"),
+}
 MIX = ["b", "__base__", "a", "b"]
 REFUSED = {
+    **{
+        name: (
+            lambda net=net: nn.Sequential(copy.deepcopy(net)),
+            lambda model, fields=fields: injects(model, **fields),
+            message,
+        )
+        for name, (net, fields, message) in NETS.items()
+    },
     **{
         name: (lambda case=case: model_of(case), lambda model, fields=fields: injects(model, **fields), message)
         for name, (fields, case, message) in UNFIT.items()
     },
-    "unknown family": (
-        lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2)),
-        lambda model: injects(model, d_ratio=0.5),
-        "all-linear",
-    ),
     "other units": (two_of, loads(of_other_units), "other units"),
     "a weight is missing": (two_of, loads(lambda tensors: tensors.popitem()), "is missing"),
     "a weight too much": (
@@ -294,7 +283,7 @@ def test_what_is_refused_changes_nothing(case):
     model = make()
     before, adapters = copy.deepcopy(model.state_dict()), set(getattr(model, "peft_config", ()))
     layers = list(layers_of(model))
-    with pytest.raises(ValueError, match=word):
+    with pytest.raises((ValueError, TypeError), match=word):
         call(model)
     assert same(model.state_dict(), before) and list(layers_of(model)) == layers
     assert set(getattr(model, "peft_config", ())) == adapters
@@ -353,16 +342,6 @@ def test_merging_one_after_the_other_equals_merging_together():
     assert same(one.unload().state_dict(), model_of("llama-grouped").state_dict())
 
 
-def test_a_thousand_merges_in_bfloat16_change_nothing():
-    model = peft_of("llama-grouped", torch.bfloat16, d_ratio=0.2)
-    before = {path: layer.base_layer.weight.clone() for path, layer in layers_of(model).items()}
-    for layer in layers_of(model).values():
-        for _ in range(1000):
-            layer.merge()
-            layer.unmerge()
-    assert all(torch.equal(layer.base_layer.weight, before[path]) for path, layer in layers_of(model).items())
-
-
 @pytest.mark.parametrize("value", (float("nan"), float("inf")))
 def test_safe_merge_refuses_values_that_are_not_finite(value):
     model = two_of()
@@ -388,16 +367,6 @@ def test_float32_deltas_on_a_bfloat16_base_unless_asked_otherwise():
 
 
 # ---- saving and loading --------------------------------------------------------------------------------
-
-
-def test_the_config_file_is_small_and_sorted(tmp_path):
-    model = peft_of("llama-grouped", d_ratio=0.5, u_ratio=0.5)
-    model.save_pretrained(tmp_path)
-    text = (tmp_path / "adapter_config.json").read_text()
-    content = json.loads(text)
-    assert content["target_modules"] == sorted(content["target_modules"]) and content["peft_type"] == "S2FT"
-    assert text.count("\n") < 80 and content["chosen_by"]["d_ratio"] == 0.5
-    assert PeftConfig.from_pretrained(tmp_path).units == model.peft_config["default"].units
 
 
 def test_another_base_is_refused_unless_the_fingerprint_is_removed(tmp_path):
@@ -453,24 +422,6 @@ def test_inject_adapter_in_model_and_state_dicts():
 # ---- several adapters ----------------------------------------------------------------------------------
 
 
-def test_set_add_and_delete():
-    model, alone = two_of(), {}
-    for name in "ab":
-        model.set_adapter(name)
-        alone[name] = output_of(model)
-        assert all(
-            layer.s2ft_delta[other].values.requires_grad is (other == name)
-            for layer in layers_of(model).values()
-            for other in "ab"
-        )
-    assert not torch.equal(alone["a"], alone["b"])
-    with pytest.raises(ValueError, match="already exists"):
-        model.add_adapter("a", S2FTPeftConfig(d_ratio=0.1))
-    model.delete_adapter("b")
-    assert all(list(layer.s2ft_delta) == ["a"] for layer in layers_of(model).values())
-    assert torch.equal(output_of(model), alone["a"])
-
-
 @pytest.mark.parametrize("case", (*DENSE, "qwen3-moe"))
 def test_weighted_sums_equal_those_of_s2ft(case):
     model = two_of(case)
@@ -485,16 +436,6 @@ def test_weighted_sums_equal_those_of_s2ft(case):
     assert torch.equal(output_of(base), output_of(model))
 
 
-def test_a_weighted_sum_is_saved_like_any_other(tmp_path):
-    model = two_of()
-    model.add_weighted_adapter(["a", "b"], [1, 1], "sum", combination_type="linear")
-    model.set_adapter("sum")
-    model.save_pretrained(tmp_path, selected_adapters=["sum"])
-    again = PeftModel.from_pretrained(model_of("llama-grouped"), tmp_path / "sum").eval()
-    assert torch.equal(output_of(again), output_of(model))
-    assert again.peft_config["default"].chosen_by == {"sum_of": [["a", 1.0], ["b", 1.0]]}
-
-
 def test_a_sum_keeps_modules_to_save_of_one_adapter():
     model = get_peft_model(model_of("llama-grouped"), S2FTPeftConfig(d_ratio=0.1), "a")
     model.add_adapter("b", S2FTPeftConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
@@ -507,7 +448,7 @@ def test_a_sum_keeps_modules_to_save_of_one_adapter():
 # ---- mixed batches -------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", ("llama-grouped", "phi3-grouped", "gpt2", "mixtral"))
+@pytest.mark.parametrize("case", ("llama-grouped", "phi3-grouped", "gpt2", "mixtral", "opt"))
 @pytest.mark.parametrize("grad", (False, True))
 def test_every_row_of_a_mixed_batch_has_its_own_adapter(case, grad):
     model = two_of(case)

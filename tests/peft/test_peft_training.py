@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
+from adapter.test_pretrained import trainer
 from peft import PeftModel, get_peft_model
 from support.trl_trainers import ROWS, trl_trainer
 from train.tiny import tiny_model
-from transformers import Trainer, TrainingArguments
 
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
 
@@ -32,24 +32,6 @@ def moved(deltas):
 
 
 # ---- transformers' Trainer -------------------------------------------------------------------------------
-
-
-def trainer(model, folder, **changes):
-    torch.manual_seed(0)
-    tokens = torch.randint(3, 259, (16, 12))
-    rows = [{"input_ids": row, "labels": row} for row in tokens]
-    options = dict(
-        output_dir=str(folder),
-        max_steps=8,
-        save_steps=4,
-        per_device_train_batch_size=2,
-        learning_rate=1e-2,
-        report_to="none",
-        use_cpu=True,
-        disable_tqdm=True,
-        seed=3,
-    )
-    return Trainer(model=model, args=TrainingArguments(**{**options, **changes}), train_dataset=rows)
 
 
 def fresh(**config):
@@ -126,23 +108,6 @@ def test_trl_with_peft_config(kind, tmp_path):
     resumed.train(resume_from_checkpoint=str(last))
     assert_equal(deltas_of(resumed.model), deltas_of(done.model))
     assert_equal(dict(done.model.unload().state_dict()), dict(tiny_model().state_dict()))
-
-
-def test_dpo_disables_the_adapter_for_its_reference(tmp_path):
-    """The rewards equal those of a run with a separate reference model."""
-    pytest.importorskip("trl")
-    runs = {}
-    for kind in ("off", "own"):
-        model = fresh()
-        done = trl_trainer("dpo", model, tmp_path / kind, ref_model=tiny_model() if kind == "own" else None)
-        done.train()
-        runs[kind] = deltas_of(done.model)
-        runs[kind + " rewards"] = [
-            entry["rewards/chosen"] for entry in done.state.log_history if "rewards/chosen" in entry
-        ]
-    for key, value in runs["off"].items():
-        assert torch.allclose(value, runs["own"][key], rtol=1e-3, atol=1e-4)
-    assert runs["off rewards"] == pytest.approx(runs["own rewards"], abs=1e-5)
 
 
 def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):

@@ -195,34 +195,6 @@ def test_checkpointing_does_not_turn_dropout_on(case, batches):
     assert functions == [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
 
 
-def test_padding_of_an_encoder_decoder_does_not_count():
-    """The scores depend neither on the values in padding nor on its length."""
-    model = model_of("t5")
-    batch = {**text(8, (3, 8, 6)), **decoder(5, (5, 2, 4), "all")}
-    longer = {**text(11, (3, 8, 6)), **decoder(9, (5, 2, 4), "all")}
-    for name, mask in (
-        ("input_ids", "attention_mask"),
-        ("decoder_input_ids", "decoder_attention_mask"),
-        ("labels", "decoder_attention_mask"),
-    ):
-        longer[name] = longer[name].clone()
-        longer[name][longer[mask].bool()] = batch[name][batch[mask].bool()]
-    for metric in CALIBRATED:
-        expected = scores_of(model, metric, [batch])
-        for path, values in scores_of(model, metric, [longer]).items():
-            torch.testing.assert_close(values, expected[path], rtol=1e-3, atol=1e-7)
-
-
-def test_a_sequence_without_a_label_is_left_out():
-    for name in ("bert", "t5, labels"):
-        case, (batch,) = CASES[name]
-        model = model_of(case)
-        without = {**batch, "labels": batch["labels"].clone()}
-        without["labels"][1] = -100
-        others = {name: value[[0, 2]] for name, value in batch.items()}
-        assert_scores(scores_of(model, "gradient", [without]), scores_of(model, "gradient", [others]))
-
-
 def test_a_batch_may_be_only_the_main_input():
     for case, value in (("vit", pixels(2)), ("clip-vision", pixels(2)), ("bert", tokens(2, 7))):
         model = model_of(case)

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 from selection.test_metrics import batch_of
 from support.inside import (
     METRICS,
@@ -21,7 +20,6 @@ from support.pairs import in_turn
 import s2ft
 from s2ft import S2FTConfig
 
-DOWN = "model.layers.1.mlp.down_proj"
 RATIOS = {**ALL_RATIOS, "q_ratio": 0.25, "k_ratio": 0.25, "v_ratio": 0.25, "o_ratio": 0.25}
 CASES = ("llama", "llama-grouped", "phi3-grouped", "gpt2", "mixtral", "deepseek-v3")
 
@@ -73,21 +71,6 @@ def test_protected_units_are_never_chosen(case, choice):
     assert sum(map(len, chosen.units.values())) == sum(map(len, free.units.values()))
 
 
-@settings(deadline=None, max_examples=20)
-@given(ratio=st.floats(0.01, 0.85), excluded=st.sets(st.integers(0, 51), max_size=8))
-def test_any_share_with_excluded_units(ratio, excluded):
-    model = model_of("llama")
-    exclude = {DOWN: sorted(excluded)} if excluded else None
-    config = S2FTConfig(d_ratio=0.04, protect_ratio=ratio, exclude=exclude)
-    protected = needed(model, ratio + 1e-10, {"d_ratio": 0.04})
-    try:
-        units = set(s2ft.select(model, config, protect=data_of(model))[DOWN].tolist())
-    except ValueError:
-        assert 52 - len(protected[DOWN] | excluded) < 2
-        return
-    assert not units & (protected[DOWN] | excluded) and len(units) == 2
-
-
 def test_producers_with_the_same_units_protect_the_same_ones():
     model = model_of("llama")
     config = S2FTConfig(u_ratio=0.2, g_ratio=0.1, v_ratio=0.5, selection="weight")
@@ -95,25 +78,6 @@ def test_producers_with_the_same_units_protect_the_same_ones():
     for layer in range(3):
         up, gate = (set(selection[f"model.layers.{layer}.mlp.{name}_proj"].tolist()) for name in ("up", "gate"))
         assert up >= gate and len(up) == 10 and len(gate) == 5
-
-
-def test_a_random_selection_draws_the_best_of_its_ranking_that_are_left():
-    model = model_of("llama")
-    ranking = METRICS["random"].score(Request(couplings_of(model), S2FTConfig(d_ratio=0.1)))[DOWN]
-    protected = needed(model, 0.5, {"d_ratio": 0.1})[DOWN]
-    left = [unit for unit in ranking.argsort(descending=True).tolist() if unit not in protected]
-    chosen = s2ft.select(model, S2FTConfig(d_ratio=0.1), protect=data_of(model))[DOWN]
-    assert chosen.tolist() == sorted(left[:5])
-
-
-def test_a_budget_counts_what_is_left():
-    model = model_of("llama")
-    free = 26 * 3 * 24  # half of the channels of three layers, 24 parameters each
-    selection = s2ft.select(model, S2FTConfig(d_ratio=0.1, budget=free), protect=data_of(model))
-    assert sum(map(len, selection.units.values())) == 26 * 3
-    message = f"more than the {free:,} parameters .* to choose from with protect_ratio=0.5"
-    with pytest.raises(ValueError, match=message):
-        s2ft.select(model, S2FTConfig(d_ratio=0.1, budget=free + 24), protect=data_of(model))
 
 
 def test_attach_writes_the_share_into_the_adapter_and_nothing_without_protect(tmp_path):

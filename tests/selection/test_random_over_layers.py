@@ -1,7 +1,5 @@
 """Random selection over all layers together, as in the paper's code, and the draws of each layer alone."""
 
-import hashlib
-
 import pytest
 import torch
 from support.inside import couplings_of, select_units as select
@@ -56,21 +54,6 @@ def test_every_unit_of_every_layer_is_as_likely():
     assert float((counts - expected).abs().max()) < 4.5 * deviation
     assert float((counts.sum(1) - draws * 5).abs().max()) < 4.5 * (draws * 15 * 2 / 9) ** 0.5
     assert len(shares) > 20
-
-
-def test_a_larger_share_contains_a_smaller_one_and_seeds_differ():
-    assert set(units(0, 0.05)) < set(units(0, 0.1)) < set(units(0, 0.5))
-    assert units(0) == units(0) != units(1)
-
-
-def test_the_draws_of_single_layers_are_those_of_earlier_versions():
-    """Written out: the seed is a hash of the purpose, and the first units of a permutation are chosen."""
-    found = s2ft.select(model_of("llama"), S2FTConfig(d_ratio=0.1, seed=3)).units
-    for layer, path in enumerate(DOWN):
-        purpose = f"3/ffn/{layer}/consumer/52"
-        seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
-        drawn = torch.randperm(52, generator=torch.Generator().manual_seed(seed))
-        assert found[path].tolist() == sorted(drawn[:5].tolist())
 
 
 def test_the_estimate_counts_them_as_they_are():

@@ -41,15 +41,6 @@ def test_loading_from_an_adapter_folder(tmp_path):
         Selection.load(tmp_path)
 
 
-def test_table():
-    selection = Selection({"0.mlp.up": torch.arange(3), "1.mlp.up": torch.arange(1205), "0.mlp.down": torch.arange(2)})
-    assert [line.split() for line in str(selection).splitlines()] == [
-        ["projection", "layers", "units", "per", "layer", "units"],
-        ["up", "2", "3", "to", "1205", "1,208"],
-        ["down", "1", "2", "2"],
-    ]
-
-
 HOSTILE = {
     "pipe": os.mkfifo,
     "deep": lambda path: path.write_text("[" * 10**5),

@@ -6,10 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from contextlib import contextmanager
-
-import httpx
 
 DEADLINE = 120.0
 
@@ -45,20 +42,6 @@ class Process:
         code = self.process.wait(DEADLINE)
         self._reader.join(DEADLINE)
         return code
-
-    def rss(self):
-        """Resident bytes."""
-        with open(f"/proc/{self.process.pid}/statm") as file:
-            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    def health(self):
-        return httpx.get(f"{self.url}/health").json()
-
-    def wait_until_idle(self):
-        end = time.monotonic() + DEADLINE
-        while (state := self.health())["running"] or state["waiting"]:
-            assert time.monotonic() < end, state
-            time.sleep(0.01)
 
 
 @contextmanager

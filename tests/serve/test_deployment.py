@@ -41,7 +41,3 @@ def test_the_options_of_the_examples_exist(line):
     command, *arguments = shlex.split(line)
     (job,) = parse(command, "", [ServeArguments], arguments)
     assert command in COMMANDS and job.adapters and job.access_log in ("text", "json")
-
-
-def test_there_are_three_command_lines():
-    assert len(list(command_lines())) == 3

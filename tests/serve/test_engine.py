@@ -237,35 +237,6 @@ def test_stopping_fails_the_remaining_jobs(folder):
             Client(engine)
 
 
-SKIPPED = {  # the files in a folder, and a word of the reason
-    "empty": ([], "no s2ft_config.json and no s2ft_adapter.safetensors"),
-    "half": (["s2ft_config.json"], "no s2ft_adapter.safetensors"),
-    "lora": (["adapter_config.json"], "--from-peft"),
-    "run": (["run.json"], "no adapter yet"),
-    "checkpoint-4": (["s2ft_config.json", "s2ft_adapter.safetensors", "trainer_state.json"], "checkpoint"),
-    "a\\b": (["s2ft_config.json", "s2ft_adapter.safetensors"], "without slashes"),
-    ".hidden": ([], None),
-}
-
-
-def test_each_skipped_folder_is_logged_with_the_reason(folder, caplog):
-    for name, (files, _) in SKIPPED.items():
-        (folder / name).mkdir()
-        for file in files:
-            (folder / name / file).touch()
-    with caplog.at_level("INFO"):
-        Adapters(FakeBank(), [folder]).log_adapters()
-    *lines, last = [record.getMessage().replace(f"{folder}/", "") for record in caplog.records]
-    found = dict(line.removeprefix("warning: not served: ").split(": ", 1) for line in lines)
-    assert last == "serving 3 adapters: a, b, c"
-    assert all(word in found.pop(name) for name, (_, word) in SKIPPED.items() if word) and not found
-
-
-def test_an_adapter_may_not_have_the_bases_name(folder):
-    with pytest.raises(ValueError, match="served-model-name"):
-        Adapters(FakeBank(), [folder], reserved=["b"])
-
-
 def test_models_with_rows_that_depend_on_each_other_run_one_at_a_time(folder, caplog):
     model = tiny_model()
     model.config.rope_parameters = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}

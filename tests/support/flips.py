@@ -7,7 +7,6 @@ computes and train what merging writes, or refuse.
 import ast
 import copy
 import sys
-from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin
@@ -255,15 +254,3 @@ def outcomes_of(model_type: str) -> dict[Flip, Outcome]:
         return found
     plain = Base(model_type)
     return found | {flip: outcome_of(model_type, flip, plain) for flip in flips_of(model_type)}
-
-
-def table_of(outcomes: dict[str, dict[Flip, Outcome]]) -> str:
-    """The counts of all outcomes, and the flips that were wrong, refused, or of types that were not reached."""
-    flips = [(kind, flip, one) for kind, found in outcomes.items() for flip, one in found.items() if flip.key]
-    words = Counter(one.word for _, _, one in flips)
-    reached = [kind for kind, found in outcomes.items() if found[Flip()].word == "right"]
-    lines = [f"types {len(outcomes)}, reached {len(reached)}, flips {len(flips)}"]
-    lines += [f"{word:10}{words[word]:6}" for word in ("right", "same", "refused", "no model", "wrong")]
-    told = [(kind, flip, one) for kind, found in outcomes.items() for flip, one in found.items()]
-    shown = [row for row in told if row[2].word in ("wrong", "refused") or not row[1].key and row[2].word != "right"]
-    return "\n".join(lines + [f"{one.word}: {kind} {flip}: {one.reason}" for kind, flip, one in shown])

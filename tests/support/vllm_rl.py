@@ -121,7 +121,6 @@ def syncs(folder, form="permuted", dtype="float32", served="", steps="50", worke
     data = torch.randint(3, model.config.vocab_size, (2, 16))
     equal = 0
     with SliceSender(model, llm) as sender:
-        kind = sender._engine.transport()
         for _ in range(int(steps)):
             sent = sender.sync()
             if (served or dtype) == dtype:
@@ -132,7 +131,7 @@ def syncs(folder, form="permuted", dtype="float32", served="", steps="50", worke
     size = sum(one.numel() * getattr(torch, served or dtype).itemsize for one in trained)
     assert sent.nbytes <= 1.05 * size
     assert same(first, parameters(llm)), "the base is not restored"
-    print(json.dumps({"equal": equal, "transport": kind, "bytes": sent.nbytes, "slices": size}))
+    print(json.dumps({"equal": equal, "bytes": sent.nbytes, "slices": size}))
 
 
 # ---- TRL -------------------------------------------------------------------------------------------------
@@ -150,7 +149,7 @@ def reward(completions, **_):
     return [float(len(set(completion))) for completion in completions]
 
 
-def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = "", transport: str = "auto"):
+def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = ""):
     """A trainer of TRL on the tiny model, with slices."""
     from importlib import import_module
 
@@ -171,7 +170,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
     rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
-    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM, transport=transport)
+    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM)
     return made(
         model=model,
         args=args,
@@ -199,9 +198,9 @@ def colocate(folder, kind="grpo", form="permuted", dtype="float32"):
     print(json.dumps({"checked": len(checked), **differences(trainer)}))
 
 
-def server(folder, url, kind="grpo", form="permuted", dtype="float32", transport="auto"):
+def server(folder, url, kind="grpo", form="permuted", dtype="float32"):
     """Train by TRL with a vLLM server. Its log-probabilities of the answers are the trainer's."""
-    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url, transport)
+    trainer = trainer_of(kind, form, folder, dtype, f"{folder}-out", url)
     sizes, sync = [], trainer.slice_sender.sync
     if kind == "online_dpo":
         trainer.slice_sender.sync = lambda: sizes.append(sync().nbytes)

@@ -9,15 +9,14 @@ import shutil
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
 import s2ft
-from support.vllm_models import Served, answers, randomize, tiny_llama, type_of
+from support.vllm_models import Served, answers, randomize, tiny_llama
 from support.vllm_server import Server
 
 CHANGED = "changed"  # the adapter that is loaded, replaced and removed
@@ -47,26 +46,6 @@ def save_contents(folder: Path) -> Served:
     return Served(folder / "base", folder / "adapters", found)
 
 
-def export_contents(served: Served) -> Served:
-    """Export all contents as LoRA folders, to see what vLLM does with these."""
-    model = type_of(served.base).from_pretrained(served.base, dtype=torch.float32)
-    folder = served.adapters.parent / "loras"
-    for source in served.adapters.iterdir():
-        s2ft.load_adapter(model, source, name=source.name)
-        s2ft.export_lora(model, folder / source.name, source.name)
-        s2ft.delete_adapter(model, source.name)
-    return Served(served.base, folder, served.answers)
-
-
-@dataclass
-class Spell:
-    """A time in which requests may have met a content: from before it came until after it went."""
-
-    content: str | None
-    begin: float
-    end: float = float("inf")
-
-
 @dataclass
 class Stress:
     """A server, its clients, and the changes of one adapter.
@@ -75,7 +54,8 @@ class Stress:
         server: The server. It serves STEADY by name.
         served: The contents and their answers.
         place: The folder that CHANGED is loaded from.
-        spells: The contents of CHANGED in the order of their times. None is for its absence.
+        history: The contents of CHANGED, one after the other. None is for its absence.
+        settled: The number of the last content whose change is over: requests meet it or a later one.
         seen: How many answers there were, by content.
         wrong: Descriptions of wrong answers.
         changes: How many changes there were, by kind.
@@ -85,7 +65,8 @@ class Stress:
     server: Server
     served: Served
     place: Path
-    spells: list[Spell] = field(default_factory=list)
+    history: list[str | None] = field(default_factory=lambda: [None])
+    settled: int = 0
     seen: Counter = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
     changes: Counter = field(default_factory=Counter)
@@ -100,7 +81,6 @@ class Stress:
             seed: Of the clients' choices.
         """
         self.lock, self.done, draw = threading.Lock(), threading.Event(), random.Random(seed)
-        self.spells.append(Spell(None, time.monotonic()))
         threads = [threading.Thread(target=self._ask, args=(draw.random(),)) for _ in range(clients)]
         for thread in threads:
             thread.start()
@@ -119,21 +99,19 @@ class Stress:
 
     def _change(self, draw: random.Random) -> None:
         """Load the adapter if it is away; else replace it in place, by an unload and a load, or remove it."""
-        current = self.spells[-1].content
+        current = self.history[-1]
         content = draw.choice([name for name in CONTENTS if name != current])
         others = self.changes.total() - self.changes["load"]
         kind = "load" if current is None else ("replace in place", "replace", "remove")[others % 3]
         self.changes[kind] += 1
         if kind in ("replace", "remove"):
-            with self._spell(None):
-                self._post("v1/unload_lora_adapter", lora_name=CHANGED)
+            self._turn(None, "v1/unload_lora_adapter", lora_name=CHANGED)
         if kind == "remove":
             shutil.rmtree(self.place)  # requests that run keep what they began with
         else:
             self._put(content)
-            with self._spell(content):
-                inplace = kind == "replace in place"
-                self._post("v1/load_lora_adapter", lora_name=CHANGED, lora_path=str(self.place), load_inplace=inplace)
+            more = dict(lora_path=str(self.place), load_inplace=kind == "replace in place")
+            self._turn(content, "v1/load_lora_adapter", lora_name=CHANGED, **more)
 
     def _put(self, content: str) -> None:
         """Put a content in the folder by renaming."""
@@ -144,23 +122,16 @@ class Stress:
         fresh.rename(self.place)
         shutil.rmtree(old, ignore_errors=True)
 
-    @contextmanager
-    def _spell(self, content: str | None) -> Iterator[None]:
-        """A change: requests meet the next content from its begin on, and the one before until its end."""
-        with self.lock:
-            before = self.spells[-1]
-            self.spells.append(Spell(content, time.monotonic()))
-        yield
-        with self.lock:
-            before.end = time.monotonic()
-
-    def _post(self, path: str, **body: object) -> None:
+    def _turn(self, content: str | None, path: str, **body: object) -> None:
+        """Ask the server for a change. Until it is over, requests meet the content before or this one."""
+        self.history.append(content)
         try:
             status, answer = self.server.post(path, body)
         except OSError as error:
             status, answer = 0, error
         if status != 200:
             self.failed.append(f"{path} {body}: HTTP {status}: {answer}")
+        self.settled = len(self.history) - 1
 
     def _wait_for(self, count: int) -> None:
         """Wait for some more answers, for a minute at most."""
@@ -174,18 +145,17 @@ class Stress:
         draw = random.Random(seed)
         while not self.done.is_set():
             name = draw.choice(("base", *STEADY, CHANGED, CHANGED, CHANGED))
-            number, begin = draw.randrange(len(PROMPTS)), time.monotonic()
+            number, first = draw.randrange(len(PROMPTS)), self.settled
             try:
                 answer = self.server.complete(name, PROMPTS[number])
             except OSError as error:  # the server ended
                 self.failed.append(f"{name}: {type(error).__name__}: {error}")
                 return
-            end = time.monotonic()
+            met = self.history[first:] if name == CHANGED else [name]
             with self.lock:
-                self._judge(name, number, answer, begin, end)
+                self._judge(name, number, answer, met)
 
-    def _judge(self, name: str, number: int, answer: list[int] | str, begin: float, end: float) -> None:
-        met = [s.content for s in self.spells if s.begin <= end and s.end >= begin] if name == CHANGED else [name]
+    def _judge(self, name: str, number: int, answer: list[int] | str, met: Sequence[str | None]) -> None:
         for content in met:
             if answer == (None if content is None else self.served.answers[content][number]):
                 self.seen[content] += 1

@@ -120,7 +120,7 @@ def slices_of(served, name, dtype=torch.float32):
 def init(llm, specs, sender="a", dtype=torch.float32, **more):
     """Bind the engine to a sender."""
     name = str(dtype).removeprefix("torch.")
-    info = {"sender": sender, "dtype": name, "slices": to_message(specs), "transport": {"kind": "direct"}, **more}
+    info = {"sender": sender, "dtype": name, "slices": to_message(specs), **more}
     llm.init_weight_transfer_engine({"init_info": info})
 
 
@@ -197,11 +197,11 @@ def bad_input(served) -> None:
     written = parameters(llm)
     with refused("3 numbers of torch.float32 came, and the slices have"):
         update(llm, **{**good, "tensor": torch.zeros(3)})
-    with refused("an update of 'b' is refused"):
+    with refused("so sender 'b' is refused: release it"):
         update(llm, **{**good, "sender": "b"})
     with refused("so sender 'b' is refused: release it"):
         init(llm, specs, "b")
-    with refused("step 0 of sender 'a' is older than step 1"):
+    with refused("step 0 of 'a' is older than step 1"):
         update(llm, **{**good, "step": 0})
     assert same(parameters(llm), written)
     llm.start_weight_update()  # a client that dies here does no harm

@@ -6,15 +6,17 @@ import pytest
 import torch
 from support.inside import attachment_of, mounted_deltas, weight_at
 from support.models import loss_of
+from support.pairs import pairs_mostly_slow
 from support.slices import attached, gradients, slices
-from support.tolerances import GEMM, relative_difference
+from support.tolerances import GEMM
 
 import s2ft
 from s2ft import S2ColumnLinear, S2RowLinear
 
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+LAYOUTS = ("permuted", "indexed")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 # Without relu: its gradient jumps where rounding changes a sign.
 CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")
 
@@ -35,9 +37,11 @@ def within(ours, theirs, tolerance):
     return float((ours.float() - theirs.float()).norm() / theirs.float().norm()) <= tolerance
 
 
-@halves
-@layouts
-@pytest.mark.parametrize("case", CASES)
+def joined(tensors):
+    return torch.cat([tensor.flatten() for tensor in tensors])
+
+
+@pytest.mark.parametrize("case, layout, half", pairs_mostly_slow(CASES, LAYOUTS, HALVES), ids=str)
 def test_autocast(case, layout, half):
     """Outputs have the dtype of autocast and gradients that of the deltas. The gradients equal those of the merged
     model's full weights under autocast."""
@@ -60,13 +64,7 @@ def test_autocast(case, layout, half):
         handle = weight_at(plain, projections[name])
         full = handle.view(handle.tensor.grad)
         theirs[name] = full.index_select(delta.dim, delta.index)
-    assert within(
-        *(
-            torch.cat([value.flatten() for value in values])
-            for values in ([delta.values for delta in ours.values()], theirs.values())
-        ),
-        2 * GEMM[half][0],
-    )
+    assert within(joined(delta.values for delta in ours.values()), joined(theirs.values()), 2 * GEMM[half][0])
 
 
 @halves
@@ -103,84 +101,41 @@ def test_deltas_on_a_half_precision_base(layout, half, delta):
     assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {dtype}
 
 
-@halves
 @layouts
-@pytest.mark.parametrize("autocast", (False, True), ids=("base", "autocast"))
+@pytest.mark.parametrize("half, autocast", ((torch.bfloat16, False), (torch.float16, True)), ids=str)
 def test_tiny_updates_add_up(layout, half, autocast):
-    """Each update is a ten-thousandth of the spacing of half precision. Twenty thousand of them move the effective
-    weight by two spacings, both on a half-precision base and on a float32 base under autocast."""
+    """Each update is a thousandth of the spacing of half precision. Two thousand of them move the effective weight by
+    two spacings, both on a half-precision base and on a float32 base under autocast."""
     base = torch.float32 if autocast else half
     model = attached("llama-grouped", dtype=base, layout=layout)
     layer = model.model.layers[0].mlp.down_proj
     torch.nn.init.ones_(layer.weight)
     torch.nn.init.zeros_(layer.s2)
     step = torch.finfo(half).eps  # from 1 to the next number
-    optimizer = torch.optim.SGD([layer.s2], lr=1e-4 * step)
+    optimizer = torch.optim.SGD([layer.s2], lr=1e-3 * step)
     x = torch.zeros(1, layer.in_features, dtype=base)
     x[0, layer.start if layer.index is None else layer.index[0]] = 1
+    layer.s2.grad = torch.full_like(layer.s2, -1.0)
     with torch.autocast("cpu", half, enabled=autocast), torch.no_grad():
         assert (layer(x) == 1).all()
-        for _ in range(20_000):
-            layer.s2.grad = torch.full_like(layer.s2, -1.0)
+        for _ in range(2000):
             optimizer.step()
         assert (layer(x) == 1 + 2 * step).all()
 
 
-# ---- scaling -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("case", ("llama-grouped", "gpt2"))
-def test_scaled_gradients_are_the_unscaled_ones(case):
-    """Under float16 autocast, unscaled gradients and their norm equal those without scaling, except for the values
-    that float16 loses without scaling."""
-    model, other = attached(case), attached(case)
-    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
-    found = []
-    for one, scaled in ((model, True), (other, False)):
-        optimizer = torch.optim.AdamW(slices(one).values(), lr=1e-3)
-        with torch.autocast("cpu", torch.float16):
-            loss = loss_of(one)
-        (scaler.scale(loss) if scaled else loss).backward()
-        if scaled:
-            scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(slices(one).values(), 1e9)
-        found.append((norm, {name: p.grad.clone() for name, p in slices(one).items()}))
-        if scaled:
-            scaler.step(optimizer)
-            scaler.update()
-    assert relative_difference(found[0][0], found[1][0]) <= 1e-2
-    for name, gradient in found[0][1].items():
-        assert within(gradient, found[1][1][name], 2e-2), name
-    assert scaler.get_scale() == 1024.0
-
-
 @layouts
-@pytest.mark.parametrize("what", ("scale", "input"))
-def test_infinite_gradients_are_skipped(what, layout):
-    """If the scale or the input overflows float16, no slice moves and the scale is halved."""
+def test_infinite_gradients_are_skipped(layout):
+    """If the scale overflows float16, no slice moves and the scale is halved."""
     model = attached("llama-grouped", layout=layout)
     optimizer = torch.optim.AdamW(slices(model).values(), lr=1e-2)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40 if what == "scale" else 4.0, growth_interval=1000)
-    before, frozen = (
-        {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad is trained}
-        for trained in (True, False)
-    )
-    layer, steps = model.model.layers[0].mlp.down_proj, 0
-    overflow = layer.register_forward_pre_hook(lambda module, inputs: (inputs[0] * 1e6,)) if what == "input" else None
-    while all(torch.equal(p, before[name]) for name, p in slices(model).items()):
-        scale = scaler.get_scale()
+    before, moved = copy.deepcopy(model.state_dict()), []
+    for scale in (2.0**40, 4.0):
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
         with torch.autocast("cpu", torch.float16):
-            loss = loss_of(model)
-        scaler.scale(loss).backward()
-        finite = all(p.grad.isfinite().all() for p in slices(model).values())
+            scaler.scale(loss_of(model)).backward()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
-        assert finite == any(not torch.equal(p, before[name]) for name, p in slices(model).items())
-        assert scaler.get_scale() == (scale if finite else scale / 2)
-        if overflow is not None:
-            overflow.remove()
-        steps += 1
-        assert steps < 60
-    assert steps > 1
-    assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
+        moved.append([name for name, value in model.state_dict().items() if not torch.equal(value, before[name])])
+        assert scaler.get_scale() == (scale if moved[-1] else scale / 2)
+    assert moved == [[], list(slices(model))]

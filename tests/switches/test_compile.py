@@ -128,15 +128,6 @@ def test_batches_of_new_sizes_are_not_recompiled_each_time():
     assert graphs == [1, 2, 3, 3]
 
 
-@pytest.mark.slow
-def test_dynamic_shapes_are_one_graph():
-    model = attached("llama-grouped", layers=1, layout="indexed")
-    called = compiled(model, dynamic=True)
-    for size in ((2, 9), (3, 7), (4, 15)):
-        assert_same(step(model, called, on_tokens(*size)), step(model, loss=on_tokens(*size)), LOGITS)
-    assert counters["stats"]["unique_graphs"] == 1
-
-
 # ---- with other switches -------------------------------------------------------------------------------------
 
 
@@ -289,18 +280,3 @@ def test_layers_that_are_compiled_separately():
     s2ft.detach(model)
     after = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())
-
-
-def test_extra_weights():
-    """A compiled model is one graph, and switching restores the base and the extra weights."""
-    model = plain_model("llama", layers=1)
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, modules_to_save=["model.norm"]))
-    compiled(model)(input_ids=torch.ones(1, 4, dtype=torch.int64)).logits.square().sum().backward()
-    assert bool(model.model.norm.weight.grad.any())
-    with torch.no_grad():
-        model.model.norm.weight.mul_(2)
-    s2ft.set_adapter(model, None)
-    assert torch.equal(model.model.norm.weight, base["model.norm.weight"])
-    s2ft.set_adapter(model, "default")
-    assert torch.equal(model.model.norm.weight, base["model.norm.weight"] * 2)

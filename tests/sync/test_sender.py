@@ -71,50 +71,26 @@ def test_after_each_of_several_syncs_the_engine_has_the_merged_weights(form, dty
     assert same(engine, before) and engine.sender is None
 
 
-@pytest.mark.parametrize("transport", ["auto", "file", "http"])
-def test_a_server_gets_the_numbers_by_each_transport(transport, base, tmp_path):
+def test_a_server_gets_the_numbers_and_after_a_failure_it_has_its_base(base, tmp_path):
     model, engine = attached(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
-        with SliceSender(model, url, transport=transport, timeout=30) as sender:
+        with SliceSender(model, url, timeout=30) as sender:
             for step in range(2):
                 train(model, steps=1)
-                sender.sync()
+                assert sender.sync().step == step
                 assert same(engine, merged(model, tmp_path / f"{step}", torch.float32))
-        assert engine.transports == ["file" if transport == "auto" else transport]
+            update = ["start", "update", "finish", "reset", "resume"]
+            assert [call for call in engine.calls if call != "restore"] == [
+                "pause keep", "init", *update, "pause keep", *update
+            ]  # fmt: skip
+            engine.fails = "no room for numbers"
+            with pytest.raises(EngineError, match="sync 2 failed: .*no room for numbers.*has its base again"):
+                sender.sync()
+            assert same(engine, tensors_of(base)) and not engine.paused and engine.sender is None
+            engine.fails = ""
+            assert sender.sync().step == 0 and engine.sender == sender.name
         assert engine.sender is None and not engine.paused
     assert same(engine, tensors_of(base))
-    update = ["start", "update", "finish", "reset", "resume"]
-    assert [call for call in engine.calls if call != "restore"] == [
-        "pause keep", "init", *update, "pause keep", *update, "pause keep", *update
-    ]  # fmt: skip
-
-
-def test_the_file_is_removed_and_goes_to_the_given_folder(base, tmp_path):
-    folder = tmp_path / "numbers"
-    folder.mkdir()
-    engine, seen = CheckpointEngine(base), []
-    update = engine._update
-    engine._update = lambda info: (seen.append(info.get("file")), update(info))
-    with serving(app_of(engine)) as url, SliceSender(attached(), url, transport="file", folder=folder) as sender:
-        sender.sync()
-    assert seen[0].startswith(str(folder)) and list(folder.iterdir()) == []
-
-
-@pytest.mark.parametrize("transport", ["file", "http"])
-def test_a_refused_update_is_an_error_here_and_the_engine_has_its_base(transport, base, tmp_path):
-    model, engine = attached(), CheckpointEngine(base)
-    with serving(app_of(engine)) as url:
-        sender = SliceSender(model, url, transport=transport, timeout=30)
-        randomize(model)
-        sender.sync()
-        engine.fails = "no room for numbers"
-        with pytest.raises(EngineError, match="sync 1 failed: .*no room for numbers.*has its base again"):
-            sender.sync()
-        assert same(engine, tensors_of(base)) and not engine.paused and engine.sender is None
-        engine.fails = ""
-        assert sender.sync().step == 0
-        assert same(engine, merged(model, tmp_path / "merged", torch.float32))
-        sender.restore()
 
 
 def test_an_engine_of_another_base_is_refused_and_generates_on(base):
@@ -160,60 +136,10 @@ def test_a_server_that_does_not_answer_as_it_must_says_what_to_do(base):
         given_up.set()
 
 
-def test_trl_protocol(base, tmp_path):
-    """TRL's AsyncGRPOTrainer calls these methods, with an iterator that would merge and gather the whole model."""
-    model, engine = attached(), CheckpointEngine(base)
-
-    def never():
-        raise AssertionError("the whole model is read")
-        yield
-
-    with serving(app_of(engine)) as url:
-        sender = SliceSender(model, url)
-        sender.init_weight_transfer()
-        for step in range(2):
-            sender.pause()
-            assert engine.paused
-            sender.send_weights(never())
-            sender.resume()
-            assert same(engine, merged(model, tmp_path / f"{step}", torch.float32))
-            randomize(model)
-        sender.pause()
-        engine.fails = "broken"
-        with pytest.raises(EngineError, match="broken"):
-            sender.send_weights(never())
-        assert not engine.paused
-        sender.destroy()
-    assert same(engine, tensors_of(base))
-
-
-def test_a_merged_peft_model_sends_the_same_numbers(base, tmp_path):
-    """AsyncGRPOTrainer merges the adapter around send_weights."""
-    model, engine = peft_form(), CheckpointEngine(base)
-    randomize(model)
-    sender = SliceSender(model, engine)
-    sender.init_weight_transfer()
-    expected = merged(model, tmp_path / "merged", torch.float32)
-    model.merge_adapter()
-    sender.send_weights(None)
-    model.unmerge_adapter()
-    assert same(engine, expected)
-
-
-@pytest.mark.parametrize(
-    ("engine", "options", "error", "word"),
-    [
-        ("localhost:8000", {}, ValueError, "address"),
-        (3, {}, TypeError, "int"),
-        ("http://localhost", {"transport": "pigeon"}, ValueError, "auto or one of direct, file, http"),
-        ("http://localhost", {"transport": "direct"}, ValueError, "LLM in this process"),
-        ("http://localhost", {"transport": "file", "folder": "/none"}, ValueError, "/none"),
-        ("http://localhost:9", {"dtype": torch.float32}, ValueError, "sender.model"),
-    ],
-)
-def test_wrong_arguments_are_refused(engine, options, error, word):
-    with pytest.raises(error, match=word):
-        SliceSender(None, engine, **options).sync()
+@pytest.mark.parametrize(("engine", "error"), [("localhost:8000", ValueError), (3, TypeError)])
+def test_what_is_no_engine_is_refused(engine, error):
+    with pytest.raises(error, match="engine must be"):
+        SliceSender(None, engine)
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ def sent(slices, folder):
     engine = CheckpointEngine(folder, slices.dtype)
     names = {str(slices.dtype).removeprefix("torch."): slices.dtype}
     info = {"sender": "me", "dtype": next(iter(names)), "slices": to_message(slices.specs)}
-    engine.init_weight_transfer_engine({"init_info": {**info, "transport": {"kind": "direct"}, "take_over": False}})
+    engine.init_weight_transfer_engine({"init_info": {**info, "take_over": False}})
     engine.start_weight_update()
     engine.update_weights({"update_info": {"sender": "me", "step": 0, "tensor": slices.buffer()}})
     return engine
@@ -142,26 +142,6 @@ def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp
     check(slices, tmp_path, lambda: s2ft.merge(model))
 
 
-def test_units_of_two_projections_in_one_weight_are_one_slice():
-    """GPT-2's c_attn has queries, keys and values in one weight, with the inputs first."""
-    specs = {spec.name: spec for spec in TrainedSlices.of(attached(model_of("gpt2"), q_ratio=0.5, v_ratio=0.5)).specs}
-    spec = specs["transformer.h.0.attn.c_attn.weight"]
-    assert spec.dim == 1 and spec.shape == (24, 72) and bool((spec.index.diff() > 0).all())
-    assert spec.index.numel() == 24 and len(specs) == 3
-
-
-def test_numbers_are_rounded_for_the_engine_and_fused_layers_send_the_same():
-    model = attached(model_of("llama-grouped", torch.float32), **ratios_for("llama-grouped", ALL_RATIOS))
-    randomize(model)
-    before = TrainedSlices.of(model)
-    exact = before.buffer()
-    assert torch.equal(TrainedSlices.of(model, torch.bfloat16).buffer(), exact.bfloat16())
-    s2ft.fuse(model)
-    after = TrainedSlices.of(model)
-    assert torch.equal(after.buffer(), exact)
-    assert all(torch.equal(one.hashes, two.hashes) for one, two in zip(before.specs, after.specs))
-
-
 # ---- refusals ------------------------------------------------------------------------------------------
 
 
@@ -236,31 +216,6 @@ def test_what_changes_after_the_description_is_noticed(tmp_path):
     slices = TrainedSlices.of(model)
     with model.disable_adapter(), pytest.raises(ValueError, match="are disabled"):
         slices.buffer()
-
-
-def test_the_memory_of_a_sync_is_that_of_the_slices():
-    """No whole weight is copied: neither one of the adapted weights nor the model."""
-    from torch.utils._python_dispatch import TorchDispatchMode
-
-    class Largest(TorchDispatchMode):
-        def __init__(self):
-            super().__init__()
-            self.made = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            inputs = {one.untyped_storage().data_ptr() for one in args if isinstance(one, torch.Tensor)}
-            if isinstance(out, torch.Tensor) and out.untyped_storage().data_ptr() not in inputs:
-                self.made = max(self.made, out.numel())
-            return out
-
-    model = model_of("llama-grouped")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.05, o_ratio=0.25))
-    slices = TrainedSlices.of(model)
-    with Largest() as largest:
-        slices.buffer()
-    weight = model.model.layers[0].mlp.down_proj.weight.numel()
-    assert 0 < largest.made == slices.numel < weight
 
 
 def test_a_model_that_is_not_of_transformers_has_the_names_of_its_weights():

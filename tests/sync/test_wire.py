@@ -5,16 +5,6 @@ import torch
 from support.inside import SliceSpec, from_message, hashes_of, to_message
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("dim", [0, 1])
-def test_hashes_of_parts_add_up_to_those_of_the_whole(dtype, dim):
-    values = torch.randn(6, 10).to(dtype)
-    parts = [values[:, :4], values[:, 4:]] if dim == 0 else [values[:2], values[2:]]
-    firsts = [0, 4] if dim == 0 else [0, 2]
-    total = sum(hashes_of(part, dim, first) for part, first in zip(parts, firsts))
-    assert torch.equal(total, hashes_of(values, dim)) and total.numel() == values.shape[dim]
-
-
 def test_a_hash_depends_on_every_bit_and_place():
     values = torch.randn(3, 8)
     other = values.clone()

@@ -64,14 +64,10 @@ def test_a_message_that_never_fits_is_refused_and_not_kept():
     assert chat.messages == []
 
 
-@pytest.mark.parametrize("way", ["stopped", "closed"])
-def test_an_answer_that_ends_early_is_kept_and_the_chat_goes_on(way):
+def test_an_answer_that_ends_early_is_kept_and_the_chat_goes_on():
     chat = chat_of()
     answer = chat.answer("hi")
     written = "".join(next(answer) for _ in range(6))
-    if way == "stopped":
-        chat.stopped = True
-        written += "".join(answer)
     answer.close()
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[-1]["content"] == written and not chat.last.cut

@@ -6,6 +6,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+import s2ft
+
 CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -24,6 +26,16 @@ def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     )
     fast.chat_template = chat_template
     return fast
+
+
+def with_merges():
+    """A tokenizer with merges, which a GGUF file must have. Its vocabulary is as large as the model's."""
+    tokenizer = tiny_tokenizer()
+    letters = [token for token in tokenizer.get_vocab() if len(token) == 1]
+    never = sorted(letters)[-1]  # a byte that no text contains; the merged pair gets its token id
+    vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
+    tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
+    return tokenizer
 
 
 def tiny_config(**changes) -> LlamaConfig:
@@ -57,6 +69,17 @@ def save_tiny(folder, **changes):
     tiny_model(**changes).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_random_adapter(folder, model, std: float = 0.1, name: str = "default", info: dict | None = None, **config):
+    """Attach to the model, give the slices random values and save the adapter. Returns the model."""
+    s2ft.attach(model, s2ft.S2FTConfig(**config), name=name)
+    torch.manual_seed(config.get("seed", 1))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=std)
+    s2ft.save_adapter(model, folder, info=info)
+    return model
 
 
 def sums(count: int) -> list[dict]:

@@ -181,11 +181,6 @@ def test_several_projections_in_one_weight(tmp_path, recorded):
     assert answers == [phi.answers["a"], phi.answers["base"]]
 
 
-def test_a_model_that_vllm_takes_from_transformers(served, tmp_path):
-    answers, _ = offline(served.base, tmp_path, [*step(served, "wide")], max_lora_rank=256, model_impl="transformers")
-    assert answers == [served.answers["wide"]]
-
-
 def test_the_language_model_of_a_vision_model(tmp_path):
     """Its names differ three times: in transformers, in the checkpoint, and in vLLM."""
     torch.manual_seed(0)

@@ -5,10 +5,11 @@ import json
 import os
 import shutil
 import sys
+from types import SimpleNamespace
 
 import pytest
 from serve.fleet import save_adapters
-from support.inside import Budget, Extent, PromptFormat, command as vllm, lora
+from support.inside import Budget, PromptFormat, ServeArguments, command as vllm
 from train.tiny import save_tiny
 
 from s2ft.cli.main import main
@@ -33,7 +34,7 @@ def launched(monkeypatch):
         found.update(line=line, environment=dict(os.environ))
 
     monkeypatch.setattr("s2ft.packages.is_installed", lambda package: True)
-    monkeypatch.setattr(vllm, "why_no_plugin", lambda: None)
+    monkeypatch.setattr(vllm, "check_plugin", lambda: None)
     monkeypatch.setattr(os, "execv", execv)
     monkeypatch.setattr(os, "environ", {**os.environ, "S2FT_API_KEY": "key"})
     return found
@@ -73,45 +74,40 @@ def test_options_that_follow_from_the_adapters():
         vllm.sized(wide, slices=False)
 
 
-def test_units_of_slices_hold_every_batch_and_one_more_adapter():
-    adapters = [served("a", down_proj=10, q_proj=4), served("b", down_proj=30), served("c", o_proj=2)]
-    text = vllm.units_for(adapters)
-    assert text == "down_proj:inputs=70,o_proj:inputs=4,q_proj:outputs=8"
-    budget = Budget.parse(text)
-    assert budget.units("down_proj", [Extent("down_proj", 100, 100)], 1, True, 3, 1) == 70
-    assert budget.units("qkv_proj", [Extent(name, 64, 64) for name in ("q_proj", "k_proj")], 0, True, 3, 1) == 8
+def test_every_adapter_fits_into_the_units_of_slices():
+    text = vllm.units_for([served("a", down_proj=10, q_proj=4), served("b", down_proj=30), served("c", o_proj=2)])
+    assert text == "down_proj:inputs=30,o_proj:inputs=2,q_proj:outputs=4"
+    assert Budget.parse(text).units("down_proj", {"down_proj": (100, 100)}, 1, True, 1) == 30
+    assert Budget.parse(text).units("qkv_proj", dict.fromkeys(("q_proj", "k_proj"), (64, 64)), 0, True, 1) == 4
+
+
+def launch(adapters, sources=(), key=None, options=(), template=None, **job):
+    job = ServeArguments(model="m", adapters=[str(one) for one in sources], **job)
+    return vllm.launch(job, adapters, "m", "base", key, options, template)
 
 
 def test_the_command_line_and_the_variables(tmp_path, monkeypatch):
     monkeypatch.delenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", raising=False)
     monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.32.0")
-    settings = vllm.Settings("m", "base", key="key", slices=True, units="9", in_4bit=True, revision="v2")
-    launch = vllm.launch([served("a", "x", o_proj=1), served("b", "y", o_proj=2)], [tmp_path], settings, tmp_path / "t")
-    line = launch.command
+    adapters = [served("a", "x", o_proj=1), served("b", "y", o_proj=2)]
+    job = dict(slices=True, slice_units="9", load_in_4bit=True, revision="v2")
+    line, environment = launch(adapters, [tmp_path], "key", template=tmp_path / "t", **job)
     assert line[:5] == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m"] and "key" not in line
     assert line[-3:] == ["--lora-modules", "a=x", "b=y"]
     assert value(line, "--quantization") == "bitsandbytes" and value(line, "--revision") == "v2"
     assert value(line, "--chat-template") == str(tmp_path / "t") and "--trust-remote-code" not in line
-    assert launch.environment == {
+    assert environment == {
         "VLLM_API_KEY": "key",
         "S2FT_VLLM_ADAPTERS": str(tmp_path),
         "VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1",
         "S2FT_VLLM_SLICES": "1",
         "S2FT_VLLM_UNITS": "9",
     }
-
-
-def test_single_adapters_open_no_directory(monkeypatch):
-    assert vllm.launch([served("a", o_proj=1)], [], vllm.Settings("m", "base"), None).environment == {}
-    monkeypatch.setenv("VLLM_PLUGINS", "other")  # of which vLLM would load no more
-    found = vllm.launch([served("a", o_proj=1)], [], vllm.Settings("m", "base"), None).environment
-    assert found == {"VLLM_PLUGINS": "other,s2ft"}
-
-
-def test_options_of_vllm_replace_those_that_follow_from_the_adapters():
-    settings = vllm.Settings("m", "base", options=("--max_loras=2", "--tensor-parallel-size", "2"))
-    line = vllm.launch([served("a", o_proj=1)], [], settings, None).command
+    line, environment = launch(adapters, options=("--max_loras=2", "--tensor-parallel-size", "2"))
     assert "--max-loras" not in line and value(line, "--tensor-parallel-size") == "2" and "--max_loras=2" in line
+    assert environment == {}  # single adapters open no directory
+    monkeypatch.setenv("VLLM_PLUGINS", "other")  # of which vLLM would load no more
+    assert launch(adapters)[1] == {"VLLM_PLUGINS": "other,s2ft"}
 
 
 def test_vllm_replaces_the_process(work, launched):
@@ -167,22 +163,6 @@ def test_adapters_that_cannot_be_served_are_left_out(work, tmp_path, caplog):
             vllm.adapters_of(str(model), [str(folder)])
 
 
-def test_the_base_is_read_once(work, monkeypatch):
-    calls, read = [], vllm.weights_on_disk
-    monkeypatch.setattr(vllm, "weights_on_disk", lambda *where: calls.append(where) or read(*where))
-    assert len(vllm.adapters_of(str(work / "model"), [str(work / "adapters")])) == 2 and len(calls) == 1
-
-
-def test_a_base_of_pickles_is_compared_by_the_plugin(work, monkeypatch, caplog):
-    def refuse(model, name):
-        raise ValueError("no safetensors files")
-
-    monkeypatch.setattr(vllm, "weights_on_disk", refuse)
-    with caplog.at_level("INFO"):
-        assert len(vllm.adapters_of(str(work / "model"), [str(work / "adapters")])) == 2
-    assert "compared with the base when vLLM loads them: no safetensors files" in caplog.text
-
-
 def test_a_base_that_cannot_be_built_needs_adapters_that_record_their_modules(work, monkeypatch):
     expected = {one.name: one.ranks for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")])}
 
@@ -200,46 +180,17 @@ def test_a_base_that_cannot_be_built_needs_adapters_that_record_their_modules(wo
         vllm.adapters_of(str(work / "model"), [str(work / "adapters" / "a0")])
 
 
-def test_another_revision_is_compared(work, monkeypatch):
-    asked = []
-
-    def download(name, revision):
-        asked.append((name, revision))
-        return str(work / "model")
-
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert len(vllm.adapters_of("org/model", [str(work / "adapters")], "v2")) == 2 and asked == [("org/model", "v2")]
-
-
-def test_ranks_are_those_of_the_exported_lora(work, tmp_path):
-    for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")]):
-        settings = vllm.Settings(str(work / "model"), "base")
-        launch = vllm.launch_exported([one], settings, None, tmp_path)
-        assert json.loads((tmp_path / one.name / lora.CONFIG).read_text())["r"] == one.rank
-        assert launch.command[-1] == f"{one.name}={tmp_path / one.name}" and launch.environment == {}
-
-
-def test_without_the_plugin_exported_adapters_are_served(work, launched, monkeypatch, caplog):
-    monkeypatch.setattr(vllm, "why_no_plugin", lambda: "vLLM 9 has no such name")
-    assert serve(work) == 0
-    folder = launched["line"][-1].partition("=")[2]
-    assert "exported as LoRA folders: vLLM 9 has no such name" in caplog.text
-    assert "S2FT_VLLM_ADAPTERS" not in launched["environment"] and "s2ft-vllm-" in folder
-
-
 def test_why_vllm_cannot_run_the_plugin(monkeypatch):
     monkeypatch.setattr(vllm, "entry_points", lambda group: [])
-    assert "pip install it" in vllm.why_no_plugin()
-
-    class Point:
-        value = "s2ft.vllm:register"
-
-    monkeypatch.setattr(vllm, "entry_points", lambda group: [Point()])
-    monkeypatch.setattr(vllm, "_release", lambda: "0.1")
+    with pytest.raises(ValueError, match="pip install it"):
+        vllm.check_plugin()
+    monkeypatch.setattr(vllm, "entry_points", lambda group: [SimpleNamespace(value="s2ft.vllm:register")])
+    monkeypatch.setattr(vllm, "find_distribution", lambda package: "0.1")
     monkeypatch.setattr(vllm, "NEEDED", (("json", "no_such_name"),))
-    assert "has no json.no_such_name, which s2ft needs" in vllm.why_no_plugin()
-    monkeypatch.setattr(vllm, "_release", lambda: vllm.TESTED[0])
-    assert vllm.why_no_plugin() is None
+    with pytest.raises(ValueError, match="has no json.no_such_name, which s2ft needs"):
+        vllm.check_plugin()
+    monkeypatch.setattr(vllm, "find_distribution", lambda package: f"{vllm.TESTED[0]}+cpu")
+    vllm.check_plugin()
 
 
 def test_a_gguf_file_is_unpacked(work, tmp_path, monkeypatch):

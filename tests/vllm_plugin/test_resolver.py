@@ -49,13 +49,6 @@ ESCAPES = ("../secret", "..", ".", "", "math/../../secret", "/etc", "..\\secret"
            "math/", "a" * 5000)  # fmt: skip
 
 
-def test_a_name_is_looked_up_in_all_directories_in_their_order(adapters, tmp_path):
-    for name in ("math", "other"):
-        native.write(s2ft.read_adapter(adapters / "math"), tmp_path / name)
-    found = {name: path_of(name, [adapters, tmp_path], frozenset(), "/models/base") for name in ("math", "other", "no")}
-    assert found == {"math": str(adapters / "math"), "other": str(tmp_path / "other"), "no": None}
-
-
 @pytest.mark.parametrize("name", ESCAPES)
 def test_no_name_leads_out_of_the_directory(adapters, name):
     assert found(name, adapters) is None
@@ -85,12 +78,6 @@ def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tm
     assert "is an adapter of 'org/base', and this server has org/other" in caplog.text
     for base in ("org/base", "/models/base"):  # a folder may hold any base: the weights are compared
         assert found("of-org", tmp_path, base=base) == str(tmp_path / "of-org")
-
-
-def test_a_damaged_adapter_is_found_so_that_loading_says_why(adapters, tmp_path):
-    (tmp_path / "half").mkdir()
-    (tmp_path / "half" / native.CONFIG).write_text("{")
-    assert found("half", tmp_path) == str(tmp_path / "half")
 
 
 # ---- in vLLM -------------------------------------------------------------------------------------------------
@@ -150,13 +137,6 @@ def vllm_modules(monkeypatch):
     return registry, OpenAIServingModels, envs
 
 
-def test_without_its_variables_there_is_no_resolver(vllm_modules, monkeypatch):
-    monkeypatch.delenv(resolver.DIRECTORY, raising=False)
-    monkeypatch.delenv(resolver.HUB, raising=False)
-    resolver.install()
-    assert vllm_modules[0].known == {}
-
-
 def test_the_answer_to_a_client_says_why_an_adapter_does_not_load(vllm_modules, adapters, monkeypatch):
     monkeypatch.setenv(resolver.DIRECTORY, str(adapters))
     resolver.install()
@@ -166,14 +146,6 @@ def test_the_answer_to_a_client_says_why_an_adapter_does_not_load(vllm_modules, 
     assert asyncio.run(serving("").resolve_lora("math")).lora_path == str(adapters / "math")
     assert asyncio.run(serving("").resolve_lora("unknown")).error.code == 404
     assert vllm_modules[0].get_resolver(resolver.NAME).requests == {}, "nothing piles up"
-
-
-def test_a_missing_switch_of_vllm_is_named(vllm_modules, adapters, monkeypatch, caplog):
-    monkeypatch.setenv(resolver.DIRECTORY, str(adapters))
-    vllm_modules[2].VLLM_ALLOW_RUNTIME_LORA_UPDATING = False
-    with caplog.at_level(logging.WARNING):
-        resolver.install()
-    assert "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in caplog.text
 
 
 @pytest.mark.parametrize(

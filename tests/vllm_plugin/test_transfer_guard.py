@@ -1,11 +1,12 @@
 """The engine core's part of slice sync, with a stand-in for vLLM's core: idle engines, errors, caches, dead clients."""
 
 import functools
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
-from support.inside import transfer, unpacked
+from support.inside import processors, transfer
 
 
 class Worker:
@@ -103,8 +104,8 @@ def test_a_cache_that_can_not_be_reset():
 def test_only_engines_with_the_backend_are_changed(monkeypatch):
     chosen = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="s2ft"))
     other = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="nccl"))
-    assert unpacked.is_chosen(chosen) and not unpacked.is_chosen(other)
-    assert not unpacked.is_chosen(None) and not unpacked.is_chosen(SimpleNamespace(weight_transfer_config=None))
+    assert processors.is_chosen(chosen) and not processors.is_chosen(other)
+    assert not processors.is_chosen(None) and not processors.is_chosen(SimpleNamespace(weight_transfer_config=None))
     packed, config = [], [chosen]
 
     def pack(layer, remove_weight):
@@ -112,14 +113,39 @@ def test_only_engines_with_the_backend_are_changed(monkeypatch):
 
     utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=pack)
     found = {"": utils, "dispatch_cpu_unquantized_gemm": pack, "get_current_vllm_config_or_none": lambda: config[0]}
-    monkeypatch.setattr(unpacked, "private", lambda module, name="": found[name])
-    unpacked._change()
+    monkeypatch.setattr(processors, "private", lambda module, name="": found[name])
+    processors._leave_unpacked()
     linear, conv = torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 4)
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
-    assert not packed and linear.cpu_linear is torch.nn.functional.linear and not unpacked.is_packed(linear)
+    assert not packed and linear.cpu_linear is torch.nn.functional.linear and not processors.is_packed(linear)
     utils.dispatch_cpu_unquantized_gemm(conv, remove_weight=True)
     config[0] = other
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
     assert packed == [conv, linear]
     linear.cpu_linear = functools.partial(torch.nn.functional.linear)
-    assert unpacked.is_packed(linear)
+    assert processors.is_packed(linear)
+
+
+class PunicaWrapperCPU:
+    """Takes the slot -1 as the last one, as vLLM's does."""
+
+    token_lora_indices = torch.tensor([1, -1, 0, -1])
+
+    def _shrink_prefill(self, y, x, w_t_all, scale):
+        y.copy_(scale * torch.einsum("bi,bri->br", x, w_t_all[self.token_lora_indices]))
+
+    _shrink_decode = _shrink_prefill
+
+
+def test_tokens_of_the_base_get_no_adapter_on_processors(monkeypatch):
+    module = ModuleType(processors.PUNICA)
+    module.PunicaWrapperCPU = PunicaWrapperCPU
+    monkeypatch.setitem(sys.modules, processors.PUNICA, module)
+    x, a, wrapper = torch.randn(4, 8), torch.randn(2, 3, 8), PunicaWrapperCPU()
+    before, after = torch.empty(4, 3), torch.empty(4, 3)
+    wrapper._shrink_decode(before, x, a, 2.0)
+    assert before[1].any()
+    processors._leave_base_out()
+    for shrink in (wrapper._shrink_prefill, wrapper._shrink_decode):
+        shrink(after.fill_(1), x, a, 2.0)
+        assert torch.equal(after[[0, 2]], before[[0, 2]]) and not after[[1, 3]].any()

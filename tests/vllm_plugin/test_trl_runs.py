@@ -27,17 +27,16 @@ def server(base, tmp_path_factory):
 def test_after_each_of_50_syncs_the_engine_has_the_merged_tensors(form, dtype, served, base, tmp_path):
     folder = base if dtype == "float32" else save_base(tmp_path / "base", dtype)
     found = run("syncs", folder, form, dtype, served, 50)
-    assert found["transport"] == "direct"
     assert found["equal"] == (0 if served else 50) and found["bytes"] <= 1.05 * found["slices"]
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_weights_in_other_processes_get_a_file(workers, base):
+def test_weights_in_other_processes_get_the_numbers_in_a_message(workers, base):
     """vLLM's LLM with its engine in a process of its own, and with two workers."""
     more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     more |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers == 2 else {}
     found = run("syncs", base, "permuted", "float32", "", 4, workers, **more)
-    assert found["equal"] == 4 and found["transport"] == "file"
+    assert found["equal"] == 4
 
 
 @pytest.mark.parametrize(
@@ -55,13 +54,6 @@ def test_trl_with_a_server(kind, form, base, server):
     before = server.checksums()
     found = run("server", base, server.url, kind, form)
     assert found["syncs"] == 3 and found.get("logp", 0) < 1e-4
-    assert server.checksums() == before
-
-
-def test_a_server_of_another_machine(base, server):
-    before = server.checksums()
-    found = run("server", base, server.url, "grpo", "indexed", "float32", "http")
-    assert found["syncs"] == 3 and found["logp"] < 1e-4
     assert server.checksums() == before
 
 

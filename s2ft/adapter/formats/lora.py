@@ -10,7 +10,6 @@ releases take the rank from the tensors' shapes and the scaling from r and lora_
 """
 
 import json
-import math
 import re
 import warnings
 from collections.abc import Sequence
@@ -54,11 +53,16 @@ Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
 
 def matches(folder: Path) -> bool:
     """Whether the folder has the config of a LoRA."""
+    return has_config(folder, "LORA")
+
+
+def has_config(folder: Path, peft_type: str) -> bool:
+    """Whether the folder has the config of this method of PEFT."""
     try:
         config = read_json(folder / CONFIG)
     except (OSError, ValueError):
         return False
-    return isinstance(config, dict) and config.get("peft_type") == "LORA"
+    return isinstance(config, dict) and config.get("peft_type") == peft_type
 
 
 def describe(folder: Path) -> str:
@@ -232,8 +236,8 @@ def _targets(model: nn.Module, paths: list[str]):
 
 # ---- reading -------------------------------------------------------------------------------------------
 
-# Fields of PEFT's config that are read below, and fields that do not change what a LoRA computes
-READ = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "bias"}
+# Fields of PEFT's config that are checked below, and fields that do not change what a LoRA computes
+CHECKED = {"peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "bias"}
 HARMLESS = {
     "task_type",
     "auto_mapping",
@@ -263,12 +267,10 @@ HARMLESS = {
 def read(
     folder, model: nn.Module | None = None, name: str | None = None, couplings: Sequence[Coupling] | None = None
 ) -> Adapter:
-    """Read a LoRA that has the structure of S²FT as an adapter.
+    """Read a LoRA as :func:`write` writes it as an adapter: the inverse, bit for bit.
 
     Every rank must be one-hot on the side that S²FT trains: the inputs of o and down, the outputs of the other
-    projections. A factor other than 1 and ranks that are zero are allowed. The values are multiplied by the scaling
-    and the factor and rounded once to the LoRA's dtype, which is exact if both are powers of two. Missing elements of
-    a head are filled with zeros.
+    projections. Ranks that are zero are left out. The scaling must be 1.
 
     Args:
         folder: The LoRA's folder.
@@ -299,9 +301,8 @@ def read(
         if path not in projections or projections[path][0].expert is not None:
             raise ValueError(f"{shortened(path)} is not a linear layer of this model that S²FT can train")
         b, a = (tensors[f"{PREFIX}{path}.lora_{side}.weight"] for side in "BA")
-        scaling = _scaling(config, path, a.shape[0], config_path)
         first = projections[path][0]
-        index, values = _rows_or_columns(path, first, b, a, scaling, tuple(weight_at(model, first).shape))
+        index, values = _rows_or_columns(path, first, b, a, tuple(weight_at(model, first).shape))
         for projection, chosen, delta in _split(path, projections[path], index, values):
             units[projection.name], deltas[projection.name] = chosen, delta
     if not deltas:
@@ -332,22 +333,12 @@ def _checked_config(config: Any, path: Path) -> dict[str, Any]:
         kind = shortened(config.get("peft_type")) if isinstance(config, dict) else "missing"
         raise ValueError(f"{path} is not the config of a LoRA: its peft_type is {kind}")
     for key, value in config.items():
-        if key == "bias" and value not in ("none", None) or key not in READ | HARMLESS and value:
+        if key == "bias" and value not in ("none", None) or key not in CHECKED | HARMLESS and value:
             raise ValueError(f"{path}: {shortened(key)} is {shortened(value)}, which an S²FT adapter can't represent")
-    for key in ("r", "lora_alpha"):
-        _check_positive(config.get(key), key, path)
-    for key in ("rank_pattern", "alpha_pattern"):
-        patterns = config.get(key) or {}
-        if not isinstance(patterns, dict):
-            raise ValueError(f"{path}: {key} must be an object")
-        for value in patterns.values():
-            _check_positive(value, key, path)
+    for rank, alpha in (("r", "lora_alpha"), ("rank_pattern", "alpha_pattern")):
+        if config.get(rank) != config.get(alpha):
+            raise ValueError(f"{path}: {alpha} must equal {rank}, as s2ft writes it, so that the scaling is 1")
     return config
-
-
-def _check_positive(value: Any, key: str, path: Path) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 2**31:
-        raise ValueError(f"{path}: {key} must be a positive number, got {shortened(value)}")
 
 
 def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
@@ -362,28 +353,8 @@ def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], path: Path) 
             raise ValueError(f"{path}: {shortened(found[1])} has no lora_{other}")
 
 
-def _scaling(config: dict[str, Any], path: str, rank: int, file: Path) -> float:
-    expected = _pattern(config.get("rank_pattern"), path, config["r"])
-    if expected != rank:
-        raise ValueError(f"{file}: {path} must have rank {expected}, but its tensors have rank {rank}")
-    alpha = _pattern(config.get("alpha_pattern"), path, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-
-
-def _pattern(patterns: dict[str, Any] | None, path: str, default):
-    """The value of the first pattern that is the whole name, or its end after a dot, as in PEFT. Other regular
-    expressions are refused, because matching one from an unknown origin may never end."""
-    for pattern, value in (patterns or {}).items():
-        plain = re.sub(r"\\(.)", r"\1", pattern.removeprefix("^"))
-        if re.search(r"[^\w.\-]", plain):
-            raise ValueError(f"the pattern {shortened(pattern)} must be a module's name: other patterns are not read")
-        if path == plain or not pattern.startswith("^") and path.endswith(f".{plain}"):
-            return value
-    return default
-
-
 def _rows_or_columns(
-    path: str, projection: Projection, b: Tensor, a: Tensor, scaling: float, shape: tuple[int, ...]
+    path: str, projection: Projection, b: Tensor, a: Tensor, shape: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """Return index [n] and values [n, I] or [O, n], in the order of the ranks that are not zero."""
     if (b.shape[0], a.shape[1]) != shape or b.shape[1] != a.shape[0] or b.dtype != a.dtype:
@@ -391,40 +362,31 @@ def _rows_or_columns(
     check_finite(f"{path}.lora_A", a)
     check_finite(f"{path}.lora_B", b)
     one_hot, values = (b.t(), a) if projection.dim == 0 else (a, b.t())  # both [r, …]
-    side = f"lora_{'BA'[projection.dim]}'s {('columns', 'rows')[projection.dim]}"
-    unit = ("row", "column")[projection.dim]
-    nonzeros, used = one_hot.count_nonzero(1), values.count_nonzero(1) > 0
-    if bool((used & (nonzeros > 1)).any()):
-        which = int((used * nonzeros).argmax())
+    unit, side = ("row", "column")[projection.dim], f"lora_{'BA'[projection.dim]}"
+    used = one_hot.count_nonzero(1) > 0  # the other ranks add nothing
+    wrong = used & ((one_hot.count_nonzero(1) > 1) | (one_hot.sum(1) != 1))
+    if bool(wrong.any()):
         raise ValueError(
-            f"{path} does not have the structure of S²FT: number {which} of {side} has {int(nonzeros[which])} values "
-            f"that are not zero, and exactly one must select a {unit} of the weight"
+            f"{path} does not have the structure of S²FT: rank {int(wrong.int().argmax())} of {side} must be 1 for one "
+            f"{unit} of the weight and 0 for all others"
         )
-    kept = nonzeros == 1  # the other ranks add nothing
-    index = one_hot[kept].abs().argmax(1)
+    index = one_hot[used].argmax(1)
     if index.unique().numel() < index.numel():
-        raise ValueError(f"{path} does not have the structure of S²FT: two of {side} select the same {unit}")
-    factors = one_hot[kept].double().sum(1) * scaling
-    values = (values[kept].double() * factors[:, None]).to(values.dtype)
-    check_finite(f"{path}: the LoRA times its scaling", values)
-    return index, values if projection.dim == 0 else values.t()
+        raise ValueError(f"{path} does not have the structure of S²FT: two ranks of {side} select the same {unit}")
+    return index, values[used] if projection.dim == 0 else values[used].t()
 
 
 def _split(path: str, projections: list[Projection], index: Tensor, values: Tensor):
-    """Yield (projection, units [m], delta) for each projection of one weight that has elements in the index."""
+    """Yield (projection, units [m], delta) for each projection of one weight that has units in the index."""
     dim, rest = projections[0].dim, set(index.tolist())
+    index, order = index.sort()
     for projection in projections:
-        elements = projection.elements(torch.arange(projection.count))
-        units = torch.isin(elements, index).view(projection.count, projection.unit).any(1).nonzero().flatten()
-        if units.numel() == 0:
-            continue
-        elements = projection.elements(units)
-        place = torch.full((projection.extent,), -1)
-        place[index] = torch.arange(index.numel())
-        place = place[elements]
-        found = values.index_select(dim, place.clamp(min=0))
-        mask = (place >= 0)[:, None] if dim == 0 else (place >= 0)[None, :]
-        rest -= set(elements.tolist())
-        yield projection, units, Delta(dim, elements, torch.where(mask, found, 0).contiguous())
+        inside = torch.isin(projection.elements(torch.arange(projection.count)), index)
+        units = inside.view(projection.count, projection.unit).all(1).nonzero().flatten()
+        if units.numel():
+            elements = projection.elements(units)
+            place = order[torch.searchsorted(index, elements)]
+            rest -= set(elements.tolist())
+            yield projection, units, Delta(dim, elements, values.index_select(dim, place).contiguous())
     if rest:
-        raise ValueError(f"{path}: {('row', 'column')[dim]} {min(rest)} belongs to no unit that S²FT can train")
+        raise ValueError(f"{path}: {('row', 'column')[dim]} {min(rest)} belongs to no whole unit that S²FT can train")

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.record import find_attachment
 from s2ft.config import S2FTConfig
 from s2ft.files.adapter_folder import CONFIG, KIND, PENDING, TENSORS, is_folder, read_folder
 from s2ft.files.reading import (
@@ -38,8 +37,7 @@ from s2ft.files.writing import replace_file
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.custom import checked_couplings
 from s2ft.model.delta import Delta
-from s2ft.model.location import Structure, structure_of
-from s2ft.model.registry import couplings_of
+from s2ft.model.location import Structure
 from s2ft.selection import Selection
 
 SCHEMA = 1
@@ -69,7 +67,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         adapter: The adapter.
         folder: The folder, which is created if it is missing. An adapter in it is replaced in one step, see
             :mod:`s2ft.files.adapter_folder`.
-        model: Its base model. With it, or if the adapter knows where its slices lie, the file records that.
+        model: Not needed. Other formats need the base model.
 
     Raises:
         ValueError: A tensor is empty (a shard that was not gathered) or not finite, or a name could not be read
@@ -86,7 +84,6 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     for name, value in adapter.extra_weights.items():
         _check_can_save(name, value)
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
-    structure = adapter.structure or _structure_in(model, adapter)
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {
         "schema": SCHEMA,
@@ -104,8 +101,8 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     }
     if adapter.couplings is not None:
         config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
-    if structure is not None:
-        config["structure"] = structure.to_dict()
+    if adapter.structure is not None:
+        config["structure"] = adapter.structure.to_dict()
     if adapter.extra_weights:
         config["extra_weights"] = {
             name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
@@ -114,14 +111,6 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
     _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
-
-
-def _structure_in(model: nn.Module | None, adapter: Adapter) -> Structure | None:
-    if model is None:
-        return None
-    record = find_attachment(model)
-    couplings = couplings_of(model, adapter.couplings) if record is None else record.couplings
-    return structure_of(model, couplings, adapter.deltas)
 
 
 def _check_can_save(name: str, value: Tensor) -> None:

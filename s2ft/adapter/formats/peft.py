@@ -11,21 +11,15 @@ from pathlib import Path
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter
+from s2ft.adapter.formats.lora import has_config
 from s2ft.attached.record import find_attachment
-from s2ft.files.reading import read_json
 from s2ft.model.location import structure_of
 from s2ft.model.registry import couplings_of
-
-CONFIG = "adapter_config.json"
 
 
 def matches(folder: Path) -> bool:
     """Whether the folder has the config of an S²FT adapter of PEFT."""
-    try:
-        config = read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("peft_type") == "S2FT"
+    return has_config(folder, "S2FT")
 
 
 def describe(folder: Path) -> str:

@@ -6,6 +6,7 @@ its forward; how many tokens stand for an image is asked from the model itself.
 
 import inspect
 import itertools
+import math
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,12 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from s2ft.model.modes import evaluation_mode, seeded
 from s2ft.model.outputs import tensors_in
 
 ROWS, LENGTH = 2, 24
-SAMPLES = 8000  # of a recording
+FRAMES = 25  # of a recording
 LONGEST = 20  # seconds in which inputs with images and sound are tried
 MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
 Media = dict[str, Tensor]
@@ -49,12 +51,15 @@ def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = N
         names.append("pixel_values")
     if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
         names.append("decoder_input_ids")
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     values = {
         name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)
     }
-    if any(value is None for value in values.values()):
-        return None
+    return None if any(value is None for value in values.values()) else _placed(model, values, device)
+
+
+def _placed(model: nn.Module, values: dict[str, Tensor], device: Any = None) -> dict[str, Tensor]:
+    """The tensors on a device, by default that of the model, and in the precision of the model."""
+    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     return {
         name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
         for name, value in values.items()
@@ -106,14 +111,10 @@ def runnable_example(model: nn.Module) -> dict[str, Tensor]:
 
 def run_example(model: nn.Module, example: Any) -> Any:
     """Run the model on copies of the example, because a model may write into its inputs."""
+    example = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example)
     if isinstance(example, dict):
-        return model(**{name: _copied(value) for name, value in example.items()})
-    values = example if isinstance(example, (tuple, list)) else (example,)
-    return model(*map(_copied, values))
-
-
-def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, Tensor) else value
+        return model(**example)
+    return model(*example) if isinstance(example, (tuple, list)) else model(example)
 
 
 def _is_plain(example: Any) -> bool:
@@ -175,14 +176,10 @@ def examples_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     if getattr(model, "config", None) is None or not hasattr(model.config, "to_dict"):
         return
     inputs = _Inputs(model, model.config, frozenset(inspect.signature(model.forward).parameters))
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
     for example in _candidates(inputs):
         named = {name: value for name, value in example.items() if name in inputs.takes}
         if named:
-            yield {
-                name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-                for name, value in named.items()
-            }
+            yield _placed(model, named)
 
 
 def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
@@ -290,16 +287,11 @@ def _owners(model: nn.Module) -> list[Any]:
 
 def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int | None:
     """How many tokens a row of images or sound becomes, or None if the model can't encode it."""
-    takes = inspect.signature(encode).parameters
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    given = {
-        name: value.to(weight.device, weight.dtype if value.is_floating_point() else None)
-        for name, value in values.items()
-        if name in takes or name in ("pixel_values", "input_features", "input_values")
-    }
+    takes = {*inspect.signature(encode).parameters, "pixel_values", "input_features", "input_values"}
+    given = {name: value for name, value in values.items() if name in takes}
     try:
         with torch.no_grad(), evaluation_mode(model):
-            found = encode(**given)
+            found = encode(**_placed(model, given))
     except Exception:  # another layout may fit
         return None
     features = getattr(found, "pooler_output", None)
@@ -456,9 +448,11 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
                 yield {"input_features": inputs.normal(ROWS, *shape), "attention_mask": ones, **masks}
             yield {"input_features": inputs.normal(ROWS, *shape), **masks}
             yield {"input_features": inputs.normal(ROWS, *shape)}
-    for shape in ((SAMPLES,), (1, SAMPLES)):
+    strides = _first(audio, ("conv_stride",), whole=False)
+    samples = FRAMES * (math.prod(strides) if isinstance(strides, (list, tuple)) else 320)
+    for shape in ((samples,), (1, samples)):
         yield {"input_values": inputs.normal(ROWS, *shape)}
-        yield {"input_values": inputs.normal(ROWS, *shape), "padding_mask": torch.ones(ROWS, SAMPLES).bool()}
+        yield {"input_values": inputs.normal(ROWS, *shape), "padding_mask": torch.ones(ROWS, samples).bool()}
 
 
 # ---- reading configs --------------------------------------------------------------------------------------

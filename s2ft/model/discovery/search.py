@@ -1,23 +1,90 @@
-"""Discovery from end to end: a twin and an example, proposals, trials, and what becomes of every weight."""
+"""Discovery from end to end: a twin and an example, proposals, trials, and what becomes of every weight.
+
+Couplings are proposed from the names and sizes of the model's layers, and tried on a tiny twin in float64. What the
+trials confirm can move; what they don't is trained in place, or one layer by itself.
+"""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from s2ft.distributed import full_shape
-from s2ft.model.discovery.attention import attention_blocks
+from s2ft.files.tables import table
+from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import check_example, example_of, runnable_example
-from s2ft.model.discovery.ffn import ffn_blocks
-from s2ft.model.discovery.proposal import Block
-from s2ft.model.discovery.report import Discovery
-from s2ft.model.discovery.rest import Findings
-from s2ft.model.discovery.settle import Outcome, settle
-from s2ft.model.discovery.stacks import stack_blocks
-from s2ft.model.discovery.structure import Structure
-from s2ft.model.discovery.trial import Trial
+from s2ft.model.discovery.proposals import (
+    Block,
+    attention_blocks,
+    ffn_blocks,
+    may_be_coupled,
+    stack_blocks,
+    stacked_weights,
+)
+from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, parent_of
+from s2ft.model.discovery.trial import Outcome, Trial, settle
 from s2ft.model.discovery.twin import copied, twins_of
+
+STATUSES = ("confirmed", "movable", "in place", "one-sided", "untouched")
+
+
+@dataclass(frozen=True)
+class WeightRow:
+    """What discovery says of one weight of a block.
+
+    Attributes:
+        path: Path of the layer, or of the parameter with the weights of experts.
+        status: "confirmed": a trial showed that its units can move together with those of other weights. "in place":
+            it is part of an attention or FFN whose units stay where they are. "one-sided": it is trained by itself.
+            "untouched": it is not trained. "movable": as confirmed, but a family of s2ft declares it, without a trial.
+        reason: Why, in words.
+        coupling: The coupling that it is in, the first one for experts; None if it is untouched.
+    """
+
+    path: str
+    status: str
+    reason: str
+    coupling: Coupling | None = None
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """The couplings that s2ft finds in a model. It prints as a table.
+
+    Attributes:
+        couplings: The couplings, those of the first layer first.
+        weights: A row for every weight of the blocks.
+    """
+
+    couplings: list[Coupling]
+    weights: list[WeightRow]
+
+    def to_dict(self) -> dict:
+        """Convert to a dict for JSON: the couplings, and the rows without them."""
+        rows = [{"path": row.path, "status": row.status, "reason": row.reason} for row in self.weights]
+        return {"couplings": [coupling.to_dict() for coupling in self.couplings], "weights": rows}
+
+    def __str__(self) -> str:
+        """The summary, under the rows: weights that differ in numbers only, with the same status, are one row."""
+        grouped: dict[tuple[str, str, str], list[str]] = {}
+        for row in self.weights:
+            name = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
+            grouped.setdefault((name, row.status, row.reason), []).append(row.path)
+        lines = [(name, str(len(paths)), status, why) for (name, status, why), paths in grouped.items()]
+        return "\n".join([*table([("weight", "number", "status", "why"), *lines]).splitlines(), self.summary])
+
+    @property
+    def summary(self) -> str:
+        """One line: how many couplings, and how many weights have each status."""
+        counts = {status: sum(row.status == status for row in self.weights) for status in STATUSES}
+        words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        return f"{len(self.couplings)} couplings; weights of the blocks: {words or 'none'}"
+
+
+# ---- the search ------------------------------------------------------------------------------------------------
 
 COPIED_WITH_EXAMPLE = 20_000_000  # parameters up to which a transformers model is tried on the user's own example
 REMEMBERED = 8  # results that are kept, because plan, select and attach often follow each other
@@ -143,7 +210,10 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
 def _trial_on(model: nn.Module, example: Any) -> Trial:
     """Try out on a copy of the model in float64, because an input of the model may not fit a smaller one."""
     try:
-        return Trial(copied(model), _in_float64(example))
+        example = tree_map_only(
+            Tensor, lambda one: one.detach().to("cpu", torch.float64 if one.is_floating_point() else one.dtype), example
+        )
+        return Trial(copied(model), example)
     except Exception as error:  # models refuse inputs in many ways
         raise ValueError(
             f"example must be an input that {type(model).__name__} runs on. On a float64 copy of the model: "
@@ -151,9 +221,124 @@ def _trial_on(model: nn.Module, example: Any) -> Trial:
         ) from error
 
 
-def _in_float64(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.detach().to("cpu", torch.float64 if value.is_floating_point() else value.dtype)
-    if isinstance(value, dict):
-        return {name: _in_float64(one) for name, one in value.items()}
-    return type(value)(map(_in_float64, value)) if isinstance(value, (tuple, list)) else value
+# ---- what becomes of every weight ------------------------------------------------------------------------------
+
+NO_GRADIENT = "gets no gradient from the model's output"
+
+
+class Findings:
+    """The couplings and rows found so far.
+
+    Attributes:
+        structure: The model. Its `taken` has the paths of the layers in a coupling.
+    """
+
+    def __init__(self, structure: Structure, trial: Trial) -> None:
+        self.structure = structure
+        self._alive = Alive(structure, trial)
+        self._couplings: list[Coupling] = []
+        self._rows: dict[str, WeightRow] = {}
+        self._why: dict[str, str] = {}  # of layers whose block is no coupling
+
+    def discovery(self) -> Discovery:
+        """The couplings in the order of their layers, and the rows in that of the model's weights."""
+        places = {path: i for i, (path, _) in enumerate(self.structure.model.named_parameters())}
+        rows = sorted(
+            self._rows.values(), key=lambda row: places.get(row.path, places.get(f"{row.path}.weight", len(places)))
+        )
+        return Discovery(sorted(self._couplings, key=lambda coupling: coupling.layer), rows)
+
+    def add(self, block: Block, outcome: Outcome) -> None:
+        """Add the couplings of a block, or remember why its layers are in none."""
+        found = outcome.couplings(block)
+        paths = {projection.path for one in found for projection in one.projections}
+        past = next(filter(self.structure.is_read_past, sorted(paths)), None)
+        if past is not None:
+            outcome = Outcome(None, None, f"of its block, {past.rpartition('.')[2]} may be used without its layer")
+        used = {projection.path for one in self._couplings for projection in one.projections}
+        if not found or past is not None or paths & used:
+            for projection in block.proposals[0].couplings[0].projections:
+                self._why.setdefault(projection.path, outcome.reason)
+            return
+        if not any(self._alive.has_gradient(path) for path in paths):
+            for path in sorted(paths):
+                self._rows[path] = WeightRow(path, "untouched", NO_GRADIENT)
+            return
+        self._couplings.extend(found)
+        self.structure.taken |= paths
+        for path in sorted(paths):
+            self._rows[path] = WeightRow(path, outcome.status, outcome.reason, found[0])
+
+    def add_one_sided(self) -> None:
+        """Cover every layer of the blocks that is in no coupling, or say why it is not trained."""
+        for path, other in self.structure.shared.items():
+            if self._is_in_block(path):
+                self._rows[path] = WeightRow(path, "untouched", f"one weight with that of {other}")
+        for path in self.structure.layers:
+            if path not in self._rows and self._is_in_block(path):
+                self._rows[path] = self._lone(path)
+        for path in stacked_weights(self.structure):
+            if path not in self._rows:
+                self._rows[path] = WeightRow(path, "untouched", self._why.get(path, "a layout of experts not known"))
+        for path, module in self.structure.modules.items():
+            if isinstance(module, nn.Linear) and path not in self._rows and self._is_in_block(path):
+                why = f"its class, {type(module).__name__}, is derived from nn.Linear"
+                self._rows[path] = WeightRow(path, "untouched", why)
+
+    def _is_in_block(self, path: str) -> bool:
+        structure = self.structure
+        return bool(structure.block_of(path)) or bool(PROJECTOR.search(path)) or may_be_coupled(structure, path)
+
+    def _lone(self, path: str) -> WeightRow:
+        structure = self.structure
+        obstacles = {
+            "a head, a router or an embedding": NO_BLOCK_LAYER.search(path),
+            "its block runs without it, so only its weight may be used": structure.is_bypassed(path),
+            "its block's code may use its weight without its layer": structure.is_read_past(path),
+            NO_GRADIENT: not self._alive.has_gradient(path),
+        }
+        why = next((why for why, holds in obstacles.items() if holds), None)
+        if why is not None:
+            return WeightRow(path, "untouched", why)
+        coupling = Coupling.one_sided(structure.layer_number(path), path=path, count=structure.inputs(path))
+        self._couplings.append(coupling)
+        default = "it shares its units with no layer" if structure.is_called(path) else "not reached by the example"
+        return WeightRow(path, "one-sided", self._why.get(path, default), coupling)
+
+
+class Alive:
+    """Which of a model's layers get a gradient, as those of the twin do.
+
+    The twin may have fewer layers. Layers without a gradient are the first or the last ones of a stack, for instance
+    the last of a vision tower whose second last output is used.
+    """
+
+    def __init__(self, structure: Structure, trial: Trial) -> None:
+        self._structure = structure
+        with_gradient = trial.gradients()
+        self._dead_ends: dict[str, tuple[int, int]] = {}
+        by_pattern: dict[str, dict[int, bool]] = {}
+        twin = trial.structure
+        for path in (*twin.layers, *stacked_weights(twin)):
+            layers = by_pattern.setdefault(twin.pattern(path), {})
+            module = path if path in twin.modules else parent_of(path)
+            gets = path in with_gradient or f"{path}.weight" in with_gradient or not twin.is_called(module)
+            layers[twin.layer_number(path)] = layers.get(twin.layer_number(path), False) or gets
+        for pattern, layers in by_pattern.items():
+            flags = [layers[number] for number in sorted(layers)]
+            first = next((i for i, flag in enumerate(flags) if flag), len(flags))
+            last = next((i for i, flag in enumerate(reversed(flags)) if flag), len(flags))
+            self._dead_ends[pattern] = (first, last) if first < len(flags) else (-1, -1)
+        self._numbers: dict[str, list[int]] = {}
+        for path in (*structure.layers, *stacked_weights(structure)):
+            self._numbers.setdefault(structure.pattern(path), []).append(structure.layer_number(path))
+        self._numbers = {pattern: sorted(set(numbers)) for pattern, numbers in self._numbers.items()}
+
+    def has_gradient(self, path: str) -> bool:
+        """Whether a layer, or a parameter of experts, gets a gradient. Layers that did not run count as if they did."""
+        pattern = self._structure.pattern(path)
+        first, last = self._dead_ends.get(pattern, (0, 0))
+        if first < 0:
+            return False
+        numbers = self._numbers[pattern]
+        return first <= numbers.index(self._structure.layer_number(path)) < len(numbers) - last

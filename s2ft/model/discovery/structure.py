@@ -31,11 +31,6 @@ def parent_of(path: str) -> str:
     return path.rpartition(".")[0]
 
 
-def is_inside(path: str, root: str) -> bool:
-    """Whether a path is below another; everything is below ""."""
-    return not root or path.startswith(root + ".")
-
-
 @cache
 def name_and_owner(path: str) -> tuple[str, str]:
     """A layer's own name and the path of the block that has it.
@@ -84,6 +79,7 @@ class Structure:
         self.called = dict(called or {})
         self.taken: set[str] = set()
         self.refused: set[str] = set()
+        self._found_digits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
         self._sizes = {path: tuple(kind_of(module).shape(module)[:2]) for path, module in self.layers.items()}
 
     def outputs(self, path: str) -> int:
@@ -139,10 +135,6 @@ class Structure:
 
     # ---- numbers -------------------------------------------------------------------------------------
 
-    def stack_digits(self, path: str) -> tuple[int, ...]:
-        """Positions of the components of a path that number layers of a stack, at most two (stage and block)."""
-        return self._digits(path)[0]
-
     def pattern(self, path: str) -> str:
         """The path with "*" for the numbers of layers and experts. Blocks with the same pattern are alike."""
         stacks, experts = self._digits(path)
@@ -151,19 +143,13 @@ class Structure:
 
     def block_of(self, path: str) -> str:
         """The path of the numbered block that has a layer, "" if none has."""
-        stacks = self.stack_digits(path)
+        stacks, _ = self._digits(path)
         return ".".join(path.split(".")[: stacks[-1] + 1]) if stacks else ""
 
     def _digits(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        if path not in self._found_digits:
-            self._found_digits[path] = self._find_digits(path)
-        return self._found_digits[path]
-
-    @cached_property
-    def _found_digits(self) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        return {}
-
-    def _find_digits(self, path: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Positions of the components that number layers of a stack, at most two (stage and block), and of experts."""
+        if path in self._found_digits:
+            return self._found_digits[path]
         parts, stacks, experts = path.split("."), [], []
         for i, part in enumerate(parts):
             around = self.modules.get(".".join(parts[:i]))
@@ -173,7 +159,8 @@ class Structure:
                 experts.append(i)
             elif self._is_stack(around, parts[i - 1], nested=bool(stacks)) and len(stacks) < 2 and not experts:
                 stacks.append(i)
-        return tuple(stacks), tuple(experts)
+        self._found_digits[path] = tuple(stacks), tuple(experts)
+        return self._found_digits[path]
 
     @staticmethod
     def _is_stack(modules: nn.Module, name: str, nested: bool) -> bool:
@@ -202,11 +189,11 @@ class Structure:
 
     def _stack_of(self, block: str) -> str:
         """A name for the stack of a block: lists of one module (attentions, ffns) are one stack, but not two coders."""
-        around = block.split(".")[: self.stack_digits(block)[0]]  # empty if the model is a list of blocks itself
+        around = block.split(".")[: self._digits(block)[0][0]]  # empty if the model is a list of blocks itself
         return ".".join(around if around and "coder" in around[-1] else around[:-1])
 
     def _number_within(self, block: str) -> int:
-        parts, digits = block.split("."), self.stack_digits(block)
+        parts, (digits, _) = block.split("."), self._digits(block)
         if len(digits) == 1:
             return int(parts[digits[0]])
         inner = parts[digits[0] + 1 : digits[1]]

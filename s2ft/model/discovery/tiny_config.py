@@ -37,11 +37,6 @@ def _key_value_heads(old: int, key: str, config: dict) -> int:
     return min(old, HEADS if old == heads else 1 if old == 1 else HEADS // 2)
 
 
-def _embedding_width(old: int, key: str, config: dict) -> int:
-    """The width, or half of it if embeddings had another width before: then a layer projects them."""
-    return WIDTH if old == config.get("hidden_size") else WIDTH // 2
-
-
 def _at_most(most: int) -> Size:
     return lambda old, key, config: min(old, most)
 
@@ -56,7 +51,8 @@ _WIDTHS = {
     r"|cross_attention_hidden_size|text_embed_dim|vision_embed_dim|vision_output_dim|text_dim|vision_dim|kv_dim"
     r"|lm_hidden_size|input_dim_text|d_embed|lru_width|d_latents|hidden_size_global|moe_hidden_size|ple_embed_dim"
     r"|adapter_in_dim|adapter_out_dim|adapter_input_size|image_token_embed_dim": WIDTH,
-    r"word_embed_proj_dim": _embedding_width,
+    # The width, or half of it if embeddings had another width before: then a layer projects them.
+    r"word_embed_proj_dim": lambda old, key, config: WIDTH if old == config.get("hidden_size") else WIDTH // 2,
     r"base_channels": 32,
     r"hidden_size_per_layer_input": HEAD_DIM,
     r"intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|dense_intermediate_size|intermediate_dim"
@@ -324,8 +320,9 @@ def _shallow(entries: dict, depth: int, level: Level) -> dict:
             entries[name] = [value[layer] for layer in kept]
         for name, value in chosen.items():
             entries[name] = [kept.index(layer) for layer in value if layer in kept]
-        if isinstance(entries.get("per_layer_config"), dict):
-            entries["per_layer_config"] = _per_layer(entries["per_layer_config"], kept, level)
+        if isinstance(layers := entries.get("per_layer_config"), dict):  # they get the new numbers of the layers
+            found = {int(layer): config for layer, config in layers.items() if int(layer) in kept}
+            entries["per_layer_config"] = {kept.index(i): _cut(config, level, DEPTH) for i, config in found.items()}
         entries[key] = len(kept)
     return entries
 
@@ -355,12 +352,6 @@ def _layers_of_each_kind(kinds: list[tuple], depth: int) -> list[int]:
     kept |= set([layer for layer, kind in enumerate(kinds) if kind == commonest][:2])
     others = [layer for layer in range(len(kinds)) if layer not in kept]
     return sorted([*kept, *others[: max(depth - len(kept), 0)]])
-
-
-def _per_layer(layers: dict, kept: list[int], level: Level) -> dict:
-    """Cut configs that belong to single layers, and give the layers their new numbers."""
-    found = {int(layer): config for layer, config in layers.items() if int(layer) in kept}
-    return {kept.index(layer): _cut(config, level, DEPTH) for layer, config in found.items()}
 
 
 def _rope(entries: dict, frequencies: int) -> dict:

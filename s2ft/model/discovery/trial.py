@@ -1,11 +1,14 @@
 """Tries couplings on a twin: with units in another order, it must compute the same; with one side moved alone, not.
 
 The twin is in float64, so rounding changes its outputs by a few units of 1e-16 of the largest. A change that is wrong
-changes them by many orders of magnitude more.
+changes them by many orders of magnitude more. The first proposal of a block that holds, for all blocks of a pattern, is
+right.
 """
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.examples import run_example
+from s2ft.model.discovery.proposals import Block, Proposal
 from s2ft.model.discovery.structure import Structure, parent_of
 from s2ft.model.modes import evaluation_mode
 from s2ft.model.outputs import tensors_in
@@ -102,7 +106,9 @@ class Trial:
             with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
                 torch.manual_seed(0)
                 output = run_example(self.twin, self.example)
-                tensors = [tensor for tensor in _trained_outputs(output) if tensor.requires_grad]
+                named = output.items() if isinstance(output, dict) else ()
+                logits = [tensor for name, value in named if "logits" in name for tensor in tensors_in(value)]
+                tensors = [tensor for tensor in logits or tensors_in(output) if tensor.requires_grad]
                 if not tensors:
                     return set()
                 loss = sum(
@@ -120,9 +126,18 @@ class Trial:
 
     def _run(self, seed: int = 0, count: bool = False) -> Outputs:
         found: Outputs = {}
-        handles = [
-            module.register_forward_hook(self._recorder(path, found, count)) for path, module in self._watched(count)
-        ]
+
+        def record(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
+            if count:
+                number = len(self.called)
+                self.called.setdefault(path, number)
+                self.called.setdefault(self.structure.pattern(path), number)
+            found.setdefault(path, []).extend(tensors_in(output))
+
+        modules = self.structure.modules
+        stacks = {path for path, module in modules.items() if any(p.dim() == 3 for p in module.parameters(False))}
+        watched = filter(None, modules if count else {*self.structure.layers, *stacks})
+        handles = [modules[path].register_forward_hook(partial(record, path)) for path in watched]
         try:
             with torch.no_grad(), evaluation_mode(self.twin), torch.random.fork_rng([]):
                 torch.manual_seed(seed)
@@ -131,24 +146,6 @@ class Trial:
             for handle in handles:
                 handle.remove()
         return {**found, "": list(tensors_in(output))}
-
-    def _watched(self, everything: bool) -> Iterator[tuple[str, nn.Module]]:
-        modules = self.structure.modules
-        if everything:
-            yield from ((path, module) for path, module in modules.items() if path)
-            return
-        stacks = {path for path, module in modules.items() if any(p.dim() == 3 for p in module.parameters(False))}
-        yield from ((path, modules[path]) for path in {*self.structure.layers, *stacks} if path)
-
-    def _recorder(self, path: str, found: Outputs, count: bool):
-        def record(module: nn.Module, inputs: Any, output: Any) -> None:
-            if count:
-                number = len(self.called)
-                self.called.setdefault(path, number)
-                self.called.setdefault(self.structure.pattern(path), number)
-            found.setdefault(path, []).extend(tensor for tensor in tensors_in(output))
-
-        return record
 
 
 def place_of(coupling: Coupling) -> str:
@@ -165,13 +162,6 @@ def _different(now: Tensor, then: Tensor) -> bool:
         return False
     now, then = now[finite], then[finite]
     return not float((now - then).abs().max()) <= TOLERANCE * float(then.abs().max())
-
-
-def _trained_outputs(output: Any) -> list[Tensor]:
-    """The tensors that a loss is computed from: the logits if there are any, else all."""
-    named = output.items() if isinstance(output, dict) else ()
-    logits = [tensor for name, value in named if "logits" in name for tensor in tensors_in(value)]
-    return logits or list(tensors_in(output))
 
 
 # ---- what is moved -----------------------------------------------------------------------------------------------
@@ -253,3 +243,128 @@ def _each_head(projection: Projection) -> list[Projection]:
         replace(projection, count=projection.unit, unit=1, start=start, stride=None, size=projection.extent)
         for start in starts
     ]
+
+
+# ---- which proposal of a block is right ------------------------------------------------------------------------
+
+FFN = re.compile(
+    r"mlp|ffn?(\.|_|$)|feed_?forward|fc_?\d|intermediate|dense|gate|up_proj|wi|(^|[._])w\d|expert|lin(ear)?_?\d", re.I
+)
+NAMES = {
+    "q": "queries",
+    "k": "keys",
+    "v": "values",
+    "o": "outputs of the heads",
+    "g": "gate",
+    "u": "channels of up",
+    "d": "down",
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the trials say about all blocks of a pattern.
+
+    Attributes:
+        status: "confirmed" or "in place"; None if the block's layers are no coupling.
+        label: Label of the proposal that is right.
+        reason: Why.
+    """
+
+    status: str | None
+    label: str | None
+    reason: str
+
+    def couplings(self, block: Block) -> tuple[Coupling, ...]:
+        """The couplings of a block with this outcome; none if the block can't be read in the same way."""
+        proposal = block.of(self.label) if self.status and self.label else None
+        if proposal is None:
+            return ()
+        return tuple(replace(one, fixed=self.status == "in place") for one in proposal.couplings)
+
+
+def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
+    """Try the proposals for blocks with the same key."""
+    first = blocks[0]
+    if not any(trial.structure.is_called(place_of(one)) for one in first.proposals[0].couplings):
+        return _not_reached(first)
+    idle, tried = None, set()
+    for proposal in sorted(first.proposals, key=lambda one: -one.couplings[0].consumer.count):
+        couplings = _all_couplings(blocks, proposal)
+        if not couplings or couplings in tried:
+            continue
+        tried.add(couplings)
+        verdict = judge(trial, couplings)
+        if verdict.confirmed:
+            return Outcome("confirmed", proposal.label, _moved_words(couplings[0], len(blocks)))
+        idle = idle or verdict.idle
+    why = (
+        f"to reorder the {NAMES.get(idle, idle)} alone changes nothing, so a trial proves nothing"
+        if idle
+        else f"with its units in another order the output changes, in each of {len(tried)} ways to read the block"
+    )
+    # Attention whose heads can't move is trained in place if the elements of every head's values can move.
+    plain = [one for one in first.proposals if _is_plain(one)]
+    for proposal in sorted(plain, key=lambda one: one.couplings[0].consumer.count):
+        shuffles = [within_heads(one) for one in _all_couplings(blocks, proposal)]
+        if shuffles and None not in shuffles and trial.holds(shuffles) and trial.idle_side(shuffles) is None:
+            return Outcome("in place", proposal.label, f"{why}; the elements within each head can")
+    return Outcome(None, None, why)
+
+
+class Verdict(NamedTuple):
+    """What a trial of couplings says.
+
+    Attributes:
+        confirmed: Whether their units can move, and the trial could have told otherwise.
+        idle: The key of a side that can move alone, if the units can move.
+    """
+
+    confirmed: bool
+    idle: str | None = None
+
+
+def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
+    """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer."""
+    shuffles = _shuffles(trial, couplings)
+    if not shuffles or not all(trial.holds(one) for one in shuffles):
+        return Verdict(False)
+    idle = next((key for one in shuffles if (key := trial.idle_side(one))), None)
+    return Verdict(idle is None, idle)
+
+
+def _not_reached(block: Block) -> Outcome:
+    """Blocks that the example does not run are trained in place, if names and sizes leave no doubt."""
+    proposal = block.proposals[0]
+    projections = [projection for one in proposal.couplings for projection in one.producers]
+    sure = all(projection.size is None for projection in projections) and "divisor" not in proposal.label
+    if sure and (projections[0].key == "q" or FFN.search(projections[0].path)):
+        return Outcome("in place", proposal.label, "not reached by the example; by its names and sizes")
+    return Outcome(None, None, "not reached by the example")
+
+
+def _is_plain(proposal: Proposal) -> bool:
+    coupling = proposal.couplings[0]
+    return coupling.consumer.key == "o" and not coupling.vectors and len(coupling.producers) == 3
+
+
+def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:
+    """The couplings of all blocks, read in the same way; none if one of them can't be."""
+    same = [block.of(proposal.label) for block in blocks]
+    return () if None in same else tuple(one for read in same for one in read.couplings)
+
+
+def _shuffles(trial: Trial, couplings: Sequence[Coupling]) -> list[list[Shuffle]]:
+    """The trials that all must hold: of whole units, of heads within groups, of elements of a single head."""
+    whole = [whole_units(trial.twin, coupling) for coupling in couplings]
+    grouped = [within_groups(trial.twin, coupling) for coupling in couplings]
+    single = [within_heads(one) for one, shuffle in zip(couplings, whole) if shuffle is None]
+    found = [[shuffle for shuffle in shuffles if shuffle is not None] for shuffles in (whole, grouped, single)]
+    return [shuffles for shuffles in found if shuffles] if len(found[2]) == len(single) else []
+
+
+def _moved_words(coupling: Coupling, blocks: int) -> str:
+    least = min(projection.count for projection in coupling.projections)
+    what = "units" if coupling.consumer.count == least else "groups of heads" if least > 1 else "heads"
+    times = f", in {blocks} blocks at once" if blocks > 1 else ""
+    return f"on the twin, its {what} in another order give the same output{times}"

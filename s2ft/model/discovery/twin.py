@@ -6,9 +6,7 @@ is a million times smaller than any real change.
 
 import contextlib
 import copy
-import os
 import re
-import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -22,6 +20,7 @@ from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_conf
 
 MOST = 60_000_000  # parameters of a twin: 0.5 GB
 COPIED_AT_ONCE = 1_000_000  # a model that is this small needs no smaller twin
+MOST_COPIED = 500_000_000  # parameters of a model that is copied in float64 where no smaller twin can be built: 4 GB
 DEPTHS = (DEPTH, 6, 12, 128)
 SPREAD = 0.2  # of what is added to norm weights and biases
 _LOW = (torch.float32, torch.float16, torch.bfloat16)
@@ -50,7 +49,7 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
                 yield twin
     if _is_quantized(model):
         tried.append("a copy of the model: its weights are quantized")
-    elif size > COPIED_AT_ONCE * 50 and 4 * 8 * size > _free_memory():
+    elif size > MOST_COPIED:
         tried.append(f"a copy of the model: {size / 1e9:.1f} billion parameters are too many in float64")
     else:
         yield copied(model)
@@ -125,22 +124,20 @@ def copied(model: nn.Module) -> nn.Module:
 
 
 def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    model = _cast(model, dtype).eval().requires_grad_(True)
+    # The `to` of a module would drop the imaginary parts of complex tensors.
+    model = model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
+    model = model._apply(lambda tensor: tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor)
+    model = model.eval().requires_grad_(True)
     make_general(model)
     if dtype == torch.float64:
         if getattr(getattr(model, "config", None), "_attn_implementation", None) not in (None, "eager", "sdpa"):
             model.set_attn_implementation("eager")  # other kernels need a GPU or half precision
         if hasattr(model, "set_experts_implementation"):
             model.set_experts_implementation("eager")  # the grouped matrix product of PyTorch takes no float64
-        model.register_forward_pre_hook(_enter_float64, prepend=True)
-        model.register_forward_hook(_leave_float64, always_call=True)
+        mode = _InFloat64()
+        model.register_forward_pre_hook(mode.enter, prepend=True)
+        model.register_forward_hook(mode.leave, always_call=True)
     return model
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """Cast a model. The `to` of a module would drop the imaginary parts of complex tensors."""
-    made = model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
-    return made._apply(lambda tensor: tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor)
 
 
 @contextlib.contextmanager
@@ -197,32 +194,25 @@ def _is_trained_buffer(model: nn.Module, path: str, buffer: Tensor) -> bool:
 
 
 class _InFloat64(TorchDispatchMode):
-    """Computes in float64 where a model asks for float32 or less, as norms and rotary embeddings do."""
+    """Computes in float64 where a model asks for float32 or less, as norms and rotary embeddings do.
+
+    `enter` and `leave` are hooks of the twin.
+    """
+
+    def enter(self, module: nn.Module, args: Any) -> None:
+        self.default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float64)
+        self.__enter__()
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.__exit__(None, None, None)
+        torch.set_default_dtype(self.default)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = dict(kwargs or {})
         if kwargs.get("dtype") in _LOW:
             kwargs["dtype"] = torch.float64
         return func(*args, **kwargs)
-
-
-_under_way = threading.local()
-
-
-def _enter_float64(module: nn.Module, args: Any) -> None:
-    modes = _under_way.__dict__.setdefault("modes", [])
-    mode = _InFloat64()
-    modes.append((module, mode, torch.get_default_dtype()))
-    torch.set_default_dtype(torch.float64)
-    mode.__enter__()
-
-
-def _leave_float64(module: nn.Module, args: Any, output: Any) -> None:
-    modes = _under_way.__dict__.setdefault("modes", [])
-    if modes and modes[-1][0] is module:
-        _, mode, dtype = modes.pop()
-        mode.__exit__(None, None, None)
-        torch.set_default_dtype(dtype)
 
 
 # ---- structure --------------------------------------------------------------------------------------------
@@ -235,7 +225,11 @@ def pattern_of(path: str) -> str:
 
 def paths_and_classes(model: nn.Module) -> set[tuple[str, str]]:
     """The patterns of the paths of all modules, with the names of their classes."""
-    return {(pattern_of(path), _class_of(module)) for path, module in model.named_modules()}
+    classes = {  # quantizers replace the class of a linear layer
+        path: "Linear" if isinstance(module, nn.Linear) else type(module).__name__
+        for path, module in model.named_modules()
+    }
+    return {(pattern_of(path), name) for path, name in classes.items()}
 
 
 def kinds_of_blocks(model: nn.Module) -> set[tuple[str, frozenset]]:
@@ -248,20 +242,8 @@ def kinds_of_blocks(model: nn.Module) -> set[tuple[str, frozenset]]:
     }
 
 
-def _class_of(module: nn.Module) -> str:
-    return "Linear" if isinstance(module, nn.Linear) else type(module).__name__  # quantizers replace the class
-
-
 def _is_quantized(model: nn.Module) -> bool:
     """Whether weights are integers, or tensors of a class of their own as those of torchao."""
     return bool(getattr(model, "is_quantized", False)) or any(
         not parameter.is_floating_point() or type(parameter.data) is not Tensor for parameter in model.parameters()
     )
-
-
-def _free_memory() -> int:
-    """Bytes of memory that are free, as far as the system tells."""
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError, AttributeError):
-        return 0

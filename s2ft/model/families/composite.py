@@ -13,8 +13,10 @@ from typing import Any
 
 from torch import nn
 
+from s2ft.model.builders import in_one_weight
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.families import towers
+from s2ft.model.families.table import FAMILIES, check_release
 
 # model type → the projector's path and its layers, or None if it is not an FFN
 LLAVA = ("multi_modal_projector", ("linear_1", "linear_2"))
@@ -74,8 +76,6 @@ MODEL_TYPES = tuple(PROJECTORS)
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
-    from s2ft.model.families import FAMILIES, check_release  # not at the top: it imports this file
-
     found, layer = [], 0
     for path, part in _parts(model):
         kind = part_type(model.config, part.config)
@@ -89,8 +89,6 @@ def couplings(model: nn.Module) -> list[Coupling]:
 
 def undeclared_parts(model: nn.Module) -> list[str]:
     """The model types without a declaration among the parts of a model that this file declares."""
-    from s2ft.model.families import FAMILIES
-
     if getattr(getattr(model, "config", None), "model_type", None) not in PROJECTORS:
         return []
     kinds = [part_type(model.config, part.config) for _, part in _parts(model)]
@@ -145,11 +143,7 @@ def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str], kin
     """A gated FFN whose first layer computes the values, then the gate."""
     up, down = (f"{path}.{name}" for name in names)
     channels = model.get_submodule(down).in_features
-    producers = (
-        Projection("u", up, channels, 1, 0, size=2 * channels),
-        Projection("g", up, channels, 1, 0, start=channels, size=2 * channels),
-    )
-    return Coupling(kind, layer, producers, Projection("d", down, channels, 1, 1))
+    return Coupling(kind, layer, in_one_weight(up, "ug", channels), Projection("d", down, channels, 1, 1))
 
 
 def _under(path: str, first: int, coupling: Coupling) -> Coupling:
@@ -166,3 +160,6 @@ def _under(path: str, first: int, coupling: Coupling) -> Coupling:
         vectors=tuple(map(moved, coupling.vectors)),
         block=coupling.block and f"{path}.{coupling.block}",
     )
+
+
+FAMILIES.update(dict.fromkeys(MODEL_TYPES, couplings))

@@ -27,6 +27,7 @@ tokens to a smaller width for their experts, and back.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import nn
 
@@ -46,7 +47,6 @@ from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.families.recurrent import (
     delta_attention,
     delta_net,
-    jamba_mamba,
     lightning_attention,
     mamba,
     rg_lru,
@@ -164,19 +164,6 @@ MODEL_TYPES = (
     "vaultgemma",
     "youtu",
 )
-SINCE = {
-    "afmoe": "5.5",
-    "aria_text": "5.18",
-    "gpt_oss": "5.7",
-    "granitemoe": "5.14",
-    "granitemoehybrid": "5.14",
-    "granitemoeshared": "5.14",
-    "hunyuan_v1_moe": "5.1",
-    "nemotron_h": "5.15",
-    "olmo_hybrid": "5.15",
-    "phimoe": "5.1",
-    "recurrent_gemma": "5.14",
-}
 Part = Callable[[nn.Module, int, str], list[Coupling]]
 SHARED = ("shared_expert", "shared_experts", "shared_mlp")  # names of the expert that processes every token
 GATES = ("gate_proj", "g_proj")  # names of the gate of an attention's output
@@ -203,11 +190,11 @@ def couplings(model: nn.Module) -> list[Coupling]:
 # ---- feed-forward blocks -------------------------------------------------------------------------------
 
 
-def mixture(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+def mixture(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> list[Coupling]:
     """List the couplings of a block: of a mixture, with its shared expert if it has one, or of a plain FFN."""
     mlp = model.get_submodule(path)
     if not hasattr(mlp, "experts"):
-        return [dense(model, layer, path)]
+        return [dense(model, layer, path, kind)]
     found = experts(model, layer, f"{path}.experts")
     shared = [name for name in SHARED if getattr(mlp, name, None) is not None]
     found += [dense(model, layer, f"{path}.{name}", kind="shared-expert") for name in shared]
@@ -225,75 +212,54 @@ def dense(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Couplin
     return ffn(model, layer, f"{path}.{up}", f"{path}.{down}", gate, kind=kind)
 
 
-def _shared(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    """GraniteMoE's shared expert is beside the mixture, not in it."""
-    return [dense(model, layer, path, kind="shared-expert")]
-
-
 # ---- attention -----------------------------------------------------------------------------------------
 
 
-def _attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    block = model.get_submodule(path)
-    if hasattr(block, "output_gate"):
-        return lightning_attention(model, layer, path)
-    if hasattr(block, "forget_gate"):
-        return delta_attention(model, layer, path)
-    if hasattr(block, "kv_b_proj"):
-        return [latent_attention(model, layer, path)]
-    return [self_attention(model, layer, path)]
-
-
-def self_attention(model: nn.Module, layer: int, path: str, kind: str = "attention") -> Coupling:
+def self_attention(model: nn.Module, layer: int, path: str, kind: str = "attention") -> list[Coupling]:
     """Describe an attention with separate q, k and v, and with what moves with its heads."""
     block, heads, config = model.get_submodule(path), heads_in(model, path), model.config
     paths = attention_paths(path, o="o_proj" if hasattr(block, "o_proj") else "out_proj")
     moving = moving_with_heads(model, path, heads, inputs_of(model, paths["o"]) // heads)
     more = {f"{path}.{name}": "q" for name in GATES if getattr(block, name, None) is not None}
     fixed = config.model_type in ("diffllama", "doge") or config.model_type == "stablelm" and config.qk_layernorm
-    return attention(model, layer, **paths, heads=heads, more=more, moving=moving, fixed=fixed, kind=kind)
+    return [attention(model, layer, **paths, heads=heads, more=more, moving=moving, fixed=fixed, kind=kind)]
 
 
-def _cross_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    return [self_attention(model, layer, path, kind="cross-attention")]
-
-
-def latent_attention(model: nn.Module, layer: int, path: str) -> Coupling:
+def latent_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """Describe an attention with low-rank keys and values, and the gate and the sinks of its heads."""
     block, heads = model.get_submodule(path), heads_in(model, path)
     q = f"{path}.q_b_proj" if getattr(block, "q_b_proj", None) is not None else f"{path}.q_proj"
     value, both = inputs_of(model, f"{path}.o_proj") // heads, outputs_of(model, f"{path}.kv_b_proj") // heads
     kv = dict(stride=both, size=heads * both)
     gates = [f"{path}.{name}" for name in GATES if getattr(block, name, None) is not None]
-    return Coupling(
-        "attention",
-        layer,
-        (
-            Projection("q", q, heads, outputs_of(model, q) // heads, 0),
-            Projection("k", f"{path}.kv_b_proj", heads, both - value, 0, **kv),
-            Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=both - value, **kv),
-            *(Projection("q", gate, heads, outputs_of(model, gate) // heads, 0) for gate in gates),
-        ),
-        Projection("o", f"{path}.o_proj", heads, value, 1),
-        (Vector(f"{path}.sinks", 1),) if getattr(block, "sinks", None) is not None else (),
+    producers = (
+        Projection("q", q, heads, outputs_of(model, q) // heads, 0),
+        Projection("k", f"{path}.kv_b_proj", heads, both - value, 0, **kv),
+        Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=both - value, **kv),
+        *(Projection("q", gate, heads, outputs_of(model, gate) // heads, 0) for gate in gates),
     )
+    vectors = (Vector(f"{path}.sinks", 1),) if getattr(block, "sinks", None) is not None else ()
+    return [Coupling("attention", layer, producers, Projection("o", f"{path}.o_proj", heads, value, 1), vectors)]
 
 
 # ---- what takes the place of attention -----------------------------------------------------------------
 
 
-def _mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    return (jamba_mamba if model.config.model_type == "jamba" else mamba)(model, layer, path)
+# name of a layer or parameter that only such a block has → its couplings; the first that fits counts
+MIXERS: dict[str, Part] = {
+    "output_gate": lightning_attention,
+    "forget_gate": delta_attention,
+    "kv_b_proj": latent_attention,
+    "rg_lru": rg_lru,
+    "in_proj": mamba,
+    "q_proj": self_attention,
+}
 
 
-def _temporal(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    return (rg_lru if hasattr(model.get_submodule(path), "rg_lru") else _attention)(model, layer, path)
-
-
-def _mixer(model: nn.Module, layer: int, path: str) -> list[Coupling]:
-    """The only block of a layer of Nemotron-H, or the state space of a Mamba."""
+def mixer(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+    """List the couplings of an attention, of what takes its place, or of the only block of a layer of Nemotron-H."""
     block = model.get_submodule(path)
-    describe = _attention if hasattr(block, "q_proj") else mamba if hasattr(block, "in_proj") else mixture
+    describe = next((describe for name, describe in MIXERS.items() if hasattr(block, name)), mixture)
     return describe(model, layer, path)
 
 
@@ -303,12 +269,12 @@ PARTS: dict[str, Part] = {
     "mlp_block": mixture,
     "feed_forward": mixture,
     "block_sparse_moe": mixture,
-    "shared_mlp": _shared,
-    "self_attn": _attention,
-    "cross_attn": _cross_attention,
-    "temporal_block": _temporal,
+    "shared_mlp": partial(mixture, kind="shared-expert"),  # GraniteMoE's, beside the mixture
+    "self_attn": mixer,
+    "cross_attn": partial(self_attention, kind="cross-attention"),
+    "temporal_block": mixer,
     "linear_attn": delta_net,
-    "mamba": _mamba,
-    "mixer": _mixer,
+    "mamba": mixer,
+    "mixer": mixer,
     "conv": short_convolution,
 }

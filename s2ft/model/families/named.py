@@ -18,7 +18,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, heads_in, layers_of, outputs_of, packed_attention
+from s2ft.model.builders import attention, ffn, get, heads_in, in_one_weight, layers_of, outputs_of, packed_attention
 from s2ft.model.coupling import Coupling, Projection, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -250,21 +250,6 @@ BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for mode
     model_type: names for model_types, names in SEVERAL.items() for model_type in model_types
 }
 MODEL_TYPES = tuple(BY_TYPE)
-SINCE = {
-    **dict.fromkeys(("audio-spectrogram-transformer", "beit", "deit", "ijepa", "vit", "vit_msn"), "5.9"),
-    "dinov2": "5.18",
-    "dinov2_with_registers": "5.18",
-    "fsmt": "5.18",  # before, its decoder sees the first token only
-    "layoutlmv3": "5.24",
-    "moonshine": "5.2",
-    "pixio": "5.9",
-    "segformer": "5.9",
-    "sew-d": "5.18",
-    "swin": "5.9",
-    "videomae": "5.6",
-    "vit_mae": "5.9",
-    "vivit": "5.9",
-}
 
 
 def couplings(model: nn.Module) -> list[Coupling]:
@@ -284,19 +269,19 @@ def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
         yield from layers_of(model, stack)
         return
     for path, module in _blocks(model, outer):
-        blocks = _get(module, inner[1:]) if inner else module
+        blocks = get(module, inner[1:]) if inner else module
         yield from ((f"{path}{inner}.{i}", block) for i, block in enumerate(blocks or ()))
 
 
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
-    is_gated = names.gated and _get(block, names.gated[-1]) is not None
+    is_gated = names.gated and get(block, names.gated[-1]) is not None
     layers = names.gated if is_gated else (names.up, names.down, *filter(None, [names.gate]))
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
     paths = (f"{path}.{name}" for name in layers)
     found = [replace(ffn(model, i, *paths), vectors=vectors, fixed=names.channels_stay)]
     cross = names.cross if _has_encoder(model.config) else None
     for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
-        if name and _get(block, name) is not None:
+        if name and get(block, name) is not None:
             flags = names.numbered
             numbered = flags if isinstance(flags, bool) else any(getattr(model.config, flag) for flag in flags)
             fixed = numbered and kind == "attention"
@@ -314,13 +299,13 @@ def _has_encoder(config: Any) -> bool:
 def _attention(model: nn.Module, names: Names, layer: int, path: str, **options) -> Coupling:
     block = model.get_submodule(path)
     heads = heads_in(model, path)
-    more = {f"{path}.{name}": key for name, key in names.more if _get(block, name) is not None}
+    more = {f"{path}.{name}": key for name, key in names.more if get(block, name) is not None}
     moving = {
-        f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := _get(block, name)) is not None
+        f"{path}.{name}": len(tensor) // heads for name in names.moves if (tensor := get(block, name)) is not None
     }
     if len(names.layers) == 2:
         qkv, o = (f"{path}.{name}" for name in names.layers)
-        if _get(block, "q_attn") is not None:
+        if get(block, "q_attn") is not None:
             return _cross_attention(model, layer, f"{path}.q_attn", qkv, o, heads, **options)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
@@ -332,18 +317,6 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
 
 def _cross_attention(model: nn.Module, layer: int, q: str, kv: str, o: str, heads: int, **options) -> Coupling:
     """GPT-2's attention to an encoder has k and v in one weight, and q in another."""
-    size, unit = outputs_of(model, kv), outputs_of(model, q) // heads
-    producers = (
-        Projection("q", q, heads, unit, 0),
-        Projection("k", kv, heads, unit, 0, size=size),
-        Projection("v", kv, heads, unit, 0, start=size // 2, size=size),
-    )
-    consumer = Projection("o", o, heads, unit, 1)
-    return Coupling(layer=layer, producers=producers, consumer=consumer, **options)
-
-
-def _get(module: nn.Module, path: str) -> Any:
-    """What has this path in a module, or None."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
+    unit = outputs_of(model, q) // heads
+    producers = (Projection("q", q, heads, unit, 0), *in_one_weight(kv, "kv", heads, unit))
+    return Coupling(layer=layer, producers=producers, consumer=Projection("o", o, heads, unit, 1), **options)

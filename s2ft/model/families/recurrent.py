@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
-from s2ft.model.builders import attention, attention_paths, inputs_of, outputs_of, packed_attention
+from s2ft.model.builders import attention, attention_paths, get, in_one_weight, inputs_of, outputs_of, packed_attention
 from s2ft.model.coupling import Coupling, Projection, Vector
 
 # ---- linear attention ----------------------------------------------------------------------------------
@@ -56,7 +56,7 @@ def delta_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """The heads of Kimi Delta Attention. They stay, for A_log, [1, 1, heads, 1], can't be reordered."""
     block = model.get_submodule(path)
     gates = ("forget_gate.f_b_proj", "forget_gate.f_proj", "b_proj", "g_b_proj", "g_proj")
-    more = {f"{path}.{name}": "q" for name in gates if _has(block, name)}
+    more = {f"{path}.{name}": "q" for name in gates if get(block, name) is not None}
     return [attention(model, layer, **attention_paths(path), heads=block.num_heads, more=more, fixed=True)]
 
 
@@ -68,12 +68,6 @@ def lightning_attention(model: nn.Module, layer: int, path: str) -> list[Couplin
     return [replace(packed, kind="linear-attention", producers=(*packed.producers, gate), fixed=True)]
 
 
-def _has(block: nn.Module, path: str) -> bool:
-    for name in path.split("."):
-        block = getattr(block, name, None)
-    return block is not None
-
-
 # ---- state spaces --------------------------------------------------------------------------------------
 
 
@@ -81,23 +75,21 @@ def mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """The first layer of a Mamba or Mamba-2 block, by its outputs.
 
     In training, the kernels of mamba_ssm read the weights of the other layers past their forward, so a slice in one
-    of these would change nothing and get no gradient.
+    of these would change nothing and get no gradient. Jamba's run as layers.
     """
+    if model.config.model_type == "jamba":
+        return _jamba_mamba(model, layer, path)
     path = f"{path}.in_proj"
     return [Coupling.one_sided(layer, path=path, count=outputs_of(model, path), side="outputs", kind="state-space")]
 
 
-def jamba_mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
+def _jamba_mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """The channels of Jamba's Mamba block, whose layers run as layers, but for dt_proj. They stay.
 
     The inputs of x_proj are these channels too, and a coupling has one consumer. x_proj is trained by its outputs.
     """
-    channels = inputs_of(model, f"{path}.out_proj")
-    producers = (
-        Projection("u", f"{path}.in_proj", channels, 1, 0, size=2 * channels),
-        Projection("g", f"{path}.in_proj", channels, 1, 0, start=channels, size=2 * channels),
-    )
-    x_proj = f"{path}.x_proj"
+    channels, x_proj = inputs_of(model, f"{path}.out_proj"), f"{path}.x_proj"
+    producers = in_one_weight(f"{path}.in_proj", "ug", channels)
     return [
         Coupling("state-space", layer, producers, Projection("d", f"{path}.out_proj", channels, 1, 1), fixed=True),
         Coupling.one_sided(layer, path=x_proj, count=outputs_of(model, x_proj), side="outputs", kind="state-space"),
@@ -131,11 +123,7 @@ def short_convolution(model: nn.Module, layer: int, path: str) -> list[Coupling]
     As in a state space, the gates before and after the convolution have the keys of k and q, and its input that of v.
     """
     block, channels = model.get_submodule(path), inputs_of(model, f"{path}.out_proj")
-    producers = tuple(
-        Projection(key, f"{path}.in_proj", channels, 1, 0, start=i * channels, size=3 * channels)
-        for i, key in enumerate("kqv")
-    )
     names = [name for name in ("weight", "bias") if getattr(block.conv, name) is not None]
     vectors = tuple(Vector(f"{path}.conv.{name}", 1) for name in names)
-    consumer = Projection("o", f"{path}.out_proj", channels, 1, 1)
-    return [Coupling("convolution", layer, producers, consumer, vectors)]
+    producers = in_one_weight(f"{path}.in_proj", "kqv", channels)
+    return [Coupling("convolution", layer, producers, Projection("o", f"{path}.out_proj", channels, 1, 1), vectors)]

@@ -1,7 +1,9 @@
 """A LoRA layer of vLLM that holds slices instead of low-rank factors."""
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from math import ceil
 from typing import Any
 
 import numpy as np
@@ -9,8 +11,7 @@ import torch
 from torch import Tensor
 
 from s2ft.vllm.compatibility import part_of
-from s2ft.vllm.slices.bank import SliceBank
-from s2ft.vllm.slices.product import Batch, add_slices_
+from s2ft.vllm.slices.bank import Batch, SliceBank, add_slices_
 from s2ft.vllm.slices.spans import (
     extent,
     input_spans,
@@ -21,9 +22,78 @@ from s2ft.vllm.slices.spans import (
     pieces,
     spread,
 )
-from s2ft.vllm.slices.units import KINDS, Budget, Extent, Place
 
+OPTION = "S2FT_VLLM_UNITS"
+LEAST, SHARE = 256, 0.05  # of the default: units of a projection, and share of its extent
+KINDS = ("outputs", "inputs")
 PARTS = "s2ft_parts"  # attribute of a layer: the names of the projections that are fused in it
+Part = tuple[Tensor, Tensor] | None  # what stands for the factors A and B of a projection; None where there is none
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Units of each layer for one adapter.
+
+    Attributes:
+        every: Units of every layer, None if the layers are named or for the default.
+        named: Units by the name of a projection or of a fused layer, with ":inputs" or ":outputs" if it is not the dim
+            that is usual for the layer.
+    """
+
+    every: int | None = None
+    named: Mapping[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Budget":
+        """Read the option.
+
+        Args:
+            text: A number of units for every layer, or ``down_proj=512,o_proj=128``. Layers that are not named hold no
+                slices then. Empty for the default.
+
+        Raises:
+            ValueError: The text has another form.
+
+        Example:
+            >>> from s2ft.vllm.slices.layer import Budget
+            >>> Budget.parse("down_proj=512, o_proj=128").named
+            {'down_proj': 512, 'o_proj': 128}
+        """
+        text = text.strip()
+        if text.isdigit():
+            return cls(every=int(text))
+        named: dict[str, int] = {}
+        for word in text.split(",") if text else ():
+            name, _, number = (part.strip() for part in word.partition("="))
+            kind = name.partition(":")[2]
+            if not (name and number.isdigit()) or ":" in name and kind not in KINDS:
+                raise ValueError(
+                    f"{OPTION} has {word.strip()!r}: give a number of units for every layer, such as {OPTION}=512, or "
+                    f"units by the name of a projection, such as {OPTION}=down_proj=512,o_proj=128"
+                )
+            named[name] = named.get(name, 0) + int(number)
+        return cls(named=named)
+
+    def units(self, layer: str, parts: Mapping[str, tuple[int, int]], dim: int, usual: bool, rank: int) -> int:
+        """Return the units of one layer that an adapter can have.
+
+        Args:
+            layer: Last part of the layer's path in the engine, such as "qkv_proj".
+            parts: The projections of the layer: how many outputs or inputs each has, and how many on each rank.
+            dim: 0 for outputs, 1 for inputs.
+            usual: Whether adapters of this layer usually have this dim.
+            rank: The engine's largest rank of a LoRA.
+        """
+        if self.named:
+            keys = [key for name in {layer, *parts} for key in [name] * usual + [f"{name}:{KINDS[dim]}"]]
+            wanted = sum(self.named.get(key, 0) for key in keys)
+        elif not usual:
+            return 0
+        elif self.every is not None:
+            wanted = self.every
+        else:
+            return sum(min(local, max(rank, LEAST, ceil(size * SHARE))) for size, local in parts.values())
+        return min(sum(local for _, local in parts.values()), wanted)
 
 
 def encode(index: Tensor, dim: int) -> Tensor:
@@ -41,7 +111,7 @@ def is_slices(a: Any) -> bool:
     return isinstance(a, Tensor) and a.dim() == 1 and a.dtype == torch.int64
 
 
-def parts_of(a: Any, b: Any) -> list[tuple[Tensor, Tensor] | None]:
+def parts_of(a: Any, b: Any) -> list[Part]:
     """Return the factors of each projection of a layer, None where the adapter has none."""
     if isinstance(a, Tensor):
         return [(a, b)]
@@ -94,15 +164,14 @@ class SliceLayer:
         device, self.device = self.device, torch.device("meta")
         super().create_lora_weights(max_loras, unsharded(lora_config), model_config)  # type: ignore[misc]
         self.device, self._enable_aux_cuda_stream = device, False  # a second stream is for LoRA's two products
-        banks = []
+        self.banks = ()
         for dim in (0, 1):
-            width = extent(self._spans(1 - dim, 1))
             units = self.budget.units(
-                self._name(), self._extents(dim), dim, self._is_usual(dim), max_loras, lora_config.max_lora_rank
+                self._name(), self._sizes(dim), dim, self._is_usual(dim), lora_config.max_lora_rank
             )
             if units:
-                banks.append(SliceBank(max_loras, units, width, dim, lora_config.lora_dtype, device))
-        self.banks = tuple(banks)
+                width = extent(self._spans(1 - dim, 1)[0])
+                self.banks += (SliceBank(max_loras, units, width, dim, lora_config.lora_dtype, device),)
 
     def _name(self) -> str:
         return getattr(self.base_layer, "prefix", "").rpartition(".")[2]
@@ -110,40 +179,32 @@ class SliceLayer:
     def _is_usual(self, dim: int) -> bool:
         return is_replicated(self.base_layer) or dim == int(is_row_parallel(self.base_layer))
 
-    def _extents(self, dim: int) -> list[Extent]:
-        """The units of each projection of the layer."""
+    def _sizes(self, dim: int) -> dict[str, tuple[int, int]]:
+        """How many outputs or inputs each projection has, and how many on each rank."""
         names, layer = getattr(self.base_layer, PARTS, ()), self.base_layer
         if dim == 1:
-            local = extent(input_spans(layer, 0))
-            return [Extent(name, layer.input_size, local) for name in names or (self._name(),)]
-        found = pieces(layer, 0)
+            return dict.fromkeys(names or (self._name(),), (layer.input_size, extent(input_spans(layer, 0))))
+        found = [(piece.size, piece.local) for piece in pieces(layer, 0)]
         if len(names) == len(found):
-            return [Extent(name, piece.size, piece.local) for name, piece in zip(names, found)]
-        size, local = sum(piece.size for piece in found), sum(piece.local for piece in found)
-        return [Extent(self._name(), size, local)]
+            return dict(zip(names, found))
+        return {self._name(): (sum(size for size, _ in found), sum(local for _, local in found))}
 
-    def _spans(self, dim: int, parts: int, rank: int | None = None) -> list:
-        """What a rank has of the outputs (dim 0) or inputs (dim 1). For several projections, a list of each."""
+    def _spans(self, dim: int, parts: int, rank: int | None = None) -> list[list]:
+        """What a rank has of the outputs (dim 0) or inputs (dim 1) of each projection."""
         rank = self.tp_rank if rank is None else rank
-        if dim == 1:
-            return input_spans(self.base_layer, rank) if parts == 1 else [input_spans(self.base_layer, rank)] * parts
-        spans = output_spans(self.base_layer, rank, parts)
-        return spans[0] if parts == 1 else spans
+        return output_spans(self.base_layer, rank, parts) if dim == 0 else [input_spans(self.base_layer, rank)] * parts
 
-    def places(self, path: str) -> dict[int, Place]:
-        """Describe the banks, by dim, also those that hold nothing."""
-        capacity = {bank.dim: bank.capacity for bank in self.banks}
-        keys = {dim: self._name() + ("" if self._is_usual(dim) else f":{KINDS[dim]}") for dim in (0, 1)}
-        if is_replicated(self.base_layer):  # the plain name would count for both
-            keys = {dim: f"{self._name()}:{KINDS[dim]}" for dim in (0, 1)}
-        return {dim: Place(path, keys[dim], capacity.get(dim, 0)) for dim in (0, 1)}
+    def room(self, dim: int) -> tuple[str, int]:
+        """The name of a dim in the option, and the units of it that an adapter can have in this layer."""
+        is_plain = self._is_usual(dim) and not is_replicated(self.base_layer)  # where the plain name counts for both
+        name = self._name() if is_plain else f"{self._name()}:{KINDS[dim]}"
+        return name, next((bank.capacity for bank in self.banks if bank.dim == dim), 0)
 
-    def needs(self, a: Any, b: Any) -> dict[int, int]:
+    def needs(self, parts: Sequence[Part]) -> dict[int, int]:
         """Check the slices of an adapter and count their units.
 
         Args:
-            a: What stands for factor A, of one projection or of each that is fused in the layer.
-            b: The rows of values.
+            parts: The slices of each projection.
 
         Returns:
             The units by dim. Of several ranks, the most, so that all ranks decide alike.
@@ -151,24 +212,19 @@ class SliceLayer:
         Raises:
             ValueError: The slices do not fit the layer.
         """
-        parts = parts_of(a, b)
         found: dict[int, int] = {}
-        ranks = range(1 if is_replicated(self.base_layer) else self.tp_size)
-        for dim in (0, 1):
-            counts = []
-            for rank in ranks:
-                spans = self._each(dim, len(parts), rank)
-                mine = [
-                    pick(decode(part[0])[1], span)[0].numel()
-                    for part, span in zip(parts, spans)
-                    if part is not None and decode(part[0])[0] == dim
-                ]
-                counts.append(sum(mine))
-            found[dim] = max(counts)
+        for rank in range(1 if is_replicated(self.base_layer) else self.tp_size):
+            counts = {0: 0, 1: 0}
+            spans = [self._spans(dim, len(parts), rank) for dim in (0, 1)]
+            for number, part in enumerate(parts):
+                if part is not None:
+                    dim, index = decode(part[0])
+                    counts[dim] += pick(index, spans[dim][number])[0].numel()
+            found = {dim: max(count, found.get(dim, 0)) for dim, count in counts.items()}
         self._check(parts)
         return {dim: count for dim, count in found.items() if count}
 
-    def _check(self, parts: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+    def _check(self, parts: Sequence[Part]) -> None:
         sizes = [piece.size for piece in pieces(self.base_layer, 0)]
         sizes = [sum(sizes)] if len(parts) == 1 else sizes
         for part, size in zip(parts, sizes):
@@ -181,18 +237,10 @@ class SliceLayer:
             if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
                 raise ValueError(f"{KINDS[dim]} {int(index.min())} to {int(index.max())}, but the layer has {count}")
 
-    def _each(self, dim: int, parts: int, rank: int | None = None) -> list:
-        """The spans of each projection."""
-        return [self._spans(dim, 1, rank)] if parts == 1 else self._spans(dim, parts, rank)
-
-    def drop(self, slots: Sequence[int]) -> None:
-        """Empty slots whose adapter vLLM has taken out of use."""
-        for bank in self.banks:
-            bank.clear(slots)
-
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
-        self.drop([index])
+        for bank in self.banks:
+            bank.put(index, bank.index[:0], bank.values[:0])
 
     def set_lora(self, index: int, lora_a: Any, lora_b: Any) -> None:
         """Fill a slot.
@@ -210,27 +258,22 @@ class SliceLayer:
             self._set_warm_up(index, parts)
             return
         for bank in self.banks:
-            units, rows = [], []
-            across = self._each(1 - bank.dim, len(parts))
-            for part, spans, others in zip(parts, self._each(bank.dim, len(parts)), across):
-                if part is None or decode(part[0])[0] != bank.dim:
-                    continue
-                which, where = pick(decode(part[0])[1], spans)
-                units.append(where)
-                rows.append(spread(part[1].index_select(0, which), others, bank.values.shape[1]))
-            if units:
-                bank.put(index, torch.cat(units), torch.cat(rows))
-            else:
-                bank.clear([index])
+            units, rows = [bank.index[:0]], [bank.values[:0]]
+            spans = zip(self._spans(bank.dim, len(parts)), self._spans(1 - bank.dim, len(parts)))
+            for part, (mine, across) in zip(parts, spans):
+                if part is not None and decode(part[0])[0] == bank.dim:
+                    which, where = pick(decode(part[0])[1], mine)
+                    units.append(where.to(bank.index.device))
+                    rows.append(spread(part[1].index_select(0, which), across, bank.values.shape[1]).to(bank.values))
+            bank.put(index, torch.cat(units), torch.cat(rows))
 
-    def _set_warm_up(self, index: int, parts: Sequence[tuple[Tensor, Tensor] | None]) -> None:
+    def _set_warm_up(self, index: int, parts: Sequence[Part]) -> None:
         """vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can."""
         if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
             raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
         for bank in self.banks:
-            units = bank.capacity // bank.slots
-            zeros = bank.values.new_zeros(1, 1).expand(units, bank.values.shape[1])
-            bank.put(index, torch.arange(units, device=zeros.device), zeros)
+            zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
+            bank.put(index, torch.arange(bank.capacity), zeros)
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         """Take the object that knows the slot of each token."""
@@ -266,7 +309,8 @@ def batch_of(punica_wrapper: Any, slots: int) -> Batch:
     found = getattr(punica_wrapper, "s2ft_batch", None)
     if found is not None:
         return found
-    batch = Batch.like(part_of(punica_wrapper, "_token_lora_indices"), slots)
+    tokens = part_of(punica_wrapper, "_token_lora_indices")
+    batch = Batch.of(tokens.numel(), slots, tokens.device)
     update = punica_wrapper.update_metadata
 
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:

@@ -1,0 +1,458 @@
+"""Proposes couplings by the names and sizes of a model's layers: of attention, of experts, of feed-forward blocks.
+
+A block may be read in several ways: number of heads, layout of a weight, vectors that move too. Trials decide.
+"""
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import chain, combinations, product
+from typing import Any
+
+from torch import Tensor, nn
+
+from s2ft.distributed import full_shape
+from s2ft.layers import forward_of
+from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, name_and_owner, parent_of
+
+MOST = 4  # modules with vectors whose subsets are tried; beyond it all or none
+OF_KEYS = re.compile(r"(^|[._])k(ey)?s?[._]|[._]k_", re.I)
+
+
+@dataclass(frozen=True)
+class Proposal:
+    """One way in which the layers of a block may be coupled.
+
+    Attributes:
+        label: How the layers were read: names, source of the number of heads, layout, vectors. The same label means the
+            same reading in every block of a pattern, and in the twin and the model.
+        couplings: The couplings: one, or one for each expert of a stack.
+    """
+
+    label: str
+    couplings: tuple[Coupling, ...]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The ways in which the layers of one block may be coupled.
+
+    Attributes:
+        key: Blocks with the same key are alike: they are tried together, and the outcome is that of all of them.
+        proposals: The ways, the preferred ones first.
+    """
+
+    key: str
+    proposals: tuple[Proposal, ...]
+
+    def of(self, label: str) -> Proposal | None:
+        """The proposal with a label, if there is one."""
+        return next((proposal for proposal in self.proposals if proposal.label == label), None)
+
+
+def vector_choices(
+    structure: Structure, roots: tuple[str, ...], coupling: Coupling
+) -> Iterator[tuple[str, tuple[Vector, ...]]]:
+    """List sets of vectors that may move with a coupling's units, the smallest sets first, each with words for it.
+
+    Args:
+        structure: The model.
+        roots: Paths of the modules whose vectors may move.
+        coupling: The coupling without vectors.
+    """
+    by_owner: dict[str, list[Vector]] = {}
+    for vector in _vector_candidates(structure, roots, coupling):
+        by_owner.setdefault(parent_of(vector.path), []).append(vector)
+    owners = list(by_owner)
+    sizes = range(len(owners) + 1) if len(owners) <= MOST else (0, len(owners))
+    for chosen in chain.from_iterable(combinations(owners, size) for size in sizes):
+        vectors = tuple(vector for owner in chosen for vector in by_owner[owner])
+        names = ", ".join(structure.pattern(vector.path) for vector in vectors)
+        yield (f", moving {names}" if names else ""), vectors
+
+
+def _vector_candidates(structure: Structure, roots: tuple[str, ...], coupling: Coupling) -> Iterator[Vector]:
+    q = coupling.producers[0]
+    keys = next((projection for projection in coupling.producers if projection.key == "k"), q)
+    seen = set()
+    for root in dict.fromkeys(roots):
+        module = structure.modules[root]
+        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
+            path, shape = f"{root}.{name}" if root else name, full_shape(tensor)
+            if name.count(".") > 2 or not tensor.is_floating_point():  # at most two modules deep
+                continue
+            if path in seen or parent_of(path) in structure.layers or not shape:
+                continue
+            seen.add(path)
+            sides = (keys, q) if OF_KEYS.search(path) else (q, keys)
+            found = (side for side in sides if shape[0] in (side.count, side.count * side.unit))
+            side = next(found, None)
+            if side is not None and side.count > 1:
+                yield Vector(path, shape[0] // side.count)
+
+
+# ---- attention: by the names of its layers and the number of its heads -----------------------------------------
+
+QUERIES = ("query", "queries", "q")  # in this order: "q" is also the first letter of other words
+KEY_AND_VALUE = {"query": ("key", "value"), "queries": ("keys", "values"), "q": ("k", "v")}
+ONE_Q = re.compile(r"^w?q(_b|uery)?(_(proj|attn|linear|lin))?$|^query$", re.I)
+ONE_KV = re.compile(r"^w?_?kv(_b)?(_(proj|linear))?$|^wkv_b$|^c_attn$|^key_value$", re.I)
+ONE_QKV = re.compile(
+    r"^w?_?(in_proj_?)?qkv(_(proj|linear|attn|layer))?$|^attn_qkv$|^c_attn$|^query_key_value$|^w_?pack$|^att_proj$",
+    re.I,
+)
+OUT = re.compile(
+    r"^(w?o|out|output|dense|proj|projection|to_out|fc_out|proj_out|linear_out|final_linear|c_proj|dense_output|"
+    r"(o|out|output|attn|attention)_(b_)?(proj|projection|linear|lin|dense|layer)|attn_out(put)?|attention_out(put)?|"
+    r"(attn_|attention_)(out|output)(_(proj|linear|dense|layer))?|projection_layer)$",
+    re.I,
+)
+OUTPUT_GATE = re.compile(r"(^|_)(gate|g|z)(_b)?(_proj)?$", re.I)
+CROSS = re.compile(r"cross|encoder_?attn|enc_?dec", re.I)
+HEADS = (
+    "num_heads",
+    "num_attention_heads",
+    "n_heads",
+    "n_head",
+    "heads",
+    "attention_heads",
+    "num_query_heads",
+    "nhead",
+    "encoder_attention_heads",
+    "decoder_attention_heads",
+    "h",
+)
+HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "d_head", "dim_head", "key_value_proj_dim")
+
+
+def attention_blocks(structure: Structure) -> Iterator[Block]:
+    """Propose couplings for every attention block that has layers with known names."""
+    by_owner: dict[str, dict[str, str]] = {}
+    for path in structure.layers:
+        name, owner = name_and_owner(path)
+        by_owner.setdefault(owner, {}).setdefault(name, path)
+    for root, paths in ((owner, paths) for owner, here in by_owner.items() for paths in _inputs_of(here)):
+        if structure.taken.intersection(paths):
+            continue
+        for around in dict.fromkeys((root, parent_of(root))):
+            free = [path for path in structure.inside(around) if path not in structure.taken and path not in paths]
+            outs = [path for path in free if OUT.search(name_and_owner(path)[0]) or OUT.search(path.rpartition(".")[2])]
+            outs.sort(key=structure.place.get)
+            proposals = [one for out in outs for one in _attention_proposals(structure, paths, root, out, around)]
+            if proposals:
+                kinds = type(structure.modules[root]).__name__, type(structure.modules[around]).__name__
+                own = (name for name, _ in structure.modules[root].named_parameters(recurse=False))
+                names = ", ".join([*map(structure.pattern, paths), *own])  # some blocks of a stack have sinks
+                # Many heads first: halves of heads can't move, but pairs of heads can where single heads can.
+                proposals.sort(key=lambda proposal: -proposal.couplings[0].consumer.count)
+                yield Block(f"attention of {names} ({', '.join(kinds)})", tuple(proposals))
+                break
+
+
+def _inputs_of(here: dict[str, str]) -> Iterator[tuple[str, ...]]:
+    """The paths of q, k and v among the layers of one module, by name."""
+    found = False
+    for name in here:
+        for query in QUERIES:
+            key, value = (_renamed(name, query, to) for to in KEY_AND_VALUE[query])
+            if key != name and key in here and value in here:
+                found = True
+                yield here[name], here[key], here[value]
+                break
+    if found:
+        return
+    queries = [name for name in here if ONE_Q.search(name)]
+    for name in queries:
+        others = [other for other in here if other != name and ONE_KV.search(other)]
+        yield from ((here[name], here[other]) for other in others[:1])
+    if not queries:
+        yield from ((here[name],) for name in here if ONE_QKV.search(name))
+
+
+def _renamed(name: str, query: str, to: str) -> str:
+    """The name with the word for the queries replaced: q_proj to k_proj, wq to wk, in_proj_q to in_proj_k."""
+    return re.sub(rf"(^|(?<=[_.])|(?<=^w)|(?<=^W)){query}(?![a-z])", to, name, flags=re.I)
+
+
+def _attention_proposals(
+    structure: Structure, paths: tuple[str, ...], root: str, out: str, around: str
+) -> Iterator[Proposal]:
+    """Readings of layers that compute queries, keys and values: three, or q and kv, or one for all, in this order."""
+    kind = "cross-attention" if CROSS.search(paths[0]) else "attention"
+    number, name, width = structure.layer_number(out), structure.pattern(out), structure.inputs(out)
+    sizes = [structure.outputs(path) for path in paths]
+    for source, heads in _head_counts(structure, root, around, width):
+        if heads < 1 or width % heads:
+            continue
+        for layout, producers, count in LAYOUTS[len(paths)](paths, sizes, heads, width // heads):
+            bare = Coupling(kind, number, producers, Projection("o", out, count, width // count, 1))
+            for gate, gated in _with_gates(structure, paths, root, bare, around):
+                for moving, vectors in vector_choices(structure, (root, around), gated):
+                    label = f"{name}, heads from {source}, {layout}{gate}{moving}"
+                    yield Proposal(label, (replace(gated, vectors=vectors),))
+
+
+def _head_counts(structure: Structure, root: str, around: str, width: int) -> Iterator[tuple[str, int]]:
+    """Numbers of heads with where they come from: attributes of the modules, else the config, else every divisor."""
+    for places in ({"block": root, "block around": around}, {"model": ""}):
+        found = []
+        for word, path in places.items():
+            module = structure.modules[path]
+            config = getattr(module, "config", None)
+            owners = {word: module, f"{word}.config": config, f"{word}.text": getattr(config, "text_config", None)}
+            for source, owner in owners.items():
+                found += [(f"{source}.{name}", n) for name in HEADS if (n := _count(owner, name)) is not None]
+                sizes = [(f"{source}.{name}", n) for name in HEAD_SIZES if (n := _count(owner, name)) is not None]
+                found += [(word, width // size) for word, size in sizes if width % size == 0]
+        if found:
+            yield from found
+            return
+    divisors = [size for size in range(1, width) if width % size == 0]
+    yield from ((f"divisor {i}", width // size) for i, size in enumerate(divisors))
+
+
+def _count(owner: Any, name: str) -> int | None:
+    try:
+        value = getattr(owner, name, None)
+    except Exception:  # configs whose layers differ refuse to name one number for all
+        return None
+    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
+
+
+# Ways in which layers with these sizes may hold q, k and v, with `unit` elements of a head's values: a word, the
+# projections, the number of units of o.
+
+
+def _separate(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> Iterator[tuple]:
+    q, k, v = sizes
+    kv = v // unit
+    if q % heads or v % unit or not kv or heads % kv or k % kv:
+        return
+    counts = (heads, kv, kv)
+    projections = (Projection(key, path, n, size // n, 0) for key, path, n, size in zip("qkv", paths, counts, sizes))
+    yield "separate", tuple(projections), heads
+
+
+def _two_layers(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> Iterator[tuple]:
+    """A layer for q and one for k and v: all of k and then all of v, or k and v of each head in turn."""
+    (q_path, path), (q_size, size) = paths, sizes
+    if q_size % heads:
+        return
+    q = Projection("q", q_path, heads, q_size // heads, 0)
+    kv = size // 2 // unit
+    if kv and size == 2 * kv * unit and heads % kv == 0:
+        k = Projection("k", path, kv, unit, 0, size=size)
+        yield "k, then v", (q, k, replace(k, key="v", start=size // 2)), heads
+    key = size // heads - unit
+    if size % heads == 0 and key > 0:
+        k = Projection("k", path, heads, key, 0, stride=key + unit, size=size)
+        v = Projection("v", path, heads, unit, 0, start=key, stride=key + unit, size=size)
+        yield "k and v of each head", (q, k, v), heads
+
+
+def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> Iterator[tuple]:
+    """One layer: all of q, k and v one after the other; or in turn for each head, or for each group of heads."""
+    (path,), (size,) = paths, sizes
+    rest = size // unit - heads
+    if size % unit or rest <= 0 or rest % 2 or heads % (rest // 2):
+        return
+    kv, group = rest // 2, heads // (rest // 2)
+
+    def part(key: str, count: int, width: int, start: int, stride: int | None = None) -> Projection:
+        return Projection(key, path, count, width, 0, start=start, stride=stride, size=size)
+
+    keys = part("k", kv, unit, heads * unit), part("v", kv, unit, (heads + kv) * unit)
+    yield "q, k, v", (part("q", heads, unit, 0), *keys), heads
+    if heads == kv:
+        for order in ("qkv", "qvk", "kqv"):
+            parts = tuple(part(key, heads, unit, order.index(key) * unit, 3 * unit) for key in "qkv")
+            yield f"{', '.join(order)} of each head", parts, heads
+        for order in ("qvk", "kqv"):
+            parts = tuple(part(key, heads, unit, order.index(key) * heads * unit) for key in "qkv")
+            yield ", ".join(order), parts, heads
+    elif kv > 1:
+        stride = (group + 2) * unit
+        q = part("q", kv, group * unit, 0, stride)
+        k, v = part("k", kv, unit, group * unit, stride), part("v", kv, unit, (group + 1) * unit, stride)
+        yield "q, k, v of each group", (q, k, v), kv
+
+
+LAYOUTS = {1: _packed, 2: _two_layers, 3: _separate}  # by the number of layers
+
+
+def _with_gates(
+    structure: Structure, paths: tuple[str, ...], root: str, bare: Coupling, around: str
+) -> Iterator[tuple[str, Coupling]]:
+    """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
+    yield "", bare
+    count, width = bare.consumer.count, bare.consumer.extent
+    for path in structure.inside(around):
+        name, owner = name_and_owner(path)
+        near = owner in (root, around) and path not in paths and path != bare.consumer.path
+        if near and OUTPUT_GATE.search(name) and structure.outputs(path) in (count, width):
+            gate = Projection("q", path, count, structure.outputs(path) // count, 0)
+            yield f", gate {structure.pattern(path)}", replace(bare, producers=(*bare.producers, gate))
+
+
+# ---- experts whose weights are one parameter with three dimensions for all of them -----------------------------
+
+# Parameters of a module: the one whose outputs are the channels, and the one whose inputs are.
+PAIRS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("input_linear.weight", "output_linear.weight"))
+
+
+def stack_blocks(structure: Structure) -> Iterator[Block]:
+    """Propose couplings for every module with the stacked weights of experts that S²FT can run."""
+    for path, module in structure.modules.items():
+        for up, down in PAIRS:
+            found = _stack(module, up), _stack(module, down)
+            if None in found or not _runs(module, up) or f"{path}.{up}" in structure.shared:
+                continue
+            proposals = tuple(_stack_proposals(structure, path, up, down, *found))
+            if proposals:
+                yield Block(f"experts of {structure.pattern(path)} ({type(module).__name__})", proposals)
+            break
+
+
+def _stack(module: nn.Module, name: str) -> Tensor | None:
+    """A parameter with three dimensions by its name in a module, or None."""
+    owner, _, name = name.rpartition(".")
+    owner = module if not owner else getattr(module, owner, None)
+    found = getattr(owner, name, None)
+    return found if isinstance(found, nn.Parameter) and len(full_shape(found)) == 3 else None
+
+
+def _runs(module: nn.Module, up: str) -> bool:
+    """Whether S²FT has a forward for the module of the experts."""
+    try:
+        forward_of(module if "." not in up else module.get_submodule(up.partition(".")[0]))
+    except ValueError:
+        return False
+    return True
+
+
+def _stack_proposals(
+    structure: Structure, path: str, up: str, down: str, first: Tensor, last: Tensor
+) -> Iterator[Proposal]:
+    """The layouts that the shapes allow, with and without the bias of the first weight."""
+    module, number = structure.modules[path], structure.layer_number(path)
+    bias = f"{path}.{up}_bias" if isinstance(getattr(module, f"{up}_bias", None), Tensor) else None
+    one, two = full_shape(first), full_shape(last)
+    for transposed, moving in product((False, True), dict.fromkeys((None, bias))):
+        outputs, inputs = (one[2], two[1]) if transposed else (one[1], two[2])
+        more = {"down": f"{path}.{down}", "channels": inputs, "experts": one[0], "transposed": transposed}
+        words = f"{'inputs × outputs' if transposed else 'outputs × inputs'}{', moving the bias' if moving else ''}"
+        if outputs == inputs:
+            couplings = Coupling.experts(number, up=f"{path}.{up}", bias=moving, **more)
+            yield Proposal(f"up, {words}", tuple(couplings))
+        elif outputs == 2 * inputs:
+            for in_turn, order in ((False, "gate, then up"), (True, "gate and up in turn")):
+                couplings = Coupling.experts(number, gate_up=f"{path}.{up}", bias=moving, interleaved=in_turn, **more)
+                yield Proposal(f"{order}, {words}", tuple(couplings))
+
+
+def stacked_weights(structure: Structure) -> Iterator[str]:
+    """Iterate over the paths of the parameters that are stacked weights of experts."""
+    for path, module in structure.modules.items():
+        for name, parameter in module.named_parameters(recurse=False):
+            if f"{path}.{name}" in structure.shared:
+                continue
+            if len(full_shape(parameter)) == 3 and (
+                "expert" in f"{path}.{name}".lower() or "Expert" in type(module).__name__
+            ):
+                yield f"{path}.{name}"
+
+
+# ---- feed-forward blocks: by the sizes of their layers and the order in which they run -------------------------
+
+GATE = re.compile(r"gate|(^|[._])w1$|w_0$|wi_0$|linear_1$|fc1_g$|act_fn", re.I)
+SHARED = re.compile(r"shared_?(expert|mlp)")
+DEEP = 2  # modules between the block and its layers
+
+
+def ffn_blocks(structure: Structure) -> Iterator[Block]:
+    """Propose couplings for every pair or triple of layers whose sizes fit and that run one after the other.
+
+    Layers of a block that is not refused are taken: no other block is proposed for them.
+    """
+    for down in sorted(structure.layers, key=structure.place.get, reverse=True):  # consumers run last
+        if down in structure.taken or not may_be_coupled(structure, down):
+            continue
+        found = _find_ups(structure, down)
+        if found is None:
+            continue
+        around, ups = found
+        proposals = tuple(_ffn_proposals(structure, around, ups, down))
+        names = ", ".join(dict.fromkeys(map(structure.pattern, (*ups, down))))
+        block = Block(f"ffn of {names} ({type(structure.modules[around]).__name__})", proposals)
+        if block.key not in structure.refused:
+            structure.taken.update(projection.path for projection in proposals[0].couplings[0].projections)
+        yield block
+
+
+def may_be_coupled(structure: Structure, path: str) -> bool:
+    """Whether a layer is one of a block or a projector, and no head or router. Models that are no transformers' own
+    stacks, such as an nn.Sequential, count as one block.
+    """
+    if NO_BLOCK_LAYER.search(path):
+        return False
+    named = hasattr(structure.model, "config") and hasattr(structure.model, "main_input_name")
+    return not named or bool(structure.block_of(path)) or bool(PROJECTOR.search(path))
+
+
+def _find_ups(structure: Structure, down: str) -> tuple[str, list[str]] | None:
+    """The path of the module around `down` and the layers in it whose outputs may be the inputs of `down`."""
+    around = down
+    for _ in range(DEEP):
+        if not around:
+            break
+        around = parent_of(around)
+        if isinstance(structure.modules[around], nn.ModuleList):
+            continue
+        near = [
+            path
+            for path in structure.inside(around)
+            if path not in structure.taken
+            and structure.block_of(path) == structure.block_of(down)
+            and structure.place[path] < structure.place[down]
+            and structure.is_called(path) == structure.is_called(down)
+            and may_be_coupled(structure, path)
+        ]
+        channels, width = structure.inputs(down), structure.outputs(down)
+        for count in (channels, 2 * channels):
+            for fits in (True, False):  # layers whose inputs have the size of down's outputs come first
+                ups = [p for p in near if structure.outputs(p) == count and (structure.inputs(p) == width or not fits)]
+                if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
+                    ups.sort(key=structure.place.get)
+                    return around, [p for p in ups if structure.inputs(p) == structure.inputs(ups[-1])][-2:]
+    return None
+
+
+def _ffn_proposals(structure: Structure, around: str, ups: list[str], down: str) -> Iterator[Proposal]:
+    channels = structure.inputs(down)
+    kind = "shared-expert" if SHARED.search(down) else "experts" if ".experts." in down else "ffn"
+    consumer = Projection("d", down, channels, 1, 1)
+    for word, producers in _sides(structure, around, ups, channels):
+        bare = Coupling(kind, structure.layer_number(down), producers, consumer)
+        for moving, vectors in vector_choices(structure, (around,), bare):
+            yield Proposal(f"{word}{moving}", (replace(bare, vectors=vectors),))
+
+
+def _sides(
+    structure: Structure, around: str, ups: list[str], channels: int
+) -> Iterator[tuple[str, tuple[Projection, ...]]]:
+    """The producers that the layers may be, with words for them: up and gate, one layer with both, or a single one."""
+    if structure.outputs(ups[-1]) == 2 * channels:
+        for path in reversed(ups):
+            name, gate = structure.pattern(path), Projection("g", path, channels, 1, 0, size=2 * channels)
+            in_turn = replace(gate, stride=2)
+            yield f"gate, then up in {name}", (replace(gate, key="u", start=channels), gate)
+            yield f"gate and up in turn in {name}", (replace(in_turn, key="u", start=1), in_turn)
+        return
+    if len(ups) == 2:
+        gate = next((path for path in ups if GATE.search(path[len(around) :])), ups[0])
+        up = next(path for path in ups if path != gate)
+        pair = Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0)
+        yield f"up {structure.pattern(up)}, gate {structure.pattern(gate)}", pair
+    for path in reversed(ups):
+        yield f"up {structure.pattern(path)}", (Projection("u", path, channels, 1, 0),)
