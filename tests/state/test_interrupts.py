@@ -1,6 +1,6 @@
 """After an exception at any moment of any operation, detach restores the base, bit for bit.
 
-The model also agrees with s2ft.status. Signals arrive at the moments at which a tracer raises here.
+The model also agrees with s2ft.status. A tracer raises it, or a real signal.
 """
 
 import os
@@ -32,8 +32,20 @@ def test_after_an_exception_at_any_moment_the_model_agrees_with_status(options, 
 @pytest.mark.slow
 @pytest.mark.parametrize("kernels, options", [(kernels, options) for kernels, *options in SLOW], ids=str)
 def test_after_an_exception_at_every_place_the_model_agrees_with_status(kernels, options):
+    run(kernels, "sweep", *options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kernels", ("compiled", "reference"))
+def test_after_each_of_many_sigints_detach_gives_the_base(kernels, layout):
+    run(kernels, "interrupts", "--count", "300", "--layout", layout)
+
+
+def run(kernels: str, module: str, *options: str) -> None:
+    """Run a program of this folder; its output is the message of a failure."""
     process = subprocess.run(
-        [sys.executable, "-X", "faulthandler", "-m", "tests.state.sweep", *options],
+        [sys.executable, "-X", "faulthandler", "-m", f"tests.state.{module}", *options],
         cwd=ROOT,
         env={**os.environ, "S2FT_TEST_KERNELS": kernels, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=3600,
