@@ -1,6 +1,6 @@
 """Layers of vLLM that hold slices, beside LoRA: tokens per second, memory, and the product for long prompts.
 
-    make test-vllm ARGUMENTS=tests/vllm_plugin/test_static.py    # makes the environment
+    make test-vllm ARGUMENTS=tests/vllm_plugin/test_serve.py    # makes the environment
     .venv/releases/vllm/bin/python bench/vllm_layers.py
 
 Two servers of SmolLM2-135M run side by side. One has the adapters as LoRA, the other as slices. Requests to the base

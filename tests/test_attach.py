@@ -56,7 +56,7 @@ def requests_mostly_slow():
             yield pytest.param(case, name, layout, marks=[pytest.mark.slow] * (position not in chosen))
 
 
-@pytest.mark.parametrize("case,request_,layout", requests_mostly_slow())
+@pytest.mark.parametrize("case,request_,layout", list(requests_mostly_slow()))
 def test_attach_keeps_the_logits_and_merge_those_of_the_slices(case, request_, layout):
     model = model_of(case)
     with torch.no_grad():
@@ -164,15 +164,6 @@ def test_delta_dtype(dtype, option, expected):
     report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option))
     assert report.rows[0].dtype is expected
     assert model(token_batch(model)).logits.dtype is dtype
-
-
-def test_backward_hooks_of_trained_layers_are_called_before_and_after_detach():
-    model, seen = model_of("llama"), []
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
-    model.model.layers[0].mlp.down_proj.register_full_backward_hook(lambda *args: seen.append("hook"))
-    output_of(model).sum().backward()
-    output_of(s2ft.detach(model)).sum().backward()
-    assert seen == ["hook", "hook"]
 
 
 def test_tied_projections_train_in_place_only():

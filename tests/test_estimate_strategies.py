@@ -104,55 +104,37 @@ def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, fe
 # ---- refused -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "options, error, text",
-    [
-        (dict(strategy="fsdp"), ValueError, "strategy must be one of ddp, fsdp2, .*got 'fsdp'"),
-        (dict(strategy=2), TypeError, "strategy must be a name, a Strategy or None, got int"),
-        (dict(devices=2), ValueError, "devices=2 needs a strategy"),
-        (dict(strategy="ddp", devices=0), ValueError, "devices must be a whole number of at least 1, got 0"),
-        (dict(strategy="ddp", devices=True), ValueError, "devices must be a whole number"),
-        (dict(strategy="ddp", memory="much"), ValueError, "memory must be a size above 0, such as 24GB, got 'much'"),
-        (dict(strategy="ddp", memory=0), ValueError, "memory must be a size above 0"),
-        (dict(strategy="tp", devices=3), ValueError, "num_attention_heads=4, which 3 devices can't share"),
-    ],
-)
-def test_arguments_that_are_refused(options, error, text):
+def tensor_parallel(case):
+    config = S2FTConfig(**ratios_for(case, ALL_RATIOS))
+    return lambda: s2ft.estimate(model_of(case), config, 2, 9, strategy="tp", devices=2)
+
+
+REFUSED = [
+    (lambda: estimate("fsdp"), ValueError, "strategy must be one of ddp, fsdp2, .*got 'fsdp'"),
+    (lambda: estimate(2), TypeError, "strategy must be a name, a Strategy or None, got int"),
+    (lambda: estimate(devices=2), ValueError, "devices=2 needs a strategy"),
+    (lambda: estimate("ddp", 0), ValueError, "devices must be a whole number of at least 1, got 0"),
+    (lambda: estimate("ddp", True), ValueError, "devices must be a whole number"),
+    (lambda: estimate("ddp", memory="much"), ValueError, "memory must be a size above 0, such as 24GB, got 'much'"),
+    (lambda: estimate("ddp", memory=0), ValueError, "memory must be a size above 0"),
+    (lambda: estimate("tp", 3), ValueError, "num_attention_heads=4, which 3 devices can't share"),
+    (lambda: estimate(Strategy("tp+fsdp2", tp_size=2), 3), ValueError, "must be a multiple of tp_size, 2, got 3"),
+    (lambda: Strategy("ddp", offload="all"), ValueError, "offload of ddp must be None: it has no offload, got 'all'"),
+    (lambda: Strategy("fsdp2", offload="optimizer"), ValueError, "offload of fsdp2 must be 'all', got 'optimizer'"),
+    (lambda: Strategy("fsdp2", tp_size=2), ValueError, "tp_size must be given for tp.fsdp2 and for no other strategy"),
+    (lambda: Strategy("tp+fsdp2"), ValueError, "tp_size must be given for tp.fsdp2"),
+    (lambda: Strategy("fsdp2", reshard_after_forward=1), TypeError, "reshard_after_forward must be True or False"),
+    (lambda: Strategy("zero2", reduce_bucket_size=0), ValueError, "reduce_bucket_size must be a whole number of at"),
+    (tensor_parallel("gpt2"), ValueError, "GPT2LMHeadModel has no plan for tensor parallelism"),
+    (tensor_parallel("mixtral"), ValueError, "is split by .*, which s2ft can't count"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(REFUSED)))
+def test_what_is_refused(number):
+    call, error, text = REFUSED[number]
     with pytest.raises(error, match=text):
-        estimate(**options)
-
-
-@pytest.mark.parametrize(
-    "options, error, text",
-    [
-        (dict(name="ddp", offload="all"), ValueError, "offload of ddp must be None: it has no offload, got 'all'"),
-        (dict(name="fsdp2", offload="optimizer"), ValueError, "offload of fsdp2 must be 'all', got 'optimizer'"),
-        (dict(name="fsdp2", tp_size=2), ValueError, "tp_size must be given for tp.fsdp2 and for no other strategy"),
-        (dict(name="tp+fsdp2"), ValueError, "tp_size must be given for tp.fsdp2"),
-        (dict(name="fsdp2", reshard_after_forward=1), TypeError, "reshard_after_forward must be True or False, got 1"),
-        (dict(name="zero2", reduce_bucket_size=0), ValueError, "reduce_bucket_size must be a whole number of at least"),
-    ],
-)
-def test_strategies_that_do_not_exist(options, error, text):
-    with pytest.raises(error, match=text):
-        Strategy(**options)
-
-
-def test_devices_must_be_a_multiple_of_the_devices_that_share_a_weight():
-    with pytest.raises(ValueError, match="devices must be a multiple of tp_size, 2, got 3"):
-        estimate(Strategy("tp+fsdp2", tp_size=2), 3)
-
-
-@pytest.mark.parametrize(
-    "case, text",
-    (
-        ("gpt2", "GPT2LMHeadModel has no plan for tensor parallelism"),
-        ("mixtral", "is split by .*, which s2ft can't count"),
-    ),
-)
-def test_models_that_tensor_parallelism_can_not_split(case, text):
-    with pytest.raises(ValueError, match=text):
-        s2ft.estimate(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS)), 2, 9, strategy="tp", devices=2)
+        call()
 
 
 # ---- the command ---------------------------------------------------------------------------------------

@@ -329,8 +329,9 @@ def shortened(model):
 
 
 SHORT_LLAMA = Subject(lambda: shortened(model_of("llama-grouped")), ratios_for("llama-grouped", ALL_RATIOS))
+BOTH_SIDES = dict(o_ratio=0.5, u_ratio=0.2, layout="indexed", ffn_kernel=False)
 COMPILED = {
-    **{kind: (Native(), Subject(lambda kind=kind: shortened(quantized(kind)), QUANTIZED, forward)) for kind in KINDS},
+    **{kind: (Native(), Subject(lambda kind=kind: shortened(quantized(kind)), BOTH_SIDES, forward)) for kind in KINDS},
     "own forward": (Native(), OWN_FORWARD),
     "PEFT": (Peft(), SHORT_LLAMA),
 }

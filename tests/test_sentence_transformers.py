@@ -20,7 +20,7 @@ from sentence_transformers import (
 )
 from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
-from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, StaticEmbedding, Transformer
+from sentence_transformers.sentence_transformer.modules import StaticEmbedding, Transformer
 from support.inside import AdapterCheckpoints
 
 TEXTS = ["where is my parcel", "can I pay by card", "yes", "follow the link in the mail"]
@@ -88,20 +88,6 @@ def test_a_resumed_run_ends_with_the_same_slices(folder, tmp_path):
     trainer(again, tmp_path / "run", max_steps=4, save_steps=2).train(resume_from_checkpoint=True)
     expected, found = (attachment_of(model.transformers_model).slices for model in (whole, again))
     assert all(torch.equal(found[name], expected[name]) for name in expected)
-
-
-def test_a_decoder_with_the_last_token_trains(tmp_path):
-    from train.tiny import save_tiny
-
-    save_tiny(tmp_path / "decoder")
-    decoder = Transformer(str(tmp_path / "decoder"))
-    decoder.tokenizer.pad_token, decoder.tokenizer.padding_side = decoder.tokenizer.eos_token, "left"
-    pooling = Pooling(decoder.get_embedding_dimension(), pooling_mode="lasttoken")
-    model = SentenceTransformer(modules=[decoder, pooling, Normalize()], device="cpu")
-    before = embeddings(model)
-    s2ft.attach(model, CONFIG)
-    trainer(model, tmp_path / "run", max_steps=1, save_strategy="no").train()
-    assert relative_difference(embeddings(model), before) > 100 * LOGITS
 
 
 def test_a_cross_encoder_is_attached(folder):

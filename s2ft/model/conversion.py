@@ -167,7 +167,8 @@ def saving_groups(model: nn.Module, transforms: list[Any] | None, names: Iterabl
         return name
 
     for name in sorted(names, key=of.dot_natural_key):
-        new, pattern = _converted_name(name, converters)
+        converted = (converter.rename_source_key(name) for converter in converters)
+        new, pattern = next((one for one in converted if one[1] is not None), (name, None))
         if pattern is None:
             new = rename(name)
             groups[new] = Group(new, [(name, name)])
@@ -176,15 +177,6 @@ def saving_groups(model: nn.Module, transforms: list[Any] | None, names: Iterabl
         groups[new].sources.append((name, pattern))
     _with_made(groups.values(), model, state)
     return list(groups.values())
-
-
-def _converted_name(name: str, converters: list[Any]) -> tuple[str, str | None]:
-    """The name that the first matching converter gives, and its pattern that matches; None without one."""
-    for converter in converters:
-        new, pattern = converter.rename_source_key(name)
-        if pattern is not None:
-            return new, pattern
-    return name, None
 
 
 def _with_made(

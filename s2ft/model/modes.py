@@ -41,13 +41,16 @@ def forward_hooks(model: nn.Module) -> list[tuple[dict, set]]:
 
 
 def remove_new_hooks(found: list[tuple[dict, set]]) -> None:
-    """Remove the hooks that :func:`forward_hooks` has not seen.
+    """Remove the hooks of s2ft that :func:`forward_hooks` has not seen.
 
-    An interrupt may come when PyTorch has registered a hook, before anyone has the handle that removes it.
+    An interrupt may come when PyTorch has registered a hook, before anyone has the handle that removes it. Hooks of
+    others stay: transformers registers some in the first forward, and counts on them in all later ones.
     """
     for hooks, keys in found:
         for key in hooks.keys() - keys:
-            hooks.pop(key, None)
+            function = getattr(hooks[key], "func", hooks[key])  # of a partial
+            if str(getattr(function, "__module__", "")).partition(".")[0] == "s2ft":
+                hooks.pop(key, None)
 
 
 class Rest:

@@ -12,9 +12,9 @@ from copy import deepcopy
 from fastapi import Request
 
 from s2ft.adapter.folders import some
+from s2ft.serve.access import RequestRecord
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.errors import ApiError, Disconnected
-from s2ft.serve.metrics import RequestRecord
 from s2ft.serve.options import Limits
 from s2ft.serve.schemas import ChatRequest, Sampled
 from s2ft.text.adapter_prompts import KEY, Prompter

@@ -18,11 +18,10 @@ from starlette.requests import ClientDisconnect
 
 import s2ft
 from s2ft.serve import errors
-from s2ft.serve.access import Access
+from s2ft.serve.access import RECORD, Access, Metrics
 from s2ft.serve.answer import DONE, Answer, Reply, Service, server_sent_event
 from s2ft.serve.engine import Event
 from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
-from s2ft.serve.metrics import RECORD, Metrics
 from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 
 PLACE = "#/components/schemas/"

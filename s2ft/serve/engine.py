@@ -91,7 +91,7 @@ class Engine:
         max_batch_tokens: Largest number of tokens of prompts and answers in the batch, with padding. It bounds the
             memory of keys and values. A longer sequence runs alone. None is no limit.
         prefill_tokens: Largest number of prompt tokens that are run at once, with padding. A longer prompt runs alone.
-        metrics: Histogram of batch sizes, see :mod:`s2ft.serve.metrics`. None counts nothing.
+        metrics: Histogram of batch sizes, see :mod:`s2ft.serve.access`. None counts nothing.
 
     Raises:
         ValueError: A size is below 1.

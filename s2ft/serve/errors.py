@@ -7,7 +7,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
-from s2ft.serve.metrics import RECORD
+from s2ft.serve.access import RECORD
 
 logger = logging.getLogger(__name__)
 TYPES = {

@@ -15,10 +15,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from s2ft.adapter.bank import AdapterBank
 from s2ft.adapter.loading import read_adapter
+from s2ft.serve.access import Metrics
 from s2ft.serve.answer import Service
 from s2ft.serve.app import create_app
 from s2ft.serve.engine import Engine
-from s2ft.serve.metrics import Metrics
 from s2ft.serve.options import ServerOptions, warn_if_open
 from s2ft.serve.registry import Adapters
 

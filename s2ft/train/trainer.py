@@ -123,7 +123,10 @@ class AdapterCheckpoints:
         finally:
             self._temporary = None
         written = folder / UNFINISHED / f"checkpoint-{self.state.global_step}"
-        self._rename_best(written, folder)
+        if self.state.best_model_checkpoint == str(written):  # the temporary folder's name
+            self.state.best_model_checkpoint = str(folder / written.name)
+            if self.args.should_save:
+                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         ranks = all_ranks()
         if ranks is not None:
             wait_for_ranks("writing a checkpoint", ranks)  # until each rank has written its random state
@@ -131,13 +134,6 @@ class AdapterCheckpoints:
         keep, best = self.args.save_total_limit or 0, Path(best) if best else None
         move = partial(move_into_place, written, folder, keep, best)
         run_on_ranks("moving a checkpoint into place", ranks, self.args.should_save, move)
-
-    def _rename_best(self, written: Path, folder: Path) -> None:
-        """If this checkpoint is the best so far, replace the temporary folder's name in the Trainer's state."""
-        if self.state.best_model_checkpoint == str(written):
-            self.state.best_model_checkpoint = str(folder / written.name)
-            if self.args.should_save:
-                self.state.save_to_json(str(written / TRAINER_STATE_NAME))
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         """Load the adapter with the checks of s2ft.load_adapter, including that of the base model."""

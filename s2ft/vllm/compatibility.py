@@ -132,6 +132,8 @@ class _Waiting(MetaPathFinder):
         if changes is None:
             return None
         spec = find_spec(fullname)  # of the other finders
+        if spec is None or spec.loader is None:
+            return spec
         self.changes[fullname] = changes
         load = spec.loader.exec_module
 

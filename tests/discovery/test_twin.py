@@ -60,14 +60,6 @@ def test_grouped_queries_stay_grouped(heads, small):
     assert config.num_key_value_heads == heads
 
 
-def test_every_kind_of_layer_stays_and_the_commonest_twice():
-    kinds = ["linear_attention"] * 3 + ["full_attention"]
-    config = tiny_config(Qwen3NextConfig(num_hidden_layers=48, layer_types=kinds * 12))
-    assert len(config.layer_types) == config.num_hidden_layers
-    assert config.layer_types.count("full_attention") >= 1
-    assert config.layer_types.count("linear_attention") >= 2
-
-
 def test_tokens_are_inside_the_vocabulary_and_different():
     config = tiny_config(Qwen2_5_VLConfig())
     tokens = [config.image_token_id, config.video_token_id, config.vision_start_token_id]

@@ -81,18 +81,13 @@ def test_the_selected_units_have_the_best_scores(metric, order, case):
 
 
 @pytest.mark.parametrize("metric", CALIBRATED)
-def test_scores_do_not_depend_on_how_data_is_divided_into_batches(metric):
-    """Also of a model two of whose layers share a weight."""
-    model = model_of("llama")
-    first, second = (layer.mlp.down_proj for layer in model.model.layers[:2])
-    second.weight = first.weight
-    batch = batch_of(model, rows=4)
+def test_batches_of_a_loader_and_a_weight_that_two_layers_share(metric):
+    model, batch = model_of("llama"), batch_of(model_of("llama"), rows=4)
+    model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
     rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
     expected = scores_of(model, metric, [batch])
-    single = ({name: value[None] for name, value in row.items()} for row in rows)
-    for data in (DataLoader(rows, batch_size=3), single):
-        for path, values in scores_of(model, metric, data).items():
-            torch.testing.assert_close(values, expected[path], rtol=1e-4, atol=1e-9)
+    for path, values in scores_of(model, metric, DataLoader(rows, batch_size=3)).items():
+        torch.testing.assert_close(values, expected[path], rtol=1e-4, atol=1e-9)
 
 
 def checkpoint_blocks(model):

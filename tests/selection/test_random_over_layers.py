@@ -54,11 +54,3 @@ def test_every_unit_of_every_layer_is_as_likely():
     assert float((counts - expected).abs().max()) < 4.5 * deviation
     assert float((counts.sum(1) - draws * 5).abs().max()) < 4.5 * (draws * 15 * 2 / 9) ** 0.5
     assert len(shares) > 20
-
-
-def test_the_estimate_counts_them_as_they_are():
-    """A share below one head of each layer is none of a layer, but some of all layers."""
-    config = S2FTConfig(o_ratio=0.1, d_ratio=0.1, allocation="global")
-    estimated, report = s2ft.estimate(model_of("llama"), config, 2, 9), s2ft.plan(model_of("llama"), config)
-    assert estimated.trained == report.trainable == 6 * 24 + 15 * 24  # 1 of 12 heads of 6 elements, 15 of 156 channels
-    assert "counted as random" not in str(estimated)

@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
-from support.inside import Limits, Sampler, metrics, native
+from support.inside import Limits, Sampler, access, native
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -368,10 +368,10 @@ def test_counters_have_the_name_of_the_model(server):
 
 
 def test_the_number_of_counters_is_bounded(monkeypatch):
-    monkeypatch.setattr(metrics, "MODELS", 2)
-    counters = metrics.Metrics()
+    monkeypatch.setattr(access, "MODELS", 2)
+    counters = access.Metrics()
     for name in ("a", "b", "c", "d", "a", BASE):
-        counters.count("/v1/completions", metrics.RequestRecord("1", name, 1, 2, 200), 0.1)
+        counters.count("/v1/completions", access.RequestRecord("1", name, 1, 2, 200), 0.1)
     found = set(re.findall(r's2ft_generated_tokens_total\{model="(.*)"\} (.*)', counters.text().decode()))
     assert found == {("a", "4.0"), ("b", "2.0"), ("(others)", "6.0")}
 

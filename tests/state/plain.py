@@ -52,30 +52,17 @@ def describe(model: nn.Module) -> dict[str, object]:
 
 def differences(expected: dict[str, object], found: dict[str, object]) -> list[str]:
     """A sentence for each difference."""
-    lines = [f"{name} is new" for name in found.keys() - expected.keys()]
-    lines += [f"{name} is missing" for name in expected.keys() - found.keys()]
-    for name in expected.keys() & found.keys():
-        before, after = expected[name], found[name]
-        if isinstance(before, Tensor):
-            if not same_bits(before, after):
-                lines.append(_compare(name, before, after))
-        elif before != after:
-            lines.append(f"{name}: {_compare_values(before, after)}")
-    return sorted(lines)
+    names = [name for name in expected.keys() | found.keys() if not _same(expected.get(name), found.get(name))]
+    return sorted(f"{name} was {_short(expected.get(name))}, is {_short(found.get(name))}" for name in names)
 
 
-def _compare(name: str, before: Tensor, after: Tensor) -> str:
-    if before.dtype != after.dtype or before.shape != after.shape:
-        return f"{name} was {before.dtype} {tuple(before.shape)}, is {after.dtype} {tuple(after.shape)}"
-    changed = before != after
-    return f"{name}: {int(changed.sum())} of {changed.numel()} entries changed"
+def _same(one: object, other: object) -> bool:
+    both_tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
+    return same_bits(one, other) if both_tensors else type(one) is type(other) and one == other
 
 
-def _compare_values(before: object, after: object) -> str:
-    if isinstance(before, list) and set(map(str, before)) != set(map(str, after)):
-        lost, new = ([str(one) for one in a if one not in b] for a, b in ((before, after), (after, before)))
-        return f"lost {lost}, gained {new}"
-    return f"was {before}, is {after}"
+def _short(value: object) -> str:
+    return f"{value.dtype} {value.flatten()[:9].tolist()}" if isinstance(value, Tensor) else str(value)
 
 
 def detach_if_attached(model: nn.Module) -> None:

@@ -84,7 +84,7 @@ MODULES = {
     "selection.batches": "Calibration",
     "selection.budget": "unit_parameters",
     "selection.metric": "Request",
-    "serve": "metrics server",
+    "serve": "access server",
     "serve.engine": "Engine Job",
     "serve.errors": "ApiError",
     "serve.options": "Limits ServerOptions",

@@ -62,15 +62,6 @@ def test_penalties_of_the_checkpoint_are_not_applied(model, num_beams):
     assert generate(model, tokenizer, prompts, 2, 12, num_beams=num_beams) == expected
 
 
-def test_beams_with_an_adapter_equal_those_of_the_merged_model(model):
-    tokenizer, rows = tiny_tokenizer(), examples()
-    before = {key: value.clone() for key, value in model.state_dict().items()}
-    first, again = (evaluate(model, tokenizer, rows, "arithmetic", 2, 8, num_beams=3) for _ in range(2))
-    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
-    merged = evaluate(s2ft.merge(model), tokenizer, rows, "arithmetic", 2, 8, num_beams=3)
-    assert first.records == again.records == merged.records
-
-
 def test_generation_restores_the_model_which_trains_on(model):
     model.train()
     before = {key: value.clone() for key, value in model.state_dict().items()}

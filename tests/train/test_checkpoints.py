@@ -15,6 +15,7 @@ from support.inside import (
     newest_valid,
     seal,
 )
+from train.tiny import tiny_model
 
 
 def checkpoint(folder, step, sealed=True):
@@ -94,11 +95,6 @@ def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupt
     assert not damage(tmp_path / "cut/checkpoint-6")  # the resumed run wrote it again
 
 
-def test_nothing_to_resume_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="no valid checkpoint in"):
-        ours(attached(), tmp_path).train(resume_from_checkpoint=True)
-
-
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     """Writing the optimizer's file fails. The previous checkpoint stays the newest. The next run cleans up."""
     model = attached()
@@ -118,8 +114,8 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     assert not (tmp_path / UNFINISHED).exists() and newest_valid(tmp_path).name == "checkpoint-8"
 
 
-def test_a_model_without_trainable_adapter_is_refused(tmp_path):
-    from train.tiny import tiny_model
-
+def test_without_a_checkpoint_nothing_is_resumed_and_without_an_adapter_nothing_trained(tmp_path):
+    with pytest.raises(ValueError, match="no valid checkpoint in"):
+        ours(attached(), tmp_path).train(resume_from_checkpoint=True)
     with pytest.raises(ValueError, match="no S²FT adapter"):
         ours(tiny_model(), tmp_path)

@@ -1,14 +1,11 @@
 """DPO: the reference is the model without its adapter, one model is in memory, and a resumed run is exact."""
 
-import copy
-
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from support.inside import (
     DPOArguments,
-    DPORunTrainer,
     Reference,
     RunFolder,
     RunOptions,
@@ -18,9 +15,7 @@ from support.inside import (
     prompt_format,
     read_log,
 )
-from support.tolerances import GEMM
 from train.tiny import tiny_model, tiny_tokenizer
-from trl.trainer import dpo_trainer
 
 import s2ft
 
@@ -102,65 +97,12 @@ def test_the_reference_may_run_between_forward_and_backward(extra):
     assert model.training and s2ft.status(model).active == {"default": 1.0}
 
 
-def test_the_reference_may_run_while_the_adapter_is_fused():
-    model = tiny_model()
-    s2ft.attach(model, MIXED)
-    move(model)
-    ids = torch.arange(60).view(3, 20)
-    expected = Reference(model)(input_ids=ids).logits
-    s2ft.fuse(model)
-    assert torch.equal(Reference(model)(input_ids=ids).logits, expected)
-    assert all(row.fused for row in s2ft.status(model).rows)
-
-
 def move(model):
     torch.manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.05)
-
-
-def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypatch):
-    def load(*args, **options):
-        raise AssertionError("a second model is loaded")
-
-    monkeypatch.setattr(dpo_trainer, "create_model_from_path", load)
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    s2ft.attach(model, MIXED)
-    config = dict(vars(model.config))
-    trainer = DPORunTrainer(model, arguments(tmp_path), pairs(tokenizer).dataset, tokenizer=tokenizer)
-    assert list(trainer.ref_model.parameters()) == [] and list(trainer.ref_model.buffers()) == []
-    trainer.train()
-    trainer.restore_model()
-    assert vars(model.config) == config and "forward" not in vars(model) and tokenizer.pad_token is None
-
-
-def check_close(ours, theirs):
-    """TRL computes log probabilities before the training in other batches, so their products may round differently."""
-    torch.testing.assert_close(
-        torch.tensor(ours, dtype=torch.float64),
-        torch.tensor(theirs, dtype=torch.float64),
-        rtol=GEMM[torch.float32][0],
-        atol=GEMM[torch.float32][1],
-    )
-
-
-def test_a_trained_adapter_goes_on_from_its_base(tmp_path):
-    """The reference is the base, not the adapter that the training begins with."""
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    s2ft.attach(model, MIXED)
-    move(model)
-    found = []
-    for before in (False, True):
-        changed = copy.deepcopy(model)
-        options = arguments(tmp_path / str(before), max_steps=1, save_steps=0, precompute_ref_log_probs=before)
-        folder = RunFolder(tmp_path / str(before))
-        folder.begin({})
-        dpo(changed, tokenizer, pairs(tokenizer).dataset, options, folder)
-        found.append(losses(folder))
-    check_close(*found)
-    assert found[0][0][2] != 0
 
 
 # ---- runs ----------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ from support.inside import (
     Drift,
     ForgettingMeter,
     ForgettingOptions,
+    HeldOut,
     RunFolder,
     RunOptions,
     S2FTTrainer,
@@ -50,7 +51,7 @@ def other_rows(count=4):
 PROMPTS = prompt_rows(some(token_rows(), 5))
 
 
-def run(path, resume=False, options=None, meter=None, **changes):
+def run(path, resume=False, options=None, meter=None, held_out=None, **changes):
     """Train as in test_sft, with a meter or with the arguments of one."""
     model = tiny_model()
     s2ft.attach(model, CONFIG)
@@ -67,6 +68,7 @@ def run(path, resume=False, options=None, meter=None, **changes):
         folder,
         options=RunOptions(**(options or {})),
         resume=resume,
+        held_out=held_out,
         meter=meter,
     )
     return model, folder, result, meter
@@ -165,18 +167,10 @@ def test_values_that_are_no_numbers_are_beyond_every_limit(tmp_path, monkeypatch
 
 
 def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
-    from support.inside import HeldOut
-
     values = {step: drift.base_kl for step, drift in whole[3].measured.items()}
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
-    folder = RunFolder(tmp_path)
-    folder.begin({})
     changes = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)
-    arguments = SFTArguments(output_dir=str(tmp_path), **{**ARGUMENTS, **changes})
-    meter = ForgettingMeter(prompts=PROMPTS, every=1, stop_at_kl=limit_behind(values, 4))
-    held_out = HeldOut(token_rows().select(range(3)))
-    result = sft(model, tiny_tokenizer(), token_rows(), arguments, folder, held_out=held_out, meter=meter)
+    meter = {"other": None, "stop_at_kl": limit_behind(values, 4)}
+    _, folder, result, _ = run(tmp_path, meter=meter, held_out=HeldOut(token_rows().select(range(3))), **changes)
     assert result.stopped_at == 5 and result.best_step == result.kept_step == 4
     check = s2ft.read_adapter(folder.path / "checkpoint-4").deltas
     assert all(

@@ -63,15 +63,6 @@ def test_a_new_folder_is_locked_before_the_run_begins_and_removed_if_it_does_not
     assert not any(tmp_path.iterdir())
 
 
-def test_a_folder_with_foreign_files_is_not_touched(tmp_path):
-    (tmp_path / "thesis.tex").touch()
-    before = tmp_path.stat().st_mtime_ns
-    with pytest.raises(FileExistsError, match="isn't empty"):
-        with RunFolder(tmp_path).reserved(overwrite=True):
-            raise AssertionError
-    assert tmp_path.stat().st_mtime_ns == before
-
-
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EIO, errno.EPERM])
 def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, error):
     def not_supported(*_):

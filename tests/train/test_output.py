@@ -72,3 +72,24 @@ def test_options_that_can_not_be_read_name_the_file(tmp_path, content):
 def test_a_log_is_read_up_to_the_first_invalid_line(tmp_path, line):
     (tmp_path / "log.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     assert read_log(tmp_path / "log.jsonl") == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    "make, options, kind, message",
+    [
+        (lambda path: None, {"resume": True}, FileNotFoundError, "holds no run to resume"),
+        (lambda path: path.touch(), {}, FileExistsError, "is a file"),
+        (
+            lambda path: (path.mkdir(), (path / "thesis.tex").touch()),
+            {"overwrite": True},
+            FileExistsError,
+            "isn't empty",
+        ),
+    ],
+)
+def test_a_folder_that_a_run_can_not_use_is_refused_and_not_touched(tmp_path, make, options, kind, message):
+    make(tmp_path / "out")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(kind, match=message), RunFolder(tmp_path / "out").reserved(**options):
+        raise AssertionError
+    assert sorted(tmp_path.rglob("*")) == before

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("matplotlib")
 
-from support.inside import RunFolder, loss_figure, plot_loss
+from support.inside import loss_figure, plot_loss
 
 STEPS = [{"step": step, "loss": 3 - step / 9, "learning_rate": 1e-4} for step in range(1, 10)]
 MORE = [*STEPS, {"step": 9, "eval_loss": 4.0, "eval_accuracy": 0.5, "forgetting": 0.1}]
@@ -29,12 +29,3 @@ def test_what_was_measured_is_drawn_into_a_file(lines, labels, tmp_path):
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     plot_loss(tmp_path / "log.jsonl", tmp_path / "loss.png", "a run")
     assert (tmp_path / "loss.png").stat().st_size > 1000
-
-
-def test_the_title_names_run_model_and_ratios(tmp_path):
-    folder = RunFolder(tmp_path / "run-7")
-    assert folder.title() == "run-7"
-    folder.begin({"model": "org/Model-1B", "adapter.d_ratio": 0.03, "adapter.o_ratio": 0.0, "training.epochs": 3})
-    assert folder.title() == "run-7 (Model-1B, d_ratio 0.03)"
-    folder.begin({"demo": True, "model": None, "d_ratio": 0.03, "o_ratio": 0.12})
-    assert folder.title() == "run-7 (d_ratio 0.03, o_ratio 0.12)"

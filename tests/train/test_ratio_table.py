@@ -45,11 +45,6 @@ def test_rows_replace_all_ratios_and_keep_the_given_one():
     assert [row.ratio for row in rows_of(tiny_model(), s2ft.S2FTConfig(d_ratio=0.5, budget=700))] == [None]
 
 
-def test_a_metric_that_needs_data_is_counted_without():
-    config = s2ft.S2FTConfig(d_ratio=0.25, selection="activation", allocation="global", order="smallest")
-    assert rows_of(tiny_model(), config, (0.25,)) == rows_of(tiny_model(), s2ft.S2FTConfig(d_ratio=0.25), (0.25,))
-
-
 def test_plan(folder, capsys):
     text = printed(capsys, "plan", folder, "--d-ratio", 0.25, "--ratios", 0.5)
     assert "16 of 64 channels" in text

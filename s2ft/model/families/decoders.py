@@ -251,8 +251,8 @@ MIXERS: dict[str, Part] = {
     "forget_gate": delta_attention,
     "kv_b_proj": latent_attention,
     "rg_lru": rg_lru,
-    "in_proj": mamba,
     "q_proj": self_attention,
+    "in_proj": mamba,
 }
 
 
