@@ -86,14 +86,15 @@ def proved(
     def run_plain() -> bool:
         return proof.run_plain(example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection))
 
-    found = decide("what the base computes", able, run_plain).value
-    if found is None:
+    decision = decide("what the base computes", able, run_plain)
+    if decision.value is None:
         proof.notes.append("nothing was proved, because the weights are not here yet")
         if verify:
             raise ValueError("verify=True runs the model, and its weights are on the meta device: load them first")
     yield
-    if found:
-        decide("the proof of attach", able, proof.check)
+    if decision.value:
+        # With the number of the first decision, because ranks on which the body fails do not come here.
+        decide(f"the proof of attach {decision.key.rpartition('/')[2]}".rstrip(), able, proof.check)
     record.unproved = "; ".join(proof.notes)
 
 

@@ -45,6 +45,22 @@ def test_ranks_that_differ_get_an_error_and_stay_unchanged(ranks, seeds, scales,
     assert ranks(attach_on_all_ranks, (3, 3), (1, 1), ("one", "one")) == [("", False)] * 2  # the next call succeeds
 
 
+def attach_after_an_error(rank):
+    if rank == 0:
+        dist.barrier()  # the second rank attaches first, so that the first one gets the error
+    error = error_of(lambda: s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2, seed=rank)))
+    if rank == 1:
+        dist.barrier()
+    assert bool(error) == (rank == 0)
+    model = model_of("llama")
+    with patience(20):
+        return s2ft.attach(model.to("meta") if rank else model, s2ft.S2FTConfig(d_ratio=0.2)).unproved
+
+
+def test_a_rank_without_weights_attaches_after_ranks_differed(ranks):
+    assert ranks(attach_after_an_error) == ["", ""]
+
+
 def test_adapters_of_different_names_may_differ(ranks):
     assert [message for message, _ in ranks(attach_on_all_ranks, (0, 1), (1, 2), ("first", "second"))] == ["", ""]
 
