@@ -55,11 +55,12 @@ def test_units_are_those_that_attach_trains(case):
         assert model.peft_config["default"].units == chosen.to_dict()
 
 
-def test_a_config_keeps_its_options_and_is_used_again():
+def test_a_reused_config_keeps_its_original_options():
     config = S2FTPeftConfig(d_ratio=0.1)
     first = get_peft_model(model_of("llama-grouped"), config)
     mine = first.peft_config["default"]
-    assert config.units is None and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}
+    assert mine is config and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}  # PEFT's users read what became of theirs
+    assert get_peft_model(model_of("llama-grouped"), config).peft_config["default"] is config
     for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
         other = get_peft_model(model_of(case), config).peft_config["default"]
         assert other.base_fingerprint != mine.base_fingerprint
