@@ -154,7 +154,6 @@ def check(job: ServeArguments) -> None:
         NotADirectoryError: A folder of adapters does not exist.
         ValueError: A number is outside its range, or a folder can't be served.
     """
-
     from s2ft.adapter.folders import source_of
 
     for adapters in job.adapters:

@@ -248,9 +248,6 @@ METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}
 # ---- DPO ------------------------------------------------------------------------------------------------
 
 
-logger = logging.getLogger(__name__)
-
-
 def dpo(
     model,
     tokenizer,
@@ -320,9 +317,6 @@ def longest_batch(pairs, tokenizer, rows: int) -> dict:
 
 
 # ---- GRPO -----------------------------------------------------------------------------------------------
-
-
-logger = logging.getLogger(__name__)
 
 
 def grpo(
