@@ -21,9 +21,8 @@ from s2ft.selection import ALLOCATIONS, METRICS, Selection
 from s2ft.selection.allowed import allowed_units, allowed_without_protected
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
-from s2ft.selection.gradient import gradient_scores, root_mean_squares
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
-from s2ft.selection.metrics import product_scores, weight_scores
+from s2ft.selection.metrics import gradient_scores, product_scores, root_mean_squares, weight_scores
 
 KEPT = 16  # one of so many singular values is kept by a low-rank approximation: 36 of 576
 EXACT = 2048  # up to this many rows or columns, an eigenvalue decomposition takes at most seconds

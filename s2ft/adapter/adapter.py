@@ -337,17 +337,14 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
     extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
-        _check_whole_units(adapter, known[path], delta)
-
-
-def _check_whole_units(adapter: Adapter, projection, delta: Delta) -> None:
-    last = int(adapter.selection[projection.name].max())
-    if last >= projection.count:  # in a weight of several projections, the element may belong to another projection
-        raise ValueError(
-            f"adapter {adapter.name!r}: {projection.name} has units 0..{projection.count - 1}; there is no unit {last}"
-        )
-    if not torch.equal(projection.elements(adapter.selection[projection.name]), delta.index):
-        raise ValueError(
-            f"adapter {adapter.name!r}: {projection.name}.index does not name the selected units, "
-            f"each of {projection.unit} elements"
-        )
+        projection, units = known[path], adapter.selection[path]
+        last = int(units.max())
+        if last >= projection.count:  # in a weight of several projections, the element may belong to another one
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}"
+            )
+        if not torch.equal(projection.elements(units), delta.index):
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path}.index does not name the selected units, each of {projection.unit} "
+                "elements"
+            )

@@ -15,6 +15,7 @@ from s2ft.files.writing import replace_file
 
 FILES = [native.CONFIG, native.TENSORS]
 CARD = "README.md"
+UNKNOWN = "path/to/the/base"  # in a card of a base that is not on the hub
 WORD = r"[A-Za-z0-9][\w.\-]*"
 REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)  # org/name, org/name@revision
 
@@ -88,7 +89,19 @@ def card_of(adapter: Adapter) -> str:
             "|---|---|",
             *(f"| {name} | {text} |" for name, text in rows.items() if text),
             "",
-            *_how_to_load(base or "path/to/the/base"),
+            "```python",
+            "import s2ft",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base or UNKNOWN}", dtype="auto")',
+            's2ft.load_adapter(model, "path/or/repository/of/this/adapter")',
+            "```",
+            "",
+            "`s2ft chat` and `s2ft serve` use the prompt that is recorded in the adapter:",
+            "",
+            "```bash",
+            f"s2ft chat --model {base or UNKNOWN} --adapter path/or/repository/of/this/adapter",
+            "```",
             "",
         ]
     )
@@ -105,24 +118,6 @@ def _prompt(prompt: Any) -> str:
         return "plain text"
     system = " ".join(str(prompt["system"]).replace("|", "\\|").split()) if prompt.get("system") else ""
     return "the chat template in s2ft_config.json" + (f", with the system prompt “{system}”" if system else "")
-
-
-def _how_to_load(base: str) -> list[str]:
-    return [
-        "```python",
-        "import s2ft",
-        "from transformers import AutoModelForCausalLM",
-        "",
-        f'model = AutoModelForCausalLM.from_pretrained("{base}", dtype="auto")',
-        's2ft.load_adapter(model, "path/or/repository/of/this/adapter")',
-        "```",
-        "",
-        "`s2ft chat` and `s2ft serve` use the prompt that is recorded in the adapter:",
-        "",
-        "```bash",
-        f"s2ft chat --model {base} --adapter path/or/repository/of/this/adapter",
-        "```",
-    ]
 
 
 def write_card(adapter: Adapter, directory: Path) -> None:

@@ -23,7 +23,7 @@ from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, HostHooks, attachment_of
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.distributed import is_partitioned, reshard_all
-from s2ft.files.reading import read_json
+from s2ft.files.reading import json_entry
 from s2ft.files.writing import replace_file
 from s2ft.model.delta import Delta
 
@@ -93,7 +93,7 @@ def _check_no_model(directory: Path) -> None:
         ValueError: The folder contains a whole model's weights, or an index that s2ft did not write.
     """
     found = [name for name in WHOLE_MODELS if (directory / name).exists()]
-    if (directory / INDEX).exists() and not _is_ours(directory / INDEX):
+    if (directory / INDEX).exists() and json_entry(directory / INDEX, "metadata", "format") != "s2ft":
         found.append(INDEX)
     if found:
         raise ValueError(
@@ -101,16 +101,6 @@ def _check_no_model(directory: Path) -> None:
             "weights after an adapter was saved there: give another folder, or call s2ft.merge first to save the whole "
             "model"
         )
-
-
-def _is_ours(index: Path) -> bool:
-    """Whether s2ft wrote this index."""
-    try:
-        content = read_json(index)
-    except (OSError, ValueError):
-        return False
-    metadata = content.get("metadata") if isinstance(content, dict) else None
-    return isinstance(metadata, dict) and metadata.get("format") == "s2ft"
 
 
 def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:

@@ -23,6 +23,7 @@ from s2ft.estimation.shadow import forget_data, make_shadow
 from s2ft.estimation.step import OPTIMIZERS, Optimizer, Step, maker
 from s2ft.layers.base import CALL_INSTEAD
 from s2ft.model.coupling import Coupling
+from s2ft.model.discovery.examples import check_example
 
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 
@@ -146,21 +147,16 @@ def _check(
 ) -> None:
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    sizes = {"batch": batch, "length": length, "logits": logits}
     if example is not None:
-        sizes = {"batch": batch, "length": length, "logits": logits}
         needless = [name for name, value in sizes.items() if value is not None]
         if needless:
             raise ValueError(f"example gives the inputs of the model: leave out {', '.join(needless)}")
-        if not isinstance(example, (Tensor, tuple, list, dict)):
-            raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
+        check_example(example)
         shape_of(example)
-    for name, value, needed in (
-        ("batch", batch, example is None),
-        ("length", length, False),
-        ("logits", logits, False),
-        ("accumulation", accumulation, True),
-    ):
-        if (value is not None or needed) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+    needed = {"accumulation"} if example is not None else {"accumulation", "batch"}
+    for name, value in {**sizes, "accumulation": accumulation}.items():
+        if (value is not None or name in needed) and (type(value) is not int or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
     if use_cache not in (None, True, False):
         raise TypeError(f"use_cache must be True, False or None, got {use_cache!r}")

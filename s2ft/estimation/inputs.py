@@ -49,13 +49,6 @@ def with_cache(shadow: nn.Module, inputs: Any, use_cache: bool | None) -> Any:
     return {**inputs, "use_cache": use_cache} if takes and use_cache is not None else inputs
 
 
-def call(shadow: nn.Module, inputs: Any) -> Any:
-    """Run the model on a dict, a tuple or a tensor."""
-    if isinstance(inputs, dict):
-        return shadow(**inputs)
-    return shadow(*inputs) if isinstance(inputs, (tuple, list)) else shadow(inputs)
-
-
 def can_be_labelled(shadow: nn.Module, inputs: dict[str, Any]) -> bool:
     """Return True if the model takes labels and the inputs have none."""
     return "labels" in inspect.signature(shadow.forward).parameters and not any(name in inputs for name in LOSSES)

@@ -4,7 +4,6 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -30,7 +29,6 @@ class Memory(TorchDispatchMode):
         of_model = (storage for tensor in [*shadow.parameters(), *shadow.buffers()] for storage in storages(tensor))
         self._of_model = {storage._cdata: storage for storage in of_model}  # held, so that they stay alive
         self._seen: dict[str, set[int]] = {"alive": set(), "saved": set()}
-        self._scalar: float | None = None
 
     def is_new(self, storage: torch.UntypedStorage, purpose: str) -> bool:
         """Return True the first time that a storage is seen for a purpose, unless it belongs to the model."""
@@ -44,8 +42,9 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:  # fake tensors call this more often than any other
             return function(*args)
-        if function is aten._local_scalar_dense.default and self._scalar is not None and type(args[0]) is not Tensor:
-            return self._scalar
+        fake_number = function is aten._local_scalar_dense.default and type(args[0]) is not Tensor
+        if fake_number and self.phase == "optimizer":  # a step may read a norm; its memory does not depend on the value
+            return 1.0
         output = self._run(function, args, kwargs or {})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device.type:
@@ -76,15 +75,6 @@ class Memory(TorchDispatchMode):
 
     def _gone(self, number: int) -> None:
         self.alive -= number
-
-    @contextmanager
-    def scalars_are(self, value: float) -> Iterator[None]:
-        """Inside this context, reading a number from a tensor without data returns `value`."""
-        self._scalar = value
-        try:
-            yield
-        finally:
-            self._scalar = None
 
 
 def _numbered(indices: Any) -> Any:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from typing import Any
 
 from s2ft.files.tables import table
@@ -197,20 +198,10 @@ def _columns(part: MemoryPart | Estimate) -> tuple[str, ...]:
 
 def _folded(parts: list[MemoryPart]) -> Iterator[tuple[str, MemoryPart]]:
     """Yield a name and a part for each line. Consecutive parts whose lines differ only in a number share one line."""
-    runs: list[list[MemoryPart]] = []
-    for part in parts:
-        if runs and _alike(part) == _alike(runs[-1][0]):
-            runs[-1].append(part)
-        else:
-            runs.append([part])
-    for run in runs:
-        last = re.findall(r"\d+", run[-1].name)
-        yield (f"{run[0].name} to {last[-1]}, each" if len(run) > 1 else run[0].name), run[0]
-
-
-def _alike(part: MemoryPart) -> tuple[str, ...]:
-    """Return the line of a part, without the numbers in its name."""
-    return re.sub(r"\d+", "#", part.name), *_columns(part)
+    for _, run in groupby(parts, lambda part: (re.sub(r"\d+", "#", part.name), *_columns(part))):
+        first, *others = run
+        last = re.findall(r"\d+", others[-1].name)[-1] if others else None
+        yield first.name if last is None else f"{first.name} to {last}, each", first
 
 
 def size(number: int) -> str:

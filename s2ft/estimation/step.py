@@ -18,10 +18,11 @@ from torch.utils._pytree import tree_leaves
 
 from s2ft.attached.record import Attachment
 from s2ft.estimation.devices import with_parts
-from s2ft.estimation.inputs import call, can_be_labelled, labelled
+from s2ft.estimation.inputs import can_be_labelled, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
 from s2ft.estimation.result import MemoryPart
 from s2ft.layers import kind_of
+from s2ft.model.discovery.examples import call
 from s2ft.packages import MissingPackages, is_installed
 
 Optimizer = str | Callable[[list[Tensor]], torch.optim.Optimizer]
@@ -161,8 +162,7 @@ class Step:
         optimizer = make(list(self.trained.values()))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
-        with self.memory.scalars_are(1.0):  # a step may read a norm; its memory does not depend on the value
-            optimizer.step()
+        optimizer.step()
         seen: set[int] = set()
         for name, parameter in self.trained.items():
             if parameter in optimizer.state:
@@ -225,10 +225,9 @@ class Step:
         """Return the bytes by ("parameters" or "buffers", part). A storage is counted once."""
         found: Counter = Counter()
         seen: set[int] = set()
-        for name, tensor in self.shadow.named_parameters():
-            found["parameters", self._part(name)] += bytes_of([tensor], seen)
-        for name, tensor in self.shadow.named_buffers():
-            found["buffers", self._part(name)] += bytes_of([tensor], seen)
+        named = {"parameters": self.shadow.named_parameters(), "buffers": self.shadow.named_buffers()}
+        for kind, name, tensor in ((kind, *one) for kind, tensors in named.items() for one in tensors):
+            found[kind, self._part(name)] += bytes_of([tensor], seen)
         for name, module in self.shadow.named_modules():
             found["parameters", self.part_of[name]] += bytes_of(kind_of(module).scales(module), seen)
         return found

@@ -129,13 +129,8 @@ def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | Non
 def _plain(model: nn.Module) -> nn.Module:
     """A model of the same class and dtypes without adapters, on the meta device."""
     own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))  # FSDP2 derives a class
-    before = torch.get_default_dtype()
-    try:
-        torch.set_default_dtype(model.dtype)
-        with torch.device("meta"):
-            plain = own(deepcopy(model.config))
-    finally:
-        torch.set_default_dtype(before)
+    with torch.device("meta"):
+        plain = own._from_config(deepcopy(model.config), dtype=model.dtype)
     tensors = _tensors(model)
     for name, parameter in plain.named_parameters():
         parameter.data = parameter.data.to(_find(tensors, name).dtype)

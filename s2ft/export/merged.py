@@ -6,11 +6,11 @@ import logging
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
+from uuid import uuid4
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -160,11 +160,11 @@ def temporary_folder(output: str | Path) -> Iterator[Path]:
             for old in parent.glob(f"{glob.escape(prefix)}*"):
                 with suppress(OSError), _locked(old, at_once=True):  # its process has ended
                     shutil.rmtree(old, ignore_errors=True)
-            folder = Path(tempfile.mkdtemp(prefix=prefix, dir=parent))
+            folder = parent / f"{prefix}{uuid4().hex}"
+            folder.mkdir()
             locks.enter_context(_locked(folder))
         try:
             yield folder
-            folder.chmod(0o777 & ~_umask())  # mkdtemp gives access to the user alone
             os.rename(folder, output)
         except BaseException:
             shutil.rmtree(folder, ignore_errors=True)
@@ -195,9 +195,3 @@ def _compare(model, folder: Path) -> None:
     )
     if different:
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask

@@ -127,8 +127,7 @@ class MergedWeights:
         self._deltas: dict[int, list[tuple[WeightHandle, int, list[Sum]]]] = {}
         for name, passes in changes.passes.items():
             handle = weight_at(model, changes.projections[name])
-            change = handle, changes.projections[name].dim, passes
-            self._deltas.setdefault(id(handle.tensor), []).append(change)
+            self._deltas.setdefault(id(handle.tensor), []).append((handle, changes.projections[name].dim, passes))
         self._extra = {id(self.state[name]): value for name, value in changes.extra.items()}
 
     def __contains__(self, name: str) -> bool:

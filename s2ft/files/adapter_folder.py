@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from s2ft.files.reading import open_file, open_regular, read_json
+from s2ft.files.reading import json_entry, open_file, open_regular
 
 ADAPTER = "adapter"  # the folder of the adapter in the output folder of a run
 TENSORS = "s2ft_adapter.safetensors"
@@ -76,11 +76,7 @@ def _config_name(directory: Path) -> str:
         return CONFIG
     if not (directory / CONFIG).exists():
         return PENDING
-    try:
-        pending = read_json(open_file(directory, PENDING, KIND))
-    except ValueError:  # s2ft did not write it
-        return CONFIG
-    expected = pending.get("tensors_sha256") if isinstance(pending, dict) else None
+    expected = json_entry(directory / PENDING, "tensors_sha256")
     return PENDING if _sha256(open_file(directory, TENSORS, KIND)) == expected else CONFIG
 
 

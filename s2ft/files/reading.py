@@ -104,6 +104,17 @@ def read_json(path: Path) -> Any:
     return parse_json(read_bytes(path, MAX_CONFIG), str(path))
 
 
+def json_entry(path: Path, *keys: str) -> Any:
+    """Return what a JSON file has under these keys, one inside the other. None where it can't be read, or lacks one."""
+    try:
+        found = read_json(path)
+    except (OSError, ValueError):
+        return None
+    for key in keys:
+        found = found.get(key) if isinstance(found, dict) else None
+    return found
+
+
 def parse_json(content: bytes, what: str) -> Any:
     """Parse JSON in UTF-8 without duplicate keys, NaN or Infinity. Raises ValueError, beginning with `what`."""
     try:

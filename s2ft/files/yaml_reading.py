@@ -20,12 +20,6 @@ def parse_yaml(text: str) -> Any:
     """
     import yaml
 
-    return yaml.load(text, _loader())
-
-
-def _loader() -> type:
-    import yaml
-
     class Loader(yaml.SafeLoader):
         def construct_mapping(self, node, deep=False):
             keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -36,4 +30,4 @@ def _loader() -> type:
 
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
-    return Loader
+    return yaml.load(text, Loader)

@@ -8,6 +8,8 @@ import torch
 
 from s2ft.model.coupling import PROJECTIONS, Coupling, Projection, Vector, projections_of
 
+OPTIONAL = ("stride", "size", "expert")  # fields that may be None
+
 
 def checked_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
     """Check couplings by themselves, without the model.
@@ -60,7 +62,7 @@ def _checked(coupling: Any, where: str) -> Coupling:
         raise ValueError(f"{where}: block and activation must be None, except in the model families of s2ft")
     if not isinstance(coupling.kind, str) or not isinstance(coupling.fixed, bool):
         raise TypeError(f"{where}: kind must be a str and fixed a bool, got {coupling.kind!r} and {coupling.fixed!r}")
-    _check_number(coupling.layer, 0, f"{where}: layer")
+    _check_numbers(coupling, where, "", layer=0)
     coupling = replace(coupling, producers=tuple(coupling.producers), vectors=tuple(coupling.vectors))
     if coupling.is_one_sided and len(list(coupling.projections)) != 1:
         raise ValueError(
@@ -76,10 +78,7 @@ def _checked(coupling: Any, where: str) -> Coupling:
     for vector in coupling.vectors:
         if not isinstance(vector, Vector) or not isinstance(vector.path, str):
             raise TypeError(f"{where}: vectors must be Vector of s2ft.model.coupling, got {vector!r}")
-        for name, least in (("unit", 1), ("expert", 0), ("start", 0), ("size", 1)):
-            value = getattr(vector, name)
-            if value is not None or name in ("unit", "start"):
-                _check_number(value, least, f"{where}: {name} of {vector.path}")
+        _check_numbers(vector, where, f" of {vector.path}", unit=1, expert=0, start=0, size=1)
     return coupling
 
 
@@ -98,10 +97,7 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
         raise ValueError(
             f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), got {projection.dim!r}"
         )
-    for name, least in (("count", 1), ("unit", 1), ("start", 0), ("stride", 1), ("size", 1), ("expert", 0)):
-        value = getattr(projection, name)
-        if value is not None or name in ("count", "unit", "start"):
-            _check_number(value, least, f"{where}: {name} of {projection.path}")
+    _check_numbers(projection, where, f" of {projection.path}", count=1, unit=1, start=0, stride=1, size=1, expert=0)
     if not isinstance(projection.transposed, bool) or projection.transposed and projection.expert is None:
         raise ValueError(
             f"{where}: transposed of {projection.path} must be a bool, and can be True for an expert only, got "
@@ -119,6 +115,11 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
         )
 
 
-def _check_number(value: Any, least: int, what: str) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{what} must be an integer of at least {least}, got {value!r}")
+def _check_numbers(thing: Any, where: str, of: str, **least: int) -> None:
+    """Raise ValueError unless each of these fields is an integer of at least the number given, or None if it may be."""
+    for name, lowest in least.items():
+        value = getattr(thing, name)
+        if value is None and name in OPTIONAL:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
+            raise ValueError(f"{where}: {name}{of} must be an integer of at least {lowest}, got {value!r}")

@@ -11,7 +11,7 @@ from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
-from s2ft.model.discovery.structure import layers_of_blocks
+from s2ft.model.discovery.structure import Structure
 from s2ft.model.families import FAMILIES, check_release, composite
 from s2ft.model.towers import tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
@@ -100,14 +100,16 @@ def find_couplings(
         ValueError: The couplings can't be found, or a weight is missing or has another shape than its coupling
             states; the message says what was tried, or names the module.
     """
+    modules = (config and config.modules_to_save) or ()
     if custom is not None:
         found = Found(checked_couplings(custom), is_custom=True)
     elif is_known(model):
         declared = _declared(model)
-        couplings = _outside_saved_modules(model, declared, config)
+        trained = trained_towers(model, config.towers) if modules else ()
+        couplings = [c for c in declared if _is_outside(c, modules) or tower_of(model, c.main.path) in trained]
         found = Found(couplings, is_custom=len(couplings) < len(declared))
     else:
-        discovery, modules = discover(model, example), (config and config.modules_to_save) or ()
+        discovery = discover(model, example)
         couplings = [coupling for coupling in discovery.couplings if _is_outside(coupling, modules)]
         found = Found(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
     check_shapes(model, found.couplings)
@@ -132,17 +134,10 @@ def explain(model: nn.Module, example: Any = None) -> Discovery:
         return Discovery(found.couplings, list(found.weights))
     family = f"declared for model type {model.config.model_type}"
     rows = {p.path: WeightRow(p.path, c.status, family, c) for c in found.couplings for p in c.projections}
-    for path in layers_of_blocks(model):
+    structure = Structure(model)
+    for path in filter(structure.block_of, structure.layers):
         rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
     return Discovery(found.couplings, list(rows.values()))
-
-
-def _outside_saved_modules(model: nn.Module, couplings: list[Coupling], config: S2FTConfig | None) -> list[Coupling]:
-    """Leave out couplings of frozen towers in modules that are trained in full, such as a projector."""
-    if config is None or config.modules_to_save is None:
-        return couplings
-    trained = trained_towers(model, config.towers)
-    return [c for c in couplings if tower_of(model, c.main.path) in trained or _is_outside(c, config.modules_to_save)]
 
 
 def _is_outside(coupling: Coupling, modules: Sequence[str]) -> bool:

@@ -1,6 +1,6 @@
 """Selection: which units are trained (S²FT paper, section 3.2 and its strategies S²FT-R, -W, -A, -S and -G).
 
-See metrics.py for what scores units, and allocation.py for how many units each projection gets.
+See metrics.py for what scores units, and budget.py for how many units each projection gets, and which.
 """
 
 from dataclasses import replace
@@ -13,10 +13,9 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_distributed
 from s2ft.model.coupling import Coupling
 from s2ft.model.weights import can_run, have_numbers
-from s2ft.selection.allocation import ALLOCATIONS
 from s2ft.selection.allowed import allowed_units, allowed_without_protected, named_units, with_protect_ratio
 from s2ft.selection.batches import Calibration
-from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
+from s2ft.selection.budget import ALLOCATIONS, requested_layers, requested_projections, units_per_projection
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
 from s2ft.selection.metrics import METRICS
 from s2ft.selection.selection import Selection
@@ -53,7 +52,7 @@ def select(
     if config.units is not None:
         if calibration is not None:
             raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
-        return named_units(couplings, config.units)
+        return Selection(named_units(couplings, config.units, "units"))
     if reads_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, protect)
     return _select(couplings, config, model, calibration, protect)

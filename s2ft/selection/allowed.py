@@ -12,19 +12,10 @@ from torch import Tensor
 
 from s2ft.config import PROTECTED, S2FTConfig
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
-from s2ft.selection.allocation import best_first, check_enough
+from s2ft.selection.budget import best_first, check_enough
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
 from s2ft.selection.metrics import product_scores
-from s2ft.selection.selection import Selection, unit_tensors
-
-
-def named_units(couplings: list[Coupling], units: dict[str, list[int]] | str) -> Selection:
-    """Return the selection that the config's `units` name.
-
-    Raises:
-        ValueError: A projection or a unit does not exist in the model.
-    """
-    return Selection(_read(couplings, units, "units"))
+from s2ft.selection.selection import unit_tensors
 
 
 def allowed_units(
@@ -38,25 +29,25 @@ def allowed_units(
     Raises:
         ValueError: A projection or a unit in `exclude` does not exist in the model.
     """
-    excluded = {} if exclude is None else _read(couplings, exclude, "exclude")
-    paths = {projection.name for projection in requested}
-    allowed = {}
+    excluded = {} if exclude is None else named_units(couplings, exclude, "exclude")
+    allowed = {projection.name: torch.ones(projection.count, dtype=torch.bool) for projection in requested}
     for coupling in couplings:
         for projection in coupling.projections:
-            if projection.name in paths:
-                alike = (
-                    [projection.name]
-                    if projection.dim == 1
-                    else [p.name for p in coupling.producers if p.count == projection.count and p.name in paths]
-                )
-                allowed[projection.name] = torch.ones(projection.count, dtype=torch.bool)
-                for path in alike:
-                    if path in excluded:
-                        allowed[projection.name][excluded[path]] = False
+            alike = (
+                [p for p in coupling.producers if p.count == projection.count] if projection.dim == 0 else [projection]
+            )
+            for other in alike:
+                if projection.name in allowed and other.name in allowed and other.name in excluded:
+                    allowed[projection.name][excluded[other.name]] = False
     return allowed
 
 
-def _read(couplings: list[Coupling], units: dict[str, list[int]] | str, option: str) -> dict[str, Tensor]:
+def named_units(couplings: list[Coupling], units: dict[str, list[int]] | str, option: str) -> Units:
+    """Return the units that an option of the config names, by projection.
+
+    Raises:
+        ValueError: A projection or a unit does not exist in the model.
+    """
     found = unit_tensors(units, option)
     known = {projection.name: projection for projection in projections_of(couplings)}
     for path, numbers in found.items():

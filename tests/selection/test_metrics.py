@@ -101,19 +101,19 @@ def checkpoint_blocks(model):
 @pytest.mark.parametrize("checkpointing", (False, True))
 def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
     """The test counts them whenever one is reduced. Only gradients of the requested projections are computed."""
-    from support.inside import gradient
+    from support.inside import metrics
 
     model = model_of("llama")
     expected = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
     if checkpointing:
         checkpoint_blocks(model)
-    alive, reduce = [], gradient.squares_by_unit
+    alive, reduce = [], metrics.squares_by_unit
 
     def count(*args):
         alive.append([name for name, p in model.named_parameters() if p.grad is not None])
         return reduce(*args)
 
-    monkeypatch.setattr(gradient, "squares_by_unit", count)
+    monkeypatch.setattr(metrics, "squares_by_unit", count)
     found = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
     assert all(len(names) == 1 for names in alive) and len(alive) == 3 * 6 * 3  # sequences, projections, layers
     assert not any("up_proj" in name or "embed" in name or "norm" in name for names in alive for name in names)

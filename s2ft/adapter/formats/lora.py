@@ -28,6 +28,7 @@ from s2ft.files.reading import (
     FLOATS,
     check_adapter_name,
     check_finite,
+    json_entry,
     open_file,
     parse_json,
     read_json,
@@ -58,11 +59,7 @@ def matches(folder: Path) -> bool:
 
 def has_config(folder: Path, peft_type: str) -> bool:
     """Whether the folder has the config of this method of PEFT."""
-    try:
-        config = read_json(folder / CONFIG)
-    except (OSError, ValueError):
-        return False
-    return isinstance(config, dict) and config.get("peft_type") == peft_type
+    return json_entry(folder / CONFIG, "peft_type") == peft_type
 
 
 def describe(folder: Path) -> str:
@@ -110,8 +107,7 @@ def write(
     Warns:
         UserWarning: A module needs a higher rank than vLLM can be set to.
     """
-    model = _required(model, folder)
-    record = _record(model)
+    record = _record(model, folder)
     check_fits(adapter, model, record)
     if adapter.extra_weights:
         raise ValueError(
@@ -139,17 +135,13 @@ def write(
     replace_file(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def _required(model: nn.Module | None, folder) -> nn.Module:
+def _record(model: nn.Module | None, folder, couplings: Sequence[Coupling] | None = None) -> Attachment:
+    """The record of the model, or a temporary one for a model without adapters."""
     if model is None:
         raise ValueError(
             f"{folder} is a LoRA, which is read and written together with its base model: use s2ft.import_lora, "
             "s2ft.export_lora or s2ft export"
         )
-    return model
-
-
-def _record(model: nn.Module, couplings: Sequence[Coupling] | None = None) -> Attachment:
-    """The record of the model, or a temporary one for a model without adapters."""
     return find_attachment(model) or new_attachment(model, couplings)
 
 
@@ -158,22 +150,18 @@ def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, 
     parts: dict[str, list[Sides]] = {}
     for projection in projections_of(record.couplings):
         if projection.name in adapter.deltas:
-            _check_linear(model, projection)
-            shape = weight_at(model, projection).shape
-            parts.setdefault(projection.path, []).append(_factors(adapter.deltas[projection.name], shape))
+            handle = weight_at(model, projection)
+            if not handle.kind.is_linear:
+                kind = "a convolution" if projection.expert is None else "the weight of experts"
+                raise ValueError(
+                    f"{projection.name} is {kind}, and a LoRA folder holds linear layers only: export the model merged "
+                    "(format merged), or keep the adapter in the format of s2ft"
+                )
+            parts.setdefault(projection.path, []).append(_factors(adapter.deltas[projection.name], handle.shape))
     return {
         path: (torch.cat([b for b, _ in sides], 1), torch.cat([a for _, a in sides], 0))
         for path, sides in parts.items()
     }
-
-
-def _check_linear(model: nn.Module, projection: Projection) -> None:
-    if not weight_at(model, projection).kind.is_linear:
-        kind = "a convolution" if projection.expert is None else "the weight of experts"
-        raise ValueError(
-            f"{projection.name} is {kind}, and a LoRA folder holds linear layers only: export the model merged "
-            "(format merged), or keep the adapter in the format of s2ft"
-        )
 
 
 def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
@@ -289,10 +277,9 @@ def read(
     check_adapter_name(name, "name")
     folder = Path(folder)
     config_path, tensors_path = (open_file(folder, file, KIND) for file in (CONFIG, TENSORS))
-    model = _required(model, folder)
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
-    record = _record(model, couplings)
+    record = _record(model, folder, couplings)
     projections: dict[str, list[Projection]] = {}  # by module
     for projection in projections_of(record.couplings):
         projections.setdefault(projection.path, []).append(projection)
@@ -308,24 +295,22 @@ def read(
     if not deltas:
         raise ValueError(f"{tensors_path} changes nothing: every rank of it is zero")
     selection = Selection({key: units[key] for key in sorted(units)})
-    texts = {"base_model": config.get("base_model_name_or_path"), "converted_from": "LoRA"}
+    info = {"base_model": config.get("base_model_name_or_path"), "converted_from": "LoRA"}
+    info = {key: value for key, value in info.items() if isinstance(value, str)}
+    with safe_open(tensors_path, "pt") as file:
+        prompt = (file.metadata() or {}).get(PROMPT)
+    if prompt is not None:
+        info[PROMPT] = parse_json(prompt.encode(), f"{tensors_path}: the prompt in its metadata")
     return Adapter(
         name,
         S2FTConfig(units=selection.to_dict(), layout="indexed"),
         selection,
         record.fingerprint,
         deltas,
-        {**{key: value for key, value in texts.items() if isinstance(value, str)}, **_prompt_of(tensors_path)},
+        info,
         record.custom_couplings,
         structure=structure_of(model, record.couplings, deltas),
     )
-
-
-def _prompt_of(path: Path) -> dict[str, Any]:
-    """The prompt that :func:`write` has put into the metadata of a tensors file, as a part of an adapter's info."""
-    with safe_open(path, "pt") as file:
-        saved = (file.metadata() or {}).get(PROMPT)
-    return {} if saved is None else {PROMPT: parse_json(saved.encode(), f"{path}: the prompt in its metadata")}
 
 
 def _checked_config(config: Any, path: Path) -> dict[str, Any]:

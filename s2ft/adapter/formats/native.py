@@ -99,15 +99,15 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         "tensors_sha256": hashlib.sha256(blob).hexdigest(),
         "info": adapter.info,
     }
-    if adapter.couplings is not None:
-        config["couplings"] = [coupling.to_dict() for coupling in adapter.couplings]
-    if adapter.structure is not None:
-        config["structure"] = adapter.structure.to_dict()
-    if adapter.extra_weights:
-        config["extra_weights"] = {
+    optional = {
+        "couplings": adapter.couplings and [coupling.to_dict() for coupling in adapter.couplings],
+        "structure": adapter.structure and adapter.structure.to_dict(),
+        "extra_weights": {
             name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
             for name, value in sorted(adapter.extra_weights.items())
-        }
+        },
+    }
+    config.update({name: value for name, value in optional.items() if value})
     config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
     _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
@@ -195,6 +195,8 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
     deltas = {name: _delta(name, entry, tensors) for name, entry in projections.items()}
     if blob is not None and hashlib.sha256(blob).hexdigest() != header.get("tensors_sha256"):
         raise ValueError(f"{tensors_path} is damaged, or was saved with another {CONFIG}: its sha256 differs")
+    for name in extra_weights:
+        check_finite(name, tensors[EXTRA + name])
     selection = Selection({name: torch.tensor(entry["units"]) for name, entry in projections.items()})
     if selection.digest != header.get("selection_digest"):
         raise ValueError(f"{path}: the units listed are not the ones that were saved")
@@ -206,10 +208,11 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
         deltas,
         _field(header, "info", dict, path),
         _couplings(header, path),
-        {name: _finite(name, tensors[EXTRA + name]) for name in extra_weights},
+        {name: tensors[EXTRA + name] for name in extra_weights},
         _structure(header, path) if "structure" in header else None,
     )
-    _check_digest(header, path)
+    if header.get("config_sha256", _digest(header)) != _digest(header):
+        raise ValueError(f"{path} is damaged: its config_sha256 differs")
     return adapter, {} if blob is None else {CONFIG: content, TENSORS: blob}
 
 
@@ -227,11 +230,6 @@ def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
     return header
-
-
-def _check_digest(header: dict[str, Any], path: Path) -> None:
-    if header.get("config_sha256", _digest(header)) != _digest(header):
-        raise ValueError(f"{path} is damaged: its config_sha256 differs")
 
 
 def _field(header: dict[str, Any], name: str, kind: type, path: Path) -> Any:
@@ -278,11 +276,6 @@ def _extra_weights(header: dict[str, Any], path: Path) -> dict[str, tuple[str, t
     if not found:
         raise ValueError(f"{path}: extra_weights is empty, but an adapter with this field has at least one")
     return found
-
-
-def _finite(name: str, value: Tensor) -> Tensor:
-    check_finite(name, value)
-    return value
 
 
 def _config(header: dict[str, Any], path: Path) -> S2FTConfig:

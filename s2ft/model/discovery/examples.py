@@ -24,6 +24,7 @@ ROWS, LENGTH = 2, 24
 FRAMES = 25  # of a recording
 LONGEST = 20  # seconds in which inputs with images and sound are tried
 MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
+MEDIA = ("pixel", "patches", "input_features", "input_values")  # words of the names of inputs with images or sound
 Media = dict[str, Tensor]
 
 
@@ -97,7 +98,8 @@ def runnable_example(model: nn.Module) -> dict[str, Tensor]:
     failed: list[str] = []
     start = time.monotonic()
     for candidate in examples_of(model):
-        if failed and time.monotonic() - start > LONGEST and not _is_plain(candidate):
+        has_media = any(word in name for word in MEDIA for name in candidate)  # the last resorts, without, are few
+        if failed and has_media and time.monotonic() - start > LONGEST:
             continue
         failure = _failure(model, candidate)
         if not failure:
@@ -111,17 +113,14 @@ def runnable_example(model: nn.Module) -> dict[str, Tensor]:
 
 def run_example(model: nn.Module, example: Any) -> Any:
     """Run the model on copies of the example, because a model may write into its inputs."""
-    example = tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example)
-    if isinstance(example, dict):
-        return model(**example)
-    return model(*example) if isinstance(example, (tuple, list)) else model(example)
+    return call(model, tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example))
 
 
-def _is_plain(example: Any) -> bool:
-    """Whether an input is one of the last resorts, which are few."""
-    return not any(
-        "pixel" in name or "patches" in name or "input_features" in name or "input_values" in name for name in example
-    )
+def call(model: nn.Module, inputs: Any) -> Any:
+    """Run the model on a dict, a tuple or a tensor."""
+    if isinstance(inputs, dict):
+        return model(**inputs)
+    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def _failure(model: nn.Module, example: Any) -> str:
@@ -183,7 +182,7 @@ def examples_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
-    images, sounds = list(_media(inputs, "image", _images)), list(_media(inputs, "audio", _sounds))
+    images, sounds = _media(inputs, "image", _images), _media(inputs, "audio", _sounds)
     if "input_ids" in inputs.takes:
         both = [[image, sound] for image in images for sound in sounds]
         for media in (*both[:4], *([one] for one in (*images, *sounds))):
@@ -264,21 +263,12 @@ _HINTS = (
 _GUESSES = (4, 1, 16, 9, 64, 25, 49, 36, 17, 5, 8, 2, 3, 6, 10, 12, 18, 32, 100, 144, 196, 256)
 
 
-def _media(inputs: _Inputs, kind: str, layouts: Callable[[_Inputs], Iterator[Media]]) -> Iterator[_Medium]:
+def _media(inputs: _Inputs, kind: str, layouts: Callable[[_Inputs], Iterator[Media]]) -> list[_Medium]:
     """Images or sound in the layouts that the model encodes; in all layouts if there are none."""
     found = [{name: value for name, value in layout.items() if name in inputs.takes} for layout in layouts(inputs)]
-    found = [values for values in found if values]
     encode = next((method for owner in _owners(inputs.model) if (method := getattr(owner, _METHODS[kind], None))), None)
-    unknown, known = [], False
-    for values in found:
-        tokens = None if encode is None else _tokens_for(encode, inputs.model, values)
-        if tokens:
-            known = True
-            yield _Medium(kind, values, tokens)
-        elif not known:
-            unknown.append(_Medium(kind, values, None))
-    if not known:
-        yield from unknown
+    media = [_Medium(kind, values, encode and _tokens_for(encode, inputs.model, values)) for values in found if values]
+    return [medium for medium in media if medium.tokens] or media
 
 
 def _owners(model: nn.Module) -> list[Any]:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import full_shape
 from s2ft.layers import forward_of
+from s2ft.model.builders import get
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, name_and_owner, parent_of
 
@@ -75,26 +76,23 @@ def vector_choices(
 def _vector_candidates(structure: Structure, roots: tuple[str, ...], coupling: Coupling) -> Iterator[Vector]:
     q = coupling.producers[0]
     keys = next((projection for projection in coupling.producers if projection.key == "k"), q)
-    seen = set()
-    for root in dict.fromkeys(roots):
-        module = structure.modules[root]
-        for name, tensor in chain(module.named_parameters(), module.named_buffers()):
-            path, shape = f"{root}.{name}" if root else name, full_shape(tensor)
-            if name.count(".") > 2 or not tensor.is_floating_point():  # at most two modules deep
-                continue
-            if path in seen or parent_of(path) in structure.layers or not shape:
-                continue
-            seen.add(path)
-            sides = (keys, q) if OF_KEYS.search(path) else (q, keys)
-            found = (side for side in sides if shape[0] in (side.count, side.count * side.unit))
-            side = next(found, None)
-            if side is not None and side.count > 1:
-                yield Vector(path, shape[0] // side.count)
+    modules = {root: structure.modules[root] for root in roots}
+    lengths = {
+        f"{root}.{name}" if root else name: full_shape(tensor)[0]
+        for root, module in modules.items()
+        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+        if name.count(".") <= 2 and tensor.is_floating_point() and full_shape(tensor)  # at most two modules deep
+    }
+    for path, length in lengths.items():
+        sides = (keys, q) if OF_KEYS.search(path) else (q, keys)
+        side = next((side for side in sides if length in (side.count, side.count * side.unit)), None)
+        if side is not None and side.count > 1 and parent_of(path) not in structure.layers:
+            yield Vector(path, length // side.count)
 
 
 # ---- attention: by the names of its layers and the number of its heads -----------------------------------------
 
-QUERIES = ("query", "queries", "q")  # in this order: "q" is also the first letter of other words
+# in this order: "q" is also the first letter of other words
 KEY_AND_VALUE = {"query": ("key", "value"), "queries": ("keys", "values"), "q": ("k", "v")}
 ONE_Q = re.compile(r"^w?q(_b|uery)?(_(proj|attn|linear|lin))?$|^query$", re.I)
 ONE_KV = re.compile(r"^w?_?kv(_b)?(_(proj|linear))?$|^wkv_b$|^c_attn$|^key_value$", re.I)
@@ -150,24 +148,17 @@ def attention_blocks(structure: Structure) -> Iterator[Block]:
                 break
 
 
-def _inputs_of(here: dict[str, str]) -> Iterator[tuple[str, ...]]:
-    """The paths of q, k and v among the layers of one module, by name."""
-    found = False
-    for name in here:
-        for query in QUERIES:
-            key, value = (_renamed(name, query, to) for to in KEY_AND_VALUE[query])
-            if key != name and key in here and value in here:
-                found = True
-                yield here[name], here[key], here[value]
-                break
-    if found:
-        return
+def _inputs_of(here: dict[str, str]) -> list[tuple[str, ...]]:
+    """The paths of q, k and v among the layers of one module, by name: three, or q and one for both, or one for all."""
+    three = []
+    for name, (query, words) in product(here, KEY_AND_VALUE.items()):
+        key, value = (_renamed(name, query, to) for to in words)
+        if key != name and key in here and value in here:
+            three.append((here[name], here[key], here[value]))
     queries = [name for name in here if ONE_Q.search(name)]
-    for name in queries:
-        others = [other for other in here if other != name and ONE_KV.search(other)]
-        yield from ((here[name], here[other]) for other in others[:1])
-    if not queries:
-        yield from ((here[name],) for name in here if ONE_QKV.search(name))
+    both = {name: [here[other] for other in here if other != name and ONE_KV.search(other)] for name in queries}
+    two = [(here[name], others[0]) for name, others in both.items() if others]
+    return three or two or [(here[name],) for name in here if ONE_QKV.search(name) and not queries]
 
 
 def _renamed(name: str, query: str, to: str) -> str:
@@ -316,9 +307,7 @@ def stack_blocks(structure: Structure) -> Iterator[Block]:
 
 def _stack(module: nn.Module, name: str) -> Tensor | None:
     """A parameter with three dimensions by its name in a module, or None."""
-    owner, _, name = name.rpartition(".")
-    owner = module if not owner else getattr(module, owner, None)
-    found = getattr(owner, name, None)
+    found = get(module, name)
     return found if isinstance(found, nn.Parameter) and len(full_shape(found)) == 3 else None
 
 

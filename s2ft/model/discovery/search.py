@@ -108,14 +108,11 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
         TypeError: The example is of another type.
     """
     key = _key(model) if example is None else None
-    if key not in _FOUND:
-        found = search(model, trial_of(model, example))
-        if key is None:
-            return found
-        if len(_FOUND) >= REMEMBERED:
-            _FOUND.pop(next(iter(_FOUND)))
+    found = _FOUND.get(key) or search(model, trial_of(model, example))
+    if key is not None:
         _FOUND[key] = found
-    found = _FOUND[key]
+        for old in list(_FOUND)[:-REMEMBERED]:
+            del _FOUND[old]
     return Discovery(list(found.couplings), list(found.weights))
 
 
@@ -141,8 +138,7 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
         outcomes = _settled(trial, propose)
         structure.refused = trial.structure.refused
         for block in list(propose(structure)):
-            outcome = outcomes.get(block.key) or Outcome(None, None, "the twin has no block like it")
-            findings.add(block, outcome)
+            findings.add(block, outcomes.get(block.key) or Outcome(None, None, "the twin has no block like it"))
     findings.add_one_sided()
     found = findings.discovery()
     if not found.couplings:
@@ -190,26 +186,19 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
             "describe them in couplings=[s2ft.Coupling.ffn(...), ...]"
         )
     size = sum(full_shape(parameter).numel() for parameter in model.parameters())
-    if example is not None and (own or size <= COPIED_WITH_EXAMPLE):
-        return _trial_on(model, example)
     tried: list[str] = []
-    for twin in twins_of(model, tried):
+    for twin in () if example is not None and (own or size <= COPIED_WITH_EXAMPLE) else twins_of(model, tried):
         for make in (runnable_example, example_of):
             try:
                 return Trial(twin, make(twin))
             except Exception as error:  # models refuse inputs in many ways
                 tried.append(f"{type(error).__name__}: {error}")
-    if example is not None:
-        return _trial_on(model, example)
-    raise ValueError(
-        f"s2ft finds no couplings of {type(model).__name__}: no small copy of it runs. Tried: {'; '.join(tried)}. Pass "
-        "an input as example=, or describe the couplings in couplings=[s2ft.Coupling.ffn(...), ...]"
-    )
-
-
-def _trial_on(model: nn.Module, example: Any) -> Trial:
-    """Try out on a copy of the model in float64, because an input of the model may not fit a smaller one."""
-    try:
+    if example is None:
+        raise ValueError(
+            f"s2ft finds no couplings of {type(model).__name__}: no small copy of it runs. Tried: {'; '.join(tried)}. "
+            "Pass an input as example=, or describe the couplings in couplings=[s2ft.Coupling.ffn(...), ...]"
+        )
+    try:  # on a copy of the model in float64, because the input may not fit a smaller one
         example = tree_map_only(
             Tensor, lambda one: one.detach().to("cpu", torch.float64 if one.is_floating_point() else one.dtype), example
         )
@@ -235,7 +224,7 @@ class Findings:
 
     def __init__(self, structure: Structure, trial: Trial) -> None:
         self.structure = structure
-        self._alive = Alive(structure, trial)
+        self._dead = without_gradient(structure, trial)
         self._couplings: list[Coupling] = []
         self._rows: dict[str, WeightRow] = {}
         self._why: dict[str, str] = {}  # of layers whose block is no coupling
@@ -260,42 +249,38 @@ class Findings:
             for projection in block.proposals[0].couplings[0].projections:
                 self._why.setdefault(projection.path, outcome.reason)
             return
-        if not any(self._alive.has_gradient(path) for path in paths):
-            for path in sorted(paths):
-                self._rows[path] = WeightRow(path, "untouched", NO_GRADIENT)
-            return
-        self._couplings.extend(found)
-        self.structure.taken |= paths
-        for path in sorted(paths):
-            self._rows[path] = WeightRow(path, outcome.status, outcome.reason, found[0])
+        status, reason, coupling = "untouched", NO_GRADIENT, None
+        if paths - self._dead:
+            self._couplings.extend(found)
+            self.structure.taken |= paths
+            status, reason, coupling = outcome.status, outcome.reason, found[0]
+        self._rows.update({path: WeightRow(path, status, reason, coupling) for path in sorted(paths)})
 
     def add_one_sided(self) -> None:
         """Cover every layer of the blocks that is in no coupling, or say why it is not trained."""
-        for path, other in self.structure.shared.items():
-            if self._is_in_block(path):
-                self._rows[path] = WeightRow(path, "untouched", f"one weight with that of {other}")
-        for path in self.structure.layers:
-            if path not in self._rows and self._is_in_block(path):
-                self._rows[path] = self._lone(path)
-        for path in stacked_weights(self.structure):
-            if path not in self._rows:
-                self._rows[path] = WeightRow(path, "untouched", self._why.get(path, "a layout of experts not known"))
-        for path, module in self.structure.modules.items():
-            if isinstance(module, nn.Linear) and path not in self._rows and self._is_in_block(path):
-                why = f"its class, {type(module).__name__}, is derived from nn.Linear"
-                self._rows[path] = WeightRow(path, "untouched", why)
-
-    def _is_in_block(self, path: str) -> bool:
         structure = self.structure
-        return bool(structure.block_of(path)) or bool(PROJECTOR.search(path)) or may_be_coupled(structure, path)
+        of_no_kind = {
+            path: f"its class, {type(module).__name__}, is derived from nn.Linear"
+            for path, module in structure.modules.items()
+            if isinstance(module, nn.Linear) and path not in structure.layers
+        }
+        shared = {path: f"one weight with that of {other}" for path, other in structure.shared.items()}
+        for path, obstacle in {**of_no_kind, **shared, **dict.fromkeys(structure.layers)}.items():
+            in_block = structure.block_of(path) or PROJECTOR.search(path) or may_be_coupled(structure, path)
+            if path not in self._rows and in_block:
+                self._rows[path] = self._lone(path, obstacle)
+        for path in stacked_weights(structure):
+            why = self._why.get(path, "a layout of experts not known")
+            self._rows.setdefault(path, WeightRow(path, "untouched", why))
 
-    def _lone(self, path: str) -> WeightRow:
+    def _lone(self, path: str, obstacle: str | None) -> WeightRow:
         structure = self.structure
         obstacles = {
+            obstacle: obstacle,
             "a head, a router or an embedding": NO_BLOCK_LAYER.search(path),
             "its block runs without it, so only its weight may be used": structure.is_bypassed(path),
             "its block's code may use its weight without its layer": structure.is_read_past(path),
-            NO_GRADIENT: not self._alive.has_gradient(path),
+            NO_GRADIENT: path in self._dead,
         }
         why = next((why for why, holds in obstacles.items() if holds), None)
         if why is not None:
@@ -306,39 +291,25 @@ class Findings:
         return WeightRow(path, "one-sided", self._why.get(path, default), coupling)
 
 
-class Alive:
-    """Which of a model's layers get a gradient, as those of the twin do.
+def without_gradient(structure: Structure, trial: Trial) -> set[str]:
+    """The layers and parameters of experts of a model that get no gradient, as those of the twin don't.
 
     The twin may have fewer layers. Layers without a gradient are the first or the last ones of a stack, for instance
-    the last of a vision tower whose second last output is used.
+    the last of a vision tower whose second last output is used. Layers that did not run count as if they got one.
     """
-
-    def __init__(self, structure: Structure, trial: Trial) -> None:
-        self._structure = structure
-        with_gradient = trial.gradients()
-        self._dead_ends: dict[str, tuple[int, int]] = {}
-        by_pattern: dict[str, dict[int, bool]] = {}
-        twin = trial.structure
-        for path in (*twin.layers, *stacked_weights(twin)):
-            layers = by_pattern.setdefault(twin.pattern(path), {})
-            module = path if path in twin.modules else parent_of(path)
-            gets = path in with_gradient or f"{path}.weight" in with_gradient or not twin.is_called(module)
-            layers[twin.layer_number(path)] = layers.get(twin.layer_number(path), False) or gets
-        for pattern, layers in by_pattern.items():
-            flags = [layers[number] for number in sorted(layers)]
-            first = next((i for i, flag in enumerate(flags) if flag), len(flags))
-            last = next((i for i, flag in enumerate(reversed(flags)) if flag), len(flags))
-            self._dead_ends[pattern] = (first, last) if first < len(flags) else (-1, -1)
-        self._numbers: dict[str, list[int]] = {}
-        for path in (*structure.layers, *stacked_weights(structure)):
-            self._numbers.setdefault(structure.pattern(path), []).append(structure.layer_number(path))
-        self._numbers = {pattern: sorted(set(numbers)) for pattern, numbers in self._numbers.items()}
-
-    def has_gradient(self, path: str) -> bool:
-        """Whether a layer, or a parameter of experts, gets a gradient. Layers that did not run count as if they did."""
-        pattern = self._structure.pattern(path)
-        first, last = self._dead_ends.get(pattern, (0, 0))
-        if first < 0:
-            return False
-        numbers = self._numbers[pattern]
-        return first <= numbers.index(self._structure.layer_number(path)) < len(numbers) - last
+    twin, with_gradient, dead = trial.structure, trial.gradients(), set()
+    reached: dict[str, dict[int, bool]] = {}  # by pattern and number of the layer
+    for path in (*twin.layers, *stacked_weights(twin)):
+        module = path if path in twin.modules else parent_of(path)
+        gets = path in with_gradient or f"{path}.weight" in with_gradient or not twin.is_called(module)
+        layers, number = reached.setdefault(twin.pattern(path), {}), twin.layer_number(path)
+        layers[number] = layers.get(number, False) or gets
+    paths: dict[str, dict[int, list[str]]] = {}
+    for path in (*structure.layers, *stacked_weights(structure)):
+        paths.setdefault(structure.pattern(path), {}).setdefault(structure.layer_number(path), []).append(path)
+    for pattern, layers in reached.items():
+        flags, numbers = [layers[number] for number in sorted(layers)], sorted(paths.get(pattern, ()))
+        first, last = (flags.index(True), flags[::-1].index(True)) if any(flags) else (len(numbers), 0)
+        for number in {*numbers[:first], *numbers[max(0, len(numbers) - last) :]}:
+            dead.update(paths[pattern][number])
+    return dead

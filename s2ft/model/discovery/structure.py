@@ -6,6 +6,7 @@ Nothing here reads a weight, so a model on the meta device will do.
 import inspect
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import cache, cached_property
 
 from torch import nn
@@ -76,7 +77,7 @@ class Structure:
             for path, module in self.modules.items()
             if kind_of(module).layers is not None and path not in self.shared
         }
-        self.called = dict(called or {})
+        self.called = {} if called is None else called
         self.taken: set[str] = set()
         self.refused: set[str] = set()
         self._found_digits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
@@ -166,10 +167,8 @@ class Structure:
     def _is_stack(modules: nn.Module, name: str, nested: bool) -> bool:
         """Whether the modules of a list are the blocks of a stack."""
         blocks = [module for module in modules.children() if any(True for _ in module.children())]
-        if not blocks:
-            return False
         alike = len({type(module) for module in blocks}) == 1 and len(blocks) == len(list(modules.children()))
-        return (name in NESTED_STACKS and alike) if nested else True
+        return bool(blocks) and (not nested or name in NESTED_STACKS and alike)
 
     @cached_property
     def _first_numbers(self) -> dict[str, int]:
@@ -220,17 +219,7 @@ def _read_past(owner: type) -> frozenset[str]:
         if base.__module__.startswith("torch.nn."):
             continue
         for method, function in vars(base).items():
-            if method in NOT_IN_FORWARD or not inspect.isfunction(function):
-                continue
-            try:
-                source = inspect.getsource(inspect.unwrap(function))
-            except (OSError, TypeError):  # made without a file
-                continue
-            found.update(READS.findall(source))
+            if method not in NOT_IN_FORWARD and inspect.isfunction(function):
+                with suppress(OSError, TypeError):  # made without a file
+                    found.update(READS.findall(inspect.getsource(inspect.unwrap(function))))
     return frozenset(found)
-
-
-def layers_of_blocks(model: nn.Module) -> list[str]:
-    """The paths of the linear layers and convolutions in the numbered blocks of a model."""
-    structure = Structure(model)
-    return [path for path in structure.layers if structure.block_of(path)]

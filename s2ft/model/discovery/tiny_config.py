@@ -335,9 +335,8 @@ def _has_entry_per_layer(name: str, value: Any, count: int) -> bool:
 
 def _names_layers(name: str, value: Any, count: int) -> bool:
     """Whether a list has the numbers of some layers, in ascending order, as in `mlp_only_layers`."""
-    if not isinstance(value, (list, tuple)) or not 0 < len(value) < count:
-        return False
-    if not _LAYERS.search(name) or _DEPTH.fullmatch(name):
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) < count
+    if not is_list or not _LAYERS.search(name) or _DEPTH.fullmatch(name):
         return False
     numbers = all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < count for entry in value)
     return numbers and list(value) == sorted(set(value))

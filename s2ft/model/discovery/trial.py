@@ -45,10 +45,9 @@ class Trial:
             Exception: Whatever the twin raises on this input.
         """
         self.twin, self.example = twin, example
-        self.structure = Structure(twin)
         self.called: dict[str, int] = {}
-        self.before = self._run(count=True)
         self.structure = Structure(twin, self.called)
+        self.before = self._run(count=True)
         if not self.before[""]:
             raise ValueError("the model returns no floating-point tensor")
         if any(bool(torch.isnan(tensor).any()) for tensor in self.before[""]):
@@ -304,8 +303,10 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
         else f"with its units in another order the output changes, in each of {len(tried)} ways to read the block"
     )
     # Attention whose heads can't move is trained in place if the elements of every head's values can move.
-    plain = [one for one in first.proposals if _is_plain(one)]
-    for proposal in sorted(plain, key=lambda one: one.couplings[0].consumer.count):
+    for proposal in sorted(first.proposals, key=lambda one: one.couplings[0].consumer.count):
+        bare = proposal.couplings[0]
+        if bare.consumer.key != "o" or bare.vectors or len(bare.producers) != 3:
+            continue
         shuffles = [within_heads(one) for one in _all_couplings(blocks, proposal)]
         if shuffles and None not in shuffles and trial.holds(shuffles) and trial.idle_side(shuffles) is None:
             return Outcome("in place", proposal.label, f"{why}; the elements within each head can")
@@ -326,10 +327,14 @@ class Verdict(NamedTuple):
 
 def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
     """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer."""
-    shuffles = _shuffles(trial, couplings)
-    if not shuffles or not all(trial.holds(one) for one in shuffles):
+    whole = [whole_units(trial.twin, coupling) for coupling in couplings]
+    grouped = [within_groups(trial.twin, coupling) for coupling in couplings]
+    single = [within_heads(one) for one, shuffle in zip(couplings, whole) if shuffle is None]  # all of them must hold
+    trials = [[shuffle for shuffle in some if shuffle is not None] for some in (whole, grouped)] + [single]
+    trials = [shuffles for shuffles in trials if shuffles]
+    if None in single or not trials or not all(map(trial.holds, trials)):
         return Verdict(False)
-    idle = next((key for one in shuffles if (key := trial.idle_side(one))), None)
+    idle = next(filter(None, map(trial.idle_side, trials)), None)
     return Verdict(idle is None, idle)
 
 
@@ -343,24 +348,10 @@ def _not_reached(block: Block) -> Outcome:
     return Outcome(None, None, "not reached by the example")
 
 
-def _is_plain(proposal: Proposal) -> bool:
-    coupling = proposal.couplings[0]
-    return coupling.consumer.key == "o" and not coupling.vectors and len(coupling.producers) == 3
-
-
 def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:
     """The couplings of all blocks, read in the same way; none if one of them can't be."""
     same = [block.of(proposal.label) for block in blocks]
     return () if None in same else tuple(one for read in same for one in read.couplings)
-
-
-def _shuffles(trial: Trial, couplings: Sequence[Coupling]) -> list[list[Shuffle]]:
-    """The trials that all must hold: of whole units, of heads within groups, of elements of a single head."""
-    whole = [whole_units(trial.twin, coupling) for coupling in couplings]
-    grouped = [within_groups(trial.twin, coupling) for coupling in couplings]
-    single = [within_heads(one) for one, shuffle in zip(couplings, whole) if shuffle is None]
-    found = [[shuffle for shuffle in shuffles if shuffle is not None] for shuffles in (whole, grouped, single)]
-    return [shuffles for shuffles in found if shuffles] if len(found[2]) == len(single) else []
 
 
 def _moved_words(coupling: Coupling, blocks: int) -> str:

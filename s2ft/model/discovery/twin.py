@@ -218,24 +218,18 @@ class _InFloat64(TorchDispatchMode):
 # ---- structure --------------------------------------------------------------------------------------------
 
 
-def pattern_of(path: str) -> str:
-    """A path with * for every number in it."""
-    return re.sub(r"\d+", "*", path)
-
-
 def paths_and_classes(model: nn.Module) -> set[tuple[str, str]]:
-    """The patterns of the paths of all modules, with the names of their classes."""
-    classes = {  # quantizers replace the class of a linear layer
-        path: "Linear" if isinstance(module, nn.Linear) else type(module).__name__
+    """The paths of all modules, with * for every number, and the names of their classes."""
+    return {  # quantizers replace the class of a linear layer
+        (re.sub(r"\d+", "*", path), "Linear" if isinstance(module, nn.Linear) else type(module).__name__)
         for path, module in model.named_modules()
     }
-    return {(pattern_of(path), name) for path, name in classes.items()}
 
 
 def kinds_of_blocks(model: nn.Module) -> set[tuple[str, frozenset]]:
     """The kinds of blocks in every list of modules: what modules such a block has."""
     return {
-        (pattern_of(f"{path}.{name}"), frozenset(paths_and_classes(block)))
+        (re.sub(r"\d+", "*", f"{path}.{name}"), frozenset(paths_and_classes(block)))
         for path, stack in model.named_modules()
         if isinstance(stack, nn.ModuleList)
         for name, block in stack.named_children()

@@ -15,7 +15,7 @@ from torch import nn
 
 from s2ft.model.builders import in_one_weight
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.families import towers
+from s2ft.model.families import named
 from s2ft.model.families.table import FAMILIES, check_release
 
 # model type → the projector's path and its layers, or None if it is not an FFN
@@ -37,7 +37,7 @@ PROJECTORS: dict[str, tuple[str, tuple[str, ...]] | None] = {
     "glmga": None,
     "got_ocr2": None,
     "hyperclovax_vision_v2": None,
-    "idefics2": ("connector.modality_projection", towers.GATED),
+    "idefics2": ("connector.modality_projection", named.GATED),
     "idefics3": None,
     "instructblip": None,
     "internvl": LLAVA,
@@ -80,7 +80,7 @@ def couplings(model: nn.Module) -> list[Coupling]:
     for path, part in _parts(model):
         kind = part_type(model.config, part.config)
         check_release(kind)
-        own = towers.couplings(part, kind) if kind in towers.BY_TYPE else FAMILIES[kind](part)
+        own = named.couplings(part, kind) if kind in named.BY_TYPE else FAMILIES[kind](part)
         used = [coupling for coupling in own if coupling.layer < _layers_used(model, part)]
         found += [_under(path, layer, coupling) for coupling in used]
         layer += 1 + max((coupling.layer for coupling in used), default=-1)
@@ -135,8 +135,8 @@ def _projector(model: nn.Module, layer: int) -> list[Coupling]:
     if row is None:
         return []
     path, names = row
-    build = _halved if model.config.model_type in HALVED else towers.ffn_of
-    return [build(model, layer, projector, names, kind="projector") for projector in towers.modules_of(model, path)]
+    build = _halved if model.config.model_type in HALVED else named.ffn_of
+    return [build(model, layer, projector, names, kind="projector") for projector in named.modules_of(model, path)]
 
 
 def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str], kind: str) -> Coupling:

@@ -1,8 +1,8 @@
 """Families that differ in the names of their layers only: an attention and an FFN.
 
-Most are encoders of text, sound and images, translators, and decoders without a gate. `NAMES` has a row for each way of
-naming. Sizes are those of the layers. An FFN may be packed, with gate and up in one layer. Layers are counted through
-the stacks in their order, so first those of an encoder.
+Most are encoders of text, sound and images, also inside multimodal models, translators, and decoders without a gate.
+`NAMES` has a row for each way of naming. Sizes are those of the layers. An FFN may be packed, with gate and up in one
+layer. Layers are counted through the stacks in their order, so first those of an encoder.
 
 Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
 biases of single heads (BEiT, MPNet, Swin) and slopes of heads (BLOOM, MPT) do: heads with them stay. So do those of
@@ -10,6 +10,10 @@ Funnel, whose parameters have the heads in their second dimension, and the chann
 responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
 attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained. So does SigLIP's
 pooling head, which is left out.
+
+Heads of the towers of multimodal models can move: positions are added to the embeddings, rotate all heads alike, or are
+a table of relative positions that all heads share (GOT-OCR 2). Only the norms of InternVL's queries and keys are over
+all heads, and move with them.
 """
 
 from collections.abc import Iterator
@@ -18,13 +22,24 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.model.builders import attention, ffn, get, heads_in, in_one_weight, layers_of, outputs_of, packed_attention
+from s2ft.model.builders import (
+    attention,
+    ffn,
+    get,
+    heads_in,
+    in_one_weight,
+    layers_of,
+    outputs_of,
+    packed_attention,
+    under_base,
+)
 from s2ft.model.coupling import Coupling, Projection, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
 SELF_AND_OUTPUT = ("attention.query", "attention.key", "attention.value", "output.dense")
 BERT = ("self.query", "self.key", "self.value", "output.dense")
+GATED = ("up_proj", "down_proj", "gate_proj")
 GATED_MLP = ("mlp.up_proj", "mlp.down_proj", "mlp.gate_proj")
 POSITION_BIAS = ("use_relative_position_bias", "use_shared_relative_position_bias")
 
@@ -95,6 +110,49 @@ NEOX = Names(
     attention="attention",
     layers=("query_key_value", "dense"),
     interleaved=True,
+)
+
+PROJECTED = ("q_proj", "k_proj", "v_proj", "projection_layer")
+QKV = ("qkv", "proj")
+QWEN2 = Names(("blocks",), "mlp.fc1", "mlp.fc2", attention="attn", layers=QKV)
+QWEN2_5 = replace(QWEN2, up="mlp.up_proj", down="mlp.down_proj", gate="mlp.gate_proj")
+QWEN3 = replace(QWEN2, up="mlp.linear_fc1", down="mlp.linear_fc2")
+LLAMA4 = replace(CLIP_LIKE, stacks=("model.layers",), layers=QKVO)
+PIXTRAL = Names(
+    ("transformer.layers",),
+    "feed_forward.up_proj",
+    "feed_forward.down_proj",
+    gate="feed_forward.gate_proj",
+    attention="attention",
+    layers=QKVO,
+)
+MOONVIT = Names(("layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("q_proj", "k_proj", "v_proj", "proj"))
+INTERNVL = Names(
+    ("encoder.layer",),
+    "mlp.fc1",
+    "mlp.fc2",
+    attention="attention",
+    layers=PROJECTED,
+    moves=("q_norm.weight", "k_norm.weight"),
+)
+GEMMA4 = Names(  # a module that clips inputs and outputs is around each layer
+    ("encoder.layers",),
+    "mlp.up_proj.linear",
+    "mlp.down_proj.linear",
+    gate="mlp.gate_proj.linear",
+    layers=tuple(f"{name}.linear" for name in QKVO),
+)
+OVIS2 = Names(
+    ("transformer.encoder.layers",), "ffn.up_proj", "ffn.down_proj", gate="ffn.gate_proj", attention="attention"
+)
+
+QFORMER = Names(  # its FFN for the queries; the one for text gets no gradient in the last layer
+    ("encoder.layer",),
+    "intermediate_query.dense",
+    "output_query.dense",
+    attention="attention",
+    layers=("attention.query", "attention.key", "attention.value", "output.dense"),
+    cross="crossattention",
 )
 
 NAMES: dict[tuple[str, ...], Names] = {
@@ -218,6 +276,40 @@ NAMES: dict[tuple[str, ...], Names] = {
     ("data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2"): WAV2VEC2,
     ("wavlm",): replace(WAV2VEC2, attention=None),
     ("sew-d",): replace(DEBERTA, stacks=("encoder.encoder.layer",)),
+    # vision towers of models of images and text
+    ("blip_2_vision_model", "instructblip_vision_model"): replace(CLIP_LIKE, layers=("qkv", "projection")),
+    (
+        "idefics2_vision",
+        "idefics3_vision",
+        "siglip2_vision_model",
+        "siglip_vision_model",
+        "smolvlm_vision",
+        "video_llama_3_vision",
+    ): CLIP_LIKE,
+    ("exaone4_5_vision", "glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision", "qwen2_5_vl_vision"): QWEN2_5,
+    ("gemma4_vision",): GEMMA4,
+    ("got_ocr2_vision", "pp_chart2table_vision"): Names(
+        ("layers",), "mlp.lin1", "mlp.lin2", attention="attn", layers=QKV
+    ),
+    ("internvl_vision",): INTERNVL,
+    ("janus_vision_model",): replace(CLIP_LIKE, layers=PROJECTED),
+    ("kimi_k25_vision",): MOONVIT,
+    ("llama4_vision_model",): LLAMA4,
+    ("mllama_vision_model",): replace(LLAMA4, stacks=("transformer.layers", "global_transformer.layers")),
+    ("ovis2_vision",): OVIS2,
+    ("paddleocr_vl_vision",): replace(CLIP_LIKE, stacks=("vision_model.encoder.layers",)),
+    ("pixtral",): PIXTRAL,
+    ("qianfan_ocr_vision",): replace(INTERNVL, stacks=("layers",)),
+    ("qwen2_5_omni_vision_encoder",): replace(QWEN2_5, layers=("q", "k", "v", "proj")),
+    ("qwen2_vl_vision",): QWEN2,
+    ("qwen3_5_moe_vision", "qwen3_5_vision", "qwen3_vl_moe_vision", "qwen3_vl_vision"): QWEN3,
+    # audio encoders
+    ("audioflamingo3_encoder", "qwen2_5_omni_audio_encoder", "qwen2_audio_encoder", "voxtral_encoder"): Names(
+        ("layers",), "fc1", "fc2"
+    ),
+    # between a tower and the language model
+    ("blip_2_qformer", "instructblip_qformer"): QFORMER,
+    ("idefics2_perceiver",): Names(("layers",), "mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj", layers=QKVO),
 }
 # Types with stacks of several structures
 SEVERAL: dict[tuple[str, ...], tuple[Names, ...]] = {
@@ -252,14 +344,53 @@ BY_TYPE = {model_type: (names,) for model_types, names in NAMES.items() for mode
 MODEL_TYPES = tuple(BY_TYPE)
 
 
-def couplings(model: nn.Module) -> list[Coupling]:
-    return named(model, BY_TYPE[model.config.model_type])
+# model type → path and layers (up, down, gate) of the FFNs outside the blocks; * stands for every module of a list
+MLP = ("merger", ("mlp.0", "mlp.2"))
+LINEAR_FC = ("linear_fc1", "linear_fc2")
+MERGERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
+    **dict.fromkeys(
+        ("exaone4_5_vision", "qwen2_5_omni_vision_encoder", "qwen2_5_vl_vision", "qwen2_vl_vision"), (MLP,)
+    ),
+    **dict.fromkeys(("glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision"), (("merger", GATED),)),
+    **dict.fromkeys(("qwen3_5_moe_vision", "qwen3_5_vision"), (("merger", LINEAR_FC),)),
+    **dict.fromkeys(
+        ("qwen3_vl_moe_vision", "qwen3_vl_vision"), (("merger", LINEAR_FC), ("deepstack_merger_list.*", LINEAR_FC))
+    ),
+    "llama4_vision_model": (("vision_adapter.mlp", ("fc1", "fc2")),),
+}
 
 
-def named(model: nn.Module, rows: tuple[Names, ...]) -> list[Coupling]:
-    """List the couplings of a model whose layers have the names of these rows, one row after another."""
-    blocks = [(names, path, block) for names in rows for stack in names.stacks for path, block in _blocks(model, stack)]
-    return [found for i, (names, path, block) in enumerate(blocks) for found in _block(model, names, i, path, block)]
+def couplings(model: nn.Module, model_type: str | None = None) -> list[Coupling]:
+    """List the couplings of a model by the rows of its type, one row after another, and its FFNs outside the blocks.
+
+    Args:
+        model: The model.
+        model_type: The type. Default: that of the model's config.
+    """
+    model_type = model_type or model.config.model_type
+    stacks = [(names, stack) for names in BY_TYPE[model_type] for stack in names.stacks]
+    blocks = [(names, path, block) for names, stack in stacks for path, block in _blocks(model, stack)]
+    found = [one for i, (names, path, block) in enumerate(blocks) for one in _block(model, names, i, path, block)]
+    layers = getattr(model.config, "deepstack_visual_indexes", None) or []
+    unused = {f"deepstack_merger_list.{i}" for i, layer in enumerate(layers) if layer >= model.config.depth}
+    mergers = [(one, names) for path, names in MERGERS.get(model_type, ()) for one in modules_of(model, path)]
+    used = [merger for merger in mergers if merger[0] not in unused]
+    return found + [ffn_of(model, layer, path, names) for layer, (path, names) in enumerate(used, len(blocks))]
+
+
+def ffn_of(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kind: str = "ffn") -> Coupling:
+    """The FFN of a module whose layers have `names`: up, down and perhaps gate."""
+    return ffn(model, layer, *(f"{path}.{name}" for name in names), kind=kind)
+
+
+def modules_of(model: nn.Module, path: str) -> Iterator[str]:
+    """Iterate over the path in the base model, if it has that module; of ``list.*`` over the modules of the list."""
+    found = under_base(model, path.removesuffix(".*"))
+    try:
+        module = model.get_submodule(found)
+    except AttributeError:
+        return
+    yield from (f"{found}.{i}" for i in range(len(module))) if path.endswith(".*") else (found,)
 
 
 def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:

@@ -9,13 +9,12 @@ from packaging.version import Version
 from torch import nn
 
 from s2ft.model.coupling import Coupling
-from s2ft.model.families import decoders, named, others, towers
+from s2ft.model.families import decoders, named, others
 
 # model type → the function that lists the couplings of such a model; composite.py adds its own types
 FAMILIES: dict[str, Callable[[nn.Module], list[Coupling]]] = {
     **dict.fromkeys(decoders.MODEL_TYPES, decoders.couplings),
     **dict.fromkeys(named.MODEL_TYPES, named.couplings),
-    **dict.fromkeys(towers.MODEL_TYPES, towers.couplings),
     **others.FAMILIES,
 }
 
