@@ -105,14 +105,14 @@ def _parameters(value: Any) -> int:
         if not found:
             raise ValueError(f"budget must be a number of parameters such as 9.2M or 9200000, got {value!r}")
         value = int(Fraction(found[1]) * SUFFIXES[found[2]])
-    _check_positive("budget", value)
+    check_whole("budget", value)
     return value
 
 
-def _check_positive(name: str, value: Any) -> None:
-    """Raise ValueError if the value is not a whole number of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+def check_whole(name: str, value: Any, least: int = 1) -> None:
+    """Raise ValueError unless the value is a whole number, and not below the least one."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def _list(name: str, value: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
@@ -290,8 +290,7 @@ class S2FTConfig:
                 raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, got {value!r}")
         if not isinstance(self.ffn_kernel, bool):
             raise ValueError(f"ffn_kernel must be True or False, got {self.ffn_kernel!r}")
-        if isinstance(self.seed, bool) or not isinstance(self.seed, int) or self.seed < 0:
-            raise ValueError(f"seed must be an integer of at least 0, got {self.seed!r}")
+        check_whole("seed", self.seed, 0)
         if self.layers is not None:
             what = "the numbers of layers from 0"
             self.layers = _list("layers", self.layers, what, lambda one: type(one) is int and one >= 0)
@@ -304,9 +303,9 @@ class S2FTConfig:
         if self.budget is not None:
             self.budget = _parameters(self.budget)
         if self.match_lora_rank is not None:
-            _check_positive("match_lora_rank", self.match_lora_rank)
+            check_whole("match_lora_rank", self.match_lora_rank)
         if self.align is not None:
-            _check_positive("align", self.align)
+            check_whole("align", self.align)
         if self.protect_ratio is not None:
             self._check_ratio("protect_ratio")
             if not 0 < self.protect_ratio < 1:

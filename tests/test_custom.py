@@ -336,7 +336,7 @@ SHARED = {
     "too long": (dict(stride=4 * WIDTH), "must end within size 60, and it ends at element"),
     "size alone": (dict(size=61), "expected a weight with 61 in dim 0"),
     "no size": (dict(size=None), "qkv must have size, .* with start or stride"),
-    "start": (dict(start=-1), "start of qkv must be an integer of at least 0"),
+    "start": (dict(start=-1), "start of qkv must be a whole number of at least 0"),
     "stride": (dict(stride=0), "stride of qkv must be"),
 }
 

@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 from types import MethodType
 from typing import Any, Optional
@@ -27,6 +28,7 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder, own_folder
 from s2ft.files.reading import check_adapter_name
+from s2ft.files.tables import by_key
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
@@ -322,9 +324,7 @@ class AdapterBank:
         adapter = native.read(folder)
         adapter.name = name
         changed, layers = self._changed_by(adapter)
-        deltas: dict[str, list[Delta]] = {path: [] for path in layers}
-        for projection, delta in zip(changed, adapter.deltas.values()):
-            deltas[projection.path].append(delta)
+        deltas = by_key((projection.path, delta) for projection, delta in zip(changed, adapter.deltas.values()))
         by_layer = {path: self._layer_delta(layer, deltas[path]) for path, layer in layers.items()}
         self._add_layers(layers)
         self._serial += 1
@@ -449,9 +449,7 @@ class _BankLayer:
         Returns:
             The start of each adapter in the buffers, and the end of the last.
         """
-        ends = [0]
-        for delta in deltas:
-            ends.append(ends[-1] + (0 if delta is None else delta.index.numel()))
+        ends = list(accumulate((0 if delta is None else delta.index.numel() for delta in deltas), initial=0))
         self.used = ends[-1] > 0
         self._grow(ends[-1], dtype)
         found = [delta for delta in deltas if delta is not None]

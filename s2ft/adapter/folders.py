@@ -7,6 +7,7 @@ from pathlib import Path
 from s2ft.files.adapter_folder import ADAPTER, CONFIG, TENSORS, is_folder, own_folder
 from s2ft.files.formats import ADAPTER_FORMATS
 from s2ft.files.reading import check_adapter_name
+from s2ft.files.tables import by_key
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files
@@ -164,9 +165,7 @@ def grouped(reasons: dict[str, str], shown: int = 5) -> list[str]:
         >>> s2ft.adapter.folders.grouped({"a": "it is empty", "b": "it is empty"})
         ['a, b: it is empty']
     """
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in reasons.items():
-        by_reason.setdefault(reason, []).append(name)
+    by_reason = by_key((reason, name) for name, reason in reasons.items())
     return [f"{some(names, shown)}: {reason}" for reason, names in by_reason.items()]
 
 

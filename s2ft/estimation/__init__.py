@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, check_whole
 from s2ft.estimation.devices import Strategy, check_devices, check_plan, on_devices, smallest, strategy_of
 from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
 from s2ft.estimation.memory import bytes_of, free_memory
@@ -154,10 +154,9 @@ def _check(
             raise ValueError(f"example gives the inputs of the model: leave out {', '.join(needless)}")
         check_example(example)
         shape_of(example)
-    needed = {"accumulation"} if example is not None else {"accumulation", "batch"}
     for name, value in {**sizes, "accumulation": accumulation}.items():
-        if (value is not None or name in needed) and (type(value) is not int or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if value is not None or name == "accumulation" or name == "batch" and example is None:
+            check_whole(name, value)
     if use_cache not in (None, True, False):
         raise TypeError(f"use_cache must be True, False or None, got {use_cache!r}")
     if loss is not None and not callable(loss):

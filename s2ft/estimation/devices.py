@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from s2ft.config import check_whole
 from s2ft.estimation.result import Estimate, MemoryPart
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")
@@ -57,11 +58,9 @@ class Strategy:
             raise ValueError(f"offload of {self.name} must be {choices}, got {self.offload!r}")
         if not isinstance(self.reshard_after_forward, bool):
             raise TypeError(f"reshard_after_forward must be True or False, got {self.reshard_after_forward!r}")
-        for name, least in (("tp_size", 2), ("reduce_bucket_size", 1)):
-            value = getattr(self, name)
-            optional = name == "tp_size" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-                raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+        check_whole("reduce_bucket_size", self.reduce_bucket_size)
+        if self.tp_size is not None:
+            check_whole("tp_size", self.tp_size, 2)
         if (self.name == "tp+fsdp2") != (self.tp_size is not None):
             raise ValueError(
                 f"tp_size must be given for tp+fsdp2 and for no other strategy, got {self.tp_size} for {self.name}"
@@ -76,11 +75,6 @@ class Strategy:
     def is_zero(self) -> bool:
         """Whether it is DeepSpeed's ZeRO, of any stage."""
         return self.name.startswith("zero")
-
-    @property
-    def shards_weights(self) -> bool:
-        """Whether a device holds only a part of each weight."""
-        return self.name not in ("ddp", "zero1", "zero2")
 
 
 def strategy_of(value: Any) -> Strategy | None:
@@ -105,8 +99,7 @@ def check_devices(strategy: Strategy | None, devices: int | None) -> None:
     """
     if devices is None:
         return
-    if isinstance(devices, bool) or not isinstance(devices, int) or devices < 1:
-        raise ValueError(f"devices must be a whole number of at least 1, got {devices!r}")
+    check_whole("devices", devices)
     if strategy is None and devices > 1:
         raise ValueError(f"devices={devices} needs a strategy: one of {', '.join(STRATEGIES)}")
     if strategy is not None and strategy.tp_size is not None and devices % strategy.tp_size:
@@ -172,7 +165,7 @@ def _shard(part: MemoryPart, strategy: Strategy, shards: int) -> MemoryPart:
         updates_in_place = strategy.name == "zero3" and width == FLOAT  # else the optimizer has a copy
         states = states * FLOAT // width + (0 if updates_in_place else FLOAT * part.trained)
         gradients = FLOAT * part.trained if strategy.name == "zero3" else gradients
-    weights = part.parameters // shards if strategy.shards_weights else part.parameters
+    weights = part.parameters if strategy.name in ("ddp", "zero1", "zero2") else part.parameters // shards
     return replace(part, parameters=weights, gradients=gradients // shards, optimizer=states // shards)
 
 

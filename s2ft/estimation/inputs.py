@@ -23,10 +23,13 @@ def made_inputs(
     tokens = [value for name, value in inputs.items() if name.endswith("input_ids")]
     if tokens and length is None:
         raise ValueError(f"length must be given for {type(shadow).__name__}, which takes tokens, got None")
-    if logits is not None:
-        _check_logits(shadow, logits, length)
-        inputs["logits_to_keep"] = logits
     takes = inspect.signature(shadow.forward).parameters
+    if logits is not None:
+        if "logits_to_keep" not in takes:
+            raise ValueError(f"logits={logits}: {type(shadow).__name__} can't compute logits for some positions only")
+        if logits > length:
+            raise ValueError(f"logits must be at most length, {length}, got {logits}")
+        inputs["logits_to_keep"] = logits
     if "labels" in takes and "decoder_input_ids" in inputs:
         inputs["labels"] = inputs.pop("decoder_input_ids")  # the model makes the decoder inputs from its labels
     elif "labels" in takes and tokens and shadow.get_output_embeddings() is not None:
@@ -34,13 +37,6 @@ def made_inputs(
     elif "return_loss" in takes:
         inputs["return_loss"] = True
     return inputs
-
-
-def _check_logits(shadow: nn.Module, logits: int, length: int | None) -> None:
-    if "logits_to_keep" not in inspect.signature(shadow.forward).parameters:
-        raise ValueError(f"logits={logits}: {type(shadow).__name__} can't compute logits for some positions only")
-    if logits > length:
-        raise ValueError(f"logits must be at most length, {length}, got {logits}")
 
 
 def with_cache(shadow: nn.Module, inputs: Any, use_cache: bool | None) -> Any:

@@ -192,20 +192,15 @@ class Step:
     def _guarded(self, run: Callable[[], Any]) -> Any:
         """Return run(), with an error that names the part of the model if it can't run without data."""
 
-        def where() -> str:
-            return self.broken or f"the {self.memory.phase}"
-
         try:
             return run()
-        except UnsupportedOperatorException as error:
+        except (UnsupportedOperatorException, DataDependentOutputException, DynamicOutputShapeException) as error:
+            where = self.broken or f"the {self.memory.phase}"
+            why = f"its computation in {where} depends on values that it computes"
+            if isinstance(error, UnsupportedOperatorException):
+                why = f"an operator in {where} does not support tensors without data"
             raise ValueError(
-                f"{type(self.shadow).__name__} can't be estimated: an operator in {where()} does not "
-                f"support tensors without data ({error})"
-            ) from error
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
-            raise ValueError(
-                f"{type(self.shadow).__name__} can't be estimated without running it on its weights: its "
-                f"computation in {where()} depends on values that it computes ({error})"
+                f"{type(self.shadow).__name__} can't be estimated without running it on its weights: {why} ({error})"
             ) from error
 
     # ---- the numbers -----------------------------------------------------------------------------

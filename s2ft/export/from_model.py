@@ -27,6 +27,7 @@ from s2ft.distributed import (
 )
 from s2ft.export.merged import check_output, check_size, temporary_folder
 from s2ft.export.streamed import Changes, DiskSource, Source, Sum, saved_names, write_config, write_weights
+from s2ft.files.tables import by_key
 from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
 from s2ft.model.conversion import is_of_transformers, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
@@ -259,10 +260,12 @@ class _ModelSource(Source):
         self._tensors = _tensors(model)
         groups = saving_groups(plain, self.transforms, saved_names(plain))
         self._rest = [name for group in groups for name, _ in group.sources]
-        self._moves = {}
-        for move in (move for move in record.moves if move.is_done):
-            for moving in moving_tensors(model, move.coupling, inverse(move.order)):
-                self._moves.setdefault(id(moving.tensor), []).append(moving)
+        self._moves = by_key(
+            (id(moving.tensor), moving)
+            for move in record.moves
+            if move.is_done
+            for moving in moving_tensors(model, move.coupling, inverse(move.order))
+        )
 
     def values(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._read(name) for name in names}

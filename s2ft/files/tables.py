@@ -1,6 +1,23 @@
-"""The one printer of tables: columns of equal width, two spaces apart."""
+"""Tables: values collected by a key, and lines printed in columns of equal width, two spaces apart."""
 
 from collections.abc import Collection, Iterable, Sequence
+from typing import TypeVar
+
+Key, Value = TypeVar("Key"), TypeVar("Value")
+
+
+def by_key(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """Collect the values of pairs by their keys, in the order in which they come.
+
+    Example:
+        >>> from s2ft.files.tables import by_key
+        >>> by_key([("q", 1), ("k", 2), ("q", 3)])
+        {'q': [1, 3], 'k': [2]}
+    """
+    found: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 def table(lines: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:

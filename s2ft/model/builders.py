@@ -191,10 +191,8 @@ def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -
             found[f"{block}.{name}.weight"] = 1
         elif len(shape) == 1 and shape[0] not in (head_dim, attention.head_dim):
             found[f"{block}.{name}.weight"] = attention.head_dim
-    for name in ("sinks", "gate_bias"):
-        if getattr(attention, name, None) is not None:
-            found[f"{block}.{name}"] = 1
-    return found
+    of_heads = [name for name in ("sinks", "gate_bias") if getattr(attention, name, None) is not None]
+    return {**found, **{f"{block}.{name}": 1 for name in of_heads}}
 
 
 def under_base(model: nn.Module, name: str) -> str:
@@ -217,9 +215,6 @@ def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:
     the language models of Llama 3.2 Vision and Llama 4 with their heads.
     """
     for path in (under_base(model, name), f"text_model.{name}", f"vision_model.{name}", f"model.{name}"):
-        try:
-            layers = model.get_submodule(path)
-        except AttributeError:
-            continue
-        yield from ((f"{path}.{i}", module) for i, module in enumerate(layers))
-        return
+        if (layers := get(model, path)) is not None:
+            yield from ((f"{path}.{i}", module) for i, module in enumerate(layers))
+            return

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.files.reading import read_json
 from s2ft.files.streaming import StoredTensor, stored_tensors
+from s2ft.files.tables import by_key
 from s2ft.model.conversion import CannotStream, Group, loading_groups
 
 WEIGHTS = "model.safetensors"
@@ -147,9 +148,7 @@ class StoredWeights:
 
 def tied_names(model: nn.Module) -> list[list[str]]:
     """The names of every parameter and buffer that has several, first those by which the model owns it."""
-    names: dict[int, list[str]] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        names.setdefault(id(tensor), []).append(name)
+    names = by_key((id(tensor), name) for name, tensor in model.state_dict(keep_vars=True).items())
     return [found for found in names.values() if len(found) > 1]
 
 

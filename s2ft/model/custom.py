@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 
+from s2ft.config import check_whole
+from s2ft.files.tables import by_key
 from s2ft.model.coupling import PROJECTIONS, Coupling, Projection, Vector, projections_of
 
 OPTIONAL = ("stride", "size", "expert")  # fields that may be None
@@ -33,7 +35,7 @@ def checked_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
 
 def _check_apart(couplings: list[Coupling]) -> None:
     """Check that a weight has its units on one side, each element in one unit, and that names differ."""
-    names, by_weight = set(), {}
+    names: set[str] = set()
     for projection in projections_of(couplings):
         if projection.name in names:
             raise ValueError(
@@ -41,7 +43,7 @@ def _check_apart(couplings: list[Coupling]) -> None:
                 "on one side only, so it can be in one coupling"
             )
         names.add(projection.name)
-        by_weight.setdefault(projection.weight_key, []).append(projection)
+    by_weight = by_key((projection.weight_key, projection) for projection in projections_of(couplings))
     for (path, _), projections in by_weight.items():
         if len({(projection.dim, projection.size, projection.transposed) for projection in projections}) > 1:
             raise ValueError(
@@ -116,10 +118,7 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
 
 
 def _check_numbers(thing: Any, where: str, of: str, **least: int) -> None:
-    """Raise ValueError unless each of these fields is an integer of at least the number given, or None if it may be."""
+    """Raise ValueError unless each of these fields is a whole number of at least so much, or None if it may be."""
     for name, lowest in least.items():
-        value = getattr(thing, name)
-        if value is None and name in OPTIONAL:
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < lowest:
-            raise ValueError(f"{where}: {name}{of} must be an integer of at least {lowest}, got {value!r}")
+        if getattr(thing, name) is not None or name not in OPTIONAL:
+            check_whole(f"{where}: {name}{of}", getattr(thing, name), lowest)

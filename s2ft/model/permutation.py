@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import gathered_parameter, is_dtensor, is_partitioned, own_shard, stays_in_blocks, sum_over_shards
+from s2ft.files.tables import by_key
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.weights import find, tensors_of, weight_at
 from s2ft.ops import permute_
@@ -152,9 +153,7 @@ def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Itera
         coupling: The coupling.
         order: Order of its units [count] int64; position i gets unit order[i].
     """
-    by_weight: dict[tuple, list[Projection]] = {}
-    for projection in coupling.projections:
-        by_weight.setdefault((projection.weight_key, projection.dim), []).append(projection)
+    by_weight = by_key(((projection.weight_key, projection.dim), projection) for projection in coupling.projections)
     for projections in by_weight.values():
         first, elements = projections[0], element_order(projections, order)
         handle = weight_at(model, first)

@@ -145,9 +145,11 @@ def _is_outside(coupling: Coupling, modules: Sequence[str]) -> bool:
 
 
 def _is_free(path: str, modules: Sequence[str]) -> bool:
-    """Whether a path is in none of the modules, which are given by their paths or by the last parts of them."""
-    above = [path[:end] for end, character in enumerate(path) if character == "."] + [path]
-    return not any(one == module or one.endswith(f".{module}") for module in modules for one in above)
+    """Whether a path is in none of the modules, which are given by their paths or by the last parts of them.
+
+    The dots around both let whole parts of a path match only.
+    """
+    return not any(f".{module}." in f".{path}." for module in modules)
 
 
 def _declaration(model: nn.Module) -> Declaration | None:

@@ -16,7 +16,7 @@ from s2ft.model.weights import can_run, have_numbers
 from s2ft.selection.allowed import allowed_units, allowed_without_protected, named_units, with_protect_ratio
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import ALLOCATIONS, requested_layers, requested_projections, units_per_projection
-from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
+from s2ft.selection.metric import Request, check_finite, shared_by_producers
 from s2ft.selection.metrics import METRICS
 from s2ft.selection.selection import Selection
 
@@ -97,7 +97,12 @@ def _select(
     request = Request([coupling for coupling in couplings if coupling.layer in layers], config, model)
     allowed = allowed_units(couplings, requested, config.exclude)
     if protect is not None:
-        allowed = _without_protected(request, allowed, protect)
+        if model is None:
+            raise ValueError("protect needs the model: it runs on the protect data")
+        has_ratios = config.budget is None and config.match_lora_rank is None
+        budget = units_per_projection(request.couplings, config) if has_ratios else None
+        data = Calibration(protect, next(model.parameters()).device, "protect")
+        allowed = allowed_without_protected(replace(request, calibration=data), allowed, budget)
     free = {path: int(units.sum()) for path, units in allowed.items()}
     budget = units_per_projection(couplings, config, model, free)
     if metric.calibrated:
@@ -108,14 +113,3 @@ def _select(
     return Selection(
         ALLOCATIONS[config.allocation](request, shared_by_producers(request, scores), budget, allowed, smallest)
     )
-
-
-def _without_protected(request: Request, allowed: Units, protect: Any) -> Units:
-    """Return which units may be chosen without those that the protect data need."""
-    config, model = request.config, request.model
-    if model is None:
-        raise ValueError("protect needs the model: it runs on the protect data")
-    has_ratios = config.budget is None and config.match_lora_rank is None
-    budget = units_per_projection(request.couplings, config) if has_ratios else None
-    data = Calibration(protect, next(model.parameters()).device, "protect")
-    return allowed_without_protected(replace(request, calibration=data), allowed, budget)

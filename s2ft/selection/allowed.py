@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from s2ft.config import PROTECTED, S2FTConfig
+from s2ft.files.tables import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.selection.budget import best_first, check_enough
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
@@ -104,10 +105,10 @@ def allowed_without_protected(request: Request, allowed: Units, budget: dict[str
     """
     protected = {p.name: int(request.config.protect_ratio * p.count + 1e-9) for p in request.projections}
     if budget is not None:  # whichever units are protected, enough must be left
-        groups: dict[str, list[Projection]] = {}
-        for projection in request.projections:
-            name = projection.name if request.config.allocation == "uniform" else projection.key
-            groups.setdefault(name, []).append(projection)
+        uniform = request.config.allocation == "uniform"
+        groups = by_key(
+            (projection.name if uniform else projection.key, projection) for projection in request.projections
+        )
         for projections in groups.values():
             left = sum(min(int(allowed[p.name].sum()), p.count - protected[p.name]) for p in projections)
             check_enough(projections, sum(budget[p.name] for p in projections), left, request.config)

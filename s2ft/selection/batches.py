@@ -183,7 +183,13 @@ def _checked(batch: Any, where: str, model: nn.Module) -> Batch:
             f"the decoder of {type(model).__name__} (it has {', '.join(map(str, named))})"
         )
     for name, expected, reference in _expected_shapes(named, len(named[main]), model):
-        _check_shape(named, name, expected, reference, where)
+        value, shape = named.get(name), _shape(named.get(name))
+        if value is not None and (not isinstance(value, Tensor) or shape[: len(expected)] != expected):
+            form = f"{expected}" if len(expected) > 1 else f"({expected[0]}, ...)"
+            raise ValueError(
+                f"{where}: {name} must have shape {form} to fit {reference} {_shape(named[reference])}, "
+                f"got {shape if isinstance(value, Tensor) else type(value).__name__}"
+            )
     return Batch(len(named[main]), named)
 
 
@@ -236,16 +242,6 @@ def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iter
         labels = (size, kept if isinstance(kept, int) and kept else ids.shape[1]), main
     yield "attention_mask", *(((size,), main) if ids is None else (tuple(ids.shape), "input_ids"))
     yield "labels", *labels
-
-
-def _check_shape(named: dict[str, Any], name: str, expected: tuple, reference: str, where: str) -> None:
-    value = named.get(name)
-    if value is not None and (not isinstance(value, Tensor) or _shape(value)[: len(expected)] != expected):
-        form = f"{expected}" if len(expected) > 1 else f"({expected[0]}, ...)"
-        raise ValueError(
-            f"{where}: {name} must have shape {form} to fit {reference} {_shape(named[reference])}, "
-            f"got {_shape(value) if isinstance(value, Tensor) else type(value).__name__}"
-        )
 
 
 def _shape(value: Any) -> tuple:

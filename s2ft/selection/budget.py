@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import PROJECTIONS, S2FTConfig
+from s2ft.files.tables import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.weights import weight_at
 from s2ft.selection.metric import Allocation, Request, Units
@@ -50,7 +51,13 @@ def units_per_projection(
             f"from{taken}: lower it, or request more projections"
         )
     units = _aligned(share_out(total, shares, free, costs), config.align)
-    _check_none_is_empty(config, requested, units, costs, what)
+    for p in requested:  # with allocation "global", one layer of each kind is enough
+        alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
+        if not any(units[other.name] for other in alike):
+            raise ValueError(
+                f"{what} is too small: it leaves {p.name} no unit, and a unit of it has {costs[p.name]:,} "
+                f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections"
+            )
     return units
 
 
@@ -194,19 +201,6 @@ def _scale(total: int, shares: dict[str, float], free: dict[str, int], costs: di
     return low
 
 
-def _check_none_is_empty(
-    config: S2FTConfig, requested: list[Projection], units: dict[str, int], costs: dict[str, int], what: str
-) -> None:
-    """Check that every projection of every layer gets a unit. With allocation "global", one layer is enough."""
-    for p in requested:
-        alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
-        if not any(units[other.name] for other in alike):
-            raise ValueError(
-                f"{what} is too small: it leaves {p.name} no unit, and a unit of it has {costs[p.name]:,} "
-                f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections"
-            )
-
-
 # ---- which units: an allocation is a row here and in s2ft/config.py ----------------------------------------
 
 
@@ -247,10 +241,7 @@ def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed
     are chosen in the order of their layers, then of their numbers.
     """
     chosen: Units = {}
-    groups: dict[str, list[Projection]] = {}
-    for projection in request.projections:
-        groups.setdefault(projection.key, []).append(projection)
-    for projections in groups.values():
+    for projections in by_key((projection.key, projection) for projection in request.projections).values():
         check_enough(
             projections,
             sum(budget[p.name] for p in projections),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig
+from s2ft.files.tables import by_key
 from s2ft.layers.split import Split
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.selection.batches import Calibration
@@ -32,10 +33,7 @@ class Request:
 
     def by_path(self) -> dict[str, list[Projection]]:
         """The projections by the path of their weight, which several may share."""
-        found: dict[str, list[Projection]] = {}
-        for projection in self.projections:
-            found.setdefault(projection.path, []).append(projection)
-        return found
+        return by_key((projection.path, projection) for projection in self.projections)
 
 
 @dataclass(frozen=True)
@@ -97,10 +95,7 @@ def shared_by_producers(request: Request, scores: Units) -> Units:
     """
     shared = dict(scores)
     for coupling in request.couplings:
-        groups: dict[int, list[str]] = {}
-        for producer in coupling.producers:
-            if producer.name in scores:
-                groups.setdefault(producer.count, []).append(producer.name)
+        groups = by_key((producer.count, producer.name) for producer in coupling.producers if producer.name in scores)
         for paths in groups.values():
             together = torch.stack([scores[path] for path in paths]).square().sum(0).sqrt()
             shared.update((path, together) for path in paths)

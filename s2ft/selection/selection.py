@@ -13,7 +13,7 @@ from torch import Tensor
 
 from s2ft.files.adapter_folder import own_folder, read_folder
 from s2ft.files.reading import MAX_CONFIG, parse_json, read_bytes
-from s2ft.files.tables import table
+from s2ft.files.tables import by_key, table
 from s2ft.files.writing import replace_file
 from s2ft.model.coupling import PROJECTIONS
 
@@ -81,9 +81,7 @@ class Selection:
         return hashlib.sha256(json.dumps(self.to_dict()).encode()).hexdigest()
 
     def __str__(self) -> str:
-        groups: dict[str, list[int]] = {}
-        for path, units in self.units.items():
-            groups.setdefault(_label(path), []).append(units.numel())
+        groups = by_key((_label(path), units.numel()) for path, units in self.units.items())
         head = ("projection", "layers", "units per layer", "units")
         rows = [(name, str(len(sizes)), span(sizes), f"{sum(sizes):,}") for name, sizes in groups.items()]
         return table([head, *rows], right={1, 2, 3})

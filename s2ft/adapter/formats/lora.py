@@ -35,6 +35,7 @@ from s2ft.files.reading import (
     read_tensors,
     shortened,
 )
+from s2ft.files.tables import by_key
 from s2ft.files.writing import replace_file
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -280,9 +281,7 @@ def read(
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     record = _record(model, folder, couplings)
-    projections: dict[str, list[Projection]] = {}  # by module
-    for projection in projections_of(record.couplings):
-        projections.setdefault(projection.path, []).append(projection)
+    projections = by_key((projection.path, projection) for projection in projections_of(record.couplings))
     deltas, units = {}, {}
     for path in sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}):
         if path not in projections or projections[path][0].expert is not None:

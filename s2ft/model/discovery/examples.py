@@ -189,18 +189,25 @@ def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
             yield from itertools.islice(_with_text(inputs, media), MOST_GUESSES)
     for one in (*images, *sounds):
         yield from _decoded(inputs, one.values)
-    plain = inputs.tokens()
     for length in (LENGTH, 64, 8):
-        for values in _text_variants(inputs, plain if length == LENGTH else inputs.tokens(length)):
+        tokens = inputs.tokens(length)
+        masked = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+        boxes = {**masked, "bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64)}
+        for values in (
+            masked,
+            {"input_ids": tokens},
+            boxes,
+            {**masked, "qformer_input_ids": tokens},
+            {"inputs": tokens},
+        ):
             yield from _decoded(inputs, values)
     yield from _codebooks(inputs)
 
 
-def _decoded(inputs: _Inputs, values: Media) -> Iterator[Media]:
+def _decoded(inputs: _Inputs, values: Media) -> list[Media]:
     """With inputs of the decoder if there is one, and without."""
-    if "decoder_input_ids" in inputs.takes:
-        yield {**values, "decoder_input_ids": inputs.tokens(8)}
-    yield dict(values)
+    takes = "decoder_input_ids" in inputs.takes
+    return [{**values, "decoder_input_ids": inputs.tokens(8)}, values] if takes else [values]
 
 
 def _codebooks(inputs: _Inputs) -> Iterator[Media]:
@@ -213,16 +220,6 @@ def _codebooks(inputs: _Inputs) -> Iterator[Media]:
         yield {"input_ids": tokens}
         yield {"input_ids": inputs.tokens(), "decoder_input_ids": tokens}
     yield {"input_ids": torch.cat([inputs.tokens(8) for _ in range(count)])}
-
-
-def _text_variants(inputs: _Inputs, tokens: Tensor) -> Iterator[Media]:
-    """Tokens alone, and with the arguments that some models ask for."""
-    mask = torch.ones_like(tokens)
-    yield {"input_ids": tokens, "attention_mask": mask}
-    yield {"input_ids": tokens}
-    yield {"input_ids": tokens, "attention_mask": mask, "bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64)}
-    yield {"input_ids": tokens, "attention_mask": mask, "qformer_input_ids": tokens}
-    yield {"inputs": tokens}
 
 
 # ---- images and sound -------------------------------------------------------------------------------------
@@ -434,10 +431,8 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
         for shape in ((bins, steps), (steps, bins), (steps, 2 * bins), (steps, 4 * bins)):
             ones = torch.ones(ROWS, steps, dtype=torch.int64)
             masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), ones)
-            if "input_ids" not in inputs.takes:
-                yield {"input_features": inputs.normal(ROWS, *shape), "attention_mask": ones, **masks}
-            yield {"input_features": inputs.normal(ROWS, *shape), **masks}
-            yield {"input_features": inputs.normal(ROWS, *shape)}
+            alone = [] if "input_ids" in inputs.takes else [{"attention_mask": ones, **masks}]
+            yield from ({"input_features": inputs.normal(ROWS, *shape), **more} for more in (*alone, masks, {}))
     strides = _first(audio, ("conv_stride",), whole=False)
     samples = FRAMES * (math.prod(strides) if isinstance(strides, (list, tuple)) else 320)
     for shape in ((samples,), (1, samples)):

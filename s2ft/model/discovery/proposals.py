@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from s2ft.distributed import full_shape
+from s2ft.files.tables import by_key
 from s2ft.layers import forward_of
 from s2ft.model.builders import get
 from s2ft.model.coupling import Coupling, Projection, Vector
@@ -62,9 +63,7 @@ def vector_choices(
         roots: Paths of the modules whose vectors may move.
         coupling: The coupling without vectors.
     """
-    by_owner: dict[str, list[Vector]] = {}
-    for vector in _vector_candidates(structure, roots, coupling):
-        by_owner.setdefault(parent_of(vector.path), []).append(vector)
+    by_owner = by_key((parent_of(vector.path), vector) for vector in _vector_candidates(structure, roots, coupling))
     owners = list(by_owner)
     sizes = range(len(owners) + 1) if len(owners) <= MOST else (0, len(owners))
     for chosen in chain.from_iterable(combinations(owners, size) for size in sizes):
@@ -171,8 +170,8 @@ def _attention_proposals(
 ) -> Iterator[Proposal]:
     """Readings of layers that compute queries, keys and values: three, or q and kv, or one for all, in this order."""
     kind = "cross-attention" if CROSS.search(paths[0]) else "attention"
-    number, name, width = structure.layer_number(out), structure.pattern(out), structure.inputs(out)
-    sizes = [structure.outputs(path) for path in paths]
+    number, name, width = structure.layer_number(out), structure.pattern(out), structure.inputs[out]
+    sizes = [structure.outputs[path] for path in paths]
     for source, heads in _head_counts(structure, root, around, width):
         if heads < 1 or width % heads:
             continue
@@ -281,8 +280,8 @@ def _with_gates(
     for path in structure.inside(around):
         name, owner = name_and_owner(path)
         near = owner in (root, around) and path not in paths and path != bare.consumer.path
-        if near and OUTPUT_GATE.search(name) and structure.outputs(path) in (count, width):
-            gate = Projection("q", path, count, structure.outputs(path) // count, 0)
+        if near and OUTPUT_GATE.search(name) and structure.outputs[path] in (count, width):
+            gate = Projection("q", path, count, structure.outputs[path] // count, 0)
             yield f", gate {structure.pattern(path)}", replace(bare, producers=(*bare.producers, gate))
 
 
@@ -407,18 +406,18 @@ def _find_ups(structure: Structure, down: str) -> tuple[str, list[str]] | None:
             and structure.is_called(path) == structure.is_called(down)
             and may_be_coupled(structure, path)
         ]
-        channels, width = structure.inputs(down), structure.outputs(down)
+        channels, width = structure.inputs[down], structure.outputs[down]
         for count in (channels, 2 * channels):
             for fits in (True, False):  # layers whose inputs have the size of down's outputs come first
-                ups = [p for p in near if structure.outputs(p) == count and (structure.inputs(p) == width or not fits)]
+                ups = [p for p in near if structure.outputs[p] == count and (structure.inputs[p] == width or not fits)]
                 if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
                     ups.sort(key=structure.place.get)
-                    return around, [p for p in ups if structure.inputs(p) == structure.inputs(ups[-1])][-2:]
+                    return around, [p for p in ups if structure.inputs[p] == structure.inputs[ups[-1]]][-2:]
     return None
 
 
 def _ffn_proposals(structure: Structure, around: str, ups: list[str], down: str) -> Iterator[Proposal]:
-    channels = structure.inputs(down)
+    channels = structure.inputs[down]
     kind = "shared-expert" if SHARED.search(down) else "experts" if ".experts." in down else "ffn"
     consumer = Projection("d", down, channels, 1, 1)
     for word, producers in _sides(structure, around, ups, channels):
@@ -431,7 +430,7 @@ def _sides(
     structure: Structure, around: str, ups: list[str], channels: int
 ) -> Iterator[tuple[str, tuple[Projection, ...]]]:
     """The producers that the layers may be, with words for them: up and gate, one layer with both, or a single one."""
-    if structure.outputs(ups[-1]) == 2 * channels:
+    if structure.outputs[ups[-1]] == 2 * channels:
         for path in reversed(ups):
             name, gate = structure.pattern(path), Projection("g", path, channels, 1, 0, size=2 * channels)
             in_turn = replace(gate, stride=2)

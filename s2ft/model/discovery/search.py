@@ -4,6 +4,7 @@ Couplings are proposed from the names and sizes of the model's layers, and tried
 trials confirm can move; what they don't is trained in place, or one layer by itself.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -13,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from s2ft.distributed import full_shape
-from s2ft.files.tables import table
-from s2ft.model.coupling import Coupling
+from s2ft.files.tables import by_key, table
+from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.discovery.examples import check_example, example_of, runnable_example
 from s2ft.model.discovery.proposals import (
     Block,
@@ -69,11 +70,9 @@ class Discovery:
 
     def __str__(self) -> str:
         """The summary, under the rows: weights that differ in numbers only, with the same status, are one row."""
-        grouped: dict[tuple[str, str, str], list[str]] = {}
-        for row in self.weights:
-            name = ".".join("*" if part.isdigit() else part for part in row.path.split("."))
-            grouped.setdefault((name, row.status, row.reason), []).append(row.path)
-        lines = [(name, str(len(paths)), status, why) for (name, status, why), paths in grouped.items()]
+        names = (".".join("*" if part.isdigit() else part for part in row.path.split(".")) for row in self.weights)
+        alike = Counter((name, row.status, row.reason) for name, row in zip(names, self.weights))
+        lines = [(name, str(count), status, why) for (name, status, why), count in alike.items()]
         return "\n".join([*table([("weight", "number", "status", "why"), *lines]).splitlines(), self.summary])
 
     @property
@@ -150,9 +149,7 @@ def _settled(trial: Trial, propose: Callable[[Structure], Iterator[Block]]) -> d
     """The outcomes of the twin's blocks by key. Layers of couplings are not proposed again, and those of others are."""
     structure, taken, outcomes = trial.structure, set(trial.structure.taken), {}
     while True:
-        blocks: dict[str, list[Block]] = {}
-        for block in propose(structure):
-            blocks.setdefault(block.key, []).append(block)
+        blocks = by_key((block.key, block) for block in propose(structure))
         found = {key: settle(trial, alike) for key, alike in blocks.items() if key not in outcomes}
         outcomes |= found
         refused = {key for key, outcome in found.items() if outcome.status is None}
@@ -160,10 +157,8 @@ def _settled(trial: Trial, propose: Callable[[Structure], Iterator[Block]]) -> d
             break
         structure.refused |= refused
         structure.taken = set(taken)
-    for key, alike in blocks.items():
-        for block in alike:
-            for coupling in outcomes[key].couplings(block):
-                structure.taken.update(projection.path for projection in coupling.projections)
+    right = [one for key, alike in blocks.items() for block in alike for one in outcomes[key].couplings(block)]
+    structure.taken.update(projection.path for projection in projections_of(right))
     return outcomes
 
 
@@ -240,11 +235,11 @@ class Findings:
     def add(self, block: Block, outcome: Outcome) -> None:
         """Add the couplings of a block, or remember why its layers are in none."""
         found = outcome.couplings(block)
-        paths = {projection.path for one in found for projection in one.projections}
+        paths = {projection.path for projection in projections_of(found)}
         past = next(filter(self.structure.is_read_past, sorted(paths)), None)
         if past is not None:
             outcome = Outcome(None, None, f"of its block, {past.rpartition('.')[2]} may be used without its layer")
-        used = {projection.path for one in self._couplings for projection in one.projections}
+        used = {projection.path for projection in projections_of(self._couplings)}
         if not found or past is not None or paths & used:
             for projection in block.proposals[0].couplings[0].projections:
                 self._why.setdefault(projection.path, outcome.reason)
@@ -285,7 +280,7 @@ class Findings:
         why = next((why for why, holds in obstacles.items() if holds), None)
         if why is not None:
             return WeightRow(path, "untouched", why)
-        coupling = Coupling.one_sided(structure.layer_number(path), path=path, count=structure.inputs(path))
+        coupling = Coupling.one_sided(structure.layer_number(path), path=path, count=structure.inputs[path])
         self._couplings.append(coupling)
         default = "it shares its units with no layer" if structure.is_called(path) else "not reached by the example"
         return WeightRow(path, "one-sided", self._why.get(path, default), coupling)

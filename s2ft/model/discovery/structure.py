@@ -11,6 +11,7 @@ from functools import cache, cached_property
 
 from torch import nn
 
+from s2ft.files.tables import by_key
 from s2ft.layers import kind_of
 from s2ft.model.towers import tower_of
 
@@ -47,11 +48,12 @@ def name_and_owner(path: str) -> tuple[str, str]:
 
 def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Paths of the weights that more than one of the modules holds, each with another path of the same weight."""
-    holders: dict[int, list[str]] = {}
-    for path, module in modules.items():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.dim() > 1:
-                holders.setdefault(id(parameter), []).append(path if name == "weight" else f"{path}.{name}")
+    holders = by_key(
+        (id(parameter), path if name == "weight" else f"{path}.{name}")
+        for path, module in modules.items()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() > 1
+    )
     return {path: paths[path == paths[0]] for paths in holders.values() if len(paths) > 1 for path in paths}
 
 
@@ -63,6 +65,8 @@ class Structure:
         layers: Every layer that S²FT can train, by path, in the model's order.
         shared: Weights that several modules hold, by the path of a layer or of a stack of experts, with another of
             their paths. They are not in `layers`: what is trained in one place would be merged into the other too.
+        outputs: The number of each layer's outputs, by path.
+        inputs: The number of each layer's inputs, by path.
         called: Call numbers of modules by pattern and by path, from a run of the twin; empty before a run.
         taken: Paths of the layers that are in a coupling already.
         refused: Keys of proposed blocks that are no coupling, so that their layers are free for others.
@@ -81,15 +85,9 @@ class Structure:
         self.taken: set[str] = set()
         self.refused: set[str] = set()
         self._found_digits: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-        self._sizes = {path: tuple(kind_of(module).shape(module)[:2]) for path, module in self.layers.items()}
-
-    def outputs(self, path: str) -> int:
-        """The number of a layer's outputs."""
-        return self._sizes[path][0]
-
-    def inputs(self, path: str) -> int:
-        """The number of a layer's inputs."""
-        return self._sizes[path][1]
+        shapes = {path: kind_of(module).shape(module) for path, module in self.layers.items()}
+        self.outputs = {path: shape[0] for path, shape in shapes.items()}
+        self.inputs = {path: shape[1] for path, shape in shapes.items()}
 
     def inside(self, root: str) -> list[str]:
         """The paths of the layers inside a module, in the model's order."""
@@ -173,10 +171,8 @@ class Structure:
     @cached_property
     def _first_numbers(self) -> dict[str, int]:
         """The number of the first block of each stack: encoder before decoder, language before other towers."""
-        stacks: dict[str, set[str]] = {}
-        for path in self.modules:
-            if block := self.block_of(path):
-                stacks.setdefault(self._stack_of(block), set()).add(block)
+        blocks = filter(None, map(self.block_of, self.modules))
+        stacks = by_key((self._stack_of(block), block) for block in dict.fromkeys(blocks))
         ordered = list(stacks)
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
             ordered.sort(key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language")

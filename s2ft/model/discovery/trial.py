@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from s2ft.files.tables import by_key
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.examples import run_example
 from s2ft.model.discovery.proposals import Block, Proposal
@@ -64,10 +65,11 @@ class Trial:
 
     def idle_side(self, shuffles: Sequence["Shuffle"]) -> str | None:
         """The key of a projection that can be moved alone without any change, so that :meth:`holds` proves nothing."""
-        sides: dict[tuple[str, str], list[Shuffle]] = {}
-        for shuffle in shuffles:
-            for projection, alone in shuffle.sides():
-                sides.setdefault((projection.key, self.structure.pattern(projection.path)), []).append(alone)
+        sides = by_key(
+            ((projection.key, self.structure.pattern(projection.path)), alone)
+            for shuffle in shuffles
+            for projection, alone in shuffle.sides()
+        )
         for (key, _), alone in sides.items():
             if not self._differs(self._run_moved(alone, "next"), self._places(shuffles)):
                 return key
@@ -276,10 +278,8 @@ class Outcome:
 
     def couplings(self, block: Block) -> tuple[Coupling, ...]:
         """The couplings of a block with this outcome; none if the block can't be read in the same way."""
-        proposal = block.of(self.label) if self.status and self.label else None
-        if proposal is None:
-            return ()
-        return tuple(replace(one, fixed=self.status == "in place") for one in proposal.couplings)
+        proposal = block.of(self.label) if self.status else None
+        return tuple(replace(one, fixed=self.status == "in place") for one in (proposal.couplings if proposal else ()))
 
 
 def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:

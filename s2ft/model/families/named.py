@@ -116,17 +116,7 @@ PROJECTED = ("q_proj", "k_proj", "v_proj", "projection_layer")
 QKV = ("qkv", "proj")
 QWEN2 = Names(("blocks",), "mlp.fc1", "mlp.fc2", attention="attn", layers=QKV)
 QWEN2_5 = replace(QWEN2, up="mlp.up_proj", down="mlp.down_proj", gate="mlp.gate_proj")
-QWEN3 = replace(QWEN2, up="mlp.linear_fc1", down="mlp.linear_fc2")
 LLAMA4 = replace(CLIP_LIKE, stacks=("model.layers",), layers=QKVO)
-PIXTRAL = Names(
-    ("transformer.layers",),
-    "feed_forward.up_proj",
-    "feed_forward.down_proj",
-    gate="feed_forward.gate_proj",
-    attention="attention",
-    layers=QKVO,
-)
-MOONVIT = Names(("layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("q_proj", "k_proj", "v_proj", "proj"))
 INTERNVL = Names(
     ("encoder.layer",),
     "mlp.fc1",
@@ -134,25 +124,6 @@ INTERNVL = Names(
     attention="attention",
     layers=PROJECTED,
     moves=("q_norm.weight", "k_norm.weight"),
-)
-GEMMA4 = Names(  # a module that clips inputs and outputs is around each layer
-    ("encoder.layers",),
-    "mlp.up_proj.linear",
-    "mlp.down_proj.linear",
-    gate="mlp.gate_proj.linear",
-    layers=tuple(f"{name}.linear" for name in QKVO),
-)
-OVIS2 = Names(
-    ("transformer.encoder.layers",), "ffn.up_proj", "ffn.down_proj", gate="ffn.gate_proj", attention="attention"
-)
-
-QFORMER = Names(  # its FFN for the queries; the one for text gets no gradient in the last layer
-    ("encoder.layer",),
-    "intermediate_query.dense",
-    "output_query.dense",
-    attention="attention",
-    layers=("attention.query", "attention.key", "attention.value", "output.dense"),
-    cross="crossattention",
 )
 
 NAMES: dict[tuple[str, ...], Names] = {
@@ -287,28 +258,54 @@ NAMES: dict[tuple[str, ...], Names] = {
         "video_llama_3_vision",
     ): CLIP_LIKE,
     ("exaone4_5_vision", "glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision", "qwen2_5_vl_vision"): QWEN2_5,
-    ("gemma4_vision",): GEMMA4,
+    ("gemma4_vision",): Names(  # a module that clips inputs and outputs is around each layer
+        ("encoder.layers",),
+        "mlp.up_proj.linear",
+        "mlp.down_proj.linear",
+        gate="mlp.gate_proj.linear",
+        layers=tuple(f"{name}.linear" for name in QKVO),
+    ),
     ("got_ocr2_vision", "pp_chart2table_vision"): Names(
         ("layers",), "mlp.lin1", "mlp.lin2", attention="attn", layers=QKV
     ),
     ("internvl_vision",): INTERNVL,
     ("janus_vision_model",): replace(CLIP_LIKE, layers=PROJECTED),
-    ("kimi_k25_vision",): MOONVIT,
+    ("kimi_k25_vision",): Names(
+        ("layers",), "mlp.fc1", "mlp.fc2", attention="attn", layers=("q_proj", "k_proj", "v_proj", "proj")
+    ),
     ("llama4_vision_model",): LLAMA4,
     ("mllama_vision_model",): replace(LLAMA4, stacks=("transformer.layers", "global_transformer.layers")),
-    ("ovis2_vision",): OVIS2,
+    ("ovis2_vision",): Names(
+        ("transformer.encoder.layers",), "ffn.up_proj", "ffn.down_proj", gate="ffn.gate_proj", attention="attention"
+    ),
     ("paddleocr_vl_vision",): replace(CLIP_LIKE, stacks=("vision_model.encoder.layers",)),
-    ("pixtral",): PIXTRAL,
+    ("pixtral",): Names(
+        ("transformer.layers",),
+        "feed_forward.up_proj",
+        "feed_forward.down_proj",
+        gate="feed_forward.gate_proj",
+        attention="attention",
+        layers=QKVO,
+    ),
     ("qianfan_ocr_vision",): replace(INTERNVL, stacks=("layers",)),
     ("qwen2_5_omni_vision_encoder",): replace(QWEN2_5, layers=("q", "k", "v", "proj")),
     ("qwen2_vl_vision",): QWEN2,
-    ("qwen3_5_moe_vision", "qwen3_5_vision", "qwen3_vl_moe_vision", "qwen3_vl_vision"): QWEN3,
+    ("qwen3_5_moe_vision", "qwen3_5_vision", "qwen3_vl_moe_vision", "qwen3_vl_vision"): replace(
+        QWEN2, up="mlp.linear_fc1", down="mlp.linear_fc2"
+    ),
     # audio encoders
     ("audioflamingo3_encoder", "qwen2_5_omni_audio_encoder", "qwen2_audio_encoder", "voxtral_encoder"): Names(
         ("layers",), "fc1", "fc2"
     ),
     # between a tower and the language model
-    ("blip_2_qformer", "instructblip_qformer"): QFORMER,
+    ("blip_2_qformer", "instructblip_qformer"): Names(  # the FFN for text gets no gradient in the last layer
+        ("encoder.layer",),
+        "intermediate_query.dense",
+        "output_query.dense",
+        attention="attention",
+        layers=("attention.query", "attention.key", "attention.value", "output.dense"),
+        cross="crossattention",
+    ),
     ("idefics2_perceiver",): Names(("layers",), "mlp.up_proj", "mlp.down_proj", gate="mlp.gate_proj", layers=QKVO),
 }
 # Types with stacks of several structures
@@ -345,11 +342,11 @@ MODEL_TYPES = tuple(BY_TYPE)
 
 
 # model type → path and layers (up, down, gate) of the FFNs outside the blocks; * stands for every module of a list
-MLP = ("merger", ("mlp.0", "mlp.2"))
 LINEAR_FC = ("linear_fc1", "linear_fc2")
 MERGERS: dict[str, tuple[tuple[str, tuple[str, ...]], ...]] = {
     **dict.fromkeys(
-        ("exaone4_5_vision", "qwen2_5_omni_vision_encoder", "qwen2_5_vl_vision", "qwen2_vl_vision"), (MLP,)
+        ("exaone4_5_vision", "qwen2_5_omni_vision_encoder", "qwen2_5_vl_vision", "qwen2_vl_vision"),
+        (("merger", ("mlp.0", "mlp.2")),),
     ),
     **dict.fromkeys(("glm4v_moe_vision", "glm4v_vision", "glm_ocr_vision"), (("merger", GATED),)),
     **dict.fromkeys(("qwen3_5_moe_vision", "qwen3_5_vision"), (("merger", LINEAR_FC),)),
@@ -386,11 +383,9 @@ def ffn_of(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kind
 def modules_of(model: nn.Module, path: str) -> Iterator[str]:
     """Iterate over the path in the base model, if it has that module; of ``list.*`` over the modules of the list."""
     found = under_base(model, path.removesuffix(".*"))
-    try:
-        module = model.get_submodule(found)
-    except AttributeError:
-        return
-    yield from (f"{found}.{i}" for i in range(len(module))) if path.endswith(".*") else (found,)
+    module = get(model, found)
+    if module is not None:
+        yield from (f"{found}.{i}" for i in range(len(module))) if path.endswith(".*") else (found,)
 
 
 def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
