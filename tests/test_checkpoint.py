@@ -106,7 +106,7 @@ def test_a_model_of_your_own_is_read_by_the_names_of_its_weights(tmp_path):
     net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     places = lay_out(tmp_path / "model.safetensors", net.state_dict())
     for name, tensor in net.state_dict().items():
-        places[name].write(tensor)
+        places[name].write([tensor])
     with torch.device("meta"):
         hollow = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
     options = dict(couplings=[Coupling.ffn(0, up="0", down="2", channels=32)])

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -172,13 +173,12 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
         }
     )
     extra_weights = _extra_of_sum(parts)
-    modules = [name for adapter, _ in parts for name in adapter.config.modules_to_save or ()]
     config = S2FTConfig(
         units=selection,
         layout=first.config.layout,
         delta_dtype=first.config.delta_dtype,
         ffn_kernel=first.config.ffn_kernel,
-        modules_to_save=modules or None,
+        modules_to_save=[name for adapter, _ in parts for name in adapter.config.modules_to_save or ()] or None,
     )
     prompts = [{"prompt": adapter.info["prompt"]} for adapter, _ in parts if "prompt" in adapter.info]
     info = {
@@ -186,8 +186,17 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
         **(prompts[0] if prompts else {}),
         "sum_of": [[adapter.name, float(weight)] for adapter, weight in parts],
     }
-    structure = union([adapter.structure for adapter, _ in parts])
-    return Adapter(name, config, selection, first.fingerprint, deltas, info, first.couplings, extra_weights, structure)
+    return Adapter(
+        name,
+        config,
+        selection,
+        first.fingerprint,
+        deltas,
+        info,
+        first.couplings,
+        extra_weights,
+        union([adapter.structure for adapter, _ in parts]),
+    )
 
 
 def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
@@ -222,9 +231,8 @@ def sum_deltas(parts: list[tuple[Delta, float]]) -> Delta:
     if len(parts) == 1 and parts[0][1] == 1:
         delta = parts[0][0]
         return Delta(delta.dim, delta.index.clone(), delta.values.clone())
-    dim, wide = parts[0][0].dim, torch.float32
-    for delta, _ in parts:
-        wide = torch.promote_types(wide, delta.values.dtype)
+    dim = parts[0][0].dim
+    wide = reduce(torch.promote_types, (delta.values.dtype for delta, _ in parts), torch.float32)
     index = torch.cat([delta.index for delta, _ in parts]).unique()
     shape = list(parts[0][0].values.shape)
     shape[dim] = index.numel()
@@ -331,8 +339,8 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
                 f"outside the weight's 0..{size - 1}"
             )
-    known_base = record.fingerprint is not None  # else the weights are compared when they arrive
-    other_base = difference(record.fingerprint, adapter.fingerprint) if known_base else ""
+    # without a fingerprint the weights are compared when they arrive
+    other_base = difference(record.fingerprint, adapter.fingerprint) if record.fingerprint is not None else ""
     if other_base:
         raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
     extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)

@@ -91,12 +91,11 @@ class Source:
         """
         if self.name is not None:
             return {} if self.folders() else {str(self.folder): why_skipped(self.folder)}
-        others = [
-            entry
+        return {
+            str(entry): why_skipped(entry)
             for entry in sorted(self.folder.iterdir())
             if entry.is_dir() and not entry.name.startswith(".") and entry.name not in found
-        ]
-        return {str(entry): why_skipped(entry) for entry in others}
+        }
 
 
 def source_of(text: str) -> Source:
@@ -132,13 +131,9 @@ def source_of(text: str) -> Source:
         )
     if name:
         check_adapter_name(name, f"adapters: {text}")
-    return Source(folder, name or _own_name(folder)) if is_one else Source(folder)
-
-
-def _own_name(folder: Path) -> str:
-    """The name of a single adapter: that of its folder, or of the run that it is the adapter of."""
-    folder = folder.resolve()
-    return folder.parent.name if folder.name == ADAPTER and is_run(folder.parent) else folder.name
+    place = folder.resolve()
+    of_run = place.name == ADAPTER and is_run(place.parent)  # an adapter has the name of its folder, or of its run
+    return Source(folder, name or (place.parent if of_run else place).name) if is_one else Source(folder)
 
 
 def why_skipped(folder: Path) -> str:

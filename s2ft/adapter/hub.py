@@ -64,9 +64,7 @@ def card_of(adapter: Adapter) -> str:
 
     base, training = _on_hub(adapter.info.get("base_model")), adapter.info.get("training") or {}
     data = [name for name in training.get("data") or () if _on_hub(name)]
-    metadata: dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"]}
-    metadata |= {"base_model": base} if base else {}
-    metadata |= {"datasets": data} if data else {}
+    metadata = {"library_name": "s2ft", "tags": ["s2ft"], "base_model": base, "datasets": data}
     chosen = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units by name"
     whole = f" and {', '.join(adapter.extra_weights)} trained in full" if adapter.extra_weights else ""
     rows = {
@@ -80,7 +78,7 @@ def card_of(adapter: Adapter) -> str:
     return "\n".join(
         [
             "---",
-            ModelCardData(**metadata).to_yaml(),
+            ModelCardData(**{name: value for name, value in metadata.items() if value}).to_yaml(),
             "---",
             "",
             f"# {adapter.name}: an S²FT adapter",
@@ -183,8 +181,8 @@ def _upload(folder: Path, repo_id: str, revision, private, token, message: str) 
     if (folder / CARD).exists() and (folder / CARD).read_bytes() != card:  # A card that was written by hand.
         files[CARD] = (folder / CARD).read_bytes()
     api = HfApi(token=token)
-    made = api.create_repo(repo_id, private=private, exist_ok=True)
-    repo_id = getattr(made, "repo_id", repo_id)  # with the owner, if only a name was given
+    # with the owner, if only a name was given
+    repo_id = getattr(api.create_repo(repo_id, private=private, exist_ok=True), "repo_id", repo_id)
     if revision is not None:
         api.create_branch(repo_id, branch=revision, exist_ok=True)
     if CARD not in files and not api.file_exists(repo_id, CARD, revision=revision):

@@ -86,8 +86,7 @@ def export_lora(
         >>> from peft import PeftModel
         >>> peft_model = PeftModel.from_pretrained(s2ft.detach(model), "math-lora")
     """
-    record = attachment_of(model)
-    adapter = get_adapter(model, record.default_name if name is None else name)
+    adapter = get_adapter(model, attachment_of(model).default_name if name is None else name)
     lora.write(adapter, directory, model, rank=rank, rank_pattern=rank_pattern)
 
 

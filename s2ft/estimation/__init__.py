@@ -8,6 +8,7 @@ not depend on weights are real: token ids, masks, positions, and the experts of 
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -135,10 +136,7 @@ def estimate(
     one = Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, room, notes)
     if strategy is None:
         return one
-
-    def count(number: int) -> Estimate:
-        return on_devices(one, step.kept_divided, shadow, strategy, number)
-
+    count = partial(on_devices, one, step.kept_divided, shadow, strategy)
     return smallest(count, strategy) if devices is None else count(devices)
 
 

@@ -72,9 +72,9 @@ class Strategy:
         return self.name.startswith("tp")
 
     @property
-    def is_zero(self) -> bool:
-        """Whether it is DeepSpeed's ZeRO, of any stage."""
-        return self.name.startswith("zero")
+    def shards_weights(self) -> bool:
+        """Whether a device holds only a part of each weight."""
+        return self.name not in ("ddp", "zero1", "zero2")
 
 
 def strategy_of(value: Any) -> Strategy | None:
@@ -160,12 +160,12 @@ def _shard(part: MemoryPart, strategy: Strategy, shards: int) -> MemoryPart:
     """Divide the weights of a part, or only its gradients and states."""
     shards = 1 if strategy.name == "ddp" else shards
     gradients, states = part.gradients, part.optimizer
-    if strategy.is_zero and part.trained:
+    if strategy.name.startswith("zero") and part.trained:
         width = part.gradients // part.trained
         updates_in_place = strategy.name == "zero3" and width == FLOAT  # else the optimizer has a copy
         states = states * FLOAT // width + (0 if updates_in_place else FLOAT * part.trained)
         gradients = FLOAT * part.trained if strategy.name == "zero3" else gradients
-    weights = part.parameters if strategy.name in ("ddp", "zero1", "zero2") else part.parameters // shards
+    weights = part.parameters // shards if strategy.shards_weights else part.parameters
     return replace(part, parameters=weights, gradients=gradients // shards, optimizer=states // shards)
 
 
@@ -183,7 +183,7 @@ def _gathered(parts: list[MemoryPart], model: nn.Module, strategy: Strategy, sha
 
 def _buffers(one: Estimate, strategy: Strategy) -> int:
     """Return the bytes that are held for communication: DDP's buckets, ZeRO's reduction buffer."""
-    if strategy.is_zero:
+    if strategy.name.startswith("zero"):
         return strategy.reduce_bucket_size * max(part.gradients // part.trained for part in one.parts if part.trained)
     return one.gradients if strategy.name == "ddp" else 0
 

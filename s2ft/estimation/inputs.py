@@ -45,11 +45,6 @@ def with_cache(shadow: nn.Module, inputs: Any, use_cache: bool | None) -> Any:
     return {**inputs, "use_cache": use_cache} if takes and use_cache is not None else inputs
 
 
-def can_be_labelled(shadow: nn.Module, inputs: dict[str, Any]) -> bool:
-    """Return True if the model takes labels and the inputs have none."""
-    return "labels" in inspect.signature(shadow.forward).parameters and not any(name in inputs for name in LOSSES)
-
-
 def labelled(inputs: dict[str, Any], output: Any) -> dict[str, Any]:
     """Add labels to the inputs if the logits are classes of a row or of a token."""
     logits = getattr(output, "logits", None)
@@ -62,8 +57,7 @@ def labelled(inputs: dict[str, Any], output: Any) -> dict[str, Any]:
 
 def shape_of(inputs: Any) -> tuple[int, int | None]:
     """Return the batch size, and the length if there are tokens."""
-    positional = inputs if isinstance(inputs, (tuple, list)) else [inputs]
-    values = inputs.values() if isinstance(inputs, dict) else positional
+    values = inputs.values() if isinstance(inputs, dict) else inputs if isinstance(inputs, (tuple, list)) else [inputs]
     tensors = [value for value in values if isinstance(value, Tensor) and value.dim()]
     if not tensors:
         raise ValueError("example has no tensor whose first dim is the batch")

@@ -4,6 +4,7 @@ import re
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,27 +124,18 @@ def free_memory(device: torch.device) -> int | None:
     """Return the free bytes of a GPU, or of the host within its control group. None if they are not known."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] if torch.cuda.is_available() else None
-    return min((number for number in (_available_on_host(), _left_in_group()) if number is not None), default=None)
+    available = _number("/proc/meminfo", r"^MemAvailable:\s+(\d+) kB")
+    most, current = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
+    free = [] if available is None else [available * 1024]
+    if most is not None and current is not None:  # a control group of version 2; the cache of files counts as free
+        free.append(most - current + (_number("/sys/fs/cgroup/memory.stat", r"^inactive_file (\d+)$") or 0))
+    return min(free, default=None)
 
 
-def _available_on_host() -> int | None:
+def _number(file: str, pattern: str = r"^(\d+)$") -> int | None:
+    """Return the number in a file of the system; None if there is no such file, or no number in it."""
     try:
-        with open("/proc/meminfo") as file:
-            found = re.search(r"^MemAvailable:\s+(\d+) kB", file.read(), re.MULTILINE)
-        return int(found[1]) * 1024 if found else None
+        found = re.search(pattern, Path(file).read_text(), re.MULTILINE)
     except OSError:
         return None
-
-
-def _left_in_group() -> int | None:
-    """Return the bytes left in a control group of version 2. The cache of files counts as free."""
-    try:
-        with (
-            open("/sys/fs/cgroup/memory.max") as most,
-            open("/sys/fs/cgroup/memory.current") as current,
-            open("/sys/fs/cgroup/memory.stat") as stat,
-        ):
-            cached = re.search(r"^inactive_file (\d+)$", stat.read(), re.MULTILINE)
-            return int(most.read()) - int(current.read()) + (int(cached[1]) if cached else 0)
-    except (OSError, ValueError):  # there is no group, or it has no limit
-        return None
+    return int(found[1]) if found else None

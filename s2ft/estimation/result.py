@@ -167,22 +167,21 @@ class Estimate:
         ]
 
     def _verdict(self) -> str:
-        needed = self.peak - self.resident
         more = f" in addition to the {size(self.resident)} that are loaded" if self.resident else ""
         if self.free is None:
             return f"The free memory of {self.device} is not known."
         if self.fits:
             return f"{size(self.free)} are free on {self.device}: it fits."
         return (
-            f"It will not fit: {size(needed)} are needed{more}, and {size(self.free)} are free on {self.device}. "
-            "A smaller batch, shorter rows, gradient checkpointing, or weights in a smaller dtype need less."
+            f"It will not fit: {size(self.peak - self.resident)} are needed{more}, and {size(self.free)} are free on "
+            f"{self.device}. A smaller batch, shorter rows, gradient checkpointing, or weights in a smaller dtype need "
+            "less."
         )
 
     def __str__(self) -> str:
-        rows = [("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")]
-        rows += [(name, *_columns(part)) for name, part in _folded(self.parts)]
-        rows.append(("total", *_columns(self)))
-        text = table(rows, right=range(1, len(rows[0])))
+        head = ("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")
+        rows = [(name, *_columns(part)) for name, part in (*_folded(self.parts), ("total", self))]
+        text = table([head, *rows], right=range(1, len(head)))
         return "\n".join([text, self.summary(), *(f"note: {note}" for note in self.notes)])
 
 

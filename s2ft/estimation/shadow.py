@@ -49,13 +49,14 @@ def make_shadow(
         for name, tensor in (*module._parameters.items(), *module._buffers.items(), *vars(module).items()):
             if not isinstance(tensor, Tensor) or id(tensor) in memo:
                 continue
-            if quantized and name == "weight":
-                memo[id(tensor)] = _shared(tensor)
+            if quantized and name == "weight":  # a new parameter that shares the data
+                memo[id(tensor)] = nn.Parameter(tensor.detach(), requires_grad=False)
+                memo[id(tensor)].__dict__.update(vars(tensor))
             else:
                 memo[id(tensor)] = _hollow(f"{path}.{name}", tensor, wanted.get(id(tensor), tensor.dtype))
     shadow = copy.deepcopy(model, memo)
-    nothing = {"layers": {}}  # the fingerprint of no base: nothing is compared
-    record = Attachment(found.couplings, nothing, {}, is_custom=found.is_custom)
+    # with the fingerprint of no base, so that nothing is compared
+    record = Attachment(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
     allocation = config.allocation if config.selection == "random" else "uniform"
     plain = (
         config
@@ -80,13 +81,6 @@ def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
         )
     made = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="meta")
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
-
-
-def _shared(weight: Tensor) -> Tensor:
-    """Return a new parameter that shares the data of a quantized weight."""
-    made = nn.Parameter(weight.detach(), requires_grad=False)
-    made.__dict__.update(vars(weight))
-    return made
 
 
 def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, torch.dtype]:

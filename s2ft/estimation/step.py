@@ -1,5 +1,6 @@
 """One training step of a shadow model, the memory counted in it, and the optimizers that it knows by name."""
 
+import inspect
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from s2ft.attached.record import Attachment
 from s2ft.estimation.devices import with_parts
-from s2ft.estimation.inputs import can_be_labelled, labelled
+from s2ft.estimation.inputs import LOSSES, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
 from s2ft.estimation.result import MemoryPart
 from s2ft.layers import kind_of
@@ -115,7 +116,8 @@ class Step:
         self.within: list[tuple[str, bool]] = []  # modules whose forward is running, the innermost last
         self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
-        if not complete and can_be_labelled(shadow, inputs):
+        takes = inspect.signature(shadow.forward).parameters
+        if not complete and "labels" in takes and not any(name in inputs for name in LOSSES):
             with torch.no_grad(), self.memory, self.autocast():
                 output = self._guarded(partial(call, shadow, inputs))
             self.inputs = labelled(inputs, output)
@@ -244,8 +246,11 @@ class Step:
         for name, kept in self.kept.items():
             sums[name]["kept"] += kept
         sums[OUTSIDE] = sums.pop(OUTSIDE)  # last
-        parts = [MemoryPart(name, *(counted[column] for column in COLUMNS)) for name, counted in sums.items()]
-        return [part for part in parts if sums[part.name].total()]
+        return [
+            MemoryPart(name, *(counted[column] for column in COLUMNS))
+            for name, counted in sums.items()
+            if counted.total()
+        ]
 
 
 def _autocast(device: torch.device, dtype: torch.dtype | None) -> Callable:

@@ -147,25 +147,22 @@ def find_tools(folder: str | Path | None = None) -> Tools:
     """
     named = folder if folder is not None else os.environ.get(VARIABLE) or None
     if named is None:
-        return Tools(_on_path(CONVERTER), _on_path(QUANTIZER))
+        return Tools(_found(CONVERTER), _found(QUANTIZER))
     what = f"llama_cpp {named}" if folder is not None else f"{VARIABLE}={named}"
     root = Path(named).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{what} is no folder: name the folder of llama.cpp")
-    found = Tools(_below(root, CONVERTER), _below(root, QUANTIZER))
+    places = os.pathsep.join(str(root / place) for place in PLACES)
+    found = Tools(_found(CONVERTER, places), _found(QUANTIZER, places))
     if found == Tools(None, None):
         raise FileNotFoundError(f"{what} has neither {CONVERTER[0]} nor {QUANTIZER[0]} (nor build/bin/{QUANTIZER[0]})")
     return found
 
 
-def _on_path(names: tuple[str, ...]) -> Path | None:
-    found = next(filter(None, map(shutil.which, names)), None)
-    return Path(found) if found else None
-
-
-def _below(root: Path, names: tuple[str, ...]) -> Path | None:
-    files = (root / place / name for place in PLACES for name in names)
-    return next((file for file in files if file.is_file()), None)
+def _found(names: tuple[str, ...], places: str | None = None) -> Path | None:
+    """The first file with one of these names in the places, or on the PATH. A script may lack the right to be run."""
+    files = (shutil.which(name, os.F_OK, places) for name in names)
+    return next((Path(file) for file in files if file is not None), None)
 
 
 def _run(command: list[str], name: str, file: Path) -> None:

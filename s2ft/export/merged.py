@@ -111,8 +111,9 @@ def write_merged(
         check_fits(adapter, model, record)
     check_can_write(model, record, adapter.deltas)
     passes = {name: [[(delta, 1.0)]] for name, delta in adapter.deltas.items()}
-    changes = Changes(record.projections, passes, adapter.extra_weights)
-    return write_weights(folder, model, DiskSource(weights), changes, max_shard_size)
+    return write_weights(
+        folder, model, DiskSource(weights), Changes(record.projections, passes, adapter.extra_weights), max_shard_size
+    )
 
 
 def check_size(size: str) -> None:

@@ -192,19 +192,19 @@ def write_weights(
     others = {name: stored for name, stored in source.others().items() if name not in made}
     made.update({name: stored.empty() for name, stored in others.items()})
     places = _lay_out_all(folder, model, made, max_shard_size)
-    written: dict[str, int] = {name: places[name].write_pieces(stored.pieces()) for name, stored in others.items()}
+    written: dict[str, int] = {name: places[name].write(stored.pieces()) for name, stored in others.items()}
     converted: dict[str, int] = {}
     for group in groups:
         names = [name for name, _ in group.sources]
         copies = None if any(merged.changes(name) for name in names) else source.copies(group)
         if copies is not None:
-            written.update({name: places[name].write_pieces(stored.pieces()) for name, stored in copies.items()})
+            written.update({name: places[name].write(stored.pieces()) for name, stored in copies.items()})
             continue
         values = merged.read(names)
         if group.transform is not None:
             converted.update({name: checksum(value) for name, value in values.items()})
         for name, value in group.convert(model, values.pop).items():
-            written[name] = places[name].write(value)
+            written[name] = places[name].write([value])
     return lambda: _compare(folder, model, groups, written, converted)
 
 

@@ -8,7 +8,7 @@ tensors' bytes one after the other.
 
 import json
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -86,12 +86,11 @@ class StoredTensor:
                 _read_into(file, self.start + start, piece, self.file)
                 yield piece.view(self.dtype)
 
-    def write(self, values: Tensor) -> int:
-        """Write the tensor into its place in a file that :func:`lay_out` has made. Returns the sum of its bytes."""
-        return self.write_pieces(iter([values]))
+    def write(self, pieces: Iterable[Tensor]) -> int:
+        """Write the tensor into its place in a file that :func:`lay_out` has made. Returns the sum of its bytes.
 
-    def write_pieces(self, pieces: Iterator[Tensor]) -> int:
-        """Write consecutive pieces of the elements, cast to this dtype, see :meth:`write`.
+        Args:
+            pieces: Consecutive pieces of its elements, or one with all of them. They are cast to its dtype.
 
         Raises:
             ValueError: The pieces have another number of elements.

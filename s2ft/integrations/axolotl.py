@@ -85,9 +85,8 @@ class S2FTPlugin(BasePlugin):
         config = _config(cfg)
         if config_only:
             return None, config
-        options = {}
-        if cfg.peft_autocast_adapter_dtype is not None:
-            options["autocast_adapter_dtype"] = cfg.peft_autocast_adapter_dtype
+        dtype = cfg.peft_autocast_adapter_dtype
+        options = {} if dtype is None else {"autocast_adapter_dtype": dtype}
         if cfg.lora_model_dir:
             model = PeftModel.from_pretrained(model, cfg.lora_model_dir, is_trainable=not inference, **options)
         else:

@@ -125,8 +125,7 @@ def as_table(results: dict[str, Any]) -> str:
     Args:
         results: What :func:`evaluate` returned.
     """
-    groups = [make_table(results, "groups")] if results.get("groups") else []
-    return "\n".join([make_table(results), *groups])
+    return make_table(results) + (f"\n{make_table(results, 'groups')}" if results.get("groups") else "")
 
 
 def as_json(results: dict[str, Any]) -> str:

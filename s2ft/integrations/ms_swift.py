@@ -45,9 +45,8 @@ class S2FTTuner(PeftTuner):
         given = args.model_kwargs or {}
         settings = (json.loads(given) if isinstance(given, str) else given).get(NAME)
         task_type = args.task_type.upper() if args.task_type in ("causal_lm", "seq_cls") else None
-        modules = args.modules_to_save or None
-        config = config_from(settings, 'model_kwargs["s2ft"]', task_type=task_type, modules_to_save=modules)
-        return get_peft_model(model, config)
+        others = {"task_type": task_type, "modules_to_save": args.modules_to_save or None}
+        return get_peft_model(model, config_from(settings, 'model_kwargs["s2ft"]', **others))
 
 
 tuners_map[NAME] = S2FTTuner

@@ -53,8 +53,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: The command and its options. Default: those of the command line.
     """
-    given = sys.argv[1:] if arguments is None else arguments
-    name, *options = given or [""]
+    name, *options = (sys.argv[1:] if arguments is None else arguments) or [""]
     commands = [command.name for command in get_commands() if isinstance(command, TrainingCommand)]
     if name not in commands:
         raise SystemExit(
@@ -64,8 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = trl.TrlParser((*script.make_parser().dataclass_types, S2FTOptions), prog=f"s2ft.integrations.trl {name}")
     *parsed, chosen = parser.parse_args_and_config(options)
     model = next(one for one in parsed if isinstance(one, trl.ModelConfig))  # some options of LoRA hold for S²FT too
-    others = {"task_type": model.lora_task_type, "modules_to_save": model.lora_modules_to_save}
-    config = config_from(chosen.s2ft, "s2ft", **others)
+    config = config_from(
+        chosen.s2ft, "s2ft", task_type=model.lora_task_type, modules_to_save=model.lora_modules_to_save
+    )
     # The scripts import this function from trl when they run. It is TRL's only way from options to a PEFT config.
     trl.get_peft_config = lambda model_args: config
     script.main(*parsed)

@@ -104,11 +104,10 @@ def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = Non
 def heads_in(model: nn.Module, block: str) -> int:
     """The number of query heads of an attention block, by its module or the module inside, else by its config."""
     block = model.get_submodule(block)
-    for module in (block, *block.children()):
-        for name in ("num_heads", "num_attention_heads", "n_heads", "nh", "n_head"):
-            if isinstance(getattr(module, name, None), int):
-                return getattr(module, name)
-    return getattr(block, "config", model.config).num_attention_heads
+    names = ("num_heads", "num_attention_heads", "n_heads", "nh", "n_head")
+    found = (getattr(module, name, None) for module in (block, *block.children()) for name in names)
+    heads = next((heads for heads in found if isinstance(heads, int)), None)
+    return getattr(block, "config", model.config).num_attention_heads if heads is None else heads
 
 
 def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:

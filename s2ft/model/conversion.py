@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -52,38 +52,45 @@ class Group:
         Returns:
             The tensors by name.
         """
-
-        def source(name: str) -> Tensor:
-            return read(name).to(dtype=self.dtype)
-
         if self.transform is None:
-            return {self.name: source(self.sources[0][0])}
+            return {self.name: read(self.sources[0][0]).to(dtype=self.dtype)}
         transform = deepcopy(self.transform)  # it forgets its tensors while it converts them
         for name, pattern in self.sources:
-            transform.add_tensor(self.name, name, pattern, source(name))
+            transform.add_tensor(self.name, name, pattern, read(name).to(dtype=self.dtype))
         made = transform.convert(self.name, model=model, config=model.config)
         return {self.rename(name): values[0] if isinstance(values, list) else values for name, values in made.items()}
 
 
 @cache
-def _loading() -> ModuleType | SimpleNamespace:
+def _loading() -> SimpleNamespace:
     """The functions and classes of transformers that describe its conversions.
 
     Raises:
         CannotStream: This release of transformers lacks one of them.
     """
     try:
-        from transformers import conversion_mapping, core_model_loading as loading
-
-        names = ("WeightConverter", "WeightRenaming", "PrefixChange", "rename_source_key", "dot_natural_key")
-        found = {name: getattr(loading, name) for name in names}
-        return SimpleNamespace(**found, mapping=conversion_mapping.get_model_conversion_mapping)
-    except (ImportError, AttributeError) as error:
+        from transformers.conversion_mapping import get_model_conversion_mapping
+        from transformers.core_model_loading import (
+            PrefixChange,
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            rename_source_key,
+        )
+    except ImportError as error:
         import transformers
 
         raise CannotStream(
             f"transformers {transformers.__version__} does not say how it converts weights ({error})"
         ) from error
+    return SimpleNamespace(
+        PrefixChange=PrefixChange,
+        WeightConverter=WeightConverter,
+        WeightRenaming=WeightRenaming,
+        dot_natural_key=dot_natural_key,
+        rename_source_key=rename_source_key,
+        mapping=get_model_conversion_mapping,
+    )
 
 
 def is_of_transformers(model: nn.Module) -> bool:
@@ -128,8 +135,7 @@ def loading_groups(model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[dict
         if group.sources and group.transform is None:
             raise CannotStream(f"{group.sources[0][0]} and {name} of the checkpoint both are {new} of the model")
         group.sources.append((name, name if pattern is None else pattern))
-    used = [one for one in transforms if one.was_used()]
-    return _with_made(groups.values(), model, stored, state), unused, used
+    return _with_made(groups.values(), model, stored, state), unused, [one for one in transforms if one.was_used()]
 
 
 def saving_groups(model: nn.Module, transforms: list[Any] | None, names: Iterable[str]) -> list[Group]:
@@ -168,13 +174,9 @@ def saving_groups(model: nn.Module, transforms: list[Any] | None, names: Iterabl
 
     for name in sorted(names, key=of.dot_natural_key):
         converted = (converter.rename_source_key(name) for converter in converters)
-        new, pattern = next((one for one in converted if one[1] is not None), (name, None))
-        if pattern is None:
-            new = rename(name)
-            groups[new] = Group(new, [(name, name)])
-            continue
-        groups.setdefault(new, Group(new, [], by_pattern[pattern], rename=rename))
-        groups[new].sources.append((name, pattern))
+        new, pattern = next((one for one in converted if one[1] is not None), (rename(name), None))
+        group = groups.setdefault(new, Group(new, [], by_pattern.get(pattern), rename=rename))
+        group.sources.append((name, name if pattern is None else pattern))
     _with_made(groups.values(), model, state)
     return list(groups.values())
 
@@ -201,5 +203,5 @@ def _with_made(
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    shape = getattr(tensor, "ds_shape", tensor.shape)  # ZeRO-3: the shape is empty while the weight is partitioned
-    return torch.empty(shape, dtype=tensor.dtype, device="meta")
+    # ZeRO-3: the shape is empty while the weight is partitioned
+    return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")

@@ -260,13 +260,12 @@ class Coupling:
         if (gate_up is None) == (up is None):
             raise TypeError(f"experts needs gate_up or up, and not both, got gate_up={gate_up!r} and up={up!r}")
         both = {"size": 2 * channels, "stride": 2 if interleaved else None}
+        sides = [("u", gate_up, {"start": 1 if interleaved else channels, **both}), ("g", gate_up, both)]
+        vectors = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
         if up is not None:
             sides, vectors = [("u", up, {})], [{"unit": 1}]
         elif interleaved:
-            sides, vectors = [("u", gate_up, {"start": 1, **both}), ("g", gate_up, both)], [{"unit": 2}]
-        else:
-            sides = [("u", gate_up, {"start": channels, **both}), ("g", gate_up, both)]
-            vectors = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
+            vectors = [{"unit": 2}]
 
         def coupling(expert: int) -> "Coupling":
             where = {"expert": expert, "transposed": transposed}
@@ -449,8 +448,7 @@ class Coupling:
         of T5, for instance, have numbers in a table of position biases that all layers share. The units of a one-sided
         coupling are known on one side only.
         """
-        counts = {projection.count for projection in self.projections}
-        return not self.fixed and not self.is_one_sided and len(counts) == 1
+        return not self.fixed and not self.is_one_sided and len({one.count for one in self.projections}) == 1
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f", expert {self.expert}"

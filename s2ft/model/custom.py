@@ -1,5 +1,6 @@
 """Checks of couplings that a user describes. The registry checks them against the model."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,14 +36,13 @@ def checked_couplings(couplings: Sequence[Coupling]) -> list[Coupling]:
 
 def _check_apart(couplings: list[Coupling]) -> None:
     """Check that a weight has its units on one side, each element in one unit, and that names differ."""
-    names: set[str] = set()
-    for projection in projections_of(couplings):
-        if projection.name in names:
-            raise ValueError(
-                f"couplings must have each projection once, and {projection.name} is there twice: a module is trained "
-                "on one side only, so it can be in one coupling"
-            )
-        names.add(projection.name)
+    names = Counter(projection.name for projection in projections_of(couplings))
+    twice = next((name for name, count in names.items() if count > 1), None)
+    if twice is not None:
+        raise ValueError(
+            f"couplings must have each projection once, and {twice} is there twice: a module is trained on one side "
+            "only, so it can be in one coupling"
+        )
     by_weight = by_key((projection.weight_key, projection) for projection in projections_of(couplings))
     for (path, _), projections in by_weight.items():
         if len({(projection.dim, projection.size, projection.transposed) for projection in projections}) > 1:

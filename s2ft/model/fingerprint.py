@@ -93,8 +93,7 @@ class LayerPrint:
 
     def to_dict(self) -> dict[str, Any]:
         """The layer's entry in a fingerprint."""
-        samples = [float(f"{value:.5g}") for value in self._samples]
-        return {"digest": self._digest.hexdigest()[:16], "samples": samples}
+        return {"digest": self._digest.hexdigest()[:16], "samples": [float(f"{value:.5g}") for value in self._samples]}
 
 
 def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:

@@ -94,8 +94,7 @@ def union(parts: Iterable[Structure | None]) -> Structure | None:
     known = list(parts)
     if any(part is None for part in known):
         return None
-    locations = {name: found for part in known for name, found in part.locations.items()}
-    return Structure(locations, known[0].base_weights)
+    return Structure({name: one for part in known for name, one in part.locations.items()}, known[0].base_weights)
 
 
 def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[str]) -> Structure:

@@ -36,8 +36,7 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 def forward_hooks(model: nn.Module) -> list[tuple[dict, set]]:
     """Return the dicts of forward hooks and pre-hooks of all modules, and their keys of now."""
-    hooks = [one for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)]
-    return [(one, set(one)) for one in hooks]
+    return [(one, set(one)) for module in model.modules() for one in (module._forward_pre_hooks, module._forward_hooks)]
 
 
 def remove_new_hooks(found: list[tuple[dict, set]]) -> None:

@@ -56,8 +56,7 @@ def changes(now: Tensor, then: Tensor) -> Tensor:
     same = (now == then) | (now.isnan() & then.isnan())
     if bool(same.all()):
         return torch.zeros(1)
-    usual = _usual_size(then)
-    found = (now - then).abs() / (then.abs() + usual)
+    found = (now - then).abs() / (then.abs() + _usual_size(then))
     return found.nan_to_num(torch.inf, torch.inf).masked_fill(same, 0.0)
 
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
+from s2ft.model.builders import get
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
@@ -41,8 +42,7 @@ def register_architecture(*model_types: str) -> Callable[[Declaration], Declarat
     """
 
     def register(declaration: Declaration) -> Declaration:
-        for model_type in model_types:
-            _REGISTERED[model_type] = declaration
+        _REGISTERED.update(dict.fromkeys(model_types, declaration))
         return declaration
 
     return register
@@ -220,10 +220,7 @@ def check_module(found: Any, path: str) -> None:
 
 
 def _check_vector(model: nn.Module, vector: Vector, counts: set[int]) -> None:
-    try:
-        parameter = find(model, vector.path)
-    except AttributeError:
-        parameter = None
+    parameter = get(model, vector.path)
     if not isinstance(parameter, Tensor):
         raise ValueError(f"{type(model).__name__} has no parameter or buffer {vector.path}")
     dim, sizes = int(vector.expert is not None), {count * vector.unit for count in counts}

@@ -18,6 +18,10 @@ WORDS = {
     "vision": {"vision", "visual", "image", "images", "img", "video", "vqmodel", "vq", "pixel", "vit"},
     "language": {"language", "text", "llm", "lm"},
 }
+TOKENS = {  # entries of configs
+    **dict.fromkeys(("audio_token_id", "audio_token_index"), "audio"),
+    **dict.fromkeys(("image_token_id", "image_token_index"), "vision"),
+}
 INPUTS = {  # how a model's main input begins
     "pixel": "vision",
     "flattened": "vision",
@@ -136,9 +140,8 @@ def _tower_of_module(config: Any, configs: dict[str, Any], name: str, module: nn
         return None
     tower = _tower_of_name(same[0]) or _tower_of_inputs(module)
     if tower is None and name == "encoder":  # of a language model that is no encoder-decoder
-        names = {f"{tower}_token_{end}": tower for tower in ("audio", "image") for end in ("id", "index")}
-        tower = next((tower for key, tower in names.items() if hasattr(config, key)), None)
-    return "vision" if tower == "image" else tower
+        tower = next((tower for key, tower in TOKENS.items() if hasattr(config, key)), None)
+    return tower
 
 
 def _tower_of_inputs(module: nn.Module | None) -> str | None:

@@ -116,9 +116,7 @@ class WeightHandle:
         Raises:
             ValueError: The weight is on the meta device, and there is no file to read it from.
         """
-        if self.read_only:
-            return nullcontext(self.matrix)
-        return full_values(self.tensor)
+        return nullcontext(self.matrix) if self.read_only else full_values(self.tensor)
 
     def shard(self) -> AbstractContextManager[Shard]:
         """Open the part of :attr:`matrix` that this rank can write, in the weight's own memory.
@@ -129,9 +127,8 @@ class WeightHandle:
         weight = self.tensor
         if is_partitioned(weight):
             return self._gathered()
-        if is_dtensor(weight):
-            return nullcontext(self.kind.shard(own_shard(weight), self.expert))
-        return nullcontext(Shard(self.matrix))
+        own = self.kind.shard(own_shard(weight), self.expert) if is_dtensor(weight) else Shard(self.matrix)
+        return nullcontext(own)
 
     @contextmanager
     def _gathered(self) -> Iterator[Shard]:

@@ -107,8 +107,7 @@ class _Sums:
 
     def _add_squares(self, projection: Projection, x: Tensor) -> None:
         squares = squares_by_unit(x, 1, projection, split_of_units(self.request.model, projection))
-        before = self.sums.get(projection.name)
-        self.sums[projection.name] = squares if before is None else before + squares
+        self.sums[projection.name] = self.sums.get(projection.name, 0) + squares
 
     def scores(self) -> Units:
         """Return the scores by projection, shape [count], float64.

@@ -63,9 +63,7 @@ def units_per_projection(
 
 def _aligned(units: dict[str, int], align: int | None) -> dict[str, int]:
     """Round numbers of units down to multiples of `align`. What is smaller stays, so that nothing is left out."""
-    if align is None:
-        return units
-    return {name: number - number % align if number > align else number for name, number in units.items()}
+    return {name: number - number % align if align and number > align else number for name, number in units.items()}
 
 
 def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list[Projection]:

@@ -40,18 +40,15 @@ def random_scores(request: Request) -> Units:
                 purpose = f"{request.config.seed}/{coupling.kind}/{coupling.layer}/{side}/{count}"
                 purpose += "" if projection.expert is None else f"/{projection.expert}"
                 purpose += f"/{projection.path}" if projection.key == "l" else ""  # a layer has many of one kind
-                generator = _generator(f"{purpose}/global" if over_layers else purpose)
+                purpose += "/global" if over_layers else ""
+                seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
+                generator = torch.Generator().manual_seed(seed)
                 if over_layers:
                     scores[projection.name] = torch.rand(count, dtype=torch.float64, generator=generator)
                 else:
                     drawn = torch.randperm(count, generator=generator)
                     scores[projection.name] = (count - 1 - drawn.argsort()).double()
     return scores
-
-
-def _generator(purpose: str) -> torch.Generator:
-    seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
-    return torch.Generator().manual_seed(seed)
 
 
 def weight_scores(request: Request) -> Units:

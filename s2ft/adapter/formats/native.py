@@ -82,7 +82,11 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         tensors[f"{path}.delta"] = delta.values.detach().cpu().contiguous()
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
-        _check_can_save(name, value)
+        check_parameter(name, "save")
+        if value.dtype not in DTYPES:
+            raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
+        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {
@@ -111,14 +115,6 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     config = json.loads(json.dumps(config, allow_nan=False))  # the digest needs keys and lists as they are read
     config["config_sha256"] = _digest(config)
     _write_folder(Path(folder), json.dumps(config, indent=1).encode(), blob)
-
-
-def _check_can_save(name: str, value: Tensor) -> None:
-    check_parameter(name, "save")
-    if value.dtype not in DTYPES:
-        raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
-    if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-        raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
 
 
 def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:

@@ -25,6 +25,7 @@ FRAMES = 25  # of a recording
 LONGEST = 20  # seconds in which inputs with images and sound are tried
 MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layout
 MEDIA = ("pixel", "patches", "input_features", "input_values")  # words of the names of inputs with images or sound
+PATCH = ("patch_size", "model_patch_size")  # entries of configs
 Media = dict[str, Tensor]
 
 
@@ -47,14 +48,12 @@ def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = N
     if config is None or main is None:
         return None
     takes = inspect.signature(model.forward).parameters
-    names = [main]
-    if "pixel_values" in takes and hasattr(config, "vision_config"):
-        names.append("pixel_values")
-    if "decoder_input_ids" in takes and getattr(config, "is_encoder_decoder", False):
-        names.append("decoder_input_ids")
-    values = {
-        name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in dict.fromkeys(names)
+    more = {
+        "pixel_values": hasattr(config, "vision_config"),
+        "decoder_input_ids": getattr(config, "is_encoder_decoder", False),
     }
+    names = dict.fromkeys([main, *(name for name, is_wanted in more.items() if is_wanted and name in takes)])
+    values = {name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in names}
     return None if any(value is None for value in values.values()) else _placed(model, values, device)
 
 
@@ -131,8 +130,8 @@ def _failure(model: nn.Module, example: Any) -> str:
     except Exception as error:  # models refuse inputs in many ways; every one only rules this input out
         return f"{type(error).__name__}: {str(error)[:200]}"
     # Classes that can't be chosen get the lowest number or minus infinity in some models.
-    good = all(tensor.isfinite().any() and not tensor.isnan().any() for tensor in found)
-    return "" if good else "its output has NaN or infinity"
+    bad = any(tensor.isnan().any() or not tensor.isfinite().any() for tensor in found)
+    return "its output has NaN or infinity" if bad else ""
 
 
 # ---- candidates -------------------------------------------------------------------------------------------
@@ -347,19 +346,20 @@ def _images(inputs: _Inputs) -> Iterator[Media]:
     if "image_position_ids" in inputs.takes or "spatial_shapes" in inputs.takes:
         yield from _patches_with_places(inputs, vision, channels)
     if "flattened_patches" in inputs.takes:
-        patches = inputs.normal(ROWS, 16, 2 + channels * _patch_side(vision) ** 2)
+        patches = inputs.normal(ROWS, 16, 2 + channels * _side(vision, PATCH, 16) ** 2)
         patches[..., :2] = torch.cartesian_prod(torch.arange(1.0, 5), torch.arange(1.0, 5))  # rows and columns
         yield {"flattened_patches": patches}
     if "pixel_values" in inputs.takes:
-        for side in dict.fromkeys((_image_side(vision), 32, 64, 224)):
+        for side in dict.fromkeys((_side(vision, ("image_size", "img_size", "input_size"), 32), 32, 64, 224)):
             yield from _pictures(inputs, channels, side)
 
 
-def _image_side(vision: list[Any]) -> int:
-    size = _first(vision, ("image_size", "img_size", "input_size"), whole=False)
+def _side(configs: list[Any], keys: tuple[str, ...], default: int) -> int:
+    """The size of an image or of a patch, the larger one if it has several."""
+    size = _first(configs, keys, whole=False)
     if isinstance(size, dict):
         size = size.get("height") or size.get("shortest_edge")
-    return (max(size) if isinstance(size, (list, tuple)) else size) or 32
+    return (max(size) if isinstance(size, (list, tuple)) else size) or default
 
 
 def _pictures(inputs: _Inputs, channels: int, side: int) -> Iterator[Media]:
@@ -384,7 +384,7 @@ def _patches_in_a_grid(inputs: _Inputs, vision: list[Any], channels: int) -> Ite
     """Patches one after another, and the sizes of the grid of each image in patches."""
     merge = _first(vision, ("spatial_merge_size", "merge_size")) or 2
     frames = _first(vision, ("temporal_patch_size",)) or 1
-    patch = _patch_side(vision)
+    patch = _side(vision, PATCH, 16)
     side = 2 * merge
     count = ROWS * side * side
     grid = torch.tensor([[1, side, side]] * ROWS)
@@ -396,10 +396,9 @@ def _patches_in_a_grid(inputs: _Inputs, vision: list[Any], channels: int) -> Ite
 
 def _patches_with_places(inputs: _Inputs, vision: list[Any], channels: int) -> Iterator[Media]:
     """Patches of each image with their places in it."""
-    patch = _patch_side(vision)
+    patch = _side(vision, PATCH, 16)
     side = 2 * (_first(vision, ("spatial_merge_size", "pooling_kernel_size", "downsample_factor")) or 2)
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    places = torch.stack((columns, rows), dim=-1).reshape(1, side * side, 2).repeat(ROWS, 1, 1)
+    places = torch.cartesian_prod(torch.arange(side), torch.arange(side)).flip(1).repeat(ROWS, 1, 1)  # column, row
     yield {
         "pixel_values": inputs.normal(ROWS, side * side, channels * patch * patch),
         "image_position_ids": places,
@@ -407,11 +406,6 @@ def _patches_with_places(inputs: _Inputs, vision: list[Any], channels: int) -> I
         "pixel_attention_mask": torch.ones(ROWS, side * side, dtype=torch.int64),
         "spatial_shapes": torch.tensor([[side, side]] * ROWS),
     }
-
-
-def _patch_side(vision: list[Any]) -> int:
-    size = _first(vision, ("patch_size", "model_patch_size"), whole=False) or 16
-    return size[-1] if isinstance(size, (list, tuple)) else size
 
 
 def _sounds(inputs: _Inputs) -> Iterator[Media]:

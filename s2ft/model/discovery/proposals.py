@@ -255,12 +255,10 @@ def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> 
     keys = part("k", kv, unit, heads * unit), part("v", kv, unit, (heads + kv) * unit)
     yield "q, k, v", (part("q", heads, unit, 0), *keys), heads
     if heads == kv:
-        for order in ("qkv", "qvk", "kqv"):
-            parts = tuple(part(key, heads, unit, order.index(key) * unit, 3 * unit) for key in "qkv")
-            yield f"{', '.join(order)} of each head", parts, heads
-        for order in ("qvk", "kqv"):
-            parts = tuple(part(key, heads, unit, order.index(key) * heads * unit) for key in "qkv")
-            yield ", ".join(order), parts, heads
+        in_turn, whole = (unit, 3 * unit), (heads * unit, None)  # from q, k or v to the next one, and to the next head
+        for order, (step, stride) in (*product(("qkv", "qvk", "kqv"), [in_turn]), *product(("qvk", "kqv"), [whole])):
+            parts = tuple(part(key, heads, unit, order.index(key) * step, stride) for key in "qkv")
+            yield f"{', '.join(order)}{' of each head' if stride else ''}", parts, heads
     elif kv > 1:
         stride = (group + 2) * unit
         q = part("q", kv, group * unit, 0, stride)

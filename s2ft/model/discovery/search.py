@@ -65,8 +65,10 @@ class Discovery:
 
     def to_dict(self) -> dict:
         """Convert to a dict for JSON: the couplings, and the rows without them."""
-        rows = [{"path": row.path, "status": row.status, "reason": row.reason} for row in self.weights]
-        return {"couplings": [coupling.to_dict() for coupling in self.couplings], "weights": rows}
+        return {
+            "couplings": [coupling.to_dict() for coupling in self.couplings],
+            "weights": [{"path": row.path, "status": row.status, "reason": row.reason} for row in self.weights],
+        }
 
     def __str__(self) -> str:
         """The summary, under the rows: weights that differ in numbers only, with the same status, are one row."""
@@ -78,8 +80,8 @@ class Discovery:
     @property
     def summary(self) -> str:
         """One line: how many couplings, and how many weights have each status."""
-        counts = {status: sum(row.status == status for row in self.weights) for status in STATUSES}
-        words = ", ".join(f"{count} {status}" for status, count in counts.items() if count)
+        counts = Counter(row.status for row in self.weights)
+        words = ", ".join(f"{counts[status]} {status}" for status in STATUSES if counts[status])
         return f"{len(self.couplings)} couplings; weights of the blocks: {words or 'none'}"
 
 
@@ -180,9 +182,10 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
             "(a tensor, a tuple of arguments or a dict of them), so that s2ft finds the couplings by trials; or "
             "describe them in couplings=[s2ft.Coupling.ffn(...), ...]"
         )
-    size = sum(full_shape(parameter).numel() for parameter in model.parameters())
+    sizes = (full_shape(parameter).numel() for parameter in model.parameters())
+    at_once = example is not None and (own or sum(sizes) <= COPIED_WITH_EXAMPLE)
     tried: list[str] = []
-    for twin in () if example is not None and (own or size <= COPIED_WITH_EXAMPLE) else twins_of(model, tried):
+    for twin in () if at_once else twins_of(model, tried):
         for make in (runnable_example, example_of):
             try:
                 return Trial(twin, make(twin))

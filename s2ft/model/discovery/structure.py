@@ -137,8 +137,7 @@ class Structure:
     def pattern(self, path: str) -> str:
         """The path with "*" for the numbers of layers and experts. Blocks with the same pattern are alike."""
         stacks, experts = self._digits(path)
-        parts = path.split(".")
-        return ".".join("*" if i in stacks or i in experts else part for i, part in enumerate(parts))
+        return ".".join("*" if i in (*stacks, *experts) else part for i, part in enumerate(path.split(".")))
 
     def block_of(self, path: str) -> str:
         """The path of the numbered block that has a layer, "" if none has."""

@@ -316,10 +316,8 @@ def _shallow(entries: dict, depth: int, level: Level) -> dict:
             continue
         kinds = [*lists.values(), *([layer in value for layer in range(count)] for value in chosen.values())]
         kept = _layers_of_each_kind(list(zip(*kinds)), min(depth, count))
-        for name, value in lists.items():
-            entries[name] = [value[layer] for layer in kept]
-        for name, value in chosen.items():
-            entries[name] = [kept.index(layer) for layer in value if layer in kept]
+        entries |= {name: [value[layer] for layer in kept] for name, value in lists.items()}
+        entries |= {name: [kept.index(one) for one in value if one in kept] for name, value in chosen.items()}
         if isinstance(layers := entries.get("per_layer_config"), dict):  # they get the new numbers of the layers
             found = {int(layer): config for layer, config in layers.items() if int(layer) in kept}
             entries["per_layer_config"] = {kept.index(i): _cut(config, level, DEPTH) for i, config in found.items()}

@@ -199,7 +199,7 @@ def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
     least = min(projection.count for projection in coupling.projections)
     if least == 1:
         return None
-    if coupling.consumer.count == least and all(projection.count == least for projection in coupling.producers):
+    if all(projection.count == least for projection in coupling.projections):
         return Shuffle(coupling)
 
     def grown(projection: Projection) -> Projection:
@@ -208,8 +208,7 @@ def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
 
     vectors = (replace(one, unit=find(twin, one.path).shape[0] // least) for one in coupling.vectors)
     producers = tuple(map(grown, coupling.producers))
-    grouped = replace(coupling, producers=producers, consumer=grown(coupling.consumer), vectors=tuple(vectors))
-    return Shuffle(grouped)
+    return Shuffle(replace(coupling, producers=producers, consumer=grown(coupling.consumer), vectors=tuple(vectors)))
 
 
 def within_groups(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
@@ -233,8 +232,7 @@ def within_heads(coupling: Coupling) -> Shuffle | None:
     if v is None or v.unit == 1 or v.unit * v.count * (o.count // v.count) != o.extent or o.count % v.count:
         return None
     first, *others = _each_head(o)
-    inner = replace(coupling, producers=(*_each_head(v), *others), consumer=first, vectors=(), fixed=False)
-    return Shuffle(inner)
+    return Shuffle(replace(coupling, producers=(*_each_head(v), *others), consumer=first, vectors=(), fixed=False))
 
 
 def _each_head(projection: Projection) -> list[Projection]:

@@ -370,9 +370,9 @@ def couplings(model: nn.Module, model_type: str | None = None) -> list[Coupling]
     found = [one for i, (names, path, block) in enumerate(blocks) for one in _block(model, names, i, path, block)]
     layers = getattr(model.config, "deepstack_visual_indexes", None) or []
     unused = {f"deepstack_merger_list.{i}" for i, layer in enumerate(layers) if layer >= model.config.depth}
-    mergers = [(one, names) for path, names in MERGERS.get(model_type, ()) for one in modules_of(model, path)]
-    used = [merger for merger in mergers if merger[0] not in unused]
-    return found + [ffn_of(model, layer, path, names) for layer, (path, names) in enumerate(used, len(blocks))]
+    rows = [(one, names) for path, names in MERGERS.get(model_type, ()) for one in modules_of(model, path)]
+    mergers = enumerate((row for row in rows if row[0] not in unused), len(blocks))
+    return found + [ffn_of(model, layer, path, names) for layer, (path, names) in mergers]
 
 
 def ffn_of(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kind: str = "ffn") -> Coupling:
@@ -408,9 +408,8 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
     cross = names.cross if _has_encoder(model.config) else None
     for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
         if name and get(block, name) is not None:
-            flags = names.numbered
-            numbered = flags if isinstance(flags, bool) else any(getattr(model.config, flag) for flag in flags)
-            fixed = numbered and kind == "attention"
+            flags = names.numbered if kind == "attention" else False
+            fixed = flags if isinstance(flags, bool) else any(getattr(model.config, flag) for flag in flags)
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
 

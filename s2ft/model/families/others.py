@@ -204,8 +204,10 @@ def t5(model: nn.Module) -> list[Coupling]:
 def xlm(model: nn.Module) -> list[Coupling]:
     ffns = [ffn(model, i, f"{path}.lin1", f"{path}.lin2") for i, (path, _) in enumerate(layers_of(model, "ffns"))]
     names, heads = ("q_lin", "k_lin", "v_lin", "out_lin"), model.config.n_heads
-    blocks = enumerate(layers_of(model, "attentions"))
-    return ffns + [attention(model, i, **attention_paths(path, *names), heads=heads) for i, (path, _) in blocks]
+    return ffns + [
+        attention(model, i, **attention_paths(path, *names), heads=heads)
+        for i, (path, _) in enumerate(layers_of(model, "attentions"))
+    ]
 
 
 FAMILIES: dict[str, Callable[[nn.Module], list[Coupling]]] = {

@@ -123,7 +123,8 @@ def short_convolution(model: nn.Module, layer: int, path: str) -> list[Coupling]
     As in a state space, the gates before and after the convolution have the keys of k and q, and its input that of v.
     """
     block, channels = model.get_submodule(path), inputs_of(model, f"{path}.out_proj")
-    names = [name for name in ("weight", "bias") if getattr(block.conv, name) is not None]
-    vectors = tuple(Vector(f"{path}.conv.{name}", 1) for name in names)
+    vectors = tuple(
+        Vector(f"{path}.conv.{name}", 1) for name in ("weight", "bias") if getattr(block.conv, name) is not None
+    )
     producers = in_one_weight(f"{path}.in_proj", "kqv", channels)
     return [Coupling("convolution", layer, producers, Projection("o", f"{path}.out_proj", channels, 1, 1), vectors)]
