@@ -104,7 +104,7 @@ def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(mo
         (["--queue-size", "0"], "queue_size"),
         (["--api-key", "a b"], "API key"),
         (["--api-key", ""], "API key"),
-        (["--max-tokens-limit", "0"], "max-tokens"),
+        (["--max-tokens-limit", "0"], "max_tokens_limit"),
     ],
 )
 def test_mistakes_are_reported_before_the_model_is_loaded(model, capsys, arguments, words):
