@@ -17,7 +17,7 @@ from tiny import load, options
 from trl import DPOConfig, DPOTrainer
 
 import s2ft
-from s2ft.train.reference import Reference
+from s2ft.train.trainers import Reference
 
 PAIRS = [{"prompt": f"{a} + 1 = ", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(16)]
 

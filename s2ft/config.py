@@ -98,6 +98,17 @@ def check_fields(options: Any) -> None:
             raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
+def refuse(*mistakes: tuple[Any, str]) -> None:
+    """Raise ValueError for the first of some mistakes that was made.
+
+    Args:
+        mistakes: For each one, whether it was made, and the message.
+    """
+    for was_made, message in mistakes:
+        if was_made:
+            raise ValueError(message)
+
+
 def _parameters(value: Any) -> int:
     """Return a number of parameters: 9.2M → 9,200,000."""
     if isinstance(value, str):

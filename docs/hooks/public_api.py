@@ -80,7 +80,7 @@ GROUPS = (
           _of("s2ft.sync.trl", "with_slices") + _of("s2ft.sync.sender", "SliceSender Sent")
           + _of("s2ft.sync.slices", "TrainedSlices") + _of("s2ft.sync.engines", "EngineError")),
     Group("serving", "Serving", "Serve a base model and its adapters over HTTP.",
-          _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.options", "ServerOptions Limits")),
+          _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.options", "ServerOptions")),
 )  # fmt: skip
 
 

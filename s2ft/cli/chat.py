@@ -9,8 +9,9 @@ from typing import Any
 
 from s2ft.cli.generate import SamplingArguments
 from s2ft.cli.parse import DTYPE, MODEL, did_you_mean, parse, quiet_transformers
+from s2ft.config import option, refuse
 from s2ft.text.models import DTYPES
-from s2ft.train.options import Options, option
+from s2ft.train.options import Options
 
 BASE = "base"  # the model without an adapter, in /adapter
 HELP = """/adapter NAME   go on with another adapter; /adapter base is the model without one; /adapter alone lists them
@@ -66,10 +67,10 @@ def adapters_by_name(words: list[str]) -> dict[str, str | Path]:
     """
     found: dict[str, str | Path] = {}
     for name, source in (pair for word in words for pair in _named(word)):
-        if name == BASE:
-            raise ValueError(f"adapter {source} can't be called {BASE!r}, the word for the model: give NAME={source}")
-        if name in found:
-            raise ValueError(f"{found[name]} and {source} are both called {name!r}: give one as NAME={source}")
+        refuse(
+            (name == BASE, f"adapter {source} can't be called {BASE!r}, the word for the model: give NAME={source}"),
+            (name in found, f"{found.get(name)} and {source} are both called {name!r}: give one as NAME={source}"),
+        )
         found[name] = source
     return found
 
@@ -218,7 +219,7 @@ class Talk:
                 held = ""
 
     def _answer(self, message: str) -> None:
-        from s2ft.text.evaluation import check_unicode
+        from s2ft.text.data.forms import check_unicode
 
         check_unicode(message, "message")
         dropped = self.chat.last.dropped
@@ -283,10 +284,7 @@ class Talk:
     def _save(self, name: str) -> None:
         import json
 
-        if not name:
-            raise ValueError("/save needs a file")
-        if not self.chat.messages:
-            raise ValueError("there is no conversation to save")
+        refuse((not name, "/save needs a file"), (not self.chat.messages, "there is no conversation to save"))
         path = Path(name).expanduser()
         if path.exists():
             raise FileExistsError(f"{path} exists: choose another file")

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, new_file, parse, quiet_transformers
+from s2ft.config import check_fields, option, refuse
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
-from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT, check_fields, option
+from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """\
@@ -59,7 +60,15 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        self._check_drift()
+        measures = self.forgetting or self.kl
+        refuse(
+            (measures and self.adapter is None, "forgetting and kl compare an adapter with its base: give --adapter"),
+            (self.kl and not self.data, "kl needs rows with prompts: give --data"),
+            (
+                measures and self.data and not self.kl and self.task is None,
+                "data has no use here: give --task to score it, or --kl to measure on its prompts",
+            ),
+        )
         if self.lm_eval is not None:
             self._refuse("lm_eval", ("data", "task", "kl", "forgetting"))
             if self.num_beams > 1:
@@ -67,23 +76,8 @@ class EvalArguments:
             return
         self._refuse("data", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
         missing = [name for name, value in (("--data FILE_OR_NAME", self.data), ("--task", self.task)) if not value]
-        if missing and not self.measures_only:
+        if missing and (self.task is not None or not measures):
             raise ValueError(f"missing: {', '.join(missing)}, or --lm-eval")
-
-    @property
-    def measures_only(self) -> bool:
-        """Whether the distance from the base is measured, and nothing is scored."""
-        return bool(self.forgetting or self.kl) and self.task is None
-
-    def _check_drift(self) -> None:
-        if not self.forgetting and not self.kl:
-            return
-        if self.adapter is None:
-            raise ValueError("forgetting and kl compare an adapter with its base: give --adapter")
-        if self.kl and not self.data:
-            raise ValueError("kl needs rows with prompts: give --data")
-        if self.data and not self.kl and self.measures_only:
-            raise ValueError("data has no use here: give --task to score it, or --kl to measure on its prompts")
 
     def _refuse(self, way: str, names: tuple[str, ...]) -> None:
         """Refuse options that would be ignored."""

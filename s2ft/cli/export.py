@@ -1,9 +1,8 @@
 """s2ft export and merge: write an adapter for other tools, or convert an adapter of another tool."""
 
-import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, make_dataclass
 
-from s2ft.cli.parse import ADAPTER, BASE, Help, Parser, choice, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE, OptionParser, parse, quiet_transformers
 from s2ft.export import EXPORTS, IMPORTS, export
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
@@ -21,51 +20,42 @@ EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --
 
 
 def run_export(arguments: list[str]) -> None:
-    job = vars(_parser().parse_args(arguments))
+    formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
+    parser = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE)
+    job = parser.given(arguments)
     source, given = _check(job)
-    check_packages(f"s2ft export --format {job['format']}")
+    target, dtype = job.get("format", DEFAULT), job.get("dtype", "auto")
+    check_packages(f"s2ft export --format {target}")
     quiet_transformers()
     if source is not None:
         from s2ft.export.adapters import convert
 
-        print(convert(job["model"], job[f"from_{source}"], job["output"], job["dtype"], format_name=source, **given))
+        folder, name = job[f"from_{source}"], job.get("name")
+        print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))
     else:
-        print(export(job["format"] or DEFAULT, job["model"], job["adapter"], job["output"], job["dtype"], **given))
+        print(export(target, job["model"], job["adapter"], job["output"], dtype, **given))
 
 
-def _parser() -> Parser:
-    formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
-    parser = Parser(
-        prog="s2ft export",
-        usage="s2ft export [ADAPTER] --model MODEL --output DIR [options]",
-        description=DESCRIPTION.format(formats=formats),
-        formatter_class=Help,
-        allow_abbrev=False,
-        epilog=f"example:\n{EXAMPLE}",
-    )
-    parser.add_argument("adapter", nargs="?", metavar="ADAPTER", help=ADAPTER)
-    parser.add_argument("--model", required=True, help=BASE)
-    parser.add_argument("--format", choices=tuple(EXPORTS), help=f"the format to write (default: {DEFAULT})")
-    for name in IMPORTS:
-        parser.add_argument(f"--from-{name}", metavar="DIR", help=f"a folder of format {name} to convert to an adapter")
-    parser.add_argument("--output", required=True, metavar="DIR", help="the folder to write; it must not exist")
-    parser.add_argument(
-        "--dtype",
-        default="auto",
-        type=choice(DTYPES),
-        metavar=f"{{{','.join(DTYPES)}}}",
-        help="dtype of the weights; auto: the dtype of the training (default: auto)",
-    )
-    for word, keywords in {name: text for one in EXPORTS.values() for name, text in one.options.items()}.items():
-        owners = ", ".join(name for name, one in EXPORTS.items() if word in one.options)
-        keywords = {**keywords, "help": f"{owners}: {keywords['help']}"}
-        parser.add_argument(f"--{word.replace('_', '-')}", default=argparse.SUPPRESS, **keywords)
-    parser.add_argument(
-        "--name",
-        default=argparse.SUPPRESS,
-        help=f"{', '.join(f'from-{name}' for name in IMPORTS)}: name of the new adapter (default: default)",
-    )
-    return parser
+def _options() -> type:
+    """The options of the command as a dataclass: its own, and those of the formats."""
+    named = {name: about for one in EXPORTS.values() for name, about in one.options.items()}
+    owners = {name: ", ".join(kind for kind, one in EXPORTS.items() if name in one.options) for name in named}
+    sources = ", ".join(f"from-{name}" for name in IMPORTS)
+    found = {
+        "adapter": option(None, ADAPTER, positional=True, metavar="ADAPTER"),
+        "model": option(text=BASE),
+        "format": option(DEFAULT, "the format to write", choices=tuple(EXPORTS)),
+        **{
+            f"from_{name}": option(None, f"a folder of format {name} to convert to an adapter", metavar="DIR")
+            for name in IMPORTS
+        },
+        "output": option(text="the folder to write; it must not exist", metavar="DIR"),
+        "dtype": option("auto", "dtype of the weights; auto: the dtype of the training", choices=DTYPES),
+        **{name: option(**{**one, "text": f"{owners[name]}: {one['text']}"}) for name, (_, one) in named.items()},
+        "name": option(None, f"{sources}: name of the new adapter", shown="default"),
+    }
+    fields = [(name, named.get(name, (str,))[0], one) for name, one in found.items()]
+    return make_dataclass("ExportArguments", fields, kw_only=True)
 
 
 def _check(job: dict) -> tuple[str | None, dict]:
@@ -74,21 +64,19 @@ def _check(job: dict) -> tuple[str | None, dict]:
     Returns:
         The format to convert from, or None; and the options that were given for the one format of this call.
     """
-    sources = [name for name in IMPORTS if job[f"from_{name}"] is not None]
-    if (job["adapter"] is None) == (not sources) or len(sources) > 1:
+    sources = [name for name in IMPORTS if f"from_{name}" in job]
+    if ("adapter" in job) == bool(sources) or len(sources) > 1:
         flags = " or ".join(f"--from-{name}" for name in IMPORTS)
         raise ValueError(f"give an ADAPTER to export, or {flags} with a folder to convert, and not both")
-    if sources and job["format"] is not None:
+    if sources and "format" in job:
         raise ValueError(f"--from-{sources[0]} writes an adapter, so there is no --format")
-    kind = f"from-{sources[0]}" if sources else job["format"] or DEFAULT
+    kind = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
     allowed = {name: set(one.options) for name, one in EXPORTS.items()}
     allowed |= {f"from-{name}": {"name"} for name in IMPORTS}
     given = {word: job[word] for options in allowed.values() for word in options if word in job}
     for word in sorted(given.keys() - allowed[kind]):
         kinds = " and ".join(name for name, options in allowed.items() if word in options)
         raise ValueError(f"--{word.replace('_', '-')} is for {kinds}, not for {kind}")
-    if sources:
-        given.setdefault("name", None)
     return (sources[0] if sources else None), given
 
 

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.config import check_fields, option, refuse
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option
 
 DESCRIPTION = """Write one answer to a prompt.
 
@@ -36,14 +36,13 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature must be 0 or above, got {self.temperature}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be above 0 and at most 1, got {self.top_p}")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p must be from 0 to 1, got {self.min_p}")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise ValueError(f"repetition_penalty must be above 0, got {self.repetition_penalty}")
+        penalty, infinite = self.repetition_penalty, float("inf")
+        refuse(
+            (not 0 <= self.temperature < infinite, f"temperature must be 0 or above, got {self.temperature}"),
+            (not 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
+            (not 0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}"),
+            (not 0 < penalty < infinite, f"repetition_penalty must be above 0, got {penalty}"),
+        )
 
     def sampler(self, seed: int | None = None):
         """Return the Sampler of an answer, with another seed if one is given."""
@@ -111,7 +110,7 @@ def read_prompt(job: GenerateArguments) -> str:
     Raises:
         ValueError: There is no prompt, there are two, or it is empty or not valid text.
     """
-    from s2ft.text.evaluation import check_unicode
+    from s2ft.text.data.forms import check_unicode
 
     if (job.prompt is None) == (job.prompt_file is None):
         raise ValueError("give either --prompt or --prompt-file")

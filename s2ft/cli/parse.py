@@ -72,48 +72,6 @@ class UsageError(ValueError):
     """A mistake in the options of a command."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Raises UsageError with one line that names the help, where argparse prints the whole usage and exits."""
-
-    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
-        # Before argparse, which would first complain about the missing option that a wrong name stands for.
-        spelled: dict[str, str] = {}
-        for word in itertools.takewhile(lambda word: word != "--", arguments):
-            name = word.partition("=")[0]
-            if not word.startswith("--") or " " in name:
-                continue
-            action = self._option_string_actions.get(name)
-            if action is None:
-                self.error(self.unknown(name))
-            plain = name.replace("_", "-")
-            if spelled.setdefault(action.dest, plain) != plain and action.nargs != 0:
-                self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
-        found, unknown = self.parse_known_args(arguments)
-        if unknown:
-            option = unknown[0].startswith("-")
-            self.error(self.unknown(unknown[0]) if option else f"unexpected argument {unknown[0]!r}")
-        return found
-
-    def unknown(self, name: str) -> str:
-        """Say that there is no such option, and which one is near or has replaced it."""
-        known = [word[2:] for word in self._option_string_actions if word.startswith("--") and "_" not in word]
-        plain = name.lstrip("-").replace("_", "-")
-        instead = f"; {GONE[plain]}" if plain in GONE else did_you_mean(plain, known, OTHER_NAMES, "--")
-        return f"there is no option {name}{instead}"
-
-    def error(self, message: str) -> NoReturn:
-        """Raise UsageError with one line."""
-        message = re.sub(
-            r"^argument ([^:]+): (must )?", lambda m: self.shown(m[1]) + (" must " if m[2] else ": "), message
-        )
-        message = message.replace("the following arguments are required:", "missing:")
-        raise UsageError(f"{' '.join(message.split())} (see {self.prog} --help)")
-
-    def shown(self, names: str) -> str:
-        """The name of an option for a message; argparse gives all of its names, separated by slashes."""
-        return names.split("/")[0]
-
-
 class Help(argparse.RawDescriptionHelpFormatter):
     """Keeps the line breaks of description and example, and shows each option once."""
 
@@ -150,8 +108,10 @@ class Table:
     required: Sequence[Sequence[str]] = ()
 
 
-class OptionParser(Parser):
+class OptionParser(argparse.ArgumentParser):
     """The parser of a command whose options are the fields of dataclasses.
+
+    It raises UsageError with one line that names the help, where argparse prints the whole usage and exits.
 
     Args:
         command: Name of the command.
@@ -249,6 +209,25 @@ class OptionParser(Parser):
 
     # ---- reading -------------------------------------------------------------------------------------------
 
+    def parse_args(self, arguments: list[str]) -> argparse.Namespace:  # type: ignore[override]
+        # Before argparse, which would first complain about the missing option that a wrong name stands for.
+        spelled: dict[str, str] = {}
+        for word in itertools.takewhile(lambda word: word != "--", arguments):
+            name = word.partition("=")[0]
+            if not word.startswith("--") or " " in name:
+                continue
+            action = self._option_string_actions.get(name)
+            if action is None:
+                self.error(self.unknown(name))
+            plain = name.replace("_", "-")
+            if spelled.setdefault(action.dest, plain) != plain and action.nargs != 0:
+                self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
+        found, unknown = self.parse_known_args(arguments)
+        if unknown:
+            option = unknown[0].startswith("-")
+            self.error(self.unknown(unknown[0]) if option else f"unexpected argument {unknown[0]!r}")
+        return found
+
     def given(self, words: Sequence[str]) -> dict[str, Any]:
         """Return the options that the command line and the file of --config set, by their full names.
 
@@ -317,11 +296,27 @@ class OptionParser(Parser):
 
     # ---- what is said --------------------------------------------------------------------------------------
 
+    def unknown(self, name: str) -> str:
+        """Say that there is no such option, and which one is near or has replaced it."""
+        known = [word[2:] for word in self._option_string_actions if word.startswith("--") and "_" not in word]
+        plain = name.lstrip("-").replace("_", "-")
+        instead = f"; {GONE[plain]}" if plain in GONE else did_you_mean(plain, known, OTHER_NAMES, "--")
+        return f"there is no option {name}{instead}"
+
+    def error(self, message: str) -> NoReturn:
+        """Raise UsageError with one line."""
+        message = re.sub(
+            r"^argument ([^:]+): (must )?", lambda m: self.shown(m[1]) + (" must " if m[2] else ": "), message
+        )
+        message = message.replace("the following arguments are required:", "missing:")
+        raise UsageError(f"{' '.join(message.split())} (see {self.prog} --help)")
+
     def short_name(self, name: str) -> str:
         """The name of an option on the command line: the shorter one of its full name and its first short name."""
         return f"--{min([*self.short.get(name, ())[:1], name], key=len).replace('_', '-')}"
 
     def shown(self, names: str) -> str:
+        """The name of an option for a message; argparse gives all of its names, separated by slashes."""
         action = self._option_string_actions.get(names.split("/")[0])
         return self.short_name(action.dest) if action else names
 

@@ -4,9 +4,9 @@ import json
 from dataclasses import asdict, dataclass, replace
 
 from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, check_fields, option, refuse
 from s2ft.text.models import DTYPES
-from s2ft.train.options import check_fields, option, with_default_ratio
+from s2ft.train.options import with_default_ratio
 
 SHARED = {"group": "model and data"}
 SEVERAL = {"group": "several devices"}
@@ -63,7 +63,7 @@ def run_plan(arguments: list[str]) -> None:
     width = width_of(model)
     rate = suggested_rate(width) if width else None
     if job.json:
-        found = {"learning_rate": rate and asdict(rate), "rows": [row.to_dict() for row in rows]}
+        found = {"learning_rate": rate and asdict(rate), "rows": [asdict(row) for row in rows]}
         print(json.dumps({"model": job.model, **found}, indent=2))
         return
     print(f"{report}\n\n{table(rows)}\n{RANK}")
@@ -116,13 +116,15 @@ class EstimateArguments(PlanArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.load_in_4bit and self.load_in_8bit:
-            raise ValueError("load_in_4bit and load_in_8bit exclude each other")
-        given = [name for name in ("devices", "tp_size", "offload") if getattr(self, name) is not None]
-        if self.strategy is None and given:
-            raise ValueError(f"{given[0]} needs strategy: one of {', '.join(STRATEGIES)}")
-        if self.strategy is not None and self.bits:
-            raise ValueError("load_in_4bit and load_in_8bit are counted for one device: leave out strategy")
+        given = next((name for name in ("devices", "tp_size", "offload") if getattr(self, name) is not None), "")
+        refuse(
+            (self.load_in_4bit and self.load_in_8bit, "load_in_4bit and load_in_8bit exclude each other"),
+            (self.strategy is None and given, f"{given} needs strategy: one of {', '.join(STRATEGIES)}"),
+            (
+                self.strategy is not None and self.bits,
+                "load_in_4bit and load_in_8bit are counted for one device: leave out strategy",
+            ),
+        )
 
     @property
     def bits(self) -> int | None:
@@ -158,7 +160,7 @@ def run_estimate(arguments: list[str]) -> None:
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
         shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
-        print(json.dumps({**shown, "room": room, "rows": [row.to_dict() for row in rows]}, indent=2))
+        print(json.dumps({**shown, "room": room, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     bits = f" before they are quantized to {job.bits} bit" if job.bits else ""
     place = found.device

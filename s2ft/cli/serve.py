@@ -1,11 +1,12 @@
 """s2ft serve: answer over HTTP with a base model and its adapters."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
+from s2ft.config import option, refuse
 from s2ft.packages import check_packages
+from s2ft.serve.options import ServerOptions, key_of, served_name, warn_if_open
 from s2ft.text.models import DTYPES
-from s2ft.train.options import Options, option
 
 EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
@@ -29,8 +30,8 @@ ONLY_BUILT_IN = {
 ONLY_VLLM = ("slices", "slice_units")
 
 
-@dataclass
-class ServeArguments(Options):
+@dataclass(frozen=True, kw_only=True)
+class ServeArguments(ServerOptions):
     model: str = option(text=MODEL)
     adapters: list[str] = option(
         [],
@@ -57,37 +58,8 @@ class ServeArguments(Options):
         shown="what the adapters need",
         metavar="UNITS",
     )
-    host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only")
-    port: int = option(8000, "port to listen on; 0 takes a free one")
-    api_key: str | None = option(
-        None,
-        "key that clients must send for all paths under /v1 (/health and /metrics are open)",
-        shown="the variable S2FT_API_KEY, if it is set",
-        metavar="KEY",
-    )
     served_model_name: str | None = option(
         None, "name of the base model for clients", shown="the name of the model or of its folder", metavar="NAME"
-    )
-    max_batch_size: int = option(16, "answers that are generated at once", unit="answers", least=1)
-    max_batch_tokens: int | None = option(
-        None,
-        "tokens of all prompts and answers in the batch, which limits the memory of keys and values",
-        shown="no limit",
-    )
-    queue_size: int = option(256, "requests that may wait; more are refused with status 429", unit="requests", least=1)
-    timeout: float = option(300.0, "longest time of a request, waiting included", unit="seconds", metavar="SECONDS")
-    max_tokens_limit: int | None = option(None, "longest answer in tokens", shown="the rest of the context")
-    max_body_bytes: int = option(2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB", least=1)
-    adapter_bytes: int | None = option(
-        None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit"
-    )
-    access_log: str = option(
-        "text", "one line a request in the log, as text or as JSON, or off", choices=("text", "json", "off")
-    )
-    ignore_unsupported: bool = option(
-        False,
-        "ignore fields of requests that the server does not support, such as tools; the header X-Ignored-Parameters "
-        "of the answer names them",
     )
     dtype: str = option("auto", "dtype of the model's weights; auto keeps the checkpoint's dtype", choices=DTYPES)
     load_in_4bit: bool = option(False, "load the weights in 4 bit by bitsandbytes")
@@ -148,11 +120,11 @@ def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> 
 
 
 def check(job: ServeArguments) -> None:
-    """Check the options before the model is loaded, which can take minutes.
+    """Check the adapters' folders before the model is loaded, which can take minutes.
 
     Raises:
         NotADirectoryError: A folder of adapters does not exist.
-        ValueError: A number is outside its range, or a folder can't be served.
+        ValueError: A folder can't be served.
     """
     from s2ft.adapter.folders import source_of
 
@@ -160,10 +132,6 @@ def check(job: ServeArguments) -> None:
         source_of(adapters)
     if job.check and not job.adapters:
         raise ValueError("--check checks adapters: give --adapters")
-    if not 0 <= job.port < 1 << 16:
-        raise ValueError(f"port must be 0 to 65535, got {job.port}")
-    if not job.timeout > 0:
-        raise ValueError(f"timeout must be above 0, got {job.timeout}")
 
 
 def serve_here(job: ServeArguments) -> None:
@@ -172,22 +140,11 @@ def serve_here(job: ServeArguments) -> None:
 
     import torch
 
-    from s2ft.serve.options import Limits, ServerOptions, key_of, served_name
     from s2ft.serve.server import check_adapters, serve
     from s2ft.train.loading import load_base
     from s2ft.train.options import ModelOptions
 
-    limits = Limits(key_of(job.api_key), job.timeout, job.max_body_bytes, job.max_tokens_limit, job.ignore_unsupported)
-    options = ServerOptions(
-        job.host,
-        job.port,
-        job.max_batch_size,
-        job.queue_size,
-        job.max_batch_tokens,
-        job.adapter_bytes,
-        job.access_log,
-        limits,
-    )
+    options = replace(job, api_key=key_of(job.api_key))
     gpu = torch.cuda.is_available()
     device = SimpleNamespace(use_cpu=not gpu, device="cuda" if gpu else "cpu", trust_remote_code=job.trust_remote_code)
     loading = (job.model, job.revision, job.dtype, job.attn_implementation, job.load_in_8bit, job.load_in_4bit)
@@ -215,28 +172,19 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     from s2ft.vllm import command
     from s2ft.vllm.slices.layer import Budget
 
-    if not job.adapters:
-        raise ValueError("--engine vllm serves adapters: give --adapters")
-    if job.slice_units is not None and not job.slices:
-        raise ValueError("--slice-units is the budget of --slices: give both")
+    refuse(
+        (not job.adapters, "--engine vllm serves adapters: give --adapters"),
+        (job.slice_units is not None and not job.slices, "--slice-units is the budget of --slices: give both"),
+    )
     Budget.parse(job.slice_units or "")
     command.check_options(options)
     command.check_plugin()
     # vLLM replaces this process and reads the folder, which is therefore not removed. It is, if something fails here.
     with tempfile.TemporaryDirectory(prefix="s2ft-vllm-") as target:
-        words, environment = _launch(job, options, Path(target))
+        key, model = key_of(job.api_key), command.unpacked(job.model, job.dtype, Path(target, "base"))
+        warn_if_open(job.host, key)
+        adapters = command.adapters_of(model, job.adapters, job.revision)
+        base, template = job.served_model_name or served_name(job.model), command.write_template(adapters, Path(target))
+        words, environment = command.launch(job, adapters, model, base, key, options, template)
         os.environ.update(environment)
         os.execv(words[0], words)
-
-
-def _launch(job: ServeArguments, options: list[str], target):
-    """The command line and the variables of what is started, with files of its own in the folder `target`."""
-    from s2ft.serve.options import key_of, served_name, warn_if_open
-    from s2ft.vllm import command
-
-    key = key_of(job.api_key)
-    warn_if_open(job.host, key)
-    model = command.unpacked(job.model, job.dtype, target / "base")
-    adapters = command.adapters_of(model, job.adapters, job.revision)
-    base, template = job.served_model_name or served_name(job.model), command.write_template(adapters, target)
-    return command.launch(job, adapters, model, base, key, options, template)

@@ -17,27 +17,46 @@ EXPORTS = {
     "merged": Format(
         "a checkpoint of transformers with tokenizer and generation settings, as s2ft merge writes it",
         "s2ft.export.merged",
-        {"max_shard_size": {"help": "the largest file of weights, for example 2GB; default: that of transformers"}},
+        {
+            "max_shard_size": (
+                str,
+                {
+                    "default": None,
+                    "text": "the largest file of weights, for example 2GB",
+                    "shown": "that of transformers",
+                },
+            )
+        },
     ),
     "gguf": Format(
         "a .gguf file of the merged model, by the converter of llama.cpp, which must be installed",
         "s2ft.export.gguf",
         {
-            "quantization": {
-                "metavar": "TYPE",
-                "help": "type of the weights: q8_0, q4_k_m, ... by their names in llama.cpp, whose llama-quantize "
-                "makes those with a k; default: that of the dtype",
-            },
-            "llama_cpp": {
-                "metavar": "DIR",
-                "help": "folder of llama.cpp; default: that of the variable LLAMA_CPP_DIR, else what is on the PATH",
-            },
+            "quantization": (
+                str,
+                {
+                    "default": None,
+                    "metavar": "TYPE",
+                    "text": "type of the weights: q8_0, q4_k_m, ... by their names in llama.cpp, whose llama-quantize "
+                    "makes those with a k",
+                    "shown": "that of the dtype",
+                },
+            ),
+            "llama_cpp": (
+                str,
+                {
+                    "default": None,
+                    "metavar": "DIR",
+                    "text": "folder of llama.cpp",
+                    "shown": "that of the variable LLAMA_CPP_DIR, else what is on the PATH",
+                },
+            ),
         },
     ),
     "ollama": Format(
         "the merged checkpoint and a Modelfile, for `ollama create`",
         "s2ft.export.ollama",
-        {"num_ctx": {"type": int, "metavar": "N", "help": "tokens of the context; default: the model's, at most 8192"}},
+        {"num_ctx": (int, {"default": None, "text": "tokens of the context", "shown": "the model's, at most 8192"})},
     ),
 }
 

@@ -3,7 +3,6 @@
 The rows name their modules instead of importing them, so that the command line can list the formats without PyTorch.
 """
 
-from argparse import BooleanOptionalAction
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -29,7 +28,9 @@ class Format:
 
     summary: str  # one line for the help of `s2ft export`
     path: str  # full name of the module
-    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # by name, with the keywords of argparse
+    options: Mapping[str, tuple[type, Mapping[str, Any]]] = field(
+        default_factory=dict
+    )  # as s2ft.config.option takes them
 
     @property
     def module(self) -> ModuleType:
@@ -44,15 +45,22 @@ ADAPTER_FORMATS = {
         "a folder that PEFT and vLLM load; it adds the same numbers to every weight",
         "s2ft.adapter.formats.lora",
         {
-            "rank": {
-                "type": int,
-                "help": "the rank of every module; zeros are appended to reach it (default: the rank that each needs)",
-            },
-            "rank_pattern": {
-                "action": BooleanOptionalAction,
-                "help": "each module has the rank it needs, which is the default; --no-rank-pattern: all have that of "
-                "the widest one, for programs that read one rank only",
-            },
+            "rank": (
+                int,
+                {
+                    "default": None,
+                    "text": "the rank of every module; zeros are appended to reach it",
+                    "shown": "the rank that each needs",
+                },
+            ),
+            "rank_pattern": (
+                bool,
+                {
+                    "default": True,
+                    "text": "each module has the rank it needs",
+                    "off": "lora: all modules have the rank of the widest one, for programs that read one rank only",
+                },
+            ),
         },
     ),
     "peft": Format(

@@ -114,8 +114,8 @@ class Access:
     async def __call__(self, scope, receive, send) -> None:
         if scope["type"] != "http":
             return await self.app(scope, receive, send)
-        record = scope[RECORD] = RequestRecord(_id_of(scope))
-        sent = 500
+        given, sent = dict(scope["headers"]).get(HEADER.encode(), b"").decode("latin-1"), 500
+        record = scope[RECORD] = RequestRecord(given if ID.fullmatch(given) else f"req-{secrets.token_hex(12)}")
 
         async def send_with_id(message) -> None:
             nonlocal sent
@@ -135,11 +135,6 @@ class Access:
             self.metrics.count(route, record, seconds)
             if self.log != "off" and not (route in QUIET and record.status < 400):
                 logger.info("%s", line_of(self.log, scope, record, seconds))
-
-
-def _id_of(scope) -> str:
-    sent = dict(scope["headers"]).get(HEADER.encode(), b"").decode("latin-1")
-    return sent if ID.fullmatch(sent) else f"req-{secrets.token_hex(12)}"
 
 
 def line_of(kind: str, scope, record: RequestRecord, seconds: float) -> str:

@@ -15,7 +15,7 @@ from s2ft.adapter.folders import some
 from s2ft.serve.access import RequestRecord
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.errors import ApiError, Disconnected
-from s2ft.serve.options import Limits
+from s2ft.serve.options import ServerOptions
 from s2ft.serve.schemas import ChatRequest, Sampled
 from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
@@ -36,11 +36,11 @@ class Service:
         engine: The engine that runs the model.
         tokenizer: The model's tokenizer.
         base: The name of the base for clients.
-        limits: The limits of requests.
+        options: The options of the server, with the limits of requests.
     """
 
-    def __init__(self, engine: Engine, tokenizer, base: str, limits: Limits) -> None:
-        self.engine, self.base, self.limits = engine, base, limits
+    def __init__(self, engine: Engine, tokenizer, base: str, options: ServerOptions) -> None:
+        self.engine, self.base, self.options = engine, base, options
         self.created = int(time.time())
         self.context = context_length(engine.batch.model)
         self.vocabulary = engine.batch.model.get_input_embeddings().weight.shape[0]
@@ -137,7 +137,7 @@ class Service:
         Raises:
             ApiError: 400 if the request asks for more tokens than the server or the context allows.
         """
-        is_chat, limit = isinstance(body, ChatRequest), self.limits.max_tokens
+        is_chat, limit = isinstance(body, ChatRequest), self.options.max_tokens_limit
         requested = body.max_completion_tokens if is_chat and body.max_completion_tokens else body.max_tokens
         if limit is not None and requested is not None and requested > limit:
             raise ApiError(400, "max_tokens_exceeded", f"{requested} tokens requested, but the limit is {limit}")
@@ -172,7 +172,7 @@ class Answer:
         self.job: Job | None = None
         self.ended = False
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
-        seconds = service.limits.timeout
+        seconds = service.options.timeout
         late = Event(error=ApiError(504, "timeout", f"the answer took more than {seconds:g} seconds"))
         self._timer = self._loop.call_at(arrived + seconds, self._events.put_nowait, late)
         self._watch = self._loop.create_task(self._watch_client(request))

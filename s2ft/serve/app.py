@@ -106,7 +106,14 @@ def state_routes(service: Service, metrics: Metrics) -> APIRouter:
 
 def model_routes(service: Service) -> APIRouter:
     """Routes under /v1, which need the API key if the server has one."""
-    router = APIRouter(prefix="/v1", dependencies=[Depends(_key_check(service.limits.api_key))])
+
+    async def check_key(request: Request) -> None:
+        key, header = service.options.api_key, request.headers.get("authorization", "")
+        if key is not None and not hmac.compare_digest(header.encode(), f"Bearer {key}".encode()):
+            words = "send the server's key in the header Authorization: Bearer KEY"
+            raise ApiError(401, "invalid_api_key", words, {"WWW-Authenticate": "Bearer"})
+
+    router = APIRouter(prefix="/v1", dependencies=[Depends(check_key)])
 
     @router.get("/models")
     def models() -> Response:
@@ -161,23 +168,9 @@ def _model(service: Service, name: str) -> dict:
     }
 
 
-def _key_check(key: str | None):
-    async def check(request: Request) -> None:
-        header = request.headers.get("authorization", "")
-        if key is not None and not hmac.compare_digest(header.encode(), f"Bearer {key}".encode()):
-            raise ApiError(
-                401,
-                "invalid_api_key",
-                "send the server's key in the header Authorization: Bearer KEY",
-                {"WWW-Authenticate": "Bearer"},
-            )
-
-    return check
-
-
 async def _json(request: Request, service: Service):
     """Read and decode the body. Raises ApiError 400, 408 or 413."""
-    limit, chunks, size = service.limits.max_body_bytes, [], 0
+    limit, chunks, size = service.options.max_body_bytes, [], 0
     too_large = ApiError(413, "body_too_large", f"the body has more than {limit:,} bytes", {"Connection": "close"})
     length = request.headers.get("content-length", "0")
     if length.isdecimal() and int(length[:20]) > limit:  # before reading any of it
@@ -192,7 +185,7 @@ async def _json(request: Request, service: Service):
             chunks.append(chunk)
 
     try:
-        await asyncio.wait_for(read(), service.limits.timeout)
+        await asyncio.wait_for(read(), service.options.timeout)
     except asyncio.TimeoutError:
         raise ApiError(408, "timeout", "the body did not arrive in time", {"Connection": "close"}) from None
     try:
@@ -208,7 +201,7 @@ def _refuse_constant(word: str):
 
 async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Response:
     arrived, record = asyncio.get_running_loop().time(), request.scope[RECORD]
-    ignored: list[str] | None = [] if service.limits.ignore_unsupported else None
+    ignored: list[str] | None = [] if service.options.ignore_unsupported else None
     try:
         body = parse(kind, await _json(request, service), ignored)
     except ClientDisconnect:

@@ -92,9 +92,6 @@ class Engine:
             memory of keys and values. A longer sequence runs alone. None is no limit.
         prefill_tokens: Largest number of prompt tokens that are run at once, with padding. A longer prompt runs alone.
         metrics: Histogram of batch sizes, see :mod:`s2ft.serve.access`. None counts nothing.
-
-    Raises:
-        ValueError: A size is below 1.
     """
 
     def __init__(
@@ -107,10 +104,6 @@ class Engine:
         prefill_tokens: int = 4096,
         metrics=None,
     ) -> None:
-        sizes = dict(max_batch_size=max_batch_size, queue_size=queue_size, max_batch_tokens=max_batch_tokens)
-        for name, value in sizes.items():
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
         if rows_interact(model.config) and max_batch_size > 1:
             logger.warning(
                 "this model's position embeddings depend on the longest sequence of a batch, so one runs at a time"

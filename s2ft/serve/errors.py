@@ -42,8 +42,7 @@ class ApiError(Exception):
 
     def response(self, request_id: str) -> JSONResponse:
         """The HTTP response of the error, with the id of its request."""
-        headers = {**(self.headers or {}), "X-Request-Id": request_id}
-        return JSONResponse(self.body(request_id), self.status, headers)
+        return JSONResponse(self.body(request_id), self.status, {**(self.headers or {}), "X-Request-Id": request_id})
 
 
 class Disconnected(Exception):
@@ -78,5 +77,4 @@ def install_handlers(app: FastAPI) -> None:
     async def unexpected(request: Request, error: Exception) -> JSONResponse:
         request_id = request.scope[RECORD].id
         logger.error("%s: %s %s failed", request_id, request.method, request.url.path, exc_info=error)
-        failed = ApiError(500, "internal_error", "the server failed; see its log for the reason")
-        return failed.response(request_id)
+        return ApiError(500, "internal_error", "the server failed; see its log for the reason").response(request_id)

@@ -3,77 +3,77 @@
 import ipaddress
 import logging
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+
+from s2ft.config import check_fields, option, refuse
 
 logger = logging.getLogger(__name__)
 KEY = "S2FT_API_KEY"  # other users of the machine can read a command line, but not this variable
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Limits of requests.
-
-    Attributes:
-        api_key: The key that clients must send. None accepts all requests.
-        timeout: Seconds from the arrival of a request to the end of its answer.
-        max_body_bytes: Largest body of a request in bytes.
-        max_tokens: Longest answer in tokens. None is the rest of the context.
-        ignore_unsupported: Whether fields that the server does not support are ignored. The header
-            X-Ignored-Parameters of the answer names them. Otherwise they are an error.
-
-    Raises:
-        ValueError: A value is not above 0.
-
-    Example:
-        >>> from s2ft.serve.options import Limits
-        >>> Limits(timeout=60, max_tokens=256)
-        Limits(api_key=None, timeout=60, max_body_bytes=2097152, max_tokens=256, ignore_unsupported=False)
-    """
-
-    api_key: str | None = None
-    timeout: float = 300.0
-    max_body_bytes: int = 2 << 20
-    max_tokens: int | None = None
-    ignore_unsupported: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("timeout", "max_body_bytes", "max_tokens"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name.replace('_', '-')} must be above 0, got {value}")
+SERVER = {"group": "server"}  # heading of the help
 
 
 @dataclass(frozen=True)
 class ServerOptions:
-    """Options of a server.
+    """Options of a server. The help text of each field describes it, see `s2ft serve --help`.
 
-    Attributes:
-        host: Address to listen on.
-        port: Port to listen on. 0 chooses a free one.
-        max_batch_size: Number of answers that are generated together.
-        queue_size: Number of requests that can wait. Further requests get status 429.
-        max_batch_tokens: Largest number of tokens of prompts and answers in the batch. It bounds the memory of keys
-            and values. None is no limit.
-        adapter_bytes: Memory for adapters in bytes. The adapters that were used longest ago are removed. None is no
-            limit.
-        access_log: "text" or "json" for one line a request in the log, or "off".
-        limits: Limits of requests.
+    Raises:
+        ValueError: A value is out of range. The message names the field.
 
     Example:
-        >>> from s2ft.serve.options import Limits, ServerOptions
-        >>> ServerOptions(port=0, limits=Limits(api_key="secret", max_tokens=512)).limits.timeout
+        >>> from s2ft.serve.options import ServerOptions
+        >>> ServerOptions(port=0, api_key="secret", max_tokens_limit=512).timeout
         300.0
     """
 
-    host: str = "127.0.0.1"
-    port: int = 8000
-    max_batch_size: int = 16
-    queue_size: int = 256
-    max_batch_tokens: int | None = None
-    adapter_bytes: int | None = None
-    access_log: str = "text"
-    limits: Limits = field(default_factory=Limits)
+    host: str = option("127.0.0.1", "address to listen on; the default is reached from this machine only", **SERVER)
+    port: int = option(8000, "port to listen on; 0 takes a free one", **SERVER)
+    api_key: str | None = option(
+        None,
+        "key that clients must send for all paths under /v1 (/health and /metrics are open)",
+        shown="the variable S2FT_API_KEY, if it is set",
+        metavar="KEY",
+        **SERVER,
+    )
+    max_batch_size: int = option(16, "answers that are generated at once", unit="answers", least=1, **SERVER)
+    max_batch_tokens: int | None = option(
+        None,
+        "tokens of all prompts and answers in the batch, which limits the memory of keys and values",
+        shown="no limit",
+        least=1,
+        **SERVER,
+    )
+    queue_size: int = option(
+        256, "requests that may wait; more are refused with status 429", unit="requests", least=1, **SERVER
+    )
+    timeout: float = option(
+        300.0, "longest time of a request, waiting included", unit="seconds", metavar="SECONDS", **SERVER
+    )
+    max_tokens_limit: int | None = option(
+        None, "longest answer in tokens", shown="the rest of the context", least=1, **SERVER
+    )
+    max_body_bytes: int = option(
+        2 << 20, "largest request in bytes", shown="2097152, which is 2 MiB", least=1, **SERVER
+    )
+    adapter_bytes: int | None = option(
+        None, "memory for adapters in bytes; the least recently used ones are removed", shown="no limit", **SERVER
+    )
+    access_log: str = option(
+        "text", "one line a request in the log, as text or as JSON, or off", choices=("text", "json", "off"), **SERVER
+    )
+    ignore_unsupported: bool = option(
+        False,
+        "ignore fields of requests that the server does not support, such as tools; the header X-Ignored-Parameters "
+        "of the answer names them",
+        **SERVER,
+    )
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        refuse(
+            (not 0 <= self.port < 1 << 16, f"port must be 0 to 65535, got {self.port}"),
+            (not self.timeout > 0, f"timeout must be above 0, got {self.timeout}"),
+        )
 
 
 def warn_if_open(host: str, key: str | None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from s2ft.adapter.folders import ADAPTER, STATE, grouped, some, source_of
 from s2ft.adapter.loading import read_adapter
+from s2ft.config import refuse
 from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
 from s2ft.serve.errors import ApiError, unknown_model
@@ -79,17 +80,19 @@ class Adapters:
         """The folders of the sources by name. Raises ValueError for a name that two adapters or the base have."""
         found: dict[str, Path] = {}
         for name, folder in (pair for source in self.sources for pair in source.folders().items()):
-            if name in self.reserved:
-                raise ValueError(
+            first = found.setdefault(name, folder)
+            refuse(
+                (
+                    name in self.reserved,
                     f"adapter {name!r} has the name of the base: rename its folder, or give the base another name "
-                    "with --served-model-name"
-                )
-            if name in found and found[name].resolve() != folder.resolve():
-                raise ValueError(
-                    f"two adapters are called {name!r}, {found[name]} and {folder}: name one of them with "
-                    "--adapters NAME=DIR, or leave out its directory"
-                )
-            found.setdefault(name, folder)
+                    "with --served-model-name",
+                ),
+                (
+                    first.resolve() != folder.resolve(),
+                    f"two adapters are called {name!r}, {first} and {folder}: name one of them with "
+                    "--adapters NAME=DIR, or leave out its directory",
+                ),
+            )
         return found
 
     def _add(self, name: str, folder: Path) -> None:

@@ -68,7 +68,7 @@ def build_app(
     known = adapters_of(model, base, adapters, options.adapter_bytes)
     known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
-    service = Service(engine, tokenizer, base, options.limits)
+    service = Service(engine, tokenizer, base, options)
     service.log_templates()
     return create_app(service, metrics, options.access_log), service
 
@@ -144,7 +144,7 @@ def serve(
     if not getattr(model, "is_quantized", False):  # a quantized one is on its device, and may refuse to move
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     app, _ = build_app(model, tokenizer, base, adapters, options)
-    warn_if_open(options.host, options.limits.api_key)
+    warn_if_open(options.host, options.api_key)
     listener = listen(options.host, options.port)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
     server = Server(config_of(app))

@@ -128,8 +128,7 @@ class ServerEngine(Engine):
                 f"{self.name} was started with weight transfer backend {backend}: install s2ft beside vLLM and start "
                 f"it with --weight-transfer-config '{BACKEND}'"
             )
-        name = str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch.")
-        return DTYPES.get(name)
+        return DTYPES.get(str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch."))
 
     def call(self, method: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
         return self._request(method, body or {})

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.config import refuse
 from s2ft.sync.places import Loader, Place, check_base, parts_of, places
 from s2ft.sync.wire import DTYPES, SliceSpec, from_message
 
@@ -129,10 +130,13 @@ class Receiver:
 
     def _bind_request(self, message: Mapping[str, Any]) -> tuple[str, torch.dtype, list[SliceSpec]]:
         sender, dtype = message.get("sender"), message.get("dtype")
-        if not isinstance(sender, str) or not sender:
-            raise ValueError(f"sender must be the trainer's name, a text that is not empty, not {sender!r}")
-        if dtype not in DTYPES:
-            raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
+        refuse(
+            (
+                not isinstance(sender, str) or not sender,
+                f"sender must be the trainer's name, a text that is not empty, not {sender!r}",
+            ),
+            (dtype not in DTYPES, f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}"),
+        )
         if self._bound is not None:
             if not message.get("take_over"):
                 self._check_sender(sender)

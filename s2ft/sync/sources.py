@@ -12,6 +12,7 @@ from s2ft.attached import extra_weights
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
+from s2ft.config import refuse
 from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all
 from s2ft.model.delta import Delta
 from s2ft.model.weights import weight_at
@@ -162,16 +163,18 @@ class PeftSource:
         self.names = list(model.active_adapters)
         for name in self.names:
             config = model.peft_config[name]
-            if not isinstance(config, S2FTPeftConfig):
-                raise ValueError(
+            refuse(
+                (
+                    not isinstance(config, S2FTPeftConfig),
                     f"adapter {name!r} of the PeftModel is of {type(config).__name__}, and slices can be sent of "
-                    "S2FTPeftConfig only: let TRL send the merged weights"
-                )
-            if config.trainable_token_indices is not None:
-                raise ValueError(
+                    "S2FTPeftConfig only: let TRL send the merged weights",
+                ),
+                (
+                    getattr(config, "trainable_token_indices", None) is not None,
                     f"adapter {name!r} has trainable_token_indices, which are not sent: train the embedding in full "
-                    "(modules_to_save), or let TRL send the merged weights"
-                )
+                    "(modules_to_save), or let TRL send the merged weights",
+                ),
+            )
         modules = dict(base.named_modules())
         self._layers = {
             path: module
@@ -266,10 +269,13 @@ class PeftSource:
                 f"{', '.join(self.names)} were described: make a new SliceSender"
             )
         for path, layer in self._layers.items():
-            if layer.disable_adapters:
-                raise ValueError(f"the adapters of {path} are disabled, so there is nothing to send: enable them")
-            if unmerged and layer.merged:
-                raise ValueError("adapters of the PeftModel are merged: call unmerge_adapter first")
+            refuse(
+                (
+                    layer.disable_adapters,
+                    f"the adapters of {path} are disabled, so there is nothing to send: enable them",
+                ),
+                (unmerged and layer.merged, "adapters of the PeftModel are merged: call unmerge_adapter first"),
+            )
 
 
 def _sum(dim: int, deltas: list[Any]) -> Delta:

@@ -155,16 +155,12 @@ class _SentByTheTrainer:
         self._trainer = trainer
 
     def init_weight_transfer(self) -> None:
-        pass
+        """Nothing, as for a pause and its end: the sender announces and pauses itself."""
 
-    def pause(self) -> None:
-        pass
+    pause = resume = init_weight_transfer
 
     def send_weights(self, iterator: Any) -> None:
         raise RuntimeError("AsyncGRPOTrainer of this release of TRL sends weights in another way than 1.16")
-
-    def resume(self) -> None:
-        pass
 
     def destroy(self) -> None:
         if self._trainer.slice_sender is not None:
@@ -216,8 +212,7 @@ def choose_port() -> None:
     same.
     """
     if os.environ.get("MASTER_PORT", "0") in ("", "0", "auto") and os.environ.get("WORLD_SIZE", "1") == "1":
-        with socket.socket() as free:
-            free.bind(("", 0))
+        with socket.create_server(("", 0)) as free:
             os.environ["MASTER_PORT"] = str(free.getsockname()[1])
 
 

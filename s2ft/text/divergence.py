@@ -20,6 +20,7 @@ from s2ft.adapter.switch import disable_adapters
 from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.record import find_attachment
 from s2ft.attached.reference import without_trainable
+from s2ft.config import refuse
 from s2ft.distributed import is_sharded, reshard_all
 from s2ft.model.modes import evaluation_mode
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
@@ -198,35 +199,30 @@ def base_switch(model: Any) -> Callable[[], AbstractContextManager] | None:
         ...     logits = model(input_ids).logits
     """
     model = unwrapped(model)
-    if hasattr(model, "peft_config") and hasattr(model, "disable_adapter"):  # a PeftModel
-        return lambda: _trained_as_before(model, model.disable_adapter())
-    if getattr(model, "_hf_peft_config_loaded", False):  # transformers' own use of PEFT
-        return lambda: _trained_as_before(model, _transformers_adapters_off(model))
+    if _is_peft_model(model) or getattr(model, "_hf_peft_config_loaded", False):  # transformers' own use of PEFT
+        return lambda: _without_peft(model)
     record = find_attachment(model)
     if record is None:
         return None
     return lambda: without_trainable(model) if record.trains else disable_adapters(model)
 
 
-@contextlib.contextmanager
-def _trained_as_before(model, adapters_off: AbstractContextManager) -> Iterator[None]:
-    """Train the same parameters afterwards. PEFT trains all parameters of an adapter that it switches on again."""
-    trained = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with adapters_off:
-            yield
-    finally:
-        for parameter, requires_grad in trained:
-            parameter.requires_grad_(requires_grad)
+def _is_peft_model(model) -> bool:
+    return hasattr(model, "peft_config") and hasattr(model, "disable_adapter")
 
 
 @contextlib.contextmanager
-def _transformers_adapters_off(model) -> Iterator[None]:
-    model.disable_adapters()
-    try:
+def _without_peft(model) -> Iterator[None]:
+    """Switch PEFT's adapters off. PEFT trains all parameters of an adapter on again, so the same are trained after."""
+    with contextlib.ExitStack() as stack:
+        for parameter in model.parameters():
+            stack.callback(parameter.requires_grad_, parameter.requires_grad)
+        if _is_peft_model(model):
+            stack.enter_context(model.disable_adapter())
+        else:
+            model.disable_adapters()
+            stack.callback(model.enable_adapters)
         yield
-    finally:
-        model.enable_adapters()
 
 
 # ---- rows ----------------------------------------------------------------------------------------------
@@ -264,13 +260,17 @@ def _checked(row: Row, number: int, longest: int | None) -> tuple[Tensor, Tensor
         found = sorted(row) if isinstance(row, Mapping) else type(row).__name__
         raise ValueError(f"row {number} must be a token row with input_ids and labels, got {found}")
     ids, labels = (torch.as_tensor(row[name], dtype=torch.int64) for name in ("input_ids", "labels"))
-    if ids.dim() != 1 or ids.shape != labels.shape:
-        raise ValueError(
+    refuse(
+        (
+            ids.dim() != 1 or ids.shape != labels.shape,
             f"row {number} must have as many labels as input_ids, in one list each, got shapes {tuple(ids.shape)} and "
-            f"{tuple(labels.shape)}"
-        )
-    if longest is not None and len(ids) > longest:
-        raise ValueError(f"row {number} has {len(ids)} tokens, but the model's context has {longest}: cut the row")
+            f"{tuple(labels.shape)}",
+        ),
+        (
+            longest is not None and ids.numel() > longest,
+            f"row {number} has {ids.numel()} tokens, but the model's context has {longest}: cut the row",
+        ),
+    )
     return ids, labels
 
 
@@ -566,8 +566,7 @@ def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 
     """
     prompt = prompt_for_rows(tokenizer, rows, DataOptions())
     how = {"max_length": longest, "too_long": "cut", "loss_on": "all", "completion_only": False}
-    tokens = tokenize_rows(rows, tokenizer, prompt, **how).dataset
-    return some(tokens, most, seed)
+    return some(tokenize_rows(rows, tokenizer, prompt, **how).dataset, most, seed)
 
 
 def some(rows: Any, most: int = ROWS, seed: int = 0) -> list:

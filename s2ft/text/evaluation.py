@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from s2ft.text.data import DataOptions, load_rows
-from s2ft.text.data.forms import check_unicode as check_unicode
 from s2ft.text.encoding import context_length
 from s2ft.text.generation import generate
 from s2ft.text.prompts import PromptFormat, encode_prompt

@@ -74,7 +74,7 @@ def load_model(
         dtype = "float32" if dtype == "auto" else dtype
     options = {**options, **_remote(revision, trust_remote_code)}
     _check_hub(name, source, options.get("revision"))
-    tokenizer = _tokenizer(name, source, options)
+    tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
     if is_gguf:  # plain weights, where transformers would keep GGUF blocks if it has kernels for them
         kind = getattr(transformers, "GgufConfig", None)  # transformers 5.0 always unpacks
         quantization = kind and kind(dequantize=True)
@@ -223,8 +223,10 @@ def keep_in_float32(model) -> None:
 
 def load_tokenizer(name: str):
     """Load the tokenizer that :func:`load_model` would load. Raises ValueError if there is none."""
+    from transformers import AutoTokenizer
+
     source, options = locate(name)
-    return _tokenizer(name, source, {**options, **_remote(None, False)})
+    return _from_pretrained(AutoTokenizer, "a tokenizer", name, source, {**options, **_remote(None, False)})
 
 
 def dtype_of_base(adapter, dtype: str = "auto") -> str:
@@ -284,12 +286,6 @@ def _check_hub(name: str, source: str, revision: str | None) -> None:
             f"there is no folder {name} here, and the hub can't be reached ({first}); HF_HUB_OFFLINE=1 uses only "
             "models that were downloaded before"
         ) from error
-
-
-def _tokenizer(name: str, source: str, options: dict):
-    from transformers import AutoTokenizer
-
-    return _from_pretrained(AutoTokenizer, "a tokenizer", name, source, options)
 
 
 def _auto_class(name: str, source: str, options: dict, is_gguf: bool):

@@ -145,13 +145,11 @@ def prompt_format(
         >>> print(prompt_format(ByT5Tokenizer(), chat_template="alpaca").template[:40])
         {%- set system = messages | selectattr('
     """
-    if form not in FORMS:
-        raise ValueError(f"form must be one of {', '.join(FORMS)}, got {form!r}")
-    if form == "text":
+    if form != "chat":
         if chat_template is not None or system is not None:
             option = "chat_template" if chat_template is not None else "system"
             raise ValueError(f"{option} has no effect on plain text: give form='chat', or leave {option} out")
-        return PromptFormat("text")
+        return PromptFormat(form)
     template = template_of(tokenizer) if chat_template is None else _read_template(tokenizer, chat_template)
     given = "(given as text)" if "{" in str(chat_template) else chat_template
     name = "the tokenizer's chat template" if chat_template is None else f"chat_template {given}"
@@ -315,7 +313,4 @@ def end_ids(tokenizer, generation_config=None) -> list[int]:
 
 def pad_id(tokenizer) -> int:
     """Return the id to pad with. Padding is always masked, so the end-of-text token serves if there is no other."""
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    return 0
+    return next((token for token in (tokenizer.pad_token_id, tokenizer.eos_token_id) if token is not None), 0)

@@ -246,44 +246,11 @@ WINDOW = 16  # approximate number of tokens that are decoded again for each new 
 CONTEXT = 4  # tokens kept before a new one, since some tokenizers omit the space of a first token
 
 
-class Detokenizer:
-    """Decodes a growing sequence of tokens. A character of several tokens is returned when it is complete.
-
-    Args:
-        tokenizer: The model's tokenizer.
-    """
-
-    def __init__(self, tokenizer) -> None:
-        self._tokenizer = tokenizer
-        self._window: list[int] = []
-        self._sent = 0  # characters of the window's text that were returned
-
-    def push(self, token: int) -> str:
-        """Return the text that a token adds. It is empty if the token ends inside a character."""
-        self._window.append(token)
-        text = self._decode()
-        complete = len(text)
-        while complete > max(0, len(text) - 3) and text[complete - 1] == BROKEN:  # the next token may complete it
-            complete -= 1
-        new = text[self._sent : complete]
-        self._sent = max(self._sent, complete)
-        if complete == len(text) and len(self._window) > WINDOW:
-            self._window = self._window[-CONTEXT:]
-            self._sent = len(self._decode())
-        return new
-
-    def flush(self) -> str:
-        """Return the rest of the text, with a replacement character for an incomplete one."""
-        text = self._decode()
-        new, self._sent = text[self._sent :], len(text)
-        return new
-
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 class TextStream:
-    """Text up to the first stop string. Text that may become part of a stop string is held back.
+    """Decodes a growing sequence of tokens, up to the first stop string.
+
+    A character of several tokens is returned when it is complete, and text that may become part of a stop string is
+    held back.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -294,22 +261,32 @@ class TextStream:
     """
 
     def __init__(self, tokenizer, stop: Sequence[str] = ()) -> None:
-        self._detokenizer, self._stop = Detokenizer(tokenizer), tuple(stop)
-        self._held = ""
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._window: list[int] = []
+        self._sent, self._held = 0, ""  # characters of the window's text that were passed on; what is held back
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Return the text that can be shown after a token."""
-        return self._pass_on(self._detokenizer.push(token))
+        self._window.append(token)
+        text = self._decode()
+        complete = len(text)
+        while complete > max(0, len(text) - 3) and text[complete - 1] == BROKEN:  # the next token may complete it
+            complete -= 1
+        new = text[self._sent : complete]
+        self._sent = max(self._sent, complete)
+        if complete == len(text) and len(self._window) > WINDOW:
+            self._window = self._window[-CONTEXT:]
+            self._sent = len(self._decode())
+        return self._pass_on(new)
 
     def flush(self) -> str:
-        """Return the text that was held back, after the last token."""
-        if self.stopped:
-            return ""
-        text = self._pass_on(self._detokenizer.flush())
-        if not self.stopped:
-            text, self._held = text + self._held, ""
-        return text
+        """Return the rest of the text after the last token, with a replacement character for an incomplete one."""
+        text = "" if self.stopped else self._pass_on(self._decode()[self._sent :])
+        return text if self.stopped else text + self._held
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _pass_on(self, text: str) -> str:
         text = self._held + text

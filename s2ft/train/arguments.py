@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
-from s2ft.config import LARGEST, option
+from s2ft.config import LARGEST, option, refuse
 from s2ft.sync.trl import SLEEP
 
 DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth of the run
@@ -51,7 +51,6 @@ class RunArguments:
         ValueError: A value is out of range, or cannot work with S²FT. The message names the argument.
     """
 
-    learning_rate: float = field(default=2e-4, metadata={"help": "peak learning rate"})
     warmup_steps: float | None = field(
         default=None,
         metadata={
@@ -166,19 +165,21 @@ class SFTArguments(RunArguments, SFTConfig):
     )
 
     def __post_init__(self) -> None:
-        if self.dataset_kwargs:
-            raise ValueError(
-                f"dataset_kwargs is not used: s2ft prepares the rows itself, got {self.dataset_kwargs!r}; leave it out"
-            )
-        if self.truncation_mode != "keep_start":
-            raise ValueError(
+        refuse(
+            (
+                self.dataset_kwargs,
+                f"dataset_kwargs is not used: s2ft prepares the rows itself, got {self.dataset_kwargs!r}; leave it out",
+            ),
+            (
+                self.truncation_mode != "keep_start",
                 f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or "
-                "cut at its end, see too_long"
-            )
-        if self.packing and self.packing_strategy == "wrapped":
-            raise ValueError(
-                "packing_strategy 'wrapped' mixes up rows: rows would see each other; use 'bfd', the default"
-            )
+                "cut at its end, see too_long",
+            ),
+            (
+                self.packing and self.packing_strategy == "wrapped",
+                "packing_strategy 'wrapped' mixes up rows: rows would see each other; use 'bfd', the default",
+            ),
+        )
         if self.use_cpu is False and self.pad_to_multiple_of == "auto":
             self.pad_to_multiple_of = "none"  # "auto" is for a device that s2ft does not know
         super().__post_init__()
@@ -241,16 +242,16 @@ class GRPOArguments(RunArguments, GRPOConfig):
 
     def __post_init__(self) -> None:
         _refuse(self, REFUSED_BY_GRPO)
-        if self.use_vllm and self.vllm_enable_sleep_mode:
-            raise ValueError(SLEEP)
-        if not self.num_generations or self.num_generations < 2:
-            raise ValueError(
-                f"num_generations must be at least 2, since answers to a prompt are compared with each other, got "
-                f"{self.num_generations}"
-            )
         self._chosen = self.generation_batch_size, self.steps_per_generation
-        if None not in self._chosen:
-            raise ValueError("generation_batch_size and steps_per_generation say the same: give one of them")
+        refuse(
+            (self.use_vllm and self.vllm_enable_sleep_mode, SLEEP),
+            (
+                not self.num_generations or self.num_generations < 2,
+                f"num_generations must be at least 2, since answers to a prompt are compared with each other, got "
+                f"{self.num_generations}",
+            ),
+            (None not in self._chosen, "generation_batch_size and steps_per_generation say the same: give one of them"),
+        )
         # TRL checks the numbers at once, but the command divides batch_size among the devices later.
         self.generation_batch_size, self.steps_per_generation = None, self.num_generations
         super().__post_init__()
@@ -318,20 +319,23 @@ def _check(arguments: Any) -> None:
             raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
     _refuse(arguments, REFUSED)
     strategy = str(getattr(arguments.hub_strategy, "value", arguments.hub_strategy))
-    if strategy not in ("end", "every_save"):
-        raise ValueError(f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end")
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
-    if optimizer.startswith(("galore", "apollo")):
-        raise ValueError(
+    refuse(
+        (
+            strategy not in ("end", "every_save"),
+            f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end",
+        ),
+        (
+            optimizer.startswith(("galore", "apollo")),
             f"optim {optimizer!r} works on the gradients of whole weights, which s2ft does not train: choose another "
-            "one, such as adamw_torch_fused"
-        )
+            "one, such as adamw_torch_fused",
+        ),
+    )
 
 
 def _refuse(arguments: Any, refused: dict[str, str]) -> None:
-    for name, reason in refused.items():
-        if getattr(arguments, name, None):
-            raise ValueError(f"{name} does not work here: {reason}")
+    reasons = refused.items()
+    refuse(*((getattr(arguments, name, None), f"{name} does not work here: {reason}") for name, reason in reasons))
 
 
 ARGUMENTS = {"sft": SFTArguments, "dpo": DPOArguments, "grpo": GRPOArguments}  # by command

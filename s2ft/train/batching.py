@@ -23,7 +23,7 @@ from torch.utils.data import Sampler
 
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
-from s2ft.train.parallel import devices_of
+from s2ft.train.parallel import devices_of, run_where_weights_are
 
 logger = logging.getLogger(__name__)
 BY_LENGTH = "group_by_length"  # a value of transformers' train_sampling_strategy
@@ -91,7 +91,8 @@ def choose_batching(
         arguments: The SFTArguments. `packing` None and the default `train_sampling_strategy` leave the choice to this
             function.
         all_logits: Whether batches have labels for all positions, which TRL's own loss needs.
-        trial: Runs :func:`why_not_packed`, with the same arguments. The default runs it on this device.
+        trial: Runs :func:`why_not_packed`, with the same arguments. The default runs it on the devices that have the
+            weights, and all devices must call this function.
 
     Raises:
         ValueError: `packing` or `padding_free` is set, and the model mixes up packed rows.
@@ -107,7 +108,11 @@ def choose_batching(
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
     if asked or (arguments.packing is None and by_length and varlen):
-        reason = (trial or why_not_packed)(model, rows, packed)
+        if trial is not None:
+            reason = trial(model, rows, packed)
+        else:
+            what = "the trial of packing"
+            reason = run_where_weights_are(what, model, lambda: why_not_packed(model, rows, packed))
     if asked and reason:
         raise ValueError(f"{asked} would mix up rows in this model: {reason}; leave {asked} out, rows are then padded")
     if arguments.packing:
@@ -240,7 +245,5 @@ def row_lengths(rows: Any) -> list[int]:
     """Return the number of tokens of each row of a Dataset, without making Python lists of the tokens."""
     from pyarrow import compute
 
-    found: list[int] = []
-    for batch in rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000):
-        found += compute.list_value_length(batch["input_ids"]).to_pylist()
-    return found
+    batches = rows.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=10_000)
+    return [length for batch in batches for length in compute.list_value_length(batch["input_ids"]).to_pylist()]

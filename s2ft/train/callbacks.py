@@ -21,7 +21,7 @@ SHOWN = {"accuracy": "accuracy {:.1%}", "reward": "reward {:.3f}", "rewards/accu
 
 
 class JsonlLog(TrainerCallback):
-    """Writes log.jsonl on the first rank, and shows the progress in lines.
+    """Writes log.jsonl on the first rank, and logs the progress in lines.
 
     The line of a logged step has step, epoch, loss, learning_rate, grad_norm and tokens_per_second. The line of an
     evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. Both have the rewards of DPO and
@@ -30,11 +30,10 @@ class JsonlLog(TrainerCallback):
 
     Args:
         path: The file.
-        shows: Whether the progress is shown.
     """
 
-    def __init__(self, path: Path, shows: bool = False) -> None:
-        self.path, self.shows = path, shows
+    def __init__(self, path: Path) -> None:
+        self.path = path
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.first, self.seen = state.global_step, state.num_input_tokens_seen
@@ -54,7 +53,7 @@ class JsonlLog(TrainerCallback):
         elif "eval_loss" in logs:
             self._write(state, {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs}, logs, "eval_")
             loss = f"evaluation loss {logs['eval_loss']:.4f}{_shown(logs, 'eval_')}"
-            self._say(f"step {state.global_step}/{state.max_steps}: {loss}")
+            logger.info(f"step {state.global_step}/{state.max_steps}: {loss}")
 
     def _step(self, state, logs: dict) -> None:
         """Log a step, with the tokens per second since the last one."""
@@ -64,7 +63,7 @@ class JsonlLog(TrainerCallback):
         values = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
         self._write(state, {**values, "tokens_per_second": round(speed, 1)}, logs, "")
         each = (now - self.begin) / max(1, state.global_step - self.first)
-        self._say(
+        logger.info(
             f"step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
             f"{_shown(logs)}, learning rate {logs['learning_rate']:.2e}, {speed:,.0f} tokens/s, "
             f"{timedelta(seconds=round(each * (state.max_steps - state.global_step)))} left"
@@ -75,10 +74,6 @@ class JsonlLog(TrainerCallback):
         more = {key: value for key, value in logs.items() if key.startswith(names)}
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **values, **more}) + "\n")
-
-    def _say(self, line: str) -> None:
-        if self.shows:
-            logger.info(line)
 
 
 class EvaluateAfterSaving(TrainerCallback):

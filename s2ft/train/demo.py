@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from textwrap import shorten
 
 import torch
 from torch.utils.benchmark import Timer
@@ -36,7 +37,7 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 # with "Show a short calculation, then the answer." or with a math tutor as system message, 1 % with a plain instruction
 # prompt in place of the chat template, and 3 % with this text and 256 new tokens.
 ASK = " Let's think step by step."
-SHOWN = 3
+SHOWN, WIDTH = 3, 160  # answers in the summary, and characters of each
 MAX_LENGTH = 1024
 
 
@@ -185,7 +186,7 @@ def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
 def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """Return the report as text, with some answers of both models."""
     examples = (
-        f"  {old.question}\n    base:  {_one_line(old.generated)}\n    tuned: {_one_line(new.generated)}\n"
+        f"  {old.question}\n    base:  {shorten(old.generated, WIDTH)}\n    tuned: {shorten(new.generated, WIDTH)}\n"
         f"    right: {old.answer}"
         for old, new in list(zip(before.records, after.records))[:SHOWN]
     )
@@ -204,8 +205,3 @@ def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFold
             f"also written: {written}",
         ]
     )
-
-
-def _one_line(text: str, width: int = 160) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"

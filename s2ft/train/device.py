@@ -55,17 +55,7 @@ MESSAGES = ("DefaultCPUAllocator", "not enough memory", "CUDA out of memory", "o
 
 
 class OutOfMemory(MemoryError):
-    """Memory was too small. The message says what failed, and its further lines what to change.
-
-    Args:
-        reason: What failed.
-        advice: Lines with the changes that help.
-        kept: What the run has kept, or "".
-    """
-
-    def __init__(self, reason: str, advice: list[str], kept: str = "") -> None:
-        self.reason, self.advice, self.kept = reason, advice, kept
-        super().__init__("\n".join([reason, *advice, *([kept] if kept else [])]))
+    """Memory was too small. The message says what failed and what to change, and its next line what is kept."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -101,18 +91,16 @@ def explain_out_of_memory(switch: str, kept: Callable[[], str] = str) -> Iterato
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        raise OutOfMemory(f"out of memory: {first_line(error)}{_free()}; {switch} needs less", [], kept()) from error
+        import torch
 
+        from s2ft.estimation.memory import free_memory
+        from s2ft.estimation.result import size
 
-def _free() -> str:
-    import torch
-
-    from s2ft.estimation.memory import free_memory
-    from s2ft.estimation.result import size
-
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    free = free_memory(device)
-    return "" if free is None else f"; {size(free)} are free on {device}"
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        free = free_memory(device)
+        room = "" if free is None else f"; {size(free)} are free on {device}"
+        lines = (f"out of memory: {first_line(error)}{room}; {switch} needs less", kept())
+        raise OutOfMemory("\n".join(filter(None, lines))) from error
 
 
 def smaller_answers(batch: int, dtype: str) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.config import refuse
 from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
 from s2ft.text.divergence import Drift, DriftMeter, base_switch
 
@@ -77,10 +78,10 @@ class ForgettingMeter(TrainerCallback):
         stop_at_forgetting: float | None = None,
         stop_at_kl: float | None = None,
     ) -> None:
-        if other is None and prompts is None:
-            raise ValueError("nothing is measured: give other, prompts, or both")
-        if every is not None and every < 1:
-            raise ValueError(f"every must be at least 1 step, got {every}")
+        refuse(
+            (other is None and prompts is None, "nothing is measured: give other, prompts, or both"),
+            (every is not None and every < 1, f"every must be at least 1 step, got {every}"),
+        )
         for name, limit, rows, needed in (
             ("stop_at_forgetting", stop_at_forgetting, other, "other, rows of other text"),
             ("stop_at_kl", stop_at_kl, prompts, "prompts, rows of the task's prompts"),
@@ -90,8 +91,8 @@ class ForgettingMeter(TrainerCallback):
             if limit is not None and not limit > 0:
                 raise ValueError(f"{name} must be above 0, got {limit:g}")
         self._rows = {"other": other, "prompts": prompts, "batch_size": batch_size}
-        self._limits = {"forgetting": stop_at_forgetting, "base_kl": stop_at_kl}
-        self._limits = {name: limit for name, limit in self._limits.items() if limit is not None}
+        limits = zip(LIMITS, (stop_at_forgetting, stop_at_kl))
+        self._limits = {name: limit for name, limit in limits if limit is not None}
         self._every, self._meter = every, None
         self._reset()
 
@@ -130,14 +131,13 @@ class ForgettingMeter(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         """Measure the base by switching the adapters off, and where a resumed run begins."""
         self._reset()
-        if base_switch(_inner(model)) is not None:
-            self._meter = self._of_base(model)
-        elif self._meter is None and state.global_step:
+        has_adapters = base_switch(_inner(model)) is not None
+        if self._meter is None and state.global_step and not has_adapters:
             raise ValueError(
                 "the base of a model without adapters must be measured before a checkpoint is loaded: call "
                 "meter.add_to(trainer) before trainer.train(resume_from_checkpoint=...)"
             )
-        elif self._meter is None:
+        if self._meter is None or has_adapters:
             self._meter = self._of_base(model)
         self._steps = self._every or max(1, -(-state.max_steps // TIMES))
         if self._limits and state.global_step:  # the values of the checkpoint, should the run go beyond a limit

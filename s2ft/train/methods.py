@@ -1,14 +1,22 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
 import contextlib
+import copy
 import hashlib
 import logging
 import socket
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from transformers import Trainer
+
+import s2ft
+from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, needs_calibration
 from s2ft.text.data.loading import load_split
@@ -18,9 +26,12 @@ from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token
 from s2ft.text.evaluation import HeldOut, examples_of
 from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows
 from s2ft.text.scoring import right_answer
-from s2ft.train.memory import log_memory, log_memory_of_batch
+from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
+from s2ft.train.loading import plain_kernels
+from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder
+from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
 from s2ft.train.rates import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Method, Run
@@ -30,11 +41,12 @@ from s2ft.train.sft import (
     check_dtype,
     check_packages_of_run,
     check_run,
+    is_checkpointed,
     log_length,
     run_trainer,
     sft,
 )
-from s2ft.train.trainers import refuse_sharding
+from s2ft.train.trainers import needs_trl_loss, refuse_sharding
 
 logger = logging.getLogger(__name__)
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
@@ -109,7 +121,17 @@ class SFT(Method):
         return row
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        log_memory(model, run.config, data.rows, run.arguments, run.options, tokenizer)
+        arguments = run.arguments
+        if devices_of(arguments).splits_rows:
+            logger.info("memory was not estimated: each row is divided among devices")
+            return
+        trl_loss, trial = needs_trl_loss(arguments), why_not_packed
+        if is_spread(model):  # the other devices do not call this, so the model is neither run nor read
+            model, trial = plain_copy(model), lambda *arguments: ""
+        batching = choose_batching(model, pad_id(tokenizer), data.rows, arguments, trl_loss, trial)
+        chunked = run.options.chunked_loss and not arguments.torch_compile and not trl_loss
+        longest, short = longest_rows(data.rows, arguments, batching), batching.collator([short_row(data.rows)])
+        log_memory_of_batch(model, run.config, longest, arguments, chunked, short)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         return sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
@@ -216,7 +238,9 @@ class GRPO(RL):
         return row_of_prompt(encode_prompt(tokenizer, row["prompt"]))
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        batch = largest_batch(run.arguments, data.longest)
+        answer = list(range(run.arguments.max_completion_length))  # the values do not matter
+        row = {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
+        batch = TokenCollator(0)([row] * run.arguments.per_device_train_batch_size)
         log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
 
     def base(self, run: Run, model, tokenizer):
@@ -255,7 +279,7 @@ def dpo(
     arguments,
     folder: RunFolder,
     *,
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
     resume: bool | Path = False,
     held_out=None,
     meter=None,
@@ -285,7 +309,6 @@ def dpo(
     """
     from s2ft.train.trainers import DPORunTrainer
 
-    options = options or RunOptions()
     check_packages_of_run(arguments)
     check_dtype(model, arguments)
     trainer = DPORunTrainer(
@@ -327,7 +350,7 @@ def grpo(
     arguments,
     folder: RunFolder,
     *,
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
     resume: bool | Path = False,
     held_out=None,
     meter=None,
@@ -362,7 +385,6 @@ def grpo(
     """
     from s2ft.train.trainers import GRPORunTrainer
 
-    options = options or RunOptions()
     check_packages_of_run(arguments)
     check_vllm(arguments, model if base is None else base)
     check_dtype(model, arguments)
@@ -434,18 +456,6 @@ def name_of_run(folder: Path) -> str:
     return f"s2ft-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
 
 
-def largest_batch(arguments, longest_prompt: int) -> dict:
-    """Return the largest batch of an update: the longest prompt with the longest answers.
-
-    Args:
-        arguments: The GRPOArguments.
-        longest_prompt: Tokens of the longest prompt.
-    """
-    answer = list(range(arguments.max_completion_length))  # the values do not matter
-    row = {"input_ids": [0] * longest_prompt + answer, "labels": [IGNORED] * longest_prompt + answer}
-    return TokenCollator(0)([row] * arguments.per_device_train_batch_size)
-
-
 def check_count(arguments, prompts) -> None:
     """Raise ValueError if there are fewer prompts than one generation takes.
 
@@ -460,3 +470,69 @@ def check_count(arguments, prompts) -> None:
             f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
             f"{arguments.num_generations}): lower batch_size or raise num_generations"
         )
+
+
+# ---- memory ---------------------------------------------------------------------------------------------
+
+
+def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, short: dict | None = None) -> None:
+    """Log the memory that a step on a batch needs on one device, with a warning if it is more than is free.
+
+    Args:
+        model: The model without an adapter.
+        config: The S2FTConfig of the run.
+        batch: The largest batch of the run.
+        arguments: The arguments of the trainer.
+        chunked: Whether the loss is computed without keeping all logits, if the model allows it.
+        short: A batch on which the model is run to find out whether it allows it. None is `batch`.
+    """
+    try:
+        strategy = strategy_of_run(arguments)
+        if strategy is not None and strategy.shards_weights:
+            chunked = False
+        chunked = chunked and not why_not_chunked(model, batch if short is None else short)
+        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+        found = s2ft.estimate(
+            model,
+            config,
+            example=batch,
+            optimizer=partial(kind, **options),
+            loss=loss_in_chunks if chunked else None,
+            gradient_checkpointing=is_checkpointed(arguments),
+            accumulation=arguments.gradient_accumulation_steps,
+            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+            strategy=strategy,
+            devices=None if strategy is None else devices_of(arguments).count,
+        )
+    except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
+        logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)
+        return
+    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
+
+
+def longest_rows(train, arguments, batching: Batching) -> dict:
+    """Return the largest batch that the training may have: its longest rows, or full packs of labelled tokens.
+
+    Args:
+        train: The token rows, a Dataset.
+        arguments: The SFTArguments.
+        batching: How rows become batches.
+    """
+    rows = arguments.per_device_train_batch_size
+    if batching.packed:
+        full = list(range(arguments.max_length))  # the values do not matter
+        return batching.collator([{"input_ids": full, "labels": full}] * rows)
+    lengths = row_lengths(train)
+    return batching.collator([train[row] for row in sorted(range(len(train)), key=lengths.__getitem__)[-rows:]])
+
+
+def plain_copy(model: nn.Module) -> nn.Module:
+    """Return a plain model of the same config and dtype on the meta device.
+
+    Args:
+        model: A model of transformers, attached or not. Its weights may be spread over devices.
+    """
+    config = copy.deepcopy(model.config)
+    config.__dict__.pop("quantization_config", None)
+    with plain_kernels(), torch.device("meta"), without_zero_init():
+        return type(model)._from_config(config).to(model.dtype)

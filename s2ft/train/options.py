@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from s2ft.config import PROJECTIONS, check_fields, option
+from s2ft.config import PROJECTIONS, check_fields, option, refuse
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 
@@ -214,12 +214,20 @@ class ForgettingOptions:
         for name in ("stop_at_forgetting", "stop_at_kl"):
             if getattr(self, name) is not None and not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be above 0, got {getattr(self, name):g}")
-        if self.stop_at_forgetting is not None and not self.forgetting_data:
-            raise ValueError("stop_at_forgetting needs forgetting_data, the text on which the loss must not rise")
-        if self.kl_on != "prompts" and not self.measures_kl:
-            raise ValueError(f"kl_on={self.kl_on} has no effect without measure_kl or stop_at_kl")
-        if self.meter_steps is not None and not self.measures:
-            raise ValueError("meter_steps has no effect without forgetting_data, measure_kl or stop_at_kl")
+        refuse(
+            (
+                self.stop_at_forgetting is not None and not self.forgetting_data,
+                "stop_at_forgetting needs forgetting_data, the text on which the loss must not rise",
+            ),
+            (
+                self.kl_on != "prompts" and not self.measures_kl,
+                f"kl_on={self.kl_on} has no effect without measure_kl or stop_at_kl",
+            ),
+            (
+                self.meter_steps is not None and not self.measures,
+                "meter_steps has no effect without forgetting_data, measure_kl or stop_at_kl",
+            ),
+        )
 
     @property
     def measures_kl(self) -> bool:

@@ -248,11 +248,7 @@ def plot_loss(log: Path, image: Path, title: str = "") -> None:
         image: The file to write.
         title: Text above the picture.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    figure = loss_figure(read_log(log), title)
-    FigureCanvasAgg(figure)
-    figure.savefig(image, dpi=120)
+    loss_figure(read_log(log), title).savefig(image, dpi=120)
 
 
 def loss_figure(lines: list[dict], title: str = ""):

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from s2ft.config import refuse
 from s2ft.distributed import decide, has_numbers, is_sharded
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.modes import evaluation_mode
@@ -74,19 +75,25 @@ def devices_of(arguments: Any) -> Devices:
         '1 device'
     """
     config, loading = _parallelism(arguments), loading_config(arguments)
-    tensor = _tensor_size(loading, arguments.world_size) if loading else 1
+    tensor = 1
+    if loading:
+        others = (loading.get("fsdp_size") or 1) * (loading.get("dp_replicate_size") or 1)
+        planned = loading.get("tp_plan") is not None  # without a size, transformers takes all devices for the plan
+        tensor = loading.get("tp_size") or (arguments.world_size // others if planned else 1)
     context, sequence = (config.cp_size, config.sp_size) if config is not None else (1, 1)
     found = Devices(arguments.world_size, tensor, context, sequence)
-    if tensor > 1 and found.splits_rows:
-        raise ValueError(
+    refuse(
+        (
+            tensor > 1 and found.splits_rows,
             "tensor parallelism can't be combined with context or sequence parallelism: transformers splits the "
-            "weights when it loads them, and accelerate splits rows only of models that it shards itself; choose one"
-        )
-    if found.count % found.together:
-        raise ValueError(
+            "weights when it loads them, and accelerate splits rows only of models that it shards itself; choose one",
+        ),
+        (
+            found.count % found.together,
             f"{found.count} devices can't be divided into groups of {found.together}: start a multiple of "
-            f"{found.together} processes"
-        )
+            f"{found.together} processes",
+        ),
+    )
     return found
 
 
@@ -195,14 +202,7 @@ def check_can_shard(arguments: Any) -> None:
 
 
 def _uses_fsdp(arguments: Any) -> bool:
-    launched = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
-    return launched or bool(getattr(arguments, "fsdp", None))
-
-
-def _tensor_size(loading: dict[str, Any], count: int) -> int:
-    """Return the number of devices that share a weight. With a plan and no size, transformers takes all devices."""
-    others = (loading.get("fsdp_size") or 1) * (loading.get("dp_replicate_size") or 1)
-    return loading.get("tp_size") or (count // others if loading.get("tp_plan") is not None else 1)
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" or bool(getattr(arguments, "fsdp", None))
 
 
 def _parallelism(arguments: Any):
@@ -242,13 +242,12 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
         )
     if not devices.splits_rows:
         return
-    for name in ("packing", "padding_free", "router_aux_loss_coef"):
-        if getattr(arguments, name):
-            raise ValueError(
-                f"{name} needs whole rows, and each row is divided among devices ({devices}): leave it out"
-            )
-    if arguments.loss_type == "dft":
-        raise ValueError(f"loss_type 'dft' needs whole rows, and each row is divided among devices ({devices})")
+    given = [name for name in ("packing", "padding_free", "router_aux_loss_coef") if getattr(arguments, name)]
+    given += ["loss_type 'dft'"] * (arguments.loss_type == "dft")
+    if given:
+        raise ValueError(
+            f"{given[0]} needs whole rows, and each row is divided among devices ({devices}): leave it out"
+        )
     reason = _why_not_divided(model)
     if reason:
         raise ValueError(

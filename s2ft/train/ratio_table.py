@@ -4,7 +4,7 @@ Nothing here reads weights: the model is on the meta device.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -51,10 +51,6 @@ class Planned:
     peak: int | None = None
     counted: bool = False
     fits: bool | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the row as values that JSON can hold."""
-        return asdict(self)
 
 
 def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATIOS) -> list[Planned]:

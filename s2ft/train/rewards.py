@@ -150,9 +150,7 @@ def is_equal(text: str, answer: str) -> bool:
 
 def _same_number(said: str, expected: list[Fraction]) -> bool:
     found = numbers(said)
-    if not found or not expected:
-        return False
-    return abs(found[-1] - expected[0]) <= TOLERANCE * min(1, abs(expected[0]))
+    return bool(found and expected) and abs(found[-1] - expected[0]) <= TOLERANCE * min(1, abs(expected[0]))
 
 
 def _choice(said: str, marked: bool) -> str | None:

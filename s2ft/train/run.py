@@ -3,6 +3,7 @@
 The commands differ in one object, a :class:`Method`; see `s2ft.train.methods`.
 """
 
+import json
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
@@ -14,7 +15,7 @@ from typing import Any
 
 import s2ft
 from s2ft.adapter import add_info, read_adapter
-from s2ft.adapter.hub import write_card
+from s2ft.adapter.hub import push_to_hub, write_card
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
 from s2ft.files.writing import reason_not_written
@@ -119,11 +120,6 @@ class Run:
             raise FileNotFoundError(f"resume_from_checkpoint {value} is no checkpoint in the output folder {folder}")
         return path
 
-    def with_defaults(self) -> "Run":
-        """Return the run with the ratios that follow from its options."""
-        config = with_default_ratio(self.config, self.given)
-        return replace(self, config=with_protect_ratio(config, bool(self.forgetting.protect)))
-
     def for_model(self, model) -> "Run":
         """Return the run with the learning rate and the layout that follow from the model, unless the user set them."""
         run = replace(self, config=fit_layout(self.config, model, "layout" in self.given))
@@ -216,7 +212,8 @@ def train(run: Run, config_text: Any) -> None:
         FileExistsError: The output folder holds another run, or another process uses it.
         OSError: A file can't be written. The message names what is kept.
     """
-    run = run.with_defaults()
+    config = with_protect_ratio(with_default_ratio(run.config, run.given), bool(run.forgetting.protect))
+    run = replace(run, config=config)
     arguments, options, folder = run.arguments, run.options, run.folder
     check_can_shard(arguments)
     check_packages_of_run(arguments)
@@ -345,7 +342,9 @@ def _finish(result: Finetuned, folder: RunFolder, arguments, uploads: bool) -> N
     print(f"adapter: {result.adapter}")
     if uploads:
         try:
-            print(f"uploaded: {upload(arguments, folder)}")
+            repository = arguments.hub_model_id or folder.path.absolute().name
+            how = {"revision": arguments.hub_revision, "private": arguments.hub_private_repo}
+            print(f"uploaded: {push_to_hub(folder.adapter, repository, token=arguments.hub_token, **how)}")
         except Exception as error:
             raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error
 
@@ -423,19 +422,6 @@ def check_upload(arguments: Any) -> None:
         raise ValueError(f"push_to_hub: the hub does not let you write ({first}): run `hf auth login` first") from error
 
 
-def upload(arguments: Any, folder: RunFolder) -> str:
-    """Upload the adapter of a run with its model card, and return the address of the commit."""
-    from s2ft.adapter.hub import push_to_hub
-
-    return push_to_hub(
-        folder.adapter,
-        arguments.hub_model_id or folder.path.absolute().name,
-        revision=arguments.hub_revision,
-        private=arguments.hub_private_repo,
-        token=arguments.hub_token,
-    )
-
-
 def _other_text(run: Run) -> tuple[Any, Any]:
     """Read the files of `--forgetting-data` and `--protect`, before a model is loaded."""
     options, data = run.forgetting, run.data
@@ -476,16 +462,9 @@ def _meter(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter 
 
 
 def _belongs(name: str, best: bool = False) -> bool:
-    if best and name in EVALUATION:
-        return True
-    return name not in NOT_IN_RUN and not name.startswith(NOT_OF_A_RUN)
+    return (best and name in EVALUATION) or not (name in NOT_IN_RUN or name.startswith(NOT_OF_A_RUN))
 
 
 def _plain(value: Any) -> Any:
-    """A value that JSON can hold."""
-    if isinstance(value, dict):
-        return {str(key): _plain(entry) for key, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(entry) for entry in value]
-    value = getattr(value, "value", value)
-    return value if isinstance(value, (bool, int, float, str, type(None))) else str(value)
+    """A value as JSON holds it."""
+    return json.loads(json.dumps(value, default=lambda one: getattr(one, "value", str(one))))

@@ -65,15 +65,10 @@ class Finetuned:
 
     def to_dict(self) -> dict:
         """The result as values that JSON can hold."""
-        found = {
-            "steps": self.steps,
-            "loss": self.loss,
-            "seconds": round(self.seconds, 2),
-            "tokens_per_second": round(self.tokens_per_second, 1),
-        }
+        speed = {"seconds": round(self.seconds, 2), "tokens_per_second": round(self.tokens_per_second, 1)}
         more = {"best_step": self.best_step, "reward": self.reward, **(self.drift.to_dict() if self.drift else {})}
-        more |= {"stopped_at": self.stopped_at, "kept_step": self.kept_step}
-        return {**found, **{name: value for name, value in more.items() if value is not None}}
+        found = {**speed, **more, "stopped_at": self.stopped_at, "kept_step": self.kept_step}
+        return {"steps": self.steps, "loss": self.loss, **{key: one for key, one in found.items() if one is not None}}
 
 
 def sft(
@@ -83,7 +78,7 @@ def sft(
     arguments,
     folder: RunFolder,
     *,
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
     resume: bool | Path = False,
     held_out: HeldOut | None = None,
     meter: Any = None,
@@ -115,7 +110,6 @@ def sft(
     """
     from s2ft.train.batching import short_row
 
-    options = options or RunOptions()
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([short_row(train)])
     with contiguous_head(model), loss_for(model, arguments, options, example):
@@ -156,11 +150,15 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
     from accelerate.utils import broadcast_object_list
 
+    from s2ft.train.callbacks import StopAfter
+
     seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
     _train(trainer, checkpoint)
     seconds = time.perf_counter() - start
-    finished = not _was_stopped(trainer) or (meter is not None and meter.stopped_at is not None)
+    stops = [one.step for one in trainer.callback_handler.callbacks if isinstance(one, StopAfter)]
+    stopped = trainer.state.global_step < trainer.state.max_steps and any(s <= trainer.state.global_step for s in stops)
+    finished = not stopped or (meter is not None and meter.stopped_at is not None)
     if finished:
         _save(model, folder, trainer)
     result = _result(trainer, folder, seconds, seen, finished, meter)
@@ -248,14 +246,6 @@ def _take_over(trainer, checkpoint: Path, state) -> None:
     restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
 
 
-def _was_stopped(trainer) -> bool:
-    """Whether `stop_after` ended the run before its last step."""
-    from s2ft.train.callbacks import StopAfter
-
-    stops = [callback.step for callback in trainer.callback_handler.callbacks if isinstance(callback, StopAfter)]
-    return trainer.state.global_step < trainer.state.max_steps and any(s <= trainer.state.global_step for s in stops)
-
-
 def _save(model, folder: RunFolder, trainer) -> None:
     trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
     save = partial(s2ft.save_adapter, model, folder.adapter, state=trained)
@@ -277,20 +267,15 @@ def trainer_for(
     train,
     arguments,
     folder: RunFolder,
-    options: RunOptions | None = None,
+    options: RunOptions = RunOptions(),
     held_out: HeldOut | None = None,
 ):
     """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`sft`."""
-    from s2ft.train.batching import choose_batching, why_not_packed
+    from s2ft.train.batching import choose_batching
     from s2ft.train.trainers import SFTRunTrainer, needs_trl_loss
 
-    options = options or RunOptions()
     check_run(model, train, arguments)
-
-    def try_packing(model, *arguments) -> str:
-        return run_where_weights_are("the trial of packing", model, lambda: why_not_packed(model, *arguments))
-
-    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments), try_packing)
+    batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
     rows = batching.prepare(train, arguments)
     callbacks = callbacks_of(arguments, folder, options)
     trainer = SFTRunTrainer(
@@ -308,7 +293,7 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
 
     from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, StopAfter
 
-    callbacks: list[Any] = [JsonlLog(folder.log, shows=True)]
+    callbacks: list[Any] = [JsonlLog(folder.log)]
     if not arguments.load_best_model_at_end:
         callbacks.append(EvaluateAfterSaving())
     if options.early_stopping_patience:

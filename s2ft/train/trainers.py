@@ -7,13 +7,15 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
-from trl.trainer.utils import RepeatSampler
 
 import s2ft
+from s2ft.attached.reference import without_trainable
 from s2ft.distributed import ranks_sharing
+from s2ft.model.modes import evaluation_mode
 from s2ft.sync.trl import with_slices
 from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import HeldOut, evaluate
@@ -22,7 +24,6 @@ from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
 from s2ft.train.options import SCHEDULES
 from s2ft.train.output import log_failure
 from s2ft.train.parallel import devices_of, loading_config, rows_of_update
-from s2ft.train.reference import Reference
 from s2ft.train.trainer import AdapterCheckpoints
 
 
@@ -42,6 +43,10 @@ class RunMethods:
         """
         if self.lr_scheduler is not None:
             return self.lr_scheduler
+        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
+        needed = SCHEDULES.get(name, {})
+        if name == "warmup_stable_decay":
+            needed = {"num_decay_steps": max(1, num_training_steps // 10)}
         warmup = self.args.get_warmup_steps(num_training_steps)
         skipped = 1 if warmup else 0
         schedule = get_scheduler(
@@ -49,19 +54,13 @@ class RunMethods:
             optimizer=self.optimizer if optimizer is None else optimizer,
             num_warmup_steps=warmup + skipped,
             num_training_steps=num_training_steps + skipped,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or self._schedule_arguments(num_training_steps),
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs or dict(needed),
         )
         if skipped and isinstance(schedule, LambdaLR):
             later = [lambda step, rate=rate: rate(step + 1) for rate in schedule.lr_lambdas]
             schedule = LambdaLR(schedule.optimizer, later)
         self.lr_scheduler, self._created_lr_scheduler = schedule, True
         return schedule
-
-    def _schedule_arguments(self, steps: int) -> dict:
-        name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        if name == "warmup_stable_decay":
-            return {"num_decay_steps": max(1, steps // 10)}
-        return dict(SCHEDULES.get(name, {}))
 
     def evaluate(self, *args, **options):
         """Evaluate. An error is logged and training continues, unless there are other ranks, which would wait."""
@@ -284,6 +283,49 @@ def _for_trl(arguments, batching: Batching):
 # ---- DPO and GRPO ---------------------------------------------------------------------------------------
 
 
+class Reference(nn.Module):
+    """The base of an attached model, as a reference model that needs no memory.
+
+    A call runs the attached model without its trainable adapter, in evaluation mode and without gradients. The class
+    has no parameters of its own. Pass it to TRL's DPOTrainer as `ref_model`, where TRL would load the base a second
+    time.
+
+    Args:
+        model: A model with a trainable adapter.
+
+    Example:
+        >>> from s2ft.train.trainers import Reference
+        >>> base = model(input_ids).logits
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, ffn_kernel=False, layout="indexed"))
+        >>> reference = Reference(model)
+        >>> torch.equal(reference(input_ids=input_ids).logits, base), len(list(reference.parameters()))
+        (True, 0)
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self._model = [model]  # in a list, so that it is no submodule, which would be moved, wrapped or saved
+
+    @property
+    def config(self) -> Any:
+        """The config of the attached model."""
+        return self._model[0].config
+
+    def __call__(self, *args: Any, **inputs: Any) -> Any:
+        """Run the base. Libraries replace `forward`, for instance for autocast, which the model itself does already."""
+        model = self._model[0]
+        with torch.no_grad(), evaluation_mode(model), without_trainable(model):
+            return model(*args, **inputs)
+
+    def forward(self, *args: Any, **inputs: Any) -> Any:
+        """The same as a call."""
+        return self(*args, **inputs)
+
+    def state_dict(self, *args: Any, **options: Any) -> dict[str, Any]:
+        """The state of the attached model. TRL's cache of reference log-probabilities is found by its hash."""
+        return self._model[0].state_dict(*args, **options)
+
+
 class RLTrainer(AdapterCheckpoints, RunMethods):
     """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
 
@@ -369,7 +411,10 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
     ) -> None:
         refuse_sharding(arguments, "s2ft grpo")
         if arguments.use_vllm:
-            self.sender_options, self.llm_options = vllm_options(arguments, base, name)
+            self.sender_options = {"take_over": arguments.vllm_take_over, "name": name}
+            # compiling takes longer than it saves on a CPU, where it needs a C++ compiler too
+            llm: dict[str, Any] = {} if torch.accelerator.is_available() else {"enforce_eager": True}
+            self.llm_options = llm if base is None else {**llm, "model": base}
         without_beta = copy.copy(arguments)
         without_beta.beta = 0.0  # with a beta, TRL would load the base a second time
         super().__init__(
@@ -403,48 +448,17 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
     # ---- the same rows after a resume ----------------------------------------------------------------------
 
     def _get_train_sampler(self, dataset=None):
-        if not isinstance(sampler := super()._get_train_sampler(dataset), RepeatSampler):
-            return sampler
-        self._epochs = EpochSampler(sampler)
-        return self._epochs
+        self._sampler = super()._get_train_sampler(dataset)
+        return self._sampler
 
     def _run_epoch(self, *args: Any, epoch: int, **options: Any):
-        self._epochs.set_epoch(epoch)  # accelerate does not reach the sampler of a resumed run on several ranks
+        """Train an epoch, whose order depends on the seed and the epoch only.
+
+        TRL's own order depends on how many epochs the process has trained, which a resumed run has not.
+        """
+        if getattr(self._sampler, "shuffle", False):
+            self._sampler.generator.manual_seed((self._sampler.seed or 0) + epoch)
         return super()._run_epoch(*args, epoch=epoch, **options)
-
-
-class EpochSampler(torch.utils.data.Sampler):
-    """TRL's sampler, whose order depends on the seed and the epoch only.
-
-    TRL's own order depends on how many epochs the process has trained, which a resumed run has not.
-
-    Args:
-        sampler: TRL's sampler.
-    """
-
-    def __init__(self, sampler: RepeatSampler) -> None:
-        self.sampler = sampler
-        self.set_epoch(0)
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the next iteration has the order of."""
-        self.epoch = epoch
-
-    def __iter__(self):
-        if self.sampler.shuffle:
-            self.sampler.generator.manual_seed((self.sampler.seed or 0) + self.epoch)
-        return iter(self.sampler)
-
-    def __len__(self) -> int:
-        return len(self.sampler)
-
-
-def vllm_options(arguments, base: str | None, name: str | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The options of the sender and of vLLM's LLM, see :func:`s2ft.sync.with_slices`."""
-    sender = {"take_over": arguments.vllm_take_over, "name": name}
-    # compiling takes longer than it saves on a CPU, where it needs a C++ compiler too
-    llm: dict[str, Any] = {} if torch.accelerator.is_available() else {"enforce_eager": True}
-    return sender, llm if base is None else {**llm, "model": base}
 
 
 @contextmanager

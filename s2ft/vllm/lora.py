@@ -14,6 +14,7 @@ from torch import Tensor
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import native
+from s2ft.config import refuse
 from s2ft.model.delta import Delta
 from s2ft.model.location import LINEAR, TRANSPOSED, Location
 from s2ft.vllm import layers
@@ -90,10 +91,16 @@ def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
 
 
 def _check_location(name: str, location: Location) -> None:
-    if location.expert is not None or "experts" in location.storage:
-        raise ValueError(f"{name} is the weight of experts, which are not served as adapters: {MERGED}")
-    if location.storage not in (LINEAR, TRANSPOSED):
-        raise ValueError(f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}")
+    refuse(
+        (
+            location.expert is not None or "experts" in location.storage,
+            f"{name} is the weight of experts, which are not served as adapters: {MERGED}",
+        ),
+        (
+            location.storage not in (LINEAR, TRANSPOSED),
+            f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}",
+        ),
+    )
 
 
 def _sizes_of(path: str, deltas: list[Delta], location: Location) -> tuple[int, int]:

@@ -103,12 +103,11 @@ def path_of(name: str, directories: Sequence[Path], hub: frozenset[str], base: s
         of another base.
     """
     path = next(filter(None, (_in_directory(name, directory) for directory in directories)), None)
-    if path is None and _on_list(name, hub):
+    repository = name.partition("@")[0]
+    if path is None and repository.count("/") == 1 and {repository, repository.partition("/")[0]} & hub:
         path = name
     folder = None if path is None else folder_of(path)
-    if folder is None or not _is_of(folder, base):
-        return None
-    return path
+    return path if folder is not None and _is_of(folder, base) else None
 
 
 def _in_directory(name: str, directory: Path) -> str | None:
@@ -121,11 +120,6 @@ def _in_directory(name: str, directory: Path) -> str | None:
     except OSError:  # a name that is too long in its bytes
         return None
     return str(folder) if inside else None
-
-
-def _on_list(name: str, hub: frozenset[str]) -> bool:
-    repository = name.partition("@")[0]
-    return repository.count("/") == 1 and bool({repository, repository.partition("/")[0]} & hub)
 
 
 def _is_of(folder: Path, base: str) -> bool:

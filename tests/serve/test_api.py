@@ -11,7 +11,7 @@ import openai
 import pytest
 import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
-from support.inside import Limits, Sampler, access, native
+from support.inside import Sampler, access, native
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -235,8 +235,8 @@ def test_an_unexpected_error_is_json_without_details_and_that_of_a_template_is_r
 
 
 def test_keys_sizes_and_limits(folder):
-    limits = Limits(api_key="secret", max_body_bytes=1000, max_tokens=5)
-    with running(folder, tiny_model(**UNTIED), limits=limits) as server:
+    limits = dict(api_key="secret", max_body_bytes=1000, max_tokens_limit=5)
+    with running(folder, tiny_model(**UNTIED), **limits) as server:
         right = {"Authorization": "Bearer secret"}
         for headers in (
             {},
@@ -399,8 +399,7 @@ def test_each_request_is_a_line_with_its_id_and_no_path_can_write_one(server, ca
 
 def test_json_lines_and_ignored_parameters(folder, caplog):
     caplog.set_level("INFO")
-    limits = Limits(ignore_unsupported=True)
-    with running(folder, tiny_model(**UNTIED), access_log="json", limits=limits) as server:
+    with running(folder, tiny_model(**UNTIED), access_log="json", ignore_unsupported=True) as server:
         odd = {"a\r\nX-Other: 1": 1, "\u65e5": 2, "\ud800": 3}  # no header can have these names
         changes = dict(model="a0", tools=[{"type": "function"}], n=3, echo=False, **odd)
         answer = post(server, "/v1/completions", {**GOOD, **changes}, headers={"X-Request-Id": "1"})

@@ -10,7 +10,7 @@ import httpx
 import pytest
 from serve.fleet import eventually, running, save_adapters
 from serve.process import served
-from support.inside import Limits, server
+from support.inside import server
 from train.tiny import save_tiny, tiny_model
 
 from s2ft.cli.main import main
@@ -66,7 +66,7 @@ def test_running_requests_finish_after_a_signal(model, adapters, number):
 
 
 def test_a_request_out_of_time_is_504(adapters):
-    with running(adapters, tiny_model(**LONG), limits=Limits(timeout=0.2)) as (url, service):
+    with running(adapters, tiny_model(**LONG), timeout=0.2) as (url, service):
         body = dict(model="a0", prompt="a", max_tokens=60000, temperature=0)
         answer = httpx.post(f"{url}/v1/completions", json=body, timeout=60)
         assert answer.status_code == 504 and answer.json()["error"]["code"] == "timeout"
@@ -104,7 +104,7 @@ def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(mo
         (["--queue-size", "0"], "queue_size"),
         (["--api-key", "a b"], "API key"),
         (["--api-key", ""], "API key"),
-        (["--max-tokens-limit", "0"], "max-tokens"),
+        (["--max-tokens-limit", "0"], "max_tokens_limit"),
     ],
 )
 def test_mistakes_are_reported_before_the_model_is_loaded(model, capsys, arguments, words):

@@ -29,7 +29,7 @@ def train(bar, zero=True):
 
 def test_each_step_is_a_line(caplog, capfd, tmp_path):
     caplog.set_level("INFO")
-    train(JsonlLog(tmp_path / "log.jsonl", shows=True))
+    train(JsonlLog(tmp_path / "log.jsonl"))
     line = r"step 2/3, epoch 1\.00, loss 0\.5000, learning rate 1\.00e-04, [\d,]+ tokens/s, 0:00:00 left"
     assert len(caplog.messages) == 6 and re.fullmatch(line, caplog.messages[2])
     assert caplog.messages[3] == "step 2/3: evaluation loss 0.5000, accuracy 25.0%"
@@ -40,5 +40,5 @@ def test_each_step_is_a_line(caplog, capfd, tmp_path):
 
 def test_only_the_first_rank_prints_and_writes(caplog, tmp_path):
     caplog.set_level("INFO")
-    train(JsonlLog(tmp_path / "log.jsonl", shows=True), zero=False)
+    train(JsonlLog(tmp_path / "log.jsonl"), zero=False)
     assert caplog.messages == [] == list(tmp_path.iterdir())

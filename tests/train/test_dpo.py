@@ -35,7 +35,7 @@ def arguments(path, **changes):
     return DPOArguments(output_dir=str(path), **{**more, **changes})
 
 
-def run(path, config=MIXED, resume=False, options=None, **changes):
+def run(path, config=MIXED, resume=False, options=RunOptions(), **changes):
     """Train the tiny model. Returns the model and the folder."""
     model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
     s2ft.attach(model, config)

@@ -44,7 +44,7 @@ def arguments(path, **changes):
     return GRPOArguments(output_dir=str(path), **{**more, **changes})
 
 
-def run(path, resume=False, options=None, **changes):
+def run(path, resume=False, options=RunOptions(), **changes):
     """Train the tiny model; 8 prompts are 4 updates, so 6 updates reach the second epoch."""
     model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
     s2ft.attach(model, CONFIG)

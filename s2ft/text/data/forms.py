@@ -10,6 +10,7 @@ Each function converts a row of the data to a normalised row with one of these c
 import json
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 Row = Mapping[str, Any]
@@ -113,12 +114,9 @@ def _parsed(value: object, name: str) -> object:
 # ---- forms ---------------------------------------------------------------------------------------------
 
 
-def _conversations(field: str) -> Convert:
-    def convert(row: Row, _scored: bool) -> dict[str, Any]:
-        messages = read_messages(row[field], field)
-        return {"messages": check_chat(messages if field == "messages" else with_system(row, messages), field)}
-
-    return convert
+def _conversation(field: str, row: Row, _scored: bool) -> dict[str, Any]:
+    messages = read_messages(row[field], field)
+    return {"messages": check_chat(messages if field == "messages" else with_system(row, messages), field)}
 
 
 def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
@@ -137,14 +135,10 @@ def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
     return {"prompt": prompt, "completion": completion[: last + 1]}
 
 
-def _answered(question: str, answer: str) -> Convert:
+def _answered(question: str, answer: str, row: Row, scored: bool) -> dict[str, Any]:
     """A form with a question and an answer, which become a chat."""
-
-    def convert(row: Row, scored: bool) -> dict[str, Any]:
-        content = _answer(row, answer, scored)
-        return {"messages": [*question_of(row, question), {"role": "assistant", "content": content}]}
-
-    return convert
+    content = _answer(row, answer, scored)
+    return {"messages": [*question_of(row, question), {"role": "assistant", "content": content}]}
 
 
 def _answer(row: Row, name: str, scored: bool) -> str:
@@ -155,12 +149,10 @@ def _answer(row: Row, name: str, scored: bool) -> str:
 # The fields by which a form is recognised, and what converts it. The first form whose fields a row has counts.
 # TRL's maybe_convert_to_chatml was tried for ShareGPT: it keeps the roles human and gpt, which no chat template knows.
 FORMS: dict[tuple[str, ...], Convert] = {
-    ("messages",): _conversations("messages"),
-    ("conversations",): _conversations("conversations"),
-    ("conversation",): _conversations("conversation"),
+    **{(name,): partial(_conversation, name) for name in ("messages", "conversations", "conversation")},
     ("prompt", "completion"): _prompt_completion,
     **{
-        (question, answer): _answered(question, answer)
+        (question, answer): partial(_answered, question, answer)
         for question, answer in (
             ("instruction", "output"),
             ("instruction", "response"),

@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from s2ft.config import refuse
 from s2ft.packages import check_packages
 from s2ft.text.data.forms import BadRow, normalised
 from s2ft.text.data.options import DataOptions
-from s2ft.text.data.sources import BUILDERS, UnreadableRow, is_pattern, read_rows, scratch_folder
+from s2ft.text.data.sources import BUILDERS, is_pattern, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
     from datasets import Dataset
@@ -238,10 +239,10 @@ class Problems:
         of = f"{self.count} of {self.count + good} row{'s' * (self.count + good != 1)}"
         listed = "".join(f"\n  {problem}" for problem in self.shown)
         more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
-        if not self.skip:
-            raise ValueError(f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{more}")
-        if not good:
-            raise ValueError(f"none of {self.count} rows can be used:{listed}{more}")
+        refuse(
+            (not self.skip, f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{more}"),
+            (not good, f"none of {self.count} rows can be used:{listed}{more}"),
+        )
         logger.warning("left out %s that can't be used:%s%s", of, listed, more)
 
 
@@ -255,8 +256,8 @@ def _converted(
     arguments = {name: value for name, value in entry.items() if name != "fraction"}
     for place, row in read_rows(**arguments, streaming=streaming):
         try:
-            if isinstance(row, UnreadableRow):
-                raise BadRow(row.problem)
+            if isinstance(row, BadRow):
+                raise row
             found = {**shape.normalise(row, renamed, scored), "place": place}
             cells = {
                 name: as_json(found.get(name)) if name in shape.as_json else found.get(name) for name in shape.columns

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2ft.config import check_fields, option
+from s2ft.config import check_fields, option, refuse
 
 DATA = "files, folders, or names of data sets on the hub"
 FILES = "json, jsonl, csv, tsv or parquet, also compressed"
@@ -79,20 +79,25 @@ class DataOptions:
             value = getattr(self, name)
             setattr(self, name, [str(value)] if isinstance(value, (str, Path)) else list(value or ()))
         check_fields(self)
-        size = self.test_split_size
-        if size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))):
-            raise ValueError(f"test_split_size must be a share between 0 and 1 or a number of rows, got {size}")
-        if size is not None and self.eval_data:
-            raise ValueError("test_split_size and eval_data both say what to evaluate on: give one of them")
         _ = self.renamed
-        if self.streaming or self.dataset_streaming:
-            raise ValueError(
-                "streaming is not needed: rows are converted into a file and never held in memory; limit (--limit N) "
-                "reads only the first N rows of a data set on the hub"
-            )
+        size = self.test_split_size
         given = [name for name in ("data", "dataset_name", "datasets") if getattr(self, name)]
-        if len(given) > 1:
-            raise ValueError(f"{' and '.join(given)} both say what to train on: give one of them")
+        refuse(
+            (
+                size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))),
+                f"test_split_size must be a share between 0 and 1 or a number of rows, got {size}",
+            ),
+            (
+                size is not None and self.eval_data,
+                "test_split_size and eval_data both say what to evaluate on: give one of them",
+            ),
+            (
+                self.streaming or self.dataset_streaming,
+                "streaming is not needed: rows are converted into a file and never held in memory; limit (--limit N) "
+                "reads only the first N rows of a data set on the hub",
+            ),
+            (len(given) > 1, f"{' and '.join(given)} both say what to train on: give one of them"),
+        )
         for number, entry in enumerate(self.datasets, 1):
             known = ("path", "name", "data_dir", "data_files", "split", "revision", "columns", "fraction")
             if not isinstance(entry, dict) or not entry.get("path"):
@@ -109,12 +114,14 @@ class DataOptions:
         renamed = {}
         for pair in self.field:
             ours, equals, theirs = pair.partition("=")
-            if not (equals and ours and theirs):
-                raise ValueError(f"field must be OUR_NAME=NAME_IN_THE_DATA, such as output=reply, got {pair!r}")
-            if ours not in FIELDS:
-                raise ValueError(f"field: {ours!r} is no field of s2ft; choose from {', '.join(FIELDS)}")
-            if theirs in renamed:
-                raise ValueError(f"field: {theirs!r} has two meanings, {renamed[theirs]!r} and {ours!r}")
+            refuse(
+                (
+                    not (equals and ours and theirs),
+                    f"field must be OUR_NAME=NAME_IN_THE_DATA, such as output=reply, got {pair!r}",
+                ),
+                (ours not in FIELDS, f"field: {ours!r} is no field of s2ft; choose from {', '.join(FIELDS)}"),
+                (theirs in renamed, f"field: {theirs!r} has two meanings, {renamed.get(theirs)!r} and {ours!r}"),
+            )
             renamed[theirs] = ours
         return renamed
 

@@ -20,6 +20,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from s2ft.text.data.forms import FIELDS, BadRow
+
 KINDS = {  # endings of files, and what reads them
     ".json": "json",
     ".jsonl": "json",
@@ -34,13 +36,6 @@ BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's co
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 
 Rows = Iterator[tuple[str, object]]
-
-
-class UnreadableRow:
-    """A row that is not even JSON. Its problem is reported with those of the other rows."""
-
-    def __init__(self, problem: str) -> None:
-        self.problem = problem
 
 
 def read_rows(
@@ -206,7 +201,7 @@ def _json(path: Path) -> Rows:
             if not first:
                 raise ValueError(f"{path} is empty")
             file.seek(0)
-            if not first.lstrip().startswith("[") and not isinstance(_decoded(first), UnreadableRow):
+            if not first.lstrip().startswith("[") and not isinstance(_decoded(first), BadRow):
                 yield from _lines(path, file)
                 return
             rows = _document(path, file.read())
@@ -219,10 +214,11 @@ def _json(path: Path) -> Rows:
 
 
 def _decoded(text: str) -> object:
+    """What a text says as JSON. A BadRow in its place is reported with those of the other rows."""
     try:
         return json.loads(text)
     except (RecursionError, ValueError) as error:
-        return UnreadableRow(_problem(error))
+        return BadRow(_problem(error))
 
 
 def _problem(error: RecursionError | ValueError) -> str:
@@ -257,8 +253,6 @@ def _document(path: Path, text: str) -> list | None:
 
 def _rows_of_object(found: object) -> list | None:
     """The rows of an object such as {"data": [...]}: its only list of objects."""
-    from s2ft.text.data.forms import FIELDS
-
     if not isinstance(found, Mapping) or any(name in FIELDS for name in found):
         return None
     lists = [value for value in found.values() if isinstance(value, list)]

@@ -185,7 +185,7 @@ def reference(y, x, values, index, offsets, bounds, names, order, groups, dim):
         y.add_(delta)
         return
     mine = names[: x.shape[0]]
-    if _is_capturing(x):
+    if x.is_cuda and torch.cuda.is_current_stream_capturing():
         kernel = _kernel if x.shape[0] <= max(MANY["other"], bounds.numel() // 2) else without_waiting
         y.copy_(kernel(x, y, values, index, offsets, mine, dim))
         return
@@ -199,10 +199,6 @@ def reference(y, x, values, index, offsets, bounds, names, order, groups, dim):
 
 def _kernel(x, y, values, index, offsets, names, dim):
     return torch.ops.s2ft.multi_adapter_linear(x, y, values, index, offsets, names, dim)
-
-
-def _is_capturing(x: Tensor) -> bool:
-    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def _add_few(y, x, values, index, offsets, names, order, group, dim) -> None:
