@@ -38,10 +38,6 @@ class Linear(nn.Module):
         return parts[0]
 
 
-class Replicated(Linear):
-    pass
-
-
 class Row(Linear):
     input_is_parallel = True
 
@@ -126,14 +122,7 @@ class LoRALayer(nn.Module):
     def set_mapping(self, punica_wrapper):
         self.punica_wrapper = punica_wrapper
 
-    def reset_lora(self, index):
-        raise AssertionError
-
-    def set_lora(self, index, lora_a, lora_b):
-        raise AssertionError
-
-    def _apply_lora_to_output(self, x, output):
-        raise AssertionError
+    reset_lora = set_lora = _apply_lora_to_output = None  # the slices have their own
 
     def forward(self, x: Tensor) -> Tensor:
         return self._apply_lora_to_output(x, x @ self.base_layer.weight.t().to(x.dtype))

@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import s2ft
+from support.states import randomize
 
 PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 17, 33)]
 TOKENS = 24
@@ -87,12 +88,3 @@ def save_adapters(model: PreTrainedModel, folder: Path, adapters: Mapping[str, d
         found[name] = answers(model)
         s2ft.detach(model)
     return Served(folder / "base", folder / "adapters", found)
-
-
-@torch.no_grad()
-def randomize(model: PreTrainedModel, seed: int, scale: float = 0.02) -> None:
-    """Fill the trained slices with random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))

@@ -56,15 +56,18 @@ def parse_name(name: str, mapper: Any = None) -> tuple[str, bool]:
     return (name if mapper is None else mapper(name)), True
 
 
-def fake_modules(monkeypatch) -> None:
-    """Put modules of vLLM into sys.modules that have what the loading needs."""
-    found = {
-        "vllm.lora.utils": {"parse_fine_tuned_lora_name": parse_name},
-        "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
-        "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
-        "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]},
-    }
-    for name, content in found.items():
+# what the loading needs
+MODULES = {
+    "vllm.lora.utils": {"parse_fine_tuned_lora_name": parse_name},
+    "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
+    "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
+    "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]},
+}
+
+
+def fake_modules(monkeypatch, modules: dict[str, dict[str, Any]]) -> None:
+    """Put modules with this content into sys.modules."""
+    for name, content in modules.items():
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
@@ -81,10 +84,7 @@ class Layer(nn.Module):
         self.tp_size, self.tp_rank, self.n_slices, self.device = size, rank, len(weights), torch.device("cpu")
         self.is_row, self.is_fused = is_row, len(weights) > 1
         weights = weights if order is None else [weight[order] for weight in weights]
-        if is_row:
-            shards = [weight.chunk(size, 1)[rank] for weight in weights]
-        else:
-            shards = [weight.chunk(size, 0)[rank] for weight in weights]
+        shards = [weight.chunk(size, int(is_row))[rank] for weight in weights]
         self.output_slices = tuple(shard.shape[0] for shard in shards)
         self.shard = torch.cat(shards)
         self.base_layer = SimpleNamespace(

@@ -5,8 +5,6 @@ wrong.
 """
 
 import json
-import os
-import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -14,9 +12,8 @@ from types import SimpleNamespace
 
 import torch
 
-from support.vllm_transfer import OFFLINE, parameters, same
+from support.vllm_transfer import parameters, run_program, same
 
-ROOT = Path(__file__).parents[2]
 RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.01, d_ratio=0.03)
 
 
@@ -38,13 +35,9 @@ def run(scenario: str, folder: Path, *words, **environment: str) -> dict:
     Raises:
         AssertionError: It failed; the message has the end of its output.
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    variables = {**os.environ, **OFFLINE, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    command = [sys.executable, __file__, scenario, str(folder), *map(str, words)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    printed = run_program(__file__, scenario, folder, *words, **environment)
     # vLLM may print lines of its own when its processes end
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])
 
 
 # ---- in the process --------------------------------------------------------------------------------------

@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 
 import s2ft
-from support.vllm_models import Served, answers, randomize, tiny_llama
+from support.states import randomize
+from support.vllm_models import Served, answers, tiny_llama
 from support.vllm_server import Server
 
 CHANGED = "changed"  # the adapter that is loaded, replaced and removed
@@ -36,7 +37,7 @@ def save_contents(folder: Path) -> Served:
     found = {"base": answers(model, PROMPTS)}
     for seed, name in enumerate((*STEADY, *CONTENTS)):
         s2ft.attach(model, s2ft.S2FTConfig(**RATIOS, seed=seed), name=name)
-        randomize(model, seed)
+        randomize(model, seed, 0.02)
         s2ft.save_adapter(model, folder / "adapters" / name)
         s2ft.fuse(model)
         found[name] = answers(model, PROMPTS)

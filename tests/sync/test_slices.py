@@ -3,10 +3,11 @@
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.checkpoint_engine import CheckpointEngine, tensors_of
+from support.checkpoint_engine import CheckpointEngine
 from support.composites import composite_of, missing
 from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.states import randomize, same, tensors_of
 
 import s2ft
 
@@ -14,33 +15,16 @@ FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
 ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 
 
-def randomize(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def sent(slices, folder):
-    """The tensors of an engine after it has got these slices, which checks the base's hashes."""
-    engine = CheckpointEngine(folder, slices.dtype)
-    names = {str(slices.dtype).removeprefix("torch."): slices.dtype}
-    info = {"sender": "me", "dtype": next(iter(names)), "slices": to_message(slices.specs)}
-    engine.init_weight_transfer_engine({"init_info": {**info, "take_over": False}})
-    engine.start_weight_update()
-    engine.update_weights({"update_info": {"sender": "me", "step": 0, "tensor": slices.buffer()}})
-    return engine
-
-
 def check(slices, folder, merge):
-    engine = sent(slices, folder / "base")
+    """An engine that gets these slices, and checks the base's hashes, has the tensors of the merged checkpoint."""
+    engine = CheckpointEngine(folder / "base", slices.dtype)
+    dtype = str(slices.dtype).removeprefix("torch.")
+    engine.receiver.bind({"sender": "me", "dtype": dtype, "slices": to_message(slices.specs)})
+    engine.receiver.update({"sender": "me", "step": 0, "tensor": slices.buffer()})
     merge().save_pretrained(folder / "merged")
-    expected = tensors_of(folder / "merged")
-    assert engine.weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(engine.weights[name], tensor.to(slices.dtype)), name
-    changed = [name for name, tensor in expected.items() if not torch.equal(tensor, tensors_of(folder / "base")[name])]
+    expected, base = tensors_of(folder / "merged"), tensors_of(folder / "base")
+    assert same(engine.weights, {name: tensor.to(slices.dtype) for name, tensor in expected.items()})
+    changed = [name for name, tensor in expected.items() if not torch.equal(tensor, base[name])]
     assert set(changed) <= {spec.name for spec in slices.specs} and changed
 
 
@@ -55,6 +39,11 @@ def peft_form(model, autocast=False, **config):
     return get_peft_model(model, S2FTPeftConfig(**config), autocast_adapter_dtype=autocast)
 
 
+def in_form(model, form, **config):
+    """Attached in a layout, or in PEFT's form."""
+    return peft_form(model, **config) if form == "peft" else attached(model, **config, layout=form)
+
+
 def merged(model):
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else s2ft.merge(model)
 
@@ -64,7 +53,7 @@ def merged(model):
 def test_slices_are_those_of_the_merged_checkpoint(case, form, tmp_path):
     model, ratios = model_of(case), ratios_for(case, ALL_RATIOS)
     model.save_pretrained(tmp_path / "base")
-    model = peft_form(model, **ratios) if form == "peft" else attached(model, **ratios, layout=form)
+    model = in_form(model, form, **ratios)
     slices = TrainedSlices.of(model)
     randomize(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -4,12 +4,12 @@ import asyncio
 import shutil
 import sys
 from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 from serve.fleet import save_adapters
 from support.inside import loading
+from support.vllm_modules import fake_modules
 
 from s2ft import read_adapter
 
@@ -120,10 +120,7 @@ def vllm_modules(monkeypatch):
 
     kind = type("LoRARequest", (Request,), {})
     found = {loading.SERVER: AsyncLLM, loading.WORKER: WorkerLoRAManager, loading.REQUEST: kind}
-    for name, one in found.items():
-        module = ModuleType(name)
-        setattr(module, one.__name__, one)
-        monkeypatch.setitem(sys.modules, name, module)
+    fake_modules(monkeypatch, {name: {one.__name__: one} for name, one in found.items()})
     monkeypatch.setattr(loading, "NEEDED", ())
     monkeypatch.setattr("s2ft.vllm.lora.lora_of", lambda manager, request, folder: loaded.append(values(folder)))
     for change in (loading._change_server, loading._change_workers, loading._compare_numbers):
