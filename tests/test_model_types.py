@@ -31,6 +31,7 @@ from support.inside import (
     tower_of,
 )
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
+from support.states import same
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
@@ -44,11 +45,6 @@ def base_of(model_type, **options):
     if missing(model_type):
         pytest.skip(f"transformers {__version__} does not have the model type {model_type}")
     return alias_of(model_type, **options)
-
-
-def states_equal(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def check_declaration(base):
@@ -84,7 +80,7 @@ def check_declaration(base):
     with torch.no_grad():
         after = output_of(model)
         assert relative_difference(after, before) > LOGITS
-        assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+        assert same(s2ft.detach(copy.deepcopy(model)), base)
         assert relative_difference(output_of(s2ft.merge(model)), after) <= LOGITS
 
 

@@ -157,20 +157,12 @@ def test_verification_needs_no_run_of_a_one_sided_layer():
     assert not s2ft.list_adapters(model)
 
 
-def no_projection(header):
-    header["couplings"][0]["consumer"] = None
-
-
-def another_key(header):
-    header["couplings"][0]["consumer"]["key"] = "d"
-
-
 REFUSED = [  # what is done with a spoilt or fitting file, or a config; and key words
     (lambda header: Coupling.one_sided(0, path="last", count=20, side="rows"), "'rows'"),
     (lambda header: s2ft.select(net(), S2FTConfig(units={"last": [20]}), couplings=couplings()), "20 inputs"),
     (lambda header: s2ft.plan(net(), S2FTConfig(d_ratio=0.1), couplings=couplings()[:2]), "set l_ratio"),
-    (no_projection, "exactly one projection"),
-    (another_key, "got 'd'"),
+    (lambda header: header["couplings"][0].update(consumer=None), "exactly one projection"),
+    (lambda header: header["couplings"][0]["consumer"].update(key="d"), "got 'd'"),
 ]
 
 

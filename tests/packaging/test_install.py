@@ -5,12 +5,9 @@ import tarfile
 import zipfile
 
 import pytest
+from test_modes import show
 
 SHOW = "import json, s2ft; print(json.dumps([s2ft.__file__, s2ft.build_info()]))"
-
-
-def show(run, path):
-    return json.loads(run(["-c", SHOW], PYTHONPATH=path).stdout.splitlines()[-1])
 
 
 def test_the_sdist_has_sources_and_tests_and_no_built_files(run, source, tmp_path):
@@ -65,4 +62,4 @@ def test_the_sdist_builds(run, source, tmp_path):
         tar.extractall(tmp_path, filter="data")
     (unpacked,) = (p for p in tmp_path.glob("s2ft-*") if p.is_dir())
     run(["setup.py", "-q", "build", "--build-lib", "built"], cwd=unpacked, S2FT_BUILD="cpu")
-    assert show(run, unpacked / "built")[1]["compiled"] is True
+    assert show(run, unpacked)[0]["compiled"] is True

@@ -31,6 +31,7 @@ from support.inside import (
     tower_of,
 )
 from support.models import ALL_RATIOS, CASES, inputs_of
+from support.states import randomize
 
 TOLERANCE = 1e-9  # of outputs in float64, relative to the largest
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2")  # two of the FFN kernel and another one
@@ -233,11 +234,7 @@ def _trial(base: Base, config: S2FTConfig) -> str:
     steady = far(base.train, base.eval) <= TOLERANCE  # no dropout, whose mask has the order of the channels
     if steady and (change := far(outputs_of(model, example, training=True), base.train)) > TOLERANCE:
         return f"{config.layout}: attach changes the outputs in training mode by {change:.2g}"
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    randomize(model)
     trained = outputs_of(model, example)
     if far(trained, base.eval) <= TOLERANCE:
         return f"{config.layout}: slices change no output"

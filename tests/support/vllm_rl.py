@@ -6,13 +6,12 @@ wrong.
 
 import json
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from support.vllm_transfer import parameters, run_program, same
+from support.vllm_transfer import load, parameters, run_program, same
 
 RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.01, d_ratio=0.03)
 
@@ -83,14 +82,8 @@ def merged_tensors(model) -> dict[str, torch.Tensor]:
 def has_merged(llm, model) -> bool:
     """Whether the engine's parameters are those that its own loader makes of the merged checkpoint."""
     before = parameters(llm)
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # vLLM passes no tensors to other processes
-        torch.save(merged_tensors(model), file.name)
-        llm.collective_rpc(_load_file, args=(file.name,))
+    load(llm, merged_tensors(model))
     return same(before, parameters(llm))
-
-
-def _load_file(worker, path):
-    worker.model_runner.get_model().load_weights(iter(torch.load(path).items()))
 
 
 def engine(folder, dtype="float32", **options):

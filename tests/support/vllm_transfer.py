@@ -7,6 +7,7 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -80,11 +81,13 @@ def _parameters(worker):
 
 def load(llm, tensors) -> None:
     """Let all workers load the tensors of a checkpoint."""
-    llm.collective_rpc(_load, args=(dict(tensors),))
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # vLLM passes no tensors to other processes
+        torch.save(dict(tensors), file.name)
+        llm.collective_rpc(_load, args=(file.name,))
 
 
-def _load(worker, tensors):
-    worker.model_runner.get_model().load_weights(iter(tensors.items()))
+def _load(worker, path):
+    worker.model_runner.get_model().load_weights(iter(torch.load(path).items()))
 
 
 def same(left, right) -> bool:

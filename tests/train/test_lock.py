@@ -4,6 +4,7 @@ import errno
 import fcntl
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from support.inside import LockLOCK as LOCK, RunFolder, only_run_in
@@ -65,10 +66,7 @@ def test_a_new_folder_is_locked_before_the_run_begins_and_removed_if_it_does_not
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EIO, errno.EPERM])
 def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, error):
-    def not_supported(*_):
-        raise OSError(error, "not supported")
-
-    monkeypatch.setattr(fcntl, "flock", not_supported)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(error, "not supported")))
     with only_run_in(tmp_path / "out"):
         assert "can't be locked here: start no second run in" in caplog.text
     assert not (tmp_path / "out").exists()
