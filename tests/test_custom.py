@@ -237,7 +237,7 @@ def conv_net():
 def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
     config, given = dict(u_ratio=0.25, d_ratio=0.5, layout=layout), dict(couplings=conv_couplings(), example=image())
     base = conv_net().to(memory_format=memory_format)
-    live_natively(Subject(lambda: copy.deepcopy(base), config, lambda model: model(image()), given), tmp_path)
+    live_natively(Subject(lambda: copy.deepcopy(base), config, lambda model: model.eval()(image()), given), tmp_path)
     model = copy.deepcopy(base)
     report = s2ft.attach(model, S2FTConfig(**config), **given)
     assert [(row.projection, row.units, row.parameters) for row in report.rows] == [

@@ -144,9 +144,13 @@ EXAMPLE = torch.randn(5, WIDTH, generator=torch.Generator().manual_seed(0))
 COUPLING = Coupling.ffn(0, up="up", down="down", channels=CHANNELS)
 
 
-def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
+def make_net():
     torch.manual_seed(0)
-    model = Net().eval()
+    return Net().eval()
+
+
+def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
+    model = make_net()
     config = S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout="indexed")
     s2ft.attach(model, config, couplings=[COUPLING], example=EXAMPLE)
     randomize(model)

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from support.inside import CONFIG, attachment_of, describe
-from support.models import inputs_of, model_of
+from support.models import inputs_of, model_of, train as fit
 from support.pairs import pairs
 from support.states import same
 from support.tolerances import relative_difference
@@ -55,13 +55,8 @@ def batch():
 
 
 def train(model, steps=2):
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-2)
-    for _ in range(steps):
-        model(**batch())["loss"].backward()
-        assert all(parameter.grad is not None and bool(parameter.grad.any()) for parameter in trained)
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, steps, loss_of=lambda model: model(**batch())["loss"])
+    assert all(parameter.any() for parameter in model.parameters() if parameter.requires_grad)
 
 
 def attached(layout="permuted", side="inputs", selection="random", unit=1, **options):

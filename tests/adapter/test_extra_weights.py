@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from support.inside import INDEX
-from support.models import model_of
+from support.models import model_of, train as fit
 from support.states import same
 from transformers import (
     BertConfig,
@@ -56,12 +56,7 @@ def attached(how="named", layout="permuted", name="default"):
 
 
 def train(model, steps=2):
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(steps):
-        model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, steps, loss_of=lambda model: model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss)
     return model
 
 

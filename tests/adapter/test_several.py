@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from state.models import make_adapter, ratios, tiny_model
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from support.states import randomize, same
 
@@ -23,16 +24,7 @@ def adapters_of(case, names):
     return found
 
 
-THREE = adapters_of(CASE, "abc")
-
-
-def loaded(names, trainable):
-    model = model_of(CASE)
-    s2ft.load_adapter(model, THREE[trainable], trainable=True)
-    for name in names:
-        if name != trainable:
-            s2ft.load_adapter(model, THREE[name], active=False)
-    return model
+TWO = adapters_of(CASE, "ab")
 
 
 # ---- weighted sums -------------------------------------------------------------------------------------------
@@ -41,7 +33,7 @@ def loaded(names, trainable):
 def test_combined_adapters_are_the_sum(tmp_path):
     model = model_of(CASE)
     for name in "ab":
-        s2ft.load_adapter(model, THREE[name], active=False)
+        s2ft.load_adapter(model, TWO[name], active=False)
     report = s2ft.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
     assert s2ft.status(model).active == {} and "sum" in s2ft.list_adapters(model)
     assert report.units > 0 and f"{report.share:.1%}" in str(report)
@@ -58,7 +50,7 @@ def test_combined_adapters_are_the_sum(tmp_path):
 
 
 def test_arithmetic():
-    a, b = THREE["a"], THREE["b"]
+    a, b = TWO["a"], TWO["b"]
     path = next(iter(a.deltas))
     assert torch.equal((2 * a).deltas[path].values, 2 * a.deltas[path].values)
     assert torch.equal((-a).deltas[path].values, -a.deltas[path].values)
@@ -79,7 +71,11 @@ def test_arithmetic():
 
 def test_switching_does_not_recompile():
     """Loaded adapters are written into the weights, so the graph stays. A trainable one has two graphs: on and off."""
-    model = loaded("abc", trainable="a").requires_grad_(False)
+    model = tiny_model("llama")
+    adapters = [make_adapter(model, S2FTConfig(**ratios("llama"), seed=i), name, i) for i, name in enumerate("abc")]
+    for adapter in adapters:
+        s2ft.load_adapter(model, adapter, active=False, trainable=adapter.name == "a")
+    model.requires_grad_(False)
     compilations = []
 
     def backend(graph, inputs):

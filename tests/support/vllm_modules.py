@@ -4,7 +4,7 @@ They slice an adapter as vLLM's layers do, and multiply by weights that nobody c
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -14,36 +14,12 @@ from torch import Tensor, nn
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-@dataclass
-class LoRALayerWeights:
-    """vLLM's class of this name."""
-
-    module_name: str
-    rank: int
-    lora_alpha: int
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float = 1
-
-
-@dataclass
-class LoRAModel:
-    """vLLM's class of this name."""
-
-    id: int
-    rank: int
-    loras: dict[str, LoRALayerWeights]
-    is_3d_lora_weight: bool = True
-
-
-@dataclass
-class Request:
-    """vLLM's LoRARequest."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_path: str
-    load_inplace: bool = False
+# vLLM's classes of these names
+LoRALayerWeights = make_dataclass(
+    "LoRALayerWeights", ["module_name", "rank", "lora_alpha", "lora_a", "lora_b", ("scaling", float, 1)]
+)
+LoRAModel = make_dataclass("LoRAModel", ["id", "rank", "loras", ("is_3d_lora_weight", bool, True)])
+Request = make_dataclass("LoRARequest", ["lora_name", "lora_int_id", "lora_path", ("load_inplace", bool, False)])
 
 
 class PPMissingLayer(nn.Identity):

@@ -1,5 +1,7 @@
 """What is sent: the slices of the checkpoint's tensors, with the numbers that merging writes."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -15,8 +17,10 @@ FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
 ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
 
 
-def check(slices, folder, merge):
-    """An engine that gets these slices, and checks the base's hashes, has the tensors of the merged checkpoint."""
+def check(model, folder, merge):
+    """An engine that gets the slices, and checks the base's hashes, has the tensors of the merged checkpoint."""
+    slices = TrainedSlices.of(model)
+    randomize(model)
     engine = CheckpointEngine(folder / "base", slices.dtype)
     dtype = str(slices.dtype).removeprefix("torch.")
     engine.receiver.bind({"sender": "me", "dtype": dtype, "slices": to_message(slices.specs)})
@@ -26,6 +30,7 @@ def check(slices, folder, merge):
     assert same(engine.weights, {name: tensor.to(slices.dtype) for name, tensor in expected.items()})
     changed = [name for name, tensor in expected.items() if not torch.equal(tensor, base[name])]
     assert set(changed) <= {spec.name for spec in slices.specs} and changed
+    return slices
 
 
 def attached(model, **config):
@@ -54,11 +59,8 @@ def test_slices_are_those_of_the_merged_checkpoint(case, form, tmp_path):
     model, ratios = model_of(case), ratios_for(case, ALL_RATIOS)
     model.save_pretrained(tmp_path / "base")
     model = in_form(model, form, **ratios)
-    slices = TrainedSlices.of(model)
-    randomize(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert slices.numel == trained == slices.buffer().numel()
-    check(slices, tmp_path, lambda: merged(model))
+    assert check(model, tmp_path, lambda: merged(model)).numel == trained
 
 
 # ---- weights in full, dtypes, several adapters ---------------------------------------------------------
@@ -113,10 +115,8 @@ def test_all_that_is_trained_is_sent_as_it_is_merged(name, tmp_path):
     model = model_of(case, dtype)
     model.save_pretrained(tmp_path / "base")
     model = make(model)
-    slices = TrainedSlices.of(model)
-    randomize(model)
+    slices = check(model, tmp_path, lambda: merged(model))
     assert slices.dtype == dtype and (sends is None or sends in {spec.name for spec in slices.specs})
-    check(slices, tmp_path, lambda: merged(model))
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
@@ -126,9 +126,7 @@ def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp
     model = composite_of(model_type)
     model.save_pretrained(tmp_path / "base")
     model = attached(type(model).from_pretrained(tmp_path / "base"), d_ratio=0.2, u_ratio=0.1, o_ratio=0.5)
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    check(slices, tmp_path, lambda: s2ft.merge(model))
+    check(model, tmp_path, lambda: s2ft.merge(model))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------
@@ -208,15 +206,8 @@ def test_what_changes_after_the_description_is_noticed(tmp_path):
 
 
 def test_a_model_that_is_not_of_transformers_has_the_names_of_its_weights():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
-
-        def forward(self, x):
-            return self.down(self.up(x).relu())
-
-    model = Net()
+    layers = {"up": torch.nn.Linear(6, 20), "act": torch.nn.ReLU(), "down": torch.nn.Linear(20, 6)}
+    model = torch.nn.Sequential(OrderedDict(layers))
     base = {name: one.clone() for name, one in model.state_dict().items()}
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, layout="indexed"), example=torch.randn(2, 6))
     slices = TrainedSlices.of(model)

@@ -33,17 +33,14 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_refused_and_changes_nothing(holder, tmp_path):
+@pytest.mark.parametrize("end", ["kill", "normal"])
+def test_a_second_process_is_refused_and_changes_nothing_until_the_first_has_ended(holder, tmp_path, end):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(FileExistsError, match="output folder .*out is in use"):
             with RunFolder(tmp_path / "out").reserved(**how):
                 raise AssertionError
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
-@pytest.mark.parametrize("end", ["kill", "normal"])
-def test_the_folder_is_free_when_the_process_has_ended(holder, tmp_path, end):
     if end == "kill":
         holder.kill()
     holder.communicate("")

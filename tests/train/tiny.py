@@ -16,17 +16,17 @@ CHAT = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+def fast_tokenizer(model, pre_tokenizer, decoder, chat_template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, chat_template=chat_template)
+
+
 def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2], unk_token=SPECIAL[0]
-    )
-    fast.chat_template = chat_template
-    return fast
+    model = models.BPE(vocab={token: number for number, token in enumerate(SPECIAL + letters)}, merges=[])
+    return fast_tokenizer(model, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), chat_template)
 
 
 def with_merges():
