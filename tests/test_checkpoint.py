@@ -9,6 +9,7 @@ import torch
 from export.test_streamed import without_values
 from support.inside import SOURCE, StoredTensor, StoredWeights, attachment_of, lay_out, open_checkpoint, stored_tensors
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.pairs import rest_slow
 from torch import nn
 
 import s2ft
@@ -31,7 +32,7 @@ def stored(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", rest_slow(CASES, FAST))
 def test_every_weight_is_read_as_transformers_loads_it(case, stored):
     loaded, hollow, folder = stored(case)
     weights = StoredWeights(hollow, open_checkpoint(folder))

@@ -11,6 +11,7 @@ from support.aliases import GROUPED, alias_of, missing
 from support.inside import discover, judge, registry, search as search_module, trial_of
 from support.models import CASES, inputs_of, model_of
 from support.nets import Block, Net, batch
+from support.pairs import rest_slow
 from support.states import randomize
 from support.tolerances import relative_difference
 from torch import nn
@@ -56,9 +57,7 @@ def check_found_again(model, example=None):
     assert found == declared(model) or getattr(model.config, "model_type", None) in LESS
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", rest_slow(CASES, FAST))
 def test_discovery_finds_the_declared_couplings(case):
     model = model_of(case)
     check_found_again(model, inputs_of(model) if case in GIVEN else None)

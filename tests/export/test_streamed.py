@@ -21,6 +21,7 @@ from support.inside import (
     write_merged,
 )
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.pairs import rest_slow
 from support.states import flip, randomize, same, tensors_of
 from train.tiny import save_tiny, tiny_tokenizer
 
@@ -29,7 +30,7 @@ import s2ft
 WEIGHTS = "model.safetensors"
 # dense, biases, tied, Conv1D, fused experts and weights, transposed experts, an encoder and a decoder
 FAST = ("llama-biased", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3", "deepseek-v3", "t5-gated", "whisper")
-ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
+ALL = rest_slow(CASES, FAST)
 SHARDS = "20KB"
 
 

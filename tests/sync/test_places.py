@@ -133,10 +133,6 @@ def replaces(model, tensor):
     model.weight.data.copy_(tensor)
 
 
-def new_memory(model, tensor):
-    model.weight.data = torch.zeros(3, 4)
-
-
 ODD = {
     "adds one": (lambda model, tensor: model.weight.data.copy_(tensor + 1), "makes new tensors of it"),
     "adds in place": (lambda model, tensor: model.weight.data.add_(1), "computes"),
@@ -150,7 +146,10 @@ ODD = {
     "concatenates": (lambda model, tensor: model.weight.data.copy_(torch.cat([tensor, tensor])[:3]), "new tensors"),
     "through a buffer": (through_a_buffer, "no parameter of the model"),
     "replaces the parameter": (replaces, "replaces the parameter|no parameter"),
-    "gives it new memory": (new_memory, "replaces the parameter"),
+    "gives it new memory": (
+        lambda model, tensor: setattr(model.weight, "data", torch.zeros(3, 4)),
+        "replaces the parameter",
+    ),
     "fails": (lambda model, tensor: {}["missing"], "does not take it: KeyError"),
 }
 

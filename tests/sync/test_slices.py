@@ -9,12 +9,13 @@ from support.checkpoint_engine import CheckpointEngine
 from support.composites import composite_of, missing
 from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.pairs import rest_slow
 from support.states import randomize, same, tensors_of
 
 import s2ft
 
 FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
-ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
+ALL = rest_slow(CASES, FAST)
 
 
 def check(model, folder, merge):

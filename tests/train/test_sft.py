@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.pairs import rest_slow
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 pytest.importorskip("trl")
@@ -163,9 +164,7 @@ RESUMED = {
 QUICK = ("by length", "packed")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in RESUMED]
-)
+@pytest.mark.parametrize("case", rest_slow(RESUMED, QUICK))
 def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
     changes = {"save_steps": 100, **RESUMED[case]}
