@@ -9,6 +9,7 @@ import torch
 from export.test_streamed import without_values
 from support.inside import SOURCE, StoredTensor, StoredWeights, attachment_of, lay_out, open_checkpoint, stored_tensors
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.pairs import rest_slow
 from torch import nn
 
 import s2ft
@@ -31,7 +32,7 @@ def stored(tmp_path):
     return make
 
 
-@pytest.mark.parametrize("case", [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES])
+@pytest.mark.parametrize("case", rest_slow(CASES, FAST))
 def test_every_weight_is_read_as_transformers_loads_it(case, stored):
     loaded, hollow, folder = stored(case)
     weights = StoredWeights(hollow, open_checkpoint(folder))
@@ -122,10 +123,6 @@ def without_files(folder):
     (folder / "model.safetensors").unlink()
 
 
-def of_another_model(folder):
-    model_of("llama-multi-query").save_pretrained(folder)
-
-
 def without_a_shard(folder):
     model_of("llama").save_pretrained(folder, max_shard_size="30KB")
     (folder / "model.safetensors").unlink(missing_ok=True)
@@ -144,7 +141,11 @@ def without_a_tensor(folder):
     [
         (without_files, ValueError, "has no model.safetensors"),
         (lambda folder: shutil.rmtree(folder), FileNotFoundError, "no checkpoint"),  # it is not sought on the hub
-        (of_another_model, ValueError, r"in the checkpoint, and .* in the model"),
+        (
+            lambda folder: model_of("llama-multi-query").save_pretrained(folder),
+            ValueError,
+            r"in the checkpoint, and .* in the model",
+        ),
         (without_a_shard, FileNotFoundError, "names model-00002-of-.*, which does not exist there"),
         (without_a_tensor, ValueError, "names model.norm.weight, which is not in one.safetensors"),
     ],
@@ -154,12 +155,6 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(change, error, message, stor
     change(folder)
     with pytest.raises(error, match=message), s2ft.weights_on_disk(hollow, folder):
         pass
-
-
-def header(path, **entries):
-    text = json.dumps(entries).encode()
-    path.write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
-    return path
 
 
 @pytest.mark.parametrize(
@@ -176,16 +171,13 @@ def header(path, **entries):
     ],
 )
 def test_a_damaged_header_is_an_error(entry, message, tmp_path):
+    text = json.dumps({"a": entry}).encode()
+    (tmp_path / "a.safetensors").write_bytes(len(text).to_bytes(8, "little") + text + b"\0" * 16)
     with pytest.raises(ValueError, match=message):
-        stored_tensors(header(tmp_path / "a.safetensors", a=entry))
+        stored_tensors(tmp_path / "a.safetensors")
 
 
 # ---- the command -----------------------------------------------------------------------------------------
-
-
-def selected(folder, output, *options):
-    assert main(["select", "--model", str(folder), "--output", str(output), "--d-ratio", "0.2", *options]) == 0
-    return Selection.load(output)
 
 
 @pytest.mark.parametrize("metric", ("weight", "random"))
@@ -195,4 +187,5 @@ def test_select_does_not_load_the_model(metric, stored, tmp_path, monkeypatch):
     monkeypatch.setattr("s2ft.text.models.load_model", None)
     if metric == "random":
         without_files(folder)
-    assert selected(folder, tmp_path / "units.json", "--selection", metric) == expected
+    words = ["select", "--model", str(folder), "--output", str(tmp_path / "units.json"), "--d-ratio", "0.2"]
+    assert main([*words, "--selection", metric]) == 0 and Selection.load(tmp_path / "units.json") == expected

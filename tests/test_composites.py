@@ -3,6 +3,7 @@
 import pytest
 from support.composites import composite_of, example_for, logits_of, loss_of, missing
 from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of
+from support.pairs import rest_slow
 from support.tolerances import relative_difference
 from transformers import __version__
 
@@ -10,7 +11,7 @@ import s2ft
 from s2ft import S2FTConfig
 
 FAST = ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl")
-TYPES = [pytest.param(name, marks=() if name in FAST else pytest.mark.slow) for name in composite.MODEL_TYPES]
+TYPES = rest_slow(composite.MODEL_TYPES, FAST)
 
 
 def model_of(model_type, change=None):

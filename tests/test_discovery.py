@@ -11,6 +11,8 @@ from support.aliases import GROUPED, alias_of, missing
 from support.inside import discover, judge, registry, search as search_module, trial_of
 from support.models import CASES, inputs_of, model_of
 from support.nets import Block, Net, batch
+from support.pairs import rest_slow
+from support.states import randomize
 from support.tolerances import relative_difference
 from torch import nn
 from transformers import LlamaForCausalLM
@@ -55,9 +57,7 @@ def check_found_again(model, example=None):
     assert found == declared(model) or getattr(model.config, "model_type", None) in LESS
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in FAST else pytest.param(case, marks=pytest.mark.slow) for case in CASES]
-)
+@pytest.mark.parametrize("case", rest_slow(CASES, FAST))
 def test_discovery_finds_the_declared_couplings(case):
     model = model_of(case)
     check_found_again(model, inputs_of(model) if case in GIVEN else None)
@@ -110,7 +110,8 @@ def test_a_layer_of_a_refused_pair_is_free_for_another():
 # ---- wrong couplings are refused ---------------------------------------------------------------------------------
 
 
-def olmo():
+@pytest.fixture(scope="module")
+def olmo_twin():
     """A twin with grouped queries and norms over all heads, and its couplings of layers 0 and 1."""
     trial = trial_of(model_of("olmo2"))
     found = discover(trial.twin).couplings
@@ -136,11 +137,6 @@ WRONG = {
     "down of another layer": lambda found: replace(found["ffn", 0], consumer=found["ffn", 1].consumer),
     "no gate": lambda found: replace(found["ffn", 0], producers=found["ffn", 0].producers[:1]),
 }
-
-
-@pytest.fixture(scope="module")
-def olmo_twin():
-    return olmo()
 
 
 @pytest.mark.parametrize("wrong", WRONG)
@@ -247,16 +243,10 @@ def test_attach_without_couplings_trains_and_loading_needs_no_search(unknown, tm
     unknown(**inputs).logits.square().mean().backward()
     slices = [parameter for parameter in unknown.parameters() if parameter.requires_grad]
     assert slices and all(parameter.grad.any() for parameter in slices)
-    with torch.no_grad():
-        for parameter in slices:
-            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    randomize(unknown, std=0.1)
     trained = unknown(**inputs).logits
     s2ft.save_adapter(unknown, tmp_path)
-
-    def no_search(*_):
-        raise AssertionError("loading must not search")
-
-    monkeypatch.setattr(registry, "discover", no_search)
+    monkeypatch.setattr(registry, "discover", None)
     s2ft.load_adapter(plain, tmp_path)
     assert relative_difference(plain(**inputs).logits, trained) < 1e-5
     assert torch.equal(s2ft.merge(unknown)(**inputs).logits, plain(**inputs).logits)
@@ -289,20 +279,22 @@ def test_a_search_is_done_once_for_models_that_are_alike(monkeypatch):
 # ---- bad input ---------------------------------------------------------------------------------------------------
 
 
-def noisy():
-    return Net(lambda outputs: outputs[-1] + torch.randn_like(outputs[-1]))
-
-
-def choosing():
-    return Net(lambda outputs: outputs[-1].argmax(-1))
-
-
 BAD = {
     "no example": (Net, None, ValueError, "pass example="),
     "an example that does not run": (Net, torch.randn(2, 7, 5), ValueError, "mat1 and mat2"),
     "an example of another type": (Net, "text", TypeError, "example must be a tensor"),
-    "random outputs": (noisy, batch(), ValueError, "random"),
-    "outputs that are choices": (choosing, batch(), ValueError, "no floating-point"),
+    "random outputs": (
+        lambda: Net(lambda outputs: outputs[-1] + torch.randn_like(outputs[-1])),
+        batch(),
+        ValueError,
+        "random",
+    ),
+    "outputs that are choices": (
+        lambda: Net(lambda outputs: outputs[-1].argmax(-1)),
+        batch(),
+        ValueError,
+        "no floating-point",
+    ),
     "nothing to train": (lambda: nn.Sequential(nn.LayerNorm(24)), batch(), ValueError, "nothing that it can train"),
 }
 

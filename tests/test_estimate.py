@@ -550,18 +550,23 @@ def test_errors_name_the_argument(arguments, options, error, text):
         s2ft.estimate(model_of("llama"), *arguments, **options)
 
 
-def test_models_that_cannot_be_counted_are_refused_by_name():
-    model = model_of("llama")
-    with pytest.raises(ValueError, match="logits=3: BertForMaskedLM can't compute logits for some positions"):
-        s2ft.estimate(model_of("bert"), LLAMA, 2, 9, logits=3)
+def of_mlp(*size, **options):
     net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
-    with pytest.raises(ValueError, match="Sequential does not support it"):
-        s2ft.estimate(net, LLAMA, example=torch.ones(2, 16), couplings=[MLP], gradient_checkpointing=True)
-    with pytest.raises(ValueError, match="Sequential is not a model of transformers whose inputs"):
-        s2ft.estimate(net, LLAMA, 2, couplings=[MLP])
-    s2ft.attach(model, LLAMA)
-    with pytest.raises(ValueError, match="has an S²FT adapter already .default.: detach or merge it first"):
-        s2ft.estimate(model, LLAMA, 2, 9)
+    return lambda: s2ft.estimate(net, LLAMA, *size, couplings=[MLP], **options)
+
+
+@pytest.mark.parametrize(
+    "call, text",
+    [
+        (lambda: s2ft.estimate(model_of("bert"), LLAMA, 2, 9, logits=3), "logits=3: BertForMaskedLM"),
+        (of_mlp(example=torch.ones(2, 16), gradient_checkpointing=True), "Sequential does not support it"),
+        (of_mlp(2), "Sequential is not a model of transformers"),
+        (lambda: s2ft.estimate(attached(model_of("llama"), LLAMA), LLAMA, 2, 9), "adapter already .default."),
+    ],
+)
+def test_models_that_cannot_be_counted_are_refused_by_name(call, text):
+    with pytest.raises(ValueError, match=text):
+        call()
 
 
 def test_a_forward_that_depends_on_values_is_refused():

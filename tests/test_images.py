@@ -6,6 +6,7 @@ import pytest
 import torch
 from support.images import MODELS, batch, rows
 from support.inside import couplings_of, projections_of
+from support.states import same
 from support.tolerances import LOGITS, relative_difference
 from transformers import Trainer, TrainingArguments
 
@@ -39,10 +40,6 @@ def with_trainer(model, processor, folder):
 def losses_of(trainer):
     trainer.train()
     return [log["loss"] for log in trainer.state.log_history if "loss" in log]
-
-
-def equal(ours, theirs):
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def changed(before, after):
@@ -79,11 +76,11 @@ def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_pat
 
     fresh = copy.deepcopy(base)
     s2ft.load_adapter(fresh, tmp_path / "adapter")
-    assert equal(s2ft.merge(fresh).state_dict(), merged.state_dict())
+    assert same(s2ft.merge(fresh), merged)
 
     merged.save_pretrained(tmp_path / "merged")
     reloaded = type(merged).from_pretrained(tmp_path / "merged", dtype="auto").eval()
-    assert equal(reloaded.state_dict(), merged.state_dict())
+    assert same(reloaded, merged)
     with torch.no_grad():
         assert relative_difference(reloaded(**inputs).logits, trained) <= LOGITS
 

@@ -31,6 +31,8 @@ from support.inside import (
     tower_of,
 )
 from support.models import ALL_RATIOS, CASES, block_weights, inputs_of, loss_of, output_of, randomized, token_batch
+from support.pairs import rest_slow
+from support.states import same
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoConfig, AutoModelForCausalLM, __version__
 
@@ -44,11 +46,6 @@ def base_of(model_type, **options):
     if missing(model_type):
         pytest.skip(f"transformers {__version__} does not have the model type {model_type}")
     return alias_of(model_type, **options)
-
-
-def states_equal(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
 
 
 def check_declaration(base):
@@ -84,7 +81,7 @@ def check_declaration(base):
     with torch.no_grad():
         after = output_of(model)
         assert relative_difference(after, before) > LOGITS
-        assert states_equal(s2ft.detach(copy.deepcopy(model)), base)
+        assert same(s2ft.detach(copy.deepcopy(model)), base)
         assert relative_difference(output_of(s2ft.merge(model)), after) <= LOGITS
 
 
@@ -99,12 +96,7 @@ def check_ffn_kernel(model):
             ), coupling.block
 
 
-def often(rows, rare):
-    """Parameters for rows; those that another row covers are slow."""
-    return [pytest.param(row, marks=pytest.mark.slow) if row in rare else row for row in rows]
-
-
-@pytest.mark.parametrize("model_type", often(ROWS, RARE))
+@pytest.mark.parametrize("model_type", rest_slow(ROWS, set(ROWS) - set(RARE)))
 def test_the_declaration_of_the_family_is_right(model_type):
     base = base_of(model_type)
     movable = [coupling.movable for coupling in couplings_of(base) if "attention" in coupling.kind]
@@ -113,12 +105,12 @@ def test_the_declaration_of_the_family_is_right(model_type):
     check_ffn_kernel(with_dropout(base))
 
 
-@pytest.mark.parametrize("model_type", often(GROUPED, RARELY_GROUPED))
+@pytest.mark.parametrize("model_type", rest_slow(GROUPED, set(GROUPED) - set(RARELY_GROUPED)))
 def test_the_declaration_is_right_with_grouped_queries(model_type):
     check_declaration(base_of(model_type, num_key_value_heads=2))
 
 
-@pytest.mark.parametrize("variant", often(VARIANTS, set(VARIANTS) - {"falcon-groups"}))
+@pytest.mark.parametrize("variant", rest_slow(VARIANTS, {"falcon-groups"}))
 def test_other_layouts_of_a_type(variant):
     model_type, options = VARIANTS[variant]
     check_declaration(base_of(model_type, **options))

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from adapter.test_pretrained import StopAt
+from adapter.test_pretrained import StopAt, trainer as plain_trainer
 from support.inside import attachment_of, mounted_deltas
 from support.models import output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
@@ -280,26 +280,14 @@ def loaded(kind, folder, compute=torch.float32):
     ).eval()
 
 
-def trainer(model, folder, **arguments):
-    from transformers import Trainer, TrainingArguments
+ROWS = [
+    {"input_ids": row, "labels": row} for row in torch.randint(67, (8, 9), generator=torch.Generator().manual_seed(1))
+]
 
-    rows = [
-        {"input_ids": row, "labels": row}
-        for row in torch.randint(67, (8, 9), generator=torch.Generator().manual_seed(1))
-    ]
-    arguments = TrainingArguments(
-        folder / "run",
-        per_device_train_batch_size=2,
-        max_steps=4,
-        learning_rate=1e-2,
-        seed=1,
-        use_cpu=True,
-        report_to="none",
-        disable_tqdm=True,
-        logging_steps=1,
-        **{"save_strategy": "no", **arguments},
-    )
-    return Trainer(model=model, args=arguments, train_dataset=rows)
+
+def trainer(model, folder, **arguments):
+    options = dict(gradient_accumulation_steps=1, max_steps=4, save_strategy="no", seed=1, logging_steps=1)
+    return plain_trainer(model, folder / "run", ROWS, **{**options, **arguments})
 
 
 def deltas_of(model):

@@ -6,6 +6,7 @@ import io
 import pytest
 import torch
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
+from support.states import same
 from torch.nn.utils import prune, weight_norm
 
 import s2ft
@@ -20,10 +21,6 @@ def trained(case, layout="permuted"):
     s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
     train(model)
     return model
-
-
-def same(found, expected):
-    return all(torch.equal(found[key], tensor) for key, tensor in expected.items())
 
 
 @layouts

@@ -6,11 +6,13 @@ import shutil
 import pytest
 import torch
 import torch._dynamo.testing
-from support.inside import Delta, native, new_attachment, projections_of, weight_at
+from support.inside import native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
+from support.states import same
+from train.tiny import save_random_adapter
 
 import s2ft
-from s2ft import Adapter, AdapterBank, S2FTConfig
+from s2ft import AdapterBank, S2FTConfig
 
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
@@ -42,25 +44,13 @@ SIDES = (dict(u_ratio=0.2), dict(d_ratio=0.15), dict(v_ratio=1.0), dict(o_ratio=
 LENGTH = 7
 
 
-def write(model, folder, ratios, seed=0, std=0.1):
-    """Write a random adapter of the plain `model`, without attaching it."""
-    record, config = new_attachment(model), S2FTConfig(**ratios, seed=seed)
-    selection, generator, deltas = s2ft.select(model, config), torch.Generator().manual_seed(seed), {}
-    for projection in projections_of(record.couplings):
-        if projection.name in selection:
-            index = projection.elements(selection[projection.name])
-            shape = list(weight_at(model, projection).shape)
-            shape[projection.dim] = len(index)
-            deltas[projection.name] = Delta(projection.dim, index, std * torch.randn(shape, generator=generator))
-    native.write(Adapter("random", config, selection, record.fingerprint, deltas), folder)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Five adapters of the llama case: one for all projections, one for each side of an FFN and of attention."""
     root = tmp_path_factory.mktemp("bank")
     for i, ratios in enumerate((RATIOS, *SIDES)):
-        write(model_of("llama"), root / "abcde"[i], ratios_for("llama", RATIOS) if i == 0 else ratios, seed=i)
+        ratios = ratios_for("llama", RATIOS) if i == 0 else ratios
+        save_random_adapter(root / "abcde"[i], model_of("llama"), seed=i, **ratios)
     return root
 
 
@@ -95,8 +85,7 @@ def assert_plain(model, case="llama"):
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert "_s2ft" not in model.__dict__
-    state, base = model.state_dict(), model_of(case).state_dict()
-    assert state.keys() == base.keys() and all(torch.equal(state[key], base[key]) for key in base)
+    assert same(model, model_of(case))
 
 
 def prompts(model, count, padding=(0, 3, 1, 2, 0)):
@@ -120,7 +109,7 @@ def generate(model, inputs, rows=slice(None), **options):
 def test_every_sequence_gets_the_output_of_its_adapter_alone(case, tmp_path):
     model = model_of(case)
     for seed in range(2):
-        write(model, tmp_path / str(seed), ratios_for(case, CASES[case]), seed)
+        save_random_adapter(tmp_path / str(seed), model_of(case), seed=seed, **ratios_for(case, CASES[case]))
     for names in (["0", "1"], [None, "0"], ["1", "1"]):
         assert_as_alone(case, tmp_path, model, names)
     assert_plain(model, case)
@@ -165,7 +154,7 @@ def test_generates_the_tokens_of_separate_runs(options, folder, model):
 def test_an_encoder_decoder_generates(tmp_path):
     """The encoder runs on as many rows as there are sequences, the decoder on as many as there are beams."""
     model = model_of("whisper")
-    write(model, tmp_path / "a", ratios_for("whisper", RATIOS))
+    save_random_adapter(tmp_path / "a", model_of("whisper"), **ratios_for("whisper", RATIOS))
     inputs = torch.randn(2, 5, 14)
 
     def run(model, rows=slice(None)):
@@ -203,26 +192,19 @@ def test_names_of_a_directory_and_added_ones(folder, model, tmp_path):
     assert_close(output[0], alone("llama", folder, "b", output_of)[0])
 
 
-@pytest.mark.parametrize("name", ("", "a/b", "../a", ".a", "..", "a\\b", "a\0", "/a", None, 3), ids=repr)
+@pytest.mark.parametrize("name", ("", "a/b", "../a", ".a", "..", "a\\b", "a\0", "/a", 3), ids=repr)
 def test_names_must_not_be_paths(name, folder, model):
     bank = AdapterBank(model, folder)
-    with pytest.raises(ValueError, match="name must be a word"):
-        bank.add(name, folder / "a")
-    assert name not in bank
-    if name is not None:
-        with pytest.raises(ValueError, match="no adapter called"):
-            enter(bank, "a", name)
-    assert bank.loaded == []
-
-
-def size_of(model, root, *names):
-    bank = AdapterBank(model, root)
-    enter(bank, *names)
-    return bank.loaded_bytes
+    for refused in (lambda: bank.add(name, folder / "a"), lambda: enter(bank, "a", name)):
+        with pytest.raises(ValueError, match="name must be a word|no adapter called"):
+            refused()
+    assert name not in bank and bank.loaded == []
 
 
 def test_the_least_recently_used_are_removed_first(folder, model):
-    limit = size_of(model, folder, "b", "c", "d")
+    bank = AdapterBank(model, folder)
+    enter(bank, "b", "c", "d")
+    limit = bank.loaded_bytes
     bank = AdapterBank(model, folder, limit_bytes=limit)
     enter(bank, "b", "c", "d")
     enter(bank, "b")
@@ -252,8 +234,8 @@ def test_another_base_is_refused_before_anything_changes(folder, model):
 
 def test_experts_and_weights_trained_in_full_are_refused(tmp_path):
     model = model_of("mixtral")
-    write(model, tmp_path / "experts", dict(d_ratio=0.1, o_ratio=0.5))
-    write(model, tmp_path / "heads", dict(o_ratio=0.5))
+    for name, ratios in (("experts", dict(d_ratio=0.1, o_ratio=0.5)), ("heads", dict(o_ratio=0.5))):
+        save_random_adapter(tmp_path / name, model_of("mixtral"), **ratios)
     with_norm = native.read(tmp_path / "heads")
     with_norm.extra_weights["model.norm.weight"] = model.model.norm.weight.detach() * 2
     native.write(with_norm, tmp_path / "normed")
@@ -358,19 +340,9 @@ def test_compiled_once_for_all_batches(folder, model):
     assert counter.frame_count == 2
 
 
-def test_an_adapter_is_checked_without_its_values(folder, model, tmp_path, monkeypatch):
+def test_an_adapter_is_checked_without_its_values(folder, model, monkeypatch):
     bank = AdapterBank(model)
     monkeypatch.setattr(native, "read_tensors", None)  # reading all tensors would raise
     found = bank.check(folder / "a")
     assert all(delta.values.is_meta and not delta.index.is_meta for delta in found.deltas.values())
     assert bank.loaded == [] and bank.names == []
-    shutil.copytree(folder / "a", tmp_path / "cut")
-    tensors = tmp_path / "cut" / native.TENSORS
-    tensors.write_bytes(tensors.read_bytes()[:-8])
-    with pytest.raises(ValueError, match="truncated or damaged"):
-        bank.check(tmp_path / "cut")
-    other = copy.deepcopy(model)
-    for parameter in other.parameters():
-        parameter.data += 1
-    with pytest.raises(ValueError, match="another base"):
-        AdapterBank(other).check(folder / "a")

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 from support.inside import INDEX
-from support.models import model_of
+from support.models import model_of, train as fit
+from support.states import same
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -55,29 +56,15 @@ def attached(how="named", layout="permuted", name="default"):
 
 
 def train(model, steps=2):
-    model.train()
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.5)
-    for _ in range(steps):
-        model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
+    fit(model, steps, loss_of=lambda model: model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss)
     return model
-
-
-def state_of(model):
-    return {key: value.clone() for key, value in model.state_dict().items()}
-
-
-def assert_states(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert [key for key in ours if not torch.equal(ours[key], theirs[key])] == []
 
 
 def head_of(model):
     return {name: model.get_parameter(name).detach().clone() for name in HEAD}
 
 
-BASE = state_of(classifier())
+BASE = classifier()
 BOTH = pytest.mark.parametrize("how", ("named", "by hand"))
 
 
@@ -91,18 +78,8 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     found = s2ft.get_adapter(model, "default").extra_weights
     assert set(found) == {*HEAD, "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}
     model.bert.embeddings.LayerNorm.requires_grad_(False)  # it is trained nevertheless
-    assert_states(s2ft.get_adapter(model, "default").extra_weights, found)
-    assert_states(state_of(s2ft.detach(model)), BASE)
-
-
-# ---- files -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    s2ft.save_adapter(train(attached()), folder)
-    return folder
+    assert same(s2ft.get_adapter(model, "default").extra_weights, found)
+    assert same(s2ft.detach(model), BASE)
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------
@@ -141,10 +118,10 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
     look = Look()
     trainer(second, tmp_path / "cut", 4, kind, [look]).train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
     assert look.step == 2
-    assert_states(look.head, head_of(first))
-    assert_states(state_of(second), state_of(whole))
+    assert same(look.head, head_of(first))
+    assert same(second, whole)
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
-    assert_states(state_of(s2ft.detach(second)), BASE)
+    assert same(s2ft.detach(second), BASE)
 
 
 @BOTH
@@ -159,8 +136,8 @@ def test_the_state_of_accelerate_contains_them(how, tmp_path):
     other = attached(how)
     accelerator.prepare(other)
     accelerator.load_state(tmp_path)
-    assert_states(state_of(other), state_of(model))
-    assert_states(state_of(s2ft.detach(train(other, 1))), BASE)  # loaded before the first training forward
+    assert same(other, model)
+    assert same(s2ft.detach(train(other, 1)), BASE)  # loaded before the first training forward
 
 
 # ---- several adapters --------------------------------------------------------------------------------------
@@ -170,10 +147,10 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
     with_head = s2ft.get_adapter(train(attached()), "default")
     without = s2ft.get_adapter(train(attached("frozen", name="plain")), "plain")
     for total in (with_head + without, without + with_head, with_head - without):
-        assert_states(total.extra_weights, with_head.extra_weights)
+        assert same(total.extra_weights, with_head.extra_weights)
         s2ft.load_adapter(model := classifier(), total)
-        assert_states(head_of(model), with_head.extra_weights)
-        assert_states(state_of(s2ft.detach(model)), BASE)
+        assert same(head_of(model), with_head.extra_weights)
+        assert same(s2ft.detach(model), BASE)
         assert total.config.modules_to_save == ["classifier"]
     for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
         with pytest.raises(ValueError, match="classifier.weight trained in full"):

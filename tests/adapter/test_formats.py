@@ -14,6 +14,7 @@ from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
 from support.slices import random_slices
+from support.states import same
 from torch import nn
 
 import s2ft
@@ -117,9 +118,7 @@ def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
     for path, module in other.base_model.model.named_modules():  # exact, bit for bit
         if hasattr(module, "lora_A"):
             assert module.scaling["default"] == 1.0, path
-    merged, stock = s2ft.merge(model).state_dict(), other.merge_and_unload().state_dict()
-    assert merged.keys() == stock.keys()
-    assert all(torch.equal(weight, stock[key]) for key, weight in merged.items())
+    assert same(s2ft.merge(model), other.merge_and_unload())
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
@@ -172,10 +171,9 @@ def test_a_rank_too_large_for_vllm_is_reported(tmp_path):
     with pytest.warns(UserWarning, match="rank 540, and vLLM's max_lora_rank is 512 at most"):
         export_lora(net, tmp_path / "a")
     assert json.loads((tmp_path / "a" / lora.CONFIG).read_text())["r"] == 540
-    with pytest.raises(ValueError, match="rank must be at least 540.*got 512"):
-        export_lora(net, tmp_path / "b", rank=512)
-    with pytest.raises(ValueError, match="exclude each other"):
-        export_lora(net, tmp_path / "b", rank=600, rank_pattern=True)
+    for options, word in (({"rank": 512}, "540.*got 512"), ({"rank": 600, "rank_pattern": True}, "exclude each other")):
+        with pytest.raises(ValueError, match=word):
+            export_lora(net, tmp_path / "b", **options)
     assert not (tmp_path / "b").exists()
 
 
@@ -218,48 +216,29 @@ def layers_of(model):
             yield path, module.lora_A["default"].weight, module.lora_B["default"].weight
 
 
-def one_hot(model):
-    """Columns 7, 3 and 11 in this order, and one unused rank."""
-    for _, a, b in layers_of(model):
-        b.normal_()
-        a[0, 7], a[1, 3], a[3, 11] = 1, 1, 1
+def made_of(a=None, b=None):
+    """Fill each matrix of a LoRA with these entries, and one without any at random."""
+
+    def change(model):
+        for _, *matrices in layers_of(model):
+            for matrix, entries in zip(matrices, (a, b)):
+                for place, value in entries.items() if entries else ((..., torch.randn_like(matrix)),):
+                    matrix[place] = value
+
+    return change
 
 
-def half_a_factor(model):
-    one_hot(model)
-    for _, a, _ in layers_of(model):
-        a[3, 11] = 0.5
-
-
-def parts_of_heads(model):
-    for _, a, b in layers_of(model):
-        a.normal_()
-        b[1, 0], b[13, 1] = 1, 1
-
-
-def random_lora(model):
-    for _, a, b in layers_of(model):
-        a.normal_(), b.normal_()
-
-
-def twice(model):
-    for _, a, b in layers_of(model):
-        b.normal_()
-        a[0, 7], a[1, 7] = 1, 1
-
-
-def infinite(model):
-    one_hot(model)
-    next(layers_of(model))[2][0, 0] = float("inf")
+UNITS = {(0, 7): 1, (1, 3): 1, (3, 11): 1}  # columns 7, 3 and 11 in this order, and one unused rank
+one_hot, random_lora = made_of(UNITS), made_of()
 
 
 REFUSED = {
     "random": (random_lora, {}, "structure of S²FT: rank 0 of lora_A"),
-    "twice": (twice, {}, "two ranks of lora_A"),
-    "infinite": (infinite, {}, "lora_B is not finite"),
+    "twice": (made_of({(0, 7): 1, (1, 7): 1}), {}, "two ranks of lora_A"),
+    "infinite": (made_of(UNITS, {(0, 0): float("inf")}), {}, "lora_B is not finite"),
     "other side": (one_hot, dict(target_modules=["up_proj"]), "rank 0 of lora_B"),
-    "factor": (half_a_factor, {}, "rank 3 of lora_A must be 1"),
-    "parts of heads": (parts_of_heads, dict(target_modules=["q_proj"]), "belongs to no whole unit"),
+    "factor": (made_of({**UNITS, (3, 11): 0.5}), {}, "rank 3 of lora_A must be 1"),
+    "parts of heads": (made_of(b={(1, 0): 1, (13, 1): 1}), dict(target_modules=["q_proj"]), "belongs to no whole unit"),
     "scaled": (one_hot, dict(lora_alpha=8), "lora_alpha must equal r"),
     "scaled by a root": (one_hot, dict(use_rslora=True), "'use_rslora' is True"),
     "embedding": (random_lora, dict(target_modules=["embed_tokens"]), "embed_tokens"),
@@ -301,35 +280,31 @@ def as_pickle(folder):
 
 
 def refused_loras():
-    """(id, how a folder of PEFT is made, key word)."""
+    """Change of the LoRA, its options, change of its folder, key word."""
     for name, (change, options, word) in REFUSED.items():
-        yield (
-            name,
-            lambda folder, change=change, options=options: lora_of_peft("llama", folder, change, **options),
-            word,
-        )
+        yield pytest.param(change, options, lambda folder: None, word, id=name)
     for name, (how, word) in SPOILT.items():
-        yield name, lambda folder, how=how: (lora_of_peft("llama", folder, one_hot), spoil(folder, **how)), word
-    yield "pickle", lambda folder: (lora_of_peft("llama", folder, one_hot), as_pickle(folder)), "run code"
+        yield pytest.param(one_hot, {}, lambda folder, how=how: spoil(folder, **how), word, id=name)
+    yield pytest.param(one_hot, {}, as_pickle, "run code", id="pickle")
 
 
 def test_a_lora_of_peft_in_any_order_of_ranks(tmp_path):
-    expected = lora_of_peft("llama", tmp_path, one_hot).merge_and_unload().state_dict()
+    expected = lora_of_peft("llama", tmp_path, one_hot).merge_and_unload()
     model = model_of("llama")
     import_lora(model, tmp_path, "from-lora")
     assert get_adapter(model, "from-lora").selection["model.layers.0.mlp.down_proj"].tolist() == [3, 7, 11]
-    found = s2ft.merge(model).state_dict()
-    assert all(torch.equal(weight, expected[key]) for key, weight in found.items())
+    assert same(s2ft.merge(model), expected)
 
 
-@pytest.mark.parametrize("make, word", [pytest.param(*case[1:], id=case[0]) for case in refused_loras()])
-def test_other_loras_are_refused_and_do_not_change_the_model(make, word, tmp_path):
-    make(tmp_path)
+@pytest.mark.parametrize("change, options, damage, word", refused_loras())
+def test_other_loras_are_refused_and_do_not_change_the_model(change, options, damage, word, tmp_path):
+    lora_of_peft("llama", tmp_path, change, **options)
+    damage(tmp_path)
     model = model_of("llama")
     with pytest.raises((ValueError, FileNotFoundError), match=word):
         import_lora(model, tmp_path)
     assert s2ft.status(model).adapters == []
-    assert all(torch.equal(weight, model_of("llama").state_dict()[key]) for key, weight in model.state_dict().items())
+    assert same(model, model_of("llama"))
 
 
 # ---- the hub -------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.inside import CONFIG, TENSORS, reading
 from support.models import model_of, train
+from support.states import same
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
@@ -124,40 +125,21 @@ def grown(name, size):
     return lambda folder: os.truncate(folder / name, size)
 
 
-def out_of_the_folder(name):
+def instead(name, make):
+    """Put something else in place of a file."""
+    return lambda folder: ((folder / name).unlink(), make(folder / name))
+
+
+def out_of_the_folder(name, relative=False):
+    """Move a file out, and link to it."""
+
     def link(folder):
         outside = folder.parent / f"{folder.name}-outside"
         outside.mkdir()
         (folder / name).rename(outside / name)
-        (folder / name).symlink_to(outside / name)
+        (folder / name).symlink_to(os.path.relpath(outside / name, folder) if relative else outside / name)
 
     return link
-
-
-def through_the_folder_above(folder):
-    out_of_the_folder(TENSORS)(folder)
-    target = (folder / TENSORS).resolve()
-    (folder / TENSORS).unlink()
-    (folder / TENSORS).symlink_to(os.path.relpath(target, folder))
-
-
-def to_a_device(folder):
-    (folder / TENSORS).unlink()
-    (folder / TENSORS).symlink_to("/dev/zero")
-
-
-def as_pickle(folder):
-    (folder / TENSORS).unlink()
-    (folder / "s2ft_adapter.bin").write_bytes(pickle.dumps({"x": 1}))
-
-
-def pickle_named_safetensors(folder):
-    torch.save({"x": torch.ones(3)}, folder / TENSORS)
-
-
-def one_file_for_both(folder):
-    (folder / TENSORS).unlink()
-    (folder / TENSORS).symlink_to(CONFIG)
 
 
 def with_coupling(**changes):
@@ -373,16 +355,19 @@ HOSTILE = {
     ),
     "modules to train unknown": (rewrite(lambda c: c["config"].update(modules_to_save=["nothing"])), "not a module of"),
     # files
-    "pickle": (as_pickle, "s2ft_adapter.bin: such files run code"),
-    "pickle under our name": (pickle_named_safetensors, "truncated or damaged"),
+    "pickle": (
+        instead(TENSORS, lambda file: file.with_name("s2ft_adapter.bin").write_bytes(pickle.dumps({"x": 1}))),
+        "s2ft_adapter.bin: such files run code",
+    ),
+    "pickle under our name": (lambda f: torch.save({"x": torch.ones(3)}, f / TENSORS), "truncated or damaged"),
     "link out": (out_of_the_folder(TENSORS), f"{TENSORS} is a link that leads out of its folder"),
     "link of the config out": (out_of_the_folder(CONFIG), f"{CONFIG} is a link that leads out of its folder"),
-    "link up": (through_the_folder_above, "is a link that leads out"),
-    "link to a device": (to_a_device, f"no {TENSORS}"),
-    "link to itself": (lambda f: ((f / CONFIG).unlink(), (f / CONFIG).symlink_to(f / CONFIG)), f"no {CONFIG}|link"),
-    "link to the other": (one_file_for_both, "truncated or damaged"),
-    "folder for a file": (lambda f: ((f / TENSORS).unlink(), (f / TENSORS).mkdir()), f"no {TENSORS}"),
-    "pipe": (lambda f: ((f / TENSORS).unlink(), os.mkfifo(f / TENSORS)), f"no {TENSORS}"),
+    "link up": (out_of_the_folder(TENSORS, relative=True), "is a link that leads out"),
+    "link to a device": (instead(TENSORS, lambda file: file.symlink_to("/dev/zero")), f"no {TENSORS}"),
+    "link to itself": (instead(CONFIG, lambda file: file.symlink_to(file)), f"no {CONFIG}|link"),
+    "link to the other": (instead(TENSORS, lambda file: file.symlink_to(CONFIG)), "truncated or damaged"),
+    "folder for a file": (instead(TENSORS, lambda file: file.mkdir()), f"no {TENSORS}"),
+    "pipe": (instead(TENSORS, os.mkfifo), f"no {TENSORS}"),
     # couplings
     "couplings of huge counts": (with_coupling(count=2**40), "couplings can't be read: .* has more than"),
     "couplings of huge units": (with_coupling(count=2**20, unit=2**20), "couplings can't be read: .* has more than"),
@@ -418,8 +403,7 @@ def test_hostile_folders_are_refused_before_a_weight_changes(hostile, trainable,
     with pytest.raises((ValueError, FileNotFoundError), match=message) as caught:
         s2ft.load_adapter(model, folder, trainable=trainable)
     assert len(str(caught.value)) < 2000 and str(caught.value).isprintable()
-    assert model.state_dict().keys() == before.keys() and s2ft.status(model).adapters == []
-    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+    assert same(model, before) and s2ft.status(model).adapters == []
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
@@ -530,4 +514,4 @@ def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim,
         assert s2ft.status(model).adapters == []
     else:
         s2ft.detach(model)
-    assert all(torch.equal(weight, before[key]) for key, weight in model.state_dict().items())
+    assert same(model, before)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import trl_trainers
 from support.inside import INDEX, mounted_deltas
+from support.states import same
 from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -57,11 +58,6 @@ class StopAt(TrainerCallback):
             control.should_training_stop = True
 
 
-def assert_same(ours, theirs):
-    ours, theirs = ours.state_dict(), theirs.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_plain_trainer_resumes_exactly(layout, dtype, tmp_path, caplog):
@@ -71,7 +67,7 @@ def test_plain_trainer_resumes_exactly(layout, dtype, tmp_path, caplog):
     resumed = trainer(second, tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 8
-    assert_same(second, whole)
+    assert same(second, whole)
     assert any((delta.values != 0).any() for delta in mounted_deltas(second._s2ft).values())
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
 
@@ -86,7 +82,7 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
         AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
     fresh = tiny_model()
     s2ft.load_adapter(fresh, tmp_path / "checkpoint-8")
-    assert_same(s2ft.merge(fresh), s2ft.merge(model))
+    assert same(s2ft.merge(fresh), s2ft.merge(model))
 
 
 SPOILT = {
@@ -105,7 +101,7 @@ def test_resuming_with_another_adapter_is_refused_and_changes_nothing(case, tmp_
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=message):
         trainer(model, tmp_path).train(resume_from_checkpoint=True)
-    assert_same(model, before)
+    assert same(model, before)
 
 
 def test_merged_and_detached_models_are_saved_in_full(tmp_path):
@@ -113,7 +109,7 @@ def test_merged_and_detached_models_are_saved_in_full(tmp_path):
         model = attached()
         untouched, plain = copy.deepcopy(model), s2ft.detach(copy.deepcopy(model))
         back(model).save_pretrained(tmp_path / back.__name__)
-        assert_same(AutoModelForCausalLM.from_pretrained(tmp_path / back.__name__), model)
+        assert same(AutoModelForCausalLM.from_pretrained(tmp_path / back.__name__), model)
         assert not model._load_state_dict_pre_hooks
         assert model._keys_to_ignore_on_save == plain._keys_to_ignore_on_save  # set by transformers
         untouched.save_pretrained(tmp_path / "copy")  # a deep copy keeps its save_pretrained
@@ -150,8 +146,8 @@ def test_trls_trainers(kind, tmp_path):
     last = tmp_path / f"checkpoint-{done.state.global_step}"
     assert (last / "s2ft_adapter.safetensors").exists() and not (last / "model.safetensors").exists()
     resumed.train(resume_from_checkpoint=str(last))
-    assert_same(again, model)
-    assert_same(s2ft.detach(model), tiny_model())
+    assert same(again, model)
+    assert same(s2ft.detach(model), tiny_model())
 
 
 # ---- folders that hold another model -----------------------------------------------------------------------
@@ -167,7 +163,7 @@ def test_a_folder_that_holds_a_model_is_refused_before_anything_is_written(optio
     with pytest.raises(ValueError, match="holds another model"):
         trainer(model, tmp_path).save_model()
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".bin"} == before
-    assert_same(AutoModelForCausalLM.from_pretrained(tmp_path), tiny_model())
+    assert same(AutoModelForCausalLM.from_pretrained(tmp_path), tiny_model())
 
 
 @pytest.mark.parametrize("name", ("pytorch_model.bin", "pytorch_model.bin.index.json", INDEX))

@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
-from support.inside import attachment_of
+from state.models import make_adapter, ratios, tiny_model
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
-from support.states import same
+from support.states import randomize, same
 
 import s2ft
 from s2ft import S2FTConfig
@@ -14,68 +14,43 @@ from s2ft import S2FTConfig
 CASE = "llama-grouped"
 
 
-def adapter_on(seed, name, case=CASE, config=None, dtype=torch.float32):
-    """A random adapter; its model is not kept."""
-    model = model_of(case, dtype)
-    config = config or S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed)
-    s2ft.attach(model, config, name=name)
-    generator = torch.Generator().manual_seed(seed)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.copy_(0.1 * torch.randn(mount.layer.s2.shape, generator=generator))
-    return s2ft.get_adapter(model, name)
+def adapters_of(case, names):
+    """Random adapters; their models are not kept."""
+    found = {}
+    for seed, name in enumerate(names):
+        model = model_of(case)
+        s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed), name=name)
+        found[name] = s2ft.get_adapter(randomize(model, seed, 0.1), name)
+    return found
 
 
-FIVE = {name: adapter_on(seed, name) for seed, name in enumerate("abcde")}
-
-
-def loaded(names="abcde", dtype=torch.float32, trainable=None, layout="permuted"):
-    model = model_of(CASE, dtype)
-    if trainable:
-        adapter = copy.deepcopy(FIVE[trainable])
-        adapter.config.layout = layout
-        s2ft.load_adapter(model, adapter, trainable=True)
-    for name in names:
-        if name != trainable:
-            s2ft.load_adapter(model, FIVE[name], active=False)
-    return model
-
-
-def effective(base, weights, adapters=FIVE):
-    """The base plus the weighted sum, which is formed in float32 and rounded once."""
-    model = copy.deepcopy(base)
-    changed = {}
-    for name, weight in weights.items():
-        for path, delta in adapters[name].deltas.items():
-            tensor = model.get_submodule(path).weight
-            wide = changed.setdefault(path, tensor.detach().float())
-            wide.index_add_(delta.dim, delta.index, weight * delta.values.float())
-    with torch.no_grad():
-        for path, wide in changed.items():
-            model.get_submodule(path).weight.copy_(wide)
-    return model
+TWO = adapters_of(CASE, "ab")
 
 
 # ---- weighted sums -------------------------------------------------------------------------------------------
 
 
 def test_combined_adapters_are_the_sum(tmp_path):
-    model = loaded("abc")
+    model = model_of(CASE)
+    for name in "ab":
+        s2ft.load_adapter(model, TWO[name], active=False)
     report = s2ft.combine_adapters(model, {"a": 0.7, "b": 0.3}, "sum")
     assert s2ft.status(model).active == {} and "sum" in s2ft.list_adapters(model)
     assert report.units > 0 and f"{report.share:.1%}" in str(report)
+    s2ft.set_adapter(model, {"a": 0.7, "b": 0.3})  # tests/state compares this with a sum of its own
+    expected = output_of(model)
     s2ft.set_adapter(model, "sum")
-    expected = effective(model_of(CASE), {"a": 0.7, "b": 0.3})
-    assert torch.allclose(output_of(model), output_of(expected), atol=1e-5)
+    assert torch.allclose(output_of(model), expected, atol=1e-5)
     s2ft.save_adapter(model, tmp_path, "sum")
     for trainable in (False, True):  # alone, and as a trainable adapter
         other = model_of(CASE)
         s2ft.load_adapter(other, tmp_path, trainable=trainable)
-        assert torch.allclose(output_of(other), output_of(expected), atol=1e-5)
+        assert torch.allclose(output_of(other), expected, atol=1e-5)
     assert s2ft.read_adapter(tmp_path).info["sum_of"] == [["a", 0.7], ["b", 0.3]]
 
 
 def test_arithmetic():
-    a, b = FIVE["a"], FIVE["b"]
+    a, b = TWO["a"], TWO["b"]
     path = next(iter(a.deltas))
     assert torch.equal((2 * a).deltas[path].values, 2 * a.deltas[path].values)
     assert torch.equal((-a).deltas[path].values, -a.deltas[path].values)
@@ -96,7 +71,11 @@ def test_arithmetic():
 
 def test_switching_does_not_recompile():
     """Loaded adapters are written into the weights, so the graph stays. A trainable one has two graphs: on and off."""
-    model = loaded("abc", trainable="a").requires_grad_(False)
+    model = tiny_model("llama")
+    adapters = [make_adapter(model, S2FTConfig(**ratios("llama"), seed=i), name, i) for i, name in enumerate("abc")]
+    for adapter in adapters:
+        s2ft.load_adapter(model, adapter, active=False, trainable=adapter.name == "a")
+    model.requires_grad_(False)
     compilations = []
 
     def backend(graph, inputs):
@@ -120,7 +99,7 @@ def test_switching_does_not_recompile():
 @pytest.mark.parametrize("case", ("phi3-grouped", "gpt2", "mixtral", "deepseek-v3", "t5"))
 def test_weights_that_hold_several_projections(case):
     base = model_of(case)
-    adapters = {name: adapter_on(seed, name, case) for seed, name in enumerate("ab")}
+    adapters = adapters_of(case, "ab")
     model = copy.deepcopy(base)
     s2ft.load_adapter(model, adapters["a"], trainable=True)
     s2ft.load_adapter(model, adapters["b"], active=False)

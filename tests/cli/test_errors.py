@@ -9,6 +9,7 @@ import logging
 import os
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from support.inside import GONE
@@ -92,10 +93,7 @@ def test_the_traceback_option_raises_the_error(words, variable, tmp_path, monkey
     ],
 )
 def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path, monkeypatch, error):
-    def full(*_):
-        raise error
-
-    monkeypatch.setattr("s2ft.cli.adapters.describe", full)
+    monkeypatch.setattr("s2ft.cli.adapters.describe", Mock(side_effect=error))
     assert main(["info", str(tmp_path)]) == 1
     assert capsys.readouterr().err.startswith("s2ft info: error: ")
     monkeypatch.setattr("s2ft.cli.adapters.describe", lambda folder: 1 / 0)

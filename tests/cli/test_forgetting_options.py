@@ -59,19 +59,17 @@ def test_eval_measures_the_adapter_against_its_base_on_text_prompts_and_answers(
     found, printed = evaluate(*text)
     reported = json.loads((measured / "report.json").read_text())["forgetting"]
     assert printed.startswith("forgetting ") and found["drift"]["forgetting"] == pytest.approx(reported, abs=2e-5)
-    rows = ["--data", work / "data.jsonl", "--max-new-tokens", 2, "--kl"]
-    found, printed = evaluate(*text, *rows, "--task", "arithmetic", "--num-beams", 2)
+    asked = ["--data", work / "data.jsonl", "--max-new-tokens", 2, "--kl"]
+    found, printed = evaluate(*text, *asked, "--task", "arithmetic", "--num-beams", 2)
     assert found["of"] == 12 == len(found["records"]) and "KL from the base" in printed
-    tokenizer, rows_of_prompts = tiny_tokenizer(), []
-    for row in sums(12):
-        chat = [{"role": "user", "content": row["instruction"]}]
-        ids = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-        rows_of_prompts.append({"input_ids": [*ids, 0], "labels": [-100, *ids[1:], 0]})
-    adapted = tiny_model()
-    s2ft.load_adapter(adapted, measured / "adapter")
-    kl = direct_kl(direct(tiny_model(), rows_of_prompts)[0], direct(adapted, rows_of_prompts)[0])
+    tokenizer, models = tiny_tokenizer(), (tiny_model(), tiny_model())
+    s2ft.load_adapter(models[1], measured / "adapter")
+    chats = [[{"role": "user", "content": row["instruction"]}] for row in sums(12)]
+    prompts = [tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False) for chat in chats]
+    rows = [{"input_ids": [*ids, 0], "labels": [-100, *ids[1:], 0]} for ids in prompts]
+    kl = direct_kl(*(direct(model, rows)[0] for model in models))
     assert found["drift"]["base_kl"] == pytest.approx(kl, rel=1e-3, abs=2e-6) and found["drift"]["kl_on"] == "prompts"
-    assert evaluate(*rows, "--kl-on", "answers")[1].startswith("KL from the base ")
+    assert evaluate(*asked, "--kl-on", "answers")[1].startswith("KL from the base ")
 
 
 def test_select_protects(work, tmp_path):

@@ -1,6 +1,7 @@
 """Commands for which memory is too small end with one error that says what to change, and not with a traceback."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -43,10 +44,7 @@ def test_training(work, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("command", ("generate", "eval"))
 def test_answers(command, work, monkeypatch, capsys):
-    def fails(*args, **options):
-        raise GPU
-
-    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", fails)
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", Mock(side_effect=GPU))
     options = {"generate": ["--prompt", "2+3="], "eval": ["--data", work / "data.jsonl", "--task", "arithmetic"]}
     words = [command, "--model", work / "model", "--max-new-tokens", 64, *options[command]]
     assert main([str(word) for word in words]) == 1

@@ -4,6 +4,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from support.pairs import rest_slow
 from train.tiny import save_tiny, sums, write_jsonl
 
 from s2ft.cli.main import main
@@ -59,7 +60,7 @@ CONFIGS = {
 }
 
 
-@pytest.mark.parametrize("name", [name if name == "packing" else pytest.param(name, marks=pytest.mark.slow) for name in CONFIGS])  # fmt: skip
+@pytest.mark.parametrize("name", rest_slow(CONFIGS, ["packing"]))
 def test_a_config_of_trl_runs_in_trl_and_here(name, tmp_path, monkeypatch):
     from trl.scripts.sft import main as trl_sft, make_parser
 

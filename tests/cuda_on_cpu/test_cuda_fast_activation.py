@@ -19,10 +19,6 @@ CORNERS = list(itertools.product((-BOUND, BOUND), repeat=2))
 LEAST = 2.0**-120
 
 
-def every_number(dtype):
-    return torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
-
-
 def silu(g):
     return g * torch.sigmoid(g), torch.sigmoid(g) * (1 + g * torch.sigmoid(-g))
 
@@ -57,7 +53,7 @@ def steps(a, b):
 
 def results(runner, activation, dtype):
     """act(gate) and act'(gate) of every gate, at every corner."""
-    gate = every_number(dtype)
+    gate = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)  # every number
     one = torch.ones_like(gate)
     runner.configure(max_blocks=1)
     for corner in CORNERS:

@@ -7,27 +7,22 @@ from ops.cases import effective_groups
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Rows and columns: one, odd, a multiple of the 16-byte width in every dtype, and beyond one block.
 SHAPES = ((1, 1), (5, 7), (3, 16), (24, 40), (33, 129))
-LAYOUTS = ("dense", "transposed", "strided", "off by one")
+LAYOUTS = {  # the shape of the memory, and the view of it
+    "dense": (lambda rows, columns: (rows, columns), lambda memory: memory),
+    "transposed": (lambda rows, columns: (columns, rows), torch.t),
+    "strided": (lambda rows, columns: (2 * rows, 3 * columns), lambda memory: memory[::2, ::3]),
+    # the rows are not aligned to 16 bytes
+    "off by one": (lambda rows, columns: (rows, columns + 1), lambda memory: memory[:, 1:]),
+}
 UNTOUCHED = 42.0
 
 
 def place(values, layout):
     """Returns a view with the values in the given layout, and the whole memory of that view."""
-    rows, columns = values.shape
-    if layout == "transposed":
-        memory = torch.empty(columns, rows, dtype=values.dtype)
-        view = memory.t()
-    elif layout == "strided":
-        memory = torch.full((2 * rows, 3 * columns), UNTOUCHED, dtype=values.dtype)
-        view = memory[::2, ::3]
-    elif layout == "off by one":  # the rows are not aligned to 16 bytes
-        memory = torch.full((rows, columns + 1), UNTOUCHED, dtype=values.dtype)
-        view = memory[:, 1:]
-    else:
-        memory = torch.empty(rows, columns, dtype=values.dtype)
-        view = memory
-    view.copy_(values)
-    return view, memory
+    shape, view = LAYOUTS[layout]
+    memory = torch.full(shape(*values.shape), UNTOUCHED, dtype=values.dtype)
+    view(memory).copy_(values)
+    return view(memory), memory
 
 
 def random(shape, dtype):
@@ -111,15 +106,12 @@ def test_every_16_bit_pattern_is_restored(runner, dtype):
 @pytest.mark.parametrize("offset", (0, 1))
 def test_misaligned_buffers(runner, dim, offset):
     """The fast path needs all pointers to be aligned, not only that of the weight."""
-    for which in ("delta", "dense"):
+    for delta_offset, dense_offset in ((offset, 0), (0, offset)):
         values = random((16, 32), torch.bfloat16)
-        shape = delta_shape(values, 16, dim)
+        weight, shape = values.clone(), delta_shape(values, 16, dim)
         count = shape[0] * shape[1]
-        delta_memory = random((count + offset,), torch.float32)
-        delta = delta_memory[offset if which == "delta" else 0 :][:count].view(shape)
-        dense_memory = torch.empty(count + offset, dtype=torch.bfloat16)
-        dense = dense_memory[offset if which == "dense" else 0 :][:count].view(shape)
-        weight = values.clone()
+        delta = random((count + delta_offset,), torch.float32)[delta_offset:].view(shape)
+        dense = random((count + dense_offset,), torch.bfloat16)[dense_offset:].view(shape)
         runner.units("write", weight, delta, dense, 0, dim)
         base = values.narrow(dim, 0, 16)
         assert torch.equal(weight.narrow(dim, 0, 16), effective(base, delta))

@@ -107,10 +107,3 @@ def commands(source: str) -> list[str]:
     """The commands of a block, without comments; a backslash at the end of a line continues it."""
     lines = (line.strip() for line in source.replace("\\\n", " ").splitlines())
     return [line.removeprefix("$ ") for line in lines if line and not line.startswith("#")]
-
-
-def free_port() -> int:
-    """A port that no one listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]

@@ -4,9 +4,10 @@ import re
 import shutil
 
 import pytest
+from support.ranks import free_port
 
 from .blocks import ROOT, RUN, SHOWN, pages, reasons, run
-from .shell import Shell, free_port
+from .shell import Shell
 from .workplace import fill
 
 

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from support.pairs import rest_slow
 
 from bench.experiments import __main__ as command, comparison
 from bench.experiments.runner import Results, Run
@@ -11,9 +12,7 @@ QUICK = ("commonsense", "fusion", "metamath", "small-sequence", "serving")  # on
 RECIPES = sorted(file.stem for file in command.RECIPES.glob("*.yaml"))
 
 
-@pytest.mark.parametrize(
-    "name", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in RECIPES]
-)
+@pytest.mark.parametrize("name", rest_slow(RECIPES, QUICK))
 def test_a_smoke_run_of_every_recipe(name, tmp_path, capsys):
     assert command.main([name, "--smoke", "--workers", "0", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out

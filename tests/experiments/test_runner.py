@@ -46,14 +46,12 @@ def test_what_has_a_result_is_not_made_again_and_what_failed_is(measured, tmp_pa
 
 
 def test_a_later_stage_depends_on_results_and_a_limit_or_a_part_leaves_runs_out(measured, tmp_path):
-    def later(results):
-        return [run_of(9)] if results.row(run_of(0)) else []
-
+    later = Stage(lambda results: [run_of(9)] if results.row(run_of(0)) else [])
     results = Results(tmp_path / "mine.jsonl")
-    assert not make("mine", [Stage(lambda _: [run_of(0), run_of(0), run_of(1)])], results, workers=0, seconds=-1)
-    assert not make("mine", [Stage(lambda _: [run_of(0), run_of(0), run_of(1)])], results, workers=0, part=(1, 2))
+    for limit in ({"seconds": -1}, {"part": (1, 2)}):
+        assert not make("mine", [Stage(lambda _: [run_of(0), run_of(0), run_of(1)])], results, workers=0, **limit)
     assert measured == [1]
-    assert make("mine", [Stage(lambda _: [run_of(0), run_of(1)]), Stage(later)], results, workers=0)
+    assert make("mine", [Stage(lambda _: [run_of(0), run_of(1)]), later], results, workers=0)
     assert measured == [1, 0, 9]
 
 

@@ -21,6 +21,8 @@ from support.inside import (
     write_merged,
 )
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.pairs import rest_slow
+from support.states import flip, randomize, same, tensors_of
 from train.tiny import save_tiny, tiny_tokenizer
 
 import s2ft
@@ -28,31 +30,14 @@ import s2ft
 WEIGHTS = "model.safetensors"
 # dense, biases, tied, Conv1D, fused experts and weights, transposed experts, an encoder and a decoder
 FAST = ("llama-biased", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3", "deepseek-v3", "t5-gated", "whisper")
-ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
+ALL = rest_slow(CASES, FAST)
 SHARDS = "20KB"
-
-
-def randomize(model):
-    """Give the trained weights of an attached model random values."""
-    generator = torch.Generator().manual_seed(1)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
-
-
-def tensors_in(folder):
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        found.update(load_file(file))
-    return found
 
 
 def check_equal(folder, expected):
     """Check that two folders have the same tensors and settings."""
-    ours, theirs = tensors_in(folder), tensors_in(expected)
-    assert ours.keys() == theirs.keys()
-    assert [name for name in ours if ours[name].dtype != theirs[name].dtype] == []
-    assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
+    ours, theirs = tensors_of(folder), tensors_of(expected)
+    assert same(ours, theirs) and all(ours[name].dtype == theirs[name].dtype for name in ours)
     for file in Path(expected).glob("*config.json"):
         assert json.loads((Path(folder) / file.name).read_text()) == json.loads(file.read_text())
 
@@ -89,7 +74,7 @@ def test_every_family_is_merged_as_in_memory(case, tmp_path):
     disk, memory = both_ways(model_of(case), tmp_path, torch.bfloat16, **ratios, layout="indexed")
     check_equal(disk, memory)
     assert (disk / WEIGHTS).read_bytes() == (memory / WEIGHTS).read_bytes()
-    base, written = tensors_in(tmp_path / "base"), tensors_in(disk)
+    base, written = tensors_of(tmp_path / "base"), tensors_of(disk)
     changed = [name for name in base if not torch.equal(base[name].to(written[name].dtype), written[name])]
     assert 0 < len(changed) < len(base)  # else the test would compare bases
 
@@ -135,12 +120,9 @@ def changed_base(work, folder, change):
     return folder
 
 
-def add_tied_head(tensors):
-    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
-
-
 def test_a_tied_weight_that_the_base_has_twice_is_written_once(work, tmp_path):
-    base = changed_base(work, tmp_path / "base", add_tied_head)
+    twice = lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})  # noqa: E731
+    base = changed_base(work, tmp_path / "base", twice)
     export(str(base), work / "adapter", tmp_path / "out")
     check_equal(tmp_path / "out", work / "expected")
 
@@ -160,20 +142,26 @@ def as_pickle(work, folder):
     (folder / WEIGHTS).unlink()
 
 
-def with_another_head(work, folder):
-    changed_base(work, folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(259, 32)}))
+OTHER_HEAD = {"lm_head.weight": torch.zeros(259, 32)}
 
 
 @pytest.mark.parametrize(
-    "make, reason", [(as_pickle, f"has no {WEIGHTS}"), (with_another_head, "are one weight by its config and differ")]
+    "make, reason",
+    [
+        (as_pickle, f"has no {WEIGHTS}"),
+        (
+            lambda work, folder: changed_base(work, folder, lambda tensors: tensors.update(OTHER_HEAD)),
+            "are one weight by its config and differ",
+        ),
+    ],
 )
 def test_what_cannot_be_streamed_is_merged_in_memory_and_the_log_says_why(make, reason, work, tmp_path, caplog):
     make(work, tmp_path / "base")
     caplog.set_level("INFO")
     export(str(tmp_path / "base"), work / "adapter", tmp_path / "out")
     assert "merging in memory, which has to hold the whole model: " in caplog.text and reason in caplog.text
-    found, expected = tensors_in(tmp_path / "out"), tensors_in(work / "expected")
-    assert all(torch.equal(found[name], values) for name, values in expected.items())
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(work / "expected")
+    assert same({name: found[name] for name in expected}, expected)
 
 
 def test_an_ordinary_base_is_not_loaded(work, tmp_path, monkeypatch):
@@ -202,22 +190,13 @@ def test_a_base_in_a_hub_cache_is_read_there(work, tmp_path, monkeypatch):
 # ---- what goes wrong leaves nothing ------------------------------------------------------------------------
 
 
-def damage_one(folder):
-    """Change one bit of the last tensor's bytes."""
-    with open(folder / WEIGHTS, "r+b") as file:
-        file.seek(-1, 2)
-        last = file.read(1)
-        file.seek(-1, 2)
-        file.write(bytes([last[0] ^ 1]))
-
-
 @pytest.mark.parametrize("case", ("llama", "mixtral"))
 def test_files_that_are_not_what_was_meant_are_an_error(case, tmp_path, monkeypatch):
     write = streamed.write_weights
 
     def write_badly(folder, *args):
         compare = write(folder, *args)
-        damage_one(folder)
+        flip(folder / WEIGHTS)
         return compare
 
     monkeypatch.setattr(merged, "write_weights", write_badly)

@@ -12,7 +12,6 @@ import json
 import os
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from pathlib import Path
 
@@ -23,13 +22,14 @@ import torch
 import yaml
 from datasets import Dataset
 from peft import PeftModel
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import s2ft
 import s2ft.peft
 from s2ft import S2FTConfig
 from tests.support.inside import RunFolder, RunOptions, SFTArguments, sft
+from tests.support.releases import environment as packages_beside
+from tests.support.states import same, tensors_of
 from tests.train.tiny import save_tiny, write_jsonl
 
 TABLE = (Path(__file__).parent / "programs.yaml").read_text()
@@ -67,23 +67,11 @@ def environment(name: str) -> Path:
     program = KNOWN["programs"][name]
     if "packages" not in program and "alone" not in program:
         return Path(sys.executable).parent
-    folder = Path(sys.prefix) / "integrations" / name.removesuffix("-v1")
-    python, done = folder / "bin" / "python", folder / "installed"
-    if done.is_file():
-        return python.parent
-    subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
-    packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
-    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # after those of the environment
-    install = [python, "-m", "pip", "install", "--quiet"]
-    for option, packages_of in ([], program.get("packages")), (["--no-deps"], program.get("alone")):
-        if packages_of:
-            subprocess.run([*install, *option, *packages_of], check=True)
-    for module in program.get("stand_ins", ()):  # its wheels need a CUDA build of PyTorch, and text needs nothing of it
-        subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", module], check=True)
-        (packages / f"{module}.py").write_text("")
-    done.touch()
-    return python.parent
+    commands = (("install", *program.get("packages", ())), ("install", "--no-deps", *program.get("alone", ())))
+    needed = [command for command in commands if command[-1] not in ("install", "--no-deps")]
+    # the wheels of the stand-ins need a CUDA build of PyTorch, and text needs nothing of them
+    stand_ins = program.get("stand_ins", ())
+    return packages_beside(f"integrations/{name.removesuffix('-v1')}", *needed, stand_ins=stand_ins).parent
 
 
 def run(command: str, folder: Path, program: dict, **variables: str) -> None:
@@ -152,9 +140,7 @@ def is_merged(folder: Path, merged: Path, adapter: s2ft.Adapter) -> bool:
     """Whether the program's merged weights are those that s2ft merges, bit for bit."""
     model = base(folder)
     s2ft.load_adapter(model, adapter)
-    expected = s2ft.merge(model).state_dict()
-    found = {name: value for file in merged.glob("*.safetensors") for name, value in load_file(file).items()}
-    return found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in expected)
+    return same(tensors_of(merged), s2ft.merge(model))
 
 
 def try_program(name: str, folder: Path) -> bool:

@@ -146,10 +146,8 @@ def test_another_vendor_registers_nothing_a_failure_does_not_reach_pytorch_and_a
 
 
 def test_attach_warns_for_a_model_on_cuda(monkeypatch):
-    def warn():
-        raise InterruptedError  # the tensors are not on CUDA, so the rest of attach must not run
-
-    monkeypatch.setattr("s2ft.api.warn_without_cuda_kernels", warn)
+    # the tensors are not on CUDA, so the rest of attach must not run
+    monkeypatch.setattr("s2ft.api.warn_without_cuda_kernels", Mock(side_effect=InterruptedError))
     s2ft.attach(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
     monkeypatch.setattr(torch.nn.Parameter, "is_cuda", True, raising=False)
     with pytest.raises(InterruptedError):

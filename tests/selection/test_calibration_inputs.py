@@ -9,8 +9,14 @@ from functools import partial
 import pytest
 import torch
 from selection import reference
-from selection.test_metrics import assert_untouched, state
-from support.inside import METRICS, Calibration, Projection, Request, couplings_of
+from selection.test_metrics import (
+    assert_scores,
+    assert_untouched,
+    checkpoint_blocks,
+    scores_of as scores_of_ratios,
+    state,
+)
+from support.inside import Projection
 from support.models import model_of
 from support.pairs import in_turn
 from torch import nn
@@ -21,7 +27,6 @@ import s2ft
 from s2ft import Coupling, S2FTConfig
 
 RATIOS = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
-CALIBRATED = [name for name, metric in METRICS.items() if metric.calibrated]
 
 
 def tokens(rows, length, seed=3):
@@ -127,25 +132,7 @@ def expected_mask(case, path, batch):
     return batch.get("decoder_attention_mask", batch["labels"] != -100 if "labels" in batch else None)
 
 
-def checkpoint_blocks(model, **options):
-    kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
-    getattr(model, f"{kind}_checkpointing_enable")(options or None)
-
-
-def scores_of(model, metric, batches, couplings=None):
-    request = Request(
-        couplings_of(model, couplings),
-        S2FTConfig(**RATIOS, selection=metric),
-        model,
-        Calibration(batches, torch.device("cpu")),
-    )
-    return METRICS[metric].score(request)
-
-
-def assert_scores(found, expected):
-    assert found.keys() == expected.keys()
-    for path, values in expected.items():
-        torch.testing.assert_close(found[path], values, rtol=1e-4, atol=1e-8, msg=lambda text: f"{path}: {text}")
+scores_of = partial(scores_of_ratios, **RATIOS)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Every metric equals a simple computation that stores everything, and selecting does not change the model."""
 
 import weakref
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -42,10 +43,16 @@ def calibration_for(metric, model):
     return [batch_of(model)] if METRICS[metric].calibrated else None
 
 
-def scores_of(model, metric, data, **config):
+def scores_of(model, metric, data, couplings=None, **config):
     config = S2FTConfig(**{**RATIOS, **config}, selection=metric)
     calibration = None if data is None else Calibration(data, torch.device("cpu"))
-    return METRICS[metric].score(Request(couplings_of(model), config, model, calibration))
+    return METRICS[metric].score(Request(couplings_of(model, couplings), config, model, calibration))
+
+
+def assert_scores(found, expected):
+    assert found.keys() == expected.keys()
+    for path, values in expected.items():
+        torch.testing.assert_close(found[path], values, rtol=1e-4, atol=1e-8, msg=lambda text: f"{path}: {text}")
 
 
 # ---- scores ----------------------------------------------------------------------------------------------
@@ -56,11 +63,8 @@ def scores_of(model, metric, data, **config):
 def test_scores_equal_the_simple_computation(case, metric):
     model = model_of(case)
     found = scores_of(model, metric, calibration_for(metric, model))
-    expected = reference.scores(model, metric, [batch_of(model)])
-    assert found.keys() == expected.keys()
-    for path, values in expected.items():
-        torch.testing.assert_close(found[path], values, rtol=1e-4, atol=1e-9)
-        assert found[path].dtype is torch.float64
+    assert_scores(found, reference.scores(model, metric, [batch_of(model)]))
+    assert {values.dtype for values in found.values()} == {torch.float64}
 
 
 @pytest.mark.parametrize("order, case", (("largest", "llama"), ("smallest", "llama-grouped")))
@@ -85,14 +89,12 @@ def test_batches_of_a_loader_and_a_weight_that_two_layers_share(metric):
     model, batch = model_of("llama"), batch_of(model_of("llama"), rows=4)
     model.model.layers[1].mlp.down_proj.weight = model.model.layers[0].mlp.down_proj.weight
     rows = [{name: value[i] for name, value in batch.items()} for i in range(4)]
-    expected = scores_of(model, metric, [batch])
-    for path, values in scores_of(model, metric, DataLoader(rows, batch_size=3)).items():
-        torch.testing.assert_close(values, expected[path], rtol=1e-4, atol=1e-9)
+    assert_scores(scores_of(model, metric, DataLoader(rows, batch_size=3)), scores_of(model, metric, [batch]))
 
 
-def checkpoint_blocks(model):
+def checkpoint_blocks(model, **options):
     kind = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
-    getattr(model, f"{kind}_checkpointing_enable")()
+    getattr(model, f"{kind}_checkpointing_enable")(options or None)
 
 
 # ---- memory ----------------------------------------------------------------------------------------------
@@ -117,19 +119,16 @@ def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
     found = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
     assert all(len(names) == 1 for names in alive) and len(alive) == 3 * 6 * 3  # sequences, projections, layers
     assert not any("up_proj" in name or "embed" in name or "norm" in name for names in alive for name in names)
-    for path, values in found.items():
-        torch.testing.assert_close(values, expected[path])
+    assert_scores(found, expected)
 
 
 def test_gradient_checkpointing_is_used(monkeypatch):
     model = model_of("llama")
     checkpoint_blocks(model)
-    calls = []
     block = model.model.layers[0]
-    inner = block._gradient_checkpointing_func
-    block._gradient_checkpointing_func = lambda *args, **kwargs: (calls.append(1), inner(*args, **kwargs))[1]
+    block._gradient_checkpointing_func = Mock(wraps=block._gradient_checkpointing_func)
     scores_of(model, "gradient", [batch_of(model)])
-    assert len(calls) == 3 and not block.training
+    assert block._gradient_checkpointing_func.call_count == 3 and not block.training
 
 
 @pytest.mark.parametrize("metric", ("activation", "product"))

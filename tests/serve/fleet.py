@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 import torch
 from support.inside import Row, RunningBatch, Sampler, Server, ServerOptions, build_app, config_of, listen
-from train.tiny import tiny_model, tiny_tokenizer
+from train.tiny import save_random_adapter, tiny_model, tiny_tokenizer
 
 import s2ft
 
@@ -16,27 +16,27 @@ DEADLINE = 60.0
 
 def save_adapters(folder, count, first=0, **changes):
     """Save adapters a0, a1, ... whose deltas are large enough to change nearly every token."""
+    ratios = dict(d_ratio=0.2, o_ratio=0.5, u_ratio=0.1)
     for number in range(first, first + count):
-        model = tiny_model(**changes)
-        torch.manual_seed(1000 + number)
-        s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.5, u_ratio=0.1, seed=number), name=f"a{number}")
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data += 0.3 * torch.randn_like(parameter)
-        s2ft.save_adapter(model, folder / f"a{number}")
-    return [f"a{number}" for number in range(first, first + count)]
+        name = f"a{number}"
+        save_random_adapter(folder / name, tiny_model(**changes), 0.3, name, seed=number, **ratios)
+
+
+@torch.no_grad()
+def greedy(model, prompt_ids, max_tokens, ends=(2,)):
+    """Greedy tokens, without a batch and without a cache."""
+    tokens = []
+    while len(tokens) < max_tokens and not {*tokens[-1:]} & {*ends}:
+        tokens.append(int(model(torch.tensor([[*prompt_ids, *tokens]]), use_cache=False).logits[0, -1].argmax()))
+    return tokens
 
 
 def alone(folder, prompt_ids, max_tokens, ends=(2,), **changes):
-    """Greedy tokens of one adapter that is written into the weights, without a batch. A folder of None is the base."""
+    """Greedy tokens of one adapter that is written into the weights. A folder of None is the base."""
     model = tiny_model(**changes)
     if folder is not None:
         s2ft.load_adapter(model, folder)
-    with torch.no_grad():
-        ids = list(prompt_ids)
-        while len(ids) - len(prompt_ids) < max_tokens and (len(ids) == len(prompt_ids) or ids[-1] not in ends):
-            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
-    return ids[len(prompt_ids) :]
+    return greedy(model, prompt_ids, max_tokens, ends)
 
 
 def text_of(tokens):
@@ -77,4 +77,4 @@ def greedy_row(prompt, adapter=None):
     return Row(prompt, Sampler(), adapter)
 
 
-__all__ = ["BASE", "RunningBatch", "alone", "eventually", "greedy_row", "running", "save_adapters", "text_of"]
+__all__ = ["BASE", "RunningBatch", "alone", "eventually", "greedy", "greedy_row", "running", "save_adapters", "text_of"]

@@ -12,6 +12,7 @@ import pytest
 import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
 from support.inside import Sampler, access, native
+from support.states import flip
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -219,11 +220,10 @@ def test_unknown_models_are_404_whatever_they_look_like(server, name):
 
 
 def test_unknown_routes_and_methods(server):
-    error_of(httpx.get(f"{server[0]}/nowhere"), 404, "not_found")
-    error_of(httpx.get(f"{server[0]}/v1/completions/"), 404, "not_found")
+    for path in ("nowhere", "v1/completions/", "docs"):
+        error_of(httpx.get(f"{server[0]}/{path}"), 404, "not_found")
     error_of(httpx.get(f"{server[0]}/v1/completions"), 405, "method_not_allowed")
     error_of(httpx.get(f"{server[0]}/v1/models/unknown"), 404, "model_not_found")
-    error_of(httpx.get(f"{server[0]}/docs"), 404, "not_found")
 
 
 def test_an_unexpected_error_is_json_without_details_and_that_of_a_template_is_returned(server, monkeypatch):
@@ -280,12 +280,8 @@ def test_loading_and_unloading(folder, server, client):
 def damaged(folder, name):
     """A copy of a0 in the folder, with another byte in its first delta."""
     shutil.copytree(folder / "a0", folder / name)
-    with open(folder / name / "s2ft_adapter.safetensors", "r+b") as file:
-        place = 8 + int.from_bytes(file.read(8), "little") + 1
-        file.seek(place)
-        byte = file.read(1)[0]
-        file.seek(place)
-        file.write(bytes([byte ^ 1]))
+    file = folder / name / "s2ft_adapter.safetensors"
+    flip(file, 8 + int.from_bytes(file.read_bytes()[:8], "little") + 1)
 
 
 @pytest.mark.parametrize(

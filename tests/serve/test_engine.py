@@ -72,6 +72,15 @@ def engine_over(folder, bank=None, gated=False, model=None, **options):
         engine.stop()
 
 
+@contextmanager
+def busy_engine(folder, bank=None, **options):
+    """An engine that runs a job while others arrive, its gate, and the client of this job."""
+    with engine_over(folder, bank, gated=True, **options) as (engine, gate):
+        first = Client(engine)
+        assert gate.entered.wait(30)
+        yield engine, gate, first
+
+
 class Client:
     """One job and the events that it received."""
 
@@ -100,9 +109,7 @@ def users(engine):
 
 def test_jobs_of_several_adapters_share_a_batch(folder):
     bank = FakeBank()
-    with engine_over(folder, bank, gated=True) as (engine, gate):
-        first = Client(engine)
-        assert gate.entered.wait(30)  # it runs while the others arrive
+    with busy_engine(folder, bank) as (engine, gate, first):
         clients = [Client(engine, name) for name in ("a", "b", None, "a")]
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
@@ -110,9 +117,7 @@ def test_jobs_of_several_adapters_share_a_batch(folder):
 
 
 def test_the_queue_is_bounded_and_cancelled_jobs_leave_it(folder):
-    with engine_over(folder, gated=True, max_batch_size=1, queue_size=2) as (engine, gate):
-        running = Client(engine)
-        assert gate.entered.wait(30)
+    with busy_engine(folder, max_batch_size=1, queue_size=2) as (engine, gate, running):
         waiting = [Client(engine, "a"), Client(engine, "b")]
         with pytest.raises(ApiError) as refused:
             Client(engine, "c")
@@ -167,9 +172,7 @@ def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder, error
                 raise error
             return super().batch(names)
 
-    with engine_over(folder, Broken(), gated=True) as (engine, gate):
-        first = Client(engine)
-        assert gate.entered.wait(30)
+    with busy_engine(folder, Broken()) as (engine, gate, first):
         good, bad, other = Client(engine, "a"), Client(engine, "b"), Client(engine, "c")
         gate.open()
         assert good.last().finish == other.last().finish == first.last().finish == "length"
@@ -180,9 +183,7 @@ def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder, error
 
 def test_a_job_waits_until_the_bank_has_room(folder):
     bank = FakeBank(limit=1)
-    with engine_over(folder, bank, gated=True) as (engine, gate):
-        first = Client(engine)
-        assert gate.entered.wait(30)
+    with busy_engine(folder, bank) as (engine, gate, first):
         clients = [Client(engine, name) for name in "abcabc"]
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
@@ -212,9 +213,7 @@ def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):
 
 def test_a_batch_has_no_more_tokens_than_allowed(folder):
     bank = FakeBank()
-    with engine_over(folder, bank, gated=True, max_batch_tokens=30) as (engine, gate):
-        first = Client(engine)  # 7 of the 30 tokens of a batch
-        assert gate.entered.wait(30)
+    with busy_engine(folder, bank, max_batch_tokens=30) as (engine, gate, first):  # 7 tokens of the batch's 30
         clients = [Client(engine, "a") for _ in range(6)]
         long = Client(engine, "b", prompt=[5] * 30, max_tokens=3)
         gate.open()

@@ -4,33 +4,24 @@ It takes the messages of `s2ft.sync` as vLLM's server and vLLM's LLM take them, 
 """
 
 import base64
-import socket
 import threading
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
-from safetensors import safe_open
 from starlette.concurrency import run_in_threadpool
+from torch import nn
 
-from support.inside import DTYPES, from_message, hashes_of
-
-
-def tensors_of(folder) -> dict[str, torch.Tensor]:
-    """All tensors of a checkpoint folder by name."""
-    found = {}
-    for file in sorted(Path(folder).glob("*.safetensors")):
-        with safe_open(file, "pt") as opened:
-            found.update({name: opened.get_tensor(name) for name in opened.keys()})
-    return found
+from support.inside import Receiver
+from support.ranks import free_port
+from support.states import tensors_of
 
 
 class CheckpointEngine:
-    """Weights of a checkpoint in a dtype, into which slices are written.
+    """Weights of a checkpoint in a dtype, into which slices are written by the plugin's receiver.
 
     Attributes:
         weights: The tensors by name.
@@ -42,29 +33,21 @@ class CheckpointEngine:
     """
 
     def __init__(self, folder, dtype=torch.float32) -> None:
-        self.weights = {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()}
+        found = tensors_of(folder).items()
+        self.weights = {name: nn.Parameter(tensor.to(dtype), requires_grad=False) for name, tensor in found}
+        self.receiver = Receiver(nn.ParameterList(self.weights.values()), self.load_weights)
+        self.calls, self.bytes, self.paused, self.updating, self.fails = [], [], False, False, ""
         self.written: list[dict[str, torch.Tensor]] = []
-        self.dtype, self.specs, self.sender, self.step = dtype, [], None, 0
-        self.originals, self.calls, self.bytes, self.paused, self.fails = {}, [], [], False, ""
-        self.updating = False
+
+    def load_weights(self, tensors) -> None:
+        for name, tensor in tensors:
+            self.weights[name].data.copy_(tensor)
 
     # ---- vLLM's methods ------------------------------------------------------------------------------
 
     def init_weight_transfer_engine(self, request) -> None:
-        info = request["init_info"]
         self.calls.append("init")
-        if self.sender not in (None, info["sender"]) and not info["take_over"]:
-            raise ValueError(f"the engine is bound to sender {self.sender!r}: set take_over")
-        self.restore()
-        specs = from_message(info["slices"])
-        for spec in specs:
-            weight = self.weights[spec.name]
-            assert tuple(weight.shape) == spec.shape, spec.name
-            if not torch.equal(hashes_of(weight.index_select(spec.dim, spec.index), spec.dim), spec.hashes):
-                raise ValueError(f"{spec.name} is of another base")
-        assert DTYPES[info["dtype"]] == self.dtype
-        self.sender, self.specs, self.step = info["sender"], specs, -1
-        self.originals = {one.name: self.weights[one.name].index_select(one.dim, one.index) for one in specs}
+        self.receiver.bind(request["init_info"])
 
     def start_weight_update(self) -> None:
         self.calls.append("start")
@@ -78,12 +61,17 @@ class CheckpointEngine:
 
     def update_weights(self, request) -> None:
         self.calls.append("update")
+        info = request["update_info"]
         try:
-            self._update(request["update_info"])
-            self.written.append({name: tensor.clone() for name, tensor in self.weights.items()})
+            if self.fails and not info.get("base"):
+                raise RuntimeError(self.fails)
+            self.receiver.update(info)
         except BaseException:
             self.updating = False  # as vLLM's worker does
             raise
+        self.written.append({name: tensor.clone() for name, tensor in self.weights.items()})
+        if not info.get("base"):
+            self.bytes.append(info["tensor"].nbytes if "tensor" in info else len(base64.b64decode(info["values"])))
 
     def reset_prefix_cache(self) -> None:
         self.calls.append("reset")
@@ -95,38 +83,6 @@ class CheckpointEngine:
     def resume(self) -> None:
         self.calls.append("resume")
         self.paused = False
-
-    # ---- what an update does -------------------------------------------------------------------------
-
-    def _update(self, info) -> None:
-        if info.get("base"):
-            self.restore()
-            if info.get("sender") == self.sender:
-                self.sender = None
-            return
-        if self.sender is None:
-            raise RuntimeError("an update came before init")
-        if info["sender"] != self.sender:
-            raise ValueError(f"the engine is bound to sender {self.sender!r}")
-        if self.fails:
-            raise RuntimeError(self.fails)
-        values = self._values(info)
-        self.bytes.append(values.numel() * values.element_size())
-        if values.numel() != sum(spec.numel for spec in self.specs):
-            raise ValueError(f"{values.numel()} numbers came")
-        for spec, part in zip(self.specs, values.split([spec.numel for spec in self.specs])):
-            self.weights[spec.name].index_copy_(spec.dim, spec.index, part.view(spec.values_shape))
-
-    def _values(self, info) -> torch.Tensor:
-        if "tensor" in info:
-            return info["tensor"].clone()
-        return torch.frombuffer(bytearray(base64.b64decode(info["values"])), dtype=self.dtype)
-
-    def restore(self) -> None:
-        """Write the originals back."""
-        self.calls.append("restore")
-        for spec in self.specs:
-            self.weights[spec.name].index_copy_(spec.dim, spec.index, self.originals[spec.name])
 
 
 def app_of(engine: CheckpointEngine, has_dev_mode: bool = True) -> FastAPI:
@@ -149,7 +105,7 @@ def app_of(engine: CheckpointEngine, has_dev_mode: bool = True) -> FastAPI:
 
     @app.get("/server_info")
     def server_info():
-        models = {"dtype": str(engine.dtype)}
+        models = {"dtype": str(next(iter(engine.weights.values())).dtype)}
         return {"vllm_config": {"model_config": models, "weight_transfer_config": {"backend": "s2ft"}}}
 
     @app.post("/{method}")
@@ -164,9 +120,7 @@ def app_of(engine: CheckpointEngine, has_dev_mode: bool = True) -> FastAPI:
 @contextmanager
 def serving(app: FastAPI):
     """Serve an app on a free port of this machine. Yields its address."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="error"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -113,6 +113,14 @@ class Engine(nn.Module):
         return {name: parameter.detach().clone() for name, parameter in self.named_parameters()}
 
 
+def engines(size: int, dtype: torch.dtype = torch.float32, base: dict[str, Tensor] | None = None) -> list[Engine]:
+    """The engines of all ranks, with a checkpoint loaded."""
+    made = [Engine(rank, size, dtype) for rank in range(size)]
+    for engine in made:
+        engine.load_weights((checkpoint(dtype) if base is None else base).items())
+    return made
+
+
 class Threads:
     """Ranks that are threads of this process."""
 

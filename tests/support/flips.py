@@ -15,6 +15,7 @@ from unittest import mock
 import torch
 from torch import Tensor, nn
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 import s2ft
 from s2ft import S2FTConfig
@@ -31,6 +32,7 @@ from support.inside import (
     tower_of,
 )
 from support.models import ALL_RATIOS, CASES, inputs_of
+from support.states import randomize
 
 TOLERANCE = 1e-9  # of outputs in float64, relative to the largest
 ACTIVATIONS = ("silu", "gelu_pytorch_tanh", "relu2")  # two of the FFN kernel and another one
@@ -123,16 +125,10 @@ def _flipped(config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
         if isinstance(value, bool) or value is None and "bool" in str(hint):
             yield key, not value
         elif isinstance(value, str) or value is None and "str" in str(hint):
-            is_activation = isinstance(value, str) and "act" in key and value in _activations()
+            is_activation = isinstance(value, str) and "act" in key and value in ACT2FN
             for choice in ACTIVATIONS if is_activation else _choices(config, key, hint):
                 if choice != value:
                     yield key, choice
-
-
-def _activations() -> Any:
-    from transformers.activations import ACT2FN
-
-    return ACT2FN
 
 
 def _choices(config: PretrainedConfig, key: str, hint: Any) -> list[str]:
@@ -143,12 +139,9 @@ def _choices(config: PretrainedConfig, key: str, hint: Any) -> list[str]:
     for file in (*folder.glob("modeling_*.py"), *folder.glob("configuration_*.py")):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.Compare) and getattr(node.left, "attr", getattr(node.left, "id", None)) == key:
-                listed += [one.value for side in node.comparators for one in ast.walk(side) if _is_word(one)]
+                found = [one for side in node.comparators for one in ast.walk(side) if isinstance(one, ast.Constant)]
+                listed += [one.value for one in found if isinstance(one.value, str)]
     return list(dict.fromkeys(listed))
-
-
-def _is_word(node: ast.AST) -> bool:
-    return isinstance(node, ast.Constant) and isinstance(node.value, str)
 
 
 # ---- trials -----------------------------------------------------------------------------------------------------
@@ -233,11 +226,7 @@ def _trial(base: Base, config: S2FTConfig) -> str:
     steady = far(base.train, base.eval) <= TOLERANCE  # no dropout, whose mask has the order of the channels
     if steady and (change := far(outputs_of(model, example, training=True), base.train)) > TOLERANCE:
         return f"{config.layout}: attach changes the outputs in training mode by {change:.2g}"
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(0)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
+    randomize(model)
     trained = outputs_of(model, example)
     if far(trained, base.eval) <= TOLERANCE:
         return f"{config.layout}: slices change no output"

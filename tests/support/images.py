@@ -1,5 +1,7 @@
 """Tiny multimodal models with processors that are made in code, and rows with images for TRL."""
 
+from types import SimpleNamespace
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
@@ -20,6 +22,8 @@ from transformers import (
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
+
+from support.models import randomized
 
 SIDE, PATCH = 16, 4  # of an image, in pixels
 SPECIAL = ["<pad>", "<bos>", "<eos>", "<image>", "<start>", "<end>", "<video>"]
@@ -46,8 +50,7 @@ def _tokenizer() -> PreTrainedTokenizerFast:
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     names = dict(zip(("pad_token", "bos_token", "eos_token"), SPECIAL))
     marks = {"image_token": SPECIAL[3], "boi_token": SPECIAL[4], "eoi_token": SPECIAL[5], "video_token": SPECIAL[6]}
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, extra_special_tokens=marks)
-    return fast
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, extra_special_tokens=marks)
 
 
 def _template(image: str) -> str:
@@ -73,7 +76,7 @@ def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
         vision_end_token_id=5,
         video_token_id=6,
     )
-    return _seeded(Qwen2_5_VLForConditionalGeneration, config), processor
+    return randomized(SimpleNamespace(from_config=Qwen2_5_VLForConditionalGeneration), config), processor
 
 
 def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -88,7 +91,7 @@ def gemma3() -> tuple[PreTrainedModel, ProcessorMixin]:
         boi_token_index=4,
         eoi_token_index=5,
     )
-    return _seeded(Gemma3ForConditionalGeneration, config), processor
+    return randomized(SimpleNamespace(from_config=Gemma3ForConditionalGeneration), config), processor
 
 
 def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
@@ -103,23 +106,10 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
         image_token_id=3,
         image_token_index=3,
     )
-    return _seeded(LlavaForConditionalGeneration, config), processor
+    return randomized(SimpleNamespace(from_config=LlavaForConditionalGeneration), config), processor
 
 
 MODELS = {"qwen2_5_vl": qwen2_5_vl, "gemma3": gemma3, "llava": llava}
-
-
-def _seeded(kind: type, config) -> PreTrainedModel:
-    """A model in evaluation mode whose norms and biases are random too."""
-    torch.manual_seed(0)
-    model = kind(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(mean=0.7, std=0.2)
-            else:
-                parameter.normal_(std=0.1)
-    return model
 
 
 def rows(count: int = 8) -> list[dict]:

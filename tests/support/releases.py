@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
@@ -22,26 +23,34 @@ PACKAGES = {
 }
 
 
-def environment(name: str, install: tuple[str, ...], remove: tuple[str, ...]) -> Path:
-    """Make the environment, once. Returns its Python."""
-    folder = Path(sys.prefix) / "releases" / name
-    python, done = folder / "bin" / "python", folder / f".{install[-1]}"
+def environment(name: str, *commands: Sequence[str], stand_ins: Sequence[str] = ()) -> Path:
+    """Make an environment that takes all other packages from this one, once. Returns its Python.
+
+    Args:
+        name: Its folder.
+        commands: Arguments of pip, one command after the other.
+        stand_ins: Modules that are replaced by empty ones.
+    """
+    folder = Path(sys.prefix) / name
+    python, done = folder / "bin" / "python", folder / f".{commands[0][-1]}"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
         # after those of the environment; s2ft itself too, because an editable install is not seen through such a file
         (packages / "others.pth").write_text(f"{sysconfig.get_path('purelib')}\n{ROOT}\n")
-        subprocess.run([python, "-m", "pip", "install", "--quiet", *install], check=True)
-        if remove:
-            subprocess.run([python, "-m", "pip", "uninstall", "--quiet", "--yes", *remove], check=True)
+        for command in (*commands, *(("uninstall", "--yes", module) for module in stand_ins)):
+            subprocess.run([python, "-m", "pip", "--quiet", *command], check=True)
+        for module in stand_ins:
+            (packages / f"{module}.py").write_text("")
         done.touch()
     return python
 
 
 def main(name: str, *arguments: str) -> int:
     install, remove, marker = PACKAGES.get(name, ((f"transformers=={name}",), (), "not slow"))
-    python = environment(name, install, remove)
+    commands = [("install", *install), *(("uninstall", "--yes", package) for package in remove)]
+    python = environment(f"releases/{name}", *commands)
     marked = [str(path) for path in sorted((ROOT / "tests").rglob("test_*.py")) if f"mark.{marker}" in path.read_text()]
     # DeepSpeed compiles an operation with ninja, which is beside the Python that runs this
     path = os.pathsep.join([str(python.parent), str(Path(sys.executable).parent), os.environ["PATH"]])

@@ -1,6 +1,9 @@
-"""Comparing models bit for bit."""
+"""Comparing models bit for bit, and moving what they train."""
+
+from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
 
 
@@ -8,3 +11,25 @@ def same(ours: nn.Module | dict, theirs: nn.Module | dict) -> bool:
     """Whether two models, or the states of two, have the same names and the same bits."""
     ours, theirs = (one.state_dict() if isinstance(one, nn.Module) else one for one in (ours, theirs))
     return ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+@torch.no_grad()
+def randomize(model: nn.Module, seed: int = 0, std: float = 0.05) -> nn.Module:
+    """Add random numbers to all that a model trains, the same each time. Returns the model."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+    return model
+
+
+def tensors_of(folder: Path | str) -> dict[str, torch.Tensor]:
+    """All tensors of the safetensors files of a folder by name."""
+    return {name: one for file in sorted(Path(folder).glob("*.safetensors")) for name, one in load_file(file).items()}
+
+
+def flip(file: Path, place: int = -1) -> None:
+    """Change one bit of a file."""
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)

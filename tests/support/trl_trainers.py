@@ -9,23 +9,6 @@ def tokenizer_of_tiny():
     return tokenizer
 
 
-def trl_options(folder, **changes):
-    return {
-        **dict(
-            output_dir=str(folder),
-            per_device_train_batch_size=2,
-            max_steps=4,
-            save_steps=2,
-            learning_rate=1e-2,
-            report_to="none",
-            use_cpu=True,
-            bf16=False,
-            disable_tqdm=True,
-        ),
-        **changes,
-    }
-
-
 def rewards(completions, **_):
     return [float(len(set(text))) for text in completions]
 
@@ -42,14 +25,17 @@ def trl_trainer(kind, model, folder, beta=0.0, **more):
     import trl
     from datasets import Dataset  # TRL installs it
 
-    settings = dict(max_length=64)
+    settings = dict(per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2)
     if kind == "grpo":
-        settings = dict(per_device_train_batch_size=4, max_steps=2, save_steps=1, num_generations=4)
-        settings.update(max_completion_length=6, beta=beta)
+        settings.update(per_device_train_batch_size=4, max_steps=2, save_steps=1)
+        settings.update(num_generations=4, max_completion_length=6, beta=beta)
         more["reward_funcs"] = rewards
+    else:
+        settings["max_length"] = 64
+    settings.update(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
     return getattr(trl, f"{kind.upper()}Trainer")(
         model=model,
-        args=getattr(trl, f"{kind.upper()}Config")(**trl_options(folder, **settings)),
+        args=getattr(trl, f"{kind.upper()}Config")(**settings),
         train_dataset=Dataset.from_list(ROWS[kind]),
         processing_class=tokenizer_of_tiny(),
         **more,

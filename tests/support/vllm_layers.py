@@ -38,10 +38,6 @@ class Linear(nn.Module):
         return parts[0]
 
 
-class Replicated(Linear):
-    pass
-
-
 class Row(Linear):
     input_is_parallel = True
 
@@ -60,27 +56,27 @@ class Row(Linear):
 
 
 class Column(Linear):
+    """Weights that lie one after the other along the outputs, each split among the ranks."""
+
     gather_output = False
 
     def __init__(self, whole, rank=0, ranks=1, prefix="layers.0.proj", sizes=None):
-        self.sizes = sizes
+        if sizes is not None:
+            self.output_sizes = sizes
+        self.local = [(size, size // ranks) for size in sizes or [len(whole)]]
+        self.copies = [1] * len(self.local)
         super().__init__(whole, rank, ranks, prefix)
 
     def part(self) -> Tensor:
-        if self.sizes is not None:
-            self.output_sizes = self.sizes
-        self.local = [(size, size // self.tp_size) for size in self.sizes or [self.output_size]]
-        return self.rows(self.local, [self.tp_rank] * len(self.local))
+        return self.rows(self.local, [self.tp_rank // copies for copies in self.copies])
 
     def joined(self, parts):
-        pieces = [part.split([local for _, local in self.local], -1) for part in parts]
-        return torch.cat([torch.cat(of_all, -1) for of_all in zip(*pieces)], -1)
+        pieces = zip(*(part.split([local for _, local in self.local], -1) for part in parts))
+        return torch.cat([one for of_all, copies in zip(pieces, self.copies) for one in of_all[::copies]], -1)
 
 
-class QKV(Linear):
+class QKV(Column):
     """Query, key and value of grouped heads. With more ranks than key heads, several ranks have the same."""
-
-    gather_output = False
 
     def __init__(self, whole, rank=0, ranks=1, prefix="layers.0.qkv_proj", heads=(8, 2), head_size=4):
         self.total_num_heads, self.total_num_kv_heads = heads
@@ -89,19 +85,10 @@ class QKV(Linear):
         self.num_kv_heads = max(1, heads[1] // ranks)
         self.num_kv_head_replicas = max(1, ranks // heads[1])
         self.output_sizes = [self.num_heads * head_size * ranks] + [self.num_kv_heads * head_size * ranks] * 2
-        super().__init__(whole, rank, ranks, prefix)
-
-    def part(self) -> Tensor:
-        keys = (self.total_num_kv_heads * self.head_size, self.num_kv_heads * self.head_size)
-        self.local = [(self.total_num_heads * self.head_size, self.num_heads * self.head_size), keys, keys]
-        shard = self.tp_rank // self.num_kv_head_replicas
-        return self.rows(self.local, [self.tp_rank, shard, shard])
-
-    def joined(self, parts):
-        pieces = [part.split([local for _, local in self.local], -1) for part in parts]
-        queries, keys, values = zip(*pieces)
-        first = slice(None, None, self.num_kv_head_replicas)
-        return torch.cat([*queries, *keys[first], *values[first]], -1)
+        keys = (heads[1] * head_size, self.num_kv_heads * head_size)
+        self.local = [(heads[0] * head_size, self.num_heads * head_size), keys, keys]
+        self.copies = [1, self.num_kv_head_replicas, self.num_kv_head_replicas]
+        Linear.__init__(self, whole, rank, ranks, prefix)
 
 
 class LoRALayer(nn.Module):
@@ -126,14 +113,7 @@ class LoRALayer(nn.Module):
     def set_mapping(self, punica_wrapper):
         self.punica_wrapper = punica_wrapper
 
-    def reset_lora(self, index):
-        raise AssertionError
-
-    def set_lora(self, index, lora_a, lora_b):
-        raise AssertionError
-
-    def _apply_lora_to_output(self, x, output):
-        raise AssertionError
+    reset_lora = set_lora = _apply_lora_to_output = None  # the slices have their own
 
     def forward(self, x: Tensor) -> Tensor:
         return self._apply_lora_to_output(x, x @ self.base_layer.weight.t().to(x.dtype))

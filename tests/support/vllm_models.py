@@ -9,6 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import s2ft
+from support.states import randomize
 
 PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 17, 33)]
 TOKENS = 24
@@ -27,7 +28,7 @@ class Served:
     Attributes:
         base: The base's folder, as `save_pretrained` writes it.
         adapters: Folder of the adapters' folders.
-        answers: Greedy answers to PROMPTS with the merged weights, by adapter, and those of `base`.
+        answers: Greedy answers to the prompts with the merged weights, by adapter, and those of `base`.
     """
 
     base: Path
@@ -68,7 +69,13 @@ def answers(model: PreTrainedModel, prompts: Sequence[Sequence[int]] = PROMPTS) 
     return found
 
 
-def save_adapters(model: PreTrainedModel, folder: Path, adapters: Mapping[str, dict] = ADAPTERS, scale=0.02) -> Served:
+def save_adapters(
+    model: PreTrainedModel,
+    folder: Path,
+    adapters: Mapping[str, dict] = ADAPTERS,
+    scale: float = 0.02,
+    prompts: Sequence[Sequence[int]] = PROMPTS,
+) -> Served:
     """Save a model and adapters of it, with random deltas that change its answers.
 
     Args:
@@ -76,23 +83,15 @@ def save_adapters(model: PreTrainedModel, folder: Path, adapters: Mapping[str, d
         folder: The folder to write to.
         adapters: The ratios of each adapter by its name.
         scale: Standard deviation of the deltas.
+        prompts: Prompts of the answers.
     """
     model.save_pretrained(folder / "base")
-    found = {"base": answers(model)}
+    found = {"base": answers(model, prompts)}
     for seed, (name, ratios) in enumerate(adapters.items()):
         s2ft.attach(model, s2ft.S2FTConfig(**ratios, seed=seed), name=name)
         randomize(model, seed, scale)
         s2ft.save_adapter(model, folder / "adapters" / name)
         s2ft.fuse(model)
-        found[name] = answers(model)
+        found[name] = answers(model, prompts)
         s2ft.detach(model)
     return Served(folder / "base", folder / "adapters", found)
-
-
-@torch.no_grad()
-def randomize(model: PreTrainedModel, seed: int, scale: float = 0.02) -> None:
-    """Fill the trained slices with random numbers."""
-    generator = torch.Generator().manual_seed(seed)
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.copy_(scale * torch.randn(parameter.shape, generator=generator))

@@ -4,7 +4,7 @@ They slice an adapter as vLLM's layers do, and multiply by weights that nobody c
 """
 
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any, Literal
 
@@ -14,36 +14,12 @@ from torch import Tensor, nn
 FUSED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
 
 
-@dataclass
-class LoRALayerWeights:
-    """vLLM's class of this name."""
-
-    module_name: str
-    rank: int
-    lora_alpha: int
-    lora_a: Tensor
-    lora_b: Tensor
-    scaling: float = 1
-
-
-@dataclass
-class LoRAModel:
-    """vLLM's class of this name."""
-
-    id: int
-    rank: int
-    loras: dict[str, LoRALayerWeights]
-    is_3d_lora_weight: bool = True
-
-
-@dataclass
-class Request:
-    """vLLM's LoRARequest."""
-
-    lora_name: str
-    lora_int_id: int
-    lora_path: str
-    load_inplace: bool = False
+# vLLM's classes of these names
+LoRALayerWeights = make_dataclass(
+    "LoRALayerWeights", ["module_name", "rank", "lora_alpha", "lora_a", "lora_b", ("scaling", float, 1)]
+)
+LoRAModel = make_dataclass("LoRAModel", ["id", "rank", "loras", ("is_3d_lora_weight", bool, True)])
+Request = make_dataclass("LoRARequest", ["lora_name", "lora_int_id", "lora_path", ("load_inplace", bool, False)])
 
 
 class PPMissingLayer(nn.Identity):
@@ -56,15 +32,18 @@ def parse_name(name: str, mapper: Any = None) -> tuple[str, bool]:
     return (name if mapper is None else mapper(name)), True
 
 
-def fake_modules(monkeypatch) -> None:
-    """Put modules of vLLM into sys.modules that have what the loading needs."""
-    found = {
-        "vllm.lora.utils": {"parse_fine_tuned_lora_name": parse_name},
-        "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
-        "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
-        "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]},
-    }
-    for name, content in found.items():
+# what the loading needs
+MODULES = {
+    "vllm.lora.utils": {"parse_fine_tuned_lora_name": parse_name},
+    "vllm.lora.lora_weights": {"LoRALayerWeights": LoRALayerWeights},
+    "vllm.model_executor.models.utils": {"PPMissingLayer": PPMissingLayer},
+    "vllm.config.lora": {"MaxLoRARanks": Literal[1, 8, 16, 32, 64, 128, 256, 320, 512]},
+}
+
+
+def fake_modules(monkeypatch, modules: dict[str, dict[str, Any]]) -> None:
+    """Put modules with this content into sys.modules."""
+    for name, content in modules.items():
         module = ModuleType(name)
         vars(module).update(content)
         monkeypatch.setitem(sys.modules, name, module)
@@ -81,10 +60,7 @@ class Layer(nn.Module):
         self.tp_size, self.tp_rank, self.n_slices, self.device = size, rank, len(weights), torch.device("cpu")
         self.is_row, self.is_fused = is_row, len(weights) > 1
         weights = weights if order is None else [weight[order] for weight in weights]
-        if is_row:
-            shards = [weight.chunk(size, 1)[rank] for weight in weights]
-        else:
-            shards = [weight.chunk(size, 0)[rank] for weight in weights]
+        shards = [weight.chunk(size, int(is_row))[rank] for weight in weights]
         self.output_slices = tuple(shard.shape[0] for shard in shards)
         self.shard = torch.cat(shards)
         self.base_layer = SimpleNamespace(

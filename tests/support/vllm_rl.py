@@ -5,18 +5,14 @@ wrong.
 """
 
 import json
-import os
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 
-from support.vllm_transfer import OFFLINE, parameters, same
+from support.vllm_transfer import load, parameters, run_program, same
 
-ROOT = Path(__file__).parents[2]
 RATIOS = dict(q_ratio=0.13, v_ratio=0.26, o_ratio=0.13, u_ratio=0.02, g_ratio=0.01, d_ratio=0.03)
 
 
@@ -38,13 +34,9 @@ def run(scenario: str, folder: Path, *words, **environment: str) -> dict:
     Raises:
         AssertionError: It failed; the message has the end of its output.
     """
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    variables = {**os.environ, **OFFLINE, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    command = [sys.executable, __file__, scenario, str(folder), *map(str, words)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1500)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    printed = run_program(__file__, scenario, folder, *words, **environment)
     # vLLM may print lines of its own when its processes end
-    return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
+    return json.loads([line for line in printed.splitlines() if line.startswith("{")][-1])
 
 
 # ---- in the process --------------------------------------------------------------------------------------
@@ -90,14 +82,8 @@ def merged_tensors(model) -> dict[str, torch.Tensor]:
 def has_merged(llm, model) -> bool:
     """Whether the engine's parameters are those that its own loader makes of the merged checkpoint."""
     before = parameters(llm)
-    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # vLLM passes no tensors to other processes
-        torch.save(merged_tensors(model), file.name)
-        llm.collective_rpc(_load_file, args=(file.name,))
+    load(llm, merged_tensors(model))
     return same(before, parameters(llm))
-
-
-def _load_file(worker, path):
-    worker.model_runner.get_model().load_weights(iter(torch.load(path).items()))
 
 
 def engine(folder, dtype="float32", **options):

@@ -10,13 +10,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
 
-import s2ft
-from support.vllm_models import Served, answers, randomize, tiny_llama
+from support.vllm_models import Served, save_adapters, tiny_llama
 from support.vllm_server import Server
 
 CHANGED = "changed"  # the adapter that is loaded, replaced and removed
@@ -32,21 +31,13 @@ CACHE = ["--block-size", "32", "--enable-prefix-caching"]
 def save_contents(folder: Path) -> Served:
     """Save the base, two adapters, and the contents of a third, with the answers of all to PROMPTS."""
     model = tiny_llama(initializer_range=0.05)  # answers of many different tokens
-    model.save_pretrained(folder / "base")
-    found = {"base": answers(model, PROMPTS)}
-    for seed, name in enumerate((*STEADY, *CONTENTS)):
-        s2ft.attach(model, s2ft.S2FTConfig(**RATIOS, seed=seed), name=name)
-        randomize(model, seed)
-        s2ft.save_adapter(model, folder / "adapters" / name)
-        s2ft.fuse(model)
-        found[name] = answers(model, PROMPTS)
-        s2ft.detach(model)
+    served = save_adapters(model, folder, dict.fromkeys((*STEADY, *CONTENTS), RATIOS), prompts=PROMPTS)
     for number in range(len(PROMPTS)):
-        assert len({tuple(of_name[number]) for of_name in found.values()}) == len(found), "two answers are equal"
-    return Served(folder / "base", folder / "adapters", found)
+        found = {tuple(of_name[number]) for of_name in served.answers.values()}
+        assert len(found) == len(served.answers), "two answers are equal"
+    return served
 
 
-@dataclass
 class Stress:
     """A server, its clients, and the changes of one adapter.
 
@@ -56,21 +47,14 @@ class Stress:
         place: The folder that CHANGED is loaded from.
         history: The contents of CHANGED, one after the other. None is for its absence.
         settled: The number of the last content whose change is over: requests meet it or a later one.
-        seen: How many answers there were, by content.
-        wrong: Descriptions of wrong answers.
+        asked: Of each request the model, the number of the prompt, the answer, and the contents that it may have met.
         changes: How many changes there were, by kind.
-        failed: Changes that the server refused, and requests that it did not answer. The first one ends the run.
     """
 
-    server: Server
-    served: Served
-    place: Path
-    history: list[str | None] = field(default_factory=lambda: [None])
-    settled: int = 0
-    seen: Counter = field(default_factory=Counter)
-    wrong: list[str] = field(default_factory=list)
-    changes: Counter = field(default_factory=Counter)
-    failed: list[str] = field(default_factory=list)
+    def __init__(self, server: Server, served: Served, place: Path) -> None:
+        self.server, self.served, self.place = server, served, place
+        self.history: list[str | None] = [None]
+        self.settled, self.asked, self.changes = 0, [], Counter()
 
     def run(self, rounds: int, clients: int, seed: int = 0) -> None:
         """Make changes while clients ask.
@@ -79,21 +63,31 @@ class Stress:
             rounds: Number of changes.
             clients: Number of clients.
             seed: Of the clients' choices.
+
+        Raises:
+            OSError: The server ended.
+            AssertionError: The server refused a change.
         """
-        self.lock, self.done, draw = threading.Lock(), threading.Event(), random.Random(seed)
-        threads = [threading.Thread(target=self._ask, args=(draw.random(),)) for _ in range(clients)]
-        for thread in threads:
-            thread.start()
-        try:
-            for _ in range(rounds):
-                if self.failed:
-                    break
-                self._change(draw)
-                self._wait_for(draw.randint(2, clients))
-        finally:
-            self.done.set()
-            for thread in threads:
-                thread.join()
+        draw, done = random.Random(seed), threading.Event()
+        with ThreadPoolExecutor(clients) as pool:
+            jobs = [pool.submit(self._ask, draw.random(), done) for _ in range(clients)]
+            try:
+                for _ in range(rounds):
+                    self._change(draw)
+                    self._wait_for(draw.randint(2, clients))
+            finally:
+                done.set()
+        for job in jobs:
+            job.result()
+
+    def content_of(self, number: int, answer: list[int] | str, met: Sequence[str | None]) -> str | None:
+        """The content of `met` whose answer this is, "404" where the adapter was away, None if it is a wrong answer."""
+        for content in met:
+            if content is None and str(answer).startswith("HTTP 404"):
+                return "404"
+            if content is not None and answer == self.served.answers[content][number]:
+                return content
+        return None
 
     # ---- changes -------------------------------------------------------------------------------------
 
@@ -125,47 +119,25 @@ class Stress:
     def _turn(self, content: str | None, path: str, **body: object) -> None:
         """Ask the server for a change. Until it is over, requests meet the content before or this one."""
         self.history.append(content)
-        try:
-            status, answer = self.server.post(path, body)
-        except OSError as error:
-            status, answer = 0, error
-        if status != 200:
-            self.failed.append(f"{path} {body}: HTTP {status}: {answer}")
+        status, answer = self.server.post(path, body)
+        assert status == 200, f"{path} {body}: HTTP {status}: {answer}"
         self.settled = len(self.history) - 1
 
     def _wait_for(self, count: int) -> None:
         """Wait for some more answers, for a minute at most."""
-        begin, before = time.monotonic(), self.seen.total() + len(self.wrong)
-        while self.seen.total() + len(self.wrong) < before + count and time.monotonic() < begin + 60:
+        begin, before = time.monotonic(), len(self.asked)
+        while len(self.asked) < before + count and time.monotonic() < begin + 60:
             time.sleep(0.01)
 
     # ---- clients -------------------------------------------------------------------------------------
 
-    def _ask(self, seed: float) -> None:
+    def _ask(self, seed: float, done: threading.Event) -> None:
         draw = random.Random(seed)
-        while not self.done.is_set():
+        while not done.is_set():
             name = draw.choice(("base", *STEADY, CHANGED, CHANGED, CHANGED))
             number, first = draw.randrange(len(PROMPTS)), self.settled
-            try:
-                answer = self.server.complete(name, PROMPTS[number])
-            except OSError as error:  # the server ended
-                self.failed.append(f"{name}: {type(error).__name__}: {error}")
-                return
-            met = self.history[first:] if name == CHANGED else [name]
-            with self.lock:
-                self._judge(name, number, answer, met)
-
-    def _judge(self, name: str, number: int, answer: list[int] | str, met: Sequence[str | None]) -> None:
-        for content in met:
-            if answer == (None if content is None else self.served.answers[content][number]):
-                self.seen[content] += 1
-                return
-            if content is None and str(answer).startswith("HTTP 404"):
-                self.seen["404"] += 1
-                return
-        everything = self.served.answers.items()
-        other = [content for content, of_name in everything if of_name[number] == answer]
-        self.wrong.append(f"{name}, prompt {number}, of {met}: {other or answer}")
+            answer = self.server.complete(name, PROMPTS[number])
+            self.asked.append((name, number, answer, self.history[first:] if name == CHANGED else [name]))
 
 
 def options_of(served: Served) -> Sequence[str]:

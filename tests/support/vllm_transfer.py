@@ -7,7 +7,9 @@ import os
 import pickle
 import subprocess
 import sys
+import tempfile
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -32,10 +34,15 @@ def run(scenario: str, served, tmp_path: Path, *words, **environment: str) -> st
         AssertionError: It failed; the message has the end of its output.
     """
     (tmp_path / "served").write_bytes(pickle.dumps(served))
+    return run_program(__file__, scenario, tmp_path / "served", *words, **environment)
+
+
+def run_program(file, *words, **environment: str) -> str:
+    """Run a file of tests/support with these words. Returns what it prints, or raises an AssertionError."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
     variables = {**os.environ, **OFFLINE, "PYTHONPATH": path, "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **environment}
-    command = [sys.executable, __file__, scenario, str(tmp_path / "served"), *map(str, words)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=900)
+    command = [sys.executable, file, *map(str, words)]
+    done = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=1500)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
     return done.stdout
 
@@ -74,11 +81,13 @@ def _parameters(worker):
 
 def load(llm, tensors) -> None:
     """Let all workers load the tensors of a checkpoint."""
-    llm.collective_rpc(_load, args=(dict(tensors),))
+    with tempfile.NamedTemporaryFile(suffix=".pt") as file:  # vLLM passes no tensors to other processes
+        torch.save(dict(tensors), file.name)
+        llm.collective_rpc(_load, args=(file.name,))
 
 
-def _load(worker, tensors):
-    worker.model_runner.get_model().load_weights(iter(tensors.items()))
+def _load(worker, path):
+    worker.model_runner.get_model().load_weights(iter(torch.load(path).items()))
 
 
 def same(left, right) -> bool:
@@ -182,27 +191,29 @@ def bad_input(served) -> None:
         llm.update_weights({"update_info": good})
     with refused("an update of sender 'a' before init"):
         update(llm, **good)
-    wrong = SliceSpec(specs[3].name, specs[3].shape, specs[3].dim, specs[3].index, specs[3].hashes + 1)
-    with refused(f"1 of 8 slices differ, the first is {wrong.name}"):
-        init(llm, [*specs[:3], wrong, *specs[4:]])
-    with refused("is float32 in this engine, and the slices are sent as bfloat16"):
-        init(llm, specs, dtype=torch.bfloat16)
-    with refused("model.layers.9.mlp.down_proj.weight"):
-        init(llm, [SliceSpec("model.layers.9.mlp.down_proj.weight", *_fields(specs[0])), *specs])
-    with refused("unexpected keyword argument 'extra'"):
-        init(llm, specs, extra=1)
+    wrong = replace(specs[3], hashes=specs[3].hashes + 1)
+    unknown = replace(specs[0], name="model.layers.9.mlp.down_proj.weight")
+    for words, given, more in (
+        (f"1 of 8 slices differ, the first is {wrong.name}", [*specs[:3], wrong, *specs[4:]], {}),
+        ("is float32 in this engine, and the slices are sent as bfloat16", specs, {"dtype": torch.bfloat16}),
+        (unknown.name, [unknown, *specs], {}),
+        ("unexpected keyword argument 'extra'", specs, {"extra": 1}),
+    ):
+        with refused(words):
+            init(llm, given, **more)
     assert same(parameters(llm), before)
     init(llm, specs)
     update(llm, **good)
     written = parameters(llm)
-    with refused("3 numbers of torch.float32 came, and the slices have"):
-        update(llm, **{**good, "tensor": torch.zeros(3)})
-    with refused("so sender 'b' is refused: release it"):
-        update(llm, **{**good, "sender": "b"})
     with refused("so sender 'b' is refused: release it"):
         init(llm, specs, "b")
-    with refused("step 0 of 'a' is older than step 1"):
-        update(llm, **{**good, "step": 0})
+    for words, change in (
+        ("3 numbers of torch.float32 came, and the slices have", {"tensor": torch.zeros(3)}),
+        ("so sender 'b' is refused: release it", {"sender": "b"}),
+        ("step 0 of 'a' is older than step 1", {"step": 0}),
+    ):
+        with refused(words):
+            update(llm, **{**good, **change})
     assert same(parameters(llm), written)
     llm.start_weight_update()  # a client that dies here does no harm
     init(llm, specs, "b", take_over=True)
@@ -212,10 +223,6 @@ def bad_input(served) -> None:
     llm.shutdown_weight_transfer_engine()
     assert same(parameters(llm), before)
     assert tokens(llm) == served.answers["base"]
-
-
-def _fields(spec):
-    return spec.shape, spec.dim, spec.index, spec.hashes
 
 
 def packed(served) -> None:

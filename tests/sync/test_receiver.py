@@ -1,10 +1,11 @@
 """The receiving side of slice sync: every message that an engine takes or refuses, on one rank and on several."""
 
 import base64
+from unittest.mock import Mock
 
 import pytest
 import torch
-from support.engines import Engine, Threads, checkpoint
+from support.engines import Threads, checkpoint, engines
 from support.inside import Receiver, SliceSpec, hashes_of, to_message
 
 NAMES = ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.q_proj.weight", "model.norm.weight")
@@ -23,8 +24,7 @@ def flat(tensors, specs):
 
 
 def made(**options):
-    engine = Engine()
-    engine.load_weights(checkpoint().items())
+    (engine,) = engines(1)
     return engine, Receiver(engine, **options)
 
 
@@ -41,10 +41,7 @@ def expected(seed=1, size=1):
     base, other = checkpoint(), checkpoint(seed=seed)
     for spec in specs_of(base):
         base[spec.name].index_copy_(spec.dim, spec.index, other[spec.name].index_select(spec.dim, spec.index))
-    made = [Engine(rank, size) for rank in range(size)]
-    for one in made:
-        one.load_weights(base.items())
-    return [one.checksums() for one in made]
+    return [one.checksums() for one in engines(size, base=base)]
 
 
 def same(engine, checksums):
@@ -217,50 +214,46 @@ def test_weights_that_sleep_mode_has_dropped_or_that_were_replaced(bound):
 
 
 def ranks(size):
-    threads = Threads(size)
-    engines = [Engine(rank, size) for rank in range(size)]
-    for engine in engines:
-        engine.load_weights(checkpoint().items())
-    return threads, engines, [Receiver(one, gather=threads.of(rank).gather) for rank, one in enumerate(engines)]
+    threads, made = Threads(size), engines(size)
+    return threads, made, [Receiver(one, gather=threads.of(rank).gather) for rank, one in enumerate(made)]
 
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_write_their_parts(size):
-    threads, engines, receivers = ranks(size)
-    before = [engine.checksums() for engine in engines]
+    threads, workers, receivers = ranks(size)
+    before = [engine.checksums() for engine in workers]
     assert threads.run(lambda rank: receivers[rank].bind(init())) == [None] * size
     assert threads.run(lambda rank: receivers[rank].update(update())) == [None] * size
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, expected(size=size)))
+    assert all(same(engine, checksums) for engine, checksums in zip(workers, expected(size=size)))
     assert threads.run(lambda rank: receivers[rank].update({"base": True, "sender": "a"})) == [None] * size
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
+    assert all(same(engine, checksums) for engine, checksums in zip(workers, before))
 
 
 def test_ranks_refuse_together():
-    threads, engines, receivers = ranks(2)
-    before = [engine.checksums() for engine in engines]
+    threads, workers, receivers = ranks(2)
+    before = [engine.checksums() for engine in workers]
     errors = threads.run(lambda rank: receivers[rank].bind(init(base=other_base())))
     assert all("the first is model.layers.0.self_attn.q_proj.weight" in str(error) for error in errors)
     assert threads.run(lambda rank: receivers[rank].bind(init())) == [None, None]
     bad = [update(), update(tensor=torch.zeros(1))]
     errors = threads.run(lambda rank: receivers[rank].update(bad[rank]))
     assert "rank 1: 1 numbers" in str(errors[0]) and "1 numbers of" in str(errors[1])
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
+    assert all(same(engine, checksums) for engine, checksums in zip(workers, before))
 
 
 def test_a_write_that_fails_on_one_rank_is_undone_on_all(monkeypatch):
-    threads, engines, receivers = ranks(2)
-    before = [engine.checksums() for engine in engines]
+    threads, workers, receivers = ranks(2)
+    before = [engine.checksums() for engine in workers]
     threads.run(lambda rank: receivers[rank].bind(init()))
     monkeypatch.setattr(receivers[1]._bound.places[0], "write", lambda values: 1 / 0)
     errors = threads.run(lambda rank: receivers[rank].update(update()))
     assert all("the base has been restored" in str(error) and "ZeroDivisionError" in str(error) for error in errors)
-    assert all(same(engine, checksums) for engine, checksums in zip(engines, before))
+    assert all(same(engine, checksums) for engine, checksums in zip(workers, before))
 
 
 def test_places_that_the_engine_does_not_compute_with():
-    def check(places, specs):
-        raise ValueError(f"{specs[places[0].slice_number].name}: packed")
-
-    engine, receiver = made(check=check)
-    with pytest.raises(ValueError, match="down_proj.weight: packed"):
-        receiver.bind(init())
+    check = Mock(side_effect=ValueError("packed"))
+    with pytest.raises(ValueError, match="packed"):
+        made(check=check)[1].bind(init())
+    places, specs = check.call_args.args
+    assert [specs[place.slice_number].name for place in places] == list(NAMES)

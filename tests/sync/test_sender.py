@@ -6,12 +6,11 @@ import threading
 
 import pytest
 import torch
-from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
+from support.checkpoint_engine import CheckpointEngine, app_of, serving
 from support.inside import EngineError, SliceSender, choose_port
 from support.models import ALL_RATIOS, model_of, ratios_for, train
-from sync.test_slices import randomize
-
-import s2ft
+from support.states import randomize, same, tensors_of
+from sync.test_slices import in_form, merged as merged_of
 
 CASE = "llama-grouped"
 
@@ -22,104 +21,83 @@ def base(tmp_path):
     return tmp_path / "base"
 
 
-def attached(layout="permuted", dtype=torch.float32):
-    model = model_of(CASE, dtype)
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(CASE, ALL_RATIOS), layout=layout))
-    return model
+def trained_model(form="permuted", dtype=torch.float32):
+    return in_form(model_of(CASE, dtype), form, **ratios_for(CASE, ALL_RATIOS))
 
 
-def peft_form(dtype=torch.float32):
-    from peft import get_peft_model
-
-    from s2ft.peft import S2FTPeftConfig
-
-    config = S2FTPeftConfig(**ratios_for(CASE, ALL_RATIOS))
-    return get_peft_model(model_of(CASE, dtype), config, autocast_adapter_dtype=False)
-
-
-FORMS = {"permuted": attached, "indexed": lambda **o: attached("indexed", **o), "peft": peft_form}
-
-
-def merged(model, folder, dtype):
+def merged(model, folder, dtype=torch.float32):
     """The tensors of the merged checkpoint of a copy, in a dtype."""
-    made = copy.deepcopy(model)
-    made = made.merge_and_unload() if hasattr(made, "merge_and_unload") else s2ft.merge(made)
-    made.save_pretrained(folder)
+    merged_of(copy.deepcopy(model)).save_pretrained(folder)
     return {name: tensor.to(dtype) for name, tensor in tensors_of(folder).items()}
 
 
-def same(engine, expected):
-    assert engine.weights.keys() == expected.keys()
-    return [name for name, tensor in expected.items() if not torch.equal(engine.weights[name], tensor)] == []
-
-
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", ("permuted", "indexed", "peft"))
 @pytest.mark.parametrize("dtypes", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float32", "bfloat16")])
 def test_after_each_of_several_syncs_the_engine_has_the_merged_weights(form, dtypes, base, tmp_path):
     trained, served = (getattr(torch, name) for name in dtypes)
-    model = FORMS[form](dtype=trained)
+    model = trained_model(form, trained)
     engine = CheckpointEngine(base, served)
     before = copy.deepcopy(engine.weights)
     with SliceSender(model, engine, dtype=served) as sender:
         for step in range(3):
             sent = sender.sync()
             assert sent.step == step and sent.nbytes == engine.bytes[-1] == sender.slices.nbytes
-            assert same(engine, merged(model, tmp_path / f"{step}", served))
+            assert same(engine.weights, merged(model, tmp_path / f"{step}", served))
             randomize(model, step)
         count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         assert sent.nbytes <= 1.05 * count * served.itemsize
-    assert same(engine, before) and engine.sender is None
+    assert same(engine.weights, before) and engine.receiver.sender is None
 
 
 def test_a_server_gets_the_numbers_and_after_a_failure_it_has_its_base(base, tmp_path):
-    model, engine = attached(), CheckpointEngine(base)
+    model, engine = trained_model(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
         with SliceSender(model, url, timeout=30) as sender:
             for step in range(2):
                 train(model, steps=1)
                 assert sender.sync().step == step
-                assert same(engine, merged(model, tmp_path / f"{step}", torch.float32))
+                assert same(engine.weights, merged(model, tmp_path / f"{step}"))
             update = ["start", "update", "finish", "reset", "resume"]
-            assert [call for call in engine.calls if call != "restore"] == [
+            assert engine.calls == [
                 "pause keep", "init", *update, "pause keep", *update
             ]  # fmt: skip
             engine.fails = "no room for numbers"
             with pytest.raises(EngineError, match="sync 2 failed: .*no room for numbers.*has its base again"):
                 sender.sync()
-            assert same(engine, tensors_of(base)) and not engine.paused and engine.sender is None
+            assert same(engine.weights, tensors_of(base)) and not engine.paused and engine.receiver.sender is None
             engine.fails = ""
-            assert sender.sync().step == 0 and engine.sender == sender.name
-        assert engine.sender is None and not engine.paused
-    assert same(engine, tensors_of(base))
+            assert sender.sync().step == 0 and engine.receiver.sender == sender.name
+        assert engine.receiver.sender is None and not engine.paused
+    assert same(engine.weights, tensors_of(base))
 
 
 def test_an_engine_of_another_base_is_refused_and_generates_on(base):
-    model, engine = attached(), CheckpointEngine(base)
+    model, engine = trained_model(), CheckpointEngine(base)
     engine.weights["model.layers.1.mlp.down_proj.weight"] += 1
     before = copy.deepcopy(engine.weights)
     with serving(app_of(engine)) as url:
-        with pytest.raises(EngineError, match="layers.1.mlp.down_proj.weight is of another base"):
+        with pytest.raises(EngineError, match="slices differ, the first is model.layers.1.mlp.down_proj.weight"):
             SliceSender(model, url).sync()
-    assert same(engine, before) and not engine.paused
+    assert same(engine.weights, before) and not engine.paused
 
 
 def test_two_trainers_and_one_that_has_died(base, tmp_path):
-    model, engine = attached(), CheckpointEngine(base)
+    model, engine = trained_model(), CheckpointEngine(base)
     with serving(app_of(engine)) as url:
         first = SliceSender(model, url)
         randomize(model)
         first.sync()
-        with pytest.raises(EngineError, match="bound to sender"):
+        with pytest.raises(EngineError, match="is refused"):
             SliceSender(model, url).sync()
-        assert same(engine, merged(model, tmp_path / "merged", torch.float32))
+        assert same(engine.weights, merged(model, tmp_path / "merged"))
         SliceSender(model, url, name=first.name).sync()  # it continues after a restart
         engine.updating = True  # the first one died in the middle of an update
-        other = FORMS["indexed"]()
+        other = trained_model("indexed")
         randomize(other, 7)
         with SliceSender(other, url, take_over=True) as second:
             second.sync()
-            assert same(engine, merged(other, tmp_path / "other", torch.float32))
-        assert same(engine, tensors_of(base))
+            assert same(engine.weights, merged(other, tmp_path / "other"))
+        assert same(engine.weights, tensors_of(base))
 
 
 def test_a_server_that_does_not_answer_as_it_must_says_what_to_do(base):
@@ -132,7 +110,7 @@ def test_a_server_that_does_not_answer_as_it_must_says_what_to_do(base):
             (slow, "did not answer start_weight_update within 0.5 s"),
         ):
             with pytest.raises(EngineError, match=word):
-                SliceSender(attached(), url, timeout=0.5 if url == slow else 30).sync()
+                SliceSender(trained_model(), url, timeout=0.5 if url == slow else 30).sync()
         given_up.set()
 
 

@@ -1,47 +1,37 @@
 """What is sent: the slices of the checkpoint's tensors, with the numbers that merging writes."""
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from support.checkpoint_engine import CheckpointEngine, tensors_of
+from support.checkpoint_engine import CheckpointEngine
 from support.composites import composite_of, missing
 from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
+from support.pairs import rest_slow
+from support.states import randomize, same, tensors_of
 
 import s2ft
 
 FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
-ALL = [pytest.param(case, marks=() if case in FAST else pytest.mark.slow) for case in CASES]
+ALL = rest_slow(CASES, FAST)
 
 
-def randomize(model, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def sent(slices, folder):
-    """The tensors of an engine after it has got these slices, which checks the base's hashes."""
-    engine = CheckpointEngine(folder, slices.dtype)
-    names = {str(slices.dtype).removeprefix("torch."): slices.dtype}
-    info = {"sender": "me", "dtype": next(iter(names)), "slices": to_message(slices.specs)}
-    engine.init_weight_transfer_engine({"init_info": {**info, "take_over": False}})
-    engine.start_weight_update()
-    engine.update_weights({"update_info": {"sender": "me", "step": 0, "tensor": slices.buffer()}})
-    return engine
-
-
-def check(slices, folder, merge):
-    engine = sent(slices, folder / "base")
+def check(model, folder, merge):
+    """An engine that gets the slices, and checks the base's hashes, has the tensors of the merged checkpoint."""
+    slices = TrainedSlices.of(model)
+    randomize(model)
+    engine = CheckpointEngine(folder / "base", slices.dtype)
+    dtype = str(slices.dtype).removeprefix("torch.")
+    engine.receiver.bind({"sender": "me", "dtype": dtype, "slices": to_message(slices.specs)})
+    engine.receiver.update({"sender": "me", "step": 0, "tensor": slices.buffer()})
     merge().save_pretrained(folder / "merged")
-    expected = tensors_of(folder / "merged")
-    assert engine.weights.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert torch.equal(engine.weights[name], tensor.to(slices.dtype)), name
-    changed = [name for name, tensor in expected.items() if not torch.equal(tensor, tensors_of(folder / "base")[name])]
+    expected, base = tensors_of(folder / "merged"), tensors_of(folder / "base")
+    assert same(engine.weights, {name: tensor.to(slices.dtype) for name, tensor in expected.items()})
+    changed = [name for name, tensor in expected.items() if not torch.equal(tensor, base[name])]
     assert set(changed) <= {spec.name for spec in slices.specs} and changed
+    return slices
 
 
 def attached(model, **config):
@@ -55,6 +45,11 @@ def peft_form(model, autocast=False, **config):
     return get_peft_model(model, S2FTPeftConfig(**config), autocast_adapter_dtype=autocast)
 
 
+def in_form(model, form, **config):
+    """Attached in a layout, or in PEFT's form."""
+    return peft_form(model, **config) if form == "peft" else attached(model, **config, layout=form)
+
+
 def merged(model):
     return model.merge_and_unload() if hasattr(model, "merge_and_unload") else s2ft.merge(model)
 
@@ -64,12 +59,9 @@ def merged(model):
 def test_slices_are_those_of_the_merged_checkpoint(case, form, tmp_path):
     model, ratios = model_of(case), ratios_for(case, ALL_RATIOS)
     model.save_pretrained(tmp_path / "base")
-    model = peft_form(model, **ratios) if form == "peft" else attached(model, **ratios, layout=form)
-    slices = TrainedSlices.of(model)
-    randomize(model)
+    model = in_form(model, form, **ratios)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    assert slices.numel == trained == slices.buffer().numel()
-    check(slices, tmp_path, lambda: merged(model))
+    assert check(model, tmp_path, lambda: merged(model)).numel == trained
 
 
 # ---- weights in full, dtypes, several adapters ---------------------------------------------------------
@@ -124,10 +116,8 @@ def test_all_that_is_trained_is_sent_as_it_is_merged(name, tmp_path):
     model = model_of(case, dtype)
     model.save_pretrained(tmp_path / "base")
     model = make(model)
-    slices = TrainedSlices.of(model)
-    randomize(model)
+    slices = check(model, tmp_path, lambda: merged(model))
     assert slices.dtype == dtype and (sends is None or sends in {spec.name for spec in slices.specs})
-    check(slices, tmp_path, lambda: merged(model))
 
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
@@ -137,9 +127,7 @@ def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp
     model = composite_of(model_type)
     model.save_pretrained(tmp_path / "base")
     model = attached(type(model).from_pretrained(tmp_path / "base"), d_ratio=0.2, u_ratio=0.1, o_ratio=0.5)
-    slices = TrainedSlices.of(model)
-    randomize(model)
-    check(slices, tmp_path, lambda: s2ft.merge(model))
+    check(model, tmp_path, lambda: s2ft.merge(model))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------
@@ -219,15 +207,8 @@ def test_what_changes_after_the_description_is_noticed(tmp_path):
 
 
 def test_a_model_that_is_not_of_transformers_has_the_names_of_its_weights():
-    class Net(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.up, self.down = torch.nn.Linear(6, 20), torch.nn.Linear(20, 6)
-
-        def forward(self, x):
-            return self.down(self.up(x).relu())
-
-    model = Net()
+    layers = {"up": torch.nn.Linear(6, 20), "act": torch.nn.ReLU(), "down": torch.nn.Linear(20, 6)}
+    model = torch.nn.Sequential(OrderedDict(layers))
     base = {name: one.clone() for name, one in model.state_dict().items()}
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, layout="indexed"), example=torch.randn(2, 6))
     slices = TrainedSlices.of(model)

@@ -1,18 +1,8 @@
 """Tokenizers that merge the end of a prompt with the beginning of an answer, made in milliseconds without a network."""
 
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
-from train.tiny import SPECIAL, tiny_tokenizer
+from tokenizers import decoders, models, pre_tokenizers, processors
+from train.tiny import SPECIAL, fast_tokenizer, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
-
-
-def _fast(model, pre_tokenizer, decoder, chat_template) -> PreTrainedTokenizerFast:
-    tokenizer = Tokenizer(model)
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2], unk_token=SPECIAL[0]
-    )
-    fast.chat_template = chat_template
-    return fast
 
 
 def merging(chat_template: str | None = None) -> PreTrainedTokenizerFast:
@@ -20,7 +10,7 @@ def merging(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges = [("Ċ", "Ċ"), ("Ġ", "Ġ"), ("Ġ", "T"), ("T", "h")]
     tokens = [*SPECIAL, *letters, *(first + second for first, second in merges)]
-    return _fast(
+    return fast_tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges),
         pre_tokenizers.ByteLevel(add_prefix_space=False),
         decoders.ByteLevel(),
@@ -33,7 +23,7 @@ def sentence_piece(chat_template: str | None = None) -> PreTrainedTokenizerFast:
     letters = [chr(number) for number in range(33, 127)] + ["\n", "▁"]
     merges = [("▁", "▁"), ("▁", "T"), ("T", "h"), ("▁T", "h"), (":", "▁")]
     tokens = [*SPECIAL, *letters, *(first + second for first, second in merges)]
-    fast = _fast(
+    fast = fast_tokenizer(
         models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges, unk_token=SPECIAL[0]),
         pre_tokenizers.Metaspace(prepend_scheme="first", split=False),
         decoders.Metaspace(prepend_scheme="first"),

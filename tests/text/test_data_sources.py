@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+from unittest.mock import Mock
 
 import datasets
 import pytest
@@ -158,23 +159,21 @@ def test_test_split_of_a_named_data_set_is_held_out_if_the_run_evaluates(tmp_pat
 
 
 def test_name_on_the_hub_is_loaded_once_with_its_options(monkeypatch):
-    calls = []
-    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **options: calls.append((args, options)) or
-                        datasets.Dataset.from_list(ROWS))  # fmt: skip
+    load_dataset = Mock(return_value=datasets.Dataset.from_list(ROWS))
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     options = {"dataset_config": "main", "dataset_train_split": "train[:6]", "dataset_revision": "v1"}
     rows = load_rows(DataOptions(dataset_name="org/sums", **options))
-    assert questions(rows) == EXPECTED and rows[0]["place"] == "org/sums, row 1" and len(calls) == 1
-    assert calls[0][0] == ("org/sums", "main")
-    assert {"split": "train[:6]", "revision": "v1", "streaming": False}.items() <= calls[0][1].items()
+    assert questions(rows) == EXPECTED and rows[0]["place"] == "org/sums, row 1"
+    (call,) = load_dataset.call_args_list
+    assert call.args == ("org/sums", "main")
+    assert {"split": "train[:6]", "revision": "v1", "streaming": False}.items() <= call.kwargs.items()
     rows = load_rows(DataOptions(dataset_name="org/sums", limit=2))  # the hub sends what is needed only
-    assert questions(rows) == EXPECTED[:2] and calls[1][1]["streaming"]
+    assert questions(rows) == EXPECTED[:2] and load_dataset.call_args.kwargs["streaming"]
 
 
 def test_name_that_the_hub_does_not_give_is_one_line(monkeypatch):
-    def fail(*_, **__):
-        raise ConnectionError("Couldn't reach 'org/sums' on the Hub\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", fail)
+    error = ConnectionError("Couldn't reach 'org/sums' on the Hub\nsecond line")
+    monkeypatch.setattr(datasets, "load_dataset", Mock(side_effect=error))
     with pytest.raises(ValueError, match="^.*org/sums.*no such file.*HF_HUB_OFFLINE[^\n]*$"):
         load("org/sums")
 

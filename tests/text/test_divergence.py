@@ -9,6 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.inside import BaseDistributions, base_switch, divergence, divergences, mean_loss
 from support.models import CASES, model_of
 from support.pairs import rest_slow
+from support.states import randomize
 from train.tiny import tiny_model
 
 import s2ft
@@ -44,15 +45,6 @@ def direct_kl(base, tuned):
     return float((base.exp() * (base - tuned)).sum(-1).mean())
 
 
-def moved(model, scale=0.3):
-    """Move what an attached or a plain model trains."""
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(scale * torch.randn_like(parameter))
-    return model
-
-
 @pytest.mark.parametrize(
     "case", rest_slow(CAUSAL, ("llama", "gemma2", "gemma3", "granite", "cohere", "gpt2-odd", "mixtral"))
 )
@@ -63,7 +55,7 @@ def test_loss_and_divergence_of_every_family_equal_a_direct_computation(case):
     s2ft.attach(model, CONFIG)
     distributions = BaseDistributions.of(model, rows, 2)
     assert distributions.kl(model) == pytest.approx(0, abs=1e-6)
-    moved(model)
+    randomize(model, std=0.3)
     tuned, _ = direct(model, rows)
     assert mean_loss(model, rows, 2) == pytest.approx(direct_loss(model, rows), rel=1e-5)
     assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3, abs=2e-6)
@@ -77,7 +69,7 @@ def test_neither_the_batches_nor_the_chunks_change_the_numbers(batch_size, monke
     base, _ = direct(model, rows)
     s2ft.attach(model, CONFIG)
     distributions = BaseDistributions.of(model, rows, batch_size)
-    moved(model)
+    randomize(model, std=0.3)
     model.lm_head.register_forward_hook(lambda module, inputs, output: calls.append(inputs[0].shape[1]))
     assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=1e-4)
     assert mean_loss(model, rows, batch_size) == pytest.approx(direct_loss(model, rows), rel=1e-6)
@@ -99,7 +91,7 @@ def test_a_model_with_a_bfloat16_head_is_summed_in_float32():
     s2ft.attach(model, CONFIG)
     distributions = BaseDistributions.of(model, rows, 16)
     assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
-    moved(model)
+    randomize(model, std=0.3)
     assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
     assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=2e-2)
 
@@ -110,7 +102,7 @@ def test_full_fine_tuning_keeps_a_copy_of_the_trained_head():
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
     distributions = BaseDistributions.of(model, rows)
-    moved(model, 0.05)
+    randomize(model, std=0.05)
     assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=1e-4)
 
 
@@ -143,7 +135,7 @@ def test_adapters_are_switched_off_for_the_base(way, monkeypatch):
     model = tiny_model(tie_word_embeddings=False)
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
-    model = moved(WAYS[way](model).eval(), 0.1)
+    model = randomize(WAYS[way](model).eval(), std=0.1)
     tuned, _ = direct(model, rows)
     distributions = BaseDistributions.of(model, rows)
     assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
@@ -156,7 +148,7 @@ def test_virtual_tokens_of_a_learned_prompt_are_no_positions():
     rows = rows_of(model, (20, 30))
     base, labels = direct(model, rows)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
-    model = moved(get_peft_model(model, config).eval(), 0.5)
+    model = randomize(get_peft_model(model, config).eval(), std=0.5)
     with torch.no_grad():
         logits = [model(torch.tensor([row["input_ids"]])).logits[0, 3:-1] for row in rows]
     tuned = torch.cat([one[2:] for one in logits]).double().log_softmax(-1)  # the first label is that of token 3
@@ -176,7 +168,7 @@ def test_the_base_of_a_loaded_adapter(tmp_path):
     model = tiny_model(tie_word_embeddings=False)
     rows = rows_of(model, (20, 30))
     base, _ = direct(model, rows)
-    s2ft.save_adapter(moved(attached(model), 0.1), tmp_path / "adapter")
+    s2ft.save_adapter(randomize(attached(model), std=0.1), tmp_path / "adapter")
     expected = direct_kl(base, direct(model, rows)[0])
     s2ft.detach(model)
     s2ft.load_adapter(model, tmp_path / "adapter")
@@ -191,7 +183,7 @@ def test_the_base_is_measured_in_the_middle_of_a_training():
     rows = rows_of(model)
     s2ft.attach(model, CONFIG)
     before = copy.deepcopy(model.state_dict())
-    moved(model).train()
+    randomize(model, std=0.3).train()
     loss = model(torch.tensor([rows[0]["input_ids"]]), labels=torch.tensor([rows[0]["input_ids"]])).loss
     state = torch.get_rng_state()
     BaseDistributions.of(model, rows).kl(model)

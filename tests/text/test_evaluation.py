@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from serve.fleet import greedy
 from support.inside import (
     Example,
     contiguous_head,
@@ -12,6 +13,7 @@ from support.inside import (
     generation_mode,
     normalised,
 )
+from support.states import randomize
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
@@ -21,11 +23,7 @@ import s2ft
 def model():
     model = tiny_model()
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.25))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=0.5)
-    return model
+    return randomize(model, std=0.5)
 
 
 def examples(count=5):
@@ -42,13 +40,7 @@ def test_batches_equal_single_prompts_in_order(model):
 def test_generation_equals_that_of_the_trained_model(model):
     tokenizer = tiny_tokenizer()
     prompt = encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
-    ids = torch.tensor([prompt])
-    for _ in range(6):  # without a cache and without fusing
-        following = model(ids).logits[:, -1].argmax(-1, keepdim=True)
-        ids = torch.cat([ids, following], 1)
-        if following.item() == tokenizer.eos_token_id:
-            break
-    expected = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
+    expected = tokenizer.decode(greedy(model, prompt, 6), skip_special_tokens=True).strip()  # without fusing
     assert generate(model, tokenizer, [prompt], 1, 6) == [expected]
 
 

@@ -1,6 +1,7 @@
 """Loading models from folders and GGUF files, with clear errors."""
 
 import json
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,19 +99,13 @@ def test_a_checkpoint_of_images_and_text_is_loaded_whole(name, tmp_path):
 def test_a_name_that_the_hub_lacks_is_one_line_before_any_file_is_asked_for(monkeypatch):
     """from_pretrained would ask for each file several times, and wait in between."""
     import huggingface_hub
-    from transformers import AutoTokenizer
 
-    asked = []
-
-    def model_info(self, name, revision=None, timeout=None):
-        asked.append((name, revision))
-        raise ConnectionError("no network")
-
-    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", model_info)
-    monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *words, **options: asked.append("a file"))
+    asked = Mock(side_effect=ConnectionError("no network"))
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", asked)
+    monkeypatch.setattr(AutoTokenizer, "from_pretrained", None)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     with pytest.raises(ValueError, match=r"no folder org/none here, and the hub can't be reached \(no network\)"):
         load_model("org/none", revision="v1")
     with pytest.raises(ValueError, match="no folder two words here, and no such model on the hub"):
         load_model("two words")
-    assert asked == [("org/none", "v1")]
+    assert [(call.args, call.kwargs["revision"]) for call in asked.call_args_list] == [(("org/none",), "v1")]

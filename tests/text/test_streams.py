@@ -18,14 +18,11 @@ def pieces(tokens, stop=()):
     return [*found, stream.flush()], stream.stopped
 
 
-def decoded_at_once(tokens):
-    return TOKENIZER.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-
-
 @settings(deadline=None)
 @given(st.lists(st.integers(0, 258), max_size=80))
 def test_pieces_of_any_tokens_add_up_to_the_text(tokens):
-    assert "".join(pieces(tokens)[0]) == decoded_at_once(tokens)
+    expected = TOKENIZER.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert "".join(pieces(tokens)[0]) == expected
 
 
 @settings(deadline=None)

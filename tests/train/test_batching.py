@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support.tolerances import GEMM
+from train.test_loss import gradients
 from train.tiny import tiny_model
 
 pytest.importorskip("trl")
@@ -65,11 +66,7 @@ def packs(rows):
 def loss_and_gradients(model, batch):
     """The loss of the chunked loss, and the gradient of each trained parameter."""
     with chunked_loss(model.train()):
-        loss = model(**batch).loss
-        loss.backward()
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return loss.detach(), found
+        return gradients(model, batch)
 
 
 @pytest.mark.parametrize("flat", [True, False])

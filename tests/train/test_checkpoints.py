@@ -3,7 +3,7 @@
 import shutil
 
 import pytest
-from adapter.test_pretrained import ROWS, StopAt, assert_same, attached, trainer
+from adapter.test_pretrained import ROWS, StopAt, attached, trainer
 from support.inside import (
     SEAL,
     STATE,
@@ -15,6 +15,7 @@ from support.inside import (
     newest_valid,
     seal,
 )
+from support.states import flip, same
 from train.tiny import tiny_model
 
 
@@ -29,14 +30,8 @@ def checkpoint(folder, step, sealed=True):
     return path
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[50] ^= 1
-    path.write_bytes(bytes(data))
-
-
 DAMAGES = {
-    "a bit flipped": (lambda c: flip(c / "optimizer.pt"), "optimizer.pt was changed after it was written"),
+    "a bit flipped": (lambda c: flip(c / "optimizer.pt", 50), "optimizer.pt was changed after it was written"),
     "a file cut": (lambda c: (c / "sub/part.bin").write_bytes(b""), "part.bin was changed after it was written"),
     "a file missing": (lambda c: (c / "optimizer.pt").unlink(), "optimizer.pt is missing"),
     "the state missing": (lambda c: (c / STATE).unlink(), f"{STATE} is missing"),
@@ -86,12 +81,12 @@ def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupt
     whole, cut, again = attached(), attached(), attached()
     ours(whole, tmp_path / "whole", save_steps=2).train()
     ours(cut, tmp_path / "cut", save_steps=2, callbacks=[StopAt(6)]).train()
-    flip(tmp_path / "cut/checkpoint-6/optimizer.pt")
+    flip(tmp_path / "cut/checkpoint-6/optimizer.pt", 50)
     with pytest.raises(ValueError, match="checkpoint-6 is damaged: optimizer.pt"):
         ours(again, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-6"))
     ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
     assert "checkpoint-6 is damaged" in caplog.text
-    assert_same(again, whole)
+    assert same(again, whole)
     assert not damage(tmp_path / "cut/checkpoint-6")  # the resumed run wrote it again
 
 

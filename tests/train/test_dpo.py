@@ -15,6 +15,7 @@ from support.inside import (
     prompt_format,
     read_log,
 )
+from support.states import randomize
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -71,7 +72,7 @@ def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
 def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
     base, model = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
-    move(model)
+    randomize(model)
     ids = torch.arange(60).view(3, 20)
     with torch.no_grad():
         assert not torch.equal(model(ids).logits, base(ids).logits)
@@ -83,7 +84,7 @@ def test_the_reference_may_run_between_forward_and_backward(extra):
     """It must not write into weights that the backward pass needs."""
     model = tiny_model().train()
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
-    move(model)
+    randomize(model)
     ids = torch.arange(60).view(3, 20)
     found = []
     for runs in (False, True):
@@ -95,14 +96,6 @@ def test_the_reference_may_run_between_forward_and_backward(extra):
         model.zero_grad()
     assert all(torch.equal(one, other) for one, other in zip(*found))
     assert model.training and s2ft.status(model).active == {"default": 1.0}
-
-
-def move(model):
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(torch.randn_like(parameter) * 0.05)
 
 
 # ---- runs ----------------------------------------------------------------------------------------------

@@ -4,6 +4,8 @@ import logging
 
 import pytest
 import torch
+from serve.fleet import greedy
+from support.states import randomize
 from text.test_divergence import direct, direct_kl, direct_loss
 from train.test_sft import ARGUMENTS, CONFIG, check_same, deltas, token_rows
 from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
@@ -263,53 +265,33 @@ def test_rows_of_prompts_end_with_the_first_token_of_the_answer():
 def test_answers_are_those_of_the_base_one_by_one():
     model, tokenizer = tiny_model(seed=4), tiny_tokenizer()
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
-    expected = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        for _ in range(6):
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], 1)
-            if ids[0, -1] == tokenizer.eos_token_id:
-                break
-        expected.append(ids[0].tolist())
+    expected = [[*prompt, *greedy(model, prompt, 6)] for prompt in prompts]
     s2ft.attach(model, CONFIG)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
+    randomize(model, std=1.0)
     rows = answer_rows(model, tokenizer, prompts, 6, 2)
     assert [row["input_ids"] for row in rows] == expected
     assert rows[1]["labels"] == [-100, -100, *expected[1][2:]]
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "kind, options, message",
     (
-        (dict(), "nothing is measured"),
-        (dict(other=[], every=0), "every must be at least 1 step, got 0"),
-        (dict(other=[], stop_at_kl=0.1), "stop_at_kl=0.1 needs prompts"),
-        (dict(prompts=[], stop_at_forgetting=0.1), "stop_at_forgetting=0.1 needs other"),
-        (dict(other=[], stop_at_forgetting=0), "stop_at_forgetting must be above 0, got 0"),
+        (ForgettingMeter, dict(), "nothing is measured"),
+        (ForgettingMeter, dict(other=[], every=0), "every must be at least 1 step, got 0"),
+        (ForgettingMeter, dict(other=[], stop_at_kl=0.1), "stop_at_kl=0.1 needs prompts"),
+        (ForgettingMeter, dict(prompts=[], stop_at_forgetting=0.1), "stop_at_forgetting=0.1 needs other"),
+        (ForgettingMeter, dict(other=[], stop_at_forgetting=0), "stop_at_forgetting must be above 0, got 0"),
+        (ForgettingOptions, dict(stop_at_forgetting=0.1), "stop_at_forgetting needs forgetting_data"),
+        (ForgettingOptions, dict(stop_at_kl=-1), "stop_at_kl must be above 0, got -1"),
+        (ForgettingOptions, dict(kl_on="answers"), "kl_on=answers has no effect"),
+        (ForgettingOptions, dict(kl_on="tokens", measure_kl=True), "kl_on must be one of prompts, answers"),
+        (ForgettingOptions, dict(meter_steps=5), "meter_steps has no effect"),
+        (ForgettingOptions, dict(meter_rows=0, measure_kl=True), "meter_rows must be at least 1"),
     ),
 )
-def test_mistakes_of_a_meter_are_named(options, message):
+def test_mistakes_are_named(kind, options, message):
     with pytest.raises(ValueError, match=message):
-        ForgettingMeter(**options)
-
-
-@pytest.mark.parametrize(
-    "options, message",
-    (
-        (dict(stop_at_forgetting=0.1), "stop_at_forgetting needs forgetting_data"),
-        (dict(stop_at_kl=-1), "stop_at_kl must be above 0, got -1"),
-        (dict(kl_on="answers"), "kl_on=answers has no effect"),
-        (dict(kl_on="tokens", measure_kl=True), "kl_on must be one of prompts, answers"),
-        (dict(meter_steps=5), "meter_steps has no effect"),
-        (dict(meter_rows=0, measure_kl=True), "meter_rows must be at least 1"),
-    ),
-)
-def test_mistakes_of_the_options_are_named(options, message):
-    with pytest.raises(ValueError, match=message):
-        ForgettingOptions(**options)
+        kind(**options)
 
 
 def test_a_long_text_is_cut_into_rows_of_which_some_are_drawn(tmp_path):

@@ -17,6 +17,7 @@ from support.inside import (
     scored_prompt,
     with_columns,
 )
+from support.states import same
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import grpo_trainer
 
@@ -44,14 +45,14 @@ def arguments(path, **changes):
     return GRPOArguments(output_dir=str(path), **{**more, **changes})
 
 
-def run(path, resume=False, options=RunOptions(), **changes):
+def run(path, resume=False, options=RunOptions(), rewards=REWARDS, **changes):
     """Train the tiny model; 8 prompts are 4 updates, so 6 updates reach the second epoch."""
     model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
     s2ft.attach(model, CONFIG)
     if not resume:
         folder.begin({})
     rows = prompts(tokenizer)
-    result = grpo(model, tokenizer, rows, REWARDS, arguments(path, **changes), folder, resume=resume, options=options)
+    result = grpo(model, tokenizer, rows, rewards, arguments(path, **changes), folder, resume=resume, options=options)
     return model, folder, result
 
 
@@ -75,12 +76,8 @@ def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path):
 
 
 def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypatch):
-    def load(*args, **options):
-        raise AssertionError("a second model is loaded")
-
-    monkeypatch.setattr(grpo_trainer, "create_model_from_path", load)
+    monkeypatch.setattr(grpo_trainer, "create_model_from_path", None)
     model, tokenizer = tiny_model(), tiny_tokenizer()
-    base = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     s2ft.attach(model, CONFIG)
     config = dict(vars(model.generation_config))
     options = arguments(tmp_path, beta=0.1, max_steps=2, save_steps=0)
@@ -89,11 +86,10 @@ def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypat
     trainer.train()
     trainer.restore_model()
     assert vars(model.generation_config) == config and "forward" not in vars(model)
-    s2ft.detach(model)
-    assert all(torch.equal(parameter, base[name]) for name, parameter in model.named_parameters())
+    assert same(s2ft.detach(model), tiny_model())
 
 
-def test_answers_are_generated_with_the_adapter_in_the_weights(tmp_path, monkeypatch):
+def test_answers_are_generated_for_the_prompts(tmp_path, monkeypatch):
     model, tokenizer = tiny_model(), tiny_tokenizer()
     s2ft.attach(model, CONFIG)
     trainer = GRPORunTrainer(
@@ -103,15 +99,12 @@ def test_answers_are_generated_with_the_adapter_in_the_weights(tmp_path, monkeyp
 
     def watched(*args, **options):
         rows = zip(options["input_ids"], options["attention_mask"])
-        found.append(
-            ([ids[mask.bool()].tolist() for ids, mask in rows], {row.fused for row in s2ft.status(model).rows})
-        )
+        found.append([ids[mask.bool()].tolist() for ids, mask in rows])
         return generate(*args, **options)
 
     monkeypatch.setattr(model, "generate", watched)
     trainer.train()
-    ((asked, fused),) = found
-    assert fused == {True} and {row.fused for row in s2ft.status(model).rows} == {False}
+    (asked,) = found
     expected = [encode_prompt(tokenizer, [{"role": "user", "content": row["question"]}]) for row in ROWS]
     assert len(asked) == 8 and all(ids in expected for ids in asked)
 
@@ -123,11 +116,7 @@ def test_the_columns_reach_the_rewards(tmp_path):
         seen.extend(zip([prompt[-1]["content"] for prompt in prompts], answer, level))
         return [0.0] * len(completions)
 
-    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(tmp_path)
-    s2ft.attach(model, CONFIG)
-    folder.begin({})
-    options = arguments(tmp_path, max_steps=1, save_steps=0)
-    grpo(model, tokenizer, prompts(tokenizer), [checked(reward, "reward")], options, folder)
+    run(tmp_path, rewards=[checked(reward, "reward")], max_steps=1, save_steps=0)
     assert seen and set(seen) <= {(row["question"], row["answer"], row["level"]) for row in ROWS}
 
 

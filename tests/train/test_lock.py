@@ -4,6 +4,7 @@ import errno
 import fcntl
 import subprocess
 import sys
+from unittest.mock import Mock
 
 import pytest
 from support.inside import LockLOCK as LOCK, RunFolder, only_run_in
@@ -32,17 +33,14 @@ def holder(tmp_path):
     process.communicate()
 
 
-def test_a_second_process_is_refused_and_changes_nothing(holder, tmp_path):
+@pytest.mark.parametrize("end", ["kill", "normal"])
+def test_a_second_process_is_refused_and_changes_nothing_until_the_first_has_ended(holder, tmp_path, end):
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(FileExistsError, match="output folder .*out is in use"):
             with RunFolder(tmp_path / "out").reserved(**how):
                 raise AssertionError
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-
-
-@pytest.mark.parametrize("end", ["kill", "normal"])
-def test_the_folder_is_free_when_the_process_has_ended(holder, tmp_path, end):
     if end == "kill":
         holder.kill()
     holder.communicate("")
@@ -65,10 +63,7 @@ def test_a_new_folder_is_locked_before_the_run_begins_and_removed_if_it_does_not
 
 @pytest.mark.parametrize("error", [errno.ENOLCK, errno.EIO, errno.EPERM])
 def test_without_locks_a_warning_says_so(tmp_path, monkeypatch, caplog, error):
-    def not_supported(*_):
-        raise OSError(error, "not supported")
-
-    monkeypatch.setattr(fcntl, "flock", not_supported)
+    monkeypatch.setattr(fcntl, "flock", Mock(side_effect=OSError(error, "not supported")))
     with only_run_in(tmp_path / "out"):
         assert "can't be locked here: start no second run in" in caplog.text
     assert not (tmp_path / "out").exists()

@@ -6,14 +6,6 @@ import pytest
 from support.inside import RunFolder, read_log
 
 
-def test_folder_with_another_run(tmp_path):
-    RunFolder(tmp_path).begin({})
-    with pytest.raises(FileExistsError, match="holds another run: resume it, overwrite it, or choose another"):
-        RunFolder(tmp_path).check()
-    RunFolder(tmp_path).check(resume=True)
-    RunFolder(tmp_path).check(overwrite=True)
-
-
 def test_overwriting_removes_only_the_earlier_run(tmp_path):
     folder = RunFolder(tmp_path)
     folder.begin({"a": 1})

@@ -2,7 +2,6 @@
 
 import pytest
 from support.inside import rates
-from tiny import save_tiny
 
 
 @pytest.mark.parametrize("width, good", ((576, 1e-3), (3072, 3e-4), (4096, 2e-4), (4096, 1e-3)))
@@ -15,18 +14,3 @@ def test_each_known_rate_is_in_the_range(width, good):
 def test_a_wider_model_gets_a_lower_rate_and_none_gets_more_than_the_narrowest_known_model():
     found = [rates.suggested_rate(width).rate for width in (32, 576, 2048, 4096, 8192)]
     assert found == [1e-3, 1e-3, 4e-4, 2e-4, 1e-4]
-
-
-def test_plan_prints_it(tmp_path, capsys):
-    import json
-
-    from s2ft.cli.main import main
-
-    save_tiny(tmp_path)
-    main(["plan", str(tmp_path), "--d-ratio", "0.1"])
-    assert (
-        "learning rate: no rule is known for all tasks; start with 0.001, and a search from 0.0003 to 0.007"
-        in capsys.readouterr().out
-    )
-    main(["plan", str(tmp_path), "--d-ratio", "0.1", "--json"])
-    assert json.loads(capsys.readouterr().out)["learning_rate"] == {"rate": 0.001, "lowest": 0.0003, "highest": 0.007}

@@ -58,14 +58,9 @@ UNEQUAL = [
 ]
 
 
-@pytest.mark.parametrize(("text", "answer"), EQUAL)
-def test_a_right_answer_is_found(text, answer):
-    assert is_equal(text, answer)
-
-
-@pytest.mark.parametrize(("text", "answer"), UNEQUAL)
-def test_a_wrong_answer_is_none(text, answer):
-    assert not is_equal(text, answer)
+@pytest.mark.parametrize(("text", "answer"), EQUAL + UNEQUAL)
+def test_a_right_answer_is_found_and_a_wrong_one_is_none(text, answer):
+    assert is_equal(text, answer) == ((text, answer) in EQUAL)
 
 
 def test_numbers_are_read_exactly():

@@ -2,10 +2,12 @@
 
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.pairs import rest_slow
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 pytest.importorskip("trl")
@@ -53,13 +55,13 @@ def arguments_for(path, **changes):
     return SFTArguments(output_dir=str(path), **{**ARGUMENTS, **changes})
 
 
-def run(path, resume=False, config=CONFIG, model_changes=None, evaluated=0, options=None, data=None, **changes):
+def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None, data=None, **changes):
     """Train the tiny model and evaluate on the first `evaluated` rows, or on other rows.
 
     Returns the model, the folder and the result.
     """
     rows = token_rows() if data is None else data
-    model = tiny_model(**(model_changes or {}))
+    model = tiny_model() if model is None else model
     s2ft.attach(model, config)
     folder = RunFolder(path)
     folder.check(resume=resume)
@@ -162,17 +164,16 @@ RESUMED = {
 QUICK = ("by length", "packed")
 
 
-@pytest.mark.parametrize(
-    "case", [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in RESUMED]
-)
+@pytest.mark.parametrize("case", rest_slow(RESUMED, QUICK))
 def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
-    changes = {"model_changes": {"attention_dropout": 0.1}, "save_steps": 100, **RESUMED[case]}
+    changes = {"save_steps": 100, **RESUMED[case]}
     half = changes.get("max_steps", 8) // 2
-    _, whole, _ = run(tmp_path / "whole", **changes)
-    _, folder, first = run(tmp_path / "halves", options={"stop_after": half}, **changes)
+    models = (tiny_model(attention_dropout=0.1) for _ in range(3))
+    _, whole, _ = run(tmp_path / "whole", model=next(models), **changes)
+    _, folder, first = run(tmp_path / "halves", model=next(models), options={"stop_after": half}, **changes)
     assert not first.finished and first.steps == half and not folder.adapter.exists()
-    _, folder, second = run(tmp_path / "halves", resume=True, **changes)
+    _, folder, second = run(tmp_path / "halves", model=next(models), resume=True, **changes)
     assert second.finished
     check_same(folder, whole)
 
@@ -212,10 +213,7 @@ def test_deltas_of_a_quantized_model_stay_float32(tmp_path):
     """TRL rounds all trained parameters of a model that is loaded in 4 or 8 bit to bfloat16."""
     model = tiny_model()
     model.is_loaded_in_4bit = True  # TRL reads only this
-    s2ft.attach(model, CONFIG)
-    folder = RunFolder(tmp_path / "out")
-    folder.begin({})
-    sft(model, tiny_tokenizer(), token_rows(), arguments_for(folder.path, max_steps=1), folder)
+    run(tmp_path / "out", model=model, max_steps=1)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
 
 
@@ -287,11 +285,6 @@ def rates(path, schedule, steps, **changes):
     return [line["learning_rate"] for line in read_log(folder.log)]
 
 
-def check_rates(found, steps, schedule):
-    assert len(found) == steps and all(0 < rate <= ARGUMENTS["learning_rate"] for rate in found)
-    assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
-
-
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_learning_rate_of_a_schedule_is_positive(tmp_path, schedule):
     """The schedules of the trainer of a run, without the training."""
@@ -306,7 +299,8 @@ def test_every_learning_rate_of_a_schedule_is_positive(tmp_path, schedule):
             found.append(trainer.optimizer.param_groups[0]["lr"])
             trainer.optimizer.step()
             trainer.lr_scheduler.step()
-        check_rates(found, steps, schedule)
+        assert all(0 < rate <= ARGUMENTS["learning_rate"] for rate in found)
+        assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
 
 
 def test_warm_up_rises_in_equal_parts_to_the_learning_rate(tmp_path):
@@ -354,10 +348,7 @@ def test_an_optional_part_that_fails_leaves_the_adapter_saved(what, tmp_path, ca
 
 
 def test_an_interrupt_in_the_last_evaluation_leaves_the_adapter_saved(tmp_path, monkeypatch):
-    def stop(*args, **options):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("trl.SFTTrainer.evaluation_loop", stop)
+    monkeypatch.setattr("trl.SFTTrainer.evaluation_loop", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", evaluated=3, save_steps=0)
     assert deltas(RunFolder(tmp_path / "out"))

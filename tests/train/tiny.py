@@ -3,6 +3,7 @@
 import json
 
 import torch
+from support.states import randomize
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -15,17 +16,17 @@ CHAT = (
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
+def fast_tokenizer(model, pre_tokenizer, decoder, chat_template: str | None) -> PreTrainedTokenizerFast:
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizer, decoder
+    names = dict(zip(("unk_token", "bos_token", "eos_token"), SPECIAL))
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names, chat_template=chat_template)
+
+
 def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: number for number, token in enumerate(SPECIAL + letters)}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, bos_token=SPECIAL[1], eos_token=SPECIAL[2], unk_token=SPECIAL[0]
-    )
-    fast.chat_template = chat_template
-    return fast
+    model = models.BPE(vocab={token: number for number, token in enumerate(SPECIAL + letters)}, merges=[])
+    return fast_tokenizer(model, pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel(), chat_template)
 
 
 def with_merges():
@@ -74,10 +75,7 @@ def save_tiny(folder, **changes):
 def save_random_adapter(folder, model, std: float = 0.1, name: str = "default", info: dict | None = None, **config):
     """Attach to the model, give the slices random values and save the adapter. Returns the model."""
     s2ft.attach(model, s2ft.S2FTConfig(**config), name=name)
-    torch.manual_seed(config.get("seed", 1))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=std)
+    randomize(model, config.get("seed", 1), std)
     s2ft.save_adapter(model, folder, info=info)
     return model
 

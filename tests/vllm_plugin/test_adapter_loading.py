@@ -5,13 +5,15 @@ import logging
 import shutil
 import sys
 from dataclasses import replace
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from support.inside import Location, MissingInVLLM, compatibility, loading, lora_of, native, private, when_imported
-from support.vllm_models import randomize, tiny_llama
-from support.vllm_modules import Layer, PPMissingLayer, Request, engine_of, fake_modules
+from support.states import randomize
+from support.vllm_models import tiny_llama
+from support.vllm_modules import MODULES, Layer, PPMissingLayer, Request, engine_of, fake_modules
 from transformers import GPT2Config, GPT2LMHeadModel
 
 import s2ft
@@ -27,7 +29,7 @@ def small_llama(seed=1, **changes):
 def saved_adapter(model, folder, **ratios):
     """Attach, fill and save an adapter of a model, which is detached again."""
     s2ft.attach(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a")
-    randomize(model, 3)
+    randomize(model, 3, 0.02)
     s2ft.save_adapter(model, folder)
     s2ft.detach(model)
 
@@ -44,7 +46,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def modules(monkeypatch):
-    fake_modules(monkeypatch)
+    fake_modules(monkeypatch, MODULES)
 
 
 def load(engine, folder, name="a"):
@@ -137,29 +139,23 @@ def test_a_rank_above_the_limit_names_the_module_its_units_and_the_option(folder
 
 @pytest.mark.parametrize("recorded", [True, False])
 def test_another_base_is_refused(folder, tmp_path, recorded):
-    """One number of one weight that the adapter does not even change makes another base."""
+    """One number of one weight that the adapter does not even change makes another base, as does another depth."""
     other = small_llama()
     with torch.no_grad():
         other.model.layers[1].mlp.gate_proj.weight[3, 5] += 1e-3
     saved_adapter(other, tmp_path, o_ratio=0.25)
-    if not recorded:
-        native.write(replace(s2ft.read_adapter(tmp_path), structure=None), tmp_path)
-    with pytest.raises(
-        ValueError, match="another base than the served one: 1 of 2 layers differ, the first is layer 1"
-    ):
-        load(engine_of(small_llama(), folder / "base"), tmp_path)
-
-
-@pytest.mark.parametrize("recorded", [True, False])
-def test_a_base_of_which_the_adapters_is_a_part_is_refused(folder, tmp_path, recorded):
     part = small_llama()
     part.model.layers = part.model.layers[:1]
     part.config.num_hidden_layers = 1
-    saved_adapter(part, tmp_path, o_ratio=0.25)
-    if not recorded:
-        native.write(replace(s2ft.read_adapter(tmp_path), structure=None), tmp_path)
-    with pytest.raises(ValueError, match="another base than the served one: 1 layers against this model's 2"):
-        load(engine_of(small_llama(), folder / "base"), tmp_path)
+    for model, word in (
+        (other, "1 of 2 layers differ, the first is layer 1"),
+        (part, "1 layers against this model's 2"),
+    ):
+        saved_adapter(model, tmp_path, o_ratio=0.25)
+        if not recorded:
+            native.write(replace(s2ft.read_adapter(tmp_path), structure=None), tmp_path)
+        with pytest.raises(ValueError, match=f"another base than the served one: {word}"):
+            load(engine_of(small_llama(), folder / "base"), tmp_path)
 
 
 def test_a_damaged_folder_names_the_adapter_and_the_fault(folder, tmp_path):
@@ -172,20 +168,19 @@ def test_a_damaged_folder_names_the_adapter_and_the_fault(folder, tmp_path):
 
 
 def test_what_vllms_adapters_cannot_hold_is_refused(folder, tmp_path):
-    adapter = s2ft.read_adapter(folder / "adapter")
-    native.write(replace(adapter, extra_weights={"model.norm.weight": torch.ones(64)}), tmp_path / "extra")
-    engine = engine_of(small_llama(), folder / "base")
-    with pytest.raises(ValueError, match="model.norm.weight trained in full.* export the model merged"):
-        load(engine, tmp_path / "extra")
-    name, structure = "model.layers.0.mlp.down_proj", adapter.structure
-    for location, words in (
-        (Location(name, 96, "experts", expert=3), "weight of experts"),
-        (Location(name, 96, "other"), "is no linear layer"),
+    adapter, name = s2ft.read_adapter(folder / "adapter"), "model.layers.0.mlp.down_proj"
+
+    def located(location):
+        return replace(adapter.structure, locations={**adapter.structure.locations, name: location})
+
+    for change, words in (
+        (dict(extra_weights={"model.norm.weight": torch.ones(64)}), "model.norm.weight trained in full.* merged"),
+        (dict(structure=located(Location(name, 96, "experts", expert=3))), "weight of experts"),
+        (dict(structure=located(Location(name, 96, "other"))), "is no linear layer"),
     ):
-        changed = replace(structure, locations={**structure.locations, name: location})
-        native.write(replace(adapter, structure=changed), tmp_path / "other")
+        native.write(replace(adapter, **change), tmp_path / "other")
         with pytest.raises(ValueError, match=words):
-            load(engine, tmp_path / "other")
+            load(engine_of(small_llama(), folder / "base"), tmp_path / "other")
 
 
 def test_an_adapter_without_locations_of_a_model_that_cannot_be_built_says_the_way_out(folder, tmp_path):
@@ -262,16 +257,14 @@ def test_a_checkpoint_with_other_names_is_read_as_transformers_reads_it(tmp_path
 
 
 def test_missing_names_say_the_release_the_tested_ones_and_the_way_out(monkeypatch):
-    module = ModuleType("vllm.some")
-    module.Known = type("Known", (), {"method": 1})
-    monkeypatch.setitem(sys.modules, "vllm.some", module)
-    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="9.9"))
-    assert private("vllm.some") is module and private("vllm.some", "Known.method") == 1
+    known = type("Known", (), {"method": 1})
+    fake_modules(monkeypatch, {"vllm.some": {"Known": known}, "vllm": {"__version__": "9.9"}})
+    assert private("vllm.some") is sys.modules["vllm.some"] and private("vllm.some", "Known.method") == 1
     text = "vLLM 9.9 has no vllm.some.Known.gone, .* tested with vLLM 0.32.0.*s2ft export --format lora"
     with pytest.raises(MissingInVLLM, match=text):
         private("vllm.some", "Known.gone")
     with pytest.raises(MissingInVLLM, match=r"has no .*Known\.gone"):
-        compatibility.part_of(module.Known(), "gone")
+        compatibility.part_of(known(), "gone")
     monkeypatch.setattr(compatibility, "find_spec", lambda name: None)
     with pytest.raises(MissingInVLLM, match="has no vllm.gone,"):
         when_imported("vllm.gone", "feature", print)
@@ -310,9 +303,7 @@ def test_registering_never_raises_and_happens_once(monkeypatch, caplog):
     import s2ft.vllm
 
     calls = []
-    good = ModuleType("s2ft_test_good")
-    good.install = lambda: calls.append(1)
-    monkeypatch.setitem(sys.modules, "s2ft_test_good", good)
+    fake_modules(monkeypatch, {"s2ft_test_good": {"install": lambda: calls.append(1)}})
     monkeypatch.setattr(
         s2ft.vllm, "FEATURES", {"what is gone": "s2ft_no_such_module", "what is there": "s2ft_test_good"}
     )
@@ -332,30 +323,21 @@ class Executor:
     def __init__(self, *workers):
         self.workers, self.calls = workers, []
 
-    def add_lora(self, lora_request):
-        raise NotImplementedError
-
     def collective_rpc(self, method, args):
         self.calls.append(method if isinstance(method, str) else method.__name__)
         return [method(worker, *args) for worker in self.workers] if callable(method) else None
 
 
 def worker(error=None):
-    def add_lora(request):
-        if error is not None:
-            raise error
-        return True
-
-    return SimpleNamespace(add_lora=add_lora)
+    return Mock(add_lora=Mock(return_value=True, side_effect=error))
 
 
 @pytest.fixture
 def executors(monkeypatch):
-    module = ModuleType(loading.EXECUTOR)
-    module.Executor = type("Executor", (Executor,), {"add_lora": Executor.add_lora})
-    monkeypatch.setitem(sys.modules, loading.EXECUTOR, module)
+    kind = type("Executor", (Executor,), {"add_lora": None})
+    fake_modules(monkeypatch, {loading.EXECUTOR: {"Executor": kind}})
     loading._change_executors()
-    return module.Executor
+    return kind
 
 
 def test_the_engine_hears_all_ranks_before_it_says_why(executors):

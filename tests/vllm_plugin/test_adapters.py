@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.inside import native
+from support.states import flip
 from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
 from support.vllm_server import ROOT, vllm_server
 from transformers import (
@@ -35,9 +36,7 @@ RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 def damaged(folder, to):
     """Copy an adapter and change one number of it."""
     shutil.copytree(folder, to)
-    content = bytearray((to / native.TENSORS).read_bytes())
-    content[-5] ^= 1
-    (to / native.TENSORS).write_bytes(content)
+    flip(to / native.TENSORS, -5)
     return to
 
 

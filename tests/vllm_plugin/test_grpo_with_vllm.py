@@ -5,8 +5,8 @@ import subprocess
 import sys
 
 import pytest
-from support.vllm_rl import ROOT, save_base
-from support.vllm_transfer import OFFLINE
+from support.vllm_rl import save_base
+from support.vllm_transfer import OFFLINE, ROOT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 

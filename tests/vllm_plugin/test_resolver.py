@@ -5,11 +5,13 @@ import logging
 import sys
 from dataclasses import replace
 from http import HTTPStatus
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 from support.inside import native, path_of, resolver
 from support.models import model_of, train
+from support.vllm_modules import fake_modules
 
 import s2ft
 
@@ -56,18 +58,13 @@ def test_no_name_leads_out_of_the_directory(adapters, name):
 
 
 def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
-    asked = []
-
-    def resolve(name):
-        asked.append(name)
-        return adapters / "math"
-
+    resolve = Mock(return_value=adapters / "math")
     monkeypatch.setattr("s2ft.adapter.hub.resolve", resolve)
     for name in ("org/math", "org/math@v2", "other/one"):
         assert found(name, None, ("org", "other/one")) == name
     for name in ("other/two", "evil/org", "org", "org/a/b", "../org/x", "other/one/../two"):
         assert found(name, None, ("org", "other/one")) is None
-    assert asked == ["org/math", "org/math@v2", "other/one"]
+    assert [call.args[0] for call in resolve.call_args_list] == ["org/math", "org/math@v2", "other/one"]
 
 
 def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tmp_path, caplog):
@@ -83,23 +80,11 @@ def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tm
 # ---- in vLLM -------------------------------------------------------------------------------------------------
 
 
-class Registry:
-    """vLLM's LoRAResolverRegistry."""
-
-    def __init__(self):
-        self.known = {}
-
-    def register_resolver(self, name, found):
-        self.known[name] = found
-
-    def get_resolver(self, name):
-        return self.known[name]
-
-
 @pytest.fixture
 def vllm_modules(monkeypatch):
     """Stand-ins of vLLM's registry and of the class that answers requests."""
-    registry = Registry()
+    known = {}
+    registry = SimpleNamespace(register_resolver=known.__setitem__, get_resolver=known.__getitem__)
 
     class OpenAIServingModels:
         def __init__(self, reason):
@@ -128,24 +113,21 @@ def vllm_modules(monkeypatch):
         "vllm.lora.request": dict(LoRARequest=SimpleNamespace),
         resolver.SERVING: dict(OpenAIServingModels=OpenAIServingModels, create_error_response=create_error_response),
     }
-    for name, content in modules.items():
-        module = ModuleType(name)
-        vars(module).update(content)
-        monkeypatch.setitem(sys.modules, name, module)
+    fake_modules(monkeypatch, modules)
     envs = SimpleNamespace(VLLM_ALLOW_RUNTIME_LORA_UPDATING=True, VLLM_USE_MODELSCOPE=False)
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=envs))
-    return registry, OpenAIServingModels, envs
+    return registry, OpenAIServingModels
 
 
 def test_the_answer_to_a_client_says_why_an_adapter_does_not_load(vllm_modules, adapters, monkeypatch):
     monkeypatch.setenv(resolver.DIRECTORY, str(adapters))
     resolver.install()
-    _, serving, _ = vllm_modules
+    registry, serving = vllm_modules
     answer = asyncio.run(serving("it is damaged").resolve_lora("math"))
     assert answer == "LoRA adapter 'math' was found but could not be loaded: it is damaged"
     assert asyncio.run(serving("").resolve_lora("math")).lora_path == str(adapters / "math")
     assert asyncio.run(serving("").resolve_lora("unknown")).error.code == 404
-    assert vllm_modules[0].get_resolver(resolver.NAME).requests == {}, "nothing piles up"
+    assert registry.get_resolver(resolver.NAME).requests == {}, "nothing piles up"
 
 
 @pytest.mark.parametrize(

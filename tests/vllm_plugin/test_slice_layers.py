@@ -1,6 +1,7 @@
 """Banks of slices, and layers like vLLM's that hold them. Nothing here needs vLLM."""
 
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -17,7 +18,7 @@ from support.inside import (
 )
 from support.pairs import pairs
 from support.tolerances import GEMM
-from support.vllm_layers import QKV, Column, LoRALayer, Punica, Replicated, Row, lora_config
+from support.vllm_layers import QKV, Column, Linear, LoRALayer, Punica, Row, lora_config
 from torch import nn
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
@@ -178,7 +179,7 @@ KINDS = {
     "gate and up in one weight": (Column, (64, 12), [64], dict(sizes=[32, 32])),
     "query, key and value": (QKV, (48, 12), [32, 8, 8], {}),
     "query, key and value in one weight": (QKV, (48, 12), [48], {}),
-    "replicated": (Replicated, (24, 12), [24], {}),
+    "replicated": (Linear, (24, 12), [24], {}),
 }
 
 
@@ -217,10 +218,8 @@ class Model:
                 full[begin : begin + size, index] = values.t()
             factors.append((encode(index, dim), values) if count else None)
             begin += size
-        if len(factors) == 1:
-            return (None if factors[0] is None else factors[0]), full
-        if not any(factors):
-            return None, full
+        if len(factors) == 1 or not any(factors):
+            return factors[0], full
         return ([one and one[0] for one in factors], [one and one[1] for one in factors]), full
 
     def activate(self, number, factors):
@@ -341,12 +340,8 @@ def test_a_budget_of_another_form(text):
 def changes(monkeypatch):
     """What `install` would change in a vLLM that lacks every name."""
     found = []
-
-    def private(module, attribute=""):
-        raise MissingInVLLM(module, attribute)
-
     monkeypatch.setattr(layers, "when_imported", lambda module, feature, change: found.append((module, change)))
-    monkeypatch.setattr(layers, "private", private)
+    monkeypatch.setattr(layers, "private", Mock(side_effect=MissingInVLLM("vllm", "")))
     return found
 
 

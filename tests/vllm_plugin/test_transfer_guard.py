@@ -1,39 +1,25 @@
 """The engine core's part of slice sync, with a stand-in for vLLM's core: idle engines, errors, caches, dead clients."""
 
 import functools
-import sys
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from support.inside import processors, transfer
-
-
-class Worker:
-    """A worker that notes its calls."""
-
-    def __init__(self):
-        self.calls, self.fails = [], {}
-
-    def __getattr__(self, name):
-        def call(*args, **kwargs):
-            self.calls.append((name, *args, kwargs))
-            if name in self.fails:
-                raise self.fails[name]
-
-        return call
+from support.vllm_modules import fake_modules
 
 
 class Core:
     """An engine core with two workers."""
 
-    def __init__(self, running=0, asleep=(), replicas=1, paused=False):
+    def __init__(self, running=0, asleep=(), replicas=1, paused=False, can_reset=True):
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(data_parallel_size=replicas))
         self.is_scheduler_paused = lambda: paused
-        self.workers, self.batch_queue, self.resets = [Worker(), Worker()], None, []
+        self.workers, self.batch_queue, self.resets = [Mock(), Mock()], None, []
         self.scheduler = SimpleNamespace(has_unfinished_requests=lambda: running, reset_encoder_cache=lambda: None)
         self.model_executor = SimpleNamespace(sleeping_tags=set(asleep), reset_encoder_cache=lambda: None)
-        self.can_reset = True
+        self.can_reset = can_reset
 
     def reset_prefix_cache(self, **options):
         self.resets.append(options)
@@ -46,22 +32,23 @@ class Core:
         return transfer._guarded_call(self, self.call, method, None, (), kwargs)
 
     def methods(self):
-        return [name for name, *_ in self.workers[1].calls]
+        return [name for name, *_ in self.workers[1].method_calls]
 
 
 def test_an_update_tells_the_workers_whether_requests_run_and_forgets_the_cache():
     core = Core()
     core.rpc("update_weights", update_info={"step": 1})
-    assert core.workers[0].calls == [("update_weights", {"update_info": {"step": 1, "idle": True}})]
+    core.workers[0].update_weights.assert_called_once_with(update_info={"step": 1, "idle": True})
     assert core.resets == [{"reset_running_requests": True, "reset_connector": True}]
     busy = Core(running=1)
     busy.rpc("update_weights", update_info=[{"step": 1}, {"step": 1}])
-    assert busy.workers[0].calls[0][1]["update_info"] == [{"step": 1, "idle": False}] * 2 and not busy.resets
+    busy.workers[0].update_weights.assert_called_once_with(update_info=[{"step": 1, "idle": False}] * 2)
+    assert not busy.resets
 
 
 def test_an_error_of_one_worker_is_raised_after_all_have_answered():
     core = Core()
-    core.workers[0].fails["update_weights"] = KeyError("x")
+    core.workers[0].update_weights.side_effect = KeyError("x")
     with pytest.raises(ValueError, match="KeyError: 'x'"):
         core.rpc("update_weights", update_info={})
     assert core.methods() == ["update_weights"] and not core.resets
@@ -80,25 +67,20 @@ def test_the_update_of_a_client_that_died_is_finished():
     assert names == ["start", "init", "finish", "start", "update", "finish", "start", "finish", "shutdown"]
 
 
-def test_weights_that_are_asleep():
-    with pytest.raises(RuntimeError, match="asleep: wake the engine up first"):
-        Core(asleep={"weights"}).rpc("update_weights", update_info={})
-    Core(asleep={"kv_cache"}).rpc("update_weights", update_info={})
-
-
-def test_replicas_must_be_paused():
-    with pytest.raises(RuntimeError, match="data parallel replicas takes slices while it is paused: pause it first"):
-        Core(replicas=2).rpc("init_weight_transfer_engine", init_info={})
-    core = Core(replicas=2, paused=True)
-    core.rpc("update_weights", update_info={})
-    assert core.methods() == ["update_weights"]
-
-
-def test_a_cache_that_can_not_be_reset():
-    core = Core()
-    core.can_reset = False
-    with pytest.raises(RuntimeError, match="answers may mix old and new weights: call reset_prefix_cache"):
+@pytest.mark.parametrize(
+    "core, words",
+    [
+        (Core(asleep={"weights"}), "asleep: wake the engine up first"),
+        (Core(replicas=2), "data parallel replicas takes slices while it is paused: pause it first"),
+        (Core(can_reset=False), "answers may mix old and new weights: call reset_prefix_cache"),
+    ],
+)
+def test_an_update_that_is_refused(core, words):
+    with pytest.raises(RuntimeError, match=words):
         core.rpc("update_weights", update_info={})
+    for other in (Core(asleep={"kv_cache"}), Core(replicas=2, paused=True)):
+        other.rpc("update_weights", update_info={})
+        assert other.methods() == ["update_weights"]
 
 
 def test_only_engines_with_the_backend_are_changed(monkeypatch):
@@ -106,22 +88,18 @@ def test_only_engines_with_the_backend_are_changed(monkeypatch):
     other = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="nccl"))
     assert processors.is_chosen(chosen) and not processors.is_chosen(other)
     assert not processors.is_chosen(None) and not processors.is_chosen(SimpleNamespace(weight_transfer_config=None))
-    packed, config = [], [chosen]
-
-    def pack(layer, remove_weight):
-        packed.append(layer)
-
+    pack, config = Mock(), [chosen]
     utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=pack)
     found = {"": utils, "dispatch_cpu_unquantized_gemm": pack, "get_current_vllm_config_or_none": lambda: config[0]}
     monkeypatch.setattr(processors, "private", lambda module, name="": found[name])
     processors._leave_unpacked()
     linear, conv = torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 4)
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
-    assert not packed and linear.cpu_linear is torch.nn.functional.linear and not processors.is_packed(linear)
+    assert not pack.called and linear.cpu_linear is torch.nn.functional.linear and not processors.is_packed(linear)
     utils.dispatch_cpu_unquantized_gemm(conv, remove_weight=True)
     config[0] = other
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
-    assert packed == [conv, linear]
+    assert [one.args for one in pack.call_args_list] == [(conv,), (linear,)]
     linear.cpu_linear = functools.partial(torch.nn.functional.linear)
     assert processors.is_packed(linear)
 
@@ -138,9 +116,7 @@ class PunicaWrapperCPU:
 
 
 def test_tokens_of_the_base_get_no_adapter_on_processors(monkeypatch):
-    module = ModuleType(processors.PUNICA)
-    module.PunicaWrapperCPU = PunicaWrapperCPU
-    monkeypatch.setitem(sys.modules, processors.PUNICA, module)
+    fake_modules(monkeypatch, {processors.PUNICA: {"PunicaWrapperCPU": PunicaWrapperCPU}})
     x, a, wrapper = torch.randn(4, 8), torch.randn(2, 3, 8), PunicaWrapperCPU()
     before, after = torch.empty(4, 3), torch.empty(4, 3)
     wrapper._shrink_decode(before, x, a, 2.0)

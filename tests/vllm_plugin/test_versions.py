@@ -3,25 +3,18 @@
 import asyncio
 import shutil
 import sys
-from dataclasses import dataclass
-from types import ModuleType
 
 import pytest
 import torch
 from serve.fleet import save_adapters
+from support import vllm_modules
 from support.inside import loading
 
 from s2ft import read_adapter
 
 
-@dataclass
-class Request:
-    """The fields of vLLM's LoRARequest that are used here. Equal to another one of its name, as in vLLM."""
-
-    lora_path: str
-    lora_int_id: int = 1
-    load_inplace: bool = False
-    lora_name: str = "a"
+class Request(vllm_modules.Request):
+    """Equal to another one of its name, as in vLLM."""
 
     def __eq__(self, other):
         return self.lora_name == other.lora_name
@@ -103,7 +96,7 @@ def test_the_number_of_open_files_is_limited(folder):
 
 
 @pytest.fixture
-def vllm_modules(monkeypatch):
+def vllm(monkeypatch):
     """Stand-ins of vLLM's classes. Returns the list of requests that the engine gets, and of folders that are loaded."""
     added, loaded = [], []
 
@@ -120,10 +113,7 @@ def vllm_modules(monkeypatch):
 
     kind = type("LoRARequest", (Request,), {})
     found = {loading.SERVER: AsyncLLM, loading.WORKER: WorkerLoRAManager, loading.REQUEST: kind}
-    for name, one in found.items():
-        module = ModuleType(name)
-        setattr(module, one.__name__, one)
-        monkeypatch.setitem(sys.modules, name, module)
+    vllm_modules.fake_modules(monkeypatch, {name: {one.__name__: one} for name, one in found.items()})
     monkeypatch.setattr(loading, "NEEDED", ())
     monkeypatch.setattr("s2ft.vllm.lora.lora_of", lambda manager, request, folder: loaded.append(values(folder)))
     for change in (loading._change_server, loading._change_workers, loading._compare_numbers):
@@ -131,9 +121,9 @@ def vllm_modules(monkeypatch):
     return AsyncLLM(), WorkerLoRAManager("config"), added, loaded
 
 
-def test_every_request_gets_the_content_of_its_adapter(folder, vllm_modules):
-    engine, manager, added, loaded = vllm_modules
-    first, in_place = Request(str(folder)), Request(str(folder), load_inplace=True)
+def test_every_request_gets_the_content_of_its_adapter(folder, vllm):
+    engine, manager, added, loaded = vllm
+    first, in_place = Request("a", 1, str(folder)), Request("a", 1, str(folder), load_inplace=True)
     asyncio.run(engine.add_lora(first))
     manager._load_adapter(first)
     before = values(folder)
@@ -145,12 +135,12 @@ def test_every_request_gets_the_content_of_its_adapter(folder, vllm_modules):
     assert first.lora_path != in_place.lora_path and first.lora_int_id != in_place.lora_int_id
     assert all(map(torch.equal, loaded, [before, values(folder), before]))
     request = sys.modules[loading.REQUEST].LoRARequest
-    assert len({request("x"), request("y"), request("x", 2), request("x", 2, lora_name="b")}) == 3
+    assert len({request("a", 1, "x"), request("a", 1, "y"), request("a", 2, "x"), request("b", 2, "x")}) == 3
 
 
-def test_a_lora_is_left_alone(tmp_path, vllm_modules):
-    engine, manager, added, loaded = vllm_modules
-    request = Request(str(tmp_path), load_inplace=True)
+def test_a_lora_is_left_alone(tmp_path, vllm):
+    engine, manager, added, loaded = vllm
+    request = Request("a", 1, str(tmp_path), load_inplace=True)
     asyncio.run(engine.add_lora(request))
     manager._load_adapter(request)
     assert loaded == [str(tmp_path)] == [request.lora_path] and request.load_inplace
