@@ -38,8 +38,6 @@ def layers() -> dict[str, nn.Module]:
     plain = {"bias": False, "dtype": torch.bfloat16}
     index = torch.arange(0, WIDTH, WIDTH // UNITS)
     s2 = {"bias": False, "dtype": torch.bfloat16, "delta_dtype": torch.float32}
-    rows, columns = (nn.Linear(WIDTH, WIDTH, **plain) for _ in range(2))
-    held = {"start": 0, "end": UNITS, "delta_dtype": torch.float32, "effective": "step"}
     return {
         "nn.Linear, frozen": nn.Linear(WIDTH, WIDTH, **plain).requires_grad_(False),
         "nn.Linear, trained": nn.Linear(WIDTH, WIDTH, **plain),
@@ -47,8 +45,6 @@ def layers() -> dict[str, nn.Module]:
         "S2ColumnLinear": s2ft.S2ColumnLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
         "S2RowLinear, index": s2ft.S2RowLinear(WIDTH, WIDTH, index=index, **s2),
         "S2ColumnLinear, index": s2ft.S2ColumnLinear(WIDTH, WIDTH, index=index, **s2),
-        "S2RowLinear, step": s2ft.S2RowLinear.from_module(rows, **held),
-        "S2ColumnLinear, step": s2ft.S2ColumnLinear.from_module(columns, **held),
         "LoRA r=8, base's dtype": lora(float32=False),
         "LoRA r=8": lora(float32=True),
     }

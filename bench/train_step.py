@@ -72,9 +72,9 @@ class Method:
         return sum(p.numel() for p in self.trained)
 
 
-def s2ft_model(base: nn.Module, d_ratio: float, effective: str = "call") -> nn.Module:
+def s2ft_model(base: nn.Module, d_ratio: float) -> nn.Module:
     model = copy.deepcopy(base)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio, effective=effective))
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=d_ratio))
     return model
 
 
@@ -97,7 +97,7 @@ def lora_of_equal_size(base: nn.Module, parameters: int) -> nn.Module:
 def without_slices(model: nn.Module) -> nn.Module:
     """The least that a step with these trained layers can take: s2ft's FFN kernel, and gradients down to the first one.
 
-    The trainable layers are plain products here. Nothing is added to a weight, and no slice gets a gradient.
+    The trainable layers are plain products here. No slice is written or gets a gradient.
     """
     for layer in [module for module in model.modules() if isinstance(module, S2Layer)]:
         layer.s2.requires_grad_(False)
@@ -123,7 +123,6 @@ def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -
         LORA_OF_PEFT: Method(lora_model(base, 16, LORA_TARGETS), batch),
         LORA: Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
         "S²FT": tuned,
-        "S²FT, effective=step": Method(s2ft_model(base, d_ratio, "step"), batch),
         "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
         "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
         "frozen": frozen,

@@ -1,25 +1,15 @@
-// The body of sliced_linear, indexed_linear and their input gradients, shared by all devices. grouped_linear.h uses it
-// too.
+// The body of sliced_linear, indexed_linear and their input gradients, shared by all devices.
 //
-// To the caller the ops are functions. Inside, base + delta is written into the weight's own memory for the time of one
-// matrix product, and the base is then copied back, bit for bit. A forward is therefore one dense product, only the
-// slice is copied, and nothing is cached that could become stale.
+// The product is one dense product with a copy of the weight, in which the units hold base + delta.
 //
 // A Device has a constructor that takes a tensor on it, and these members:
-//   write(units, data): dense = base, weight = base + delta
 //   sum(units, data): dense = base + delta
-//   restore(units, data): weight = dense
-//   begin(), end(): called under the lock, before and after everything that one op does to a weight
+//   put(units, data): weight = dense
 #pragma once
-
-#include <mutex>
-#include <utility>
 
 #include "aten.h"
 #include "checks.h"
 #include "core/units.h"
-#include "weight_lock.h"
-#include "writable.h"
 
 namespace s2ft {
 
@@ -52,21 +42,16 @@ inline void check_bias(const LinearArgs& a, const std::optional<Tensor>& bias) {
   check_same_device(*bias, a.weight, a.op, "bias");
 }
 
-// A weight is a matrix, or several matrices [matrices, O, I].
 inline void set_strides(Units* units, const Tensor& weight) {
-  const bool several = weight.dim() == 3;
-  units->outer_stride = weight.stride(several);
-  units->inner_stride = weight.stride(several + 1);
-  units->matrix_stride = several ? weight.stride(0) : 0;
+  units->outer_stride = weight.stride(0);
+  units->inner_stride = weight.stride(1);
 }
 
 // The units of `weight` that a delta changes. The caller sets start or index.
 inline Units units_of(const Tensor& weight, const Tensor& delta, int64_t dim) {
   Units units{};
-  const bool several = weight.dim() == 3;
   units.rows = dim == 0;
-  units.per_matrix = several ? weight.size(1 + dim) : 0;
-  units.limit = several ? weight.size(0) * units.per_matrix : weight.size(dim);
+  units.limit = weight.size(dim);
   units.outer = delta.size(0);
   units.inner = delta.size(1);
   set_strides(&units, weight);
@@ -92,85 +77,27 @@ inline Units index_units(const LinearArgs& a, Tensor* index) {
   return units;
 }
 
-// A weight with delta added to its units, in `dtype`. The destructor gives the weight its old bits back.
+// A copy of the weight with delta added to its units, rounded to the weight's dtype, in `dtype`.
 template <class Device>
-class EffectiveWeight {
- public:
-  EffectiveWeight(const LinearArgs& a, const Units& units, ScalarType dtype)
-      : device_(a.weight), units_(units), delta_(aten::dense(a.delta)), tensor_(a.weight) {
-    dense_ = aten::empty_like(a.delta, a.weight.scalar_type());
-    data_.weight_type = dtype_of(a.weight, a.op, "weight");
-    data_.delta_type = dtype_of(a.delta, a.op, "delta");
-    data_.delta = delta_.const_data_ptr();
-    data_.dense = dense_.mutable_data_ptr();
-    if (dtype == a.weight.scalar_type() && !may_overlap(a.weight))
-      write_in_place(a.weight, a.op);
-    else
-      write_copy(a.weight, dtype);
-  }
-
-  EffectiveWeight(const EffectiveWeight&) = delete;
-  EffectiveWeight& operator=(const EffectiveWeight&) = delete;
-
-  ~EffectiveWeight() {
-    try {
-      restore();
-    } catch (...) {  // the product has failed before, and its error is the one to report
-    }
-  }
-
-  const Tensor& tensor() const { return tensor_; }
-
-  // The normal exit, where a failure can still be reported.
-  void restore() {
-    if (!in_place_) return;
-    in_place_ = false;
-    const std::unique_lock<WeightLock> release = std::move(lock_);
-    device_.restore(units_, data_);
-    device_.end();
-  }
-
- private:
-  void write_in_place(const Tensor& weight, const char* op) {
-    require_writable(weight, op);
-    tensor_ = aten::detach(weight);
-    lock_ = std::unique_lock<WeightLock>(weight_lock());
-    data_.weight = weight.mutable_data_ptr();
-    device_.begin();
-    device_.write(units_, data_);
-    in_place_ = true;
-  }
-
-  void write_copy(const Tensor& weight, ScalarType dtype) {
-    read_base(weight, dtype);
-    // base + delta has the weight's dtype here, because a copy too rounds to the weight's dtype first.
-    const Tensor effective = aten::in_dtype(dense_, dtype);
-    UnitsData target{};
-    target.weight_type = dtype_of(tensor_, "effective weight", "dtype");
-    target.weight = tensor_.mutable_data_ptr();
-    target.dense = effective.mutable_data_ptr();
-    Units units = units_;
-    set_strides(&units, tensor_);
-    device_.restore(units, target);
-  }
-
-  // Under the lock, because another thread may have base + delta in this weight.
-  void read_base(const Tensor& weight, ScalarType dtype) {
-    const std::lock_guard<WeightLock> lock(weight_lock());
-    data_.weight = const_cast<void*>(weight.const_data_ptr());  // sum() does not write to it
-    device_.begin();
-    device_.sum(units_, data_);
-    tensor_ = aten::dense_copy(weight, dtype);
-    device_.end();
-  }
-
-  Device device_;
-  Units units_;
-  UnitsData data_{};
-  Tensor delta_, dense_, tensor_;
-  std::unique_lock<WeightLock> lock_;
-  bool in_place_ = false;
-};
+Tensor effective_weight(const LinearArgs& a, Units units, ScalarType dtype) {
+  const Device device(a.weight);
+  const Tensor delta = aten::dense(a.delta), sums = aten::empty_like(a.delta, a.weight.scalar_type());
+  UnitsData source{};
+  source.weight_type = dtype_of(a.weight, a.op, "weight");
+  source.delta_type = dtype_of(a.delta, a.op, "delta");
+  source.weight = const_cast<void*>(a.weight.const_data_ptr());  // sum() does not write to it
+  source.delta = delta.const_data_ptr();
+  source.dense = sums.mutable_data_ptr();
+  device.sum(units, source);
+  const Tensor copy = aten::dense_copy(a.weight, dtype), cast = aten::in_dtype(sums, dtype);
+  UnitsData target{};
+  target.weight_type = dtype_of(copy, a.op, "dtype");
+  target.weight = copy.mutable_data_ptr();
+  target.dense = cast.mutable_data_ptr();
+  set_strides(&units, copy);
+  device.put(units, target);
+  return copy;
+}
 
 // x and grad are made contiguous before the product. For a view with gaps PyTorch computes a batched product, and
 // copies a frozen weight once for every row of the batch.
@@ -178,9 +105,7 @@ template <class Device>
 Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const std::optional<Tensor>& bias) {
   std::optional<Tensor> cast_bias;
   if (bias) cast_bias = aten::in_dtype(*bias, x.scalar_type());
-  EffectiveWeight<Device> effective(a, units, x.scalar_type());
-  Tensor y = aten::linear(aten::dense(x), effective.tensor(), cast_bias);
-  effective.restore();
+  Tensor y = aten::linear(aten::dense(x), effective_weight<Device>(a, units, x.scalar_type()), cast_bias);
   // Unless x is a matrix, linear() may return a view of its product. A model may change the output in place (OLMo's
   // clip_qkv), and autograd refuses that for a view that an op of ours returns.
   return x.dim() == 2 ? y : aten::not_a_view(y);
@@ -188,10 +113,7 @@ Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const 
 
 template <class Device>
 Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor& grad) {
-  EffectiveWeight<Device> effective(a, units, grad.scalar_type());
-  Tensor grad_x = aten::matmul(aten::dense(grad), effective.tensor());
-  effective.restore();
-  return grad_x;
+  return aten::matmul(aten::dense(grad), effective_weight<Device>(a, units, grad.scalar_type()));
 }
 
 // Only the backward uses the last argument of the two forwards.

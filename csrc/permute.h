@@ -1,9 +1,8 @@
-// The body of permute_, shared by all devices. A Device has a constructor that takes a tensor on it, begin() and end()
-// (see linear.h), and permute(Along, order, element size, weight tensor).
+// The body of permute_, shared by all devices. A Device has a constructor that takes a tensor on it, and
+// permute(Along, order, element size, weight tensor).
 #pragma once
 
 #include "move.h"
-#include "weight_lock.h"
 
 namespace s2ft {
 
@@ -17,9 +16,7 @@ void permute(Tensor weight, const Tensor& order, int64_t dim) {
   // An order with one entry per unit, all in range and none twice, is a permutation.
   if (weight.is_cpu()) check_distinct(dense_order, weight.size(dim), op, "order");
   if (weight.numel() == 0) return;
-  const Device device(weight);
-  run_exclusively(device,
-                  [&] { device.permute(along(weight, dim), dense_order.const_data_ptr<int64_t>(), size, weight); });
+  Device(weight).permute(along(weight, dim), dense_order.const_data_ptr<int64_t>(), size, weight);
 }
 
 }  // namespace s2ft

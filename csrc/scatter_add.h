@@ -1,12 +1,11 @@
-// The body of scatter_add_, shared by all devices. A Device has a constructor that takes a tensor on it, begin() and
-// end() (see linear.h), and scatter_add(Scatter, weight tensor).
+// The body of scatter_add_, shared by all devices. A Device has a constructor that takes a tensor on it, and
+// scatter_add(Scatter, weight tensor).
 #pragma once
 
 #include <vector>
 
 #include "core/scatter.h"
 #include "move.h"
-#include "weight_lock.h"
 
 namespace s2ft {
 
@@ -61,8 +60,7 @@ void scatter_add(Tensor weight, std::vector<Tensor> index, std::vector<Tensor> d
   const Scatter scatter{
       along(weight, dim), weight.mutable_data_ptr(),   weight_type,      dtype_of(delta[0], op, "delta"),
       parts.data(),       static_cast<int64_t>(count), !replaced.empty()};
-  const Device device(weight);
-  run_exclusively(device, [&] { device.scatter_add(scatter, weight); });
+  Device(weight).scatter_add(scatter, weight);
 }
 
 }  // namespace s2ft

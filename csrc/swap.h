@@ -1,10 +1,9 @@
-// The body of swap_, shared by all devices. A Device has a constructor that takes a tensor on it, begin() and end()
-// (see linear.h), and exchange(Exchange, element size, weight, values).
+// The body of swap_, shared by all devices. A Device has a constructor that takes a tensor on it, and
+// exchange(Exchange, element size, weight, values).
 #pragma once
 
 #include "core/exchange.h"
 #include "move.h"
-#include "weight_lock.h"
 
 namespace s2ft {
 
@@ -28,9 +27,7 @@ void swap(Tensor weight, const Tensor& index, Tensor values, int64_t dim) {
   if (weight.is_cpu()) check_distinct(dense_index, weight.size(dim), "swap_", "index");
   if (values.numel() == 0) return;
   const Exchange exchange{along(weight, dim), along(values, dim), dense_index.const_data_ptr<int64_t>()};
-  const Device device(weight);
-  run_exclusively(device,
-                  [&] { device.exchange(exchange, size, weight.mutable_data_ptr(), values.mutable_data_ptr()); });
+  Device(weight).exchange(exchange, size, weight.mutable_data_ptr(), values.mutable_data_ptr());
 }
 
 }  // namespace s2ft

@@ -30,15 +30,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
         set_adapter as set_adapter,
         status as status,
     )
-    from s2ft.api import (
-        attach as attach,
-        detach as detach,
-        fuse as fuse,
-        merge as merge,
-        plan as plan,
-        select as select,
-        unfuse as unfuse,
-    )
+    from s2ft.api import attach as attach, detach as detach, merge as merge, plan as plan, select as select
     from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters
     from s2ft.config import S2FTConfig as S2FTConfig
     from s2ft.estimation import Estimate as Estimate, Strategy as Strategy, estimate as estimate
@@ -48,7 +40,6 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
     from s2ft.model.coupling import Coupling as Coupling
     from s2ft.model.registry import register_architecture as register_architecture
     from s2ft.ops._build import build_info as build_info
-    from s2ft.ops._lock import stable_weights as stable_weights
     from s2ft.selection import Selection as Selection
 
 # public name -> the module that has it; tests/test_public.py compares it with the imports above
@@ -73,11 +64,9 @@ _HOMES = {
     "status": "s2ft.adapter",
     "attach": "s2ft.api",
     "detach": "s2ft.api",
-    "fuse": "s2ft.api",
     "merge": "s2ft.api",
     "plan": "s2ft.api",
     "select": "s2ft.api",
-    "unfuse": "s2ft.api",
     "print_trainable_parameters": "s2ft.attached.report",
     "S2FTConfig": "s2ft.config",
     "Estimate": "s2ft.estimation",
@@ -90,7 +79,6 @@ _HOMES = {
     "Coupling": "s2ft.model.coupling",
     "register_architecture": "s2ft.model.registry",
     "build_info": "s2ft.ops._build",
-    "stable_weights": "s2ft.ops._lock",
     "Selection": "s2ft.selection",
 }
 

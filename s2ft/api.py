@@ -7,8 +7,8 @@ from torch import nn
 
 from s2ft.adapter.pretrained import HOST_HOOKS
 from s2ft.attached.active import switch
-from s2ft.attached.changes import adapters_off, fuse_mounted, merge_active, remove_all, unfuse_mounted
-from s2ft.attached.checks import check_can_fuse, check_can_merge, check_new_name, check_not_in_engine, check_one_place
+from s2ft.attached.changes import adapters_off, merge_active, remove_all
+from s2ft.attached.checks import check_can_merge, check_new_name, check_not_in_engine, check_one_place
 from s2ft.attached.extra_weights import names_of_modules
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
@@ -239,7 +239,7 @@ def _chosen(
     return found, selection
 
 
-# ---- detach, merge, fuse ---------------------------------------------------------------------------
+# ---- detach, merge ---------------------------------------------------------------------------------
 
 
 @of_compiled
@@ -298,47 +298,3 @@ def merge(model: nn.Module) -> nn.Module:
     if record.trains:
         check_can_merge(record)
     return merge_active(model, record)
-
-
-@of_compiled
-def fuse(model: nn.Module) -> None:
-    """Write the trainable adapter into the weights until :func:`unfuse`, so that its layers run as plain ones.
-
-    Fused layers can't be trained. If s2 changes while they are fused, the next forward writes it again; a compiled
-    model can't do this and needs another call. Loaded adapters are always written, so nothing happens for them.
-
-    Args:
-        model: Model with adapters.
-
-    Raises:
-        ValueError: The model has no adapters, its base is quantized, or it is sharded.
-
-    Example:
-        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-        >>> s2ft.fuse(model.eval())
-        >>> s2ft.status(model).state.value
-        'fused'
-    """
-    record = attachment_of(model)
-    check_can_fuse(model)
-    if record.trains:
-        check_can_merge(record)
-        fuse_mounted(record)
-
-
-@of_compiled
-def unfuse(model: nn.Module) -> None:
-    """Copy the base back into the weights, bit for bit, so that training can go on.
-
-    Args:
-        model: Model with adapters, fused or not.
-
-    Raises:
-        ValueError: The model has no adapters.
-
-    Example:
-        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-        >>> s2ft.fuse(model.eval())
-        >>> s2ft.unfuse(model.train())
-    """
-    unfuse_mounted(attachment_of(model))

@@ -29,7 +29,6 @@ CHOICES = {
     "order": ("largest", "smallest"),
     "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
-    "effective": ("call", "step"),
     "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 CHOOSING = (
@@ -46,7 +45,7 @@ CHOOSING = (
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
 # Fields that adapter files have only if they are set
-LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio", "effective")
+LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -198,9 +197,6 @@ class S2FTConfig:
         modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
             last parts of their paths.
         ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
-        effective: How long a weight holds base + delta: `call`, for one matrix product at a time, so that it holds the
-            base in between; or `step`, from one optimizer step to the next, so that it is constant in between. Training
-            gives the same bits.
 
     Raises:
         ValueError: A value is not allowed, or two options contradict each other. The message names them.
@@ -285,12 +281,6 @@ class S2FTConfig:
         "compute act(gate) * up of the FFN in one kernel",
         off="compute act(gate) * up of the FFN in separate steps; without this option one kernel computes it",
     )
-    effective: str = option(
-        "call",
-        "how long a weight holds base + delta: call (for one matrix product at a time) or step (from one "
-        "optimizer step to the next, for pipelines, shared weights and checkpoints written in the background)",
-        choices=CHOICES["effective"],
-    )
 
     def __post_init__(self) -> None:
         for key in PROJECTIONS:
@@ -371,8 +361,8 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save`, `protect_ratio` and `effective` are left
-            out if they have their defaults, as in older files.
+            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save` and `protect_ratio` are left out
+            if they have their defaults, as in older files.
         """
         defaults = {f.name: f.default for f in fields(self)}
         return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}

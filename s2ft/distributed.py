@@ -324,7 +324,7 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
             )
         yield tensor._s2ft_values().detach()
     elif is_dtensor(tensor):
-        yield _full_tensor(tensor)
+        yield full_tensor(tensor)
     elif is_partitioned(tensor):
         with gathered_parameter(tensor, read_only=True):
             yield tensor.detach()
@@ -415,10 +415,11 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     ranks = ranks_sharing(tensors.values())
     if ranks is not None:
         wait_for_ranks("gathering what is trained", ranks)
-    return {name: _full_tensor(tensor) for name, tensor in tensors.items()}
+    return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
-def _full_tensor(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return one tensor in full, as :func:`full_tensors` does, without waiting for ranks that are late."""
     if is_dtensor(tensor):  # an offloaded tensor is gathered on the device of the ranks' mesh
         return tensor.detach().to(tensor.device_mesh.device_type).full_tensor()
     if has_master_copy(tensor):
@@ -448,7 +449,7 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
     ranks = ranks_sharing([tensor])
     if ranks is not None:
         wait_for_ranks("loading into what is trained", ranks)
-    full = _full_tensor(tensor)
+    full = full_tensor(tensor)
     full.index_copy_(dim, index.to(full.device), values.to(full))
     if has_master_copy(tensor):
         _write_master_copy(tensor, full)
@@ -566,12 +567,61 @@ class Shard:
         return full.narrow(dim, start, self.tensor.shape[dim])
 
 
+def local_part(tensor: Tensor) -> Tensor:
+    """The rank's own part of a DTensor, in its own memory. Inside some styles of transformers it is here already."""
+    return tensor.to_local() if is_dtensor(tensor) else tensor
+
+
 def own_shard(tensor: Tensor) -> Shard:
     """Return this rank's shard of a DTensor, of any mesh and placements, or all of another tensor."""
     if not is_dtensor(tensor):
         return Shard(tensor.detach())
     shard = tensor.detach().to_local()
     return Shard(shard, [_own_start(tensor, dim, shard.shape[dim]) for dim in range(tensor.dim())])
+
+
+def own_shards(tensor: Tensor) -> list[Shard]:
+    """Return what this process owns of a tensor, as blocks of it in their own memory. Nothing is gathered.
+
+    A part of ZeRO-3 is a range of the flattened tensor: some rows, and pieces of the first and the last one. Dimensions
+    after the third count as one.
+    """
+    if not is_partitioned(tensor):
+        return [own_shard(tensor)]
+    shape = [*tensor.ds_shape[:2], tensor.ds_shape[2:].numel()] if len(tensor.ds_shape) > 2 else [*tensor.ds_shape]
+    part = tensor.ds_tensor.detach()
+    first = part.numel() * dist.get_rank(tensor.ds_process_group)
+    last = min(first + part.numel(), math.prod(shape))
+    return [
+        Shard(part[flat - first : flat - first + math.prod(sizes)].view(sizes), start)
+        for flat, start, sizes in _blocks_of_range(first, last, shape)
+    ]
+
+
+def _blocks_of_range(first: int, last: int, shape: list[int]) -> Iterator[tuple[int, list[int], list[int]]]:
+    """Cut a range of a flattened tensor into blocks: yield where each begins in the range, its start, and its shape."""
+    if first >= last:
+        return
+    inner = math.prod(shape[1:])
+    if len(shape) == 1:
+        yield first, [first], [last - first]
+        return
+    row = first // inner
+    whole = -(-first // inner), last // inner
+    if first % inner or whole[0] >= whole[1]:  # a piece of one row
+        end = min(last, (row + 1) * inner)
+        for flat, start, sizes in _blocks_of_range(first - row * inner, end - row * inner, shape[1:]):
+            yield flat + row * inner, [row, *start], [1, *sizes]
+        yield from _blocks_of_range(end, last, shape)
+    else:
+        yield first, [whole[0], *[0] * (len(shape) - 1)], [whole[1] - whole[0], *shape[1:]]
+        yield from _blocks_of_range(whole[1] * inner, last, shape)
+
+
+def release_gathered(tensor: Tensor) -> None:
+    """Free the full values that ZeRO-3 has of a parameter whose own part was written. It gathers them again."""
+    if is_partitioned(tensor) and tensor.numel() == tensor.ds_numel:
+        tensor.partition()
 
 
 def _own_start(tensor: Tensor, dim: int, length: int) -> int | Tensor:

@@ -184,16 +184,10 @@ def load_more(model):
     s2ft.load_adapter(model, s2ft.get_adapter(model, "default"), name="second")
 
 
-def one_layer(path):
-    return path.endswith("1.mlp.down_proj")
-
-
 REFUSED = {
     **{f"{kind} permuted": (lambda kind=kind: quantized(kind), attach(layout="permuted"), "indexed") for kind in KINDS},
     **{f"{kind} gradient": (lambda kind=kind: quantized(kind), attach(selection="gradient"), "grad") for kind in KINDS},
     **{f"{kind} beside": (lambda kind=kind: trained(quantized(kind)), load_more, "quantized") for kind in KINDS},
-    "fused": (lambda: trained(quantized("8bit")), s2ft.fuse, "quantized"),
-    "fused in part": (lambda: trained(quantized("8bit", wanted=one_layer)), s2ft.fuse, "1.mlp.down_proj"),
     "dynamic int8": (lambda: dynamic("Int8DynamicActivationInt8WeightConfig"), attach(), "layers.1.self_attn.o_proj"),
     "dynamic intx": (lambda: dynamic("Int8DynamicActivationIntxWeightConfig"), attach(), "layers.1.self_attn.o_proj"),
     "weights train": (lambda: with_down_proj(lambda linear: bnb.nn.Linear8bitLt(128, 64, False)), attach(), "8bit"),

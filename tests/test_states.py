@@ -40,12 +40,9 @@ def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
 def test_the_bases_own_state_changes_nothing(case, layout):
     base, model = model_of(case), trained(case, layout)
     before = output_of(model)
-    for fuse in (False, True):
-        if fuse:
-            s2ft.fuse(model)
-        model.load_state_dict(base.state_dict(), strict=False)
-        model.load_state_dict(copy.deepcopy(model.state_dict()), strict=not fuse)  # also its own state
-        assert torch.allclose(output_of(model), before, rtol=1e-4, atol=1e-5)
+    model.load_state_dict(base.state_dict(), strict=False)
+    model.load_state_dict(copy.deepcopy(model.state_dict()))  # also its own state
+    assert torch.equal(output_of(model), before)
     assert same(s2ft.detach(model).state_dict(), base.state_dict())
 
 

@@ -17,8 +17,6 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     trained: int = report.trainable
     s2ft.print_trainable_parameters(model)
     s2ft.save_adapter(model, folder)
-    s2ft.fuse(model)
-    s2ft.unfuse(model)
     s2ft.detach(model)
     s2ft.load_adapter(model, folder, name="again")
     s2ft.set_adapter(model, "again")
@@ -53,8 +51,6 @@ def many_adapters(model: nn.Module, folder: Path) -> None:
     first: s2ft.Adapter = s2ft.read_adapter(folder / "a")
     bank.add(first.name, folder / "a")
     bank.check(folder / "b")
-    with s2ft.stable_weights():
-        pass
     s2ft.combine_adapters(model, {"a": 0.5, "b": 0.5}, name="both")
     s2ft.export_lora(model, folder / "lora")
     s2ft.import_lora(model, folder / "lora", name="lora")

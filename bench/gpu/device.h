@@ -23,13 +23,6 @@ inline cudaError_t cudaMemcpy(void* to, const void* from, size_t bytes, int) {
   return cudaSuccess;
 }
 inline cudaError_t cudaDeviceSynchronize() { return cudaSuccess; }
-inline cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned) {
-  static uintptr_t streams = 0;  // only compared and printed
-  *stream = reinterpret_cast<cudaStream_t>(++streams);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamDestroy(cudaStream_t) { return cudaSuccess; }
-constexpr unsigned cudaStreamNonBlocking = 1;
 #endif
 
 // Ends the program with status 2 if a runtime call failed.

@@ -66,17 +66,15 @@ std::string number(int64_t n) { return std::to_string(n); }
 
 // --- base + delta in rows or columns -----------------------------------------------------------------
 
-// Some rows or columns of `matrices` weights of outputs × inputs.
+// Some rows or columns of a weight of outputs × inputs.
 struct Slice {
   int64_t outputs, inputs, units, start;
   bool rows, scattered;
-  int64_t matrices = 1;
 
-  int64_t per_matrix() const { return rows ? outputs : inputs; }
-  int64_t limit() const { return matrices * per_matrix(); }
+  int64_t limit() const { return rows ? outputs : inputs; }
   int64_t elements() const { return units * (rows ? inputs : outputs); }
   std::string name() const {
-    return text(number(matrices), "of", number(outputs), "x", number(inputs), number(units), rows ? "rows" : "columns",
+    return text(number(outputs), "x", number(inputs), number(units), rows ? "rows" : "columns",
                 scattered ? "by index" : "from " + number(start));
   }
   // With an index, the first and the last unit are outside the weight if there are more than two.
@@ -96,9 +94,8 @@ struct Slice {
   void each(const std::vector<int64_t>& index, F&& f) const {
     for (int64_t k = 0; k < units; ++k) {
       if (index[k] < 0 || index[k] >= limit()) continue;
-      const int64_t matrix = index[k] / per_matrix(), unit = index[k] % per_matrix(), first = matrix * outputs * inputs;
       for (int64_t i = 0; i < (rows ? inputs : outputs); ++i)
-        rows ? f(first + unit * inputs + i, k * inputs + i) : f(first + i * inputs + unit, i * units + k);
+        rows ? f(index[k] * inputs + i, k * inputs + i) : f(i * inputs + index[k], i * units + k);
     }
   }
   Units arguments(const int64_t* index) const {
@@ -111,7 +108,6 @@ struct Slice {
     u.outer_stride = inputs;
     u.inner_stride = 1;
     u.rows = rows;
-    if (matrices > 1) u.per_matrix = per_matrix(), u.matrix_stride = outputs * inputs;
     return u;
   }
 };
@@ -119,22 +115,20 @@ struct Slice {
 template <class W, class D>
 void slices(const Slice& slice) {
   const std::string what = text(name_of<W>(), name_of<D>(), slice.name());
-  const auto before = host::normal<W>(slice.matrices * slice.outputs * slice.inputs);
+  const auto before = host::normal<W>(slice.outputs * slice.inputs);
   const auto change = host::normal<D>(slice.elements());
   const auto index = slice.places();
-  // Where units are outside the weight, their places in the dense buffers stay as they are. They hold numbers then,
+  // Where units are outside the weight, their places in the dense buffer stay as they are. They hold numbers then,
   // because initcheck also sees a copy to the host of what nobody has written.
   const std::vector<W> dense(slice.scattered ? slice.elements() : 0);
-  const auto buffer = [&] { return slice.scattered ? Buffer<W>(dense) : Buffer<W>(size_t(slice.elements())); };
-  Buffer<W> weight(before), sums = buffer(), kept = buffer();
+  Buffer<W> weight(before), sums = slice.scattered ? Buffer<W>(dense) : Buffer<W>(size_t(slice.elements()));
   Buffer<D> delta(change);
   Buffer<int64_t> places(index);
   const Units units = slice.arguments(places.at());
   const DType wide = Format<W>::dtype, narrow = Format<D>::dtype;
-  launched(cuda::sum_units(units, {wide, narrow, weight.at(), delta.at(), sums.at()}, nullptr), "sum_units " + what);
+  const UnitsData data{wide, narrow, weight.at(), delta.at(), sums.at()};
+  launched(cuda::sum_units(units, data, nullptr), "sum_units " + what);
   check(same_bits(weight.host(), before), "sum_units changed the weight: " + what);
-  const UnitsData data{wide, narrow, weight.at(), delta.at(), kept.at()};
-  launched(cuda::write_units(units, data, nullptr), "write_units " + what);
   auto expected = before;
   bool right = true;
   const auto summed = sums.host();
@@ -143,9 +137,8 @@ void slices(const Slice& slice) {
     right &= std::memcmp(&summed[flat], &expected[at], sizeof(W)) == 0;
   });
   check(right, "sum_units: " + what);
-  check(same_bits(weight.host(), expected), "write_units: " + what);
-  launched(cuda::restore_units(units, data, nullptr), "restore_units " + what);
-  check(same_bits(weight.host(), before), "restore_units: " + what);
+  launched(cuda::put_units(units, data, nullptr), "put_units " + what);
+  check(same_bits(weight.host(), expected), "put_units: " + what);
 }
 
 template <class W, class D>
@@ -157,7 +150,6 @@ void all_slices() {
       slices<W, D>({33, 57, 11, 3, rows, scattered});
       slices<W, D>({33, 57, 1, 32, rows, scattered});
       slices<W, D>({5, 7, 0, 0, rows, scattered});
-      slices<W, D>({9, 24, 13, 5, rows, scattered, 3});
     }
 }
 
@@ -371,31 +363,6 @@ void all_adapters() {
     }
 }
 
-// --- two streams on one weight --------------------------------------------------------------------------
-
-// Each stream writes its delta and restores the base in turn, in the order that csrc/cuda/order.cu gives. Without it a
-// stream would keep the other one's sums as its base.
-void two_streams() {
-  const Slice slice{256, 512, 96, 8, false, false};
-  const auto before = host::normal<BFloat16>(slice.outputs * slice.inputs);
-  const auto change = host::normal<float>(slice.elements());
-  Buffer<BFloat16> weight(before), kept[2]{Buffer<BFloat16>(slice.elements()), Buffer<BFloat16>(slice.elements())};
-  Buffer<float> delta(change);
-  cudaStream_t streams[2];
-  for (cudaStream_t& one : streams) must(cudaStreamCreateWithFlags(&one, cudaStreamNonBlocking), "a stream");
-  for (int round = 0; round < 20; ++round) {
-    const int turn = round % 2;
-    const UnitsData data{DType::bf16, DType::f32, weight.at(), delta.at(), kept[turn].at()};
-    launched(cuda::ordered_begin(0, streams[turn]), "ordered_begin");
-    launched(cuda::write_units(slice.arguments(nullptr), data, streams[turn]), "write_units");
-    launched(cuda::restore_units(slice.arguments(nullptr), data, streams[turn]), "restore_units");
-    launched(cuda::ordered_end(0, streams[turn]), "ordered_end");
-  }
-  must(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-  check(same_bits(weight.host(), before), "two streams on one weight");
-  for (cudaStream_t one : streams) cudaStreamDestroy(one);
-}
-
 // A fault on purpose: `out` is one element too short.
 void overrun() {
   const int64_t size = 1000;
@@ -444,7 +411,6 @@ void everything() {
   all_activations<double>();
   all_activations<Half>();
   all_activations<BFloat16>();
-  two_streams();
   allow_all_blocks();
   all_adapters<float>();
   all_adapters<double>();

@@ -58,7 +58,7 @@ CALLED = {
 
 def acceptance(stages: dict[str, Stage], on_gpu: bool) -> list[Acceptance]:
     """Judge the numbers of all stages. A number of a CPU is never held against a limit that is meant for a GPU."""
-    lines = [sanitizers_line(stages), bits_line(stages), base_line(stages)]
+    lines = [sanitizers_line(stages), base_line(stages)]
     if not on_gpu:
         return lines
     lines += [product_line(stages), *(copy_line(stages, op) for op in ("act_mul", "act_mul, backward"))]
@@ -85,15 +85,8 @@ def steps_of(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     return found
 
 
-def bits_line(stages: dict[str, Stage]) -> Acceptance:
-    return flags_line(stages, "frozen_as_before", "frozen weights as before, bit for bit, after all steps")
-
-
 def base_line(stages: dict[str, Stage]) -> Acceptance:
-    return flags_line(stages, "base_as_before", "the base as before, bit for bit, after a method is taken off")
-
-
-def flags_line(stages: dict[str, Stage], key: str, what: str) -> Acceptance:
+    what, key = "the base as before, bit for bit, after a method is taken off", "base_as_before"
     flags = [result[key] for result in steps_of(stages) if key in result]
     return Acceptance(what, "all", f"{sum(flags)} of {len(flags)}" if flags else "", all(flags) if flags else None)
 

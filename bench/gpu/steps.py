@@ -3,13 +3,12 @@
     python bench/gpu/steps.py [--shape llama-3-8b] [--methods frozen s2ft ...] [--liger] [--profile] [--output FILE]
 
 The methods take the same base one after another. Each is put on, measured and taken off, and the base's bits are then
-compared with those before: by a sum over all frozen weights that depends on every bit and its place. "frozen again"
+compared with those before: by a sum over all weights that depends on every bit and its place. "frozen again"
 shows how much the machine's speed changed in between. Times are medians of device events; on a CPU they are of the
 host. The peak is that of the allocated memory, weights included.
 
     frozen      the forward and the gradients down to the inputs; trains nothing
     s2ft        d_ratio=0.03
-    s2ft-step   the same with effective="step": the slice is written once in each optimizer step
     lora5       PEFT, rank 16 on q, k, v, up and down (the paper's choice), adapters in the base's dtype
     lora7       the same on all linear layers of the blocks
     lora5-fp32, lora7-fp32   as PEFT makes them: float32 adapters, also on a bfloat16 base
@@ -40,7 +39,7 @@ import s2ft
 
 FIVE = ["q_proj", "k_proj", "v_proj", "up_proj", "down_proj"]
 TARGETS = {"lora5": FIVE, "lora7": [*FIVE, "o_proj", "gate_proj"]}
-DENSE = ("frozen", "s2ft", "s2ft-step", "lora7", "lora5", "lora7-fp32", "lora5-fp32", "frozen again", "full")
+DENSE = ("frozen", "s2ft", "lora7", "lora5", "lora7-fp32", "lora5-fp32", "frozen again", "full")
 EXPERTS = ("frozen", "s2ft", "lora", "lora-fp32", "frozen again")
 WARMUP = 3
 
@@ -49,8 +48,8 @@ WARMUP = 3
 
 
 @contextmanager
-def s2ft_on(model: nn.Module, ratio: float, effective: str) -> Iterator[nn.Module]:
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=ratio, effective=effective), verify=False)
+def s2ft_on(model: nn.Module, ratio: float) -> Iterator[nn.Module]:
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=ratio), verify=False)
     try:
         yield model
     finally:
@@ -88,7 +87,7 @@ def on(method: str, model: nn.Module, experts: bool):
     """A context in which the model is prepared for a method."""
     which = method.partition("-")[0]
     if which == "s2ft":
-        return s2ft_on(model, 0.125 if experts else 0.03, "step" if method.endswith("-step") else "call")
+        return s2ft_on(model, 0.125 if experts else 0.03)
     if which == "full":
         return full_on(model)
     if which == "lora":
@@ -207,14 +206,10 @@ def measure(method: str, model: nn.Module, batch: Tensor, args: argparse.Namespa
     before = checksum(everything)
     with on(method, model, has_experts(args.shape)) as prepared:
         step = Step(prepared, batch)
-        still = [p for p in prepared.parameters() if not p.requires_grad]
-        frozen = checksum(still)
         result = timed(step, args.steps)
         if args.profile and batch.is_cuda:
             result.update(profiled(step))
-        if still and not method.endswith("-step"):  # there the weights hold base + delta between steps
-            result["frozen_as_before"] = checksum(still) == frozen
-        del step, still
+        del step
     if method != "full":
         result["base_as_before"] = checksum(list(model.parameters())) == before
     return result

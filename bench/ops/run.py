@@ -18,7 +18,7 @@ import torch
 from case import line_of, measure
 from harness import machine, save
 
-OPS = ("sliced_linear", "grouped_linear", "act_mul", "permute_", "scatter_add_", "swap_", "multi_adapter_linear")
+OPS = ("sliced_linear", "act_mul", "permute_", "scatter_add_", "swap_", "multi_adapter_linear")
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 

@@ -22,31 +22,20 @@ S2FT_HD void split(int64_t flat, int64_t inner_size, int64_t* outer, int64_t* in
 // A set of rows (rows = true) or columns of a matrix. `outer` and `inner` are the two sizes of the set, in the order of
 // the matrix's dimensions. Stored densely, the set has the shape of a delta: (units, I) for rows, (O, units) for
 // columns.
-//
-// The set can also be of several matrices that are equally far apart, the weights of experts. Unit u then is unit
-// u % per_matrix of matrix u / per_matrix.
 struct Units {
   const int64_t* index;  // the units, or null if they are start, start + 1, ...
   int64_t start;
-  int64_t limit;  // number of rows or columns of all matrices
+  int64_t limit;  // number of rows or columns of the matrix
   int64_t outer, inner;
   int64_t outer_stride, inner_stride;
   bool rows;
-  int64_t per_matrix = 0;  // number of rows or columns of each matrix; 0 if there is one matrix
-  int64_t matrix_stride = 0;
 
   S2FT_HD int64_t unit(int64_t k) const { return index ? index[k] : start + k; }
   S2FT_HD bool inside(int64_t u) const { return u >= 0 && u < limit; }
   S2FT_HD int64_t total() const { return outer * inner; }
 
   // Offset of the first element of unit u.
-  S2FT_HD int64_t unit_offset(int64_t u) const {
-    const int64_t stride = rows ? outer_stride : inner_stride;
-    if (!per_matrix) return u * stride;
-    int64_t matrix, within;
-    split(u, per_matrix, &matrix, &within);
-    return matrix * matrix_stride + within * stride;
-  }
+  S2FT_HD int64_t unit_offset(int64_t u) const { return u * (rows ? outer_stride : inner_stride); }
 
   // Offset in the matrix of element (o, i) of the set, or -1 if the unit is out of range.
   S2FT_HD int64_t offset(int64_t o, int64_t i) const {

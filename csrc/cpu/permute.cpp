@@ -154,8 +154,6 @@ void permute_columns(const Along& a, const int64_t* order, const Cycles& cycles,
 
 struct CpuPermute {
   explicit CpuPermute(const Tensor&) {}
-  void begin() const {}
-  void end() const {}
 
   void permute(const Along& a, const int64_t* order, int64_t element_size, const Tensor& weight) const {
     const Cycles cycles = cycles_of(order, a.units);

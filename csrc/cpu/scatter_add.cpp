@@ -186,8 +186,6 @@ void add_columns(const Scatter& s) {
 
 struct CpuScatterAdd {
   explicit CpuScatterAdd(const Tensor&) {}
-  void begin() const {}
-  void end() const {}
 
   void scatter_add(const Scatter& s, const Tensor&) const {
     visit(s.weight_type, [&](auto w) {

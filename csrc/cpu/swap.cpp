@@ -44,8 +44,6 @@ void swap_columns(const Exchange& e, T* weight, T* values) {
 
 struct CpuSwap {
   explicit CpuSwap(const Tensor&) {}
-  void begin() const {}
-  void end() const {}
 
   void exchange(const Exchange& e, int64_t element_size, void* weight, void* values) const {
     visit_bits(element_size, [&](auto tag) {

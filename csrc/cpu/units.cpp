@@ -1,6 +1,5 @@
 // A line crosses all units: it is a column of the matrix if the units are rows, and a row if they are columns. Every
-// thread handles all units of its lines. A unit that is named twice is therefore saved before its first write, and the
-// last write wins.
+// thread handles all units of its lines, so that the last write wins for a unit that is named twice.
 #include "units.h"
 
 #include <algorithm>
@@ -27,7 +26,7 @@ std::vector<Run> runs_of(const Units& u) {
   if (!u.index) return {{0, units, u.unit_offset(u.start)}};
   std::vector<Run> runs;
   for (int64_t k = 0; k < units; ++k)
-    if (k > 0 && u.index[k] == u.index[k - 1] + 1 && !(u.per_matrix && u.index[k] % u.per_matrix == 0))
+    if (k > 0 && u.index[k] == u.index[k - 1] + 1)
       ++runs.back().length;
     else
       runs.push_back({k, 1, u.unit_offset(u.index[k])});
@@ -47,9 +46,9 @@ void for_spans(const Units& u, const std::vector<Run>& runs, int64_t begin, int6
       f(line * u.outer_stride + run.offset, line * u.inner + run.first, run.length, u.inner_stride);
 }
 
-// Makes two passes over each block of lines: `first` for all its units, then `second`.
-template <class First, class Second>
-void for_blocks(const Units& u, const First& first, const Second& second) {
+// Calls f for the spans of each block of lines.
+template <class F>
+void for_blocks(const Units& u, const F& f) {
   const int64_t lines = u.rows ? u.inner : u.outer, units = u.rows ? u.outer : u.inner;
   if (units == 0) return;
   // Short spans of rows waste cache lines. Single lines of columns do not.
@@ -58,22 +57,13 @@ void for_blocks(const Units& u, const First& first, const Second& second) {
   parallel_lines(lines, units, [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; b += block) {
       const int64_t e = std::min(end, b + block);
-      for_spans(u, runs, b, e, first);
-      for_spans(u, runs, b, e, second);
+      for_spans(u, runs, b, e, f);
     }
   });
 }
 
 template <class T>
-void take(const T* weight, int64_t stride, T* dense, int64_t n) {
-  if (stride == 1)
-    std::copy(weight, weight + n, dense);
-  else
-    for (int64_t i = 0; i < n; ++i) dense[i] = weight[i * stride];
-}
-
-template <class T>
-void put(T* weight, int64_t stride, const T* dense, int64_t n) {
+void copy_to(T* weight, int64_t stride, const T* dense, int64_t n) {
   if (stride == 1)
     std::copy(dense, dense + n, weight);
   else
@@ -88,8 +78,6 @@ void add_into(W* target, int64_t target_stride, const W* base, int64_t base_stri
   else
     for (int64_t i = 0; i < n; ++i) target[i * target_stride] = add(base[i * base_stride], delta[i]);
 }
-
-const auto nothing = [](int64_t, int64_t, int64_t, int64_t) {};
 
 // Columns that are no neighbours. Copying them one by one, as spans of one element, would take five times as long.
 class ScatteredColumns {
@@ -144,29 +132,6 @@ void visit_both(const UnitsData& data, const F& f) {
 
 }  // namespace
 
-void Cpu::write(const Units& units, const UnitsData& data) const {
-  visit_both(data, [&](auto w, auto d) {
-    using W = typename decltype(w)::type;
-    using D = typename decltype(d)::type;
-    W* weight = static_cast<W*>(data.weight);
-    W* dense = static_cast<W*>(data.dense);
-    const D* delta = static_cast<const D*>(data.delta);
-    if (ScatteredColumns::fit(units)) {
-      const ScatteredColumns columns(units);
-      return columns.for_lines(weight, [&](W* line, int64_t i, W* sums) {
-        columns.take(line, dense + i);
-        add_span(dense + i, delta + i, 1, sums, columns.count());
-        columns.put(line, sums);
-      });
-    }
-    for_blocks(
-        units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { take(weight + at, stride, dense + i, n); },
-        [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
-          add_into(weight + at, stride, dense + i, 1, delta + i, n);
-        });
-  });
-}
-
 void Cpu::sum(const Units& units, const UnitsData& data) const {
   visit_both(data, [&](auto w, auto d) {
     using W = typename decltype(w)::type;
@@ -181,16 +146,13 @@ void Cpu::sum(const Units& units, const UnitsData& data) const {
         add_span(base, delta + i, 1, dense + i, columns.count());
       });
     }
-    for_blocks(
-        units,
-        [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
-          add_into(dense + i, 1, weight + at, stride, delta + i, n);
-        },
-        nothing);
+    for_blocks(units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) {
+      add_into(dense + i, 1, weight + at, stride, delta + i, n);
+    });
   });
 }
 
-void Cpu::restore(const Units& units, const UnitsData& data) const {
+void Cpu::put(const Units& units, const UnitsData& data) const {
   visit_bits(size_of(data.weight_type), [&](auto tag) {
     using T = typename decltype(tag)::type;
     T* weight = static_cast<T*>(data.weight);
@@ -199,9 +161,8 @@ void Cpu::restore(const Units& units, const UnitsData& data) const {
       const ScatteredColumns columns(units);
       return columns.for_lines(weight, [&](T* line, int64_t i, T*) { columns.put(line, dense + i); });
     }
-    for_blocks(
-        units, [&](int64_t at, int64_t i, int64_t n, int64_t stride) { put(weight + at, stride, dense + i, n); },
-        nothing);
+    for_blocks(units,
+               [&](int64_t at, int64_t i, int64_t n, int64_t stride) { copy_to(weight + at, stride, dense + i, n); });
   });
 }
 

@@ -9,11 +9,8 @@ namespace s2ft {
 struct Cpu {
   Cpu() = default;
   explicit Cpu(const Tensor&) {}
-  void begin() const {}
-  void end() const {}
-  void write(const Units& units, const UnitsData& data) const;
   void sum(const Units& units, const UnitsData& data) const;
-  void restore(const Units& units, const UnitsData& data) const;
+  void put(const Units& units, const UnitsData& data) const;
 };
 
 }  // namespace s2ft

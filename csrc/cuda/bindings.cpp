@@ -8,7 +8,6 @@
 #include <string>
 
 #include "../act_mul.h"
-#include "../grouped_linear.h"
 #include "../linear.h"
 #include "../multi_adapter_linear.h"
 #include "../permute.h"
@@ -46,12 +45,8 @@ class Cuda {
  public:
   explicit Cuda(const Tensor& t) : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
 
-  void begin() const { check(cuda::ordered_begin(device_, stream_)); }
-  void end() const { check(cuda::ordered_end(device_, stream_)); }
-
-  void write(const Units& units, const UnitsData& data) const { check(cuda::write_units(units, data, stream_)); }
   void sum(const Units& units, const UnitsData& data) const { check(cuda::sum_units(units, data, stream_)); }
-  void restore(const Units& units, const UnitsData& data) const { check(cuda::restore_units(units, data, stream_)); }
+  void put(const Units& units, const UnitsData& data) const { check(cuda::put_units(units, data, stream_)); }
 
   void permute(const Along& a, const int64_t* order, int64_t element_size, const Tensor& weight) const {
     const int64_t bytes = cuda::permute_scratch_bytes(a, element_size);
@@ -93,8 +88,6 @@ void add_kernels(StableLibrary& library) {
   library.impl("sliced_linear_grad_x", TORCH_BOX(&sliced_linear_grad_x<Cuda>));
   library.impl("indexed_linear", TORCH_BOX(&indexed_linear<Cuda>));
   library.impl("indexed_linear_grad_x", TORCH_BOX(&indexed_linear_grad_x<Cuda>));
-  library.impl("grouped_linear", TORCH_BOX(&grouped_linear<Cuda>));
-  library.impl("grouped_linear_grad_x", TORCH_BOX(&grouped_linear_grad_x<Cuda>));
   library.impl("act_mul", TORCH_BOX(&act_mul<Cuda>));
   library.impl("act_mul_backward", TORCH_BOX(&act_mul_backward<Cuda>));
   library.impl("multi_adapter_linear", TORCH_BOX(&multi_adapter_linear<Cuda>));

@@ -13,13 +13,10 @@
 
 namespace s2ft::cuda {
 
-// dense = base, weight = base + delta. With an index, all of dense is read before the weight is written, so a unit that
-// is named twice is restored exactly. Which of its sums the weight holds meanwhile is undefined.
-int write_units(const Units& units, const UnitsData& data, void* stream);
 // dense = base + delta. The weight is only read.
 int sum_units(const Units& units, const UnitsData& data, void* stream);
 // weight = dense.
-int restore_units(const Units& units, const UnitsData& data, void* stream);
+int put_units(const Units& units, const UnitsData& data, void* stream);
 
 // Reorders the units of `weight`. The scratch buffer has permute_scratch_bytes().
 int64_t permute_scratch_bytes(const Along& weight, int64_t element_size);
@@ -39,13 +36,6 @@ int add_adapters(const Bank& bank, const Batch& batch, DType dtype, void* stream
 // out = act(gate) * up, and its gradients. `data` names the tensors.
 int act_mul(Activation activation, const ActMulData& data, void* stream);
 int act_mul_backward(Activation activation, const ActMulData& data, void* stream);
-
-// ordered_begin() makes `stream` wait for the work before the last ordered_end() on this device, on any other stream.
-// ordered_end() marks the work that is now in `stream`, which is that of ordered_begin(). The caller holds weight_lock()
-// from the one to the other. During graph capture both do nothing, because a captured graph can't wait for work outside
-// it. The caller must order the replays.
-int ordered_begin(int device, void* stream);
-int ordered_end(int device, void* stream);
 
 // CUDA versions of the driver (0 without a driver) and of the build, as 1000 * major + 10 * minor.
 int driver_version();

@@ -1,5 +1,4 @@
-// Kernels over the units of a weight, which sliced_linear, indexed_linear and grouped_linear run before and after their
-// product.
+// Kernels over the units of a weight, which sliced_linear and indexed_linear run before their product.
 //
 // One work item is one element of the set of units, or Width neighbours if the weight and the dense buffers hold them
 // side by side and aligned to 16 bytes. Items are numbered in the order of the dense buffer. Its accesses are therefore
@@ -14,7 +13,7 @@
 namespace s2ft::cuda {
 namespace {
 
-enum class Step : int { take, write, add, sum, put };
+enum class Step : int { sum, put };
 
 // One step at one place, which can load and store Width elements of the weight.
 template <class W, class D, int Width, class Place>
@@ -23,18 +22,12 @@ __device__ void run_at(const Place& place, Step step, Pack<W, Width>* dense, con
     place.store(weight, *dense);
     return;
   }
-  // Step::add starts from the saved value, because the weight may already hold a sum if a unit is named twice.
-  const Pack<W, Width> base = step == Step::add ? *dense : place.load(weight);
-  if (step == Step::take || step == Step::write) *dense = base;
-  if (step == Step::take) return;
+  const Pack<W, Width> base = place.load(weight);
   const Pack<D, Width> change = *delta;
   Pack<W, Width> total;
 #pragma unroll
   for (int i = 0; i < Width; ++i) total.at[i] = add(base.at[i], change.at[i]);
-  if (step == Step::sum)
-    *dense = total;
-  else
-    place.store(weight, total);
+  *dense = total;
 }
 
 // Width elements that are neighbours in the weight.
@@ -142,9 +135,9 @@ int launch(const Units& units, Step step, const UnitsData& data, void* stream) {
 bool wide(const Units& units, const UnitsData& data, int64_t element_size, int64_t width) {
   if (units.inner_stride != 1 || units.inner % width != 0) return false;
   if (!aligned16(data.weight) || !aligned16(data.dense) || !aligned16(data.delta)) return false;
-  if (!aligned16(units.outer_stride * element_size) || !aligned16(units.matrix_stride * element_size)) return false;
+  if (!aligned16(units.outer_stride * element_size)) return false;
   if (units.rows) return true;
-  if (units.index) return aligned16(units.index) && units.per_matrix % width == 0;
+  if (units.index) return aligned16(units.index);
   return units.start >= 0 && units.start + units.inner <= units.limit && aligned16(units.start * element_size);
 }
 
@@ -167,16 +160,8 @@ int run(const Units& units, Step step, const UnitsData& data, void* stream) {
 
 }  // namespace
 
-int write_units(const Units& units, const UnitsData& data, void* stream) {
-  if (!units.index) return run(units, Step::write, data, stream);
-  const int error = run(units, Step::take, data, stream);
-  return error ? error : run(units, Step::add, data, stream);
-}
-
 int sum_units(const Units& units, const UnitsData& data, void* stream) { return run(units, Step::sum, data, stream); }
 
-int restore_units(const Units& units, const UnitsData& data, void* stream) {
-  return run(units, Step::put, data, stream);
-}
+int put_units(const Units& units, const UnitsData& data, void* stream) { return run(units, Step::put, data, stream); }
 
 }  // namespace s2ft::cuda

@@ -43,8 +43,7 @@ def _of(module: str, names: str) -> tuple[str, ...]:
 
 GROUPS = (
     Group("attach", "Attach and merge", "Make a model trainable by S²FT, and make a plain model of it again.",
-          _of("s2ft", "attach plan detach merge save_merged fuse unfuse weights_on_disk stable_weights "
-              "print_trainable_parameters")),
+          _of("s2ft", "attach plan detach merge save_merged weights_on_disk print_trainable_parameters")),
     Group("config", "Configuration", "One dataclass holds the options of an adapter. Each field is also an option of "
           "`s2ft sft`.", _of("s2ft", "S2FTConfig")),
     Group("adapters", "Adapters", "Save and load adapters, switch between them, combine them, and give them to other "
@@ -59,8 +58,8 @@ GROUPS = (
           _of("s2ft", "S2RowLinear S2ColumnLinear")),
     Group("ops", "Operators", "The operators of `s2ft.ops`. Each runs in PyTorch, and in a compiled kernel if there is "
           "one for the device.",
-          _of("s2ft.ops", "sliced_linear indexed_linear grouped_linear indexed_conv multi_adapter_linear pack_adapters "
-              "act_mul effective_units permute_ swap_ scatter_add_") + _of("s2ft", "build_info")),
+          _of("s2ft.ops", "sliced_linear indexed_linear multi_adapter_linear pack_adapters act_mul effective_units "
+              "permute_ swap_ scatter_add_") + _of("s2ft", "build_info")),
     Group("estimation", "Estimation", "Find out how much memory a training run takes before it starts.",
           _of("s2ft", "estimate Estimate Strategy")),
     Group("peft", "PEFT", "S²FT as a method of PEFT. `import s2ft.peft` registers it.",

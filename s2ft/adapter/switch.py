@@ -7,11 +7,11 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
 from s2ft.attached.active import mounted_deltas, switch
-from s2ft.attached.changes import freeze, fuse_mounted, remove
+from s2ft.attached.changes import freeze, remove
 from s2ft.attached.checks import check_can_write, check_known, check_new_name, check_not_in_engine
 from s2ft.attached.extra_weights import check_can_put_on, trained_values
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.record import Attachment, State, attachment_of
+from s2ft.attached.record import Attachment, attachment_of
 from s2ft.attached.status import status
 from s2ft.distributed import reshard_all
 from s2ft.model.location import structure_of
@@ -64,7 +64,7 @@ def _weights(record: Attachment, adapters: Weights) -> dict[str, float]:
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Context manager: inside, the model is its base, bit for bit.
 
-    Afterwards the adapters that were active are active again, and fused if they were fused.
+    Afterwards the adapters that were active are active again.
 
     Args:
         model: Model with adapters.
@@ -82,15 +82,13 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         ...     base_logits = model(input_ids).logits
     """
     record = attachment_of(model)
-    active, fused = dict(record.active), record.state is State.FUSED
+    active = dict(record.active)
     check_can_put_on(model, record, active)  # else the end of the context could not make them active again
     set_adapter(model, None)
     try:
         yield
     finally:
         set_adapter(model, active)
-        if fused:
-            fuse_mounted(record)
 
 
 @of_compiled

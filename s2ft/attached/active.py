@@ -10,14 +10,14 @@ from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.checks import check_can_write, check_can_write_now, check_has_arrived
+from s2ft.attached.holding import write_slices
 from s2ft.attached.record import Attachment, Mount, Written
 from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
 from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
 from s2ft.model.weights import weight_at
 from s2ft.ops import scatter_add_, swap_
-from s2ft.ops._lock import LOCK, finish_interrupted
-from s2ft.ops._memory import check_private
+from s2ft.ops._memory import WRITING, check_private
 
 # ---- which adapters are active -------------------------------------------------------------------------
 
@@ -45,7 +45,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     deltas = {name: mounted_deltas(record) if name == record.name else record.loaded[name].deltas for name in names}
     if record.name in deltas:  # loaded adapters were checked when they were loaded
         check_can_write(model, record, deltas[record.name])
-    with LOCK:  # so that stable_weights shows no half of it to another thread
+    with WRITING:
         deactivate(model, record)
         activate(model, record, weights, deltas)
 
@@ -90,7 +90,7 @@ def activate(
 ) -> None:
     """Make these adapters active. Their weighted sum is written into the model in one pass.
 
-    The forward adds the trainable adapter instead if its weight is 1.
+    A trainable adapter of weight 1 is written by its layers, on top of the others.
 
     Args:
         model: Model with the base in its weights and no active adapter.
@@ -112,24 +112,11 @@ def activate(
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
         record.active = dict(weights)
+        write_slices(model, record)
         record.change_unfinished = False
     except BaseException:
         deactivate(model, record)
         raise
-
-
-def write_trained(model: nn.Module, record: Attachment) -> None:
-    """Write the trainable adapter, which the forward adds, into the weights, on top of what is written there.
-
-    The weights are then, bit for bit, those that the forward has multiplied by.
-    """
-    record.change_unfinished = True
-    for mounted in record.mounts.values():
-        mounted.layer.unfuse()
-    for name, delta in mounted_deltas(record).items():
-        write(model, record, record.projections[name], [(delta, 1.0)])
-    for mounted in record.mounts.values():
-        mounted.layer.enabled = False
 
 
 def write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
@@ -142,8 +129,7 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
             places = [record.current_positions(projection, delta.index) for delta, _ in parts]
             found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
-        with LOCK:
-            finish_interrupted()
+        with WRITING:
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
             of_whole = (delta.index, base, False, delta)

@@ -12,10 +12,11 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.attached.active import activate, deactivate, place_loaded, switch, write_trained
+from s2ft.attached.active import activate, deactivate, place_loaded, switch
+from s2ft.attached.holding import write_slices
 from s2ft.attached.mounting import claim, release, remount, unmount
 from s2ft.attached.record import Attachment, LoadedAdapter, find_attachment
-from s2ft.ops._lock import LOCK
+from s2ft.ops._memory import WRITING
 
 
 def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
@@ -30,7 +31,7 @@ def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -
     Returns:
         What `change` returns.
     """
-    with LOCK:
+    with WRITING:
         try:
             return change()
         except BaseException:  # a model in between would compute something else
@@ -50,6 +51,7 @@ def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
         claim(model, record)
         deactivate(model, record)
         yield
+        write_slices(model, record)
     except BaseException:
         deactivate(model, record)
         unmount(model, record)
@@ -160,30 +162,14 @@ def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
     """Write the active adapters into the weights and return the plain model. A failure leaves the adapter, inactive."""
 
     def change() -> nn.Module:
-        if record.trains:
-            write_trained(model, record)
+        write_slices(model, record)
         return release(model, record)
 
     def recover() -> None:
         if find_attachment(model) is not None:
+            for move in record.moves:
+                move.recover(model)
+            remount(model, record)  # the layers restore the base in their own order of units
             deactivate(model, record)
-            remount(model, record)
 
     return whole(change, recover)
-
-
-def fuse_mounted(record: Attachment) -> None:
-    """Fuse every trainable layer. A failure leaves none of them fused."""
-
-    def change() -> None:
-        for mounted in record.mounts.values():
-            mounted.layer.fuse()
-
-    whole(change, recover=partial(unfuse_mounted, record))
-
-
-def unfuse_mounted(record: Attachment) -> None:
-    """Copy the base back into every trainable layer, bit for bit."""
-    with LOCK:
-        for mounted in record.mounts.values():
-            mounted.layer.unfuse()

@@ -6,20 +6,13 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.distributed import (
-    has_master_copy,
-    is_dtensor,
-    is_partitioned,
-    is_run_by_engine,
-    is_sharded,
-    will_be_loaded_again,
-)
+from s2ft.distributed import has_master_copy, is_dtensor, is_run_by_engine, is_sharded, will_be_loaded_again
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import tensors_of, weight_at
-from s2ft.ops._memory import check_private, check_writable
+from s2ft.ops._memory import check_private
 from s2ft.ranks.fsdp import check_can_follow, managed_by_fsdp
 from s2ft.selection import Selection
 
@@ -109,18 +102,6 @@ def check_is_quantized(model: nn.Module, couplings: list[Coupling]) -> None:
             )
 
 
-def check_can_fuse(model: nn.Module) -> None:
-    """Raise ValueError if FSDP2 or ZeRO-3 has spread weights over ranks. Tensor parallelism is no obstacle."""
-    path = next((path for path, parameter in model.named_parameters() if is_partitioned(parameter)), None)
-    if path is None and managed_by_fsdp(model):
-        path = next(path for path, parameter in model.named_parameters() if is_dtensor(parameter))
-    if path is not None:
-        raise ValueError(
-            f"fuse writes the adapter into whole weights, and this model is sharded ({path}): s2ft.merge writes it "
-            "into the shards for good, and set_adapter(model, None) restores the base of a sharded model"
-        )
-
-
 def check_can_write_now(model: nn.Module, record: Attachment) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
     weights = [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
@@ -157,20 +138,35 @@ def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
 
 
 def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
-    """Raise ValueError if a layer to train is in several places of the model: only one would get a trainable layer."""
+    """Raise ValueError if a layer to train, or its weight, is in several places of the model.
+
+    Only one of these places would get a trainable layer, and the others would compute with its slice, whose gradient
+    would lack their part.
+    """
     counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name)
     for projection in projections_of(couplings):
-        layer = weight_at(model, projection).holder
-        if projection.name in selection and counts[id(layer)] > 1:
-            names = [name for name, module in model.named_modules(remove_duplicate=False) if module is layer]
+        if projection.name not in selection:
+            continue
+        handle = weight_at(model, projection)
+        names = [name for name, module in model.named_modules(remove_duplicate=False) if module is handle.holder]
+        tied = owners.get(id(handle.tensor), [])
+        if counts[id(handle.holder)] > 1:
             raise ValueError(
-                f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own "
-                "(they may share the weight), or leave its layer out"
+                f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own, "
+                "or leave its layer out"
+            )
+        if len(tied) > 1:
+            raise ValueError(
+                f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
+                "gradients of the others: give each place a weight of its own, or leave its layer out"
             )
 
 
-def check_memory(model: nn.Module, projections: list[Projection], may_be_shared: bool = False) -> None:
-    """Raise ValueError for a weight in read-only memory, in shared memory unless it may be, or computed from others."""
+def check_memory(model: nn.Module, projections: list[Projection]) -> None:
+    """Raise ValueError for a weight in read-only or shared memory, or computed from others."""
     for path, projection in {projection.path: projection for projection in projections}.items():
         handle = weight_at(model, projection)
         if handle.read_only:
@@ -182,11 +178,7 @@ def check_memory(model: nn.Module, projections: list[Projection], may_be_shared:
                 "weight_norm: make it a parameter first (prune.remove, remove_weight_norm)"
             )
         if not is_sharded(handle.tensor):
-            what = f"{path}.weight" if isinstance(found, nn.Module) else path
-            if may_be_shared:
-                check_writable(what, handle.tensor)
-            else:
-                check_private(what, handle.tensor)
+            check_private(f"{path}.weight" if isinstance(found, nn.Module) else path, handle.tensor)
 
 
 def check_gradients_pass(model: nn.Module) -> None:

@@ -8,7 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
-from s2ft.layers import act_mul_of, forward_of, is_intercepted, run_on_one_input
+from s2ft.layers import act_mul_of, forward_of, is_intercepted
 from s2ft.model.coupling import Coupling
 from s2ft.ops import act_mul
 
@@ -21,19 +21,7 @@ def gated_forward(block: nn.Module, x: Tensor, activation: str, act_class: type)
     """
     if type(block.act_fn) is not act_class or is_intercepted(block.act_fn):
         return type(block).forward(block, x)
-    if adds_products_fast(x):
-        gate, up = run_on_one_input(x, block.gate_proj, block.up_proj)
-    else:
-        gate, up = block.gate_proj(x), block.up_proj(x)
-    return block.down_proj(act_mul(gate, up, activation))
-
-
-def adds_products_fast(x: Tensor) -> bool:
-    """Whether the gradients of x through gate and up are summed in one buffer.
-
-    On the CPU a product that adds to its result takes longer than a product and a sum: 1 % of a step of SmolLM2-135M.
-    """
-    return x.is_cuda
+    return block.down_proj(act_mul(block.gate_proj(x), block.up_proj(x), activation))
 
 
 def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) -> None:

@@ -1,87 +1,71 @@
-"""Models whose weights hold base + s2 from one optimizer step to the next (`effective="step"`).
+"""Writes base + s2 into the weights of a whole model, before it runs and when an adapter is made active.
 
-A pre-hook of the model's forward writes all slices that have changed, in one go under the lock of weights. So another
-thread that reads inside :func:`s2ft.stable_weights` sees base + s2 of one step in all layers. A layer that runs outside
-of the model's forward writes its own slice.
+A layer that runs writes its own slice if s2 has changed. A hook of the model does it for all layers first: for code
+that reads a weight past its layer, and for weights that are spread over ranks, where each rank writes what it owns.
 """
 
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import skip_code
 
-from s2ft.attached.checks import check_can_fuse
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
-from s2ft.distributed import has_master_copy, will_be_loaded_again
-from s2ft.layers.base import CALL_INSTEAD
-from s2ft.layers.held import WHY_UNCOMPILED
-from s2ft.model.coupling import Projection
-from s2ft.model.weights import weight_at
-from s2ft.ops._lock import LOCK
-from s2ft.ranks.fsdp import managed_by_fsdp
+from s2ft.distributed import reshard_all
+from s2ft.ops._library import transforms_active
+from s2ft.ops._memory import WRITING
+from s2ft.ranks.fsdp import fsdp_modules
 
 
-def check_can_hold(model: nn.Module, projections: list[Projection]) -> None:
-    """Check that weights can hold base + s2 from step to step. Nothing has changed yet.
-
-    Args:
-        model: The model.
-        projections: The projections that would be trained.
-
-    Raises:
-        ValueError: One of them can't. The message names it and the reason.
-    """
-    refused = "effective='step' is not possible: {}. " + CALL_INSTEAD[0].upper() + CALL_INSTEAD[1:]
-    if will_be_loaded_again() or any(map(has_master_copy, model.parameters())):
-        raise ValueError(refused.format("FSDP2 or DeepSpeed will keep the model's weights"))
-    try:
-        check_can_fuse(model)
-    except ValueError as error:
-        raise ValueError(refused.format("the model's weights are spread over ranks")) from error
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
-    for projection in projections:
-        handle = weight_at(model, projection)
-        if handle.kind.why_not_held:
-            raise ValueError(refused.format(f"{projection.path} is {handle.kind.name}: {handle.kind.why_not_held}"))
-        names = owners.get(id(handle.tensor), [])
-        if len(names) > 1:
-            raise ValueError(
-                refused.format(f"{' and '.join(names)} are one tied weight, and the others would compute with s2 too")
-            )
-
-
-def start_holding(model: nn.Module, record: Attachment) -> None:
-    """Register the hook that writes changed slices before the model runs, if the trainable adapter asks for it."""
+def start_holding(model: nn.Module) -> None:
+    """Register the hook that writes changed slices before the model runs."""
     stop_holding(model)
-    if record.config is not None and record.config.effective == "step":
-        model.register_forward_pre_hook(write_changed_slices)
+    model.register_forward_pre_hook(_before_forward, prepend=True)
 
 
 def stop_holding(model: nn.Module) -> None:
     """Remove the hook, if it is registered."""
-    remove_hooks(model._forward_pre_hooks, lambda hook: hook is write_changed_slices)
+    remove_hooks(model._forward_pre_hooks, lambda hook: hook is _before_forward)
 
 
-@torch.compiler.disable(reason=WHY_UNCOMPILED)
-def write_changed_slices(model: nn.Module, *_: Any) -> None:
-    """Write base + s2 into every weight that holds other values of s2.
+def _before_forward(model: nn.Module, *_: Any) -> None:
+    if torch.compiler.is_compiling() or transforms_active():
+        return  # in another function's graph each layer checks what its weight holds; torch.func runs them on copies
+    record, hooks = find_attachment(model), model._forward_pre_hooks
+    came_late = next(iter(hooks.values())) is not _before_forward
+    if came_late:  # FSDP2 was applied since, and has gathered the weights of the model by now
+        hooks.move_to_end(next(key for key, hook in hooks.items() if hook is _before_forward), last=False)
+    if record is not None and write_slices(model, record) and came_late and isinstance(model, fsdp_modules()):
+        model.unshard()
 
-    Raises:
-        RuntimeError: FSDP2 has sharded the model since the adapter was attached.
+
+skip_code(_before_forward.__code__)  # a compiled model runs its hooks outside of the graph: this one as it is
+
+
+@torch.compiler.disable
+def write_slices(model: nn.Module, record: Attachment) -> bool:
+    """Write base + s2 into every weight that holds other values of s2. Every rank of a sharded model must call this.
+
+    Args:
+        model: A model, outside of its forward.
+        record: Its record.
+
+    Returns:
+        Whether any was written.
     """
-    record = find_attachment(model)
-    if record is None or record.awaits_weights:
-        return
-    if managed_by_fsdp(model):
-        raise RuntimeError(
-            f"effective='step' writes base + s2 into whole weights, and FSDP2 has sharded this model: {CALL_INSTEAD}"
-        )
-    layers = [mount.layer for mount in record.mounts.values() if mount.layer.enabled and not mount.layer.is_held]
-    if not layers:
-        return
-    with LOCK:
-        for layer in layers:
-            layer.hold()
+    if record.awaits_weights or not record.trains:
+        return False
+    layers = [mount.layer for mount in record.mounts.values()]
+    layers = [layer for layer in layers if layer.enabled and layer.kind.read_only is None]
+    # Code that writes into `s2.data` changes no version. So a model that may train is written always, which takes less
+    # than 1 % of its step. What is spread over ranks has to be gathered for that.
+    trains = torch.is_grad_enabled()
+    changed = [layer for layer in layers if not layer.is_written or trains and not layer.is_managed]
+    if not changed:
+        return False
+    reshard_all(model)
+    with WRITING:
+        for layer in changed:
+            layer.write()
+    return True

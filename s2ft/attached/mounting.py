@@ -6,7 +6,7 @@ back already. :func:`unmount` and :func:`release` can be called at any time. No 
 an interrupt can leave it switched on.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,7 @@ from s2ft.attached.checks import (
     check_shards,
 )
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
-from s2ft.attached.holding import check_can_hold, start_holding, stop_holding
+from s2ft.attached.holding import start_holding, stop_holding
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
 from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
@@ -88,10 +88,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     check_gradients_pass(model)
     check_shards(model, trained)
     check_is_quantized(model, trained)
-    holds = config.effective == "step"
-    if holds:
-        check_can_hold(model, [one for one in projections_of(trained) if one.name in selection])
-    check_memory(model, list(projections_of(trained)), holds)
+    check_memory(model, list(projections_of(trained)))
     for coupling in trained:
         for module in experts_modules(coupling):
             forward_of(model.get_submodule(module))
@@ -103,7 +100,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         record.name, record.config, record.selection = name, config, selection
         _mount_all(model, record, trained, moves)
         extra_weights.start(model, record, extra_names, before_forward, before_load)
-        start_holding(model, record)
+        start_holding(model)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
@@ -122,7 +119,9 @@ def before_forward(model: nn.Module, inputs: tuple) -> None:
         RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient.
     """
     if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-        extra_weights.watch(model, attachment_of(model))
+        record = attachment_of(model)
+        if record.rest is None:  # a proof unfreezes weights for its time
+            extra_weights.watch(model, record)
 
 
 def before_load(model: nn.Module, *_: Any) -> None:
@@ -150,9 +149,8 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
             if projection.name in record.selection:
                 part = _part(projection, record.selection[projection.name], order)
                 parts.setdefault(projection.path, []).append(part)
-    tied = {id(weight) for weight in _tied_weights(model)}
     for path, parts_here in parts.items():
-        _mount(model, path, parts_here, record, tied)
+        _mount(model, path, parts_here, record)
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
@@ -175,28 +173,18 @@ def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
     return found
 
 
-def _tied_weights(model: nn.Module) -> Iterator[Tensor]:
-    """Yield parameters that more than one module has."""
-    seen = set()
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        if id(parameter) in seen:
-            yield parameter
-        seen.add(id(parameter))
-
-
 def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
     """Make the part of a projection's units. Its positions are those in the whole weight, if its units have `order`."""
     places = units if order is None else inverse(order)[units]
     return Part(projection, projection.elements(places), projection.elements(units))
 
 
-def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment, tied: set) -> None:
+def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment) -> None:
     original = find(model, path)
     if isinstance(original, nn.Parameter):
         made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
     else:
         made = Mount(original, _layer(original, parts, record), parts)
-    made.layer.is_tied = id(made.layer.weight) in tied
     record.mounts[path] = made
     put(model, path, made.layer)
     if made.original is not None:
@@ -219,8 +207,7 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
     if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
         where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
     delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
-    options = {"delta_dtype": delta_dtype, "effective": record.config.effective}
-    layer = kind.layers[dim].from_module(original, **where, **options)
+    layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
     install_style(original, layer)
     return layer
 
@@ -246,7 +233,6 @@ def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2L
         {expert: torch.cat(places) for expert, places in index.items()},
         config.delta_dtype_for(original.dtype),
         parts[0].projection.transposed,
-        config.effective,
     )
 
 
@@ -334,7 +320,7 @@ def remount(model: nn.Module, record: Attachment) -> None:
         record.host_hooks.remove(model, record)
         record.host_hooks.add(model, record)
     extra_weights.start(model, record, list(record.extra.base), before_forward, before_load)
-    start_holding(model, record)
+    start_holding(model)
 
 
 def release(model: nn.Module, record: Attachment) -> nn.Module:

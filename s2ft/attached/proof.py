@@ -214,7 +214,9 @@ class Proof:
         try:
             set_mounted_deltas(self.record, self.deltas)
             if not self.is_sharded:
-                self._check_blocks(training, backward=True)
+                with self._weights_with_gradients() as weights:
+                    self._check_blocks(training, backward=True)
+                    self._refuse_readers(weights)
             missed = [path for path, s2 in slices.items() if s2.grad is None and self.has_backward]
             outputs = self._run(False)
             if self._differs(outputs, self.evaluated, OF_MODEL):
@@ -229,6 +231,22 @@ class Proof:
                 s2.detach().zero_()
                 s2.grad = None
         self._check_reached(missed)
+
+    @contextmanager
+    def _weights_with_gradients(self) -> Iterator[dict[str, Tensor]]:
+        """Inside, the weights of the trainable layers require gradients, which none of these layers gives them."""
+        layers = {p: mount.layer for p, mount in self.record.mounts.items() if mount.layer.kind.read_only is None}
+        weights = {path: layer.weight for path, layer in layers.items()}
+        try:
+            for path, layer in layers.items():
+                layer.is_on_trial = True
+                weights[path].requires_grad_(True)
+            yield weights
+        finally:
+            for path, layer in layers.items():
+                layer.is_on_trial = False
+                weights[path].requires_grad_(False)
+                weights[path].grad = None
 
     def _check_blocks(self, training: bool, backward: bool = False) -> None:
         """Compare what each block returns for the same inputs, and the outputs of the model."""
@@ -265,31 +283,19 @@ class Proof:
         return _Passed.apply(output, then) if output.shape == then.shape else None
 
     def _raise(self, training: bool, what: str) -> None:
-        """Raise ValueError for a difference. If merging changes the outputs of the attached model, that is why."""
-        layers = {p: m.layer for p, m in self.record.mounts.items() if m.layer.kind.read_only is None}
-        paths, attached = list(layers), self._run(training)
-
-        def changed(count: int) -> bool:
-            """Whether the outputs are others with the slices of the first layers written into their weights."""
-            for number, layer in enumerate(layers.values()):
-                layer.fuse() if number < count else layer.unfuse()
-            return self._differs(self._run(training), attached, OF_BLOCK)
-
-        low, high = 0, len(paths)
-        if self.is_sharded or not changed(high):
-            raise ValueError(
-                f"attach would change what the model computes: in {_mode(training)} mode {what}? {TRY_INSTEAD}"
-            )
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if changed(middle) else (middle, high)
-        way_out = "" if training else ", or use effective='step', which writes slices into the weights"
         raise ValueError(
-            f"the model would be trained as one function and merged as another: in {_mode(training)} mode it computes "
-            f"with the weight of {paths[high - 1]} without running that layer, so that its slice has no effect there. "
-            "Some code reads the weight itself, such as a fast path of torch.nn, a helper or a penalty: train other "
-            f"layers{way_out}"
+            f"attach would change what the model computes: in {_mode(training)} mode {what}? {TRY_INSTEAD}"
         )
+
+    def _refuse_readers(self, weights: dict[str, Tensor]) -> None:
+        """Raise ValueError for a weight that gets a gradient: some code reads it without running its layer."""
+        read = [path for path, weight in weights.items() if weight.grad is not None]
+        if read:
+            raise ValueError(
+                f"the model computes with the weight of {read[0]} without running that layer, so that its slice would "
+                "get a part of its gradient only. Some code reads the weight itself, such as a helper or a penalty: "
+                "train other layers"
+            )
 
     def _check_reached(self, missed: list[str]) -> None:
         """Name the layers that get no gradient, apart from experts, which may get no token."""
@@ -322,8 +328,8 @@ class Proof:
             seed: Seed of all random numbers.
         """
         model, record = self.model, self.record
-        slices = {id(mount.layer.s2) for mount in record.mounts.values()}
-        others = [p for p in model.parameters() if p.requires_grad and id(p) not in slices]
+        own = {id(one) for mount in record.mounts.values() for one in (mount.layer.s2, mount.layer.weight)}
+        others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
         record.rest = Rest(model, {mount.layer for mount in record.mounts.values()}, others)
         try:
             with ExitStack() as stack:

@@ -32,15 +32,12 @@ class State(Enum):
     Attributes:
         BASE: No adapter is active.
         WRITTEN: The active adapters are written into the weights. None of them gets gradients.
-        TRAINING: The forward adds the trainable adapter, which gets gradients. Other active adapters are written.
-        FUSED: The same sum as TRAINING, but the trainable adapter is written into the weights until it is unfused.
-            With effective="step" it gets gradients, and a forward fuses it.
+        TRAINING: So is the trainable adapter, which gets gradients.
     """
 
     BASE = "base"
     WRITTEN = "written"
     TRAINING = "training"
-    FUSED = "fused"
 
 
 @dataclass
@@ -220,19 +217,16 @@ class Attachment:
         """What the model computes.
 
         It is computed and not stored: an interrupt between the change of a layer and the assignment of a stored state
-        would leave a state that is wrong. `active` is assigned last and cleared first, and a layer is fused exactly
-        while it holds the slice that it replaced.
+        would leave a state that is wrong. `active` is assigned last and cleared first.
         """
         if not self.active:
             return State.BASE
-        if self.active.get(self.name) != 1:
-            return State.WRITTEN
-        return State.FUSED if any(mount.layer.fused for mount in self.mounts.values()) else State.TRAINING
+        return State.TRAINING if self.active.get(self.name) == 1 else State.WRITTEN
 
     @property
     def trains(self) -> bool:
-        """Whether the trainable adapter is active with weight 1, so that the forward adds it."""
-        return self.state in (State.TRAINING, State.FUSED)
+        """Whether the trainable adapter is active with weight 1, so that it gets gradients."""
+        return self.state is State.TRAINING
 
     @property
     def names(self) -> list[str]:

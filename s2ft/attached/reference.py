@@ -1,7 +1,8 @@
 """Forward passes without the trainable adapter, in the middle of its training.
 
 :func:`s2ft.disable_adapters` restores the base by writing it into parameters. A graph that was recorded before then
-can't be used for a backward pass any more. The function of this module writes nothing.
+can't be used for a backward pass any more, if it needs one of them. The function of this module changes no version of
+a parameter.
 """
 
 from collections.abc import Iterator
@@ -9,15 +10,17 @@ from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
+from s2ft.attached.holding import write_slices
 from s2ft.attached.record import Attachment, attachment_of
+from s2ft.distributed import reshard_all
 
 
 @contextmanager
 def without_trainable(model: nn.Module) -> Iterator[None]:
     """Leave the trainable adapter out of the forward inside the context. Other active adapters stay.
 
-    No memory is written, except that a fused adapter is unfused and fused again. A backward pass may follow on a graph
-    that was recorded before.
+    The base is written into the slices, and base + s2 again afterwards. A backward pass may follow on a graph that was
+    recorded before. Every rank of a sharded model must call this.
 
     Args:
         model: Model with an adapter.
@@ -29,14 +32,13 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
     if not record.trains:
         yield
         return
-    layers = [mount.layer for mount in record.mounts.values()]
+    reshard_all(model)
     with ExitStack() as stack:
-        for layer in layers:
-            if layer.fused:
-                stack.callback(layer.fuse)
-                layer.unfuse()
-            stack.callback(setattr, layer, "enabled", True)
-            layer.enabled = False
+        stack.callback(write_slices, model, record)
+        for mount in record.mounts.values():
+            stack.callback(setattr, mount.layer, "enabled", True)
+            mount.layer.enabled = False
+            mount.layer.unfuse()
         stack.enter_context(_base_of_extra_weights(model, record))
         yield
 

@@ -12,7 +12,7 @@ from s2ft.attached.record import Attachment, State, find_attachment
 from s2ft.attached.report import units_of
 from s2ft.files.tables import table
 
-FLAGS = ("active", "trainable", "fused")
+FLAGS = ("active", "trainable")
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,6 @@ class StatusRow:
         elements: Selected rows or columns of the weight.
         weight: Weight of the adapter in the active sum; 0 if it is not active.
         trainable: Whether the slice requires a gradient.
-        fused: Whether the delta is written into the weight.
     """
 
     path: str
@@ -35,7 +34,6 @@ class StatusRow:
     elements: int
     weight: float
     trainable: bool
-    fused: bool
 
     @property
     def active(self) -> bool:
@@ -44,7 +42,7 @@ class StatusRow:
 
     @property
     def flags(self) -> str:
-        """The words active, trainable and fused, as far as they hold."""
+        """The words active and trainable, as far as they hold."""
         return ", ".join(flag for flag in FLAGS if getattr(self, flag))
 
 
@@ -57,7 +55,7 @@ class Status:
         active: Weights of the active adapters by name; empty if the model computes the base.
         trainable: Name of the adapter whose slices require a gradient, or None.
         rows: One row for each projection of each adapter.
-        state: What the model computes: base, written, training or fused.
+        state: What the model computes: base, written or training.
         parameters: Trained parameters by adapter, with its extra weights.
     """
 
@@ -139,8 +137,7 @@ def _trainable_rows(record: Attachment) -> Iterator[StatusRow]:
     weight = record.active.get(record.name, 0.0)
     for path, (mount, part) in record.parts.items():
         units = units_of(part.projection, record.selection[path].numel())
-        fused = mount.layer.fused or weight not in (0, 1)  # the forward adds it if its weight is 1
-        yield StatusRow(path, record.name, units, part.elements.numel(), weight, mount.layer.s2.requires_grad, fused)
+        yield StatusRow(path, record.name, units, part.elements.numel(), weight, mount.layer.s2.requires_grad)
 
 
 def _loaded_rows(record: Attachment) -> Iterator[StatusRow]:
@@ -148,4 +145,4 @@ def _loaded_rows(record: Attachment) -> Iterator[StatusRow]:
         weight = record.active.get(name, 0.0)
         for path, delta in adapter.deltas.items():
             units = units_of(record.projections[path], adapter.selection[path].numel())
-            yield StatusRow(path, name, units, delta.index.numel(), weight, False, weight != 0)
+            yield StatusRow(path, name, units, delta.index.numel(), weight, False)

@@ -58,6 +58,7 @@ GONE = {
     "writer": "llama.cpp's converter writes GGUF files, --llama-cpp DIR says where it is",
     "grace": "a server that is stopped lets requests go on for 10 seconds",
     "vllm-transport": "a vLLM server gets the slices in its requests",
+    "effective": "leave it out: weights hold base + delta always",
     "measure": "`s2ft sft --max-steps 3` prints tokens per second",
 }
 

@@ -22,7 +22,6 @@ from s2ft.estimation.memory import bytes_of, free_memory
 from s2ft.estimation.result import Estimate, MemoryPart, size_of
 from s2ft.estimation.shadow import forget_data, make_shadow
 from s2ft.estimation.step import OPTIMIZERS, Optimizer, Step, maker
-from s2ft.layers.base import CALL_INSTEAD
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import check_example
 
@@ -112,8 +111,6 @@ def estimate(
     """
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
     strategy = strategy_of(strategy)
-    if config.effective == "step" and strategy is not None and strategy.name != "ddp":
-        raise ValueError(f"effective='step' works on one device and with ddp, not with {strategy.name}: {CALL_INSTEAD}")
     check_devices(strategy, devices)
     memory = size_of(memory, "memory")
     make = maker(optimizer)

@@ -115,8 +115,9 @@ def forget_data(shadow: nn.Module, record: Attachment, device: torch.device, che
         for tensors in (module._parameters, module._buffers, vars(module), state):
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     for mounted in record.mounts.values():
-        if mounted.layer.effective == "step":  # the copy of the base of its slice counts among the buffers
-            mounted.layer.fuse()
+        if mounted.layer.kind.read_only is None:
+            mounted.layer.write()
+            mounted.layer._buffers["base of the slice"] = mounted.layer.base  # counts as a buffer
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:

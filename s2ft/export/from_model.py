@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from s2ft.attached import extra_weights
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.checks import check_can_merge
+from s2ft.attached.holding import write_slices
 from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.record import Attachment, State, attachment_of
+from s2ft.attached.record import Attachment, attachment_of
 from s2ft.distributed import (
     all_ranks,
     decide,
@@ -99,13 +100,13 @@ def save_merged(
         return
     if is_first:
         logger.info("the base is gathered from the model to merge into it, because %s", obstacle)
-    left = _left(record, changes)
+    write_slices(model, record)
     source = _ModelSource(model, record, plain)
 
     def write_gathered() -> None:
         try:
             if is_first:
-                write(source, left)
+                write(source, Changes(record.projections, {}))  # the weights hold them
         finally:  # every rank takes part in gathering all weights, also if the first one fails
             source.read_rest()
 
@@ -232,17 +233,6 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
 
 
 # ---- the base in the model -----------------------------------------------------------------------------
-
-
-def _left(record: Attachment, changes: Changes) -> Changes:
-    """The changes that are not in the weights of the model yet: those of the trainable adapter, unless it is fused."""
-    for mount in record.mounts.values():
-        if mount.layer.fused and not mount.layer.is_held:
-            mount.layer.fuse()  # s2 has changed since the last forward
-    if record.state is not State.TRAINING:
-        return Changes(record.projections, {})
-    trained = [part.projection.name for mount in record.mounts.values() for part in mount.parts]
-    return Changes(record.projections, {name: changes.passes[name][-1:] for name in trained})
 
 
 class _ModelSource(Source):

@@ -1,7 +1,7 @@
 """lm-eval (lm-evaluation-harness) on a model with an S²FT adapter.
 
-lm-eval runs the model that s2ft loads. The adapter is written into the weights meanwhile, bit for bit as a merge writes
-it, so that the results are those of the merged checkpoint.
+lm-eval runs the model that s2ft loads. The adapter is in the weights, bit for bit as a merge writes it, so that the
+results are those of the merged checkpoint.
 """
 
 import copy
@@ -31,7 +31,7 @@ def evaluate(
     include_path: str | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Score a model on tasks of lm-eval. Afterwards its weights are as before, bit for bit.
+    """Score a model on tasks of lm-eval.
 
     Args:
         model: A causal language model, with or without an attached adapter.
@@ -72,8 +72,6 @@ def evaluate(
 
 def harness_model(model, prompter: Prompter, batch_size: int = 8, **options: Any) -> HFLM:
     """Return the model as lm-eval takes it, with a tokenizer that has the adapter's chat template.
-
-    The adapter is used as it is. :func:`evaluate` also writes it into the weights meanwhile, which is faster.
 
     Args:
         model: A causal language model, with or without an attached adapter.

@@ -18,7 +18,7 @@ from s2ft.layers.experts import (
     forward_of,
 )
 from s2ft.layers.kind import OTHER, Kind
-from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear, is_intercepted, run_on_one_input
+from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear, is_intercepted
 from s2ft.layers.quantized import NO_FUSE, QUANTIZED
 from s2ft.layers.split import Split, split_of
 from s2ft.layers.split_linear import SPLIT_LINEAR, S2SplitLinear
@@ -48,7 +48,6 @@ __all__ = [
     "forward_of",
     "is_intercepted",
     "kind_of",
-    "run_on_one_input",
     "split_of",
 ]
 

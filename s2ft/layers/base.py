@@ -1,54 +1,67 @@
-"""What every trainable layer shares: the slice, fusing, copies and state dicts."""
+"""What every trainable layer shares: the slice, base + s2 in the weight, copies and state dicts."""
 
 import copy
 import warnings
-from collections.abc import Callable
-from functools import cache, partial
+from collections.abc import Iterator
+from functools import cache
 from typing import Any, ClassVar
 
 import numpy
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.distributed import has_master_copy, is_sharded, own_shard, reads_weights, write_full_values
-from s2ft.layers.held import note_write, stamp, wait_for_write
+from s2ft.distributed import (
+    full_tensor,
+    has_master_copy,
+    is_partitioned,
+    is_sharded,
+    local_part,
+    own_shard,
+    own_shards,
+    ranks_sharing,
+    reads_weights,
+    release_gathered,
+    write_full_values,
+)
 from s2ft.layers.kind import Kind
+from s2ft.layers.product import note_written, stamp, wait_for_write
 from s2ft.ops import effective_units
 from s2ft.ops._library import is_being_captured
-from s2ft.ops._lock import LOCK, finish_interrupted
-from s2ft.ops._memory import check_private, check_writable
+from s2ft.ops._memory import WRITING, check_private
 
 UNITS = ("index", "first")  # buffers that say which units are selected
-CALL_INSTEAD = "use effective='call', the default"
 
 
 class S2Layer(nn.Module):
     """A layer with a frozen weight and a trainable slice of it (S²FT paper, section 3.2).
 
-    The effective weight is the weight with `s2` added to the selected units. The forward is always that of the plain
-    layer on the effective weight. Unfused, `weight` holds the base, and the op adds `s2` for the duration of one
-    product. Fused, `weight` holds the effective weight, and the forward is the plain one, which cannot train.
-    With `effective` "step" a forward fuses the layer first, and a fused layer can train.
+    While the layer is switched on, its weight holds base + s2 in the selected units, and the forward is that of the
+    plain layer. The base's values of these units are kept beside it. The slice is written again when s2 has changed:
+    after a step of the optimizer, and otherwise before a forward.
 
     Attributes:
         weight: Frozen weight, as the plain layer stores it.
         bias: Frozen bias [outputs], or None.
         s2: Trainable slice: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
         index: The selected units [n] int64, where they do not fill the range from `start` to `end`; else None.
-        base: The values of the selected units before fusing; None while the layer is not fused.
+        base: The base's values of the selected units; for a weight that is spread over ranks those that this process
+            has, in a list. None while the weight holds the base.
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
-        effective: "call" or "step", see :class:`s2ft.S2FTConfig`.
         kind: What S²FT knows about the plain layer.
     """
 
     dim: ClassVar[int]
     kind: Kind
-    effective = "call"
-    _looked_at = 0  # address of the weight whose memory has been checked
-    _written: tuple | None = None  # stamp of the s2 that the weight of a fused layer holds; None: not known
+    base: Tensor | list[Tensor] | None = None
+    _looked_at: Any = None  # memory of the weight that has been checked
+    _written: tuple | None = None  # which values of s2 the weight holds, see `is_held`; None: not known, or the base
+    _had_gradient = False  # whether s2 has got one since it was written
     _base_of = 0  # id of the weight that `base` belongs to
-    is_tied = False  # whether other modules hold the same weight
+    _seen: tuple | None = None  # stamps of that weight and of s2 when they were written last
+    _whole: Any = None  # memory of the weight that this layer was made on, or wrote last
+    is_on_trial = False  # whether the weight requires a gradient to find code that reads it past this layer
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
     _first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
 
@@ -61,7 +74,6 @@ class S2Layer(nn.Module):
         *,
         index: Tensor | None = None,
         delta_dtype: torch.dtype | None = None,
-        effective: str = "call",
     ) -> "S2Layer":
         """Make a trainable layer that uses the weight and bias of a plain layer, without copying them.
 
@@ -71,15 +83,13 @@ class S2Layer(nn.Module):
             end: End of the selected units (exclusive); default: the number of units.
             index: The selected units [n] int64, instead of `start` and `end`.
             delta_dtype: dtype of `s2`; default: that of the weight.
-            effective: "call" or "step", see :class:`s2ft.S2FTConfig`. With "step" the weight may be in memory that
-                other processes read.
 
         Returns:
             The trainable layer, in the mode (training or evaluation) of `module`.
 
         Raises:
             ValueError: The selection is empty, names a unit twice or lies outside the weight, or the weight is in
-                shared or read-only memory, or this kind of layer does not support `effective`.
+                shared or read-only memory.
 
         Example:
             >>> linear = torch.nn.Linear(8, 16)
@@ -93,7 +103,6 @@ class S2Layer(nn.Module):
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
         self._copy_settings(module)
         self.weight, self.bias = module.weight, module.bias
-        self._set_effective(effective)
         self._check_memory(self.weight)
         self._set_units(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
@@ -102,20 +111,13 @@ class S2Layer(nn.Module):
         self.train(module.training)
         return self
 
-    def _set_effective(self, effective: str) -> None:
-        """Set `effective`. Raises ValueError if it is unknown, or if this kind of layer does not support it."""
-        if effective not in ("call", "step"):
-            raise ValueError(f"effective must be 'call' or 'step', got {effective!r}")
-        if effective == "step" and self.kind.why_not_held:
-            raise ValueError(f"effective='step' is not possible for {self.kind.name}: {self.kind.why_not_held}")
-        self.effective = effective
-
     def _check_memory(self, weight: Tensor) -> None:
-        """Raise ValueError if the weight can't be written, or if another process may read what it must not see."""
-        if self.effective == "step":
-            check_writable("effective='step'", weight)
-        else:
-            check_private("weight", weight)
+        """Raise ValueError if the weight is in memory that can't be written, or that other processes have too."""
+        if type(weight) is nn.Parameter:
+            memory = stamp(weight)[1], weight.data_ptr()  # share_memory_ moves a storage to another address
+            if self._looked_at != memory:
+                check_private("weight", weight)  # which looks at memory of the CPU only
+                self._looked_at = memory
 
     def _copy_settings(self, module: nn.Module) -> None:
         """Copy the attributes of the plain layer that the forward needs, besides weight and bias."""
@@ -180,52 +182,168 @@ class S2Layer(nn.Module):
         zeros = untouched_zeros(shape, dtype) if arrives else torch.zeros(shape, device=self.weight.device, dtype=dtype)
         self.s2 = nn.Parameter(zeros)
         self._made = self.s2.dtype
-        self.register_buffer("base", None)
+        if self.kind.read_only is None:
+            self._whole = stamp(local_part(self.weight))[1]
         self.enabled = True
 
-    @property
-    def delta(self) -> Tensor:
-        """The slice that the forward adds to the weight, after checks."""
-        return self.checked(self.s2, self.weight)
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        """The weight, bias and s2. As attributes, each takes an exception inside nn.Module, 0.6 µs."""
+        parameters = self._parameters
+        try:
+            return parameters["weight"], parameters["bias"], parameters["s2"]
+        except KeyError:  # something else holds them, such as a parametrization
+            return self.weight, self.bias, self.s2
 
-    def checked(self, s2: Tensor, weight: Tensor) -> Tensor:
-        """Check the layer's slice and weight before a forward, and return the slice."""
-        if not torch.compiler.is_compiling():
-            self._check_weight(weight)
-            if s2.dtype is not self._made and s2.dtype.itemsize < self._made.itemsize:
-                _warn_about_cast(self._made, s2.dtype)
-        return s2
+    # ---- base + s2 in the weight -------------------------------------------------------------------
 
-    def _check_weight(self, weight: Tensor) -> None:
-        """Raise RuntimeError if the weight is unfrozen or not in order, ValueError if its memory is unsuitable now."""
+    def hold(self, weight: Tensor, s2: Tensor) -> bool:
+        """Before a forward: write base + s2 into the weight if s2 has changed since it was written.
+
+        Args:
+            weight: The layer's weight.
+            s2: The layer's s2.
+
+        Returns:
+            Whether the weight holds it. False for a weight that an engine has gathered for this forward: only what the
+            ranks own can be written, before the model runs.
+
+        Raises:
+            RuntimeError: The weight is unfrozen or not in order, or the first call is part of the capture of a CUDA
+                graph.
+        """
+        if self.awaits_order or weight.requires_grad or s2.dtype is not self._made:
+            self._check(weight, s2)
+        # A replay does not run this function, so a graph writes the slice at every replay.
+        is_captured = weight.is_cuda and is_being_captured(weight)
+        if not self.is_held(weight, s2) or self.may_have_changed or is_captured and not isinstance(self.base, list):
+            if self._may_be_gathered(weight, s2):
+                return False
+            if is_captured and self.base is None:
+                raise RuntimeError(
+                    "a layer keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it again "
+                    "at every replay: run the model once before you capture it"
+                )
+            self.write()
+        if weight.is_cuda:
+            wait_for_write(weight)
+        return True
+
+    def _may_be_gathered(self, weight: Tensor, s2: Tensor) -> bool:
+        """Whether a weight may be in the memory of an engine. FSDP2 puts another parameter here for a forward."""
+        if not (dist.is_available() and dist.is_initialized()):
+            return False
+        return self._whole != stamp(weight)[1] or weight._is_view() or s2._is_view() or self.is_managed
+
+    def is_held(self, weight: Tensor, s2: Tensor) -> bool:
+        """Whether the weight holds base + s2 with the present values of `s2`. Arguments as in :meth:`hold`."""
+        if weight.is_meta:
+            return True  # there are no values
+        return self.holds(stamp(s2)) and (isinstance(self.base, list) or self._written[1] == stamp(weight))
+
+    def holds(self, s2: tuple[int, Any]) -> bool:
+        """Whether the weight holds the s2 of this stamp. A spread s2 is written before it is gathered."""
+        return self._written is not None and (isinstance(self.base, list) or self._written[0] == s2)
+
+    def _check(self, weight: Tensor, s2: Tensor) -> None:
         if self.awaits_order and not weight.is_meta:
             raise RuntimeError(
                 "the weights were loaded after attach, and their units are not in the order of this layer yet: call "
                 "the model that has the adapter, or load its weights by load_state_dict, which puts them in order"
             )
-        if weight.requires_grad and torch.is_grad_enabled():
+        if weight.requires_grad and torch.is_grad_enabled() and not self.is_on_trial:
             raise RuntimeError(
                 "weight must be frozen, and it requires a gradient: this layer trains s2 only. To train more of the "
                 "weight, select more units; to train all of it, detach first"
             )
-        check_private_once(self, weight, self._check_memory)
+        if s2.dtype.itemsize < self._made.itemsize and not has_master_copy(s2) and not isinstance(self.base, list):
+            _warn_about_cast(self._made, s2.dtype)
 
-    # ---- fuse and unfuse -------------------------------------------------------------------------
+    @property
+    def is_managed(self) -> bool:
+        """Whether an engine spreads the weight or s2 over ranks, or keeps values of s2 of its own."""
+        return isinstance(self.base, list) or ranks_sharing((self.weight, self.s2)) is not None
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the weight, or what this process owns of it, holds the present values. Not inside a forward."""
+        if self._written is None or not isinstance(self.base, list):
+            return self.is_held(self.weight, self.s2) and not self.may_have_changed
+        return self._written[0] == stamp(local_part(self.s2))
+
+    @property
+    def may_have_changed(self) -> bool:
+        """Whether s2 got a gradient since it was written. Some code then changes ``s2.data``, which has no version."""
+        return self._had_gradient and not isinstance(self.base, list)
+
+    def expect_change(self) -> None:
+        """Called when s2 has got a gradient."""
+        self._had_gradient = True
+
+    def after_step(self) -> None:
+        """Called after an optimizer has changed s2. An engine may have the new values later, at its next forward."""
+        self._written = None
+        if not self.is_managed:
+            self.write()
+
+    def full_s2(self) -> Tensor:
+        """All values of s2 in the precision in which they are trained. Every rank that has a part must call this."""
+        full = full_tensor(self.s2)
+        return full.to(self._made) if has_master_copy(self.s2) else full  # the optimizer's copy is float32
 
     @property
     def fused(self) -> bool:
-        """Whether `weight` holds the effective weight."""
+        """Whether `weight` holds base + s2, for some values of s2."""
         return self.base is not None
 
-    def fuse(self) -> None:
-        """Write base + s2 into `weight` and keep the base's values in `base`.
+    def write(self) -> None:
+        """Write base + s2 into the weight, or into what this process owns of it, and keep the base's values in `base`.
 
-        A fused layer writes the present values of `s2`. Call this after other code has written into ``s2.data``, which
-        a forward does not notice.
+        Every rank that has a part of s2 must call this.
+
+        Raises:
+            RuntimeError: The weight has been replaced while it held base + s2.
+            ValueError: The weight is in read-only memory, or in memory that other processes have too.
+        """
+        with WRITING, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
+            weight, s2 = self.weight, self.s2
+            self._check_same_weight()
+            self._check_memory(weight)
+            # Before the values are read: if another thread changes them, they are written again.
+            now = stamp(local_part(s2)), stamp(local_part(weight))
+            # The base is kept before anything is written, so that unfuse restores it after an interrupt at any moment.
+            # Until the stamp is set below, the next forward writes base + s2 again.
+            self._written, self._base_of = None, id(weight)
+            values = self.full_s2()
+            if is_sharded(weight):
+                self._write_own(values)
+            else:
+                self._keep_base(weight, values)
+                self._write_units(effective_units(self.base, values))
+            self._written, self._whole, self._had_gradient = now, now[1][1], False
+            note_written(self, weight, local_part(s2))
+
+    def _keep_base(self, weight: Tensor, s2: Tensor) -> None:
+        """Keep the base's values of a whole weight. Since they were kept, others may have been loaded into it."""
+        if self.base is None:
+            self.base = self._units(weight).clone()
+        elif self._seen is not None and self._seen[0] != stamp(weight):
+            now = self._units(weight)
+            self.base = self.base.to(now)
+            is_ours = torch.equal(now, effective_units(self.base, s2))  # for instance in other memory
+            # An average of models changes both in place, and keeps what the weight holds.
+            both_changed = self._seen[0][1] == stamp(weight)[1] and self._seen[1] != stamp(self.s2)
+            if not (is_ours or both_changed):
+                self.base = now.clone()
+        self._seen = stamp(weight), stamp(self.s2)
+
+    def fuse(self) -> None:
+        """Write base + s2 into `weight` now, as the next forward would do if s2 has changed.
+
+        Call it after other code has written into ``s2.data``, which a forward does not notice.
 
         Raises:
             RuntimeError: The adapter is off, or the weight is quantized.
-            ValueError: The weight is in read-only memory, or, with `effective` "call", in shared memory.
+            ValueError: The weight is in read-only memory, or in memory that other processes have too.
 
         Example:
             >>> layer = s2ft.S2RowLinear(8, 16, end=4)
@@ -235,22 +353,10 @@ class S2Layer(nn.Module):
         """
         if not self.enabled:
             raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
-        check_private_once(self, self.weight, self._check_memory)
-        with LOCK, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
-            finish_interrupted()
-            self._check_same_weight()
-            if self.base is None:
-                # The base is kept before anything is written, so that unfuse restores it after an interrupt at any
-                # moment. Until the stamp below is set, the next forward writes base + s2 again.
-                self._written, self._base_of = None, id(self.weight)
-                self.base = self._units().clone()
-            now = stamp(self.s2)  # before the values are read: if another thread changes them, they are written again
-            self._write_units(self._effective(self.base))
-            note_write(self.weight)
-            self._written = now
+        self.write()
 
     def unfuse(self) -> None:
-        """Copy the base's values back into `weight`, bit for bit. A layer that is not fused stays as it is.
+        """Copy the base's values back into `weight`, bit for bit. The next forward of a layer that is on undoes this.
 
         Example:
             >>> layer = s2ft.S2RowLinear(8, 16, end=4)
@@ -260,95 +366,86 @@ class S2Layer(nn.Module):
             False
         """
         self._check_same_weight()
-        if self.base is not None:
-            with LOCK:
-                self._written = None  # an interrupt below leaves a fused layer that writes base + s2 again
+        if self.base is None:
+            return
+        with WRITING:
+            self._written = None  # after an interrupt below, base + s2 is written again
+            if is_sharded(self.weight):
+                self._keep_own()
+                self._put_own_base(self.weight)
+                release_gathered(self.weight)
+            else:
                 self._write_units(self.base)
-                note_write(self.weight)
+                note_written(self, self.weight)
                 if self.base.is_cuda:  # another stream may have made it, and would use its memory again at once
                     self.base.record_stream(torch.cuda.current_stream(self.base.device))
-                self.base = None
+            self.base = None
 
     fuse_s2_weight, unfuse_s2_weight = fuse, unfuse  # the reference code's names
-
-    def _check_fused(self) -> None:
-        if torch.is_grad_enabled() and self.s2.requires_grad and self.training:
-            raise RuntimeError(
-                "this layer is fused and in training mode, where s2 gets no gradient: call unfuse() to train, or run "
-                "the layer in eval() or under torch.no_grad()"
-            )
-        if not torch.compiler.is_compiling() and not self.is_held:
-            self.fuse()  # an optimizer, an average of weights or a loaded state has changed s2
-
-    @property
-    def is_held(self) -> bool:
-        """Whether `weight` holds base + s2 with the present values of `s2`."""
-        if self._written is None or self.base is None:
-            return False
-        self._check_same_weight()
-        return self._written == stamp(self.s2)
 
     def _check_same_weight(self) -> None:
         """Check that no other parameter has taken the place of the weight that `base` belongs to.
 
-        Only layers that fuse themselves check this: whoever calls fuse knows that the weight is not the base.
-
         Raises:
             RuntimeError: One has. `base` is kept, and everything works again when the weight is back.
         """
-        if self.effective == "step" and self.base is not None and self._base_of != id(self.weight):
+        if self.base is None or is_sharded(self.weight):
+            return
+        if isinstance(self.base, list):
+            raise RuntimeError("the weight is gathered from several ranks now: reshard the model first")
+        if self._base_of != id(self.weight):
             raise RuntimeError(
-                "effective='step': the weight was replaced or sharded while it held base + s2, so that this layer's "
-                f"copy of the base belongs to another weight: call s2ft.unfuse(model) before, or {CALL_INSTEAD}"
+                "the weight was replaced while it held base + s2, so that this layer's copy of the base belongs to "
+                "another weight: call layer.unfuse() before, or load the new weight by load_state_dict"
             )
 
-    def hold(self) -> None:
-        """Write base + s2 into `weight` if it does not hold it, for a layer with `effective` "step".
+    def effective_weight(self, s2: Tensor, weight: Tensor) -> Tensor:
+        """Return a copy of the weight that holds base + s2, through which gradients of any order flow to s2.
 
         Raises:
-            RuntimeError: The weight is unfrozen or not in order, or is spread over ranks, or the first call is part of
-                the capture of a CUDA graph.
+            RuntimeError: Only other values of s2 are in a weight that is spread over ranks.
         """
-        weight = self.weight
-        self._check_weight(weight)
-        if not weight.is_cuda and self.is_held:
-            return
-        is_captured = is_being_captured(weight)
-        if is_captured and self.base is None:
-            raise RuntimeError(
-                "effective='step' keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it "
-                "again at every replay: run the model once before you capture it"
-            )
-        # A replay does not run this function, so a graph writes the slice at every replay.
-        if is_captured or not self.is_held:
-            why = why_not_whole(self)
-            if why:
-                raise RuntimeError(f"effective='step' writes base + s2 into whole weights, and {why}: {CALL_INSTEAD}")
-            self.fuse()
-        wait_for_write(weight)
+        if isinstance(self.base, list):
+            if self._written is None:
+                raise RuntimeError(
+                    "s2 has changed, and this weight is spread over ranks, which write it before the model runs: call "
+                    "the model that has the adapter, and not a part of it"
+                )
+            values = self._units(weight) + (s2 - s2.detach()).to(weight.dtype)
+        else:
+            values = effective_units(self._units(weight) if self.base is None else self.base, s2)
+        return self._with_units(weight.detach(), values)
 
     def base_weight(self) -> Tensor:
-        """The weight with the base's values, as it is stored: a copy if the layer is fused, else the weight itself."""
+        """The weight with the base's values, as it is stored: a copy if it holds base + s2, else the weight itself."""
         self._check_same_weight()
-        if self.base is None:
+        if self.base is None or is_partitioned(self.weight):
             return self.weight
-        copy = at_rest(self.weight)
-        self.write_units_of(copy, self.base)
-        return copy
+        with WRITING:
+            copied = self.weight.detach().clone()
+            if is_sharded(copied):
+                self._keep_own()
+                self._put_own_base(copied)
+            else:
+                self.write_units_of(copied, self.base)
+        return copied
 
-    def _units(self) -> Tensor:
-        matrix = self.matrix.detach()
+    # ---- the selected units of a whole weight --------------------------------------------------------
+
+    def selected_units(self) -> Tensor:
+        """The selected units, [n] int64, on the device of `s2`."""
+        return torch.arange(self.start, self.end, device=self.s2.device) if self.index is None else self.index
+
+    def _units(self, weight: Tensor) -> Tensor:
+        matrix = self.kind.view(weight.detach())
         if self.index is None:
             return matrix.narrow(self.dim, self.start, self.end - self.start)
         return matrix.index_select(self.dim, self.index)
 
-    def _effective(self, base: Tensor) -> Tensor:
-        return effective_units(base, self.s2.detach())
-
     def _write_units(self, values: Tensor) -> None:
-        # A graph of autograd that was recorded before is still valid, because its backward looks at `base`. So the
-        # version of the weight, by which autograd would refuse the graph, is not changed.
-        self.write_units_of(self.weight.data if self.effective == "step" else self.weight, values)
+        # A graph of autograd that was recorded before is still valid, because its backward looks at what the weight
+        # holds. So the version of the weight, by which autograd would refuse the graph, is not changed.
+        self.write_units_of(self.weight.data, values)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.
@@ -361,7 +458,50 @@ class S2Layer(nn.Module):
         if self.index is None:
             matrix.narrow(self.dim, self.start, self.end - self.start).copy_(values)
         else:
-            matrix.transpose(0, self.dim)[self.index] = values.transpose(0, self.dim)
+            _put(matrix, self.index, values, self.dim)
+
+    def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
+        """Copy a weight with other values in the selected units. Gradients flow to the values."""
+        return self.kind.with_units(weight, self.selected_units().to(weight.device), values, self.dim)
+
+    # ---- what this process owns of a weight that is spread over ranks ---------------------------------
+
+    def _pieces(self, values: Tensor) -> Iterator[tuple[int | None, Tensor, Tensor]]:
+        """Yield the expert, the units [n] int64, and the values of each matrix of the weight."""
+        yield None, self.selected_units(), values
+
+    def _own_parts(self, weight: Tensor, values: Tensor | None = None) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield each block that this process owns, the units in it [n] int64, and the values there.
+
+        Args:
+            weight: A tensor that is spread as the layer's weight is.
+            values: Values of the full shape of `s2`. Default: on the meta device.
+        """
+        if values is None:
+            values = torch.empty(getattr(self.s2, "ds_shape", self.s2.shape), device="meta")
+        for shard in own_shards(weight):
+            for expert, units, part in self._pieces(values):
+                block = self.kind.shard(shard, expert)
+                index, here = block.restrict(units.cpu(), part, self.dim)
+                yield block.tensor, index.to(block.tensor.device), here
+
+    def _keep_own(self) -> None:
+        """Keep the base of what this process owns. If the weight was whole, it has been spread since."""
+        weight = self.weight
+        if isinstance(self.base, Tensor):
+            self.base = [here.clone() for _, _, here in self._own_parts(weight, self.base)]
+        elif self.base is None:
+            self.base = [matrix.index_select(self.dim, index) for matrix, index, _ in self._own_parts(weight)]
+
+    def _put_own_base(self, weight: Tensor) -> None:
+        for (matrix, index, _), base in zip(self._own_parts(weight), self.base):
+            _put(matrix, index, base, self.dim)
+
+    def _write_own(self, s2: Tensor) -> None:
+        self._keep_own()
+        for (matrix, index, here), base in zip(self._own_parts(self.weight, s2), self.base):
+            _put(matrix, index, effective_units(base, here.to(base.device)), self.dim)
+        release_gathered(self.weight)
 
     # ---- the meta device -------------------------------------------------------------------------
 
@@ -370,8 +510,7 @@ class S2Layer(nn.Module):
 
         While the weight is on the meta device, fn may be that of to_empty, which would leave no values in s2.
         """
-        if self.effective == "step":
-            self.unfuse()  # the sum of two casts is not the cast of a sum
+        self.unfuse()  # the sum of two casts is not the cast of a sum
         units = {name: buffer for name in UNITS if (buffer := self._buffers.get(name)) is not None}
         weight_was_here, before = not self.weight.is_meta, own_shard(self.s2)
         super()._apply(fn, recurse)
@@ -410,45 +549,48 @@ class S2Layer(nn.Module):
         self._first_values = None
 
     # ---- copies and states -----------------------------------------------------------------------
-    # They are taken while no other thread has base + s2 in the weight, see stable_weights.
+
+    # What a copy finds out by itself
+    _FORGOTTEN = dict.fromkeys(("_looked_at", "_written", "_seen", "_whole"))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "S2Layer":
-        return copy_at_rest(self, memo)
+        made = memo[id(self)] = type(self).__new__(type(self))
+        with WRITING:
+            state = copy.deepcopy({**self.__dict__, **self._FORGOTTEN}, memo)
+        made.__setstate__(state)
+        return made
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle and torch.save, with a copy of the weight, because they read a tensor's memory later.
-
-        A tied weight is not copied, so that it is still tied when it is loaded.
-        """
-        state = {**self.__dict__, "_looked_at": 0, "_written": None}
-        weight = self._parameters.get("weight")
-        if weight is not None and not self.is_tied:
-            state["_parameters"] = {**self._parameters, "weight": nn.Parameter(at_rest(weight), requires_grad=False)}
+        """The state for pickle and torch.save, with the base in the weight."""
+        state = {**self.__dict__, **self._FORGOTTEN, "base": None}
+        if self.base is not None and "weight" in self._parameters:
+            weight = nn.Parameter(self.base_weight(), requires_grad=False)
+            state["_parameters"] = {**self._parameters, "weight": weight}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._written = None  # the versions of the copy start again
-        self._base_of = id(self._parameters.get("weight"))
         weight = self._parameters.get("weight")
+        self._base_of = id(weight)
         if weight is not None and weight.device.type == "cpu" and weight.is_shared():
             weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
+        if weight is not None:
+            self._whole = stamp(local_part(weight))[1]
+        if isinstance(self.base, Tensor):
+            self._seen = stamp(weight), stamp(self.s2)  # so that the base is kept if s2 changes before the next write
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        """Save the base's weight. With `keep_vars`, which asks for the parameters themselves, it holds base + s2."""
+        if is_partitioned(self.weight):
+            self.unfuse()  # DeepSpeed's checkpoint reads the parts themselves after this; the next forward writes them
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.base is not None and not keep_vars and prefix + "weight" in destination:
+            destination[prefix + "weight"] = self.base_weight().detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        """Load a state. Its entry `base` tells whether the layer was fused, and the layer then is too."""
         self._check_same_units(state_dict, prefix)
-        with torch.no_grad():
-            if state_dict.get(prefix + "weight") is self.weight:
-                pass  # the hook of an attached model found that it equals the weight
-            elif prefix + "weight" not in state_dict:
-                self.unfuse()  # the state has s2 only, which belongs to the base
-            if prefix + "base" in state_dict:
-                self.base = self._units().clone() if self.base is None else self.base
-            elif prefix + "weight" in state_dict:
-                self.base = None  # the weight in the state is a base
+        self.unfuse()  # the weight in a state is a base, and so is the one that stays without it
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-        self._base_of = id(self.weight)
-        self._written = None  # s2 may have changed: the next forward writes it
 
     def _check_same_units(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Take the selected units out of a state to load if this layer's states don't have them.
@@ -462,9 +604,9 @@ class S2Layer(nn.Module):
                 raise ValueError(f"{prefix}index: the state is of other units than those that this layer trains")
 
     def _selected(self) -> str:
-        """The selected units and the state, for extra_repr."""
+        """The selected units and whether the layer is on, for extra_repr."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
-        return units + (", fused" if self.fused else "") + ("" if self.enabled else ", off")
+        return units + ("" if self.enabled else ", off")
 
 
 def beside(index: Tensor, weight: Tensor) -> Tensor:
@@ -478,57 +620,16 @@ def untouched_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
     return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)
 
 
-def check_private_once(
-    layer: nn.Module, weight: Tensor, check: Callable[[Tensor], None] = partial(check_private, "weight")
-) -> None:
-    """Check the weight's memory if it is not the one of the last call. Every forward calls this.
-
-    Args:
-        layer: Keeps the address in `_looked_at`.
-        weight: The layer's weight. Only plain parameters on the CPU are checked.
-        check: Function that raises ValueError for unsuitable memory.
-    """
-    if type(weight) is nn.Parameter and weight.data_ptr() != layer._looked_at:
-        check(weight)  # which looks at memory of the CPU only
-        layer._looked_at = weight.data_ptr()
-
-
-def why_not_whole(layer: S2Layer) -> str:
-    """Return why the weight of a layer is not whole in this process from step to step; "" if it is."""
-    if is_sharded(layer.weight) or is_sharded(layer.s2):
-        return "this one is spread over ranks by FSDP2, ZeRO-3 or tensor parallelism"
-    if has_master_copy(layer.s2):
-        return "DeepSpeed's optimizer has its own copy of s2"
-    if layer.weight._is_view() or layer.s2._is_view():
-        return "this one is a view of other memory, as FSDP version 1 makes them"
-    return ""
-
-
-def copy_at_rest(layer: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """Deep-copy a layer while no operation has base + delta in its weight."""
-    made = memo[id(layer)] = type(layer).__new__(type(layer))
-    with LOCK:
-        finish_interrupted()
-        state = copy.deepcopy(layer.__dict__, memo)
-    made.__setstate__(state)
-    made._looked_at = 0
-    return made
-
-
-def at_rest(weight: Tensor) -> Tensor:
-    """Copy a weight while no operation has base + delta in it."""
-    with LOCK:
-        finish_interrupted()
-        return weight.detach().clone()
+def _put(matrix: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
+    """Write units of a matrix, or of a stack of taps."""
+    matrix.transpose(0, dim)[index] = values.transpose(0, dim)  # index_copy_ visits columns element by element
 
 
 @cache  # once a process
 def _warn_about_cast(made: torch.dtype, now: torch.dtype) -> None:
     made, now = (str(dtype).removeprefix("torch.") for dtype in (made, now))
     warnings.warn(
-        f"s2 was made as {made} and is {now} in the forward. If FSDP (param_dtype of MixedPrecisionPolicy) or "
-        f"DeepSpeed cast it, updates are still summed in {made}, but base + delta is the sum of rounded parts, and not "
-        f"bit for bit the weight that merging writes: leave param_dtype unset and load the base in {now}, or use "
-        f"torch.autocast. If model.to cast it, updates that are smaller than the step of {now} are lost",
+        f"s2 was made as {made} and is {now} now, as by model.to: updates that are smaller than the step of {now} are "
+        "lost. Load the base in the dtype that you want before you attach, or use torch.autocast",
         stacklevel=3,
     )

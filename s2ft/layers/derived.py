@@ -15,8 +15,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
-from s2ft.ops import effective_units
-from s2ft.ops._lock import LOCK, finish_interrupted
+from s2ft.ops._library import transforms_active
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of a weight to which a delta can be added
 OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "plain")  # of a trainable layer
@@ -119,26 +118,6 @@ def run_on(
     return type(module).forward(other, *args, **(kwargs or {}))
 
 
-def effective_weight(weight: Tensor, delta: Tensor, index: Tensor, dim: int, transposed: bool) -> Tensor:
-    """Copy a weight with a delta added to its units. Gradients flow to the delta.
-
-    Args:
-        weight: The weight as it is stored, [outputs, inputs], or [inputs, outputs] if `transposed`.
-        delta: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
-        index: The units [n] int64.
-        dim: 0 for outputs, 1 for inputs.
-        transposed: How the weight is stored.
-
-    Returns:
-        The effective weight, stored as `weight` is. It equals the weight that merging writes, bit for bit.
-    """
-    dim, delta = (1 - dim, delta.t()) if transposed else (dim, delta)
-    with LOCK:  # no operation of another thread has its own sum in the weight meanwhile
-        finish_interrupted()
-        base = weight.detach().index_select(dim, index)
-        return weight.detach().index_copy(dim, index, effective_units(base, delta))
-
-
 class S2OwnForward(S2Layer):
     """What S2ColumnOwnForward and S2RowOwnForward share: the plain layer's forward, run on the effective weight.
 
@@ -191,14 +170,12 @@ class S2OwnForward(S2Layer):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the plain layer's forward on the effective weight; its arguments and what it returns are those."""
-        weight = self.weight
-        if self.fused:
-            self._check_fused()
-        elif self.enabled:
-            index = self.index
-            if index is None:
-                index = torch.arange(self.start, self.end, device=weight.device)
-            weight = effective_weight(weight, self.delta, index, self.dim, self.kind.transposed)
+        weight, s2 = self.weight, self.s2
+        if self.enabled:
+            is_traced = torch.compiler.is_compiling() or transforms_active()
+            is_held = not is_traced and self.hold(weight, s2)
+            if not is_held or s2.requires_grad and torch.is_grad_enabled():
+                weight = self.effective_weight(s2, weight)
         parameters = {name: self._parameters[name] for name in self.plain._parameters}
         buffers = {name: self._buffers[name] for name in self.plain._buffers}
         parameters["weight"] = weight
@@ -252,7 +229,6 @@ class OwnForwardKind(Kind):
     """A class derived from nn.Linear or Conv1D with a forward of its own, such as a router that picks experts."""
 
     layers = (S2ColumnOwnForward, S2RowOwnForward)
-    why_not_held = "its own forward runs on a copy of the weight"
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
@@ -264,7 +240,7 @@ class OwnForwardKind(Kind):
 
     def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         x, delta, index, dim, *args = args
-        weight = effective_weight(module.weight, delta, index, dim, self.transposed)
+        weight = self.with_delta(module.weight, delta, index, dim)
         return run_on(module, {"weight": weight}, {}, (x, *args), kwargs)
 
     def features_last(self, module: nn.Module, x: Any) -> Tensor:

@@ -6,7 +6,7 @@ of this file becomes the forward of the module. Tokens are sorted by expert, and
 in transformers' own `grouped_mm`. The host never waits for the routing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
@@ -17,13 +17,12 @@ from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape
 from s2ft.layers.base import S2Layer, beside
-from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
 from s2ft.layers.linear import is_intercepted
-from s2ft.ops import act_mul, grouped_linear
-from s2ft.ops._grouped import grouped_mm, product
+from s2ft.layers.product import product
+from s2ft.ops import act_mul
+from s2ft.ops._grouped import columns_to_keep, delta_gradient, grouped_mm
 from s2ft.ops.act_mul import ACTIVATIONS
-from s2ft.ops.grouped_linear import columns_to_keep, delta_gradient
 
 
 class S2Experts(S2Layer):
@@ -40,7 +39,6 @@ class S2Experts(S2Layer):
         index: dict[int, Tensor],
         delta_dtype: torch.dtype | None = None,
         transposed: bool = False,
-        effective: str = "call",
     ) -> None:
         """Make a trainable layer that uses a parameter without copying it.
 
@@ -49,11 +47,10 @@ class S2Experts(S2Layer):
             index: The selected units [n] int64 by expert, each unit once.
             delta_dtype: dtype of `s2`; default: that of the weight.
             transposed: Whether the weights are [experts, inputs, outputs].
-            effective: "call" or "step", see :class:`s2ft.S2FTConfig`.
         """
         super().__init__()
-        self.weight, self.bias, self.transposed = weight.requires_grad_(False), None, transposed
-        self._set_effective(effective)
+        self.weight, self.transposed = weight.requires_grad_(False), transposed
+        self.register_parameter("bias", None)
         experts, *shape = full_shape(weight)
         if transposed:
             shape = shape[::-1]
@@ -70,11 +67,6 @@ class S2Experts(S2Layer):
     def kind(self) -> Kind:
         return TRANSPOSED_EXPERTS if self.transposed else EXPERTS
 
-    @property
-    def stack(self) -> Tensor:
-        """The weights as [experts, outputs, inputs], in their own memory."""
-        return stack_of(self.weight, self.transposed)
-
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Run the experts on their effective weights.
 
@@ -85,23 +77,14 @@ class S2Experts(S2Layer):
         Returns:
             The outputs [rows, outputs].
         """
-        if self.effective == "step" and self.enabled:
-            with _without_autocast(x):
-                return held_product(self, x.to(self.weight.dtype), ExpertsFormulas(self, offsets))
-        if self.fused:
-            self._check_fused()
-        elif self.enabled:
-            with _without_autocast(x):
-                return grouped_linear(
-                    x.to(self.weight.dtype),
-                    self.stack,
-                    self.delta,
-                    self.index + self.first,
-                    offsets,
-                    self.dim,
-                    max(self.counts),
-                )
-        return project(self.weight, x, offsets, self.transposed)
+        if not self.enabled:
+            return project(self.weight, x, offsets, self.transposed)
+        with _without_autocast(x):
+            return product(self, x.to(self.weight.dtype), offsets)
+
+    def _units(self, weight: Tensor) -> Tensor:
+        experts, places = self._by_expert(weight)
+        return experts[places].transpose(0, self.dim).contiguous()
 
     def _by_expert(self, weight: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
         """View a tensor of the weight's shape as [experts, units, elements of a unit], and find the units there."""
@@ -109,41 +92,21 @@ class S2Experts(S2Layer):
         size = stack.shape[1 + self.dim]
         return stack.transpose(1, 1 + self.dim), (self.first // size, self.index)
 
-    def _units(self) -> Tensor:
-        experts, places = self._by_expert(self.weight)
-        return experts[places].transpose(0, self.dim).contiguous()
-
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         experts, places = self._by_expert(weight)
         experts[places] = values.transpose(0, self.dim)
 
+    def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
+        experts, places = self._by_expert(weight)
+        experts = experts.index_put(places, values.transpose(0, self.dim)).transpose(1, 1 + self.dim)
+        return stack_of(experts, self.transposed)
+
+    def _pieces(self, values: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+        units, parts = self.index.split(self.counts), values.split(self.counts, self.dim)
+        yield from ((expert, *pair) for expert, pair in enumerate(zip(units, parts)) if self.counts[expert])
+
     def extra_repr(self) -> str:
         return f"experts={len(self.counts)}, weight={tuple(full_shape(self.weight)[1:])}, {self._selected()}"
-
-
-class ExpertsFormulas(Formulas):
-    """Formulas of experts: those of :mod:`s2ft.ops.grouped_linear`."""
-
-    def __init__(self, layer: S2Experts, offsets: Tensor) -> None:
-        self.transposed, self.dim, self.offsets = layer.transposed, layer.dim, offsets
-        self.index, self.most, self.stack = layer.index + layer.first, max(layer.counts), layer.stack
-
-    def run(self, x: Tensor, weight: Tensor, bias: None) -> Tensor:
-        return product(x, stack_of(weight, self.transposed).transpose(1, 2), self.offsets)
-
-    def keep(self, x: Tensor, s2: Tensor) -> Tensor:
-        return x if self.dim == 0 else columns_to_keep(x, self.stack, self.index, self.most, self.offsets)
-
-    def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return product(grad, stack_of(weight, self.transposed), self.offsets)
-
-    def gradient_of_s2(self, grad: Tensor, kept: Tensor, s2: Tensor) -> Tensor:
-        sizes = self.stack.shape[0], self.stack.shape[1 + self.dim]
-        return delta_gradient(grad, kept, s2, self.index, self.most, self.offsets, self.dim, *sizes)
-
-    def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
-        base = stack_of(base, self.transposed)
-        return torch.ops.s2ft.grouped_linear_grad_x(grad, base, s2, self.index, self.most, self.offsets, self.dim)
 
 
 class S2ColumnExperts(S2Experts):
@@ -383,6 +346,23 @@ class ExpertsKind(Kind):
 
     def view(self, tensor: Tensor, expert: int | None = None) -> Tensor:
         return tensor[expert].t() if self.transposed else tensor[expert]
+
+    def run(self, x: Tensor, weight: Tensor, bias: None, call: Tensor) -> Tensor:
+        return grouped_mm(x, stack_of(weight, self.transposed).transpose(1, 2), call)
+
+    def keep(self, layer: nn.Module, x: Tensor, call: Tensor) -> Tensor:
+        if layer.dim == 0:
+            return x
+        stack = stack_of(layer.weight, self.transposed)
+        return columns_to_keep(x, stack, layer.index + layer.first, max(layer.counts), call)
+
+    def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Tensor) -> Tensor:
+        return grouped_mm(grad, stack_of(weight, self.transposed), call)
+
+    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Tensor, plain: bool) -> Tensor:
+        stack, index = stack_of(layer.weight, self.transposed), layer.index + layer.first
+        sizes = stack.shape[0], stack.shape[1 + layer.dim]
+        return delta_gradient(grad, kept, s2, index, max(layer.counts), call, layer.dim, *sizes)
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
         weights, start = shard.tensor, shard.start

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import Shard
 from s2ft.layers.split import Split
+from s2ft.ops import effective_units
 
 
 def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -32,10 +33,8 @@ class Kind:
         layers: The classes that train its outputs and its inputs (column, row); None if S²FT has none.
         is_linear: Whether the output is one matrix product (and a bias), so that a second product can be added to it.
         transposed: Whether the weight is stored as [inputs, outputs].
-        read_only: Why values can't be written into the weight, as a sentence; None if they can. Reordering units, and
-            fusing, merging or switching on an adapter, write into the weight.
-        why_not_held: Why the weight can't hold base + s2 from one optimizer step to the next (effective="step"), as a
-            sentence; None if it can.
+        read_only: Why values can't be written into the weight, as a sentence; None if they can. Training, reordering
+            units, merging and switching on an adapter write into the weight.
     """
 
     name = "no layer that S²FT trains"
@@ -43,7 +42,6 @@ class Kind:
     is_linear = False
     transposed = False
     read_only: str | None = None
-    why_not_held: str | None = None
 
     def matches(self, found: Any) -> bool:
         """Whether a module or parameter of a plain model is of this kind.
@@ -94,7 +92,9 @@ class Kind:
             matrix = self.view(matrix)
         elif self.transposed:
             matrix = matrix.t()
-        return Shard(matrix, start[1::-1] if self.transposed else start[:2])
+        if self.transposed:
+            return Shard(matrix, start[1::-1])
+        return Shard(matrix, start if len(start) == matrix.dim() else start[:2])
 
     def split(self, holder: nn.Module | Tensor) -> Split | None:
         """How tensor parallelism has split the weight over ranks; None if it has not."""
@@ -114,6 +114,24 @@ class Kind:
 
     # ---- running ---------------------------------------------------------------------------------
 
+    def with_delta(self, weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        """Copy a weight with a delta added to its units, rounded once. Gradients flow to the delta.
+
+        Args:
+            weight: The weight as it is stored.
+            delta: As in :meth:`forward`.
+            index: The units [n] int64.
+            dim: 0 for outputs, 1 for inputs.
+        """
+        base = self.view(weight.detach()).index_select(dim, index)
+        return self.with_units(weight.detach(), index, effective_units(base, delta), dim)
+
+    def with_units(self, weight: Tensor, index: Tensor, values: Tensor, dim: int) -> Tensor:
+        """Copy a weight, in its own layout, with other values in some units. Gradients flow to the values."""
+        if self.transposed:
+            return weight.index_copy(1 - dim, index, values.t())
+        return self.view(weight).index_copy(dim, index, values).view(weight.shape)
+
     def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         """Run a plain layer on its weight with a delta added.
 
@@ -128,6 +146,42 @@ class Kind:
             The layer's output.
         """
         raise NotImplementedError(self.name)
+
+    # ---- the product of a trainable layer, whose weight holds base + s2: see s2ft.layers.product -----------
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
+        """The output of a layer.
+
+        Args:
+            x: The input, in the dtype of the product.
+            weight: The effective weight as it is stored.
+            bias: The bias, or None.
+            call: What else this call needs: the padding of a convolution, the rows of experts.
+        """
+        raise NotImplementedError(self.name)
+
+    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+        """What the gradient of s2 needs of x: x itself where outputs are trained, a copy of a part where inputs are."""
+        raise NotImplementedError(self.name)
+
+    def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
+        """The gradient of x.
+
+        Args:
+            grad: Gradient of the output.
+            weight: The effective weight as it is stored.
+            shape: Shape of x.
+            call: As in :meth:`run`.
+        """
+        raise NotImplementedError(self.name)
+
+    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+        """The gradient of s2, given that of the output. If `plain`, autograd casts it to the dtype of s2."""
+        raise NotImplementedError(self.name)
+
+    def grad_of_bias(self, grad: Tensor) -> Tensor:
+        """The gradient of the bias, given that of the output [..., outputs]."""
+        return grad.reshape(-1, grad.shape[-1]).sum(0)
 
     def features_last(self, module: nn.Module, x: Tensor) -> Tensor:
         """The layer's input or output with the features (channels) in the last dimension."""

@@ -1,26 +1,21 @@
 """Linear layers that train a few outputs or inputs of a frozen weight: nn.Linear and transformers' Conv1D."""
 
 import math
-from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from s2ft.layers.base import S2Layer
-from s2ft.layers.held import Formulas, held_product
 from s2ft.layers.kind import Kind
+from s2ft.layers.product import product
 from s2ft.ops import _linear, indexed_linear
-from s2ft.ops._library import autocast_input, own_output, runs_directly
-from s2ft.ops._one_input import Factors, can_share, linears
-from s2ft.ops.indexed_linear import _ops as INDEXED
-from s2ft.ops.sliced_linear import _ops as SLICED
+from s2ft.ops._library import autocast_input, own_output
 
 
 class S2Linear(S2Layer):
-    """What S2ColumnLinear and S2RowLinear share: the forward is ``F.linear(x, effective weight, bias)``.
+    """What S2ColumnLinear and S2RowLinear share: the forward is ``F.linear(x, weight, bias)``.
 
     `weight` is [out_features, in_features]. Made from a Conv1D of transformers, it stays [in_features, out_features];
     `s2` has the shape that it has on an nn.Linear.
@@ -101,93 +96,15 @@ class S2Linear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
-        weight, bias, s2, index, base = self._tensors()
-        if self.effective == "step" and self.enabled:
-            return self._run_held(autocast_input("effective='step'", input, weight), weight, bias, s2, index)
-        matrix = weight.t() if self.transposed else weight
-        if base is not None:
-            self._check_fused()
-        if base is not None or not self.enabled:
-            return F.linear(input, matrix, bias)
-        ops, units = (SLICED, self.start) if index is None else (INDEXED, index)
-        if not runs_directly(input, weight, s2, bias):
-            return _linear.call(ops, input, matrix, self.checked(s2, weight), units, self.dim, bias)
-        # What `checked` finds in the usual case, in 3 µs less.
-        is_known = weight.data_ptr() == self._looked_at and s2.dtype is self._made
-        if not is_known or weight.requires_grad or self.awaits_order:
-            self.checked(s2, weight)
-        return _linear.call_directly(ops, input, matrix, s2, units, self.dim, bias)
-
-    def _run_held(self, x: Tensor, weight: Tensor, bias: Tensor | None, s2: Tensor, index: Tensor | None) -> Tensor:
-        """Run the layer on its weight, which holds base + s2. x is in the dtype of the product.
-
-        Where it can, it uses the autograd node of the ops, which takes less of the host than that of held_product.
-        """
-        if not runs_directly(x, weight, s2, bias):
-            return held_product(self, x, LinearFormulas(self))
-        self.hold()
-        units, matrix = self.start if index is None else index, weight.t() if self.transposed else weight
-        products = _linear.Products(_held_forward, partial(_held_grad_x, self))
-        return _linear.run_directly(products, x, matrix, s2, units, self.dim, bias)
-
-    def _tensors(self) -> tuple[Tensor | None, ...]:
-        """The weight, bias, s2, index and base. As attributes, each takes an exception inside nn.Module, 0.6 µs."""
-        parameters, buffers = self._parameters, self._buffers
-        try:
-            return parameters["weight"], parameters["bias"], parameters["s2"], buffers["index"], buffers["base"]
-        except KeyError:  # something else holds them, such as a parametrization
-            return self.weight, self.bias, self.s2, self.index, self.base
+        if not self.enabled:
+            return F.linear(input, self.kind.view(self.weight), self.bias)
+        return product(self, autocast_input("this layer", input, self.tensors()[0]))
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._selected()}"
         )
-
-
-def _held_forward(x: Tensor, matrix: Tensor, delta: Tensor, units, dim: int, bias: Tensor | None) -> Tensor:
-    """The forward of a linear op, with the delta in the matrix already."""
-    matrix, bias = matrix.to(x.dtype), None if bias is None else bias.to(x.dtype)
-    return own_output(F.linear(x.contiguous(), matrix, bias))
-
-
-def _held_grad_x(layer: S2Linear, grad: Tensor, matrix: Tensor, delta: Tensor, units, dim: int, plain: bool) -> Tensor:
-    """The gradient of x of a linear op, with the delta in the matrix unless the layer has put the base back."""
-    if layer.is_held and not torch.is_grad_enabled():
-        return grad.contiguous() @ matrix.to(grad.dtype)
-    return LinearFormulas(layer).call_gradient_of_x(grad, layer.base_weight(), delta)
-
-
-class LinearFormulas(Formulas):
-    """Formulas of a linear layer: those of :mod:`s2ft.ops._linear`."""
-
-    def __init__(self, layer: S2Linear) -> None:
-        self.transposed, self.dim = layer.transposed, layer.dim
-        self.units = layer.start if layer.index is None else layer.index
-
-    def _matrix(self, weight: Tensor, dtype: torch.dtype) -> Tensor:
-        return (weight.t() if self.transposed else weight).to(dtype)
-
-    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        bias = None if bias is None else bias.to(x.dtype)
-        return own_output(F.linear(x.contiguous(), self._matrix(weight, x.dtype), bias))
-
-    def keep(self, x: Tensor, s2: Tensor) -> Tensor:
-        return x if self.dim == 0 else _linear._columns_to_keep(x, self.units, s2.shape[1])
-
-    def gradient_of_x(self, grad: Tensor, weight: Tensor) -> Tensor:
-        return grad.contiguous() @ self._matrix(weight, grad.dtype)
-
-    def gradient_of_s2(self, grad: Tensor, kept: Tensor, s2: Tensor) -> Tensor:
-        return _linear._delta_gradient(grad, kept, s2, self.units, self.dim)
-
-    def gradient_of_bias(self, grad: Tensor) -> Tensor:
-        return grad.reshape(-1, grad.shape[-1]).sum(0)
-
-    def call_gradient_of_x(self, grad: Tensor, base: Tensor, s2: Tensor) -> Tensor:
-        ops = torch.ops.s2ft
-        op = ops.sliced_linear_grad_x if isinstance(self.units, int) else ops.indexed_linear_grad_x
-        return op(grad, base.t() if self.transposed else base, s2, self.units, self.dim)
 
 
 class S2ColumnLinear(S2Linear):
@@ -224,64 +141,17 @@ class S2RowLinear(S2Linear):
     dim = 1
 
 
-def run_on_one_input(x: Tensor, *modules: nn.Module) -> tuple[Tensor, ...]:
-    """Run layers on one input. If all of them are plain or trainable linear layers, its gradient is one buffer.
-
-    Args:
-        x: Input of all layers, [..., inputs].
-        modules: The layers. With hooks, a replaced forward, quantized or spread weights, a bias that trains, or under
-            autocast or torch.compile, they run one by one.
-
-    Returns:
-        The outputs. They are the same in both cases, bit for bit.
-    """
-    layers = [_factors(module) for module in modules]
-    if None not in layers and not _has_any_global_hook() and can_share(x, layers):
-        return linears(x, layers)
-    return tuple(module(x) for module in modules)
-
-
-def _factors(module: nn.Module) -> Factors | None:
-    """What a layer multiplies its input by; None if it has a call of its own or does more."""
-    if torch.compiler.is_compiling() or is_intercepted(module):
-        return None
-    if type(module) is nn.Linear:
-        return Factors(module.weight, module.bias)
-    if type(module) is not S2ColumnLinear or not module.enabled:
-        return None
-    held = None
-    if module.effective == "step":
-        module.hold()
-        held = _HeldMatrix(module)
-    weight, bias, s2, index, base = module._tensors()
-    if base is not None and held is None:
-        return None
-    s2 = module.checked(s2, weight)
-    matrix = weight.t() if module.transposed else weight
-    return Factors(matrix, bias, s2, module.start if index is None else index, held)
-
-
-class _HeldMatrix:
-    """What :class:`s2ft.ops._one_input.Factors` needs to know of a layer whose weight holds base + s2."""
-
-    def __init__(self, layer: S2Linear) -> None:
-        self.layer = layer
-
-    @property
-    def is_held(self) -> bool:
-        return self.layer.is_held
-
-    def base(self) -> Tensor:
-        """The matrix [outputs, inputs] with the base's values."""
-        weight = self.layer.base_weight()
-        return weight.t() if self.layer.transposed else weight
-
-
 def is_intercepted(module: nn.Module) -> bool:
     """Whether something else runs when the module is called: hooks, another forward, or a compiled one."""
     own = module.__dict__
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return "forward" in own or own.get("_compiled_call_impl") is not None or any(own[name] for name in hooks)
+
+
+def _units(layer: nn.Module) -> int | Tensor:
+    """The selected units as the functions of a slice need them: the first one, or an index."""
+    index = layer._buffers["index"]
+    return layer.start if index is None else index
 
 
 class LinearKind(Kind):
@@ -296,6 +166,23 @@ class LinearKind(Kind):
 
     def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
+
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
+        weight = weight.t() if self.transposed else weight
+        if weight.dtype is not x.dtype:  # autocast
+            weight = weight.to(x.dtype)
+        if bias is not None and bias.dtype is not x.dtype:
+            bias = bias.to(x.dtype)
+        return own_output(F.linear(x.contiguous(), weight, bias))
+
+    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+        return x if layer.dim == 0 else _linear.columns_to_keep(x, _units(layer), layer.s2.shape[1])
+
+    def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
+        return grad.contiguous() @ (weight.t() if self.transposed else weight).to(grad.dtype)
+
+    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+        return _linear.delta_gradient(grad, kept, s2, _units(layer), layer.dim, plain)
 
 
 class Conv1DKind(LinearKind):

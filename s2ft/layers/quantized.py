@@ -34,7 +34,7 @@ def quantized_forward(
 class S2QuantizedLinear(S2Layer):
     """What S2QuantizedColumn and S2QuantizedRow share: the quantized layer's output plus the product with `s2`.
 
-    The effective weight is the dequantized one with `s2` added to the selected units. `linear` is the quantized layer.
+    The layer computes with the dequantized weight plus `s2` in the selected units. `linear` is the quantized layer.
     """
 
     @property
@@ -43,7 +43,7 @@ class S2QuantizedLinear(S2Layer):
 
     @classmethod
     def from_module(
-        cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None, effective="call"
+        cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None
     ) -> "S2QuantizedLinear":
         """Make a trainable layer around a quantized one, which is frozen; arguments as in :class:`S2Layer`.
 
@@ -56,7 +56,6 @@ class S2QuantizedLinear(S2Layer):
             {key: value for key, value in module.__dict__.items() if "_hook" in key and "state_dict" not in key}
         )
         self.linear = module.requires_grad_(False)
-        self._set_effective(effective)
         self.in_features, self.out_features = module.in_features, module.out_features
         self._set_units(start, end, index, delta_dtype or self.kind.delta_dtype(module))
         self.train(module.training)
@@ -84,16 +83,12 @@ class S2QuantizedLinear(S2Layer):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
         return (
-            quantized_forward(self.linear, input, self.s2, self._selected_units(), self.dim)
+            quantized_forward(self.linear, input, self.s2, self.selected_units(), self.dim)
             if self.enabled
             else self.linear.forward(input)
         )
 
-    def _selected_units(self) -> Tensor:
-        """The numbers of the selected units, [n] int64."""
-        return torch.arange(self.start, self.end, device=self.s2.device) if self.index is None else self.index
-
-    def fuse(self) -> None:
+    def write(self) -> None:
         """Raise RuntimeError: a quantized weight can't be written."""
         raise RuntimeError(NO_FUSE)
 
@@ -119,7 +114,6 @@ class QuantizedKind(Kind):
     layers = (S2QuantizedColumn, S2QuantizedRow)
     is_linear = True
     read_only = NO_FUSE
-    why_not_held = "its weight is quantized, and base + s2 can't be written into it"
 
     def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
         return torch.Size((holder.out_features, holder.in_features))

@@ -16,10 +16,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ft.distributed import is_dtensor
+from s2ft.distributed import is_dtensor, local_part
 from s2ft.layers.linear import LinearKind, S2Linear
+from s2ft.layers.product import product, stamp
 from s2ft.layers.split import Split, split_of
-from s2ft.ops import effective_units, indexed_linear, sliced_linear
+from s2ft.ops import _linear
+from s2ft.ops._library import autocast_input
 
 
 class S2SplitLinear(S2Linear):
@@ -88,45 +90,42 @@ class S2SplitLinear(S2Linear):
         return DTensor.from_local(output, self.split.mesh, [layout], run_check=False, shape=shape, stride=stride)
 
     def _run(self, x: Tensor) -> Tensor:
-        weight, bias = local_part(self.weight), self.bias
-        if self.split.dim == 1 and self.split.rank > 0:
-            bias = None  # the outputs are summed over the ranks, and the bias counts once
-        bias = None if bias is None else local_part(bias)
-        if self.fused:
-            self._check_fused()
-        if self.fused or not self.enabled:
+        weight, bias, _ = self.tensors()  # the outputs of split inputs are summed over ranks: the bias counts once
+        if not self.enabled:
             return F.linear(x, weight, bias)
-        s2 = self._own_s2(self.delta)
-        if not self.own.numel():
-            return _WithGradientOf.apply(F.linear(x, weight, bias), s2)
-        if self.places is None:
-            return sliced_linear(x, weight, s2, self.first, self.dim, bias)
-        return indexed_linear(x, weight, s2, self.places, self.dim, bias)
+        return product(self, autocast_input("this layer", x, weight))
 
-    def _own_s2(self, s2: Tensor) -> Tensor:
-        """The part of s2 that belongs to this rank's block."""
-        return _OwnPart.apply(s2, self.own, self.split.dim, self.split.mesh.get_group())
+    # ---- this rank's block of the weight -------------------------------------------------------------
 
-    # ---- fuse and unfuse: every rank writes its own block ------------------------------------------
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        bias = None if self.bias is None or self.split.dim == 1 and self.split.rank > 0 else local_part(self.bias)
+        return local_part(self.weight), bias, self.s2
 
-    def _units(self) -> Tensor:
-        matrix = local_part(self.weight.detach())
-        if self.places is None:
-            return matrix.narrow(self.dim, self.first, self._length())
-        return matrix.index_select(self.dim, self.places)
+    def _may_be_gathered(self, weight: Tensor, s2: Tensor) -> bool:
+        return self._whole != stamp(local_part(self.weight))[1]  # FSDP2 has put another parameter here
 
-    def _length(self) -> int:
-        return self.own.numel() if self.split.dim == self.dim else self.s2.shape[self.dim]
+    def holds(self, s2: tuple[int, Any]) -> bool:
+        is_known = self._may_be_gathered(self.weight, self.s2) or self._written is None or self._written[0] == s2
+        return is_known and super().holds(s2)
 
-    def _effective(self, base: Tensor) -> Tensor:
-        return effective_units(base, self.s2.detach().index_select(self.split.dim, self.own))
+    @property
+    def own_units(self) -> int | Tensor:
+        """The selected units of the block: the first of a range, or an index."""
+        return self.first if self.places is None else self.places
 
-    def write_units_of(self, weight: Tensor, values: Tensor) -> None:
-        matrix = local_part(weight.detach())
-        if self.places is None:
-            matrix.narrow(self.dim, self.first, self._length()).copy_(values)
-        else:
-            matrix.transpose(0, self.dim)[self.places] = values.transpose(0, self.dim)
+    def effective_weight(self, s2: Tensor, weight: Tensor) -> Tensor:
+        own = _OwnPart.apply(s2, self.own, self.split.dim, self.split.mesh.get_group())
+        return super().effective_weight(own, weight)
+
+    def _own_places(self) -> Tensor:
+        length = self.own.numel() if self.split.dim == self.dim else self.s2.shape[self.dim]
+        return torch.arange(self.first, self.first + length) if self.places is None else self.places
+
+    def _units(self, weight: Tensor) -> Tensor:
+        return weight.index_select(self.dim, self._own_places().to(weight.device))
+
+    def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
+        return weight.index_copy(self.dim, self._own_places().to(weight.device), values)
 
     # ---- copies: an installed forward belongs to one layer -----------------------------------------
 
@@ -153,11 +152,6 @@ class S2RowSplitLinear(S2SplitLinear):
     dim = 1
 
 
-def local_part(tensor: Tensor) -> Tensor:
-    """The rank's own part of a tensor, in its own memory. Inside some of transformers' styles it is here already."""
-    return tensor.to_local() if is_dtensor(tensor) else tensor
-
-
 class _OwnPart(torch.autograd.Function):
     """The rank's own part of s2. The backward sums over the ranks, so that each has the whole gradient."""
 
@@ -176,31 +170,27 @@ class _OwnPart(torch.autograd.Function):
         return whole, None, None, None
 
 
-class _WithGradientOf(torch.autograd.Function):
-    """An output that does not depend on an empty part of s2, made to depend on it.
-
-    The ranks of a group sum the gradient of s2 in the backward, so a rank without a unit must run it too.
-    """
-
-    @staticmethod
-    def forward(ctx, output: Tensor, empty: Tensor) -> Tensor:
-        ctx.save_for_backward(empty)
-        return output.view_as(output)
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        return gradient, torch.zeros_like(ctx.saved_tensors[0])
-
-
 class SplitLinearKind(LinearKind):
     """nn.Linear that tensor parallelism has split over ranks."""
 
     name = "nn.Linear, split by tensor parallelism"
     layers = (S2ColumnSplitLinear, S2RowSplitLinear)
-    why_not_held = "tensor parallelism has split its weight over ranks"
 
     def matches(self, found: Any) -> bool:
         return type(found) is nn.Linear and is_dtensor(found.weight) and is_parallel(found)
+
+    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+        return x if layer.dim == 0 else _linear.columns_to_keep(x, layer.own_units, layer._own_places().numel())
+
+    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+        """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
+        split, whole = layer.split, torch.zeros_like(s2)
+        if layer.own.numel():
+            own = s2.index_select(split.dim, layer.own)
+            gradient = _linear.delta_gradient(grad, kept, own, layer.own_units, layer.dim, plain)
+            whole.index_copy_(split.dim, layer.own, gradient.to(s2.dtype))
+        dist.all_reduce(whole, group=split.mesh.get_group())
+        return whole
 
     def split(self, holder: nn.Module | Tensor) -> Split | None:
         return holder.split if isinstance(holder, S2SplitLinear) else split_of(holder.weight)

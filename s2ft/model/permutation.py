@@ -12,7 +12,7 @@ from s2ft.files.tables import by_key
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.weights import find, tensors_of, weight_at
 from s2ft.ops import permute_
-from s2ft.ops._lock import LOCK
+from s2ft.ops._memory import WRITING
 
 
 def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:
@@ -256,7 +256,7 @@ class Move:
         if kept is None:
             return
         for moving, values in zip(self._moving(model, not is_done), kept):
-            with LOCK:
+            with WRITING:
                 _put_back(moving, values)
         self._state = (is_done, None)
 
@@ -266,7 +266,7 @@ class Move:
             return
         kept = []
         for moving in self._moving(model, done):
-            with LOCK:
+            with WRITING:
                 kept.append(_keep(moving))
         self._state = (not done, kept)
         for moving in self._moving(model, done):
@@ -371,7 +371,7 @@ class _OwnPart(NamedTuple):
     def write(self, elements: Tensor, values: Tensor) -> None:
         """Write values to elements of this part."""
         index = self.find(elements)[0].to(self.tensor.device)
-        with LOCK:
+        with WRITING:
             self.tensor.index_copy_(self.dim, index, values.to(self.tensor))
 
     def empty(self, count: int) -> Tensor:

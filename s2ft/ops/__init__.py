@@ -7,10 +7,9 @@ Kernels and references check their arguments. A public function checks only what
 of the index of an op that changes a weight.
 """
 
+from s2ft.ops._build import load
 from s2ft.ops._effective import effective_units
 from s2ft.ops.act_mul import act_mul
-from s2ft.ops.grouped_linear import grouped_linear
-from s2ft.ops.indexed_conv import indexed_conv
 from s2ft.ops.indexed_linear import indexed_linear
 from s2ft.ops.multi_adapter_linear import multi_adapter_linear, pack_adapters
 from s2ft.ops.permute_ import permute_
@@ -18,11 +17,11 @@ from s2ft.ops.scatter_add_ import scatter_add_
 from s2ft.ops.sliced_linear import sliced_linear
 from s2ft.ops.swap_ import swap_
 
+load()  # the compiled kernels, if there are any
+
 __all__ = [
     "act_mul",
     "effective_units",
-    "grouped_linear",
-    "indexed_conv",
     "indexed_linear",
     "multi_adapter_linear",
     "pack_adapters",

@@ -44,9 +44,9 @@ def own_output(y: Tensor) -> Tensor:
     """Return the same values as a tensor that is no view.
 
     Products of PyTorch may return a view. A model may change the output in place, which autograd refuses for a view
-    that an op returns.
+    that an op returns. A compiled graph computes its outputs anew, and can't ask.
     """
-    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
+    return y if is_dynamo_compiling() or not y._is_view() else torch.ops.aten._unsafe_view(y, y.shape)
 
 
 def define(

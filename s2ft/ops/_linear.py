@@ -5,14 +5,13 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._effective import Units, call_on_effective, with_effective_weight
-from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output, runs_directly
+from s2ft.ops._effective import Units, effective_weight
+from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output
 
 ALIGNMENT = 16  # bytes
 LEAST_PADDED = 128  # columns
@@ -46,15 +45,13 @@ def check(op: str, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: 
 
 
 def reference(x, weight, delta, units, dim, bias, kept):
+    # A view with gaps would be computed as a batched product, which copies a frozen weight once for every row.
     bias = None if bias is None else bias.to(x.dtype)
-    y = with_effective_weight(
-        weight, delta, units, dim, x.dtype, lambda effective: F.linear(x.contiguous(), effective, bias)
-    )
-    return own_output(y)
+    return own_output(F.linear(x.contiguous(), effective_weight(weight, delta, units, dim, x.dtype), bias))
 
 
 def reference_grad_x(grad, weight, delta, units, dim):
-    return with_effective_weight(weight, delta, units, dim, grad.dtype, lambda effective: grad.contiguous() @ effective)
+    return grad.contiguous() @ effective_weight(weight, delta, units, dim, grad.dtype)
 
 
 def fake(x, weight, delta, units, dim, bias, kept):
@@ -65,44 +62,12 @@ def fake_grad_x(grad, weight, delta, units, dim):
     return grad.new_empty(*grad.shape[:-1], weight.shape[1])
 
 
-class Products(NamedTuple):
-    """What the autograd node of a linear op computes, below autograd.
-
-    Attributes:
-        forward: Function of x, weight, delta, units, dim and bias.
-        grad_x: Function of grad, weight, delta, units, dim and plain. While gradients are recorded, its result has one.
-            `plain` is whether they are not recorded and :func:`runs_directly` allows the call.
-    """
-
-    forward: Callable
-    grad_x: Callable
-
-
-class LinearOps(NamedTuple):
-    """A linear op and the op of its input gradient.
-
-    Attributes:
-        name: Name of the op.
-        forward: Its overload.
-        grad_x: The overload of the gradient of x.
-        products: The same, for calls that :func:`runs_directly` allows.
-    """
-
-    name: str
-    forward: Callable
-    grad_x: Callable
-    products: Products
-
-
-def define_linear(name: str, units: str) -> LinearOps:
+def define_linear(name: str, units: str) -> None:
     """Declare a linear op and the gradient of its x.
 
     Args:
         name: Name of the op.
         units: Type and name of the trained units in the schema.
-
-    Returns:
-        The overloads. Call them through :func:`call`.
     """
 
     def checked(function: Callable) -> Callable:
@@ -127,105 +92,17 @@ def define_linear(name: str, units: str) -> LinearOps:
         _keep_for_second_backward,
         partial(_second_backward, op),
     )
-    return LinearOps(name, op, grad_x_op, Products(partial(_forward, op), partial(_grad_x, grad_x_op)))
 
 
-def _forward(op: Callable, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None):
-    # F.linear would give a weight that requires a gradient one.
-    if weight.is_cpu and weight.dtype is x.dtype and not weight.requires_grad:
-        arguments = x.contiguous(), weight, bias if bias is None or bias.dtype is x.dtype else bias.to(x.dtype)
-        y = call_on_effective(F.linear, arguments, weight, delta, units, dim)
-        if y is not None:
-            return y if x.dim() == 2 else own_output(y)
-    return below_autograd(op, x, weight, delta, units, dim, bias, None)
-
-
-def _grad_x(op: Callable, grad: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, plain: bool) -> Tensor:
-    if plain and weight.is_cpu and weight.dtype is grad.dtype:
-        grad_x = call_on_effective(torch.matmul, (grad.contiguous(), weight), weight, delta, units, dim)
-        if grad_x is not None:
-            return grad_x
-    return below_autograd(op, grad, weight, delta, units, dim)
-
-
-def call(
-    ops: LinearOps, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
-) -> Tensor:
+def call(name: str, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None) -> Tensor:
     """Call a linear op from its public function. The op checks the arguments."""
-    if runs_directly(x, weight, delta, bias):
-        return call_directly(ops, x, weight, delta, units, dim, bias)
-    x = autocast_input(ops.name, x, weight)
+    x = autocast_input(name, x, weight)
     try:
         kept = _kept_if_trained(x, delta, units, dim)
     except (IndexError, RuntimeError):  # with wrong arguments, reading x may fail before the op can check them
-        check(ops.name, x, weight, delta, units, dim, bias)
+        check(name, x, weight, delta, units, dim, bias)
         raise
-    return ops.forward(x, weight, delta, units, dim, bias, kept)
-
-
-def call_directly(
-    ops: LinearOps, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
-) -> Tensor:
-    """Call a linear op that :func:`runs_directly` allows."""
-    if x.dtype is not weight.dtype or torch._C._is_any_autocast_enabled():
-        x = autocast_input(ops.name, x, weight)
-    return run_directly(ops.products, x, weight, delta, units, dim, bias)
-
-
-def run_directly(
-    products: Products, x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, bias: Tensor | None
-) -> Tensor:
-    """Run a linear op that :func:`runs_directly` allows. x has the dtype of the product."""
-    trains = x.requires_grad or delta.requires_grad or bias is not None and bias.requires_grad
-    if not (trains and torch.is_grad_enabled()):
-        return products.forward(x, weight, delta, units, dim, bias)
-    outputs = _apply(products, x, weight, delta, units, dim, bias)
-    return outputs[0] if type(outputs) is tuple else outputs
-
-
-class _Node(torch.autograd.Function):
-    """A linear op as one node of the autograd graph, for calls that :func:`runs_directly` allows.
-
-    It gives the same numbers as the registered op: it calls the same kernels, below autograd. An op that torch.library
-    has given a gradient takes 60 µs more of the host: it packs its arguments, and the copy of the columns of x has two
-    nodes of its own. Here the copy is a second output of the node, so that second derivatives reach x through it.
-    """
-
-    @staticmethod
-    def forward(ctx, products, x, weight, delta, units, dim, bias):
-        y = products.forward(x, weight, delta, units, dim, bias)
-        ctx.set_materialize_grads(False)
-        kept = None
-        if ctx.needs_input_grad[3]:
-            kept = x if dim == 0 else _columns_to_keep(x, units, delta.shape[1])
-        start, index = (units, None) if isinstance(units, int) else (None, units)
-        ctx.save_for_backward(kept, weight, delta, index)
-        ctx.settings = products.grad_x, start, dim, None if bias is None else bias.dtype
-        return y if kept is None or dim == 0 else (y, kept)
-
-    @staticmethod
-    def backward(ctx, grad, grad_kept=None):
-        _, of_x, _, of_delta, _, _, of_bias = ctx.needs_input_grad
-        kept, weight, delta, index = ctx.saved_tensors
-        grad_x_of, start, dim, bias_dtype = ctx.settings
-        units = start if index is None else index
-        grad_x = grad_delta = grad_bias = None
-        if grad is not None:
-            plain = not torch.is_grad_enabled() and runs_directly(grad, weight, delta)
-            if of_x:
-                grad_x = grad_x_of(grad, weight, delta, units, dim, plain)
-            if of_delta:
-                grad_delta = _delta_gradient(grad, kept, delta, units, dim, plain)
-            if of_bias:
-                grad_bias = _bias_gradient(grad, bias_dtype)
-        if grad_kept is not None and of_x:
-            through_kept = _grad_x_of_kept(grad_kept, weight, delta, units)
-            grad_x = through_kept if grad_x is None else grad_x + through_kept
-        return None, grad_x, None, grad_delta, None, None, grad_bias
-
-
-# Function.apply itself looks for functorch's transforms and wrappers, which runs_directly has excluded: 2 µs.
-_apply = super(torch.autograd.Function, _Node).apply
+    return getattr(torch.ops.s2ft, name)(x, weight, delta, units, dim, bias, kept)
 
 
 def _outer_product(
@@ -280,10 +157,10 @@ def _kept_if_trained(x: Tensor, delta: Tensor, units: Units, dim: int) -> Tensor
     """
     if dim != 1 or not delta.requires_grad or not torch.is_grad_enabled():
         return None
-    return _columns_to_keep(x, units, delta.shape[1])
+    return columns_to_keep(x, units, delta.shape[1])
 
 
-def _columns_to_keep(x: Tensor, units: Units, length: int) -> Tensor:
+def columns_to_keep(x: Tensor, units: Units, length: int) -> Tensor:
     """Copy the selected columns of x, which are all that the backward needs of x for dim 1, with padding."""
     padding = _padding(x, length)
     if padding:
@@ -300,7 +177,7 @@ def _columns(x: Tensor, units: Units, length: int) -> Tensor:
     return x.index_select(-1, units) if isinstance(units, Tensor) else x.narrow(-1, units, length)
 
 
-def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim: int, plain: bool = False) -> Tensor:
+def delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim: int, plain: bool = False) -> Tensor:
     """The gradient of delta. If `plain`, autograd casts it to the dtype of delta, in less time of the host.
 
     Args:
@@ -319,7 +196,7 @@ def _delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim
         start, width = units, length
     else:
         if dim == 0:
-            grad = _columns_to_keep(grad, units, length)
+            grad = columns_to_keep(grad, units, length)
         start, width = 0, grad.shape[-1]
     if kept.dim() != 2:
         kept = kept.reshape(-1, kept.shape[-1])
@@ -341,15 +218,6 @@ def _transposed(grad: Tensor, start: int, width: int, plain: bool) -> Tensor:
 
 def _bias_gradient(grad: Tensor, dtype: torch.dtype) -> Tensor:
     return grad.reshape(-1, grad.shape[-1]).sum(0).to(dtype)
-
-
-def _grad_x_of_kept(grad_kept: Tensor, weight: Tensor, delta: Tensor, units: Units) -> Tensor:
-    """The part of the gradient of x that comes through the copy of its columns, in second derivatives."""
-    length, size = delta.shape[1], weight.shape[1]
-    columns = grad_kept.narrow(-1, 0, length)
-    if isinstance(units, Tensor):
-        return columns.new_zeros(*columns.shape[:-1], size).index_copy(-1, units, columns)
-    return F.pad(columns, (units, size - units - length))
 
 
 def _save(ctx, units: Units, *tensors: Tensor | None) -> None:
@@ -384,7 +252,7 @@ def _backward(grad_x_op, ctx, grad):
     kept, weight, delta, units = _saved(ctx)
     of_x, of_delta, of_bias = (ctx.needs_input_grad[position] for position in (0, 2, 5))
     grad_x = below_autograd(grad_x_op, grad, weight, delta, units, ctx.dim) if of_x else None
-    grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim) if of_delta else None
+    grad_delta = delta_gradient(grad, kept, delta, units, ctx.dim) if of_delta else None
     grad_bias = _bias_gradient(grad, ctx.bias_dtype) if of_bias else None
     return grad_x, None, grad_delta, None, None, grad_bias, None
 
@@ -403,5 +271,5 @@ def _second_backward(op, ctx, second):  # [..., I], the gradient with respect to
         grad_grad = op(second, weight, delta, units, ctx.dim, None, kept)
     if ctx.needs_input_grad[2]:
         kept = second if ctx.dim == 0 else _columns(second, units, delta.shape[1])
-        grad_delta = _delta_gradient(grad, kept, delta, units, ctx.dim)
+        grad_delta = delta_gradient(grad, kept, delta, units, ctx.dim)
     return grad_grad, None, grad_delta, None, None

@@ -1,8 +1,15 @@
-"""Checks of the memory of a weight. Operations write to it, so it must be writable and belong to this process alone."""
+"""Checks of the memory of a weight. It is written, so it must be writable and belong to this process alone."""
 
+import os
 import sys
+import threading
 
 from torch import Tensor
+
+# Held while weights and what is kept of their base change. The same thread may take it again.
+WRITING = threading.RLock()
+if hasattr(os, "register_at_fork"):  # a child has no other thread that would finish a change and give the lock back
+    os.register_at_fork(before=WRITING.acquire, after_in_parent=WRITING.release, after_in_child=WRITING.release)
 
 MAPS = "/proc/self/maps"  # Linux only
 
@@ -47,9 +54,8 @@ def check_private(what: str, weight: Tensor) -> None:
         )
     if "s" in flags:
         raise ValueError(
-            f"{what} is in memory that is shared with other processes{where}. While an operation runs, a "
-            "weight holds base + delta, and another process would read that as the base: give every "
-            "process its own weights (clone them), and share only the trained s2"
+            f"{what} is in memory that is shared with other processes{where}. A weight holds base + delta, and they "
+            "would compute with it too: give every process its own weights (clone them), and share only the trained s2"
         )
 
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from s2ft.ops import _linear
 
-_ops = _linear.define_linear("indexed_linear", "Tensor index")
+_linear.define_linear("indexed_linear", "Tensor index")
 
 
 def indexed_linear(
@@ -42,4 +42,4 @@ def indexed_linear(
         >>> s2ft.ops.indexed_linear(x, weight, delta, torch.tensor([3, 0]), dim=1)
         tensor([[2., 2.]])
     """
-    return _linear.call(_ops, x, weight, delta, index, dim, bias)
+    return _linear.call("indexed_linear", x, weight, delta, index, dim, bias)

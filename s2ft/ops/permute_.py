@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import exclusive
+from s2ft.ops._effective import writing
 from s2ft.ops._library import check_dim, check_distinct, count_change, define, host_can_read
 
 
@@ -35,7 +35,7 @@ def _permute_whole(weight: Tensor, order: Tensor, dim: int) -> None:
 
 _op = define(
     "permute_(Tensor(a!) weight, Tensor order, int dim) -> ()",
-    exclusive("permute_", reference),
+    writing("permute_", reference),
     lambda weight, order, dim: None,
 )
 

@@ -1,11 +1,11 @@
-"""Add deltas to units of a weight in place, to fuse and merge adapters (S²FT paper, section 3.4)."""
+"""Add deltas to units of a weight in place, to switch and merge adapters (S²FT paper, section 3.4)."""
 
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import exclusive
+from s2ft.ops._effective import writing
 from s2ft.ops._library import check_distinct, check_movable, count_change, define, host_can_read
 
 
@@ -59,7 +59,7 @@ def reference(
 _op = define(
     "scatter_add_(Tensor(a!) weight, Tensor[] index, Tensor[] delta, int dim, float[] alpha, "
     "Tensor(b!)[] replaced) -> ()",
-    exclusive("scatter_add_", reference),
+    writing("scatter_add_", reference),
     lambda weight, index, delta, dim, alpha, replaced: None,
 )
 

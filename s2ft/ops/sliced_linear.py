@@ -4,7 +4,7 @@ from torch import Tensor
 
 from s2ft.ops import _linear
 
-_ops = _linear.define_linear("sliced_linear", "int start")
+_linear.define_linear("sliced_linear", "int start")
 
 
 def sliced_linear(
@@ -22,8 +22,8 @@ def sliced_linear(
     flow to x, delta and bias, never to weight. For dim 1, only the selected columns of x are saved for the backward
     (S²FT paper, section 3.3).
 
-    The weight holds base + delta during the call and has its old bits afterwards. Calls on the CPU therefore exclude
-    each other, and CUDA calls on one weight must share a stream.
+    The product multiplies by a copy of the weight. The layers of an attached model need none, because their weights
+    hold base + delta.
 
     Args:
         x: Input, shape [..., I]. Under autocast it is cast to autocast's dtype.
@@ -50,4 +50,4 @@ def sliced_linear(
         >>> delta.grad.shape
         torch.Size([2, 3])
     """
-    return _linear.call(_ops, x, weight, delta, start, dim, bias)
+    return _linear.call("sliced_linear", x, weight, delta, start, dim, bias)

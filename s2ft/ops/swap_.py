@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from s2ft.ops._effective import exclusive
+from s2ft.ops._effective import writing
 from s2ft.ops._library import check_distinct, check_movable, count_change, define, host_can_read
 
 
@@ -20,7 +20,7 @@ def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
 
 _op = define(
     "swap_(Tensor(a!) weight, Tensor index, Tensor(b!) values, int dim) -> ()",
-    exclusive("swap_", reference),
+    writing("swap_", reference),
     lambda weight, index, values, dim: None,
 )
 

@@ -71,7 +71,6 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     Attributes:
         layout: Always "indexed".
         ffn_kernel: Always False: PEFT's layers run one by one.
-        effective: Always "call". :func:`s2ft.attach` has "step"; here `merge_adapter` writes deltas into the weights.
         delta_dtype: Always None: the dtype is that of the weight, see above.
 
     Raises:
@@ -87,7 +86,6 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
 
     layout: ClassVar[str] = "indexed"  # the only layout here: units stay where they are
     ffn_kernel: ClassVar[bool] = False
-    effective: ClassVar[str] = "call"
     delta_dtype: ClassVar[None] = None
     # ModuleUnits by module and weight, after the injection: "" is the weight of a layer, others are of stacked experts
     module_units: ClassVar[dict[str, dict[str, Any]] | None] = None

@@ -5,6 +5,7 @@ A layer has one weight. The weights of stacked experts are parameters of one mod
 product.
 """
 
+import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +15,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.layers import EXPERTS, Kind, forward_of, kind_of
-from s2ft.layers.base import check_private_once, copy_at_rest
+from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
 from s2ft.model.delta import Delta
-from s2ft.ops import effective_units, grouped_linear, multi_adapter_linear, pack_adapters
-from s2ft.ops._lock import LOCK, finish_interrupted
-from s2ft.ops._memory import check_private
+from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 
@@ -107,7 +105,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("s2ft_delta",)
-    _looked_at = 0  # see check_private_once
 
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, units: dict[str, Any], init_weights: bool = True
@@ -118,6 +115,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.dims: dict[str, int] = {}  # by weight
         self.transposed: dict[str, bool] = {}  # whether a weight of stacked experts is [experts, inputs, outputs]
         self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values by weight, while merged
+        self._running: dict[str, tuple[list, S2Layer]] = {}  # deltas and the layer that computes with them, by weight
         self._active_adapter, self.merged_adapters, self._disable_adapters = adapter_name, [], False
         self.update_layer(adapter_name, units, init_weights)
 
@@ -177,14 +175,20 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
-            return self.base_layer.forward(*args, **kwargs)
+            return self._run_base(*args, **kwargs)
         if adapter_names is not None:
             here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
             return self._mixed(args, adapter_names, here)
         names = [name for name in self.active_adapters if name in self.s2ft_delta]
         if self.merged or not names:
-            return self.base_layer.forward(*args, **kwargs)
+            return self._run_base(*args, **kwargs)
         return self._run(names, args, kwargs)
+
+    def _run_base(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the base layer on its weight without the deltas that are not merged."""
+        if not torch.compiler.is_compiling():
+            self.put_base_back()
+        return self.base_layer.forward(*args, **kwargs)
 
     def sum_of(self, weight: str, names: Sequence[str], factors: Sequence[float] | None = None) -> Delta:
         """Add up the deltas of adapters on one weight. Those without a delta there count as zero.
@@ -217,15 +221,72 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
-        delta = self.sum_of("", names)
-        if not torch.compiler.is_compiling():
-            check_private_once(self, self.base_layer.weight)
-        run, hook = self.kind.forward, getattr(self.base_layer, "_hf_hook", None)
+        hook = getattr(self.base_layer, "_hf_hook", None)
+        if hook is None and not self.kind.read_only and not torch.compiler.is_compiling():
+            return self._trainable("", names).forward(*args, **kwargs)
+        delta, run = self.sum_of("", names), self.kind.forward
         if hook is None or self.kind.read_only:
             return run(self.base_layer, args[0], delta.values, delta.index, self.dim)
         (x,), _ = hook.pre_forward(self.base_layer, args[0])  # accelerate's hook loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
         return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
+
+    # ---- base + delta in the weight, from the forward to the step of the optimizer -----------------------
+
+    def _trainable(self, weight: str, names: Sequence[str]) -> S2Layer:
+        """The layer that computes with the deltas of adapters on one weight.
+
+        PEFT and its users expect the base in the weight. So the base is back after the step of the optimizer, and
+        whenever the weight is merged, saved, copied, or asked for.
+        """
+        delta = self.sum_of(weight, names)
+        key = [self.deltas_of(name).get(weight) for name in names if name in self.s2ft_delta]
+        known, layer = self._running.get(weight, (None, None))
+        if known != key:
+            self.put_base_back()
+            layer = self._new_layer(weight, delta.index.clone())
+            layer.after_step = layer.unfuse
+            self._running[weight] = key, layer
+        layer._parameters.update(self._parameters_of(weight), s2=delta.values)
+        return layer.train(self.training)
+
+    def _new_layer(self, weight: str, index: Tensor) -> S2Layer:
+        return self.kind.layers[self.dim].from_module(self.base_layer, index=index)
+
+    def _parameters_of(self, weight: str) -> dict[str, nn.Parameter | None]:
+        return self.base_layer._parameters
+
+    def put_base_back(self) -> None:
+        """Make the weights hold the base."""
+        for _, layer in self._running.values():
+            layer.unfuse()
+
+    def get_base_layer(self) -> nn.Module:
+        """The base layer, with the base in its weights."""
+        if not torch.compiler.is_compiling():
+            self.put_base_back()
+        return super().get_base_layer()
+
+    def _apply(self, fn, recurse=True):
+        self.put_base_back()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:
+        self.put_base_back()  # the base layer is saved after this module
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        self.put_base_back()  # the base layer and the units are loaded after this module
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+    def __getstate__(self) -> dict[str, Any]:
+        self.put_base_back()
+        return {**self.__dict__, "_running": {}}
 
     # ---- mixed batches -------------------------------------------------------------------------------
 
@@ -247,11 +308,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """Run a mixed batch: one product by the base for all rows plus the adapters' parts. With gradients, and for
         convolutions, the rows of each adapter run separately."""
         if not here:
-            return self.base_layer.forward(args[0])
+            return self._run_base(args[0])
         needs_grad = torch.is_grad_enabled() and any(self.s2ft_delta[name].values.requires_grad for name in here)
         if needs_grad or not self.kind.is_linear:
             return self._row_by_row(args[:1], adapter_names, here)
-        y = self.base_layer.forward(args[0])
+        y = self._run_base(args[0])
         deltas = [self.s2ft_delta[name] for name in here]
         packed = pack_adapters([(delta.index, delta.values.detach().to(y.dtype)) for delta in deltas], self.dim)
         which = torch.tensor([here.index(name) if name in here else -1 for name in adapter_names], device=y.device)
@@ -263,7 +324,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         for name in dict.fromkeys(names):
             rows = torch.tensor([i for i, one in enumerate(names) if one == name], device=args[0].device)
             part = tuple(one[rows] for one in args)
-            parts.append(self.base_layer.forward(*part) if name == BASE else self._run([name], part, {}))
+            parts.append(self._run_base(*part) if name == BASE else self._run([name], part, {}))
             order.append(rows)
         back = torch.cat(order).argsort()
         if isinstance(parts[0], tuple):  # a router returns several tensors
@@ -300,6 +361,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self.write_sum(self.merged_adapters)
 
     def _check_finite(self, names: list[str]) -> None:
+        self.put_base_back()
         for some in (*([name] for name in names), names):  # separately, so that the message names the adapter
             for weight in self.trained_by(some):
                 if not bool(torch.isfinite(self._sums(weight, some)[1]).all()):
@@ -336,27 +398,22 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Args:
             names: Names of adapters that this layer has.
         """
+        self.put_base_back()
         for weight in self.trained_by(names):
-            with LOCK:
-                finish_interrupted()
-                index, sums = self._sums(weight, names)
-                view, places = self._places(weight, index)
-                # kept before anything is written, so that restore_base works after an interrupt at any point
-                self._replaced[weight] = index.clone(), view[places]
-                view[places] = sums
+            index, sums = self._sums(weight, names)
+            view, places = self._places(weight, index)
+            # kept before anything is written, so that restore_base works after an interrupt at any point
+            self._replaced[weight] = index.clone(), view[places]
+            view[places] = sums
 
     @torch.no_grad()
     def restore_base(self) -> None:
         """Copy the base back into the weights without changing `merged_adapters`."""
+        self.put_base_back()
         for weight, (index, base) in self._replaced.items():
-            with LOCK:
-                finish_interrupted()
-                view, places = self._places(weight, index)
-                view[places] = base.to(view)
+            view, places = self._places(weight, index)
+            view[places] = base.to(view)
         self._replaced = {}
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
-        return copy_at_rest(self, memo)
 
     # ---- called by the tuner and by PEFT -------------------------------------------------------------
 
@@ -419,22 +476,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 # ---- stacked experts ----------------------------------------------------------------------------------
 
 
-class _Effective(nn.Module):
-    """Takes the place of a parameter for one forward: the experts' weights with a delta added to some units."""
-
-    def __init__(self, weight: nn.Parameter, transposed: bool, delta: Delta, most: int) -> None:
-        super().__init__()
-        self.__dict__["weight"] = weight  # not as a parameter of this object
-        self.transposed, self.delta, self.most = transposed, delta, most
-
-    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        """Run the experts: x [rows, inputs], those of expert 0 first, → [rows, outputs]."""
-        stack, index = stack_of(self.weight, self.transposed), self.delta.index.to(x.device)
-        values = self.delta.values.to(x.device)
-        with torch.autocast(x.device.type, enabled=False):
-            return grouped_linear(x.to(stack.dtype), stack, values, index, offsets, self.delta.dim, self.most)
-
-
 class S2FTPeftExperts(S2FTPeftLayer):
     """A module of experts with the deltas of all its adapters. PEFT creates it when an adapter is injected.
 
@@ -457,8 +498,6 @@ class S2FTPeftExperts(S2FTPeftLayer):
         return EXPERTS
 
     def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:
-        self._most: dict[tuple[str, ...], int] = {}  # most units of one expert, by parameter and adapters
-        self._addresses: dict[str, int] = {}  # of the memory that check_private has checked
         deltas = nn.ModuleDict()
         for name, one in units.items():
             weight = getattr(self.base_layer, name)
@@ -475,22 +514,31 @@ class S2FTPeftExperts(S2FTPeftLayer):
         module = self.base_layer
         other = object.__new__(type(module))  # the module itself does not change: another thread may run it
         other.__dict__.update(module.__dict__)
-        effective = {name: self._effective_of(name, names) for name in self.trained_by(names)}
-        parameters = module._parameters.items()
+        parameters, compiles = module._parameters.items(), torch.compiler.is_compiling()
+        effective = {
+            name: self._effective_weight(name, names) if compiles else self._trainable(name, names)
+            for name in self.trained_by(names)
+        }
         other.__dict__["_parameters"] = {name: value for name, value in parameters if name not in effective}
         other.__dict__["_modules"] = {**module._modules, **effective}
         return forward_of(module)(other, *args, **kwargs)
 
-    def _effective_of(self, parameter: str, names: list[str]) -> _Effective:
-        weight, delta = getattr(self.base_layer, parameter), self.sum_of(parameter, names)
-        if not torch.compiler.is_compiling() and self._addresses.get(parameter) != weight.data_ptr():
-            check_private(parameter, weight)
-            self._addresses[parameter] = weight.data_ptr()
-        key = (parameter, *names)
-        if key not in self._most:  # once, because the count waits for a GPU
-            size = self._size(parameter)
-            self._most[key] = int(torch.bincount(delta.index // size).max())
-        return _Effective(weight, self.transposed[parameter], delta, self._most[key])
+    def _effective_weight(self, weight: str, names: Sequence[str]) -> Tensor:
+        """A copy of the experts' weights with the deltas added. A compiled graph can't write them."""
+        delta = self.sum_of(weight, names)
+        view, places = self._places(weight, delta.index)
+        sums = effective_units(view[places], delta.values.transpose(0, delta.dim))
+        stack = view.index_put(places, sums).transpose(1, 1 + delta.dim)
+        return stack_of(stack, self.transposed[weight])
+
+    def _new_layer(self, weight: str, index: Tensor) -> S2Layer:
+        size, transposed = self._size(weight), self.transposed[weight]
+        experts = {e: index[index // size == e] % size for e in (index // size).unique().tolist()}
+        kind = EXPERTS.layers[self.dims[weight]]
+        return kind(getattr(self.base_layer, weight), experts, transposed=transposed)
+
+    def _parameters_of(self, weight: str) -> dict[str, nn.Parameter | None]:
+        return {"weight": getattr(self.base_layer, weight)}
 
     def _size(self, parameter: str) -> int:
         """Number of units of one expert."""

@@ -134,7 +134,7 @@ def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[Train
     with handle.full() as stored:
         for part in mount.parts:
             one = weight_at(model, part.projection)
-            if layer.fused:
+            if isinstance(layer.base, Tensor):
                 base = layer.base.index_select(layer.dim, part.positions.to(layer.base.device))
             else:
                 places = record.current_positions(part.projection, part.elements).to(stored.device)

@@ -1,4 +1,4 @@
-"""Greedy generation and beam search in batches, with the trainable adapter fused into the weights for speed."""
+"""Greedy generation and beam search in batches."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
@@ -6,8 +6,6 @@ from typing import Any
 
 import torch
 
-import s2ft
-from s2ft.distributed import ranks_sharing
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import end_ids, pad_id
@@ -111,21 +109,9 @@ def answer_ids(
 
 @contextlib.contextmanager
 def generation_mode(model) -> Iterator[None]:
-    """Evaluation mode without gradients, and with the trainable adapter fused unless the weights are spread over ranks.
-
-    Afterwards the modes of all modules are restored, and the weights are restored bit for bit.
-    """
-    state = s2ft.status(model)
-    fuse = state.active and not any(row.fused for row in state.rows) and ranks_sharing(model.parameters()) is None
-    with evaluation_mode(model):
-        if fuse:
-            s2ft.fuse(model)
-        try:
-            with torch.inference_mode(), contiguous_head(model):
-                yield
-        finally:
-            if fuse:
-                s2ft.unfuse(model)
+    """Evaluation mode without gradients. Afterwards the modes of all modules are restored."""
+    with evaluation_mode(model), torch.inference_mode(), contiguous_head(model):
+        yield
 
 
 @contextlib.contextmanager

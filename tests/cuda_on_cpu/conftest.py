@@ -38,26 +38,19 @@ class Runner:
     def __init__(self, library):
         self.library = ctypes.CDLL(str(library))
         self.library.permute_scratch_bytes.restype = ctypes.c_int64
-        self.library.calls.restype = self.library.last_error.restype = ctypes.c_char_p
+        self.library.last_error.restype = ctypes.c_char_p
 
-    def configure(self, seed=0, max_blocks=0, capturing=False):
-        self.library.configure(seed, max_blocks, int(capturing))
+    def configure(self, seed=0, max_blocks=0):
+        self.library.configure(seed, max_blocks)
 
     def approximate(self, exp2_error=0.0, reciprocal_error=0.0):
         """Set the relative errors of the approximate exponential and reciprocal."""
         self.library.approximate(ctypes.c_double(exp2_error), ctypes.c_double(reciprocal_error))
 
     def units(self, step, weight, delta, dense, units, dim):
-        """units is the start of a slice or an index tensor; dense has the shape of the set of units.
-
-        Of several matrices [matrices, O, I], the units are counted through all of them.
-        """
+        """units is the start of a slice or an index tensor; dense has the shape of the set of units."""
         index = units if isinstance(units, torch.Tensor) else None
-        several = weight.dim() == 3
-        size = weight.shape[dim + several]
-        limit, matrices = (len(weight) * size, (size, weight.stride(0))) if several else (size, (0, 0))
-        start = 0 if index is not None else units
-        numbers = [start, limit, *dense.shape, *weight.stride()[-2:], *matrices]
+        numbers = [0 if index is not None else units, weight.shape[dim], *dense.shape, *weight.stride()]
         delta_code = CODES[weight.dtype if delta is None else delta.dtype]
         error = self.library.units(
             step.encode(),
@@ -170,12 +163,6 @@ class Runner:
     def check(self, error):
         assert error == 0, self.library.last_error().decode()
 
-    def order(self, which, device, stream):
-        return getattr(self.library, f"ordered_{which}")(device, ctypes.c_void_p(stream))
-
-    def calls(self):
-        return self.library.calls().decode().split("\n")[:-1]
-
 
 def compile_runner(folder, extra_flags=()):
     """The shared library of csrc/cuda and the simulator."""
@@ -237,5 +224,4 @@ def runner(built_library):
     run = Runner(built_library)
     run.configure()
     run.approximate()
-    run.calls()
     return run

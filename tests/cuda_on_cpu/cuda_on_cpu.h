@@ -33,10 +33,7 @@ struct dim3 {
 // --- runtime calls ----------------------------------------------------------------------------------
 
 using cudaStream_t = void*;
-using cudaEvent_t = int*;
 enum cudaError_t { cudaSuccess = 0, cudaErrorLaunchFailure = 719 };
-enum cudaStreamCaptureStatus { cudaStreamCaptureStatusNone = 0, cudaStreamCaptureStatusActive = 1 };
-constexpr unsigned cudaEventDisableTiming = 2;
 
 namespace simulator {
 
@@ -55,11 +52,8 @@ struct Fiber {
 struct Machine {
   unsigned seed = 0;
   unsigned max_blocks = 0;  // 0 for no limit. With fewer blocks a grid-stride loop makes more iterations.
-  bool capturing = false;
-  unsigned recreated = 0;                       // how often all streams were destroyed and created again
   double exp2_error = 0, reciprocal_error = 0;  // relative errors of the approximate instructions
   std::string error;                            // of the last launch
-  std::string calls;                            // runtime calls on streams and events, one a line
 
   dim3 grid, block, block_index;
   std::vector<Fiber> fibers;
@@ -248,9 +242,6 @@ inline float approximate_reciprocal(float x) {
   return without_subnormals(1 / static_cast<double>(without_subnormals(x)) * (1 + machine().reciprocal_error));
 }
 
-inline void log(const std::string& call) { machine().calls += call + "\n"; }
-inline std::string name(const void* handle) { return std::to_string(reinterpret_cast<uintptr_t>(handle)); }
-
 }  // namespace simulator
 
 #define threadIdx (simulator::machine().current->thread)
@@ -288,27 +279,5 @@ inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cud
 #define CUDART_VERSION 13000
 inline cudaError_t cudaDriverGetVersion(int* version) {
   *version = CUDART_VERSION;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamIsCapturing(cudaStream_t, cudaStreamCaptureStatus* status) {
-  *status = simulator::machine().capturing ? cudaStreamCaptureStatusActive : cudaStreamCaptureStatusNone;
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamGetId(cudaStream_t stream, unsigned long long* id) {
-  // A stream that is created in place of a destroyed one has its handle, but not its id.
-  *id = reinterpret_cast<uintptr_t>(stream) + 1000 * simulator::machine().recreated;
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
-  *event = new int(0);
-  simulator::log("create");
-  return cudaSuccess;
-}
-inline cudaError_t cudaEventRecord(cudaEvent_t, cudaStream_t stream) {
-  simulator::log("record on " + simulator::name(stream));
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t, unsigned) {
-  simulator::log("wait on " + simulator::name(stream));
   return cudaSuccess;
 }

@@ -12,10 +12,9 @@ static Along along(const int64_t* a) { return Along{a[0], a[1], a[2], a[3], a[4]
 
 extern "C" {
 
-void configure(unsigned seed, unsigned max_blocks, int capturing) {
+void configure(unsigned seed, unsigned max_blocks) {
   simulator::machine().seed = seed;
   simulator::machine().max_blocks = max_blocks;
-  simulator::machine().capturing = capturing != 0;
 }
 
 // Relative errors of the approximate exponential and reciprocal.
@@ -24,25 +23,16 @@ void approximate(double exp2_error, double reciprocal_error) {
   simulator::machine().reciprocal_error = reciprocal_error;
 }
 
-// The runtime calls since the last call of this function.
-const char* calls() {
-  static std::string text;
-  text = std::move(simulator::machine().calls);
-  simulator::machine().calls.clear();
-  return text.c_str();
-}
-
 const char* last_error() { return cuda::error_text(0); }
 
 int units(const char* step, int weight_type, int delta_type, void* weight, const void* delta, void* dense,
           const int64_t* index, int64_t start, int64_t limit, int64_t outer, int64_t inner, int64_t outer_stride,
-          int64_t inner_stride, int64_t per_matrix, int64_t matrix_stride, int rows) {
-  const Units u{index, start, limit, outer, inner, outer_stride, inner_stride, rows != 0, per_matrix, matrix_stride};
+          int64_t inner_stride, int rows) {
+  const Units u{index, start, limit, outer, inner, outer_stride, inner_stride, rows != 0};
   const UnitsData data{static_cast<DType>(weight_type), static_cast<DType>(delta_type), weight, delta, dense};
   const std::string which = step;
-  if (which == "write") return cuda::write_units(u, data, nullptr);
   if (which == "sum") return cuda::sum_units(u, data, nullptr);
-  if (which == "restore") return cuda::restore_units(u, data, nullptr);
+  if (which == "put") return cuda::put_units(u, data, nullptr);
   return -1;
 }
 
@@ -105,8 +95,4 @@ int add_adapters(int dtype, const void* x, const void* y, void* out, const int64
   const Batch batch{x, y, out, adapter, batch_sizes[0], batch_sizes[1], batch_sizes[2], batch_sizes[3]};
   return cuda::add_adapters(bank, batch, static_cast<DType>(dtype), nullptr);
 }
-
-void recreate_streams() { ++simulator::machine().recreated; }
-int ordered_begin(int device, void* stream) { return cuda::ordered_begin(device, stream); }
-int ordered_end(int device, void* stream) { return cuda::ordered_end(device, stream); }
 }

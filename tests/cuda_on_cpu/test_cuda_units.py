@@ -1,8 +1,7 @@
-"""The CUDA kernels of sliced_linear, indexed_linear and grouped_linear (write, sum and restore), run on the CPU."""
+"""The CUDA kernels of sliced_linear and indexed_linear (sum and put), run on the CPU."""
 
 import pytest
 import torch
-from ops.cases import effective_groups
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 # Rows and columns: one, odd, a multiple of the 16-byte width in every dtype, and beyond one block.
@@ -60,13 +59,10 @@ def check(runner, values, layout, delta, units, n, dim):
     assert torch.equal(dense, effective(base, delta))
     assert torch.equal(memory, before)
 
-    dense.fill_(float("nan"))
-    runner.units("write", weight, delta, dense, units, dim)
-    assert torch.equal(dense, base)
+    runner.units("put", weight, None, dense, units, dim)
     assert torch.equal(weight, values.index_copy(dim, index, effective(base, delta)))
-
-    runner.units("restore", weight, None, dense, units, dim)
-    assert torch.equal(memory, before)
+    weight.copy_(values)
+    assert torch.equal(memory, before)  # nothing was written between the elements of the weight
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -90,16 +86,17 @@ def test_every_pair_of_dtypes_rounds_like_pytorch(runner, weight_dtype, delta_dt
 
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
-def test_every_16_bit_pattern_is_restored(runner, dtype):
+def test_every_16_bit_pattern(runner, dtype):
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
     weight = bits.clone().view(dtype)
     delta, dense = torch.ones(256, 256), torch.empty(256, 256, dtype=dtype)
-    runner.units("write", weight, delta, dense, 0, 0)
+    runner.units("sum", weight, delta, dense, 0, 0)
     expected = effective(bits.clone().view(dtype), delta)
-    assert torch.equal(weight.isnan(), expected.isnan())
-    assert torch.equal(weight.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3))
-    runner.units("restore", weight, None, dense, 0, 0)
-    assert torch.equal(weight.view(torch.int16), bits)  # NaN payloads too
+    assert torch.equal(dense.isnan(), expected.isnan())
+    assert torch.equal(dense.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3))
+    other = torch.zeros_like(weight)
+    runner.units("put", other, None, weight, 0, 0)
+    assert torch.equal(other.view(torch.int16), bits)  # NaN payloads too
 
 
 @pytest.mark.parametrize("dim", (0, 1))
@@ -112,51 +109,35 @@ def test_misaligned_buffers(runner, dim, offset):
         count = shape[0] * shape[1]
         delta = random((count + delta_offset,), torch.float32)[delta_offset:].view(shape)
         dense = random((count + dense_offset,), torch.bfloat16)[dense_offset:].view(shape)
-        runner.units("write", weight, delta, dense, 0, dim)
-        base = values.narrow(dim, 0, 16)
-        assert torch.equal(weight.narrow(dim, 0, 16), effective(base, delta))
-        assert torch.equal(dense, base)
+        runner.units("sum", weight, delta, dense, 0, dim)
+        sums = effective(values.narrow(dim, 0, 16), delta)
+        assert torch.equal(dense, sums)
+        runner.units("put", weight, None, dense, 0, dim)
+        assert torch.equal(weight.narrow(dim, 0, 16), sums)
 
 
 @pytest.mark.parametrize("dim", (0, 1))
 def test_units_out_of_range_are_skipped(runner, dim):
     values = random((8, 8), torch.float32)
     weight, memory = place(values, "strided")
-    before = memory.clone()
     index = torch.tensor([3, 8, -1, 2**40, 5])
     delta = random(delta_shape(values, 5, dim), torch.float32)
     dense = torch.full(delta.shape, UNTOUCHED)
-    runner.units("write", weight, delta, dense, index, dim)
+    runner.units("sum", weight, delta, dense, index, dim)
+    runner.units("put", weight, None, dense, index, dim)
     kept = torch.tensor([3, 5])
     expected = values.clone()
     expected.index_add_(dim, kept, delta.index_select(dim, torch.tensor([0, 4])))
-    assert torch.equal(weight, expected)
-    runner.units("restore", weight, None, dense, index, dim)
-    assert torch.equal(memory, before)
+    assert torch.equal(weight, expected) and (memory[1::2] == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("dim", (0, 1))
 def test_a_slice_beyond_the_weight_is_cut_at_its_end(runner, dim):
     values = random((8, 8), torch.float32)
     weight = values.clone()
-    delta, dense = random(delta_shape(values, 4, dim), torch.float32), torch.zeros(delta_shape(values, 4, dim))
-    runner.units("write", weight.narrow(dim, 0, 6), delta, dense, 4, dim)
+    dense = torch.ones(delta_shape(values, 4, dim))
+    runner.units("put", weight.narrow(dim, 0, 6), None, dense, 4, dim)
     assert torch.equal(weight.narrow(dim, 6, 2), values.narrow(dim, 6, 2))
-
-
-@pytest.mark.parametrize("dim", (0, 1))
-def test_a_unit_named_twice_is_restored(runner, dim):
-    values = random((40, 40), torch.float32)
-    index = torch.tensor([7, 7, 7, 39, 0, 7])
-    delta = random(delta_shape(values, 6, dim), torch.float32)
-    sums = values.select(dim, 7).unsqueeze(dim) + delta.index_select(dim, torch.tensor([0, 1, 2, 5]))
-    for seed in range(10):
-        runner.configure(seed)
-        weight, dense = values.clone(), torch.empty_like(delta)
-        runner.units("write", weight, delta, dense, index, dim)
-        assert (weight.select(dim, 7).unsqueeze(dim) == sums).any(dim).all()  # one of the sums, not two deltas added
-        runner.units("restore", weight, None, dense, index, dim)
-        assert torch.equal(weight, values)
 
 
 # Whole packs of 16 bytes in every dtype: heads in order and not, heads that start between two packs, runs that are
@@ -185,11 +166,10 @@ def test_runs_that_leave_the_weight(runner):
     index = torch.tensor([*range(12, 20), *range(-4, 4), *range(0, 8)])
     weight, delta = values.clone(), random((4, 24), torch.float32)
     dense = torch.empty(4, 24, dtype=torch.bfloat16)
-    runner.units("write", weight, delta, dense, index, 1)
+    runner.units("sum", weight, delta, dense, index, 1)
+    runner.units("put", weight, None, dense, index, 1)
     assert torch.equal(weight[:, 12:], effective(values[:, 12:], delta[:, :4]))
     assert torch.equal(weight[:, 8:12], values[:, 8:12])
-    runner.units("restore", weight, None, dense, index, 1)
-    assert torch.equal(weight, values)
 
 
 @pytest.mark.parametrize("misaligned", ("index", "columns"))
@@ -197,29 +177,3 @@ def test_an_index_that_is_not_aligned(runner, misaligned):
     memory = torch.tensor([0, *range(8, 24)])
     index = memory[1:] if misaligned == "index" else memory[1:].clone() + 1
     check(runner, random((5, 32), torch.bfloat16), "dense", random((5, 16), torch.float32), index, 16, 1)
-
-
-@pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("dim", (0, 1))
-def test_units_of_several_matrices(runner, dim, transposed):
-    """The weights of experts: unit u of matrix g is number g * size + u. A matrix may have no units."""
-    for dtype in DTYPES:
-        for shape in ((5, 7), (16, 24)):
-            size = shape[dim]
-            chosen = [[0, size - 1], [], torch.randperm(size)[:3].tolist(), [0]]
-            index = torch.tensor([g * size + unit for g, units in enumerate(chosen) for unit in units])
-            memory = random((4, *reversed(shape)) if transposed else (4, *shape), dtype)
-            weight = memory.mT if transposed else memory
-            before, values = memory.clone(), weight.clone()
-            delta = random((6, shape[1]) if dim == 0 else (shape[0], 6), torch.float32)
-            dense = torch.empty_like(delta, dtype=dtype)
-            expected = effective_groups(values, delta, index, dim)
-
-            runner.units("sum", weight, delta, dense, index, dim)
-            sums = dense.clone()
-            assert torch.equal(memory, before)
-            runner.units("write", weight, delta, dense, index, dim)
-            assert torch.equal(weight, expected)
-            runner.units("restore", weight, None, dense, index, dim)
-            assert torch.equal(memory, before)
-            assert torch.equal(sums, effective(dense, delta))  # `dense` has the base

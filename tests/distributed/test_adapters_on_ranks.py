@@ -44,11 +44,6 @@ def use(rank, how, folder, end):
     if how.startswith("zero"):
         return seen, status, {}
     s2ft.set_adapter(model, "b")
-    if how.startswith("fsdp"):
-        with pytest.raises(ValueError, match="s2ft.merge writes it into the shards for good"):
-            s2ft.fuse(model)
-    else:
-        s2ft.fuse(model)
     seen.append(logits(model, run))
     if end != "merge b":
         s2ft.delete_adapter(model, "b")

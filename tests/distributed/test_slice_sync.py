@@ -91,4 +91,5 @@ def test_the_refusal_of_the_engine_is_an_error_on_every_rank(ranks, tmp_path):
     engine.weights["model.layers.0.mlp.down_proj.weight"] += 1
     with serving(app_of(engine)) as url:
         first, second = ranks(refused, tmp_path, url)
-    assert "is of another base" in first and "rank 0 failed" in second and "is of another base" in second
+    words = "base is not that of the slices"
+    assert words in first and "rank 0 failed" in second and words in second

@@ -3,11 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.cases import effective_groups
 from support.gpu import DEVICES, DOWN_PROJ, Layer, bits
+from support.inside import EXPERTS
 from support.tolerances import GEMM
+from torch import nn
 
-from s2ft.ops import act_mul, grouped_linear, indexed_linear, permute_, scatter_add_, sliced_linear, swap_
+from s2ft.ops import act_mul, indexed_linear, permute_, scatter_add_, sliced_linear, swap_
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -77,16 +78,20 @@ def test_experts_at_real_sizes(dim, device):
     experts, outputs, inputs, per = (128, 2048, 768, 96) if device == "cuda" else (8, 32, 24, 3)
     rows = torch.randint(0, 64, (experts,))
     rows[::5] = 0
-    offsets = rows.cumsum(0, dtype=torch.int32).to(device)
     weight = (torch.randn(experts, outputs, inputs, device=device) / 32).bfloat16()
-    before, size = weight.clone(), (outputs, inputs)[dim]
-    index = torch.cat([expert * size + torch.randperm(size)[:per] for expert in range(experts)]).to(device)
-    n = experts * per
-    delta = torch.randn((n, inputs) if dim == 0 else (outputs, n), device=device) / 32
+    index = {expert: torch.randperm((outputs, inputs)[dim])[:per] for expert in range(experts)}
+    layer = EXPERTS.layers[dim](nn.Parameter(weight.clone()), index, torch.float32)
+    with torch.no_grad():
+        layer.s2.normal_(std=1 / 32)
     x = torch.randn(int(rows.sum()), inputs, device=device).bfloat16()
-    got = grouped_linear(x, weight, delta, index, offsets, dim, per)
-    merged = effective_groups(weight, delta, index, dim)
+    got = layer(x, rows.cumsum(0, dtype=torch.int32).to(device))
+    merged = weight.clone()
+    for (expert, units), part in zip(index.items(), layer.s2.detach().split(per, dim)):
+        own = units.to(device)
+        merged[expert].index_copy_(dim, own, (weight[expert].index_select(dim, own) + part).bfloat16())
+    assert torch.equal(bits(layer.weight), bits(merged))
     expected = [F.linear(part, one) for part, one in zip(x.split(rows.tolist()), merged)]
     rtol, atol = GEMM[torch.bfloat16]
     torch.testing.assert_close(got, torch.cat(expected), rtol=rtol, atol=atol)
-    assert torch.equal(bits(weight), bits(before))
+    layer.unfuse()
+    assert torch.equal(bits(layer.weight), bits(weight))

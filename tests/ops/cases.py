@@ -110,65 +110,6 @@ def linear(
     return Case(run, definition, tensors, registered)
 
 
-def grouped(
-    dim, counts=(3, 0, 1, 2), shape=(16, 32), rows=(5, 0, 3, 1), transposed=False, dtype=torch.float32, delta_dtype=None
-) -> Case:
-    """`counts` are the units of each group, `rows` its rows of x; the second has none."""
-    outputs, inputs = shape
-    size, groups = shape[dim], len(rows)
-    offsets = torch.tensor(rows).cumsum(0, dtype=torch.int32)
-    x, weight = trained(sum(rows), inputs, dtype=dtype), torch.randn(groups, outputs, inputs).to(dtype)
-    weight = weight.mT.contiguous().mT if transposed else weight
-    index = torch.cat([group * size + torch.randperm(size)[:count] for group, count in enumerate(counts)])
-    units = len(index)
-    delta = trained(*((units, inputs) if dim == 0 else (outputs, units)), dtype=delta_dtype or dtype)
-
-    def run(x, weight, delta, index, offsets):
-        return ops.grouped_linear(x, weight, delta, index, offsets, dim, max(counts))
-
-    def definition(x, weight, delta, index, offsets):
-        weights = effective_groups(weight, delta, index, dim)
-        return torch.cat([F.linear(part, one) for part, one in zip(x.split(rows), weights)])
-
-    more = (weight, delta, index, max(counts), offsets, dim)
-    kept = trained(sum(rows), units, dtype=dtype) if dim == 1 else None
-    registered = (
-        ("grouped_linear", (x, *more, kept)),
-        ("grouped_linear_grad_x", (trained(sum(rows), outputs, dtype=dtype), *more)),
-    )
-    return Case(run, definition, (x, weight, delta, index, offsets), registered, is_exact=False)
-
-
-def effective_groups(weight: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
-    """:func:`effective` of several matrices, whose units are counted through all of them."""
-    groups, outputs, inputs = weight.shape
-    if dim == 0:
-        return effective(weight.reshape(-1, inputs), delta, index, 0).view(weight.shape)
-    side_by_side = weight.transpose(0, 1).reshape(outputs, -1)
-    return effective(side_by_side, delta, index, 1).view(outputs, groups, inputs).transpose(0, 1)
-
-
-def convolution(dim, spatial=2, size=4, geometry="strided", dtype=torch.float32, delta_dtype=None) -> Case:
-    index, geometry = torch.tensor([4, 0, 3]), GEOMETRIES[geometry]
-    x, weight = trained(2, 5, *[size] * spatial, dtype=dtype), torch.randn(6, 5, *[3] * spatial).to(dtype)
-    shape = [6, 5, 3**spatial]
-    shape[dim] = len(index)
-    delta, bias = trained(*shape, dtype=delta_dtype or dtype), trained(6, dtype=dtype)
-
-    def run(x, weight, delta, index, bias):
-        return ops.indexed_conv(x, weight, delta, index, dim, bias, **geometry)
-
-    def definition(x, weight, delta, index, bias):
-        return CONVOLUTIONS[spatial - 1](x, effective(weight, delta, index, dim), bias, **geometry)
-
-    kept = x.detach().index_select(1, index) if dim == 1 else None
-    numbers = [
-        list(geometry.get(key, (one,))) * spatial for key, one in (("stride", 1), ("padding", 0), ("dilation", 1))
-    ]
-    registered = (("indexed_conv", (x, weight, delta, index, dim, bias, kept, *numbers)),)
-    return Case(run, definition, (x, weight, delta, index, bias), registered)
-
-
 def bank(dim, leading=(4, 2), sizes=(3, 0, 1, 8), shape=(14, 10), names=(2, -1, 0, 3), dtype=torch.float32) -> Case:
     """`sizes` are the units of each adapter, `names` the adapter of each sequence; -1 is none."""
     outputs, inputs = shape
@@ -279,14 +220,12 @@ def permuted(dim, shape=(9, 7), share=1.0, dtype=torch.float32) -> Case:
 LINEAR = {
     f"{op.__name__} {dim}": partial(linear, op, dim) for op in (ops.sliced_linear, ops.indexed_linear) for dim in (0, 1)
 }
-GROUPED = {f"grouped_linear {dim}": partial(grouped, dim) for dim in (0, 1)}
-CONV = {f"indexed_conv {dim}": partial(convolution, dim) for dim in (0, 1)}
 MOVES = {
     **{f"scatter_add_ {dim}": partial(scattered, dim) for dim in (0, 1)},
     **{f"swap_ {dim}": partial(swapped, dim) for dim in (0, 1)},
     **{f"permute_ {dim}": partial(permuted, dim) for dim in (0, 1)},
 }
-TRAINED = {**LINEAR, **GROUPED, **CONV}  # ops with a delta
+TRAINED = LINEAR  # ops with a delta
 SUMS = {
     **{f"multi_adapter_linear {dim}": partial(bank, dim) for dim in (0, 1)},
     **{f"act_mul {name}": partial(activated, name) for name in ACTIVATIONS},
@@ -314,24 +253,6 @@ OTHER = {
             units=[*range(80, 112), *range(16), *range(16, 48), *range(50, 59), 49, 113],
         )
         for dim in (0, 1)
-    },
-    **{
-        f"{name} {options}": partial(make, **options)
-        for name, make in GROUPED.items()
-        for options in (
-            dict(transposed=True),
-            dict(counts=(2, 2, 2, 2), transposed=True),
-            dict(counts=(0, 0, 0, 5)),
-            dict(counts=(0, 1, 2), shape=(7, 5), rows=(5, 0, 3)),
-            # a few rows of x, none, more than a block, several blocks with a remainder; unaligned columns
-            dict(shape=(24, 16), rows=(3, 0, 17, 37)),
-            dict(shape=(24, 13), rows=(3, 0, 17, 37), transposed=True),
-        )
-    },
-    **{
-        f"{name} {spatial}d {geometry}": partial(make, spatial=spatial, size=7, geometry=geometry)
-        for name, make in CONV.items()
-        for spatial, geometry in ((1, "dilated"), (2, "plain"), (2, "dilated"), (3, "plain"), (3, "strided"))
     },
     # the last is divided among threads
     **{f"act_mul {name} {shape}": partial(activated, name, shape) for name in ACTIVATIONS for shape in ((), (0,), (17,), (129, 257))},

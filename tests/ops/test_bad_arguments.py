@@ -38,11 +38,6 @@ def bank():
     )
 
 
-def convolution():
-    index = torch.tensor([4, 0, 3])
-    return dict(x=ones(3, 5, 7, 7), weight=ones(6, 5, 3, 3), delta=ones(3, 5, 9), index=index, dim=0, bias=ones(6))
-
-
 def moved(**more):
     return dict(weight=torch.arange(24.0).view(4, 6), dim=0) | more
 
@@ -53,9 +48,6 @@ GOOD = {
     "indexed": (ops.indexed_linear, lambda: linear() | dict(index=INDEX)),
     "sliced columns": (ops.sliced_linear, lambda: columns() | dict(start=0)),
     "indexed columns": (ops.indexed_linear, lambda: columns() | dict(index=INDEX)),
-    "grouped": (ops.grouped_linear, lambda: experts(False)),
-    "grouped, trained": (ops.grouped_linear, lambda: experts(True)),
-    "conv": (ops.indexed_conv, convolution),
     "bank": (ops.multi_adapter_linear, bank),
     "pack": (ops.pack_adapters, lambda: dict(deltas=[(torch.arange(4), ones(5, 4))], dim=1)),
     "swap": (ops.swap_, lambda: moved(index=INDEX, values=ones(2, 6))),
@@ -89,29 +81,6 @@ BAD = [
     ("indexed columns", dict(index=torch.arange(3)), "index shape"),
     ("indexed columns", dict(index=torch.tensor([0, 6])), "index 6"),
     ("indexed columns", dict(index=torch.tensor([0, -1])), "index -1"),
-    *(
-        (op, change, words)
-        for op in ("grouped", "grouped, trained")
-        for change, words in (
-            (dict(dim=2), "dim 0 2"),
-            (dict(weight=ones(6, 5)), "weight"),
-            (dict(x=ones(3, 4)), "x shape"),
-            (dict(delta=ones(2, 4, trains=op != "grouped")), "delta shape"),
-            (dict(offsets=torch.tensor([1, 3])), "offsets int32"),
-            (dict(offsets=torch.tensor([3], dtype=torch.int32)), "offsets (2,)"),
-            (dict(index=torch.arange(3)), "index int64"),
-            (dict(index=torch.tensor([0, 12])), "index 12"),
-            (dict(index=torch.tensor([-1, 3])), "index -1"),
-        )
-    ),
-    ("conv", dict(dim=2), "dim 0 2"),
-    ("conv", dict(x=ones(3, 4, 7, 7)), "x shape"),
-    ("conv", dict(x=ones(5, 7, 7)), "x shape"),
-    ("conv", dict(delta=ones(3, 5, 8)), "delta shape"),
-    ("conv", dict(bias=ones(5)), "bias shape"),
-    ("conv", dict(index=torch.tensor([0, 1, 6])), "index 6"),
-    ("conv", dict(stride=(1, 1, 1)), "stride 2"),
-    ("conv", dict(x=ones(3, 5, 7, 7, dtype=torch.bfloat16)), *MIXED),
     ("bank", dict(adapter=torch.tensor([0, 5])), "adapter 5 -1..4"),
     ("bank", dict(adapter=torch.tensor([0, -2])), "adapter -2"),
     ("bank", dict(adapter=torch.tensor([0])), "adapter shape"),

@@ -1,22 +1,9 @@
-"""Layers of indexed_conv equal PyTorch's convolution with the effective weight. test_every_op.py has the op's hazards."""
+"""Trainable layers equal PyTorch's convolution with the effective weight. test_products.py has the common hazards."""
 
 import pytest
 import torch
-from ops.cases import CONV
 from support.inside import S2ColumnConv, S2RowConv
 from support.tolerances import relative_difference
-
-
-@pytest.mark.parametrize("name", CONV)
-def test_channels_last(name):
-    case = CONV[name]()
-
-    def channels_last(tensor):
-        return tensor.to(memory_format=torch.channels_last) if tensor.dim() == 4 else tensor
-
-    for ours, theirs in zip(case.results(lay=channels_last), case.results(case.definition), strict=True):
-        assert relative_difference(ours, theirs) <= 1e-5
-
 
 PLAIN = {
     "1d": lambda: torch.nn.Conv1d(5, 6, 3, stride=2, padding=1),
@@ -38,17 +25,14 @@ def test_layers_equal_the_convolution_they_replace(plain, kind, batched):
     x = torch.randn(*[2] * batched, 5, *[7] * len(conv.kernel_size))
     expected = conv(x).detach()
     for where in ({"start": 1, "end": 4}, {"index": torch.tensor([4, 1])}):
-        layer = kind.from_module(conv, **where)
+        layer, weight = kind.from_module(conv, **where), conv.weight.clone()
         assert relative_difference(layer(x), expected) <= 1e-6
         torch.nn.init.normal_(layer.s2)
         y = layer(x)
         assert relative_difference(y, expected) > 1e-2
         y.square().sum().backward()
         assert layer.s2.grad.shape == layer.s2.shape and layer.s2.grad.abs().sum() > 0
-        weight = layer.weight.clone()
-        layer.eval()
-        layer.fuse()
-        assert torch.equal(conv(x), layer(x)) and torch.equal(layer(x), y)  # conv and the layer share the weight
+        assert torch.equal(conv(x), y)  # conv and the layer share the weight
         layer.unfuse()
         assert torch.equal(layer.weight, weight)
         layer.enabled = False

@@ -28,15 +28,14 @@ def check(got, expected):
 def test_every_op_has_a_case():
     defined = {name for name, reference in REFERENCES.items() if reference.__module__.startswith("s2ft.ops.")}
     of_gradients = {name for name in defined if "_grad_" in name or name.endswith("_backward")}
-    parts = {"grouped_mm", "grouped_outer"}  # what grouped_linear is made of
+    parts = {"grouped_mm", "grouped_outer"}  # see below
     assert {name.split()[0] for name in SMALL} == defined - of_gradients - parts
 
 
 CASES = [(name, dtype) for name in SMALL for dtype in DTYPES[:3]]
-BLOCKS = [(name, dtype) for name in OTHER if "17, 37" in name for dtype in DTYPES[:3]]
 
 
-@pytest.mark.parametrize("name, dtype", [*CASES, *BLOCKS, *((name, torch.float32) for name in OTHER)], ids=str)
+@pytest.mark.parametrize("name, dtype", [*CASES, *((name, torch.float32) for name in OTHER)], ids=str)
 def test_no_reference_waits(name, dtype):
     case = ALL[name](dtype=dtype)
     expected = case.results()
@@ -45,15 +44,12 @@ def test_no_reference_waits(name, dtype):
 
 
 def may_wait(name, dtype):
-    """Outside of a graph: the checks of ops that change a weight, and PyTorch's product of groups for many rows."""
-    if not name.startswith("grouped_linear"):
-        return name.startswith(CHECKED)
-    has_own_kernel = dtype is torch.bfloat16 and torch.cuda.get_device_capability()[0] in (9, 10)
-    return "13" not in name and dtype is not torch.float64 and not has_own_kernel
+    """Outside of a graph: the checks of ops that change a weight."""
+    return name.startswith(CHECKED)
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("name, dtype", [*CASES, *BLOCKS], ids=str)
+@pytest.mark.parametrize("name, dtype", CASES, ids=str)
 def test_no_op_waits_on_a_gpu_or_in_a_graph(name, dtype):
     """Once as PyTorch registers it, in a graph; the op is called before, as the documentation asks for it."""
     case = ALL[name](dtype=dtype)
@@ -132,10 +128,3 @@ def test_permute_in_pieces(monkeypatch):
     case = permuted(0, (9, 7))
     expected = case.results()
     assert torch.equal(case.results(within=no_waits())[0], expected[0])
-
-
-def test_a_capture_asks_for_most(monkeypatch):
-    monkeypatch.setattr(sys.modules["s2ft.ops.grouped_linear"], "is_being_captured", lambda _: True)
-    x, weight, delta = torch.ones(1, 2), torch.ones(1, 3, 2), torch.ones(1, 2)
-    with pytest.raises(ValueError, match="give most"):
-        ops.grouped_linear(x, weight, delta, torch.tensor([0]), torch.tensor([1], dtype=torch.int32), 0)

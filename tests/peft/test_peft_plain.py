@@ -33,7 +33,7 @@ def layer_of(model):
 def dense_of(model, names):
     """The plain module plus the dense deltas of the adapters, in double precision."""
     layer = layer_of(model)
-    dense = copy.deepcopy(layer.base_layer).double()
+    dense = copy.deepcopy(layer.get_base_layer()).double()
     for name in names:
         dense.weight.data += layer.get_delta_weight(name).detach().double()
     return dense.requires_grad_()
@@ -84,7 +84,7 @@ def test_weights_that_accelerate_offloads():
     """An offloaded weight is on the meta device, except during the forward of its module."""
     model, x, _ = wrapped("linear", "outputs")
     expected, layer = model(x), layer_of(model)
-    weights = {name: value.clone() for name, value in layer.base_layer.state_dict().items()}
+    weights = {name: value.clone() for name, value in layer.get_base_layer().state_dict().items()}
     hook = AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=True)
     add_hook_to_module(layer.base_layer, hook)
     assert layer.base_layer.weight.is_meta

@@ -30,8 +30,8 @@ Loop = Callable[[nn.Module], None]
 class Scene:
     """A plain model, two adapters of it, and the three models that the loops start from."""
 
-    def __init__(self, layout: str, effective: str = "call") -> None:
-        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout, effective=effective)
+    def __init__(self, layout: str) -> None:
+        self.config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
         self.plain = tiny_model("llama", layers=2, **WIDE)
         other = s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=1)
         self.adapters = [
@@ -60,10 +60,9 @@ class Scene:
         for active in ("a", "b", None, {"a": 0.5, "b": 0.5}) * 3:
             s2ft.set_adapter(model, active)
 
-    def fuse_and_unfuse(self, model: nn.Module) -> None:
-        for _ in range(12):
-            s2ft.fuse(model)
-            s2ft.unfuse(model)
+    def switch_trainable(self, model: nn.Module) -> None:
+        for active in (None, "default") * 6:
+            s2ft.set_adapter(model, active)
 
     def train(self, model: nn.Module) -> None:
         model.train()
@@ -80,7 +79,7 @@ class Scene:
             "attach+detach": (self.plain, self.attach_and_detach),
             "load_adapter+detach": (self.plain, self.load_and_detach),
             "set_adapter": (self.loaded, self.switch),
-            "fuse+unfuse": (self.trainable, self.fuse_and_unfuse),
+            "set_adapter, trainable": (self.trainable, self.switch_trainable),
             "training step": (self.trainable, self.train),
         }
 
@@ -136,19 +135,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--count", type=int, default=300, help="number of interrupted runs of each loop")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--layout", choices=("permuted", "indexed"), default="permuted")
-    parser.add_argument("--effective", choices=("call", "step"), default="call")
     parser.add_argument("--loop", help="only this one")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-4)  # so that a signal also arrives between two calls of torch
-    scene, generator, failed = Scene(options.layout, options.effective), random.Random(options.seed), False
+    scene, generator, failed = Scene(options.layout), random.Random(options.seed), False
     kernels = "reference" if REFERENCE else "compiled"
     for name, (start, loop) in scene.loops().items():
         if options.loop in (None, name):
             cut, problems = run_loop(start, loop, scene.base, options.count, generator)
             failed = failed or bool(problems)
             print(
-                f"{name:<20} {options.layout}, {kernels}: {options.count} runs, {cut} cut short, "
+                f"{name:<22} {options.layout}, {kernels}: {options.count} runs, {cut} cut short, "
                 f"{len(problems)} failures",
                 *problems[:3],
                 sep="\n    ",

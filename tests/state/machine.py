@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from support.inside import S2Layer
 from support.tolerances import GEMM
 from torch import nn
 from transformers.utils import logging
@@ -43,22 +44,20 @@ class Wrong(AssertionError):
 
 @dataclass(frozen=True)
 class Setting:
-    """The model, dtype, layout and way of holding weights that a sequence starts from."""
+    """The model, dtype and layout that a sequence starts from."""
 
     case: str
     dtype: torch.dtype
     layout: str
     layers: int
-    effective: str
 
     @classmethod
     def of(cls, seed: int) -> "Setting":
         rng = random.Random(seed)
-        drawn = rng.choice(MODELS), rng.choice(DTYPES), rng.choice(LAYOUTS), rng.choice((1, 1, 2))
-        return cls(*drawn, rng.choice(("call", "step")))
+        return cls(rng.choice(MODELS), rng.choice(DTYPES), rng.choice(LAYOUTS), rng.choice((1, 1, 2)))
 
     def __str__(self) -> str:
-        return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}, effective={self.effective!r}"
+        return f"{self.case}, {str(self.dtype).removeprefix('torch.')}, {self.layout}"
 
 
 class State:
@@ -67,7 +66,6 @@ class State:
     def __init__(self, seed: int) -> None:
         setting = Setting.of(seed)
         self.case, self.dtype, self.layout = setting.case, setting.dtype, setting.layout
-        self.effective = setting.effective
         self.rng = random.Random(seed)
         model = tiny_model(self.case, layers=setting.layers, dtype=self.dtype)
         self.pool = [make_adapter(model, self.config(), name, number) for number, name in enumerate(("p", "q"))]
@@ -90,7 +88,6 @@ class State:
             layout=self.layout,
             seed=self.rng.randrange(100),
             ffn_kernel=self.rng.random() < 0.7,
-            effective=self.effective,
         )
 
     @property
@@ -106,18 +103,17 @@ class State:
         return {name: p for name, p in self.model.named_parameters() if name.rpartition(".")[2] == "s2"}
 
     @property
+    def layers(self) -> list[S2Layer]:
+        return [module for module in self.model.modules() if isinstance(module, S2Layer)]
+
+    @property
     def trainable(self) -> str | None:
         """The name of the trainable adapter."""
         return next((row.adapter for row in self.status.rows if row.trainable), None)
 
     @property
-    def fused(self) -> bool:
-        """Whether the trainable adapter is fused, so that it can't be trained."""
-        return self.effective == "call" and any(row.fused and row.trainable for row in self.status.rows)
-
-    @property
     def can_train(self) -> bool:
-        return self.trainable is not None and self.status.active.get(self.trainable) == 1 and not self.fused
+        return self.trainable is not None and self.status.active.get(self.trainable) == 1
 
     def new_name(self) -> str:
         self.names += 1
@@ -230,12 +226,16 @@ def disable(state: State) -> None:
     require(state.status.active == before, f"disable_adapters: {before} became {state.status.active}")
 
 
-def fuse(state: State) -> None:
-    s2ft.fuse(state.model)
+def fuse_layers(state: State) -> None:
+    """Change the slices in a way that no forward notices, and write them."""
+    for layer in state.layers:
+        layer.s2.data.mul_(-0.5)
+        layer.fuse()
 
 
-def unfuse(state: State) -> None:
-    s2ft.unfuse(state.model)
+def unfuse_layers(state: State) -> None:
+    for layer in state.layers:
+        layer.unfuse()
 
 
 def save_and_load(state: State) -> None:
@@ -317,8 +317,19 @@ def step(state: State) -> None:
 
 
 def backward(state: State) -> None:
-    loss_of(state).backward()
-    state.model.zero_grad()
+    """Run a backward, and another one between whose forward and backward the model runs as the base and as itself."""
+    found = []
+    for runs_between in (False, True):
+        torch.manual_seed(0)  # of dropout
+        loss = loss_of(state)
+        if runs_between:
+            with s2ft.disable_adapters(state.model):
+                logits_of(state.model)
+            logits_of(state.model)
+        loss.backward()
+        found.append([s2.grad for s2 in state.slices.values()])
+        state.model.zero_grad()
+    require(all(map(same_bits, *found)), "what ran between forward and backward changed the gradients")
 
 
 def load_own_state(state: State) -> None:
@@ -413,8 +424,8 @@ OPERATIONS = (
     Operation(activate_nothing, attached),
     Operation(activate_sum, attached),
     Operation(disable, attached, same_output=True),
-    Operation(fuse, attached, same_output=True),
-    Operation(unfuse, attached, same_output=True),
+    Operation(fuse_layers, lambda state: state.can_train),
+    Operation(unfuse_layers, lambda state: state.can_train, same_output=True),
     Operation(save_and_load, attached, same_output=True),
     Operation(delete, attached),
     Operation(rename, attached, same_output=True),
@@ -441,7 +452,7 @@ OPERATIONS = (
 # The operations that may be interrupted. What they note about adapters, they note before they call s2ft.
 CUT = (
     *(attach, attach_on_top, freeze, detach, load, load_inactive, load_trainable, activate_one, activate_nothing),
-    *(activate_sum, disable, fuse, unfuse, delete, rename, backward),
+    *(activate_sum, disable, fuse_layers, unfuse_layers, delete, rename, backward),
 )
 
 
@@ -606,10 +617,8 @@ def run_sequence(seed: int, left_out: frozenset[int] = frozenset(), verbose: boo
 
 def run_operation(state: State, operation: Operation) -> None:
     """Run one operation and check everything after it."""
-    unusable = state.fused and state.model.training  # the forward must raise
-    active, output = dict(state.status.active), None
-    if operation.same_output and not unusable:
-        output = logits_of(state.model)
+    active = dict(state.status.active)
+    output = logits_of(state.model) if operation.same_output else None
     operation.run(state)
     renamed = operation.run is rename or "(rename at" in state.detail
     if state.status.active != active and not renamed:

@@ -38,9 +38,9 @@ class Case:
 class Sweep:
     """The models that operations start from, in one layout, and their expected weights."""
 
-    def __init__(self, layout: str, effective: str = "call") -> None:
+    def __init__(self, layout: str) -> None:
         def config(seed: int) -> s2ft.S2FTConfig:
-            return s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=seed, effective=effective)
+            return s2ft.S2FTConfig(**ratios("llama"), layout=layout, seed=seed)
 
         self.layout, self.config = layout, config(3)
         self.plain = tiny_model("llama", **SMALL)
@@ -52,8 +52,7 @@ class Sweep:
         self.trainable = copy.deepcopy(self.plain)  # t is trainable
         s2ft.attach(self.trainable, self.config, name="t")
         fill_slices(self.trainable, seed=3)
-        self.fused = copy.deepcopy(self.trainable)
-        s2ft.fuse(self.fused)
+        self.trainable(input_ids=self.tokens)  # writes them into the weights
         self.both = copy.deepcopy(self.trainable)  # a is loaded and active, t is trainable and inactive
         s2ft.load_adapter(self.both, self.a)
         self.both_active = copy.deepcopy(self.both)
@@ -67,24 +66,19 @@ class Sweep:
             Case("attach beside a loaded one", self.loaded, lambda m: s2ft.attach(m, self.config, name="t")),
             Case("attach on top", self.loaded, lambda m: s2ft.attach(m, self.config, name="t", on_top=True)),
             Case("freeze_adapter", self.both_active, s2ft.freeze_adapter),
-            Case("freeze_adapter, fused", self.fused, s2ft.freeze_adapter),
             Case("load_adapter", self.plain, lambda m: s2ft.load_adapter(m, self.a)),
             Case("load_adapter, trainable", self.plain, lambda m: s2ft.load_adapter(m, self.a, trainable=True)),
             Case("load_adapter beside a trainable one", self.trainable, lambda m: s2ft.load_adapter(m, self.a)),
             Case("set_adapter, another", self.loaded, lambda m: s2ft.set_adapter(m, "b")),
             Case("set_adapter, weighted", self.loaded, lambda m: s2ft.set_adapter(m, weighted)),
             Case("set_adapter, None", self.loaded, lambda m: s2ft.set_adapter(m, None)),
+            Case("set_adapter, None, trainable", self.trainable, lambda m: s2ft.set_adapter(m, None)),
             Case("set_adapter, trainable", self.both, lambda m: s2ft.set_adapter(m, "t")),
             Case("set_adapter, trainable written", self.both, lambda m: s2ft.set_adapter(m, {"t": 0.5, "a": 1.0})),
             Case("disable_adapters", self.loaded, self.disable),
-            Case("fuse", self.trainable, s2ft.fuse),
-            Case("unfuse", self.fused, s2ft.unfuse),
-            Case("set_adapter, None, fused", self.fused, lambda m: s2ft.set_adapter(m, None)),
             Case("merge, trainable", self.trainable, s2ft.merge),
-            Case("merge, fused", self.fused, s2ft.merge),
             Case("merge, loaded", self.loaded, s2ft.merge),
             Case("detach, trainable", self.trainable, s2ft.detach),
-            Case("detach, fused", self.fused, s2ft.detach),
             Case("detach, loaded", self.loaded, s2ft.detach),
             Case("detach, both", self.both, s2ft.detach),
             Case("delete_adapter, active", self.loaded, lambda m: s2ft.delete_adapter(m, "a")),
@@ -92,8 +86,8 @@ class Sweep:
             Case("delete_adapter, last", self.trainable, lambda m: s2ft.delete_adapter(m, "t")),
             Case("rename_adapter", self.loaded, lambda m: s2ft.rename_adapter(m, "b", "c")),
             Case("forward and backward", self.trainable, self.train),
-            Case("forward after a step", self.fused, self.evaluate),
-            Case("move", self.fused, lambda m: m.to(torch.float32)),
+            Case("forward after a step", self.trainable, self.evaluate),
+            Case("move", self.trainable, lambda m: m.to(torch.float32)),
         ]
 
     def train(self, model: nn.Module) -> None:
@@ -203,7 +197,6 @@ class Sweep:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--layout", choices=LAYOUTS, action="append", help="default: both")
-    parser.add_argument("--effective", choices=("call", "step"), default="call", help="default: call")
     parser.add_argument("--events", choices=EVENTS, default="opcode")
     parser.add_argument(
         "--occurrences",
@@ -226,7 +219,7 @@ def main(arguments: list[str] | None = None) -> int:
     occurrences = None if options.occurrences == "all" else int(options.occurrences)
     kernels, failed = "reference" if REFERENCE else "compiled", False
     for layout in options.layout or LAYOUTS:
-        sweep = Sweep(layout, options.effective)
+        sweep = Sweep(layout)
         for case in sweep.cases():
             if case.name.startswith(options.case or ""):
                 chosen = (

@@ -24,9 +24,8 @@ SLOW = [
 ]
 
 
-@pytest.mark.parametrize("options", ((), ("--effective", "step", "--layout", "permuted")), ids=" ".join)
-def test_after_an_exception_at_any_moment_the_model_agrees_with_status(options, capsys):
-    assert sweep.main(["--stride", "6000", *options]) == 0, capsys.readouterr().out
+def test_after_an_exception_at_any_moment_the_model_agrees_with_status(capsys):
+    assert sweep.main(["--stride", "6000"]) == 0, capsys.readouterr().out
 
 
 @pytest.mark.slow

@@ -7,15 +7,13 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-import torch
-
 RANK_TIMEOUT = 60  # seconds until a thread counts as deadlocked
 CHILD_LIMIT = 5  # seconds until a child counts as hung
 
 
 @contextmanager
 def repeating(function: Callable[[], object]) -> Iterator[None]:
-    """Run `function` repeatedly in another thread, without gradients, until the block ends.
+    """Run `function` repeatedly in another thread until the block ends.
 
     Raises:
         AssertionError: the function raised, or the thread did not end.
@@ -24,10 +22,9 @@ def repeating(function: Callable[[], object]) -> Iterator[None]:
 
     def loop() -> None:
         try:
-            with torch.no_grad():
-                while not stop.is_set():
-                    function()
-                    running.set()
+            while not stop.is_set():
+                function()
+                running.set()
         except BaseException as error:
             errors.append(error)
             running.set()

@@ -41,10 +41,7 @@ MODULES = {
     "integrations.lm_eval": "as_json as_table evaluate",
     "integrations.settings": "config_from",
     "integrations.trl": "main:trl_main",
-    "layers": (
-        "EXPERTS NO_FUSE S2ColumnConv S2ColumnExperts S2Layer S2RowConv S2RowExperts S2RowOwnForward kind_of "
-        "run_on_one_input"
-    ),
+    "layers": ("EXPERTS NO_FUSE S2ColumnConv S2ColumnExperts S2Layer S2RowConv S2RowExperts S2RowOwnForward kind_of"),
     "layers.base": "S2Layer:BaseS2Layer _warn_about_cast",
     "layers.derived": "computes_linear",
     "layers.experts": "experts_forward project",
@@ -71,10 +68,9 @@ MODULES = {
     "model.weights": "tensors_of weight_at",
     "ops": "_build _effective _grouped _linear",
     "ops._cuda": "runs_on version why_unusable",
-    "ops._effective": "call_on_effective effective_units",
+    "ops._effective": "effective_units",
     "ops._grouped": "grouped_mm grouped_outer",
     "ops._library": "REFERENCES check_distinct",
-    "ops._lock": "LOCK",
     "ops._memory": "check_private",
     "ops.act_mul": "ACTIVATIONS reference reference_backward",
     "ops.multi_adapter_linear": "reference:multi_adapter_linear_reference without_waiting",

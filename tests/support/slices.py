@@ -13,8 +13,9 @@ from support.tolerances import relative_difference
 def random_slices(model: nn.Module) -> nn.Module:
     """Give all trained slices random values, the same each time. Returns the model."""
     generator = torch.Generator().manual_seed(3)
-    for mount in attachment_of(model).mounts.values():
-        mount.layer.s2.data.normal_(std=0.02, generator=generator)
+    with torch.no_grad():
+        for mount in attachment_of(model).mounts.values():
+            mount.layer.s2.normal_(std=0.02, generator=generator)
     return model
 
 

@@ -91,7 +91,6 @@ def save_adapters(
         s2ft.attach(model, s2ft.S2FTConfig(**ratios, seed=seed), name=name)
         randomize(model, seed, scale)
         s2ft.save_adapter(model, folder / "adapters" / name)
-        s2ft.fuse(model)
         found[name] = answers(model, prompts)
         s2ft.detach(model)
     return Served(folder / "base", folder / "adapters", found)

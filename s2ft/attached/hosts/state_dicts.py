@@ -1,11 +1,11 @@
 """State dicts of models that s2ft has changed: they contain the base's weights in the base's own order.
 
-In layout `permuted` the units of coupled weights are in another order than in the base, and another thread may be
-running the model. So ``state_dict()`` returns copies of these weights in original order, unfused, taken while no
-operation has base + delta in them. A parameter that a trainable layer has replaced keeps its name. The copies load into
-a plain model of the base, and into one with other units selected. ``load_state_dict`` accepts only the base, in either
-order: the weights are frozen, so loading it changes nothing, and anything else is an error. Loaded adapters that are
-active stay in the copies, as they are in the weights.
+Trained weights hold base + delta, and in layout `permuted` the units of coupled weights are in another order than in
+the base. So ``state_dict()`` returns copies of these weights with the base's values in original order. A parameter that
+a trainable layer has replaced keeps its name. The copies load into a plain model of the base, and into one with other
+units selected. ``load_state_dict`` accepts only the base, in either order: the weights are frozen, so loading it
+changes nothing, and anything else is an error. Loaded adapters that are active stay in the copies, as they are in
+the weights.
 
 Weights that FSDP2 or ZeRO-3 has sharded stay in their order, because no rank has all the units that would move, and
 under the name in their layer, by which FSDP looks for them. Under tensor parallelism each rank puts its own units in
@@ -22,7 +22,6 @@ from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, Mount, find_attachment
 from s2ft.distributed import is_dtensor, is_sharded
 from s2ft.layers import kind_of
-from s2ft.layers.base import at_rest, why_not_whole
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import swap_
@@ -64,15 +63,14 @@ class _BaseOrder:
         return id(tensor) in self.moves or id(tensor) in self.layers or id(tensor) in self.written
 
     def copy_of(self, tensor: Tensor, without_written: bool = False) -> Tensor:
-        """Copy a parameter or buffer, unfused, in original order.
+        """Copy a parameter or buffer, without the trainable adapter, in original order.
 
         Args:
             tensor: Parameter or buffer of the model.
             without_written: Whether to leave out the adapters that are written into it.
         """
-        copy, layer = at_rest(tensor), self.layers.get(id(tensor))
-        if layer is not None and layer.fused:
-            layer.write_units_of(copy, layer.base)
+        layer = self.layers.get(id(tensor))
+        copy = (tensor if layer is None else layer.base_weight()).detach().clone()
         for moving in self.moves.get(id(tensor), ()):
             (moving.permute_shard if is_dtensor(copy) else moving.permute)(copy)
         for entry in reversed(self.record.written) if without_written else ():
@@ -108,10 +106,7 @@ def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata
         if id(tensor) not in copies:
             copies[id(tensor)] = order.copy_of(tensor, without_written=True)
         state[key] = copies[id(tensor)]
-    for path, mounted in record.mounts.items():
-        if id(mounted.layer._parameters.get("weight")) in copies:
-            state.pop(f"{prefix}{path}.base", None)  # the copy is not fused
-    replaced = [key for key, mounted in _of_parameters(record, prefix) if not why_not_whole(mounted.layer)]
+    replaced = [key for key, mounted in _of_parameters(record, prefix) if not mounted.layer.is_managed]
     names = {f"{key}.weight": key for key in replaced}
     entries = [(names.get(key, key), value) for key, value in state.items()]
     state.clear()  # in place, and the order stays
@@ -150,11 +145,6 @@ def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any
                 )
             same[key] = tensor
     state.update(same)  # load_state_dict then copies each onto itself
-    for path, mounted in record.mounts.items():
-        if f"{prefix}{path}.weight" in same:
-            state.pop(f"{prefix}{path}.base", None)
-            if mounted.layer.base is not None:  # stays fused
-                state[f"{prefix}{path}.base"] = mounted.layer.base
 
 
 def _coupled(model: nn.Module, record: Attachment) -> set:
@@ -169,7 +159,7 @@ def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
     """Whether `found` is the base of `tensor` in original order, or the present value of `tensor` in either order."""
     found = found.to(tensor)
     return (
-        torch.equal(found, at_rest(tensor))
+        torch.equal(found, tensor)
         or torch.equal(found, order.copy_of(tensor))
         or (bool(order.record.written) and torch.equal(found, order.copy_of(tensor, without_written=True)))
     )
