@@ -51,7 +51,6 @@ def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
         claim(model, record)
         deactivate(model, record)
         yield
-        write_slices(model, record)
     except BaseException:
         deactivate(model, record)
         unmount(model, record)

@@ -33,39 +33,35 @@ def _before_forward(model: nn.Module, *_: Any) -> None:
     if torch.compiler.is_compiling() or transforms_active():
         return  # in another function's graph each layer checks what its weight holds; torch.func runs them on copies
     record, hooks = find_attachment(model), model._forward_pre_hooks
-    came_late = next(iter(hooks.values())) is not _before_forward
-    if came_late:  # FSDP2 was applied since, and has gathered the weights of the model by now
+    if next(iter(hooks.values())) is not _before_forward:  # FSDP2 was applied since
         hooks.move_to_end(next(key for key, hook in hooks.items() if hook is _before_forward), last=False)
-    if record is not None and write_slices(model, record) and came_late and isinstance(model, fsdp_modules()):
-        model.unshard()
+        if isinstance(model, fsdp_modules()):
+            return  # it has gathered weights by now: this once, layers compute with copies of them
+    if record is not None:
+        write_slices(model, record)
 
 
 skip_code(_before_forward.__code__)  # a compiled model runs its hooks outside of the graph: this one as it is
 
 
 @torch.compiler.disable
-def write_slices(model: nn.Module, record: Attachment) -> bool:
+def write_slices(model: nn.Module, record: Attachment) -> None:
     """Write base + s2 into every weight that holds other values of s2. Every rank of a sharded model must call this.
 
     Args:
         model: A model, outside of its forward.
         record: Its record.
-
-    Returns:
-        Whether any was written.
     """
     if record.awaits_weights or not record.trains:
-        return False
+        return
     layers = [mount.layer for mount in record.mounts.values()]
     layers = [layer for layer in layers if layer.enabled and layer.kind.read_only is None]
     # Code that writes into `s2.data` changes no version. So a model that may train is written always, which takes less
     # than 1 % of its step. What is spread over ranks has to be gathered for that.
     trains = torch.is_grad_enabled()
     changed = [layer for layer in layers if not layer.is_written or trains and not layer.is_managed]
-    if not changed:
-        return False
-    reshard_all(model)
-    with WRITING:
-        for layer in changed:
-            layer.write()
-    return True
+    if changed:
+        reshard_all(model)
+        with WRITING:
+            for layer in changed:
+                layer.write()

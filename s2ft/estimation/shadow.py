@@ -116,8 +116,7 @@ def forget_data(shadow: nn.Module, record: Attachment, device: torch.device, che
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     for mounted in record.mounts.values():
         if mounted.layer.kind.read_only is None:
-            mounted.layer.write()
-            mounted.layer._buffers["base of the slice"] = mounted.layer.base  # counts as a buffer
+            mounted.layer.write()  # the base of the slice is kept from the first step on
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:
