@@ -222,7 +222,9 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
         hook = getattr(self.base_layer, "_hf_hook", None)
-        if hook is None and not self.kind.read_only and not torch.compiler.is_compiling():
+        # A view is memory of FSDP version 1, which gathers it again for the backward.
+        is_own = hook is None and not self.kind.read_only and not self.base_layer.weight._is_view()
+        if is_own and not torch.compiler.is_compiling():
             return self._trainable("", names).forward(*args, **kwargs)
         delta, run = self.sum_of("", names), self.kind.forward
         if hook is None or self.kind.read_only:
