@@ -426,8 +426,10 @@ def full_tensor(tensor: Tensor) -> Tensor:
         from deepspeed.utils import safe_get_full_fp32_param
 
         return safe_get_full_fp32_param(tensor)
+    if not is_partitioned(tensor):
+        return tensor.detach()
     with gathered_parameter(tensor):
-        return tensor.detach().clone() if is_partitioned(tensor) else tensor.detach()
+        return tensor.detach().clone()
 
 
 def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None:

@@ -230,6 +230,7 @@ CHANGES = {
     "an optimizer": lambda s2: torch.optim.SGD([s2], 0.1).step(),
     "an optimizer that hides it": lambda s2: Hidden([s2], {}).step(),
     "a loop over data": lambda s2: s2.data.sub_(0.1 * s2.grad),
+    "an average in its place": lambda s2: (torch.optim.SGD([s2], 0.1).step(), s2.data.mul_(0.5)),
     "other memory": lambda s2: setattr(s2, "data", s2.data + 1),
 }
 

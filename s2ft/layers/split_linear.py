@@ -105,7 +105,7 @@ class S2SplitLinear(S2Linear):
         return self._whole != stamp(local_part(self.weight))[1]  # FSDP2 has put another parameter here
 
     def holds(self, s2: tuple[int, Any]) -> bool:
-        is_known = self._may_be_gathered(self.weight, self.s2) or self._written is None or self._written[0] == s2
+        is_known = self._may_be_gathered(self.weight, self.s2) or not self._is_current or self._written[0] == s2
         return is_known and super().holds(s2)
 
     @property
