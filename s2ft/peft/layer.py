@@ -222,9 +222,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
         hook = getattr(self.base_layer, "_hf_hook", None)
-        # A view is memory of FSDP version 1, which gathers it again for the backward.
-        is_own = hook is None and not self.kind.read_only and not self.base_layer.weight._is_view()
-        if is_own and not torch.compiler.is_compiling():
+        if hook is None and not self.kind.read_only and self._is_writable():
             return self._trainable("", names).forward(*args, **kwargs)
         delta, run = self.sum_of("", names), self.kind.forward
         if hook is None or self.kind.read_only:
@@ -232,6 +230,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         (x,), _ = hook.pre_forward(self.base_layer, args[0])  # accelerate's hook loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
         return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
+
+    def _is_writable(self) -> bool:
+        # A view is memory of FSDP version 1, which gathers it again for the backward.
+        return not torch.compiler.is_compiling() and not self.base_layer.weight._is_view()
 
     # ---- base + delta in the weight, from the forward to the step of the optimizer -----------------------
 

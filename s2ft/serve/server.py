@@ -139,6 +139,8 @@ def serve(
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?")))
         >>> threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()
         >>> serve(model, tokenizer, "base", None, ServerOptions(port=0))
+        >>> signal.getsignal(signal.SIGINT) is signal.default_int_handler  # Ctrl-C interrupts again
+        True
     """
     model.requires_grad_(False)
     if not getattr(model, "is_quantized", False):  # a quantized one is on its device, and may refuse to move
@@ -148,10 +150,13 @@ def serve(
     listener = listen(options.host, options.port)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
     server = Server(config_of(app))
-    for number in (signal.SIGTERM, signal.SIGINT):
-        # uvicorn raises the signal again after the shutdown, when nothing is left to do
-        signal.signal(number, lambda *_: None)
-    server.run(sockets=[listener])
+    # uvicorn raises the signal again after the shutdown, when nothing is left to do
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        server.run(sockets=[listener])
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def listen(host: str, port: int) -> socket.socket:
