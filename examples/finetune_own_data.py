@@ -6,7 +6,7 @@ Run it:
     python examples/finetune_own_data.py --model HuggingFaceTB/SmolLM2-135M-Instruct --data rows.jsonl
 
 Each line of --data is a JSON object with "prompt" and "completion". Without --data, made-up sums are used. The trainer
-is TRL's SFTTrainer; the command `s2ft finetune` does the same without Python.
+is TRL's SFTTrainer; the command `s2ft sft` does the same without Python.
 
 It prints what is trained, the loss of the base model and the loss with the adapter, and an answer.
 """

@@ -10,6 +10,7 @@ import pytest
 EXAMPLES = Path(__file__).parents[1] / "examples"
 HELPER = "tiny.py"  # the scripts import it
 PRINTED = {
+    "nano.py": ["question: ", "before: ", "trained: ", "loss: ", "merged: largest difference ", "after: "],
     "finetune_own_data.py": ["mlp.down_proj", "loss: ", "What is 0 + 0? -> "],
     "classification_head.py": ["score.weight", "loss: ", "the same after reloading: True"],
     "many_adapters.py": ["sea: loss", "city: loss", "one batch gives the same tokens: True"],
@@ -32,6 +33,7 @@ NEEDS = {
     "embeddings.py": "sentence_transformers",
     "grpo_reasoning_gym.py": "reasoning_gym",
 }
+ARGUMENTS = {"nano.py": ["--model", "model", "--channels", "5", "--steps", "2"]}  # it makes no tiny model itself
 
 
 def test_every_script_is_tested():
@@ -44,9 +46,12 @@ def test_a_script_runs(script, tmp_path, monkeypatch, capsys):
         pytest.importorskip(NEEDS[script], reason=f"{NEEDS[script]} is not installed")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
-    monkeypatch.setattr(sys, "argv", [script])
+    monkeypatch.setattr(sys, "argv", [script, *ARGUMENTS.get(script, ())])
     monkeypatch.setitem(sys.modules, "tiny", None)  # tests/train has a module of this name; it is put back at the end
     del sys.modules["tiny"]
+    if script in ARGUMENTS:
+        for part in runpy.run_path(str(EXAMPLES / HELPER))["load"]():
+            part.save_pretrained("model")
     runpy.run_path(str(EXAMPLES / script), run_name="__main__")
     printed = capsys.readouterr().out
     print(printed)
