@@ -22,14 +22,14 @@ HERE = Path(__file__).resolve().parent.parent
 def serve(dtype: str, model: str, batch: int, length: int, d_ratio: float) -> None:
     """Run a step and print its seconds for every line of input. This runs in the process of a checkout."""
     import torch
-    from train_step import Method, s2ft_model
+    from train_step import TimedMethod, s2ft_model
 
     from s2ft.text.models import load_model
     from s2ft.train.demo import default_model
 
     base = load_model(model or default_model(), dtype)[0]
     tokens = torch.randint(base.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    step = Method(s2ft_model(base, d_ratio), tokens)
+    step = TimedMethod(s2ft_model(base, d_ratio), tokens)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()

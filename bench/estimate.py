@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 from harness import save
-from train_step import Method
+from train_step import TimedMethod
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -158,17 +158,17 @@ def _folder(name: str, dtype: torch.dtype) -> Iterator[str | None]:
         yield folder
 
 
-def _step(method: Method) -> None:
+def _step(method: TimedMethod) -> None:
     """Run a step that keeps the gradients."""
     method.loss().backward()
     method.optimizer.step()
 
 
-def _method(model: torch.nn.Module, batch: int, length: int) -> Method:
+def _method(model: torch.nn.Module, batch: int, length: int) -> TimedMethod:
     model = model.to(_device())
     s2ft.attach(model, CONFIG)
     tokens = torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    return Method(model, tokens.to(_device()))
+    return TimedMethod(model, tokens.to(_device()))
 
 
 def _used() -> int:

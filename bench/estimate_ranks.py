@@ -194,7 +194,7 @@ class Growth(Storages):
         return self.found - self.before
 
 
-def _kept(run: "Run", ids: Tensor) -> int:
+def _kept(run: "RankRun", ids: Tensor) -> int:
     """Return the bytes that autograd saves in a forward, without weights. A storage is counted once."""
     kept: dict[int, int] = {}
     held = []  # a freed storage's address may be used again
@@ -224,7 +224,7 @@ def _bytes(tensors) -> int:
     return sum({storage.data_ptr(): storage.nbytes() for storage in found if storage.nbytes()}.values())
 
 
-class Run:
+class RankRun:
     """Training on the ranks of the default process group."""
 
     meter: type = Growth
@@ -264,14 +264,14 @@ class Run:
         return gradients + _bytes(value for state in self.optimizer.state.values() for value in state.values())
 
 
-class DdpRun(Run):
+class DdpRun(RankRun):
     meter = Allocations
 
     def wrapped(self, model: nn.Module) -> nn.Module:
         return nn.parallel.DistributedDataParallel(model)
 
 
-class FsdpRun(Run):
+class FsdpRun(RankRun):
     def wrapped(self, model: nn.Module) -> nn.Module:
         from support.fsdp_on_cpu import allow
 
@@ -301,7 +301,7 @@ class FsdpRun(Run):
         return super().weights()
 
 
-class TensorParallelRun(Run):
+class TensorParallelRun(RankRun):
     @staticmethod
     def loaded(name: str) -> nn.Module:
         from transformers.distributed import DistributedConfig
@@ -325,7 +325,7 @@ class TensorParallelRun(Run):
         return sum({part.data_ptr(): part.nbytes for part in parts}.values())
 
 
-class ZeroRun(Run):
+class ZeroRun(RankRun):
     """DeepSpeed's engine. Its optimizer updates a flat partition, and it has the gradients until the step."""
 
     meter = Storages
@@ -372,7 +372,7 @@ class ZeroRun(Run):
         return _bytes([*inner, *of_zero.single_partition_of_fp32_groups]) + self.gradients
 
 
-RUNS: dict[str, type[Run]] = {"ddp": DdpRun, "fsdp2": FsdpRun, "tp": TensorParallelRun}
+RUNS: dict[str, type[RankRun]] = {"ddp": DdpRun, "fsdp2": FsdpRun, "tp": TensorParallelRun}
 RUNS |= dict.fromkeys(("zero1", "zero2", "zero3"), ZeroRun)
 
 

@@ -63,7 +63,7 @@ def base_model(experts: int, dtype: torch.dtype, layers: int) -> nn.Module:
     return Qwen3MoeForCausalLM(config).to(dtype).requires_grad_(False)
 
 
-class Step:
+class ExpertStep:
     """Forward and backward of a model, and the step of its optimizer."""
 
     def __init__(self, model: nn.Module, batch: Tensor) -> None:
@@ -115,7 +115,7 @@ def lora_model(base: nn.Module, *names: str, float32: bool) -> nn.Module:
     return get_peft_model(copy.deepcopy(base), config, autocast_adapter_dtype=float32)
 
 
-def steps_of(base: nn.Module, batch: Tensor) -> dict[str, Step]:
+def steps_of(base: nn.Module, batch: Tensor) -> dict[str, ExpertStep]:
     made = {
         "frozen": copy.deepcopy(base),
         "S²FT d=0.125": s2ft_model(base, d_ratio=0.125),
@@ -125,10 +125,10 @@ def steps_of(base: nn.Module, batch: Tensor) -> dict[str, Step]:
     }
     if base.dtype != torch.float32:  # on a float32 base it would be the same model again
         made[LORA_OF_PEFT] = lora_model(base, "gate_up_proj", "down_proj", float32=True)
-    return {name: Step(model, batch) for name, model in made.items()}
+    return {name: ExpertStep(model, batch) for name, model in made.items()}
 
 
-def measure(steps: dict[str, Step], rounds: int) -> dict[str, list[tuple[float, float]]]:
+def measure(steps: dict[str, ExpertStep], rounds: int) -> dict[str, list[tuple[float, float]]]:
     """The two times of every step by round. The order is random in each round."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     order = random.Random(0)

@@ -40,13 +40,13 @@ from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching
-from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import problem_set, token_rows
 from s2ft.train.device import keep_freed_memory
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
 from s2ft.train.sft import checkpointing, loss_for, sft
+from s2ft.train.trainer import JsonlLog
 from s2ft.train.trainers import SFTTrainer, TokenRowTrainer
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"
@@ -59,7 +59,7 @@ def methods_for(dtype: str) -> tuple[str, ...]:
     return METHODS if dtype == "bfloat16" else METHODS[:3]
 
 
-class Memory:
+class ProcessMemory:
     """Memory of this process in bytes, or of the GPU if there is one."""
 
     def __init__(self) -> None:
@@ -121,7 +121,7 @@ def child(args: argparse.Namespace) -> None:
             gradient_checkpointing=args.checkpointing,
             train_sampling_strategy="sequential",
         )
-        memory, folder = Memory(), RunFolder(path)
+        memory, folder = ProcessMemory(), RunFolder(path)
         train(args.child, model, tokenizer, rows, arguments, folder)
         lines = read_log(folder.log)
     print(

@@ -71,7 +71,7 @@ class Way:
         from datasets import Dataset
         from trl import GRPOConfig, GRPOTrainer
 
-        from s2ft.sync.trl import choose_port
+        from s2ft.sync.trl_trainers import choose_port
 
         options = self.options
         rows = min(16, options.answers)
@@ -200,7 +200,7 @@ def child(options: argparse.Namespace) -> None:
 # ---- all ways --------------------------------------------------------------------------------------------
 
 
-class Turn:
+class CostTurn:
     """A process of one way."""
 
     def __init__(self, name: str, options: argparse.Namespace, log: Path) -> None:
@@ -235,7 +235,7 @@ class Turn:
 
 
 def measure(options: argparse.Namespace, root: Path) -> dict[str, dict[str, Any]]:
-    turns = [Turn(name, options, root / f"{name}.log") for name in options.ways]
+    turns = [CostTurn(name, options, root / f"{name}.log") for name in options.ways]
     steps: dict[str, list[dict[str, float]]] = {turn.name: [] for turn in turns}
     order = random.Random(0)
     try:

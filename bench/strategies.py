@@ -41,7 +41,7 @@ Update = Callable[[torch.Tensor], None]
 
 
 @dataclass
-class Prepared:
+class PreparedStrategy:
     """A model that is ready to train.
 
     Attributes:
@@ -73,7 +73,7 @@ def batches(model: nn.Module) -> list[torch.Tensor]:
     return [torch.randint(model.config.vocab_size, (ROWS, LENGTH), generator=generator) for _ in range(STEPS)]
 
 
-def by_torch(model: nn.Module, forward: nn.Module, groups: int) -> Prepared:
+def by_torch(model: nn.Module, forward: nn.Module, groups: int) -> PreparedStrategy:
     """Train by a plain loop of PyTorch."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=RATE, weight_decay=0.1)
@@ -84,33 +84,33 @@ def by_torch(model: nn.Module, forward: nn.Module, groups: int) -> Prepared:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Prepared(model, forward, update, groups)
+    return PreparedStrategy(model, forward, update, groups)
 
 
 # ---- strategies ----------------------------------------------------------------------------------------
 
 
-def one(folder: Path, settings: dict, count: int) -> Prepared:
+def one(folder: Path, settings: dict, count: int) -> PreparedStrategy:
     model = attach(load(folder), settings)
     return by_torch(model, model, count)
 
 
-def ddp(folder: Path, settings: dict, count: int) -> Prepared:
+def ddp(folder: Path, settings: dict, count: int) -> PreparedStrategy:
     model = attach(load(folder), settings)
     return by_torch(model, nn.parallel.DistributedDataParallel(model), count)
 
 
-def fsdp(folder: Path, settings: dict, count: int) -> Prepared:
+def fsdp(folder: Path, settings: dict, count: int) -> PreparedStrategy:
     model = sharded(attach(load(folder), settings))
     return by_torch(model, model, count)
 
 
-def fsdp_first(folder: Path, settings: dict, count: int) -> Prepared:
+def fsdp_first(folder: Path, settings: dict, count: int) -> PreparedStrategy:
     model = attach(sharded(load(folder)), settings)
     return by_torch(model, model, count)
 
 
-def fsdp_meta(folder: Path, settings: dict, count: int) -> Prepared:
+def fsdp_meta(folder: Path, settings: dict, count: int) -> PreparedStrategy:
     """As accelerate does it with cpu_ram_efficient_loading: the first rank reads, the others have the meta device."""
     from support.fsdp_on_cpu import allow
 
@@ -137,11 +137,11 @@ def fsdp_meta(folder: Path, settings: dict, count: int) -> Prepared:
         optimizer.step()
         optimizer.zero_grad()
 
-    return Prepared(model, model, update, count)
+    return PreparedStrategy(model, model, update, count)
 
 
-def zero(stage: int, partitioned: bool = False) -> Callable[[Path, dict, int], Prepared]:
-    def prepare(folder: Path, settings: dict, count: int) -> Prepared:
+def zero(stage: int, partitioned: bool = False) -> Callable[[Path, dict, int], PreparedStrategy]:
+    def prepare(folder: Path, settings: dict, count: int) -> PreparedStrategy:
         import deepspeed
         from transformers.integrations import HfDeepSpeedConfig
 
@@ -165,15 +165,15 @@ def zero(stage: int, partitioned: bool = False) -> Callable[[Path, dict, int], P
             engine.backward(loss)
             engine.step()
 
-        return Prepared(engine.module, engine, update, count)
+        return PreparedStrategy(engine.module, engine, update, count)
 
     return prepare
 
 
-def tensor(shards: int = 1) -> Callable[[Path, dict, int], Prepared]:
+def tensor(shards: int = 1) -> Callable[[Path, dict, int], PreparedStrategy]:
     """Tensor parallelism of transformers, with FSDP2 over `shards` groups of ranks."""
 
-    def prepare(folder: Path, settings: dict, count: int) -> Prepared:
+    def prepare(folder: Path, settings: dict, count: int) -> PreparedStrategy:
         from transformers.distributed import DistributedConfig
 
         sizes = {"fsdp_size": shards} if shards > 1 else {}
@@ -184,7 +184,7 @@ def tensor(shards: int = 1) -> Callable[[Path, dict, int], Prepared]:
     return prepare
 
 
-STRATEGIES: dict[str, Callable[[Path, dict, int], Prepared]] = {
+STRATEGIES: dict[str, Callable[[Path, dict, int], PreparedStrategy]] = {
     "ddp": ddp,
     "fsdp": fsdp,
     "fsdp-meta": fsdp_meta,

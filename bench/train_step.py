@@ -31,7 +31,7 @@ LORA, LORA_OF_PEFT = "LoRA, base's dtype", "LoRA, as PEFT makes it"
 AGAINST = {LORA: "to LoRA", LORA_OF_PEFT: "to PEFT's", "frozen": "to frozen"}
 
 
-class Method:
+class TimedMethod:
     """A model prepared for training, and its optimizer. A call runs one step."""
 
     def __init__(self, model: nn.Module, batch: torch.Tensor, inputs_need_grad: bool = False) -> None:
@@ -110,21 +110,21 @@ def _plain_product(layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y if y.requires_grad else y.requires_grad_()  # the gradients of S²FT end at its first layer
 
 
-def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -> dict[str, Method]:
-    tuned = Method(s2ft_model(base, d_ratio), batch)
-    frozen = Method(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True)
+def methods(base: nn.Module, batch: torch.Tensor, d_ratio: float, floor: bool) -> dict[str, TimedMethod]:
+    tuned = TimedMethod(s2ft_model(base, d_ratio), batch)
+    frozen = TimedMethod(copy.deepcopy(base).requires_grad_(False), batch, inputs_need_grad=True)
     if floor:
         return {
             "S²FT": tuned,
-            "without its slices": Method(without_slices(s2ft_model(base, d_ratio)), batch),
+            "without its slices": TimedMethod(without_slices(s2ft_model(base, d_ratio)), batch),
             "frozen": frozen,
         }
     return {
-        LORA_OF_PEFT: Method(lora_model(base, 16, LORA_TARGETS), batch),
-        LORA: Method(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
+        LORA_OF_PEFT: TimedMethod(lora_model(base, 16, LORA_TARGETS), batch),
+        LORA: TimedMethod(lora_model(base, 16, LORA_TARGETS, float32=False), batch),
         "S²FT": tuned,
-        "LoRA, as many parameters": Method(lora_of_equal_size(base, tuned.parameters), batch),
-        "full": Method(copy.deepcopy(base).requires_grad_(True), batch),
+        "LoRA, as many parameters": TimedMethod(lora_of_equal_size(base, tuned.parameters), batch),
+        "full": TimedMethod(copy.deepcopy(base).requires_grad_(True), batch),
         "frozen": frozen,
     }
 

@@ -30,7 +30,7 @@ from support.vllm_server import vllm_server
 
 import s2ft
 from s2ft.ops import multi_adapter_linear
-from s2ft.vllm.slices.bank import Batch, SliceBank, add_slices_
+from s2ft.vllm.slice_bank import SliceBank, SlotBatch, add_slices_
 
 RESULTS = Path(__file__).parent / "results" / "vllm_layers.json"
 CONFIGS = {"one": dict(d_ratio=0.03, o_ratio=0.12), "two": dict(d_ratio=0.02, o_ratio=0.12)}
@@ -199,7 +199,7 @@ def prompt(tokens: int = 512, units: int = 430, inputs: int = 14336, outputs: in
     bank = SliceBank(2, units, outputs, dim=1)
     bank.put(1, torch.randperm(inputs)[:units], torch.randn(units, outputs))
     x, y = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
-    batch, adapters = Batch.of(tokens, 2), torch.full((tokens,), 2)
+    batch, adapters = SlotBatch.of(tokens, 2), torch.full((tokens,), 2)
     batch.update(np.full(tokens, 1))
     packed = (bank.values, bank.index, bank.offsets)
     steps = {

@@ -21,7 +21,7 @@ from harness import save
 
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.search import search, trial_of
-from s2ft.model.discovery.structure import Structure
+from s2ft.model.discovery.structure import LayerMap
 from s2ft.model.discovery.trial import Trial, judge, place_of
 from s2ft.text.models import AUTO
 
@@ -75,7 +75,7 @@ def _row(model_type: str) -> Iterator[dict]:
 def wrong_couplings(trial: Trial) -> Iterator[tuple[str, list[Coupling]]]:
     """Make wrong couplings from the true ones of a twin, with words for what is wrong."""
     groups: dict[str, list[Coupling]] = {}
-    structure = Structure(trial.twin)
+    structure = LayerMap(trial.twin)
     for coupling in search(trial.twin, trial).couplings:
         if not coupling.is_one_sided:
             pattern = " ".join(structure.pattern(projection.path) for projection in coupling.projections)

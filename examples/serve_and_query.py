@@ -18,8 +18,8 @@ from openai import OpenAI
 from tiny import load, options, train
 
 import s2ft
-from s2ft.serve.options import ServerOptions
 from s2ft.serve.server import build_app
+from s2ft.serve.server_options import ServerOptions
 
 
 def save_an_adapter(name: str | None, folder: str) -> None:

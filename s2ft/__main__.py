@@ -1,4 +1,4 @@
-"""`python -m s2ft`, the same as the command `s2ft`."""
+"""`python -m s2ft`, the same as the command `s2ft`, which torchrun and accelerate can launch as a module."""
 
 import sys
 

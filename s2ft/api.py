@@ -20,11 +20,10 @@ from s2ft.attached.record import Attachment, attachment_of, check_unattached, fi
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
-from s2ft.model.registry import Found, find_couplings
+from s2ft.model.registry import FoundCouplings, find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.ops._build import warn_without_cuda_kernels
-from s2ft.selection import Selection, select as select_units
-from s2ft.selection.allowed import with_protect_ratio
+from s2ft.selection import Selection, select as select_units, with_protect_ratio
 
 # ---- attach ----------------------------------------------------------------------------------------
 
@@ -225,7 +224,7 @@ def _chosen(
     couplings: Sequence[Coupling] | None,
     example: Any,
     protect: Iterable[Any] | None,
-) -> tuple[Found, Selection]:
+) -> tuple[FoundCouplings, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")

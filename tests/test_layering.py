@@ -11,14 +11,12 @@ parse = functools.cache(ast.parse)  # most tests read all files
 # The lowest rank is first. A line lists modules and folders of one rank, which do not import each other. A folder
 # whose modules have several ranks is listed by module. A module has the rank of the longest name that matches it.
 RANKS = [
-    ["ranks"],
     [
         "packages",
         "distributed",
         "files.tables",
         "files.writing",
         "files.reading",
-        "files.yaml_reading",
         "model.coupling",
         "model.delta",
         "ops._cuda",

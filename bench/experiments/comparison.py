@@ -18,10 +18,10 @@ import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.memory import PeakMemory
 from bench.experiments.methods import METHODS, Prepared, default_rate, trained_parameters
-from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
-from bench.experiments.training import Trained, arguments_of, evaluating, train, train_in_phases
+from bench.experiments.training import TrainedRun, arguments_of, evaluating, train, train_in_phases
 from s2ft.text.divergence import mean_loss
 from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model
@@ -43,7 +43,7 @@ ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened")
 # ---- the plan --------------------------------------------------------------------------------------------
 
 
-def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: int) -> Run:
+def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: int) -> ExperimentRun:
     """Return a run of a row, with everything that its numbers depend on."""
     entry = {"method": BASE} if row == BASE else experiment["rows"][row]
     settings = {**experiment["settings"], **{key: entry[key] for key in OF_A_ROW if key in entry}}
@@ -55,7 +55,7 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     files = files_of(settings["task"], settings)
     if files:
         settings["files"] = list(map(file_digest, files))
-    return Run({"row": row, "task": task, "rate": rate, "seed": seed}, settings)
+    return ExperimentRun({"row": row, "task": task, "rate": rate, "seed": seed}, settings)
 
 
 def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
@@ -96,7 +96,7 @@ def best_rate(experiment: dict[str, Any], results: Results, row: str, task: str)
     return min(found)[2]
 
 
-def sweep_runs(experiment: dict[str, Any]) -> list[Run]:
+def sweep_runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs of the first stage, one rate of each row after the other."""
     rates = {row: rates_of(experiment, row) for row in experiment["rows"]}
     seeds = experiment["seeds"][:1] if "sweep" in experiment else experiment["seeds"]
@@ -110,13 +110,13 @@ def sweep_runs(experiment: dict[str, Any]) -> list[Run]:
     ]
 
 
-def base_runs(experiment: dict[str, Any]) -> list[Run]:
+def base_runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs that score the base, if the experiment wants them."""
     tasks = experiment["tasks"] if experiment.get("base") else ()
     return [run_of(experiment, BASE, task, 0.0, experiment["seeds"][0]) for task in tasks]
 
 
-def later_runs(experiment: dict[str, Any], results: Results) -> list[Run]:
+def later_runs(experiment: dict[str, Any], results: Results) -> list[ExperimentRun]:
     """Return the runs of the second stage of all rows whose first stage is complete, seed after seed."""
     if "sweep" not in experiment:
         return base_runs(experiment)
@@ -135,7 +135,7 @@ def later_runs(experiment: dict[str, Any], results: Results) -> list[Run]:
     return [*base_runs(experiment), *chosen]
 
 
-def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> list[Run]:
+def cost_runs(experiment: dict[str, Any], rows: Sequence[str] | None = None) -> list[ExperimentRun]:
     """Return the runs that measure time and memory, if the experiment wants them."""
     rows = full_rows(experiment) if rows is None else rows
     rounds = range(ROUNDS if experiment.get(COSTS) else 0)
@@ -234,7 +234,7 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
     return found
 
 
-def _of_training(prepared: Prepared, trained: Trained, peak: int) -> dict[str, Any]:
+def _of_training(prepared: Prepared, trained: TrainedRun, peak: int) -> dict[str, Any]:
     return {
         "trainable": prepared.trainable,
         "options": {key: value for key, value in prepared.options.items() if key != "units"},

@@ -17,7 +17,7 @@ from bench.experiments.memory import PeakMemory, limited
 from bench.experiments.methods import METHODS, prepare, trained_parameters
 from bench.experiments.models import at_least_one_unit, config_of, random_model
 from bench.experiments.printing import Column, Spread, Table, summary
-from bench.experiments.runner import OOM, Results, Run, Stage, check_names
+from bench.experiments.runner import OOM, ExperimentRun, Results, Stage, check_names
 from s2ft.estimation.result import size_of
 from s2ft.train.device import gpu_or_cpu
 
@@ -38,7 +38,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
     return [Stage(lambda results: found, alone=True, fresh=True)]
 
 
-def runs(experiment: dict[str, Any]) -> list[Run]:
+def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs. Ratios of S²FT that select no unit of the model are raised until they select one."""
     settings = {**experiment["settings"], "device": experiment["settings"].get("device") or str(gpu_or_cpu())}
     config = config_of(settings["model"])
@@ -60,7 +60,9 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
                 first = number % len(rows)
                 for name in [*rows][first:] + [*rows][:first]:
                     shape = {"batch": batch, "length": length, "round": number}
-                    found.append(Run({"method": name, **shape}, {**settings, **shape, "row": name, **rows[name]}))
+                    found.append(
+                        ExperimentRun({"method": name, **shape}, {**settings, **shape, "row": name, **rows[name]})
+                    )
     return found
 
 
@@ -135,7 +137,7 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
 
 
 def _by_method(
-    name: str, title: str, experiment: dict[str, Any], every: list[Run], results: Results, key: str, form: str
+    name: str, title: str, experiment: dict[str, Any], every: list[ExperimentRun], results: Results, key: str, form: str
 ) -> Table:
     """A row for each shape and a column for each method. A number is the mean over the rounds."""
     methods, rows = list(experiment["rows"]), []
@@ -153,7 +155,7 @@ def _by_method(
     return Table(name, title, columns, rows, [f"medians of {experiment['rounds']} processes"])
 
 
-def _cell(mine: list[Run], results: Results, key: str) -> Any:
+def _cell(mine: list[ExperimentRun], results: Results, key: str) -> Any:
     if any((results.line(run) or {}).get("status") == OOM for run in mine):
         return OOM
     values = [row[key] for run in mine for row in results.rows(run)]

@@ -12,7 +12,7 @@ from typing import Any
 import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.printing import Column, Table, summary
-from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.tasks import TASKS, files_of
 from bench.experiments.training import arguments_of, train
 from s2ft.adapter import overlap
@@ -46,17 +46,19 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
     return [Stage(lambda results: found)]
 
 
-def runs(experiment: dict[str, Any]) -> list[Run]:
+def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs."""
     shared = {**experiment["settings"], "tasks": experiment["tasks"]}
     shared["files"] = [file_digest(file) for task in experiment["tasks"] for file in files_of(task, shared)]
     first = experiment["seeds"][0]
     found = (
-        [Run({"pair": BASE, "seed": first}, {**shared, "row": BASE, "seed": first})] if experiment.get("base") else []
+        [ExperimentRun({"pair": BASE, "seed": first}, {**shared, "row": BASE, "seed": first})]
+        if experiment.get("base")
+        else []
     )
     for name, row in experiment["rows"].items():
         known = {**shared, **row, "row": name, "weights": experiment["weights"]}
-        found += [Run({"pair": name, "seed": seed}, {**known, "seed": seed}) for seed in experiment["seeds"]]
+        found += [ExperimentRun({"pair": name, "seed": seed}, {**known, "seed": seed}) for seed in experiment["seeds"]]
     return found
 
 

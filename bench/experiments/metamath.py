@@ -26,7 +26,7 @@ import s2ft
 from bench.experiments.memory import size_of_process
 from bench.experiments.methods import METHODS, Prepared, matched, prepare, trained_parameters
 from bench.experiments.printing import Column, Table, cell_of, failures
-from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, needs_calibration
 from s2ft.text.divergence import mean_loss
@@ -64,7 +64,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
     return [Stage(lambda results: found, alone=True, fresh=True)]
 
 
-def runs(experiment: dict[str, Any]) -> list[Run]:
+def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs."""
     settings, rows = experiment["settings"], experiment["rows"]
     if "{query}" not in settings["query"]:
@@ -83,7 +83,7 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
                 labels = {"method": name, "rate": float(rates[name][number]), "seed": seed}
                 own = {key: row[key] for key in ("method", "options", "parameters") if key in row}
                 own |= {"row": name, "rate": labels["rate"], "seed": seed}
-                found.append(Run(labels, {**settings, "options": {}, **own}))
+                found.append(ExperimentRun(labels, {**settings, "options": {}, **own}))
     return found
 
 
@@ -101,7 +101,7 @@ def write_for_peft(experiment: dict[str, Any], folder: Path) -> Iterator[Path]:
             continue
         options = dict(row.get("options", {}))
         if "protect_ratio" in options or needs_calibration(s2ft.S2FTConfig(**options)):
-            known = known or _Loaded(settings)
+            known = known or _LoadedModel(settings)
             units = s2ft.select(known.model, s2ft.S2FTConfig(**options), **known.batches(options))
             options = {"units": units, "info": {"chosen_by": options}}
         narrow = options.pop("delta_dtype", None) is not None  # PEFT's name of a narrow adapter is another one
@@ -266,7 +266,7 @@ def has_number(text: str, right: str) -> bool:
 # ---- a run -----------------------------------------------------------------------------------------------
 
 
-class _Loaded:
+class _LoadedModel:
     """A base model with its tokenizer, which pads with the end token, and the texts of a run."""
 
     def __init__(self, settings: dict[str, Any]) -> None:
@@ -318,7 +318,7 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     torch.manual_seed(settings["seed"])
     on_gpu = gpu_or_cpu().type == "cuda"
     memory = 0 if on_gpu else size_of_process("VmRSS")
-    loaded = _Loaded(settings)
+    loaded = _LoadedModel(settings)
     prepared = _prepared(loaded, settings)
     trainer = Trainer(loaded, prepared, settings, folder / "checkpoint.pt")
     if trainer.before is None:
@@ -345,7 +345,7 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     return [row]
 
 
-def _prepared(loaded: _Loaded, settings: dict[str, Any]) -> Prepared:
+def _prepared(loaded: _LoadedModel, settings: dict[str, Any]) -> Prepared:
     method, options = settings["method"], dict(settings["options"])
     if method == "full":
         return prepare(loaded.model, method)
@@ -382,7 +382,7 @@ def size_of_adapter(prepared: Prepared) -> int:
         return sum(file.stat().st_size for file in Path(place).rglob("*.safetensors"))
 
 
-def _loss(loaded: _Loaded, prepared: Prepared) -> float:
+def _loss(loaded: _LoadedModel, prepared: Prepared) -> float:
     """Mean loss on the encyclopedia, in nats a token."""
     rows = [{"input_ids": ids, "labels": ids} for ids in loaded.encoded(loaded.data.texts)]
     return mean_loss(prepared.model, rows, loaded.settings["batch_size"])
@@ -400,7 +400,7 @@ class Trainer:
 
     KEPT = ("step", "losses", "durations", "tokens", "validation", "before")
 
-    def __init__(self, loaded: _Loaded, prepared: Prepared, settings: dict[str, Any], checkpoint: Path) -> None:
+    def __init__(self, loaded: _LoadedModel, prepared: Prepared, settings: dict[str, Any], checkpoint: Path) -> None:
         self.loaded, self.model, self.settings, self.checkpoint = loaded, prepared.model, settings, checkpoint
         self.trained = {name: each for name, each in self.model.named_parameters() if each.requires_grad}
         self.optimizer = torch.optim.AdamW(
@@ -475,7 +475,7 @@ class Trainer:
             torch.cuda.empty_cache()
 
 
-def answers_of(loaded: _Loaded, model: Any, pairs: list[tuple[str, str]], file: Path | None = None) -> list[str]:
+def answers_of(loaded: _LoadedModel, model: Any, pairs: list[tuple[str, str]], file: Path | None = None) -> list[str]:
     """Let a model answer problems, greedily.
 
     Args:

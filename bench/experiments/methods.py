@@ -20,7 +20,7 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
 
 
 @dataclass(frozen=True)
-class Method:
+class ExperimentMethod:
     """A way to fine-tune a model.
 
     Attributes:
@@ -43,14 +43,14 @@ def _lora(**options: Any) -> dict[str, Any]:
     return {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS, **options}
 
 
-METHODS: dict[str, Method] = {
-    "s2ft": Method("S²FT", defaults={"d_ratio": 0.03}, size="budget"),
-    "lora": Method("LoRA", "LoraConfig", _lora(), "r"),
-    "dora": Method("DoRA", "LoraConfig", _lora(use_dora=True), "r", 2e-3),
-    "rslora": Method("rsLoRA", "LoraConfig", _lora(use_rslora=True), "r"),
-    "shira": Method("SHiRA", "ShiraConfig", {"r": 16, "target_modules": TARGETS}, "r", 2e-3),
-    "miss": Method("MiSS", "MissConfig", {"r": 16, "target_modules": TARGETS}, "r", 5e-4),
-    "full": Method("full fine-tuning", rate=3e-5),
+METHODS: dict[str, ExperimentMethod] = {
+    "s2ft": ExperimentMethod("S²FT", defaults={"d_ratio": 0.03}, size="budget"),
+    "lora": ExperimentMethod("LoRA", "LoraConfig", _lora(), "r"),
+    "dora": ExperimentMethod("DoRA", "LoraConfig", _lora(use_dora=True), "r", 2e-3),
+    "rslora": ExperimentMethod("rsLoRA", "LoraConfig", _lora(use_rslora=True), "r"),
+    "shira": ExperimentMethod("SHiRA", "ShiraConfig", {"r": 16, "target_modules": TARGETS}, "r", 2e-3),
+    "miss": ExperimentMethod("MiSS", "MissConfig", {"r": 16, "target_modules": TARGETS}, "r", 5e-4),
+    "full": ExperimentMethod("full fine-tuning", rate=3e-5),
 }
 
 

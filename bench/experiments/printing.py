@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from bench.experiments.runner import DONE, Results, Run
+from bench.experiments.runner import DONE, ExperimentRun, Results
 from s2ft.files.writing import replace_file
 from s2ft.packages import MissingPackages, check_packages
 
@@ -130,8 +130,8 @@ def cell_of(values: Sequence[Any]) -> Any:
 
 
 def summary(
-    name: str, title: str, runs: Sequence[Run], results: Results, by: Sequence[Column], values: Sequence[Column],
-    notes: Sequence[str] = (),
+    name: str, title: str, runs: Sequence[ExperimentRun], results: Results, by: Sequence[Column],
+    values: Sequence[Column], notes: Sequence[str] = (),
 ) -> Table:  # fmt: skip
     """Make a table of runs: a row for each combination of some labels. Over the others, such as the seed, it averages.
 
@@ -162,7 +162,7 @@ def summary(
     return Table(name, title, [*by, *values], rows, [*spread, *notes, *failures(runs, results)])
 
 
-def failures(runs: Sequence[Run], results: Results) -> list[str]:
+def failures(runs: Sequence[ExperimentRun], results: Results) -> list[str]:
     """Return notes that name the runs without a result, and why."""
     lines = [(run, results.line(run)) for run in runs]
     failed = [

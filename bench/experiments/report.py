@@ -19,7 +19,7 @@ from bench.experiments.comparison import (
     trains_on,
 )
 from bench.experiments.printing import Column, Figure, Series, Spread, Table, failures
-from bench.experiments.runner import Results, Run
+from bench.experiments.runner import ExperimentRun, Results
 
 LIMITS = (0.05, 0.1, 0.2)  # of forgetting, in nats a token
 PERCENT, NATS = ".1f", ".3f"
@@ -38,7 +38,7 @@ COST_COLUMNS = (
 )
 
 
-class Report:
+class ExperimentReport:
     """The results of a comparison.
 
     Args:
@@ -52,10 +52,10 @@ class Report:
         self.full, self.seeds = full_rows(experiment), experiment["seeds"]
         self.sweep = experiment.get("sweep")
 
-    def run(self, row: str, task: str, rate: float, seed: int) -> Run:
+    def run(self, row: str, task: str, rate: float, seed: int) -> ExperimentRun:
         return run_of(self.experiment, row, task, rate, seed)
 
-    def numbers(self, run: Run) -> dict[str, float] | None:
+    def numbers(self, run: ExperimentRun) -> dict[str, float] | None:
         """Return the numbers of a run as the tables show them, or None if it is not there."""
         row = self.results.row(run)
         if row is None:
@@ -136,7 +136,7 @@ class Report:
         head = [Column("row", "method"), Column("rate", "rate")]
         return self._table(task, title, head, rows, [*notes, *failures(runs, self.results)])
 
-    def _grid(self, task: str) -> list[Run]:
+    def _grid(self, task: str) -> list[ExperimentRun]:
         rows = [(row, rate) for row in self.full for rate in rates_of(self.experiment, row)]
         return [self.run(row, task, rate, seed) for row, rate in rows for seed in self.seeds]
 
@@ -291,7 +291,7 @@ def forgetting_of(numbers: dict[str, float]) -> float:
 
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     """Return the tables of an experiment."""
-    report = Report(experiment, results)
+    report = ExperimentReport(experiment, results)
     tasks = [report.task_table(task) for task in experiment["tasks"]]
     if not report.sweep:
         return [*tasks, *(report.training_table(task) for task in experiment["tasks"])]
@@ -303,5 +303,5 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
 
 def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:
     """Return the figures of an experiment with a sweep."""
-    report = Report(experiment, results)
+    report = ExperimentReport(experiment, results)
     return [figure for task in report.sweep or () for figure in report.sweep_figures(task)]

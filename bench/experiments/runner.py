@@ -34,7 +34,7 @@ PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "n
 
 
 @dataclass(frozen=True)
-class Run:
+class ExperimentRun:
     """A run of an experiment.
 
     Attributes:
@@ -67,7 +67,7 @@ class Stage:
         fresh: Whether each run has a process of its own, so that nothing of an earlier run is in its memory.
     """
 
-    runs: Callable[["Results"], Sequence[Run]]
+    runs: Callable[["Results"], Sequence[ExperimentRun]]
     alone: bool = False
     fresh: bool = False
 
@@ -95,19 +95,19 @@ class Results:
                 raise ValueError(f"{self.file}, line {number} is not JSON: {error}; delete the line") from None
             self.lines[line["digest"]] = line
 
-    def line(self, run: Run) -> dict[str, Any] | None:
+    def line(self, run: ExperimentRun) -> dict[str, Any] | None:
         """Return the line of a run: a result, or what failed; None if it was not made."""
         return self.lines.get(run.digest)
 
-    def rows(self, run: Run) -> list[dict[str, Any]]:
+    def rows(self, run: ExperimentRun) -> list[dict[str, Any]]:
         """Return what a run measured, empty without a result."""
         return (self.line(run) or {}).get("rows", [])
 
-    def row(self, run: Run) -> dict[str, Any] | None:
+    def row(self, run: ExperimentRun) -> dict[str, Any] | None:
         """Return what a run of one row measured, or None without a result."""
         return next(iter(self.rows(run)), None)
 
-    def needs(self, run: Run) -> bool:
+    def needs(self, run: ExperimentRun) -> bool:
         """Return whether a run has no result yet, or failed."""
         return (self.line(run) or {}).get("status") not in (DONE, OOM)
 
@@ -160,15 +160,15 @@ def make(
 
 
 def _made(
-    kind: str, todo: list[Run], workers: int, threads: int, fresh: bool, folder: Path, end: float
-) -> Iterator[tuple[Run, Future]]:
+    kind: str, todo: list[ExperimentRun], workers: int, threads: int, fresh: bool, folder: Path, end: float
+) -> Iterator[tuple[ExperimentRun, Future]]:
     """Make runs and yield each with its future, which is done."""
     while todo and not workers and time.monotonic() < end:
         yield (run := todo.pop(0)), _here(kind, run, folder)
     context = multiprocessing.get_context("spawn")
     while todo and time.monotonic() < end:
         with ProcessPoolExecutor(workers, context, initializer=_start, initargs=(threads,)) as pool:
-            waiting: dict[Future, Run] = {}
+            waiting: dict[Future, ExperimentRun] = {}
             left, broken = 1 if fresh else len(todo), False
             while True:
                 while left and not broken and len(waiting) < workers and time.monotonic() < end:
@@ -186,7 +186,7 @@ def _start(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def _here(kind: str, run: Run, folder: Path) -> Future:
+def _here(kind: str, run: ExperimentRun, folder: Path) -> Future:
     future: Future = Future()
     try:
         future.set_result(measured(kind, run, folder))
@@ -195,7 +195,7 @@ def _here(kind: str, run: Run, folder: Path) -> Future:
     return future
 
 
-def measured(kind: str, run: Run, folder: Path) -> dict[str, Any]:
+def measured(kind: str, run: ExperimentRun, folder: Path) -> dict[str, Any]:
     """Make a run in this process.
 
     Args:
@@ -218,7 +218,7 @@ def measured(kind: str, run: Run, folder: Path) -> dict[str, Any]:
     return {**found, "seconds": time.perf_counter() - begin, "machine": where()}
 
 
-def _line(kind: str, run: Run, future: Future) -> dict[str, Any]:
+def _line(kind: str, run: ExperimentRun, future: Future) -> dict[str, Any]:
     head = {"kind": kind, "labels": run.labels, "digest": run.digest, "settings": run.settings}
     try:
         return {**head, **future.result()}

@@ -17,8 +17,7 @@ from s2ft.model.coupling import Projection
 from s2ft.model.registry import find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
-from s2ft.selection import ALLOCATIONS, METRICS, Selection
-from s2ft.selection.allowed import allowed_units, allowed_without_protected
+from s2ft.selection import ALLOCATIONS, METRICS, Selection, allowed_units, allowed_without_protected
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers

@@ -19,7 +19,7 @@ import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.methods import METHODS, Prepared
 from bench.experiments.printing import Column, Table, summary
-from bench.experiments.runner import Results, Run, Stage, check_names, file_digest
+from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.tasks import TASKS, files_of
 from bench.experiments.training import arguments_of, train
 from s2ft.config import S2FTConfig
@@ -45,7 +45,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
     return [Stage(lambda results: found)]
 
 
-def runs(experiment: dict[str, Any]) -> list[Run]:
+def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs. Raises ValueError for a mode that does not go with its method, or for too few units."""
     settings, tasks = {**experiment["settings"], "tasks": experiment["tasks"]}, experiment["tasks"]
     check_names("tasks", tasks, TASKS)
@@ -53,7 +53,7 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
         _check(name, row, len(tasks))
     files = [file_digest(file) for task in tasks for file in files_of(task, settings)]
     return [
-        Run({"method": name, "seed": seed}, {**settings, "files": files, **row, "row": name, "seed": seed})
+        ExperimentRun({"method": name, "seed": seed}, {**settings, "files": files, **row, "row": name, "seed": seed})
         for name, row in experiment["rows"].items()
         for seed in experiment["seeds"]
     ]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import s2ft
 from bench.experiments.models import config_of, random_model
 from bench.experiments.printing import Column, Table, summary
-from bench.experiments.runner import Results, Run, Stage
+from bench.experiments.runner import ExperimentRun, Results, Stage
 from bench.harness import interleaved, median_ratio
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import native
@@ -43,7 +43,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
     return [Stage(lambda results: found, alone=True)]
 
 
-def runs(experiment: dict[str, Any]) -> list[Run]:
+def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
     """Return the runs."""
     settings = {**experiment["settings"], "device": experiment["settings"].get("device") or str(gpu_or_cpu())}
     if min(experiment["numbers"]) < 2 or any(width % HEAD for width in experiment["widths"]):
@@ -60,7 +60,7 @@ def runs(experiment: dict[str, Any]) -> list[Run]:
     for one in found:
         if one["measure"] not in TITLES:
             raise ValueError(f"measures must be of {', '.join(TITLES)}, got {one['measure']!r}")
-    return [Run(one, {**settings, **one}) for one in found]
+    return [ExperimentRun(one, {**settings, **one}) for one in found]
 
 
 def ffn_channels(width: int) -> int:

@@ -23,15 +23,15 @@ from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching, short_row
-from s2ft.train.callbacks import JsonlLog
 from s2ft.train.options import RunOptions
 from s2ft.train.output import read_log
 from s2ft.train.sft import checkpointing, loss_for, restored, updates
+from s2ft.train.trainer import JsonlLog
 from s2ft.train.trainers import RunMethods, SFTRunTrainer, TokenRowTrainer
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """What a training has measured.
 
     Attributes:
@@ -69,7 +69,7 @@ def arguments_of(settings: dict[str, Any], folder: str | Path) -> SFTArguments:
 def train(
     prepared: Prepared, tokenizer: Any, rows: Any, arguments: SFTArguments, *, held_out: Any = None, best: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
-) -> Trained:  # fmt: skip
+) -> TrainedRun:  # fmt: skip
     """Train a prepared model, which keeps what it has learned. Nothing but a log is written.
 
     S²FT and the methods of PEFT get the same trainer, collator and loss, so that their times and results compare.
@@ -121,7 +121,7 @@ def train(
         keeper.restore()
     losses = [line["loss"] for line in read_log(log) if "loss" in line]
     tokens = trainer.state.num_input_tokens_seen / seconds
-    return Trained(losses, seconds, median(timer.times), tokens, keeper.step if best else None)
+    return TrainedRun(losses, seconds, median(timer.times), tokens, keeper.step if best else None)
 
 
 class _StepTimer(TrainerCallback):
@@ -174,7 +174,7 @@ class KeepBest(TrainerCallback):
 def train_in_phases(
     model: nn.Module, tokenizer: Any, rows: Any, arguments: SFTArguments, config: s2ft.S2FTConfig, phases: int,
     recent: int,
-) -> tuple[Prepared, Trained]:  # fmt: skip
+) -> tuple[Prepared, TrainedRun]:  # fmt: skip
     """Train in phases, and choose the units with the largest gradients on the last rows anew for each.
 
     Source: LoSiA (arXiv 2507.04487) and LIFT (arXiv 2506.00772). The slice of a phase is merged into the weights, bit
@@ -212,7 +212,7 @@ def train_in_phases(
     every = Selection({name: torch.tensor(sorted(chosen)) for name, chosen in union.items()})
     size = s2ft.plan(model, s2ft.S2FTConfig(units=every)).trainable
     seconds = sum(part.seconds for part in parts)
-    return Prepared(model, model, "s2ft", dict(config.ratios), size, ""), Trained(
+    return Prepared(model, model, "s2ft", dict(config.ratios), size, ""), TrainedRun(
         [loss for part in parts for loss in part.losses],
         seconds,
         median(part.seconds_per_step for part in parts),

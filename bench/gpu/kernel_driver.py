@@ -41,7 +41,7 @@ SCHEDULES = (["--seed", "0"], ["--seed", "1"], ["--seed", "2", "--blocks", "2"])
 
 
 @dataclass
-class Run:
+class KernelRun:
     """One run of the driver: under which tool, and what it did. `done` is None if the tool is not there."""
 
     name: str
@@ -116,27 +116,29 @@ def build_for_cpu(folder: Path, jobs: int, limit: float) -> Path:
     return compile_all([compiler, *CPU_FLAGS], [compiler, SANITIZE], folder, jobs, limit)
 
 
-def run(name: str, command: list[str], program: Path, limit: float) -> Run:
+def run(name: str, command: list[str], program: Path, limit: float) -> KernelRun:
     """Run a command that contains the driver's path. Its output is kept beside the driver."""
     environment = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}  # the simulator has its own stacks
-    return Run(name, run_limited(command, limit, program.with_name("run.log"), environment=environment))
+    return KernelRun(name, run_limited(command, limit, program.with_name("run.log"), environment=environment))
 
 
-def planted(name: str, command: list[str], program: Path, limit: float) -> Run:
+def planted(name: str, command: list[str], program: Path, limit: float) -> KernelRun:
     """Run a command that a sanitizer must end. It has passed if its exit status is not 0."""
     done = run(name, command, program, limit).done
     if done.status in (None, 0):
-        return Run(name, Done(done.status or 1, done.text, done.why or "the access behind a buffer was not found"))
-    return Run(name, Done(0, "found"))
+        return KernelRun(
+            name, Done(done.status or 1, done.text, done.why or "the access behind a buffer was not found")
+        )
+    return KernelRun(name, Done(0, "found"))
 
 
-def runs_on_gpu(program: Path, only: list[str], limit: float) -> Iterator[Run]:
+def runs_on_gpu(program: Path, only: list[str], limit: float) -> Iterator[KernelRun]:
     if "plain" in only:
         yield run("plain, with large sizes", [str(program), "--large"], program, limit)
     checker = find_tool("compute-sanitizer")
     for tool in [tool for tool in TOOLS if tool in only]:
         if checker is None:
-            yield Run(tool, None, why="no compute-sanitizer: it is in the CUDA toolkit")
+            yield KernelRun(tool, None, why="no compute-sanitizer: it is in the CUDA toolkit")
             continue
         command = [checker, "--tool", tool, "--error-exitcode", str(FOUND)]
         if tool == "memcheck":
@@ -145,7 +147,7 @@ def runs_on_gpu(program: Path, only: list[str], limit: float) -> Iterator[Run]:
         yield run(tool, [*command, str(program)], program, limit)
 
 
-def runs_on_cpu(program: Path, limit: float) -> Iterator[Run]:
+def runs_on_cpu(program: Path, limit: float) -> Iterator[KernelRun]:
     yield planted("a planted access behind a buffer is found", [str(program), "--overrun"], program, limit)
     for schedule in SCHEDULES:
         name = f"addresses, leaks, undefined behaviour, {' '.join(schedule)}"

@@ -38,7 +38,7 @@ REFERENCE = {name: import_module(f"s2ft.ops.{name}") for name in ("act_mul", "mu
 
 
 @dataclass
-class Case:
+class KernelCase:
     """One op at one size.
 
     `calls` do the same on different buffers. `moved` are the bytes that must be read and written, `flops` the
@@ -123,7 +123,7 @@ def randn(*shape: int, device: str, dtype: torch.dtype = torch.bfloat16) -> Tens
     return torch.randn(*shape, device=device).to(dtype)
 
 
-def slice_cases(sizes: Sizes, device: str) -> Iterator[Case]:
+def slice_cases(sizes: Sizes, device: str) -> Iterator[KernelCase]:
     """sliced_linear, its gradients, and indexed_linear on heads, in a layer like down_proj."""
     width, channels = sizes.width, sizes.channels
     weights = [randn(width, channels, device=device) / 64 for _ in range(sizes.sets)]
@@ -136,14 +136,14 @@ def slice_cases(sizes: Sizes, device: str) -> Iterator[Case]:
             rivals = {"frozen": frozen}
             if dim == 1:
                 rivals["two products"] = [lambda w=w: two_products(x, w, delta, start) for w in weights]
-            yield Case(
+            yield KernelCase(
                 "sliced_linear",
                 f"{where}, {units} of dim {dim} from {start}",
                 [lambda w=w: sliced_linear(x, w, delta, start, dim) for w in weights],
                 flops=flops,
                 rivals={**rivals, **lora_rivals(x, weights, device)},
             )
-            yield Case(
+            yield KernelCase(
                 "sliced_linear, gradient of x",
                 f"{where}, {units} of dim {dim} from {start}",
                 [lambda w=w: OPS.sliced_linear_grad_x(grad, w, delta, start, dim) for w in weights],
@@ -151,7 +151,7 @@ def slice_cases(sizes: Sizes, device: str) -> Iterator[Case]:
                 rivals={"frozen": [lambda w=w: grad @ w for w in weights]},
             )
             kept = x[:, :units].contiguous()
-            yield Case(
+            yield KernelCase(
                 "sliced_linear, gradient of delta",
                 f"{where}, {units} units",
                 [lambda: (grad.t() @ kept).float()],
@@ -159,7 +159,7 @@ def slice_cases(sizes: Sizes, device: str) -> Iterator[Case]:
             )
         heads = torch.cat([torch.arange(16) + 16 * head for head in (0, 2)]).to(device)
         delta = torch.zeros(width, len(heads), device=device)
-        yield Case(
+        yield KernelCase(
             "indexed_linear",
             f"{where}, {len(heads)} of dim 1",
             [lambda w=w: indexed_linear(x, w, delta, heads, 1) for w in weights],
@@ -191,7 +191,7 @@ def lora_rivals(x: Tensor, weights: list[Tensor], device: str) -> dict[str, list
     return rivals
 
 
-def activation_cases(sizes: Sizes, device: str) -> Iterator[Case]:
+def activation_cases(sizes: Sizes, device: str) -> Iterator[KernelCase]:
     tokens, channels = sizes.tokens[0], sizes.channels
     size = 2 * tokens * channels
     for activation in ("silu", "gelu_tanh"):
@@ -200,14 +200,14 @@ def activation_cases(sizes: Sizes, device: str) -> Iterator[Case]:
         own = REFERENCE["act_mul"]
         forward = {"two operators": [lambda t=t: plain(t[0]) * t[1] for t in data]}
         backward = {"reference": [lambda t=t: own.reference_backward(t[2], t[0], t[1], activation) for t in data]}
-        yield Case(
+        yield KernelCase(
             "act_mul",
             f"{activation}, {tokens} × {channels}",
             [lambda t=t: act_mul(t[0], t[1], activation) for t in data],
             moved=3 * size,
             rivals=forward,
         )
-        yield Case(
+        yield KernelCase(
             "act_mul, backward",
             f"{activation}, {tokens} × {channels}",
             [lambda t=t: OPS.act_mul_backward(t[2], t[0], t[1], activation) for t in data],
@@ -216,7 +216,7 @@ def activation_cases(sizes: Sizes, device: str) -> Iterator[Case]:
         )
 
 
-def bank_cases(sizes: Sizes, device: str) -> Iterator[Case]:
+def bank_cases(sizes: Sizes, device: str) -> Iterator[KernelCase]:
     width, units = sizes.width, sizes.units
     for count, tokens in sizes.banks:
         for dim in (0, 1):
@@ -232,7 +232,7 @@ def bank_cases(sizes: Sizes, device: str) -> Iterator[Case]:
                 shapes = (count, width, units // 2), (count, units // 2, width)
                 a, b = (randn(*s, device=device, dtype=dtype) for s in shapes)
                 rivals[name] = [lambda a=a, b=b: y + torch.bmm(torch.bmm(x.to(a.dtype), a), b).to(y.dtype)]
-            yield Case(
+            yield KernelCase(
                 "multi_adapter_linear",
                 f"{count} adapters × {tokens} tokens, {units} of dim {dim}",
                 [lambda: multi_adapter_linear(x, y, *bank, names, dim)],
@@ -241,7 +241,7 @@ def bank_cases(sizes: Sizes, device: str) -> Iterator[Case]:
             )
 
 
-def switch_cases(sizes: Sizes, device: str) -> Iterator[Case]:
+def switch_cases(sizes: Sizes, device: str) -> Iterator[KernelCase]:
     """What a switch of adapters runs on each weight. The index is checked before, as a switch does it once."""
     width, channels = sizes.width, sizes.channels
     units = sizes.slices[0][0]
@@ -251,21 +251,21 @@ def switch_cases(sizes: Sizes, device: str) -> Iterator[Case]:
         values = weights[0].index_select(dim, index)
         delta = torch.zeros_like(values, dtype=torch.float32)
         # "by index" writes the sums as index_copy_ does; it reads and writes as many bytes
-        yield Case(
+        yield KernelCase(
             "scatter_add_",
             f"{width} × {channels}, {units} of dim {dim}",
             [lambda w=w: OPS.scatter_add_(w, [index], [delta], dim, [1.0], [values]) for w in weights],
             moved=values.numel() * (4 + 2 + 2 + 2),
             rivals={"by index": [lambda w=w: w.index_add_(dim, index, values) for w in weights]},
         )
-        yield Case(
+        yield KernelCase(
             "swap_",
             f"{width} × {channels}, {units} of dim {dim}",
             [lambda w=w: OPS.swap_(w, index, values, dim) for w in weights],
             moved=values.numel() * 8,
         )
         order = torch.randperm(weights[0].shape[dim], device=device)
-        yield Case(
+        yield KernelCase(
             "permute_",
             f"{width} × {channels}, all of dim {dim}",
             [lambda w=w: OPS.permute_(w, order, dim) for w in weights],
@@ -289,7 +289,7 @@ def ceilings(device: str) -> tuple[float, float]:
     return 2 * size / clock([lambda: target.copy_(source)]), 2 * edge**3 / clock([lambda: a @ b])
 
 
-def measure(case: Case, copied: float, multiplied: float, device: str) -> dict[str, Any]:
+def measure(case: KernelCase, copied: float, multiplied: float, device: str) -> dict[str, Any]:
     clock = graph_us if device == "cuda" else host_us
     floor = max(case.moved / copied, case.flops / multiplied)
     return {

@@ -18,7 +18,7 @@ TEXT = 6000  # characters of a stage's output in the report, from its end
 
 
 @dataclass
-class Stage:
+class GpuStage:
     """What a stage did: its state, a sentence why if it is not passed, its output, and numbers for acceptance."""
 
     name: str
@@ -56,7 +56,7 @@ CALLED = {
 }
 
 
-def acceptance(stages: dict[str, Stage], on_gpu: bool) -> list[Acceptance]:
+def acceptance(stages: dict[str, GpuStage], on_gpu: bool) -> list[Acceptance]:
     """Judge the numbers of all stages. A number of a CPU is never held against a limit that is meant for a GPU."""
     lines = [sanitizers_line(stages), base_line(stages)]
     if not on_gpu:
@@ -67,7 +67,7 @@ def acceptance(stages: dict[str, Stage], on_gpu: bool) -> list[Acceptance]:
     return lines
 
 
-def sanitizers_line(stages: dict[str, Stage]) -> Acceptance:
+def sanitizers_line(stages: dict[str, GpuStage]) -> Acceptance:
     runs = data_of(stages, "sanitizers").get("runs", [])
     ran = [run for run in runs if run["state"] != NOT_RUN]
     wrong = sum(run["status"] != 0 for run in ran)
@@ -76,7 +76,7 @@ def sanitizers_line(stages: dict[str, Stage]) -> Acceptance:
     return Acceptance("runs of the kernel driver with an error", "0", found if runs else "", holds)
 
 
-def steps_of(stages: dict[str, Stage]) -> list[dict[str, Any]]:
+def steps_of(stages: dict[str, GpuStage]) -> list[dict[str, Any]]:
     """The results of all methods in all stages that measured steps, with the shape and the method."""
     found = []
     for name in ("steps", "mixtures"):
@@ -85,28 +85,28 @@ def steps_of(stages: dict[str, Stage]) -> list[dict[str, Any]]:
     return found
 
 
-def base_line(stages: dict[str, Stage]) -> Acceptance:
+def base_line(stages: dict[str, GpuStage]) -> Acceptance:
     what, key = "the base as before, bit for bit, after a method is taken off", "base_as_before"
     flags = [result[key] for result in steps_of(stages) if key in result]
     return Acceptance(what, "all", f"{sum(flags)} of {len(flags)}" if flags else "", all(flags) if flags else None)
 
 
-def product_line(stages: dict[str, Stage]) -> Acceptance:
+def product_line(stages: dict[str, GpuStage]) -> Acceptance:
     rows = [row for row in kernel_rows(stages, "sliced_linear") if row["case"].startswith("4096 ×")]
     ratios = [row["us"] / row["rivals_us"]["frozen"] for row in rows]
     return at_most("sliced_linear to F.linear at 4096 tokens, the worst case", 1.03, max(ratios, default=None))
 
 
-def copy_line(stages: dict[str, Stage], op: str) -> Acceptance:
+def copy_line(stages: dict[str, GpuStage], op: str) -> Acceptance:
     ratios = [row["us"] / row["floor_us"] for row in kernel_rows(stages, op)]
     return at_most(f"{op} to a copy of as many bytes, the worst case", 1.1, max(ratios, default=None))
 
 
-def kernel_rows(stages: dict[str, Stage], op: str) -> list[dict[str, Any]]:
+def kernel_rows(stages: dict[str, GpuStage], op: str) -> list[dict[str, Any]]:
     return [row for row in data_of(stages, "kernels").get("rows", []) if row["op"] == op]
 
 
-def ratio_line(stages: dict[str, Stage], liger: bool, method: str, other: str, limit: float, key: str) -> Acceptance:
+def ratio_line(stages: dict[str, GpuStage], liger: bool, method: str, other: str, limit: float, key: str) -> Acceptance:
     found = {
         result["method"]: result[key]
         for result in steps_of(stages)
@@ -123,14 +123,14 @@ def at_most(what: str, limit: float, found: float | None) -> Acceptance:
     return Acceptance(what, f"≤ {limit}", f"{found:.3f}", found <= limit)
 
 
-def data_of(stages: dict[str, Stage], name: str) -> dict[str, Any]:
+def data_of(stages: dict[str, GpuStage], name: str) -> dict[str, Any]:
     return stages[name].data if name in stages else {}
 
 
 # --- the files ------------------------------------------------------------------------------------
 
 
-class Report:
+class GpuReport:
     """Collects stages and rewrites report.md and report.json after each of them.
 
     Args:
@@ -141,11 +141,11 @@ class Report:
 
     def __init__(self, folder: Path, title: str, on_gpu: bool) -> None:
         self.folder, self.title, self.on_gpu = folder, title, on_gpu
-        self.stages: dict[str, Stage] = {}
+        self.stages: dict[str, GpuStage] = {}
         self.lines: list[Acceptance] = []
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, stage: Stage) -> None:
+    def add(self, stage: GpuStage) -> None:
         stage.text, stage.reason = without_paths(stage.text), without_paths(stage.reason)
         self.stages[stage.name] = stage
         self.lines = acceptance(self.stages, self.on_gpu)
@@ -193,7 +193,7 @@ class Report:
         return "\n\n".join(parts) + "\n"
 
 
-def summary(stage: Stage) -> str:
+def summary(stage: GpuStage) -> str:
     return f"{stage.name}: {stage.state}, {stage.seconds:.0f} s" + (f": {stage.reason}" if stage.reason else "")
 
 

@@ -39,7 +39,7 @@ from typing import Any
 import torch
 from kernel_driver import SCHEDULES, TOOLS, Run, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
 from limited import LEAST, Done, run_limited
-from report import FAILED, NOT_RUN, PARTLY, PASSED, Report, Stage, about_machine
+from report import FAILED, NOT_RUN, PARTLY, PASSED, GpuReport, GpuStage, about_machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -109,16 +109,16 @@ def read_json(path: Path) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
-def outcome(name: str, done: Done, data: dict[str, Any] | None = None, why: str = "") -> Stage:
+def outcome(name: str, done: Done, data: dict[str, Any] | None = None, why: str = "") -> GpuStage:
     """A stage that ran one command."""
     state = PASSED if done.good else NOT_RUN if done.status is None and not done.text else FAILED
-    return Stage(name, state, why or done.why, done.text, data or {})
+    return GpuStage(name, state, why or done.why, done.text, data or {})
 
 
 # --- stages ---------------------------------------------------------------------------------------
 
 
-def build(work: Work) -> Stage:
+def build(work: Work) -> GpuStage:
     if work.cpu:
         variables = {"S2FT_BUILD": "cpu"}
     else:
@@ -135,18 +135,18 @@ def build(work: Work) -> Stage:
     return built_stage(info, built.text, work.cpu)
 
 
-def built_stage(info: dict[str, Any], output: str, cpu: bool) -> Stage:
+def built_stage(info: dict[str, Any], output: str, cpu: bool) -> GpuStage:
     """Judge what s2ft.build_info() says after the build. Every op with a C++ kernel also has one in CUDA."""
     compiled = sorted(op for op, devices in info["ops"].items() if "CPU" in devices)
     missing = [] if cpu else [op for op in compiled if info["cuda_ops"].get(op) != "CUDA"]
     text = json.dumps(info, indent=1)
     if not compiled or missing:
         why = f"no CUDA kernel of {', '.join(missing)}: {info['cuda_reason']}" if missing else info["reason"]
-        return Stage("build", FAILED, why, f"{output[-1500:]}\n{text}", {"info": info})
-    return Stage("build", PASSED, f"{len(compiled)} ops have kernels", text, {"info": info})
+        return GpuStage("build", FAILED, why, f"{output[-1500:]}\n{text}", {"info": info})
+    return GpuStage("build", PASSED, f"{len(compiled)} ops have kernels", text, {"info": info})
 
 
-def sanitizers(work: Work) -> Stage:
+def sanitizers(work: Work) -> GpuStage:
     folder, jobs = work.folder / "driver", max(1, int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1))
     try:
         if work.cpu:
@@ -157,7 +157,7 @@ def sanitizers(work: Work) -> Stage:
                 build_for_gpu(folder, capability, jobs, work.left(240)), ["plain", *TOOLS], work.left(60)
             )
     except RuntimeError as error:
-        return Stage("sanitizers", FAILED, "the kernel driver was not built", str(error))
+        return GpuStage("sanitizers", FAILED, "the kernel driver was not built", str(error))
     runs = []
     for one in found:
         runs.append(one)
@@ -166,19 +166,19 @@ def sanitizers(work: Work) -> Stage:
     return sanitizer_stage(runs, 1 + len(SCHEDULES) if work.cpu else 2 + len(TOOLS))
 
 
-def sanitizer_stage(runs: list[Run], wanted: int) -> Stage:
+def sanitizer_stage(runs: list[Run], wanted: int) -> GpuStage:
     """The stage of these runs. It has passed only if all `wanted` runs are there and without an error."""
     text = "\n".join(map(str, runs))
     data = {"runs": [{"name": one.name, "status": one.done and one.done.status, "state": one.state} for one in runs]}
     wrong = [one.name for one in runs if one.done and not one.done.good]
     missing = [one.name for one in runs if one.done is None]
     if wrong:
-        return Stage("sanitizers", FAILED, f"errors in: {', '.join(wrong)}", text, data)
+        return GpuStage("sanitizers", FAILED, f"errors in: {', '.join(wrong)}", text, data)
     if len(runs) < wanted:
-        return Stage("sanitizers", FAILED, "no time was left for all tools", text, data)
+        return GpuStage("sanitizers", FAILED, "no time was left for all tools", text, data)
     if missing:
-        return Stage("sanitizers", NOT_RUN, f"{', '.join(missing)}: {runs[-1].why}", text, data)
-    return Stage("sanitizers", PASSED, f"{len(runs)} runs without an error", text, data)
+        return GpuStage("sanitizers", NOT_RUN, f"{', '.join(missing)}: {runs[-1].why}", text, data)
+    return GpuStage("sanitizers", PASSED, f"{len(runs)} runs without an error", text, data)
 
 
 def cuda_test_files() -> list[str]:
@@ -187,7 +187,7 @@ def cuda_test_files() -> list[str]:
     return [str(path.relative_to(ROOT)) for path in files if "mark.cuda" in path.read_text(encoding="utf-8")]
 
 
-def tests(work: Work) -> Stage:
+def tests(work: Work) -> GpuStage:
     """On a GPU all tests marked cuda; on a CPU those of the kernels in the simulator, and of tests/gpu."""
     chosen = ["-m", "not slow", "tests/gpu", "tests/cuda_on_cpu"] if work.cpu else ["-m", "cuda", *cuda_test_files()]
     workers = min(8, os.cpu_count() or 1)
@@ -205,14 +205,14 @@ def tests(work: Work) -> Stage:
     return outcome("tests", done, counts, f"{counts['passed']} tests passed{skipped}")
 
 
-def with_results(name: str, work: Work, command: list[str], most: float, output: Path) -> Stage:
+def with_results(name: str, work: Work, command: list[str], most: float, output: Path) -> GpuStage:
     """A stage of one command that writes its numbers to `output`."""
     output.unlink(missing_ok=True)
     done = work.run(name, command, most)
     return outcome(name, done, read_json(output))
 
 
-def kernels(work: Work) -> Stage:
+def kernels(work: Work) -> GpuStage:
     output = work.folder / "kernels.json"
     command = script("gpu/kernels.py", "--device", work.device, "--output", str(output))
     return with_results("kernels", work, command, 120, output)
@@ -232,7 +232,7 @@ def step_runs(cpu: bool) -> list[list[str]]:
     return runs
 
 
-def measured_steps(name: str, work: Work, runs: list[list[str]], most: float) -> Stage:
+def measured_steps(name: str, work: Work, runs: list[list[str]], most: float) -> GpuStage:
     """Run steps.py once for each list of options, and collect what every method measured."""
     found, texts, wrong, late = [], [], [], []
     for number, options in enumerate(runs):
@@ -257,7 +257,7 @@ def measured_steps(name: str, work: Work, runs: list[list[str]], most: float) ->
     state = FAILED if wrong else PARTLY if late else PASSED
     if not found and not wrong:
         state = NOT_RUN
-    return Stage(name, state, "; ".join(wrong + late), "\n\n".join(texts), {"runs": found})
+    return GpuStage(name, state, "; ".join(wrong + late), "\n\n".join(texts), {"runs": found})
 
 
 def step_table(run: dict[str, Any]) -> str:
@@ -284,7 +284,7 @@ def step_table(run: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def steps(work: Work) -> Stage:
+def steps(work: Work) -> GpuStage:
     stage = measured_steps("steps", work, step_runs(work.cpu), 150)
     if work.cpu:
         stage.text += "\n\nLiger-Kernel needs a GPU: no step with it was measured"
@@ -293,87 +293,87 @@ def steps(work: Work) -> Stage:
     return stage
 
 
-def mixtures(work: Work) -> Stage:
+def mixtures(work: Work) -> GpuStage:
     small = ["--shape", "tiny-experts", "--batch", "2", "--length", "32", "--steps", "4"]
     return measured_steps("mixtures", work, [small if work.cpu else ["--shape", "qwen3-30b-a3b-4-layers"]], 90)
 
 
-def bank(work: Work) -> Stage:
+def bank(work: Work) -> GpuStage:
     output = work.folder / "bank.json"
     sizes = ["--shape", "tiny", "--tokens", "2"] if work.cpu else ["--shape", "llama-3.2-1b", "--tokens", "16"]
     command = script("bank.py", *sizes, "--rounds", "3", "--device", work.device, "--output", str(output))
     return with_results("bank", work, command, 90, output)
 
 
-def switch(work: Work) -> Stage:
+def switch(work: Work) -> GpuStage:
     output = work.folder / "switch.json"
     sizes = ["--shape", "tiny", "--channels", "8"] if work.cpu else ["--shape", "llama-3.2-1b", "--channels", "245"]
     more = ["--switches", "100", "--rounds", "5", "--device", work.device, "--output", str(output)]
     return with_results("switch", work, script("switch.py", *sizes, *more), 60, output)
 
 
-def instructions(work: Work) -> Stage:
+def instructions(work: Work) -> GpuStage:
     """What a machine without a GPU can say of the kernels' code: instructions, registers and spills."""
     if find_tool("nvcc") is None:
-        return Stage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvcc")
+        return GpuStage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvcc")
     output = work.folder / "disassembly.json"
     command = script("gpu/disassembly.py", "--archs", "90", "--output", str(output))
     stage = with_results("ncu", work, command, 120, output)
     if "no nvdisasm" in stage.text:
-        return Stage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvdisasm", stage.text)
+        return GpuStage("ncu", NOT_RUN, "counters need a GPU, and disassembly needs nvdisasm", stage.text)
     stage.reason = stage.reason or "counters need a GPU; this is the disassembly for sm_90"
     return stage
 
 
-def ncu(work: Work) -> Stage:
+def ncu(work: Work) -> GpuStage:
     tool, program = find_tool("ncu"), work.folder / "driver" / "driver"
     if work.cpu:
         return instructions(work)
     if tool is None:
-        return Stage("ncu", NOT_RUN, "Nsight Compute is not installed")
+        return GpuStage("ncu", NOT_RUN, "Nsight Compute is not installed")
     if not program.exists():
-        return Stage("ncu", NOT_RUN, "the stage sanitizers builds the program that it runs")
+        return GpuStage("ncu", NOT_RUN, "the stage sanitizers builds the program that it runs")
     chosen = ["--section", "SpeedOfLight", "--section", "MemoryWorkloadAnalysis"]
     command = [tool, "--clock-control", "none", *chosen, "-c", "40", str(program), "--large"]
     done = work.run("ncu", command, 60)
     if "ERR_NVGPUCTRPERM" in done.text:
-        return Stage("ncu", NOT_RUN, "this machine does not allow its users to read the counters", done.text)
+        return GpuStage("ncu", NOT_RUN, "this machine does not allow its users to read the counters", done.text)
     return outcome("ncu", done)
 
 
 @dataclass
-class Planned:
+class PlannedStage:
     """A stage and the seconds that it needs at least on a GPU, which earlier stages leave to it."""
 
-    run: Callable[[Work], Stage]
+    run: Callable[[Work], GpuStage]
     least: float
 
 
 STAGES = {
-    "build": Planned(build, 60),
-    "sanitizers": Planned(sanitizers, 40),
-    "tests": Planned(tests, 60),
-    "kernels": Planned(kernels, 40),
-    "steps": Planned(steps, 120),
-    "mixtures": Planned(mixtures, 25),
-    "bank": Planned(bank, 25),
-    "switch": Planned(switch, 20),
-    "ncu": Planned(ncu, 0),
+    "build": PlannedStage(build, 60),
+    "sanitizers": PlannedStage(sanitizers, 40),
+    "tests": PlannedStage(tests, 60),
+    "kernels": PlannedStage(kernels, 40),
+    "steps": PlannedStage(steps, 120),
+    "mixtures": PlannedStage(mixtures, 25),
+    "bank": PlannedStage(bank, 25),
+    "switch": PlannedStage(switch, 20),
+    "ncu": PlannedStage(ncu, 0),
 }
 
 
-def run_stages(names: list[str], work: Work, report: Report) -> None:
+def run_stages(names: list[str], work: Work, report: GpuReport) -> None:
     for number, name in enumerate(names):
         wanted = sum(STAGES[later].least for later in names[number + 1 :])
         work.reserved = min(wanted, max(0.0, (work.end - time.monotonic()) * 0.7))  # less if the whole limit is short
         begin = time.monotonic()
         if work.left(STAGES[name].least or LEAST) < LEAST:
-            stage = Stage(name, NOT_RUN, "no time was left")
+            stage = GpuStage(name, NOT_RUN, "no time was left")
         else:
             try:
                 stage = STAGES[name].run(work)
             except Exception as error:  # a fault of this command must not hide the other stages
-                stage = Stage(name, FAILED, f"{type(error).__name__}: {error}")
+                stage = GpuStage(name, FAILED, f"{type(error).__name__}: {error}")
         stage.seconds = time.monotonic() - begin
         report.add(stage)
 
@@ -398,11 +398,11 @@ def main() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the processes of the stage too
     out = args.out.resolve()
     title = "s2ft without a GPU: the CPU form of make gpu" if args.cpu else f"s2ft on {torch.cuda.get_device_name(0)}"
-    report = Report(out, title, not args.cpu)
+    report = GpuReport(out, title, not args.cpu)
     work = Work(out, begin + args.seconds, args.cpu)
     about = about_machine(not args.cpu, version_of)
     lines = "\n".join(f"{key}: {value}" for key, value in about.items())
-    report.add(Stage("machine", PASSED, "", lines, about))
+    report.add(GpuStage("machine", PASSED, "", lines, about))
     run_stages([name for name in STAGES if name in args.only], work, report)
     print(f"{report.counts()}\nreport: {out / 'report.md'}")
     sys.exit(0 if report.good else 1)

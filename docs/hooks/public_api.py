@@ -76,10 +76,10 @@ GROUPS = (
           + _of("s2ft.text.divergence", "mean_loss BaseDistributions base_switch")
           + _of("s2ft.text.divergence", "DriftMeter prompt_rows")),
     Group("sync", "Slice sync", "Send what is trained to vLLM, which generates the answers of reinforcement learning.",
-          _of("s2ft.sync.trl", "with_slices") + _of("s2ft.sync.sender", "SliceSender Sent")
-          + _of("s2ft.sync.slices", "TrainedSlices") + _of("s2ft.sync.engines", "EngineError")),
+          _of("s2ft.sync.trl_trainers", "with_slices") + _of("s2ft.sync.sender", "SliceSender Sent")
+          + _of("s2ft.sync.slices", "TrainedSlices") + _of("s2ft.sync.sender", "EngineError")),
     Group("serving", "Serving", "Serve a base model and its adapters over HTTP.",
-          _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.options", "ServerOptions")),
+          _of("s2ft.serve.server", "serve build_app") + _of("s2ft.serve.server_options", "ServerOptions")),
 )  # fmt: skip
 
 

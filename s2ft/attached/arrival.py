@@ -19,9 +19,9 @@ from s2ft.attached import extra_weights
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import is_sharded, ranks_sharing, reshard_all, wait_for_ranks, will_be_loaded_again
+from s2ft.distributed.fsdp import fsdp_modules
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import tensors_of
-from s2ft.ranks.fsdp import fsdp_modules
 
 # ---- waiting -------------------------------------------------------------------------------------------
 

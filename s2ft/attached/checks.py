@@ -7,13 +7,13 @@ from torch import Tensor, nn
 
 from s2ft.attached.record import Attachment
 from s2ft.distributed import has_master_copy, is_dtensor, is_run_by_engine, is_sharded, will_be_loaded_again
+from s2ft.distributed.fsdp import check_can_follow, managed_by_fsdp
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops._memory import check_private
-from s2ft.ranks.fsdp import check_can_follow, managed_by_fsdp
 from s2ft.selection import Selection
 
 # ---- names ---------------------------------------------------------------------------------------------

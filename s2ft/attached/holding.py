@@ -13,9 +13,9 @@ from torch._dynamo.eval_frame import skip_code
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import reshard_all
+from s2ft.distributed.fsdp import fsdp_modules
 from s2ft.ops._library import transforms_active
 from s2ft.ops._memory import WRITING
-from s2ft.ranks.fsdp import fsdp_modules
 
 
 def start_holding(model: nn.Module) -> None:

@@ -34,12 +34,12 @@ from s2ft.attached.hosts.tensor_parallel import check_split_layers, install_styl
 from s2ft.attached.record import Attachment, Mount, Part, applied, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank, reshard_all
+from s2ft.distributed.fsdp import Place, follow, release_slices, shard_slices
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
-from s2ft.ranks.fsdp import Place, follow, release_slices, shard_slices
 from s2ft.selection import Selection
 
 # ---- mounting ------------------------------------------------------------------------------------------

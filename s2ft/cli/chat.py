@@ -89,7 +89,7 @@ def _named(word: str) -> list[tuple[str, str | Path]]:
     return list(inside.items()) or [(path.parent.name if path.name == ADAPTER and is_one else path.name, word)]
 
 
-class Adapters:
+class ChatAdapters:
     """A model and the adapters that it can be switched to. An adapter is read when it is first used.
 
     Attributes:
@@ -132,7 +132,7 @@ class Adapters:
         return self._prompters[name]
 
 
-def load(job: ChatArguments) -> Adapters:
+def load(job: ChatArguments) -> ChatAdapters:
     """Load the model. The folders of the adapters are looked up first, so that a wrong one is found at once."""
     import s2ft
     from s2ft.adapter.hub import resolve
@@ -143,7 +143,7 @@ def load(job: ChatArguments) -> Adapters:
     first = next(iter(folders.values()), None)
     dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
     model, tokenizer = load_model(job.model, dtype)
-    return Adapters(model.to(gpu_or_cpu()), tokenizer, folders)
+    return ChatAdapters(model.to(gpu_or_cpu()), tokenizer, folders)
 
 
 # ---- the chat ------------------------------------------------------------------------------------------
@@ -158,8 +158,8 @@ class Talk:
         system: System prompt. None is the one that the adapter was trained with.
     """
 
-    def __init__(self, adapters: Adapters, sampling: SamplingArguments, system: str | None) -> None:
-        from s2ft.text.chat import Chat
+    def __init__(self, adapters: ChatAdapters, sampling: SamplingArguments, system: str | None) -> None:
+        from s2ft.text.conversation import Chat
 
         self.adapters = adapters
         self.is_terminal = sys.stdin.isatty()

@@ -8,7 +8,7 @@ from typing import Any
 
 from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, new_file, parse, quiet_transformers
 from s2ft.config import check_fields, option, refuse
-from s2ft.text.data.options import DATA, ReadingOptions
+from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.text.scoring import TASKS
 from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT

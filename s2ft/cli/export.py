@@ -28,7 +28,7 @@ def run_export(arguments: list[str]) -> None:
     check_packages(f"s2ft export --format {target}")
     quiet_transformers()
     if source is not None:
-        from s2ft.export.adapters import convert
+        from s2ft.export.adapter_formats import convert
 
         folder, name = job[f"from_{source}"], job.get("name")
         print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))

@@ -46,7 +46,7 @@ class SamplingArguments:
 
     def sampler(self, seed: int | None = None):
         """Return the Sampler of an answer, with another seed if one is given."""
-        from s2ft.text.running_batch import Sampler
+        from s2ft.text.generation import Sampler
 
         return Sampler(
             self.temperature,
@@ -79,9 +79,9 @@ def run_generate(arguments: list[str]) -> None:
     job, sampling = parse("generate", DESCRIPTION, [GenerateArguments, SamplingArguments], arguments, EXAMPLE)
     quiet_transformers()
     from s2ft.text.adapter_prompts import load_with_adapter
-    from s2ft.text.chat import pieces
+    from s2ft.text.conversation import pieces
     from s2ft.text.encoding import context_length
-    from s2ft.text.running_batch import Row, RunningBatch
+    from s2ft.text.generation import AnswerRow, RunningBatch
     from s2ft.train.device import explain_out_of_memory, gpu_or_cpu, smaller_answers
 
     prompt = read_prompt(job)
@@ -93,9 +93,9 @@ def run_generate(arguments: list[str]) -> None:
     room = (context_length(model) or len(ids) + sampling.max_new_tokens) - len(ids)
     if room < 1:
         raise ValueError(f"the model's context is {room + len(ids)} tokens, and the prompt has {len(ids)}: shorten it")
-    row, limit = Row(ids, sampling.sampler()), min(sampling.max_new_tokens, room)
+    row, limit = AnswerRow(ids, sampling.sampler()), min(sampling.max_new_tokens, room)
     with explain_out_of_memory(smaller_answers(1, str(model.dtype))):
-        batch: RunningBatch[Row] = RunningBatch(model.to(gpu_or_cpu()))
+        batch: RunningBatch[AnswerRow] = RunningBatch(model.to(gpu_or_cpu()))
         batch.admit([row])
         for piece in pieces(batch, row, prompter.tokenizer, prompter.ends, limit):
             print(piece, end="", flush=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from s2ft.files.yaml_reading import parse_yaml
+from s2ft.files.reading import parse_yaml
 
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 MOST = 16  # so many choices are listed in an error, of more the closest ones
@@ -88,7 +88,7 @@ class Help(argparse.RawDescriptionHelpFormatter):
 
 
 @dataclass(frozen=True)
-class Table:
+class OptionTable:
     """What a command says of options besides the fields of its dataclasses.
 
     Attributes:
@@ -130,10 +130,10 @@ class OptionParser(argparse.ArgumentParser):
         description: str,
         kinds: Sequence[type],
         example: str = "",
-        table: Table | None = None,
+        table: OptionTable | None = None,
         everything: bool = False,
     ) -> None:
-        self.kinds, self.table, self.everything = list(kinds), table or Table(), everything
+        self.kinds, self.table, self.everything = list(kinds), table or OptionTable(), everything
         super().__init__(
             prog=f"s2ft {command}",
             description=description,
@@ -347,7 +347,7 @@ def parse(
         UsageError: An option is unknown, missing, or has a wrong value.
         SystemExit: The help was asked for and printed.
     """
-    parser = OptionParser(command, description, kinds, example, Table(groups=groups or {}))
+    parser = OptionParser(command, description, kinds, example, OptionTable(groups=groups or {}))
     return parser.objects(parser.given(arguments))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from s2ft.cli.parse import MODEL, given_options, new_file, parse, quiet_transformers
 from s2ft.config import S2FTConfig
-from s2ft.text.data.options import DATA, ReadingOptions
+from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, option, with_default_ratio
 
@@ -49,7 +49,7 @@ def run_select(arguments: list[str]) -> None:
         {S2FTConfig: "selection", ReadingOptions: "model and data"},
     )
     quiet_transformers()
-    from s2ft.selection.allowed import with_protect_ratio
+    from s2ft.selection import with_protect_ratio
 
     config = with_protect_ratio(with_default_ratio(config, given_options(arguments)), bool(job.protect))
     new_file(job.output)
@@ -83,9 +83,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
         raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
     if not calibrated and not job.protect:
         return _choose_from_disk(job, config)
-    protected = None  # the text of --protect
-    if job.protect:
-        protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed)
+    protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
     model, tokenizer = load_model(job.model, job.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")

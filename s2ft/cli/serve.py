@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
 from s2ft.config import option, refuse
 from s2ft.packages import check_packages
-from s2ft.serve.options import ServerOptions, key_of, served_name, warn_if_open
+from s2ft.serve.server_options import ServerOptions, key_of, served_name, warn_if_open
 from s2ft.text.models import DTYPES
 
 EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
@@ -141,7 +141,7 @@ def serve_here(job: ServeArguments) -> None:
     import torch
 
     from s2ft.serve.server import check_adapters, serve
-    from s2ft.train.loading import load_base
+    from s2ft.train.base_model import load_base
     from s2ft.train.options import ModelOptions
 
     options = replace(job, api_key=key_of(job.api_key))
@@ -170,7 +170,7 @@ def serve_by_vllm(job: ServeArguments, options: list[str]) -> None:
     from pathlib import Path
 
     from s2ft.vllm import command
-    from s2ft.vllm.slices.layer import Budget
+    from s2ft.vllm.slice_layer import Budget
 
     refuse(
         (not job.adapters, "--engine vllm serves adapters: give --adapters"),

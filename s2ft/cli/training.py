@@ -6,9 +6,9 @@ from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any
 
-from s2ft.cli.parse import OptionParser, Table, parse, quiet_transformers, set_environment
+from s2ft.cli.parse import OptionParser, OptionTable, parse, quiet_transformers, set_environment
 from s2ft.config import S2FTConfig
-from s2ft.text.data.options import DataOptions
+from s2ft.text.data.data_options import DataOptions
 from s2ft.train.options import DemoOptions, ForgettingOptions, ModelOptions, RunOptions
 
 logger = logging.getLogger(__name__)
@@ -206,7 +206,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "fsdp_config": ("", "an FSDP configuration, a JSON file"),
     },
 }
-TABLE = Table(
+TABLE = OptionTable(
     options=OPTIONS,
     groups={
         ModelOptions: "model",

@@ -9,6 +9,7 @@ not depend on weights are real: token ids, masks, positions, and the experts of 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -17,11 +18,10 @@ from torch import Tensor, nn
 from s2ft.attached.hosts.compiled import of_compiled
 from s2ft.config import S2FTConfig, check_whole
 from s2ft.estimation.devices import Strategy, check_devices, check_plan, on_devices, smallest, strategy_of
-from s2ft.estimation.inputs import made_inputs, shape_of, with_cache
 from s2ft.estimation.memory import bytes_of, free_memory
 from s2ft.estimation.result import Estimate, MemoryPart, size_of
-from s2ft.estimation.shadow import forget_data, make_shadow
-from s2ft.estimation.step import OPTIMIZERS, Optimizer, Step, maker
+from s2ft.estimation.shadow import forget_data, made_inputs, make_shadow, shape_of
+from s2ft.estimation.step import OPTIMIZERS, Optimizer, ShadowStep, maker
 from s2ft.model.coupling import Coupling
 from s2ft.model.discovery.examples import check_example
 
@@ -124,8 +124,10 @@ def estimate(
             check_plan(shadow)
         forget_data(shadow, record, kernels, gradient_checkpointing)
         inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
-        cached, complete = with_cache(shadow, inputs, use_cache), example is not None or loss is not None
-        step = Step(shadow.train(), record, cached, loss, kernels, autocast, complete)
+        if use_cache is not None and isinstance(inputs, dict) and "use_cache" in signature(shadow.forward).parameters:
+            inputs = {**inputs, "use_cache": use_cache}
+        complete = example is not None or loss is not None
+        step = ShadowStep(shadow.train(), record, inputs, loss, kernels, autocast, complete)
         step.run(make, accumulation)
     here = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == place.type]
     loaded = bytes_of(here) if dtype is None and memory is None else 0

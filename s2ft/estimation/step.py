@@ -19,9 +19,9 @@ from torch.utils._pytree import tree_leaves
 
 from s2ft.attached.record import Attachment
 from s2ft.estimation.devices import with_parts
-from s2ft.estimation.inputs import LOSSES, labelled
 from s2ft.estimation.memory import Memory, bytes_of, storages
 from s2ft.estimation.result import MemoryPart
+from s2ft.estimation.shadow import LOSSES, labelled
 from s2ft.layers import kind_of
 from s2ft.model.discovery.examples import call
 from s2ft.packages import MissingPackages, is_installed
@@ -81,7 +81,7 @@ OUTSIDE = "model and loss"  # the part for tensors that only the model's own for
 COLUMNS = ("parameters", "buffers", "trained", "gradients", "optimizer", "kept")
 
 
-class Step:
+class ShadowStep:
     """Registers hooks on the shadow model, runs it, and provides the numbers.
 
     Args:

@@ -64,5 +64,5 @@ EXPORTS = {
 def export(name: str, *arguments, **options) -> str:
     """Write an export by its name, see above."""
     if name in ADAPTER_FORMATS:
-        return import_module("s2ft.export.adapters").export(*arguments, format_name=name, **options)
+        return import_module("s2ft.export.adapter_formats").export(*arguments, format_name=name, **options)
     return EXPORTS[name].module.export(*arguments, **options)

@@ -27,7 +27,7 @@ from s2ft.distributed import (
     run_on_ranks,
 )
 from s2ft.export.merged import check_output, check_size, temporary_folder
-from s2ft.export.streamed import Changes, DiskSource, Source, Sum, saved_names, write_config, write_weights
+from s2ft.export.streamed import BaseSource, Changes, DiskSource, Sum, saved_names, write_config, write_weights
 from s2ft.files.tables import by_key
 from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
 from s2ft.model.conversion import is_of_transformers, saving_groups
@@ -89,7 +89,7 @@ def save_merged(
 
     obstacle = decide("the base to merge into", is_first, choose).value
 
-    def write(source: Source, changes: Changes) -> None:
+    def write(source: BaseSource, changes: Changes) -> None:
         with temporary_folder(directory) as folder:
             compare = write_weights(folder, plain, source, changes, max_shard_size)
             write_config(folder, plain)
@@ -235,7 +235,7 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
 # ---- the base in the model -----------------------------------------------------------------------------
 
 
-class _ModelSource(Source):
+class _ModelSource(BaseSource):
     """The weights of a base in an attached model.
 
     A base that was made in this process, or changed after it was loaded, is in no checkpoint, and no rank may have room

@@ -41,7 +41,7 @@ class Changes:
     extra: dict[str, Tensor] = field(default_factory=dict)
 
 
-class Source:
+class BaseSource:
     """Where the weights of the base are.
 
     Attributes:
@@ -66,7 +66,7 @@ class Source:
         return {}
 
 
-class DiskSource(Source):
+class DiskSource(BaseSource):
     """The weights of a base in its checkpoint."""
 
     def __init__(self, weights: StoredWeights) -> None:
@@ -114,7 +114,7 @@ class DiskSource(Source):
 class MergedWeights:
     """The weights of a base with changes, which are made when a weight is read."""
 
-    def __init__(self, model: nn.Module, source: Source, changes: Changes) -> None:
+    def __init__(self, model: nn.Module, source: BaseSource, changes: Changes) -> None:
         """Find the weights that change.
 
         Args:
@@ -166,7 +166,7 @@ def saved_names(model: nn.Module) -> list[str]:
 
 
 def write_weights(
-    folder: Path, model: nn.Module, source: Source, changes: Changes, max_shard_size: int | str | None = None
+    folder: Path, model: nn.Module, source: BaseSource, changes: Changes, max_shard_size: int | str | None = None
 ) -> Callable[[], None]:
     """Write the files of a merged model's weights.
 

@@ -118,7 +118,7 @@ def json_entry(path: Path, *keys: str) -> Any:
 def parse_json(content: bytes, what: str) -> Any:
     """Parse JSON in UTF-8 without duplicate keys, NaN or Infinity. Raises ValueError, beginning with `what`."""
     try:
-        return json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_constant=_no_constant)
+        return json.loads(content.decode("utf-8"), object_pairs_hook=_once, parse_constant=no_constant)
     except UnicodeDecodeError as error:
         raise ValueError(f"{what} is not UTF-8: {error}") from None
     except RecursionError:
@@ -135,7 +135,8 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _no_constant(word: str) -> float:
+def no_constant(word: str) -> float:
+    """Refuse NaN and Infinity, which Python reads but JSON does not have. For `parse_constant` of json.loads."""
     raise ValueError(f"{word} is not a number in JSON")
 
 
@@ -286,3 +287,32 @@ def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError if the values have a NaN or an infinite value. Values on the meta device are not checked."""
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} is not finite: it has NaN or infinite values")
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML by PyYAML's safe loader, which then also reads 1e-6 as a number, and refuses a key that stands twice.
+
+    Args:
+        text: The text of a file, or of a value.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML, or a key stands twice.
+
+    Example:
+        >>> from s2ft.files.reading import parse_yaml
+        >>> parse_yaml("learning_rate: 1e-3")
+        {'learning_rate': 0.001}
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [key for place, key in enumerate(keys) if key in keys[:place]]
+            if twice:
+                raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} or below")
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
+    return yaml.load(text, Loader)

@@ -286,7 +286,7 @@ def _keep(moving: MovingTensor) -> Tensor:
     if is_partitioned(tensor):
         return tensor.ds_tensor.detach().clone()
     if is_dtensor(tensor):
-        part = _OwnPart.of(moving)
+        part = _OwnShard.of(moving)
         return torch.empty(0) if part is None else part.read(part.own(moving.changing()))
     view = moving.view(tensor.detach())
     return view.index_select(moving.dim, moving.changing().to(view.device))
@@ -298,7 +298,7 @@ def _put_back(moving: MovingTensor, values: Tensor) -> None:
     if is_partitioned(tensor):
         tensor.ds_tensor.detach().copy_(values)
     elif is_dtensor(tensor):
-        part = _OwnPart.of(moving)
+        part = _OwnShard.of(moving)
         if part is not None:
             part.write(part.own(moving.changing()), values)
     else:
@@ -320,7 +320,7 @@ def _permute(moving: MovingTensor) -> None:
 
 def _permute_shard(moving: MovingTensor) -> None:
     """Reorder this rank's shard of a DTensor. Only elements that go from one rank to another are sent."""
-    part, changing = _OwnPart.of(moving), moving.changing()
+    part, changing = _OwnShard.of(moving), moving.changing()
     if part is None or not changing.numel():
         return
     sources = moving.elements[changing]
@@ -332,7 +332,7 @@ def _permute_shard(moving: MovingTensor) -> None:
     part.write(part.own(changing), values)
 
 
-class _OwnPart(NamedTuple):
+class _OwnShard(NamedTuple):
     """This rank's shard of a DTensor that is reordered, or of the expert in it.
 
     Attributes:
@@ -347,7 +347,7 @@ class _OwnPart(NamedTuple):
     find: Callable[[Tensor], tuple[Tensor, Tensor]]
 
     @classmethod
-    def of(cls, moving: MovingTensor) -> "_OwnPart | None":
+    def of(cls, moving: MovingTensor) -> "_OwnShard | None":
         """Return this rank's part; None if the expert is on other ranks."""
         shard = own_shard(moving.tensor)
         dim, find = moving.stored_dim, partial(shard.find, dim=moving.stored_dim)

@@ -12,7 +12,7 @@ from s2ft.model.builders import get
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.custom import checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
-from s2ft.model.discovery.structure import Structure
+from s2ft.model.discovery.structure import LayerMap
 from s2ft.model.families import FAMILIES, check_release, composite
 from s2ft.model.towers import tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
@@ -59,7 +59,7 @@ def is_known(model: nn.Module) -> bool:
     return declaration is not None and not (declaration is composite.couplings and composite.undeclared_parts(model))
 
 
-class Found(NamedTuple):
+class FoundCouplings(NamedTuple):
     """The couplings of a model, and where they are from.
 
     Attributes:
@@ -80,7 +80,7 @@ def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, exa
 
 def find_couplings(
     model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
-) -> Found:
+) -> FoundCouplings:
     """Find the couplings of a model and check them against its weights.
 
     Args:
@@ -102,16 +102,16 @@ def find_couplings(
     """
     modules = (config and config.modules_to_save) or ()
     if custom is not None:
-        found = Found(checked_couplings(custom), is_custom=True)
+        found = FoundCouplings(checked_couplings(custom), is_custom=True)
     elif is_known(model):
         declared = _declared(model)
         trained = trained_towers(model, config.towers) if modules else ()
         couplings = [c for c in declared if _is_outside(c, modules) or tower_of(model, c.main.path) in trained]
-        found = Found(couplings, is_custom=len(couplings) < len(declared))
+        found = FoundCouplings(couplings, is_custom=len(couplings) < len(declared))
     else:
         discovery = discover(model, example)
         couplings = [coupling for coupling in discovery.couplings if _is_outside(coupling, modules)]
-        found = Found(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
+        found = FoundCouplings(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
     check_shapes(model, found.couplings)
     return found
 
@@ -134,7 +134,7 @@ def explain(model: nn.Module, example: Any = None) -> Discovery:
         return Discovery(found.couplings, list(found.weights))
     family = f"declared for model type {model.config.model_type}"
     rows = {p.path: WeightRow(p.path, c.status, family, c) for c in found.couplings for p in c.projections}
-    structure = Structure(model)
+    structure = LayerMap(model)
     for path in filter(structure.block_of, structure.layers):
         rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
     return Discovery(found.couplings, list(rows.values()))

@@ -26,10 +26,10 @@ from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
-from s2ft.peft.config import TYPE, S2FTPeftConfig
+from s2ft.peft.adapter_config import TYPE, S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.peft.model import PREFIX, S2FTPeftModel
-from s2ft.peft.native import from_native, to_native
+from s2ft.peft.native_adapter import from_native, to_native
 
 __all__ = ["S2FTPeftConfig", "S2FTPeftLayer", "S2FTPeftModel", "from_native", "to_native"]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import check_weight
 from s2ft.attached.checks import check_gradients_pass
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
-from s2ft.peft.config import S2FTPeftConfig
+from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
 from s2ft.peft.targets import HEADS
 from s2ft.peft.units import ModuleUnits, select_units

@@ -17,7 +17,7 @@ from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.registry import check_module
 from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
-from s2ft.peft.config import DIMS, S2FTPeftConfig
+from s2ft.peft.adapter_config import DIMS, S2FTPeftConfig
 from s2ft.selection import Selection
 from s2ft.selection.selection import unit_tensors
 

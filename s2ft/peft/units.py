@@ -14,7 +14,7 @@ from s2ft.model.delta import Delta
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.registry import check_shapes, couplings_of, known_architectures
 from s2ft.model.weights import put, weight_at
-from s2ft.peft.config import S2FTPeftConfig
+from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
 from s2ft.peft.targets import Targets, find_targets, units_by_name
 from s2ft.selection import Selection, select

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import is_dtensor
+from s2ft.distributed.fsdp import following
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.gathering import gathered_forwards
 from s2ft.model.weights import find, parameter_position, put, split_of_units
-from s2ft.ranks.fsdp import following
 from s2ft.selection.batches import positions_of
 from s2ft.selection.metric import Request, Units, squares_by_unit
 from s2ft.selection.running import in_evaluation_mode, run_forward

@@ -14,13 +14,12 @@ from fastapi import Request
 from s2ft.adapter.folders import some
 from s2ft.serve.access import RequestRecord
 from s2ft.serve.engine import Engine, Event, Job
-from s2ft.serve.errors import ApiError, Disconnected
-from s2ft.serve.options import ServerOptions
-from s2ft.serve.schemas import ChatRequest, Sampled
+from s2ft.serve.schemas import ApiError, ChatRequest, Disconnected, Sampled
+from s2ft.serve.server_options import ServerOptions
 from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
+from s2ft.text.generation import Sampler, TextStream
 from s2ft.text.prompts import PromptFormat
-from s2ft.text.running_batch import Sampler, TextStream
 
 logger = logging.getLogger(__name__)
 PROMPTERS = 64  # formats of prompts that are kept; most servers have a few

@@ -17,12 +17,22 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 import s2ft
-from s2ft.serve import errors
+from s2ft.files.reading import no_constant
+from s2ft.serve import schemas
 from s2ft.serve.access import RECORD, Access, Metrics
 from s2ft.serve.answer import DONE, Answer, Reply, Service, server_sent_event
 from s2ft.serve.engine import Event
-from s2ft.serve.errors import CLIENT_CLOSED, ApiError, Disconnected
-from s2ft.serve.schemas import ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
+from s2ft.serve.schemas import (
+    CLIENT_CLOSED,
+    ApiError,
+    ChatRequest,
+    CompletionRequest,
+    Disconnected,
+    LoadRequest,
+    Sampled,
+    UnloadRequest,
+    parse,
+)
 
 PLACE = "#/components/schemas/"
 BODIES = {
@@ -61,7 +71,7 @@ def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> 
         redoc_url=None,
     )
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    errors.install_handlers(app)
+    schemas.install_handlers(app)
     app.add_middleware(Access, metrics=metrics, log=access_log)
     app.include_router(state_routes(service, metrics))
     app.include_router(model_routes(service))
@@ -125,7 +135,7 @@ def model_routes(service: Service) -> APIRouter:
     def model(name: str) -> Response:
         """GET /v1/models/NAME: one model."""
         if name != service.base and name not in service.engine.adapters.names:
-            raise errors.unknown_model(name)
+            raise schemas.unknown_model(name)
         return JSONResponse(_model(service, name))
 
     @router.post("/completions")
@@ -189,14 +199,9 @@ async def _json(request: Request, service: Service):
     except asyncio.TimeoutError:
         raise ApiError(408, "timeout", "the body did not arrive in time", {"Connection": "close"}) from None
     try:
-        return json.loads(b"".join(chunks), parse_constant=_refuse_constant)
+        return json.loads(b"".join(chunks), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
-
-
-def _refuse_constant(word: str):
-    """Refuse NaN and Infinity, which Python reads but JSON does not have."""
-    raise ValueError(f"{word} is not a JSON number")
 
 
 async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Response:

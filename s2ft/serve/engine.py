@@ -10,9 +10,9 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from s2ft.serve.errors import ApiError, shutting_down
-from s2ft.serve.registry import Adapters, ServedAdapter, cannot_load
-from s2ft.text.running_batch import Row, RunningBatch, TextStream, rows_interact
+from s2ft.serve.schemas import ApiError, shutting_down
+from s2ft.serve.served_adapters import Adapters, ServedAdapter, cannot_load
+from s2ft.text.generation import AnswerRow, RunningBatch, TextStream, rows_interact
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class Event:
         return self.finish is not None or self.error is not None
 
 
-class Job(Row):
+class Job(AnswerRow):
     """A sequence with its limits and the callback for its events.
 
     Args:

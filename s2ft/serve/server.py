@@ -19,8 +19,8 @@ from s2ft.serve.access import Metrics
 from s2ft.serve.answer import Service
 from s2ft.serve.app import create_app
 from s2ft.serve.engine import Engine
-from s2ft.serve.options import ServerOptions, warn_if_open
-from s2ft.serve.registry import Adapters
+from s2ft.serve.served_adapters import Adapters
+from s2ft.serve.server_options import ServerOptions, warn_if_open
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
@@ -55,7 +55,7 @@ def build_app(
             can't be served.
 
     Example:
-        >>> from s2ft.serve.options import ServerOptions
+        >>> from s2ft.serve.server_options import ServerOptions
         >>> from s2ft.serve.server import build_app
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import PreTrainedTokenizerFast
@@ -134,7 +134,7 @@ def serve(
         >>> import os, signal, threading
         >>> from tokenizers import Tokenizer, models
         >>> from transformers import PreTrainedTokenizerFast
-        >>> from s2ft.serve.options import ServerOptions
+        >>> from s2ft.serve.server_options import ServerOptions
         >>> from s2ft.serve.server import serve
         >>> tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"?": 0}, "?")))
         >>> threading.Timer(1, os.kill, (os.getpid(), signal.SIGTERM)).start()

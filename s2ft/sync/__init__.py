@@ -7,18 +7,17 @@ engine writes them into its own weights and keeps the originals, so that it can 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from s2ft.sync.engines import EngineError as EngineError
-    from s2ft.sync.sender import Sent as Sent, SliceSender as SliceSender
+    from s2ft.sync.sender import EngineError as EngineError, Sent as Sent, SliceSender as SliceSender
     from s2ft.sync.slices import TrainedSlices as TrainedSlices
-    from s2ft.sync.trl import with_slices as with_slices
+    from s2ft.sync.trl_trainers import with_slices as with_slices
 
 # Imported when they are used: the receiving side needs none of what the sending side imports.
 _HOMES = {
-    "EngineError": "engines",
+    "EngineError": "sender",
     "Sent": "sender",
     "SliceSender": "sender",
     "TrainedSlices": "slices",
-    "with_slices": "trl",
+    "with_slices": "trl_trainers",
 }
 __all__ = list(_HOMES)
 

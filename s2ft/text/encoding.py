@@ -15,10 +15,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from s2ft.selection.batches import IGNORED
-from s2ft.text.data.loading import Problems
+from s2ft.text.data.rows import Problems
 from s2ft.text.prompts import PromptFormat
-from s2ft.text.templates import Rendered, TemplateError, begin_ids, in_common, render_chat, template_of
-from s2ft.text.tokens import encode_rendered
+from s2ft.text.templates import Rendered, TemplateError, begin_ids, encode_rendered, in_common, render_chat, template_of
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -1,10 +1,23 @@
-"""Greedy generation and beam search in batches."""
+"""Generation: greedy or by beam search in batches, and token by token in a batch that sequences join and leave."""
 
 import contextlib
+import inspect
+import secrets
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Generic, TypeVar
 
 import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from transformers import (
+    DynamicCache,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
+    TopPLogitsWarper,
+)
 
 from s2ft.model.modes import evaluation_mode
 from s2ft.text.encoding import left_pad
@@ -137,3 +150,373 @@ def contiguous_head(model) -> Iterator[None]:
         yield
     finally:
         hook.remove()
+
+
+# ---- the running batch: sequences that are generated together, with their keys and values ------------
+#
+# All rows end at the same column. A shorter row has masked padding on its left. The positions of a row count from its
+# first token, and its keys contain them already. Padding can therefore be added or removed without computing anything
+# again, and sequences can join or leave between two steps.
+
+
+class AnswerRow:
+    """One sequence of a batch.
+
+    Attributes:
+        prompt: Token ids of the prompt.
+        sampler: The :class:`~s2ft.text.generation.Sampler` that chooses the tokens.
+        adapter: Name of the adapter in the bank. None is the base.
+        tokens: The generated tokens.
+        failed: Why the sequence cannot continue, or None.
+    """
+
+    def __init__(self, prompt: Sequence[int], sampler, adapter: str | None = None) -> None:
+        self.prompt, self.sampler, self.adapter = list(prompt), sampler, adapter
+        self.tokens: list[int] = []
+        self.failed: str | None = None
+
+
+R = TypeVar("R", bound=AnswerRow)
+
+
+class RunningBatch(Generic[R]):
+    """Rows that are generated together, one token a step.
+
+    Args:
+        model: A causal language model of transformers.
+        mixing: A function such as ``AdapterBank.batch``. It gets the adapter names of the rows and returns a context
+            in which each row runs with its adapter. None runs all rows with the model as it is.
+
+    Example:
+        >>> from s2ft.text.generation import AnswerRow, RunningBatch
+        >>> from s2ft.text.generation import Sampler
+        >>> batch, row = RunningBatch(model.eval()), AnswerRow([5, 6, 7], Sampler())
+        >>> batch.admit([row])
+        >>> batch.step()
+        >>> len(row.tokens)
+        2
+    """
+
+    def __init__(self, model, mixing: Callable[[list], AbstractContextManager] | None = None) -> None:
+        self.model, self.mixing = model, mixing or (lambda names: nullcontext())
+        self.rows: list[R] = []
+        self._cache: DynamicCache | None = None
+        self._mask: Tensor | None = None  # [rows, columns], 1 for a token, 0 for padding
+        accepted = inspect.signature(model.forward).parameters
+        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
+        self._positions = "position_ids" in accepted
+        self._cache_option = "cache" if "cache" in accepted else "past_key_values"  # the name in older models
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def adapters_of(self, rows: Sequence[R]) -> AbstractContextManager:
+        """Return the context in which each row runs with its adapter."""
+        return self.mixing([row.adapter for row in rows])
+
+    @torch.inference_mode()
+    def admit(self, rows: Sequence[R]) -> None:
+        """Run the prompts of new rows, choose the first token of each, and add the rows to the batch.
+
+        An error leaves the batch unchanged.
+
+        Args:
+            rows: The new rows. Their prompts are run in one pass.
+        """
+        padded = left_pad([row.prompt for row in rows], 0)
+        inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
+        # Without the config, layers with a sliding window keep all keys, and the mask limits them.
+        cache = DynamicCache()
+        logits = self._forward(rows, cache, **inputs)
+        self._join(cache, inputs["attention_mask"])
+        self.rows += rows
+        self._choose(rows, logits)
+
+    @torch.inference_mode()
+    def replace(self, row: R) -> None:
+        """Run the prompt of a new row in place of the only row, and choose its first token.
+
+        The keys and values of the beginning that both sequences share are used again. The new row must run with the
+        weights and the adapter of the earlier one. After an error the batch must be cleared.
+
+        Args:
+            row: The new row. The batch has one row, or none.
+
+        Example:
+            >>> from s2ft.text.generation import AnswerRow, RunningBatch
+            >>> from s2ft.text.generation import Sampler
+            >>> batch, first = RunningBatch(model.eval()), AnswerRow([5, 6, 7], Sampler())
+            >>> batch.replace(first)
+            >>> batch.replace(Row([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
+        """
+        if len(self.rows) > 1:
+            raise ValueError(f"the batch must have at most one row, it has {len(self.rows)}")
+        same = self._shared_with(row) if self.rows and not rows_interact(self.model.config) else 0
+        if not same:
+            self.clear()
+            return self.admit([row])
+        for layer in _layers(self._cache):
+            layer.keys, layer.values = layer.keys[:, :, :same], layer.values[:, :, :same]
+        rest = torch.tensor([row.prompt[same:]], device=self.model.device)
+        self._mask = torch.ones(1, len(row.prompt), dtype=torch.long, device=self.model.device)
+        positions = torch.arange(same, len(row.prompt), device=self.model.device)[None]
+        self.rows = [row]
+        self._choose(self.rows, self._forward(self.rows, self._cache, rest, self._mask, positions))
+
+    def _shared_with(self, row: R) -> int:
+        """The number of tokens at the beginning of a row whose keys and values the batch has; at least one is run."""
+        if not bool(self._mask.all()):
+            return 0  # columns of padding, from a row that has left the batch
+        earlier = [*self.rows[0].prompt, *self.rows[0].tokens][: self._mask.shape[1]]
+        pairs = zip(earlier, row.prompt[:-1])
+        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(row.prompt) - 1))
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """Generate one more token for each row. After an error the batch must be cleared."""
+        last = torch.tensor([[row.tokens[-1]] for row in self.rows], device=self.model.device)
+        self._mask = pad(self._mask, (0, 1), value=1)
+        positions = self._mask.sum(1, keepdim=True) - 1
+        self._choose(self.rows, self._forward(self.rows, self._cache, last, self._mask, positions))
+
+    @torch.inference_mode()
+    def keep(self, rows: Sequence[R]) -> None:
+        """Remove all other rows, and the columns that only they used.
+
+        Args:
+            rows: Rows of the batch that stay.
+        """
+        if len(rows) == len(self.rows):
+            return
+        if not rows:
+            return self.clear()
+        kept = [number for number, row in enumerate(self.rows) if row in rows]
+        self.rows = [self.rows[number] for number in kept]
+        index = torch.tensor(kept, device=self._mask.device)
+        self._mask = self._mask[index]
+        first = int(self._mask.argmax(1).min())
+        self._mask = self._mask[:, first:]
+        for layer in _layers(self._cache):  # cut before indexing, so that only what stays is copied
+            layer.keys, layer.values = layer.keys[:, :, first:][index], layer.values[:, :, first:][index]
+
+    def clear(self) -> None:
+        """Remove all rows."""
+        self.rows, self._cache, self._mask = [], None, None
+
+    def _forward(
+        self, rows: Sequence[R], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
+    ) -> Tensor:
+        """Return the logits of the last position, [rows, vocabulary] float32."""
+        positions = {"position_ids": position_ids} if self._positions else {}
+        with self.adapters_of(rows), contiguous_head(self.model):
+            output = self.model(
+                input_ids=input_ids,
+                attention_mask=attention_mask,
+                use_cache=True,
+                **positions,
+                **{self._cache_option: cache},
+                **self._last_only,
+            )
+        return output.logits[:, -1].float()
+
+    def _choose(self, rows: Sequence[R], logits: Tensor) -> None:
+        best, likeliest = logits.max(1)
+        for row, top, token, row_logits in zip(rows, best.tolist(), likeliest.tolist(), logits):
+            if not abs(top) < float("inf"):
+                row.failed = "the model's output is not a finite number"
+                continue
+            if not (row.sampler.greedy and row.sampler.plain):
+                token = row.sampler.choose(row_logits, row.tokens, row.prompt)
+            row.tokens.append(token)
+
+    def _join(self, cache: DynamicCache, mask: Tensor) -> None:
+        if not self.rows:
+            self._cache, self._mask = cache, mask
+            return
+        columns = max(self._mask.shape[1], mask.shape[1])
+        old, new = columns - self._mask.shape[1], columns - mask.shape[1]
+        joined = [
+            [
+                torch.cat([pad(a, (0, 0, old, 0)), pad(b, (0, 0, new, 0))])
+                for a, b in ((running.keys, joining.keys), (running.values, joining.values))
+            ]
+            for running, joining in zip(_layers(self._cache), _layers(cache))
+        ]
+        # Assigned only after all were made, so that an error changes nothing.
+        for layer, (keys, values) in zip(_layers(self._cache), joined):
+            layer.keys, layer.values = keys, values
+        self._mask = torch.cat([pad(self._mask, (old, 0)), pad(mask, (new, 0))])
+
+
+def _layers(cache: DynamicCache) -> list:
+    """Return the layers of a cache that have keys. Layers that share the keys of another layer have none."""
+    return [layer for layer in cache.layers if layer.keys is not None]
+
+
+def rows_interact(config) -> bool:
+    """Whether the result of a row depends on the longest row of its batch.
+
+    This is so for rotary position embeddings that scale with the length of the input.
+
+    Args:
+        config: The model's config.
+
+    Example:
+        >>> s2ft.text.generation.rows_interact(model.config)
+        False
+    """
+    found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
+    return any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
+
+
+# ---- tokens to text -------------------------------------------------------------------------------------
+
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+WINDOW = 16  # approximate number of tokens that are decoded again for each new token
+CONTEXT = 4  # tokens kept before a new one, since some tokenizers omit the space of a first token
+
+
+class TextStream:
+    """Decodes a growing sequence of tokens, up to the first stop string.
+
+    A character of several tokens is returned when it is complete, and text that may become part of a stop string is
+    held back.
+
+    Args:
+        tokenizer: The model's tokenizer.
+        stop: Strings that end the text. They are not returned.
+
+    Attributes:
+        stopped: Whether a stop string was found.
+    """
+
+    def __init__(self, tokenizer, stop: Sequence[str] = ()) -> None:
+        self._tokenizer, self._stop = tokenizer, tuple(stop)
+        self._window: list[int] = []
+        self._sent, self._held = 0, ""  # characters of the window's text that were passed on; what is held back
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Return the text that can be shown after a token."""
+        self._window.append(token)
+        text = self._decode()
+        complete = len(text)
+        while complete > max(0, len(text) - 3) and text[complete - 1] == BROKEN:  # the next token may complete it
+            complete -= 1
+        new = text[self._sent : complete]
+        self._sent = max(self._sent, complete)
+        if complete == len(text) and len(self._window) > WINDOW:
+            self._window = self._window[-CONTEXT:]
+            self._sent = len(self._decode())
+        return self._pass_on(new)
+
+    def flush(self) -> str:
+        """Return the rest of the text after the last token, with a replacement character for an incomplete one."""
+        text = "" if self.stopped else self._pass_on(self._decode()[self._sent :])
+        return text if self.stopped else text + self._held
+
+    def _decode(self) -> str:
+        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+
+    def _pass_on(self, text: str) -> str:
+        text = self._held + text
+        found = [place for place in map(text.find, self._stop) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - hold :]
+        return text[: len(text) - hold]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Return the length of the longest beginning of `stop` that `text` ends with."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+# ---- the next token -------------------------------------------------------------------------------------
+
+
+GREEDY = 1e-5  # a lower temperature would overflow and choose the likeliest token anyway
+
+
+class Sampler:
+    """Draws the tokens of one sequence with its own generator, so that a seed gives the same tokens in any batch.
+
+    The logits are changed by the repetition penalty, then by the temperature. Then `top_k`, `top_p` and `min_p` leave
+    out tokens, in this order.
+
+    Args:
+        temperature: Divisor of the logits. 0 always chooses the likeliest token.
+        top_p: Draw among the likeliest tokens whose probabilities sum up to this value, from 0 to 1.
+        seed: Seed of the generator. None draws a new seed.
+        top_k: Draw among so many likeliest tokens. 0 is all.
+        min_p: Leave out tokens whose probability is below this share of the likeliest token's, from 0 to 1.
+        repetition_penalty: Logits of tokens in the prompt or the answer are divided by this value if they are
+            positive, and multiplied by it otherwise. 1 changes nothing.
+
+    Attributes:
+        greedy: Whether the likeliest token is chosen.
+        plain: Whether the logits are used as they are.
+
+    Example:
+        >>> logits = model(input_ids).logits[0, -1]
+        >>> from s2ft.text.generation import Sampler
+        >>> Sampler().choose(logits) == int(logits.argmax())
+        True
+        >>> Sampler(1.0, seed=3).choose(logits) == Sampler(1.0, seed=3).choose(logits)
+        True
+        >>> best = int(logits.argmax())
+        >>> Sampler(repetition_penalty=100.0).choose(logits, tokens=[best]) == best
+        False
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        seed: int | None = None,
+        *,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+    ) -> None:
+        self.greedy, self.plain = temperature < GREEDY, repetition_penalty == 1
+        self._penalty = None if self.plain else RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
+        self._generator, self._warpers = None, []
+        if not self.greedy:
+            self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
+            self._warpers = [TemperatureLogitsWarper(float(temperature))]
+            self._warpers += [TopKLogitsWarper(top_k)] if top_k > 0 else []
+            self._warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
+            self._warpers += [MinPLogitsWarper(min_p)] if min_p > 0 else []
+
+    def choose(self, logits: Tensor, tokens: Sequence[int] = (), prompt: Sequence[int] = ()) -> int:
+        """Choose a token.
+
+        The token is found by inverting the distribution function with one random number. Logits that differ only by
+        rounding give the same token, unless the number is next to a border between two tokens.
+
+        Args:
+            logits: Logits of the next token, shape [vocabulary].
+            tokens: The tokens of the answer so far, for the repetition penalty.
+            prompt: The tokens of the prompt, for it too.
+
+        Returns:
+            The token id.
+        """
+        if self.greedy and self.plain:
+            return int(logits.argmax())
+        scores, seen = logits.detach().cpu().double()[None], torch.tensor([[*prompt, *tokens]], dtype=torch.int64)
+        if self._penalty is not None and seen.numel():
+            scores = self._penalty(seen, scores)
+        if self.greedy:
+            return int(scores.argmax())
+        for warper in self._warpers:
+            scores = warper(seen, scores)
+        up_to = scores[0].softmax(0).cumsum(0)
+        drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * up_to[-1]
+        last = int(torch.searchsorted(up_to, up_to[-1]))  # the last token that was not left out
+        return min(int(torch.searchsorted(up_to, drawn, right=True)), last)

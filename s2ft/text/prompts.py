@@ -15,11 +15,11 @@ from s2ft.text.templates import (
     TemplateError,
     alpaca_template,
     begin_ids,
+    encode_rendered,
     marked_template,
     render,
     template_of,
 )
-from s2ft.text.tokens import encode_rendered
 
 if TYPE_CHECKING:
     from datasets import Dataset

@@ -9,7 +9,7 @@ import torch
 from trl import DPOConfig, GRPOConfig, SFTConfig
 
 from s2ft.config import LARGEST, option, refuse
-from s2ft.sync.trl import SLEEP
+from s2ft.sync.trl_trainers import SLEEP
 
 DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth of the run
 POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps")

@@ -186,21 +186,17 @@ class ForgettingMeter(TrainerCallback):
         start, model = time.perf_counter(), _inner(model)
         drift = broadcast_object_list([self._meter.measure(model)])[0]
         self.measured[state.global_step] = drift
-        crossed = self._crossed(drift)
+        values = drift.to_dict()
+        crossed = [
+            f"{name} {values[name]:.4g} is above {LIMITS[name]} {limit:g}"
+            for name, limit in self._limits.items()
+            if not values[name] <= limit  # NaN is beyond each limit
+        ]
         if crossed:
             self._stop(crossed, state, control, model, args)
         elif self._limits:
             self._within = state.global_step, _trained_values(model)
         self._seconds[state.global_step] = time.perf_counter() - start
-
-    def _crossed(self, drift: Drift) -> list[str]:
-        """Return which limits a measurement goes beyond. NaN is beyond each."""
-        values = drift.to_dict()
-        return [
-            f"{name} {values[name]:.4g} is above {LIMITS[name]} {limit:g}"
-            for name, limit in self._limits.items()
-            if not values[name] <= limit
-        ]
 
     def _stop(self, crossed: list[str], state, control, model, args) -> None:
         """End the run, and give the model the values of the last measurement within the limits."""

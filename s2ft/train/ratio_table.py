@@ -17,7 +17,7 @@ from s2ft.model.coupling import projections_of
 from s2ft.model.registry import find_couplings
 from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import count_parameters, weight_at
-from s2ft.train.loading import plain_kernels
+from s2ft.train.base_model import plain_kernels
 from s2ft.train.loss import loss_in_chunks
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)

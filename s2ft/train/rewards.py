@@ -140,17 +140,13 @@ def is_equal(text: str, answer: str) -> bool:
     said = (marked or phrase or [rest])[-1]
     number = NUMBER.fullmatch(expected.strip(OUTER.replace("$", "").replace(".", "") + "%").removesuffix("."))
     if number:
-        return _same_number(said, numbers(expected)[-1:])
+        found, right = numbers(said), numbers(expected)
+        return bool(found and right) and abs(found[-1] - right[-1]) <= TOLERANCE * min(1, abs(right[-1]))
     letter = LETTER.fullmatch(expected)
     if letter:
         return _choice(said, bool(marked)) == letter[1].upper()
     lines = [line for line in said.splitlines() if line.strip()] or [""]
     return _plain(said if marked or phrase else lines[-1]) == _plain(expected)
-
-
-def _same_number(said: str, expected: list[Fraction]) -> bool:
-    found = numbers(said)
-    return bool(found and expected) and abs(found[-1] - expected[0]) <= TOLERANCE * min(1, abs(expected[0]))
 
 
 def _choice(said: str, marked: bool) -> str | None:

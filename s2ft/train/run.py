@@ -20,14 +20,14 @@ from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
 from s2ft.files.writing import reason_not_written
 from s2ft.packages import check_packages
-from s2ft.selection.allowed import with_protect_ratio
+from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of, calibration_for
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
+from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.device import explain_out_of_memory, keep_freed_memory, say_device
 from s2ft.train.forgetting import ForgettingMeter
-from s2ft.train.loading import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.options import (
     DEFAULT_BATCH,
     ForgettingOptions,

@@ -21,10 +21,9 @@ from s2ft.text.divergence import Drift
 from s2ft.text.evaluation import HeldOut
 from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
-from s2ft.train.checkpoints import newest_valid
 from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, log_failure, plot_loss, read_log, write_json
+from s2ft.train.output import RunFolder, log_failure, newest_valid, plot_loss, read_log, write_json
 from s2ft.train.parallel import check_divided_rows, devices_of, is_spread, rows_of_update, run_where_weights_are
 
 logger = logging.getLogger(__name__)
@@ -150,7 +149,7 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
     from accelerate.utils import broadcast_object_list
 
-    from s2ft.train.callbacks import StopAfter
+    from s2ft.train.trainer import StopAfter
 
     seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
@@ -291,7 +290,7 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
     """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of :func:`sft`."""
     from transformers import EarlyStoppingCallback
 
-    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, StopAfter
+    from s2ft.train.trainer import EvaluateAfterSaving, JsonlLog, StopAfter
 
     callbacks: list[Any] = [JsonlLog(folder.log)]
     if not arguments.load_best_model_at_end:

@@ -14,7 +14,7 @@ from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 from s2ft.attached.reference import without_trainable
 from s2ft.distributed import ranks_sharing
 from s2ft.model.modes import evaluation_mode
-from s2ft.sync.trl import with_slices
+from s2ft.sync.trl_trainers import with_slices
 from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import HeldOut, evaluate
 from s2ft.text.prompts import encode_prompt, end_ids

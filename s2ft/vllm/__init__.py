@@ -10,7 +10,7 @@ from s2ft.vllm.compatibility import guarded
 
 # Each module has `install()`, which adds one feature to vLLM. A feature that this vLLM can't have is left out alone.
 FEATURES = {
-    "S²FT adapters": "s2ft.vllm.loading",
+    "S²FT adapters": "s2ft.vllm.lora_requests",
     "adapters by the name in a request": "s2ft.vllm.resolver",
     "layers that hold slices": "s2ft.vllm.layers",
     "the base beside adapters, and weights that slices can be written into, on processors": "s2ft.vllm.processors",

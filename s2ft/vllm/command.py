@@ -25,8 +25,8 @@ from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
 from s2ft.vllm.compatibility import EXPORT, TESTED, MissingInVLLM, private
 from s2ft.vllm.layers import SWITCH
-from s2ft.vllm.loading import NEEDED
-from s2ft.vllm.slices.layer import KINDS, OPTION
+from s2ft.vllm.lora_requests import NEEDED
+from s2ft.vllm.slice_layer import KINDS, OPTION
 
 logger = logging.getLogger(__name__)
 
@@ -309,7 +309,7 @@ def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
 
 
 def units_for(adapters: Sequence[Served]) -> str:
-    """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slices.layer.Budget.parse`."""
+    """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slice_layer.Budget.parse`."""
     found: dict[str, int] = {}
     for one in adapters:
         for path, rank in one.ranks.items():

@@ -1,7 +1,7 @@
 """Layers of vLLM that hold slices: the numbers of an S²FT adapter as they are, without padding to a rank.
 
 Switched on by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of an adapter in a layer, see
-:class:`s2ft.vllm.slices.layer.Budget`. vLLM's LoRA layers are not made then, and adapters of other kinds are refused.
+:class:`s2ft.vllm.slice_layer.Budget`. vLLM's LoRA layers are not made then, and adapters of other kinds are refused.
 """
 
 import functools
@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from s2ft.vllm.compatibility import private, when_imported
-from s2ft.vllm.names import is_elsewhere
-from s2ft.vllm.slices.layer import OPTION, Budget, SliceLayer, is_slices, with_slices
+from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, with_slices
+from s2ft.vllm.wrapped_layers import is_elsewhere
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from s2ft.files.reading import shortened
 from s2ft.vllm.compatibility import private, when_imported
-from s2ft.vllm.loading import folder_of
+from s2ft.vllm.lora_requests import folder_of
 
 logger = logging.getLogger("vllm.s2ft")
 

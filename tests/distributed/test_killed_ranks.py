@@ -94,8 +94,8 @@ def test_another_rank_dies_before_the_slices_are_gathered(of_agent, tmp_path):
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------
 
-MOVING = "s2ft.train.checkpoints:seal"
-RENAMING = "s2ft.train.checkpoints:os.rename"
+MOVING = "s2ft.train.output:seal"
+RENAMING = "s2ft.train.output:os.rename"
 RANDOM = "transformers:Trainer._save_rng_state"
 OPTIMIZER = "s2ft.train.optimizer_state:gather_state"
 KILLS = [

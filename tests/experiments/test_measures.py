@@ -116,7 +116,7 @@ def run(settings):
 def test_losses_and_forgetting_are_those_of_a_direct_computation(run, tmp_path):
     """And a run that was stopped after its first validation ends with the same numbers."""
     (row,) = metamath.measure(run, tmp_path / "whole")
-    loaded = metamath._Loaded(run)
+    loaded = metamath._LoadedModel(run)
     model, rows = loaded.model, loaded.rows
     s2ft.attach(model, s2ft.S2FTConfig(**matched(model, "s2ft", run["parameters"], run["options"]), seed=0))
     trained = [each for each in model.parameters() if each.requires_grad]

@@ -6,7 +6,7 @@ import pytest
 from support.pairs import rest_slow
 
 from bench.experiments import __main__ as command, comparison
-from bench.experiments.runner import Results, Run
+from bench.experiments.runner import ExperimentRun, Results
 
 QUICK = ("commonsense", "fusion", "metamath", "small-sequence", "serving")  # one of each kind, and efficiency is slow
 RECIPES = sorted(file.stem for file in command.RECIPES.glob("*.yaml"))
@@ -141,4 +141,4 @@ def test_validation_accuracy_chooses_the_rate_and_forgetting_breaks_ties(evidenc
     later = [run for run in comparison.later_runs(evidence, results) if run.labels["row"] == "lora"]
     labels = [(run.labels["task"], run.labels["rate"], run.labels["seed"]) for run in later]
     assert set(labels) == {(task, rates[2], seed) for task in ("arithmetic", "procedural") for seed in (0, 1, 2)}
-    assert isinstance(later[0], Run) and later[0].settings["training"]["max_steps"] == 40
+    assert isinstance(later[0], ExperimentRun) and later[0].settings["training"]["max_steps"] == 40

@@ -8,11 +8,11 @@ import torch
 
 from bench.experiments import runner
 from bench.experiments.printing import Column, summary
-from bench.experiments.runner import DONE, FAILED, OOM, Results, Run, Stage, make
+from bench.experiments.runner import DONE, FAILED, OOM, ExperimentRun, Results, Stage, make
 
 
 def run_of(number, **settings):
-    return Run({"row": "a", "seed": number}, {"seed": number, **settings})
+    return ExperimentRun({"row": "a", "seed": number}, {"seed": number, **settings})
 
 
 @pytest.fixture
@@ -73,7 +73,11 @@ def measured_in_a_process(kind, run, folder):
 
 
 def test_settings_decide_what_a_result_belongs_to(tmp_path):
-    assert run_of(0, a=1, b=2).digest == Run({}, {"b": 2, "a": 1, "seed": 0}).digest != run_of(0, a=2, b=2).digest
+    assert (
+        run_of(0, a=1, b=2).digest
+        == ExperimentRun({}, {"b": 2, "a": 1, "seed": 0}).digest
+        != run_of(0, a=2, b=2).digest
+    )
     assert run_of(0, data="here").digest == run_of(0, data="there").digest  # `files` has what lies there
     (tmp_path / "mine.jsonl").write_text("no\n")
     with pytest.raises(ValueError, match=r"mine.jsonl, line 1 is not JSON"):
@@ -88,7 +92,7 @@ def test_every_run_is_in_the_table(tmp_path):
     for run in runs[:2]:
         results.add({"digest": run.digest, "status": DONE, "rows": [{"loss": 1.0 + run.labels["seed"], "size": 7}]})
     results.add({"digest": runs[2].digest, "status": FAILED, "error": "ValueError: too much\nmore"})
-    other = Run({"row": "b", "seed": 0}, {})
+    other = ExperimentRun({"row": "b", "seed": 0}, {})
     values = [Column("loss", form=".2f"), Column("size", form="d"), Column("nothing")]
     table = summary("t", "Loss", [*runs, other], results, [Column("row")], values)
     assert table.markdown().splitlines() == [

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from kernel_driver import SCHEDULES, Run, build_for_cpu, runs_on_cpu
 from limited import LEAST, Done, run_limited
-from report import FAILED, NOT_RUN, PASSED, Report, Stage, acceptance
+from report import FAILED, NOT_RUN, PASSED, GpuReport, GpuStage, acceptance
 
 RUN = Path(__file__).parents[2] / "bench" / "gpu" / "run.py"
 
@@ -41,7 +41,7 @@ def test_without_time_a_command_is_not_started(tmp_path):
 def steps(liger=False, **ms):
     """A stage with steps at the judged shape: milliseconds by method."""
     results = {method: {"ms": value, "peak_bytes": 10 * value, "base_as_before": True} for method, value in ms.items()}
-    return Stage("steps", PASSED, data={"runs": [{"shape": "llama-3-8b", "liger": liger, "results": results}]})
+    return GpuStage("steps", PASSED, data={"runs": [{"shape": "llama-3-8b", "liger": liger, "results": results}]})
 
 
 def kernels(product=1.0, copy=1.0):
@@ -50,13 +50,13 @@ def kernels(product=1.0, copy=1.0):
         {"op": "sliced_linear", "case": "64 × 14336 → 4096", "us": 500, "rivals_us": {"frozen": 100}},
         {"op": "act_mul", "case": "silu", "us": 10 * copy, "floor_us": 10},
     ]
-    return Stage("kernels", PASSED, data={"rows": rows})
+    return GpuStage("kernels", PASSED, data={"rows": rows})
 
 
 def sanitized(*statuses):
     states = {None: NOT_RUN, 0: PASSED}
     runs = [{"name": "a", "status": s, "state": states.get(s, FAILED)} for s in statuses]
-    return Stage("sanitizers", PASSED, data={"runs": runs})
+    return GpuStage("sanitizers", PASSED, data={"runs": runs})
 
 
 def held(stages, words, on_gpu=True):
@@ -95,10 +95,10 @@ def test_acceptance(stage, words, holds):
 
 
 def test_the_report_is_written_after_each_stage(tmp_path):
-    report = Report(tmp_path, "s2ft on a test", True)
-    report.add(Stage("build", PASSED, text="compiled"))
+    report = GpuReport(tmp_path, "s2ft on a test", True)
+    report.add(GpuStage("build", PASSED, text="compiled"))
     assert "compiled" in (tmp_path / "report.md").read_text() and report.good
-    report.add(Stage("ncu", NOT_RUN, "Nsight Compute is not installed"))
+    report.add(GpuStage("ncu", NOT_RUN, "Nsight Compute is not installed"))
     assert "- ncu: NOT RUN, 0 s: Nsight Compute is not installed" in (tmp_path / "report.md").read_text()
     assert report.good
     report.add(kernels(product=2))

@@ -16,7 +16,7 @@ class Process:
 
     def __init__(self, *arguments):
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-        command = [sys.executable, "-m", "s2ft.cli", "serve", "--port", "0", *map(str, arguments)]
+        command = [sys.executable, "-m", "s2ft", "serve", "--port", "0", *map(str, arguments)]
         self.process = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment
         )

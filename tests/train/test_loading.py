@@ -44,7 +44,7 @@ WORDS = {  # options of the model, arguments of the trainer → what load_model 
 def test_every_option_reaches_the_loader(given, tmp_path, monkeypatch):
     seen = {}
     monkeypatch.setattr(
-        "s2ft.train.loading.load_model", lambda *words, **options: seen.update(options, words=words) or (1, 2)
+        "s2ft.train.base_model.load_model", lambda *words, **options: seen.update(options, words=words) or (1, 2)
     )
     of_trainer = {name: value for name, value in given if name in ("trust_remote_code", "model_init_kwargs")}
     of_model = {name: value for name, value in given if name not in of_trainer}

@@ -19,7 +19,7 @@ def serving(served, tmp_path_factory, request):
     for name in ("down-o", "wide"):
         shutil.copytree(served.adapters / name, work / "adapters" / name)
     adapters = [work / "adapters", f"third={served.adapters / 'other'}"]
-    command = [sys.executable, "-m", "s2ft.cli", "serve", "--engine", "vllm", "--model", served.base]
+    command = [sys.executable, "-m", "s2ft", "serve", "--engine", "vllm", "--model", served.base]
     options = ["--adapters", *adapters, "--port", port, "--served-model-name", "base", "--dtype", "float32"]
     slices = ["--slices"] if request.param == "slices" else []
     with started([*map(str, [*command, *options, *slices, "--", *SMALL.split()])], port, work / "log") as server:

@@ -46,7 +46,7 @@ def read(folder: Path, model: nn.Module | None = None, name: str | None = None) 
             f"{folder} is an S²FT adapter of PEFT, which is read together with its base: "
             f"s2ft export --from-peft {folder} --model BASE --output ADAPTER makes an adapter of s2ft of it"
         )
-    adapter = import_module("s2ft.peft.native").read_folder(folder, model, name or "default")
+    adapter = import_module("s2ft.peft.native_adapter").read_folder(folder, model, name or "default")
     return replace(adapter, structure=structure_of(model, couplings_of(model, adapter.couplings), adapter.deltas))
 
 
@@ -63,4 +63,4 @@ def write(adapter: Adapter, folder: Path, model: nn.Module | None = None) -> Non
     """
     if model is None:
         raise ValueError(f"{folder}: an S²FT adapter of PEFT is written together with its base: use s2ft export")
-    import_module("s2ft.peft.native").write_folder(adapter, folder, model)
+    import_module("s2ft.peft.native_adapter").write_folder(adapter, folder, model)

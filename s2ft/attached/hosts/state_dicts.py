@@ -21,11 +21,11 @@ from torch import Tensor, nn
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, Mount, find_attachment
 from s2ft.distributed import is_dtensor, is_sharded
+from s2ft.distributed.fsdp import managed_by_fsdp
 from s2ft.layers import kind_of
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import swap_
-from s2ft.ranks.fsdp import managed_by_fsdp
 
 
 def add_state_hooks(model: nn.Module) -> None:

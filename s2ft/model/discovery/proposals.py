@@ -16,7 +16,7 @@ from s2ft.files.tables import by_key
 from s2ft.layers import forward_of
 from s2ft.model.builders import get
 from s2ft.model.coupling import Coupling, Projection, Vector
-from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, name_and_owner, parent_of
+from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, LayerMap, name_and_owner, parent_of
 
 MOST = 4  # modules with vectors whose subsets are tried; beyond it all or none
 OF_KEYS = re.compile(r"(^|[._])k(ey)?s?[._]|[._]k_", re.I)
@@ -54,7 +54,7 @@ class Block:
 
 
 def vector_choices(
-    structure: Structure, roots: tuple[str, ...], coupling: Coupling
+    structure: LayerMap, roots: tuple[str, ...], coupling: Coupling
 ) -> Iterator[tuple[str, tuple[Vector, ...]]]:
     """List sets of vectors that may move with a coupling's units, the smallest sets first, each with words for it.
 
@@ -72,7 +72,7 @@ def vector_choices(
         yield (f", moving {names}" if names else ""), vectors
 
 
-def _vector_candidates(structure: Structure, roots: tuple[str, ...], coupling: Coupling) -> Iterator[Vector]:
+def _vector_candidates(structure: LayerMap, roots: tuple[str, ...], coupling: Coupling) -> Iterator[Vector]:
     q = coupling.producers[0]
     keys = next((projection for projection in coupling.producers if projection.key == "k"), q)
     modules = {root: structure.modules[root] for root in roots}
@@ -123,7 +123,7 @@ HEADS = (
 HEAD_SIZES = ("head_dim", "attention_head_size", "head_size", "d_head", "dim_head", "key_value_proj_dim")
 
 
-def attention_blocks(structure: Structure) -> Iterator[Block]:
+def attention_blocks(structure: LayerMap) -> Iterator[Block]:
     """Propose couplings for every attention block that has layers with known names."""
     by_owner: dict[str, dict[str, str]] = {}
     for path in structure.layers:
@@ -166,7 +166,7 @@ def _renamed(name: str, query: str, to: str) -> str:
 
 
 def _attention_proposals(
-    structure: Structure, paths: tuple[str, ...], root: str, out: str, around: str
+    structure: LayerMap, paths: tuple[str, ...], root: str, out: str, around: str
 ) -> Iterator[Proposal]:
     """Readings of layers that compute queries, keys and values: three, or q and kv, or one for all, in this order."""
     kind = "cross-attention" if CROSS.search(paths[0]) else "attention"
@@ -183,7 +183,7 @@ def _attention_proposals(
                     yield Proposal(label, (replace(gated, vectors=vectors),))
 
 
-def _head_counts(structure: Structure, root: str, around: str, width: int) -> Iterator[tuple[str, int]]:
+def _head_counts(structure: LayerMap, root: str, around: str, width: int) -> Iterator[tuple[str, int]]:
     """Numbers of heads with where they come from: attributes of the modules, else the config, else every divisor."""
     for places in ({"block": root, "block around": around}, {"model": ""}):
         found = []
@@ -270,7 +270,7 @@ LAYOUTS = {1: _packed, 2: _two_layers, 3: _separate}  # by the number of layers
 
 
 def _with_gates(
-    structure: Structure, paths: tuple[str, ...], root: str, bare: Coupling, around: str
+    structure: LayerMap, paths: tuple[str, ...], root: str, bare: Coupling, around: str
 ) -> Iterator[tuple[str, Coupling]]:
     """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
     yield "", bare
@@ -289,7 +289,7 @@ def _with_gates(
 PAIRS = (("gate_up_proj", "down_proj"), ("up_proj", "down_proj"), ("input_linear.weight", "output_linear.weight"))
 
 
-def stack_blocks(structure: Structure) -> Iterator[Block]:
+def stack_blocks(structure: LayerMap) -> Iterator[Block]:
     """Propose couplings for every module with the stacked weights of experts that S²FT can run."""
     for path, module in structure.modules.items():
         for up, down in PAIRS:
@@ -318,7 +318,7 @@ def _runs(module: nn.Module, up: str) -> bool:
 
 
 def _stack_proposals(
-    structure: Structure, path: str, up: str, down: str, first: Tensor, last: Tensor
+    structure: LayerMap, path: str, up: str, down: str, first: Tensor, last: Tensor
 ) -> Iterator[Proposal]:
     """The layouts that the shapes allow, with and without the bias of the first weight."""
     module, number = structure.modules[path], structure.layer_number(path)
@@ -337,7 +337,7 @@ def _stack_proposals(
                 yield Proposal(f"{order}, {words}", tuple(couplings))
 
 
-def stacked_weights(structure: Structure) -> Iterator[str]:
+def stacked_weights(structure: LayerMap) -> Iterator[str]:
     """Iterate over the paths of the parameters that are stacked weights of experts."""
     for path, module in structure.modules.items():
         for name, parameter in module.named_parameters(recurse=False):
@@ -356,7 +356,7 @@ SHARED = re.compile(r"shared_?(expert|mlp)")
 DEEP = 2  # modules between the block and its layers
 
 
-def ffn_blocks(structure: Structure) -> Iterator[Block]:
+def ffn_blocks(structure: LayerMap) -> Iterator[Block]:
     """Propose couplings for every pair or triple of layers whose sizes fit and that run one after the other.
 
     Layers of a block that is not refused are taken: no other block is proposed for them.
@@ -376,7 +376,7 @@ def ffn_blocks(structure: Structure) -> Iterator[Block]:
         yield block
 
 
-def may_be_coupled(structure: Structure, path: str) -> bool:
+def may_be_coupled(structure: LayerMap, path: str) -> bool:
     """Whether a layer is one of a block or a projector, and no head or router. Models that are no transformers' own
     stacks, such as an nn.Sequential, count as one block.
     """
@@ -386,7 +386,7 @@ def may_be_coupled(structure: Structure, path: str) -> bool:
     return not named or bool(structure.block_of(path)) or bool(PROJECTOR.search(path))
 
 
-def _find_ups(structure: Structure, down: str) -> tuple[str, list[str]] | None:
+def _find_ups(structure: LayerMap, down: str) -> tuple[str, list[str]] | None:
     """The path of the module around `down` and the layers in it whose outputs may be the inputs of `down`."""
     around = down
     for _ in range(DEEP):
@@ -414,7 +414,7 @@ def _find_ups(structure: Structure, down: str) -> tuple[str, list[str]] | None:
     return None
 
 
-def _ffn_proposals(structure: Structure, around: str, ups: list[str], down: str) -> Iterator[Proposal]:
+def _ffn_proposals(structure: LayerMap, around: str, ups: list[str], down: str) -> Iterator[Proposal]:
     channels = structure.inputs[down]
     kind = "shared-expert" if SHARED.search(down) else "experts" if ".experts." in down else "ffn"
     consumer = Projection("d", down, channels, 1, 1)
@@ -425,7 +425,7 @@ def _ffn_proposals(structure: Structure, around: str, ups: list[str], down: str)
 
 
 def _sides(
-    structure: Structure, around: str, ups: list[str], channels: int
+    structure: LayerMap, around: str, ups: list[str], channels: int
 ) -> Iterator[tuple[str, tuple[Projection, ...]]]:
     """The producers that the layers may be, with words for them: up and gate, one layer with both, or a single one."""
     if structure.outputs[ups[-1]] == 2 * channels:

@@ -25,7 +25,7 @@ from s2ft.model.discovery.proposals import (
     stack_blocks,
     stacked_weights,
 )
-from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, Structure, parent_of
+from s2ft.model.discovery.structure import NO_BLOCK_LAYER, PROJECTOR, LayerMap, parent_of
 from s2ft.model.discovery.trial import Outcome, Trial, settle
 from s2ft.model.discovery.twin import copied, twins_of
 
@@ -133,7 +133,7 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
     Raises:
         ValueError: Nothing in the model can be trained.
     """
-    structure = Structure(model, trial.called)
+    structure = LayerMap(model, trial.called)
     findings = Findings(structure, trial)
     for propose in PROPOSERS:
         outcomes = _settled(trial, propose)
@@ -147,7 +147,7 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
     return found
 
 
-def _settled(trial: Trial, propose: Callable[[Structure], Iterator[Block]]) -> dict[str, Outcome]:
+def _settled(trial: Trial, propose: Callable[[LayerMap], Iterator[Block]]) -> dict[str, Outcome]:
     """The outcomes of the twin's blocks by key. Layers of couplings are not proposed again, and those of others are."""
     structure, taken, outcomes = trial.structure, set(trial.structure.taken), {}
     while True:
@@ -220,7 +220,7 @@ class Findings:
         structure: The model. Its `taken` has the paths of the layers in a coupling.
     """
 
-    def __init__(self, structure: Structure, trial: Trial) -> None:
+    def __init__(self, structure: LayerMap, trial: Trial) -> None:
         self.structure = structure
         self._dead = without_gradient(structure, trial)
         self._couplings: list[Coupling] = []
@@ -289,7 +289,7 @@ class Findings:
         return WeightRow(path, "one-sided", self._why.get(path, default), coupling)
 
 
-def without_gradient(structure: Structure, trial: Trial) -> set[str]:
+def without_gradient(structure: LayerMap, trial: Trial) -> set[str]:
     """The layers and parameters of experts of a model that get no gradient, as those of the twin don't.
 
     The twin may have fewer layers. Layers without a gradient are the first or the last ones of a stack, for instance

@@ -57,7 +57,7 @@ def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[str, str]:
     return {path: paths[path == paths[0]] for paths in holders.values() if len(paths) > 1 for path in paths}
 
 
-class Structure:
+class LayerMap:
     """The layers of a model, with the order in which a run calls them.
 
     Attributes:

@@ -18,7 +18,7 @@ from s2ft.files.tables import by_key
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.examples import run_example
 from s2ft.model.discovery.proposals import Block, Proposal
-from s2ft.model.discovery.structure import Structure, parent_of
+from s2ft.model.discovery.structure import LayerMap, parent_of
 from s2ft.model.modes import evaluation_mode
 from s2ft.model.outputs import tensors_in
 from s2ft.model.permutation import Move
@@ -47,7 +47,7 @@ class Trial:
         """
         self.twin, self.example = twin, example
         self.called: dict[str, int] = {}
-        self.structure = Structure(twin, self.called)
+        self.structure = LayerMap(twin, self.called)
         self.before = self._run(count=True)
         if not self.before[""]:
             raise ValueError("the model returns no floating-point tensor")

@@ -431,17 +431,14 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
     if len(names.layers) == 2:
         qkv, o = (f"{path}.{name}" for name in names.layers)
         if get(block, "q_attn") is not None:
-            return _cross_attention(model, layer, f"{path}.q_attn", qkv, o, heads, **options)
+            # GPT-2's attention to an encoder has k and v in one weight, and q in another.
+            q = f"{path}.q_attn"
+            unit = outputs_of(model, q) // heads
+            producers = (Projection("q", q, heads, unit, 0), *in_one_weight(qkv, "kv", heads, unit))
+            return Coupling(layer=layer, producers=producers, consumer=Projection("o", o, heads, unit, 1), **options)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
         vectors = tuple(Vector(at, unit) for at, unit in moving.items())
         return replace(packed, producers=packed.producers + extra, vectors=vectors, **options)
     layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
-
-
-def _cross_attention(model: nn.Module, layer: int, q: str, kv: str, o: str, heads: int, **options) -> Coupling:
-    """GPT-2's attention to an encoder has k and v in one weight, and q in another."""
-    unit = outputs_of(model, q) // heads
-    producers = (Projection("q", q, heads, unit, 0), *in_one_weight(kv, "kv", heads, unit))
-    return Coupling(layer=layer, producers=producers, consumer=Projection("o", o, heads, unit, 1), **options)

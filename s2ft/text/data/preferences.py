@@ -18,7 +18,7 @@ from s2ft.text.data.forms import (
     tools_of,
     with_system,
 )
-from s2ft.text.data.loading import FEW, Shape
+from s2ft.text.data.rows import FEW, Shape
 from s2ft.text.prompts import PromptFormat
 
 CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat

@@ -18,10 +18,10 @@ from s2ft.config import refuse
 from s2ft.model.delta import Delta
 from s2ft.model.location import LINEAR, TRANSPOSED, Location
 from s2ft.vllm import layers
-from s2ft.vllm.base import Base, served_base
 from s2ft.vllm.compatibility import part_of, private
-from s2ft.vllm.names import MERGED, Targets, sizes
-from s2ft.vllm.slices.layer import encode
+from s2ft.vllm.served_base import ServedBase, served_base
+from s2ft.vllm.slice_layer import encode
+from s2ft.vllm.wrapped_layers import MERGED, WrappedLayers, sizes
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
@@ -57,7 +57,7 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
     return lora
 
 
-def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
+def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]:
     """vLLM's LoRALayerWeights of each module, by the name under which vLLM looks for them."""
     if adapter.extra_weights:
         raise ValueError(
@@ -65,18 +65,29 @@ def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
             f"{MERGED}"
         )
     config, adapter_manager = part_of(manager, "lora_config"), part_of(manager, "_adapter_manager")
-    locations, targets = base.structure(adapter).locations, Targets(adapter_manager)
+    locations, targets = base.structure(adapter).locations, WrappedLayers(adapter_manager)
     by_path: dict[str, list[str]] = {}
     for name in adapter.deltas:
-        _check_location(name, locations[name])
-        by_path.setdefault(locations[name].path, []).append(name)
+        location = locations[name]
+        is_expert = location.expert is not None or "experts" in location.storage
+        is_linear = location.storage in (LINEAR, TRANSPOSED)
+        refuse(
+            (is_expert, f"{name} is the weight of experts, which are not served as adapters: {MERGED}"),
+            (not is_linear, f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}"),
+        )
+        by_path.setdefault(location.path, []).append(name)
     found = {}
     for path, names in by_path.items():
         target = targets.find(path)
         deltas = [adapter.deltas[name] for name in names]
         whole = _sizes_of(path, deltas, locations[names[0]])
         if target.is_here:
-            _check_sizes(path, whole, sizes(targets.layers[target.layer], target.slot))
+            served = sizes(targets.layers[target.layer], target.slot)
+            if any(other is not None and other != own for own, other in zip(whole, served)):
+                raise ValueError(
+                    f"it is of another base: {path} has {whole[0]} outputs and {whole[1]} inputs there, {served[0]} "
+                    f"and {served[1]} in the served model"
+                )
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled() and rank > config.max_lora_rank:
             raise ValueError(_too_wide(path, adapter, names, rank, config.max_lora_rank))
@@ -90,19 +101,6 @@ def _weights(adapter: Adapter, manager: Any, base: Base) -> dict[str, Any]:
 # ---- checks ----------------------------------------------------------------------------------------------
 
 
-def _check_location(name: str, location: Location) -> None:
-    refuse(
-        (
-            location.expert is not None or "experts" in location.storage,
-            f"{name} is the weight of experts, which are not served as adapters: {MERGED}",
-        ),
-        (
-            location.storage not in (LINEAR, TRANSPOSED),
-            f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}",
-        ),
-    )
-
-
 def _sizes_of(path: str, deltas: list[Delta], location: Location) -> tuple[int, int]:
     """Outputs and inputs of a weight, by the adapter's file."""
     dim, across = deltas[0].dim, {delta.values.shape[1 - delta.dim] for delta in deltas}
@@ -110,14 +108,6 @@ def _sizes_of(path: str, deltas: list[Delta], location: Location) -> tuple[int, 
     if len(across) != 1 or any(delta.dim != dim for delta in deltas) or last >= location.size:
         raise ValueError(f"{path}: its slices do not fit a weight of {location.size} {('outputs', 'inputs')[dim]}")
     return (location.size, across.pop()) if dim == 0 else (across.pop(), location.size)
-
-
-def _check_sizes(path: str, ours: tuple[int, int], theirs: tuple[int | None, int | None]) -> None:
-    if any(other is not None and other != own for own, other in zip(ours, theirs)):
-        raise ValueError(
-            f"it is of another base: {path} has {ours[0]} outputs and {ours[1]} inputs there, {theirs[0]} and "
-            f"{theirs[1]} in the served model"
-        )
 
 
 def _too_wide(path: str, adapter: Adapter, names: list[str], rank: int, limit: int) -> str:

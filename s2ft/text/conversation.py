@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 from s2ft.text.adapter_prompts import Prompter
 from s2ft.text.encoding import context_length
-from s2ft.text.running_batch import Row, RunningBatch, TextStream
+from s2ft.text.generation import AnswerRow, RunningBatch, TextStream
 
 SHARE = 4  # a prompt leaves at least one part in so many of the context to the answer
 
 
-def pieces(batch: RunningBatch, row: Row, tokenizer, ends: frozenset[int], limit: int) -> Iterator[str]:
+def pieces(batch: RunningBatch, row: AnswerRow, tokenizer, ends: frozenset[int], limit: int) -> Iterator[str]:
     """Generate the rest of an answer and yield its text, as soon as it is complete.
 
     Args:
@@ -58,7 +58,7 @@ class Chat:
     Args:
         model: A causal language model, in evaluation mode, on its device.
         prompter: Makes the prompts; see :meth:`use`.
-        new_sampler: Makes the :class:`~s2ft.text.running_batch.Sampler` of an answer from a seed.
+        new_sampler: Makes the :class:`~s2ft.text.generation.Sampler` of an answer from a seed.
         max_new_tokens: Longest answer in tokens.
         system: System prompt. None is the one that the adapter was trained with.
         seed: Seed of all answers. None draws one.
@@ -70,8 +70,8 @@ class Chat:
     Example:
         >>> from transformers import ByT5Tokenizer
         >>> from s2ft.text.adapter_prompts import Prompter
-        >>> from s2ft.text.chat import Chat
-        >>> from s2ft.text.running_batch import Sampler
+        >>> from s2ft.text.conversation import Chat
+        >>> from s2ft.text.generation import Sampler
         >>> tokenizer = ByT5Tokenizer(chat_template="{% for m in messages %}{{ m['content'] }}{% endfor %}")
         >>> chat = Chat(model.eval(), Prompter(tokenizer), lambda seed: Sampler(), max_new_tokens=4)
         >>> answer = "".join(chat.answer("2+3="))
@@ -93,7 +93,7 @@ class Chat:
         self.messages: list[dict[str, str]] = []
         self.last = Turn(0, 0, False)
         self._seeds = random.Random(seed)
-        self._batch: RunningBatch[Row] = RunningBatch(model)
+        self._batch: RunningBatch[AnswerRow] = RunningBatch(model)
 
     def use(self, prompter: Prompter) -> None:
         """Go on with the prompts of another adapter, after the model has been switched to it."""
@@ -129,7 +129,7 @@ class Chat:
         """
         messages = [*self.messages, {"role": "user", "content": text}]
         ids, dropped, limit = self._prompt(messages)
-        row = Row(ids, self.new_sampler(self._seeds.getrandbits(63)))
+        row = AnswerRow(ids, self.new_sampler(self._seeds.getrandbits(63)))
         done, written = False, ""
         try:
             self._batch.replace(row)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from s2ft.adapter import Adapter, read_adapter
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
-from s2ft.peft.config import S2FTPeftConfig
+from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.units import ModuleUnits
 from s2ft.selection import Selection
 from s2ft.selection.selection import unit_tensors

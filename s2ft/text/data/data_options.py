@@ -131,7 +131,7 @@ class ReadingOptions:
     """How a command reads the data that its own options name.
 
     Example:
-        >>> from s2ft.text.data.options import ReadingOptions
+        >>> from s2ft.text.data.data_options import ReadingOptions
         >>> ReadingOptions(field=["question=q"]).of(["test.jsonl"], split="test").dataset_train_split
         'test'
     """

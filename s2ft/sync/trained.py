@@ -20,7 +20,7 @@ from s2ft.ops import effective_units
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedWeight:
     """A trained slice of one weight of a model, or a weight that is trained in full.
 
     Attributes:
@@ -74,13 +74,13 @@ class AttachedSource:
         _check_accounted(model, self._known())
         reshard_all(model)
         extra_weights.keep_unfrozen(model, self._record)
-        self.trained: list[Trained] = []
+        self.trained: list[TrainedWeight] = []
         for mount in self._record.mounts.values():
             self.trained += _parts(model, self._record, mount)
         self._extra = list(extra_weights.trained_parameters(model, self._record))
         for name in self._extra:
             base = self._record.extra.base[name]
-            self.trained.append(Trained(name, base.shape, base))
+            self.trained.append(TrainedWeight(name, base.shape, base))
 
     def values(self) -> Iterator[Tensor]:
         """Yield the merged numbers of each entry of `trained`. Every rank of a sharded model must call this.
@@ -122,7 +122,7 @@ class AttachedSource:
             )
 
 
-def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[Trained]:
+def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[TrainedWeight]:
     """Read the base's numbers of what a trainable layer trains. A weight that is spread over ranks is gathered."""
     layer = mount.layer
     handle = weight_at(model, mount.parts[0].projection)
@@ -142,7 +142,7 @@ def _parts(model: nn.Module, record: Attachment, mount: Mount) -> Iterator[Train
             name = one.path if one.expert is not None else f"{one.path}.weight"
             base = base.to(layer.weight.dtype).clone()
             shape = full_shape(handle.tensor)
-            yield Trained(name, shape, base, layer.dim, part.elements.cpu(), one.expert, one.kind.transposed)
+            yield TrainedWeight(name, shape, base, layer.dim, part.elements.cpu(), one.expert, one.kind.transposed)
 
 
 class PeftSource:
@@ -232,7 +232,7 @@ class PeftSource:
             if deltas:
                 yield name, dim, layer.transposed[name], deltas, size[1 - dim if layer.transposed[name] else dim]
 
-    def _slices(self, path: str, layer: Any) -> Iterator[Trained]:
+    def _slices(self, path: str, layer: Any) -> Iterator[TrainedWeight]:
         """Read the base's numbers of what the adapters of a layer train."""
         if layer.kind.read_only:
             raise ValueError(
@@ -248,13 +248,13 @@ class PeftSource:
                     else:
                         matrix = stored[expert].t() if transposed else stored[expert]
                     base, units = matrix.index_select(dim, units.to(stored.device)).clone(), units.cpu()
-                    yield Trained(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
+                    yield TrainedWeight(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
 
-    def _in_full(self) -> Iterator[Trained]:
+    def _in_full(self) -> Iterator[TrainedWeight]:
         for (module, _), path in zip(self._in_use(), self._saved):
             for name, base in full_tensors(dict(module.original_module.named_parameters())).items():
                 base = base.clone()
-                yield Trained(f"{path}.{name}", base.shape, base)
+                yield TrainedWeight(f"{path}.{name}", base.shape, base)
 
     def _known(self) -> set[int]:
         trained = [layer.s2ft_delta[name] for layer in self._layers.values() for name in layer.s2ft_delta]

@@ -31,7 +31,7 @@ class Target:
     is_here: bool = True
 
 
-class Targets:
+class WrappedLayers:
     """The layers of one vLLM model that take adapters."""
 
     def __init__(self, adapter_manager: Any) -> None:

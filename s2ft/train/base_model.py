@@ -75,7 +75,7 @@ def quantization_config(options: ModelOptions, dtype: str = "auto"):
         MissingPackages: bitsandbytes is not installed.
 
     Example:
-        >>> from s2ft.train.loading import quantization_config
+        >>> from s2ft.train.base_model import quantization_config
         >>> from s2ft.train.options import ModelOptions
         >>> print(quantization_config(ModelOptions("my-model")))
         None
@@ -167,7 +167,7 @@ def apply_kernels(model, name: str) -> None:
         MissingPackages: The package liger-kernel is not installed.
 
     Example:
-        >>> from s2ft.train.loading import apply_kernels
+        >>> from s2ft.train.base_model import apply_kernels
         >>> apply_kernels(model, "s2ft")
     """
     check_kernels(name)

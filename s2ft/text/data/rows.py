@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from s2ft.config import refuse
 from s2ft.packages import check_packages
+from s2ft.text.data.data_options import DataOptions
 from s2ft.text.data.forms import BadRow, normalised
-from s2ft.text.data.options import DataOptions
 from s2ft.text.data.sources import BUILDERS, is_pattern, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets

@@ -16,7 +16,7 @@ from s2ft.adapter.loading import read_adapter
 from s2ft.config import refuse
 from s2ft.files.adapter_folder import CONFIG, stamp_of
 from s2ft.files.reading import check_adapter_name
-from s2ft.serve.errors import ApiError, unknown_model
+from s2ft.serve.schemas import ApiError, unknown_model
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import PromptFormat
 

@@ -31,7 +31,7 @@ class SliceBank:
         dim: 0 if the units are outputs, 1 if they are inputs.
 
     Example:
-        >>> from s2ft.vllm.slices.bank import SliceBank
+        >>> from s2ft.vllm.slice_bank import SliceBank
         >>> bank = SliceBank(slots=2, capacity=4, width=4, dim=1)
         >>> bank.put(1, torch.tensor([5, 3]), torch.ones(2, 4))
         >>> bank.bounds.tolist(), bank.index[4:6].tolist()
@@ -90,7 +90,7 @@ class SliceBank:
 
 
 @dataclass
-class Batch:
+class SlotBatch:
     """Which token has which slot, in buffers whose addresses never change.
 
     Attributes:
@@ -108,7 +108,7 @@ class Batch:
     many: int
 
     @classmethod
-    def of(cls, tokens: int, slots: int, device: torch.device | str = "cpu", many: int | None = None) -> "Batch":
+    def of(cls, tokens: int, slots: int, device: torch.device | str = "cpu", many: int | None = None) -> "SlotBatch":
         """Make the buffers.
 
         Args:
@@ -150,7 +150,7 @@ def _first(rows: np.ndarray) -> int:
     return int(rows[0]) if len(rows) and rows[-1] - rows[0] + 1 == len(rows) else -1
 
 
-def add_slices_(y: Tensor, x: Tensor, bank: SliceBank, batch: Batch) -> None:
+def add_slices_(y: Tensor, x: Tensor, bank: SliceBank, batch: SlotBatch) -> None:
     """Add the output of each token's slices: ``y += x @ delta.t()``, in place.
 
     Args:
@@ -161,10 +161,10 @@ def add_slices_(y: Tensor, x: Tensor, bank: SliceBank, batch: Batch) -> None:
 
     Example:
         >>> import numpy as np
-        >>> from s2ft.vllm.slices.bank import Batch, SliceBank, add_slices_
+        >>> from s2ft.vllm.slice_bank import SliceBank, SlotBatch, add_slices_
         >>> bank = SliceBank(slots=1, capacity=4, width=2, dim=1)
         >>> bank.put(0, torch.tensor([2]), torch.tensor([[1.0, 10.0]]))
-        >>> batch = Batch.of(tokens=8, slots=1)
+        >>> batch = SlotBatch.of(tokens=8, slots=1)
         >>> batch.update(np.array([0, -1]))
         >>> x, y = torch.arange(6.0).view(2, 3), torch.zeros(2, 2)
         >>> add_slices_(y, x, bank, batch)

@@ -21,7 +21,7 @@ class ServerOptions:
         ValueError: A value is out of range. The message names the field.
 
     Example:
-        >>> from s2ft.serve.options import ServerOptions
+        >>> from s2ft.serve.server_options import ServerOptions
         >>> ServerOptions(port=0, api_key="secret", max_tokens_limit=512).timeout
         300.0
     """
@@ -112,7 +112,7 @@ def served_name(model: str) -> str:
         model: A name on the hub, a folder, or a .gguf file.
 
     Example:
-        >>> s2ft.serve.options.served_name("models/SmolLM2.gguf")
+        >>> s2ft.serve.server_options.served_name("models/SmolLM2.gguf")
         'SmolLM2'
     """
     path = Path(model).expanduser()

@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 
 from s2ft.vllm.compatibility import part_of
-from s2ft.vllm.slices.bank import Batch, SliceBank, add_slices_
-from s2ft.vllm.slices.spans import (
-    extent,
-    input_spans,
-    is_replicated,
-    is_row_parallel,
-    output_spans,
-    pick,
-    pieces,
-    spread,
-)
+from s2ft.vllm.slice_bank import SliceBank, SlotBatch, add_slices_
 
 OPTION = "S2FT_VLLM_UNITS"
 LEAST, SHARE = 256, 0.05  # of the default: units of a projection, and share of its extent
@@ -55,7 +45,7 @@ class Budget:
             ValueError: The text has another form.
 
         Example:
-            >>> from s2ft.vllm.slices.layer import Budget
+            >>> from s2ft.vllm.slice_layer import Budget
             >>> Budget.parse("down_proj=512, o_proj=128").named
             {'down_proj': 512, 'o_proj': 128}
         """
@@ -142,7 +132,7 @@ class SliceLayer:
 
     budget: Budget
     banks: tuple[SliceBank, ...]
-    batch: Batch
+    batch: SlotBatch
 
     @classmethod
     def can_replace_layer(
@@ -297,7 +287,7 @@ def unsharded(lora_config: Any) -> Any:
     return changed
 
 
-def batch_of(punica_wrapper: Any, slots: int) -> Batch:
+def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
     """Return the description of the batch that belongs to one of vLLM's punica wrappers.
 
     vLLM tells the wrapper about every new batch. The description is updated with it.
@@ -310,7 +300,7 @@ def batch_of(punica_wrapper: Any, slots: int) -> Batch:
     if found is not None:
         return found
     tokens = part_of(punica_wrapper, "_token_lora_indices")
-    batch = Batch.of(tokens.numel(), slots, tokens.device)
+    batch = SlotBatch.of(tokens.numel(), slots, tokens.device)
     update = punica_wrapper.update_metadata
 
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:
@@ -322,3 +312,148 @@ def batch_of(punica_wrapper: Any, slots: int) -> Batch:
 
     punica_wrapper.update_metadata, punica_wrapper.s2ft_batch = update_metadata, batch
     return batch
+
+
+# ---- which outputs and inputs of a layer a rank of tensor parallelism has ----------------------------
+#
+# The layers are those of vLLM, known by their attributes, so that stand-ins can be tested without vLLM.
+
+
+@dataclass(frozen=True)
+class Span:
+    """Neighbouring outputs or inputs of a projection that this rank has.
+
+    Attributes:
+        first: The first of them in the projection.
+        size: Their number.
+        at: Where the first is in this rank's part of the layer.
+    """
+
+    first: int
+    size: int
+    at: int
+
+
+@dataclass(frozen=True)
+class FusedPiece:
+    """A projection that is fused in a layer, or the layer's only one.
+
+    Attributes:
+        size: Its outputs on all ranks.
+        local: Its outputs on this rank.
+        shard: Which part of the outputs this rank has, counted in parts of size `local`.
+    """
+
+    size: int
+    local: int
+    shard: int
+
+
+def is_row_parallel(layer: Any) -> bool:
+    """Whether a layer's inputs are divided among the ranks."""
+    return hasattr(layer, "input_is_parallel")
+
+
+def is_replicated(layer: Any) -> bool:
+    """Whether every rank has the whole layer."""
+    return not is_row_parallel(layer) and not hasattr(layer, "gather_output")
+
+
+def pieces(layer: Any, rank: int) -> list[FusedPiece]:
+    """Describe the outputs of a layer.
+
+    Args:
+        layer: A linear layer of vLLM.
+        rank: Rank of tensor parallelism.
+
+    Returns:
+        The fused projections in their order; one piece for a layer that is a single projection.
+    """
+    if is_row_parallel(layer):
+        return [FusedPiece(layer.output_size, layer.output_size, 0)]
+    if is_replicated(layer):
+        return [FusedPiece(size, size, 0) for size in getattr(layer, "output_sizes", [layer.output_size])]
+    if hasattr(layer, "num_kv_head_replicas"):
+        keys, values = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
+        shard = rank // layer.num_kv_head_replicas  # a key head may be on several ranks
+        return [
+            FusedPiece(layer.total_num_heads * keys, layer.num_heads * keys, rank),
+            FusedPiece(layer.total_num_kv_heads * keys, layer.num_kv_heads * keys, shard),
+            FusedPiece(layer.total_num_kv_heads * values, layer.num_kv_heads * values, shard),
+        ]
+    sizes = getattr(layer, "output_sizes", [layer.output_size])
+    return [FusedPiece(size, size // layer.tp_size, rank) for size in sizes]
+
+
+def output_spans(layer: Any, rank: int, parts: int) -> list[list[Span]]:
+    """Where the outputs of each projection are.
+
+    Args:
+        layer: A linear layer of vLLM.
+        rank: Rank of tensor parallelism.
+        parts: Number of projections that the checkpoint has for the layer: 1 if it has one weight for all.
+
+    Returns:
+        The spans of each projection.
+
+    Raises:
+        ValueError: The layer has another number of projections.
+    """
+    found, before, at = [], 0, 0
+    for piece in pieces(layer, rank):
+        first = piece.local * piece.shard + (before if parts == 1 else 0)
+        found.append(Span(first, piece.local, at))
+        before, at = before + piece.size, at + piece.local
+    if parts == 1:
+        return [found]
+    if parts != len(found):
+        raise ValueError(f"the layer consists of {len(found)} projections, and the adapter has {parts} for it")
+    return [[span] for span in found]
+
+
+def input_spans(layer: Any, rank: int) -> list[Span]:
+    """Where the inputs of a layer are."""
+    local = layer.input_size_per_partition if is_row_parallel(layer) else layer.input_size
+    return [Span(local * rank if is_row_parallel(layer) else 0, local, 0)]
+
+
+def extent(spans: Sequence[Span]) -> int:
+    """Return the number of outputs or inputs on this rank."""
+    return sum(span.size for span in spans)
+
+
+def pick(index: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+    """Find the units that this rank has.
+
+    Args:
+        index: The output or input of each unit in its projection, shape [n], int64.
+        spans: What this rank has.
+
+    Returns:
+        Their positions in `index` [m], and where they are in this rank's part of the layer [m].
+    """
+    which, where = [], []
+    for span in spans:
+        mine = ((index >= span.first) & (index < span.first + span.size)).nonzero().squeeze(1)
+        which.append(mine)
+        where.append(index[mine] - span.first + span.at)
+    return torch.cat(which), torch.cat(where)
+
+
+def spread(values: Tensor, spans: Sequence[Span], width: int) -> Tensor:
+    """Take from each row what this rank has, at the place where it is.
+
+    Args:
+        values: Rows over all outputs or inputs of a projection, shape [n, W].
+        spans: What this rank has of it.
+        width: Length of a row in this rank's part of the layer.
+
+    Returns:
+        Shape [n, width]. Outputs of other projections in the layer are zero.
+    """
+    if len(spans) == 1 and spans[0].size == width:
+        return values[:, spans[0].first : spans[0].first + width]
+    rows = values.new_zeros(values.shape[0], width)
+    for span in spans:
+        rows[:, span.at : span.at + span.size] = values[:, span.first : span.first + span.size]
+    return rows

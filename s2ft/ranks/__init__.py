@@ -1,1 +1,0 @@
-"""What ranks need to know of each other."""

@@ -1,1 +1,0 @@
-"""Slices of several adapters in one linear layer of an inference engine. Nothing here imports vLLM."""
