@@ -11,7 +11,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapter_folder
 from s2ft.adapter.formats import native
 from s2ft.adapter.saving import save_adapter
-from s2ft.files.writing import replace_file
+from s2ft.files.replacing import replace_file
 
 FILES = [native.CONFIG, native.TENSORS]
 CARD = "README.md"

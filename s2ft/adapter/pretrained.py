@@ -24,7 +24,7 @@ from s2ft.attached.record import Attachment, HostHooks, attachment_of
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.distributed import is_partitioned, reshard_all
 from s2ft.files.reading import json_entry
-from s2ft.files.writing import replace_file
+from s2ft.files.replacing import replace_file
 from s2ft.model.delta import Delta
 
 logger = logging.getLogger(__name__)

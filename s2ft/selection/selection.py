@@ -13,8 +13,8 @@ from torch import Tensor
 
 from s2ft.files.adapter_folder import own_folder, read_folder
 from s2ft.files.reading import MAX_CONFIG, parse_json, read_bytes
+from s2ft.files.replacing import replace_file
 from s2ft.files.tables import by_key, table
-from s2ft.files.writing import replace_file
 from s2ft.model.coupling import PROJECTIONS
 
 SCHEMA = 1

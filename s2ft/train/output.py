@@ -14,7 +14,7 @@ from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it to
 from s2ft.adapter.folders import ADAPTER, OPTIONS, RUN
 from s2ft.files.adapter_folder import CONFIG
 from s2ft.files.reading import read_json
-from s2ft.files.writing import replace_file
+from s2ft.files.replacing import replace_file
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"

@@ -18,7 +18,7 @@ from s2ft.adapter import add_info, read_adapter
 from s2ft.adapter.hub import push_to_hub, write_card
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
-from s2ft.files.writing import reason_not_written
+from s2ft.files.replacing import reason_not_written
 from s2ft.packages import check_packages
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of, calibration_for

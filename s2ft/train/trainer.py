@@ -33,7 +33,7 @@ from s2ft.attached.hosts.compiled import unwrapped
 from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
-from s2ft.files.writing import replace_file
+from s2ft.files.replacing import replace_file
 from s2ft.sync.trl_trainers import check_sends_slices
 from s2ft.train import optimizer_state
 from s2ft.train.output import UNFINISHED, damage, move_into_place, newest_valid, ranks_of, read_log

@@ -35,8 +35,8 @@ from s2ft.files.reading import (
     read_tensors,
     shortened,
 )
+from s2ft.files.replacing import replace_file
 from s2ft.files.tables import by_key
-from s2ft.files.writing import replace_file
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.delta import Delta

@@ -33,7 +33,7 @@ from s2ft.files.reading import (
     read_tensors,
     shortened,
 )
-from s2ft.files.writing import replace_file
+from s2ft.files.replacing import replace_file
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.custom import checked_couplings
 from s2ft.model.delta import Delta
