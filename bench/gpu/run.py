@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from kernel_driver import SCHEDULES, TOOLS, Run, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
+from kernel_driver import SCHEDULES, TOOLS, KernelRun, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
 from limited import LEAST, Done, run_limited
 from report import FAILED, NOT_RUN, PARTLY, PASSED, GpuReport, GpuStage, about_machine
 
@@ -166,7 +166,7 @@ def sanitizers(work: Work) -> GpuStage:
     return sanitizer_stage(runs, 1 + len(SCHEDULES) if work.cpu else 2 + len(TOOLS))
 
 
-def sanitizer_stage(runs: list[Run], wanted: int) -> GpuStage:
+def sanitizer_stage(runs: list[KernelRun], wanted: int) -> GpuStage:
     """The stage of these runs. It has passed only if all `wanted` runs are there and without an error."""
     text = "\n".join(map(str, runs))
     data = {"runs": [{"name": one.name, "status": one.done and one.done.status, "state": one.state} for one in runs]}

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-from kernel_driver import SCHEDULES, Run, build_for_cpu, runs_on_cpu
+from kernel_driver import SCHEDULES, KernelRun, build_for_cpu, runs_on_cpu
 from limited import LEAST, Done, run_limited
 from report import FAILED, NOT_RUN, PASSED, GpuReport, GpuStage, acceptance
 
@@ -135,7 +135,7 @@ def test_the_command_ends_within_its_limit_and_names_what_did_not_run(tmp_path):
 
 
 def states(text, *statuses):
-    return [Run(text, None if status is None else Done(status, ""), "no tool") for status in statuses]
+    return [KernelRun(text, None if status is None else Done(status, ""), "no tool") for status in statuses]
 
 
 @pytest.fixture(scope="module")
