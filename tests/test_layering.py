@@ -28,7 +28,7 @@ RANKS = [
     ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
     ["files.formats", "ops._memory", "model.checkpoint"],
     ["ops._effective", "ops._library"],
-    ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
+    ["ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
     ["layers.split"],
     ["layers.kind", "layers.product", "layers.writing"],

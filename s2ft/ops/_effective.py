@@ -40,11 +40,8 @@ def effective_weight(
     dim: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """Copy a weight with delta added to its units, rounded to the weight's own dtype and then cast to `dtype`.
-
-    This is the reference of csrc/linear.h.
-    """
-    copy = weight.to(dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+    """Copy a weight with delta added to its units, rounded to the weight's own dtype and then cast to `dtype`."""
+    copy = weight.to(dtype=dtype, copy=True)
     if isinstance(units, int):
         base = weight.narrow(dim, units, delta.shape[dim])
         copy.narrow(dim, units, delta.shape[dim]).copy_(effective_units(base, delta.detach()))
