@@ -27,7 +27,7 @@ RANKS = [
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
     ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
     ["files.formats", "ops._memory", "model.checkpoint"],
-    ["ops._effective", "ops._library"],
+    ["ops._library"],
     ["ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
     ["layers.split"],

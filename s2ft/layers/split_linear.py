@@ -178,7 +178,10 @@ class SplitLinearKind(LinearKind):
     layers = (S2ColumnSplitLinear, S2RowSplitLinear)
 
     def matches(self, found: Any) -> bool:
-        return type(found) is nn.Linear and is_dtensor(found.weight) and is_parallel(found)
+        if type(found) is not nn.Linear or not is_dtensor(found.weight):
+            return False
+        # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
+        return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
 
     def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
         return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer._own_places().numel())
@@ -195,11 +198,6 @@ class SplitLinearKind(LinearKind):
 
     def split(self, holder: nn.Module | Tensor) -> Split | None:
         return holder.split if isinstance(holder, S2SplitLinear) else split_of(holder.weight)
-
-
-def is_parallel(module: nn.Module) -> bool:
-    """Whether tensor parallelism runs this module: transformers replaces its forward, torch marks it."""
-    return "forward" in module.__dict__ or getattr(module, "_distribute_module_applied", False)
 
 
 SPLIT_LINEAR = SplitLinearKind()

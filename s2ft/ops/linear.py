@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._effective import Units, effective_weight
 from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output
+from s2ft.ops.write_slices_ import Units, effective_units
 
 ALIGNMENT = 16  # bytes
 LEAST_PADDED = 128  # columns
@@ -52,6 +52,24 @@ def check(
         check_index(op, index, length, size)
     elif not 0 <= start <= start + length <= size:
         raise ValueError(f"{op}: slice {start}:{start + length} outside weight.shape[{dim}]={size}")
+
+
+def effective_weight(
+    weight: Tensor,  # [O, I]
+    delta: Tensor,  # [n, I] if dim == 0 else [O, n]
+    units: Units,
+    dim: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Copy a weight with delta added to its units, rounded to the weight's own dtype and then cast to `dtype`."""
+    copy = weight.to(dtype=dtype, copy=True)
+    if isinstance(units, int):
+        base = weight.narrow(dim, units, delta.shape[dim])
+        copy.narrow(dim, units, delta.shape[dim]).copy_(effective_units(base, delta.detach()))
+        return copy
+    sums = effective_units(weight.index_select(dim, units), delta.detach()).to(dtype)
+    copy.transpose(0, dim)[units] = sums.transpose(0, dim)  # index_copy_ visits columns element by element
+    return copy
 
 
 def reference(x, weight, delta, index, start, dim, bias, kept):
