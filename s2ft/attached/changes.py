@@ -149,9 +149,13 @@ def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
 
     def recover() -> None:
         if find_attachment(model) is not None:
+            claim(model, record)
             for move in record.moves:
                 move.recover(model)
-            install(model, record, record.extra.base)  # the layers restore the base in their own order of units
+            if record.name is None:
+                model.requires_grad_(False)
+            else:  # the layers restore the base in their own order of units
+                install(model, record, record.extra.base)
             deactivate(model, record)
 
     return whole(change, recover)
