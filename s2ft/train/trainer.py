@@ -25,8 +25,7 @@ from transformers.trainer_utils import TrainOutput
 
 from s2ft.adapter import restore_adapter
 from s2ft.adapter.saving import gather_trained
-from s2ft.attached.hosts.compiled import unwrapped
-from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
+from s2ft.attached.hosts.wrappers import check_rest_frozen, unwrapped
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl import check_sends_slices
