@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output
-from s2ft.ops.write_slices_ import Units, effective_units
+from s2ft.ops.write_slices_ import Slice, Units, write_slices_
 
 ALIGNMENT = 16  # bytes
 LEAST_PADDED = 128  # columns
@@ -62,14 +62,10 @@ def effective_weight(
     dtype: torch.dtype,
 ) -> Tensor:
     """Copy a weight with delta added to its units, rounded to the weight's own dtype and then cast to `dtype`."""
-    copy = weight.to(dtype=dtype, copy=True)
-    if isinstance(units, int):
-        base = weight.narrow(dim, units, delta.shape[dim])
-        copy.narrow(dim, units, delta.shape[dim]).copy_(effective_units(base, delta.detach()))
-        return copy
-    sums = effective_units(weight.index_select(dim, units), delta.detach()).to(dtype)
-    copy.transpose(0, dim)[units] = sums.transpose(0, dim)  # index_copy_ visits columns element by element
-    return copy
+    copy = weight.clone()
+    base = weight.index_select(dim, units) if isinstance(units, Tensor) else weight.narrow(dim, units, delta.shape[dim])
+    write_slices_([Slice(copy, base, delta.detach(), units, dim)])
+    return copy.to(dtype)
 
 
 def reference(x, weight, delta, index, start, dim, bias, kept):
