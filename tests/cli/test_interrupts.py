@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from pathlib import Path
+from multiprocessing import get_context
 
 import pytest
 import torch
@@ -17,26 +17,7 @@ from train.tiny import save_tiny
 
 from s2ft.cli.main import main
 
-STEPS, SAVE = 60, 3
-TESTS = Path(__file__).parents[1]
-# Run a command with the kernels of the tests. A thread kills the process as soon as the log contains a step: at any
-# moment between two steps, since it does not wait for the others. Another process might look too late.
-KILLED = """
-import os, signal, sys, threading
-from pathlib import Path
-from support.rounding import set_up_kernels
-from s2ft.cli.main import main
-from s2ft.train.output import read_log
-
-def kill(log, step):
-    while all(line["step"] < step for line in read_log(log)):
-        threading.Event().wait(0.002)
-    os.kill(os.getpid(), signal.SIGKILL)
-
-set_up_kernels()
-threading.Thread(target=kill, args=(Path(sys.argv[1]), int(sys.argv[2])), daemon=True).start()
-sys.exit(main(sys.argv[3:]))
-"""
+STEPS, SAVE = 30, 3
 
 
 def command(work, output, *more):
@@ -77,17 +58,26 @@ def work(work):
     return work
 
 
+def run_until(step, log, arguments):
+    """Run a command. A thread kills this process as soon as the log contains a step: at any moment between two steps,
+    since it does not wait for the others. Another process might look too late."""
+
+    def kill():
+        while all(line["step"] < step for line in read_log(log)):
+            threading.Event().wait(0.002)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=kill, daemon=True).start()
+    main(arguments)
+
+
 def kill_at(step, work, output, *more):
     """Run in another process until the log contains `step`. Returns the last step in the log."""
-    log = output / "log.jsonl"
-    process = subprocess.run(
-        [sys.executable, "-c", KILLED, str(log), str(step), *command(work, output, *more)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr
+    arguments = (step, output / "log.jsonl", command(work, output, *more))
+    process = get_context("fork").Process(target=run_until, args=arguments)  # a fork imports nothing again
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
     return logged(output)[-1][0]
 
 

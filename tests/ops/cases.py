@@ -12,8 +12,6 @@ from torch import Tensor
 from s2ft import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-GEOMETRIES = {"plain": {}, "strided": dict(stride=(2,), padding=(1,)), "dilated": dict(padding=(2,), dilation=(2,))}
 REGISTERED = torch.ops.s2ft
 
 
