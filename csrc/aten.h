@@ -26,14 +26,7 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
   return call("aten::linear", "", x, weight, bias);
 }
 
-// The same values in the same memory, in a tensor that autograd does not take for a view.
-inline Tensor not_a_view(const Tensor& t) { return call("aten::_unsafe_view", "", t, t.sizes()); }
-
 inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
-
-inline Tensor index_select(const Tensor& t, int64_t dim, const Tensor& index) {
-  return call("aten::index_select", "", t, dim, index);
-}
 
 inline Tensor mul(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
 
@@ -48,41 +41,7 @@ inline Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::stri
   return call("aten::gelu_backward", "", grad, x, approximate);
 }
 
-// This function calls PyTorch directly: the dispatcher takes 2 µs more.
-// A dense tensor without values, in the shape and on the device of t.
-inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
-  AtenTensorHandle made = nullptr;
-  const auto sizes = t.sizes();
-  std::vector<int64_t> strides(sizes.size(), 1);
-  for (int64_t d = t.dim() - 2; d >= 0; --d) strides[d] = strides[d + 1] * sizes[d + 1];
-  int32_t device = 0;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(t.get(), &device));
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(
-      t.dim(), sizes.data(), strides.data(), torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)),
-      device, t.get_device_index(), &made));
-  return Tensor(made);
-}
-
 // t itself if it is contiguous. The test costs nothing; the operator call would.
 inline Tensor dense(const Tensor& t) { return t.is_contiguous() ? t : torch::stable::contiguous(t); }
-
-inline Tensor in_dtype(const Tensor& t, ScalarType dtype) {
-  return t.scalar_type() == dtype ? t : torch::stable::to(t, dtype);
-}
-
-inline Tensor dense_copy(const Tensor& t, ScalarType dtype) {
-  Tensor copy = torch::stable::new_empty(t, t.sizes(), dtype);
-  torch::stable::copy_(copy, t);
-  return copy;
-}
-
-// A copy in host memory. For a tensor on a GPU this waits for it.
-inline Tensor on_cpu(const Tensor& t) {
-  if (t.is_cpu()) return dense(t);
-  Tensor copy = torch::stable::new_empty(t, t.sizes(), std::nullopt, std::nullopt,
-                                         torch::stable::Device(torch::headeronly::DeviceType::CPU));
-  torch::stable::copy_(copy, t);
-  return copy;
-}
 
 }  // namespace s2ft::aten

@@ -11,32 +11,6 @@
 
 namespace s2ft {
 
-// The units of a matrix that a delta changes. The caller sets start or index.
-inline Units units_of(const Tensor& weight, const Tensor& delta, int64_t dim) {
-  Units units{};
-  units.rows = dim == 0;
-  units.limit = weight.size(dim);
-  units.outer = delta.size(0);
-  units.inner = delta.size(1);
-  units.outer_stride = weight.stride(0);
-  units.inner_stride = weight.stride(1);
-  return units;
-}
-
-inline void set_start(Units* units, int64_t start, int64_t length, const char* op) {
-  require(start >= 0 && length <= units->limit && start <= units->limit - length, op, "slice ", start, ":",
-          start + length, " outside 0..", units->limit);
-  units->start = start;
-}
-
-// Makes `*index` dense. The units point into it.
-inline void set_index(Units* units, Tensor* index, int64_t length, const Tensor& weight, const char* op) {
-  check_index_tensor(*index, length, weight, op, "index");
-  *index = aten::dense(*index);
-  units->index = index->const_data_ptr<int64_t>();
-  if (index->is_cpu()) check_index_range(units->index, length, units->limit, op, "index");
-}
-
 inline void check_slice(const Tensor& weight, const Tensor& base, const Tensor& delta, const Tensor& first,
                         int64_t dim) {
   const char* op = "write_slices_";
@@ -65,11 +39,18 @@ void write_slices(std::vector<Tensor> weight, std::vector<Tensor> base, std::vec
     check_slice(weight[j], base[j], delta[j], weight[0], dim[j]);
     base[j] = aten::dense(base[j]);
     delta[j] = aten::dense(delta[j]);
-    Units units = units_of(weight[j], delta[j], dim[j]);
-    if (index[j])
-      set_index(&units, &*index[j], delta[j].size(dim[j]), weight[j], op);
-    else
-      set_start(&units, start[j], delta[j].size(dim[j]), op);
+    const int64_t length = delta[j].size(dim[j]), limit = weight[j].size(dim[j]);
+    Units units{nullptr,          start[j],           limit,              delta[j].size(0),
+                delta[j].size(1), weight[j].stride(0), weight[j].stride(1), dim[j] == 0};
+    if (index[j]) {
+      check_index_tensor(*index[j], length, weight[j], op, "index");
+      index[j] = aten::dense(*index[j]);
+      units.index = index[j]->const_data_ptr<int64_t>();
+      if (index[j]->is_cpu()) check_index_range(units.index, length, limit, op, "index");
+    } else {
+      require(start[j] >= 0 && length <= limit && start[j] <= limit - length, op, "slice ", start[j], ":",
+              start[j] + length, " outside 0..", limit);
+    }
     if (units.total() == 0) continue;
     slices.push_back({units, dtype_of(weight[j], op, "weight"), dtype_of(delta[j], op, "delta"),
                       weight[j].mutable_data_ptr(), base[j].const_data_ptr(), delta[j].const_data_ptr()});

@@ -6,15 +6,13 @@ from typing import Any
 from torch import nn
 
 from s2ft.adapter.pretrained import HOST_HOOKS
-from s2ft.attached.active import switch
+from s2ft.attached.active import ON_TOP_OF, apart_from_active, switch
 from s2ft.attached.changes import adapters_off, merge_active, remove_all
 from s2ft.attached.checks import check_can_merge, check_new_name, check_not_in_engine, check_one_place
 from s2ft.attached.extra_weights import names_of_modules
-from s2ft.attached.hosts.compiled import of_compiled
-from s2ft.attached.hosts.sentence_transformers import with_rest_frozen
 from s2ft.attached.hosts.tensor_parallel import check_parallelism
+from s2ft.attached.hosts.wrappers import of_compiled, with_rest_frozen
 from s2ft.attached.mounting import mount, touched
-from s2ft.attached.on_top import ON_TOP_OF, apart_from_active
 from s2ft.attached.proof import proved
 from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
 from s2ft.attached.report import Report

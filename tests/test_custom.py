@@ -6,8 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.inside import Projection, Vector, attachment_of
-from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, ratios_for
-from support.pairs import rest_slow
+from support.models import ALL_RATIOS
 from support.states import same
 from test_life_cycle import Subject, live_natively
 from torch import nn
@@ -363,12 +362,3 @@ def test_invalid_couplings_are_refused(bad):
     with pytest.raises(error, match=message):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=given, example=example())
     assert same(model, net()) and all(p.requires_grad for p in model.parameters())
-
-
-@pytest.mark.parametrize("dtype", (torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.slow)), ids=str)
-@pytest.mark.parametrize("case", rest_slow(CASES, FIRST))
-def test_verification_accepts_every_family(case, dtype):
-    """The units of every coupling are permuted at random, on an input made from the config."""
-    model = model_of(case, dtype)
-    given = {"example": inputs_of(model)} if "cross-attention" in case else {}  # otherwise it is unused
-    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS)), verify=True, **given)

@@ -7,7 +7,7 @@ from types import FunctionType
 import pytest
 import torch
 from support.aliases import alias_of
-from support.inside import S2ColumnExperts, S2RowExperts, experts_forward, project
+from support.inside import experts_forward
 from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, ratios_for, train
 from support.tolerances import relative_difference
 from torch import nn
@@ -16,46 +16,6 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
-
-KINDS = {0: S2ColumnExperts, 1: S2RowExperts}
-INDEX = {0: torch.tensor([3, 1]), 2: torch.tensor([0, 4, 2])}  # expert 1 has no units
-
-
-OFFSETS = torch.tensor([3, 3, 7], dtype=torch.int32)  # expert 1 has no tokens either
-
-
-def expert_layer(dim, dtype=torch.float32, transposed=False):
-    torch.manual_seed(0)
-    shape = (3, 5, 6) if transposed else (3, 6, 5)
-    layer = KINDS[dim](nn.Parameter(torch.randn(shape).to(dtype)), INDEX, torch.float32, transposed)
-    nn.init.normal_(layer.s2)
-    return layer
-
-
-def effective(layer, dim):
-    """The weights with the slices added, as they are stored."""
-    weight = layer.weight.detach().clone()
-    matrices = weight.transpose(1, 2) if layer.transposed else weight
-    parts = iter(layer.s2.detach().unbind(dim))
-    for expert, units in INDEX.items():
-        for unit in units.tolist():
-            matrices[expert].select(dim, unit).copy_(matrices[expert].select(dim, unit) + next(parts))
-    return weight
-
-
-@pytest.mark.parametrize("transposed", (False, True))
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("dim", (0, 1))
-def test_expert_layers_compute_with_the_effective_weight(dim, dtype, transposed):
-    layer = expert_layer(dim, dtype, transposed)
-    x, expected = torch.randn(7, 5).to(dtype), effective(layer, dim)
-    before = layer.weight.clone()
-    assert torch.equal(layer(x, OFFSETS), project(expected, x, OFFSETS, transposed))
-    assert torch.equal(layer.weight, expected)
-    layer.unfuse()
-    assert torch.equal(layer.weight, before)
-    layer.enabled = False
-    assert torch.equal(layer(x, OFFSETS), project(before, x, OFFSETS, transposed))
 
 
 def test_an_expert_without_tokens():

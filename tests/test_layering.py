@@ -21,12 +21,12 @@ RANKS = [
         "model.delta",
         "ops._cuda",
     ],
-    ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
-    ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
+    ["model.discovery.tiny_config", "attached.hosts.wrappers"],
+    ["files.adapter_folder", "ops._build", "config", "attached.hosts.checkpointing"],
     ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
     ["files.formats", "ops._memory", "model.checkpoint"],
-    ["ops._effective", "ops._library"],
-    ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
+    ["ops._library"],
+    ["ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
     ["layers.split"],
     ["layers.kind", "layers.product", "layers.writing"],
@@ -53,7 +53,7 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
 def rank_of(module):
-    """The rank of a module such as "attached.hosts.compiled", and the matching name in RANKS."""
+    """The rank of a module such as "attached.hosts.wrappers", and the matching name in RANKS."""
     name = module
     while name and name not in RANK:
         name = name.rpartition(".")[0]

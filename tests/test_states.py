@@ -1,11 +1,11 @@
 """State dicts, files and casts of attached models contain the weights of the base."""
 
 import copy
-import io
 
 import pytest
 import torch
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
+from support.pairs import in_turn
 from support.states import same
 from torch.nn.utils import prune, weight_norm
 
@@ -13,7 +13,8 @@ import s2ft
 from s2ft import S2FTConfig
 
 CASES = ("llama-grouped", "gpt2", "phi3", "mixtral")
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
+LAYOUTS = ("permuted", "indexed")
+layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def trained(case, layout="permuted"):
@@ -23,8 +24,7 @@ def trained(case, layout="permuted"):
     return model
 
 
-@layouts
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, layout", in_turn(CASES, LAYOUTS))
 def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
     base, model = model_of(case), trained(case, layout)
     plain = model_of(case)
@@ -35,8 +35,7 @@ def test_a_state_loads_into_a_plain_model_as_the_base(case, layout):
     assert same(plain.state_dict(), base.state_dict())
 
 
-@layouts
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case, layout", in_turn(CASES, LAYOUTS))
 def test_the_bases_own_state_changes_nothing(case, layout):
     base, model = model_of(case), trained(case, layout)
     before = output_of(model)
@@ -67,19 +66,6 @@ def test_a_cast_also_casts_the_saved_base_values(dtype, tmp_path):
         assert same(s2ft.detach(copy.deepcopy(model)).state_dict(), plain.state_dict())
     s2ft.set_adapter(model, None)
     assert same(model.state_dict(), plain.state_dict())
-
-
-@layouts
-@pytest.mark.parametrize("case", CASES)
-def test_a_model_saved_with_torch_save_loads(case, layout):
-    model = trained(case, layout)
-    file = io.BytesIO()
-    torch.save(model, file)
-    file.seek(0)
-    loaded = torch.load(file, weights_only=False)
-    assert torch.allclose(output_of(loaded), output_of(model), rtol=1e-5, atol=1e-6)
-    assert str(s2ft.status(loaded)) == str(s2ft.status(model))
-    assert same(s2ft.detach(loaded).state_dict(), model_of(case).state_dict())
 
 
 @pytest.mark.parametrize(

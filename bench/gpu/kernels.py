@@ -146,7 +146,10 @@ def slice_cases(sizes: Sizes, device: str) -> Iterator[KernelCase]:
             yield KernelCase(
                 "sliced_linear, gradient of x",
                 f"{where}, {units} of dim {dim} from {start}",
-                [lambda w=w: OPS.sliced_linear_grad_x(grad, w, delta, start, dim) for w in weights],
+                [
+                    lambda w=w: OPS.sliced_linear(grad, w.t(), delta.t(), None, start, 1 - dim, None, None)
+                    for w in weights
+                ],
                 flops=flops,
                 rivals={"frozen": [lambda w=w: grad @ w for w in weights]},
             )

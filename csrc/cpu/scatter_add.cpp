@@ -27,22 +27,7 @@ struct Targets {
   const Source* last(int64_t t) const { return sources.data() + begin[t + 1]; }
 };
 
-// A part names no unit twice, so the units of a single part are the targets.
-Targets targets_of_one(const Part& part) {
-  Targets targets;
-  const int64_t n = part.delta.units;
-  targets.units.assign(part.index, part.index + n);
-  targets.begin.push_back(0);
-  for (int64_t k = 0; k < n; ++k) {
-    targets.of.push_back(static_cast<int32_t>(k));
-    targets.sources.push_back({0, k});
-    targets.begin.push_back(k + 1);
-  }
-  return targets;
-}
-
 Targets targets_of(const Scatter& s) {
-  if (s.count == 1) return targets_of_one(s.parts[0]);
   Targets targets;
   std::vector<int32_t> place(static_cast<size_t>(s.weight.units), -1);
   for (int64_t j = 0; j < s.count; ++j)

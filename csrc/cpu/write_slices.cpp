@@ -8,7 +8,6 @@
 #include <type_traits>
 #include <vector>
 
-#include "../linear.h"
 #include "parallel.h"
 #include "spans.h"
 
@@ -121,10 +120,4 @@ struct Cpu {
 }  // namespace
 }  // namespace s2ft
 
-STABLE_TORCH_LIBRARY_IMPL(s2ft, CPU, m) {
-  m.impl("write_slices_", TORCH_BOX(&s2ft::write_slices<s2ft::Cpu>));
-  m.impl("sliced_linear", TORCH_BOX(&s2ft::sliced_linear<s2ft::Cpu>));
-  m.impl("sliced_linear_grad_x", TORCH_BOX(&s2ft::sliced_linear_grad_x<s2ft::Cpu>));
-  m.impl("indexed_linear", TORCH_BOX(&s2ft::indexed_linear<s2ft::Cpu>));
-  m.impl("indexed_linear_grad_x", TORCH_BOX(&s2ft::indexed_linear_grad_x<s2ft::Cpu>));
-}
+STABLE_TORCH_LIBRARY_IMPL(s2ft, CPU, m) { m.impl("write_slices_", TORCH_BOX(&s2ft::write_slices<s2ft::Cpu>)); }

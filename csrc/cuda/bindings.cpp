@@ -8,7 +8,6 @@
 #include <string>
 
 #include "../act_mul.h"
-#include "../linear.h"
 #include "../multi_adapter_linear.h"
 #include "../permute.h"
 #include "../scatter_add.h"
@@ -85,10 +84,6 @@ using torch::stable::detail::StableTorchLibraryInit;
 
 void add_kernels(StableLibrary& library) {
   library.impl("write_slices_", TORCH_BOX(&write_slices<Cuda>));
-  library.impl("sliced_linear", TORCH_BOX(&sliced_linear<Cuda>));
-  library.impl("sliced_linear_grad_x", TORCH_BOX(&sliced_linear_grad_x<Cuda>));
-  library.impl("indexed_linear", TORCH_BOX(&indexed_linear<Cuda>));
-  library.impl("indexed_linear_grad_x", TORCH_BOX(&indexed_linear_grad_x<Cuda>));
   library.impl("act_mul", TORCH_BOX(&act_mul<Cuda>));
   library.impl("act_mul_backward", TORCH_BOX(&act_mul_backward<Cuda>));
   library.impl("multi_adapter_linear", TORCH_BOX(&multi_adapter_linear<Cuda>));

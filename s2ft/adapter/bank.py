@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter, check_fits
 from s2ft.adapter.folders import adapters_in
 from s2ft.adapter.formats import native
-from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.attached.hosts.wrappers import unwrapped
 from s2ft.attached.record import Attachment, find_attachment, new_attachment
 from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder, own_folder
 from s2ft.files.reading import check_adapter_name

@@ -16,7 +16,7 @@ from s2ft.attached import extra_weights
 from s2ft.attached.active import set_mounted_deltas
 from s2ft.attached.changes import adapters_off, load
 from s2ft.attached.checks import check_can_write, check_memory, check_new_name
-from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.wrappers import of_compiled
 from s2ft.attached.mounting import mount, touched
 from s2ft.attached.proof import proved
 from s2ft.attached.record import attachment_of, find_attachment, new_attachment

@@ -18,7 +18,7 @@ from s2ft.adapter.hub import write_card
 from s2ft.adapter.saving import save_adapter
 from s2ft.attached import extra_weights
 from s2ft.attached.active import set_mounted_deltas
-from s2ft.attached.hosts.attributes import keep_attributes, restore_attributes
+from s2ft.attached.forwards import keep_attributes, restore_attributes
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, HostHooks, attachment_of
 from s2ft.attached.report import print_trainable_parameters
@@ -169,7 +169,7 @@ def _add_to_host(model: nn.Module, record: Attachment) -> None:
 
 def _remove_from_host(model: nn.Module, record: Attachment) -> None:
     """Undo :func:`_add_to_host`, whether all, some or none of it was done."""
-    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _load_deltas)
+    remove_hooks(model._load_state_dict_pre_hooks, _load_deltas)
     restore_attributes(model, record, ATTRIBUTES)
 
 

@@ -11,7 +11,7 @@ from s2ft.adapter.adapter import model_info
 from s2ft.adapter.formats import lora, native
 from s2ft.adapter.switch import get_adapter
 from s2ft.attached import extra_weights
-from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.wrappers import of_compiled
 from s2ft.attached.record import Attachment, attachment_of
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
 from s2ft.attached.active import mounted_deltas, switch
-from s2ft.attached.changes import freeze, remove
+from s2ft.attached.changes import end_training, remove
 from s2ft.attached.checks import check_can_write, check_known, check_new_name, check_not_in_engine
 from s2ft.attached.extra_weights import check_can_put_on, trained_values
-from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.wrappers import of_compiled
 from s2ft.attached.record import Attachment, attachment_of
 from s2ft.attached.status import status
 from s2ft.distributed import reshard_all
@@ -240,7 +240,7 @@ def freeze_adapter(model: nn.Module) -> None:
     check_not_in_engine(model, "freezing the trainable adapter", removes=True)
     adapter = get_adapter(model, record.name)
     check_can_write(model, record, adapter.deltas)
-    freeze(model, record, adapter)
+    end_training(model, record, adapter)
 
 
 @of_compiled

@@ -5,19 +5,23 @@ copies the recorded values back. It can be done any number of times, so an inter
 """
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.checks import check_can_write, check_can_write_now, check_has_arrived
 from s2ft.attached.holding import write_slices
 from s2ft.attached.record import Attachment, Mount, Written
+from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
 from s2ft.model.coupling import Projection
 from s2ft.model.delta import Delta
 from s2ft.model.weights import weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops._memory import WRITING, check_private
+from s2ft.selection.selection import unit_tensors
 
 # ---- which adapters are active -------------------------------------------------------------------------
 
@@ -42,12 +46,13 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     if names:
         check_can_write_now(model, record)
     place_loaded(model, record, [name for name in names if name != record.name and _has_moved(model, record, name)])
-    deltas = {name: mounted_deltas(record) if name == record.name else record.loaded[name].deltas for name in names}
-    if record.name in deltas:  # loaded adapters were checked when they were loaded
-        check_can_write(model, record, deltas[record.name])
+    trained = None
+    if record.name in names:  # loaded adapters were checked when they were loaded
+        trained = mounted_deltas(record)
+        check_can_write(model, record, trained)
     with WRITING:
         deactivate(model, record)
-        activate(model, record, weights, deltas)
+        activate(model, record, weights, trained)
 
 
 def deactivate(model: nn.Module, record: Attachment) -> None:
@@ -86,7 +91,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
 
 
 def activate(
-    model: nn.Module, record: Attachment, weights: dict[str, float], deltas: dict[str, dict[str, Delta]]
+    model: nn.Module, record: Attachment, weights: dict[str, float], trained: dict[str, Delta] | None = None
 ) -> None:
     """Make these adapters active. Their weighted sum is written into the model in one pass.
 
@@ -96,7 +101,7 @@ def activate(
         model: Model with the base in its weights and no active adapter.
         record: Record of the model.
         weights: Weights by adapter.
-        deltas: Deltas by adapter and projection, of all adapters that are written.
+        trained: Deltas of the trainable adapter by projection, if it has another weight.
 
     Raises:
         Exception: Any failure, after which no adapter is active.
@@ -105,6 +110,7 @@ def activate(
     written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
     try:
         record.change_unfinished = True
+        deltas = {name: trained if name == record.name else record.loaded[name].deltas for name in written}
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             write(model, record, record.projections[path], parts)
@@ -218,3 +224,44 @@ def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
     for name, delta in deltas.items():
         mount, part = record.parts[name]
         write_units(mount.layer.s2, part.positions, delta.values, delta.dim)
+
+
+# ---- a trainable adapter on top of the active ones, on units that none of them trains -------------------------
+
+ON_TOP_OF = "on_top_of"  # key in the info of an adapter: weights by name of the adapters that it was trained on top of
+
+
+def apart_from_active(record: Attachment, config: S2FTConfig) -> S2FTConfig:
+    """Return a config that chooses no unit that an active adapter trains.
+
+    Args:
+        record: Record of a model without a trainable adapter.
+        config: Config of the new adapter.
+
+    Returns:
+        A copy of the config, with the units of the active adapters in its `exclude`.
+
+    Raises:
+        ValueError: The config's `units` name a unit that an active adapter trains.
+    """
+    if config.units is not None:
+        _check_apart(record, unit_tensors(config.units, "units"))
+        return config
+    taken = [unit_tensors(config.exclude, "exclude")] if config.exclude is not None else []
+    taken += [record.loaded[name].selection.units for name in record.active]
+    paths = dict.fromkeys(path for units in taken for path in units)
+    return replace(
+        config, exclude={path: torch.cat([units[path] for units in taken if path in units]).unique() for path in paths}
+    )
+
+
+def _check_apart(record: Attachment, units: dict[str, Tensor]) -> None:
+    for name in record.active:
+        theirs = record.loaded[name].selection.units
+        for path in units.keys() & theirs.keys():
+            shared = units[path][torch.isin(units[path], theirs[path])]
+            if shared.numel():
+                raise ValueError(
+                    f"units names {shared.numel()} of {path} that the active adapter {name!r} trains, such as "
+                    f"{int(shared[0])}: with on_top=True choose others, or let the ratios and exclude choose"
+                )

@@ -11,12 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
-from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import is_sharded, ranks_sharing, reshard_all, wait_for_ranks, will_be_loaded_again
 from s2ft.distributed.fsdp import fsdp_modules
@@ -31,10 +29,9 @@ def expect_weights(model: nn.Module, record: Attachment) -> None:
     record.awaits_weights = _any_on_meta(model, record) or will_be_loaded_again()
 
 
-def expect_none(model: nn.Module, record: Attachment) -> None:
+def expect_none(record: Attachment) -> None:
     """Make the model run as it is: it is a copy without numbers, for which no weights will arrive."""
-    remove_arrival_hooks(model)
-    record.awaits_weights = False
+    record.awaits_weights, record.has_taken_up = False, True
     for mount in record.mounts.values():
         mount.layer.awaits_order = False
 
@@ -58,11 +55,7 @@ def mark_layers(record: Attachment) -> None:
 
 
 def _any_on_meta(model: nn.Module, record: Attachment) -> bool:
-    return any(tensor.is_meta for tensor in _coupled(model, record))
-
-
-def _coupled(model: nn.Module, record: Attachment) -> list[Tensor]:
-    return [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
+    return any(tensor.is_meta for coupling in record.couplings for tensor in tensors_of(model, coupling))
 
 
 @contextmanager
@@ -87,20 +80,8 @@ def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
 # ---- arriving ------------------------------------------------------------------------------------------
 
 
-def add_arrival_hooks(model: nn.Module) -> None:
-    """Register hooks that take weights up when they are loaded, or at the latest before the model runs."""
-    remove_arrival_hooks(model)
-    model.register_load_state_dict_post_hook(_after_load)
-    model.register_forward_pre_hook(_before_forward)
-
-
-def remove_arrival_hooks(model: nn.Module) -> None:
-    """Remove these hooks, if they are registered."""
-    remove_hooks(model._load_state_dict_post_hooks, lambda hook: hook is _after_load)
-    remove_hooks(model._forward_pre_hooks, lambda hook: hook is _before_forward)
-
-
-def _after_load(model: nn.Module, *_: Any) -> None:
+def after_load(model: nn.Module, *_: Any) -> None:
+    """Post-hook of load_state_dict: take up weights that were loaded."""
     if not take_up(model):
         _reorder_if_base_was_loaded(model)
 
@@ -127,11 +108,6 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     mark_layers(record)
 
 
-def _before_forward(model: nn.Module, *_: Any) -> None:
-    if take_up(model) and isinstance(model, fsdp_modules()):
-        model.unshard()  # its own hook came first and had done so
-
-
 def take_up(model: nn.Module) -> bool:
     """Take up weights that have arrived since the last call. Every rank of a sharded model calls this.
 
@@ -141,8 +117,6 @@ def take_up(model: nn.Module) -> bool:
     Raises:
         RuntimeError: They are not those of the base. The units have not moved.
     """
-    if torch.compiler.is_compiling():
-        return False
     record = find_attachment(model)
     if record is None or not record.mounts or not _has_to_take_up(model, record):
         return False
@@ -190,9 +164,7 @@ def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
 
 def _check_is_base(model: nn.Module, record: Attachment) -> None:
     found = fingerprint(model, record.couplings)
-    if record.fingerprint is None:
-        record.fingerprint = found
-        return
+    record.expect_base(found)
     differing = difference(found, record.fingerprint)
     if differing:
         raise RuntimeError(

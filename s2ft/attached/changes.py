@@ -7,14 +7,13 @@ switched on.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 from torch import nn
 
 from s2ft.attached.active import activate, deactivate, place_loaded, switch
 from s2ft.attached.holding import write_slices
-from s2ft.attached.mounting import claim, release, remount, unmount
+from s2ft.attached.mounting import claim, install, release, unmount
 from s2ft.attached.record import Attachment, LoadedAdapter, find_attachment
 from s2ft.ops._memory import WRITING
 
@@ -57,7 +56,7 @@ def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
         if record.loaded:
             record.forget_mounts()
             model.requires_grad_(False)
-            activate(model, record, active, {name: record.loaded[name].deltas for name in active})
+            activate(model, record, active)
         else:
             release(model, record)
         raise
@@ -113,48 +112,32 @@ def remove(model: nn.Module, record: Attachment, name: str) -> None:
     elif name != record.name:
         record.drop(name)
     else:
-        _remove_trainable(model, record)
+        end_training(model, record)
 
 
-def _remove_trainable(model: nn.Module, record: Attachment) -> None:
-    """Remove the trainable layers. The loaded adapters that were active are active again."""
-    active = dict(record.active)
-    deltas = {name: record.loaded[name].deltas for name in active}
-    unmount_all = partial(_unmount_for_good, model, record)
-
-    def change() -> None:
-        unmount_all()
-        activate(model, record, active, deltas)
-
-    whole(change, recover=unmount_all)
-
-
-def _unmount_for_good(model: nn.Module, record: Attachment) -> None:
-    deactivate(model, record)
-    unmount(model, record)
-    record.forget_mounts()
-    model.requires_grad_(False)
-
-
-def freeze(model: nn.Module, record: Attachment, adapter: LoadedAdapter) -> None:
-    """Make the trainable adapter a loaded one. What was active is active again, with the same bits in the weights.
+def end_training(model: nn.Module, record: Attachment, adapter: LoadedAdapter | None = None) -> None:
+    """Remove the trainable layers. What was active is active again, with the same bits in the weights.
 
     Args:
         model: Model of the record.
         record: Record with a trainable adapter.
-        adapter: A copy of the trainable adapter, which can be written into the weights.
+        adapter: A copy of the trainable adapter, which can be written into the weights and is loaded in its place.
     """
     active = dict(record.active)
 
     def replace() -> None:
-        _unmount_for_good(model, record)
-        record.load(adapter)
+        deactivate(model, record)
+        unmount(model, record)
+        record.forget_mounts()
+        model.requires_grad_(False)
+        if adapter is not None:
+            record.load(adapter)
 
     def change() -> None:
         replace()
-        activate(model, record, active, {name: record.loaded[name].deltas for name in active})
+        activate(model, record, active)
 
-    whole(change, recover=replace)  # the adapter is then loaded, and none is active
+    whole(change, recover=replace)  # then no adapter is active
 
 
 def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
@@ -166,9 +149,13 @@ def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
 
     def recover() -> None:
         if find_attachment(model) is not None:
+            claim(model, record)
             for move in record.moves:
                 move.recover(model)
-            remount(model, record)  # the layers restore the base in their own order of units
+            if record.name is None:
+                model.requires_grad_(False)
+            else:  # the layers restore the base in their own order of units
+                install(model, record, record.extra.base)
             deactivate(model, record)
 
     return whole(change, recover)

@@ -1,7 +1,6 @@
 """Checks that run before an attached model is changed: its adapters' names, and what its weights allow."""
 
 from collections import Counter
-from collections.abc import Iterator
 
 from torch import Tensor, nn
 
@@ -91,17 +90,6 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
                 )
 
 
-def check_is_quantized(model: nn.Module, couplings: list[Coupling]) -> None:
-    """Raise ValueError for a layer of a quantizer that has no quantized values yet."""
-    for projection in projections_of(couplings):
-        handle = weight_at(model, projection)
-        if handle.read_only and handle.tensor.is_meta:
-            raise ValueError(
-                f"{projection.path} is on the meta device ({type(handle.holder).__name__}), and its quantization is "
-                "known only when it is loaded: load the quantized weights, on every rank"
-            )
-
-
 def check_can_write_now(model: nn.Module, record: Attachment) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
     weights = [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
@@ -116,25 +104,26 @@ def check_can_write_now(model: nn.Module, record: Attachment) -> None:
 
 def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
     """Raise ValueError if the units of one of the couplings can't be reordered with the weights as they are."""
-    obstacle = next((obstacle for obstacle in _obstacles(model, couplings) if obstacle), "")
-    if obstacle:
-        raise ValueError(f"{obstacle}, whose units can't change place: use layout='indexed'")
-
-
-def _obstacles(model: nn.Module, couplings: list[Coupling]) -> Iterator[str]:
-    """Yield for each coupling the reason why its units can't be reordered; an empty string if they can."""
-    owners: dict[int, list[str]] = {}
-    for key, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(key)
+    names = _names_of_parameters(model)
     for coupling in couplings:
         handles = [weight_at(model, projection) for projection in coupling.projections]
-        read_only = next((handle for handle in handles if handle.read_only), None)
-        names = (owners.get(id(tensor), []) for tensor in tensors_of(model, coupling))
-        tied = next((found for found in names if len(found) > 1), None)
-        if read_only is not None:
-            yield f"{read_only.path} is a quantized weight ({type(read_only.holder).__name__})"
-        else:
-            yield f"{' and '.join(tied)} are one tied weight" if tied else ""
+        obstacles = [
+            f"{handle.path} is a quantized weight ({type(handle.holder).__name__})"
+            for handle in handles
+            if handle.read_only
+        ]
+        tied = [names.get(id(tensor), []) for tensor in tensors_of(model, coupling)]
+        obstacles += [f"{' and '.join(found)} are one tied weight" for found in tied if len(found) > 1]
+        if obstacles:
+            raise ValueError(f"{obstacles[0]}, whose units can't change place: use layout='indexed'")
+
+
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its id."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return names
 
 
 def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
@@ -144,9 +133,7 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
     would lack their part.
     """
     counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name)
+    owners = _names_of_parameters(model)
     for projection in projections_of(couplings):
         if projection.name not in selection:
             continue
@@ -166,12 +153,17 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
 
 
 def check_memory(model: nn.Module, projections: list[Projection]) -> None:
-    """Raise ValueError for a weight in read-only or shared memory, or computed from others."""
+    """Raise ValueError for a weight in read-only or shared memory, computed from others, or not quantized yet."""
     for path, projection in {projection.path: projection for projection in projections}.items():
         handle = weight_at(model, projection)
+        found = handle.holder
+        if handle.read_only and handle.tensor.is_meta:
+            raise ValueError(
+                f"{path} is on the meta device ({type(found).__name__}), and its quantization is known only when it is "
+                "loaded: load the quantized weights, on every rank"
+            )
         if handle.read_only:
             continue
-        found = handle.holder
         if isinstance(found, nn.Module) and "weight" not in found._parameters:
             raise ValueError(
                 f"{path}.weight is not a parameter but is computed by a hook, as by torch.nn.utils.prune and "

@@ -5,7 +5,7 @@ keeps the values before training, so that the base can be restored. A value is r
 and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off` restores the base.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -83,31 +83,6 @@ def trained_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Par
 # ---- recording values before training ------------------------------------------------------------------
 
 
-def start(
-    model: nn.Module, record: Attachment, names: Iterable[str], before_forward: Callable, before_load: Callable
-) -> None:
-    """Record and unfreeze parameters, and register hooks that record parameters which are unfrozen later.
-
-    Args:
-        model: The model, frozen except for the slices.
-        record: Its record.
-        names: Names of the parameters to unfreeze.
-        before_forward: Forward pre-hook: a function of a module, so that :func:`remove_hooks_of` finds it.
-        before_load: Pre-hook of load_state_dict: a function of a module.
-    """
-    remove_hooks_of(model, before_forward, before_load)
-    model.register_forward_pre_hook(before_forward)
-    model.register_load_state_dict_pre_hook(before_load)
-    unfreeze(model, record, names)
-
-
-def remove_hooks_of(model: nn.Module, before_forward: Callable, before_load: Callable) -> None:
-    """Remove the hooks that :func:`start` registered, if they are there."""
-    for hooks, mine in ((model._forward_pre_hooks, before_forward), (model._load_state_dict_pre_hooks, before_load)):
-        for key in [key for key, hook in hooks.items() if getattr(hook, "hook", hook) is mine]:
-            hooks.pop(key, None)
-
-
 def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Record the values of parameters, then make them require a gradient."""
     parameters = dict(model.named_parameters())
@@ -135,6 +110,8 @@ def watch(model: nn.Module, record: Attachment) -> None:
     Raises:
         RuntimeError: A weight or bias of a coupling was unfrozen, or a parameter that DeepSpeed already holds.
     """
+    if record.name is None:
+        return
     known = {id(mount.layer.s2) for mount in record.mounts.values()}
     known |= {id(model.get_parameter(name)) for name in record.extra.base}
     if not _trains_more(model, known):
@@ -212,13 +189,10 @@ def put_on(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -
         for name, value in record.loaded[adapter].extra_weights.items()
     }
     trained = extra.trained if weights.get(record.name) == 1 and extra.trained is not None else {}
-    if not values and not trained:
-        if record.name in weights:
-            extra.trained = None
-        return
-    parameters = dict(model.named_parameters())
-    extra.overwritten = copies({name: parameters[name] for name in values})
-    _write(parameters, {**values, **trained})
+    if values or trained:
+        parameters = dict(model.named_parameters())
+        extra.overwritten = copies({name: parameters[name] for name in values})
+        _write(parameters, {**values, **trained})
     if record.name in weights:
         extra.trained = None
 

@@ -1,8 +1,10 @@
-"""Forwards that s2ft gives to modules around trainable layers: a gated FFN in one op, and experts.
+"""What s2ft replaces on modules around trainable layers, and gives back: forwards, and attributes of the model.
 
-They are partial objects: torch.load could not make a bound method of a module that it is still loading.
+A gated FFN runs in one op, and experts by grouped products. The forwards are partial objects: torch.load could not
+make a bound method of a module that it is still loading.
 """
 
+from collections.abc import Sequence
 from functools import partial
 
 from torch import Tensor, nn
@@ -41,8 +43,10 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
             options = {} if activation is None else {"activation": activation, "act_class": act_class}
             _put(block, path, partial(forward_of(block), block, **options), record)
         elif path not in record.forwards:
+            forward = block.__dict__["forward"]
+            name = getattr(forward, "__qualname__", type(forward).__name__)
             raise ValueError(
-                f"the forward of {path} has been replaced by {_name_of(block.__dict__['forward'])}, which can't run "
+                f"the forward of {path} has been replaced by {name}, which can't run "
                 "trainable experts: leave the experts out of what replaces it, for Liger-Kernel with swiglu=False"
             )
     if coupling.activation is not None and record.config.ffn_kernel:
@@ -50,10 +54,6 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
         if "forward" not in block.__dict__:
             forward = partial(gated_forward, block, activation=coupling.activation, act_class=type(block.act_fn))
             _put(block, coupling.block, forward, record)
-
-
-def _name_of(forward: object) -> str:
-    return getattr(forward, "__qualname__", type(forward).__name__)
 
 
 def _put(block: nn.Module, path: str, forward: partial, record: Attachment) -> None:
@@ -75,7 +75,20 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
             block.__dict__.pop("forward", None)
 
 
-def put_forwards_back(model: nn.Module, record: Attachment) -> None:
-    """Undo :func:`restore_forwards`."""
-    for path, forward in record.forwards.items():
-        model.get_submodule(path).__dict__.setdefault("forward", forward)
+# ---- attributes of the model that others have set, which host hooks replace while layers are mounted ---------------
+
+
+def keep_attributes(model: nn.Module, record: Attachment, names: Sequence[str]) -> None:
+    """Record the model's own attributes of these names, before they are replaced."""
+    record.replaced_attributes = {name: model.__dict__[name] for name in names if name in model.__dict__}
+
+
+def restore_attributes(model: nn.Module, record: Attachment, names: Sequence[str]) -> None:
+    """Give the model back what :func:`keep_attributes` has recorded. Without a call of it, nothing happens."""
+    if record.replaced_attributes is None:
+        return
+    for name in names:
+        if name in record.replaced_attributes:
+            model.__dict__[name] = record.replaced_attributes[name]
+        else:
+            model.__dict__.pop(name, None)

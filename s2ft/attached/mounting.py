@@ -6,7 +6,7 @@ back already. :func:`unmount` and :func:`release` can be called at any time. No 
 an interrupt can leave it switched on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any
 
@@ -15,28 +15,27 @@ from torch import Tensor, nn
 
 from s2ft.attached import extra_weights
 from s2ft.attached.active import place_loaded
-from s2ft.attached.arrival import add_arrival_hooks, after_apply, expect_weights, mark_layers, remove_arrival_hooks
+from s2ft.attached.arrival import after_apply, after_load, expect_weights, mark_layers
 from s2ft.attached.checks import (
     check_can_move,
     check_gradients_pass,
-    check_is_quantized,
     check_memory,
     check_not_in_engine,
     check_one_place,
     check_shards,
 )
-from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
-from s2ft.attached.holding import start_holding, stop_holding
-from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
+from s2ft.attached.forwards import experts_modules, replace_forward, restore_forwards
+from s2ft.attached.holding import before_forward
+from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks, remove_hooks
 from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
-from s2ft.attached.hosts.state_dicts import add_state_hooks, remove_state_hooks
+from s2ft.attached.hosts.state_dicts import check_is_base, put_in_order
 from s2ft.attached.hosts.tensor_parallel import check_split_layers, install_style, unit_blocks
 from s2ft.attached.record import Attachment, Mount, Part, applied, attachment_of, clear_attachment, set_attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_same_as_first_rank, reshard_all
 from s2ft.distributed.fsdp import Place, follow, release_slices, shard_slices
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
-from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.fingerprint import digest
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
@@ -49,8 +48,18 @@ def claim(model: nn.Module, record: Attachment) -> None:
     """Give the model its record. This comes before anything changes."""
     set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)
-    add_state_hooks(model)
-    add_arrival_hooks(model)
+    _remove_hooks(model)
+    model.register_forward_pre_hook(before_forward, prepend=True)
+    model.register_state_dict_post_hook(put_in_order)
+    model.register_load_state_dict_pre_hook(check_is_base)
+    model.register_load_state_dict_post_hook(after_load)
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Remove the hooks of :func:`claim`, if they are registered."""
+    pre, post = model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks
+    for hooks in (model._forward_pre_hooks, model._state_dict_hooks, pre, post):
+        remove_hooks(hooks, before_forward, put_in_order, check_is_base, after_load)
 
 
 def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
@@ -87,7 +96,6 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     moves = _moves(model, trained, selection) if config.layout == "permuted" else {}
     check_gradients_pass(model)
     check_shards(model, trained)
-    check_is_quantized(model, trained)
     check_memory(model, list(projections_of(trained)))
     for coupling in trained:
         for module in experts_modules(coupling):
@@ -98,9 +106,8 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     )
     try:
         record.name, record.config, record.selection = name, config, selection
-        _mount_all(model, record, trained, moves)
-        extra_weights.start(model, record, extra_names, before_forward, before_load)
-        start_holding(model)
+        _make_layers(model, record, trained, moves)
+        install(model, record, extra_names)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
@@ -112,34 +119,13 @@ def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
     return [coupling for coupling in couplings if any(one.name in selection for one in coupling.projections)]
 
 
-def before_forward(model: nn.Module, inputs: tuple) -> None:
-    """Forward pre-hook of a model with a trainable adapter: keep the base of weights that were unfrozen by hand.
-
-    Raises:
-        RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient.
-    """
-    if not torch.compiler.is_compiling() and model.training and torch.is_grad_enabled():
-        record = attachment_of(model)
-        if record.rest is None:  # a proof unfreezes weights for its time
-            extra_weights.watch(model, record)
-
-
-def before_load(model: nn.Module, *_: Any) -> None:
-    """Pre-hook of load_state_dict: keep the base of weights that were unfrozen by hand."""
-    extra_weights.keep_unfrozen(model, attachment_of(model))
-
-
-def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], moves: dict[Coupling, Move]) -> None:
-    model.requires_grad_(False)
+def _make_layers(model: nn.Module, record: Attachment, touched: list[Coupling], moves: dict[Coupling, Move]) -> None:
+    """Record the moves and the trainable layers of a new adapter. The model does not change yet."""
     expect_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
-    stop_packing(model, record.packing_stopped)
-    allow_training(model)
+    record.moves += moves.values()
     parts: dict[str, list[Part]] = {}
     for coupling in touched:
-        if coupling in moves:
-            record.moves.append(moves[coupling])
-            record.moves[-1].do(model, later=record.awaits_weights)
         order = None
         if coupling.movable and record.config.layout == "permuted":
             # The order of s2 follows from it, also where tensor parallelism needs another order of the weights. So s2
@@ -147,18 +133,49 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
             order = coupling_order(coupling.count, *_selected(coupling, record.selection))
         for projection in coupling.projections:
             if projection.name in record.selection:
-                part = _part(projection, record.selection[projection.name], order)
+                units = record.selection[projection.name]
+                # Positions are those in the whole weight, if its units have `order`.
+                positions = projection.elements(units if order is None else inverse(order)[units])
+                part = Part(projection, positions, projection.elements(units))
                 parts.setdefault(projection.path, []).append(part)
     for path, parts_here in parts.items():
-        _mount(model, path, parts_here, record)
+        found = find(model, path)
+        if isinstance(found, nn.Parameter):
+            layer, position = _stack(found, parts_here, record.config), parameter_position(model, path)
+            record.mounts[path] = Mount(None, layer, parts_here, position)
+        else:
+            record.mounts[path] = Mount(found, _layer(found, parts_here, record), parts_here)
+
+
+def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) -> None:
+    """Mount the layers of a record. It can be called again if it, or :func:`unmount`, was interrupted.
+
+    Args:
+        model: Model of the record.
+        record: Its record, with the moves and the layers.
+        extra_names: Names of the parameters that are trained in full.
+    """
+    model.requires_grad_(False)
+    stop_packing(model, record.packing_stopped)
+    allow_training(model)
+    for move in record.moves:
+        move.do(model, later=record.awaits_weights)
+    for path, mounted in record.mounts.items():
+        put(model, path, mounted.layer)
+        if mounted.original is not None:
+            mounted.layer.take_over(mounted.original)
+        mounted.layer.s2.requires_grad_(True)
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
-    for coupling in touched:
+    for coupling in touched(record.couplings, record.selection):
         replace_forward(model, coupling, record)
+    close_blocks(model)
     open_blocks(model, record.mounts)
     if record.host_hooks is not None:
+        record.host_hooks.remove(model, record)
         record.host_hooks.add(model, record)
+    extra_weights.unfreeze(model, record, extra_names)
 
 
 def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
@@ -171,24 +188,6 @@ def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
         else:
             found += [((mounted.original, name), (mounted.layer, name)) for name in mounted.original._parameters]
     return found
-
-
-def _part(projection: Projection, units: Tensor, order: Tensor | None) -> Part:
-    """Make the part of a projection's units. Its positions are those in the whole weight, if its units have `order`."""
-    places = units if order is None else inverse(order)[units]
-    return Part(projection, projection.elements(places), projection.elements(units))
-
-
-def _mount(model: nn.Module, path: str, parts: list[Part], record: Attachment) -> None:
-    original = find(model, path)
-    if isinstance(original, nn.Parameter):
-        made = Mount(None, _stack(original, parts, record.config), parts, parameter_position(model, path))
-    else:
-        made = Mount(original, _layer(original, parts, record), parts)
-    record.mounts[path] = made
-    put(model, path, made.layer)
-    if made.original is not None:
-        made.layer.take_over(made.original)
 
 
 def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Layer:
@@ -276,15 +275,13 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     """
     if record.rest is not None:  # a proof was interrupted
         record.rest.restore()
-    extra_weights.remove_hooks_of(model, before_forward, before_load)
-    stop_holding(model)
     if record.host_hooks is not None:
         record.host_hooks.remove(model, record)
     restore_forwards(model, record)
     close_blocks(model)
     reshard_all(model)
     release_slices(model, [mounted.layer for mounted in record.mounts.values()])
-    for path, mounted in reversed(record.mounts.items()):
+    for path, mounted in sorted(record.mounts.items(), key=lambda item: item[1].position or 0):
         if mounted.original is None:
             put(model, path, mounted.layer.weight, mounted.position)
         else:
@@ -299,37 +296,12 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     restore_quantizer(model)
 
 
-def remount(model: nn.Module, record: Attachment) -> None:
-    """Undo an interrupted :func:`unmount`: the trainable layers are mounted again, and switched off."""
-    for move in record.moves:
-        move.do(model, later=record.awaits_weights)
-    model.requires_grad_(False)
-    for path, mounted in record.mounts.items():
-        put(model, path, mounted.layer)
-        if mounted.original is not None:
-            mounted.layer.take_over(mounted.original)
-        mounted.layer.s2.requires_grad_(True)
-    follow(model, _places(model, record))
-    shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
-    put_forwards_back(model, record)
-    stop_packing(model, record.packing_stopped)
-    allow_training(model)
-    close_blocks(model)
-    open_blocks(model, record.mounts)
-    if record.host_hooks is not None:
-        record.host_hooks.remove(model, record)
-        record.host_hooks.add(model, record)
-    extra_weights.start(model, record, list(record.extra.base), before_forward, before_load)
-    start_holding(model)
-
-
 def release(model: nn.Module, record: Attachment) -> nn.Module:
     """Return the plain model, without a record, with the weights as they are and the units in original order."""
     unmount(model, record)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
-    remove_state_hooks(model)
-    remove_arrival_hooks(model)
+    _remove_hooks(model)
     model.__dict__.pop("_apply", None)
     clear_attachment(model)
     return model

@@ -283,9 +283,8 @@ class Proof:
         return _Passed.apply(output, then) if output.shape == then.shape else None
 
     def _raise(self, training: bool, what: str) -> None:
-        raise ValueError(
-            f"attach would change what the model computes: in {_mode(training)} mode {what}? {TRY_INSTEAD}"
-        )
+        mode = "training" if training else "evaluation"
+        raise ValueError(f"attach would change what the model computes: in {mode} mode {what}? {TRY_INSTEAD}")
 
     def _refuse_readers(self, weights: dict[str, Tensor]) -> None:
         """Raise ValueError for a weight that gets a gradient: some code reads it without running its layer."""
@@ -440,10 +439,6 @@ def _consumer_of(coupling: Coupling) -> str:
     """The module that runs a coupling's consumer: for experts that with their parameters."""
     path = coupling.main.path
     return path if coupling.expert is None else path.rpartition(".")[0]
-
-
-def _mode(training: bool) -> str:
-    return "training" if training else "evaluation"
 
 
 def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:

@@ -7,7 +7,7 @@ from math import prod
 from torch import nn
 
 from s2ft.attached.extra_weights import trained_parameters
-from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.wrappers import of_compiled
 from s2ft.attached.record import Attachment, State, find_attachment
 from s2ft.attached.report import units_of
 from s2ft.files.tables import table

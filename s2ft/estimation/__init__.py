@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.wrappers import of_compiled
 from s2ft.config import S2FTConfig, check_whole
 from s2ft.estimation.devices import Strategy, check_devices, check_plan, on_devices, smallest, strategy_of
 from s2ft.estimation.memory import bytes_of, free_memory

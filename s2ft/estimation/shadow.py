@@ -68,7 +68,7 @@ def make_shadow(
     selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)
     mount(shadow, record, config, selection, "estimate")
-    expect_none(shadow, record)
+    expect_none(record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
     return shadow, record

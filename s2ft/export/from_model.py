@@ -13,7 +13,7 @@ from s2ft.attached import extra_weights
 from s2ft.attached.active import mounted_deltas
 from s2ft.attached.checks import check_can_merge
 from s2ft.attached.holding import write_slices
-from s2ft.attached.hosts.compiled import of_compiled
+from s2ft.attached.hosts.wrappers import of_compiled
 from s2ft.attached.record import Attachment, attachment_of
 from s2ft.distributed import (
     all_ranks,

@@ -38,22 +38,11 @@ def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode), (0,) * len(module.stride)
 
 
-def gradient_of_input(
-    grad: Tensor, weight: Tensor, size: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Return the gradient of the input of shape `size` of a plain convolution with `weight`."""
-    return _gradients(grad, grad.new_empty(1).expand(size), weight, stride, padding, dilation, 0)
-
-
-def gradient_of_units(
-    grad: Tensor, x: Tensor, shape: list[int], stride: list[int], padding: list[int], dilation: list[int]
-) -> Tensor:
-    """Return the gradient of a weight of shape `shape`: x and grad have its inputs and outputs only."""
-    return _gradients(grad, x, grad.new_empty(1).expand(shape), stride, padding, dilation, 1)
-
-
 def _gradients(grad, x, weight, stride, padding, dilation, which: int) -> Tensor:
-    """Return the gradient of a convolution with respect to x (which = 0) or weight (which = 1)."""
+    """Return the gradient of a convolution with respect to x (which = 0) or weight (which = 1).
+
+    Of the one that is asked for, only the shape is used. x and weight may have some of the inputs and outputs only.
+    """
     return torch.ops.aten.convolution_backward(
         grad, x, weight, None, stride, padding, dilation, False, [0] * len(stride), 1, [which == 0, which == 1, False]
     )[which]
@@ -130,11 +119,12 @@ class ConvolutionKind(Kind):
         return x if layer.dim == 0 else x.index_select(1, layer.selected_units())
 
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
-        return gradient_of_input(grad, weight.to(grad.dtype), list(shape), *call)
+        return _gradients(grad, grad.new_empty(1).expand(shape), weight.to(grad.dtype), *call, 0)
 
     def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         outputs = grad.index_select(1, layer.selected_units()) if layer.dim == 0 else grad
-        gradient = gradient_of_units(outputs, kept, [*s2.shape[:2], *layer.weight.shape[2:]], *call)
+        weight = grad.new_empty(1).expand(*s2.shape[:2], *layer.weight.shape[2:])
+        gradient = _gradients(outputs, kept, weight, *call, 1)
         return gradient.to(s2.dtype).reshape(s2.shape)
 
     def grad_of_bias(self, grad: Tensor) -> Tensor:

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 from s2ft.layers.product import product
-from s2ft.ops import _linear, indexed_linear
+from s2ft.ops import indexed_linear
 from s2ft.ops._library import autocast_input, own_output
+from s2ft.ops.linear import columns_to_keep, delta_gradient
 
 
 class S2Linear(S2Layer):
@@ -176,13 +177,13 @@ class LinearKind(Kind):
         return own_output(F.linear(x.contiguous(), weight, bias))
 
     def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
-        return x if layer.dim == 0 else _linear.columns_to_keep(x, _units(layer), layer.s2.shape[1])
+        return x if layer.dim == 0 else columns_to_keep(x, _units(layer), layer.s2.shape[1])
 
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
         return grad.contiguous() @ (weight.t() if self.transposed else weight).to(grad.dtype)
 
     def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
-        return _linear.delta_gradient(grad, kept, s2, _units(layer), layer.dim, plain)
+        return delta_gradient(grad, kept, s2, _units(layer), layer.dim, plain)
 
 
 class Conv1DKind(LinearKind):

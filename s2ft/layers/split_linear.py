@@ -21,8 +21,8 @@ from s2ft.layers.linear import LinearKind, S2Linear
 from s2ft.layers.product import product
 from s2ft.layers.split import Split, split_of
 from s2ft.layers.writing import stamp
-from s2ft.ops import _linear
 from s2ft.ops._library import autocast_input
+from s2ft.ops.linear import columns_to_keep, delta_gradient
 
 
 class S2SplitLinear(S2Linear):
@@ -178,28 +178,26 @@ class SplitLinearKind(LinearKind):
     layers = (S2ColumnSplitLinear, S2RowSplitLinear)
 
     def matches(self, found: Any) -> bool:
-        return type(found) is nn.Linear and is_dtensor(found.weight) and is_parallel(found)
+        if type(found) is not nn.Linear or not is_dtensor(found.weight):
+            return False
+        # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
+        return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
 
     def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
-        return x if layer.dim == 0 else _linear.columns_to_keep(x, layer.own_units, layer._own_places().numel())
+        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer._own_places().numel())
 
     def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
         split, whole = layer.split, torch.zeros_like(s2)
         if layer.own.numel():
             own = s2.index_select(split.dim, layer.own)
-            gradient = _linear.delta_gradient(grad, kept, own, layer.own_units, layer.dim, plain)
+            gradient = delta_gradient(grad, kept, own, layer.own_units, layer.dim, plain)
             whole.index_copy_(split.dim, layer.own, gradient.to(s2.dtype))
         dist.all_reduce(whole, group=split.mesh.get_group())
         return whole
 
     def split(self, holder: nn.Module | Tensor) -> Split | None:
         return holder.split if isinstance(holder, S2SplitLinear) else split_of(holder.weight)
-
-
-def is_parallel(module: nn.Module) -> bool:
-    """Whether tensor parallelism runs this module: transformers replaces its forward, torch marks it."""
-    return "forward" in module.__dict__ or getattr(module, "_distribute_module_applied", False)
 
 
 SPLIT_LINEAR = SplitLinearKind()

@@ -3,6 +3,8 @@
 import os
 import sys
 import threading
+from collections.abc import Callable
+from functools import wraps
 
 from torch import Tensor
 
@@ -30,6 +32,17 @@ def check_writable(op: str, weight: Tensor) -> None:
             f"{op}: weight is in read-only memory, such as a memmap of mode 'r', and this op writes to it: "
             "pass a copy, weight.clone()"
         )
+
+
+def writing(op: str, reference: Callable) -> Callable:
+    """Wrap the reference of an op that writes to its first argument, so that it checks that this is possible."""
+
+    @wraps(reference)
+    def run(weight: Tensor, *args) -> None:
+        check_writable(op, weight)
+        reference(weight, *args)
+
+    return run
 
 
 def check_private(what: str, weight: Tensor) -> None:

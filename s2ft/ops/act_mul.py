@@ -102,7 +102,7 @@ _backward = define(
 
 
 class _Node(torch.autograd.Function):
-    """The op as one node of the autograd graph, in less time of the host, see :class:`s2ft.ops._linear._Node`."""
+    """The op as one node of the autograd graph, in less time of the host than the gradient of a registered op."""
 
     @staticmethod
     def forward(ctx, gate, up, activation):

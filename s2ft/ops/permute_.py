@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import writing
 from s2ft.ops._library import check_dim, check_distinct, count_change, define, host_can_read
+from s2ft.ops._memory import writing
 
 
 def reference(weight: Tensor, order: Tensor, dim: int) -> None:

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import writing
 from s2ft.ops._library import check_distinct, check_movable, count_change, define, host_can_read
+from s2ft.ops._memory import writing
 
 
 def check(

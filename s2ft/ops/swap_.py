@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from s2ft.ops._effective import writing
 from s2ft.ops._library import check_distinct, check_movable, count_change, define, host_can_read
+from s2ft.ops._memory import writing
 
 
 def reference(weight: Tensor, index: Tensor, values: Tensor, dim: int) -> None:

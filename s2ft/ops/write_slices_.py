@@ -1,4 +1,4 @@
-"""Write base + delta into units of any number of weights, in one pass: what a model computes with after each step."""
+"""base + delta, and writing it into units of any number of weights, in one pass: what a model computes with."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,8 +6,31 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from s2ft.ops._effective import Units, effective_units
 from s2ft.ops._library import check_index, define
+
+# Start of a contiguous slice, or the index of every unit, int64 [n]
+Units = int | Tensor
+
+
+def effective_units(base: Tensor, delta: Tensor) -> Tensor:
+    """Compute base + delta, summed in the wider dtype and rounded once to the dtype of base.
+
+    Every effective weight is formed by this function or by its compiled equivalent. The weight used in training
+    therefore equals, bit for bit, the weight that merging writes.
+
+    Args:
+        base: Base values of the selected units, any shape.
+        delta: Trained update, with base's shape. Its dtype may be wider.
+
+    Returns:
+        The sum, in the dtype of base.
+
+    Example:
+        >>> base = torch.ones(2, dtype=torch.bfloat16)
+        >>> s2ft.ops.effective_units(base, torch.tensor([0.5, 1e-4]))
+        tensor([1.5000, 1.0000], dtype=torch.bfloat16)
+    """
+    return (base + delta).to(base.dtype)
 
 
 class Slice(NamedTuple):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import sum_deltas
 from s2ft.attached import extra_weights
 from s2ft.attached.active import mounted_deltas
-from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.attached.hosts.wrappers import unwrapped
 from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
 from s2ft.config import refuse
 from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all

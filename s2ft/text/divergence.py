@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.adapter.switch import disable_adapters
-from s2ft.attached.hosts.compiled import unwrapped
+from s2ft.attached.holding import without_trainable
+from s2ft.attached.hosts.wrappers import unwrapped
 from s2ft.attached.record import find_attachment
-from s2ft.attached.reference import without_trainable
 from s2ft.config import refuse
 from s2ft.distributed import is_sharded, reshard_all
 from s2ft.model.modes import evaluation_mode

@@ -18,25 +18,20 @@ from s2ft.packages import check_packages
 # ruff: noqa: E402 - the packages are checked before they are imported
 check_packages("s2ft.train.trainer")  # Python's own error would not name the package to install
 
-import json
-import time
-from datetime import timedelta
 
 import torch
-from transformers import Trainer, TrainerCallback, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
 from s2ft.adapter import restore_adapter
 from s2ft.adapter.saving import gather_trained
-from s2ft.attached.hosts.compiled import unwrapped
-from s2ft.attached.hosts.sentence_transformers import check_rest_frozen
+from s2ft.attached.hosts.wrappers import check_rest_frozen, unwrapped
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
-from s2ft.files.replacing import replace_file
 from s2ft.sync.trl_trainers import check_sends_slices
 from s2ft.train import optimizer_state
-from s2ft.train.output import UNFINISHED, damage, move_into_place, newest_valid, ranks_of, read_log
+from s2ft.train.output import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
 
 logger = logging.getLogger(__name__)
 OTHER_RANKS = (
@@ -279,95 +274,3 @@ class S2FTTrainer(AdapterCheckpoints, Trainer):
         TrainOutput(global_step=2, ...)
         >>> s2ft.load_adapter(s2ft.detach(model), "run/checkpoint-2")
     """
-
-
-# ---- callbacks: log.jsonl and the progress, and an early stop ----------------------------------------
-
-
-# Values of DPO, GRPO and the meter that log.jsonl gets too, by the beginning of their names, and those of the progress.
-LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
-          "sampling/sampling_logp_difference/", "forgetting", "other_loss", "base_kl",
-          "meter_seconds")  # fmt: skip
-SHOWN = {"accuracy": "accuracy {:.1%}", "reward": "reward {:.3f}", "rewards/accuracies": "chosen above rejected {:.0%}",
-         "forgetting": "forgetting {:+.4f}", "base_kl": "KL from the base {:.4f}"}  # fmt: skip
-
-
-class JsonlLog(TrainerCallback):
-    """Writes log.jsonl on the first rank, and logs the progress in lines.
-
-    The line of a logged step has step, epoch, loss, learning_rate, grad_norm and tokens_per_second. The line of an
-    evaluation has step, epoch, eval_loss and, if answers are scored, eval_accuracy. Both have the rewards of DPO and
-    GRPO, and a step at which a meter has measured has its values. A resumed run keeps the lines up to its checkpoint,
-    because it writes the later ones again.
-
-    Args:
-        path: The file.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        self.first, self.seen = state.global_step, state.num_input_tokens_seen
-        self.begin = self.clock = time.perf_counter()
-        if state.is_world_process_zero:
-            kept = [line for line in read_log(self.path) if line["step"] <= state.global_step]
-            replace_file(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
-
-    def on_evaluate(self, args, state, control, **kwargs):
-        self.clock = time.perf_counter()  # the evaluation does not count in the tokens per second
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not logs or not state.is_world_process_zero:
-            return
-        if "loss" in logs:
-            self._step(state, logs)
-        elif "eval_loss" in logs:
-            self._write(state, {key: logs[key] for key in ("eval_loss", "eval_accuracy") if key in logs}, logs, "eval_")
-            loss = f"evaluation loss {logs['eval_loss']:.4f}{_shown(logs, 'eval_')}"
-            logger.info(f"step {state.global_step}/{state.max_steps}: {loss}")
-
-    def _step(self, state, logs: dict) -> None:
-        """Log a step, with the tokens per second since the last one."""
-        now, seen = time.perf_counter(), state.num_input_tokens_seen
-        speed = (seen - self.seen) / (now - self.clock - logs.get("meter_seconds", 0.0))
-        self.seen, self.clock = seen, now
-        values = {"loss": logs["loss"], "learning_rate": logs["learning_rate"], "grad_norm": logs.get("grad_norm")}
-        self._write(state, {**values, "tokens_per_second": round(speed, 1)}, logs, "")
-        each = (now - self.begin) / max(1, state.global_step - self.first)
-        logger.info(
-            f"step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}, loss {logs['loss']:.4f}"
-            f"{_shown(logs)}, learning rate {logs['learning_rate']:.2e}, {speed:,.0f} tokens/s, "
-            f"{timedelta(seconds=round(each * (state.max_steps - state.global_step)))} left"
-        )
-
-    def _write(self, state, values: dict, logs: dict, prefix: str) -> None:
-        names = tuple(prefix + name for name in LOGGED)
-        more = {key: value for key, value in logs.items() if key.startswith(names)}
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": state.global_step, "epoch": state.epoch, **values, **more}) + "\n")
-
-
-class EvaluateAfterSaving(TrainerCallback):
-    """Skips the evaluation at the last step. The run evaluates after it has saved the adapter."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = False
-
-
-class StopAfter(TrainerCallback):
-    """Writes a checkpoint at a step and stops the run."""
-
-    def __init__(self, step: int) -> None:
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
-            control.should_save = control.should_training_stop = True
-
-
-def _shown(logs: dict, prefix: str = "") -> str:
-    """The accuracy and the values of DPO, GRPO and the meter, for a line of progress."""
-    found = {text: logs.get(prefix + key) for key, text in SHOWN.items()}
-    return "".join(f", {text.format(value)}" for text, value in found.items() if value is not None)

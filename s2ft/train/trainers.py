@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
-from s2ft.attached.reference import without_trainable
+from s2ft.attached.holding import without_trainable
 from s2ft.distributed import ranks_sharing
 from s2ft.model.modes import evaluation_mode
 from s2ft.sync.trl_trainers import with_slices

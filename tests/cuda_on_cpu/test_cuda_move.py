@@ -5,9 +5,11 @@ import itertools
 import pytest
 import torch
 from ops.cases import scattered
+from support.pairs import in_turn
 
 CASES = [(shape, dim) for shape in ((9,), (5, 7), (24, 40), (3, 5, 7), (4, 8, 16)) for dim in range(len(shape))]
 DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
+each_case_with_a_dtype = pytest.mark.parametrize("case, dtype", in_turn(CASES, DTYPES), ids=str)
 
 
 def strided(values, step):
@@ -18,9 +20,9 @@ def strided(values, step):
     return view
 
 
-@pytest.mark.parametrize("shape,dim", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_exchange_and_back(runner, shape, dim, dtype):
+@each_case_with_a_dtype
+def test_exchange_and_back(runner, case, dtype):
+    shape, dim = case
     original = torch.randint(0, 200, shape).to(dtype)
     for n, steps in itertools.product((0, 1, shape[dim]), ((1, 1), (2, 1), (1, 2))):
         index = torch.randperm(shape[dim])[:n]
@@ -55,10 +57,10 @@ def test_misaligned_values(runner, offset):
     assert torch.equal(values, original[[5, 1]]) and torch.equal(weight[[5, 1]], mine)
 
 
-@pytest.mark.parametrize("shape,dim", CASES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_permute_and_back(runner, shape, dim, dtype):
+@each_case_with_a_dtype
+def test_permute_and_back(runner, case, dtype):
     """All lines at once, or one or three at a time. Lines of one round must not be written in another round."""
+    shape, dim = case
     original = torch.randint(0, 200, shape).to(dtype)
     half = torch.arange(shape[dim])
     half[: shape[dim] // 2] = half[: shape[dim] // 2].flip(0)
@@ -74,11 +76,10 @@ def test_permute_and_back(runner, shape, dim, dtype):
 FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.mark.parametrize("shape,dim", CASES, ids=str)
-@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS)), ids=str)
-def test_scatter_add(runner, shape, dim, dtypes):
+@pytest.mark.parametrize("dtypes, case", in_turn(itertools.product(FLOATS, FLOATS), CASES), ids=str)
+def test_scatter_add(runner, dtypes, case):
     """Several parts share units. They are added in their order, and the sum is rounded once, under every schedule."""
-    n = shape[dim]
+    (shape, dim), n = case, case[0][case[1]]
     for counts, step, seed in itertools.product(((n,), (n // 2, 0, n, n // 2 + 1)), (1, 2), (0, 1)):
         alphas = [(-0.7) ** j for j in range(len(counts))]
         case = scattered(dim, shape, counts, alphas, *dtypes)

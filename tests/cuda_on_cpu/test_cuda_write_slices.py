@@ -1,4 +1,4 @@
-"""The CUDA kernel of write_slices_, which sliced_linear and indexed_linear use too, run on the CPU."""
+"""The CUDA kernel of write_slices_, run on the CPU."""
 
 import pytest
 import torch

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from runs import adapters_of_one_process, attach_to, attached, check_same_files, logits, sharded, train
+from runs import attach_to, check_same_files, logits, sharded, train
 from support.models import model_of
 from support.pairs import in_turn
 from torch.nn.parallel import DistributedDataParallel
@@ -74,12 +74,6 @@ def train_and_save(rank, run, layout, directory, dtype=torch.float32, mesh=None)
     base, now = dict(model_of(run.case, dtype).named_parameters()), dict(model.named_parameters())
     whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in now.items()}
     return whole.keys() == base.keys() and all(torch.equal(whole[name], value) for name, value in base.items())
-
-
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """Adapters that one process trained with twice the accumulation, by case, layout and changes of the config."""
-    return adapters_of_one_process(tmp_path_factory, attached)
 
 
 ROWS = (  # each layout in turn; the other one is slow

@@ -25,7 +25,7 @@ def little_memory():
 def test_memory_that_runs_out_inside_the_product(way, little_memory):
     """The output is far larger than the input, so its allocation fails while the weight holds base + delta."""
     layer = Layer("cuda", shape=(16384, 64), units=8, tokens=16)
-    op = sliced_linear if way == "op" else lambda *args: _linear.reference(*args, None, None)
+    op = sliced_linear if way == "op" else lambda x, *args: _linear.reference(x, *args[:2], None, *args[2:], None, None)
     op(*layer.arguments())  # loads kernels and makes handles
     many = layer.x[:1].repeat(2 * LIMIT // (2 * layer.weight.shape[0]), 1)
     with pytest.raises(torch.OutOfMemoryError):

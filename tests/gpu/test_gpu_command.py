@@ -5,13 +5,13 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from kernel_driver import SCHEDULES, KernelRun, build_for_cpu, runs_on_cpu
+from kernel_driver import SCHEDULES, build_for_cpu, runs_on_cpu
 from limited import LEAST, Done, run_limited
 from report import FAILED, NOT_RUN, PASSED, GpuReport, GpuStage, acceptance
 
@@ -108,36 +108,6 @@ def test_the_report_is_written_after_each_stage(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
-def command(*options):
-    done = subprocess.run([sys.executable, str(RUN), *options], capture_output=True, text=True)
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="has a GPU")
-def test_without_a_gpu_the_command_says_what_to_do():
-    status, text = command()
-    assert status == 2 and "finds no GPU" in text and "--cpu" in text
-
-
-def test_the_command_ends_within_its_limit_and_names_what_did_not_run(tmp_path):
-    """Five seconds are kept for the report, so that no stage gets any of these six."""
-    begin = time.monotonic()
-    status, text = command("--cpu", "--seconds", "6", "--out", str(tmp_path), "--only", "kernels", "switch", "ncu")
-    assert status == 0, text
-    report = (tmp_path / "report.md").read_text()
-    for name in ("kernels", "switch"):
-        assert re.search(f"- {name}: NOT RUN, . s: no time was left", report)
-    assert "- ncu: NOT RUN, 0 s: " in report and "0 acceptance lines hold" in report
-    assert time.monotonic() - begin < 60  # of which the imports take most
-
-
-# ---- the kernel driver ---------------------------------------------------------------------------------
-
-
-def states(text, *statuses):
-    return [KernelRun(text, None if status is None else Done(status, ""), "no tool") for status in statuses]
-
-
 @pytest.fixture(scope="module")
 def gpu_run():
     """The module bench/gpu/run.py. Other folders of tests have a run.py too."""
@@ -146,6 +116,41 @@ def gpu_run():
     sys.modules["gpu_run"] = module  # for its dataclasses
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def command(gpu_run, monkeypatch, capsys):
+    """Runs the command. Returns its exit status and what it printed."""
+
+    def run(*options):
+        monkeypatch.setattr(sys, "argv", [str(RUN), *options])
+        monkeypatch.setattr(gpu_run.signal, "signal", Mock())
+        with pytest.raises(SystemExit) as leave:
+            gpu_run.main()
+        return leave.value.code, "".join(capsys.readouterr())
+
+    return run
+
+
+@pytest.mark.skipif(os.path.exists("/dev/nvidia0"), reason="has a GPU")
+def test_without_a_gpu_the_command_says_what_to_do(command):
+    status, text = command()
+    assert status == 2 and "finds no GPU" in text and "--cpu" in text
+
+
+def test_the_command_ends_within_its_limit_and_names_what_did_not_run(command, tmp_path):
+    """Five seconds are kept for the report, so that no stage gets any of these six."""
+    begin = time.monotonic()
+    status, text = command("--cpu", "--seconds", "6", "--out", str(tmp_path), "--only", "kernels", "switch", "ncu")
+    assert status == 0, text
+    report = (tmp_path / "report.md").read_text()
+    for name in ("kernels", "switch"):
+        assert re.search(f"- {name}: NOT RUN, . s: no time was left", report)
+    assert "- ncu: NOT RUN, 0 s: " in report and "0 acceptance lines hold" in report
+    assert time.monotonic() - begin < 60
+
+
+# ---- the kernel driver ---------------------------------------------------------------------------------
 
 
 def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):

@@ -13,7 +13,7 @@ LONG = 50_000  # clock cycles for which a stream is kept busy, so that the other
 
 
 def reference(x, weight, delta, start, dim):
-    return _linear.reference(x, weight, delta, start, dim, None, None)
+    return _linear.reference(x, weight, delta, None, start, dim, None, None)
 
 
 @pytest.mark.cuda

@@ -12,8 +12,6 @@ from torch import Tensor
 from s2ft import ops
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-CONVOLUTIONS = (F.conv1d, F.conv2d, F.conv3d)
-GEOMETRIES = {"plain": {}, "strided": dict(stride=(2,), padding=(1,)), "dilated": dict(padding=(2,), dilation=(2,))}
 REGISTERED = torch.ops.s2ft
 
 
@@ -101,11 +99,11 @@ def linear(
     def definition(x, weight, delta, index, bias=None):
         return F.linear(x, effective(weight, delta, index, dim), bias)
 
-    more = (weight, delta, given(index), dim)
-    kept = trained(*leading, count, dtype=dtype) if dim == 1 else None
+    units = (None, start) if op is ops.sliced_linear else (index, 0)
+    kept, grad = trained(*leading, count, dtype=dtype), trained(*leading, outputs, dtype=dtype)
     registered = (
-        (op.__name__, (x, *more, tensors[4] if bias else None, kept)),
-        (f"{op.__name__}_grad_x", (trained(*leading, outputs, dtype=dtype), *more)),
+        ("sliced_linear", (x, weight, delta, *units, dim, tensors[4] if bias else None, kept if dim == 1 else None)),
+        ("sliced_linear", (grad, weight.t(), delta.t(), *units, 1 - dim, None, kept if dim == 0 else None)),
     )
     return Case(run, definition, tensors, registered)
 

@@ -7,7 +7,6 @@ from ops.cases import LINEAR, REGISTERED, upstream_of
 from support.inside import _linear
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import s2ft
 from s2ft.ops import act_mul, sliced_linear
 
 cases = pytest.mark.parametrize("name", LINEAR)
@@ -24,11 +23,10 @@ def test_modes_and_transforms_see_the_registered_op(name):
 
     with Seen():
         case.run(*case.tensors).sum().backward()
-    op = name.split()[0]
-    assert {f"s2ft.{op}.default", f"s2ft.{op}_grad_x.default"} <= set(seen)
+    assert seen.count("s2ft.sliced_linear.default") == 2  # the product and the gradient of x
     x, *rest = (tensor.detach() for tensor in case.tensors)  # a trace holds no constants that require a gradient
     traced = torch.jit.trace(lambda x: case.run(x, *rest), x, check_trace=False)
-    assert op in str(traced.graph)
+    assert "sliced_linear" in str(traced.graph)
 
 
 @cases
@@ -113,10 +111,3 @@ def test_float32_delta_on_bfloat16_weight_is_not_lost():
     tiny = torch.full((1, 4), 1e-4)
     assert torch.equal(sliced_linear(x, weight, tiny, 0, 0), F.linear(x, weight))
     assert not torch.equal(sliced_linear(x, weight, 100 * tiny, 0, 0), F.linear(x, weight))
-
-
-@cases
-def test_only_the_kernel_checks_the_arguments_of_a_correct_call(name, monkeypatch):
-    monkeypatch.setattr(_linear, "check", lambda *args: pytest.fail("checked twice"))
-    if s2ft.build_info()["ops"][name.split()[0]]:
-        LINEAR[name]().results()

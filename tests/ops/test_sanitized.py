@@ -32,7 +32,7 @@ size, offset = map(int, sys.argv[1:])
 memory = torch.zeros(size, dtype=torch.uint8)
 claimed = (ctypes.c_char * 97).from_address(memory.data_ptr())
 delta = torch.frombuffer(claimed, dtype=torch.float32, count=24, offset=offset).view(4, 6)
-torch.ops.s2ft.sliced_linear(torch.ones(2, 6), torch.ones(8, 6), delta, 2, 0, None, None)
+torch.ops.s2ft.write_slices_([torch.ones(8, 6)], [torch.ones(4, 6)], [delta], [None], [2], [0])
 """
 
 

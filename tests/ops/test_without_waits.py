@@ -29,7 +29,8 @@ def test_every_op_has_a_case():
     defined = {name for name, reference in REFERENCES.items() if reference.__module__.startswith("s2ft.ops.")}
     of_gradients = {name for name in defined if "_grad_" in name or name.endswith("_backward")}
     parts = {"grouped_mm", "grouped_outer"}  # see below
-    assert {name.split()[0] for name in SMALL} == defined - of_gradients - parts
+    more = {"indexed_linear"}  # a function of the op sliced_linear
+    assert {name.split()[0] for name in SMALL} == defined - of_gradients - parts | more
 
 
 CASES = [(name, dtype) for name in SMALL for dtype in DTYPES[:3]]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.models import ALL_RATIOS, T5, model_of, output_of, ratios_for
+from support.pairs import in_turn
 from support.states import same
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
@@ -15,7 +16,6 @@ import s2ft
 from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer, from_native, to_native
 
 DENSE = ("llama-grouped", "llama-biased", "phi3-grouped", "gpt2", "gpt-neox", "qwen2-grouped-tied", "bert", "t5", "opt")
-cases = pytest.mark.parametrize("case", DENSE)
 RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
 
 
@@ -46,13 +46,15 @@ def layers_of(model):
 # ---- choosing ------------------------------------------------------------------------------------------
 
 
-@cases
-def test_units_are_those_that_attach_trains(case):
+CHOICES = ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000})
+
+
+@pytest.mark.parametrize("case, options", in_turn(DENSE, CHOICES))
+def test_units_are_those_that_attach_trains(case, options):
     ratios = ratios_for(case, ALL_RATIOS)
-    for options in ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000}):
-        model = peft_of(case, **{"seed": 0, **ratios, **options})
-        chosen = s2ft.select(model_of(case), s2ft.S2FTConfig(**ratios, **options))
-        assert model.peft_config["default"].units == chosen.to_dict()
+    model = peft_of(case, **{"seed": 0, **ratios, **options})
+    chosen = s2ft.select(model_of(case), s2ft.S2FTConfig(**ratios, **options))
+    assert model.peft_config["default"].units == chosen.to_dict()
 
 
 def test_a_reused_config_keeps_its_original_options():

@@ -23,7 +23,7 @@ from state.tracing import EVENTS, RaiseAt, moments
 SMALL = dict(
     hidden_size=8, intermediate_size=12, num_attention_heads=2, num_key_value_heads=2, head_dim=4, vocab_size=11
 )
-FEWEST = 4  # smallest number of moments of each operation, for any stride
+FEWEST = 2  # smallest number of moments of each operation, for any stride
 
 
 @dataclass

@@ -11,7 +11,7 @@ from state import machine
 COUNT = os.environ.get("S2FT_TEST_SEQUENCES")  # number of sequences, instead of the numbers below
 
 
-@pytest.mark.parametrize("count", [20, pytest.param(2000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
 def test_random_sequences(count):
     machine.prepare()
     failures = machine.run_all(int(COUNT or count))

@@ -1,14 +1,13 @@
-"""Accumulating and clipping gradients, and optimizers of all kinds."""
+"""Optimizers of all kinds."""
 
 import copy
 import warnings
 
 import pytest
 import torch
-from support.models import inputs_of, loss_of, model_of, token_batch
+from support.models import loss_of, model_of, token_batch
 from support.pairs import in_turn, pairs_mostly_slow
 from support.slices import attached, everything, frozen, slices
-from support.tolerances import LOGITS, relative_difference
 
 import s2ft
 
@@ -29,26 +28,6 @@ def steps(model, optimizer, count=8, batch=None):
         optimizer.step()
         losses.append(value.item())
     return losses
-
-
-# ---- gradients -----------------------------------------------------------------------------------------------
-
-
-@layouts
-@pytest.mark.parametrize("case", ("llama-grouped", "gpt2", "qwen3-moe"))
-def test_accumulating_equals_one_large_batch(case, layout):
-    """The averaged losses of four batches of one sequence give the gradients and the step of one batch of four."""
-    model, other = attached(case, layout=layout), attached(case, layout=layout)
-    batch = token_batch(model, batch=4)
-    for part in batch.split(1):
-        (loss(model, part) / 4).backward()
-    loss(other, batch).backward()
-    for name, p in slices(other).items():
-        assert (slices(model)[name].grad - p.grad).norm() <= 1e-5 * p.grad.norm() + 1e-9, name
-    for one in (model, other):
-        torch.optim.SGD(slices(one).values(), lr=0.1).step()
-    with torch.no_grad():
-        assert relative_difference(loss(model, batch), loss(other, batch)) <= LOGITS
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------
@@ -102,21 +81,6 @@ def test_an_optimizer_resumes_from_its_state(which):
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
     steps(second, other, 2)
     assert all(torch.equal(p, slices(second)[name]) for name, p in slices(through).items())
-
-
-def test_averages_of_weights_include_the_slices():
-    """An exponential average is a copy of the model with averaged slices."""
-    model = attached("llama-grouped")
-    average = torch.optim.swa_utils.AveragedModel(model, multi_avg_fn=torch.optim.swa_utils.get_ema_multi_avg_fn(0.5))
-    optimizer, kept = torch.optim.SGD(slices(model).values(), lr=0.5), []
-    for _ in range(2):
-        steps(model, optimizer, 1)
-        average.update_parameters(model)
-        kept.append({name: p.detach().clone() for name, p in slices(model).items()})
-    for name, p in slices(average.module).items():  # the first update copies the weights
-        torch.testing.assert_close(p, 0.5 * kept[0][name] + 0.5 * kept[1][name])
-    with torch.no_grad():
-        assert not torch.equal(average(**inputs_of(model)).logits, model(**inputs_of(model)).logits)
 
 
 # ---- bitsandbytes --------------------------------------------------------------------------------------------

@@ -145,7 +145,7 @@ def test_a_run_with_a_limit_is_resumed_exactly(whole, tmp_path):
     meter = {"every": 2, "stop_at_kl": limit_behind(values, 5)}
     expected = run(tmp_path / "whole", meter=meter, save_steps=3)
     assert (expected[2].stopped_at, expected[2].kept_step) == (6, 4)
-    for step in (1, 3, 5):
+    for step in (3, 5):
         path = tmp_path / str(step)
         assert not run(path, meter=meter, save_steps=3, options={"stop_after": step})[2].finished
         resumed = run(path, meter=meter, save_steps=3, resume=True)

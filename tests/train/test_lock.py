@@ -2,48 +2,45 @@
 
 import errno
 import fcntl
-import subprocess
-import sys
+from multiprocessing import get_context
 from unittest.mock import Mock
 
 import pytest
 from support.inside import LockLOCK as LOCK, RunFolder, only_run_in
 
-HOLD = """
-import sys
-from pathlib import Path
-from s2ft.train.output import RunFolder
-folder = RunFolder(sys.argv[1])
-with folder.reserved(overwrite=True):
-    folder.begin({"seed": 1})
-    print("held", flush=True)
-    sys.stdin.read()
-"""
+
+def hold(path, held, end):
+    folder = RunFolder(path)
+    with folder.reserved(overwrite=True):
+        folder.begin({"seed": 1})
+        held.set()
+        end.wait()
 
 
 @pytest.fixture
 def holder(tmp_path):
-    """Another process that locks tmp_path/out until its input ends."""
-    process = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path / "out")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout.readline() == "held\n"
-    yield process
+    """Another process that locks tmp_path/out, and an event at which it ends. A fork imports nothing again."""
+    context = get_context("fork")
+    held, end = context.Event(), context.Event()
+    process = context.Process(target=hold, args=(tmp_path / "out", held, end))
+    process.start()
+    assert held.wait(60)
+    yield process, end
     process.kill()
-    process.communicate()
+    process.join()
 
 
 @pytest.mark.parametrize("end", ["kill", "normal"])
 def test_a_second_process_is_refused_and_changes_nothing_until_the_first_has_ended(holder, tmp_path, end):
+    process, finish = holder
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for how in ({}, {"resume": True}, {"overwrite": True}):
         with pytest.raises(FileExistsError, match="output folder .*out is in use"):
             with RunFolder(tmp_path / "out").reserved(**how):
                 raise AssertionError
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
-    if end == "kill":
-        holder.kill()
-    holder.communicate("")
+    process.kill() if end == "kill" else finish.set()
+    process.join()
     assert (tmp_path / "out" / LOCK).exists() == (end == "kill")
     folder = RunFolder(tmp_path / "out")
     with folder.reserved(resume=True):

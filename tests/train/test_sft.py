@@ -280,36 +280,36 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
 
 
 def rates(path, schedule, steps, **changes):
-    changes = {"gradient_accumulation_steps": 1, "save_steps": 0, **changes}
-    _, folder, _ = run(path, lr_scheduler_type=schedule, max_steps=steps, **changes)
-    return [line["learning_rate"] for line in read_log(folder.log)]
+    """The learning rates of the trainer of a run, without the training."""
+    model = tiny_model()
+    s2ft.attach(model, CONFIG)
+    arguments = arguments_for(path, lr_scheduler_type=schedule, max_steps=steps, **changes)
+    trainer = trainer_for(model, tiny_tokenizer(), token_rows(), arguments, RunFolder(path))
+    trainer.create_optimizer_and_scheduler(steps)
+    found = []
+    for _ in range(steps):
+        found.append(trainer.optimizer.param_groups[0]["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    return found
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_learning_rate_of_a_schedule_is_positive(tmp_path, schedule):
-    """The schedules of the trainer of a run, without the training."""
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
     for steps in (1, 11):
-        arguments = arguments_for(tmp_path, lr_scheduler_type=schedule, max_steps=steps)
-        trainer = trainer_for(model, tiny_tokenizer(), token_rows(), arguments, RunFolder(tmp_path))
-        trainer.create_optimizer_and_scheduler(steps)
-        found = []
-        for _ in range(steps):
-            found.append(trainer.optimizer.param_groups[0]["lr"])
-            trainer.optimizer.step()
-            trainer.lr_scheduler.step()
+        found = rates(tmp_path, schedule, steps)
         assert all(0 < rate <= ARGUMENTS["learning_rate"] for rate in found)
         assert max(found) == ARGUMENTS["learning_rate"] or schedule == "inverse_sqrt"
 
 
-def test_warm_up_rises_in_equal_parts_to_the_learning_rate(tmp_path):
+def test_warm_up_rises_in_equal_parts_to_the_learning_rate(whole, tmp_path):
     found = rates(tmp_path / "out", "linear", 20)  # 2 steps of warm-up
     assert found[:4] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2, 1e-2 * 17 / 18])
     assert found[-1] == pytest.approx(1e-2 / 18)
     assert rates(tmp_path / "given", "linear", 8, warmup_steps=4)[:5] == pytest.approx(
         [2e-3, 4e-3, 6e-3, 8e-3, 1e-2]
     )  # a given warm-up is not shortened
+    assert [rate for _, _, rate, _ in losses(whole[1])] == rates(tmp_path / "whole", "linear", 8)
 
 
 def test_a_run_of_one_update_trains(tmp_path):

@@ -27,13 +27,14 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
 def close_blocks(model: nn.Module) -> None:
     """Remove the hooks of :func:`open_blocks`. They are searched for, because an interrupt could lose handles."""
     for module in model.modules():
-        remove_hooks(module._forward_pre_hooks, lambda hook: hook is _need_gradient)
-        remove_hooks(module._forward_hooks, lambda hook: isinstance(hook, _Embeddings))
+        remove_hooks(module._forward_pre_hooks, _need_gradient)
+        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Embeddings)]:
+            module._forward_hooks.pop(key, None)
 
 
-def remove_hooks(hooks: dict[int, Callable], ours: Callable[[Callable], bool]) -> None:
-    """Remove the hooks for which `ours` returns True from a module's dict of hooks."""
-    for key in [key for key, hook in hooks.items() if ours(hook)]:
+def remove_hooks(hooks: dict[int, Callable], *ours: Callable) -> None:
+    """Remove functions from a module's dict of hooks. PyTorch wraps those that run before a state dict is loaded."""
+    for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is one for one in ours)]:
         hooks.pop(key, None)
 
 

@@ -18,27 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached.hosts.checkpointing import remove_hooks
-from s2ft.attached.record import Attachment, Mount, find_attachment
+from s2ft.attached.extra_weights import keep_unfrozen
+from s2ft.attached.record import Attachment, Mount, attachment_of
 from s2ft.distributed import is_dtensor, is_sharded
 from s2ft.distributed.fsdp import managed_by_fsdp
 from s2ft.layers import kind_of
 from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import swap_
-
-
-def add_state_hooks(model: nn.Module) -> None:
-    """Register hooks that put state dicts in the base's order and check state dicts that are loaded."""
-    remove_state_hooks(model)
-    model.register_state_dict_post_hook(_put_in_order)
-    model.register_load_state_dict_pre_hook(_check_is_base)
-
-
-def remove_state_hooks(model: nn.Module) -> None:
-    """Remove these hooks, if they are registered."""
-    remove_hooks(model._state_dict_hooks, lambda hook: hook is _put_in_order)
-    remove_hooks(model._load_state_dict_pre_hooks, lambda wrapped: wrapped.hook is _check_is_base)
 
 
 class _BaseOrder:
@@ -88,12 +75,10 @@ def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, tensor
 
 
-def _put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Post-hook of state_dict: replace weights that differ from the base by copies in the base's order."""
-    record = find_attachment(model)
-    if record is None or not (record.moves or record.mounts):
-        return
-    if record.awaits_weights:
+    record = attachment_of(model)
+    if record.awaits_weights or not (record.moves or record.mounts):
         return  # no unit has moved and no trainable layer runs
     order, copies, is_fsdp = _BaseOrder(model, record), {}, bool(managed_by_fsdp(model))
     for key, tensor in _tensors(model, prefix):
@@ -120,17 +105,20 @@ def _of_parameters(record: Attachment, prefix: str) -> Iterator[tuple[str, Mount
             yield prefix + path, mounted
 
 
-def _check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
     """Pre-hook of load_state_dict: check that the weights of couplings are the base's, and keep them unchanged.
+
+    The base of weights that were unfrozen by hand is recorded first.
 
     Raises:
         ValueError: They are not. Nothing has changed.
     """
-    record = find_attachment(model)
-    for key, _ in () if record is None else _of_parameters(record, prefix):
+    record = attachment_of(model)
+    keep_unfrozen(model, record)
+    for key, _ in _of_parameters(record, prefix):
         if key in state:
             state[f"{key}.weight"] = state.pop(key)
-    if record is None or record.awaits_weights:
+    if record.awaits_weights:
         return  # weights that arrive are checked when they are complete, see s2ft.attached.arrival
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
     for key, tensor in _tensors(model, prefix):

@@ -1,6 +1,6 @@
-"""Models of sentence-transformers: S²FT trains, saves and loads the model of transformers inside.
+"""Models in a wrapper of torch.compile or sentence-transformers: s2ft changes, saves and loads the model inside.
 
-So an adapter has the paths of that model, and a plain transformers model can load it too.
+So an adapter has the paths of the model of transformers, and a plain one can load it too.
 """
 
 from collections.abc import Callable, Iterator
@@ -11,6 +11,39 @@ from torch import nn
 
 PACKAGE = "sentence_transformers"
 Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that torch.compile or sentence-transformers has wrapped. Any other model is returned unchanged.
+
+    Raises:
+        ValueError: A model of sentence-transformers has no model of transformers inside, or more than one.
+    """
+    model = uncompiled(model)
+    return uncompiled(transformer_in(model)) if is_sentence_model(model) else model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that torch.compile has wrapped. Any other model is returned unchanged."""
+    while "_orig_mod" in getattr(model, "_modules", ()):
+        model = model._modules["_orig_mod"]
+    return model
+
+
+def of_compiled(function: Function) -> Function:
+    """Decorator: pass the model inside a wrapper of torch.compile or sentence-transformers to the function.
+
+    The compiled model notices replaced layers and is compiled again at its next call.
+    """
+
+    @wraps(function)
+    def call(model: nn.Module, *args, **options):
+        return function(unwrapped(model), *args, **options)
+
+    return cast(Function, call)
+
+
+# ---- sentence-transformers -------------------------------------------------------------------------------
 
 
 def is_sentence_model(model: nn.Module) -> bool:
