@@ -23,7 +23,7 @@ RANKS = [
         "model.delta",
         "ops._cuda",
     ],
-    ["model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
+    ["codecs", "model.discovery.tiny_config", "attached.hosts.sentence_transformers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.compiled", "attached.hosts.checkpointing"],
     ["files.streaming", "model.conversion", "model.gathering", "model.modes", "model.outputs", "model.towers"],
     ["files.formats", "ops._memory", "model.checkpoint"],
