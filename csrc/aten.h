@@ -31,10 +31,8 @@ inline Tensor not_a_view(const Tensor& t) { return call("aten::_unsafe_view", ""
 
 inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
 
-// Products of groups of rows of x with the matrices of w, in one kernel. Group g ends before row offsets[g].
-inline Tensor grouped_mm(const Tensor& x, const Tensor& w, const Tensor& offsets) {
-  return call("aten::_grouped_mm", "", x, w, std::optional<Tensor>(offsets), std::optional<Tensor>(),
-              std::optional<ScalarType>());
+inline Tensor index_select(const Tensor& t, int64_t dim, const Tensor& index) {
+  return call("aten::index_select", "", t, dim, index);
 }
 
 inline Tensor mul(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
@@ -50,15 +48,7 @@ inline Tensor gelu_backward(const Tensor& grad, const Tensor& x, const std::stri
   return call("aten::gelu_backward", "", grad, x, approximate);
 }
 
-// A tensor that shares the memory but is not a leaf. Autocast caches casts of leaf weights, and must not cache the cast
-// of a weight that holds base + delta. This function and the next call PyTorch directly: the dispatcher takes 2 µs more.
-inline Tensor detach(const Tensor& t) {
-  AtenTensorHandle made = nullptr;
-  const auto sizes = t.sizes(), strides = t.strides();
-  TORCH_ERROR_CODE_CHECK(aoti_torch__reinterpret_tensor(t.get(), t.dim(), sizes.data(), strides.data(), 0, &made));
-  return Tensor(made);
-}
-
+// This function calls PyTorch directly: the dispatcher takes 2 µs more.
 // A dense tensor without values, in the shape and on the device of t.
 inline Tensor empty_like(const Tensor& t, ScalarType dtype) {
   AtenTensorHandle made = nullptr;

@@ -1,15 +1,12 @@
 // The body of sliced_linear, indexed_linear and their input gradients, shared by all devices.
 //
-// The product is one dense product with a copy of the weight, in which the units hold base + delta.
-//
-// A Device has a constructor that takes a tensor on it, and these members:
-//   sum(units, data): dense = base + delta
-//   put(units, data): weight = dense
+// The product is one dense product with a copy of the weight, in which the units hold base + delta. write_slices.h says
+// what a Device has.
 #pragma once
 
 #include "aten.h"
 #include "checks.h"
-#include "core/units.h"
+#include "write_slices.h"
 
 namespace s2ft {
 
@@ -42,78 +39,54 @@ inline void check_bias(const LinearArgs& a, const std::optional<Tensor>& bias) {
   check_same_device(*bias, a.weight, a.op, "bias");
 }
 
-inline void set_strides(Units* units, const Tensor& weight) {
-  units->outer_stride = weight.stride(0);
-  units->inner_stride = weight.stride(1);
-}
-
-// The units of `weight` that a delta changes. The caller sets start or index.
-inline Units units_of(const Tensor& weight, const Tensor& delta, int64_t dim) {
-  Units units{};
-  units.rows = dim == 0;
-  units.limit = weight.size(dim);
-  units.outer = delta.size(0);
-  units.inner = delta.size(1);
-  set_strides(&units, weight);
-  return units;
-}
-
 inline Units slice_units(const LinearArgs& a, int64_t start) {
-  const int64_t length = a.delta.size(a.dim), size = a.weight.size(a.dim);
-  require(start >= 0 && length <= size && start <= size - length, a.op, "slice ", start, ":", start + length,
-          " outside weight.shape[", a.dim, "]=", size);
   Units units = units_of(a.weight, a.delta, a.dim);
-  units.start = start;
+  set_start(&units, start, a.delta.size(a.dim), a.op);
   return units;
 }
 
 // Makes `*index` dense. The result points into it, so it must outlive the result.
 inline Units index_units(const LinearArgs& a, Tensor* index) {
-  check_index_tensor(*index, a.delta.size(a.dim), a.weight, a.op, "index");
-  *index = aten::dense(*index);
   Units units = units_of(a.weight, a.delta, a.dim);
-  units.index = index->const_data_ptr<int64_t>();
-  if (index->is_cpu()) check_index_range(units.index, index->size(0), units.limit, a.op, "index");
+  set_index(&units, index, a.delta.size(a.dim), a.weight, a.op);
   return units;
 }
 
-// A copy of the weight with delta added to its units, rounded to the weight's dtype, in `dtype`.
+// A copy of the weight with delta added to its units, rounded to the weight's dtype, and then cast to `dtype`.
 template <class Device>
-Tensor effective_weight(const LinearArgs& a, Units units, ScalarType dtype) {
-  const Device device(a.weight);
-  const Tensor delta = aten::dense(a.delta), sums = aten::empty_like(a.delta, a.weight.scalar_type());
-  UnitsData source{};
-  source.weight_type = dtype_of(a.weight, a.op, "weight");
-  source.delta_type = dtype_of(a.delta, a.op, "delta");
-  source.weight = const_cast<void*>(a.weight.const_data_ptr());  // sum() does not write to it
-  source.delta = delta.const_data_ptr();
-  source.dense = sums.mutable_data_ptr();
-  device.sum(units, source);
-  const Tensor copy = aten::dense_copy(a.weight, dtype), cast = aten::in_dtype(sums, dtype);
-  UnitsData target{};
-  target.weight_type = dtype_of(copy, a.op, "dtype");
-  target.weight = copy.mutable_data_ptr();
-  target.dense = cast.mutable_data_ptr();
-  set_strides(&units, copy);
-  device.put(units, target);
-  return copy;
+Tensor effective_weight(const LinearArgs& a, Units units, const Tensor* index, ScalarType dtype) {
+  const Tensor base = aten::dense(
+      index ? aten::index_select(a.weight, a.dim, *index)
+            : torch::stable::narrow(const_cast<Tensor&>(a.weight), a.dim, units.start, a.delta.size(a.dim)));
+  const Tensor copy = aten::dense_copy(a.weight, a.weight.scalar_type()), delta = aten::dense(a.delta);
+  units.outer_stride = copy.stride(0);
+  units.inner_stride = copy.stride(1);
+  const Slice slice{units,
+                    dtype_of(copy, a.op, "weight"),
+                    dtype_of(delta, a.op, "delta"),
+                    copy.mutable_data_ptr(),
+                    base.const_data_ptr(),
+                    delta.const_data_ptr()};
+  if (units.total()) Device(copy).write(&slice, 1);
+  return aten::in_dtype(copy, dtype);
 }
 
 // x and grad are made contiguous before the product. For a view with gaps PyTorch computes a batched product, and
 // copies a frozen weight once for every row of the batch.
 template <class Device>
-Tensor multiply(const LinearArgs& a, const Units& units, const Tensor& x, const std::optional<Tensor>& bias) {
+Tensor multiply(const LinearArgs& a, const Units& units, const Tensor* index, const Tensor& x,
+                const std::optional<Tensor>& bias) {
   std::optional<Tensor> cast_bias;
   if (bias) cast_bias = aten::in_dtype(*bias, x.scalar_type());
-  Tensor y = aten::linear(aten::dense(x), effective_weight<Device>(a, units, x.scalar_type()), cast_bias);
+  Tensor y = aten::linear(aten::dense(x), effective_weight<Device>(a, units, index, x.scalar_type()), cast_bias);
   // Unless x is a matrix, linear() may return a view of its product. A model may change the output in place (OLMo's
   // clip_qkv), and autograd refuses that for a view that an op of ours returns.
   return x.dim() == 2 ? y : aten::not_a_view(y);
 }
 
 template <class Device>
-Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor& grad) {
-  return aten::matmul(aten::dense(grad), effective_weight<Device>(a, units, grad.scalar_type()));
+Tensor multiply_grad(const LinearArgs& a, const Units& units, const Tensor* index, const Tensor& grad) {
+  return aten::matmul(aten::dense(grad), effective_weight<Device>(a, units, index, grad.scalar_type()));
 }
 
 // Only the backward uses the last argument of the two forwards.
@@ -123,14 +96,14 @@ Tensor sliced_linear(const Tensor& x, const Tensor& weight, const Tensor& delta,
   const LinearArgs a{"sliced_linear", weight, delta, dim};
   check_linear(a, x, "x", weight.dim() == 2 ? weight.size(1) : -1);
   check_bias(a, bias);
-  return multiply<Device>(a, slice_units(a, start), x, bias);
+  return multiply<Device>(a, slice_units(a, start), nullptr, x, bias);
 }
 
 template <class Device>
 Tensor sliced_linear_grad_x(const Tensor& grad, const Tensor& weight, const Tensor& delta, int64_t start, int64_t dim) {
   const LinearArgs a{"sliced_linear_grad_x", weight, delta, dim};
   check_linear(a, grad, "grad", weight.dim() == 2 ? weight.size(0) : -1);
-  return multiply_grad<Device>(a, slice_units(a, start), grad);
+  return multiply_grad<Device>(a, slice_units(a, start), nullptr, grad);
 }
 
 template <class Device>
@@ -141,7 +114,7 @@ Tensor indexed_linear(const Tensor& x, const Tensor& weight, const Tensor& delta
   check_bias(a, bias);
   Tensor dense_index = index;
   const Units units = index_units(a, &dense_index);
-  return multiply<Device>(a, units, x, bias);
+  return multiply<Device>(a, units, &dense_index, x, bias);
 }
 
 template <class Device>
@@ -151,7 +124,7 @@ Tensor indexed_linear_grad_x(const Tensor& grad, const Tensor& weight, const Ten
   check_linear(a, grad, "grad", weight.dim() == 2 ? weight.size(0) : -1);
   Tensor dense_index = index;
   const Units units = index_units(a, &dense_index);
-  return multiply_grad<Device>(a, units, grad);
+  return multiply_grad<Device>(a, units, &dense_index, grad);
 }
 
 }  // namespace s2ft

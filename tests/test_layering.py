@@ -31,7 +31,7 @@ RANKS = [
     ["ops._linear", "ops._grouped", "attached.hosts.quantizers"],
     ["ops"],
     ["layers.split"],
-    ["layers.kind", "layers.product"],
+    ["layers.kind", "layers.product", "layers.writing"],
     ["layers.base"],
     ["layers"],
     ["model.weights"],

@@ -67,7 +67,7 @@ std::string number(int64_t n) { return std::to_string(n); }
 // --- base + delta in rows or columns -----------------------------------------------------------------
 
 // Some rows or columns of a weight of outputs × inputs.
-struct Slice {
+struct Case {
   int64_t outputs, inputs, units, start;
   bool rows, scattered;
 
@@ -113,32 +113,22 @@ struct Slice {
 };
 
 template <class W, class D>
-void slices(const Slice& slice) {
+void slices(const Case& slice) {
   const std::string what = text(name_of<W>(), name_of<D>(), slice.name());
   const auto before = host::normal<W>(slice.outputs * slice.inputs);
   const auto change = host::normal<D>(slice.elements());
   const auto index = slice.places();
-  // Where units are outside the weight, their places in the dense buffer stay as they are. They hold numbers then,
-  // because initcheck also sees a copy to the host of what nobody has written.
-  const std::vector<W> dense(slice.scattered ? slice.elements() : 0);
-  Buffer<W> weight(before), sums = slice.scattered ? Buffer<W>(dense) : Buffer<W>(size_t(slice.elements()));
+  const auto kept = host::normal<W>(slice.elements());
+  Buffer<W> weight(before), base(kept);
   Buffer<D> delta(change);
   Buffer<int64_t> places(index);
-  const Units units = slice.arguments(places.at());
-  const DType wide = Format<W>::dtype, narrow = Format<D>::dtype;
-  const UnitsData data{wide, narrow, weight.at(), delta.at(), sums.at()};
-  launched(cuda::sum_units(units, data, nullptr), "sum_units " + what);
-  check(same_bits(weight.host(), before), "sum_units changed the weight: " + what);
+  const Slice task{
+      slice.arguments(places.at()), Format<W>::dtype, Format<D>::dtype, weight.at(), base.at(), delta.at()};
   auto expected = before;
-  bool right = true;
-  const auto summed = sums.host();
-  slice.each(index, [&](int64_t at, int64_t flat) {
-    expected[at] = host::stored<W>(host::sum(before[at], change[flat]));
-    right &= std::memcmp(&summed[flat], &expected[at], sizeof(W)) == 0;
-  });
-  check(right, "sum_units: " + what);
-  launched(cuda::put_units(units, data, nullptr), "put_units " + what);
-  check(same_bits(weight.host(), expected), "put_units: " + what);
+  slice.each(index,
+             [&](int64_t at, int64_t flat) { expected[at] = host::stored<W>(host::sum(kept[flat], change[flat])); });
+  launched(cuda::write_slices(&task, 1, nullptr), "write_slices " + what);
+  check(same_bits(weight.host(), expected), "write_slices: " + what);
 }
 
 template <class W, class D>

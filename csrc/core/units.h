@@ -45,12 +45,14 @@ struct Units {
   }
 };
 
-// The buffers of one kernel over a set of units. `dense` has the set's shape and the weight's type.
-struct UnitsData {
+// Units of one weight, and what is written there: weight = base + delta. `base` and `delta` are dense, with the set's
+// shape.
+struct Slice {
+  Units units;
   DType weight_type, delta_type;
   void* weight;
-  const void* delta;  // dense, with the set's shape; null if unused
-  void* dense;
+  const void* base;
+  const void* delta;
 };
 
 }  // namespace s2ft

@@ -13,6 +13,7 @@
 #include "../permute.h"
 #include "../scatter_add.h"
 #include "../swap.h"
+#include "../write_slices.h"
 #include "launch.h"
 #include "register.h"
 
@@ -45,8 +46,7 @@ class Cuda {
  public:
   explicit Cuda(const Tensor& t) : device_(t.get_device_index()), guard_(device_), stream_(current_stream(device_)) {}
 
-  void sum(const Units& units, const UnitsData& data) const { check(cuda::sum_units(units, data, stream_)); }
-  void put(const Units& units, const UnitsData& data) const { check(cuda::put_units(units, data, stream_)); }
+  void write(const Slice* slices, int64_t count) const { check(cuda::write_slices(slices, count, stream_)); }
 
   void permute(const Along& a, const int64_t* order, int64_t element_size, const Tensor& weight) const {
     const int64_t bytes = cuda::permute_scratch_bytes(a, element_size);
@@ -84,6 +84,7 @@ using torch::stable::detail::StableLibrary;
 using torch::stable::detail::StableTorchLibraryInit;
 
 void add_kernels(StableLibrary& library) {
+  library.impl("write_slices_", TORCH_BOX(&write_slices<Cuda>));
   library.impl("sliced_linear", TORCH_BOX(&sliced_linear<Cuda>));
   library.impl("sliced_linear_grad_x", TORCH_BOX(&sliced_linear_grad_x<Cuda>));
   library.impl("indexed_linear", TORCH_BOX(&indexed_linear<Cuda>));

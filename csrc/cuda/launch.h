@@ -13,10 +13,8 @@
 
 namespace s2ft::cuda {
 
-// dense = base + delta. The weight is only read.
-int sum_units(const Units& units, const UnitsData& data, void* stream);
-// weight = dense.
-int put_units(const Units& units, const UnitsData& data, void* stream);
+// weight = base + delta for any number of slices.
+int write_slices(const Slice* slices, int64_t count, void* stream);
 
 // Reorders the units of `weight`. The scratch buffer has permute_scratch_bytes().
 int64_t permute_scratch_bytes(const Along& weight, int64_t element_size);

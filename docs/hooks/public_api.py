@@ -59,7 +59,7 @@ GROUPS = (
     Group("ops", "Operators", "The operators of `s2ft.ops`. Each runs in PyTorch, and in a compiled kernel if there is "
           "one for the device.",
           _of("s2ft.ops", "sliced_linear indexed_linear multi_adapter_linear pack_adapters act_mul effective_units "
-              "permute_ swap_ scatter_add_") + _of("s2ft", "build_info")),
+              "permute_ swap_ scatter_add_ write_slices_ Slice") + _of("s2ft", "build_info")),
     Group("estimation", "Estimation", "Find out how much memory a training run takes before it starts.",
           _of("s2ft", "estimate Estimate Strategy")),
     Group("peft", "PEFT", "S²FT as a method of PEFT. `import s2ft.peft` registers it.",

@@ -13,8 +13,8 @@ from torch._dynamo.eval_frame import skip_code
 from s2ft.attached.hosts.checkpointing import remove_hooks
 from s2ft.attached.record import Attachment, find_attachment
 from s2ft.distributed import reshard_all
+from s2ft.layers.writing import write_all
 from s2ft.ops._library import transforms_active
-from s2ft.ops._memory import WRITING
 from s2ft.ranks.fsdp import fsdp_modules
 
 
@@ -62,6 +62,4 @@ def write_slices(model: nn.Module, record: Attachment) -> None:
     changed = [layer for layer in layers if not layer.is_written or trains and not layer.is_managed]
     if changed:
         reshard_all(model)
-        with WRITING:
-            for layer in changed:
-                layer.write()
+        write_all(changed)

@@ -25,8 +25,8 @@ from s2ft.distributed import (
     write_full_values,
 )
 from s2ft.layers.kind import Kind
-from s2ft.layers.product import note_written, stamp, wait_for_write
-from s2ft.ops import effective_units
+from s2ft.layers.writing import note_written, stamp, wait_for_write, watch, write_all
+from s2ft.ops import Slice, effective_units
 from s2ft.ops._library import is_being_captured
 from s2ft.ops._memory import WRITING, check_private
 
@@ -278,12 +278,14 @@ class S2Layer(nn.Module):
         """
         self._may_have_changed = not isinstance(self.base, list)
 
-    def after_step(self) -> None:
-        """Called after an optimizer has changed s2. An engine may have the new values later, at its next forward."""
+    def after_step(self) -> bool:
+        """Called after an optimizer has changed s2.
+
+        Returns:
+            Whether to write the slice now. An engine may have the new values later, at its next forward.
+        """
         self._is_current = False
-        if not self.is_managed:
-            self.write()
-            self.expect_change()
+        return not self.is_managed
 
     def full_s2(self) -> Tensor:
         """All values of s2 in the precision in which they are trained. Every rank that has a part must call this."""
@@ -296,43 +298,49 @@ class S2Layer(nn.Module):
         return self.base is not None
 
     def write(self) -> None:
-        """Write base + s2 into the weight, or into what this process owns of it, and keep the base's values in `base`.
+        """Write base + s2 into the weight now, see :func:`s2ft.layers.writing.write_all`."""
+        write_all([self])
 
-        Every rank that has a part of s2 must call this.
+    def begin_write(self) -> tuple[tuple, list[Slice]]:
+        """Keep the base of what is about to be written, so that :meth:`unfuse` restores it after an interrupt.
 
-        Raises:
-            RuntimeError: The weight has been replaced while it held base + s2.
-            ValueError: The weight is in read-only memory, or in memory that other processes have too.
+        Returns:
+            What :meth:`end_write` gets, and what to write.
         """
-        with WRITING, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
-            weight, s2 = self.weight, self.s2
-            self._check_same_weight()
-            self._check_memory(weight)
-            # Before the values are read: if another thread changes them, they are written again.
-            now = stamp(local_part(s2)), stamp(local_part(weight))
-            # The base is kept before anything is written, so that unfuse restores it after an interrupt at any moment.
-            # Until the stamp is set below, the next forward writes base + s2 again.
-            self._is_current, self._base_of = False, id(weight)
-            values = self.full_s2()
-            if is_sharded(weight):
-                self._write_own(values)
-            else:
-                self._keep_base(weight, values)
-                self._write_units(effective_units(self.base, values))
-            state = {"_written": now, "_whole": now[1][1], "_is_current": True, "_may_have_changed": False}
-            self.__dict__.update(state)  # by nn.Module each takes 4 µs
-            note_written(self, weight, local_part(s2))
+        weight, s2 = self.weight, self.s2
+        self._check_same_weight()
+        self._check_memory(weight)
+        # Before the values are read: if another thread changes them, they are written again.
+        stamps = stamp(local_part(s2)), stamp(local_part(weight))
+        self.__dict__.update(_is_current=False, _base_of=id(weight))  # by nn.Module each takes 4 µs
+        values = self.full_s2().detach()
+        if is_sharded(weight):
+            self._keep_own()
+            return stamps, self._own_slices(values)
+        self._keep_base(weight, values, stamps)
+        # Through weight.data no version changes. A graph of autograd that was recorded before is still valid, because
+        # its backward looks at what the weight holds.
+        return stamps, self._slices(weight.data, values)
 
-    def _keep_base(self, weight: Tensor, s2: Tensor) -> None:
+    def end_write(self, stamps: tuple) -> None:
+        """Note that the weight holds base + s2 with the values of these stamps."""
+        if isinstance(self.base, list):
+            release_gathered(self.weight)
+        # An optimizer or code of others may change s2 next without telling: see expect_change
+        state = {"_written": stamps, "_whole": stamps[1][1], "_is_current": True, "_may_have_changed": False}
+        self.__dict__.update(state)
+        watch(self, local_part(self.s2))
+
+    def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
         """Keep the base's values of a whole weight. Since they were kept, others may have been loaded into it."""
         if self.base is None:
-            self.base = self._units(weight).clone()
-        elif self._written is not None and self._written[1] != stamp(weight):
+            self.base = self._units(weight).clone(memory_format=torch.contiguous_format)
+        elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
             self.base = self.base.to(now)
             is_ours = torch.equal(now, effective_units(self.base, s2))  # for instance in other memory
             # An average of models changes both in place, and keeps what the weight holds.
-            both_changed = self._written[1][1] == stamp(weight)[1] and self._written[0] != stamp(self.s2)
+            both_changed = self._written[1][1] == stamps[1][1] and self._written[0] != stamps[0]
             if not (is_ours or both_changed):
                 self.base = now.clone()
 
@@ -375,8 +383,8 @@ class S2Layer(nn.Module):
                 self._put_own_base(self.weight)
                 release_gathered(self.weight)
             else:
-                self._write_units(self.base)
-                note_written(self, self.weight)
+                self.write_units_of(self.weight.data, self.base)  # data: as in begin_write
+                note_written(self.weight.device)
                 if self.base.is_cuda:  # another stream may have made it, and would use its memory again at once
                     self.base.record_stream(torch.cuda.current_stream(self.base.device))
             self.base = None
@@ -442,10 +450,10 @@ class S2Layer(nn.Module):
             return matrix.narrow(self.dim, self.start, self.end - self.start)
         return matrix.index_select(self.dim, self.index)
 
-    def _write_units(self, values: Tensor) -> None:
-        # A graph of autograd that was recorded before is still valid, because its backward looks at what the weight
-        # holds. So the version of the weight, by which autograd would refuse the graph, is not changed.
-        self.write_units_of(self.weight.data, values)
+    def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
+        """What to write into a whole weight."""
+        units = self.start if self.index is None else self.index
+        return as_slices(self.kind.view(weight), self.base, s2, units, self.dim)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.
@@ -497,11 +505,14 @@ class S2Layer(nn.Module):
         for (matrix, index, _), base in zip(self._own_parts(weight), self.base):
             _put(matrix, index, base, self.dim)
 
-    def _write_own(self, s2: Tensor) -> None:
-        self._keep_own()
-        for (matrix, index, here), base in zip(self._own_parts(self.weight, s2), self.base):
-            _put(matrix, index, effective_units(base, here.to(base.device)), self.dim)
-        release_gathered(self.weight)
+    def _own_slices(self, s2: Tensor) -> list[Slice]:
+        """What to write into what this process owns."""
+        parts = zip(self._own_parts(self.weight, s2), self.base)
+        return [
+            one
+            for (matrix, index, here), base in parts
+            for one in as_slices(matrix, base, here.to(base.device), index, self.dim)
+        ]
 
     # ---- the meta device -------------------------------------------------------------------------
 
@@ -621,6 +632,14 @@ def untouched_zeros(shape: list[int], dtype: torch.dtype) -> Tensor:
     """Make zeros on the CPU that take no memory until they are written."""
     count = torch.Size(shape).numel() * dtype.itemsize
     return torch.from_numpy(numpy.zeros(count, dtype=numpy.uint8)).view(dtype).view(shape)
+
+
+def as_slices(matrix: Tensor, base: Tensor, delta: Tensor, units: int | Tensor, dim: int) -> list[Slice]:
+    """One slice of a matrix, or one for each tap of a convolution's weight [outputs, inputs, taps]."""
+    if matrix.dim() == 2:
+        return [Slice(matrix, base, delta, units, dim)]
+    taps = zip(matrix.unbind(2), base.unbind(2), delta.unbind(2))
+    return [Slice(*tap, units, dim) for tap in taps]
 
 
 def _put(matrix: Tensor, index: Tensor, values: Tensor, dim: int) -> None:

@@ -20,7 +20,7 @@ from s2ft.layers.base import S2Layer, beside
 from s2ft.layers.kind import Kind
 from s2ft.layers.linear import is_intercepted
 from s2ft.layers.product import product
-from s2ft.ops import act_mul
+from s2ft.ops import Slice, act_mul
 from s2ft.ops._grouped import columns_to_keep, delta_gradient, grouped_mm
 from s2ft.ops.act_mul import ACTIVATIONS
 
@@ -100,6 +100,13 @@ class S2Experts(S2Layer):
         experts, places = self._by_expert(weight)
         experts = experts.index_put(places, values.transpose(0, self.dim)).transpose(1, 1 + self.dim)
         return stack_of(experts, self.transposed)
+
+    def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
+        pieces = zip(self._pieces(s2), self._pieces(self.base))
+        return [
+            Slice(self.kind.view(weight, expert), base, values, units, self.dim)
+            for (expert, units, values), (*_, base) in pieces
+        ]
 
     def _pieces(self, values: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
         units, parts = self.index.split(self.counts), values.split(self.counts, self.dim)

@@ -6,15 +6,11 @@ paper, section 3.3).
 """
 
 from typing import Any
-from weakref import WeakValueDictionary, ref
 
 import torch
 from torch import Tensor
-from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from s2ft.ops._library import LIBRARY, is_dynamo_compiling, runs_directly, transforms_active
-
-# ---- the product ---------------------------------------------------------------------------------------
+from s2ft.ops._library import is_dynamo_compiling, runs_directly, transforms_active
 
 
 def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
@@ -98,88 +94,3 @@ def _through_copy(layer: Any, grad: Tensor, shape: torch.Size, call: Any) -> Ten
     with torch.enable_grad():
         x = grad.new_zeros(shape, requires_grad=True)
         return torch.autograd.grad(layer.kind.keep(layer, x, call), x, grad, create_graph=True)[0]
-
-
-# ---- which values of s2 a weight holds -----------------------------------------------------------------
-
-_holding: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # layers by the address of their s2's storage
-
-
-def stamp(tensor: Tensor) -> tuple[int, Any]:
-    """Tell the present values of a slice, or of a weight, from earlier ones. It keeps no memory alive.
-
-    It changes with every change in place that PyTorch counts, and with another memory. It does not change when other
-    code writes into ``s2.data``. Steps of optimizers, some of which write in this way, are noted apart.
-    """
-    return tensor._version, ref(tensor.untyped_storage())
-
-
-def note_written(layer: Any, weight: Tensor, s2: Tensor | None = None) -> None:
-    """Remember that a layer has written into its weight, so that other streams wait for it.
-
-    Args:
-        layer: The layer (S2Layer).
-        weight: Its weight.
-        s2: The s2 that was written, so that it is written again after a step of the optimizer. None: the base was.
-    """
-    if s2 is not None:
-        if not _OptimizerSteps.is_watched:
-            _OptimizerSteps.is_watched = True
-            register_optimizer_step_post_hook(_OptimizerSteps.note)
-        _holding[s2.untyped_storage()._cdata] = layer
-    if weight.is_cuda and not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(weight.device)
-        _last_writes[stream.device_index] = stream, stream.record_event()
-
-
-# By device: the stream of the last write of a slice, and an event after it.
-_last_writes: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
-
-
-def wait_for_write(weight: Tensor) -> None:
-    """Let the present stream wait for the last write, if another stream has done it. The host does not wait.
-
-    A pipeline runs a layer for the first part of a batch on one stream, where the slice is written, and for the next
-    part on another. A stream that is being captured can't wait for work outside the graph.
-    """
-    if not torch.cuda.is_current_stream_capturing():
-        stream = torch.cuda.current_stream(weight.device)
-        last = _last_writes.get(stream.device_index)
-        if last is not None and last[0] != stream:
-            stream.wait_event(last[1])
-
-
-class _OptimizerSteps:
-    """Writes the slices that an optimizer has changed, so that whoever reads a weight finds base + s2 after the step.
-
-    An optimizer may change s2 without PyTorch counting it. What an engine manages has its new values later, so that it
-    is written before the next forward.
-    """
-
-    is_watched = False
-
-    @staticmethod
-    @torch.compiler.disable
-    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        for layer in set(_holding.values()):
-            if layer.fused and (id(layer.s2) in stepped or layer.is_managed):
-                layer.after_step()
-
-
-def _check_held(s2: Tensor, trains: bool) -> None:
-    layer = _holding.get(s2.untyped_storage()._cdata)
-    if layer is None or not layer.holds(stamp(s2)):
-        raise RuntimeError(
-            "a compiled graph multiplies by a weight that does not hold the present values of s2: they have changed "
-            "since, or the adapter is off. Call the model that has the adapter, and not a part of it, or layer.fuse() "
-            "before"
-        )
-    if trains:
-        layer.expect_change()
-
-
-LIBRARY.define("check_held(Tensor s2, bool trains) -> ()")
-LIBRARY.impl("check_held", _check_held, "CompositeExplicitAutograd")
-torch.library.register_fake("s2ft::check_held", lambda s2, trains: None, lib=LIBRARY)
-torch.fx.node.has_side_effect(torch.ops.s2ft.check_held.default)

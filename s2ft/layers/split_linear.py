@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from s2ft.distributed import is_dtensor, local_part
 from s2ft.layers.linear import LinearKind, S2Linear
-from s2ft.layers.product import product, stamp
+from s2ft.layers.product import product
 from s2ft.layers.split import Split, split_of
+from s2ft.layers.writing import stamp
 from s2ft.ops import _linear
 from s2ft.ops._library import autocast_input
 

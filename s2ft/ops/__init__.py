@@ -16,10 +16,12 @@ from s2ft.ops.permute_ import permute_
 from s2ft.ops.scatter_add_ import scatter_add_
 from s2ft.ops.sliced_linear import sliced_linear
 from s2ft.ops.swap_ import swap_
+from s2ft.ops.write_slices_ import Slice, write_slices_
 
 load()  # the compiled kernels, if there are any
 
 __all__ = [
+    "Slice",
     "act_mul",
     "effective_units",
     "indexed_linear",
@@ -29,4 +31,5 @@ __all__ = [
     "scatter_add_",
     "sliced_linear",
     "swap_",
+    "write_slices_",
 ]

@@ -47,23 +47,23 @@ class Runner:
         """Set the relative errors of the approximate exponential and reciprocal."""
         self.library.approximate(ctypes.c_double(exp2_error), ctypes.c_double(reciprocal_error))
 
-    def units(self, step, weight, delta, dense, units, dim):
-        """units is the start of a slice or an index tensor; dense has the shape of the set of units."""
-        index = units if isinstance(units, torch.Tensor) else None
-        numbers = [0 if index is not None else units, weight.shape[dim], *dense.shape, *weight.stride()]
-        delta_code = CODES[weight.dtype if delta is None else delta.dtype]
-        error = self.library.units(
-            step.encode(),
-            CODES[weight.dtype],
-            delta_code,
-            pointer(weight),
-            pointer(delta),
-            pointer(dense),
-            pointer(index),
-            *map(ctypes.c_int64, numbers),
-            int(dim == 0),
-        )
-        assert error == 0, self.library.last_error().decode()
+    def write_slices(self, *slices):
+        """Each is (weight, base, delta, units, dim); units is the start of a slice or an index tensor."""
+
+        def pointers(tensors):
+            return (ctypes.c_void_p * len(slices))(*map(pointer, tensors))
+
+        weights, bases, deltas, units, dims = zip(*slices)
+        indices = [index if isinstance(index, torch.Tensor) else None for index in units]
+        numbers = [
+            number
+            for weight, _, delta, first, dim in slices
+            for number in (0 if isinstance(first, torch.Tensor) else first, weight.shape[dim], *delta.shape,
+                           *weight.stride(), dim == 0, CODES[weight.dtype], CODES[delta.dtype])
+        ]  # fmt: skip
+        numbers = (ctypes.c_int64 * len(numbers))(*numbers)
+        arguments = map(pointers, (weights, bases, deltas, indices))
+        self.check(self.library.write_slices(ctypes.c_int64(len(slices)), numbers, *arguments))
 
     def exchange(self, weight, index, values, dim):
         self.check(

@@ -25,15 +25,16 @@ void approximate(double exp2_error, double reciprocal_error) {
 
 const char* last_error() { return cuda::error_text(0); }
 
-int units(const char* step, int weight_type, int delta_type, void* weight, const void* delta, void* dense,
-          const int64_t* index, int64_t start, int64_t limit, int64_t outer, int64_t inner, int64_t outer_stride,
-          int64_t inner_stride, int rows) {
-  const Units u{index, start, limit, outer, inner, outer_stride, inner_stride, rows != 0};
-  const UnitsData data{static_cast<DType>(weight_type), static_cast<DType>(delta_type), weight, delta, dense};
-  const std::string which = step;
-  if (which == "sum") return cuda::sum_units(u, data, nullptr);
-  if (which == "put") return cuda::put_units(u, data, nullptr);
-  return -1;
+// Nine numbers of each slice: start, limit, outer, inner, their strides, 1 if the units are rows, and two dtypes.
+int write_slices(int64_t count, const int64_t* numbers, void* const* weights, const void* const* bases,
+                 const void* const* deltas, const int64_t* const* indices) {
+  std::vector<Slice> slices;
+  for (int64_t j = 0; j < count; ++j, numbers += 9) {
+    const Units u{indices[j], numbers[0], numbers[1], numbers[2], numbers[3], numbers[4], numbers[5], numbers[6] != 0};
+    slices.push_back(
+        {u, static_cast<DType>(numbers[7]), static_cast<DType>(numbers[8]), weights[j], bases[j], deltas[j]});
+  }
+  return cuda::write_slices(slices.data(), count, nullptr);
 }
 
 int exchange(int64_t element_size, void* weight, const int64_t* weight_along, void* values, const int64_t* values_along,

@@ -204,6 +204,27 @@ def swapped(dim, shape=(10, 10), count=3, dtype=torch.float32) -> Case:
     return Case(run, definition, (weight, values, index), registered, changed=2)
 
 
+def written(dim, shape=(10, 10), count=3, dtype=torch.float32, delta_dtype=None) -> Case:
+    """A slice of one weight and scattered units of another."""
+    index, start = torch.randperm(shape[dim])[:count], shape[dim] - count
+    weights = [torch.randn(shape).to(dtype) for _ in range(2)]
+    bases = [torch.randn(shape_of(shape, dim, count)).to(dtype) for _ in range(2)]
+    deltas = [torch.randn(base.shape).to(delta_dtype or dtype) for base in bases]
+
+    def run(*tensors):
+        both = zip(tensors[:2], tensors[2:4], tensors[4:6], (start, tensors[6]))
+        ops.write_slices_([ops.Slice(*one, dim) for one in both])
+
+    def definition(*tensors):
+        for weight, base, delta, units in zip(
+            tensors, tensors[2:4], tensors[4:6], (torch.arange(start, start + count), tensors[6])
+        ):
+            weight.index_copy_(dim, units, (base + delta).to(dtype))
+
+    registered = (("write_slices_", (weights, bases, deltas, [None, index], [start, 0], [dim, dim])),)
+    return Case(run, definition, (*weights, *bases, *deltas, index), registered, changed=2)
+
+
 def permuted(dim, shape=(9, 7), share=1.0, dtype=torch.float32) -> Case:
     """`share` of the units move."""
     weight, order = torch.randn(shape).to(dtype), torch.arange(shape[dim])
@@ -231,7 +252,8 @@ SUMS = {
     **{f"act_mul {name}": partial(activated, name) for name in ACTIVATIONS},
 }
 DIFFERENTIABLE = {**TRAINED, **SUMS}
-SMALL = {**DIFFERENTIABLE, **MOVES}  # every op, once for each dim
+WRITES = {f"write_slices_ {dim}": partial(written, dim) for dim in (0, 1)}  # change no version of the weights
+SMALL = {**DIFFERENTIABLE, **MOVES, **WRITES}  # every op, once for each dim
 
 MOVED = ((7,), (1, 1), (13, 9), (3, 5, 4), (0, 3), (70, 130), (3, 5000))
 MOVED_DIMS = [(shape, dim) for shape in MOVED for dim in range(len(shape))]
@@ -282,6 +304,13 @@ OTHER = {
         f"swap_ {shape} {dim} {count}": partial(swapped, dim, shape, count)
         for shape, dim in MOVED_DIMS
         for count in sorted({0, (shape[dim] + 1) // 2, shape[dim]})
+    },
+    # one unit, all of them, so many that threads share them; runs of neighbouring columns are in the CUDA kernel's tests
+    **{
+        f"write_slices_ {shape} {dim} {count}": partial(written, dim, shape, count)
+        for shape in ((1, 1), (13, 9), (70, 130), (3, 5000), (900, 700))
+        for dim in (0, 1)
+        for count in sorted({0, 1, (shape[dim] + 1) // 2, shape[dim]})
     },
     # kernels use different code if few, some or nearly all units move
     **{f"permute_ {shape} {dim} {share}": partial(permuted, dim, shape, share)

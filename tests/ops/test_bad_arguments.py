@@ -38,6 +38,10 @@ def bank():
     )
 
 
+def write(**one):
+    ops.write_slices_([ops.Slice(**one)])
+
+
 def moved(**more):
     return dict(weight=torch.arange(24.0).view(4, 6), dim=0) | more
 
@@ -52,6 +56,8 @@ GOOD = {
     "pack": (ops.pack_adapters, lambda: dict(deltas=[(torch.arange(4), ones(5, 4))], dim=1)),
     "swap": (ops.swap_, lambda: moved(index=INDEX, values=ones(2, 6))),
     "scatter": (ops.scatter_add_, lambda: moved(index=INDEX, delta=ones(2, 6))),
+    "write": (write, lambda: moved(base=ones(2, 6), delta=ones(2, 6), units=1)),
+    "write index": (write, lambda: moved(base=ones(2, 6), delta=ones(2, 6), units=INDEX)),
     "permute": (ops.permute_, lambda: moved(order=torch.arange(4))),
     "act_mul": (ops.act_mul, lambda: dict(gate=ones(2), up=ones(2), activation="silu")),
     "act_mul_backward": (
@@ -101,6 +107,17 @@ BAD = [
     ("swap", dict(index=ones(2)), "index int64"),
     ("swap", dict(values=ones(6, 2)), "values"),
     ("swap", dict(values=ones(2, 6, dtype=torch.float64)), "values dtype"),
+    ("write", dict(dim=2), "dim 2"),
+    ("write", dict(weight=ones(4, 6, 2)), "matrix shape"),
+    ("write", dict(units=3), "slice 3:5 outside"),
+    ("write", dict(units=-1), "slice -1:1 outside"),
+    ("write", dict(delta=ones(2, 5)), "delta shape"),
+    ("write", dict(delta=ones(2)), "delta shape"),
+    ("write", dict(base=ones(3, 6)), "base delta's shape"),
+    ("write", dict(base=ones(2, 6, dtype=torch.float64)), "base dtype"),
+    ("write index", dict(units=torch.tensor([0, 4])), "index 4"),
+    ("write index", dict(units=torch.tensor([0, -1])), "index -1"),
+    ("write index", dict(units=torch.arange(3)), "index shape"),
     ("scatter", dict(index=torch.tensor([0, 4])), "index 4"),
     ("scatter", dict(index=[INDEX[:1], torch.tensor([-1])], delta=[ones(1, 6), ones(1, 6)]), "index -1"),
     ("scatter", dict(index=torch.tensor([1, 1])), "index 1 twice"),

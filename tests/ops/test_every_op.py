@@ -9,7 +9,7 @@ from support.tolerances import GEMM
 from support.waits import References
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
-HAS_DELTA_DTYPE = ("linear", "scatter")
+HAS_DELTA_DTYPE = ("linear", "scatter", "write")
 
 
 def named(table):

@@ -1,4 +1,4 @@
-"""The CUDA kernels of sliced_linear and indexed_linear (sum and put), run on the CPU."""
+"""The CUDA kernel of write_slices_, which sliced_linear and indexed_linear use too, run on the CPU."""
 
 import pytest
 import torch
@@ -51,18 +51,29 @@ def effective(base, delta):
 def check(runner, values, layout, delta, units, n, dim):
     index = units if isinstance(units, torch.Tensor) else torch.arange(units, units + n)
     weight, memory = place(values, layout)
-    before = memory.clone()
-    base = values.index_select(dim, index)
+    before, base = memory.clone(), values.index_select(dim, index).contiguous()
 
-    dense = torch.empty_like(base)
-    runner.units("sum", weight, delta, dense, units, dim)
-    assert torch.equal(dense, effective(base, delta))
-    assert torch.equal(memory, before)
-
-    runner.units("put", weight, None, dense, units, dim)
+    runner.write_slices((weight, base, delta, units, dim))
     assert torch.equal(weight, values.index_copy(dim, index, effective(base, delta)))
     weight.copy_(values)
     assert torch.equal(memory, before)  # nothing was written between the elements of the weight
+
+
+def test_many_slices_in_one_call(runner):
+    """More than one launch has room for, of several dtypes, the shapes of a model."""
+    runner.configure(1, max_blocks=2)
+    given, expected = [], []
+    for number in range(75):
+        dtype, dim = DTYPES[number // 20], number % 2
+        values, n = random((16 + number, 48), dtype), 1 + number % 16
+        units = torch.randperm(values.shape[dim])[:n] if number % 3 else number % 5
+        index = units if isinstance(units, torch.Tensor) else torch.arange(units, units + n)
+        base = values.index_select(dim, index).contiguous()
+        delta = random(base.shape, torch.float32 if number % 7 else dtype)
+        given.append((values.clone(), base, delta, units, dim))
+        expected.append(values.index_copy(dim, index, effective(base, delta)))
+    runner.write_slices(*given)
+    assert all(torch.equal(one[0], other) for one, other in zip(given, expected))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -87,56 +98,45 @@ def test_every_pair_of_dtypes_rounds_like_pytorch(runner, weight_dtype, delta_dt
 
 @pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
 def test_every_16_bit_pattern(runner, dtype):
-    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256)
-    weight = bits.clone().view(dtype)
-    delta, dense = torch.ones(256, 256), torch.empty(256, 256, dtype=dtype)
-    runner.units("sum", weight, delta, dense, 0, 0)
-    expected = effective(bits.clone().view(dtype), delta)
-    assert torch.equal(dense.isnan(), expected.isnan())
-    assert torch.equal(dense.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3))
-    other = torch.zeros_like(weight)
-    runner.units("put", other, None, weight, 0, 0)
-    assert torch.equal(other.view(torch.int16), bits)  # NaN payloads too
+    base = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).reshape(256, 256).view(dtype)
+    weight, delta = torch.zeros(256, 256, dtype=dtype), torch.ones(256, 256)
+    runner.write_slices((weight, base, delta, 0, 0))
+    expected = effective(base, delta)
+    assert torch.equal(weight.isnan(), expected.isnan())
+    assert torch.equal(weight.nan_to_num(1, 2, 3), expected.nan_to_num(1, 2, 3))
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-@pytest.mark.parametrize("offset", (0, 1))
-def test_misaligned_buffers(runner, dim, offset):
+@pytest.mark.parametrize("misaligned", ("base", "delta"))
+def test_misaligned_buffers(runner, dim, misaligned):
     """The fast path needs all pointers to be aligned, not only that of the weight."""
-    for delta_offset, dense_offset in ((offset, 0), (0, offset)):
-        values = random((16, 32), torch.bfloat16)
-        weight, shape = values.clone(), delta_shape(values, 16, dim)
-        count = shape[0] * shape[1]
-        delta = random((count + delta_offset,), torch.float32)[delta_offset:].view(shape)
-        dense = random((count + dense_offset,), torch.bfloat16)[dense_offset:].view(shape)
-        runner.units("sum", weight, delta, dense, 0, dim)
-        sums = effective(values.narrow(dim, 0, 16), delta)
-        assert torch.equal(dense, sums)
-        runner.units("put", weight, None, dense, 0, dim)
-        assert torch.equal(weight.narrow(dim, 0, 16), sums)
+
+    def buffer(name, dtype):
+        return random((256 + 8 + 1,), dtype)[name == misaligned :][: shape[0] * shape[1]].view(shape)
+
+    weight = random((8, 32), torch.bfloat16)
+    shape = delta_shape(weight, 8, dim)
+    base, delta = buffer("base", torch.bfloat16), buffer("delta", torch.float32)
+    runner.write_slices((weight, base, delta, 0, dim))
+    assert torch.equal(weight.narrow(dim, 0, 8), effective(base, delta))
 
 
 @pytest.mark.parametrize("dim", (0, 1))
 def test_units_out_of_range_are_skipped(runner, dim):
     values = random((8, 8), torch.float32)
     weight, memory = place(values, "strided")
-    index = torch.tensor([3, 8, -1, 2**40, 5])
-    delta = random(delta_shape(values, 5, dim), torch.float32)
-    dense = torch.full(delta.shape, UNTOUCHED)
-    runner.units("sum", weight, delta, dense, index, dim)
-    runner.units("put", weight, None, dense, index, dim)
-    kept = torch.tensor([3, 5])
-    expected = values.clone()
-    expected.index_add_(dim, kept, delta.index_select(dim, torch.tensor([0, 4])))
-    assert torch.equal(weight, expected) and (memory[1::2] == UNTOUCHED).all()
+    index, kept = torch.tensor([3, 8, -1, 2**40, 5]), torch.tensor([3, 5])
+    base, delta = (random(delta_shape(values, 5, dim), torch.float32) for _ in range(2))
+    runner.write_slices((weight, base, delta, index, dim))
+    sums = effective(base, delta).index_select(dim, torch.tensor([0, 4]))
+    assert torch.equal(weight, values.index_copy(dim, kept, sums)) and (memory[1::2] == UNTOUCHED).all()
 
 
 @pytest.mark.parametrize("dim", (0, 1))
 def test_a_slice_beyond_the_weight_is_cut_at_its_end(runner, dim):
     values = random((8, 8), torch.float32)
-    weight = values.clone()
-    dense = torch.ones(delta_shape(values, 4, dim))
-    runner.units("put", weight.narrow(dim, 0, 6), None, dense, 4, dim)
+    weight, ones = values.clone(), torch.ones(delta_shape(values, 4, dim))
+    runner.write_slices((weight.narrow(dim, 0, 6), ones, ones, 4, dim))
     assert torch.equal(weight.narrow(dim, 6, 2), values.narrow(dim, 6, 2))
 
 
@@ -164,11 +164,9 @@ def test_columns_in_runs(runner, layout, columns):
 def test_runs_that_leave_the_weight(runner):
     values = random((4, 16), torch.bfloat16)
     index = torch.tensor([*range(12, 20), *range(-4, 4), *range(0, 8)])
-    weight, delta = values.clone(), random((4, 24), torch.float32)
-    dense = torch.empty(4, 24, dtype=torch.bfloat16)
-    runner.units("sum", weight, delta, dense, index, 1)
-    runner.units("put", weight, None, dense, index, 1)
-    assert torch.equal(weight[:, 12:], effective(values[:, 12:], delta[:, :4]))
+    weight, base, delta = values.clone(), random((4, 24), torch.bfloat16), random((4, 24), torch.float32)
+    runner.write_slices((weight, base, delta, index, 1))
+    assert torch.equal(weight[:, 12:], effective(base, delta)[:, :4])
     assert torch.equal(weight[:, 8:12], values[:, 8:12])
 
 

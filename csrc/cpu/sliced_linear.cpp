@@ -1,9 +1,0 @@
-#include <torch/csrc/stable/library.h>
-
-#include "../linear.h"
-#include "units.h"
-
-STABLE_TORCH_LIBRARY_IMPL(s2ft, CPU, m) {
-  m.impl("sliced_linear", TORCH_BOX(&s2ft::sliced_linear<s2ft::Cpu>));
-  m.impl("sliced_linear_grad_x", TORCH_BOX(&s2ft::sliced_linear_grad_x<s2ft::Cpu>));
-}
