@@ -39,13 +39,14 @@ CHOOSING = (
     "layers",
     "towers",
     "align",
+    "group",
     "budget",
     "match_lora_rank",
     "exclude",
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
 # Fields that adapter files have only if they are set
-LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio")
+LATER = ("l_ratio", "align", "group", "towers", "modules_to_save", "protect_ratio")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -180,6 +181,9 @@ class S2FTConfig:
             together, as the paper's code does; a ratio is then a share of all of them, rounded down.
         align: Round the number of a projection's units down to a multiple of this, for instance 8, so that every row
             of a slice starts at an aligned address. A number below `align` stays. Default: no rounding.
+        group: Choose the inputs of a layer, such as the channels of down_proj, in groups of this many neighbours, for
+            instance 32 for a base in Q4_0: inputs that share a scale in the file are then trained together. Heads of
+            whole groups stay units. Default: one by one.
         budget: Number of trained parameters, such as 9200000 or "9.2M". The ratios are scaled to as many units as fit.
         match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
         exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
@@ -229,6 +233,11 @@ class S2FTConfig:
         "round the number of units of each projection down to a multiple of this, for example 8; needs "
         "allocation uniform",
         metavar="UNITS",
+    )
+    group: int | None = option(
+        None,
+        "choose inputs (of o, d) in groups of this many neighbours: those that share a scale in a quantized file",
+        metavar="INPUTS",
     )
     budget: int | str | None = option(
         None,
@@ -307,6 +316,8 @@ class S2FTConfig:
             check_whole("match_lora_rank", self.match_lora_rank)
         if self.align is not None:
             check_whole("align", self.align)
+        if self.group is not None:
+            check_whole("group", self.group)
         if self.protect_ratio is not None:
             self._check_ratio("protect_ratio")
             if not 0 < self.protect_ratio < 1:

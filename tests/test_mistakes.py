@@ -56,6 +56,7 @@ CONFIGS = [
     (config_of(budget=9, match_lora_rank=8), ValueError, "budget match_lora_rank exclude"),
     (config_of(align=0), ValueError, "align at least 1"),
     (config_of(align=8, allocation="global"), ValueError, "align uniform 'global'"),
+    (config_of(group=0), ValueError, "group at least 1"),
     (config_of(protect_ratio=1.0), ValueError, "protect_ratio below 1"),
     (config_of(units={DOWN: [0]}, d_ratio=0.1), ValueError, "units d_ratio"),
     (config_of(units=[1, 2]), ValueError, "units selection list"),

@@ -16,6 +16,7 @@ from s2ft.model.weights import can_run, have_numbers
 from s2ft.selection.allowed import allowed_units, allowed_without_protected, named_units, with_protect_ratio
 from s2ft.selection.batches import Calibration
 from s2ft.selection.budget import ALLOCATIONS, requested_layers, requested_projections, units_per_projection
+from s2ft.selection.groups import Groups
 from s2ft.selection.metric import Request, check_finite, shared_by_producers
 from s2ft.selection.metrics import METRICS
 from s2ft.selection.selection import Selection
@@ -53,6 +54,9 @@ def select(
         if calibration is not None:
             raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
         return Selection(named_units(couplings, config.units, "units"))
+    if config.group is not None:
+        groups = Groups(couplings, config)
+        return groups.units_of(select(groups.couplings, groups.config, model, calibration, protect))
     if reads_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, protect)
     return _select(couplings, config, model, calibration, protect)
