@@ -45,7 +45,8 @@ class Blocks(NamedTuple):
 
     def put(self, index: Tensor, dim: int, part: "Blocks") -> "Blocks":
         """A copy with other rows or columns, which :meth:`take` has taken with the same arguments."""
-        codes, scales, index = self.codes.clone(), [one.clone() for one in self.scales], index.to(self.codes.device)
+        index, scales = index.to(self.codes.device), [one.clone() for one in self.scales]
+        codes = self.codes.clone(memory_format=torch.contiguous_format)  # so that the flat one is a view
         size = codes.shape[-1]
         if dim == 0:
             places: Any = index
@@ -54,7 +55,7 @@ class Blocks(NamedTuple):
             places = slice(None), (index[::size] if is_whole(index, size) else index) // size
             codes.flatten(-2)[:, index] = part.codes.flatten(-2)
         for own, new in zip(scales, part.scales):
-            if own.shape[dim] > 1:
+            if own.shape[dim] == codes.shape[dim]:
                 own[places] = new
         return Blocks(codes, tuple(scales))
 
@@ -123,6 +124,19 @@ class Codec:
         """
         check_finite(f"a value for {self.name}", values)
         return self.pack(self.nearest(values, self.unpack(packed)), packed)
+
+    def added(self, packed: Any, index: Tensor, dim: int, delta: Tensor) -> Any:
+        """Return a packed matrix with a delta added to some units. Nothing else of it changes.
+
+        Args:
+            packed: The matrix.
+            index: Rows or columns [n] int64, ascending.
+            dim: 0 for rows, 1 for columns.
+            delta: What is added: [n, inputs] or [outputs, n].
+        """
+        blocks = self.unpack(packed)
+        part = blocks.take(index, dim)
+        return self.pack(blocks.put(index, dim, self.nearest(self.values(part).float() + delta, part)), packed)
 
     def values(self, blocks: Blocks) -> Tensor:
         """The values [outputs, inputs] of codes and scales."""

@@ -337,6 +337,18 @@ def test_some_units_change_and_no_others(name, some):
     left = others.nonzero().squeeze(1)
     assert torch.equal(got.index_select(dim, left), codec.decode(packed).index_select(dim, left))
     assert same(codec.pack(codec.unpack(packed), packed), packed)
+    if isinstance(packed, torch.Tensor):  # in another order in memory
+        other = packed.t().contiguous().t()
+        assert same(codec.added(other, index, dim, values - codec.values(part).float()), changed)
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_a_weight_of_one_block_is_changed(dim):
+    codec = TYPES_OF_GGUF["Q4_1"]
+    packed = sane(codec, random_bytes((1, codec.size), torch.Generator().manual_seed(0)))
+    values, index = moved(codec, packed, 5.0), torch.arange(32 if dim else 1)
+    found = codec.added(packed, index, dim, values - codec.decode(packed))
+    assert same(found, codec.encode(values, packed)) and not same(found, packed)
 
 
 @every_format
