@@ -1,35 +1,66 @@
 """Compares a training step of this checkout with that of another checkout of the project, steps in turn.
 
     git worktree add ../before COMMIT && (cd ../before && python setup.py build_ext --inplace)
-    python bench/against.py ../before [--dtype float32|bfloat16|both] [--rounds 40] [--model FOLDER_OR_GGUF]
+    python bench/against.py ../before [--dtype float32|bfloat16|both] [--rounds 40] [--compile]
+        [--model FOLDER_OR_GGUF | --shape width-2048-4-layers]
 
 Each checkout runs in a process of its own, which waits while the other one runs a step. Changes of the machine's speed
 therefore affect both. The script prints the median and the quartiles of the ratios of neighbouring steps, this checkout
-to the other one.
+to the other one; the operators that a step dispatches, views left out, which on a GPU are launches; and the bytes that
+a forward keeps. With --compile the model is one graph (``fullgraph=True``), whose compilation is timed.
 """
 
 import argparse
+import json
 import os
 import statistics
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
+from typing import Any
+
+from shapes import add_model_options
 
 HERE = Path(__file__).resolve().parent.parent
 
 
-def serve(dtype: str, model: str, batch: int, length: int, d_ratio: float) -> None:
-    """Run a step and print its seconds for every line of input. This runs in the process of a checkout."""
+def serve(options: dict[str, Any]) -> None:
+    """Print facts about a step, and then its seconds for every line of input, in the process of a checkout."""
     import torch
+    from shapes import base_of
+    from torch.utils._python_dispatch import TorchDispatchMode
     from train_step import Method, s2ft_model
 
-    from s2ft.text.models import load_model
-    from s2ft.train.demo import default_model
+    class Count(TorchDispatchMode):
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: Counter[str] = Counter()
 
-    base = load_model(model or default_model(), dtype)[0]
-    tokens = torch.randint(base.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
-    step = Method(s2ft_model(base, d_ratio), tokens)
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not function.is_view and function is not torch.ops.aten._unsafe_view.default:
+                self.found[str(function)] += 1
+            return function(*args, **kwargs or {})
+
+    args = argparse.Namespace(**options)
+    base = base_of(args, args.dtype, "cpu")[0]
+    tokens = torch.randint(
+        base.config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0)
+    )
+    step = Method(s2ft_model(base, args.d_ratio), tokens)
+    step()
+    facts = {"MiB kept": step.bytes_kept() / 2**20}
+    with Count() as count:
+        step()
+    facts["operators"] = sum(count.found.values())
+    if args.compile:
+        step.model.compile(fullgraph=True)
+        start = time.perf_counter()
+        step()
+        facts["seconds of compilation"] = time.perf_counter() - start
+        facts["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    print("facts", json.dumps(facts), flush=True)
     for _ in sys.stdin:
         start = time.perf_counter()
         step()
@@ -40,10 +71,9 @@ class Checkout:
     """A process that runs steps of a checkout."""
 
     def __init__(self, root: Path, dtype: str, args: argparse.Namespace) -> None:
-        code = (
-            f"from against import serve; serve({dtype!r}, {args.model!r}, {args.batch}, {args.length}, {args.d_ratio})"
-        )
-        path = os.pathsep.join([str(root), str(root / "bench"), str(HERE / "bench")])
+        options = {name: value for name, value in vars(args).items() if name != "other"} | {"dtype": dtype}
+        code = f"import runpy; runpy.run_path({__file__!r})['serve']({options!r})"
+        path = os.pathsep.join([str(root), str(root / "bench")])
         self.process = subprocess.Popen(
             [sys.executable, "-c", code],
             cwd=root,
@@ -54,13 +84,18 @@ class Checkout:
             text=True,
         )
 
+        self.facts = json.loads(self._answer("facts "))
+
+    def _answer(self, what: str) -> str:
+        for line in self.process.stdout:
+            if line.startswith(what):
+                return line.removeprefix(what)
+        raise SystemExit("a checkout's process ended: run its bench/train_step.py to see why")
+
     def step(self) -> float:
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        for line in self.process.stdout:
-            if line.startswith("seconds "):
-                return float(line.split()[1])
-        raise SystemExit("a checkout's process ended: run its bench/train_step.py to see why")
+        return float(self._answer("seconds "))
 
     def close(self) -> None:
         self.process.stdin.close()
@@ -79,16 +114,17 @@ def compare(dtype: str, args: argparse.Namespace) -> str:
     theirs.close()
     ratios = [mine / other for mine, other in pairs]
     low, middle, high = statistics.quantiles(ratios, n=4)
-    return (
-        f"{dtype}: {1000 * statistics.median(mine for mine, _ in pairs):.1f} ms against "
-        f"{1000 * statistics.median(other for _, other in pairs):.1f} ms, ratio {middle:.4f} ({low:.4f} to {high:.4f})"
-    )
+    mine, other = (1000 * statistics.median(times) for times in zip(*pairs))
+    lines = [f"{dtype}: {mine:.1f} ms against {other:.1f} ms, ratio {middle:.4f} ({low:.4f} to {high:.4f})"]
+    lines += [f"  {name}: {value:,.0f} against {theirs.facts[name]:,.0f}" for name, value in ours.facts.items()]
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("other", type=Path, help="the root of another checkout, built in place")
-    parser.add_argument("--model", default=None, help="folder or GGUF file; default: SmolLM2-135M-Instruct")
+    add_model_options(parser)
+    parser.add_argument("--compile", action="store_true", help="compile the model as one graph")
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)

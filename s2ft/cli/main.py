@@ -1,11 +1,14 @@
 """Choose the command, run it, and turn a user's mistake into one line."""
 
+import _thread
 import importlib
 import logging
 import os
 import re
 import sys
+import threading
 import warnings
+from typing import Any
 
 from s2ft.cli.parse import did_you_mean
 from s2ft.files.writing import reason_not_written
@@ -134,6 +137,7 @@ def main(arguments: list[str] | None = None) -> int:
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)
+    sys.unraisablehook = _interrupt_again
     try:
         command = SAME.get(name, name)
         if command in TRAINING:
@@ -165,6 +169,14 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"s2ft {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def _interrupt_again(unraisable: Any, earlier: Any = sys.unraisablehook) -> None:
+    """Interrupt the process once more if Ctrl-C came inside a ``__del__``, which can't pass it on."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.01, _thread.interrupt_main).start()  # from this function it could not pass either
+    else:
+        earlier(unraisable)
 
 
 def set_up_logging(everything: bool) -> None:

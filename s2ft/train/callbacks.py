@@ -2,7 +2,11 @@
 
 import json
 import logging
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 
@@ -84,14 +88,46 @@ class EvaluateAfterSaving(TrainerCallback):
             control.should_evaluate = False
 
 
-class StopAfter(TrainerCallback):
-    """Writes a checkpoint at a step and stops the run."""
+class Stop(TrainerCallback):
+    """Writes a checkpoint and stops the run: at a step, or after the update in which Ctrl-C is pressed.
 
-    def __init__(self, step: int) -> None:
-        self.step = step
+    Args:
+        step: The step; 0: none.
+
+    Attributes:
+        is_interrupted: Whether Ctrl-C has been pressed.
+    """
+
+    def __init__(self, step: int = 0) -> None:
+        self.step, self.is_interrupted = step, False
+
+    @contextmanager
+    def listening(self, args) -> Iterator[None]:
+        """Listen for Ctrl-C inside the context. A second one ends the run at once, as everywhere else.
+
+        Several ranks do not listen: each would stop after another update.
+        """
+        ours = threading.current_thread() is threading.main_thread() and args.world_size == 1
+        if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+            yield
+            return
+        signal.signal(signal.SIGINT, self._on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    def _on_signal(self, *_) -> None:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        self.is_interrupted = True
+        logger.info("stopping after this update, with a checkpoint; Ctrl-C again stops at once, without one")
+
+    def stops_at(self, step: int) -> bool:
+        """Whether the run stops after this step."""
+        return self.is_interrupted or 0 < self.step <= step
 
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= self.step:
+        if self.stops_at(state.global_step):
             control.should_save = control.should_training_stop = True
 
 

@@ -211,6 +211,7 @@ def train(run: Run, config_text: Any) -> None:
         ValueError: An option does not fit the model, the data or the machine.
         FileExistsError: The output folder holds another run, or another process uses it.
         OSError: A file can't be written. The message names what is kept.
+        KeyboardInterrupt: Ctrl-C ended the run, after a checkpoint.
     """
     config = with_protect_ratio(with_default_ratio(run.config, run.given), bool(run.forgetting.protect))
     run = replace(run, config=config)
@@ -229,7 +230,9 @@ def train(run: Run, config_text: Any) -> None:
         uploads, arguments.push_to_hub = arguments.push_to_hub, False
         result = _train(run, config_text)
         if run.is_first:
-            _finish(result, folder, arguments, uploads)
+            _finish(run, result, uploads)
+    if result.interrupted:
+        raise KeyboardInterrupt
 
 
 def _train(run: Run, config_text: Any) -> Finetuned:
@@ -323,8 +326,9 @@ def _told(run: Run, rows) -> dict:
     }
 
 
-def _finish(result: Finetuned, folder: RunFolder, arguments, uploads: bool) -> None:
+def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     """Print the summary, write the model card, and upload the adapter if that was asked for."""
+    folder, arguments = run.folder, run.arguments
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
     quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
     print(
@@ -335,7 +339,8 @@ def _finish(result: Finetuned, folder: RunFolder, arguments, uploads: bool) -> N
         where = "" if result.kept_step is None else f", step {result.kept_step} of the {result.stopped_at} trained"
         print(f"{result.drift}{where}")
     if not result.finished:
-        print(f"stopped before the end: go on with --resume in {folder.path}")
+        command = f"s2ft {run.method.name} --config {folder.config} --output {folder.path} --resume"
+        print(f"stopped before the end; go on with\n  {command}", flush=True)
         return
     with log_errors("the model card was not written"):
         write_card(read_adapter(result.adapter), result.adapter)

@@ -5,7 +5,7 @@ import logging
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,13 @@ class Finetuned:
         seconds: Time of this process, from where it resumed.
         adapter: Folder of the saved adapter.
         tokens_per_second: Tokens that this process trained on in a second, over all devices, without padding.
-        finished: False if `stop_after` ended the run.
+        finished: False if `stop_after` or Ctrl-C ended the run.
         best_step: The step whose adapter was saved, if that is the one with the best evaluation, else None.
         reward: Mean reward of the last tenth of the logged steps, or None if nothing was rewarded.
         drift: Forgetting and divergence of the adapter, as far as a meter measured them.
         stopped_at: The step at which a limit of the meter ended the run, or None.
         kept_step: The step whose adapter was saved then, or None.
+        interrupted: Whether Ctrl-C ended the run.
     """
 
     steps: int
@@ -62,6 +63,7 @@ class Finetuned:
     drift: Drift | None = None
     stopped_at: int | None = None
     kept_step: int | None = None
+    interrupted: bool = False
 
     def to_dict(self) -> dict:
         """The result as values that JSON can hold."""
@@ -150,18 +152,20 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
     from accelerate.utils import broadcast_object_list
 
-    from s2ft.train.callbacks import StopAfter
+    from s2ft.train.callbacks import Stop
 
     seen = 0 if checkpoint is None else _state_of(checkpoint).num_input_tokens_seen
     start = time.perf_counter()
-    _train(trainer, checkpoint)
+    stop = next(one for one in trainer.callback_handler.callbacks if isinstance(one, Stop))
+    with stop.listening(trainer.args):
+        _train(trainer, checkpoint)
     seconds = time.perf_counter() - start
-    stops = [one.step for one in trainer.callback_handler.callbacks if isinstance(one, StopAfter)]
-    stopped = trainer.state.global_step < trainer.state.max_steps and any(s <= trainer.state.global_step for s in stops)
+    stopped = trainer.state.global_step < trainer.state.max_steps and stop.stops_at(trainer.state.global_step)
     finished = not stopped or (meter is not None and meter.stopped_at is not None)
     if finished:
         _save(model, folder, trainer)
     result = _result(trainer, folder, seconds, seen, finished, meter)
+    result = replace(result, interrupted=stopped and stop.is_interrupted)
     if finished and trainer.is_world_process_zero():
         with log_errors(f"{folder.report} was not written"):
             write_json(folder.report, result.to_dict())
@@ -291,16 +295,14 @@ def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]
     """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of :func:`sft`."""
     from transformers import EarlyStoppingCallback
 
-    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, StopAfter
+    from s2ft.train.callbacks import EvaluateAfterSaving, JsonlLog, Stop
 
-    callbacks: list[Any] = [JsonlLog(folder.log)]
+    callbacks: list[Any] = [JsonlLog(folder.log), Stop(options.stop_after)]
     if not arguments.load_best_model_at_end:
         callbacks.append(EvaluateAfterSaving())
     if options.early_stopping_patience:
         arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
-    if options.stop_after:
-        callbacks.append(StopAfter(options.stop_after))
     return callbacks
 
 

@@ -1,4 +1,4 @@
-"""A run that is killed at any moment resumes from its last checkpoint and ends with the same result."""
+"""A run that is killed or interrupted at any moment resumes and ends with the same result."""
 
 import json
 import os
@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,10 +101,74 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp
         found = newest_valid(output)  # the last checkpoint before the last logged step exists
         assert (done - 1) // SAVE * SAVE <= (int(found.name.rpartition("-")[2]) if found else 0)
     caplog.set_level("INFO")
-    assert main(command(work, output, "--resume")) == 0
+    assert_resumed(work, output)
     assert f"resuming from {found.name if found else 'the start'}" in caplog.text
+
+
+def assert_resumed(work, output):
+    assert main(command(work, output, "--resume")) == 0
     assert logged(output) == logged(work / "whole")
     ours, whole = (load_file(folder / "adapter/s2ft_adapter.safetensors") for folder in (output, work / "whole"))
     assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
     assert json.loads((output / "report.json").read_text())["steps"] == STEPS
     assert len(checkpoints(output)) == 2 and not (output / ".unfinished").exists()
+
+
+def interrupt_at(step, log, times):
+    """Press Ctrl-C in this process when the log has a step, in another thread."""
+
+    def press():
+        while all(line["step"] < step for line in read_log(log)):
+            threading.Event().wait(0.002)
+        for _ in range(times):
+            os.kill(os.getpid(), signal.SIGINT)
+            threading.Event().wait(0.01)
+
+    threading.Thread(target=press, daemon=True).start()
+
+
+def test_the_first_ctrl_c_saves_after_the_update_and_says_how_to_go_on(work, tmp_path, capsys):
+    output = tmp_path / "out"
+    interrupt_at(7, output / "log.jsonl", 1)
+    assert main(command(work, output)) == 130
+    stopped = logged(output)[-1][0]
+    assert 7 <= stopped < STEPS and newest_valid(output).name == f"checkpoint-{stopped}"
+    assert f"  s2ft sft --config {output / 'config.yaml'} --output {output} --resume" in capsys.readouterr().out
+    assert_resumed(work, output)
+
+
+def test_a_second_ctrl_c_ends_the_run_at_once(work, tmp_path, capsys, monkeypatch):
+    """It waits for no update: here the first one never ends."""
+    monkeypatch.setattr("torch.optim.AdamW.step", lambda *_, **__: [signal.raise_signal(signal.SIGINT) for _ in "12"])
+    assert main(command(work, tmp_path / "out")) == 130
+    assert capsys.readouterr().err.splitlines()[-1] == "s2ft sft: interrupted" and not checkpoints(tmp_path / "out")
+
+
+def test_ctrl_c_inside_a_finalizer_is_not_lost(tmp_path, capsys, monkeypatch):
+    """Python can't raise it there. The packages that a command imports have finalizers."""
+
+    class Finalized:
+        def __del__(self):
+            signal.raise_signal(signal.SIGINT)
+
+    def run(_):
+        Finalized()
+        threading.Event().wait(10)
+
+    monkeypatch.setattr("s2ft.cli.plan.run_plan", run)
+    assert main(["plan"]) == 130
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", range(40))
+def test_an_interrupt_at_any_moment_ends_the_run_without_a_traceback(work, tmp_path, number):
+    """In the start of the process or in training. Then the run is resumed, or begins again."""
+    output, delay = tmp_path / "out", random.Random(number).uniform(0.3, 20)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "s2ft", *command(work, output)], stderr=subprocess.PIPE, text=True
+    )
+    threading.Timer(delay, process.send_signal, (signal.SIGINT,)).start()
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode in (0, 130) and "Traceback" not in said
+    if (output / "run.json").is_file():
+        assert_resumed(work, output)
