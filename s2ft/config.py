@@ -29,6 +29,7 @@ CHOICES = {
     "order": ("largest", "smallest"),
     "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
+    "codec": ("none", "auto"),
     "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 CHOOSING = (
@@ -46,7 +47,7 @@ CHOOSING = (
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
 # Fields that adapter files have only if they are set
-LATER = ("l_ratio", "align", "group", "towers", "modules_to_save", "protect_ratio")
+LATER = ("l_ratio", "align", "group", "codec", "towers", "modules_to_save", "protect_ratio")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -198,6 +199,8 @@ class S2FTConfig:
         towers: Parts of a model of images or sound and text to train: `language`, `vision`, `audio`, `projector`.
             Default: the language model if there is one, and everything in all other models.
         delta_dtype: Dtype of the slices. Default: the weight's, but at least float32.
+        codec: `auto`: what is trained of a base in a GGUF file has the values that the file can hold, at every step, so
+            that the merged file computes what was trained. `none`: it is rounded when it is merged.
         modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
             last parts of their paths.
         ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
@@ -278,6 +281,11 @@ class S2FTConfig:
         "dtype of the trained deltas",
         shown="the weight's dtype, but at least float32",
         choices=CHOICES["delta_dtype"],
+    )
+    codec: str = option(
+        "none",
+        "auto: train what a base in a GGUF file can hold, so that s2ft merge changes nothing; none: round at the end",
+        choices=CHOICES["codec"],
     )
     modules_to_save: list[str] | None = option(
         None,
@@ -372,8 +380,7 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save` and `protect_ratio` are left out
-            if they have their defaults, as in older files.
+            The fields as JSON values. Some that came later are left out if they have their defaults.
         """
         defaults = {f.name: f.default for f in fields(self)}
         return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}

@@ -25,6 +25,7 @@ from s2ft.attached.checks import (
     check_one_place,
     check_shards,
 )
+from s2ft.attached.coded import set_codecs
 from s2ft.attached.forwards import experts_modules, put_forwards_back, replace_forward, restore_forwards
 from s2ft.attached.holding import start_holding, stop_holding
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks
@@ -151,6 +152,7 @@ def _mount_all(model: nn.Module, record: Attachment, touched: list[Coupling], mo
                 parts.setdefault(projection.path, []).append(part)
     for path, parts_here in parts.items():
         _mount(model, path, parts_here, record)
+    set_codecs(model, record)
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
