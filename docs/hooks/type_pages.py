@@ -9,7 +9,7 @@ TABLE = ROOT / "bench" / "results" / "model_types.csv"
 INTRODUCTION = """# All model types
 
 `attach` takes models of any type: where no [family](supported-models.md) has the couplings, it
-[finds them by trials](concepts.md#models-of-your-own). This table shows what it finds in a tiny random model of each of
+[finds them by trials](howto/any-model.md). This table shows what it finds in a tiny random model of each of
 the {count} model types that transformers maps for language, images with text, and speech. `python bench/model_types.py`
 made it ({versions}).
 

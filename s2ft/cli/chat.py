@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.cli.generate import SamplingArguments
-from s2ft.cli.parse import DTYPE, MODEL, did_you_mean, parse, quiet_transformers
+from s2ft.cli.parse import BASE_MODEL, DTYPE, did_you_mean, parse, quiet_transformers
 from s2ft.config import option, refuse
 from s2ft.text.models import DTYPES
 from s2ft.train.options import Options
@@ -38,7 +38,7 @@ EXAMPLE = """  s2ft chat --model meta-llama/Llama-3.2-1B-Instruct --adapter my-r
 
 @dataclass
 class ChatArguments(Options):
-    model: str = option(text=MODEL)
+    model: str | None = option(None, **BASE_MODEL)
     adapter: list[str] | None = option(
         None,
         "one or more adapters: the output folder of a run, an adapter's folder, a checkpoint, a name on the hub, each "
@@ -136,13 +136,14 @@ def load(job: ChatArguments) -> Adapters:
     """Load the model. The folders of the adapters are looked up first, so that a wrong one is found at once."""
     import s2ft
     from s2ft.adapter.hub import resolve
+    from s2ft.text.adapter_prompts import base_name
     from s2ft.text.models import dtype_of_base, load_model
     from s2ft.train.device import gpu_or_cpu
 
     folders = {name: resolve(source) for name, source in adapters_by_name(job.adapter or []).items()}
     first = next(iter(folders.values()), None)
     dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
-    model, tokenizer = load_model(job.model, dtype)
+    model, tokenizer = load_model(base_name(job.model, first and str(first)), dtype)
     return Adapters(model.to(gpu_or_cpu()), tokenizer, folders)
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, UsageError, new_file, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, UsageError, new_file, parse, quiet_transformers
 from s2ft.config import check_fields, option, refuse
 from s2ft.text.data.options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
@@ -15,21 +15,23 @@ from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT
 
 logger = logging.getLogger(__name__)
 EXAMPLE = """\
-  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --data test.jsonl --task arithmetic
-  s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --forgetting other-text.jsonl
+  s2ft eval --adapter my-run --data my-data.jsonl
+  s2ft eval --adapter my-run --data test.jsonl --task arithmetic
+  s2ft eval --adapter my-run --forgetting other-text.jsonl
   s2ft eval --model meta-llama/Llama-3.2-1B --adapter my-run --lm-eval hellaswag,arc_easy"""
 
 
 @dataclass
 class EvalArguments:
-    model: str = option(text=MODEL)
+    model: str | None = option(None, **BASE_MODEL)
     data: list[str] = option(
         [], f"{DATA}; the field `answer` of a row is scored, or its output if there is none", metavar="FILE_OR_NAME"
     )
     task: str | None = option(
         None,
-        "arithmetic scores the last number of the generated text, commonsense the first answer word (true, answer1, "
-        "...)",
+        "score generated answers: arithmetic by the last number, commonsense by the first answer word (true, answer1, "
+        "...), exact by the whole text",
+        shown="compare the adapter with its base: the loss of the answers, and some answers side by side",
         choices=TASKS,
     )
     adapter: str | None = option(None, ADAPTER, metavar="ADAPTER")
@@ -64,10 +66,6 @@ class EvalArguments:
         refuse(
             (measures and self.adapter is None, "forgetting and kl compare an adapter with its base: give --adapter"),
             (self.kl and not self.data, "kl needs rows with prompts: give --data"),
-            (
-                measures and self.data and not self.kl and self.task is None,
-                "data has no use here: give --task to score it, or --kl to measure on its prompts",
-            ),
         )
         if self.lm_eval is not None:
             self._refuse("lm_eval", ("data", "task", "kl", "forgetting"))
@@ -75,9 +73,8 @@ class EvalArguments:
                 raise ValueError("num_beams has no meaning with lm_eval: its tasks say how they generate")
             return
         self._refuse("data", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
-        missing = [name for name, value in (("--data FILE_OR_NAME", self.data), ("--task", self.task)) if not value]
-        if missing and (self.task is not None or not measures):
-            raise ValueError(f"missing: {', '.join(missing)}, or --lm-eval")
+        if not self.data and (self.task is not None or not measures):
+            raise ValueError("missing: --data FILE_OR_NAME, or --lm-eval")
 
     def _refuse(self, way: str, names: tuple[str, ...]) -> None:
         """Refuse options that would be ignored."""
@@ -87,11 +84,14 @@ class EvalArguments:
 
 
 def run_eval(arguments: list[str]) -> None:
-    description = "Generate an answer to each row and score it."
+    description = "Compare an adapter with its base on your data, or score the answers to each row."
     job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
     if job.lm_eval is not None and reading != ReadingOptions():
         raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")
     quiet_transformers()
+    from s2ft.text.adapter_prompts import base_name
+
+    job.model = base_name(job.model, job.adapter)
     if job.lm_eval is not None:
         score_by_lm_eval(job)
     else:
@@ -102,7 +102,7 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     """Score the model on the rows of --data, measure how far the adapter has moved it from its base, and print both.
 
     Args:
-        job: The options of the command. Without a task nothing is scored.
+        job: The options of the command. Without a task the adapter is compared with its base.
         reading: How the data is read.
 
     Raises:
@@ -110,13 +110,15 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         FileNotFoundError: The folder of the output file does not exist.
         ValueError: A row can't be scored or measured, or the model or the adapter can't be loaded.
     """
+    from s2ft.text.data import load_rows
     from s2ft.text.divergence import read_texts
     from s2ft.text.evaluation import evaluate, read_examples
     from s2ft.text.scoring import right_answer
     from s2ft.train.output import write_json
 
-    output = new_file(job.output)
-    examples = tuple(read_examples(reading.of(job.data, "test", job.limit))) if job.data else ()
+    output, compares = new_file(job.output), bool(job.data) and job.task is None and not job.kl
+    examples = tuple(read_examples(reading.of(job.data, "test", job.limit))) if job.data and not compares else ()
+    rows = load_rows(reading.of(job.data, "test", job.limit)) if compares else None
     for number, example in enumerate(examples if job.task else (), 1):  # before the model is loaded
         try:
             right_answer(example, job.task)
@@ -127,6 +129,8 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     with _loaded(job) as (model, prompter):
         how = (job.task, job.batch_size, job.max_new_tokens, "evaluating", prompter.format, job.num_beams)
         result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
+        if compares:
+            result = compare_rows(model, prompter, rows, job)
         if job.forgetting or job.kl:
             found["drift"] = _measure_drift(job, model, prompter, other, examples)
     if result is not None:
@@ -134,6 +138,18 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         found |= result.to_dict()
     if output:
         write_json(output, found)
+
+
+def compare_rows(model, prompter, rows: Any, job: EvalArguments):
+    """Compare the loaded adapter with its base on rows, or compute the loss of a model without one."""
+    from s2ft.text.comparison import compare
+    from s2ft.text.encoding import context_length, tokenize_rows
+
+    prompter.format.apply_to(prompter.tokenizer)
+    longest = context_length(model) or 1 << 30
+    tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=longest).dataset
+    how = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
+    return compare(model, prompter.tokenizer, tokens, most=len(tokens), **how)
 
 
 def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Sequence) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, make_dataclass
 
-from s2ft.cli.parse import ADAPTER, BASE, OptionParser, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, parse, quiet_transformers
 from s2ft.export import EXPORTS, IMPORTS, export
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
@@ -30,10 +30,20 @@ def run_export(arguments: list[str]) -> None:
     if source is not None:
         from s2ft.export.adapters import convert
 
+        if "model" not in job:
+            raise ValueError(f"missing: --model, the base of {job[f'from_{source}']}")
+
         folder, name = job[f"from_{source}"], job.get("name")
         print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))
     else:
-        print(export(target, job["model"], job["adapter"], job["output"], dtype, **given))
+        base = _base(job.get("model"), job["adapter"])
+        print(export(target, base, job["adapter"], job["output"], dtype, **given))
+
+
+def _base(model: str | None, adapter: str) -> str:
+    from s2ft.text.adapter_prompts import base_name  # not at the top, where it would load PyTorch for a mistake
+
+    return base_name(model, adapter)
 
 
 def _options() -> type:
@@ -43,7 +53,7 @@ def _options() -> type:
     sources = ", ".join(f"from-{name}" for name in IMPORTS)
     found = {
         "adapter": option(None, ADAPTER, positional=True, metavar="ADAPTER"),
-        "model": option(text=BASE),
+        "model": option(None, **BASE_MODEL),
         "format": option(DEFAULT, "the format to write", choices=tuple(EXPORTS)),
         **{
             f"from_{name}": option(None, f"a folder of format {name} to convert to an adapter", metavar="DIR")
@@ -82,12 +92,12 @@ def _check(job: dict) -> tuple[str | None, dict]:
 
 @dataclass
 class MergeArguments(Options):
-    model: str = option(text=BASE)
     adapter: str = option(text=ADAPTER, metavar="DIR")
     output: str = option(
         text="folder for the checkpoint, or for a base that is a .gguf file such a file; it must not exist",
         metavar="PATH",
     )
+    model: str | None = option(None, **BASE_MODEL)
     dtype: str = option("auto", "dtype of the merged weights; auto: the dtype of the training", choices=DTYPES)
     max_shard_size: str | None = option(
         None, "the largest file of weights, for example 2GB; default: that of transformers", metavar="SIZE"
@@ -105,11 +115,12 @@ def run_merge(arguments: list[str]) -> None:
         "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
     )
     quiet_transformers()
+    base = _base(job.model, job.adapter)
     if job.output.endswith(".gguf"):
         if job.dtype != "auto" or job.max_shard_size is not None:
             raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
         from s2ft.export import packed
 
-        print(packed.export(job.model, job.adapter, job.output))
+        print(packed.export(base, job.adapter, job.output))
         return
-    print(export("merged", job.model, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
+    print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))

@@ -4,7 +4,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.cli.parse import ADAPTER, DTYPE, MODEL, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, parse, quiet_transformers
 from s2ft.config import check_fields, option, refuse
 from s2ft.text.models import DTYPES
 
@@ -60,7 +60,7 @@ class SamplingArguments:
 
 @dataclass
 class GenerateArguments:
-    model: str = option(text=MODEL)
+    model: str | None = option(None, **BASE_MODEL)
     adapter: str | None = option(None, ADAPTER, metavar="ADAPTER")
     prompt: str | None = option(None, "the user's message; - reads it from stdin", metavar="TEXT")
     prompt_file: str | None = option(None, "a text file with the prompt", metavar="FILE")
@@ -78,14 +78,14 @@ class GenerateArguments:
 def run_generate(arguments: list[str]) -> None:
     job, sampling = parse("generate", DESCRIPTION, [GenerateArguments, SamplingArguments], arguments, EXAMPLE)
     quiet_transformers()
-    from s2ft.text.adapter_prompts import load_with_adapter
+    from s2ft.text.adapter_prompts import base_name, load_with_adapter
     from s2ft.text.chat import pieces
     from s2ft.text.encoding import context_length
     from s2ft.text.running_batch import Row, RunningBatch
     from s2ft.train.device import explain_out_of_memory, gpu_or_cpu, smaller_answers
 
     prompt = read_prompt(job)
-    model, prompter = load_with_adapter(job.model, job.adapter, job.dtype)
+    model, prompter = load_with_adapter(base_name(job.model, job.adapter), job.adapter, job.dtype)
     if job.chat or job.system is not None or (prompter.is_chat and not job.raw):
         ids = prompter.encode([{"role": "user", "content": prompt}], job.system)
     else:

@@ -64,7 +64,7 @@ GONE = {
 
 # Help texts that several commands share.
 MODEL = "a checkpoint folder, a name on the hub, or a .gguf file"
-BASE = f"the adapter's base model: {MODEL}"
+BASE_MODEL = {"text": f"the adapter's base model: {MODEL}", "shown": "the one that the adapter records"}
 ADAPTER = "an adapter: the output folder of a run, an adapter's folder, a checkpoint, or a name on the hub"
 DTYPE = "dtype of the model's weights; auto: the dtype of the adapter's training, or without adapter the checkpoint's"
 

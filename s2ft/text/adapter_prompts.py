@@ -124,6 +124,27 @@ class Prompter:
         return encode_prompt(self.tokenizer, text)
 
 
+def base_name(model: str | None, adapter: str | None) -> str:
+    """Return the base that a command loads: the one that is named, or else the one that its adapter records.
+
+    Args:
+        model: As in :func:`s2ft.text.models.load_model`, or None.
+        adapter: As in :func:`s2ft.read_adapter`, or None.
+
+    Raises:
+        ValueError: Neither is known.
+    """
+    if model is not None:
+        return model
+    if adapter is None:
+        raise ValueError("missing: --model, or --adapter, which records its base")
+    recorded = s2ft.read_adapter(adapter).info.get("base_model")
+    if not recorded:
+        raise ValueError(f"missing: --model. The adapter {adapter} does not record which base it was trained on")
+    logger.info("base %s, as adapter %s records it; --model names another place of it", recorded, adapter)
+    return recorded
+
+
 def load_with_adapter(model_name: str, adapter_name: str | None, dtype: str = "auto"):
     """Load a model, and an adapter if one is named.
 

@@ -6,7 +6,7 @@ A right answer that is a letter from A to E is compared with the last such lette
 import re
 from typing import Any
 
-TASKS = ("arithmetic", "commonsense")  # tasks whose generated answers can be scored
+TASKS = ("arithmetic", "commonsense", "exact")  # tasks whose generated answers can be scored
 TOLERANCE = 1e-3
 LETTERS = re.compile(r"\b([A-E])\b")  # choices, as in AQuA
 # A minus is a sign only if it cannot be a subtraction: "8-3" ends in 3, "= -3" ends in -3.
@@ -51,13 +51,15 @@ def right_answer(example: Any, task: str) -> str:
 
     Args:
         example: The :class:`~s2ft.text.evaluation.Example`. Its `answer` is used, or the answer in its `output`.
-        task: "arithmetic" or "commonsense".
+        task: One of TASKS.
 
     Raises:
         ValueError: The task is unknown, or the example has no answer that the task can score.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    if task == "exact":
+        return example.output if example.answer is None else example.answer
     if task == "arithmetic":
         source = example.output if example.answer is None else example.answer
         if example.answer is not None and LETTERS.fullmatch(source.strip()):
@@ -81,11 +83,17 @@ def is_right(text: str, answer: str, task: str) -> bool:
     Args:
         text: The generated text.
         answer: The right answer, as :func:`right_answer` returns it.
-        task: "arithmetic" or "commonsense".
+        task: One of TASKS. For "exact", case, white space and a full stop at the end make no difference.
     """
+    if task == "exact":
+        return _plain(text) == _plain(answer)
     if task == "commonsense":
         return first_word(text, answer) == answer
     if LETTERS.fullmatch(answer):
         return LETTERS.findall(text)[-1:] == [answer]
     number, expected = last_number(text), last_number(answer)
     return number is not None and expected is not None and abs(number - expected) <= TOLERANCE
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")

@@ -3,8 +3,6 @@
 import gzip
 import importlib.util
 import json
-import resource
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,7 +22,7 @@ from s2ft.text.encoding import tokenize_rows
 from s2ft.text.evaluation import Evaluation, Example, evaluate
 from s2ft.text.models import load_model
 from s2ft.text.prompts import PromptFormat, prompt_format
-from s2ft.train.device import gpu_or_cpu
+from s2ft.train.device import gpu_or_cpu, peak_memory
 from s2ft.train.options import DemoOptions
 from s2ft.train.output import RunFolder, write_json
 
@@ -138,7 +136,6 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
         training = _train(model, tokenizer, rows, options, folder)
     after = score("tuned")
     print(f"tuned: {after}")
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
     report = {
         "model": name,
         "dtype": dtype,
@@ -147,7 +144,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
         "gain_points": 100 * (after.accuracy - before.accuracy),
         "problems": len(after.records),
         "seconds": seconds,
-        "peak_memory_bytes": resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0),
+        "peak_memory_bytes": peak_memory(),
         "trainable": attached.trainable,
         "total": attached.total,
         "trainable_share": attached.trainable / attached.total,

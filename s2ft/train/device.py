@@ -34,6 +34,17 @@ def say_device(device) -> None:
         logger.info("running on the CPU: PyTorch %s finds no GPU", torch.__version__)
 
 
+def peak_memory() -> int:
+    """The largest memory of this process so far, and of its GPU, in bytes."""
+    import resource
+    import sys
+
+    import torch
+
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resident + (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else 0)
+
+
 def keep_freed_memory() -> bool:
     """Let the C library keep freed memory for the next tensor. Returns False if the C library is not glibc.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import dataclasses
 import hashlib
 import logging
 import socket
@@ -19,6 +20,7 @@ import s2ft
 from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, needs_calibration
+from s2ft.text.comparison import compare
 from s2ft.text.data.loading import load_split
 from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
 from s2ft.text.divergence import row_of_prompt
@@ -30,7 +32,7 @@ from s2ft.train.batching import Batching, choose_batching, row_lengths, short_ro
 from s2ft.train.loading import plain_kernels
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder
+from s2ft.train.output import RunFolder, write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
 from s2ft.train.rates import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
@@ -42,6 +44,7 @@ from s2ft.train.sft import (
     check_packages_of_run,
     check_run,
     is_checkpointed,
+    log_errors,
     log_length,
     run_trainer,
     sft,
@@ -49,6 +52,7 @@ from s2ft.train.sft import (
 from s2ft.train.trainers import needs_trl_loss, refuse_sharding
 
 logger = logging.getLogger(__name__)
+ENOUGH, MOST_HELD_OUT = 100, 64  # rows of which s2ft sft holds some out by itself: a twentieth, at most so many
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
 
 
@@ -88,6 +92,15 @@ class SFT(Method):
     def read(self, run: Run) -> tuple[Any, Any]:
         task = run.options.eval_task
         rows, held_out = _read(run, evaluates=task is not None)
+        size = min(MOST_HELD_OUT, len(rows) // 20) if len(rows) >= ENOUGH else 0
+        if held_out is None and run.data.test_split_size is None and size:
+            parts = rows.train_test_split(size, seed=run.arguments.seed)
+            rows, held_out = parts["train"], parts["test"]
+            if run.is_first:
+                logger.info(
+                    f"{size} of {len(rows) + size} rows are held out, to compare the base and the adapter; "
+                    "--test-split-size 0 trains on all"
+                )
         if task is not None:
             for example in examples_of(held_out):
                 right_answer(example, task)
@@ -134,7 +147,15 @@ class SFT(Method):
         log_memory_of_batch(model, run.config, longest, arguments, chunked, short)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        return sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
+        result = sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
+        if data.held_out is None or not result.finished or devices_of(run.arguments).count > 1:
+            return result
+        with log_errors("the base and the adapter were not compared"):
+            size = run.arguments.per_device_train_batch_size
+            found = compare(model, tokenizer, data.held_out.rows, batch_size=size)
+            result = dataclasses.replace(result, comparison=found)
+            write_json(run.folder.report, result.to_dict())
+        return result
 
 
 class RL(Method):
@@ -196,6 +217,7 @@ class GRPO(RL):
     """Prompts, whose answers by the model are rewarded."""
 
     name = "grpo"
+    fits_batch = False  # it counts answers, and there are several to each row
     shape = PROMPTS
 
     def check(self, run: Run) -> None:

@@ -16,7 +16,7 @@ from s2ft.files.writing import replace_file
 from s2ft.train.checkpoints import UNFINISHED, checkpoints, newest_valid
 
 logger = logging.getLogger(__name__)
-LOG, PLOT, REPORT = "log.jsonl", "loss.png", "report.json"
+LOG, PLOT, REPORT, PAGE = "log.jsonl", "loss.png", "report.json", "report.html"
 LOCK = ".lock"  # a file in the folder, which the process that writes a run holds locked
 NO_LOCKS = "files in %s can't be locked here: start no second run in this folder before this one ends"
 # Options in run.json: how many groups of devices train on different rows, and how many rows an update has. In another
@@ -28,8 +28,8 @@ DIVISION = ("training.per_device_train_batch_size", "training.gradient_accumulat
 class RunFolder:
     """The output folder of a run.
 
-    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, config.yaml (the options that the user has
-    given) and run.json (all options that determine the result).
+    It holds adapter/, checkpoint-N/, log.jsonl, loss.png, report.json, report.html, config.yaml (the options that the
+    user has given) and run.json (all options that determine the result).
 
     Example:
         >>> from s2ft.train.output import RunFolder
@@ -43,6 +43,7 @@ class RunFolder:
         self.path = Path(path)
         self.adapter, self.log, self.plot = self.path / ADAPTER, self.path / LOG, self.path / PLOT
         self.run, self.report, self.config = self.path / RUN, self.path / REPORT, self.path / OPTIONS
+        self.page = self.path / PAGE
 
     def check(self, resume: bool = False, overwrite: bool = False) -> None:
         """Check that a run may use the folder. Nothing is changed.
@@ -141,7 +142,7 @@ class RunFolder:
             return
         for path in (self.adapter, self.path / UNFINISHED, *checkpoints(self.path)):
             shutil.rmtree(path, ignore_errors=True)
-        for path in (self.log, self.plot, self.report, self.config):
+        for path in (self.log, self.plot, self.report, self.page, self.config):
             path.unlink(missing_ok=True)
         self.path.mkdir(parents=True, exist_ok=True)
         write_json(self.run, options)

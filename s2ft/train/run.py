@@ -5,6 +5,8 @@ The commands differ in one object, a :class:`Method`; see `s2ft.train.methods`.
 
 import json
 import logging
+import math
+import shlex
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,14 +20,14 @@ from s2ft.adapter import add_info, read_adapter
 from s2ft.adapter.hub import push_to_hub, write_card
 from s2ft.config import S2FTConfig
 from s2ft.files.reading import check_adapter_name
-from s2ft.files.writing import reason_not_written
-from s2ft.packages import check_packages
+from s2ft.files.writing import reason_not_written, replace_file
+from s2ft.packages import check_packages, is_installed
 from s2ft.selection.allowed import with_protect_ratio
 from s2ft.text.collator import batches_of, calibration_for
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
-from s2ft.train.device import explain_out_of_memory, keep_freed_memory, say_device
+from s2ft.train.device import explain_out_of_memory, keep_freed_memory, peak_memory, say_device
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.loading import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.options import (
@@ -36,11 +38,13 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
-from s2ft.train.output import GROUPS, ROWS, RunFolder
+from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
+from s2ft.train.report_page import report_page
 from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, smaller_step, this_rank
 
 logger = logging.getLogger(__name__)
+FEWEST_UPDATES = 32  # that a run should make
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
                 "vllm_server_", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
@@ -159,6 +163,7 @@ class Method(ABC):
     """What one training command does differently from the others."""
 
     name: str
+    fits_batch = True  # whether fewer rows make an update where there are few of them
 
     def learning_rate(self, model) -> float | None:
         """Return the learning rate of a run that names none, or None for that of the arguments."""
@@ -221,11 +226,10 @@ def train(run: Run, config_text: Any) -> None:
     check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
     check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
-    batches, resume = set_batches(arguments, options, run.given), run.resume
+    set_batches(arguments, options, run.given)
+    resume = run.resume
     with folder.reserved(bool(resume), options.overwrite) if run.is_first else nullcontext():
         check_upload(arguments)
-        if run.is_first:
-            logger.info(batches)
         # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
         uploads, arguments.push_to_hub = arguments.push_to_hub, False
         result = _train(run, config_text)
@@ -240,8 +244,11 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     method, arguments, device = run.method, run.arguments, this_rank().device
     method.check(run)
     rows, held_out = method.read(run)
+    fitting = replace(run.options, batch_size=run.options.batch_size or fitting_batch(run, len(rows)))
+    batches = set_batches(arguments, fitting, run.given)
     measured, protected = _other_text(run)
     if run.is_first:
+        logger.info(batches)
         say_device(device)
     if device.type == "cpu" and run.options.keep_memory:
         keep_freed_memory()
@@ -345,6 +352,13 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     with log_errors("the model card was not written"):
         write_card(read_adapter(result.adapter), result.adapter)
     print(f"adapter: {result.adapter}")
+    if result.comparison is not None:
+        print(f"\n{result.comparison}")
+    path = shlex.quote(str(folder.path))
+    commands = [f"s2ft chat --adapter {path}", f"s2ft merge --adapter {path} --output my-model"]
+    print("\nnext:", *commands, sep="\n  ")
+    with log_errors(f"{folder.page} was not written"):
+        write_page(run, result, commands)
     if uploads:
         try:
             repository = arguments.hub_model_id or folder.path.absolute().name
@@ -352,6 +366,21 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
             print(f"uploaded: {push_to_hub(folder.adapter, repository, token=arguments.hub_token, **how)}")
         except Exception as error:
             raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error
+
+
+def write_page(run: Run, result: Finetuned, commands: list[str]) -> None:
+    """Write report.html."""
+    folder, arguments, adapter = run.folder, run.arguments, read_adapter(result.adapter)
+    figure = loss_figure(read_log(folder.log)) if is_installed("matplotlib") else None
+    facts = {
+        "base": run.model.model_name_or_path,
+        "updates": f"{result.steps} of {rows_of_update(arguments)} rows, learning rate {arguments.learning_rate:g}",
+        "trained": f"{adapter.parameters:,} parameters, in {result.adapter}",
+        "time": f"{result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s",
+        "memory": f"{peak_memory() / 2**20:,.0f} MiB at its peak",
+        **({"forgetting": result.drift} if result.drift else {}),
+    }
+    replace_file(folder.page, report_page(folder.title(), facts, commands, result.comparison, figure).encode())
 
 
 @contextmanager
@@ -408,6 +437,30 @@ def set_batches(arguments: Any, options: RunOptions, given: Mapping[str, Any]) -
         f"{micro * passes * devices} rows an update: {micro} rows × {passes} forward pass{'es' * (passes != 1)} × "
         f"{shared}"
     )
+
+
+def fitting_batch(run: Run, rows: int) -> int | None:
+    """Return the rows of an update for data that would make too few updates of the default; None for the default.
+
+    Args:
+        run: The options. A run that names the rows of an update or of a forward pass has none of its own.
+        rows: Number of training rows.
+    """
+    arguments = run.arguments
+    if not run.method.fits_batch or MICRO in run.given or PASSES in run.given:
+        return None
+    passed = rows * arguments.num_train_epochs
+    most = rows if arguments.max_steps > 0 else passed / FEWEST_UPDATES
+    if most >= DEFAULT_BATCH:
+        return None
+    devices = devices_of(arguments).groups
+    size = max(4 * devices, 2 ** int(math.log2(max(most, 1))) // devices * devices)
+    if run.is_first and arguments.max_steps <= 0:
+        logger.info(
+            f"{DEFAULT_BATCH} rows an update would make {passed / DEFAULT_BATCH:.0f} updates of {rows} rows, which are "
+            f"few: {size} make {passed / size:.0f}; --batch-size sets another number"
+        )
+    return size
 
 
 def check_upload(arguments: Any) -> None:

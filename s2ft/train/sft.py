@@ -17,6 +17,7 @@ from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
+from s2ft.text.comparison import Comparison
 from s2ft.text.divergence import Drift
 from s2ft.text.evaluation import HeldOut
 from s2ft.text.generation import contiguous_head
@@ -50,6 +51,7 @@ class Finetuned:
         stopped_at: The step at which a limit of the meter ended the run, or None.
         kept_step: The step whose adapter was saved then, or None.
         interrupted: Whether Ctrl-C ended the run.
+        comparison: The base and the adapter on the held-out rows, or None.
     """
 
     steps: int
@@ -64,11 +66,13 @@ class Finetuned:
     stopped_at: int | None = None
     kept_step: int | None = None
     interrupted: bool = False
+    comparison: Comparison | None = None
 
     def to_dict(self) -> dict:
         """The result as values that JSON can hold."""
         speed = {"seconds": round(self.seconds, 2), "tokens_per_second": round(self.tokens_per_second, 1)}
         more = {"best_step": self.best_step, "reward": self.reward, **(self.drift.to_dict() if self.drift else {})}
+        more["comparison"] = self.comparison and self.comparison.to_dict()
         found = {**speed, **more, "stopped_at": self.stopped_at, "kept_step": self.kept_step}
         return {"steps": self.steps, "loss": self.loss, **{key: one for key, one in found.items() if one is not None}}
 

@@ -13,7 +13,7 @@ from support.inside import RunOptions
 from s2ft import S2FTConfig
 
 pytest.importorskip("trl")
-from support.inside import UsageError, config_text, parser_of, read_run, set_batches
+from support.inside import UsageError, config_text, fitting_batch, parser_of, read_run, set_batches
 
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 
@@ -279,3 +279,22 @@ def test_rows_of_an_update_are_divided_among_devices_and_passes(case):
     line = set_batches(arguments, RunOptions(batch_size=rows), given)
     found = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     assert found == BATCHES[case] and line.startswith(f"{found[0] * found[1] * devices} rows an update")
+
+
+@pytest.mark.parametrize(
+    "rows, changes, expected",
+    [
+        (67, {}, 4),  # 50 updates, not 3
+        (400, {}, 32),
+        (1000, {}, None),
+        (2, {}, 4),
+        (40, {"max_steps": 9}, 32),  # no more than there are rows
+        (67, {"num_train_epochs": 40}, None),
+    ],
+)
+def test_few_rows_make_smaller_updates(rows, changes, expected):
+    arguments = SimpleNamespace(**{"num_train_epochs": 3, "max_steps": -1, "world_size": 1, **changes})
+    run = SimpleNamespace(arguments=arguments, given={}, is_first=True, method=SimpleNamespace(fits_batch=True))
+    assert fitting_batch(run, rows) == expected
+    run.given = {"gradient_accumulation_steps": 2}
+    assert fitting_batch(run, rows) is None

@@ -134,7 +134,7 @@ def load_split(
     train = load_rows(options, shape=shape)
     if options.eval_data:
         return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62, shape=shape)
-    if options.test_split_size is not None:
+    if options.test_split_size:
         size = options.test_split_size
         if size >= len(train):
             raise ValueError(f"test_split_size {size} must be smaller than the {len(train)} rows there are")

@@ -42,7 +42,10 @@ class DataOptions:
     )
     streaming: bool = option(False, "another name of --dataset-streaming")
     test_split_size: float | None = option(
-        None, "rows to hold out from the training data: a share below 1, or a number of rows", metavar="SHARE"
+        None,
+        "rows to hold out from the training data: a share below 1, or a number of rows; 0 trains on all",
+        metavar="SHARE",
+        shown="s2ft sft holds out a twentieth of 100 rows or more, at most 64",
     )
     limit: int | None = option(None, "use the first N rows only", shown="all rows", least=1)
     field: list[str] = option(
@@ -84,7 +87,7 @@ class DataOptions:
         given = [name for name in ("data", "dataset_name", "datasets") if getattr(self, name)]
         refuse(
             (
-                size is not None and not (0 < size < 1 or (size >= 1 and size == int(size))),
+                size is not None and not (0 <= size < 1 or (size >= 1 and size == int(size))),
                 f"test_split_size must be a share between 0 and 1 or a number of rows, got {size}",
             ),
             (

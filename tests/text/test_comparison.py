@@ -1,0 +1,74 @@
+"""An adapter beside its base on rows that were not trained on, at the end of a run and by s2ft eval."""
+
+import json
+
+import pytest
+import torch
+from support.inside import compare, mean_loss
+from train.tiny import save_tiny, sums, tiny_model, tiny_tokenizer, write_jsonl
+
+import s2ft
+from s2ft.cli.main import main
+
+
+def token_rows(count=6):
+    tokenizer = tiny_tokenizer()
+    for row in sums(count):
+        question, answer = tokenizer(row["instruction"])["input_ids"], tokenizer(row["output"])["input_ids"]
+        yield {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
+
+
+def test_loss_and_answers_are_those_of_the_base_and_of_the_adapter():
+    model, rows = tiny_model(), list(token_rows())
+    before = mean_loss(model, rows)
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.3)
+    found = compare(model, tiny_tokenizer(), rows, samples=2, max_new_tokens=5)
+    assert (found.rows, found.loss_before, found.loss_after) == (6, before, mean_loss(model, rows))
+    assert [one.prompt for one in found.samples] == [row["instruction"] for row in sums(2)]
+    assert [one.right for one in found.samples] == [row["output"] for row in sums(2)]
+    assert any(one.base != one.tuned for one in found.samples)
+    text = str(found)
+    assert f"loss on 6 rows: {before:.4f} before, {found.loss_after:.4f} after (NOT lower)" in text
+    assert "base:" in text and "tuned:" in text
+
+
+def test_a_model_without_adapter_and_rows_of_plain_text_have_a_loss_alone():
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}]
+    found = compare(tiny_model(), tiny_tokenizer(), rows)
+    assert found.loss_before is None and not found.samples and str(found) == f"loss on 1 rows: {found.loss_after:.4f}"
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory):
+    """A run on 120 rows, without a word about held-out rows."""
+    work = tmp_path_factory.mktemp("work")
+    save_tiny(work / "model")
+    write_jsonl(work / "data.jsonl", sums(120))
+    arguments = f"sft --model {work}/model --data {work}/data.jsonl --output {work}/out --max-steps 3 --lr 1e-2"
+    assert main([*arguments.split(), "--batch-size", "4", "--d-ratio", "0.2"]) == 0
+    return work
+
+
+def test_a_run_holds_rows_out_and_ends_with_before_and_after(work):
+    report = json.loads((work / "out/report.json").read_text())["comparison"]
+    page = (work / "out/report.html").read_text()
+    assert f"{report['loss_before']:.3f} → <b>{report['loss_after']:.3f}</b>" in page and "<svg" in page
+    assert report["rows"] == 6 and len(report["samples"]) == 3 and report["loss_after"] < report["loss_before"]
+
+
+def test_eval_compares_without_a_task_and_knows_the_base(work, capsys):
+    chats = [{"messages": [{"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}]}]
+    write_jsonl(work / "chats.jsonl", chats * 2)
+    assert main(f"eval --adapter {work}/out --data {work}/chats.jsonl --output {work}/found.json".split()) == 0
+    found, printed = json.loads((work / "found.json").read_text()), capsys.readouterr().out
+    assert found["rows"] == 2 and found["model"] == f"{work}/model"
+    assert "loss on 2 rows:" in printed and "base:" in printed
+
+
+def test_zero_holds_nothing_out(work, tmp_path, caplog):
+    arguments = f"sft --model {work}/model --data {work}/data.jsonl --output {tmp_path}/out --max-steps 1"
+    assert main([*arguments.split(), "--batch-size", "4", "--d-ratio", "0.2", "--test-split-size", "0"]) == 0
+    assert "comparison" not in json.loads((tmp_path / "out/report.json").read_text())
