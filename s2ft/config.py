@@ -29,6 +29,7 @@ CHOICES = {
     "order": ("largest", "smallest"),
     "allocation": tuple(ALLOCATIONS),
     "layout": ("permuted", "indexed"),
+    "codec": ("none", "auto"),
     "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
 }
 CHOOSING = (
@@ -39,13 +40,14 @@ CHOOSING = (
     "layers",
     "towers",
     "align",
+    "group",
     "budget",
     "match_lora_rank",
     "exclude",
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
 # Fields that adapter files have only if they are set
-LATER = ("l_ratio", "align", "towers", "modules_to_save", "protect_ratio")
+LATER = ("l_ratio", "align", "group", "codec", "towers", "modules_to_save", "protect_ratio")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -180,6 +182,9 @@ class S2FTConfig:
             together, as the paper's code does; a ratio is then a share of all of them, rounded down.
         align: Round the number of a projection's units down to a multiple of this, for instance 8, so that every row
             of a slice starts at an aligned address. A number below `align` stays. Default: no rounding.
+        group: Choose the inputs of a layer, such as the channels of down_proj, in groups of this many neighbours, for
+            instance 32 for a base in Q4_0: inputs that share a scale in the file are then trained together. Heads of
+            whole groups stay units. Default: one by one.
         budget: Number of trained parameters, such as 9200000 or "9.2M". The ratios are scaled to as many units as fit.
         match_lora_rank: Use as budget the number of parameters that LoRA of this rank trains on the same projections.
         exclude: Units that are never chosen: a selection, lists by projection, or the path of a selection file or an
@@ -194,6 +199,8 @@ class S2FTConfig:
         towers: Parts of a model of images or sound and text to train: `language`, `vision`, `audio`, `projector`.
             Default: the language model if there is one, and everything in all other models.
         delta_dtype: Dtype of the slices. Default: the weight's, but at least float32.
+        codec: `auto`: what is trained of a base in a GGUF file has the values that the file can hold, at every step, so
+            that the merged file computes what was trained. `none`: it is rounded when it is merged.
         modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
             last parts of their paths.
         ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
@@ -229,6 +236,11 @@ class S2FTConfig:
         "round the number of units of each projection down to a multiple of this, for example 8; needs "
         "allocation uniform",
         metavar="UNITS",
+    )
+    group: int | None = option(
+        None,
+        "choose inputs (of o, d) in groups of this many neighbours: those that share a scale in a quantized file",
+        metavar="INPUTS",
     )
     budget: int | str | None = option(
         None,
@@ -270,6 +282,11 @@ class S2FTConfig:
         shown="the weight's dtype, but at least float32",
         choices=CHOICES["delta_dtype"],
     )
+    codec: str = option(
+        "none",
+        "auto: train what a base in a GGUF file can hold, so that s2ft merge changes nothing; none: round at the end",
+        choices=CHOICES["codec"],
+    )
     modules_to_save: list[str] | None = option(
         None,
         "modules to train in full and save with the adapter, for example the new head of a classifier; the "
@@ -307,6 +324,8 @@ class S2FTConfig:
             check_whole("match_lora_rank", self.match_lora_rank)
         if self.align is not None:
             check_whole("align", self.align)
+        if self.group is not None:
+            check_whole("group", self.group)
         if self.protect_ratio is not None:
             self._check_ratio("protect_ratio")
             if not 0 < self.protect_ratio < 1:
@@ -361,8 +380,7 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. `l_ratio`, `towers`, `modules_to_save` and `protect_ratio` are left out
-            if they have their defaults, as in older files.
+            The fields as JSON values. Some that came later are left out if they have their defaults.
         """
         defaults = {f.name: f.default for f in fields(self)}
         return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}

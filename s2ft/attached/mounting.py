@@ -24,6 +24,7 @@ from s2ft.attached.checks import (
     check_one_place,
     check_shards,
 )
+from s2ft.attached.coded import set_codecs
 from s2ft.attached.forwards import experts_modules, replace_forward, restore_forwards
 from s2ft.attached.holding import before_forward
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks, remove_hooks
@@ -165,6 +166,7 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         if mounted.original is not None:
             mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
+    set_codecs(model, record)
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)

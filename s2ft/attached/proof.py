@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
 from s2ft.attached.arrival import not_awaiting
+from s2ft.attached.coded import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
@@ -200,7 +201,7 @@ class Proof:
                 block and weight.
         """
         try:
-            with not_awaiting(self.model, self.record):
+            with not_awaiting(self.model, self.record), without_codecs(self.record):
                 self._check()
         except (AttributeError, TypeError) as error:  # replaced layers have no weight
             raise ValueError(

@@ -93,7 +93,10 @@ def _check(job: dict) -> tuple[str | None, dict]:
 @dataclass
 class MergeArguments(Options):
     adapter: str = option(text=ADAPTER, metavar="DIR")
-    output: str = option(text="folder for the checkpoint; it must not exist", metavar="DIR")
+    output: str = option(
+        text="folder for the checkpoint, or for a base that is a .gguf file such a file; it must not exist",
+        metavar="PATH",
+    )
     model: str | None = option(None, **BASE_MODEL)
     dtype: str = option("auto", "dtype of the merged weights; auto: the dtype of the training", choices=DTYPES)
     max_shard_size: str | None = option(
@@ -105,11 +108,19 @@ def run_merge(arguments: list[str]) -> None:
     (job,) = parse(
         "merge",
         "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
-        "written one at a time: a model of any size needs the memory of a few of its tensors.",
+        "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
+        "file can be written as one: only the blocks of trained units change.",
         [MergeArguments],
         arguments,
         "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
     )
     quiet_transformers()
     base = _base(job.model, job.adapter)
+    if job.output.endswith(".gguf"):
+        if job.dtype != "auto" or job.max_shard_size is not None:
+            raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
+        from s2ft.export import packed
+
+        print(packed.export(base, job.adapter, job.output))
+        return
     print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))

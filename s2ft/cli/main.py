@@ -24,6 +24,7 @@ COMMANDS = {
     "chat": "talk to a model in several turns, and switch adapters meanwhile",
     "serve": "answer over HTTP with many adapters of one base model",
     "merge": "write base model and adapter as one checkpoint",
+    "patch": "write an adapter into a GGUF file in place, and take it back",
     "export": "write an adapter as LoRA, merged checkpoint or GGUF file, or make an adapter from a LoRA",
     "combine": "add adapters into a new one",
     "info": "describe an adapter folder",

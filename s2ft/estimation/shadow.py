@@ -67,7 +67,7 @@ def make_shadow(
     )
     selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)
-    mount(shadow, record, config, selection, "estimate")
+    mount(shadow, record, replace(config, codec="none"), selection, "estimate")  # codes are read from the weights
     expect_none(record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()

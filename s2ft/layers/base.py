@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from typing import Any, ClassVar
 
@@ -50,10 +50,12 @@ class S2Layer(nn.Module):
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
         kind: What S²FT knows about the plain layer.
+        codec: Gives the values of the selected units that the base's file can hold, for an s2; None: base + s2.
     """
 
     dim: ClassVar[int]
     kind: Kind
+    codec: Callable[[Tensor], Tensor] | None = None
     base: Tensor | list[Tensor] | None = None
     _looked_at: Any = None  # memory of the weight that has been checked
     _written: tuple | None = None  # stamps of s2 and of the weight when base + s2 was written last
@@ -317,6 +319,8 @@ class S2Layer(nn.Module):
         self.__dict__.update(_is_current=False, _base_of=id(weight))  # by nn.Module each takes 4 µs
         values = self.full_s2().detach()
         if is_sharded(weight):
+            if self.codec is not None:
+                raise RuntimeError("a codec needs whole weights, and this one is spread over ranks: set codec='none'")
             self._keep_own()
             return stamps, self._own_slices(values)
         self._keep_base(weight, values, stamps)
@@ -340,7 +344,7 @@ class S2Layer(nn.Module):
         elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
             self.base = self.base.to(now)
-            is_ours = torch.equal(now, effective_units(self.base, s2))  # for instance in other memory
+            is_ours = torch.equal(now, self._effective_units(self.base, s2))  # for instance in other memory
             # An average of models changes both in place, and keeps what the weight holds.
             both_changed = self._written[1][1] == stamps[1][1] and self._written[0] != stamps[0]
             if not (is_ours or both_changed):
@@ -423,7 +427,7 @@ class S2Layer(nn.Module):
                 )
             values = self._units(weight) + (s2 - s2.detach()).to(weight.dtype)
         else:
-            values = effective_units(self._units(weight) if self.base is None else self.base, s2)
+            values = self._effective_units(self._units(weight) if self.base is None else self.base, s2)
         return self._with_units(weight.detach(), values)
 
     def base_weight(self) -> Tensor:
@@ -454,8 +458,14 @@ class S2Layer(nn.Module):
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
-        units = self.start if self.index is None else self.index
-        return as_slices(self.kind.view(weight), self.base, s2, units, self.dim)
+        base, units = self.base, self.start if self.index is None else self.index
+        if self.codec is not None:
+            base, s2 = torch.full_like(base, -0.0), self.codec(s2)  # -0.0 + x is x for every x
+        return as_slices(self.kind.view(weight), base, s2, units, self.dim)
+
+    def _effective_units(self, base: Tensor, s2: Tensor) -> Tensor:
+        """The values that the selected units get, in the dtype of the weight. Gradients flow to s2."""
+        return effective_units(base, s2) if self.codec is None else self.codec(s2).to(base.dtype)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.

@@ -23,6 +23,7 @@ from s2ft.selection.budget import (
     requested_projections,
     units_per_projection,
 )
+from s2ft.selection.groups import Groups
 from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
 from s2ft.selection.metrics import METRICS, product_scores
 from s2ft.selection.selection import Selection, unit_tensors
@@ -60,6 +61,9 @@ def select(
         if calibration is not None:
             raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
         return Selection(named_units(couplings, config.units, "units"))
+    if config.group is not None:
+        groups = Groups(couplings, config)
+        return groups.units_of(select(groups.couplings, groups.config, model, calibration, protect))
     if reads_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, protect)
     return _select(couplings, config, model, calibration, protect)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from support.convert_hf_to_gguf import convert
 from support.encoders import save_encoder
 from support.images import qwen2_5_vl
 from train.tiny import save_tiny, sums, with_merges, write_jsonl
@@ -16,6 +17,7 @@ def fill(folder: Path) -> Path:
     """Write the model and the data files.
 
     - path/to/model: a LLaMA with a tokenizer and a chat template
+    - model.gguf: the same LLaMA in Q4_1
     - path/to/encoder: a BERT with a tokenizer
     - path/to/vision-model: a Qwen2.5-VL with a processor, where torchvision is installed
     - data.jsonl: 16 rows of instruction, output and answer; held-out.jsonl: 4 of them; other.jsonl: 2 texts
@@ -24,6 +26,7 @@ def fill(folder: Path) -> Path:
     """
     save_tiny(folder / "path/to/model", **SHAPE)
     with_merges().save_pretrained(folder / "path/to/model")
+    convert(folder / "path/to/model", folder / "model.gguf", "q4_1")
     save_encoder(folder / "path/to/encoder")
     if is_torchvision_available():  # the processor needs it
         for part in qwen2_5_vl():

@@ -1,10 +1,12 @@
-"""A stand-in for llama.cpp's converter: it writes a small LLaMA with a byte-level tokenizer, in float32 or q8_0."""
+"""A stand-in for llama.cpp's converter: it writes a small LLaMA with a byte-level tokenizer, in any type with a codec."""
 
 import json
 import sys
 from pathlib import Path
 
 import gguf
+import numpy
+import torch
 from safetensors.numpy import load_file
 
 
@@ -37,9 +39,26 @@ def convert(checkpoint: Path, file: Path, kind: str = "f32") -> Path:
             count = heads if path.endswith("q_proj") else config["num_key_value_heads"]
             values = values.reshape(count, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
         packed = gguf.GGMLQuantizationType["F32" if values.ndim == 1 else kind.upper()]
-        writer.add_tensor(f"{names.get_name(path)}.{part}", gguf.quants.quantize(values, packed), raw_dtype=packed)
+        writer.add_tensor(f"{names.get_name(path)}.{part}", quantized(values, packed), raw_dtype=packed)
     writer.write_header_to_file(), writer.write_kv_data_to_file(), writer.write_tensors_to_file(), writer.close()
     return file
+
+
+def quantized(values: numpy.ndarray, kind: gguf.GGMLQuantizationType) -> numpy.ndarray:
+    """The bytes of a weight. K-quants, which the package gguf only reads, get random scales."""
+    try:
+        return gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        from support.inside import TYPES_OF_GGUF  # in a process of llama.cpp's converter there is none
+
+        codec, length = TYPES_OF_GGUF[kind.name], gguf.GGML_QUANT_SIZES[kind][0]
+        shape = (*values.shape[:-1], values.shape[-1] // length, codec.size)
+        data = numpy.random.default_rng(0).integers(0, 256, shape, numpy.uint8)
+        sizes = {"Q6_K": {208: 1.5e-5}, "IQ4_NL": {0: 5e-4}}.get(kind.name, {0: 6e-5, 2: 5e-4})
+        for place, size in sizes.items():
+            data[..., place : place + 2] = numpy.array([size], numpy.float16).view(numpy.uint8)
+        packed = torch.from_numpy(data).flatten(-2)
+        return codec.encode(torch.from_numpy(values), packed).numpy()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,275 @@
+"""What a codec is: a packed matrix as codes and scales, its values, and the nearest codes to new values."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from s2ft.files.reading import check_finite
+
+Scales = tuple[Tensor, ...]
+
+
+class Blocks(NamedTuple):
+    """A packed matrix, or some rows or columns of it, unpacked to its codes.
+
+    Attributes:
+        codes: One code for each weight, [outputs, blocks, inputs of a block], uint8.
+        scales: What the codec computes the values from besides the codes, each [outputs or 1, blocks or 1, 1].
+    """
+
+    codes: Tensor
+    scales: Scales
+
+    def take(self, index: Tensor, dim: int) -> "Blocks":
+        """Some rows or columns.
+
+        Args:
+            index: Their numbers [n] int64.
+            dim: 0 for rows, 1 for columns.
+
+        Returns:
+            The rows; or the columns, in whole blocks if they are whole blocks, else each as a block of its own.
+        """
+        index = index.to(self.codes.device)
+        if dim == 0:
+            scales = (one[index] if one.shape[0] > 1 else one for one in self.scales)
+            return Blocks(self.codes[index], tuple(scales))
+        size = self.codes.shape[-1]
+        if is_whole(index, size):
+            here, codes = index[::size] // size, self.codes[:, index[::size] // size]
+        else:
+            here, codes = index // size, self.codes.flatten(-2)[:, index, None]
+        return Blocks(codes, tuple(one[:, here] if one.shape[1] > 1 else one for one in self.scales))
+
+    def put(self, index: Tensor, dim: int, part: "Blocks") -> "Blocks":
+        """A copy with other rows or columns, which :meth:`take` has taken with the same arguments."""
+        index, scales = index.to(self.codes.device), [one.clone() for one in self.scales]
+        codes = self.codes.clone(memory_format=torch.contiguous_format)  # so that the flat one is a view
+        size = codes.shape[-1]
+        if dim == 0:
+            places: Any = index
+            codes[index] = part.codes
+        else:
+            places = slice(None), (index[::size] if is_whole(index, size) else index) // size
+            codes.flatten(-2)[:, index] = part.codes.flatten(-2)
+        for own, new in zip(scales, part.scales):
+            if own.shape[dim] == codes.shape[dim]:
+                own[places] = new
+        return Blocks(codes, tuple(scales))
+
+
+def is_whole(index: Tensor, block: int) -> bool:
+    """Whether columns [n] int64, in ascending order, are whole blocks."""
+    if index.numel() % block:
+        return False
+    return torch.equal(index, (index[::block, None] // block * block + torch.arange(block).to(index)).flatten())
+
+
+class Codec:
+    """How a format packs a weight matrix. Each family of formats is a file of this folder.
+
+    A packed matrix is what the format's own files hold: a tensor of bytes, or several tensors by name.
+
+    Attributes:
+        name: The format's name.
+        block: Inputs of one output that have a scale of their own, which :meth:`encode` may change with their codes.
+            1 if the scales belong to more weights than that: they never change.
+        levels: What each code stands for before it is scaled, [codes] float32; not finite for codes that mean no
+            number.
+    """
+
+    name: str
+    block = 1
+    levels: Tensor
+
+    def unpack(self, packed: Any) -> Blocks:
+        """Unpack a matrix to its codes and scales."""
+        raise NotImplementedError
+
+    def pack(self, blocks: Blocks, packed: Any) -> Any:
+        """Return a copy of a packed matrix with these codes, and with these scales where they belong to a block."""
+        raise NotImplementedError
+
+    def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
+        """The values of some levels, as the format's own library computes them."""
+        raise NotImplementedError
+
+    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+        """The factor and the summand that make a value from a level, within rounding."""
+        raise NotImplementedError
+
+    def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
+        """Other scales for these values [outputs, blocks, block], for a format whose scales belong to a block."""
+        return iter(())
+
+    # ---- the same for all formats ------------------------------------------------------------------
+
+    def decode(self, packed: Any) -> Tensor:
+        """Return the values [outputs, inputs] of a packed matrix, those of the format's own library bit for bit."""
+        return self.values(self.unpack(packed))
+
+    def encode(self, values: Tensor, packed: Any) -> Any:
+        """Return a packed matrix with the nearest values that the format has.
+
+        Of several encodings that are as near, the one that the matrix has stays. So ``encode(decode(x), x)`` is x.
+
+        Args:
+            values: The new values [outputs, inputs].
+            packed: The matrix as it is packed now. What several blocks share is taken from it.
+
+        Raises:
+            ValueError: A value is not finite.
+        """
+        check_finite(f"a value for {self.name}", values)
+        return self.pack(self.nearest(values, self.unpack(packed)), packed)
+
+    def added(self, packed: Any, index: Tensor, dim: int, delta: Tensor) -> Any:
+        """Return a packed matrix with a delta added to some units. Nothing else of it changes.
+
+        Args:
+            packed: The matrix.
+            index: Rows or columns [n] int64, ascending.
+            dim: 0 for rows, 1 for columns.
+            delta: What is added: [n, inputs] or [outputs, n].
+        """
+        blocks = self.unpack(packed)
+        part = blocks.take(index, dim)
+        return self.pack(blocks.put(index, dim, self.nearest(self.values(part).float() + delta, part)), packed)
+
+    def values(self, blocks: Blocks) -> Tensor:
+        """The values [outputs, inputs] of codes and scales."""
+        return self.scaled(self._grid(blocks.codes.device).levels_of(blocks.codes), blocks.scales).flatten(-2)
+
+    def nearest(self, values: Tensor, blocks: Blocks) -> Blocks:
+        """Find the codes, and the scales if whole blocks have their own, that are nearest to some values.
+
+        The numbers are the same on every device, so that a file holds what training has multiplied by.
+
+        Args:
+            values: Values [outputs, inputs]. Where one is not finite the present code stays.
+            blocks: The present codes and scales.
+
+        Returns:
+            The new ones.
+        """
+        values = values.float().view(blocks.codes.shape)
+        codes, error = self._nearest_codes(values, blocks.scales, blocks.codes)
+        scales = blocks.scales
+        if 1 < self.block == values.shape[-1]:
+            total = _sum(error)
+            for other in self.candidates(values, blocks.scales):
+                its_codes, error = self._nearest_codes(values, other, blocks.codes)
+                its_total = _sum(error)
+                better = its_total < total
+                total = torch.where(better, its_total, total)
+                codes = torch.where(better, its_codes, codes)
+                scales = tuple(
+                    torch.where(better, new, old) if new is not old else old for new, old in zip(other, scales)
+                )
+        return Blocks(codes, scales)
+
+    def _nearest_codes(self, values: Tensor, scales: Scales, present: Tensor) -> tuple[Tensor, Tensor]:
+        """The nearest codes under given scales, and the distances. Of codes as near, the present one stays."""
+        grid, (factor, summand) = self._grid(values.device), self.linear(scales)
+
+        def distance(levels: Tensor) -> Tensor:
+            return self.scaled(levels, scales).float().sub_(values).abs_()
+
+        below = grid.below((values - summand).div_(torch.where(factor == 0, 1.0, factor)))
+        low, high = distance(grid.levels(below)), distance(grid.levels(below + 1))
+        new, nearest, now = (
+            grid.codes(below + (high < low)),
+            torch.minimum(low, high),
+            distance(grid.levels_of(present)),
+        )
+        return torch.where(nearest < now, new, present), torch.minimum(nearest, now)
+
+    def _grid(self, device: torch.device) -> "Grid":
+        found = self.__dict__.setdefault("_grids", {})
+        if device not in found:
+            found[device] = Grid(self.levels.to(device))
+        return found[device]
+
+
+class Grid:
+    """The levels of a format in ascending order, each with its place from 0."""
+
+    def __init__(self, levels: Tensor) -> None:
+        """Sort levels, given by code. Those that are no numbers, and second codes of the same level, have no place."""
+        self.by_code = levels
+        order = levels.argsort(stable=True)
+        order = order[levels[order].isfinite()]
+        order = order[torch.cat([levels.new_ones(1), levels[order].diff()]) != 0]
+        self.sorted, self.code_of = levels[order], order.to(torch.uint8)
+        count = torch.arange(order.numel(), device=levels.device)
+        # Whole numbers from the first level on need no tables.
+        self.is_even = torch.equal(self.sorted, count + self.sorted[0])
+        self.is_even &= torch.equal(self.code_of, (count + order[0]).to(torch.uint8))
+        self.first, self.first_code = float(self.sorted[0]), int(order[0])
+
+    def below(self, wanted: Tensor) -> Tensor:
+        """The places of the levels at or below some numbers, so that each has a next level; overwrites the numbers."""
+        if self.is_even:
+            return wanted.sub_(self.first).floor_().clamp_(0, self.sorted.numel() - 2)
+        above = torch.bucketize(wanted, self.sorted, out_int32=True, right=True)
+        return above.sub_(1).clamp_(0, self.sorted.numel() - 2)
+
+    def levels(self, places: Tensor) -> Tensor:
+        """The levels at some places."""
+        return places + self.first if self.is_even else _look_up(self.sorted, places)
+
+    def codes(self, places: Tensor) -> Tensor:
+        """The codes of the levels at some places, uint8."""
+        if self.is_even:
+            return places.to(torch.uint8).add_(self.first_code)
+        return _look_up(self.code_of, places)
+
+    def levels_of(self, codes: Tensor) -> Tensor:
+        """The levels of codes."""
+        if self.is_even:
+            return (codes - self.first_code).float().add_(self.first)
+        return _look_up(self.by_code, codes.int())
+
+
+def _look_up(row: Tensor, places: Tensor) -> Tensor:
+    return row.index_select(0, places.flatten()).view(places.shape)  # several times as fast as row[places]
+
+
+def _sum(distances: Tensor) -> Tensor:
+    """Sums of squares over blocks. In float64 they are exact but for rare cases, so that no device has another one."""
+    return distances.square().sum(-1, keepdim=True, dtype=torch.float64)
+
+
+# ---- scales that cover a block's values -----------------------------------------------------------------
+
+
+def covering_scales(values: Tensor, low: float, high: float, zero: Tensor | float = 0.0) -> Tensor:
+    """The smallest positive scales [..., 1] under which the levels from `low` to `high` cover all values of a block."""
+    smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+    return torch.maximum(largest / (high - zero), smallest / (low - zero))
+
+
+# ---- bits ----------------------------------------------------------------------------------------------
+
+
+def spread(data: Tensor, bits: int, span: int) -> Tensor:
+    """Take bytes apart: of each run of `span` bytes first the lowest `bits` of all, then the next.
+
+    Args:
+        data: Bytes [..., n] uint8.
+        bits: Bits of a number: 1, 2, 4 or 8.
+        span: Bytes of a run.
+
+    Returns:
+        The numbers [..., n * 8 / bits], uint8.
+    """
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=data.device)[:, None]
+    return (data.unflatten(-1, (-1, 1, span)) >> shifts & (1 << bits) - 1).flatten(-3)
+
+
+def gather(numbers: Tensor, bits: int, span: int) -> Tensor:
+    """Put bytes together again, see :func:`spread`."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)[:, None]
+    return (numbers.unflatten(-1, (-1, 8 // bits, span)) << shifts).sum(-2, dtype=torch.uint8).flatten(-2)

@@ -1,0 +1,206 @@
+"""An adapter merged into the blocks of a quantized file: only those of the trained units change.
+
+The new file has the base's bytes everywhere else. Its metadata has the base's name and hash besides.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+from uuid import uuid4
+
+import numpy
+import torch
+
+import s2ft
+from s2ft.adapter.adapter import check_fits
+from s2ft.attached.record import Attachment, new_attachment
+from s2ft.export.merged import check_output
+from s2ft.files.gguf import GgufFile
+from s2ft.files.reading import check_finite
+from s2ft.files.streaming import PIECE
+from s2ft.model.fingerprint import SAMPLES, covered, difference
+from s2ft.text.models import hollow_model, locate
+
+STRING = 8  # type of a value in the metadata of GGUF
+
+
+@dataclass
+class Change:
+    """New blocks of one weight.
+
+    Attributes:
+        start: Position of the first changed byte that could be in the file: that of the weight.
+        steps: Bytes from one row to the next, and from one block to the next.
+        rows: Rows of the weight in the file, [rows] int64.
+        blocks: Blocks of bytes in each of the rows, [blocks] int64.
+        new: Their new bytes, [rows, blocks, bytes of a block].
+    """
+
+    start: int
+    steps: tuple[int, int]
+    rows: numpy.ndarray
+    blocks: numpy.ndarray
+    new: numpy.ndarray
+
+    def read(self, data: numpy.ndarray) -> numpy.ndarray:
+        """Copy these blocks out of a file's bytes [bytes] uint8."""
+        return self._weight(data)[numpy.ix_(self.rows, self.blocks)]
+
+    def write(self, data: numpy.ndarray, content: numpy.ndarray) -> None:
+        """Write these blocks into a file's bytes."""
+        self._weight(data)[numpy.ix_(self.rows, self.blocks)] = content
+
+    def _weight(self, data: numpy.ndarray) -> numpy.ndarray:
+        row, size = self.steps
+        rows = int(self.rows.max()) + 1
+        return data[self.start : self.start + rows * row].reshape(rows, row // size, size)
+
+
+class PackedMerge:
+    """What an adapter changes in a GGUF file."""
+
+    def __init__(self, file: GgufFile, adapter: s2ft.Adapter) -> None:
+        """Check that the adapter is of this file and that the file's types have codecs.
+
+        Raises:
+            ValueError: One of them is not so.
+        """
+        self.file, self.adapter = file, adapter
+        model = hollow_model(str(file.path))
+        record = new_attachment(model, adapter.couplings)
+        check_fits(adapter, model, record)
+        self._check_base(model, record)
+        if adapter.extra_weights:
+            raise ValueError(
+                f"adapter {adapter.name!r} trains {next(iter(adapter.extra_weights))} in full, which has no place in "
+                "the blocks of a file: merge it into a checkpoint"
+            )
+        self.paths = {}
+        for name in adapter.deltas:
+            projection = record.projections[name]
+            if projection.size is not None or projection.expert is not None:
+                raise ValueError(f"{name} shares its weight with other projections, which a file can't be patched for")
+            file.codec(projection.path), file.rows(projection.path)
+            self.paths[name] = projection.path
+
+    def _check_base(self, model: torch.nn.Module, record: Attachment) -> None:
+        """Compare values of every weight with those in the adapter's fingerprint."""
+        samples: dict[str, list[float]] = {str(coupling.layer): [] for coupling in record.couplings}
+        for layer, projection, handle in covered(model, record.couplings):
+            for part, tensor in (("weight", handle.tensor), ("bias", handle.bias)):
+                if tensor is not None:
+                    places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
+                    samples[layer] += self.file.elements(projection.path, part, tensor.shape, places)
+        ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
+        other_base = difference({"dtype": "of a file", "layers": ours}, self.adapter.fingerprint)
+        if other_base:
+            raise ValueError(f"adapter {self.adapter.name!r} was trained on another base: {other_base}")
+
+    def changes(self) -> Iterator[Change]:
+        """Make the new blocks of one weight after the other."""
+        for name, path in self.paths.items():
+            delta, tensor = self.adapter.deltas[name], self.file.tensors[self.file.name(path)]
+            check_finite(f"the delta of {name}", delta.values)
+            part = self.file.part(path, delta.index, delta.dim)
+            new = self.file.codec(path).added(part.packed.flatten(-2), part.index, delta.dim, delta.values)
+            steps = tensor.data.strides[0], part.packed.shape[-1]
+            content = new.view(part.packed.shape).numpy()
+            yield Change(int(tensor.data_offset), steps, part.rows.numpy(), part.blocks.numpy(), content)
+
+
+def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
+    """Merge an adapter into a GGUF file. The base is copied in pieces, and only the blocks of trained units change.
+
+    Args:
+        model_name: The adapter's base, a .gguf file, or a folder with one.
+        adapter: The adapter's folder, or the output folder of a run.
+        output: The file to write; it must not exist.
+
+    Returns:
+        A sentence about the output.
+
+    Raises:
+        FileExistsError: The output exists.
+        FileNotFoundError: The base or the adapter does not exist.
+        ValueError: The base is no GGUF file, it is not that of the adapter, or a weight's type has no codec. Nothing is
+            left in any of these cases.
+    """
+    output, path = Path(output), gguf_path(model_name)
+    check_output(output)
+    saved = s2ft.read_adapter(adapter)
+    base = GgufFile(path)
+    merge, temporary = PackedMerge(base, saved), output.absolute().parent / f".{output.name}.{uuid4().hex}"
+    try:
+        with open(temporary, "xb") as file:
+            shift = _copy(base, file, {"base": path.name, "adapter": saved.name})
+        data = numpy.memmap(temporary, numpy.uint8, "r+")
+        changed = blocks = 0
+        for change in merge.changes():
+            change.start += shift
+            changed += int((change.read(data) != change.new).sum())
+            blocks += change.rows.size * change.blocks.size
+            change.write(data, change.new)
+        data.flush()
+        start = int(base.reader.data_offset)
+        if _different(base.reader.data[start:], data[start + shift :]) != changed:
+            raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
+        GgufFile(temporary)  # an error says what is wrong
+        os.rename(temporary, output)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            os.unlink(temporary)
+        raise
+    return (
+        f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(merge.paths)} weights have changed, and no other "
+        "byte of a weight; read again and compared"
+    )
+
+
+def _different(one: numpy.ndarray, other: numpy.ndarray) -> int:
+    """The number of bytes that differ."""
+    if len(one) != len(other):
+        return max(len(one), len(other))
+    pieces = range(0, len(one), PIECE)
+    return sum(int((one[first : first + PIECE] != other[first : first + PIECE]).sum()) for first in pieces)
+
+
+def gguf_path(model_name: str) -> Path:
+    """The GGUF file of a model's name. Raises ValueError if it is none."""
+    folder, options = locate(model_name)
+    if not options:
+        raise ValueError(
+            f"the output is a .gguf file, and {model_name} is none: s2ft export --format gguf converts a checkpoint"
+        )
+    return Path(folder) / options["gguf_file"]
+
+
+def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str]) -> int:
+    """Copy a GGUF file with more strings in its metadata, and the sha256 of the base. Returns how far data moves."""
+    reader, data = base.reader, base.reader.data
+    digest = hashlib.sha256()
+    for first in range(0, len(data), PIECE):
+        digest.update(data[first : first + PIECE])
+    number = next(one for one in count() if f"s2ft.merged.{one}.base" not in reader.fields)  # merges before this one
+    values = {f"s2ft.merged.{number}.{key}": text for key, text in {**values, "sha256": digest.hexdigest()}.items()}
+    more = b"".join(_string(key) + STRING.to_bytes(4, "little") + _string(text) for key, text in values.items())
+    first, last = (tensor.field for tensor in (reader.tensors[0], reader.tensors[-1]))
+    end = last.offset + sum(part.nbytes for part in last.parts)
+    entries = int(reader.fields["GGUF.kv_count"].parts[0][0]) + len(values)
+    head = data[:16].tobytes() + entries.to_bytes(8, "little") + data[24 : first.offset].tobytes() + more
+    head += data[first.offset : end].tobytes()
+    head += b"\0" * (-len(head) % int(reader.alignment))
+    file.write(head)
+    for place in range(int(reader.data_offset), len(data), PIECE):
+        file.write(data[place : place + PIECE])
+    os.fsync(file.fileno())
+    return len(head) - int(reader.data_offset)
+
+
+def _string(text: str) -> bytes:
+    content = text.encode()
+    return len(content).to_bytes(8, "little") + content

@@ -1,0 +1,172 @@
+"""GGUF files by the names that a model of transformers has: where its weights are, and in which order their rows are.
+
+The file is mapped into memory copy-on-write: what is written here never reaches it.
+"""
+
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy
+import torch
+from torch import Tensor
+
+from s2ft.codecs.codec import Codec
+from s2ft.codecs.gguf import TYPES
+from s2ft.packages import check_packages
+
+
+class PackedPart(NamedTuple):
+    """The blocks that hold some rows or columns of a weight.
+
+    Attributes:
+        rows: Rows of the weight in the file, in the order of transformers, [outputs] int64.
+        blocks: Blocks in each row, [blocks] int64.
+        packed: Their bytes, [outputs, blocks, bytes of a block].
+        index: The rows or columns among those of the blocks, [n] int64.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    packed: Tensor
+    index: Tensor
+
+
+class GgufFile:
+    """A GGUF file that transformers can load.
+
+    Attributes:
+        path: The file.
+        reader: The reader of the package gguf.
+        tensors: The tensors of the reader by their names in the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the header of a file.
+
+        Raises:
+            FileNotFoundError: There is no such file.
+            ValueError: It is no GGUF file, or it is damaged.
+            MissingPackages: The package gguf is not installed.
+        """
+        check_packages("a model in a .gguf file")
+        import gguf
+
+        self.path = path
+        try:
+            self.reader = gguf.GGUFReader(path, "c")
+            self.architecture = self.value("architecture", "general.")
+            self.tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in self.reader.tensors}
+        except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no GGUF file, or it is damaged: {error}") from error
+
+    def value(self, key: str, prefix: str | None = None) -> Any:
+        """A value of the metadata, by its name behind that of the architecture; None if it is missing."""
+        field = self.reader.fields.get((f"{self.architecture}." if prefix is None else prefix) + key)
+        return None if field is None else field.contents()
+
+    @cached_property
+    def _names(self) -> Any:
+        import gguf
+
+        kinds = {name: kind for kind, name in gguf.MODEL_ARCH_NAMES.items()}
+        if self.architecture not in kinds:
+            raise ValueError(f"{self.path} has the architecture {self.architecture}, which gguf does not know")
+        return gguf.get_tensor_name_map(kinds[self.architecture], int(self.value("block_count")))
+
+    @cached_property
+    def _processor(self) -> Any:
+        """What transformers does to tensors when it loads the file."""
+        from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, TensorProcessor
+
+        heads, groups = self.value("attention.head_count"), self.value("attention.head_count_kv")
+        config = {"num_attention_heads": heads, "num_key_value_heads": groups or heads}
+        return TENSOR_PROCESSORS.get(self.architecture, TensorProcessor)(config=config)
+
+    def name(self, path: str, part: str = "weight") -> str:
+        """The name in the file of a parameter of transformers, given the path of its module.
+
+        Raises:
+            ValueError: The file does not have it.
+        """
+        name = f"{self._names.get_name(path)}.{part}"
+        if name not in self.tensors:
+            raise ValueError(f"{self.path} has no tensor for {path}.{part}")
+        return name
+
+    def rows(self, path: str, part: str = "weight") -> Tensor:
+        """The row in the file of each row that transformers has, [outputs] int64: llama.cpp reorders some.
+
+        Raises:
+            ValueError: transformers does more to the tensor than to reorder its rows.
+        """
+        name = self.name(path, part)
+        count = int(self.tensors[name].shape[-1])
+        found = self._processor.process(numpy.arange(count)[:, None], name=name).weights
+        if found.shape != (count, 1) or not numpy.array_equal(numpy.sort(found[:, 0]), numpy.arange(count)):
+            raise ValueError(f"{self.path}: transformers converts {name}, so its blocks can't be changed one by one")
+        return torch.from_numpy(numpy.ascontiguousarray(found[:, 0]))
+
+    def codec(self, path: str) -> Codec:
+        """The codec of a weight.
+
+        Raises:
+            ValueError: There is none for its type.
+        """
+        kind = self.tensors[self.name(path)].tensor_type.name
+        if kind not in TYPES:
+            raise ValueError(
+                f"{self.path}: {self.name(path)} has the type {kind}, and there are codecs for {', '.join(TYPES)}"
+            )
+        return TYPES[kind]
+
+    def blocks(self, path: str) -> numpy.ndarray:
+        """The bytes of a weight with a codec, [outputs, blocks of bytes of an output, bytes of a block]."""
+        data = self.tensors[self.name(path)].data
+        return data.reshape(data.shape[0], -1, TYPES[self.tensors[self.name(path)].tensor_type.name].size)
+
+    def part(self, path: str, index: Tensor, dim: int) -> PackedPart:
+        """Read the blocks that hold some rows or columns of a weight.
+
+        Args:
+            path: Path of the module.
+            index: Rows or columns of the weight in transformers [n] int64, ascending.
+            dim: 0 for rows, 1 for columns.
+
+        Raises:
+            ValueError: There is no codec for its type, or transformers converts it.
+        """
+        self.codec(path)
+        data, rows = self.blocks(path), self.rows(path)
+        if dim == 0:
+            rows, blocks, index = rows[index], torch.arange(data.shape[1]), torch.arange(len(index))
+        else:
+            size = int(self.tensors[self.name(path)].shape[0]) // data.shape[1]  # inputs of a block of bytes
+            blocks = (index // size).unique()
+            index = torch.searchsorted(blocks, index // size) * size + index % size
+        packed = torch.from_numpy(numpy.ascontiguousarray(data[numpy.ix_(rows.numpy(), blocks.numpy())]))
+        return PackedPart(rows, blocks, packed, index)
+
+    def elements(self, path: str, part: str, shape: torch.Size, positions: Tensor) -> list[float]:
+        """Some values of a parameter.
+
+        Args:
+            path: Path of the module.
+            part: "weight" or "bias".
+            shape: Shape of the parameter in transformers.
+            positions: Positions of the values in it, in order and counted through all rows, [n] int64.
+
+        Raises:
+            ValueError: The file has no such tensor, or it has another shape.
+        """
+        import gguf
+
+        tensor = self.tensors[self.name(path, part)]
+        if tuple(int(size) for size in reversed(tensor.shape)) != tuple(shape):
+            raise ValueError(f"{self.path}: {tensor.name} has shape {tensor.shape[::-1].tolist()}, not {list(shape)}")
+        inputs = 1 if len(shape) == 1 else shape[-1]
+        rows = self.rows(path, part)[positions // inputs]
+        data = tensor.data[:, None] if len(shape) == 1 else tensor.data
+        values = gguf.quants.dequantize(data[rows.numpy()], tensor.tensor_type)
+        return values[numpy.arange(len(rows)), (positions % inputs).numpy()].tolist()

@@ -1,0 +1,253 @@
+"""An adapter in the blocks of a GGUF file: as a new file, and in place."""
+
+import hashlib
+import shutil
+
+import pytest
+import torch
+from support.convert_hf_to_gguf import convert
+from support.inside import SUFFIX, Change, GgufFile, Kept, export_packed, load_model, patch, state, undo
+from train.tiny import save_random_adapter, save_tiny, with_merges
+
+import s2ft
+
+gguf = pytest.importorskip("gguf")
+WIDE = {"hidden_size": 256, "intermediate_size": 512}  # for types with blocks of 256
+KINDS = {"q8_0": {}, "q4_1": {}, "q4_k": WIDE, "q6_k": WIDE, "iq4_nl": {}}
+RATIOS = {f"{key}_ratio": 0.5 for key in "qkvoug"} | {"d_ratio": 0.5, "group": 32}
+
+
+def make_base(folder, kind, seed=0, **changes):
+    save_tiny(folder / "checkpoint", seed=seed, **changes)
+    with_merges().save_pretrained(folder / "checkpoint")
+    return convert(folder / "checkpoint", folder / "model.gguf", kind)
+
+
+def make_adapter(file, folder, std=0.02, **config):
+    config = {**RATIOS, "layout": "indexed", **config}
+    if GgufFile(file).value("embedding_length") == 32:
+        config["o_ratio"] = 1.0  # heads of 8 in groups of 32
+    save_random_adapter(folder, load_model(str(file), "bfloat16")[0], std, folder.name, **config)
+    return folder
+
+
+@pytest.fixture(scope="module", params=KINDS)
+def world(request, tmp_path_factory):
+    """A base and an adapter."""
+    folder = tmp_path_factory.mktemp(request.param)
+    base = make_base(folder, request.param, **KINDS[request.param])
+    return base, make_adapter(base, folder / "math")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A base in Q4_1 and two adapters of it."""
+    folder = tmp_path_factory.mktemp("small")
+    base = make_base(folder, "q4_1")
+    return base, make_adapter(base, folder / "math"), make_adapter(base, folder / "chat", seed=5, q_ratio=0.25)
+
+
+@pytest.fixture
+def copy(small, tmp_path):
+    return shutil.copy(small[0], tmp_path / "model.gguf")
+
+
+def digest(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def weights(path):
+    return load_model(str(path), "float32")[0].state_dict()
+
+
+# ---- a new file ------------------------------------------------------------------------------------------------
+
+
+def test_only_the_units_of_the_adapter_change_and_they_come_nearer(world, tmp_path):
+    base, folder = world
+    said = export_packed(str(base), folder, tmp_path / "tuned.gguf")
+    assert said.startswith(f"{tmp_path / 'tuned.gguf'}: ") and "no other byte of a weight" in said
+    before, after, adapter = weights(base), weights(tmp_path / "tuned.gguf"), s2ft.read_adapter(folder)
+    kept = []
+    for path, delta in adapter.deltas.items():
+        old, new = before.pop(f"{path}.weight"), after.pop(f"{path}.weight")
+        others = torch.ones(old.shape[delta.dim], dtype=torch.bool)
+        others[delta.index] = False
+        left = others.nonzero().squeeze(1)
+        assert torch.equal(old.index_select(delta.dim, left), new.index_select(delta.dim, left))
+        moved = (new - old).index_select(delta.dim, delta.index)
+        kept.append(float((moved * delta.values).sum() / delta.values.square().sum()))
+    assert all(torch.equal(value, after[name]) for name, value in before.items())
+    assert min(kept) > (0.4 if "_k" in GgufFile(base).codec(path).name.lower() else 0.9), kept  # scales stay
+
+
+def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path):
+    base, folder, other = small
+    file = tmp_path / "tuned.gguf"
+    export_packed(str(base), folder, file)
+    old, new = GgufFile(base), GgufFile(file)
+    for name, field in old.reader.fields.items():
+        if name != "GGUF.kv_count":
+            assert new.reader.fields[name].contents() == field.contents(), name
+    assert new.value("base", "s2ft.merged.0.") == "model.gguf" and new.value("adapter", "s2ft.merged.0.") == "math"
+    assert new.value("sha256", "s2ft.merged.0.") == digest(base)
+    again = make_adapter(file, tmp_path / "again")
+    export_packed(str(file), again, tmp_path / "twice.gguf")
+    assert GgufFile(tmp_path / "twice.gguf").value("sha256", "s2ft.merged.1.") == digest(file)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "words"),
+    [
+        ("another base", ValueError, "trained on another base: 2 of 2 layers differ"),
+        ("float32", ValueError, "has the type F32, and there are codecs for Q4_0, Q4_1"),
+        ("in full", ValueError, "trains model.norm.weight in full"),
+        ("no gguf", ValueError, "s2ft export --format gguf"),
+        ("exists", FileExistsError, "exists"),
+        ("damaged", ValueError, "no GGUF file, or it is damaged"),
+    ],
+)
+def test_bad_input_leaves_nothing(small, tmp_path, mistake, error, words):
+    base, folder, _ = small
+    (tmp_path / "made").mkdir()
+    model, output = str(base), tmp_path / "tuned.gguf"
+    if mistake == "another base":
+        model = str(make_base(tmp_path / "made", "q4_1", seed=1))
+    elif mistake == "float32":
+        file = make_base(tmp_path / "made", "f32")
+        model, folder = str(file), make_adapter(file, tmp_path / "made/adapter")
+    elif mistake == "in full":
+        folder = make_adapter(base, tmp_path / "made/adapter", modules_to_save=["model.norm"])
+    elif mistake == "no gguf":
+        model = str(base.parent / "checkpoint")
+    elif mistake == "exists":
+        output = tmp_path / "made"
+    else:
+        model = str(tmp_path / "made/model.gguf")
+        (tmp_path / "made/model.gguf").write_bytes(base.read_bytes()[:200])
+    with pytest.raises(error, match=words):
+        export_packed(model, folder, output)
+    assert [path.name for path in tmp_path.iterdir()] == ["made"]
+
+
+# ---- in place --------------------------------------------------------------------------------------------------
+
+
+def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path):
+    base, math, chat = small
+    export_packed(str(base), math, tmp_path / "tuned.gguf")
+    tuned = weights(tmp_path / "tuned.gguf")
+    assert "'math'" in patch(copy, math) and "has adapter 'math'" in state(copy)
+    assert all(torch.equal(value, tuned[name]) for name, value in weights(copy).items())
+    once = digest(copy)
+    patch(copy, chat)
+    assert "has adapter 'chat'" in state(copy) and digest(copy) != once
+    patch(copy, math)
+    assert digest(copy) == once
+    export_packed(str(base), math, tmp_path / "from-base.gguf")
+    assert "'math'" in undo(copy) and digest(copy) == digest(base) and "is not patched" in state(copy)
+    assert sorted(path.name for path in copy.parent.glob("model*")) == ["model.gguf"]
+
+
+class Stop(BaseException):
+    """An interrupt."""
+
+
+def interrupt(monkeypatch, step, number):
+    """Stop at the nth write, in the middle of a block, or before or after a step."""
+    calls = []
+
+    def stopping(before):
+        def run(self, *arguments):
+            calls.append(1)
+            if len(calls) == number and "write" in step:
+                data, content = arguments
+                half = self.read(data)
+                half[..., : half.shape[-1] // 2] = content[..., : half.shape[-1] // 2]
+                before(self, data, half)
+            elif len(calls) == number and "after" in step:
+                before(self, *arguments)
+            if len(calls) == number:
+                raise Stop
+            return before(self, *arguments)
+
+        return run
+
+    owner, name = (Change, "write") if "write" in step else (Kept, step.split()[-1])
+    monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
+
+
+STEPS = ["write", "before save", "after save", "before forget", "after forget"]
+
+
+@pytest.mark.parametrize("number", [1, 2, 14, 27])
+@pytest.mark.parametrize("step", STEPS)
+def test_a_change_that_is_interrupted_can_be_undone(small, copy, monkeypatch, step, number):
+    base, math, chat = small
+    if number > 1 and step != "write":
+        patch(copy, chat)
+    with monkeypatch.context() as context:
+        interrupt(context, step, 1 if step != "write" else number)
+        try:
+            patch(copy, math)
+            undo(copy)
+        except Stop:
+            pass
+    kept = copy.with_name(copy.name + SUFFIX)
+    if kept.exists():
+        state(copy), undo(copy)
+    assert digest(copy) == digest(base) and not kept.exists()
+    patch(copy, math), undo(copy)
+    assert digest(copy) == digest(base)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "error", "words"),
+    [
+        ("another base", ValueError, "trained on another base"),
+        ("replaced", ValueError, "is not the file that was patched"),
+        ("kept is damaged", ValueError, "truncated or damaged"),
+        ("open elsewhere", ValueError, "is open in a program"),
+        ("no file", FileNotFoundError, "doesn't exist"),
+        ("read only", PermissionError, "Permission denied"),
+    ],
+)
+def test_a_mistake_changes_nothing(small, copy, tmp_path, monkeypatch, mistake, error, words):
+    _, math, chat = small
+    patch(copy, math)
+    path, kept, other = copy, copy.with_name(copy.name + SUFFIX), None
+    if mistake == "another base":
+        (tmp_path / "made").mkdir()
+        chat = make_adapter(make_base(tmp_path / "made", "q4_1", seed=1), tmp_path / "made/adapter")
+    elif mistake == "replaced":
+        copy.write_bytes(copy.read_bytes()[:-4096] + bytes(range(256)) * 16)
+    elif mistake == "kept is damaged":
+        kept.write_bytes(kept.read_bytes()[:100])
+    elif mistake == "open elsewhere":
+        other = open(copy, "rb")
+    elif mistake == "no file":
+        path = tmp_path / "nowhere.gguf"
+    else:
+        monkeypatch.setattr("builtins.open", refusing(open))  # a user that may do anything can write any file
+    before = digest(copy) if mistake != "read only" else None
+    with pytest.raises(error, match=words):
+        patch(path, chat)
+    monkeypatch.undo()
+    assert before in (None, digest(copy)) and kept.exists()
+    if other is not None:
+        other.close()
+        patch(copy, chat)
+
+
+def refusing(function):
+    def run(path, mode="r", *arguments, **options):
+        if "+" in mode:
+            raise PermissionError(13, "Permission denied", str(path))
+        return function(path, mode, *arguments, **options)
+
+    return run
+
+
+def test_what_is_not_patched_is_not_undone(copy):
+    with pytest.raises(ValueError, match=f"is not patched: there is no model.gguf{SUFFIX}"):
+        undo(copy)
