@@ -24,7 +24,7 @@ RANKS = [
     ["codecs", "model.discovery.tiny_config", "attached.hosts.wrappers"],
     ["files.adapter_folder", "ops._build", "config", "attached.hosts.checkpointing"],
     [
-        "files.gguf",
+        "files.gguf_file",
         "files.streaming",
         "model.conversion",
         "model.gathering",

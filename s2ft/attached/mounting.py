@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from s2ft.attached import extra_weights
 from s2ft.attached.active import place_loaded
 from s2ft.attached.arrival import after_apply, after_load, expect_weights, mark_layers
+from s2ft.attached.base_codecs import set_codecs
 from s2ft.attached.checks import (
     check_can_move,
     check_gradients_pass,
@@ -24,7 +25,6 @@ from s2ft.attached.checks import (
     check_one_place,
     check_shards,
 )
-from s2ft.attached.coded import set_codecs
 from s2ft.attached.forwards import experts_modules, replace_forward, restore_forwards
 from s2ft.attached.holding import before_forward
 from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks, remove_hooks

@@ -24,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
 from s2ft.attached.arrival import not_awaiting
-from s2ft.attached.coded import without_codecs
+from s2ft.attached.base_codecs import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all

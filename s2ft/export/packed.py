@@ -20,7 +20,7 @@ import s2ft
 from s2ft.adapter.adapter import check_fits
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.export.merged import check_output
-from s2ft.files.gguf import GgufFile
+from s2ft.files.gguf_file import GgufFile
 from s2ft.files.reading import check_finite
 from s2ft.files.streaming import PIECE
 from s2ft.model.fingerprint import SAMPLES, covered, difference

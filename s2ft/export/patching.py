@@ -17,7 +17,7 @@ from safetensors.numpy import load, save
 
 import s2ft
 from s2ft.export.packed import Change, PackedMerge, gguf_path
-from s2ft.files.gguf import GgufFile
+from s2ft.files.gguf_file import GgufFile
 from s2ft.files.reading import MAX_TENSORS, read_bytes
 from s2ft.files.replacing import replace_file
 

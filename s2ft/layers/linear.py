@@ -12,7 +12,7 @@ from s2ft.layers.kind import Kind
 from s2ft.layers.product import product
 from s2ft.ops import indexed_linear
 from s2ft.ops._library import autocast_input, own_output
-from s2ft.ops.linear import columns_to_keep, delta_gradient
+from s2ft.ops.sliced import columns_to_keep, delta_gradient
 
 
 class S2Linear(S2Layer):

@@ -22,7 +22,7 @@ from s2ft.layers.product import product
 from s2ft.layers.split import Split, split_of
 from s2ft.layers.writing import stamp
 from s2ft.ops._library import autocast_input
-from s2ft.ops.linear import columns_to_keep, delta_gradient
+from s2ft.ops.sliced import columns_to_keep, delta_gradient
 
 
 class S2SplitLinear(S2Linear):

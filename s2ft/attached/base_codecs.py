@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from s2ft.attached.record import Attachment, Mount
-from s2ft.files.gguf import GgufFile
+from s2ft.files.gguf_file import GgufFile
 from s2ft.layers.coded import CodedSlice
 
 

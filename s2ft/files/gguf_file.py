@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2ft.codecs.codec import Codec
-from s2ft.codecs.gguf import TYPES
+from s2ft.codecs.gguf_types import TYPES
 from s2ft.packages import check_packages
 
 
