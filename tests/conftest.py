@@ -6,6 +6,8 @@ product round differently by the layout of its operands and by this number (supp
 
 import gc
 import os
+import signal
+import threading
 from importlib.util import find_spec
 from unittest import mock
 
@@ -17,6 +19,8 @@ import torch
 from support.rounding import set_up_kernels
 
 set_up_kernels()
+if threading.current_thread() is threading.main_thread():  # a shell lets its background processes ignore Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish():

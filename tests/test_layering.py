@@ -17,6 +17,7 @@ RANKS = [
         "files.tables",
         "files.replacing",
         "files.reading",
+        "files.yaml_reading",
         "model.coupling",
         "model.delta",
         "ops._cuda",

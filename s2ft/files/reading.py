@@ -287,32 +287,3 @@ def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError if the values have a NaN or an infinite value. Values on the meta device are not checked."""
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} is not finite: it has NaN or infinite values")
-
-
-def parse_yaml(text: str) -> Any:
-    """Parse YAML by PyYAML's safe loader, which then also reads 1e-6 as a number, and refuses a key that stands twice.
-
-    Args:
-        text: The text of a file, or of a value.
-
-    Raises:
-        yaml.YAMLError: The text is not YAML, or a key stands twice.
-
-    Example:
-        >>> from s2ft.files.reading import parse_yaml
-        >>> parse_yaml("learning_rate: 1e-3")
-        {'learning_rate': 0.001}
-    """
-    import yaml
-
-    class Loader(yaml.SafeLoader):
-        def construct_mapping(self, node, deep=False):
-            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-            twice = [key for place, key in enumerate(keys) if key in keys[:place]]
-            if twice:
-                raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} or below")
-            return super().construct_mapping(node, deep)
-
-    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
-    return yaml.load(text, Loader)

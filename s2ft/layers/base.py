@@ -367,6 +367,7 @@ class S2Layer(nn.Module):
         """
         if not self.enabled:
             raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
+        self.expect_change()  # after an interrupt below, the next forward writes
         self.write()
 
     def unfuse(self) -> None:

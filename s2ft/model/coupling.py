@@ -505,9 +505,7 @@ def unit_name(projection: Projection) -> str:
     if projection.key == "l":
         side = SIDES[projection.dim]
         return side if projection.unit == 1 else f"groups of {projection.unit} {side}"
-    if projection.key in "ugd":
-        return "channels" if projection.unit == 1 else f"groups of {projection.unit} channels"
-    return "heads"
+    return "channels" if projection.key in "ugd" else "heads"
 
 
 def projections_of(couplings: list[Coupling]) -> Iterator[Projection]:

@@ -247,7 +247,7 @@ class RunningBatch(Generic[R]):
             >>> from s2ft.text.generation import Sampler
             >>> batch, first = RunningBatch(model.eval()), AnswerRow([5, 6, 7], Sampler())
             >>> batch.replace(first)
-            >>> batch.replace(Row([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
+            >>> batch.replace(AnswerRow([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
         """
         if len(self.rows) > 1:
             raise ValueError(f"the batch must have at most one row, it has {len(self.rows)}")

@@ -80,7 +80,7 @@ def run(*command):
 
 def torchrun(output, *arguments):
     """Run the command on two ranks. Returns what it prints."""
-    return launch(*TORCHRUN, "-m", "s2ft.cli", *arguments, "--output", str(output))
+    return launch(*TORCHRUN, "-m", "s2ft", *arguments, "--output", str(output))
 
 
 @pytest.mark.slow

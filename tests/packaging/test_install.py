@@ -23,7 +23,7 @@ def test_the_sdist_has_sources_and_tests_and_no_built_files(run, source, tmp_pat
     ):
         if path.is_file():
             assert path.relative_to(source).as_posix() in names
-    assert {"setup.py", "pyproject.toml", "MANIFEST.in", "s2ft/ops/linear.py"} <= names
+    assert {"setup.py", "pyproject.toml", "MANIFEST.in", "s2ft/ops/sliced.py"} <= names
     assert "s2ft/train/problems.jsonl.gz" in names
     assert not [name for name in names if name.endswith((".so", ".pyc")) or name == "s2ft/_build.json"]
 

@@ -16,7 +16,7 @@ import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -230,7 +230,10 @@ def fuse_layers(state: State) -> None:
     """Change the slices in a way that no forward notices, and write them."""
     for layer in state.layers:
         layer.s2.data.mul_(-0.5)
-        layer.fuse()
+        try:
+            layer.fuse()
+        finally:
+            layer.fuse()  # whoever was interrupted before it began must call it again
 
 
 def unfuse_layers(state: State) -> None:
@@ -323,7 +326,9 @@ def backward(state: State) -> None:
         torch.manual_seed(0)  # of dropout
         loss = loss_of(state)
         if runs_between:
-            with s2ft.disable_adapters(state.model):
+            # A switch of loaded adapters changes weights that autograd has saved, and it says so.
+            is_alone = set(s2ft.status(state.model).active) == {state.trainable}
+            with s2ft.disable_adapters(state.model) if is_alone else nullcontext():
                 logits_of(state.model)
             logits_of(state.model)
         loss.backward()
