@@ -72,7 +72,7 @@ MODULES = {
     "model.registry": "couplings_of find_couplings is_known known_architectures",
     "model.towers": "tower_of towers_of trained_towers",
     "model.weights": "tensors_of weight_at",
-    "ops": "_build _grouped linear:_linear",
+    "ops": "_build _grouped sliced:_linear",
     "ops._cuda": "runs_on version why_unusable",
     "ops.write_slices_": "effective_units",
     "ops._grouped": "grouped_mm grouped_outer",
