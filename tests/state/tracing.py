@@ -1,8 +1,11 @@
 """Raise an exception at a chosen moment inside the Python code of s2ft."""
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from types import CodeType, FrameType
+
+from support.inside import WRITING
 
 import s2ft
 
@@ -58,6 +61,11 @@ class RaiseAt:
         sys.settrace(self._before[0])
         sys.setprofile(self._before[1])
         sys.unraisablehook = self._before[2]
+        # No signal arrives between the end of a `with` block and its release, but this class raises there too. The
+        # lock would stay with this thread, and other threads of later tests would wait for ever.
+        with suppress(RuntimeError):
+            while True:
+                WRITING.release()
 
     def _note_ignored(self, _) -> None:
         self.ignored = True

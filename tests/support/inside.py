@@ -77,7 +77,7 @@ MODULES = {
     "ops.write_slices_": "effective_units",
     "ops._grouped": "grouped_mm grouped_outer",
     "ops._library": "REFERENCES check_distinct",
-    "ops._memory": "check_private",
+    "ops._memory": "WRITING check_private",
     "ops.act_mul": "ACTIVATIONS reference reference_backward",
     "ops.multi_adapter_linear": "reference:multi_adapter_linear_reference without_waiting",
     "packages": "BITSANDBYTES MissingPackages NEEDS check_packages is_installed",
