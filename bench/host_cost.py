@@ -51,24 +51,21 @@ class LeastFunction(torch.autograd.Function):
 
 
 class Least(nn.Linear):
-    def __init__(self, *sizes, **plain) -> None:
-        super().__init__(*sizes, **plain)
-        self.weight.requires_grad_(False)
-        self.s2 = nn.Parameter(torch.zeros(UNITS, WIDTH))
-
     def forward(self, x: Tensor) -> Tensor:
-        return LeastFunction.apply(x, self.weight, self.s2)
+        return LeastFunction.apply(x, self.weight.detach(), self.s2)
 
 
 def layers() -> dict[str, nn.Module]:
     """The layers by name."""
     plain = {"bias": False, "dtype": torch.bfloat16}
+    least = Least(WIDTH, WIDTH, **plain)
+    least.s2 = nn.Parameter(torch.zeros(UNITS, WIDTH))
     index = torch.arange(0, WIDTH, WIDTH // UNITS)
     s2 = {"bias": False, "dtype": torch.bfloat16, "delta_dtype": torch.float32}
     return {
         "nn.Linear, frozen": nn.Linear(WIDTH, WIDTH, **plain).requires_grad_(False),
         "nn.Linear, trained": nn.Linear(WIDTH, WIDTH, **plain),
-        "least autograd function": Least(WIDTH, WIDTH, **plain),
+        "least autograd function": least,
         "S2RowLinear": s2ft.S2RowLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
         "S2ColumnLinear": s2ft.S2ColumnLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
         "S2RowLinear, index": s2ft.S2RowLinear(WIDTH, WIDTH, index=index, **s2),
@@ -106,8 +103,8 @@ def microseconds(rounds: int, calls: int) -> dict[str, dict[str, float]]:
 def microseconds_of_writes(rounds: int) -> float:
     """Host time in µs of writing one of MANY slices at once."""
     many = [s2ft.S2RowLinear(WIDTH, WIDTH, start=0, end=UNITS, delta_dtype=torch.float32) for _ in range(MANY)]
-    times = interleaved({"write": lambda: write_all(many)}, rounds, timed=processor_seconds)["write"]
-    return 1e6 * statistics.quantiles(times, n=10)[0] / MANY
+    times = interleaved({"write": lambda: write_all(many)}, rounds, timed=processor_seconds)
+    return 1e6 * statistics.quantiles(times["write"], n=10)[0] / MANY
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
