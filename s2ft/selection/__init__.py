@@ -63,7 +63,10 @@ def select(
         return Selection(named_units(couplings, config.units, "units"))
     if config.group is not None:
         groups = Groups(couplings, config)
-        return groups.units_of(select(groups.couplings, groups.config, model, calibration, protect))
+        try:
+            return groups.units_of(select(groups.couplings, groups.config, model, calibration, protect))
+        except ValueError as error:
+            raise ValueError(f"in groups of {config.group} inputs: {error}") from error
     if reads_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, protect)
     return _select(couplings, config, model, calibration, protect)

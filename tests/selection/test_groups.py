@@ -64,7 +64,7 @@ def test_a_plan_counts_groups():
     [
         ({"d_ratio": 0.5, "group": 5}, ["group=5", f"{CHANNELS} channels", "leave out d_ratio"]),
         ({"o_ratio": 0.5, "group": 9}, ["group=9", "heads of", "inputs", "leave out o_ratio"]),
-        ({"d_ratio": 0.01, "group": 4}, ["groups of 4 channels", "smallest ratio"]),
+        ({"d_ratio": 0.01, "group": 4}, ["groups of 4 inputs", "smallest ratio"]),
         ({"units": {DOWN.format(0): [0]}, "group": 4}, ["group", "units"]),
         ({"d_ratio": 0.5, "group": 0}, ["group", "at least 1"]),
     ],
