@@ -93,7 +93,7 @@ def compare(
     """
     drawn, switch = some(rows, most), base_switch(model)
     after = mean_loss(model, drawn, batch_size)
-    answered = [row for row in drawn if list(row["labels"])[1] == IGNORED][:samples]
+    answered = [row for row in drawn if list(row["labels"])[1:2] == [IGNORED]][:samples]
     prompts = prompts_of(answered) if answered else []
     answer = partial(generate, model, tokenizer, prompts, batch_size, max_new_tokens, "answering")
     tuned, before, base = answer(), None, [None] * len(prompts)
