@@ -36,9 +36,9 @@ def test_loss_and_answers_are_those_of_the_base_and_of_the_adapter():
 
 
 def test_a_model_without_adapter_and_rows_of_plain_text_have_a_loss_alone():
-    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}]
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [5, 6, 7, 8]}, {"input_ids": [5], "labels": [5]}]
     found = compare(tiny_model(), tiny_tokenizer(), rows)
-    assert found.loss_before is None and not found.samples and str(found) == f"loss on 1 rows: {found.loss_after:.4f}"
+    assert found.loss_before is None and not found.samples and str(found) == f"loss on 2 rows: {found.loss_after:.4f}"
 
 
 @pytest.fixture(scope="module")
