@@ -28,12 +28,12 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
     # torch.func can't look into the function below, and an exported program has no layers that write their slices.
     if transforms_active() or torch.compiler.is_exporting():
         return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
-    if not is_dynamo_compiling():
-        layer.hold(weight, s2)
     trains = s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
-    if not (trains and torch.is_grad_enabled()):
-        return layer.kind.run(x, _multiplied(layer, weight, s2), bias, call)
-    outputs = _Product.apply(layer, x, weight, s2, bias, call)
+    trains = trains and torch.is_grad_enabled()
+    is_held = _check_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
+    if not trains:
+        return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
+    outputs = _Product.apply(layer, x, weight, s2, bias, call, is_held)
     return outputs[0] if type(outputs) is tuple else outputs
 
 
@@ -41,10 +41,10 @@ class _Product(torch.autograd.Function):
     """The product. A copy that is kept of x is a second output of the node: second derivatives reach x through it."""
 
     @staticmethod
-    def forward(ctx, layer, x, weight, s2, bias, call):
+    def forward(ctx, layer, x, weight, s2, bias, call, is_held):
         ctx.set_materialize_grads(False)
         kind = ctx.kind = layer.kind
-        y = kind.run(x, _multiplied(layer, weight, s2, trains=True), bias, call)
+        y = kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
         kept = kind.keep(layer, x, call) if ctx.needs_input_grad[3] else None
         ctx.save_for_backward(weight, s2, kept)
         ctx.layer, ctx.shape, ctx.call, ctx.bias_dtype = layer, x.shape, call, None if bias is None else bias.dtype
@@ -53,13 +53,17 @@ class _Product(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad, grad_kept=None):
-        _, of_x, _, of_s2, of_bias, _ = ctx.needs_input_grad
+        _, of_x, _, of_s2, of_bias, *_ = ctx.needs_input_grad
         (weight, s2, kept), layer, kind = ctx.saved_tensors, ctx.layer, ctx.kind
         grad_x = grad_s2 = grad_bias = None
         if grad is not None:
             records = torch.is_grad_enabled()
             if of_x:
-                grad_x = kind.grad_of_x(grad, _multiplied(layer, weight, s2, True, records), ctx.shape, ctx.call)
+                # The base may be back in the weight, inside disable_adapters. A second derivative has to see that the
+                # weight depends on s2.
+                is_held = _check_held(s2, True) if is_dynamo_compiling() else not records and layer.is_held(weight, s2)
+                multiplied = weight if is_held else layer.effective_weight(s2, weight)
+                grad_x = kind.grad_of_x(grad, multiplied, ctx.shape, ctx.call)
             if of_s2:
                 if not is_dynamo_compiling():  # the forward of a graph has said so
                     layer.expect_change()
@@ -70,23 +74,18 @@ class _Product(torch.autograd.Function):
         if grad_kept is not None and of_x:
             through_kept = _through_copy(layer, grad_kept, ctx.shape, ctx.call)
             grad_x = through_kept if grad_x is None else grad_x + through_kept
-        return None, grad_x, None, grad_s2, grad_bias, None
+        return None, grad_x, None, grad_s2, grad_bias, None, None
 
 
-def _multiplied(
-    layer: Any, weight: Tensor, s2: Tensor, trains: bool = False, is_differentiated: bool = False
-) -> Tensor:
-    """The effective weight: the layer's own, or a copy if it does not hold base + s2 now.
+def _check_held(s2: Tensor, trains: bool) -> bool:
+    """True. A compiled function can't compare versions itself, so the check is an op of its graph, which may raise."""
+    torch.ops.s2ft.check_held(s2, trains)
+    return True
 
-    The base is back in the weight inside disable_adapters, where a backward may run. And a second derivative has to see
-    that the weight depends on s2.
-    """
-    if is_dynamo_compiling():
-        torch.ops.s2ft.check_held(s2, trains)  # a compiled function can't compare versions itself
-        return weight
-    if is_differentiated:
-        return layer.effective_weight(s2, weight)
-    return weight if layer.is_held(weight, s2) else layer.effective_weight(s2, weight).detach()
+
+def _multiplied(layer: Any, weight: Tensor, s2: Tensor, is_held: bool) -> Tensor:
+    """The effective weight in a forward: the layer's own, or a copy if it does not hold base + s2."""
+    return weight if is_held else layer.effective_weight(s2, weight).detach()
 
 
 def _through_copy(layer: Any, grad: Tensor, shape: torch.Size, call: Any) -> Tensor:

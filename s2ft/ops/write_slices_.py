@@ -98,6 +98,12 @@ _op = define(
 )
 
 
+def write_slice(one: Slice) -> None:
+    """Write one slice that requires no gradient, in half the time of the host that :func:`write_slices_` takes."""
+    index, start = (one.units, 0) if isinstance(one.units, Tensor) else (None, one.units)
+    _op([one.weight], [one.base], [one.delta], [index], [start], [one.dim])
+
+
 def write_slices_(slices: Sequence[Slice]) -> None:
     """Write base + delta into units of weights: ``weight[units] = base + delta``, in one pass for each device.
 
@@ -117,8 +123,13 @@ def write_slices_(slices: Sequence[Slice]) -> None:
         [[0.0, 0.0], [2.0, 2.0], [0.0, 0.0]]
     """
     for device in {one.weight.device for one in slices}:
-        weight, base, delta, units, dim = zip(*[one for one in slices if one.weight.device == device])
-        index = [where if isinstance(where, Tensor) else None for where in units]
-        start = [0 if isinstance(first, Tensor) else first for first in units]
+        here = [one for one in slices if one.weight.device == device]
         with torch.no_grad():
-            _op(list(weight), list(base), list(delta), index, start, list(dim))
+            _op(
+                [one.weight for one in here],
+                [one.base for one in here],
+                [one.delta for one in here],
+                [one.units if isinstance(one.units, Tensor) else None for one in here],
+                [0 if isinstance(one.units, Tensor) else one.units for one in here],
+                [one.dim for one in here],
+            )
