@@ -22,7 +22,7 @@ from harness import interleaved, processor_seconds, save
 from torch import Tensor, nn
 
 import s2ft
-from s2ft.layers.writing import write_all
+from s2ft.layers.base import write_all
 
 WIDTH, UNITS, ROWS = 16, 8, 4
 MANY = 200  # layers whose slices are written at once

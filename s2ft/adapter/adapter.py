@@ -7,17 +7,13 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from s2ft.attached import extra_weights
-from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.files.tables import table
-from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.delta import Delta
-from s2ft.model.fingerprint import difference
-from s2ft.model.location import Structure, union
-from s2ft.model.weights import weight_at
+from s2ft.files.plain_text import table
+from s2ft.model.coupling import Coupling
+from s2ft.model.fingerprint import Structure, difference, union
+from s2ft.model.weights import Delta
 from s2ft.selection import Selection
 
 
@@ -289,7 +285,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
         >>> config = s2ft.S2FTConfig(d_ratio=0.1)
         >>> report = s2ft.attach(model, config, name="math")
         >>> adapter = s2ft.get_adapter(model, "math")
-        >>> s2ft.adapter.overlap([adapter, adapter]).share
+        >>> s2ft.adapter.adapter.overlap([adapter, adapter]).share
         1.0
     """
     shared, trained = {}, {}
@@ -298,61 +294,3 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
         _, counts = units.unique(return_counts=True)
         shared[path], trained[path] = int((counts > 1).sum()), counts.numel()
     return Overlap(shared, trained)
-
-
-# ---- the base ------------------------------------------------------------------------------------------------
-
-
-def model_info(model: nn.Module) -> dict[str, Any]:
-    """Return what an adapter stores about its base in `info`: name, model type, and dtype.
-
-    The dtype is the one in which base + delta is rounded, so a merge must use it too.
-    """
-    config = getattr(model, "config", None)
-    info = {
-        "base_model": getattr(config, "_name_or_path", None) or None,
-        "model_type": getattr(config, "model_type", None),
-    }
-    dtype = getattr(model, "dtype", None)
-    return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
-
-
-# ---- checks against a model ----------------------------------------------------------------------------------
-
-
-def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
-    """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
-    known = {projection.name: projection for projection in projections_of(record.couplings)}
-    for path, delta in adapter.deltas.items():
-        if path not in known:
-            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
-        shape = list(weight_at(model, known[path]).shape)
-        size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
-        if delta.dim != known[path].dim or shape != list(delta.values.shape):
-            raise ValueError(
-                f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
-                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
-                f"{tuple(shape)}"
-            )
-        if int(delta.index.max()) >= size:
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
-                f"outside the weight's 0..{size - 1}"
-            )
-    # without a fingerprint the weights are compared when they arrive
-    other_base = difference(record.fingerprint, adapter.fingerprint) if record.fingerprint is not None else ""
-    if other_base:
-        raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
-    extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)
-    for path, delta in adapter.deltas.items():
-        projection, units = known[path], adapter.selection[path]
-        last = int(units.max())
-        if last >= projection.count:  # in a weight of several projections, the element may belong to another one
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}"
-            )
-        if not torch.equal(projection.elements(units), delta.index):
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path}.index does not name the selected units, each of {projection.unit} "
-                "elements"
-            )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, parse
-from s2ft.files.tables import table
+from s2ft.files.plain_text import table
 from s2ft.train.options import option
 
 DIMS = {0: "rows", 1: "columns"}
@@ -36,9 +36,9 @@ def describe(name: str | Path) -> str:
         FileNotFoundError: There is no such folder or name, or the folder has no adapter.
         ValueError: The adapter is damaged, or it is one of PEFT.
     """
-    from s2ft.adapter import read_adapter
-    from s2ft.adapter.hub import resolve
-    from s2ft.files.formats import ADAPTER_FORMATS
+    from s2ft.adapter.folders import resolve
+    from s2ft.adapter.formats import ADAPTER_FORMATS
+    from s2ft.attached.loading import read_adapter
 
     folder = resolve(name)
     if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].module.matches(folder):
@@ -165,9 +165,9 @@ def combine(folders: list[str], weights: list[float] | None, name: str | None, o
         FileNotFoundError: An adapter does not exist.
         FileExistsError: The output folder exists.
     """
-    from s2ft.adapter import overlap, read_adapter
-    from s2ft.adapter.adapter import weighted_sum
-    from s2ft.adapter.formats import native
+    from s2ft.adapter import native
+    from s2ft.adapter.adapter import overlap, weighted_sum
+    from s2ft.attached.loading import read_adapter
     from s2ft.files.reading import check_adapter_name
 
     weights = [1.0] * len(folders) if weights is None else weights

@@ -25,6 +25,6 @@ def run_patch(arguments: list[str]) -> None:
     if job.undo and job.adapter is not None:
         raise ValueError("--undo takes the adapter out, so give no ADAPTER with it")
     quiet_transformers()
-    from s2ft.export.patching import patch, state, undo
+    from s2ft.export.packed import patch, state, undo
 
     print(undo(job.file) if job.undo else state(job.file) if job.adapter is None else patch(job.file, job.adapter))

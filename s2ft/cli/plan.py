@@ -153,7 +153,7 @@ def run_estimate(arguments: list[str]) -> None:
         {S2FTConfig: "selection"},
     )
     quiet_transformers()
-    from s2ft.estimation.result import size
+    from s2ft.estimation.devices import size
     from s2ft.train.ratio_table import table
 
     rows, found, room = estimated(job, with_default_ratio(config, given_options(arguments)))
@@ -181,8 +181,8 @@ def estimated(job: EstimateArguments, config: S2FTConfig):
     """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
     import torch
 
-    from s2ft.estimation.memory import free_memory
-    from s2ft.estimation.result import size_of
+    from s2ft.estimation.devices import size_of
+    from s2ft.estimation.step import free_memory
     from s2ft.train.ratio_table import with_memory
 
     model, rows = job.model_and_rows(config)

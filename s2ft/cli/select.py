@@ -100,8 +100,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
 def _choose_from_disk(job: SelectArguments, config):
     """Return a selection that needs no data. Weights are read one at a time where that is possible."""
     import s2ft
-    from s2ft.model.checkpoint import read_from
-    from s2ft.model.conversion import CannotStream
+    from s2ft.model.checkpoint import CannotStream, read_from
     from s2ft.selection import reads_weights
     from s2ft.text.models import load_model, model_on_disk, model_without_values
 

@@ -17,11 +17,9 @@ from s2ft.layers.experts import (
     act_mul_of,
     forward_of,
 )
-from s2ft.layers.kind import OTHER, Kind
-from s2ft.layers.linear import CONV1D, LINEAR, S2ColumnLinear, S2RowLinear, is_intercepted
+from s2ft.layers.kind import OTHER, Kind, Split, split_of
+from s2ft.layers.linear import CONV1D, LINEAR, SPLIT_LINEAR, S2ColumnLinear, S2RowLinear, S2SplitLinear, is_intercepted
 from s2ft.layers.quantized import NO_FUSE, QUANTIZED
-from s2ft.layers.split import Split, split_of
-from s2ft.layers.split_linear import SPLIT_LINEAR, S2SplitLinear
 
 __all__ = [
     "EXPERTS",

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import gathered_parameter, is_dtensor, is_partitioned, own_shard, stays_in_blocks, sum_over_shards
-from s2ft.files.tables import by_key
+from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.weights import find, tensors_of, weight_at
 from s2ft.ops import permute_
-from s2ft.ops._memory import WRITING
+from s2ft.ops._library import WRITING
 
 
 def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:

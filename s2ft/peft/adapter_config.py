@@ -8,9 +8,9 @@ from peft import PeftType
 from peft.config import PeftConfig
 
 from s2ft.config import CHOOSING, S2FTConfig
-from s2ft.model.coupling import Coupling
-from s2ft.model.custom import checked_couplings
-from s2ft.selection import METRICS, Selection
+from s2ft.model.coupling import Coupling, checked_couplings
+from s2ft.selection import Selection
+from s2ft.selection.metrics import METRICS
 
 TYPE = "S2FT"  # the method's name in PeftType and in adapter_config.json
 DIMS = ("outputs", "inputs")  # names of a weight's dim 0 and 1

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import sum_deltas
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
-from s2ft.model.delta import Delta
+from s2ft.model.weights import Delta
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
@@ -86,7 +86,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The layer to wrap: a linear layer, Conv1D, a convolution or a quantized linear layer.
         adapter_name: Name of the first adapter.
-        units: The selected :class:`s2ft.peft.units.ModuleUnits` by weight; the weight of a layer has the name "".
+        units: The selected :class:`.ModuleUnits` by weight; the weight of a layer has the name "".
         init_weights: True starts the delta at zero, False at random.
 
     Attributes:

@@ -14,12 +14,11 @@ from torch import Tensor, nn
 
 from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import check_module
-from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
 from s2ft.peft.adapter_config import DIMS, S2FTPeftConfig
-from s2ft.selection import Selection
-from s2ft.selection.selection import unit_tensors
+from s2ft.selection import Selection, unit_tensors
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 HEADS = {  # which PEFT trains in full by itself, by the task

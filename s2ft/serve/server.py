@@ -13,8 +13,8 @@ from fastapi import FastAPI
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from s2ft.adapter.bank import AdapterBank
-from s2ft.adapter.loading import read_adapter
+from s2ft.attached.bank import AdapterBank
+from s2ft.attached.loading import read_adapter
 from s2ft.serve.access import Metrics
 from s2ft.serve.answer import Service
 from s2ft.serve.app import create_app

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from s2ft.files.replacing import replace_file
+from s2ft.files.reading import replace_file
 from s2ft.train.output import read_log
 
 logger = logging.getLogger(__name__)

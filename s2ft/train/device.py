@@ -104,8 +104,8 @@ def explain_out_of_memory(switch: str, kept: Callable[[], str] = str) -> Iterato
             raise
         import torch
 
-        from s2ft.estimation.memory import free_memory
-        from s2ft.estimation.result import size
+        from s2ft.estimation.devices import size
+        from s2ft.estimation.step import free_memory
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         free = free_memory(device)

@@ -11,10 +11,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
-from s2ft.adapter.folders import ADAPTER, OPTIONS, RUN
-from s2ft.files.adapter_folder import CONFIG
-from s2ft.files.reading import read_json
-from s2ft.files.replacing import replace_file
+from s2ft.adapter.folders import OPTIONS, RUN
+from s2ft.files.reading import ADAPTER, CONFIG, read_json, replace_file
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT, PAGE = "log.jsonl", "loss.png", "report.json", "report.html"

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 import s2ft
-from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
+from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
 from s2ft.text.comparison import Comparison

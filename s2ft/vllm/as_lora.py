@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.formats import native
 from s2ft.config import refuse
-from s2ft.model.delta import Delta
-from s2ft.model.location import LINEAR, TRANSPOSED, Location
+from s2ft.model.fingerprint import LINEAR, TRANSPOSED, Location
+from s2ft.model.weights import Delta
 from s2ft.vllm import layers
 from s2ft.vllm.compatibility import part_of, private
 from s2ft.vllm.served_base import ServedBase, served_base

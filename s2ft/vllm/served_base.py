@@ -20,8 +20,19 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.model.checkpoint import Checkpoint, StoredWeights, open_checkpoint
 from s2ft.model.coupling import Coupling
-from s2ft.model.fingerprint import QUANTIZATION, QUANTIZED, SAMPLES, TOLERANCE, LayerPrint, difference, read_print
-from s2ft.model.location import TRANSPOSED, Location, Structure, structure_of
+from s2ft.model.fingerprint import (
+    QUANTIZATION,
+    QUANTIZED,
+    SAMPLES,
+    TOLERANCE,
+    TRANSPOSED,
+    LayerPrint,
+    Location,
+    Structure,
+    difference,
+    read_print,
+    structure_of,
+)
 from s2ft.model.registry import couplings_of
 from s2ft.vllm.compatibility import part_of
 from s2ft.vllm.wrapped_layers import MERGED, Target, WrappedLayers, sizes

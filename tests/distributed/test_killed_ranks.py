@@ -67,7 +67,7 @@ def save_once(directory):
     s2ft.save_adapter(model, directory)
 
 
-WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the config, then the tensors
+WRITING = "s2ft.adapter.native:replace_file"  # two calls each time: the config, then the tensors
 
 
 @pytest.mark.parametrize(

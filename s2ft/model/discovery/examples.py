@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from s2ft.model.modes import evaluation_mode, seeded
-from s2ft.model.outputs import tensors_in
+from s2ft.model.running import evaluation_mode, seeded, tensors_in
 
 ROWS, LENGTH = 2, 24
 FRAMES = 25  # of a recording
