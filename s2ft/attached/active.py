@@ -5,7 +5,8 @@ copies the recorded values back. It can be done any number of times, so an inter
 
 Every parameter that requires a gradient is an extra weight, unless it is a slice or belongs to a coupling. The record
 keeps the values before training, so that the base can be restored. A value is recorded before its parameter is written,
-and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off` restores the base.
+and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off_extra` restores the
+base.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence

@@ -264,9 +264,6 @@ def _is_known(style: Any) -> bool:
 # ---- an adapter and a model -----------------------------------------------------------------------------------------
 
 
-# ---- checks against a model ----------------------------------------------------------------------------------
-
-
 def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
     known = {projection.name: projection for projection in projections_of(record.couplings)}

@@ -22,7 +22,7 @@ under the name in their layer, by which FSDP looks for them. Under tensor parall
 order. Packed weights are gathered for that, so every rank must call ``state_dict()`` if there are any.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -99,25 +99,6 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
         block = model.get_submodule(path)
         if block.__dict__.get("forward") is forward:
             block.__dict__.pop("forward", None)
-
-
-# ---- attributes of the model that others have set, which host hooks replace while layers are mounted ---------------
-
-
-def keep_attributes(model: nn.Module, record: Attachment, names: Sequence[str]) -> None:
-    """Record the model's own attributes of these names, before they are replaced."""
-    record.replaced_attributes = {name: model.__dict__[name] for name in names if name in model.__dict__}
-
-
-def restore_attributes(model: nn.Module, record: Attachment, names: Sequence[str]) -> None:
-    """Give the model back what :func:`keep_attributes` has recorded. Without a call of it, nothing happens."""
-    if record.replaced_attributes is None:
-        return
-    for name in names:
-        if name in record.replaced_attributes:
-            model.__dict__[name] = record.replaced_attributes[name]
-        else:
-            model.__dict__.pop(name, None)
 
 
 # ---- gradients through checkpointed blocks whose inputs are frozen --------------------------------------------------

@@ -2,8 +2,9 @@
 
 The new file has the base's bytes everywhere else. Its metadata has the base's name and hash besides.
 
-A file beside it keeps the old bytes of the blocks. It is complete on the disk before the first block is written, and
-goes after the last one is back. So whatever interrupts a change, the old bytes can be put back.
+Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk before
+the first block is written, and goes after the last one is back. So whatever interrupts a change, the old bytes can be
+put back.
 """
 
 import errno

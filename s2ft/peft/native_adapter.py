@@ -20,7 +20,7 @@ from s2ft.model.registry import check_shapes, couplings_of, known_architectures
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
-from s2ft.peft.targets import Targets, find_targets, units_by_name
+from s2ft.peft.targets import Targets, find_targets
 from s2ft.selection import Selection, select, unit_tensors
 
 # ---- units ----------------------------------------------------------------------------------------------------------
@@ -213,7 +213,7 @@ def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Ta
     """The excluded units of the targets. An adapter that is excluded may have other projections too."""
     if config.exclude is None:
         return None
-    excluded = units_by_name(config.exclude, "exclude")
+    excluded = unit_tensors(config.exclude, "exclude")
     trained = {projection.name for projection in projections_of(targets)}
     unknown = excluded.keys() - trained - {projection.name for projection in projections_of(couplings)}
     if unknown:

@@ -1,11 +1,11 @@
 """Discovery from end to end: trials of proposals on a twin, and what becomes of every weight.
 
-The twin is in float64, so rounding changes its outputs by a few units of 1e-16 of the largest. A change that is wrong
-changes them by many orders of magnitude more. The first proposal of a block that holds, for all blocks of a pattern, is
-right.
+Couplings are proposed from the names and sizes of the model's layers, and tried on a tiny twin. With units in another
+order, it must compute the same; with one side moved alone, not. The twin is in float64, so rounding changes its outputs
+by a few units of 1e-16 of the largest. A change that is wrong changes them by many orders of magnitude more. The first
+proposal of a block that holds, for all blocks of a pattern, is right.
 
-Couplings are proposed from the names and sizes of the model's layers, and tried on a tiny twin in float64. What the
-trials confirm can move; what they don't is trained in place, or one layer by itself.
+What the trials confirm can move; what they don't is trained in place, or one layer by itself.
 """
 
 import re
