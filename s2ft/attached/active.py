@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from s2ft.adapter.adapter import check_extra_apart
 from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_names
 from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
 from s2ft.config import S2FTConfig
@@ -542,21 +543,12 @@ def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, flo
 
 def check_can_put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
     """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
-    owners: dict[str, str] = {}
-    for adapter, weight in weights.items():
-        names = extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
-        for name in names:
-            if weight != 1:
-                raise ValueError(
-                    f"adapter {adapter!r} has {name} trained in full, which can't be scaled: give the "
-                    f"adapter weight 1, not {weight:g}"
-                )
-            if name in owners:
-                raise ValueError(
-                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained in full, and the "
-                    "model can hold one: make one of them active"
-                )
-            owners[name] = adapter
+    names = {
+        adapter: extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
+        for adapter in weights
+    }
+    of_each = ((adapter, weight, names[adapter]) for adapter, weight in weights.items())
+    check_extra_apart(of_each, "the model can hold one: make one of them active")
 
 
 def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

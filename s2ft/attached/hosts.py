@@ -34,7 +34,7 @@ from s2ft.attached.record import Attachment, Mount, attachment_of
 from s2ft.distributed import is_dtensor, is_sharded, managed_by_fsdp
 from s2ft.layers import act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.coupling import Coupling
-from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
+from s2ft.model.permutation import restoring_moves
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import act_mul, swap_
 
@@ -233,11 +233,7 @@ class _BaseOrder:
 
     def __init__(self, model: nn.Module, record: Attachment) -> None:
         self.model, self.record = model, record
-        self.moves: dict[int, list[MovingTensor]] = {}  # by id of a tensor: the moves that restore its order
-        for move in record.moves:
-            if move.is_done:
-                for moving in moving_tensors(model, move.coupling, inverse(move.order)):
-                    self.moves.setdefault(id(moving.tensor), []).append(moving)
+        self.moves = restoring_moves(model, record.moves)
         self.layers = {
             id(mounted.layer.weight): mounted.layer
             for mounted in record.mounts.values()

@@ -62,6 +62,7 @@ from s2ft.distributed import (
     reshard_all,
     shard_slices,
 )
+from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.layers.base import CodedSlice
 from s2ft.layers.kind import split_of
@@ -312,9 +313,7 @@ def _current_index(parts: list[Part], record: Attachment) -> Tensor:
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
     """Make the layer of an expert stack."""
     parts.sort(key=lambda part: part.projection.expert)
-    index: dict[int, list[Tensor]] = {}
-    for part in parts:
-        index.setdefault(part.projection.expert, []).append(part.positions)
+    index = by_key((part.projection.expert, part.positions) for part in parts)
     _number_positions(parts)
     return EXPERTS.layers[parts[0].projection.dim](
         original,

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import read_adapter
 from s2ft.config import S2FTConfig
+from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.registry import check_shapes, couplings_of, known_architectures
@@ -113,10 +114,8 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
 
 def _by_path(targets: list[Targets], selection: Selection) -> dict[str, dict[str, ModuleUnits]]:
     """The selected units by module and weight; "" is the weight of a layer, others are those of stacked experts."""
-    parts: dict[str, list[tuple[Projection, Tensor]]] = {}
-    for projection in projections_of(targets):
-        if projection.name in selection:
-            parts.setdefault(projection.path, []).append((projection, selection[projection.name]))
+    chosen = (one for one in projections_of(targets) if one.name in selection)
+    parts = by_key((one.path, (one, selection[one.name])) for one in chosen)
     modules: dict[str, dict[str, ModuleUnits]] = {}
     for path, found in parts.items():
         owner, _, weight = (path, "", "") if found[0][0].expert is None else path.rpartition(".")
