@@ -20,21 +20,19 @@ import s2ft
 from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, needs_calibration
-from s2ft.text.comparison import compare
-from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
-from s2ft.text.data.rows import load_split
+from s2ft.text.data.columns import with_columns
+from s2ft.text.data.rows import PAIRS, PROMPTS, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
-from s2ft.text.evaluation import HeldOut, examples_of
+from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
 from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows
-from s2ft.text.scoring import right_answer
 from s2ft.train.base_model import plain_kernels
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
-from s2ft.train.rates import suggested_rate, width_of
+from s2ft.train.planning import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Method, Run
 from s2ft.train.sft import (

@@ -5,8 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from s2ft.config import PROJECTIONS, check_fields, option, refuse
+from s2ft.text.data.data_options import TASKS
 from s2ft.text.models import DTYPES
-from s2ft.text.scoring import TASKS
 
 # The schedules of transformers that need no metric of an evaluation, with the arguments that transformers asks for.
 SCHEDULES: dict[str, dict[str, Any]] = {

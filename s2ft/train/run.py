@@ -38,9 +38,8 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
-from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log
+from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
-from s2ft.train.report_page import report_page
 from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, smaller_step, this_rank
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,8 @@ from s2ft.adapter.saving import gather_trained
 from s2ft.attached.record import attachment_of
 from s2ft.distributed import all_ranks, check_all_ranks_agree, run_on_ranks
 from s2ft.packages import check_packages
-from s2ft.text.comparison import Comparison
 from s2ft.text.divergence import Drift
-from s2ft.text.evaluation import HeldOut
+from s2ft.text.evaluation import Comparison, HeldOut
 from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.loss import chunked_loss, why_not_chunked

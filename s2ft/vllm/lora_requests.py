@@ -2,8 +2,8 @@
 
 Every way to name an adapter ends in one method of vLLM's workers: ``--lora-modules``, ``/v1/load_lora_adapter``,
 resolvers, and ``LoRARequest`` offline. There a folder of S²FT becomes vLLM's own LoRA in memory, see
-:mod:`s2ft.vllm.as_lora`. Nothing is exported, and each module has the rank that it needs. Folders of other formats go
-to vLLM. This module imports little: vLLM imports it in every process.
+:mod:`s2ft.vllm.served_base`. Nothing is exported, and each module has the rank that it needs. Folders of other formats
+go to vLLM. This module imports little: vLLM imports it in every process.
 
 An adapter that is refused must leave the server as it was. So every rank says whether it could load, and the engine
 raises the reason after all have answered: vLLM itself stops listening at the first error, and takes the answers that
@@ -198,7 +198,7 @@ def _change_workers() -> None:
 
     @functools.wraps(load)
     def _load_adapter(self: Any, lora_request: Any) -> Any:
-        from s2ft.vllm.as_lora import lora_of  # the first adapter pays for these imports, not every start of vLLM
+        from s2ft.vllm.served_base import lora_of  # the first adapter pays for these imports, not every start of vLLM
 
         path, version = split_version(lora_request.lora_path)
         if version is not None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from s2ft.config import refuse
 from s2ft.packages import check_packages
 from s2ft.text.data.data_options import DataOptions
-from s2ft.text.data.forms import BadRow, normalised
+from s2ft.text.data.forms import BadRow, normalised, pair, scored_prompt
 from s2ft.text.data.sources import BUILDERS, is_pattern, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
@@ -44,6 +44,8 @@ EXAMPLES = Shape(
     ("messages", "prompt", "completion", "tools"),
     normalised,
 )
+PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), ("prompt", "chosen", "rejected", "tools"), pair)
+PROMPTS = Shape(("prompt", "columns", "place"), ("prompt", "columns"), scored_prompt)
 
 
 def load_rows(
