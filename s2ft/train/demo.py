@@ -166,7 +166,7 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
 
 def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
     from s2ft.train.arguments import SFTArguments
-    from s2ft.train.sft import sft
+    from s2ft.train.fit import sft
 
     arguments = SFTArguments(
         output_dir=str(folder.path),

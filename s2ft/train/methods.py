@@ -1,15 +1,9 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
-import contextlib
 import copy
 import dataclasses
-import hashlib
 import logging
-import socket
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,25 +22,23 @@ from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
 from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows
 from s2ft.train.base_model import plain_kernels
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
+from s2ft.train.fit import (
+    base_for_vllm,
+    check_count,
+    check_dtype,
+    check_run,
+    dpo,
+    grpo,
+    is_checkpointed,
+    log_errors,
+    sft,
+)
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
-from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, write_json
+from s2ft.train.output import write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
 from s2ft.train.planning import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Method, Run
-from s2ft.train.sft import (
-    Finetuned,
-    callbacks_of,
-    check_dtype,
-    check_packages_of_run,
-    check_run,
-    is_checkpointed,
-    log_errors,
-    log_length,
-    run_trainer,
-    sft,
-)
 from s2ft.train.trainers import needs_trl_loss, refuse_sharding
 
 logger = logging.getLogger(__name__)
@@ -289,209 +281,6 @@ def _fitting(rows, tokenizer, room: int, says: bool, what: str):
 METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}
 
 
-# ---- DPO ------------------------------------------------------------------------------------------------
-
-
-def dpo(
-    model,
-    tokenizer,
-    train,
-    arguments,
-    folder: RunFolder,
-    *,
-    options: RunOptions = RunOptions(),
-    resume: bool | Path = False,
-    held_out=None,
-    meter=None,
-) -> Finetuned:
-    """Train the attached adapter of a model by TRL's DPOTrainer, and save it.
-
-    The reference model is the model itself without its adapter: no second model is loaded.
-
-    Args:
-        model: A causal language model with a trainable adapter.
-        tokenizer: The model's tokenizer.
-        train: Pairs of token rows, see :func:`s2ft.text.encoding.encode_pairs`.
-        arguments: The DPOArguments of the run.
-        folder: The output folder. The adapter is saved to `folder.adapter`.
-        options: Options that TRL's arguments do not have.
-        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
-            checkpoint of the run.
-        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
-        held_out: Pairs to evaluate on, or None.
-
-    Returns:
-        The loss, the time and the folder of the adapter.
-
-    Raises:
-        ValueError: The arguments do not fit the data, the model or the installed packages.
-        MissingPackages: A package that the run needs is not installed.
-    """
-    from s2ft.train.trainers import DPORunTrainer
-
-    check_packages_of_run(arguments)
-    check_dtype(model, arguments)
-    trainer = DPORunTrainer(
-        model,
-        arguments,
-        train,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        callbacks=callbacks_of(arguments, folder, options),
-    )
-    if trainer.is_world_process_zero():
-        log_length(trainer.args, len(train))
-    return run_trainer(trainer, model, arguments, folder, resume, meter)
-
-
-def longest_batch(pairs, tokenizer, rows: int) -> dict:
-    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
-
-    Args:
-        pairs: A Dataset of :func:`s2ft.text.encoding.encode_pairs`.
-        tokenizer: The model's tokenizer.
-        rows: Number of pairs in a batch.
-    """
-    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
-               zip(*(pairs[name] for name in IDS))]  # fmt: skip
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
-    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
-    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])
-
-
-# ---- GRPO -----------------------------------------------------------------------------------------------
-
-
-def grpo(
-    model,
-    tokenizer,
-    train,
-    rewards: Sequence[Callable[..., Any]],
-    arguments,
-    folder: RunFolder,
-    *,
-    options: RunOptions = RunOptions(),
-    resume: bool | Path = False,
-    held_out=None,
-    meter=None,
-    base: str | None = None,
-) -> Finetuned:
-    """Train the attached adapter of a model by TRL's GRPOTrainer, and save it.
-
-    Answers are generated by transformers with the adapter in the weights, or by vLLM (`arguments.use_vllm`), which gets
-    the trained slices after each update and has its base again at the end. The reference model, if `arguments.beta`
-    asks for one, is the model itself without its adapter: no second model is loaded.
-
-    Args:
-        model: A causal language model with a trainable adapter.
-        tokenizer: The model's tokenizer, with the chat template to use.
-        train: A Dataset with the column `prompt` and the columns that the rewards need.
-        rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
-        arguments: The GRPOArguments of the run.
-        folder: The output folder. The adapter is saved to `folder.adapter`.
-        options: Options that TRL's arguments do not have.
-        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
-            checkpoint of the run.
-        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
-        held_out: Rows to evaluate on, or None.
-        base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
-
-    Returns:
-        The loss, the reward, the time and the folder of the adapter.
-
-    Raises:
-        ValueError: The arguments do not fit the data, the model or the installed packages.
-        MissingPackages: A package that the run needs is not installed.
-    """
-    from s2ft.train.trainers import GRPORunTrainer
-
-    check_packages_of_run(arguments)
-    check_vllm(arguments, model if base is None else base)
-    check_dtype(model, arguments)
-    check_columns(rewards, train.column_names)
-    arguments.set_generation()
-    check_count(arguments, train)
-    trainer = GRPORunTrainer(
-        model,
-        rewards,
-        arguments,
-        train,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        callbacks=callbacks_of(arguments, folder, options),
-        base=base,
-        name=name_of_run(folder.path),
-    )
-    return run_trainer(trainer, model, arguments, folder, resume, meter)
-
-
-def check_vllm(arguments, base) -> None:
-    """Check that vLLM can generate the answers, if the arguments ask for it.
-
-    Args:
-        arguments: The GRPOArguments.
-        base: The folder of the base that vLLM loads in this process, or the model that was loaded from it.
-
-    Raises:
-        MissingPackages: vLLM is not installed.
-        ValueError: vLLM can't load the base.
-    """
-    if not arguments.use_vllm:
-        return
-    check_packages("use_vllm", "leave use_vllm out: transformers generates the answers then")
-    if arguments.vllm_mode == "server":
-        return
-    name = base if isinstance(base, str) else base.name_or_path
-    if not name or name.endswith(".gguf"):
-        raise ValueError(
-            f"vLLM can't load the base of this model ({name or 'it was not loaded from a folder'}): save it with "
-            "save_pretrained before the adapter is attached, and give its folder as base"
-        )
-
-
-@contextlib.contextmanager
-def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
-    """Write a base that vLLM can't load in its form, such as a .gguf file, to a temporary folder inside the context.
-
-    Args:
-        model: The model, without an adapter.
-        tokenizer: Its tokenizer.
-        arguments: The GRPOArguments.
-
-    Yields:
-        The folder; None if vLLM is not used in this process, or loads the model from where it was loaded.
-    """
-    if not arguments.use_vllm or arguments.vllm_mode == "server" or not model.name_or_path.endswith(".gguf"):
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="s2ft-base-") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        yield folder
-
-
-def name_of_run(folder: Path) -> str:
-    """The name of a run for a vLLM server. A run that is resumed has the same name, and no other run has it."""
-    place = f"{socket.gethostname()}:{folder.absolute()}"
-    return f"s2ft-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
-
-
-def check_count(arguments, prompts) -> None:
-    """Raise ValueError if there are fewer prompts than one generation takes.
-
-    Args:
-        arguments: The GRPOArguments.
-        prompts: The rows.
-    """
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if len(prompts) < needed:
-        raise ValueError(
-            f"there {'is 1 prompt' if len(prompts) == 1 else f'are {len(prompts)} prompts'}, and each generation takes "
-            f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
-            f"{arguments.num_generations}): lower batch_size or raise num_generations"
-        )
-
-
 # ---- memory ---------------------------------------------------------------------------------------------
 
 
@@ -556,3 +345,18 @@ def plain_copy(model: nn.Module) -> nn.Module:
     config.__dict__.pop("quantization_config", None)
     with plain_kernels(), torch.device("meta"), without_zero_init():
         return type(model)._from_config(config).to(model.dtype)
+
+
+def longest_batch(pairs, tokenizer, rows: int) -> dict:
+    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
+
+    Args:
+        pairs: A Dataset of :func:`s2ft.text.encoding.encode_pairs`.
+        tokenizer: The model's tokenizer.
+        rows: Number of pairs in a batch.
+    """
+    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
+               zip(*(pairs[name] for name in IDS))]  # fmt: skip
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
+    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
+    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])

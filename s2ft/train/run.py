@@ -15,10 +15,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import s2ft
 from s2ft.adapter import add_info, read_adapter
 from s2ft.adapter.hub import push_to_hub, write_card
+from s2ft.attached.record import attachment_of
 from s2ft.config import S2FTConfig
+from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.reading import check_adapter_name
 from s2ft.files.replacing import reason_not_written, replace_file
 from s2ft.packages import check_packages, is_installed
@@ -29,6 +33,7 @@ from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, pr
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.device import explain_out_of_memory, keep_freed_memory, peak_memory, say_device
+from s2ft.train.fit import Finetuned, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import (
     DEFAULT_BATCH,
@@ -40,7 +45,6 @@ from s2ft.train.options import (
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
-from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, smaller_step, this_rank
 
 logger = logging.getLogger(__name__)
 FEWEST_UPDATES = 32  # that a run should make
@@ -525,3 +529,41 @@ def _belongs(name: str, best: bool = False) -> bool:
 def _plain(value: Any) -> Any:
     """A value as JSON holds it."""
     return json.loads(json.dumps(value, default=lambda one: getattr(one, "value", str(one))))
+
+
+# ---- this process and its packages ----------------------------------------------------------------------
+
+
+def this_rank():
+    """Join the launched processes and return accelerate's state, which has the rank of this one.
+
+    Without a GPU, accelerate needs `cpu=True`. Otherwise each process would have rank 0, and all would write to the
+    same folder.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def check_ranks_agree(model) -> None:
+    """Check that all ranks train the same units, since statistics may round differently on different devices.
+
+    Raises:
+        RuntimeError: The ranks have selected different units. It is raised on each rank.
+    """
+    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
+
+
+def smaller_step(arguments) -> str:
+    """Return the options with which a step of a run takes less memory.
+
+    Args:
+        arguments: The arguments of a Trainer.
+    """
+    if not is_checkpointed(arguments):
+        return "--gradient-checkpointing"
+    batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    if batch == 1:
+        return "--load-in-4bit or a smaller --max-length"
+    half = batch // 2 if batch % 2 == 0 else 1
+    return f"--per-device-train-batch-size {half} --gradient-accumulation-steps {accumulation * (batch // half)}"
