@@ -476,14 +476,10 @@ class DriftMeter:
         if other is None and prompts is None:
             raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
-        self.base_loss: float | None = None
-        self.distributions: BaseDistributions | None = None
-        if other is not None:
-            switch = base_switch(model)
-            with switch() if switch else contextlib.nullcontext():
-                self.base_loss = mean_loss(model, other, batch_size)
-        if prompts is not None:
-            self.distributions = BaseDistributions.of(model, prompts, batch_size)
+        switch = base_switch(model)
+        with switch() if switch else contextlib.nullcontext():
+            self.base_loss = None if other is None else mean_loss(model, other, batch_size)
+        self.distributions = None if prompts is None else BaseDistributions.of(model, prompts, batch_size)
 
     def measure(self, model: Any) -> Drift:
         """Measure the model as it is now, with its active adapters.

@@ -51,11 +51,10 @@ class Example:
         Args:
             prompt: The format of prompts. In form "chat" a text becomes a message of the user.
         """
-        if isinstance(self.conversation, str):
-            if prompt.form == "text":
-                return self.conversation
-            return prompt.conversation([{"role": "user", "content": self.conversation}])
-        return prompt.conversation(self.conversation)
+        is_text = isinstance(self.conversation, str)
+        if is_text and prompt.form == "text":
+            return self.conversation
+        return prompt.conversation([{"role": "user", "content": self.conversation}] if is_text else self.conversation)
 
 
 def examples_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
@@ -362,13 +361,10 @@ def compare(
     if switch is not None:
         with switch():
             before, base = mean_loss(model, drawn, batch_size), answer()
-    right = [_first_answer(list(row["labels"])[len(prompt) :]) for row, prompt in zip(answered, prompts)]
+    labels = [list(row["labels"])[len(prompt) :] for row, prompt in zip(answered, prompts)]
+    right = [list(takewhile(lambda label: label != IGNORED, answer)) for answer in labels]  # up to the next question
     texts = zip(_texts(tokenizer, prompts), _texts(tokenizer, right), base, tuned)
     return Comparison(len(drawn), before, after, tuple(Sample(*each) for each in texts))
-
-
-def _first_answer(labels: Sequence[int]) -> list[int]:
-    return list(takewhile(lambda label: label != IGNORED, labels))
 
 
 def _texts(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -428,18 +424,18 @@ def right_answer(example: Any, task: str) -> str:
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    source = example.output if example.answer is None else example.answer
     if task == "exact":
-        return example.output if example.answer is None else example.answer
+        return source
     if task == "arithmetic":
-        source = example.output if example.answer is None else example.answer
         if example.answer is not None and LETTERS.fullmatch(source.strip()):
             return source.strip()
         number = last_number(source)
         if number is None:
             raise ValueError(f"{source!r} has no number, which task arithmetic needs")
-        return repr(number) if example.answer is None else example.answer
+        return repr(number) if example.answer is None else source
     if example.answer is not None:
-        first_word("", answer := example.answer.strip().lower())
+        first_word("", answer := source.strip().lower())
         return answer
     found = re.search(rf"\b(?:{'|'.join(FAMILIES)})\b", example.output.lower())
     if found is None:

@@ -210,10 +210,6 @@ class RunningBatch(Generic[R]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def adapters_of(self, rows: Sequence[R]) -> AbstractContextManager:
-        """Return the context in which each row runs with its adapter."""
-        return self.mixing([row.adapter for row in rows])
-
     @torch.inference_mode()
     def admit(self, rows: Sequence[R]) -> None:
         """Run the prompts of new rows, choose the first token of each, and add the rows to the batch.
@@ -308,7 +304,7 @@ class RunningBatch(Generic[R]):
     ) -> Tensor:
         """Return the logits of the last position, [rows, vocabulary] float32."""
         positions = {"position_ids": position_ids} if self._positions else {}
-        with self.adapters_of(rows), contiguous_head(self.model):
+        with self.mixing([row.adapter for row in rows]), contiguous_head(self.model):
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,

@@ -171,10 +171,8 @@ def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callabl
     config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStream(f"the weights of {name} are quantized")
-    if dtype != "auto":
-        wanted = getattr(torch, dtype)
-    else:
-        wanted = config.dtype or (torch.float32 if dtype_of_files is None else dtype_of_files())
+    of_files = dtype_of_files or (lambda: torch.float32)
+    wanted = (config.dtype or of_files()) if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
         model = _auto_class(name, source, options, False).from_config(config, dtype=wanted)
     keep_in_float32(model)

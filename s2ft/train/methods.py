@@ -1,8 +1,11 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
+import contextlib
 import copy
 import dataclasses
 import logging
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -13,9 +16,9 @@ from transformers import Trainer
 import s2ft
 from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
-from s2ft.text.collator import TokenCollator, needs_calibration
+from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
 from s2ft.text.data.columns import with_columns
-from s2ft.text.data.rows import PAIRS, PROMPTS, load_split
+from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
@@ -23,6 +26,7 @@ from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows
 from s2ft.train.base_model import plain_kernels
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
 from s2ft.train.fit import (
+    Finetuned,
     base_for_vllm,
     check_count,
     check_dtype,
@@ -38,7 +42,7 @@ from s2ft.train.output import write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
 from s2ft.train.planning import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
-from s2ft.train.run import Encoded, Method, Run
+from s2ft.train.run import Encoded, Run
 from s2ft.train.trainers import needs_trl_loss, refuse_sharding
 
 logger = logging.getLogger(__name__)
@@ -46,23 +50,68 @@ ENOUGH, MOST_HELD_OUT = 100, 64  # rows of which s2ft sft holds some out by itse
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
 
 
-def _read(run: Run, shape: Any = None, evaluates: bool = False) -> tuple[Any, Any]:
-    """Read the training rows and the held-out rows.
+class Method(ABC):
+    """What one training command does differently from the others.
 
-    Raises:
-        ValueError: Rows can't be used, or the run evaluates without held-out rows.
+    Attributes:
+        name: Name of the command.
+        fits_batch: Whether fewer rows make an update where there are few of them.
+        shape: What the rows of the data have.
     """
-    arguments, limit = run.arguments, run.options.eval_limit
-    evaluates = evaluates or arguments.eval_strategy != "no"
-    how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": limit}
-    rows, held_out = load_split(run.data, **how, **({} if shape is None else {"shape": shape}))
-    if held_out is None and (evaluates or limit is not None):
-        name = "eval_task" if run.options.eval_task else "eval_limit" if limit else "an evaluation"
-        raise ValueError(
-            f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
-            f"{run.data.dataset_test_split!r}"
-        )
-    return rows, held_out
+
+    name: str
+    fits_batch = True
+    shape: Shape = EXAMPLES
+
+    def learning_rate(self, model) -> float | None:
+        """Return the learning rate of a run that names none, or None for that of the arguments."""
+        return None
+
+    def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
+        """Check the options before anything is read. Raises ValueError."""
+
+    def read(self, run: Run) -> tuple[Any, Any]:
+        """Return the training rows, and the held-out rows or None.
+
+        Raises:
+            ValueError: Rows can't be used, or the run evaluates without held-out rows.
+        """
+        arguments, options = run.arguments, run.options
+        evaluates = options.eval_task is not None or arguments.eval_strategy != "no"
+        how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": options.eval_limit, "shape": self.shape}
+        rows, held_out = load_split(run.data, **how)
+        if held_out is None and (evaluates or options.eval_limit is not None):
+            name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
+            raise ValueError(
+                f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
+                f"{run.data.dataset_test_split!r}"
+            )
+        return rows, held_out
+
+    @abstractmethod
+    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
+        """Choose the prompt's format, set it in the tokenizer, and convert the rows."""
+
+    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
+        """Return batches for a selection by statistics, or None if the selection needs none."""
+        convert, size = partial(self.token_row, tokenizer), run.arguments.per_device_train_batch_size
+        return calibration_for(run.config, tokenizer, data.rows, run.options.calibration_examples, size, convert)
+
+    def token_row(self, tokenizer, row) -> Any:
+        """Return an encoded row as a token row whose labels are one answer."""
+        return row
+
+    @abstractmethod
+    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+        """Log the memory that a step on the longest rows takes."""
+
+    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
+        """Write the base to a folder inside the context if something besides the trainer needs it."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
+        """Train the attached model and save its adapter."""
 
 
 def _room(run: Run, model) -> int:
@@ -80,21 +129,18 @@ class SFT(Method):
         return None if width is None else suggested_rate(width).rate
 
     def read(self, run: Run) -> tuple[Any, Any]:
-        task = run.options.eval_task
-        rows, held_out = _read(run, evaluates=task is not None)
+        task, arguments = run.options.eval_task, run.arguments
+        rows, held_out = super().read(run)
         size = min(MOST_HELD_OUT, len(rows) // 20) if len(rows) >= ENOUGH else 0
         if held_out is None and run.data.test_split_size is None and size:
-            parts = rows.train_test_split(size, seed=run.arguments.seed)
-            rows, held_out = parts["train"], parts["test"]
-            if run.is_first:
-                logger.info(
-                    f"{size} of {len(rows) + size} rows are held out, to compare the base and the adapter; "
-                    "--test-split-size 0 trains on all"
-                )
+            rows, held_out = rows.train_test_split(size, seed=arguments.seed).values()
+            run.say(
+                f"{size} of {len(rows) + size} rows are held out, to compare the base and the adapter; "
+                "--test-split-size 0 trains on all"
+            )
         if task is not None:
             for example in examples_of(held_out):
                 right_answer(example, task)
-        arguments = run.arguments
         return (rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows), held_out
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
@@ -110,8 +156,7 @@ class SFT(Method):
             "processes": arguments.dataset_num_proc,
         }
         tokens = tokenize_rows(rows, tokenizer, prompt, **how)
-        if run.is_first:
-            logger.info(str(tokens))
+        run.say(str(tokens))
         check_run(model, tokens.dataset, arguments)
         if held_out is None:
             return Encoded(prompt, tokens.dataset)
@@ -119,9 +164,6 @@ class SFT(Method):
         others = tokenize_rows(held_out, tokenizer, prompt, **how).dataset
         scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
         return Encoded(prompt, tokens.dataset, scored)
-
-    def token_row(self, tokenizer, row) -> Any:
-        return row
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         arguments = run.arguments
@@ -151,16 +193,11 @@ class SFT(Method):
 class RL(Method):
     """What DPO and GRPO share: they need whole models, and a format of prompts instead of rows."""
 
-    shape: Any  # of the rows
-
     def check(self, run: Run) -> None:
         refuse_sharding(run.arguments, f"s2ft {self.name}")
         for name, value in (("eval_task", run.options.eval_task), ("last_answer_only", run.data.last_answer_only)):
             if value:
                 raise ValueError(f"{name} {FOR_SFT}")
-
-    def read(self, run: Run) -> tuple[Any, Any]:
-        return _read(run, self.shape)
 
     def prompt(self, run: Run, model, tokenizer, rows):
         """Return the format of the prompts of rows, and set its template in the tokenizer."""
@@ -187,8 +224,7 @@ class DPO(RL):
             "processes": arguments.dataset_num_proc,
         }
         pairs = encode_pairs(rows, tokenizer, prompt, **how)
-        if run.is_first:
-            logger.info(str(pairs))
+        run.say(str(pairs))
         others = None if held_out is None else encode_pairs(held_out, tokenizer, prompt, **how).dataset
         return Encoded(prompt, pairs.dataset, others)
 
@@ -227,11 +263,11 @@ class GRPO(RL):
         arguments = run.arguments
         prompt = self.prompt(run, model, tokenizer, rows)
         room = (context_length(model) or 1 << 30) - arguments.max_completion_length
-        kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run.is_first, "prompts")
+        kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run, "prompts")
         others, other = None, 0
         if held_out is not None:
             rest = with_columns(held_out, prompt)
-            others, other = _fitting(rest, tokenizer, room, run.is_first, "prompts to evaluate on")
+            others, other = _fitting(rest, tokenizer, room, run, "prompts to evaluate on")
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
         check_columns(load_rewards(arguments.rewards), kept.column_names)
@@ -263,7 +299,7 @@ class GRPO(RL):
         return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
 
 
-def _fitting(rows, tokenizer, room: int, says: bool, what: str):
+def _fitting(rows, tokenizer, room: int, run: Run, what: str):
     """Leave out rows with a prompt of more than `room` tokens, and return also the tokens of the longest one."""
     lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in rows]
     kept = [number for number, length in enumerate(lengths) if length <= room]
@@ -272,9 +308,8 @@ def _fitting(rows, tokenizer, room: int, says: bool, what: str):
         raise ValueError(
             f"none of {len(rows)} prompts fits into the {room} tokens that the context leaves for a prompt"
         )
-    if says:
-        note = f"; {left} left out, longer than the {room} tokens that the context leaves for a prompt" if left else ""
-        logger.info("%d %s%s", len(kept), what, note)
+    note = f"; {left} left out, longer than the {room} tokens that the context leaves for a prompt" if left else ""
+    run.say(f"{len(kept)} {what}{note}")
     return rows.select(kept) if left else rows, max(lengths[number] for number in kept)
 
 

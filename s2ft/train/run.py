@@ -1,15 +1,14 @@
 """One run of a training command: options, data, model, adapter, training, files.
 
-The commands differ in one object, a :class:`Method`; see `s2ft.train.methods`.
+The commands differ in one object, a :class:`~s2ft.train.methods.Method`.
 """
 
 import json
 import logging
 import math
 import shlex
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -27,7 +26,7 @@ from s2ft.files.reading import check_adapter_name
 from s2ft.files.replacing import reason_not_written, replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
-from s2ft.text.collator import batches_of, calibration_for
+from s2ft.text.collator import batches_of
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
@@ -80,7 +79,7 @@ class Run:
     """What the options of a training command say.
 
     Attributes:
-        method: What the command does.
+        method: What the command does, a :class:`~s2ft.train.methods.Method`.
         model: How the base is loaded.
         data: Which data is read.
         config: What is trained.
@@ -90,7 +89,7 @@ class Run:
         given: The options that the user has set, by their full names.
     """
 
-    method: "Method"
+    method: Any
     model: ModelOptions
     data: DataOptions
     config: S2FTConfig
@@ -108,6 +107,11 @@ class Run:
     def is_first(self) -> bool:
         """Whether this process is the one that prints and writes."""
         return this_rank().is_main_process
+
+    def say(self, text: str) -> None:
+        """Log a line in the first process alone."""
+        if self.is_first:
+            logger.info(text)
 
     @property
     def resume(self) -> bool | Path:
@@ -134,8 +138,7 @@ class Run:
         if rate is None or "learning_rate" in self.given:
             return run
         self.arguments.learning_rate = rate
-        if self.is_first:
-            logger.info(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
+        self.say(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
         return replace(run, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
     def determining(self) -> dict[str, Any]:
@@ -160,49 +163,6 @@ class Run:
                     found[f"training.{one.name}"] = value
         found |= {f"training.{name}": getattr(arguments, name) for name in (MICRO, PASSES, "seed", "data_seed")}
         return {**found, ROWS: rows_of_update(arguments), GROUPS: devices_of(arguments).groups}
-
-
-class Method(ABC):
-    """What one training command does differently from the others."""
-
-    name: str
-    fits_batch = True  # whether fewer rows make an update where there are few of them
-
-    def learning_rate(self, model) -> float | None:
-        """Return the learning rate of a run that names none, or None for that of the arguments."""
-        return None
-
-    def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
-        """Check the options before anything is read. Raises ValueError."""
-
-    @abstractmethod
-    def read(self, run: Run) -> tuple[Any, Any]:
-        """Return the training rows, and the held-out rows or None."""
-
-    @abstractmethod
-    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
-        """Choose the prompt's format, set it in the tokenizer, and convert the rows."""
-
-    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
-        """Return batches for a selection by statistics, or None if the selection needs none."""
-        convert, size = partial(self.token_row, tokenizer), run.arguments.per_device_train_batch_size
-        return calibration_for(run.config, tokenizer, data.rows, run.options.calibration_examples, size, convert)
-
-    @abstractmethod
-    def token_row(self, tokenizer, row) -> Any:
-        """Return an encoded row as a token row whose labels are one answer."""
-
-    @abstractmethod
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        """Log the memory that a step on the longest rows takes."""
-
-    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
-        """Write the base to a folder inside the context if something besides the trainer needs it."""
-        return nullcontext()
-
-    @abstractmethod
-    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
-        """Train the attached model and save its adapter."""
 
 
 # ---- the run -------------------------------------------------------------------------------------------
@@ -250,8 +210,8 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     fitting = replace(run.options, batch_size=run.options.batch_size or fitting_batch(run, len(rows)))
     batches = set_batches(arguments, fitting, run.given)
     measured, protected = _other_text(run)
+    run.say(batches)
     if run.is_first:
-        logger.info(batches)
         say_device(device)
     if device.type == "cpu" and run.options.keep_memory:
         keep_freed_memory()
@@ -458,8 +418,8 @@ def fitting_batch(run: Run, rows: int) -> int | None:
         return None
     devices = devices_of(arguments).groups
     size = max(4 * devices, 2 ** int(math.log2(max(most, 1))) // devices * devices)
-    if run.is_first and arguments.max_steps <= 0:
-        logger.info(
+    if arguments.max_steps <= 0:
+        run.say(
             f"{DEFAULT_BATCH} rows an update would make {passed / DEFAULT_BATCH:.0f} updates of {rows} rows, which are "
             f"few: {size} make {passed / size:.0f}; --batch-size sets another number"
         )
@@ -488,10 +448,8 @@ def _other_text(run: Run) -> tuple[Any, Any]:
     options, data = run.forgetting, run.data
 
     def rows(names: list[str], most: int) -> Any:
-        if not names:
-            return None
         own = DataOptions(data=names, field=data.field, skip_bad_rows=data.skip_bad_rows)
-        return read_texts(own, most, run.config.seed)
+        return read_texts(own, most, run.config.seed) if names else None
 
     return rows(options.forgetting_data, options.meter_rows), rows(options.protect, options.protect_rows)
 
