@@ -13,7 +13,6 @@ FEATURES = {
     "S²FT adapters": "s2ft.vllm.lora_requests",
     "adapters by the name in a request": "s2ft.vllm.resolver",
     "layers that hold slices": "s2ft.vllm.layers",
-    "the base beside adapters, and weights that slices can be written into, on processors": "s2ft.vllm.processors",
     "slices of a training run": "s2ft.vllm.transfer",
 }
 

@@ -4,14 +4,13 @@ Switched on by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of unit
 :class:`s2ft.vllm.slice_layer.Budget`. vLLM's LoRA layers are not made then, and adapters of other kinds are refused.
 """
 
-import functools
 import itertools
 import logging
 import os
 from collections.abc import Iterator
 from typing import Any
 
-from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.compatibility import in_place_of, private, when_imported
 from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, with_slices
 from s2ft.vllm.wrapped_layers import is_elsewhere
 
@@ -73,14 +72,16 @@ def install() -> None:
 
 
 def _refuse(message: str) -> None:
-    def __init__(self: Any, *args: Any, **options: Any) -> None:
+    @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
+    def __init__(*args: Any, **options: Any) -> None:
         raise ValueError(message)
-
-    private("vllm.lora.model_manager", "LoRAModelManager").__init__ = __init__
 
 
 def _change_workers(budget: Budget) -> None:
-    """Change vLLM's LoRA. All names are looked up before the first change."""
+    """Change vLLM's LoRA: its layers, a report of their memory, and a check before another adapter is removed.
+
+    All names are looked up before the first change.
+    """
     global _installed
     for name, method in itertools.product(LAYERS, METHODS):
         private("vllm.lora.layers", f"{name}.{method}")
@@ -88,11 +89,19 @@ def _change_workers(budget: Budget) -> None:
     private("vllm.lora.utils", "_all_lora_classes")
     private("vllm.lora.model_manager", "from_layer_logits_processor")
     private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
-    manager = private("vllm.lora.model_manager", "LoRAModelManager")
-    worker = private(WORKERS, "WorkerLoRAManager")
-    init = private("vllm.lora.model_manager", "LoRAModelManager.__init__")
-    load = private(WORKERS, "WorkerLoRAManager._load_adapter")
-    manager.__init__, worker._load_adapter = _with_report(init), _with_check(load)
+    private(WORKERS, "WorkerLoRAManager._load_adapter")
+
+    @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
+    def __init__(make: Any, self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        _report(self)
+
+    @in_place_of(WORKERS, "WorkerLoRAManager._load_adapter")
+    def _load_adapter(load: Any, self: Any, lora_request: Any) -> Any:
+        lora = load(self, lora_request)
+        admit(self._adapter_manager, lora, lora_request.lora_name)
+        return lora
+
     private("vllm.lora.utils")._all_lora_classes = made
     # lm_head stays as it is, too. Its LoRA would be computed for every token, and no adapter can have one.
     private("vllm.lora.model_manager").from_layer_logits_processor = lambda layer, *args, **options: layer
@@ -106,47 +115,24 @@ def _change_hash(budget: Budget) -> None:
     """vLLM keeps compiled models on the disk by this hash. Layers with slices are another model."""
     from s2ft import __version__
 
-    config = private("vllm.config.lora", "LoRAConfig")
-    compute_hash = private("vllm.config.lora", "LoRAConfig.compute_hash")
-
-    @functools.wraps(compute_hash)
-    def changed(self: Any) -> str:
+    @in_place_of("vllm.config.lora", "LoRAConfig.compute_hash")
+    def changed(compute_hash: Any, self: Any) -> str:
         return f"{compute_hash(self)} s2ft {__version__} slices {budget}"
 
-    config.compute_hash = changed
 
-
-def _with_report(init: Any) -> Any:
-    """Print the memory after the layers were made."""
-
-    @functools.wraps(init)
-    def changed(self: Any, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        layers = [layer for _, layer in _slice_layers(self)]
-        total = sum(bank.nbytes for layer in layers for bank in layer.banks)
-        units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
-        logger.info(
-            "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
-            len(layers),
-            self.lora_slots,
-            total / 1e6,
-            OPTION,
-            ",".join(f"{key}={count}" for key, count in sorted(units.items())),
-        )
-
-    return changed
-
-
-def _with_check(load_adapter: Any) -> Any:
-    """Refuse an adapter that does not fit before vLLM removes another one for it."""
-
-    @functools.wraps(load_adapter)
-    def changed(self: Any, lora_request: Any) -> Any:
-        lora = load_adapter(self, lora_request)
-        admit(self._adapter_manager, lora, lora_request.lora_name)
-        return lora
-
-    return changed
+def _report(manager: Any) -> None:
+    """Print the memory of the layers that vLLM's LoRAModelManager has made."""
+    layers = [layer for _, layer in _slice_layers(manager)]
+    total = sum(bank.nbytes for layer in layers for bank in layer.banks)
+    units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
+    logger.info(
+        "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
+        len(layers),
+        manager.lora_slots,
+        total / 1e6,
+        OPTION,
+        ",".join(f"{key}={count}" for key, count in sorted(units.items())),
+    )
 
 
 def _slice_layers(manager: Any) -> Iterator[tuple[str, SliceLayer]]:

@@ -14,7 +14,7 @@ from s2ft.sync.places import NoPlace, Place
 from s2ft.sync.receiver import Receiver
 from s2ft.sync.wire import SliceSpec
 from s2ft.vllm.compatibility import private
-from s2ft.vllm.processors import BACKEND, is_packed
+from s2ft.vllm.transfer import BACKEND, is_packed
 
 logger = logging.getLogger(__name__)
 

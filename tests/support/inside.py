@@ -136,14 +136,14 @@ MODULES = {
     "train.run": "check_ranks_agree fitting_batch set_batches smaller_step",
     "train.trainers": "DPORunTrainer GRPORunTrainer Reference SFTRunTrainer",
     "train.fit": "JsonlLog check_packages_of_run dpo grpo log_length sft trainer_for",
-    "vllm": "served_base:base command compatibility layers lora_requests:loading processors resolver transfer",
+    "vllm": "served_base:base command compatibility layers lora_requests:loading resolver transfer",
     "vllm.compatibility": "MissingInVLLM private when_imported",
     "vllm.served_base": "lora_of",
     "vllm.wrapped_layers": "WrappedLayers:Targets",
     "vllm.resolver": "path_of",
     "vllm.slice_bank": "SlotBatch:Batch SliceBank add_slices_",
     "vllm.slice_layer": "Budget encode with_slices:layer_with_slices",
-    "vllm.processors": "is_packed",
+    "vllm.transfer": "is_packed",
 }
 _HOMES = {
     entry.rpartition(":")[2]: (".".join(filter(None, ("s2ft", module))), entry.partition(":")[0])

@@ -12,6 +12,7 @@ from support.inside import (
     MissingInVLLM,
     SliceBank,
     add_slices_,
+    compatibility,
     encode,
     layer_with_slices as with_slices,
     layers,
@@ -369,7 +370,7 @@ def test_compiled_models_are_kept_apart(monkeypatch):
     for text in ("", "5", "a=5"):
         config = type("LoRAConfig", (), {"compute_hash": lambda self: "same"})
         found_in = {"LoRAConfig": config, "LoRAConfig.compute_hash": config.compute_hash}
-        monkeypatch.setattr(layers, "private", lambda module, name, found_in=found_in: found_in[name])
+        monkeypatch.setattr(compatibility, "private", lambda module, name, found_in=found_in: found_in[name])
         layers._change_hash(Budget.parse(text))
         found.add(config().compute_hash())
     assert len(found) == 3
