@@ -207,8 +207,7 @@ EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --
 
 def run_export(arguments: list[str]) -> None:
     formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
-    parser = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE)
-    job = parser.given(arguments)
+    job = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE).given(arguments)
     source, given = _check(job)
     target, dtype = job.get("format", DEFAULT), job.get("dtype", "auto")
     check_packages(f"s2ft export --format {target}")

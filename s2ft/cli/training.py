@@ -327,8 +327,7 @@ def config_text(run) -> str:
         for key, value in run.given.items()
         if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key] or key in WRITTEN)
     }
-    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
-    return f"# {versions()}\n{body}"
+    return f"# {versions()}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
 
 
 def versions() -> str:
@@ -368,8 +367,7 @@ def _evaluation(given: dict[str, Any], parser: OptionParser) -> dict[str, Any]:
 
 def _take_lora(given: dict[str, Any], parser: OptionParser) -> None:
     """Turn the rank of a LoRA into the size of the selection, drop its other options, and log that."""
-    lora = [one.name for one in fields(parser.kinds[-1])]
-    found = {name: given.pop(name) for name in lora if name in given}
+    found = {one.name: given.pop(one.name) for one in fields(parser.kinds[-1]) if one.name in given}
     if not found:
         return
     taken = {}

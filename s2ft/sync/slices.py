@@ -376,8 +376,7 @@ class TrainedSlices:
             raise ValueError(f"{one.weight} is a single number that is trained, which can't be sent: freeze it")
         for name, value in self._names.whole(one.weight, one.base).items():
             index = torch.arange(value.shape[0])
-            bases = {number: one.base}
-            self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), bases)
+            self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), {number: one.base})
 
     def _add(self, name: str, shape: tuple, dim: int, index: Tensor, entry: _Entry, bases) -> None:
         base = self._numbers(entry, dim, bases).to(self.dtype)

@@ -206,8 +206,7 @@ class PeftSource:
                     base = next(bases).base
                     yield effective_units(base, total.values.index_select(dim, places).to(base.device))
         for module, name in self._in_use():
-            parameters = dict(module.modules_to_save[name].named_parameters())
-            yield from full_tensors(parameters).values()
+            yield from full_tensors(dict(module.modules_to_save[name].named_parameters())).values()
 
     def _in_use(self) -> Iterator[tuple[Any, str]]:
         for path, module in self._saved.items():

@@ -75,8 +75,7 @@ class Batching:
             rows: Number of rows.
             packs: Number of packs.
         """
-        found = f"{rows:,} rows in {packs:,} packs, " if self.packed else ""
-        return f"batches: {found}{self.why}"
+        return f"batches: {f'{rows:,} rows in {packs:,} packs, ' if self.packed else ''}{self.why}"
 
 
 def choose_batching(

@@ -503,8 +503,7 @@ def check_run(model, train, arguments) -> None:
         MissingPackages: See :func:`check_packages_of_run`.
     """
     check_packages_of_run(arguments)
-    columns = train.column_names or ()
-    images = [name for name in OF_IMAGES if name in columns]
+    images = [name for name in OF_IMAGES if name in (train.column_names or ())]
     if images:
         raise ValueError(
             f"the rows have images (column {images[0]!r}), which s2ft sft does not train on: use S2FTTrainer or TRL's "

@@ -266,8 +266,7 @@ class GRPO(RL):
         kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run, "prompts")
         others, other = None, 0
         if held_out is not None:
-            rest = with_columns(held_out, prompt)
-            others, other = _fitting(rest, tokenizer, room, run, "prompts to evaluate on")
+            others, other = _fitting(with_columns(held_out, prompt), tokenizer, room, run, "prompts to evaluate on")
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
         check_columns(load_rewards(arguments.rewards), kept.column_names)

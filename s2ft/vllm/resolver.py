@@ -149,8 +149,7 @@ def _say_why() -> None:
     @in_place_of(SERVING, "OpenAIServingModels.resolve_lora")
     async def resolve_lora(resolve: Any, self: Any, lora_name: str) -> Any:
         answer = await resolve(self, lora_name)
-        requests = registry.get_resolver(NAME).requests
-        request = requests.pop(lora_name, None)
+        request = registry.get_resolver(NAME).requests.pop(lora_name, None)
         if request is None or getattr(getattr(answer, "error", None), "code", None) != HTTPStatus.BAD_REQUEST.value:
             return answer
         try:

@@ -306,8 +306,7 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:
         update(mapping, lora_index_to_id, *args, **options)
         slot_of = {number: slot for slot, number in enumerate(lora_index_to_id) if number is not None}
-        numbers = np.asarray(mapping.index_mapping, dtype=np.int64)
-        which, back = np.unique(numbers, return_inverse=True)
+        which, back = np.unique(np.asarray(mapping.index_mapping, dtype=np.int64), return_inverse=True)
         batch.update(np.array([slot_of[n] if n > 0 else -1 for n in which.tolist()], dtype=np.int64)[back])
 
     punica_wrapper.update_metadata, punica_wrapper.s2ft_batch = update_metadata, batch

@@ -306,8 +306,7 @@ def check_chat(messages: list[dict[str, Any]], field: str) -> list[dict[str, Any
         raise BadRow(f"field {field!r} has no message of the assistant: its roles are {roles}")
     if not any(message["role"] != "system" for message in messages[:last]):
         raise BadRow(f"field {field!r} has no message before the assistant's")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    for number, message in enumerate(answers, 1):
+    for number, message in enumerate((one for one in messages if one["role"] == "assistant"), 1):
         if not message["content"].strip() and not message.get("tool_calls"):
             raise BadRow(f"field {field!r}: the assistant's message {number} is empty")
     return messages[: last + 1]
