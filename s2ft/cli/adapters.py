@@ -6,7 +6,7 @@ info and combine load no model and import no transformers.
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
-from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
 from s2ft.export import EXPORTS, IMPORTS, export
 from s2ft.files.tables import table
 from s2ft.packages import check_packages
@@ -21,14 +21,8 @@ class InfoArguments:
     folder: str = option(text=ADAPTER, positional=True, metavar="ADAPTER")
 
 
-def run_info(arguments: list[str]) -> None:
-    (job,) = parse(
-        "info",
-        "Print the size, the origin, the settings and the deltas of an adapter.",
-        [InfoArguments],
-        arguments,
-        "  s2ft info my-run",
-    )
+@command("Print the size, the origin, the settings and the deltas of an adapter.", "  s2ft info my-run", quiet=False)
+def run_info(job: InfoArguments) -> None:
     print(describe(job.folder))
 
 
@@ -143,14 +137,12 @@ class CombineArguments:
     name: str | None = option(None, "name of the new adapter", shown="the name of the output folder")
 
 
-def run_combine(arguments: list[str]) -> None:
-    (job,) = parse(
-        "combine",
-        "Add adapters of one base model into a new adapter, and print how many units they share.",
-        [CombineArguments],
-        arguments,
-        "  s2ft combine math-run chat-run --weights 0.7 0.3 --output math-and-chat",
-    )
+@command(
+    "Add adapters of one base model into a new adapter, and print how many units they share.",
+    "  s2ft combine math-run chat-run --weights 0.7 0.3 --output math-and-chat",
+    quiet=False,
+)
+def run_combine(job: CombineArguments) -> None:
     print(combine(job.adapters, job.weights, job.name, Path(job.output)))
 
 
@@ -289,17 +281,13 @@ class MergeArguments(Options):
     )
 
 
-def run_merge(arguments: list[str]) -> None:
-    (job,) = parse(
-        "merge",
-        "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
-        "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
-        "file can be written as one: only the blocks of trained units change.",
-        [MergeArguments],
-        arguments,
-        "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
-    )
-    quiet_transformers()
+@command(
+    "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
+    "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
+    "file can be written as one: only the blocks of trained units change.",
+    "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
+)
+def run_merge(job: MergeArguments) -> None:
     base = _base(job.model, job.adapter)
     if job.output.endswith(".gguf"):
         if job.dtype != "auto" or job.max_shard_size is not None:
@@ -321,18 +309,14 @@ class PatchArguments(Options):
     undo: bool = option(False, "put the base's bytes back, also after an interrupt")
 
 
-def run_patch(arguments: list[str]) -> None:
-    (job,) = parse(
-        "patch",
-        "Write an adapter into the blocks of a quantized file in place. The base's bytes are kept in a file beside it, "
-        "so that they can be put back whatever happens. Stop programs that use the file before.",
-        [PatchArguments],
-        arguments,
-        "  s2ft patch model.Q4_K_M.gguf my-run\n  s2ft patch model.Q4_K_M.gguf --undo",
-    )
+@command(
+    "Write an adapter into the blocks of a quantized file in place. The base's bytes are kept in a file beside it, "
+    "so that they can be put back whatever happens. Stop programs that use the file before.",
+    "  s2ft patch model.Q4_K_M.gguf my-run\n  s2ft patch model.Q4_K_M.gguf --undo",
+)
+def run_patch(job: PatchArguments) -> None:
     if job.undo and job.adapter is not None:
         raise ValueError("--undo takes the adapter out, so give no ADAPTER with it")
-    quiet_transformers()
     from s2ft.export.patching import patch, state, undo
 
     print(undo(job.file) if job.undo else state(job.file) if job.adapter is None else patch(job.file, job.adapter))

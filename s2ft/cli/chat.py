@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, did_you_mean, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, command, did_you_mean
 from s2ft.config import check_fields, option, refuse
 from s2ft.text.models import DTYPES
 from s2ft.train.options import Options
@@ -81,11 +81,8 @@ class GenerateArguments:
             raise ValueError(f"raw is without a chat template, so there is no {'chat' if self.chat else 'system'}")
 
 
-def run_generate(arguments: list[str]) -> None:
-    job, sampling = parse(
-        "generate", DESCRIPTION_OF_GENERATE, [GenerateArguments, SamplingArguments], arguments, EXAMPLE_OF_GENERATE
-    )
-    quiet_transformers()
+@command(DESCRIPTION_OF_GENERATE, EXAMPLE_OF_GENERATE)
+def run_generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     from s2ft.text.adapter_prompts import base_name, load_with_adapter
     from s2ft.text.conversation import pieces
     from s2ft.text.encoding import context_length
@@ -171,9 +168,8 @@ class ChatArguments(Options):
     dtype: str = option("auto", DTYPE, choices=DTYPES)
 
 
-def run_chat(arguments: list[str]) -> None:
-    job, sampling = parse("chat", DESCRIPTION, [ChatArguments, SamplingArguments], arguments, EXAMPLE)
-    quiet_transformers()
+@command(DESCRIPTION, EXAMPLE)
+def run_chat(job: ChatArguments, sampling: SamplingArguments) -> None:
     Talk(load(job), sampling, job.system).loop()
 
 

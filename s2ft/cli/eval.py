@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, UsageError, new_file, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, UsageError, command, new_file
 from s2ft.config import check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, TASKS, ReadingOptions
 from s2ft.text.models import DTYPES
@@ -82,12 +82,10 @@ class EvalArguments:
             raise ValueError(f"{given[0]} has no meaning with {way}")
 
 
-def run_eval(arguments: list[str]) -> None:
-    description = "Compare an adapter with its base on your data, or score the answers to each row."
-    job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
+@command("Compare an adapter with its base on your data, or score the answers to each row.", EXAMPLE)
+def run_eval(job: EvalArguments, reading: ReadingOptions) -> None:
     if job.lm_eval is not None and reading != ReadingOptions():
         raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")
-    quiet_transformers()
     from s2ft.text.adapter_prompts import base_name
 
     job.model = base_name(job.model, job.adapter)

@@ -8,6 +8,7 @@ import argparse
 import copy
 import difflib
 import enum
+import functools
 import itertools
 import json
 import logging
@@ -351,9 +352,41 @@ def parse(
     return parser.objects(parser.given(arguments))
 
 
-def given_options(words: Sequence[str]) -> set[str]:
-    """Return the names of the options among the words of a command line, as the fields are called."""
-    return {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+class Given(frozenset[str]):
+    """The names of the options that a command line has, as the fields are called."""
+
+
+def given_options(words: Sequence[str]) -> Given:
+    """Return the names of the options among the words of a command line."""
+    return Given(word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--")
+
+
+def command(description: str, example: str = "", groups: Mapping[type, str] | None = None, quiet: bool = True):
+    """Decorate the function of a command, `run_NAME`, which then takes the words of the command line.
+
+    The types of its parameters are the dataclasses of the options, or `Given`.
+
+    Args:
+        description: What the command does.
+        example: Command lines for the end of the help.
+        groups: As in :func:`parse`.
+        quiet: Whether other libraries are made quiet, which imports transformers.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[[list[str]], None]:
+        kinds = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
+        options = [kind for kind in kinds.values() if kind is not Given]
+
+        @functools.wraps(function)
+        def run(arguments: list[str]) -> None:
+            made = parse(function.__name__.removeprefix("run_"), description, options, arguments, example, groups)
+            if quiet:
+                quiet_transformers()
+            function(*made, *([given_options(arguments)] if len(kinds) > len(options) else []))
+
+        return run
+
+    return decorate
 
 
 # ---- the file of --config ------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, replace
 
-from s2ft.cli.parse import MODEL, given_options, new_file, parse, quiet_transformers
+from s2ft.cli.parse import MODEL, Given, command, new_file
 from s2ft.config import S2FTConfig, check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
@@ -46,22 +46,18 @@ class PlanArguments:
         return model, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
 
 
-def run_plan(arguments: list[str]) -> None:
-    job, config = parse(
-        "plan",
-        "Print what would be trained of a model, and a table of ratios with the LoRA rank of the same size. Only the "
-        "model's config is read, no weights. s2ft estimate adds the memory.",
-        [PlanArguments, S2FTConfig],
-        arguments,
-        """  s2ft plan meta-llama/Llama-3.2-1B
+@command(
+    "Print what would be trained of a model, and a table of ratios with the LoRA rank of the same size. Only the "
+    "model's config is read, no weights. s2ft estimate adds the memory.",
+    """  s2ft plan meta-llama/Llama-3.2-1B
   s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08""",
-        {S2FTConfig: "selection"},
-    )
-    quiet_transformers()
+    {S2FTConfig: "selection"},
+)
+def run_plan(job: PlanArguments, config: S2FTConfig, given: Given) -> None:
     import s2ft
     from s2ft.train.planning import as_random, suggested_rate, table, width_of
 
-    config = with_default_ratio(config, given_options(arguments))
+    config = with_default_ratio(config, given)
     model, rows = job.model_and_rows(config)
     report = s2ft.plan(model, as_random(config))
     width = width_of(model)
@@ -146,21 +142,17 @@ class EstimateArguments(PlanArguments):
         return made
 
 
-def run_estimate(arguments: list[str]) -> None:
-    job, config = parse(
-        "estimate",
-        "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
-        [EstimateArguments, S2FTConfig],
-        arguments,
-        """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
+@command(
+    "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
+    """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
   s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing""",
-        {S2FTConfig: "selection"},
-    )
-    quiet_transformers()
+    {S2FTConfig: "selection"},
+)
+def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
     from s2ft.estimation.result import size
     from s2ft.train.planning import table
 
-    rows, found, room = estimated(job, with_default_ratio(config, given_options(arguments)))
+    rows, found, room = estimated(job, with_default_ratio(config, given))
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
         shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
@@ -222,17 +214,13 @@ class CouplingsArguments:
     json: bool = option(False, "print JSON: the couplings with all their fields, and a row for every weight")
 
 
-def run_couplings(arguments: list[str]) -> None:
-    (job,) = parse(
-        "couplings",
-        "Print which layers of a model share units, and what becomes of every weight of its blocks. Only the model's "
-        "config is read, no weights.",
-        [CouplingsArguments],
-        arguments,
-        """  s2ft couplings Qwen/Qwen3-0.6B
+@command(
+    "Print which layers of a model share units, and what becomes of every weight of its blocks. Only the model's "
+    "config is read, no weights.",
+    """  s2ft couplings Qwen/Qwen3-0.6B
   s2ft couplings my-checkpoint --json > couplings.json""",
-    )
-    quiet_transformers()
+)
+def run_couplings(job: CouplingsArguments) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -280,19 +268,15 @@ class SelectArguments(Options):
     )
 
 
-def run_select(arguments: list[str]) -> None:
-    job, config, reading = parse(
-        "select",
-        "Choose the units that a configuration describes, print a table of them, and save them.",
-        [SelectArguments, S2FTConfig, ReadingOptions],
-        arguments,
-        EXAMPLE_OF_SELECT,
-        {S2FTConfig: "selection", ReadingOptions: "model and data"},
-    )
-    quiet_transformers()
+@command(
+    "Choose the units that a configuration describes, print a table of them, and save them.",
+    EXAMPLE_OF_SELECT,
+    {S2FTConfig: "selection", ReadingOptions: "model and data"},
+)
+def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: Given) -> None:
     from s2ft.selection import with_protect_ratio
 
-    config = with_protect_ratio(with_default_ratio(config, given_options(arguments)), bool(job.protect))
+    config = with_protect_ratio(with_default_ratio(config, given), bool(job.protect))
     new_file(job.output)
     selection = choose(job, config, reading)
     selection.save(job.output)
