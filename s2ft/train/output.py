@@ -211,33 +211,25 @@ def only_run_in(folder: Path) -> Iterator[None]:
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     folder.mkdir(parents=True, exist_ok=True)
-    try:
-        with _locked(folder / LOCK):
-            yield
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):  # the folder is not empty
-                path.rmdir()
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    lock = FileLock(path, timeout=0.2)  # not 0: it tries again where a holder has removed the file
+    lock = FileLock(folder / LOCK, timeout=0.2)  # not 0: it tries again where a holder has removed the file
     try:
         lock.acquire()
     except Timeout:
         raise FileExistsError(
-            f"output folder {path.parent} is in use: another process writes a run to it; wait until that run ends, or "
+            f"output folder {folder} is in use: another process writes a run to it; wait until that run ends, or "
             "choose another folder"
         ) from None
     except (OSError, NotImplementedError):  # the file system does not support locks
-        logger.warning(NO_LOCKS, path.parent)
+        logger.warning(NO_LOCKS, folder)
     try:
         yield
     finally:
         with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)  # before the lock is released: who waits for it then opens a new file
+            (folder / LOCK).unlink(missing_ok=True)  # before the release: who waits for it then opens a new file
         lock.release()
+        for path in made:
+            with contextlib.suppress(OSError):  # the folder is not empty
+                path.rmdir()
 
 
 # ---- the picture ---------------------------------------------------------------------------------------
