@@ -163,6 +163,20 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 1)
 
 
+def _arguments(options: DemoOptions):
+    from s2ft.train.arguments import SFTArguments
+
+    return SFTArguments(
+        output_dir=options.output,
+        learning_rate=options.learning_rate,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        warmup_steps=options.steps // 10,
+        save_steps=0,
+        seed=options.seed,
+    )
+
+
 def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFolder) -> str:
     """Return the report as text, with some answers of both models."""
     examples = (
