@@ -213,14 +213,10 @@ def run_export(arguments: list[str]) -> None:
         folder, name = job[f"from_{source}"], job.get("name")
         print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))
     else:
-        base = _base(job.get("model"), job["adapter"])
+        from s2ft.text.adapter_prompts import base_name
+
+        base = base_name(job.get("model"), job["adapter"])
         print(export(target, base, job["adapter"], job["output"], dtype, **given))
-
-
-def _base(model: str | None, adapter: str) -> str:
-    from s2ft.text.adapter_prompts import base_name  # not at the top, where it would load PyTorch for a mistake
-
-    return base_name(model, adapter)
 
 
 def _options() -> type:
@@ -288,7 +284,9 @@ class MergeArguments(Options):
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:
-    base = _base(job.model, job.adapter)
+    from s2ft.text.adapter_prompts import base_name
+
+    base = base_name(job.model, job.adapter)
     if job.output.endswith(".gguf"):
         if job.dtype != "auto" or job.max_shard_size is not None:
             raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")

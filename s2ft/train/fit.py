@@ -679,6 +679,8 @@ def grpo(
     check_columns(rewards, train.column_names)
     arguments.set_generation()
     check_count(arguments, train)
+    # The name of the run for a vLLM server. A run that is resumed has the same name, and no other run has it.
+    place = f"{socket.gethostname()}:{folder.path.absolute()}"
     trainer = GRPORunTrainer(
         model,
         rewards,
@@ -688,7 +690,7 @@ def grpo(
         held_out=held_out,
         callbacks=callbacks_of(arguments, folder, options),
         base=base,
-        name=name_of_run(folder.path),
+        name=f"s2ft-{hashlib.sha256(place.encode()).hexdigest()[:16]}",
     )
     return run_trainer(trainer, model, arguments, folder, resume, meter)
 
@@ -736,12 +738,6 @@ def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         yield folder
-
-
-def name_of_run(folder: Path) -> str:
-    """The name of a run for a vLLM server. A run that is resumed has the same name, and no other run has it."""
-    place = f"{socket.gethostname()}:{folder.absolute()}"
-    return f"s2ft-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
 
 
 def check_count(arguments, prompts) -> None:

@@ -132,10 +132,6 @@ def _digest(config: bytes) -> str:
     return hashlib.sha256(config).hexdigest()[:16]
 
 
-def _open(config: Path) -> tuple[bytes, IO[bytes]]:
-    return config.read_bytes(), open(config.parent / TENSORS, "rb")
-
-
 class Contents:
     """Contents of adapters, each with its tensors as an open file, so that it outlives its folder.
 
@@ -160,8 +156,9 @@ class Contents:
         """
         key = path, version
         if key not in self._kept:
-            folder = folder_of(path)
-            content = None if folder is None else read_folder(folder, _open)
+            folder, content = folder_of(path), None
+            if folder is not None:
+                content = read_folder(folder, lambda file: (file.read_bytes(), open(file.parent / TENSORS, "rb")))
             if content is None or _digest(content[0]) != version:
                 raise ValueError(
                     f"adapter {path} was replaced while it was loaded, or after {self.limit} others were: load it again"

@@ -28,8 +28,8 @@ from s2ft.model.location import LINEAR, TRANSPOSED, Location, Structure, structu
 from s2ft.model.registry import couplings_of
 from s2ft.vllm import layers
 from s2ft.vllm.compatibility import part_of, private
+from s2ft.vllm.layers import MERGED, Target, WrappedLayers, sizes
 from s2ft.vllm.slice_layer import encode
-from s2ft.vllm.wrapped_layers import MERGED, Target, WrappedLayers, sizes
 
 logger = logging.getLogger("vllm.s2ft")
 

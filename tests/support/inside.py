@@ -139,7 +139,7 @@ MODULES = {
     "vllm": "served_base:base command compatibility layers lora_requests:loading resolver transfer",
     "vllm.compatibility": "MissingInVLLM private when_imported",
     "vllm.served_base": "lora_of",
-    "vllm.wrapped_layers": "WrappedLayers:Targets",
+    "vllm.layers": "WrappedLayers:Targets",
     "vllm.resolver": "path_of",
     "vllm.slice_bank": "SlotBatch:Batch SliceBank add_slices_",
     "vllm.slice_layer": "Budget encode with_slices:layer_with_slices",

@@ -386,7 +386,7 @@ class Missing(nn.Module):
 @pytest.fixture
 def manager(monkeypatch):
     """vLLM's manager of a model with two layers on this rank, and one on another."""
-    monkeypatch.setattr("s2ft.vllm.wrapped_layers.private", lambda module, attribute: Missing)
+    monkeypatch.setattr("s2ft.vllm.layers.private", lambda module, attribute: Missing)
     wrapped = {
         "layers.0.qkv_proj": Model("query, key and value", 1).layers[0],
         "layers.0.proj": Model("row", 1).layers[0],
