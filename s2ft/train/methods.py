@@ -17,12 +17,11 @@ import s2ft
 from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
-from s2ft.text.data.columns import with_columns
 from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
-from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows
+from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows, with_columns
 from s2ft.train.base_model import plain_kernels
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
 from s2ft.train.fit import (

@@ -2,14 +2,11 @@
 
 import json
 import re
-import secrets
 from typing import Any
 
-from datasets import Features, Json
+from datasets import Json
 
 from s2ft.text.data.forms import BadRow
-from s2ft.text.data.rows import FEW
-from s2ft.text.prompts import PromptFormat
 
 LONG_NUMBER = re.compile(r"\d{19}")  # whole numbers of 64 bits have at least so many digits
 
@@ -44,35 +41,3 @@ def as_json(value: Any) -> str | None:
         except ValueError:
             raise BadRow("a whole number has more than 64 bits") from None
     return text
-
-
-def with_columns(rows, prompt: PromptFormat):
-    """Return rows of PROMPTS as TRL's GRPOTrainer takes them: with the fields for the rewards as columns.
-
-    Args:
-        rows: A Dataset as :func:`s2ft.text.data.load_rows` returns it.
-        prompt: The format of prompts. With form "chat" every prompt becomes a list of messages.
-
-    Returns:
-        A Dataset with the column `prompt` and one for each field. A field that a row lacks is None.
-
-    Raises:
-        ValueError: A prompt is a chat, but the form is "text".
-    """
-    names = list(dict.fromkeys(name for batch in rows.iter(FEW) for columns in batch["columns"] for name in columns))
-
-    def spread(row: dict[str, Any]) -> dict[str, Any]:
-        found = row["prompt"]
-        if prompt.form == "chat":
-            found = prompt.conversation([{"role": "user", "content": found}] if isinstance(found, str) else found)
-        elif not isinstance(found, str):
-            raise ValueError(f"{row['place']}: messages need a chat template, but form='text' uses none")
-        values = {"prompt": found, **{name: row["columns"].get(name) for name in names}}
-        return {name: json.dumps(value) for name, value in values.items()}  # else the text "5" would become a number
-
-    return rows.map(
-        spread,
-        remove_columns=rows.column_names,
-        features=Features({name: ExactJson() for name in ("prompt", *names)}),
-        new_fingerprint=secrets.token_hex(8),
-    )
