@@ -299,8 +299,6 @@ def check_packages_of_run(arguments) -> None:
 def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]:
     """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of a method."""
     callbacks: list[Any] = [JsonlLog(folder.log), Stop(options.stop_after)]
-    if not arguments.load_best_model_at_end:
-        callbacks.append(EvaluateAfterSaving())
     if options.early_stopping_patience:
         arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
@@ -369,16 +367,10 @@ def _shown(logs: dict, prefix: str = "") -> str:
     return "".join(f", {text.format(value)}" for text, value in found.items() if value is not None)
 
 
-class EvaluateAfterSaving(TrainerCallback):
-    """Skips the evaluation at the last step. The run evaluates after it has saved the adapter."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step >= state.max_steps:
-            control.should_evaluate = False
-
-
 class Stop(TrainerCallback):
     """Writes a checkpoint and stops the run: at a step, or after the update in which Ctrl-C is pressed.
+
+    The last step is not evaluated, unless the best checkpoint is wanted.
 
     Args:
         step: The step; 0: none.
@@ -418,6 +410,8 @@ class Stop(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if self.stops_at(state.global_step):
             control.should_save = control.should_training_stop = True
+        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
+            control.should_evaluate = False  # the run evaluates after it has saved the adapter
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------
