@@ -83,6 +83,8 @@ def run_serve(arguments: list[str]) -> None:
         EXAMPLE,
     )
     quiet_transformers()
+    from s2ft.adapter.folders import source_of
+
     by_vllm = job.engine == "vllm" and not job.check
     _check_engine(job, words, options)
     needs = ("s2ft serve --engine vllm", "--engine transformers, which serves without it")
