@@ -10,11 +10,12 @@ from collections.abc import AsyncIterator, Callable
 from copy import deepcopy
 
 from fastapi import Request
+from starlette.requests import ClientDisconnect
 
 from s2ft.adapter.folders import some
 from s2ft.serve.access import RequestRecord
 from s2ft.serve.engine import Engine, Event, Job
-from s2ft.serve.schemas import ApiError, ChatRequest, Disconnected, Sampled
+from s2ft.serve.schemas import ApiError, ChatRequest, Sampled
 from s2ft.serve.server_options import ServerOptions
 from s2ft.text.adapter_prompts import KEY, Prompter
 from s2ft.text.encoding import context_length
@@ -191,12 +192,12 @@ class Answer:
         self._events.put_nowait(None)
 
     async def events(self) -> AsyncIterator[Event]:
-        """Yield all events. Raises the ApiError of an event, or Disconnected."""
+        """Yield all events. Raises the ApiError of an event, or ClientDisconnect."""
         first = True
         while not self.ended:
             event = await self._events.get()
             if event is None:
-                raise Disconnected
+                raise ClientDisconnect
             self.ended = event.last
             if event.error is not None:
                 raise event.error

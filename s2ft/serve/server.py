@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -37,7 +37,6 @@ from s2ft.serve.schemas import (
     ApiError,
     ChatRequest,
     CompletionRequest,
-    Disconnected,
     LoadRequest,
     Sampled,
     UnloadRequest,
@@ -289,7 +288,7 @@ def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> 
     app.openapi = partial(describe, app)  # type: ignore[method-assign]
     schemas.install_handlers(app)
     app.add_middleware(Access, metrics=metrics, log=access_log)
-    app.include_router(state_routes(service, metrics))
+    add_state_routes(app, service, metrics)
     app.include_router(model_routes(service))
     return app
 
@@ -311,23 +310,20 @@ def describe(app: FastAPI) -> dict:
     return found
 
 
-def state_routes(service: Service, metrics: Metrics) -> APIRouter:
-    """Routes for monitoring, which need no API key."""
-    router = APIRouter()
+def add_state_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
+    """Add the routes for monitoring, which need no API key."""
 
-    @router.get("/health")
+    @app.get("/health")
     async def health() -> Response:
         """GET /health: whether the server runs, and how many requests run and wait."""
         if not service.engine.alive:
             raise ApiError(503, "not_running", "the server is shutting down")
         return JSONResponse({"status": "ok", "running": service.engine.running, "waiting": service.engine.waiting})
 
-    @router.get("/metrics")
+    @app.get("/metrics")
     def counters() -> Response:
         """GET /metrics: the counters for Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
-
-    return router
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -444,7 +440,7 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
         answer.close()
         text = "".join(event.text for event in found)
         return JSONResponse(reply.whole(text, found[-1].finish, answer.usage), headers=headers)
-    except Disconnected:
+    except ClientDisconnect:
         answer.close()
         return Response(status_code=CLIENT_CLOSED)
     except BaseException:
@@ -464,7 +460,7 @@ async def _stream(answer: Answer, reply: Reply, first: Event, events: AsyncItera
     except ApiError as error:  # the status was sent already
         answer.record.status = error.status
         yield server_sent_event(error.body(answer.record.id))
-    except Disconnected:
+    except ClientDisconnect:
         return
     yield DONE
 

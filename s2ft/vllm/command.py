@@ -89,6 +89,8 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
     Raises:
         ValueError: There are no adapters, none of them can be served, or one that was named by itself can't be.
     """
+    from huggingface_hub import snapshot_download
+
     named, found = {}, {}
     for source in map(source_of, sources):
         twice = sorted(source.folders().keys() & found.keys())
@@ -98,7 +100,9 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
         named |= source.folders() if source.name is not None else {}
     if not found:
         raise ValueError(f"{', '.join(sources)}: there are no adapters")
-    base, served, refused = _Base(_at_revision(model_name, revision)), [], {}
+    if revision != "main" and not Path(model_name).expanduser().exists():  # vLLM would download it, too
+        model_name = snapshot_download(model_name, revision=revision)
+    base, served, refused = _Base(model_name), [], {}
     for name, folder in sorted(found.items()):
         try:
             served.append(_served(name, folder, base))
@@ -111,15 +115,6 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
     if not served:
         raise ValueError(f"none of the {len(found)} adapters found can be served; the log has the reasons")
     return served
-
-
-def _at_revision(model_name: str, revision: str) -> str:
-    """The folder of another revision than the main one, which vLLM would download, too."""
-    if revision == "main" or Path(model_name).expanduser().exists():
-        return model_name
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(model_name, revision=revision)
 
 
 def _served(name: str, folder: Path, base: "_Base") -> Served:
@@ -189,10 +184,9 @@ def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:
             "base's, or the one of each request; --engine transformers uses each adapter's own"
         )
         return None
-    (template,) = templates
+    (template,), file = templates, folder / "chat_template.jinja"
     if template is None:
         return None
-    file = folder / "chat_template.jinja"
     file.write_text(template, encoding="utf-8")
     return file
 
