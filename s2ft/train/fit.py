@@ -47,7 +47,6 @@ from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, ne
 logger = logging.getLogger(__name__)
 FEW_STEPS = 10  # a warning is logged for a run with fewer updates
 OF_IMAGES = ("image", "images", "pixel_values")
-MEASURED = tuple(one.name for one in fields(Drift))
 # Values of DPO, GRPO and the meter that log.jsonl gets too, by the beginning of their names, and those of the progress.
 LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
           "sampling/sampling_logp_difference/", "forgetting", "other_loss", "base_kl",
@@ -182,7 +181,8 @@ def _drift(meter: Any, lines: list[dict], step: int | None) -> Drift | None:
     if meter is None:
         return None
     logged = {line["step"]: line for line in lines if "forgetting" in line or "base_kl" in line}
-    measured = {number: Drift(**{name: line.get(name) for name in MEASURED}) for number, line in logged.items()}
+    names = [one.name for one in fields(Drift)]
+    measured = {number: Drift(**{name: line.get(name) for name in names}) for number, line in logged.items()}
     measured |= meter.measured
     return measured.get(step, measured[max(measured)] if measured and step is None else None)
 

@@ -7,8 +7,8 @@ import json
 import logging
 import math
 import shlex
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,7 +23,7 @@ from s2ft.attached.record import attachment_of
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.reading import check_adapter_name
-from s2ft.files.replacing import reason_not_written, replace_file
+from s2ft.files.replacing import replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of
@@ -230,7 +230,7 @@ def _train(run: Run, config_text: Any) -> Finetuned:
             protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
-        with naming_what_is_kept(run.folder), explain_out_of_memory(smaller_step(arguments), run.folder.kept):
+        with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
             return method.train(run, model, tokenizer, data, **how, **({"base": base} if base else {}))
 
 
@@ -342,18 +342,6 @@ def write_page(run: Run, result: Finetuned, commands: list[str]) -> None:
         **({"forgetting": result.drift} if result.drift else {}),
     }
     replace_file(folder.page, report_page(folder.title(), facts, commands, result.comparison, figure).encode())
-
-
-@contextmanager
-def naming_what_is_kept(folder: RunFolder) -> Iterator[None]:
-    """If a file can't be written inside the context, for example on a full disk, the OSError names what is kept."""
-    try:
-        yield
-    except Exception as error:
-        reason = reason_not_written(error)
-        if reason is None:
-            raise
-        raise OSError(f"{reason}; {folder.kept()}") from error
 
 
 # ---- parts of it ---------------------------------------------------------------------------------------
