@@ -76,10 +76,9 @@ def describe(name: str | Path) -> str:
 
 
 def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:
-    if one_sided:
-        word = ("output", "input")[delta.dim] if units == delta.index.numel() else "group"
-    else:
-        word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
+    # A head or a group spans several rows or columns.
+    words = (("output", "input")[delta.dim], "group") if one_sided else ("channel", "head")
+    word = words[units != delta.index.numel()]
     count = f"{delta.index.numel()} {DIMS[delta.dim]}"
     largest = f"largest update {delta.values.abs().max():.3g}"
     return path, f"{units} {word}{'s' * (units != 1)}", count, _dtype(delta.values), largest
@@ -97,10 +96,12 @@ def _value(key: str, value) -> str:
         kept = {name: one for name, one in value.items() if one not in (None, [], {})}
         return ", ".join(f"{printable(name)} {printable(one)}" for name, one in kept.items())
     template, system = value.get("template"), value.get("system")
-    words = [printable(value.get("form"))]
-    words += [] if template is None else [f"template of {len(str(template)):,} characters"]
-    words += [] if system is None else [f"system prompt {printable(system)!r}"]
-    return ", ".join(words)
+    words = (
+        printable(value.get("form")),
+        "" if template is None else f"template of {len(str(template)):,} characters",
+        "" if system is None else f"system prompt {printable(system)!r}",
+    )
+    return ", ".join(filter(None, words))
 
 
 def printable(value) -> str:
@@ -112,16 +113,16 @@ def choice(config) -> str:
     """Describe how the units were chosen."""
     if config.units is not None:
         return "units: given by the user"
-    words = [
-        f"ratios: {', '.join(f'{key}_ratio {value:g}' for key, value in config.ratios.items())}; selection "
-        f"{config.selection}"
-    ]
-    words += [f"{config.order} first"] if config.selection != "random" else []
-    words += [f"allocation {config.allocation}"] if config.allocation != "uniform" else []
-    words += [f"{name} {getattr(config, name):,}" for name in ("budget", "match_lora_rank") if getattr(config, name)]
-    words += ["some units excluded"] if config.exclude else []
-    words += [] if config.protect_ratio is None else [f"{config.protect_ratio:.0%} of the units protected"]
-    return ", ".join(words)
+    ratios = ", ".join(f"{key}_ratio {value:g}" for key, value in config.ratios.items())
+    words = (
+        f"ratios: {ratios}; selection {config.selection}",
+        f"{config.order} first" if config.selection != "random" else "",
+        f"allocation {config.allocation}" if config.allocation != "uniform" else "",
+        *(f"{name} {getattr(config, name):,}" for name in ("budget", "match_lora_rank") if getattr(config, name)),
+        "some units excluded" if config.exclude else "",
+        "" if config.protect_ratio is None else f"{config.protect_ratio:.0%} of the units protected",
+    )
+    return ", ".join(filter(None, words))
 
 
 # ---- s2ft combine --------------------------------------------------------------------------------------

@@ -283,9 +283,8 @@ class OptionParser(argparse.ArgumentParser):
         hint = self.hints[action.dest]
         if isinstance(value, list) and _takes(hint, list) and action.nargs == "+":
             return [item if isinstance(item, dict) else action.type(str(item)) for item in value]
-        if value is None or (isinstance(value, (list, dict)) and _takes(hint, type(value))):
-            return value
-        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+        of_field = isinstance(value, dict) and action.dest == "field"  # `field: {instruction: question}`
+        if value is None or of_field or (isinstance(value, (list, dict)) and _takes(hint, type(value))):
             return value
         if isinstance(value, (list, dict)):
             raise ValueError(f"must be one value, got {value!r}")
@@ -463,9 +462,8 @@ def _reading(name: str, hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any
     choices = metadata.get("choices") or next(filter(None, map(_choices, parts)), ())
     choices = [str(value) for value in choices if value is not None]
     metavar = metadata.get("metavar")
-    several = {"nargs": "+", "action": "extend"} if items else {}
-    if name == "resume_from_checkpoint":
-        several = {"nargs": "?", "const": LATEST}
+    of_resume = {"nargs": "?", "const": LATEST}
+    several = of_resume if name == "resume_from_checkpoint" else {"nargs": "+", "action": "extend"} if items else {}
     if choices:
         names = f"{{{','.join(choices)}}}" if len(choices) < MANY else "NAME"
         return {"type": choice(choices), "metavar": metavar or names, **several}

@@ -127,10 +127,9 @@ class CheckpointNames:
                     "other projections, or send the merged weights"
                 )
             return [Piece(weight if group is None else group.name, tuple(shape), units, index, flipped=transposed)]
-        found = []
-        for name, maps in self._maps(weight, shape, group).items():
-            piece = _piece(name, maps, (units, across), dim, index, expert)
-            found += [] if piece is None else [piece]
+        pieces = (_piece(name, maps, (units, across), dim, index, expert)
+                  for name, maps in self._maps(weight, shape, group).items())  # fmt: skip
+        found = [piece for piece in pieces if piece is not None]
         held, numbers = sum(piece.count for piece in found), index.numel() * shape[across]
         if held != numbers:
             raise ValueError(

@@ -242,10 +242,8 @@ class PeftSource:
             weight, index = getattr(layer.base_layer, name), _sum(dim, deltas).index
             with full_values(weight) as stored:
                 for expert, _, units in _by_expert(index, size):
-                    if expert is None:
-                        matrix = layer.kind.view(stored)
-                    else:
-                        matrix = stored[expert].t() if transposed else stored[expert]
+                    matrix = layer.kind.view(stored) if expert is None else stored[expert]
+                    matrix = matrix.t() if expert is not None and transposed else matrix
                     base, units = matrix.index_select(dim, units.to(stored.device)).clone(), units.cpu()
                     yield TrainedWeight(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
 

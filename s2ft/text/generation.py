@@ -484,10 +484,12 @@ class Sampler:
         self._generator, self._warpers = None, []
         if not self.greedy:
             self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-            self._warpers = [TemperatureLogitsWarper(float(temperature))]
-            self._warpers += [TopKLogitsWarper(top_k)] if top_k > 0 else []
-            self._warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-            self._warpers += [MinPLogitsWarper(min_p)] if min_p > 0 else []
+            self._warpers = [
+                TemperatureLogitsWarper(float(temperature)),
+                *([TopKLogitsWarper(top_k)] if top_k > 0 else []),
+                *([TopPLogitsWarper(float(top_p))] if top_p < 1 else []),
+                *([MinPLogitsWarper(min_p)] if min_p > 0 else []),
+            ]
 
     def choose(self, logits: Tensor, tokens: Sequence[int] = (), prompt: Sequence[int] = ()) -> int:
         """Choose a token.

@@ -81,10 +81,8 @@ def load_model(
     wanted = {**options, "dtype": dtype, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
-    if is_gguf:  # it holds a language model
-        auto = transformers.AutoModelForCausalLM
-    else:
-        auto = _auto_class(_from_pretrained(transformers.AutoConfig, MODEL, name, source, options))
+    config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+    auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
     model = _from_pretrained(auto, MODEL, name, source, wanted)
     if is_gguf:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now

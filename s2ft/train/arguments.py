@@ -15,6 +15,12 @@ DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth
 POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps")
 FINITE = ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
           "adam_epsilon")  # fmt: skip
+LEAST = {
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "seed", "data_seed"), 0),
+    **dict.fromkeys(("eval_steps", "warmup_steps", "neftune_noise_alpha"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    "max_length": 2,
+}
 DICTIONARIES = ("model_init_kwargs", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 # Arguments that cannot work, with the reason and the way out.
 REFUSED = {
@@ -312,10 +318,7 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, name)
         if not value > 0 and not (name == "num_train_epochs" and arguments.max_steps > 0):
             raise ValueError(f"{name} must be positive, got {value}")
-    least = {"weight_decay": 0, "max_grad_norm": 0, "save_steps": 0, "save_total_limit": 0, "seed": 0, "data_seed": 0}
-    least |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-    least |= {"max_length": 2, "eval_steps": 0, "warmup_steps": 0, "neftune_noise_alpha": 0}
-    for name, smallest in least.items():
+    for name, smallest in LEAST.items():
         value = getattr(arguments, name, None)
         if value is not None and value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")

@@ -135,9 +135,7 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
 
 def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, meter: Any) -> Finetuned:
     """Train, save the adapter, write the report, and evaluate unless the log has an evaluation of the last step."""
-    state = None
-    if checkpoint is not None:
-        state = TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
+    state = None if checkpoint is None else TrainerState.load_from_json(str(checkpoint / TRAINER_STATE_NAME))
     start = time.perf_counter()
     stop = next(one for one in trainer.callback_handler.callbacks if isinstance(one, Stop))
     with stop.listening(trainer.args):

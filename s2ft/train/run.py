@@ -451,12 +451,9 @@ def _meter(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter 
     if options.measures_kl:
         drawn = some(data.rows if held_out is None else held_out, options.meter_rows, seed)
         rows = [run.method.token_row(tokenizer, row) for row in drawn]
-        prompts = prompt_rows(rows)
-        if options.kl_on == "answers":  # by the base, when the meter measures it
-            prompts = partial(
-                answer_rows, tokenizer=tokenizer, prompts=prompts_of(rows), max_new_tokens=run.options.max_new_tokens
-            )
-
+        answered = partial(answer_rows, tokenizer=tokenizer, max_new_tokens=run.options.max_new_tokens)
+        # The answers are those of the base, when the meter measures it.
+        prompts = partial(answered, prompts=prompts_of(rows)) if options.kl_on == "answers" else prompt_rows(rows)
     return ForgettingMeter(
         other=texts,
         prompts=prompts,

@@ -42,9 +42,8 @@ class RunMethods:
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        needed = SCHEDULES.get(name, {})
-        if name == "warmup_stable_decay":
-            needed = {"num_decay_steps": max(1, num_training_steps // 10)}
+        decay = {"num_decay_steps": max(1, num_training_steps // 10)}
+        needed = decay if name == "warmup_stable_decay" else SCHEDULES.get(name, {})
         warmup = self.args.get_warmup_steps(num_training_steps)
         skipped = 1 if warmup else 0
         schedule = get_scheduler(
