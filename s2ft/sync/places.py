@@ -102,17 +102,14 @@ def regions(
         return _watched(load, model, carriers)
     except Exception:
         for name, carrier in carriers.items():  # one at a time, to name the guilty one
-            _watched_alone(load, model, name, carrier)
+            try:
+                _watched(load, model, {name: carrier})
+            except NoPlace:
+                raise
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}"
+                raise NoPlace(f"{name}: the model's loader does not take it: {words}") from error
         raise
-
-
-def _watched_alone(load: Loader, model: nn.Module, name: str, carrier: Tensor) -> None:
-    try:
-        _watched(load, model, {name: carrier})
-    except NoPlace:
-        raise
-    except Exception as error:
-        raise NoPlace(f"{name}: the model's loader does not take it: {type(error).__name__}: {error}") from error
 
 
 def _watched(load: Loader, model: nn.Module, carriers: dict[str, Tensor]) -> dict[str, list[Region]]:

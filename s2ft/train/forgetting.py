@@ -78,21 +78,25 @@ class ForgettingMeter(TrainerCallback):
         stop_at_forgetting: float | None = None,
         stop_at_kl: float | None = None,
     ) -> None:
+        limits = zip(LIMITS, (stop_at_forgetting, stop_at_kl))
+        self._limits = {name: limit for name, limit in limits if limit is not None}
         refuse(
             (other is None and prompts is None, "nothing is measured: give other, prompts, or both"),
             (every is not None and every < 1, f"every must be at least 1 step, got {every}"),
+            (
+                "forgetting" in self._limits and other is None,
+                f"stop_at_forgetting={stop_at_forgetting} needs other, rows of other text, which it measures",
+            ),
+            (
+                "base_kl" in self._limits and prompts is None,
+                f"stop_at_kl={stop_at_kl} needs prompts, rows of the task's prompts, which it measures",
+            ),
+            *(
+                (not limit > 0, f"{LIMITS[name]} must be above 0, got {limit:g}")
+                for name, limit in self._limits.items()
+            ),
         )
-        for name, limit, rows, needed in (
-            ("stop_at_forgetting", stop_at_forgetting, other, "other, rows of other text"),
-            ("stop_at_kl", stop_at_kl, prompts, "prompts, rows of the task's prompts"),
-        ):
-            if limit is not None and rows is None:
-                raise ValueError(f"{name}={limit:g} needs {needed}, which it measures")
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be above 0, got {limit:g}")
         self._rows = {"other": other, "prompts": prompts, "batch_size": batch_size}
-        limits = zip(LIMITS, (stop_at_forgetting, stop_at_kl))
-        self._limits = {name: limit for name, limit in limits if limit is not None}
         self._every, self._meter = every, None
         self._reset()
 

@@ -2,7 +2,7 @@
 
 Nothing here reads weights: the model is on the meta device.
 
-The learning rate follows from the width. AdamW moves each trained weight by about the learning rate in a step. An output is a sum over the trained units, whose
+AdamW moves each trained weight by about the learning rate in a step. An output is a sum over the trained units, whose
 number grows with the width, so the same rate moves the outputs of a wider model more. Hence ``rate = 0.8 / width``.
 Models below 576 dimensions get the rate of 576, because nothing is known about them. All good rates that are known:
 

@@ -32,15 +32,11 @@ class MissingInVLLM(RuntimeError):
             attribute: What is missing in it; empty if the module is missing.
         """
         name = f"{module}.{attribute}" if attribute else module
+        release = getattr(sys.modules.get("vllm"), "__version__", "unknown")
         super().__init__(
-            f"vLLM {version()} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
+            f"vLLM {release} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
             f"one of these releases, or {EXPORT}"
         )
-
-
-def version() -> str:
-    """Return the release of the installed vLLM; "unknown" if it does not say."""
-    return str(getattr(sys.modules.get("vllm"), "__version__", "unknown"))
 
 
 def private(module: str, attribute: str = "") -> Any:

@@ -37,18 +37,6 @@ METHODS = ("can_replace_layer", "create_lora_weights", "reset_lora", "set_lora",
 _installed = False
 
 
-def wanted() -> bool:
-    """Whether the option asks for layers that hold slices.
-
-    Raises:
-        ValueError: ``S2FT_VLLM_SLICES`` is neither 0 nor 1.
-    """
-    value = os.environ.get(SWITCH, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
-    return value == "1"
-
-
 def enabled() -> bool:
     """Whether the layers of this process hold slices. False too if this release of vLLM can't have them."""
     return _installed
@@ -62,9 +50,12 @@ def install() -> None:
     Raises:
         MissingInVLLM: This release of vLLM lacks a module that is needed.
     """
+    value = os.environ.get(SWITCH, "")
+    if value in ("", "0"):
+        return
     try:
-        if not wanted():
-            return
+        if value != "1":
+            raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
         budget = Budget.parse(os.environ.get(OPTION, ""))
     except ValueError as error:
         message = str(error)
