@@ -342,7 +342,8 @@ def changes(monkeypatch):
     """What `install` would change in a vLLM that lacks every name."""
     found = []
     monkeypatch.setattr(layers, "when_imported", lambda module, feature, change: found.append((module, change)))
-    monkeypatch.setattr(layers, "private", Mock(side_effect=MissingInVLLM("vllm", "")))
+    for module in (layers, compatibility):
+        monkeypatch.setattr(module, "private", Mock(side_effect=MissingInVLLM("vllm", "")))
     return found
 
 
