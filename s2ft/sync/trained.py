@@ -74,13 +74,12 @@ class AttachedSource:
         _check_accounted(model, self._known())
         reshard_all(model)
         extra_weights.keep_unfrozen(model, self._record)
-        self.trained: list[TrainedWeight] = []
-        for mount in self._record.mounts.values():
-            self.trained += _parts(model, self._record, mount)
         self._extra = list(extra_weights.trained_parameters(model, self._record))
-        for name in self._extra:
-            base = self._record.extra.base[name]
-            self.trained.append(TrainedWeight(name, base.shape, base))
+        bases = self._record.extra.base
+        self.trained = [
+            *(one for mount in self._record.mounts.values() for one in _parts(model, self._record, mount)),
+            *(TrainedWeight(name, bases[name].shape, bases[name]) for name in self._extra),
+        ]
 
     def values(self) -> Iterator[Tensor]:
         """Yield the merged numbers of each entry of `trained`. Every rank of a sharded model must call this.
@@ -250,8 +249,7 @@ class PeftSource:
     def _in_full(self) -> Iterator[TrainedWeight]:
         for (module, _), path in zip(self._in_use(), self._saved):
             for name, base in full_tensors(dict(module.original_module.named_parameters())).items():
-                base = base.clone()
-                yield TrainedWeight(f"{path}.{name}", base.shape, base)
+                yield TrainedWeight(f"{path}.{name}", base.shape, base.clone())
 
     def _known(self) -> set[int]:
         trained = [layer.s2ft_delta[name] for layer in self._layers.values() for name in layer.s2ft_delta]
