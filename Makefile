@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
+.PHONY: demo everything gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
 
 demo: $(VENV)/.demo
 	$(BIN)/s2ft demo
@@ -66,6 +66,11 @@ test-vllm: $(VENV)/.installed
 # Run the tests that need lm-eval, in an environment that has it and takes all other packages from $(VENV).
 test-lm-eval: $(VENV)/.installed
 	$(BIN)/python tests/support/releases.py lm-eval $(ARGUMENTS)
+
+# Run every suite of this file in turn, each in its own environment, and note what passed: docs/hooks/suite_page.py makes
+# the page "What ran where" of it. It can be interrupted and started again. SUITES="vllm peft" names some.
+everything: $(VENV)/.quantized
+	$(BIN)/python release/suites.py $(SUITES)
 
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
