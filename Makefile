@@ -79,9 +79,10 @@ types: $(VENV)/.installed
 
 # The same checks as pre-commit
 lint: $(VENV)/.torch
-	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5   # as in .pre-commit-config.yaml
+	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0   # as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $$(ls .github/workflows/*.yml)
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # All benchmarks except bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM.

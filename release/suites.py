@@ -198,7 +198,11 @@ def main() -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(SUITES)}")
     parser.add_argument("--again", action="store_true", help="run suites that passed at this commit too")
     parser.add_argument("--jobs", type=int, default=1, help="suites at the same time; default: 1")
+    parser.add_argument("--list", action="store_true", help="print the names as JSON, and run nothing")
     options = parser.parse_args()
+    if options.list:
+        print(json.dumps(list(SUITES)))
+        return 0
     unknown = [name for name in options.names if name not in SUITES]
     if unknown:
         parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
