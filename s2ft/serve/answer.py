@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from copy import deepcopy
+from functools import lru_cache
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -47,7 +48,7 @@ class Service:
         # One for each thread, since they work at the same time.
         self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)
         self._one_at_a_time = threading.Lock()
-        self._prompters: dict[PromptFormat | None, Prompter] = {}
+        self.prompter = lru_cache(PROMPTERS)(self._new_prompter)
         self.prompter(None)  # now, and not at the first request
 
     def job(self, body: Sampled, emit: Callable[[Event], None]) -> Job:
@@ -87,14 +88,10 @@ class Service:
         if others:
             logger.info("chats use the template of the training, not the base's own, with %s", some(others))
 
-    def prompter(self, recorded: PromptFormat | None) -> Prompter:
+    def _new_prompter(self, recorded: PromptFormat | None) -> Prompter:
         """The maker of prompts for a recorded format. Adapters of one format share it."""
-        if recorded not in self._prompters:
-            if len(self._prompters) >= PROMPTERS:
-                self._prompters.pop(next(iter(self._prompters)))
-            info = None if recorded is None else {KEY: recorded.to_dict()}
-            self._prompters[recorded] = Prompter(self._encoding, info, self.engine.batch.model.generation_config)
-        return self._prompters[recorded]
+        info = None if recorded is None else {KEY: recorded.to_dict()}
+        return Prompter(self._encoding, info, self.engine.batch.model.generation_config)
 
     def prompt_ids(self, body: Sampled, prompter: Prompter) -> list[int]:
         """Return the token ids of a request's prompt.

@@ -222,12 +222,9 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         method.log_memory(run, model, tokenizer, data)
     with method.base(run, model, tokenizer) as base:
         meter = _meter(run, measured, model, tokenizer, data)
-        protect = None
-        if protected is not None:
-            texts = text_rows(
-                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
-            )
-            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
+        how = (tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed)
+        texts = [] if protected is None else text_rows(protected, *how)
+        protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size) if texts else None
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
