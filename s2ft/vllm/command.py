@@ -303,12 +303,10 @@ def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
 
 def units_for(adapters: Sequence[Served]) -> str:
     """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slice_layer.Budget.parse`."""
-    found: dict[str, int] = {}
-    for one in adapters:
-        for path, rank in one.ranks.items():
-            kind = f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}"
-            found[kind] = max(rank, found.get(kind, 0))
-    return ",".join(f"{kind}={units}" for kind, units in sorted(found.items()))
+    found = [(f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}", rank)
+             for one in adapters for path, rank in one.ranks.items()]  # fmt: skip
+    largest = dict(sorted(found))  # the last one of a kind
+    return ",".join(f"{kind}={units}" for kind, units in largest.items())
 
 
 def check_options(options: Sequence[str]) -> None:
