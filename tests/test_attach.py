@@ -9,6 +9,7 @@ from support.inside import ACTIVATIONS, HIDDEN_ACTS, attachment_of, couplings_of
 from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
 from support.pairs import rest_slow
 from support.slices import random_slices
+from support.states import with_adapter
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (
@@ -95,8 +96,7 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
     """Two steps: both layouts have the same losses as a full model whose gradient is masked."""
     losses, selections = {}, []
     for layout in LAYOUTS:
-        model = model_of(case)
-        s2ft.attach(model, config_for(case, "all", layout=layout))
+        model = with_adapter(model_of(case), config_for(case, "all", layout=layout))
         losses[layout] = train(model, steps=2, weight_decay=0.0)
         record = attachment_of(model)
         selections.append(record.selection)
@@ -117,8 +117,7 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
 
 
 def test_permuted_layout_is_one_dense_slice_where_units_can_move():
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    model = with_adapter(model_of("llama"), S2FTConfig(**ALL_RATIOS))
     assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
 
 
@@ -179,8 +178,7 @@ def test_tied_projections_are_refused():
 def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation(case):
     logits, gradients = [], []
     for fuse in (True, False):
-        model = model_of(case)
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
+        model = with_adapter(model_of(case), S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
         assert len(attachment_of(model).forwards) == (3 if fuse else 0)
         batch = token_batch(model)
         output = model(batch, labels=batch)
@@ -195,8 +193,7 @@ def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation
 @pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
 def test_the_ffn_kernel_keeps_gate_up_and_the_slice_for_backward(case):
     """It also keeps the weights, but neither the activation of the gate nor the product."""
-    model = model_of(case)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    model = with_adapter(model_of(case), S2FTConfig(d_ratio=0.1))
     mlp, kept = model.model.layers[0].mlp, []
     weights = {p.data_ptr() for p in mlp.parameters()}
 
@@ -214,8 +211,7 @@ def test_the_ffn_kernel_keeps_gate_up_and_the_slice_for_backward(case):
 def test_a_block_with_another_activation_does_not_use_the_kernel(activation):
     config = CASES["llama"]()
     config.hidden_act = activation
-    model = AutoModelForCausalLM.from_config(config)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    model = with_adapter(AutoModelForCausalLM.from_config(config), S2FTConfig(d_ratio=0.1))
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -319,6 +315,5 @@ def test_models_with_other_heads_and_single_encoders_or_decoders(kind, case, lin
     """Couplings are found wherever encoder and decoder lie, and a missing one is not required."""
     if case not in CASES:
         pytest.skip(f"this transformers is too old for {case}")
-    model = kind(CASES[case]())
-    s2ft.attach(model, config_for(case, "all"))
+    model = with_adapter(kind(CASES[case]()), config_for(case, "all"))
     assert len(attachment_of(model).mounts) == linears

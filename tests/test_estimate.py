@@ -9,6 +9,7 @@ import torch
 from support.inside import OPTIMIZERS, Memory, Projection, chunked_loss, contiguous_head, storages
 from support.models import ALL_RATIOS, AUTO, CASES, inputs_of, model_of, ratios_for, token_batch
 from support.pairs import in_turn, rest_slow
+from support.states import with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPConfig, LlamaConfig
 
@@ -54,9 +55,7 @@ def training_inputs(model) -> dict[str, Any]:
 
 
 def attached(model, config):
-    model = copy.deepcopy(model)
-    s2ft.attach(model, config)
-    return model.train()
+    return with_adapter(copy.deepcopy(model), config).train()
 
 
 def config_for(case, **more):
@@ -211,8 +210,7 @@ def test_custom_models(layout):
     )
     for model, coupling, x in ((mlp, MLP, torch.randn(5, 16)), (net, NET, torch.randn(5, 3, 6, 6))):
         config = S2FTConfig(u_ratio=0.25, d_ratio=0.25, layout=layout)
-        real = copy.deepcopy(model)
-        s2ft.attach(real, config, couplings=[coupling], verify=False)
+        real = with_adapter(copy.deepcopy(model), config, couplings=[coupling], verify=False)
         measured = bytes_kept(real.train(), lambda m: m(x))
         for example in (x, (x,), {"input": x}):
             estimated = s2ft.estimate(model, config, example=example, couplings=[coupling])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.images import MODELS, batch, rows
 from support.inside import couplings_of, projections_of
-from support.states import same
+from support.states import same, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from transformers import Trainer, TrainingArguments
 
@@ -74,8 +74,7 @@ def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_pat
     language = {f"{p.path}.weight" for p in projections_of(couplings_of(base)) if "language_model" in p.path}
     assert changed(base.state_dict(), merged.state_dict()) == language  # every slice, and nothing else
 
-    fresh = copy.deepcopy(base)
-    s2ft.load_adapter(fresh, tmp_path / "adapter")
+    fresh = with_loaded(copy.deepcopy(base), tmp_path / "adapter")
     assert same(s2ft.merge(fresh), merged)
 
     merged.save_pretrained(tmp_path / "merged")

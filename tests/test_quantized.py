@@ -27,6 +27,7 @@ from support.quantized import (
     torchao,
 )
 from support.slices import random_slices
+from support.states import with_adapter, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -360,14 +361,12 @@ def test_a_failure_restores_the_quantizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ("4bit", "8bit"))
 def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     """The error of a refused merge recommends this. The result is a plain checkpoint of transformers."""
-    model = loaded(kind, tmp_path)
-    s2ft.attach(model, UNFUSED)
+    model = with_adapter(loaded(kind, tmp_path), UNFUSED)
     train(model, 5)
     s2ft.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"model\.dequantize\(\)"):
         s2ft.merge(model)
-    base = loaded(kind, tmp_path).dequantize()
-    s2ft.load_adapter(base, tmp_path / "adapter")
+    base = with_loaded(loaded(kind, tmp_path).dequantize(), tmp_path / "adapter")
     s2ft.merge(base).save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative_difference(forward(again), forward(model)) <= LOGITS

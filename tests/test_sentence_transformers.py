@@ -22,6 +22,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding, Transformer
 from support.inside import AdapterCheckpoints
+from support.states import with_adapter, with_loaded
 
 TEXTS = ["where is my parcel", "can I pay by card", "yes", "follow the link in the mail"]
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
@@ -56,8 +57,7 @@ def trainer(model, output, **options):
 
 
 def trained(folder, output, steps=2, **options):
-    model = encoder(folder)
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(encoder(folder), CONFIG)
     trainer(model, output, max_steps=steps, save_steps=2, **options).train()
     return model
 
@@ -74,8 +74,7 @@ def test_an_adapter_and_a_merged_model_give_the_trained_embeddings_again(folder,
 
     model.save_pretrained(str(tmp_path / "merged"))
     assert torch.equal(embeddings(encoder(str(tmp_path / "merged"))), merged)
-    fresh = encoder(folder)
-    s2ft.load_adapter(fresh, tmp_path / "adapter")
+    fresh = with_loaded(encoder(folder), tmp_path / "adapter")
     assert torch.equal(embeddings(fresh), merged)
     assert torch.equal(embeddings(s2ft.detach(fresh) and fresh), before)
 
@@ -83,8 +82,7 @@ def test_an_adapter_and_a_merged_model_give_the_trained_embeddings_again(folder,
 def test_a_resumed_run_ends_with_the_same_slices(folder, tmp_path):
     whole = trained(folder, tmp_path / "whole", steps=4)
     trained(folder, tmp_path / "run")
-    again = encoder(folder)
-    s2ft.attach(again, CONFIG)
+    again = with_adapter(encoder(folder), CONFIG)
     trainer(again, tmp_path / "run", max_steps=4, save_steps=2).train(resume_from_checkpoint=True)
     expected, found = (attachment_of(model.transformers_model).slices for model in (whole, again))
     assert all(torch.equal(found[name], expected[name]) for name in expected)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
-from support.states import same
+from support.states import same, with_adapter
 from torch.nn.utils import prune, weight_norm
 
 import s2ft
@@ -18,8 +18,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def trained(case, layout="permuted"):
-    model = model_of(case)
-    s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
+    model = with_adapter(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
     train(model)
     return model
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from support.inside import tower_of, towers_of, trained_towers
+from support.states import with_loaded
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -151,8 +152,7 @@ def test_only_slices_of_the_chosen_towers_are_trained(choice, tmp_path):
     model(**inputs()).loss.backward()
     assert all(bool(parameter.grad.any()) for parameter in trained.values())
     s2ft.save_adapter(model, tmp_path)
-    other = llava()
-    s2ft.load_adapter(other, tmp_path, trainable=True)
+    other = with_loaded(llava(), tmp_path, trainable=True)
     assert {name for name, p in other.named_parameters() if p.requires_grad} == set(trained)
 
 
@@ -191,8 +191,7 @@ def test_a_frozen_projector_can_be_trained_in_full(found_by, tmp_path, monkeypat
     saved = s2ft.read_adapter(tmp_path)
     assert saved.couplings and not [one for one in saved.couplings if "projector" in str(one)]
     assert len(saved.extra_weights) == 4
-    other = llava()
-    s2ft.load_adapter(other, tmp_path)
+    other = with_loaded(llava(), tmp_path)
     assert set(s2ft.merge(other).state_dict()) == set(llava().state_dict())
     if found_by == "declaration":
         with pytest.raises(ValueError, match="as slices"):

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 from support.inside import CONFIG, Location, add_info, native
 from support.models import ALL_RATIOS, model_of, ratios_for, token_batch, train
+from support.states import with_adapter, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
@@ -14,8 +15,7 @@ RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
 def trained(name="default", steps=3):
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(**ratios_for("llama", RATIOS)), name=name)
+    model = with_adapter(model_of("llama"), S2FTConfig(**ratios_for("llama", RATIOS)), name=name)
     train(model, steps)
     return model
 
@@ -53,8 +53,7 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
     saved = read_adapter(tmp_path / "saved").info
     assert saved["prompt"]["system"] == "Be brief.\n" and saved["note"] == 2
     assert (0.5 * s2ft.get_adapter(model, "default")).info["prompt"] == saved["prompt"]
-    again = model_of("llama")
-    s2ft.load_adapter(again, tmp_path / "saved", "again", trainable=True)
+    again = with_loaded(model_of("llama"), tmp_path / "saved", "again", trainable=True)
     s2ft.save_adapter(again, tmp_path / "again")
     assert read_adapter(tmp_path / "again").info == saved
     s2ft.attach(s2ft.detach(again), S2FTConfig(d_ratio=0.1))
@@ -65,8 +64,7 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
 
 
 def test_switching_between_forward_and_backward_raises(saved):
-    model = trained(name="mine", steps=1)
-    s2ft.load_adapter(model, saved, "other")
+    model = with_loaded(trained(name="mine", steps=1), saved, "other")
     s2ft.set_adapter(model, "mine")
     loss = model(batch := token_batch(model), labels=batch).loss
     s2ft.set_adapter(model, "other")

@@ -9,6 +9,7 @@ from adapter import test_extra_weights as extra
 from support.inside import add_info, lora, native, restore_adapter
 from support.models import model_of, train
 from support.slices import random_slices
+from support.states import with_adapter, with_loaded
 from torch import nn
 
 import s2ft
@@ -22,8 +23,7 @@ def llama(case="llama"):
 
 
 def trained(name="mine", case="llama", **options):
-    model = llama(case)
-    s2ft.attach(model, S2FTConfig(**{"d_ratio": 0.1, **options}), name=name)
+    model = with_adapter(llama(case), S2FTConfig(**{"d_ratio": 0.1, **options}), name=name)
     train(model, 1)
     return model
 
@@ -120,9 +120,11 @@ def modules(name):
 
 
 def two_heads():
-    model = extra.train(extra.attached())
-    s2ft.load_adapter(model, s2ft.get_adapter(extra.train(extra.attached(name="other")), "other"), active=False)
-    return model
+    return with_loaded(
+        extra.train(extra.attached()),
+        s2ft.get_adapter(extra.train(extra.attached(name="other")), "other"),
+        active=False,
+    )
 
 
 def activate(**weights):

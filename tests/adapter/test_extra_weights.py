@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.inside import INDEX
 from support.models import model_of, train as fit
-from support.states import same
+from support.states import same, with_adapter
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -44,9 +44,8 @@ def classifier():
 
 def attached(how="named", layout="permuted", name="default"):
     """A classifier with an adapter. `how`: the head is named in the config, or unfrozen by hand after attach."""
-    model = classifier()
-    s2ft.attach(
-        model,
+    model = with_adapter(
+        classifier(),
         S2FTConfig(d_ratio=0.1, layout=layout, modules_to_save=["classifier"] if how == "named" else None),
         name=name,
     )
@@ -162,8 +161,7 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
 
 
 def test_a_tied_head_is_trained_under_the_embeddings_name(tmp_path):
-    model = model_of("qwen2-grouped-tied")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
+    model = with_adapter(model_of("qwen2-grouped-tied"), S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
     found = s2ft.get_adapter(model, "default").extra_weights
     assert list(found) == ["model.embed_tokens.weight"] and model.lm_head.weight.requires_grad
 

@@ -14,7 +14,7 @@ from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
 from support.slices import random_slices
-from support.states import same
+from support.states import same, with_adapter
 from torch import nn
 
 import s2ft
@@ -50,8 +50,9 @@ LAYOUTS = ("permuted", "indexed")
 
 
 def trained(case, layout="permuted", steps=2, dtype=torch.float32, delta_dtype=None, **ratios):
-    model = model_of(case, dtype)
-    s2ft.attach(model, S2FTConfig(**ratios_for(case, ratios or RATIOS), layout=layout, delta_dtype=delta_dtype))
+    model = with_adapter(
+        model_of(case, dtype), S2FTConfig(**ratios_for(case, ratios or RATIOS), layout=layout, delta_dtype=delta_dtype)
+    )
     train(model, steps)
     return model
 

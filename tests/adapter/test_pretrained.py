@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import trl_trainers
 from support.inside import INDEX, mounted_deltas
-from support.states import same
+from support.states import same, with_adapter, with_loaded
 from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -21,9 +21,7 @@ LAYOUTS = ("permuted", "indexed")
 
 
 def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):
-    model = tiny_model(dtype=dtype, **changes)
-    s2ft.attach(model, s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
-    return model
+    return with_adapter(tiny_model(dtype=dtype, **changes), s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
 
 
 def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
@@ -80,8 +78,7 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "adapter_config.json"}
     with pytest.raises(Exception):  # it is not a model
         AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    fresh = tiny_model()
-    s2ft.load_adapter(fresh, tmp_path / "checkpoint-8")
+    fresh = with_loaded(tiny_model(), tmp_path / "checkpoint-8")
     assert same(s2ft.merge(fresh), s2ft.merge(model))
 
 
@@ -96,8 +93,10 @@ SPOILT = {
 def test_resuming_with_another_adapter_is_refused_and_changes_nothing(case, tmp_path):
     changes, message = SPOILT[case]
     trainer(attached(), tmp_path, callbacks=[StopAt(4)]).train()
-    model = tiny_model(**{key: value for key, value in changes.items() if key not in ("config", "seed")})
-    s2ft.attach(model, s2ft.S2FTConfig(**changes.get("config", CONFIG), seed=changes.get("seed", 0)))
+    model = with_adapter(
+        tiny_model(**{key: value for key, value in changes.items() if key not in ("config", "seed")}),
+        s2ft.S2FTConfig(**changes.get("config", CONFIG), seed=changes.get("seed", 0)),
+    )
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=message):
         trainer(model, tmp_path).train(resume_from_checkpoint=True)

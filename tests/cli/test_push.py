@@ -4,6 +4,7 @@ from unittest.mock import MagicMock
 
 import pytest
 import yaml
+from support.states import with_adapter
 
 from s2ft.cli.main import main
 
@@ -63,8 +64,7 @@ def test_the_card_names_what_is_on_the_hub(tmp_path):
     import s2ft
     from s2ft import read_adapter
 
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    model = with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1))
     info = {"base_model": "org/base", "training": {"method": "dpo", "data": ["org/chats"], "epochs": 2, "rows": 1000}}
     s2ft.save_adapter(model, tmp_path / "saved", info=info)
     card = card_of(read_adapter(tmp_path / "saved"))

@@ -5,6 +5,7 @@ import torch
 from runs import attached, base_on, check_same_files, logits, run_on, train
 from support.inside import full_tensors
 from support.models import model_of
+from support.states import with_loaded
 
 import s2ft
 
@@ -29,8 +30,7 @@ ZERO = [("zero 1", "llama-grouped"), ("zero 3", "llama-grouped"), ("zero 3", "mi
 
 def use(rank, how, folder, end):
     """Returns the outputs with several settings of the adapters, the status, and the weights after a merge."""
-    model = base_on(how, folder / "base")
-    s2ft.load_adapter(model, folder / "a", "a")  # written into the whole weights, where they are spread later
+    model = with_loaded(base_on(how, folder / "base"), folder / "a", "a")  # into weights that may be spread later
     s2ft.attach(model, s2ft.read_adapter(folder / "b").config, "b")
     run = run_on(how, model)
     seen = [logits(model, run)]

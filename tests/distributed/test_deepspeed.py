@@ -19,6 +19,7 @@ from runs import (
 )
 from support.inside import S2FTTrainer, full_tensors
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.states import with_adapter, with_loaded
 from test_trainer import CLOSE, losses_of, trainer, zero_config
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -61,8 +62,7 @@ def run(engine, rank, steps=4):
 def train_and_save(rank, case, layout, stage, directory, half=False, first=False):
     """With `first` the model is partitioned before the adapter is attached."""
     if first:
-        model = partitioned_of(case)
-        s2ft.attach(model, config_of(case, layout=layout))
+        model = with_adapter(partitioned_of(case), config_of(case, layout=layout))
     else:
         model = attached(case, layout)
     engine = engine_for(model, stage, half)
@@ -225,8 +225,7 @@ def test_attaching_to_a_model_in_an_engine_is_refused(ranks, stage):
 
 def take_out_of_an_engine(rank, stage, directory):
     """ZeRO-1 leaves the weights whole, and the trained adapter is merged there. ZeRO-3 would gather layers of before."""
-    model = partitioned_of("llama") if stage == 3 else model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    model = with_adapter(partitioned_of("llama") if stage == 3 else model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
     run(engine_for(model, stage), rank)
     s2ft.save_adapter(model, directory)
     if stage == 1:
@@ -239,8 +238,7 @@ def take_out_of_an_engine(rank, stage, directory):
 @pytest.mark.parametrize("stage", (1, 3))
 def test_a_model_is_taken_out_of_an_engine_whose_weights_are_whole(ranks, stage, tmp_path):
     states = ranks(take_out_of_an_engine, stage, tmp_path)
-    model = model_of("llama")
-    s2ft.load_adapter(model, tmp_path)
+    model = with_loaded(model_of("llama"), tmp_path)
     expected = s2ft.merge(model).state_dict()
     for state in states if stage == 1 else ():
         check_same_values(state, expected)
@@ -349,9 +347,9 @@ OPTIONS = dict(max_steps=3, gradient_accumulation_steps=2, gradient_checkpointin
 
 
 def load_and_attach(base):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    s2ft.attach(model, config_of("llama-grouped", selection="weight"))
-    return model
+    return with_adapter(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config_of("llama-grouped", selection="weight")
+    )
 
 
 def train_loaded(rank, base, folder, kind, more):

@@ -7,6 +7,7 @@ import pytest
 import torch
 from runs import attach_to, attached, batches, check_same_files, logits, reset, sharded, train
 from support.models import model_of
+from support.states import with_adapter
 from test_accelerate import accelerator_for
 
 import s2ft
@@ -195,8 +196,7 @@ def refusals(rank, saved):
     tries["active"] = lambda: s2ft.load_adapter(meta, saved)
     waiting = attach_to(meta_of(model_of("llama-grouped")), "llama-grouped")
     tries["save"] = lambda: s2ft.save_adapter(waiting, saved.parent / "nothing")
-    broken = model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped"))
-    s2ft.attach(broken, no_weights)
+    broken = with_adapter(model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped")), no_weights)
     other = model_of("llama-grouped").state_dict()
     other["model.layers.1.mlp.down_proj.weight"] *= 2
     tries["another base"] = lambda: shard_and_load(broken, rank, other)

@@ -6,6 +6,7 @@ from runs import check_same_files, config_for, reset, unchanged_environment
 from support.inside import S2FTTrainer
 from support.models import model_of
 from support.ranks import Ranks
+from support.states import with_adapter
 from test_trainer import CLOSE, losses_of, trainer
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -21,9 +22,10 @@ def train(kind, base, folder, way, **changes):
     """Returns the losses, and the gradient norms."""
 
     def make():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-        s2ft.attach(model, config_for("llama-grouped", selection="weight"))
-        return model
+        return with_adapter(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa"),
+            config_for("llama-grouped", selection="weight"),
+        )
 
     made = trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
     made.train()

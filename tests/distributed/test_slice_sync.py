@@ -7,6 +7,7 @@ from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
 from support.inside import EngineError, SliceSender
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.states import with_loaded
 
 import s2ft
 
@@ -28,8 +29,7 @@ ZERO = [("llama-grouped", "permuted", "zero 3"), ("mixtral", "indexed", "zero 3"
 
 
 def spread(folder, how):
-    model = base_on(how, folder / "base")
-    s2ft.load_adapter(model, folder / "adapter", trainable=True)
+    model = with_loaded(base_on(how, folder / "base"), folder / "adapter", trainable=True)
     return model if how == "zero 3" else run_on(how, model)
 
 

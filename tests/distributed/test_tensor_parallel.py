@@ -7,6 +7,7 @@ import torch
 from distributed.runs import STEPS, batches, check_same_files, train as train_halves
 from support.inside import couplings_of, fingerprint
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.states import with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -213,8 +214,7 @@ def test_selection_and_fingerprint_equal_one_process(ranks, tmp_path, case):
 
 
 def checkpointed(rank, folder, way):
-    model = load(folder)
-    s2ft.attach(model, config_of("llama"))
+    model = with_adapter(load(folder), config_of("llama"))
     if way is not None:
         model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
     model.train()

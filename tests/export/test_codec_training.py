@@ -6,6 +6,7 @@ import pytest
 import torch
 from export.test_packed import KINDS, RATIOS, make_base
 from support.inside import export_packed, load_model
+from support.states import with_loaded
 
 import s2ft
 from s2ft import S2FTConfig
@@ -89,8 +90,7 @@ def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
     train(model, 2)
     s2ft.save_adapter(model, tmp_path / "adapter")
     logits = model(input_ids=TOKENS).logits
-    again = load_model(str(small), "bfloat16")[0]
-    s2ft.load_adapter(again, tmp_path / "adapter", trainable=True)
+    again = with_loaded(load_model(str(small), "bfloat16")[0], tmp_path / "adapter", trainable=True)
     assert torch.equal(again(input_ids=TOKENS).logits, logits)
     assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
 

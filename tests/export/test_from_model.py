@@ -7,7 +7,7 @@ import torch
 from export.test_streamed import SHARDS, check_equal, without_values
 from support.inside import from_model
 from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import randomize, same, tensors_of
+from support.states import randomize, same, tensors_of, with_adapter
 from torch import nn
 
 import s2ft
@@ -28,8 +28,7 @@ def config_of(case, layout="permuted", **changes):
 
 def trained(case, folder, layout="permuted", **changes):
     """A base with a trainable adapter, as after training."""
-    model = loaded(case, folder)
-    s2ft.attach(model, config_of(case, layout, **changes))
+    model = with_adapter(loaded(case, folder), config_of(case, layout, **changes))
     randomize(model)
     return model
 
@@ -135,8 +134,11 @@ def test_a_checkpoint_with_other_weights_is_not_used_and_refused_if_it_was_given
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
     model = trained("llama", tmp_path)
-    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
-    s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25), couplings=[Coupling.ffn(0, up="0", down="2", channels=32)])
+    net = with_adapter(
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)),
+        s2ft.S2FTConfig(d_ratio=0.25),
+        couplings=[Coupling.ffn(0, up="0", down="2", channels=32)],
+    )
     for one, folder, options, word in (
         (model, "saved", {"max_shard_size": "0GB"}, "max_shard_size"),
         (model, "nowhere/saved", {}, "folder that doesn't exist"),

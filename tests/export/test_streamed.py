@@ -22,7 +22,7 @@ from support.inside import (
 )
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
-from support.states import flip, randomize, same, tensors_of
+from support.states import flip, randomize, same, tensors_of, with_adapter
 from train.tiny import save_tiny, tiny_tokenizer
 
 import s2ft
@@ -53,8 +53,7 @@ def without_values(model, dtype):
 def both_ways(model, folder, dtype=torch.float32, max_shard_size=None, **config):
     """Merge an adapter of a model in memory and from the disk, into folder/memory and folder/disk."""
     model.save_pretrained(folder / "base", max_shard_size=max_shard_size or "50GB")
-    base = type(model).from_pretrained(folder / "base", dtype=dtype)
-    s2ft.attach(base, s2ft.S2FTConfig(**config))
+    base = with_adapter(type(model).from_pretrained(folder / "base", dtype=dtype), s2ft.S2FTConfig(**config))
     randomize(base)
     s2ft.save_adapter(base, folder / "adapter")
     s2ft.merge(base).save_pretrained(folder / "memory", max_shard_size=max_shard_size or "50GB")

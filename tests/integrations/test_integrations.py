@@ -15,6 +15,7 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from support.inside import ADAPTER_FORMATS, config_from, main as print_path
+from support.states import with_adapter
 from train.tiny import save_tiny, tiny_model, write_jsonl
 
 import s2ft
@@ -139,8 +140,10 @@ def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(tmp_p
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, **theirs, "lora_modules_to_save": ["model.norm"]}))
     main(["sft", "--config", "run.yaml"])
     trained = PeftModel.from_pretrained(tiny_model(tie_word_embeddings=False), "out")
-    model = tiny_model(tie_word_embeddings=False)
-    s2ft.attach(model, s2ft.S2FTConfig(**SETTINGS, layout="indexed", ffn_kernel=False, modules_to_save=["model.norm"]))
+    model = with_adapter(
+        tiny_model(tie_word_embeddings=False),
+        s2ft.S2FTConfig(**SETTINGS, layout="indexed", ffn_kernel=False, modules_to_save=["model.norm"]),
+    )
     arguments, rows = trl.SFTConfig("attached", **config), load_dataset("data", split="train")
     trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(".")).train()
     ours = s2ft.get_adapter(model, "default")

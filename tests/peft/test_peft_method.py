@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.models import ALL_RATIOS, T5, model_of, output_of, ratios_for
 from support.pairs import in_turn
-from support.states import same
+from support.states import same, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
@@ -379,8 +379,7 @@ def test_to_native_keeps_modules_to_save():
     with torch.no_grad():
         model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(2)
     found = to_native(model)
-    base = model_of("llama")
-    s2ft.load_adapter(base, found)
+    base = with_loaded(model_of("llama"), found)
     assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
     with pytest.raises(ValueError, match="model.norm.weight trained in full"):
         from_native(model_of("llama"), found)
@@ -398,8 +397,7 @@ def test_weighted_sums_equal_those_of_s2ft(case):
     found = to_native(model, "sum")
     assert found.selection == expected.selection and found.deltas.keys() == expected.deltas.keys()
     assert all(torch.equal(found.deltas[key].values, expected.deltas[key].values) for key in found.deltas)
-    base = model_of(case)
-    s2ft.load_adapter(base, expected)
+    base = with_loaded(model_of(case), expected)
     assert torch.equal(output_of(base), output_of(model))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.inside import METRICS, attachment_of
 from support.models import ALL_RATIOS, model_of, train
+from support.states import with_adapter
 
 import s2ft
 from s2ft import S2FTConfig
@@ -33,8 +34,7 @@ def test_a_second_selection_excludes_the_first(metric, allocation):
 
 
 def test_excluding_an_adapter(tmp_path):
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    model = with_adapter(model_of("llama"), S2FTConfig(**ALL_RATIOS))
     train(model)
     first = attachment_of(model).selection
     s2ft.save_adapter(model, tmp_path / "first")

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from support.states import with_adapter
 from torch import Tensor, nn
 
 import s2ft
@@ -30,8 +31,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "i
 @pytest.fixture(scope="module", params=LAYOUTS)
 def attached(request) -> tuple[nn.Module, Tensor]:
     """A model with a trainable adapter, and tokens for a forward of a few milliseconds."""
-    model = tiny_model("llama", **WIDE)
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=request.param))
+    model = with_adapter(tiny_model("llama", **WIDE), s2ft.S2FTConfig(**ratios("llama"), layout=request.param))
     fill_slices(model, seed=1)
     ids = tokens(model, batch=8, length=16)
     model(input_ids=ids)
@@ -141,8 +141,7 @@ def test_children_forked_while_another_thread_writes_the_slice(where, one_thread
 
 
 def attached_model(layout: str) -> tuple[nn.Module, dict]:
-    model = tiny_model("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=layout))
+    model = with_adapter(tiny_model("llama"), s2ft.S2FTConfig(**ratios("llama"), layout=layout))
     fill_slices(model, seed=1)
     return model, dict(input_ids=tokens(model))
 
@@ -214,8 +213,7 @@ def adapter_for(folder: Path, mode: str) -> tuple[nn.Module, s2ft.Adapter]:
 
 
 def attach_to(folder: Path, mode: str, layout: str) -> None:
-    model = model_on(folder, mode)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, layout=layout))
+    model = with_adapter(model_on(folder, mode), s2ft.S2FTConfig(d_ratio=0.2, layout=layout))
     model(input_ids=tokens(model))
 
 

@@ -8,6 +8,7 @@ import torch
 from support.models import loss_of, model_of, token_batch
 from support.pairs import in_turn, pairs_mostly_slow
 from support.slices import attached, everything, frozen, slices
+from support.states import with_adapter
 
 import s2ft
 
@@ -53,8 +54,7 @@ def test_only_slices_move(which, layout, dtype):
     """The optimizer has all parameters, also frozen ones, and weight decay. The loss falls, the optimizer's state is no
     larger than the slices, and frozen weights stay the same, bit for bit, before and after detach."""
     base = model_of("llama-grouped", dtype)
-    model = copy.deepcopy(base)
-    s2ft.attach(model, everything("llama-grouped", layout=layout))
+    model = with_adapter(copy.deepcopy(base), everything("llama-grouped", layout=layout))
     before = frozen(model)
     candidates = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # Muon takes only matrices
     optimizer = OPTIMIZERS[which](candidates)
@@ -95,11 +95,14 @@ def wide(layout, dtype=torch.float32):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)
-    ).to(dtype)
-    s2ft.attach(model, s2ft.S2FTConfig(u_ratio=4 / 512, d_ratio=32 / 512, layout=layout))
-    return model.train()
+    return with_adapter(
+        AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67
+            )
+        ).to(dtype),
+        s2ft.S2FTConfig(u_ratio=4 / 512, d_ratio=32 / 512, layout=layout),
+    ).train()
 
 
 def run_bitsandbytes(which, layout, device, dtype=torch.float32):

@@ -15,7 +15,7 @@ from support.inside import (
     prompt_format,
     read_log,
 )
-from support.states import randomize
+from support.states import randomize, with_adapter
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -82,8 +82,7 @@ def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
 @pytest.mark.parametrize("extra", [None, ["norm", "embed_tokens"]], ids=["slices", "extra weights"])
 def test_the_reference_may_run_between_forward_and_backward(extra):
     """It must not write into weights that the backward pass needs."""
-    model = tiny_model().train()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
+    model = with_adapter(tiny_model().train(), s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
     randomize(model)
     ids = torch.arange(60).view(3, 20)
     found = []

@@ -34,6 +34,7 @@ from support.inside import (
     some,
     text_rows,
 )
+from support.states import with_adapter, with_loaded
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -55,8 +56,7 @@ PROMPTS = prompt_rows(some(token_rows(), 5))
 
 def run(path, resume=False, options=None, meter=None, held_out=None, **changes):
     """Train as in test_sft, with a meter or with the arguments of one."""
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(tiny_model(), CONFIG)
     folder = RunFolder(path)
     folder.begin({}, resume)
     if isinstance(meter, dict):
@@ -87,9 +87,7 @@ def whole(tmp_path_factory):
 
 
 def adapter_of(folder, step):
-    model = tiny_model()
-    s2ft.load_adapter(model, folder.path / f"checkpoint-{step}")
-    return model
+    return with_loaded(tiny_model(), folder.path / f"checkpoint-{step}")
 
 
 def limit_behind(values, step):
@@ -193,8 +191,7 @@ def rows_for_trainer():
 def trained_by(kind, path):
     """A model, and a Trainer that trains it."""
     if kind == "trl":
-        model = tiny_model()
-        s2ft.attach(model, CONFIG)
+        model = with_adapter(tiny_model(), CONFIG)
         arguments = SFTConfig(str(path), max_length=64, **PLAIN)
         return model, SFTTrainer(model, arguments, train_dataset=token_rows(), processing_class=tiny_tokenizer())
     model = tiny_model()

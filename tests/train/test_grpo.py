@@ -17,7 +17,7 @@ from support.inside import (
     scored_prompt,
     with_columns,
 )
-from support.states import same
+from support.states import same, with_adapter
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import grpo_trainer
 
@@ -127,8 +127,7 @@ def test_an_attached_model_that_would_be_sent_whole_is_refused_before_vllm_start
     class Mine(AdapterCheckpoints, GRPOTrainer):
         pass
 
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(tiny_model(), CONFIG)
     options = GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=r"use s2ft.sync.with_slices\(Mine\), which sends the trained slices"):
         Mine(model, short, args=options, train_dataset=prompts(tiny_tokenizer()))

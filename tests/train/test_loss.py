@@ -5,6 +5,7 @@ import torch
 from support.inside import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
 from support.models import CASES, inputs_of, model_of
 from support.pairs import in_turn
+from support.states import with_adapter
 from support.tolerances import GEMM
 from train.tiny import tiny_model
 
@@ -121,8 +122,7 @@ def test_evaluation_and_a_forward_without_labels_have_the_models_own_loss_and_lo
 
 def test_the_logits_are_not_kept(monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", 2**16)
-    model = tiny_model(vocab_size=5000)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    model = with_adapter(tiny_model(vocab_size=5000), s2ft.S2FTConfig(d_ratio=0.1))
     model.train()
     ids = torch.randint(3, 200, (4, 64))
 

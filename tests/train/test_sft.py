@@ -27,6 +27,7 @@ from support.inside import (
     sft,
     trainer_for,
 )
+from support.states import with_adapter
 
 import s2ft
 
@@ -61,8 +62,7 @@ def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None
     Returns the model, the folder and the result.
     """
     rows = token_rows() if data is None else data
-    model = tiny_model() if model is None else model
-    s2ft.attach(model, config)
+    model = with_adapter(tiny_model() if model is None else model, config)
     folder = RunFolder(path)
     folder.check(resume=resume)
     folder.begin({"learning_rate": changes.get("learning_rate", 0)}, resume)
@@ -281,8 +281,7 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
 
 def rates(path, schedule, steps, **changes):
     """The learning rates of the trainer of a run, without the training."""
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(tiny_model(), CONFIG)
     arguments = arguments_for(path, lr_scheduler_type=schedule, max_steps=steps, **changes)
     trainer = trainer_for(model, tiny_tokenizer(), token_rows(), arguments, RunFolder(path))
     trainer.create_optimizer_and_scheduler(steps)

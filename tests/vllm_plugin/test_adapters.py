@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.inside import native
-from support.states import flip
+from support.states import flip, with_loaded
 from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
 from support.vllm_server import ROOT, vllm_server
 from transformers import (
@@ -150,8 +150,7 @@ def test_offline_limits_name_the_option(served, tmp_path):
 
 
 def test_a_release_without_a_name_says_so_and_serves_exported_adapters(served, tmp_path):
-    model = tiny_llama()
-    s2ft.load_adapter(model, served.adapters / "wide")
+    model = with_loaded(tiny_llama(), served.adapters / "wide")
     s2ft.export_lora(model, tmp_path / "exported")
     steps = [["exported", str(tmp_path / "exported")], None]
     missing = ["vllm.lora.utils", "a_name_of_another_release"]

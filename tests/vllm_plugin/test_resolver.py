@@ -11,6 +11,7 @@ from unittest.mock import Mock
 import pytest
 from support.inside import native, path_of, resolver
 from support.models import model_of, train
+from support.states import with_adapter
 from support.vllm_modules import fake_modules
 
 import s2ft
@@ -20,8 +21,7 @@ import s2ft
 def adapters(tmp_path_factory):
     """A directory with an adapter, a folder of another format, and an adapter beside the directory."""
     folder = tmp_path_factory.mktemp("adapters")
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="a")
+    model = with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.1), name="a")
     train(model, 1)
     s2ft.save_adapter(model, folder / "inside" / "math")
     native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "secret")
