@@ -159,8 +159,7 @@ def test_layers_restricts_and_keeps_the_other_layers_draws():
 )
 def test_delta_dtype(dtype, option, expected):
     model = model_of("llama", dtype)
-    report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option))
-    assert report.rows[0].dtype is expected
+    assert s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option)).rows[0].dtype is expected
     assert model(token_batch(model)).logits.dtype is dtype
 
 
@@ -288,8 +287,7 @@ def test_activations_of_the_ffn_kernel_equal_pytorchs_functions(name):
 
 def test_a_model_of_transformers_in_which_nothing_can_be_trained_is_refused():
     """Its convolutions are of classes of its own, which standardise their weights."""
-    config = BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2)
-    model = BitForImageClassification(config)
+    model = BitForImageClassification(BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2))
     with pytest.raises(ValueError, match="BitForImageClassification: s2ft finds nothing that it can train"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5))
     assert all(p.requires_grad for p in model.parameters())

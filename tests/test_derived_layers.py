@@ -149,8 +149,7 @@ def make_net():
 
 def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
     model = make_net()
-    config = S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout="indexed")
-    s2ft.attach(model, config, couplings=[COUPLING], example=EXAMPLE)
+    s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout="indexed"), couplings=[COUPLING], example=EXAMPLE)
     randomize(model)
     buffer = io.BytesIO()
     torch.save(model.down, buffer)

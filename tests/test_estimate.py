@@ -168,8 +168,7 @@ def test_kept_with_logits_at_some_positions():
     model, config = model_of("llama-grouped"), config_for("llama-grouped")
     ids = token_batch(model)
     measured = bytes_kept(attached(model, config), lambda m: m(input_ids=ids, labels=ids[:, -4:], logits_to_keep=4))
-    estimated = s2ft.estimate(model, config, 2, 9, logits=4)
-    assert estimated.kept == measured < s2ft.estimate(model, config, 2, 9).kept
+    assert s2ft.estimate(model, config, 2, 9, logits=4).kept == measured < s2ft.estimate(model, config, 2, 9).kept
 
 
 def test_a_chunked_loss_and_a_packed_head_are_counted():
@@ -243,8 +242,7 @@ def test_quantized_bases(kind, dtype, ran):
     before = quantized.contents(model)
     estimated = s2ft.estimate(model, quantized.INDEXED, example={"input_ids": ids, "labels": ids})
     quantized.assert_same_contents(quantized.contents(model), before)
-    dense = sum(p.nbytes for p in quantized.plain(dtype).parameters())
-    assert estimated.parameters - estimated.gradients < dense
+    assert estimated.parameters - estimated.gradients < sum(p.nbytes for p in quantized.plain(dtype).parameters())
     s2ft.attach(model, quantized.INDEXED)
     measured = bytes_kept(model.train(), lambda m: m(input_ids=ids, labels=ids))
     assert abs(estimated.kept - measured) <= KEPT * measured  # the first forward may cast biases
@@ -259,8 +257,7 @@ def nbytes(tensors) -> int:
 
 def real_step(model, optimizer, inputs):
     """Run one step of an attached model. Returns the optimizer."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = optimizer(trained)
+    optimizer = optimizer([p for p in model.parameters() if p.requires_grad])
     output = model(**inputs)
     (
         output["loss"]
@@ -371,8 +368,7 @@ def test_weights_in_another_dtype(case):
     """from_pretrained does this: T5 keeps some weights in float32 when it is loaded in float16."""
     for dtype in (torch.bfloat16, torch.float16):
         model = model_of(case)
-        saved = AUTO.get(type(model.config), AutoModelForCausalLM)
-        loaded = saved.from_config(model.config, dtype=dtype)
+        loaded = AUTO.get(type(model.config), AutoModelForCausalLM).from_config(model.config, dtype=dtype)
         for name, wanted in model._get_dtype_plan(dtype).items():
             for path, parameter in loaded.named_parameters():
                 if f".{name}." in path:

@@ -97,8 +97,7 @@ def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, fe
     room = estimate(strategy, few).peak
     found = estimate(strategy, None, memory=room)
     assert (found.devices, found.fits, found.free) == (few, True, room)
-    unit = 2 if few == 4 else 1
-    assert estimate(strategy, few - unit, memory=room).fits is False
+    assert estimate(strategy, few - (2 if few == 4 else 1), memory=room).fits is False
 
 
 # ---- refused -------------------------------------------------------------------------------------------
@@ -154,8 +153,7 @@ def test_the_command_finds_the_smallest_number(folder, capsys):
     words = ["estimate", folder, *SHORT, "--strategy", "fsdp2", "--device-memory", "1MB"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    largest = S2FTConfig(d_ratio=0.3)
-    needed = estimate("fsdp2", None, largest, memory="1MB", use_cache=False)
+    needed = estimate("fsdp2", None, S2FTConfig(d_ratio=0.3), memory="1MB", use_cache=False)
     assert (found["strategy"], found["devices"]) == ("fsdp2", needed.devices) and needed.fits
     assert max(row["peak"] for row in found["rows"]) == needed.peak and all(row["fits"] for row in found["rows"])
     assert main([*words, "--devices", "2"]) == 0

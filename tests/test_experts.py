@@ -211,8 +211,7 @@ def test_a_wrong_layout_of_experts_is_found(wrong):
 @pytest.mark.parametrize("model_type", ("gpt_oss", "llama4_text", "nemotron_h"))
 def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_path):
     model = alias_of(model_type)
-    ratios = dict(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5)
-    s2ft.attach(model, S2FTConfig(**ratios))
+    s2ft.attach(model, S2FTConfig(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5))
     train(model, 1)
     merged = s2ft.merge(copy.deepcopy(model))
     merged.save_pretrained(tmp_path)

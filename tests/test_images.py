@@ -74,8 +74,7 @@ def test_a_model_with_images_is_trained_merged_and_reloaded(name, train, tmp_pat
     language = {f"{p.path}.weight" for p in projections_of(couplings_of(base)) if "language_model" in p.path}
     assert changed(base.state_dict(), merged.state_dict()) == language  # every slice, and nothing else
 
-    fresh = with_loaded(copy.deepcopy(base), tmp_path / "adapter")
-    assert same(s2ft.merge(fresh), merged)
+    assert same(s2ft.merge(with_loaded(copy.deepcopy(base), tmp_path / "adapter")), merged)
 
     merged.save_pretrained(tmp_path / "merged")
     reloaded = type(merged).from_pretrained(tmp_path / "merged", dtype="auto").eval()

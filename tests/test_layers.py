@@ -46,8 +46,7 @@ def effective(layer, units):
 
 
 def step(layer, optimizer):
-    x = torch.randn(4, 3, 11, dtype=layer.weight.dtype)
-    layer(x).float().pow(2).mean().backward()
+    layer(torch.randn(4, 3, 11, dtype=layer.weight.dtype)).float().pow(2).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 

@@ -69,8 +69,7 @@ def check_declaration(base):
         assert relative_difference(output_of(model), before) <= LOGITS
 
     loss_of(model).backward()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    torch.optim.SGD(trained, lr=1.0).step()
+    torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=1.0).step()
     deltas = mounted_deltas(attachment_of(model))
     assert deltas.keys() == {p.name for p in projections}
     changes = {p.name: float(deltas[p.name].values.abs().max()) for p in projections if p.expert is None}

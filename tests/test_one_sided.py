@@ -90,8 +90,7 @@ def test_units_of_several_elements():
 
 @pytest.mark.parametrize("options", [dict(budget=900), dict(match_lora_rank=2), dict(allocation="global")])
 def test_plan_and_estimate_count_them(options):
-    selection = "weight" if "allocation" in options else "random"
-    model, report = attached(selection=selection, **options)
+    model, report = attached(selection="weight" if "allocation" in options else "random", **options)
     config = attachment_of(model).config
     plan = s2ft.plan(net(), config, couplings=couplings())
     assert plan.trainable == report.trainable and plan.rows == report.rows and plan.couplings == report.couplings

@@ -67,8 +67,7 @@ def experts(dim: int, transposed: bool, dtype: torch.dtype, delta_dtype: torch.d
     size = (outputs, inputs)[dim]
     weight = torch.randn(len(ROWS), *((inputs, outputs) if transposed else (outputs, inputs)), dtype=dtype)
     index = {expert: torch.randperm(size)[:count] for expert, count in enumerate(COUNTS) if count}
-    kind = (S2ColumnExperts, S2RowExperts)[dim]
-    layer = kind(nn.Parameter(weight), index, delta_dtype, transposed)
+    layer = (S2ColumnExperts, S2RowExperts)[dim](nn.Parameter(weight), index, delta_dtype, transposed)
 
     def units(weight: Tensor) -> Tensor:
         matrices = [one.t() if transposed else one for one in weight]

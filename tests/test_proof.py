@@ -203,8 +203,7 @@ def steps(net):
 def check_trained_is_merged(net, base):
     steps(net)
     trained = copy.deepcopy(net).eval()
-    merged = s2ft.merge(copy.deepcopy(net)).eval()
-    torch.testing.assert_close(trained(batch()), merged(batch()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trained(batch()), s2ft.merge(copy.deepcopy(net)).eval()(batch()), rtol=1e-4, atol=1e-4)
     restored = s2ft.detach(net)
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, restored.get_parameter(name)), name
@@ -388,8 +387,7 @@ def test_an_example_of_sound_is_short_even_where_the_model_takes_long_ones():
 
 
 def test_verify_false_runs_nothing():
-    net = Stack(lambda *_: pytest.fail("it ran"))
-    assert attach(net, verify=False).unproved == ""
+    assert attach(Stack(lambda *_: pytest.fail("it ran")), verify=False).unproved == ""
 
 
 def test_loading_an_adapter_to_train_it_proves_it_too():

@@ -191,8 +191,7 @@ def test_a_frozen_projector_can_be_trained_in_full(found_by, tmp_path, monkeypat
     saved = s2ft.read_adapter(tmp_path)
     assert saved.couplings and not [one for one in saved.couplings if "projector" in str(one)]
     assert len(saved.extra_weights) == 4
-    other = with_loaded(llava(), tmp_path)
-    assert set(s2ft.merge(other).state_dict()) == set(llava().state_dict())
+    assert set(s2ft.merge(with_loaded(llava(), tmp_path)).state_dict()) == set(llava().state_dict())
     if found_by == "declaration":
         with pytest.raises(ValueError, match="as slices"):
             s2ft.plan(llava(), S2FTConfig(d_ratio=0.25, modules_to_save=["mlp"]))
@@ -230,15 +229,13 @@ def test_what_is_refused_changes_nothing(options, count, words):
     model = llava()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=words):
-        config = S2FTConfig(**{"d_ratio": 0.25, **options})
-        s2ft.attach(model, config, couplings=couplings()[:count], verify=False)
+        s2ft.attach(model, S2FTConfig(**{"d_ratio": 0.25, **options}), couplings=couplings()[:count], verify=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_units_by_name_choose_their_tower():
-    report = s2ft.attach(llava(), S2FTConfig(units=VISION_UNITS), couplings=couplings(), verify=False)
-    assert report.towers[VISION]
+    assert s2ft.attach(llava(), S2FTConfig(units=VISION_UNITS), couplings=couplings(), verify=False).towers[VISION]
 
 
 PEFT_CHOICES = {

@@ -30,8 +30,7 @@ def saved(tmp_path_factory):
 
 def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, tmp_path):
     adapter, model = s2ft.read_adapter(saved), model_of("llama")
-    found = adapter.structure.locations["model.layers.1.mlp.down_proj"]
-    assert found == Location("model.layers.1.mlp.down_proj", 52)
+    assert adapter.structure.locations["model.layers.1.mlp.down_proj"] == Location("model.layers.1.mlp.down_proj", 52)
     names = [name for pairs in adapter.structure.base_weights.values() for _, name in pairs]
     assert set(names) <= {name for name, _ in model.named_parameters()} and len(names) == 21
     native.write(replace(adapter, structure=None), tmp_path / "old")

@@ -32,8 +32,7 @@ def loaded(**options):
     """A model with the adapters a and b, of which b is active."""
     model = llama()
     for seed, name in enumerate("ab"):
-        adapter = s2ft.get_adapter(trained(name, seed=seed, **options), name)
-        s2ft.load_adapter(model, adapter, active=name == "b")
+        s2ft.load_adapter(model, s2ft.get_adapter(trained(name, seed=seed, **options), name), active=name == "b")
     return model
 
 

@@ -117,8 +117,7 @@ def test_every_sequence_gets_the_output_of_its_adapter_alone(case, tmp_path):
 
 def test_half_precision(folder, model):
     """A written adapter rounds base + delta, a bank rounds the output: they differ by a few roundings."""
-    half = model_of("llama", torch.bfloat16)
-    assert_as_alone("llama", folder, half, ["a", "c"], limit=0.05, dtype=torch.bfloat16)
+    assert_as_alone("llama", folder, model_of("llama", torch.bfloat16), ["a", "c"], limit=0.05, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), AdapterBank(model, folder).batch(["a", None]):
         batch = output_of(model)
     assert_close(batch[0].float(), alone("llama", folder, "a", output_of)[0], 0.05)

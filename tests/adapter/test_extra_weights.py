@@ -112,8 +112,7 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
     whole, first, second = (attached(how) for _ in range(3))
     trainer(whole, tmp_path / "whole", 4, kind).train()
     trainer(first, tmp_path / "cut", 2, kind).train()
-    index = json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"]
-    assert set(HEAD) <= index.keys()
+    assert set(HEAD) <= json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"].keys()
     look = Look()
     trainer(second, tmp_path / "cut", 4, kind, [look]).train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
     assert look.step == 2

@@ -499,8 +499,7 @@ def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim,
     def replace_somewhere(content):
         place = content
         while True:
-            keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
-            key = data.draw(st.sampled_from(keys))
+            key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
             if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
                 place[key] = value
                 return

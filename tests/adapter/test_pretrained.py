@@ -78,8 +78,7 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "adapter_config.json"}
     with pytest.raises(Exception):  # it is not a model
         AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    fresh = with_loaded(tiny_model(), tmp_path / "checkpoint-8")
-    assert same(s2ft.merge(fresh), s2ft.merge(model))
+    assert same(s2ft.merge(with_loaded(tiny_model(), tmp_path / "checkpoint-8")), s2ft.merge(model))
 
 
 SPOILT = {

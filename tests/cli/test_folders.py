@@ -94,8 +94,7 @@ def test_the_api_takes_the_output_of_a_run(work):
 
 
 def test_adapters_of_a_directory(work, tmp_path):
-    expected = {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
-    assert adapters_in(work / "runs") == expected
+    assert adapters_in(work / "runs") == {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
     assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}  # the output of a single run
     assert adapters_in(work / "runs/math/adapter") == {} == adapters_in(work / "stopped")
     (tmp_path / "a").symlink_to(work / "runs/math/adapter"), (tmp_path / "b.txt").touch()

@@ -62,8 +62,7 @@ def integer_file(bits, group, generator, dtype, symmetric=True):
 def int8_file(generator, dtype):
     scale = torch.rand((OUTPUTS, 1), generator=generator).to(dtype) + 0.01
     weight = random_bytes((OUTPUTS, INPUTS), generator).view(torch.int8)
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
-    return codec_of(weights), {"weight": weight, "weight_scale": scale}
+    return codec_of({"num_bits": 8, "type": "int", "strategy": "channel"}), {"weight": weight, "weight_scale": scale}
 
 
 def nf4_file(nested, generator, dtype):
@@ -142,8 +141,7 @@ def same(one, other):
 def moved(codec, packed, size=0.3, seed=1):
     """The values of a file, each moved by a share of the values' size."""
     values = codec.decode(packed).float()
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
-    return values + size * values.std() * noise
+    return values + size * values.std() * torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- decode equals the format's own library ------------------------------------------------------------
@@ -372,7 +370,6 @@ def test_a_value_that_is_no_number_keeps_its_code(name):
 
 
 def test_nf4_blocks_of_two_outputs_are_refused():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    packed, state = functional.quantize_4bit(torch.randn(4, 96), quant_type="nf4")
+    packed, state = pytest.importorskip("bitsandbytes.functional").quantize_4bit(torch.randn(4, 96), quant_type="nf4")
     with pytest.raises(ValueError, match="whole blocks of 64 weights, got 96"):
         Nf4({"weight": packed, **state.as_dict(packed=True)})

@@ -69,15 +69,13 @@ def test_tokens_are_inside_the_vocabulary_and_different():
 
 def test_sections_of_position_embeddings_fill_the_small_heads():
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    config = tiny_config(Qwen2_5_VLConfig(text_config={"rope_parameters": rope}))
-    text = config.text_config
+    text = tiny_config(Qwen2_5_VLConfig(text_config={"rope_parameters": rope})).text_config
     assert sum(text.rope_parameters["mrope_section"]) == text.hidden_size // text.num_attention_heads // 2
 
 
 def test_images_and_the_tokens_for_them_shrink_together():
     config = tiny_config(Gemma3Config(vision_config={"image_size": 896, "patch_size": 14}))
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    assert (side, config.mm_tokens_per_image) == (8, 4)
+    assert ((config.vision_config.image_size // config.vision_config.patch_size), config.mm_tokens_per_image) == (8, 4)
 
 
 # ---- twins ------------------------------------------------------------------------------------------------
@@ -162,8 +160,7 @@ def test_a_small_model_is_copied_and_stays_as_it_is():
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    twin = twin_of(model)
-    assert twin.config.hidden_size == 32
+    assert twin_of(model).config.hidden_size == 32
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.dtype == torch.bfloat16 and not model._forward_hooks
 

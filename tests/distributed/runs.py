@@ -53,8 +53,7 @@ def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None):
     for batch in batches(model, steps):
         halves = [batch[rows_of(one)] for one in range(RANKS)] if rank is None else [batch[rows_of(rank)]]
         for half in halves:
-            loss = (forward or model)(input_ids=half, labels=half).loss
-            (loss / len(halves)).backward()
+            ((forward or model)(input_ids=half, labels=half).loss / len(halves)).backward()
         torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()

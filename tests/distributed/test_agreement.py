@@ -104,8 +104,7 @@ def save_on_first_alone(rank, directory):
 
 
 def test_saving_a_sharded_model_on_a_single_rank_writes_nothing_and_names_the_cause(ranks, tmp_path):
-    message = ranks(save_on_first_alone, tmp_path)[0]
-    assert "waited for rank 1: it did not call this within 0.5 s." in message
+    assert "waited for rank 1: it did not call this within 0.5 s." in ranks(save_on_first_alone, tmp_path)[0]
     assert not (tmp_path / "alone").exists()
     model = attached("llama")
     train(model, steps=1)
@@ -131,8 +130,7 @@ def test_shards_of_trained_parameters_are_refused(tmp_path):
     """FSDP version 1 and other libraries leave such shards: empty or flat ones."""
     for part in (torch.empty(0), torch.zeros(5), torch.zeros(0, 24)):
         model = attached("llama")
-        layer = model.model.layers[0].mlp.up_proj
-        layer.s2 = torch.nn.Parameter(part)
+        model.model.layers[0].mlp.up_proj.s2 = torch.nn.Parameter(part)
         with pytest.raises(ValueError, match=r"up_proj.s2 has shape .* this is a shard, so nothing is saved"):
             s2ft.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

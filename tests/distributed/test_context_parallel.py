@@ -47,8 +47,7 @@ def train(rank, folder, context=1, data=1, layout="permuted", chunked=True, chan
     if rank == 0:
         place.begin({})
     held_out = HeldOut(rows)
-    options = RunOptions(chunked_loss=chunked)
-    sft(model, tiny_tokenizer(), rows, arguments, place, options=options, held_out=held_out)
+    sft(model, tiny_tokenizer(), rows, arguments, place, options=RunOptions(chunked_loss=chunked), held_out=held_out)
     return [
         (line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in read_log(place.log)
     ]
@@ -74,10 +73,8 @@ def by_one(tmp_path_factory):
     "layout, chunked, changes", [("permuted", True, {}), ("indexed", False, {"gradient_checkpointing": True})]
 )
 def test_two_devices_share_each_row(ranks, by_one, tmp_path, layout, chunked, changes):
-    logs = ranks(train, tmp_path, 2, 1, layout, chunked, changes)
-    check_log(logs[0], by_one[0])
-    compare = check_same_files if layout == "permuted" else check_same_deltas
-    compare(tmp_path / "adapter", by_one[1])
+    check_log(ranks(train, tmp_path, 2, 1, layout, chunked, changes)[0], by_one[0])
+    (check_same_files if layout == "permuted" else check_same_deltas)(tmp_path / "adapter", by_one[1])
 
 
 def check_same_deltas(ours, theirs):
@@ -87,6 +84,5 @@ def check_same_deltas(ours, theirs):
 
 @pytest.mark.slow
 def test_four_devices_in_two_groups(four_ranks, by_one, tmp_path):
-    logs = four_ranks(train, tmp_path, 2, 2)
-    check_log(logs[0], by_one[0])
+    check_log(four_ranks(train, tmp_path, 2, 2)[0], by_one[0])
     check_same_files(tmp_path / "adapter", by_one[1])

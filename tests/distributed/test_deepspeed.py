@@ -209,8 +209,7 @@ def test_a_model_that_from_pretrained_has_partitioned(ranks, unknown, tmp_path):
 
 
 def attach_in_an_engine(rank, stage):
-    model = partitioned_of("llama") if stage == 3 else model_of("llama")
-    engine = engine_for(model, stage)
+    engine = engine_for((partitioned_of("llama") if stage == 3 else model_of("llama")), stage)
     with pytest.raises(ValueError) as error:
         s2ft.attach(engine.module, s2ft.S2FTConfig(d_ratio=0.2))
     assert s2ft.list_adapters(engine.module) == []
@@ -238,8 +237,7 @@ def take_out_of_an_engine(rank, stage, directory):
 @pytest.mark.parametrize("stage", (1, 3))
 def test_a_model_is_taken_out_of_an_engine_whose_weights_are_whole(ranks, stage, tmp_path):
     states = ranks(take_out_of_an_engine, stage, tmp_path)
-    model = with_loaded(model_of("llama"), tmp_path)
-    expected = s2ft.merge(model).state_dict()
+    expected = s2ft.merge(with_loaded(model_of("llama"), tmp_path)).state_dict()
     for state in states if stage == 1 else ():
         check_same_values(state, expected)
 
@@ -258,8 +256,7 @@ def train_extra_weights(rank, stage, directory):
     seen = []
     for setting, expected in ((None, base), ("default", trained)):
         s2ft.set_adapter(model, setting)
-        head = full_tensors({"head": model.lm_head.weight})["head"]
-        seen.append(torch.equal(head.to(base), expected.to(base)))
+        seen.append(torch.equal(full_tensors({"head": model.lm_head.weight})["head"].to(base), expected.to(base)))
     return seen
 
 

@@ -40,8 +40,7 @@ def train(rank, count, way, layout, folder, resumed=None):
         attach_to(model, CASE, layout)
     else:
         model = attached(CASE, layout)
-    options = dict(per_device_train_batch_size=rows, eval_strategy="steps", eval_steps=2)
-    made = trainer(way, model, folder, **options)
+    made = trainer(way, model, folder, per_device_train_batch_size=rows, eval_strategy="steps", eval_steps=2)
     made.train(resume_from_checkpoint=resumed and str(resumed))
     made.save_model(str(folder / "final"))
     lines = [line for line in made.state.log_history if "loss" in line]

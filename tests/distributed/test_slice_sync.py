@@ -53,8 +53,7 @@ def prepare(case, layout, folder):
     s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
     randomize(model)
     s2ft.save_adapter(model, folder / "adapter")
-    slices = TrainedSlices.of(model)
-    torch.save(slices.buffer(), folder / "expected.pt")
+    torch.save(TrainedSlices.of(model).buffer(), folder / "expected.pt")
     s2ft.merge(model).save_pretrained(folder / "merged")
 
 

@@ -24,8 +24,7 @@ def scores_of(model, name):
     task, other = (Calibration(rows_of(model, seed), torch.device("cpu")) for seed in (1, 2))
     keys = {projection.key for projection in projections_of(couplings_of(model))}
     config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
-    request = ProtectedRequest(couplings_of(model), config, model, task, other)
-    return CANDIDATES[name].score(request)
+    return CANDIDATES[name].score(ProtectedRequest(couplings_of(model), config, model, task, other))
 
 
 # ---- direct computations ---------------------------------------------------------------------------------

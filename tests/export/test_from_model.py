@@ -62,8 +62,7 @@ def check_saved(model, folder, caplog, gathered=False, is_base_known=False, **op
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout, gathered", [("permuted", True), ("indexed", False)])
 def test_the_trained_model_is_saved_as_merging_saves_it(case, layout, gathered, tmp_path, caplog):
-    model = trained(case, tmp_path, layout)
-    check_saved(model, tmp_path, caplog, gathered)
+    check_saved(trained(case, tmp_path, layout), tmp_path, caplog, gathered)
 
 
 @pytest.mark.parametrize("gathered", (True, False))
@@ -71,8 +70,7 @@ def test_the_trained_model_is_saved_as_merging_saves_it(case, layout, gathered, 
     "weights", ({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.25}, {"a": -2.0}), ids=("sum", "scaled", "loaded")
 )
 def test_active_adapters_and_their_weights_are_saved(weights, gathered, tmp_path, caplog):
-    model = with_another("llama-grouped", tmp_path, "permuted", weights)
-    check_saved(model, tmp_path, caplog, gathered)
+    check_saved(with_another("llama-grouped", tmp_path, "permuted", weights), tmp_path, caplog, gathered)
 
 
 @pytest.mark.parametrize("gathered", (True, False))

@@ -91,8 +91,7 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
             assert new.reader.fields[name].contents() == field.contents(), name
     assert new.value("base", "s2ft.merged.0.") == "model.gguf" and new.value("adapter", "s2ft.merged.0.") == "math"
     assert new.value("sha256", "s2ft.merged.0.") == digest(base)
-    again = make_adapter(file, tmp_path / "again")
-    export_packed(str(file), again, tmp_path / "twice.gguf")
+    export_packed(str(file), make_adapter(file, tmp_path / "again"), tmp_path / "twice.gguf")
     assert GgufFile(tmp_path / "twice.gguf").value("sha256", "s2ft.merged.1.") == digest(file)
 
 

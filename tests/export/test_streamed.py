@@ -121,8 +121,7 @@ def changed_base(work, folder, change):
 
 def test_a_tied_weight_that_the_base_has_twice_is_written_once(work, tmp_path):
     twice = lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})  # noqa: E731
-    base = changed_base(work, tmp_path / "base", twice)
-    export(str(base), work / "adapter", tmp_path / "out")
+    export(str(changed_base(work, tmp_path / "base", twice)), work / "adapter", tmp_path / "out")
     check_equal(tmp_path / "out", work / "expected")
 
 

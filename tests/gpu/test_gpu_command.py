@@ -103,8 +103,7 @@ def test_the_report_is_written_after_each_stage(tmp_path):
     assert report.good
     report.add(kernels(product=2))
     assert not report.good and "**MISSED**" in (tmp_path / "report.md").read_text()
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert list(content["stages"]) == ["build", "ncu", "kernels"]
+    assert list(json.loads((tmp_path / "report.json").read_text())["stages"]) == ["build", "ncu", "kernels"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
@@ -163,6 +162,5 @@ def test_the_kernel_driver_in_the_simulator(tmp_path):
     """All kernels are right under every schedule, and the sanitizer sees the access that is wrong on purpose."""
     if shutil.which(os.environ.get("CXX", "g++")) is None:
         pytest.skip("no C++ compiler")
-    program = build_for_cpu(tmp_path, 1, 1200)
-    runs = list(runs_on_cpu(program, 600))
+    runs = list(runs_on_cpu(build_for_cpu(tmp_path, 1, 1200), 600))
     assert len(runs) == 1 + len(SCHEDULES) and all(run.state == PASSED for run in runs), "\n".join(map(str, runs))

@@ -107,12 +107,10 @@ def test_the_check_for_waits_sees_a_wait(no_waits):
 
 def test_no_wait_in_forward_backward_and_step(no_waits):
     model, ids = small_model(D)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def step():
-        hidden = model.model(input_ids=ids).last_hidden_state
-        hidden.float().sum().backward()
+        model.model(input_ids=ids).last_hidden_state.float().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -158,8 +158,7 @@ def try_program(name: str, folder: Path) -> bool:
     found = []
     for layout in ("indexed", "permuted"):
         for chunked in (False, True):
-            ours = trained_by_s2ft(folder, batches, program, layout, chunked)
-            largest, said = difference(ours, theirs)
+            largest, said = difference(trained_by_s2ft(folder, batches, program, layout, chunked), theirs)
             found.append(largest)
             print(f"  {layout}, {'chunked loss' if chunked else 'loss of all logits'}: {said}", flush=True)
     agrees = len(batches) == KNOWN["steps"] and max(found) <= ROUNDING

@@ -64,8 +64,7 @@ def test_a_reused_config_keeps_its_original_options():
     assert mine is config and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}  # PEFT's users read what became of theirs
     assert get_peft_model(model_of("llama-grouped"), config).peft_config["default"] is config
     for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
-        other = get_peft_model(model_of(case), config).peft_config["default"]
-        assert other.base_fingerprint != mine.base_fingerprint
+        assert get_peft_model(model_of(case), config).peft_config["default"].base_fingerprint != mine.base_fingerprint
     config.seed = 1
     first.add_adapter("b", config)
     assert first.peft_config["b"].units != mine.units
@@ -397,8 +396,7 @@ def test_weighted_sums_equal_those_of_s2ft(case):
     found = to_native(model, "sum")
     assert found.selection == expected.selection and found.deltas.keys() == expected.deltas.keys()
     assert all(torch.equal(found.deltas[key].values, expected.deltas[key].values) for key in found.deltas)
-    base = with_loaded(model_of(case), expected)
-    assert torch.equal(output_of(base), output_of(model))
+    assert torch.equal(output_of(with_loaded(model_of(case), expected)), output_of(model))
 
 
 def test_a_sum_keeps_modules_to_save_of_one_adapter():
@@ -466,7 +464,6 @@ def test_generate_mixed(make, modules_to_save, num_beams):
     expected = []
     for row, name in zip(tokens, MIX):
         model.set_adapter("a" if name == "__base__" else name)
-        runs = make() if name == "__base__" else model
-        expected.append(runs.generate(input_ids=row[None], **settings)[0])
+        expected.append((make() if name == "__base__" else model).generate(input_ids=row[None], **settings)[0])
     got = model.generate(input_ids=tokens, adapter_names=MIX, **settings)
     assert torch.equal(got, torch.stack(expected)) and len({tuple(row.tolist()) for row in got}) == 4

@@ -47,8 +47,7 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(reentrant, t
     assert (tmp_path / "through/checkpoint-4/adapter_model.safetensors").exists()
     assert not (tmp_path / "through/checkpoint-4/model.safetensors").exists()
     how = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
-    run = trainer(resumed, tmp_path / "resumed", **how)
-    run.train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
+    trainer(resumed, tmp_path / "resumed", **how).train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
     assert_equal(deltas_of(resumed), deltas_of(model))
     assert_equal(dict(model.unload().state_dict()), dict(tiny_model().state_dict()))
 
@@ -76,16 +75,14 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
     one = model.eval()(tokens).logits
     model.save_pretrained(tmp_path / "one")
     model.set_adapter("two")
-    two = model(tokens).logits
-    assert not torch.equal(one, two) and not torch.equal(one, base)
+    assert not torch.equal(one, model(tokens).logits) and not torch.equal(one, base)
     model.disable_adapters()
     assert torch.allclose(model(tokens).logits, base, rtol=1e-5, atol=1e-6)
     model.enable_adapters()
     loaded = tiny_model()
     loaded.load_adapter(str(tmp_path / "one"), "mine")
     assert torch.equal(loaded.eval()(tokens).logits, one) and loaded.active_adapters() == ["mine"]
-    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "one").eval()
-    assert torch.equal(again(tokens).logits, one)
+    assert torch.equal(PeftModel.from_pretrained(tiny_model(), tmp_path / "one").eval()(tokens).logits, one)
     model.delete_adapter("two")
     assert torch.equal(model(tokens).logits, one)
 
@@ -113,8 +110,7 @@ def test_trl_with_peft_config(kind, tmp_path):
 def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):
     """TRL copies its deltas by name to a second adapter, the reference; otherwise the reference would be the base."""
     pytest.importorskip("trl")
-    trained = fresh(init_weights=False)
-    trained.save_pretrained(tmp_path / "sft")
+    fresh(init_weights=False).save_pretrained(tmp_path / "sft")
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "sft", is_trainable=True)
     before = copy.deepcopy(deltas_of(model))
     done = trl_trainer("dpo", model, tmp_path / "dpo")

@@ -22,8 +22,7 @@ def test_a_second_selection_excludes_the_first(metric, allocation):
     first = s2ft.select(model, S2FTConfig(**options), data)
     second = s2ft.select(model, S2FTConfig(**options, exclude=first), data)
     for path, units in second.units.items():
-        taken = set(first.units.get(path, torch.tensor([])).tolist())
-        assert not taken & set(units.tolist()), path
+        assert not set(first.units.get(path, torch.tensor([])).tolist()) & set(units.tolist()), path
     assert sum(map(len, second.units.values())) == sum(map(len, first.units.values()))
     for i in range(3):  # the producers are still nested
         up, gate = (

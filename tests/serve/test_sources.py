@@ -53,8 +53,7 @@ def test_runs_adapters_and_directories_are_served_under_their_names(spare, tmp_p
         assert served(url) == [BASE, "chat", "inner", "math", "plain", "seventh", "single"]
         assert [complete(url, name).status_code for name in ("math", "seventh", "inner")] == [200] * 3
         assert complete(url, "checkpoint-4").status_code == 404
-        load = dict(lora_name="old", lora_path="math/checkpoint-4")
-        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=load)
+        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=dict(lora_name="old", lora_path="math/checkpoint-4"))
         assert answer.status_code == 400 and "checkpoint" in answer.json()["error"]["message"]
 
 

@@ -134,8 +134,7 @@ class State:
         return effective_weights(self.plain, [(self.adapter(name), weight) for name, weight in active.items()])
 
     def tolerance(self) -> float:
-        dtype = max(self.coarsest, next(self.plain.parameters()).dtype, key=PRECISION.get)
-        return GEMM[dtype][0]
+        return GEMM[max(self.coarsest, next(self.plain.parameters()).dtype, key=PRECISION.get)][0]
 
 
 # ---- operations, and the states in which they are possible ---------------------------------------------------
@@ -338,8 +337,7 @@ def backward(state: State) -> None:
 
 
 def load_own_state(state: State) -> None:
-    own = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    state.model.load_state_dict(own)
+    state.model.load_state_dict({name: tensor.clone() for name, tensor in state.model.state_dict().items()})
 
 
 def load_own_state_into_copy(state: State) -> None:

@@ -59,5 +59,4 @@ def make_adapter(model: nn.Module, config: s2ft.S2FTConfig, name: str, seed: int
 
 
 def tokens(model: nn.Module, batch: int = 2, length: int = 5, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

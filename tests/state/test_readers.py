@@ -243,8 +243,7 @@ def test_a_read_only_weight_is_refused(writer, tmp_path):
 def test_a_weight_in_a_private_mapping_works_and_its_file_does_not_change(writer, tmp_path):
     WRITERS[writer](tmp_path, "c")
     content = np.fromfile(tmp_path / "weight.bin", dtype="float32")
-    expected = np.random.default_rng(0).standard_normal(content.shape).astype("float32")
-    assert np.array_equal(content, expected)
+    assert np.array_equal(content, np.random.default_rng(0).standard_normal(content.shape).astype("float32"))
 
 
 # ---- the PyTorch reference -----------------------------------------------------------------------------------

@@ -22,8 +22,7 @@ def save_base(folder, dtype="float32"):
 
     from support.vllm_models import tiny_llama
 
-    model = tiny_llama(initializer_range=0.05).to(getattr(torch, dtype))
-    model.save_pretrained(folder)
+    tiny_llama(initializer_range=0.05).to(getattr(torch, dtype)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 

@@ -276,8 +276,7 @@ def test_layers_that_are_compiled_separately():
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = compiled(layer, FORWARD)
     attach_random(model, config)
-    found = {name.replace("_orig_mod.", ""): grad for name, grad in step(model).items()}
-    assert_same(found, step(other), LOGITS)
+    assert_same({name.replace("_orig_mod.", ""): grad for name, grad in step(model).items()}, step(other), LOGITS)
     s2ft.detach(model)
     after = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())

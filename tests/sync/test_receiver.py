@@ -169,8 +169,7 @@ def test_a_second_trainer_is_refused_until_it_takes_over(bound):
 def test_the_same_trainer_begins_again_with_other_slices(bound):
     engine, receiver, before = bound
     receiver.update(update(5))
-    specs = specs_of(checkpoint(), NAMES[:1])
-    receiver.bind({**init(), "slices": to_message(specs)})
+    receiver.bind({**init(), "slices": to_message(specs_of(checkpoint(), NAMES[:1]))})
     assert same(engine, before)
     receiver.update({"sender": "a", "step": 0, "tensor": torch.ones(48)})
     receiver.close()

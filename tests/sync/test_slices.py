@@ -78,8 +78,7 @@ def two_adapters(model):
     from s2ft.peft import S2FTPeftConfig
 
     model = peft_form(model, d_ratio=0.1, seed=1)
-    config = S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2)
-    model.add_adapter("two", config, autocast_adapter_dtype=False)
+    model.add_adapter("two", S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2), autocast_adapter_dtype=False)
     model.base_model.set_adapter(["default", "two"])
     return model
 

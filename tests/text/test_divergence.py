@@ -137,8 +137,7 @@ def test_adapters_are_switched_off_for_the_base(way, monkeypatch):
     base, _ = direct(model, rows)
     model = randomize(WAYS[way](model).eval(), std=0.1)
     tuned, _ = direct(model, rows)
-    distributions = BaseDistributions.of(model, rows)
-    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
+    assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)
     assert mean_loss(model, rows) == pytest.approx(direct_loss(model, rows), rel=1e-6)
     assert torch.equal(direct(model, rows)[0], tuned)
 

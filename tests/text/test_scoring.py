@@ -79,8 +79,7 @@ def test_no_number(text):
     ],
 )
 def test_right_answers_of_both_tasks(text, answer, right):
-    task = "arithmetic" if answer[:1].isdigit() or answer == "C" else "commonsense"
-    assert is_right(text, answer, task) is right
+    assert is_right(text, answer, "arithmetic" if answer[:1].isdigit() or answer == "C" else "commonsense") is right
 
 
 def example(output, answer=None):

@@ -160,8 +160,7 @@ def test_only_positions_that_predict_a_label_get_logits():
     batch = PackedCollator(0, flat=False)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch["shift_labels"].tolist() == [[-100, 7, -100, -100], [10, -100, -100, -100]]
-    none = PackedCollator(0)([{"input_ids": [5, 6], "labels": [-100, -100]}])
-    assert none["shift_labels"].tolist() == [[-100]]
+    assert PackedCollator(0)([{"input_ids": [5, 6], "labels": [-100, -100]}])["shift_labels"].tolist() == [[-100]]
 
 
 def test_padded_rows_end_together_and_their_first_token_has_no_label():

@@ -92,8 +92,7 @@ def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupt
 
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     """Writing the optimizer's file fails. The previous checkpoint stays the newest. The next run cleans up."""
-    model = attached()
-    broken = ours(model, tmp_path, save_steps=2)
+    broken = ours(attached(), tmp_path, save_steps=2)
     write = broken._save_optimizer_and_scheduler
 
     def fail(folder):

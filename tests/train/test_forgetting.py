@@ -200,8 +200,7 @@ def trained_by(kind, path):
     if kind == "peft":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     arguments = TrainingArguments(str(path), **PLAIN)
-    trainer = (S2FTTrainer if kind == "s2ft" else Trainer)(model, arguments, train_dataset=rows_for_trainer())
-    return model, trainer
+    return model, (S2FTTrainer if kind == "s2ft" else Trainer)(model, arguments, train_dataset=rows_for_trainer())
 
 
 @pytest.mark.parametrize("kind", ("s2ft", "trl", "peft", "full"))
@@ -237,8 +236,7 @@ def test_full_fine_tuning_is_resumed_with_the_base_of_its_beginning(tmp_path):
         return meter.measured
 
     first = train()
-    again = train(str(tmp_path / "checkpoint-2"))
-    assert again == {step: first[step] for step in (3, 4)}
+    assert train(str(tmp_path / "checkpoint-2")) == {step: first[step] for step in (3, 4)}
     with pytest.raises(ValueError, match="call meter.add_to"):
         train(str(tmp_path / "checkpoint-2"), add=False)
 

@@ -58,8 +58,7 @@ def test_every_option_reaches_the_loader(given, tmp_path, monkeypatch):
 def test_a_base_that_is_quantized_while_it_is_loaded_trains_in_place(bits, tiny, tmp_path, caplog):
     caplog.set_level("INFO")
     model, _ = load_base(ModelOptions(tiny, **{f"load_in_{bits}bit": True}), arguments(tmp_path))
-    layer = model.model.layers[0].mlp.down_proj
-    assert type(layer).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert type(model.model.layers[0].mlp.down_proj).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
     config = fit_layout(s2ft.S2FTConfig(d_ratio=0.2), model, chosen=False)
     assert config.layout == "indexed" and "layout indexed" in caplog.text
     s2ft.attach(model, config)

@@ -88,8 +88,7 @@ def test_names_are_renamed_as_vllm_renames_them(folder):
         f"language_model.{name}": [f"language_model.{part}" for part in parts]
         for name, parts in manager.packed_modules.items()
     }
-    rename = SimpleNamespace(get_rename_mapper=lambda: lambda name: f"language_model.{name}")
-    manager.model.hf_to_vllm_mapper = rename
+    manager.model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: lambda name: f"language_model.{name}")
     lora = load(engine, folder / "adapter")
     assert "language_model.model.layers.0.self_attn.q_proj" in lora.loras
     assert engine.added(lora, "language_model.model.layers.0.self_attn.qkv_proj").abs().max() > 0
@@ -199,8 +198,7 @@ def test_an_adapter_without_locations_of_a_model_that_cannot_be_built_says_the_w
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rows_in_another_order_are_noticed(folder, rank):
     """An engine that keeps the heads in another order would add an adapter to the wrong ones."""
-    order = torch.arange(64).view(4, 16).t().reshape(-1)
-    engine = engine_of(small_llama(), folder / "base", 2, rank, order)
+    engine = engine_of(small_llama(), folder / "base", 2, rank, torch.arange(64).view(4, 16).t().reshape(-1))
     with pytest.raises(ValueError, match="keeps the rows or columns of model.layers.0.self_attn.o_proj in another"):
         load(engine, folder / "adapter")
 

@@ -150,8 +150,7 @@ def test_offline_limits_name_the_option(served, tmp_path):
 
 
 def test_a_release_without_a_name_says_so_and_serves_exported_adapters(served, tmp_path):
-    model = with_loaded(tiny_llama(), served.adapters / "wide")
-    s2ft.export_lora(model, tmp_path / "exported")
+    s2ft.export_lora(with_loaded(tiny_llama(), served.adapters / "wide"), tmp_path / "exported")
     steps = [["exported", str(tmp_path / "exported")], None]
     missing = ["vllm.lora.utils", "a_name_of_another_release"]
     answers, printed = offline(served.base, tmp_path, steps, missing=missing, max_lora_rank=256)

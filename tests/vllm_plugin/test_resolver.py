@@ -68,8 +68,7 @@ def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
 
 
 def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tmp_path, caplog):
-    adapter = s2ft.read_adapter(adapters / "math")
-    native.write(replace(adapter, info={"base_model": "org/base"}), tmp_path / "of-org")
+    native.write(replace(s2ft.read_adapter(adapters / "math"), info={"base_model": "org/base"}), tmp_path / "of-org")
     with caplog.at_level(logging.WARNING):
         assert found("of-org", tmp_path, base="org/other") is None
     assert "is an adapter of 'org/base', and this server has org/other" in caplog.text

@@ -25,8 +25,7 @@ def server(base, tmp_path_factory):
     [("permuted", "float32", ""), ("peft", "bfloat16", ""), ("indexed", "float32", "bfloat16")],
 )
 def test_after_each_of_50_syncs_the_engine_has_the_merged_tensors(form, dtype, served, base, tmp_path):
-    folder = base if dtype == "float32" else save_base(tmp_path / "base", dtype)
-    found = run("syncs", folder, form, dtype, served, 50)
+    found = run("syncs", base if dtype == "float32" else save_base(tmp_path / "base", dtype), form, dtype, served, 50)
     assert found["equal"] == (0 if served else 50) and found["bytes"] <= 1.05 * found["slices"]
 
 
@@ -35,8 +34,7 @@ def test_weights_in_other_processes_get_the_numbers_in_a_message(workers, base):
     """vLLM's LLM with its engine in a process of its own, and with two workers."""
     more = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     more |= {"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if workers == 2 else {}
-    found = run("syncs", base, "permuted", "float32", "", 4, workers, **more)
-    assert found["equal"] == 4
+    assert run("syncs", base, "permuted", "float32", "", 4, workers, **more)["equal"] == 4
 
 
 @pytest.mark.parametrize(
