@@ -8,8 +8,7 @@ import torch
 from support.inside import ACTIVATIONS, HIDDEN_ACTS, attachment_of, couplings_of, projections_of, weight_at
 from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
 from support.pairs import rest_slow
-from support.slices import random_slices
-from support.states import with_adapter
+from support.states import randomize, with_adapter
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (
@@ -63,7 +62,7 @@ def test_attach_keeps_the_logits_and_merge_those_of_the_slices(case, request_, l
         before = output_of(model)
         s2ft.attach(model, config_for(case, request_, layout=layout))
         assert relative_difference(output_of(model), before) <= LOGITS
-        trained = output_of(random_slices(model))
+        trained = output_of(randomize(model))
         assert (
             relative_difference(output_of(s2ft.merge(model)), trained) <= LOGITS < relative_difference(trained, before)
         )

@@ -1,13 +1,12 @@
 """Layers of classes derived from nn.Linear and Conv1D: what the class adds to the forward is kept."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
 from support.inside import S2Layer, S2RowOwnForward, computes_linear, kind_of
-from support.states import randomize
+from support.states import randomize, saved_and_loaded
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -151,10 +150,7 @@ def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
     model = make_net()
     s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout="indexed"), couplings=[COUPLING], example=EXAMPLE)
     randomize(model)
-    buffer = io.BytesIO()
-    torch.save(model.down, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(model.down), torch.load(buffer, weights_only=False)):
+    for other in (copy.deepcopy(model.down), saved_and_loaded(model.down)):
         x = torch.randn(3, CHANNELS)
         assert torch.equal(other(x), model.down(x)) and other.scale is not model.down.scale
         other.to(torch.float64)

@@ -1,11 +1,11 @@
 """S2ColumnLinear and S2RowLinear: one test for each property that the layers promise."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.states import saved_and_loaded
 from torch import nn
 
 from s2ft import S2ColumnLinear, S2RowLinear
@@ -135,13 +135,6 @@ COPIES = {
     "state into one with the base": lambda layer, other: with_state_of(layer, other),
     "state into one with base + s2": lambda layer, other: with_state_of(layer, other.fuse() or other),
 }
-
-
-def saved_and_loaded(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 def with_state_of(layer, other):

@@ -1,7 +1,6 @@
 """Adapters on the quantized linear layers of bitsandbytes and torchao, on the CPU. Their whole life: test_life_cycle."""
 
 import copy
-import io
 import pickle
 from dataclasses import replace
 
@@ -26,8 +25,7 @@ from support.quantized import (
     quantized,
     torchao,
 )
-from support.slices import random_slices
-from support.states import with_adapter, with_loaded
+from support.states import randomize, saved_and_loaded, with_adapter, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -52,9 +50,7 @@ def trained(model, steps=3):
 
 
 def gradients(model, training=True):
-    s2ft.attach(model, INDEXED)
-    random_slices(model)
-    model.train(training)
+    randomize(with_adapter(model, INDEXED), std=0.02).train(training)
     batch = token_batch(model)
     embedded = model.get_input_embeddings()(batch).detach().requires_grad_(True)
     model(inputs_embeds=embedded, labels=batch).loss.backward()
@@ -239,11 +235,8 @@ def test_selections(kind, selection):
 @kinds
 def test_a_state_is_loaded(kind):
     model, fresh = trained(quantized(kind)), quantized(kind)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
     s2ft.attach(fresh, INDEXED)
-    state = torch.load(file, weights_only=False)
+    state = saved_and_loaded(model.state_dict())
     if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:  # it can save scales but not load them
         state = {key: value for key, value in state.items() if ".linear.weight." not in key}
     fresh.load_state_dict(state)

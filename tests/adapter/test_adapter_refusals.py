@@ -8,8 +8,7 @@ import torch
 from adapter import test_extra_weights as extra
 from support.inside import add_info, lora, native, restore_adapter
 from support.models import model_of, train
-from support.slices import random_slices
-from support.states import with_adapter, with_loaded
+from support.states import randomize, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
@@ -61,8 +60,7 @@ def broken(value):
 def convolutions():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=8)
-    s2ft.attach(net, S2FTConfig(d_ratio=0.3), couplings=[coupling], example=torch.randn(2, 3, 9, 9))
-    return random_slices(net)
+    return randomize(with_adapter(net, S2FTConfig(d_ratio=0.3), couplings=[coupling], example=torch.randn(2, 3, 9, 9)))
 
 
 def load(change=lambda adapter: None, **options):

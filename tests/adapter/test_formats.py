@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
-from support.slices import random_slices
-from support.states import same, with_adapter
+from support.states import randomize, same, with_adapter
 from torch import nn
 
 import s2ft
@@ -188,8 +187,7 @@ def test_a_custom_module(tmp_path):
     mlp, x = [s2ft.Coupling.ffn(0, up="1.0", down="1.2", channels=20)], torch.randn(3, 6)
     model, other = net(), net()
     s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=x)
-    random_slices(model)
-    export_lora(model, tmp_path)
+    export_lora(randomize(model), tmp_path)
     assert relative(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
     import_lora(other, tmp_path, couplings=mlp)
     assert_equal_deltas(get_adapter(other, "default"), get_adapter(model, "default"))

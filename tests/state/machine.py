@@ -11,16 +11,16 @@ are left out as long as it fails in the same way.
 
 import argparse
 import copy
-import io
 import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from support.inside import S2Layer
+from support.states import saved_and_loaded
 from support.tolerances import GEMM
 from torch import nn
 from transformers.utils import logging
@@ -348,10 +348,8 @@ def load_own_state_into_copy(state: State) -> None:
 
 def load_base_state(state: State) -> None:
     """Either the numbers do not change, or ValueError is raised."""
-    try:
+    with suppress(ValueError):
         state.model.load_state_dict({k: v.clone() for k, v in state.plain.state_dict().items()}, strict=False)
-    except ValueError:
-        pass
 
 
 def deep_copy(state: State) -> None:
@@ -359,10 +357,7 @@ def deep_copy(state: State) -> None:
 
 
 def save_whole(state: State) -> None:
-    file = io.BytesIO()
-    torch.save(state.model, file)
-    file.seek(0)
-    state.model = torch.load(file, weights_only=False)
+    state.model = saved_and_loaded(state.model)
 
 
 def train_mode(state: State) -> None:
@@ -374,11 +369,7 @@ def evaluation_mode(state: State) -> None:
 
 
 def cast(state: State) -> None:
-    cast_to(state, state.rng.choice(CASTS))
-
-
-def cast_to(state: State, dtype: torch.dtype) -> None:
-    now = next(state.plain.parameters()).dtype
+    dtype, now = state.rng.choice(CASTS), next(state.plain.parameters()).dtype
     method = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}[dtype]
     if state.rng.random() < 0.5:
         state.both(lambda model: getattr(model, method)())

@@ -2,6 +2,7 @@
 
 import torch
 from support.models import CASES
+from support.states import randomize, with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -40,20 +41,9 @@ def ratios(case: str, ratio: float = 0.5) -> dict[str, float]:
     return {f"{key}_ratio": ratio for key in keys}
 
 
-def fill_slices(model: nn.Module, seed: int, std: float = 0.1) -> None:
-    """Give every trainable slice random values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] == "s2":
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
 def make_adapter(model: nn.Module, config: s2ft.S2FTConfig, name: str, seed: int) -> s2ft.Adapter:
     """Attach to a plain model, fill the slices, take the adapter out and detach."""
-    s2ft.attach(model, config, name=name)
-    fill_slices(model, seed)
-    adapter = s2ft.get_adapter(model, name)
+    adapter = s2ft.get_adapter(randomize(with_adapter(model, config, name), seed, 0.1), name)
     s2ft.detach(model)
     return adapter
 

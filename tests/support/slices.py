@@ -3,20 +3,10 @@
 import torch
 from torch import nn
 
-import s2ft
 from s2ft import S2FTConfig
-from support.inside import attachment_of
 from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
+from support.states import randomize, with_adapter
 from support.tolerances import relative_difference
-
-
-def random_slices(model: nn.Module) -> nn.Module:
-    """Give all trained slices random values, the same each time. Returns the model."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for mount in attachment_of(model).mounts.values():
-            mount.layer.s2.normal_(std=0.02, generator=generator)
-    return model
 
 
 def without_caches(model: nn.Module) -> nn.Module:
@@ -43,14 +33,9 @@ def everything(case: str, **more) -> S2FTConfig:
     return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
 
 
-def attach_random(model: nn.Module, config: S2FTConfig) -> nn.Module:
-    s2ft.attach(model, config)
-    return random_slices(model)
-
-
 def attached(case: str, layers: int | None = None, dtype: torch.dtype = torch.float32, **more) -> nn.Module:
     """:func:`plain_model` with random values in all trained slices."""
-    return attach_random(plain_model(case, layers, dtype), everything(case, **more))
+    return randomize(with_adapter(plain_model(case, layers, dtype), everything(case, **more)))
 
 
 def slices(model: nn.Module) -> dict[str, nn.Parameter]:

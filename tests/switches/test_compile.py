@@ -8,7 +8,8 @@ import torch
 from support.inductor import skip_where_wrong
 from support.inside import Projection, attachment_of
 from support.models import loss_of, output_of, token_batch
-from support.slices import assert_same, attach_random, attached, everything, gradients, plain_model
+from support.slices import assert_same, attached, everything, gradients, plain_model
+from support.states import randomize, with_adapter
 from support.tolerances import GEMM, LOGITS, relative_difference
 from torch import nn
 from torch._dynamo.utils import counters
@@ -228,7 +229,7 @@ def test_attaching_to_a_model_that_is_compiled_in_place():
     other = attached("llama-grouped", layers=1)
     with torch.no_grad():
         base = output_of(model)
-    attach_random(model, everything("llama-grouped"))
+    randomize(with_adapter(model, everything("llama-grouped")))
     assert_same(step(model), step(other), LOGITS)
     s2ft.detach(model)
     with torch.no_grad():
@@ -275,7 +276,7 @@ def test_layers_that_are_compiled_separately():
     before = copy.deepcopy(model.state_dict())
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = compiled(layer, FORWARD)
-    attach_random(model, config)
+    randomize(with_adapter(model, config))
     assert_same({name.replace("_orig_mod.", ""): grad for name, grad in step(model).items()}, step(other), LOGITS)
     s2ft.detach(model)
     after = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
