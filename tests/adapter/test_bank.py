@@ -279,9 +279,8 @@ def test_batches_do_not_nest(folder, model):
 
 def test_an_exception_does_not_change_the_model(folder, model):
     bank = AdapterBank(model, folder)
-    with pytest.raises(KeyboardInterrupt):
-        with bank.batch(["a", "b"]):
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), bank.batch(["a", "b"]):
+        raise KeyboardInterrupt
     assert_plain(model)
     with torch.no_grad(), bank.batch(["c", "d"]):
         assert_close(output_of(model)[1], alone("llama", folder, "d", output_of)[1])

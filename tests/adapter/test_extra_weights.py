@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
+from adapter.test_pretrained import trainer
 from support.inside import INDEX
 from support.models import model_of, train as fit
 from support.states import same, with_adapter
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback
 
 import s2ft
 from s2ft import S2FTConfig
@@ -89,18 +83,7 @@ class Look(TrainerCallback):
         self.head, self.step = head_of(model), state.global_step
 
 
-def trainer(model, folder, steps, kind=Trainer, callbacks=()):
-    arguments = TrainingArguments(
-        str(folder),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_steps=2,
-        max_steps=steps,
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-    )
-    return kind(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
+OPTIONS = dict(rows=ROWS, save_steps=2, learning_rate=0.1, lr_scheduler_type="constant")
 
 
 @BOTH
@@ -110,11 +93,12 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
 
     kind = {"transformers": Trainer, "s2ft": S2FTTrainer}[kind]
     whole, first, second = (attached(how) for _ in range(3))
-    trainer(whole, tmp_path / "whole", 4, kind).train()
-    trainer(first, tmp_path / "cut", 2, kind).train()
+    trainer(whole, tmp_path / "whole", kind=kind, max_steps=4, **OPTIONS).train()
+    trainer(first, tmp_path / "cut", kind=kind, max_steps=2, **OPTIONS).train()
     assert set(HEAD) <= json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"].keys()
     look = Look()
-    trainer(second, tmp_path / "cut", 4, kind, [look]).train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+    resumed = trainer(second, tmp_path / "cut", kind=kind, callbacks=[look], max_steps=4, **OPTIONS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
     assert look.step == 2
     assert same(look.head, head_of(first))
     assert same(second, whole)

@@ -30,9 +30,9 @@ def write(adapter, folder):
 def is_either(found, adapters):
     """Check that `found` equals one of the adapters, bit for bit. Returns the position of that adapter."""
     place = [one.name for one in adapters].index(found.name)
-    for path, delta in adapters[place].deltas.items():
-        assert torch.equal(found.deltas[path].values, delta.values)
-    assert found.selection == adapters[place].selection
+    expected = adapters[place]
+    assert all(torch.equal(found.deltas[path].values, delta.values) for path, delta in expected.deltas.items())
+    assert found.selection == expected.selection
     return place
 
 

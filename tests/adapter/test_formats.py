@@ -4,12 +4,13 @@ import importlib.util
 import json
 import warnings
 from pathlib import Path
-from unittest.mock import MagicMock, call
+from unittest.mock import call
 
 import peft
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.hub import fake_hub, uploaded
 from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
 from support.pairs import in_turn
@@ -82,8 +83,7 @@ def test_golden_adapters_load_and_are_saved_again(name, trainable, tmp_path):
     native.write(adapter, tmp_path)
     again = read_adapter(tmp_path)
     assert_equal_deltas(again, adapter)
-    for field in ("config", "fingerprint", "couplings"):
-        assert getattr(again, field) == getattr(adapter, field)
+    assert all(getattr(again, one) == getattr(adapter, one) for one in ("config", "fingerprint", "couplings"))
 
 
 def test_every_golden_folder_is_tested():
@@ -313,18 +313,7 @@ FILES = {native.CONFIG, native.TENSORS}
 
 @pytest.fixture
 def api(monkeypatch):
-    """The functions of huggingface_hub."""
-    made = MagicMock()
-    monkeypatch.setattr("huggingface_hub.HfApi", made)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", made.download)
-    made().create_repo().repo_id, made().file_exists.return_value = "org/adapter", False
-    made.reset_mock()
-    return made
-
-
-def uploaded(api):
-    """The files of the last commit, by name."""
-    return {one.path_in_repo: one.path_or_fileobj for one in api().create_commit.call_args.args[1]}
+    return fake_hub(monkeypatch, "org/adapter")
 
 
 def test_what_is_pushed(api, tmp_path):

@@ -24,7 +24,7 @@ def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):
     return with_adapter(tiny_model(dtype=dtype, **changes), s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
 
 
-def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
+def trainer(model, folder, rows=ROWS, callbacks=(), kind=Trainer, **changes):
     options = dict(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -36,7 +36,7 @@ def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
         use_cpu=True,
         disable_tqdm=True,
     )
-    return Trainer(
+    return kind(
         model=model,
         args=TrainingArguments(**{**options, **changes}),
         train_dataset=rows,

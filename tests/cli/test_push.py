@@ -1,9 +1,8 @@
 """s2ft sft --push-to-hub: the hub is asked before the training, and gets the adapter with its card at the end."""
 
-from unittest.mock import MagicMock
-
 import pytest
 import yaml
+from support.hub import fake_hub, uploaded
 from support.states import with_adapter
 
 from s2ft.cli.main import main
@@ -11,18 +10,7 @@ from s2ft.cli.main import main
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The hub, with its calls."""
-    made = MagicMock()
-    made().create_repo().repo_id, made().file_exists.return_value = "me/my-run", False
-    made().create_commit().commit_url = "https://hub/commit/1"
-    made.reset_mock()
-    monkeypatch.setattr("huggingface_hub.HfApi", made)
-    return made
-
-
-def uploaded(hub):
-    """The files of the last commit, by name."""
-    return {one.path_in_repo: one.path_or_fileobj for one in hub().create_commit.call_args.args[1]}
+    return fake_hub(monkeypatch, "me/my-run")
 
 
 @pytest.fixture

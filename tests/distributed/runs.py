@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.ranks import forget_deepspeed
 from support.tolerances import GEMM
 from torch import nn
 
@@ -18,6 +18,7 @@ import s2ft
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 STEPS, ROWS, LENGTH = 4, 4, 7
 RANKS = 2
+EXTRA = dict(modules_to_save=["model.norm", "lm_head"])  # weights that are trained in full
 
 
 def config_for(case, layout="permuted", **changes):
@@ -140,8 +141,7 @@ def reset(way="cpu"):
 
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-    if "transformers.integrations.deepspeed" in sys.modules:  # under a config of ZeRO-3 new models are partitioned
-        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
+    forget_deepspeed()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
     if way == "deepspeed":  # accelerate uses it only if no one asks for CPUs, and here are only CPUs
@@ -180,6 +180,13 @@ def check_same_files(ours, theirs, rtol=GEMM[torch.float32][0], atol=GEMM[torch.
         else:
             torch.testing.assert_close(value, expected[key], rtol=rtol, atol=atol)
     assert any(bool(value.any()) for key, value in tensors.items() if key.endswith(".delta"))
+
+
+def base_is(model, case, dtype=torch.float32):
+    """Whether the parameters of a detached model are those of the case, bit for bit. Every rank calls this."""
+    base, now = dict(model_of(case, dtype).named_parameters()), dict(model.named_parameters())
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in now.items()}
+    return whole.keys() == base.keys() and all(torch.equal(whole[name], value) for name, value in base.items())
 
 
 def logits(model, forward=None):

@@ -6,9 +6,12 @@ They train, save, restore and resume the adapter of one process.
 import pytest
 import torch
 from runs import (
+    EXTRA,
+    attach_to,
     attached,
     batches,
     check_same_files,
+    config_for,
     engine_for,
     files,
     logits,
@@ -18,8 +21,8 @@ from runs import (
     unchanged_environment,
 )
 from support.inside import S2FTTrainer, full_tensors
-from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import with_adapter, with_loaded
+from support.models import model_of
+from support.states import same, with_adapter, with_loaded
 from test_trainer import CLOSE, losses_of, trainer, zero_config
 from transformers import AutoModelForCausalLM, Trainer
 
@@ -33,18 +36,9 @@ def partitioned_of(case, dtype=torch.float32):
     return partitioned(model_of(case, dtype), dtype)
 
 
-def config_of(case, **changes):
-    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), **changes})
-
-
 def values(model):
     """Every parameter in full, by name. Every rank calls this."""
     return {name: value.clone() for name, value in full_tensors(dict(model.named_parameters())).items()}
-
-
-def check_same_values(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert not [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
 
 
 def run(engine, rank, steps=4):
@@ -61,11 +55,7 @@ def run(engine, rank, steps=4):
 
 def train_and_save(rank, case, layout, stage, directory, half=False, first=False):
     """With `first` the model is partitioned before the adapter is attached."""
-    if first:
-        model = with_adapter(partitioned_of(case), config_of(case, layout=layout))
-    else:
-        model = attached(case, layout)
-    engine = engine_for(model, stage, half)
+    engine = engine_for(attach_to(partitioned_of(case) if first else model_of(case), case, layout), stage, half)
     run(engine, rank)
     s2ft.save_adapter(engine.module, directory)
 
@@ -103,15 +93,15 @@ def attach_both(rank, case, selection, layout):
     """attach changes a partitioned model as it changes a whole one, and detach takes it back."""
     whole, model = model_of(case), partitioned_of(case)
     base = values(whole)
-    config = config_of(case, selection=selection, layout=layout)
+    config = config_for(case, selection=selection, layout=layout)
     data = batches(whole, 2) if selection in ("activation", "product", "gradient") else None
     expected = s2ft.attach(whole, config, calibration=data)
     report = s2ft.attach(model, config, calibration=data)
     assert str(report) == f"{expected}\n{report.unproved}" and "in evaluation mode only" in report.unproved
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
     assert all(is_partitioned_or_new(name, parameter) for name, parameter in model.named_parameters())
     s2ft.detach(model)
-    check_same_values(values(model), base)
+    assert same(values(model), base)
     assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.parameters())
 
 
@@ -140,7 +130,7 @@ def fail_in_calibration(rank, selection):
     model, whole = partitioned_of("llama-grouped"), model_of("llama-grouped")
     before = [id(parameter) for parameter in model.parameters()]
     good = batches(whole, 2)
-    config = config_of("llama-grouped", selection=selection)
+    config = config_for("llama-grouped", selection=selection)
     for bad in ([good[0], good[1] + 1000], good[: 1 + rank]):  # unknown tokens; more batches on one rank
         with pytest.raises(Exception) as error:
             s2ft.attach(model, config, calibration=bad)
@@ -148,14 +138,13 @@ def fail_in_calibration(rank, selection):
         assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.parameters())
     for one in (model, whole):
         s2ft.attach(one, config, calibration=good)
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
     return str(error.value)
 
 
 @pytest.mark.parametrize("selection", ("activation", "gradient"))
 def test_a_failure_in_calibration_leaves_the_model_as_it_was(ranks, selection):
-    for message in ranks(fail_in_calibration, selection):
-        assert "differ in their calibration" in message
+    assert all("differ in their calibration" in message for message in ranks(fail_in_calibration, selection))
 
 
 def write_and_merge(rank, folder, trainable):
@@ -164,14 +153,14 @@ def write_and_merge(rank, folder, trainable):
     base = values(whole)
     for one in (model, whole):
         s2ft.load_adapter(one, folder, trainable=trainable)
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
     s2ft.set_adapter(model, None)
     if not trainable:
-        check_same_values(values(model), base)
+        assert same(values(model), base)
     s2ft.set_adapter(model, "default")
     for one in (model, whole):
         s2ft.merge(one)
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
 
 
 @pytest.mark.parametrize("trainable", (False, True))
@@ -194,8 +183,8 @@ def attach_loaded(rank, folder, unknown):
     for one in (whole, model):
         if unknown:  # couplings are found by trials on a small model, which must not be partitioned
             one.config.model_type = "unknown"
-        s2ft.attach(one, config_of("llama-grouped", selection="weight"), verify=True)
-    check_same_values(values(model), values(whole))
+        s2ft.attach(one, config_for("llama-grouped", selection="weight"), verify=True)
+    assert same(values(model), values(whole))
     del live
 
 
@@ -218,8 +207,8 @@ def attach_in_an_engine(rank, stage):
 
 @pytest.mark.parametrize("stage", (1, 3))
 def test_attaching_to_a_model_in_an_engine_is_refused(ranks, stage):
-    for message in ranks(attach_in_an_engine, stage):
-        assert "DeepSpeed's engine holds" in message and "before deepspeed.initialize" in message
+    found = ranks(attach_in_an_engine, stage)
+    assert all("DeepSpeed's engine holds" in one and "before deepspeed.initialize" in one for one in found)
 
 
 def take_out_of_an_engine(rank, stage, directory):
@@ -239,10 +228,7 @@ def test_a_model_is_taken_out_of_an_engine_whose_weights_are_whole(ranks, stage,
     states = ranks(take_out_of_an_engine, stage, tmp_path)
     expected = s2ft.merge(with_loaded(model_of("llama"), tmp_path)).state_dict()
     for state in states if stage == 1 else ():
-        check_same_values(state, expected)
-
-
-EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
+        assert same(state, expected)
 
 
 def train_extra_weights(rank, stage, directory):
@@ -345,7 +331,7 @@ OPTIONS = dict(max_steps=3, gradient_accumulation_steps=2, gradient_checkpointin
 
 def load_and_attach(base):
     return with_adapter(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config_of("llama-grouped", selection="weight")
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config_for("llama-grouped", selection="weight")
     )
 
 

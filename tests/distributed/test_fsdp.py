@@ -2,10 +2,11 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
-from runs import attached, check_same_files, config_for, files, logits, sharded, train
+from runs import EXTRA, attached, base_is, check_same_files, config_for, files, logits, sharded, train
 from support.inside import attachment_of
 from support.models import model_of
 
@@ -94,8 +95,6 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
 
 # ---- weights that are trained in full ------------------------------------------------------------------------
 
-EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
-
 
 def switch_extra_weights(rank, folder, unfrozen):
     """unfrozen: when the head is unfrozen by hand, before or after sharding. None: the config names it."""
@@ -131,35 +130,16 @@ def test_extra_weights_of_a_sharded_model_are_switched_and_saved(ranks, unfrozen
 # ---- sharded before the adapter --------------------------------------------------------------------------------
 
 
-def base_of(model):
-    return {key: value.full_tensor().detach().clone() for key, value in model.named_parameters()}
-
-
-def is_base(model, base):
-    now = dict(model.named_parameters())
-    return now.keys() == base.keys() and all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
-
-
 def interrupted(rank, error):
     """Fail while layers are mounted, after FSDP2 has been told of them."""
     from support.inside import mounting
 
     model = sharded(model_of("llama-grouped"))
-    base, before = base_of(model), logits(model)
+    before = logits(model)
     model.reshard()
-    replace = mounting.replace_forward
-
-    def fail(*args):
-        raise error
-
-    mounting.replace_forward = fail
-    try:
+    with mock.patch.object(mounting, "replace_forward", side_effect=error), pytest.raises(type(error)):
         s2ft.attach(model, config_for("llama-grouped", "permuted"))
-    except type(error):
-        pass
-    finally:
-        mounting.replace_forward = replace
-    same = is_base(model, base) and torch.equal(logits(model), before)
+    same = base_is(model, "llama-grouped") and torch.equal(logits(model), before)
     model.reshard()
     s2ft.attach(model, config_for("llama-grouped", "permuted"))
     return same and torch.equal(logits(model), logits(attached("llama-grouped")))

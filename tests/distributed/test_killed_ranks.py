@@ -3,6 +3,8 @@
 A rank kills itself with SIGKILL when it is about to call a chosen function. The processes of a test are its own.
 """
 
+from contextlib import closing
+
 import pytest
 from runs import attached, check_same_files, sharded, train
 from support.inside import distributed
@@ -19,16 +21,14 @@ SECONDS = 5  # that a rank waits for another one, instead of half an hour
 
 @pytest.fixture
 def mortals(request):
-    made = Ranks(agent="agent" in request.param)
-    yield made
-    made.close()
+    with closing(Ranks(agent="agent" in request.param)) as made:
+        yield made
 
 
 @pytest.fixture
 def of_agent():
-    made = Ranks(agent=True)
-    yield made
-    made.close()
+    with closing(Ranks(agent=True)) as made:
+        yield made
 
 
 def run_and_kill(rank, victim, point, number, act, args):

@@ -116,21 +116,16 @@ def run_example(name, processes, *arguments):
     assert printed.count(f"ran as {KIND[name]}\n") == processes, printed
 
 
+HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
+WITH_DEEPSPEED = [pytest.mark.deepspeed, pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")]
 EACH_EXAMPLE = [
-    pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.deepspeed] * name.startswith("zero"))
-    for name in EXAMPLES
+    pytest.param(name, marks=[pytest.mark.slow] + WITH_DEEPSPEED * name.startswith("zero")) for name in EXAMPLES
 ]
-
-
-def skip_without_deepspeed(name):
-    if name.startswith("zero") and importlib.util.find_spec("deepspeed") is None:
-        pytest.skip("DeepSpeed is not installed")
 
 
 @pytest.mark.parametrize("name", EACH_EXAMPLE)
 @pytest.mark.parametrize("processes", (1, RANKS, 4))
 def test_example_saves_the_adapter_of_one_process(job, name, processes, tmp_path):
-    skip_without_deepspeed(name)
     arguments, alone = job
     run_example(name, processes, *arguments, *["--micro-batch-size", "1"] * (processes == 4), "--output", str(tmp_path))
     check_same_files(tmp_path / "adapter", alone, rtol=1e-4, atol=1e-4)
@@ -139,7 +134,6 @@ def test_example_saves_the_adapter_of_one_process(job, name, processes, tmp_path
 @pytest.mark.parametrize("name", EACH_EXAMPLE)
 def test_example_selects_by_data_evaluates_stops_and_resumes(job, name, tmp_path):
     """What only some devices can compute, since only they have the weights, reaches all of them."""
-    skip_without_deepspeed(name)
     arguments = [
         *job[0],
         "--selection",

@@ -1,5 +1,7 @@
 """Two devices share each row by DeepSpeed's sequence parallelism (Ulysses) and train the adapter of one process."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from runs import check_same_files, config_for, reset, unchanged_environment
@@ -53,11 +55,8 @@ def train_together(rank, kind, stage, base, folder):
 def test_trainer_trains_the_adapter_of_one_process(kind, stage, tmp_path):
     pytest.importorskip("deepspeed")
     model_of("llama-grouped").save_pretrained(tmp_path / "base")
-    made = Ranks()  # a process can have one group of sequence parallelism only
-    try:
+    with closing(Ranks()) as made:  # a process can have one group of sequence parallelism only
         losses, norms = made(train_together, kind, stage, tmp_path / "base", tmp_path / "two")[0]
-    finally:
-        made.close()
     with unchanged_environment():
         expected_losses, expected_norms = train(S2FTTrainer, tmp_path / "base", tmp_path / "one", "ddp")
     assert losses == pytest.approx(expected_losses, rel=1e-4)

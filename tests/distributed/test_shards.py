@@ -1,5 +1,7 @@
 """Weights that are spread over ranks: they are read in full, reordered in place, and their own shards are found."""
 
+from unittest import mock
+
 import pytest
 import torch
 from support.inside import Move, distributed, find_couplings, fingerprint, tensors_of, weight_at
@@ -77,13 +79,8 @@ def recovered(rank):
             if len(seen) > count:
                 raise KeyboardInterrupt
 
-        permutation._permute = stop
-        try:
+        with mock.patch.object(permutation, "_permute", stop), pytest.raises(KeyboardInterrupt):
             move.do(model)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            permutation._permute = permute
         move.recover(model)
         if move.is_done or any(not torch.equal(t.to_local(), base[name]) for name, t in model.named_parameters()):
             return f"after {count}"

@@ -4,10 +4,10 @@ import copy
 
 import pytest
 import torch
-from distributed.runs import STEPS, batches, check_same_files, train as train_halves
+from runs import STEPS, batches, check_same_files, config_for, logits, train as train_halves
 from support.inside import couplings_of, fingerprint
-from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import with_adapter
+from support.models import model_of
+from support.states import same, with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -32,15 +32,6 @@ def load(folder, tp=2, **sizes):
 
     config = {"distributed_config": DistributedConfig(tp_size=tp, **sizes)} if tp > 1 or sizes else {}
     return AutoModelForCausalLM.from_pretrained(folder, **config)
-
-
-def config_of(case, layout="permuted", **changes):
-    return s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, **changes)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=batches(model, 1)[0]).logits.clone()
 
 
 def train(model):
@@ -147,11 +138,9 @@ def check_equal_to_one_process(ranks, folder, way, case, config):
         if "state" in one:  # the base, in its own order
             assert all(torch.equal(one["state"][key], value) for key, value in base.items())
         check_same_files(folder_of(folder, way, rank), folder_of(folder, "one process", 0), atol=1e-4)
-        assert one["slices"].keys() == alone["slices"].keys()
-        for name, value in one["slices"].items():
-            # s2 has the same order, so that an optimizer's state fits any number of ranks
-            torch.testing.assert_close(value, alone["slices"][name], rtol=1e-4, atol=1e-4)
-            assert torch.equal(value, found[0]["slices"][name])  # the ranks have the same, bit for bit
+        # s2 has the same order, so that an optimizer's state fits any number of ranks
+        torch.testing.assert_close(one["slices"], alone["slices"], rtol=1e-4, atol=1e-4)
+        assert same(one["slices"], found[0]["slices"])  # the ranks have the same, bit for bit
 
 
 SLOW = [("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased", "permuted")]
@@ -166,7 +155,7 @@ SLOW = [("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased",
     ],
 )
 def test_two_ranks_equal_one_process(ranks, tmp_path, way, case, layout):
-    check_equal_to_one_process(ranks, tmp_path, way, case, config_of(case, layout))
+    check_equal_to_one_process(ranks, tmp_path, way, case, config_for(case, layout))
 
 
 def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
@@ -185,7 +174,7 @@ def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
     ],
 )
 def test_four_ranks_equal_one_process(four_ranks, tmp_path, way, case, layout):
-    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_of(case, layout))
+    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_for(case, layout))
 
 
 # ---- selection and the base ----------------------------------------------------------------------------
@@ -196,7 +185,7 @@ def select_all(rank, folder, case, tp=2, sizes=()):
     found = {}
     for selection in ("weight", "activation", "product", "gradient"):
         data = None if selection == "weight" else batches(model, 2)
-        chosen = s2ft.select(model, config_of(case, selection=selection), data)
+        chosen = s2ft.select(model, config_for(case, selection=selection), data)
         found[selection] = {name: units.tolist() for name, units in chosen.units.items()}
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     return found, fingerprint(model, couplings_of(model)), required, [p.grad is None for p in model.parameters()]
@@ -206,15 +195,14 @@ def select_all(rank, folder, case, tp=2, sizes=()):
 def test_selection_and_fingerprint_equal_one_process(ranks, tmp_path, case):
     model_of(case).save_pretrained(tmp_path)
     expected = select_all(0, tmp_path, case, tp=1)
-    for found in ranks(select_all, tmp_path, case):
-        assert found == expected
+    assert ranks(select_all, tmp_path, case) == [expected] * 2
 
 
 # ---- training as people do it --------------------------------------------------------------------------
 
 
 def checkpointed(rank, folder, way):
-    model = with_adapter(load(folder), config_of("llama"))
+    model = with_adapter(load(folder), config_for("llama"))
     if way is not None:
         model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
     model.train()
@@ -228,8 +216,7 @@ def test_checkpointed_blocks_give_the_same_gradients(ranks, tmp_path):
     expected = ranks(checkpointed, tmp_path, None)[0]
     for way in ("reentrant", "not reentrant"):
         for found in ranks(checkpointed, tmp_path, way):
-            for name, gradient in found.items():
-                torch.testing.assert_close(gradient, expected[name], msg=name)
+            torch.testing.assert_close(found, expected)
 
 
 def one_unit(rank, folder):
@@ -254,8 +241,7 @@ def one_unit(rank, folder):
 def test_a_rank_without_units_takes_part(ranks, tmp_path):
     model_of("llama").save_pretrained(tmp_path)
     first, second = ranks(one_unit, tmp_path)
-    for a, b in zip(first[0], second[0]):
-        assert torch.equal(a, b) and bool(a.any())
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(first[0], second[0]))
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[3], first[2])  # a copy has an s2 and a forward of its own
 

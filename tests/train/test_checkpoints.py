@@ -1,9 +1,11 @@
 """Checkpoints are written completely or not at all. A resume reports a corrupt one and takes the newest valid one."""
 
 import shutil
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
-from adapter.test_pretrained import ROWS, StopAt, attached, trainer
+from adapter.test_pretrained import StopAt, attached, trainer
 from support.inside import (
     SEAL,
     STATE,
@@ -66,15 +68,7 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
     assert len(checkpoints(tmp_path)) == 3
 
 
-def ours(model, folder, **changes):
-    plain = trainer(model, folder, **changes)
-    return S2FTTrainer(
-        model=model,
-        args=plain.args,
-        train_dataset=ROWS,
-        eval_dataset=ROWS[:6],
-        callbacks=list(changes.get("callbacks", ())),
-    )
+ours = partial(trainer, kind=S2FTTrainer)
 
 
 def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupted_run(tmp_path, caplog):
@@ -94,13 +88,12 @@ def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     """Writing the optimizer's file fails. The previous checkpoint stays the newest. The next run cleans up."""
     broken = ours(attached(), tmp_path, save_steps=2)
     write = broken._save_optimizer_and_scheduler
-
-    def fail(folder):
-        if broken.state.global_step == 4:
-            raise OSError("disk full")
-        write(folder)
-
-    monkeypatch.setattr(broken, "_save_optimizer_and_scheduler", fail)
+    full = Mock(side_effect=OSError("disk full"))
+    monkeypatch.setattr(
+        broken,
+        "_save_optimizer_and_scheduler",
+        lambda folder: (full if broken.state.global_step == 4 else write)(folder),
+    )
     with pytest.raises(OSError, match="disk full"):
         broken.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"] and (tmp_path / UNFINISHED).exists()
