@@ -46,8 +46,7 @@ def test_tokens_of_experts_of_other_devices_add_nothing():
         y.square().sum().backward()
         grads.append((y.detach(), given.grad, experts.down_proj.s2.grad, experts.gate_up_proj.s2.grad))
         model.zero_grad()
-    for ours, theirs in zip(*grads):
-        assert relative_difference(ours, theirs) <= 1e-5
+    assert all(relative_difference(ours, theirs) <= 1e-5 for ours, theirs in zip(*grads))
 
 
 def test_experts_forward_equals_that_of_transformers():

@@ -68,8 +68,7 @@ def test_equals_the_library_bit_for_bit(nano, dtype):
     assert own_losses == losses and len(set(losses)) == 3
     assert list(own) == list(merged)
     assert [name for name in merged if not torch.equal(own[name], merged[name])] == []
-    trained = [name for name, before in model.state_dict().items() if not torch.equal(before, merged[name])]
-    assert trained == [
+    assert [name for name, before in model.state_dict().items() if not torch.equal(before, merged[name])] == [
         f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
     ]
 

@@ -138,8 +138,7 @@ def test_adapters_load_on_other_kinds_of_quantization_and_on_no_other_base(tmp_p
     """The fingerprint does not depend on the quantization, nor on whether the first consumer is quantized."""
     s2ft.save_adapter(trained(quantized("nf4")), tmp_path)
     for kind in KINDS:
-        in_part = quantized(kind, wanted=lambda path: is_projection(path) and ".0." not in path)
-        for base in (in_part, plain()):
+        for base in (quantized(kind, wanted=lambda path: is_projection(path) and ".0." not in path), plain()):
             s2ft.load_adapter(base, tmp_path, trainable=True)
         with pytest.raises(ValueError, match="another base"):
             s2ft.load_adapter(quantized(kind, seed=1), tmp_path, trainable=True)

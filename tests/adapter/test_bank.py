@@ -139,8 +139,7 @@ def test_half_precision(folder, model):
 )
 def test_generates_the_tokens_of_separate_runs(options, folder, model):
     names, inputs = ["a", None, "b", "a", "e"], prompts(model, 5)
-    bank = AdapterBank(model, folder)
-    with bank.batch(names):
+    with AdapterBank(model, folder).batch(names):
         batch = generate(model, inputs, **options)
     each = options.get("num_return_sequences", 1)
     assert len({tuple(row.tolist()) for row in batch}) > 1

@@ -341,8 +341,7 @@ def test_what_is_pushed(api, tmp_path):
 def test_a_local_folder_is_preferred_and_a_missing_adapter_is_reported(api, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "org/adapter").mkdir(parents=True)
-    for name in ("org/adapter", "org/.."):
-        assert hub.resolve(name) == Path(name)
+    assert [name for name in ("org/adapter", "org/..") if hub.resolve(name) != Path(name)] == []
     for name in ("./org/none", "/none", "none", "a/b/c", "../up", "~/none", Path("org/none")):
         with pytest.raises(FileNotFoundError, match=f"adapter {Path(name).expanduser()} doesn't exist$"):
             hub.resolve(name)

@@ -157,13 +157,12 @@ def with_coupling(**changes):
             size=None,
             expert=None,
         )
-        consumer = {**producer, "key": "d", "path": DOWN, "dim": 1, **changes}
         content["couplings"] = [
             dict(
                 kind="ffn",
                 layer=0,
                 producers=[producer],
-                consumer=consumer,
+                consumer={**producer, "key": "d", "path": DOWN, "dim": 1, **changes},
                 vectors=[],
                 fixed=False,
                 block=None,

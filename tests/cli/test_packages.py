@@ -73,9 +73,10 @@ def without(modules, code):
 
 @pytest.mark.parametrize("module, package", [("s2ft.peft", "peft"), ("s2ft.train.trainer", "accelerate")])
 def test_importing_a_module_without_its_package(module, package):
-    done = without([package], f"import {module}")
-    assert done.stderr.splitlines()[-1].endswith(
-        f"{module} needs the package {package}, which is not installed: pip install {package}"
+    assert (
+        without([package], f"import {module}")
+        .stderr.splitlines()[-1]
+        .endswith(f"{module} needs the package {package}, which is not installed: pip install {package}")
     )
 
 

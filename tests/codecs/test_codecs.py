@@ -39,8 +39,7 @@ def fp8_file(strategy, shape, generator, dtype, tile=None):
 
 
 def nvfp4_file(generator, dtype):
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-    return codec_of(weights), {
+    return codec_of({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}), {
         "weight_packed": random_bytes((OUTPUTS, INPUTS // 2), generator),
         "weight_scale": (float8((OUTPUTS, INPUTS // 16), generator).view(torch.uint8) & 0x7F).view(FLOAT8),
         "weight_global_scale": torch.rand(1, generator=generator) * 1000 + 1,

@@ -123,8 +123,7 @@ def test_a_twin_of_images_or_sound_runs(config):
 
 
 def test_nothing_in_a_twin_is_special():
-    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B, attention_bias=True)))
-    for name, parameter in twin.named_parameters():
+    for name, parameter in twin_of(on_meta(LlamaConfig(**LLAMA_8B, attention_bias=True))).named_parameters():
         assert float(parameter.detach().std()) > 1e-3, name
         if "norm" in name:
             assert bool((parameter != 1).all()), name

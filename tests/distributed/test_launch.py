@@ -61,9 +61,8 @@ def launch(*command):
 
 
 def environment_of_processes():
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))}
     return {
-        **inherited,
+        **{key: value for key, value in os.environ.items() if not key.startswith(("ACCELERATE_", "FSDP_"))},
         "OMP_NUM_THREADS": "1",
         "DS_ACCELERATOR": "cpu",
         # DeepSpeed needs ninja on the path

@@ -96,8 +96,7 @@ def test_resumed_on_another_number_of_ranks(run, never_interrupted, before, coun
     lines = run(resumed_on, after, layout, tmp_path / "after", tmp_path / "before" / "checkpoint-2")
     expected, final = never_interrupted(layout)
     assert [line[0] for line in lines] == [1, 2, 3, 4]
-    for line, expect in zip(lines, expected):
-        assert line == pytest.approx(expect, rel=1e-5)
+    assert all(line == pytest.approx(expect, rel=1e-5) for line, expect in zip(lines, expected))
     check_same_files(
         tmp_path / "after" / "final", final, **(CLOSE if "zero" in before + after or "tp" in before + after else {})
     )

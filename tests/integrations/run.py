@@ -119,9 +119,8 @@ def trained_by_s2ft(folder: Path, batches: list[dict], program: dict, layout: st
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run_folder = RunFolder(Path(out))
         run_folder.begin(dict(KNOWN["settings"]))
-        options = RunOptions(chunked_loss=chunked)
         sft(model, AutoTokenizer.from_pretrained(folder / "base"), Dataset.from_list(rows), arguments, run_folder,
-            options=options)  # fmt: skip
+            options=RunOptions(chunked_loss=chunked))  # fmt: skip
     return s2ft.get_adapter(model, "default")
 
 

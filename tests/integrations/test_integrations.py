@@ -30,8 +30,7 @@ def program(monkeypatch):
     """Adds modules that a program has, by their paths with the names in them, and imports s2ft's module of it anew."""
 
     def imported(name, modules):
-        paths = {path[: end.start()] for path in modules for end in re.finditer(r"\.|$", path)}
-        for path in sorted(paths):
+        for path in sorted({one[: end.start()] for one in modules for end in re.finditer(r"\.|$", one)}):
             module = ModuleType(path)
             module.__path__ = []
             module.__dict__.update(modules.get(path, {}))

@@ -278,8 +278,7 @@ def add_up(state: State) -> None:
     if new not in state.status.adapters:
         return
     sums = effective_weights(state.plain, [(s2ft.get_adapter(state.model, new), 1.0)])
-    parts = effective_weights(state.plain, [(state.adapter(name), 0.5) for name in names])
-    for key, tensor in parts.items():
+    for key, tensor in effective_weights(state.plain, [(state.adapter(name), 0.5) for name in names]).items():
         require(torch.allclose(sums[key], tensor, rtol=state.tolerance(), atol=state.tolerance()), f"sum in {key}")
     state.kept[new] = copy.deepcopy(s2ft.get_adapter(state.model, new))
 
@@ -614,8 +613,7 @@ def run_operation(state: State, operation: Operation) -> None:
     active = dict(state.status.active)
     output = logits_of(state.model) if operation.same_output else None
     operation.run(state)
-    renamed = operation.run is rename or "(rename at" in state.detail
-    if state.status.active != active and not renamed:
+    if state.status.active != active and not (operation.run is rename or "(rename at" in state.detail):
         state.rounded = False
     check(state)
     if output is not None:

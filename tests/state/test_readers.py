@@ -168,8 +168,7 @@ def test_a_layer_sent_to_a_process_shares_no_weight_that_it_writes_to():
     """A queue or pipe of torch.multiprocessing moves the tensors that it sends to shared memory."""
     layer, _ = one_layer(s2ft.S2RowLinear)
     base = layer.weight.detach().clone()
-    received = pickle.loads(ForkingPickler.dumps(layer))
-    for one in (layer, received):
+    for one in (layer, pickle.loads(ForkingPickler.dumps(layer))):
         if one.weight.is_shared():
             with pytest.raises(REFUSED, match="shared"):
                 one(torch.ones(1, 16))
@@ -243,12 +242,10 @@ def test_a_weight_in_a_private_mapping_works_and_its_file_does_not_change(writer
 
 @pytest.mark.slow
 def test_all_of_this_with_the_pytorch_reference():
-    environment = {**os.environ, "S2FT_TEST_KERNELS": "reference"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
     process = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__],
         cwd=Path(__file__).parents[2],
-        env=environment,
+        env={**os.environ, "S2FT_TEST_KERNELS": "reference"},
         timeout=600,
         text=True,
         stdout=subprocess.PIPE,

@@ -155,8 +155,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
     rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
-    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM)
-    return made(
+    return with_slices(getattr(module, f"{name}Trainer"), llm=LLM)(
         model=model,
         args=args,
         reward_funcs=reward,
@@ -279,14 +278,13 @@ def async_grpo(folder, url, form="permuted"):
         token_budget=64, dtype="float32",
     )  # fmt: skip
     worker = Worker(url, folder)
-    peft = {"peft_config": S2FTPeftConfig(**RATIOS, task_type="CAUSAL_LM")} if form == "peft" else {}
     trainer = with_slices(AsyncGRPOTrainer)(
         model=folder,
         args=args,
         reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": letter}]} for letter in "abcd"]),
         rollout_worker=worker,
-        **peft,
+        **({"peft_config": S2FTPeftConfig(**RATIOS, task_type="CAUSAL_LM")} if form == "peft" else {}),
     )
     if form != "peft":
         s2ft.attach(trainer.model, s2ft.S2FTConfig(**RATIOS, layout=form))

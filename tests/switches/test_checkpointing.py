@@ -44,8 +44,7 @@ def test_gradients_equal_those_without_checkpointing(case, layout, reentrant):
     """Checkpointing is enabled before or after attach, with the hook of transformers and with only that of s2ft."""
     expected = gradients(attached(case, layout=layout))
     before = randomize(with_adapter(enable(plain_model(case), reentrant), everything(case, layout=layout)))
-    after = without_transformers_hook(enable(attached(case, layout=layout), reentrant))
-    for model in (before, after):
+    for model in (before, without_transformers_hook(enable(attached(case, layout=layout), reentrant))):
         assert_same(gradients(model), expected, ROUNDS.get(case, 0.0))
 
 

@@ -168,8 +168,7 @@ def test_padded_rows_end_together_and_their_first_token_has_no_label():
     batch = TokenCollator(pad=0, multiple=8)(rows)
     assert batch["input_ids"].shape[1] % 8 == 0 and batch["labels"].shape[1] == batch["logits_to_keep"]
     every = TokenCollator(pad=0, keep_logits=False)(rows)["labels"]
-    for row, labels in zip(rows, every):
-        assert labels[-len(row["labels"]) :].tolist() == [-100, *row["labels"][1:]]
+    assert all(labels[-len(row["labels"]) :].tolist() == [-100, *row["labels"][1:]] for row, labels in zip(rows, every))
     assert (every != -100).sum() == (batch["labels"] != -100).sum()
 
 

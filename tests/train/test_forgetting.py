@@ -61,12 +61,11 @@ def run(path, resume=False, options=None, meter=None, held_out=None, **changes):
     folder.begin({}, resume)
     if isinstance(meter, dict):
         meter = ForgettingMeter(**{"other": other_rows(), "prompts": PROMPTS, "every": 1, **meter})
-    arguments = SFTArguments(output_dir=str(path), **{**ARGUMENTS, "save_steps": 1, **changes})
     result = sft(
         model,
         tiny_tokenizer(),
         token_rows(),
-        arguments,
+        SFTArguments(output_dir=str(path), **{**ARGUMENTS, "save_steps": 1, **changes}),
         folder,
         options=RunOptions(**(options or {})),
         resume=resume,

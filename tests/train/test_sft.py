@@ -106,8 +106,7 @@ def test_loss_falls_and_only_the_slices_move(whole):
     logged = [loss for _, loss, *_ in losses(folder)]
     assert result.steps == 8 == len(logged) and logged[-1] < logged[0]
     base, plain = tiny_model().state_dict(), s2ft.merge(model).state_dict()
-    changed = {key for key in base if not torch.equal(base[key], plain[key])}
-    assert changed == {
+    assert {key for key in base if not torch.equal(base[key], plain[key])} == {
         f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.down_proj", "self_attn.v_proj")
     }
     moved = (base["model.layers.0.mlp.down_proj.weight"] != plain["model.layers.0.mlp.down_proj.weight"]).any(0)

@@ -37,8 +37,7 @@ def folder(serving):
 
 
 def test_three_adapters_and_the_base_share_batches(served, server):
-    found = server.answers(["base", "down-o", "wide", "third"], PROMPTS)
-    assert found == {
+    assert server.answers(["base", "down-o", "wide", "third"], PROMPTS) == {
         "base": served.answers["base"],
         "down-o": served.answers["down-o"],
         "wide": served.answers["wide"],
