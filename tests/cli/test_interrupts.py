@@ -10,9 +10,8 @@ import threading
 from multiprocessing import get_context
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from support.inside import checkpoints, newest_valid, read_log
+from support.states import same, tensors_of
 from train.tiny import save_tiny
 
 from s2ft.cli.main import main
@@ -98,8 +97,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp
 def assert_resumed(work, output):
     assert main(command(work, output, "--resume")) == 0
     assert logged(output) == logged(work / "whole")
-    ours, whole = (load_file(folder / "adapter/s2ft_adapter.safetensors") for folder in (output, work / "whole"))
-    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
+    assert same(tensors_of(output / "adapter"), tensors_of(work / "whole/adapter"))
     assert json.loads((output / "report.json").read_text())["steps"] == STEPS
     assert len(checkpoints(output)) == 2 and not (output / ".unfinished").exists()
 

@@ -7,7 +7,7 @@ import torch
 from serve.fleet import greedy
 from support.states import randomize
 from text.test_divergence import direct, direct_kl, direct_loss
-from train.test_sft import ARGUMENTS, CONFIG, check_same, deltas, token_rows
+from train.test_sft import CONFIG, check_same, deltas, run as plain_run, token_rows
 from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 
 pytest.importorskip("trl")
@@ -18,11 +18,7 @@ from support.inside import (
     Drift,
     ForgettingMeter,
     ForgettingOptions,
-    HeldOut,
-    RunFolder,
-    RunOptions,
     S2FTTrainer,
-    SFTArguments,
     answer_rows,
     mean_loss,
     prompt_rows,
@@ -30,7 +26,6 @@ from support.inside import (
     read_log,
     read_texts,
     row_of_prompt,
-    sft,
     some,
     text_rows,
 )
@@ -54,25 +49,11 @@ def other_rows(count=4):
 PROMPTS = prompt_rows(some(token_rows(), 5))
 
 
-def run(path, resume=False, options=None, meter=None, held_out=None, **changes):
-    """Train as in test_sft, with a meter or with the arguments of one."""
-    model = with_adapter(tiny_model(), CONFIG)
-    folder = RunFolder(path)
-    folder.begin({}, resume)
-    if isinstance(meter, dict):
+def run(path, meter=None, **changes):
+    """Train as in test_sft, with the arguments of a meter. Returns the meter too."""
+    if meter is not None:
         meter = ForgettingMeter(**{"other": other_rows(), "prompts": PROMPTS, "every": 1, **meter})
-    result = sft(
-        model,
-        tiny_tokenizer(),
-        token_rows(),
-        SFTArguments(output_dir=str(path), **{**ARGUMENTS, "save_steps": 1, **changes}),
-        folder,
-        options=RunOptions(**(options or {})),
-        resume=resume,
-        held_out=held_out,
-        meter=meter,
-    )
-    return model, folder, result, meter
+    return *plain_run(path, meter=meter, **{"save_steps": 1, **changes}), meter
 
 
 def measured(folder):
@@ -169,7 +150,7 @@ def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
     values = {step: drift.base_kl for step, drift in whole[3].measured.items()}
     changes = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)
     meter = {"other": None, "stop_at_kl": limit_behind(values, 4)}
-    _, folder, result, _ = run(tmp_path, meter=meter, held_out=HeldOut(token_rows().select(range(3))), **changes)
+    _, folder, result, _ = run(tmp_path, meter=meter, evaluated=3, **changes)
     assert result.stopped_at == 5 and result.best_step == result.kept_step == 4
     check = s2ft.read_adapter(folder.path / "checkpoint-4").deltas
     assert all(

@@ -27,7 +27,7 @@ from support.inside import (
     sft,
     trainer_for,
 )
-from support.states import with_adapter
+from support.states import same, with_adapter
 
 import s2ft
 
@@ -56,7 +56,7 @@ def arguments_for(path, **changes):
     return SFTArguments(output_dir=str(path), **{**ARGUMENTS, **changes})
 
 
-def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None, data=None, **changes):
+def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None, data=None, meter=None, **changes):
     """Train the tiny model and evaluate on the first `evaluated` rows, or on other rows.
 
     Returns the model, the folder and the result.
@@ -69,10 +69,8 @@ def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None
     held_out = (
         HeldOut(rows.select(range(evaluated)) if isinstance(evaluated, int) else evaluated) if evaluated else None
     )
-    arguments = arguments_for(path, **changes)
-    options = RunOptions(**(options or {}))
-    result = sft(model, tiny_tokenizer(), rows, arguments, folder, options=options, resume=resume, held_out=held_out)
-    return model, folder, result
+    how = dict(options=RunOptions(**(options or {})), resume=resume, held_out=held_out, meter=meter)
+    return model, folder, sft(model, tiny_tokenizer(), rows, arguments_for(path, **changes), folder, **how)
 
 
 def evaluations(folder):
@@ -92,8 +90,7 @@ def losses(folder):
 
 
 def check_same(ours, theirs):
-    assert losses(ours) == losses(theirs)
-    assert all(torch.equal(value, deltas(theirs)[key]) for key, value in deltas(ours).items())
+    assert losses(ours) == losses(theirs) and same(deltas(ours), deltas(theirs))
 
 
 @pytest.fixture(scope="module")
@@ -195,8 +192,7 @@ def test_accumulation_equals_one_large_batch(whole, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"loss_type": "dft"}, {"neftune_noise_alpha": 5.0}])
 def test_the_model_and_the_tokenizer_are_as_before_after_a_run(changes, tmp_path):
-    tokenizer, model = tiny_tokenizer(), tiny_model()
-    s2ft.attach(model, CONFIG)
+    tokenizer, model = tiny_tokenizer(), with_adapter(tiny_model(), CONFIG)
     hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
     before = dict(vars(model.config)), dict(vars(model.generation_config)), set(model.__dict__)
     folder = RunFolder(tmp_path / "out")

@@ -37,14 +37,25 @@ def units_of(served, name):
     return max(delta.index.numel() for delta in read_adapter(served.adapters / name).deltas.values())
 
 
-@pytest.mark.parametrize("ranks", (1, 2))
-def test_three_adapters_and_the_base_in_one_batch(served, ranks):
+TWO = {**SLICES, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+# options, variables, whether the model is compiled, names of adapters, and what is printed
+ENGINES = {
+    "one rank": ({}, SLICES, False, NAMES, "s2ft: 16 layers hold the slices of 4 adapters"),
+    "two ranks": ({"tensor_parallel_size": 2}, TWO, False, NAMES, "s2ft: 16 layers hold the slices of 4 adapters"),
+    # one graph without breaks: torch.compile does not look into the op
+    "compiled": ({"enforce_eager": False}, SLICES, True, NAMES, "graphs: 1, breaks: 0"),
+    # inputs have a dimension for the batch there
+    "from transformers": ({"model_impl": "transformers"}, SLICES, False, ("wide", "base"), ""),
+}
+
+
+@pytest.mark.parametrize("name", ENGINES)
+def test_three_adapters_and_the_base_in_one_batch(served, name):
     """Adapters of up to 138 units, on an engine whose LoRA would have rank 1."""
-    asked, expected = requests(served)
-    variables = {**SLICES, **({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {})}
-    (answers,), printed = offline(served.base, [asked], {"tensor_parallel_size": ranks}, variables)
-    assert answers == expected
-    assert "s2ft: 16 layers hold the slices of 4 adapters" in printed
+    options, variables, compiled, names, words = ENGINES[name]
+    asked, expected = requests(served, names)
+    (answers,), printed = offline(served.base, [asked], options, variables, compiled=compiled)
+    assert answers == expected and words in printed
 
 
 def test_adapters_come_and_go(served, tmp_path):
@@ -92,14 +103,6 @@ def test_an_option_without_a_valid_value(served, variable):
         offline(served.base, [], {}, {**SLICES, variable: "many"})
 
 
-def test_a_model_that_vllm_compiles(served):
-    """One graph without breaks: torch.compile does not look into the op."""
-    asked, expected = requests(served)
-    (answers,), printed = offline(served.base, [asked], {"enforce_eager": False}, SLICES, compiled=True)
-    assert answers == expected
-    assert "graphs: 1, breaks: 0" in printed
-
-
 def test_a_base_in_4_bits(tmp_path):
     """Slices are added to the output of a layer whose weight is stored in 4 bits."""
     model = tiny_llama().bfloat16()
@@ -131,8 +134,7 @@ def test_ranks_that_share_a_key_head(tmp_path):
     model = tiny_llama(num_key_value_heads=1, num_hidden_layers=2)
     served = save_adapters(model, tmp_path, {"keys": dict(k_ratio=1.0, v_ratio=1.0, q_ratio=0.13, d_ratio=0.05)})
     asked, expected = requests(served, ("keys", "base"))
-    variables = {**SLICES, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    (answers,), _ = offline(served.base, [asked], {"tensor_parallel_size": 2}, variables)
+    (answers,), _ = offline(served.base, [asked], {"tensor_parallel_size": 2}, TWO)
     assert answers == expected
 
 
@@ -174,11 +176,4 @@ def test_other_families(make, tmp_path):
     assert served.answers["a"] != served.answers["base"]
     asked, expected = requests(served, ("a", "base"))
     (answers,), _ = offline(served.base, [asked], {}, SLICES)
-    assert answers == expected
-
-
-def test_a_model_that_vllm_takes_from_transformers(served):
-    """Inputs have a dimension for the batch there."""
-    asked, expected = requests(served, ("wide", "base"))
-    (answers,), _ = offline(served.base, [asked], {"model_impl": "transformers"}, SLICES)
     assert answers == expected
