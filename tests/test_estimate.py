@@ -280,8 +280,7 @@ def test_parameters_gradients_and_optimizer_are_real_storages(case, dtype):
     planned = s2ft.plan(model, config)
     real = attached(model, config)
     optimizer = real_step(real, torch.optim.AdamW, inputs)
-    assert estimated.parameters == nbytes(real.parameters())
-    assert estimated.buffers == nbytes(real.buffers())
+    assert estimated.parameters == nbytes(real.parameters()) and estimated.buffers == nbytes(real.buffers())
     assert estimated.trained == planned.trainable
     assert estimated.gradients == nbytes(p.grad for p in real.parameters() if p.grad is not None)
     assert estimated.optimizer == nbytes(t for state in optimizer.state.values() for t in state.values())

@@ -68,8 +68,7 @@ def test_zero_updates_a_copy_in_float32(name):
     """With deltas in bfloat16, states and the copy are of float32."""
     config = S2FTConfig(d_ratio=0.25, delta_dtype="bfloat16")
     found = estimate(Strategy(name, reduce_bucket_size=1000), 4, config, dtype=torch.bfloat16)
-    assert found.communication == 2000
-    assert found.optimizer == pytest.approx(3 * 4 * found.trained / 4, rel=0.02)
+    assert found.communication == 2000 and found.optimizer == pytest.approx(3 * 4 * found.trained / 4, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +77,12 @@ def test_zero_updates_a_copy_in_float32(name):
 def test_what_is_offloaded_is_on_the_host(name, offload):
     here, away = (estimate(Strategy(name, offload=where, reduce_bucket_size=1000), 2) for where in (None, offload))
     moved = here.gradients + here.optimizer + (here.parameters if offload == "all" else 0)
-    assert (here.host, away.host) == (0, moved)
-    assert away.peak == here.peak - moved
+    assert (here.host, away.host) == (0, moved) and away.peak == here.peak - moved
 
 
 def test_tensor_parallelism_with_shards():
     split, both = estimate("tp", 2), estimate(Strategy("tp+fsdp2", tp_size=2), 4)
-    assert both.kept == split.kept
-    assert both.parameters == pytest.approx(split.parameters / 2, rel=0.01)
+    assert both.kept == split.kept and both.parameters == pytest.approx(split.parameters / 2, rel=0.01)
     assert both.optimizer == pytest.approx(split.optimizer / 2, rel=0.01)
 
 

@@ -84,8 +84,7 @@ def assert_plain(model, case="llama"):
     """The model has no trace of s2ft, and its weights equal the base."""
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert "_s2ft" not in model.__dict__
-    assert same(model, model_of(case))
+    assert "_s2ft" not in model.__dict__ and same(model, model_of(case))
 
 
 def prompts(model, count, padding=(0, 3, 1, 2, 0)):

@@ -71,8 +71,7 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     found = s2ft.get_adapter(model, "default").extra_weights
     assert set(found) == {*HEAD, "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}
     model.bert.embeddings.LayerNorm.requires_grad_(False)  # it is trained nevertheless
-    assert same(s2ft.get_adapter(model, "default").extra_weights, found)
-    assert same(s2ft.detach(model), BASE)
+    assert same(s2ft.get_adapter(model, "default").extra_weights, found) and same(s2ft.detach(model), BASE)
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------
@@ -99,8 +98,7 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
     look = Look()
     resumed = trainer(second, tmp_path / "cut", kind=kind, callbacks=[look], max_steps=4, **OPTIONS)
     resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
-    assert look.step == 2
-    assert same(look.head, head_of(first))
+    assert look.step == 2 and same(look.head, head_of(first))
     assert same(second, whole)
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
     assert same(s2ft.detach(second), BASE)
@@ -131,8 +129,7 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
     for total in (with_head + without, without + with_head, with_head - without):
         assert same(total.extra_weights, with_head.extra_weights)
         s2ft.load_adapter(model := classifier(), total)
-        assert same(head_of(model), with_head.extra_weights)
-        assert same(s2ft.detach(model), BASE)
+        assert same(head_of(model), with_head.extra_weights) and same(s2ft.detach(model), BASE)
         assert total.config.modules_to_save == ["classifier"]
     for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
         with pytest.raises(ValueError, match="classifier.weight trained in full"):

@@ -95,8 +95,7 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp
 
 
 def assert_resumed(work, output):
-    assert main(command(work, output, "--resume")) == 0
-    assert logged(output) == logged(work / "whole")
+    assert main(command(work, output, "--resume")) == 0 and logged(output) == logged(work / "whole")
     assert same(tensors_of(output / "adapter"), tensors_of(work / "whole/adapter"))
     assert json.loads((output / "report.json").read_text())["steps"] == STEPS
     assert len(checkpoints(output)) == 2 and not (output / ".unfinished").exists()

@@ -56,15 +56,13 @@ def twin_of(model):
 @pytest.mark.parametrize("heads, small", [(32, HEADS), (8, HEADS // 2), (1, 1)])
 def test_grouped_queries_stay_grouped(heads, small):
     config = LlamaConfig(**{**LLAMA_8B, "num_key_value_heads": heads})
-    assert tiny_config(config).num_key_value_heads == small
-    assert config.num_key_value_heads == heads
+    assert tiny_config(config).num_key_value_heads == small and config.num_key_value_heads == heads
 
 
 def test_tokens_are_inside_the_vocabulary_and_different():
     config = tiny_config(Qwen2_5_VLConfig())
     tokens = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-    assert len(set(tokens)) == 3
-    assert max(tokens) < config.text_config.vocab_size <= 256
+    assert len(set(tokens)) == 3 and max(tokens) < config.text_config.vocab_size <= 256
 
 
 def test_sections_of_position_embeddings_fill_the_small_heads():

@@ -84,8 +84,7 @@ def agree(rank, values):
 def test_a_disagreement_is_an_error_on_every_rank(ranks):
     assert ranks(agree, ["a", "a"]) == ["", ""]
     words = "the ranks differ in their selection (2 on 2 ranks): a on rank 0, b on rank 1"
-    assert ranks(agree, ["a", "b"]) == [words] * 2
-    assert ranks(agree, ["c", "c"]) == ["", ""]
+    assert ranks(agree, ["a", "b"]) == [words] * 2 and ranks(agree, ["c", "c"]) == ["", ""]
 
 
 # ---- saving ----------------------------------------------------------------------------------------------

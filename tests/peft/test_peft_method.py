@@ -425,8 +425,7 @@ def test_every_row_of_a_mixed_batch_has_its_own_adapter(case, grad):
             expected.append(model(row[None]).logits)
     with torch.set_grad_enabled(grad):
         got = model(tokens, adapter_names=MIX).logits
-    assert relative_difference(got, torch.cat(expected)) < LOGITS
-    assert got.requires_grad is grad
+    assert relative_difference(got, torch.cat(expected)) < LOGITS and got.requires_grad is grad
     with torch.no_grad():
         assert torch.equal(model(tokens).logits, model(tokens).logits)  # the names are removed
 

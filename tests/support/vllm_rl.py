@@ -316,8 +316,7 @@ def command(folder, output, *options):
     words += ["--max-completion-length", "8", "--use-vllm", "true", "--save-steps", "2"]
     words += ["--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2", "--learning-rate", "1e-2"]
     words += options
-    assert main([*words, "--stop-after", "2"]) == 0
-    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--stop-after", "2"]) == 0 and main([*words, "--resume"]) == 0
     steps = max(json.loads(line)["step"] for line in (Path(output) / "log.jsonl").read_text().splitlines())
     print(json.dumps({"steps": steps, "logp": max(one for one in found if one is not None)}))
 

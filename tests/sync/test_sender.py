@@ -55,8 +55,7 @@ def test_a_server_gets_the_numbers_and_after_a_failure_it_has_its_base(base, tmp
         with SliceSender(model, url, timeout=30) as sender:
             for step in range(2):
                 train(model, steps=1)
-                assert sender.sync().step == step
-                assert same(engine.weights, merged(model, tmp_path / f"{step}"))
+                assert sender.sync().step == step and same(engine.weights, merged(model, tmp_path / f"{step}"))
             update = ["start", "update", "finish", "reset", "resume"]
             assert engine.calls == [
                 "pause keep", "init", *update, "pause keep", *update

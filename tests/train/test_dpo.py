@@ -99,5 +99,4 @@ def test_the_reference_may_run_between_forward_and_backward(extra):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole):
     run(tmp_path, options=RunOptions(stop_after=2))
     _, folder = run(tmp_path, resume=True)
-    assert losses(folder) == losses(whole[1])
-    assert same(tensors_of(folder.adapter), tensors_of(whole[1].adapter))
+    assert losses(folder) == losses(whole[1]) and same(tensors_of(folder.adapter), tensors_of(whole[1].adapter))
