@@ -56,16 +56,14 @@ def requests_mostly_slow():
 
 
 @pytest.mark.parametrize("case,request_,layout", list(requests_mostly_slow()))
+@torch.no_grad()
 def test_attach_keeps_the_logits_and_merge_those_of_the_slices(case, request_, layout):
     model = model_of(case)
-    with torch.no_grad():
-        before = output_of(model)
-        s2ft.attach(model, config_for(case, request_, layout=layout))
-        assert relative_difference(output_of(model), before) <= LOGITS
-        trained = output_of(randomize(model))
-        assert (
-            relative_difference(output_of(s2ft.merge(model)), trained) <= LOGITS < relative_difference(trained, before)
-        )
+    before = output_of(model)
+    s2ft.attach(model, config_for(case, request_, layout=layout))
+    assert relative_difference(output_of(model), before) <= LOGITS
+    trained = output_of(randomize(model))
+    assert relative_difference(output_of(s2ft.merge(model)), trained) <= LOGITS < relative_difference(trained, before)
 
 
 @pytest.mark.parametrize("case", rest_slow(CASES, FIRST))

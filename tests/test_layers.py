@@ -29,10 +29,10 @@ def elements(units):
     return units["index"] if "index" in units else torch.arange(units["start"], units["end"])
 
 
+@torch.no_grad()
 def layer_of(kind, units, dtype=torch.float32, **more):
     layer = kind(11, 9, dtype=dtype, **units, **more)
-    with torch.no_grad():
-        layer.s2.normal_()
+    layer.s2.normal_()
     return layer
 
 

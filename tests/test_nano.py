@@ -82,14 +82,14 @@ def test_equals_the_library_with_grouped_heads(nano):
         torch.testing.assert_close(own[name], weight, rtol=rtol, atol=atol)
 
 
+@torch.no_grad()
 def test_permuting_and_merging_change_nothing(nano):
     model = tiny_llama(num_key_value_heads=2, attention_bias=True)
     before, inputs = copy.deepcopy(model.state_dict()), batches()[0]
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        orders = nano.attach(model, nano.choose(model, HEADS, CHANNELS))
-        rtol, atol = GEMM[torch.float32]
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=rtol, atol=atol)
+    expected = model(**inputs).logits
+    orders = nano.attach(model, nano.choose(model, HEADS, CHANNELS))
+    rtol, atol = GEMM[torch.float32]
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=rtol, atol=atol)
     nano.merge(model, orders)
     assert [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])] == []
 

@@ -35,8 +35,8 @@ class Case:
     def defined(self, x: Tensor, s2: Tensor) -> Tensor:
         base = self.layer.base_weight().detach()
         weight = base.clone()
-        with torch.no_grad():  # by differences of one element each, so that no formula of s2ft is used
-            numbers = torch.arange(base.numel(), device=base.device).view(base.shape)
+        # by differences of one element each, so that no formula of s2ft is used
+        numbers = torch.arange(base.numel(), device=base.device).view(base.shape)
         places = self.units(numbers)
         sums = (base.flatten()[places] + s2).to(base.dtype)
         weight = weight.flatten().index_copy(0, places.flatten(), sums.flatten()).view(base.shape)

@@ -59,13 +59,13 @@ def model():
     return model_of("llama")
 
 
+@torch.no_grad()
 def alone(case, root, name, run, dtype=torch.float32):
     """What `run` returns for a new model with only this adapter."""
     model = model_of(case, dtype)
     if name is not None:
         s2ft.load_adapter(model, root / name)
-    with torch.no_grad():
-        return run(model)
+    return run(model)
 
 
 def assert_close(ours, theirs, limit=LIMIT):

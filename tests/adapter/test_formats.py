@@ -196,15 +196,15 @@ def test_a_custom_module(tmp_path):
 # ---- LoRA, in ------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def lora_of_peft(case, folder, change=lambda model: None, **options):
     """A folder that PEFT wrote."""
     config = peft.LoraConfig(**{**dict(r=4, lora_alpha=4, target_modules=["down_proj"]), **options})
     model = peft.get_peft_model(model_of(case), config)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.zero_()
-        change(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.zero_()
+    change(model)
     model.save_pretrained(folder)
     return model
 

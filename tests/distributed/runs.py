@@ -189,9 +189,9 @@ def base_is(model, case, dtype=torch.float32):
     return whole.keys() == base.keys() and all(torch.equal(whole[name], value) for name, value in base.items())
 
 
+@torch.no_grad()
 def logits(model, forward=None):
-    with torch.no_grad():
-        return (forward or model)(input_ids=batches(model, 1)[0]).logits.clone()
+    return (forward or model)(input_ids=batches(model, 1)[0]).logits.clone()
 
 
 def adapters_of_one_process(tmp_path_factory, attached_model):

@@ -22,8 +22,7 @@ def error_of(act, *kinds):
 def attach_on_all_ranks(rank, seeds, scales, names):
     """Attach on every rank. Returns the error message, and whether a refused model is unchanged."""
     model = model_of("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(scales[rank])
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(scales[rank])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank])
     message = error_of(lambda: s2ft.attach(model, config, names[rank]))

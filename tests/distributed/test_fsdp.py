@@ -67,12 +67,12 @@ def train_cast(rank, way, directory):
     s2ft.save_adapter(model, directory)
 
 
+@torch.no_grad()
 def with_deltas():
     """A bfloat16 base with float32 deltas of about 0.1."""
     model, generator = attached("llama", dtype=torch.bfloat16), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for mount in attachment_of(model).mounts.values():
-            mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
     return model
 
 

@@ -57,9 +57,9 @@ def test_replays_see_slices_that_changed_after_the_capture():
     model.eval()
     held = {}
 
+    @torch.no_grad()
     def step():
-        with torch.no_grad():
-            held["logits"] = model(input_ids=ids).logits
+        held["logits"] = model(input_ids=ids).logits
 
     graph = captured(step)
     with torch.no_grad():

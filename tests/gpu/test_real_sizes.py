@@ -82,8 +82,7 @@ def test_experts_at_real_sizes(dim, device):
     weight = (torch.randn(experts, outputs, inputs, device=device) / 32).bfloat16()
     index = {expert: torch.randperm((outputs, inputs)[dim])[:per] for expert in range(experts)}
     layer = EXPERTS.layers[dim](nn.Parameter(weight.clone()), index, torch.float32)
-    with torch.no_grad():
-        layer.s2.normal_(std=1 / 32)
+    torch.nn.init.normal_(layer.s2, std=1 / 32)
     x = torch.randn(int(rows.sum()), inputs, device=device).bfloat16()
     got = layer(x, rows.cumsum(0, dtype=torch.int32).to(device))
     merged = weight.clone()

@@ -160,11 +160,11 @@ def freeze(state: State) -> None:
     s2ft.freeze_adapter(state.model)
 
 
+@torch.no_grad()
 def fill(state: State) -> None:
     generator = torch.Generator().manual_seed(state.rng.randrange(1000))
-    with torch.no_grad():
-        for s2 in state.slices.values():
-            s2.copy_(torch.randn(s2.shape, generator=generator) * 0.1)
+    for s2 in state.slices.values():
+        s2.copy_(torch.randn(s2.shape, generator=generator) * 0.1)
 
 
 def detach(state: State) -> None:
@@ -499,17 +499,17 @@ def require_same_deltas(expected: s2ft.Adapter, found: s2ft.Adapter, what: str) 
         )
 
 
+@torch.no_grad()
 def logits_of(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens(model, **TOKENS)).logits.float()
+    return model(input_ids=tokens(model, **TOKENS)).logits.float()
 
 
+@torch.no_grad()
 def check_output(state: State, active: dict[str, float]) -> None:
     """Compare the output with that of the plain model with the effective weights."""
-    with torch.no_grad():
-        wanted = torch.func.functional_call(
-            state.plain, state.expected_weights(active), kwargs={"input_ids": tokens(state.plain, **TOKENS)}
-        ).logits.float()
+    wanted = torch.func.functional_call(
+        state.plain, state.expected_weights(active), kwargs={"input_ids": tokens(state.plain, **TOKENS)}
+    ).logits.float()
     require_close(state, wanted, logits_of(state.model), f"with {active} active")
 
 

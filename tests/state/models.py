@@ -13,6 +13,7 @@ MODELS = ("llama-grouped", TIED, "llama", "qwen2", "gpt2")
 LAYOUTS = ("permuted", "indexed")
 
 
+@torch.no_grad()
 def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     """A model in evaluation mode; every weight, bias and norm is random.
 
@@ -29,9 +30,8 @@ def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, *
         setattr(config, name, value)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=0.2)
+    for parameter in model.parameters():
+        parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=0.2)
     return model.to(dtype)
 
 

@@ -19,10 +19,10 @@ def test_random_sequences(count):
     assert not failures, f"{len(failures)} sequences failed:\n{shown}"
 
 
+@torch.no_grad()
 def flip_one_bit(model):
-    with torch.no_grad():
-        weight = next(model.parameters())
-        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(torch.inf, dtype=weight.dtype))
+    weight = next(model.parameters())
+    weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(torch.inf, dtype=weight.dtype))
 
 
 def leave_an_attribute(model):
@@ -52,10 +52,9 @@ def test_the_machine_finds_a_weight_that_differs_from_the_base():
     machine.attach(state)
     active = dict(state.status.active)
     machine.check_output(state, active)
-    with torch.no_grad():
-        for layer in state.model.modules():
-            if isinstance(layer, (s2ft.S2RowLinear, s2ft.S2ColumnLinear)):
-                layer.weight.mul_(1.5)
+    for layer in state.model.modules():
+        if isinstance(layer, (s2ft.S2RowLinear, s2ft.S2ColumnLinear)):
+            layer.weight.data.mul_(1.5)
     with pytest.raises(machine.Wrong, match="the logits are off"):
         machine.check_output(state, active)
     with pytest.raises(machine.Wrong, match="merged with"):

@@ -161,9 +161,9 @@ def _own_examples(model: PreTrainedModel) -> Iterator[dict[str, torch.Tensor]]:
         yield {**own, "attention_mask": torch.ones_like(own["input_ids"]), "pixel_values": pixels, **question}
 
 
+@torch.no_grad()
 def logits_of(model: PreTrainedModel, example: dict[str, Any]) -> torch.Tensor:
-    with torch.no_grad():
-        return model(**copy.deepcopy(example)).logits
+    return model(**copy.deepcopy(example)).logits
 
 
 def loss_of(model: PreTrainedModel, example: dict[str, Any]) -> torch.Tensor:

@@ -259,19 +259,19 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return randomized(auto, config).to(dtype)
 
 
+@torch.no_grad()
 def randomized(auto: type, config: PretrainedConfig) -> PreTrainedModel:
     """A model in evaluation mode. Its biases and norms are random too, so that an error in them changes the output."""
     torch.manual_seed(0)
     model = auto.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(mean=0.5, std=0.3)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=0.1)  # with the usual 0.02 every block is almost an identity
-        for module in model.modules():
-            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
-                module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads have weights with two dims
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(mean=0.5, std=0.3)
+        elif parameter.dim() > 1:
+            parameter.normal_(std=0.1)  # with the usual 0.02 every block is almost an identity
+    for module in model.modules():
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads have weights with two dims
     return model
 
 

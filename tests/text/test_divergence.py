@@ -142,14 +142,14 @@ def test_adapters_are_switched_off_for_the_base(way, monkeypatch):
     assert torch.equal(direct(model, rows)[0], tuned)
 
 
+@torch.no_grad()
 def test_virtual_tokens_of_a_learned_prompt_are_no_positions():
     model = tiny_model()
     rows = rows_of(model, (20, 30))
     base, labels = direct(model, rows)
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
     model = randomize(get_peft_model(model, config).eval(), std=0.5)
-    with torch.no_grad():
-        logits = [model(torch.tensor([row["input_ids"]])).logits[0, 3:-1] for row in rows]
+    logits = [model(torch.tensor([row["input_ids"]])).logits[0, 3:-1] for row in rows]
     tuned = torch.cat([one[2:] for one in logits]).double().log_softmax(-1)  # the first label is that of token 3
     assert mean_loss(model, rows) == pytest.approx(float(F.nll_loss(tuned, labels)), rel=1e-5)
     assert BaseDistributions.of(model, rows).kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3)

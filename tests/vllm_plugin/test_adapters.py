@@ -45,8 +45,7 @@ def refused(served, tmp_path_factory):
     """Folders that must be refused, with a part of the reason."""
     made = tmp_path_factory.mktemp("refused")
     other = tiny_llama()
-    with torch.no_grad():
-        other.model.layers[2].mlp.up_proj.weight[5, 5] += 1e-3
+    other.model.layers[2].mlp.up_proj.weight.data[5, 5] += 1e-3
     save_adapters(other, made / "other", {"another": dict(d_ratio=0.03)})
     adapter = s2ft.read_adapter(served.adapters / "wide")
     native.write(replace(adapter, extra_weights={"model.norm.weight": torch.ones(256)}), made / "extra")
