@@ -62,8 +62,6 @@ def use(rank, how, folder, end):
 )
 def test_adapters_are_used_as_on_one_process(ranks, how, case, end, tmp_path):
     """Adapter c has a norm that is trained in full."""
-    if how.startswith("zero"):
-        pytest.importorskip("deepspeed")
     model_of(case).save_pretrained(tmp_path / "base")
     norm = "transformer.ln_f" if case == "gpt2" else "model.norm"
     for seed, (name, more) in enumerate({"a": {}, "b": {}, "c": dict(modules_to_save=[norm])}.items()):

@@ -29,7 +29,6 @@ from transformers import AutoModelForCausalLM, Trainer
 import s2ft
 
 pytestmark = pytest.mark.deepspeed
-pytest.importorskip("deepspeed")
 
 
 def partitioned_of(case, dtype=torch.float32):

@@ -1,6 +1,5 @@
 """The command line under torchrun and each file of examples/accelerate: two processes save the adapter of one."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -115,10 +114,9 @@ def run_example(name, processes, *arguments):
     assert printed.count(f"ran as {KIND[name]}\n") == processes, printed
 
 
-HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
-WITH_DEEPSPEED = [pytest.mark.deepspeed, pytest.mark.skipif(not HAS_DEEPSPEED, reason="DeepSpeed is not installed")]
 EACH_EXAMPLE = [
-    pytest.param(name, marks=[pytest.mark.slow] + WITH_DEEPSPEED * name.startswith("zero")) for name in EXAMPLES
+    pytest.param(name, marks=[pytest.mark.slow] + [pytest.mark.deepspeed] * name.startswith("zero"))
+    for name in EXAMPLES
 ]
 
 

@@ -80,8 +80,6 @@ def save(rank, folder, how, is_on_disk):
     ],
 )
 def test_two_ranks_save_what_one_process_merges(ranks, prepared, case, layout, how, is_on_disk):
-    if how == "zero 3":
-        pytest.importorskip("deepspeed")
     folder = prepared(case, layout)
     assert ranks(save, folder, how, is_on_disk) == [["a", "b", "base", "expected", "saved"]] * 2
     check_equal(folder / "saved", folder / "expected")

@@ -53,7 +53,6 @@ def train_together(rank, kind, stage, base, folder):
     ids=("s2ft, ZeRO-3", "plain, ZeRO-1"),
 )
 def test_trainer_trains_the_adapter_of_one_process(kind, stage, tmp_path):
-    pytest.importorskip("deepspeed")
     model_of("llama-grouped").save_pretrained(tmp_path / "base")
     with closing(Ranks()) as made:  # a process can have one group of sequence parallelism only
         losses, norms = made(train_together, kind, stage, tmp_path / "base", tmp_path / "two")[0]

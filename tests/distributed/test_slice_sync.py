@@ -66,8 +66,6 @@ def prepare(case, layout, folder):
     ],
 )
 def test_ranks_send_what_one_process_sends(ranks, case, layout, how, tmp_path):
-    if how == "zero 3":
-        pytest.importorskip("deepspeed")
     prepare(case, layout, tmp_path)
     engine = CheckpointEngine(tmp_path / "base")
     with serving(app_of(engine)) as url:
