@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.inside import S2Layer, S2RowOwnForward, computes_linear, kind_of
-from support.states import randomize, saved_and_loaded
+from support.states import randomize, saved_and_loaded, with_adapter
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
 from transformers.pytorch_utils import Conv1D
@@ -145,8 +145,11 @@ def make_net():
 
 def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():
     model = make_net()
-    s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout="indexed"), couplings=[COUPLING], example=EXAMPLE)
-    randomize(model)
+    randomize(
+        with_adapter(
+            model, S2FTConfig(u_ratio=0.3, d_ratio=0.3, layout="indexed"), couplings=[COUPLING], example=EXAMPLE
+        )
+    )
     for other in (copy.deepcopy(model.down), saved_and_loaded(model.down)):
         x = torch.randn(3, CHANNELS)
         assert torch.equal(other(x), model.down(x)) and other.scale is not model.down.scale

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support.aliases import alias_of
 from support.inside import experts_forward
-from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, ratios_for, train
+from support.models import ALL_RATIOS, SHAPE, fit, model_of, output_of, randomized, ratios_for, train
 from support.states import with_adapter
 from support.tolerances import relative_difference
 from torch import nn
@@ -56,8 +56,7 @@ def test_experts_forward_equals_that_of_transformers():
     experts = model.model.layers[0].mlp.experts
     x, chosen, weights = torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2)
     assert torch.equal(experts_forward(experts, x, chosen, weights), experts(x, chosen, weights))
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False))
-    train(model, 2)
+    fit(with_adapter(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False)), 2)
     trained = experts(x, chosen, weights)
     s2ft.merge(model)
     assert torch.equal(trained, experts(x, chosen, weights))
@@ -210,8 +209,7 @@ def test_a_wrong_layout_of_experts_is_found(wrong):
 @pytest.mark.parametrize("model_type", ("gpt_oss", "llama4_text", "nemotron_h"))
 def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_path):
     model = alias_of(model_type)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5))
-    train(model, 1)
+    fit(with_adapter(model, S2FTConfig(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5)), 1)
     merged = s2ft.merge(copy.deepcopy(model))
     merged.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -15,7 +15,6 @@ from support.aliases import (
     ROWS,
     VARIANTS,
     alias_of,
-    missing,
     with_dropout,
 )
 from support.composites import missing as lacks_composite, part_types
@@ -40,12 +39,6 @@ import s2ft
 from s2ft import S2FTConfig
 
 CASE_TYPES = {make().model_type for make in CASES.values()}
-
-
-def base_of(model_type, **options):
-    if missing(model_type):
-        pytest.skip(f"transformers {__version__} does not have the model type {model_type}")
-    return alias_of(model_type, **options)
 
 
 def check_declaration(base):
@@ -95,7 +88,7 @@ def check_ffn_kernel(model):
 
 @pytest.mark.parametrize("model_type", rest_slow(ROWS, set(ROWS) - set(RARE)))
 def test_the_declaration_of_the_family_is_right(model_type):
-    base = base_of(model_type)
+    base = alias_of(model_type)
     movable = [coupling.movable for coupling in couplings_of(base) if "attention" in coupling.kind]
     assert any(movable) == (bool(movable) and model_type not in NUMBERED)
     check_declaration(base)
@@ -104,13 +97,13 @@ def test_the_declaration_of_the_family_is_right(model_type):
 
 @pytest.mark.parametrize("model_type", rest_slow(GROUPED, set(GROUPED) - set(RARELY_GROUPED)))
 def test_the_declaration_is_right_with_grouped_queries(model_type):
-    check_declaration(base_of(model_type, num_key_value_heads=2))
+    check_declaration(alias_of(model_type, num_key_value_heads=2))
 
 
 @pytest.mark.parametrize("variant", rest_slow(VARIANTS, {"falcon-groups"}))
 def test_other_layouts_of_a_type(variant):
     model_type, options = VARIANTS[variant]
-    check_declaration(base_of(model_type, **options))
+    check_declaration(alias_of(model_type, **options))
 
 
 def test_a_decoder_alone_has_no_cross_attention():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from adapter.test_pretrained import StopAt, trainer as plain_trainer
 from support.inside import attachment_of, mounted_deltas
-from support.models import output_of, token_batch, train
+from support.models import fit, output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.quantized import (
     KINDS,
@@ -41,9 +41,7 @@ GRADIENT = {kind: {"nf4-bfloat16": 0.1, "8bit": 1e-2}.get(kind, 1e-4) for kind i
 
 
 def trained(model, steps=3):
-    s2ft.attach(model, INDEXED)
-    train(model, steps)
-    return model
+    return fit(with_adapter(model, INDEXED), steps)
 
 
 # ---- attach, train, detach ------------------------------------------------------------------------------
@@ -350,8 +348,7 @@ def test_a_failure_restores_the_quantizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ("4bit", "8bit"))
 def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     """The error of a refused merge recommends this. The result is a plain checkpoint of transformers."""
-    model = with_adapter(loaded(kind, tmp_path), UNFUSED)
-    train(model, 5)
+    model = fit(with_adapter(loaded(kind, tmp_path), UNFUSED), 5)
     s2ft.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"model\.dequantize\(\)"):
         s2ft.merge(model)
@@ -367,8 +364,7 @@ def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     peft = pytest.importorskip("peft")
     model = loaded(kind, tmp_path)
     base = forward(model)
-    s2ft.attach(model, UNFUSED)
-    train(model, 5)
+    fit(with_adapter(model, UNFUSED), 5)
     s2ft.export_lora(model, tmp_path / "lora")
     other = loaded(kind, tmp_path)
     before = contents(other)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
+from support.models import ALL_RATIOS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
 from support.states import same, with_adapter
 from torch.nn.utils import prune, weight_norm
@@ -18,9 +18,7 @@ layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 
 def trained(case, layout="permuted"):
-    model = with_adapter(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
-    train(model)
-    return model
+    return fit(with_adapter(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout)))
 
 
 @pytest.mark.parametrize("case, layout", in_turn(CASES, LAYOUTS))

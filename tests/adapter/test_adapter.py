@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import pytest
 from support.inside import CONFIG, Location, add_info, native
-from support.models import ALL_RATIOS, model_of, ratios_for, token_batch, train
+from support.models import ALL_RATIOS, fit, model_of, ratios_for, token_batch
 from support.states import with_adapter, with_loaded
 
 import s2ft
@@ -15,9 +15,7 @@ RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
 def trained(name="default", steps=3):
-    model = with_adapter(model_of("llama"), S2FTConfig(**ratios_for("llama", RATIOS)), name=name)
-    train(model, steps)
-    return model
+    return fit(with_adapter(model_of("llama"), S2FTConfig(**ratios_for("llama", RATIOS)), name=name), steps)
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from adapter import test_extra_weights as extra
 from support.inside import add_info, lora, native, restore_adapter
-from support.models import model_of, train
+from support.models import fit, model_of
 from support.states import randomize, with_adapter, with_loaded
 from torch import nn
 
@@ -22,9 +22,7 @@ def llama(case="llama"):
 
 
 def trained(name="mine", case="llama", **options):
-    model = with_adapter(llama(case), S2FTConfig(**{"d_ratio": 0.1, **options}), name=name)
-    train(model, 1)
-    return model
+    return fit(with_adapter(llama(case), S2FTConfig(**{"d_ratio": 0.1, **options}), name=name), 1)
 
 
 def loaded(**options):
@@ -39,8 +37,12 @@ def stacked(**options):
     """Two frozen adapters, one on top of the other."""
     model = llama()
     for seed, name in enumerate("ab"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.15, seed=seed, **(options if name == "a" else {})), name, on_top=True)
-        train(model, 1)
+        fit(
+            with_adapter(
+                model, S2FTConfig(d_ratio=0.15, seed=seed, **(options if name == "a" else {})), name, on_top=True
+            ),
+            1,
+        )
         s2ft.freeze_adapter(model)
     return model
 

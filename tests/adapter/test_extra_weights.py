@@ -6,7 +6,7 @@ import pytest
 import torch
 from adapter.test_pretrained import trainer
 from support.inside import INDEX
-from support.models import model_of, train as fit
+from support.models import fit, model_of
 from support.states import same, with_adapter
 from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback
 
@@ -49,8 +49,7 @@ def attached(how="named", layout="permuted", name="default"):
 
 
 def train(model, steps=2):
-    fit(model, steps, loss_of=lambda model: model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss)
-    return model
+    return fit(model, steps, loss_of=lambda model: model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss)
 
 
 def head_of(model):

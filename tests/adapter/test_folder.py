@@ -5,7 +5,7 @@ import os
 import pytest
 import torch
 from support.inside import PENDING, AdapterFolderCONFIG as CONFIG, AdapterFolderTENSORS as TENSORS, is_folder, stamp_of
-from support.models import model_of, train
+from support.models import fit, model_of
 from support.states import with_adapter
 
 import s2ft
@@ -13,8 +13,7 @@ from s2ft import S2FTConfig, Selection
 
 
 def adapter(seed):
-    model = with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, seed=seed), name=f"seed-{seed}")
-    train(model, 1)
+    model = fit(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, seed=seed), name=f"seed-{seed}"), 1)
     return s2ft.get_adapter(model, f"seed-{seed}")
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.hub import fake_hub, uploaded
 from support.inside import add_info, hub, lora, native
-from support.models import ALL_RATIOS, model_of, output_of, ratios_for, train
+from support.models import ALL_RATIOS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
 from support.states import randomize, same, with_adapter
 from torch import nn
@@ -50,11 +50,13 @@ LAYOUTS = ("permuted", "indexed")
 
 
 def trained(case, layout="permuted", steps=2, dtype=torch.float32, delta_dtype=None, **ratios):
-    model = with_adapter(
-        model_of(case, dtype), S2FTConfig(**ratios_for(case, ratios or RATIOS), layout=layout, delta_dtype=delta_dtype)
+    return fit(
+        with_adapter(
+            model_of(case, dtype),
+            S2FTConfig(**ratios_for(case, ratios or RATIOS), layout=layout, delta_dtype=delta_dtype),
+        ),
+        steps,
     )
-    train(model, steps)
-    return model
 
 
 def assert_equal_deltas(ours, theirs):

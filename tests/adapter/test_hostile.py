@@ -14,7 +14,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.inside import CONFIG, TENSORS, reading
-from support.models import model_of, train
+from support.models import fit, model_of
 from support.states import same, with_adapter
 
 import s2ft
@@ -27,10 +27,12 @@ NORM, KEY = "model.norm.weight", "extra_weights/model.norm.weight"
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved")
-    model = with_adapter(
-        model_of("llama"), S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"]), name="victim"
+    model = fit(
+        with_adapter(
+            model_of("llama"), S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"]), name="victim"
+        ),
+        1,
     )
-    train(model, 1)
     s2ft.save_adapter(model, folder)
     return folder
 
@@ -413,8 +415,7 @@ def test_the_unchanged_folder_loads(saved, tmp_path):
 
 def test_units_that_reach_into_another_projection_are_refused(tmp_path):
     """q, k and v of Phi-3 are rows of one weight: the key heads follow the last query head."""
-    model = with_adapter(model_of("phi3"), S2FTConfig(q_ratio=0.3))
-    train(model, 1)
+    model = fit(with_adapter(model_of("phi3"), S2FTConfig(q_ratio=0.3)), 1)
     s2ft.save_adapter(model, tmp_path)
     path = "model.layers.0.self_attn.qkv_proj.q"
     head = len(load_file(tmp_path / TENSORS)[f"{path}.index"])

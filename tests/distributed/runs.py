@@ -58,7 +58,7 @@ def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None):
         torch.nn.utils.clip_grad_norm_(trained, 0.5)
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
+    return model.eval()
 
 
 def blocks_of(model):

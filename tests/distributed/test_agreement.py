@@ -90,8 +90,7 @@ def test_a_disagreement_is_an_error_on_every_rank(ranks):
 
 
 def save_on_first_alone(rank, directory):
-    model = sharded(attached("llama"))
-    train(model, rank, steps=1)
+    model = train(sharded(attached("llama")), rank, steps=1)
     message = ""
     if rank == 0:
         with patience(seconds=0.5):
@@ -104,15 +103,13 @@ def save_on_first_alone(rank, directory):
 def test_saving_a_sharded_model_on_a_single_rank_writes_nothing_and_names_the_cause(ranks, tmp_path):
     assert "waited for rank 1: it did not call this within 0.5 s." in ranks(save_on_first_alone, tmp_path)[0]
     assert not (tmp_path / "alone").exists()
-    model = attached("llama")
-    train(model, steps=1)
+    model = train(attached("llama"), steps=1)
     s2ft.save_adapter(model, tmp_path / "expected")
     check_same_files(tmp_path / "both", tmp_path / "expected")
 
 
 def save_where_it_fails(rank, directory):
-    model = sharded(attached("llama"))
-    train(model, rank, steps=1)
+    model = train(sharded(attached("llama")), rank, steps=1)
     message = error_of(lambda: s2ft.save_adapter(model, directory / "file"), OSError, RuntimeError)
     s2ft.save_adapter(model, directory / "good")
     return message, (directory / "good" / "s2ft_config.json").exists()

@@ -312,8 +312,7 @@ def restore_and_train(rank, stage, saved, directory):
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_restored_adapter_is_not_overwritten_by_the_optimizer(ranks, stage, tmp_path):
-    model = attached("llama-grouped")
-    train(model, steps=2)
+    model = train(attached("llama-grouped"), steps=2)
     s2ft.save_adapter(model, tmp_path / "saved")
     for seen in ranks(restore_and_train, stage, tmp_path / "saved", tmp_path):
         torch.testing.assert_close(seen, logits(model), rtol=1e-5, atol=1e-5)

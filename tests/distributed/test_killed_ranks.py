@@ -53,8 +53,7 @@ def errors_of_survivors(ranks, victim, point, number, act, *args):
 
 def save_twice(rank, directory):
     """Save, train on, and save to the same folder again."""
-    model = sharded(attached("llama"))
-    train(model, rank, steps=1)
+    model = train(sharded(attached("llama")), rank, steps=1)
     s2ft.save_adapter(model, directory / "first")
     distributed.wait_for_ranks("the test", [0, 1])
     train(model, rank, steps=1)
@@ -62,8 +61,7 @@ def save_twice(rank, directory):
 
 
 def save_once(directory):
-    model = attached("llama")
-    train(model, steps=1)
+    model = train(attached("llama"), steps=1)
     s2ft.save_adapter(model, directory)
 
 

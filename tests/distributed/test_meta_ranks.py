@@ -162,8 +162,7 @@ def base_is_beneath(model, case):
 
 @pytest.mark.parametrize("has", (pytest.param("nothing", marks=pytest.mark.slow), "any values"))
 def test_a_trained_adapter_goes_on(ranks, has, tmp_path):
-    model = attached("llama-grouped", **EXTRA)
-    train(model)
+    model = train(attached("llama-grouped", **EXTRA))
     s2ft.save_adapter(model, tmp_path / "start")
     assert ranks(go_on, tmp_path / "start", tmp_path, has) == [(True, True, True)] * 2
     check_same_files(tmp_path / "same", tmp_path / "start", exactly=True)

@@ -6,6 +6,7 @@ import pytest
 from export.test_streamed import check_equal, randomize
 from runs import base_on, sharded
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.states import with_adapter
 
 import s2ft
 
@@ -39,8 +40,9 @@ def prepared(tmp_path):
         model_of(case).save_pretrained(tmp_path / "base")
         model = type(model_of(case)).from_pretrained(tmp_path / "base")
         for name, seed in (("a", 1), ("b", 2)):
-            s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, seed=seed), name)
-            randomize(model)
+            randomize(
+                with_adapter(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, seed=seed), name)
+            )
             s2ft.save_adapter(model, tmp_path / name)
             s2ft.detach(model)
         with_adapters(model, tmp_path)

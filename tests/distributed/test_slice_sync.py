@@ -7,7 +7,7 @@ from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
 from support.inside import EngineError, SliceSender
 from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import with_loaded
+from support.states import with_adapter, with_loaded
 
 import s2ft
 
@@ -50,8 +50,7 @@ def prepare(case, layout, folder):
 
     model = model_of(case)
     model.save_pretrained(folder / "base")
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout))
-    randomize(model)
+    randomize(with_adapter(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout)))
     s2ft.save_adapter(model, folder / "adapter")
     torch.save(TrainedSlices.of(model).buffer(), folder / "expected.pt")
     s2ft.merge(model).save_pretrained(folder / "merged")

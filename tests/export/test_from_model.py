@@ -28,9 +28,7 @@ def config_of(case, layout="permuted", **changes):
 
 def trained(case, folder, layout="permuted", **changes):
     """A base with a trainable adapter, as after training."""
-    model = with_adapter(loaded(case, folder), config_of(case, layout, **changes))
-    randomize(model)
-    return model
+    return randomize(with_adapter(loaded(case, folder), config_of(case, layout, **changes)))
 
 
 def with_another(case, folder, layout, weights):
@@ -38,8 +36,7 @@ def with_another(case, folder, layout, weights):
     model = trained(case, folder, layout, seed=3)
     s2ft.save_adapter(model, folder / "a")
     s2ft.load_adapter(s2ft.detach(model), folder / "a", "a")
-    s2ft.attach(model, config_of(case, layout), "b")
-    randomize(model)
+    randomize(with_adapter(model, config_of(case, layout), "b"))
     s2ft.set_adapter(model, weights)
     return model
 

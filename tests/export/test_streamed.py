@@ -53,8 +53,7 @@ def without_values(model, dtype):
 def both_ways(model, folder, dtype=torch.float32, max_shard_size=None, **config):
     """Merge an adapter of a model in memory and from the disk, into folder/memory and folder/disk."""
     model.save_pretrained(folder / "base", max_shard_size=max_shard_size or "50GB")
-    base = with_adapter(type(model).from_pretrained(folder / "base", dtype=dtype), s2ft.S2FTConfig(**config))
-    randomize(base)
+    base = randomize(with_adapter(type(model).from_pretrained(folder / "base", dtype=dtype), s2ft.S2FTConfig(**config)))
     s2ft.save_adapter(base, folder / "adapter")
     s2ft.merge(base).save_pretrained(folder / "memory", max_shard_size=max_shard_size or "50GB")
     hollow = without_values(model, dtype)
@@ -103,8 +102,7 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model")
     model, _ = load_model(str(work / "model"))
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.25))
-    randomize(model)
+    randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.25)))
     s2ft.save_adapter(model, work / "adapter")
     s2ft.merge(model).save_pretrained(work / "expected")
     return work

@@ -400,3 +400,9 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, weight_decay: floa
         losses.append(loss.item())
     model.eval()
     return losses
+
+
+def fit(model: nn.Module, *args, **options) -> nn.Module:
+    """Train a model as :func:`train` does, and return it."""
+    train(model, *args, **options)
+    return model

@@ -91,8 +91,7 @@ def test_two_trainers_and_one_that_has_died(base, tmp_path):
         assert same(engine.weights, merged(model, tmp_path / "merged"))
         SliceSender(model, url, name=first.name).sync()  # it continues after a restart
         engine.updating = True  # the first one died in the middle of an update
-        other = trained_model("indexed")
-        randomize(other, 7)
+        other = randomize(trained_model("indexed"), 7)
         with SliceSender(other, url, take_over=True) as second:
             second.sync()
             assert same(engine.weights, merged(other, tmp_path / "other"))

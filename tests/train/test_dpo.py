@@ -69,8 +69,9 @@ def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
 @torch.no_grad()
 def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
     base, model = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
-    randomize(model)
+    randomize(
+        with_adapter(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
+    )
     ids = torch.arange(60).view(3, 20)
     assert not torch.equal(model(ids).logits, base(ids).logits)
     assert torch.equal(Reference(model)(input_ids=ids).logits, base(ids).logits)
@@ -79,8 +80,9 @@ def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
 @pytest.mark.parametrize("extra", [None, ["norm", "embed_tokens"]], ids=["slices", "extra weights"])
 def test_the_reference_may_run_between_forward_and_backward(extra):
     """It must not write into weights that the backward pass needs."""
-    model = with_adapter(tiny_model().train(), s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
-    randomize(model)
+    model = randomize(
+        with_adapter(tiny_model().train(), s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
+    )
     ids, found = torch.arange(60).view(3, 20), []
     for runs in (False, True):
         loss = model(ids, labels=ids).loss

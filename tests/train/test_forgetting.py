@@ -241,8 +241,7 @@ def test_answers_are_those_of_the_base_one_by_one():
     model, tokenizer = tiny_model(seed=4), tiny_tokenizer()
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     expected = [[*prompt, *greedy(model, prompt, 6)] for prompt in prompts]
-    s2ft.attach(model, CONFIG)
-    randomize(model, std=1.0)
+    randomize(with_adapter(model, CONFIG), std=1.0)
     rows = answer_rows(model, tokenizer, prompts, 6, 2)
     assert [row["input_ids"] for row in rows] == expected
     assert rows[1]["labels"] == [-100, -100, *expected[1][2:]]

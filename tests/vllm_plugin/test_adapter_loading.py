@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.inside import Location, MissingInVLLM, compatibility, loading, lora_of, native, private, when_imported
-from support.states import randomize
+from support.states import randomize, with_adapter
 from support.vllm_models import tiny_llama
 from support.vllm_modules import MODULES, Layer, PPMissingLayer, Request, engine_of, fake_modules
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -28,8 +28,7 @@ def small_llama(seed=1, **changes):
 
 def saved_adapter(model, folder, **ratios):
     """Attach, fill and save an adapter of a model, which is detached again."""
-    s2ft.attach(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a")
-    randomize(model, 3, 0.02)
+    randomize(with_adapter(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a"), 3, 0.02)
     s2ft.save_adapter(model, folder)
     s2ft.detach(model)
 
