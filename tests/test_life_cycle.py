@@ -16,7 +16,7 @@ import torch
 from adapter import test_extra_weights as classifiers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support.inside import couplings_of, projections_of, weight_at
-from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, output_of, ratios_for
+from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, output_of, ratios_for, train
 from support.pairs import in_turn, pairs, pairs_mostly_slow, rest_slow
 from support.peft_modules import MODULES, net_of
 from support.quantized import KINDS, RARE, contents, forward, quantized
@@ -97,15 +97,7 @@ def fit(model, subject, steps=3):
     if trained[0].dtype is torch.float16:
         torch.manual_seed(1)
         return [nn.init.normal_(parameter.data, std=0.02).sum().item() for parameter in trained]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(steps):
-        loss = subject.run(model.train()).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
+    return train(model, steps, weight_decay=0.01, loss_of=lambda model: subject.run(model).float().square().mean())
 
 
 def tensors_of(model):

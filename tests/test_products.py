@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
+from ops.cases import bytes_kept
 from support.inside import S2ColumnConv, S2ColumnExperts, S2RowConv, S2RowExperts
 from support.tolerances import GEMM
 from torch import Tensor, nn
@@ -164,19 +165,10 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_a_forward_keeps_only_what_it_needs_of_x(name, trains):
     """Of a frozen slice it keeps nothing."""
-    case, kept = made(name), []
+    case = made(name)
     case.layer.s2.requires_grad_(trains)
     given = (*case.inputs, case.layer.weight, case.layer.s2)
-    own = {tensor.untyped_storage().data_ptr() for tensor in given}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.layer(*case.inputs)
-    assert sum(kept) == trains * KEPT[name]
+    assert bytes_kept(given, lambda: case.layer(*case.inputs)) == trains * KEPT[name]
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -4,7 +4,7 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, upstream_of
+from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, bytes_kept, upstream_of
 from support.tolerances import GEMM
 from support.waits import References
 
@@ -155,18 +155,9 @@ KEPT = {
 @named(KEPT)
 def test_backward_keeps_only_what_it_needs_of_x(name, trains):
     """A frozen delta keeps nothing."""
-    case, kept = SMALL[name](), []
+    case = SMALL[name]()
     x, *rest = case.tensors if trains else (tensor.detach() for tensor in case.tensors)
-    own = {tensor.untyped_storage().data_ptr() for tensor in rest}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.run(x, *rest)
-    assert sum(kept) == trains * KEPT[name]
+    assert bytes_kept(rest, lambda: case.run(x, *rest)) == trains * KEPT[name]
 
 
 @named([*DIFFERENTIABLE, *(name for name in ALL if name.startswith(tuple(LINEAR)) and "(7, 11, 2, 3)" in name)])

@@ -385,10 +385,13 @@ def loss_of(model: PreTrainedModel) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(output, targets)
 
 
-def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, weight_decay: float = 0.1, loss_of=loss_of) -> list:
-    """Run a few AdamW steps and return their losses. The model is in evaluation mode afterwards."""
+def train(model: nn.Module, steps=3, lr=1e-2, weight_decay=0.1, loss_of=loss_of, optimizer=None) -> list[float]:
+    """Run a few steps, of AdamW if no optimizer is given, and return their losses.
+
+    The model is in evaluation mode afterwards.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     model.train()
     losses = []
     for _ in range(steps):

@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from support.models import loss_of, model_of, token_batch
+from support.models import model_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow
 from support.slices import attached, everything, frozen, slices
 from support.states import with_adapter
@@ -13,22 +13,6 @@ from support.states import with_adapter
 import s2ft
 
 layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
-
-
-def loss(model, batch):
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
-
-
-def steps(model, optimizer, count=8, batch=None):
-    """The losses of `count` steps."""
-    losses = []
-    for _ in range(count):
-        optimizer.zero_grad()
-        value = loss_of(model) if batch is None else loss(model, batch)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses
 
 
 # ---- optimizers ----------------------------------------------------------------------------------------------
@@ -58,7 +42,7 @@ def test_only_slices_move(which, layout, dtype):
     before = frozen(model)
     candidates = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # Muon takes only matrices
     optimizer = OPTIMIZERS[which](candidates)
-    losses = steps(model.train(), optimizer)
+    losses = train(model, 8, optimizer=optimizer)
     assert losses[-1] < losses[0]
     assert {id(p) for p in optimizer.state} == {id(p) for p in slices(model).values()}
     for p, state in optimizer.state.items():
@@ -73,13 +57,13 @@ def test_only_slices_move(which, layout, dtype):
 def test_an_optimizer_resumes_from_its_state(which):
     """Four steps equal two steps, saving, loading and two more steps, bit for bit."""
     through, first, second = attached("llama-grouped"), attached("llama-grouped"), attached("llama-grouped")
-    steps(through, OPTIMIZERS[which](list(slices(through).values())), 4)
+    train(through, 4, optimizer=OPTIMIZERS[which](list(slices(through).values())))
     optimizer = OPTIMIZERS[which](list(slices(first).values()))
-    steps(first, optimizer, 2)
+    train(first, 2, optimizer=optimizer)
     second.load_state_dict(first.state_dict())
     other = OPTIMIZERS[which](list(slices(second).values()))
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(second, other, 2)
+    train(second, 2, optimizer=other)
     assert all(torch.equal(p, slices(second)[name]) for name, p in slices(through).items())
 
 
@@ -113,7 +97,12 @@ def run_bitsandbytes(which, layout, device, dtype=torch.float32):
     optimizer = getattr(bitsandbytes.optim, which)(slices(model).values(), lr=1e-3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
-        losses = steps(model, optimizer, batch=batch)
+        losses = train(
+            model,
+            8,
+            loss_of=lambda model: model(input_ids=batch, labels=batch, use_cache=False).loss,
+            optimizer=optimizer,
+        )
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in frozen(model).items())
     for name, p in slices(model).items():
