@@ -37,8 +37,7 @@ class Case:
         base = self.layer.base_weight().detach()
         weight = base.clone()
         # by differences of one element each, so that no formula of s2ft is used
-        numbers = torch.arange(base.numel(), device=base.device).view(base.shape)
-        places = self.units(numbers)
+        places = self.units(torch.arange(base.numel(), device=base.device).view(base.shape))
         sums = (base.flatten()[places] + s2).to(base.dtype)
         weight = weight.flatten().index_copy(0, places.flatten(), sums.flatten()).view(base.shape)
         return self.plain(x, *self.inputs[1:], weight)

@@ -62,8 +62,7 @@ def train_cast(rank, way, directory):
         "cast": MixedPrecisionPolicy(torch.bfloat16),
         "cast, summed in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
     }[way]
-    model = train(sharded(with_deltas(), mp_policy=policy), rank, lr=1e-5)
-    s2ft.save_adapter(model, directory)
+    s2ft.save_adapter(train(sharded(with_deltas(), mp_policy=policy), rank, lr=1e-5), directory)
 
 
 @torch.no_grad()

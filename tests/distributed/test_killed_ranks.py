@@ -61,8 +61,7 @@ def save_twice(rank, directory):
 
 
 def save_once(directory):
-    model = train(attached("llama"), steps=1)
-    s2ft.save_adapter(model, directory)
+    s2ft.save_adapter(train(attached("llama"), steps=1), directory)
 
 
 WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the config, then the tensors
