@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.gpu import bits, check_frozen, frozen, small_model, train
+from support.gpu import bits, check_frozen, frozen, small_model
+from support.models import train
 
 from s2ft.ops import multi_adapter_linear, pack_adapters
 
@@ -75,11 +76,12 @@ def test_replays_see_slices_that_changed_after_the_capture():
 @pytest.mark.parametrize("mode", (None, "reduce-overhead", "max-autotune-no-cudagraphs"))
 def test_compiled_training_is_eager_training(mode):
     model, ids = small_model(D)
-    expected = train(model, lambda: model(input_ids=ids, labels=ids).loss)
+    expected = train(model, 4, lr=1e-3, loss_of=lambda model: model(input_ids=ids, labels=ids).loss)
     model, ids = small_model(D)
     before = frozen(model)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
-    assert train(model, lambda: compiled(input_ids=ids, labels=ids).loss) == pytest.approx(expected, rel=2e-2)
+    losses = train(model, 4, lr=1e-3, loss_of=lambda _: compiled(input_ids=ids, labels=ids).loss)
+    assert losses == pytest.approx(expected, rel=2e-2)
     check_frozen(model, before)
 
 

@@ -25,9 +25,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    save_adapters(folder, 1, **LONG)
-    return folder
+    return save_adapters(tmp_path_factory.mktemp("adapters"), 1, **LONG)
 
 
 class Stream(threading.Thread):

@@ -19,8 +19,7 @@ UNTIED = dict(tie_word_embeddings=False)
 @pytest.fixture(scope="module")
 def spare(tmp_path_factory):
     """Adapters a0 and a1 of the base, and a0 of another base in foreign/."""
-    folder = tmp_path_factory.mktemp("spare")
-    save_adapters(folder, 2, **UNTIED)
+    folder = save_adapters(tmp_path_factory.mktemp("spare"), 2, **UNTIED)
     save_adapters(folder / "foreign", 1, seed=5, **UNTIED)
     return folder
 

@@ -15,9 +15,7 @@ UNTIED = dict(tie_word_embeddings=False)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    save_adapters(folder, 4, **UNTIED)
-    return folder
+    return save_adapters(tmp_path_factory.mktemp("adapters"), 4, **UNTIED)
 
 
 def step(batch, count=5):
