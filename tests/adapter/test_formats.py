@@ -14,7 +14,7 @@ from support.hub import fake_hub, uploaded
 from support.inside import add_info, hub, lora, native
 from support.models import ALL_RATIOS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
-from support.states import randomize, same, with_adapter
+from support.states import assert_same_adapters, randomize, same, with_adapter
 from torch import nn
 
 import s2ft
@@ -59,14 +59,6 @@ def trained(case, layout="permuted", steps=2, dtype=torch.float32, delta_dtype=N
     )
 
 
-def assert_equal_deltas(ours, theirs):
-    assert ours.deltas.keys() == theirs.deltas.keys() and ours.selection == theirs.selection
-    for path, delta in ours.deltas.items():
-        other = theirs.deltas[path]
-        assert delta.dim == other.dim and torch.equal(delta.index, other.index), path
-        assert delta.values.dtype == other.values.dtype and torch.equal(delta.values, other.values), path
-
-
 # ---- golden adapters -----------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -84,7 +76,7 @@ def test_golden_adapters_load_and_are_saved_again(name, trainable, tmp_path):
     assert golden.digests(s2ft.merge(model)) == json.loads((GOLDEN / name / "merged.json").read_text())
     native.write(adapter, tmp_path)
     again = read_adapter(tmp_path)
-    assert_equal_deltas(again, adapter)
+    assert_same_adapters(again, adapter)
     assert all(getattr(again, one) == getattr(adapter, one) for one in ("config", "fingerprint", "couplings"))
 
 
@@ -130,7 +122,7 @@ def test_export_and_import_give_an_equal_adapter(case, layout, dtype, tmp_path):
     for i, options in enumerate(({}, {"rank_pattern": False}, {"rank": 100})):
         export_lora(model, tmp_path / str(i), **options)
         for base in (model_of(case, dtype), model):  # with and without adapters
-            assert_equal_deltas(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
+            assert_same_adapters(lora.read(tmp_path / str(i), base), get_adapter(model, "default"))
 
 
 def test_the_prompt_survives_the_round_trip(tmp_path):
@@ -147,7 +139,7 @@ def test_a_trained_head_whose_delta_is_zero_survives_the_round_trip(tmp_path):
     """The units of a zero delta still belong to the adapter."""
     model = trained("llama", steps=0)
     export_lora(model, tmp_path)
-    assert_equal_deltas(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
+    assert_same_adapters(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
 
 
 @pytest.mark.parametrize("options,spread", (({}, True), ({"rank_pattern": False}, False)))
@@ -192,7 +184,7 @@ def test_a_custom_module(tmp_path):
     export_lora(randomize(model), tmp_path)
     assert relative(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
     import_lora(other, tmp_path, couplings=mlp)
-    assert_equal_deltas(get_adapter(other, "default"), get_adapter(model, "default"))
+    assert_same_adapters(get_adapter(other, "default"), get_adapter(model, "default"))
 
 
 # ---- LoRA, in ------------------------------------------------------------------------------------------

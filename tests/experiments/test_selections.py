@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from selection.reference import norms
 from support.inside import Calibration, Request, couplings_of, projections_of, weight_at
 from support.models import model_of
 
@@ -34,10 +35,6 @@ def units_of(matrix, projection):
     """The weights of every unit, [count] tensors."""
     moved = matrix.movedim(projection.dim, 0)
     return [moved[projection.elements(torch.tensor([unit]))] for unit in range(projection.count)]
-
-
-def norms(matrix, projection):
-    return torch.stack([unit.norm() for unit in units_of(matrix, projection)])
 
 
 def low_rank(matrix, projection):

@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.models import ALL_RATIOS, T5, model_of, output_of, ratios_for
 from support.pairs import in_turn
-from support.states import same, with_loaded
+from support.states import assert_same_adapters, same, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
@@ -391,9 +391,7 @@ def test_weighted_sums_equal_those_of_s2ft(case):
     model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum")
     model.set_adapter("sum")
     expected = 0.7 * to_native(model, "a") + -0.3 * to_native(model, "b")
-    found = to_native(model, "sum")
-    assert found.selection == expected.selection and found.deltas.keys() == expected.deltas.keys()
-    assert all(torch.equal(found.deltas[key].values, expected.deltas[key].values) for key in found.deltas)
+    assert_same_adapters(to_native(model, "sum"), expected)
     assert torch.equal(output_of(with_loaded(model_of(case), expected)), output_of(model))
 
 

@@ -26,6 +26,16 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.05) -> nn.Module:
     return model
 
 
+def assert_same_adapters(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> None:
+    """The same units, deltas and weights in full, bit for bit."""
+    assert ours.selection == theirs.selection and ours.deltas.keys() == theirs.deltas.keys()
+    for path, delta in ours.deltas.items():
+        other = theirs.deltas[path]
+        assert delta.dim == other.dim and torch.equal(delta.index, other.index), path
+        assert delta.values.dtype == other.values.dtype and torch.equal(delta.values, other.values), path
+    assert same(ours.extra_weights, theirs.extra_weights)
+
+
 def with_adapter(model: nn.Module, config: s2ft.S2FTConfig, *name: str, **options) -> nn.Module:
     """Attach an adapter to a model. Returns the model."""
     s2ft.attach(model, config, *name, **options)
