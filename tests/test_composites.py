@@ -9,9 +9,6 @@ from support.tolerances import relative_difference
 import s2ft
 from s2ft import S2FTConfig
 
-FAST = ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl")
-TYPES = rest_slow(composite.MODEL_TYPES, FAST)
-
 
 def everything(model):
     """A config that trains a part of every projection, in all towers that have couplings."""
@@ -24,7 +21,9 @@ def trained(model):
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type", rest_slow(composite.MODEL_TYPES, ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl"))
+)
 def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type):
     model = composite_of(model_type)
     assert is_known(model)

@@ -25,7 +25,6 @@ from s2ft.cli.main import main
 
 # The inputs made from a config have no states of an encoder, which cross-attention needs.
 GIVEN = ("bert-cross-attention", "gpt2-cross-attention", "bert-generation")
-FAST = ("llama-grouped", "phi3-multi-query", "gpt-neox", "olmo2-grouped", "qwen2-moe")
 
 
 # Types in which less is found than declared, and nothing else.
@@ -57,7 +56,9 @@ def check_found_again(model, example=None):
     assert found == declared(model) or getattr(model.config, "model_type", None) in LESS
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, FAST))
+@pytest.mark.parametrize(
+    "case", rest_slow(CASES, ("llama-grouped", "phi3-multi-query", "gpt-neox", "olmo2-grouped", "qwen2-moe"))
+)
 def test_discovery_finds_the_declared_couplings(case):
     model = model_of(case)
     check_found_again(model, inputs_of(model) if case in GIVEN else None)

@@ -9,7 +9,6 @@ from support.flips import Flip, flips_of, outcome_of, outcomes_of
 from support.inside import composite, named
 from support.models import CASES
 
-TYPES = sorted({*(make().model_type for make in CASES.values()), *ROWS, *composite.MODEL_TYPES})
 # Flips that change a block, of which some were wrong once
 FAST = {
     "beit": Flip("", "use_shared_relative_position_bias", True),
@@ -39,7 +38,9 @@ def test_a_flag_that_a_declaration_does_not_know_is_found(monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type", sorted({*(make().model_type for make in CASES.values()), *ROWS, *composite.MODEL_TYPES})
+)
 def test_every_flip_is_right(model_type):
     if lacks(model_type):
         pytest.skip("this version of transformers lacks the type")

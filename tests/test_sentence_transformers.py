@@ -9,8 +9,9 @@ from support.tolerances import LOGITS, relative_difference
 
 import s2ft
 
-WHY = "sentence-transformers is not installed: pip install sentence-transformers"
-sentence_transformers = pytest.importorskip("sentence_transformers", reason=WHY)
+sentence_transformers = pytest.importorskip(
+    "sentence_transformers", reason="sentence-transformers is not installed: pip install sentence-transformers"
+)
 
 from sentence_transformers import (
     CrossEncoder,

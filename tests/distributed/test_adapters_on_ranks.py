@@ -10,7 +10,6 @@ from support.states import with_loaded
 import s2ft
 
 SETTINGS = (None, "a", {"a": 0.5, "b": 2.0}, "c", {"b": 0.5, "c": 1.0}, {"a": 1.0, "b": 1.0}, None)
-ENDS = {"merge b": "b", "merge half of a": {"a": 0.5}}
 WAYS = [
     ("fsdp", "llama-grouped", "merge b"),
     ("fsdp", "mixtral", "merge half of a"),
@@ -48,7 +47,7 @@ def use(rank, how, folder, end):
     if end != "merge b":
         s2ft.delete_adapter(model, "b")
         assert s2ft.list_adapters(model) == ["a", "c"]
-    s2ft.set_adapter(model, ENDS[end])
+    s2ft.set_adapter(model, {"merge b": "b", "merge half of a": {"a": 0.5}}[end])
     return seen, status, full_tensors(dict(s2ft.merge(model).named_parameters()))
 
 

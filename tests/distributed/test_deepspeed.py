@@ -346,12 +346,16 @@ def train_loaded(rank, base, folder, kind, more):
 
 
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
-OFFLOADED = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.mark.parametrize(
     "kind, more",
-    [(S2FTTrainer, {}), (Trainer, {}), (Trainer, GATHERED), (S2FTTrainer, OFFLOADED)],
+    [
+        (S2FTTrainer, {}),
+        (Trainer, {}),
+        (Trainer, GATHERED),
+        (S2FTTrainer, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    ],
     ids=("s2ft", "plain", "plain gathered", "s2ft offloaded"),
 )
 def test_trainer_trains_and_resumes_a_partitioned_model(ranks, kind, more, tmp_path):

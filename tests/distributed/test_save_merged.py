@@ -29,7 +29,6 @@ SLOW = [
     ("phi3-grouped", "permuted", "tp", False),
 ]
 ZERO = [("llama-grouped", "permuted", "zero 3", False), ("mixtral", "indexed", "zero 3", True)]
-WEIGHTS = {"a": 0.5, "b": 1.0}
 
 
 @pytest.fixture
@@ -56,7 +55,7 @@ def with_adapters(model, folder):
     """Load adapter a, and b to go on training it; both are active."""
     s2ft.load_adapter(model, folder / "a", "a")
     s2ft.load_adapter(model, folder / "b", "b", trainable=True)
-    s2ft.set_adapter(model, WEIGHTS)
+    s2ft.set_adapter(model, {"a": 0.5, "b": 1.0})
     return model
 
 

@@ -16,7 +16,6 @@ import s2ft
 # "llama" moves heads and channels, "llama-grouped" has heads that can't move and "phi3" weights whose units are on
 # different ranks; "llama-biased" has biases on both sides, "qwen3" norms of heads that transformers runs by a style
 CASES = [("llama", "permuted"), ("llama-biased", "indexed"), ("qwen2-grouped-tied", "permuted")]
-TWO_DIMENSIONS = {"fsdp_size": 2}
 MORE_CASES = [
     ("phi3-grouped", "permuted"),
     ("llama", "indexed"),
@@ -79,7 +78,7 @@ WAYS = {
     "one process": (lambda folder: load(folder, 1), None),
     "two": (load, None),
     "four": (lambda folder: load(folder, 4), None),
-    "two halves": (lambda folder: load(folder, **TWO_DIMENSIONS), 2),
+    "two halves": (lambda folder: load(folder, fsdp_size=2), 2),
     "two copies": (lambda folder: load(folder, dp_replicate_size=2), 2),
     "packed": (load_packed, None),
     "parallelized": (load_parallelized, None),

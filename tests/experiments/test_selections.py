@@ -12,7 +12,6 @@ from bench.experiments.selections import CANDIDATES, KEPT, ProtectedRequest, cho
 
 CASES = ("llama-grouped", "mixtral")
 ALL = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
-FFN = dict(u_ratio=0.2, d_ratio=0.15)
 
 
 def rows_of(model, seed, rows=3):
@@ -140,7 +139,7 @@ def test_the_meant_end_is_chosen_twice_the_same_and_the_model_does_not_change(na
     before = {path: value.clone() for path, value in model.state_dict().items()}
     scores = scores_of(model_of("llama"), name)
     for order in ("largest", "smallest"):
-        config = s2ft.S2FTConfig(**FFN, order=order)
+        config = s2ft.S2FTConfig(u_ratio=0.2, d_ratio=0.15, order=order)
         chosen = choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
         assert chosen == choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
         path = "model.layers.1.mlp.down_proj"

@@ -9,7 +9,6 @@ from support.tolerances import GEMM
 from support.waits import References
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
-HAS_DELTA_DTYPE = ("linear", "scatter", "write")
 
 
 def named(table):
@@ -29,7 +28,7 @@ def assert_close(ours, theirs, dtype, exact=0):
 
 def made(name, every_delta=True):
     """The case in every dtype, with deltas of the same dtype and, where there are any, of all others."""
-    has_delta = "multi" not in name and any(part in name for part in HAS_DELTA_DTYPE)
+    has_delta = "multi" not in name and any(part in name for part in ("linear", "scatter", "write"))
     for dtype in DTYPES:
         yield dtype, ALL[name](dtype=dtype)
         for other in DTYPES if has_delta and every_delta else ():

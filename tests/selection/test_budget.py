@@ -12,7 +12,6 @@ from s2ft import S2FTConfig
 MODEL = model_of("llama-grouped")
 PROJECTIONS = {p.path: p for p in projections_of(couplings_of(MODEL))}
 COSTS = {path: unit_parameters(MODEL, p) for path, p in PROJECTIONS.items()}
-RATIO = st.one_of(st.just(0.0), st.floats(0.05, 1))
 
 
 def parameters(selection):
@@ -25,7 +24,7 @@ def per_layer(selection, name):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    ratios=st.fixed_dictionaries({f"{key}_ratio": RATIO for key in "qvoud"}),
+    ratios=st.fixed_dictionaries({f"{key}_ratio": st.one_of(st.just(0.0), st.floats(0.05, 1)) for key in "qvoud"}),
     budget=st.integers(1, 30000),
     layers=st.sets(st.integers(0, 2), min_size=1),
     allocation=st.sampled_from(["uniform", "global"]),

@@ -31,7 +31,6 @@ from state.plain import describe, detach_if_attached, differences, effective_wei
 from state.tracing import RaiseAt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CASTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # a larger number is coarser
 TOKENS = dict(batch=2, length=4)
 SHOWN = 20  # largest number of printed failures
@@ -368,7 +367,10 @@ def evaluation_mode(state: State) -> None:
 
 
 def cast(state: State) -> None:
-    dtype, now = state.rng.choice(CASTS), next(state.plain.parameters()).dtype
+    dtype, now = (
+        state.rng.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+        next(state.plain.parameters()).dtype,
+    )
     method = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}[dtype]
     if state.rng.random() < 0.5:
         state.both(lambda model: getattr(model, method)())

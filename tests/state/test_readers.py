@@ -22,7 +22,6 @@ from state.plain import differences, same_bits, weights_of
 from state.threads import in_child, repeating
 
 READS = 20
-WIDE = dict(hidden_size=128, intermediate_size=512)
 REFUSED = (ValueError, RuntimeError)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*not writable.*:UserWarning")
 
@@ -35,7 +34,7 @@ def attached_model(layout: str, **changes: int) -> nn.Module:
 @pytest.fixture(scope="module", params=LAYOUTS)
 def attached(request) -> tuple[nn.Module, Tensor]:
     """A model with a trainable adapter, and tokens for a forward of a few milliseconds."""
-    model = attached_model(request.param, **WIDE)
+    model = attached_model(request.param, hidden_size=128, intermediate_size=512)
     ids = tokens(model, batch=8, length=16)
     model(input_ids=ids)
     return model, ids

@@ -41,7 +41,6 @@ MORE = (
     "llama-relu",
     "llama-multi-query",
 )
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +96,7 @@ def test_one_graph_has_the_gradients_of_the_uncompiled_model(case, layout, layer
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@layouts
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_gradients_with_inductor(layout, dtype):
     """The kernels of the default compiler round differently, in bfloat16 by about its spacing."""
     skip_where_wrong()

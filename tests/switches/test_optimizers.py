@@ -12,9 +12,6 @@ from support.states import with_adapter
 
 import s2ft
 
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
-
-
 # ---- optimizers ----------------------------------------------------------------------------------------------
 
 OPTIMIZERS = {
@@ -119,7 +116,7 @@ def test_bitsandbytes(which, layout):
 
 
 @pytest.mark.cuda
-@layouts
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("which", EIGHT_BITS + WIDE)
 def test_bitsandbytes_on_a_gpu(which, layout, dtype):

@@ -14,8 +14,7 @@ from support.states import randomize, same, tensors_of
 
 import s2ft
 
-FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
-ALL = rest_slow(CASES, FAST)
+ALL = rest_slow(CASES, ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied"))
 
 
 def check(model, folder, merge):

@@ -22,7 +22,6 @@ import s2ft
 ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(12)]
 # No layer is permuted and no kernel replaces the FFN's, so that every sum has the order of the untouched base.
 SAME_ORDER = dict(layout="indexed", ffn_kernel=False)
-MIXED = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
 
 
 def pairs(tokenizer, rows=ROWS, **options):
@@ -35,7 +34,7 @@ def arguments(path, **changes):
     return DPOArguments(output_dir=str(path), **{**more, **changes})
 
 
-def run(path, config=MIXED, resume=False, options=RunOptions(), **changes):
+def run(path, config=s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25), resume=False, options=RunOptions(), **changes):
     """Train the tiny model. Returns the model and the folder."""
     model, tokenizer, folder = with_adapter(tiny_model(), config), tiny_tokenizer(), RunFolder(path)
     folder.begin({}, resume)

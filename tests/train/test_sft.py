@@ -157,10 +157,7 @@ RESUMED = {
 }
 
 
-QUICK = ("by length", "packed")
-
-
-@pytest.mark.parametrize("case", rest_slow(RESUMED, QUICK))
+@pytest.mark.parametrize("case", rest_slow(RESUMED, ("by length", "packed")))
 def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
     changes = {"save_steps": 100, **RESUMED[case]}
@@ -355,9 +352,6 @@ def test_an_error_in_the_middle_is_raised(tmp_path, monkeypatch):
     assert not (tmp_path / "out/adapter").exists()
 
 
-LAST = [(2, [2, 4, 6, 8]), (20, [8])]
-
-
 def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_path):
     shutil.copytree(whole[1].path, tmp_path / "again")
     shutil.rmtree(tmp_path / "again/adapter"), (tmp_path / "again/report.json").unlink()
@@ -367,7 +361,8 @@ def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "eval_steps, steps", [(0, [8]), (3, [3, 6, 8]), *(pytest.param(*row, marks=pytest.mark.slow) for row in LAST)]
+    "eval_steps, steps",
+    [(0, [8]), (3, [3, 6, 8]), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(2, [2, 4, 6, 8]), (20, [8])])],
 )
 def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
     changes = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}

@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 LORA = ["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "256"]
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def damaged(folder, to):
@@ -80,7 +79,7 @@ def test_names_in_requests_loading_by_hand_and_refusals(served, refused, tmp_pat
     for name in ADAPTERS:
         shutil.copytree(served.adapters / name, tmp_path / "adapters" / name)
     shutil.copytree(refused["damaged"][0], tmp_path / "adapters" / "damaged")
-    environment = {**RUNTIME, "S2FT_VLLM_ADAPTERS": str(tmp_path / "adapters")}
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "S2FT_VLLM_ADAPTERS": str(tmp_path / "adapters")}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(size))
     options = [*LORA, "--tensor-parallel-size", str(size)]
     with vllm_server(served.base, tmp_path / "log", options, environment) as server:

@@ -5,7 +5,6 @@ from support.vllm_rl import run, save_base
 from support.vllm_server import vllm_server
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
-OPTIONS = ["--weight-transfer-config", '{"backend": "s2ft"}', "--logprobs-mode", "processed_logprobs"]
 
 
 @pytest.fixture(scope="module")
@@ -16,7 +15,12 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def server(base, tmp_path_factory):
     environment = {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
-    with vllm_server(base, tmp_path_factory.mktemp("log") / "server.log", OPTIONS, environment) as found:
+    with vllm_server(
+        base,
+        tmp_path_factory.mktemp("log") / "server.log",
+        ["--weight-transfer-config", '{"backend": "s2ft"}', "--logprobs-mode", "processed_logprobs"],
+        environment,
+    ) as found:
         yield found
 
 
