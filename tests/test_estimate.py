@@ -289,18 +289,13 @@ def test_parameters_gradients_and_optimizer_are_real_storages(case, dtype):
     assert estimated.optimizer == nbytes(t for state in optimizer.state.values() for t in state.values())
 
 
-def wide():
-    """A model whose slices are larger than what 8-bit optimizers leave in float32."""
-    return AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)
-    )
-
-
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_by_name(name):
     if "8bit" in name:
         pytest.importorskip("bitsandbytes")
-    model, config = wide(), S2FTConfig(d_ratio=0.5)
+    # its slices are larger than what 8-bit optimizers leave in float32
+    shape = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)
+    model, config = AutoModelForCausalLM.from_config(LlamaConfig(**shape)), S2FTConfig(d_ratio=0.5)
     real = attached(model, config)
     ids = token_batch(model)
     optimizer = real_step(real, OPTIMIZERS[name], {"input_ids": ids, "labels": ids})

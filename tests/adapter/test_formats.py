@@ -203,18 +203,13 @@ def lora_of_peft(case, folder, change=lambda model: None, **options):
     return model
 
 
-def layers_of(model):
-    for path, module in model.base_model.model.named_modules():
-        if "default" in getattr(module, "lora_A", {}):
-            yield path, module.lora_A["default"].weight, module.lora_B["default"].weight
-
-
 def made_of(a=None, b=None):
     """Fill each matrix of a LoRA with these entries, and one without any at random."""
 
     def change(model):
-        for _, *matrices in layers_of(model):
-            for matrix, entries in zip(matrices, (a, b)):
+        for name, matrix in model.named_parameters():
+            if ".lora_A." in name or ".lora_B." in name:
+                entries = a if ".lora_A." in name else b
                 for place, value in entries.items() if entries else ((..., torch.randn_like(matrix)),):
                     matrix[place] = value
 

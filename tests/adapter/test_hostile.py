@@ -37,11 +37,6 @@ def saved(tmp_path_factory):
     return folder
 
 
-def selection_digest(config):
-    units = {path: entry["units"] for path, entry in sorted(config["projections"].items())}
-    return hashlib.sha256(json.dumps(units).encode()).hexdigest()
-
-
 def rewrite(config=lambda config: None, tensors=lambda tensors: None):
     """Change a folder and write digests that fit the change, as an attacker can do too."""
 
@@ -52,7 +47,8 @@ def rewrite(config=lambda config: None, tensors=lambda tensors: None):
         content["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
         content.pop("config_sha256", None)
         with suppress(TypeError, KeyError, AttributeError):
-            content["selection_digest"] = selection_digest(content)
+            units = {path: entry["units"] for path, entry in sorted(content["projections"].items())}
+            content["selection_digest"] = hashlib.sha256(json.dumps(units).encode()).hexdigest()
         (folder / CONFIG).write_text(json.dumps(content))
 
     return change

@@ -98,14 +98,13 @@ def attach_both(rank, case, selection, layout):
     report = s2ft.attach(model, config, calibration=data)
     assert str(report) == f"{expected}\n{report.unproved}" and "in evaluation mode only" in report.unproved
     assert same(values(model), values(whole))
-    assert all(is_partitioned_or_new(name, parameter) for name, parameter in model.named_parameters())
+    assert all(
+        (name.endswith(".s2") or (hasattr(parameter, "ds_id") and parameter.numel() == 0))
+        for name, parameter in model.named_parameters()
+    )
     s2ft.detach(model)
     assert same(values(model), base)
     assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.parameters())
-
-
-def is_partitioned_or_new(name, parameter):
-    return name.endswith(".s2") or (hasattr(parameter, "ds_id") and parameter.numel() == 0)
 
 
 @pytest.mark.parametrize(

@@ -14,21 +14,17 @@ from s2ft import Coupling
 CASES = ("llama-grouped", "gpt2", "mixtral", "phi3")
 
 
-def spread(tensor: nn.Parameter, mesh, dim: int) -> nn.Parameter:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    return nn.Parameter(distribute_tensor(tensor.detach().clone(), mesh, [Shard(dim)]), requires_grad=False)
-
-
 def cut(model: nn.Module, dim_of) -> nn.Module:
     """Spread every parameter, along dimension dim_of(tensor)."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = spread(parameter, mesh, dim_of(parameter))
+                part = distribute_tensor(parameter.detach().clone(), mesh, [Shard(dim_of(parameter))])
+                module._parameters[name] = nn.Parameter(part, requires_grad=False)
     return model
 
 

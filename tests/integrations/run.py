@@ -29,7 +29,7 @@ import s2ft.peft
 from s2ft import S2FTConfig
 from tests.support.inside import RunFolder, RunOptions, SFTArguments, sft
 from tests.support.releases import environment as packages_beside
-from tests.support.states import same, tensors_of
+from tests.support.states import same, tensors_of, with_loaded
 from tests.train.tiny import save_tiny, write_jsonl
 
 TABLE = (Path(__file__).parent / "programs.yaml").read_text()
@@ -135,13 +135,6 @@ def difference(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> tuple[float, str]:
     return largest, f"differs by {largest:.1e} of {max(float(one.values.abs().max()) for one, _ in pairs):.1e}"
 
 
-def is_merged(folder: Path, merged: Path, adapter: s2ft.Adapter) -> bool:
-    """Whether the program's merged weights are those that s2ft merges, bit for bit."""
-    model = base(folder)
-    s2ft.load_adapter(model, adapter)
-    return same(tensors_of(merged), s2ft.merge(model))
-
-
 def try_program(name: str, folder: Path) -> bool:
     """Train with the program and with s2ft, and print what came of it. Returns whether the adapters agree."""
     program = lay_out(name, folder)
@@ -163,7 +156,7 @@ def try_program(name: str, folder: Path) -> bool:
     agrees = len(batches) == KNOWN["steps"] and max(found) <= ROUNDING
     if "merge" in program:
         run(program["merge"], folder, program)
-        equal = is_merged(folder, folder / program["merged"], theirs)
+        equal = same(tensors_of(folder / program["merged"]), s2ft.merge(with_loaded(base(folder), theirs)))
         print(f"  merged model: {'equal, bit for bit' if equal else 'differs'}", flush=True)
         agrees = agrees and equal
     return agrees

@@ -292,10 +292,6 @@ def arithmetic(state: State) -> None:
         state.pool.append(-(0.5 * adapter))
 
 
-def optimizer_of(state: State) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)  # float16 can represent this eps
-
-
 def loss_of(state: State, seed: int = 0) -> torch.Tensor:
     ids = tokens(state.model, seed=seed, **TOKENS)
     return state.model(input_ids=ids, labels=ids).loss
@@ -303,7 +299,7 @@ def loss_of(state: State, seed: int = 0) -> torch.Tensor:
 
 def step(state: State) -> None:
     before = {name: s2.detach().clone() for name, s2 in state.slices.items()}
-    optimizer, mode = optimizer_of(state), state.model.training
+    optimizer, mode = torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3), state.model.training
     state.model.train()
     loss_of(state, state.rng.randrange(100)).backward()
     frozen = [n for n, p in state.model.named_parameters() if p.grad is not None and n not in before]
@@ -541,11 +537,6 @@ def check_merged(state: State, active: dict[str, float]) -> None:
     require(not wrong, f"merged with {active}: {wrong[:1]}")
 
 
-def check_loaded(state: State) -> None:
-    for name, adapter in state.kept.items():
-        require_same_deltas(adapter, s2ft.get_adapter(state.model, name), f"adapter {name}")
-
-
 def check_requires_grad(state: State) -> None:
     if state.attached and not state.unfrozen:
         found = {name for name, p in state.model.named_parameters() if p.requires_grad}
@@ -557,7 +548,8 @@ def check(state: State) -> None:
     check_base(state)
     check_output(state, active)
     check_merged(state, active)
-    check_loaded(state)
+    for name, adapter in state.kept.items():
+        require_same_deltas(adapter, s2ft.get_adapter(state.model, name), f"adapter {name}")
     check_requires_grad(state)
 
 

@@ -71,17 +71,11 @@ def merged_model(model):
     return made.merge_and_unload() if hasattr(made, "merge_and_unload") else s2ft.merge(made)
 
 
-def merged_tensors(model) -> dict[str, torch.Tensor]:
-    """The tensors of the merged model."""
-    made = merged_model(model)
-    tied = made.config.tie_word_embeddings
-    return {name: one for name, one in made.state_dict().items() if not (tied and "lm_head" in name)}
-
-
 def has_merged(llm, model) -> bool:
     """Whether the engine's parameters are those that its own loader makes of the merged checkpoint."""
-    before = parameters(llm)
-    load(llm, merged_tensors(model))
+    before, merged = parameters(llm), merged_model(model)
+    tied = merged.config.tie_word_embeddings
+    load(llm, {name: one for name, one in merged.state_dict().items() if not (tied and "lm_head" in name)})
     return same(before, parameters(llm))
 
 

@@ -56,13 +56,6 @@ class _WithoutWaits(References):
         return function(*args, **kwargs)
 
 
-def _fail(name):
-    def read(self, *args, **kwargs):
-        raise AssertionError(f"the host waits in Tensor.{name}")
-
-    return read
-
-
 @contextmanager
 def no_waits(directly: bool = False):
     """Run ops of s2ft inside as a GPU without kernels runs them. A wait is an AssertionError.
@@ -81,6 +74,7 @@ def no_waits(directly: bool = False):
                 stack.enter_context(mock.patch.object(module, "runs_directly", lambda *_: True))
         stack.enter_context(mock.patch("s2ft.ops._grouped._prefers_one_product", lambda *_: False))
         for name in READING:
-            stack.enter_context(mock.patch.object(torch.Tensor, name, _fail(name)))
+            error = AssertionError(f"the host waits in Tensor.{name}")
+            stack.enter_context(mock.patch.object(torch.Tensor, name, mock.Mock(side_effect=error)))
         stack.enter_context(_WithoutWaits())
         yield

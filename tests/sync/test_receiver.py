@@ -57,15 +57,17 @@ def bound():
     return engine, receiver, before
 
 
-def values_of(tensor):
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
-
-
 @pytest.mark.parametrize("kind", ["values", "tensor"])
 def test_an_update_writes_the_merged_weights_and_the_base_returns(bound, kind):
     engine, receiver, before = bound
     numbers = update()["tensor"]
-    receiver.update({"sender": "a", "step": 0, kind: numbers if kind == "tensor" else values_of(numbers)})
+    receiver.update(
+        {
+            "sender": "a",
+            "step": 0,
+            kind: numbers if kind == "tensor" else base64.b64encode(numbers.numpy().tobytes()).decode(),
+        }
+    )
     assert same(engine, expected()[0]) and receiver.serving == "slices of sender 'a', step 0"
     receiver.update(update(2, seed=2))
     receiver.update(update(2, seed=2))  # again, after an answer that was lost
