@@ -113,8 +113,7 @@ def test_status_and_adapter_file(tmp_path):
     s2ft.save_adapter(model, tmp_path)
     header = json.loads((tmp_path / CONFIG).read_text())
     assert header["schema"] == 1 and header["config"]["l_ratio"] == 0.25 and header["couplings"][0]["producers"] == []
-    assert s2ft.read_adapter(tmp_path).couplings == couplings()
-    assert "3 inputs" in describe(tmp_path)
+    assert s2ft.read_adapter(tmp_path).couplings == couplings() and "3 inputs" in describe(tmp_path)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -134,8 +133,7 @@ def test_one_side_of_experts(side):
     assert relative_difference(model(**inputs).logits, base(**inputs).logits) <= 1e-5
     model(**inputs).logits.square().sum().backward()
     (trained,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert bool(trained.grad.any())
-    assert same(s2ft.detach(model), base)
+    assert bool(trained.grad.any()) and same(s2ft.detach(model), base)
 
 
 def test_verification_needs_no_run_of_a_one_sided_layer():

@@ -142,5 +142,4 @@ def test_info_describes_the_prompt_and_the_training_and_escapes_control_characte
 
 def test_info_of_a_lora_names_the_option_that_imports_it(tmp_path, capsys):
     (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
-    assert main(["info", str(tmp_path)]) == 2
-    assert "--from-lora" in capsys.readouterr().err
+    assert main(["info", str(tmp_path)]) == 2 and "--from-lora" in capsys.readouterr().err

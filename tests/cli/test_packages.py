@@ -60,8 +60,7 @@ def test_a_missing_package_is_named_before_anything_is_done(modules, command, me
     (tmp_path / "m.gguf").touch()
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)  # Python then does not find the module
-    assert main(command) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(command) == 2 and message in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 

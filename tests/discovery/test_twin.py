@@ -95,8 +95,7 @@ STRUCTURES = {
 def test_a_twin_has_the_modules_of_the_model_and_runs(name):
     model = on_meta(STRUCTURES[name])
     twin = twin_of(model)
-    assert paths_and_classes(twin) == paths_and_classes(model)
-    assert kinds_of_blocks(twin) == kinds_of_blocks(model)
+    assert paths_and_classes(twin) == paths_and_classes(model) and kinds_of_blocks(twin) == kinds_of_blocks(model)
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
     assert sum(parameter.numel() for parameter in twin.parameters()) < 2e6
     runnable_example(twin)
@@ -147,8 +146,7 @@ def test_a_failing_twin_leaves_the_default_dtype():
     twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
     with pytest.raises(ValueError):
         twin()
-    assert torch.get_default_dtype() == torch.float32
-    assert torch.zeros(1).float().dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32 and torch.zeros(1).float().dtype == torch.float32
 
 
 def test_a_small_model_is_copied_and_stays_as_it_is():

@@ -190,8 +190,7 @@ def test_the_base_is_measured_in_the_middle_of_a_training():
     state = torch.get_rng_state()
     BaseDistributions.of(model, rows).kl(model)
     mean_loss(model, rows)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert model.training and model.model.layers[0].training
+    assert torch.equal(torch.get_rng_state(), state) and model.training and model.model.layers[0].training
     assert not model.lm_head._forward_pre_hooks and "forward" not in model.model.__dict__
     loss.backward()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}

@@ -51,8 +51,7 @@ def test_a_corrupt_checkpoint_is_reported_and_the_newest_valid_one_taken(case, t
         checkpoint(tmp_path, step)
     assert newest_valid(tmp_path).name == "checkpoint-20" and not caplog.text
     spoil(tmp_path / "checkpoint-20")
-    assert message in damage(tmp_path / "checkpoint-20")
-    assert newest_valid(tmp_path).name == "checkpoint-10"
+    assert message in damage(tmp_path / "checkpoint-20") and newest_valid(tmp_path).name == "checkpoint-10"
     assert "checkpoint-20 is damaged and is skipped" in caplog.text and message in caplog.text
 
 
@@ -79,8 +78,7 @@ def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupt
     with pytest.raises(ValueError, match="checkpoint-6 is damaged: optimizer.pt"):
         ours(again, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-6"))
     ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
-    assert "checkpoint-6 is damaged" in caplog.text
-    assert same(again, whole)
+    assert "checkpoint-6 is damaged" in caplog.text and same(again, whole)
     assert not damage(tmp_path / "cut/checkpoint-6")  # the resumed run wrote it again
 
 

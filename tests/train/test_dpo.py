@@ -56,8 +56,7 @@ def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
     _, folder = whole
     first, *_, last = losses(folder)
     assert first[1] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6) and first[2] == 0
-    assert last[1] < first[1] and last[2] > 0
-    assert s2ft.read_adapter(folder.adapter).parameters > 0
+    assert last[1] < first[1] and last[2] > 0 and s2ft.read_adapter(folder.adapter).parameters > 0
 
 
 # ---- the reference -------------------------------------------------------------------------------------
