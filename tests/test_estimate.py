@@ -546,9 +546,17 @@ def test_errors_name_the_argument(arguments, options, error, text):
         s2ft.estimate(model_of("llama"), *arguments, **options)
 
 
-def of_mlp(*size, **options):
-    net = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
+def of_mlp(*size, kind=nn.Sequential, **options):
+    net = kind(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
     return lambda: s2ft.estimate(net, LLAMA, *size, couplings=[MLP], **options)
+
+
+class Early(nn.Sequential):
+    """Its computation depends on values."""
+
+    def forward(self, x):
+        y = self[1](self[0](x))
+        return self[2](y) if y.sum() > 0 else self[2](y[:, :])
 
 
 @pytest.mark.parametrize(
@@ -557,27 +565,16 @@ def of_mlp(*size, **options):
         (lambda: s2ft.estimate(model_of("bert"), LLAMA, 2, 9, logits=3), "logits=3: BertForMaskedLM"),
         (of_mlp(example=torch.ones(2, 16), gradient_checkpointing=True), "Sequential does not support it"),
         (of_mlp(2), "Sequential is not a model of transformers"),
+        (
+            of_mlp(example=torch.ones(2, 16), kind=Early),
+            "Early can't be estimated without running it on its weights: its computation in model and loss depends on",
+        ),
         (lambda: s2ft.estimate(attached(model_of("llama"), LLAMA), LLAMA, 2, 9), "adapter already .default."),
     ],
 )
 def test_models_that_cannot_be_counted_are_refused_by_name(call, text):
     with pytest.raises(ValueError, match=text):
         call()
-
-
-def test_a_forward_that_depends_on_values_is_refused():
-    class Early(nn.Sequential):
-        def forward(self, x):
-            y = self[1](self[0](x))
-            return self[2](y) if y.sum() > 0 else self[2](y[:, :])
-
-    model = Early(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
-    with pytest.raises(
-        ValueError,
-        match="Early can't be estimated without running it on its weights: its computation in "
-        "model and loss depends on values",
-    ):
-        s2ft.estimate(model, LLAMA, example=torch.ones(2, 16), couplings=[MLP])
 
 
 # ---- on a GPU ----------------------------------------------------------------------------------------------

@@ -156,17 +156,5 @@ def test_the_command_finds_the_smallest_number(folder, capsys):
     assert main([*words, "--devices", "2"]) == 0 and "on each of 2 cpu devices with fsdp2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    "words, message",
-    (
-        (["--devices", "2"], "devices needs strategy: one of ddp"),
-        (["--strategy", "ddp", "--offload", "all"], "offload of ddp must be None"),
-        (["--strategy", "ddp", "--load-in-4bit"], "are counted for one device"),
-    ),
-)
-def test_mistakes(folder, words, message, capsys):
-    assert main(["estimate", folder, *words]) == 2 and message in capsys.readouterr().err
-
-
 def test_the_command_has_all_strategies():
     assert command.STRATEGIES == strategies.STRATEGIES

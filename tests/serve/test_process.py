@@ -92,17 +92,3 @@ def test_half_a_header_does_not_hold_a_connection_and_connections_are_limited(mo
                 with suppress(ConnectionResetError):
                     assert one.recv(1) == b""
             assert client.get(f"{url}/health").status_code == 200
-
-
-@pytest.mark.parametrize(
-    "arguments, words",
-    [
-        (["--port", "70000"], "port"),
-        (["--queue-size", "0"], "queue_size"),
-        (["--api-key", "a b"], "API key"),
-        (["--api-key", ""], "API key"),
-        (["--max-tokens-limit", "0"], "max_tokens_limit"),
-    ],
-)
-def test_mistakes_are_reported_before_the_model_is_loaded(model, capsys, arguments, words):
-    assert main(["serve", "--model", str(model), *arguments]) == 2 and words in capsys.readouterr().err

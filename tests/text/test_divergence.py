@@ -53,15 +53,19 @@ def direct_kl(base, tuned):
 )
 def test_loss_and_divergence_of_every_family_equal_a_direct_computation(case):
     model = model_of(case)
-    rows = rows_of(model)
+    check_loss_and_divergence(model, rows_of(model), 2, 1e-5, 1e-3)
+
+
+def check_loss_and_divergence(model, rows, batch_size, of_loss, of_kl):
+    """Before and after training. `of_loss` and `of_kl` are relative tolerances."""
     base, _ = direct(model, rows)
     s2ft.attach(model, CONFIG)
-    distributions = BaseDistributions.of(model, rows, 2)
+    distributions = BaseDistributions.of(model, rows, batch_size)
+    assert mean_loss(model, rows, batch_size) == pytest.approx(direct_loss(model, rows), rel=of_loss)
     assert distributions.kl(model) == pytest.approx(0, abs=1e-6)
     randomize(model, std=0.3)
-    tuned, _ = direct(model, rows)
-    assert mean_loss(model, rows, 2) == pytest.approx(direct_loss(model, rows), rel=1e-5)
-    assert distributions.kl(model) == pytest.approx(direct_kl(base, tuned), rel=1e-3, abs=2e-6)
+    assert mean_loss(model, rows, batch_size) == pytest.approx(direct_loss(model, rows), rel=of_loss)
+    assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=of_kl, abs=2e-6)
 
 
 @pytest.mark.parametrize("batch_size", (1, 2, 8))
@@ -89,14 +93,7 @@ def test_the_layers_below_the_head_run_once_for_each_batch(monkeypatch):
 
 def test_a_model_with_a_bfloat16_head_is_summed_in_float32():
     model = tiny_model(dtype=torch.bfloat16)
-    rows = rows_of(model, (64,) * 16, first=1)
-    base, _ = direct(model, rows)
-    s2ft.attach(model, CONFIG)
-    distributions = BaseDistributions.of(model, rows, 16)
-    assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
-    randomize(model, std=0.3)
-    assert mean_loss(model, rows, 16) == pytest.approx(direct_loss(model, rows), rel=2e-4)
-    assert distributions.kl(model) == pytest.approx(direct_kl(base, direct(model, rows)[0]), rel=2e-2)
+    check_loss_and_divergence(model, rows_of(model, (64,) * 16, first=1), 16, 2e-4, 2e-2)
 
 
 def test_full_fine_tuning_keeps_a_copy_of_the_trained_head():
