@@ -1,9 +1,10 @@
 """Formats: golden adapters, import and export of PEFT's LoRA, and the hub."""
 
-import importlib.util
 import json
+import runpy
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from unittest.mock import call
 
 import peft
@@ -62,9 +63,7 @@ def trained(case, layout="permuted", steps=2, dtype=torch.float32, delta_dtype=N
 # ---- golden adapters -----------------------------------------------------------------------------------
 
 GOLDEN = Path(__file__).parent / "golden"
-specification = importlib.util.spec_from_file_location("golden_make", GOLDEN / "make.py")
-golden = importlib.util.module_from_spec(specification)
-specification.loader.exec_module(golden)
+golden = SimpleNamespace(**runpy.run_path(str(GOLDEN / "make.py")))
 
 
 @pytest.mark.parametrize("trainable", (False, True), ids=("applied", "trainable"))

@@ -88,11 +88,28 @@ def test_adapters_come_and_go(served, tmp_path):
     assert "S2FT_VLLM_UNITS=down_proj=60,o_proj=64,qkv_proj=32" in printed
 
 
-def test_more_units_than_any_rank_of_vllm(tmp_path):
-    served = save_adapters(tiny_llama(), tmp_path, {"huge": dict(d_ratio=0.9)})
-    assert units_of(served, "huge") > 512
-    asked, expected = requests(served, ("huge", "base"))
-    (answers,), _ = offline(served.base, [asked], {"max_loras": 1}, {**SLICES, "S2FT_VLLM_UNITS": "700"})
+# the model, the adapter, options and variables, and a number that its units exceed
+SIZES = {
+    "more units than any rank of vLLM": (
+        *({}, dict(d_ratio=0.9), {"max_loras": 1}),
+        *({**SLICES, "S2FT_VLLM_UNITS": "700"}, 512),
+    ),
+    # one key head for two ranks: both have it, and both add its slices
+    "ranks that share a key head": (
+        dict(num_key_value_heads=1, num_hidden_layers=2),
+        dict(k_ratio=1.0, v_ratio=1.0, q_ratio=0.13, d_ratio=0.05),
+        *({"tensor_parallel_size": 2}, TWO, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_sizes(name, tmp_path):
+    changes, ratios, options, variables, least = SIZES[name]
+    served = save_adapters(tiny_llama(**changes), tmp_path, {"a": ratios})
+    assert units_of(served, "a") > least
+    asked, expected = requests(served, ("a", "base"))
+    (answers,), _ = offline(served.base, [asked], options, variables)
     assert answers == expected
 
 
@@ -127,15 +144,6 @@ def scores_by(model, prompt):
 def apart(first, second):
     """The largest difference."""
     return max(abs(one - other) for one, other in zip(first, second, strict=True))
-
-
-def test_ranks_that_share_a_key_head(tmp_path):
-    """One key head for two ranks: both have it, and both add its slices."""
-    model = tiny_llama(num_key_value_heads=1, num_hidden_layers=2)
-    served = save_adapters(model, tmp_path, {"keys": dict(k_ratio=1.0, v_ratio=1.0, q_ratio=0.13, d_ratio=0.05)})
-    asked, expected = requests(served, ("keys", "base"))
-    (answers,), _ = offline(served.base, [asked], {"tensor_parallel_size": 2}, TWO)
-    assert answers == expected
 
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
