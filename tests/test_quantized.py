@@ -255,7 +255,6 @@ configs = pytest.mark.parametrize("kind", CONFIGS)
 
 def loaded(kind, folder, compute=torch.float32):
     """The plain model, quantized by from_pretrained."""
-    pytest.importorskip("accelerate")
     if not (folder / "base").exists():
         plain(compute).save_pretrained(folder / "base")
     return AutoModelForCausalLM.from_pretrained(
@@ -361,7 +360,8 @@ def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
 @pytest.mark.parametrize("kind", ("4bit", "8bit", "torchao-int8"))
 def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     """On the base that the adapter was trained on, PEFT gives the same logits and keeps the same bytes."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = loaded(kind, tmp_path)
     base = forward(model)
     fit(with_adapter(model, UNFUSED), 5)

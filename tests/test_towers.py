@@ -247,7 +247,7 @@ PEFT_CHOICES = {
 
 @pytest.mark.parametrize("choice", PEFT_CHOICES)
 def test_the_peft_method_trains_the_same_towers(choice, monkeypatch):
-    peft = pytest.importorskip("peft")
+    import peft
     from support.inside import registry
 
     from s2ft.peft import S2FTPeftConfig

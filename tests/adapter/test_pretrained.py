@@ -134,7 +134,6 @@ def test_save_pretrained_saves_a_given_state(tmp_path):
 @pytest.mark.parametrize("kind", trl_trainers.ROWS)
 def test_trls_trainers(kind, tmp_path):
     """They train, do not change the base, write checkpoints of the adapter only, and resume from them."""
-    pytest.importorskip("trl")
     model, again = attached(), attached()
     more = {"ref_model": tiny_model()} if kind == "dpo" else {}
     done, resumed = (trl_trainers.trl_trainer(kind, each, tmp_path, **more) for each in (model, again))

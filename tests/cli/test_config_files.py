@@ -8,12 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from support.inside import RunOptions
+from support.inside import RunOptions, UsageError, config_text, fitting_batch, parser_of, read_run, set_batches
 
 from s2ft import S2FTConfig
-
-pytest.importorskip("trl")
-from support.inside import UsageError, config_text, fitting_batch, parser_of, read_run, set_batches
 
 NEEDED = ["--model", "m", "--data", "d", "--output", "o"]
 

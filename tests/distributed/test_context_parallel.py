@@ -7,12 +7,9 @@ import torch
 from runs import check_same_files, reset, unchanged_environment
 from support.context_on_cpu import allow as allow_context
 from support.fsdp_on_cpu import allow
+from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
 from train.test_sft import CONFIG, deltas, token_rows
 from train.tiny import tiny_model, tiny_tokenizer
-
-pytest.importorskip("trl")
-
-from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
 
 import s2ft
 

@@ -11,7 +11,6 @@ from train.tiny import save_random_adapter, save_tiny, with_merges
 
 import s2ft
 
-gguf = pytest.importorskip("gguf")
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # for types with blocks of 256
 KINDS = {"q8_0": {}, "q4_1": {}, "q4_k": WIDE, "q6_k": WIDE, "iq4_nl": {}}
 RATIOS = {f"{key}_ratio": 0.5 for key in "qkvoug"} | {"d_ratio": 0.5, "group": 32}

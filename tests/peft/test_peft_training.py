@@ -89,7 +89,6 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ROWS)
 def test_trl_with_peft_config(kind, tmp_path):
     """TRL trains only the adapter, saves it, and resumes from it."""
-    pytest.importorskip("trl")
     done, resumed = (
         trl_trainer(kind, tiny_model(), tmp_path, beta=0.1, peft_config=S2FTPeftConfig(**CONFIG)) for _ in range(2)
     )
@@ -104,7 +103,6 @@ def test_trl_with_peft_config(kind, tmp_path):
 
 def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):
     """TRL copies its deltas by name to a second adapter, the reference; otherwise the reference would be the base."""
-    pytest.importorskip("trl")
     fresh(init_weights=False).save_pretrained(tmp_path / "sft")
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "sft", is_trainable=True)
     before = copy.deepcopy(deltas_of(model))

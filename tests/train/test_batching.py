@@ -2,12 +2,6 @@
 
 import pytest
 import torch
-from support.tolerances import GEMM
-from train.test_loss import gradients
-from train.tiny import tiny_model
-
-pytest.importorskip("trl")
-
 from datasets import Dataset
 from support.inside import (
     LengthSampler,
@@ -20,6 +14,9 @@ from support.inside import (
     row_lengths,
     why_not_packed,
 )
+from support.tolerances import GEMM
+from train.test_loss import gradients
+from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, FalconH1Config, Mamba2Config, MistralConfig, MixtralConfig
 
 import s2ft

@@ -4,15 +4,8 @@ import logging
 
 import pytest
 import torch
-from serve.fleet import greedy
-from support.states import randomize
-from text.test_divergence import direct, direct_kl, direct_loss
-from train.test_sft import CONFIG, check_same, deltas, run as plain_run, token_rows
-from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
-
-pytest.importorskip("trl")
-
 from peft import LoraConfig, get_peft_model
+from serve.fleet import greedy
 from support.inside import (
     DataOptions,
     Drift,
@@ -29,7 +22,10 @@ from support.inside import (
     some,
     text_rows,
 )
-from support.states import with_adapter, with_loaded
+from support.states import randomize, with_adapter, with_loaded
+from text.test_divergence import direct, direct_kl, direct_loss
+from train.test_sft import CONFIG, check_same, deltas, run as plain_run, token_rows
+from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 

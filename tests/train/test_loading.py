@@ -5,13 +5,10 @@ import shutil
 
 import pytest
 import torch
-from support.inside import ModelOptions, fit_layout, load_base, quantization_config
+from support.inside import ModelOptions, SFTArguments, fit_layout, load_base, quantization_config
 from train.tiny import save_tiny
 
 import s2ft
-
-pytest.importorskip("trl")
-from support.inside import SFTArguments
 
 needs_bitsandbytes = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"

@@ -3,9 +3,6 @@
 import json
 
 import pytest
-
-pytest.importorskip("matplotlib")
-
 from support.inside import loss_figure, plot_loss
 
 STEPS = [{"step": step, "loss": 3 - step / 9, "learning_rate": 1e-4} for step in range(1, 10)]

@@ -6,13 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.pairs import rest_slow
-from train.tiny import sums, tiny_model, tiny_tokenizer
-
-pytest.importorskip("trl")
-
 from datasets import Dataset
+from safetensors.torch import load_file
 from support.inside import (
     NEEDS,
     SCHEDULES,
@@ -27,7 +22,9 @@ from support.inside import (
     sft,
     trainer_for,
 )
+from support.pairs import rest_slow
 from support.states import same, with_adapter
+from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
 
