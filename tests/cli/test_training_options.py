@@ -1,12 +1,12 @@
 """Each training option of `s2ft sft` has the promised effect, and impossible values are refused."""
 
 import importlib
-import importlib.util
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from support.inside import load_model, read_log
+from train.test_loading import NEEDS_BITSANDBYTES
 from train.tiny import write_jsonl
 
 from s2ft import read_adapter
@@ -53,9 +53,6 @@ def plain(work):
     return deltas(work / "plain")
 
 
-NEEDS_BITSANDBYTES = pytest.mark.skipif(
-    importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
-)
 SLOW = pytest.mark.slow
 # The largest difference of trained values from those of a plain run, relative to the largest value, or the mean
 # difference relative to the mean value. None: the option changes the training.

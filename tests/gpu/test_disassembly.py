@@ -7,6 +7,7 @@ import pytest
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++filt") is None, reason="no c++filt")
 def test_act_mul_is_not_bound_by_instructions():
     """An H100 issues 57 instructions in the time of an element's forward, and 95 in that of its backward."""
     try:
@@ -14,8 +15,6 @@ def test_act_mul_is_not_bound_by_instructions():
         nvdisasm = disassembly.find_nvdisasm(home)
     except SystemExit as missing:
         pytest.skip(str(missing))
-    if shutil.which("c++filt") is None:
-        pytest.skip("no c++filt")
     source = next(source for source in disassembly.SOURCES if source.name == "act_mul.cu")
     found = {kernel.name: kernel for kernel in disassembly.kernels(home, nvdisasm, source, 90)}
     assert not any(kernel.spills or kernel.local for kernel in found.values())

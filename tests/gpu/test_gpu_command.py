@@ -158,9 +158,8 @@ def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 def test_the_kernel_driver_in_the_simulator(tmp_path):
     """All kernels are right under every schedule, and the sanitizer sees the access that is wrong on purpose."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("no C++ compiler")
     runs = list(runs_on_cpu(build_for_cpu(tmp_path, 1, 1200), 600))
     assert len(runs) == 1 + len(SCHEDULES) and all(run.state == PASSED for run in runs), "\n".join(map(str, runs))
