@@ -2,10 +2,10 @@
 
 import copy
 import logging
+import os
 
 import pytest
 import torch
-from support.inductor import skip_where_wrong
 from support.inside import Projection, attachment_of
 from support.models import loss_of, output_of, token_batch
 from support.slices import assert_same, attached, everything, gradients, plain_model
@@ -94,12 +94,15 @@ def test_one_graph_has_the_gradients_of_the_uncompiled_model(case, layout, layer
     assert counters["stats"]["unique_graphs"] == 1
 
 
+# The inductor of PyTorch 2.13 has an error if ATEN_CPU_CAPABILITY selects a smaller processor than the one it runs on.
+# With ATEN_CPU_CAPABILITY=avx2 on a processor with AVX-512, ``torch.compile(lambda a, b: (a.t() @ b).float())`` of
+# bfloat16 matrices [3, 3] and [3, 11] does not write elements 16 to 31 of the result. With "default" it does not compile.
+@pytest.mark.skipif(bool(os.environ.get("ATEN_CPU_CAPABILITY")), reason="PyTorch's inductor is wrong with it")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_gradients_with_inductor(layout, dtype):
     """The kernels of the default compiler round differently, in bfloat16 by about its spacing."""
-    skip_where_wrong()
     model = attached("llama-grouped", layers=1, dtype=dtype, layout=layout)
     assert_same(step(model, torch.compile(model, fullgraph=True)), step(model), GEMM[dtype][0])
 
