@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.nn.functional as F
-from ops.cases import bytes_kept
 from support.inside import S2ColumnConv, S2ColumnExperts, S2RowConv, S2RowExperts
+from support.slices import bytes_kept
 from support.tolerances import GEMM
 from torch import Tensor, nn
 from torch.func import functional_call

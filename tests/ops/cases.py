@@ -1,6 +1,6 @@
 """One table of calls of the ops, on which the tests of every op run."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
 
@@ -60,20 +60,6 @@ class Case:
             assert torch.equal(tensor.cpu(), own)
         outs = [] if out is None else [out]
         return [tensor.detach() for tensor in (*outs, *inputs[: self.changed], *grads)]
-
-
-def bytes_kept(given: Iterable[Tensor], call: Callable) -> int:
-    """How many bytes a call keeps for its backward, beside the tensors that it was given."""
-    own, kept = {tensor.untyped_storage().data_ptr() for tensor in given}, []
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, same):
-        call()
-    return sum(kept)
 
 
 def upstream_of(out: Tensor) -> Tensor:

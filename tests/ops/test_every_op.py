@@ -4,7 +4,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, bytes_kept, upstream_of
+from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, upstream_of
+from support.slices import bytes_kept
 from support.tolerances import GEMM
 from support.waits import References
 

@@ -1,5 +1,7 @@
 """Attached models whose adapter changes the output."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 
@@ -60,3 +62,17 @@ def assert_same(ours: dict, theirs: dict, within: float = 0.0) -> None:
         assert (gradient is None) == (theirs[name] is None), name
         if gradient is not None and not torch.equal(gradient, theirs[name]):
             assert relative_difference(gradient, theirs[name]) <= within, name
+
+
+def bytes_kept(given: Iterable[torch.Tensor], call: Callable) -> int:
+    """How many bytes a call keeps for its backward, beside the tensors that it was given."""
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in given}, []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept)
