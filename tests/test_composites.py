@@ -4,6 +4,7 @@ import pytest
 from support.composites import composite_of, example_for, logits_of, loss_of
 from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of
 from support.pairs import rest_slow
+from support.slices import slices
 from support.tolerances import relative_difference
 
 import s2ft
@@ -15,10 +16,6 @@ def everything(model):
     couplings = couplings_of(model)
     ratios = {f"{projection.key}_ratio": 0.5 for projection in projections_of(couplings)}
     return S2FTConfig(**ratios, towers=sorted({tower_of(model, coupling.main.path) for coupling in couplings}))
-
-
-def trained(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 @pytest.mark.parametrize(
@@ -34,8 +31,7 @@ def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type)
     s2ft.attach(model, everything(model), example=example, verify=True)
     assert relative_difference(logits_of(model, example), before) <= 1e-9
     loss_of(model, example).backward()
-    slices = trained(model)
-    assert [name for name, slice_ in slices.items() if slice_.grad is None or not slice_.grad.any()] == []
+    assert [name for name, one in slices(model).items() if one.grad is None or not one.grad.any()] == []
 
 
 def test_layers_after_the_last_that_is_used_are_left_out():

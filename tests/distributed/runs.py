@@ -46,16 +46,22 @@ def rows_of(rank):
     return slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
 
 
-def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None):
-    """AdamW steps on this rank's half of every batch. A rank of None trains on both halves, one after the other."""
+def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None, seen=None):
+    """AdamW steps on this rank's half of every batch. A rank of None trains on both halves, one after the other.
+
+    The list `seen` gets the loss of the last half and the norm of the gradients of each step.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
     model.train()
     for batch in batches(model, steps):
         halves = [batch[rows_of(one)] for one in range(RANKS)] if rank is None else [batch[rows_of(rank)]]
         for half in halves:
-            ((forward or model)(input_ids=half, labels=half).loss / len(halves)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+            loss = (forward or model)(input_ids=half, labels=half).loss / len(halves)
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        if seen is not None:
+            seen += [loss.item(), float(norm)]
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from runs import STEPS, batches, check_same_files, config_for, logits, train as train_halves
+from runs import batches, check_same_files, config_for, logits, train
 from support.inside import couplings_of, fingerprint
 from support.models import model_of
 from support.states import same, with_adapter
@@ -31,21 +31,6 @@ def load(folder, tp=2, **sizes):
 
     config = {"distributed_config": DistributedConfig(tp_size=tp, **sizes)} if tp > 1 or sizes else {}
     return AutoModelForCausalLM.from_pretrained(folder, **config)
-
-
-def train(model):
-    """AdamW steps. Returns the losses and the norms of the gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, found = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), []
-    model.train()
-    for batch in batches(model, STEPS):
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        found += [loss.item(), float(torch.nn.utils.clip_grad_norm_(trained, 0.5))]
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return torch.tensor(found)  # in float32: assert_close takes Python's floats for float64
 
 
 def whole(tensor):
@@ -106,12 +91,10 @@ def live(rank, folder, case, config, way):
         for module in (*model.model.layers, model):
             torch.distributed.fsdp.fully_shard(module, mesh=mesh["dp"])
     found["attached"] = logits(model)
-    if share is None:
-        found["losses"] = train(model)
-    else:
-        train_halves(model, rank // share)
+    seen = []
+    train(model, None if share is None else rank // share, seen=seen)
     s2ft.save_adapter(model, saved)
-    found["after"] = logits(model)
+    found |= {"seen": torch.tensor(seen), "after": logits(model)}  # float32: assert_close takes floats for float64
     found["slices"] = {name: whole(p).detach() for name, p in model.named_parameters() if p.requires_grad}
     if way != "sharded later":
         if way in ("one process", "two"):
@@ -131,7 +114,7 @@ def check_equal_to_one_process(ranks, folder, way, case, config):
     for rank, one in enumerate(found):
         torch.testing.assert_close(one["before"], alone["before"])
         torch.testing.assert_close(one["attached"], one["before"])
-        for name in one.keys() & {"losses", "after", "again"}:
+        for name in one.keys() & {"seen", "after", "again"} - ({"seen"} if WAYS[way][1] else set()):
             torch.testing.assert_close(one[name], alone[name], rtol=1e-4, atol=1e-4, msg=name)
         assert torch.equal(one.get("restored", one["before"]), one["before"])  # detach gives the forwards back
         if "state" in one:  # the base, in its own order
