@@ -19,13 +19,10 @@ CONFIG = S2FTConfig(d_ratio=0.25, o_ratio=0.25)
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=256)
 
 
-def hollow(**changes):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, **changes}))
-
-
 def estimate(strategy=None, devices=1, config=CONFIG, **options):
-    return s2ft.estimate(hollow(), config, 2, 16, strategy=strategy, devices=devices, device="cpu", **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    return s2ft.estimate(model, config, 2, 16, strategy=strategy, devices=devices, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")

@@ -81,6 +81,8 @@ def on_tokens(batch=2, length=9):
     [
         *((case, "indexed" if case in SCATTERED else "permuted", 1) for case in FAMILIES),
         *(pytest.param(case, "permuted", 1, marks=pytest.mark.slow) for case in SCATTERED),
+        # how many tokens an expert gets stays on the device, so nothing breaks the graph
+        pytest.param("qwen3-moe", "permuted", 1, marks=pytest.mark.slow),
         *(
             pytest.param(case, layout, None, marks=pytest.mark.slow)
             for case in MORE
@@ -105,13 +107,6 @@ def test_gradients_with_inductor(layout, dtype):
     """The kernels of the default compiler round differently, in bfloat16 by about its spacing."""
     model = attached("llama-grouped", layers=1, dtype=dtype, layout=layout)
     assert_same(step(model, torch.compile(model, fullgraph=True)), step(model), GEMM[dtype][0])
-
-
-@pytest.mark.slow
-def test_experts_compile_without_a_graph_break():
-    """How many tokens an expert gets stays on the device, so nothing breaks the graph."""
-    model = attached("qwen3-moe", layers=1)
-    assert_same(step(model, compiled(model)), step(model), LOGITS)
 
 
 def test_convolutions_and_custom_couplings():
