@@ -36,8 +36,7 @@ def chat(work, monkeypatch, capsys):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
         stdin.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", stdin)
-        status = main([*map(str, ["chat", "--model", work / "model", *SHORT, *arguments])])
-        return status, *capsys.readouterr()
+        return main([*map(str, ["chat", "--model", work / "model", *SHORT, *arguments])]), *capsys.readouterr()
 
     return run
 

@@ -23,7 +23,7 @@ from runs import (
 from support.inside import S2FTTrainer, full_tensors
 from support.models import model_of
 from support.states import same, with_adapter, with_loaded
-from test_trainer import CLOSE, losses_of, trainer, zero_config
+from test_trainer import CLOSE, losses_of, run_trainer, trainer, zero_config
 from transformers import AutoModelForCausalLM, Trainer
 
 import s2ft
@@ -364,8 +364,7 @@ def test_trainer_trains_and_resumes_a_partitioned_model(ranks, kind, more, tmp_p
     losses, again = ranks(train_loaded, base, tmp_path, kind, more)[0]
     with unchanged_environment():
         options = {**OPTIONS, "gradient_accumulation_steps": 4}
-        made = trainer("ddp", load_and_attach(base), tmp_path / "alone", **options)
-        made.train()
+        made = run_trainer("ddp", load_and_attach(base), tmp_path / "alone", **options)
     s2ft.save_adapter(made.model, tmp_path / "alone" / "adapter")
     assert losses == pytest.approx(losses_of(made), rel=1e-4) and again[-1] == losses[-1]
     check_same_files(tmp_path / "whole adapter", tmp_path / "alone" / "adapter", **CLOSE)

@@ -6,7 +6,7 @@ from runs import attached, sharded
 from support.inside import DriftMeter, ForgettingMeter, gather_trained
 from support.models import model_of
 from support.states import same
-from test_trainer import trainer
+from test_trainer import run_trainer, trainer
 
 import s2ft
 
@@ -33,8 +33,7 @@ def measured_and_stopped(rank, way, folder):
     limited.add_to(run)
     run.train()
     kept = gather_trained(run.accelerator.unwrap_model(run.model))
-    short = trainer(way, attached("llama-grouped"), f"{folder}/short", save_strategy="no", max_steps=2, **CONSTANT)
-    short.train()
+    short = run_trainer(way, attached("llama-grouped"), f"{folder}/short", save_strategy="no", max_steps=2, **CONSTANT)
     expected = gather_trained(short.accelerator.unwrap_model(short.model))
     drifts = {step: drift.to_dict() for step, drift in meter.measured.items()}
     return drifts, (limited.stopped_at, limited.kept_step), same(kept, expected)

@@ -12,7 +12,7 @@ from support.killed import kill_at
 from support.models import model_of
 from support.ranks import Ranks, patience
 from test_meta_ranks import meta_of
-from test_trainer import trainer
+from test_trainer import run_trainer
 
 import s2ft
 
@@ -106,8 +106,7 @@ KILLS = [
 
 
 def train_to_the_end(rank, way, folder, resumed=None):
-    made = trainer(way, attached("llama"), folder)
-    made.train(resume_from_checkpoint=resumed)
+    made = run_trainer(way, attached("llama"), folder, resumed=resumed)
     made.save_model(str(folder / "final"))
 
 

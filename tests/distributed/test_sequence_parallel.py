@@ -9,7 +9,7 @@ from support.inside import S2FTTrainer
 from support.models import model_of
 from support.ranks import Ranks
 from support.states import with_adapter
-from test_trainer import CLOSE, losses_of, trainer
+from test_trainer import CLOSE, losses_of, run_trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 import s2ft
@@ -29,8 +29,7 @@ def train(kind, base, folder, way, **changes):
             config_for("llama-grouped", selection="weight"),
         )
 
-    made = trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
-    made.train()
+    made = run_trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
     s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / "adapter")
     return losses_of(made), [line["grad_norm"] for line in made.state.log_history if "loss" in line]
 

@@ -141,7 +141,6 @@ class Stress:
 
 def options_of(served: Served) -> Sequence[str]:
     """Options of the server for the steady adapters."""
-    modules = [f"{name}={served.adapters / name}" for name in STEADY]
     return [
         "--enable-lora",
         "--max-lora-rank",
@@ -151,5 +150,5 @@ def options_of(served: Served) -> Sequence[str]:
         "32",
         "--enable-prefix-caching",
         "--lora-modules",
-        *modules,
+        *[f"{name}={served.adapters / name}" for name in STEADY],
     ]

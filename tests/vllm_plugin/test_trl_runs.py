@@ -14,12 +14,11 @@ def base(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def server(base, tmp_path_factory):
-    environment = {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"}
     with vllm_server(
         base,
         tmp_path_factory.mktemp("log") / "server.log",
         ["--weight-transfer-config", '{"backend": "s2ft"}', "--logprobs-mode", "processed_logprobs"],
-        environment,
+        {"VLLM_SERVER_DEV_MODE": "1", "OMP_NUM_THREADS": "1"},
     ) as found:
         yield found
 
