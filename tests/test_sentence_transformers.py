@@ -35,9 +35,7 @@ class Trainer(AdapterCheckpoints, SentenceTransformerTrainer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder")
-    save_encoder(path)
-    return str(path)
+    return str(save_encoder(tmp_path_factory.mktemp("encoder")))
 
 
 def encoder(folder):

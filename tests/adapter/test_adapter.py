@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from support.inside import CONFIG, Location, add_info, native
 from support.models import ALL_RATIOS, fit, model_of, ratios_for, token_batch
-from support.states import with_adapter, with_loaded
+from support.states import saved_adapter, with_adapter, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
@@ -21,9 +21,7 @@ def trained(name="default", steps=3):
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """One adapter on disk; tests that spoil it copy it first."""
-    folder = tmp_path_factory.mktemp("saved")
-    s2ft.save_adapter(trained(), folder)
-    return folder
+    return saved_adapter(trained(), tmp_path_factory.mktemp("saved"))
 
 
 def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, tmp_path):

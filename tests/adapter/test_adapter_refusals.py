@@ -8,7 +8,7 @@ import torch
 from adapter import test_extra_weights as extra
 from support.inside import add_info, lora, native, restore_adapter
 from support.models import fit, model_of
-from support.states import randomize, with_adapter, with_loaded
+from support.states import randomize, saved_adapter, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
@@ -201,9 +201,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    s2ft.save_adapter(trained(), folder)
-    return folder
+    return saved_adapter(trained(), tmp_path_factory.mktemp("saved"))
 
 
 @pytest.mark.parametrize("case", REFUSED)

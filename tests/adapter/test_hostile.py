@@ -15,7 +15,7 @@ from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.inside import CONFIG, TENSORS, reading
 from support.models import fit, model_of
-from support.states import same, with_adapter
+from support.states import same, saved_adapter, with_adapter
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
@@ -26,15 +26,9 @@ NORM, KEY = "model.norm.weight", "extra_weights/model.norm.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model = fit(
-        with_adapter(
-            model_of("llama"), S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"]), name="victim"
-        ),
-        1,
-    )
-    s2ft.save_adapter(model, folder)
-    return folder
+    config = S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"])
+    model = fit(with_adapter(model_of("llama"), config, name="victim"), 1)
+    return saved_adapter(model, tmp_path_factory.mktemp("saved"))
 
 
 def rewrite(config=lambda config: None, tensors=lambda tensors: None):

@@ -41,7 +41,13 @@ def train(rank, count, way, layout, folder, resumed=None):
     else:
         model = attached(CASE, layout)
     made = run_trainer(
-        way, model, folder, per_device_train_batch_size=rows, eval_strategy="steps", eval_steps=2, resumed=resumed
+        way,
+        model,
+        folder,
+        per_device_train_batch_size=rows,
+        eval_strategy="steps",
+        eval_steps=2,
+        resumed=resumed and str(resumed),
     )
     made.save_model(str(folder / "final"))
     lines = [line for line in made.state.log_history if "loss" in line]

@@ -72,7 +72,7 @@ def trainer(way, model, folder, kind=S2FTTrainer, rows=ROWS, **changes):
 def run_trainer(*args, resumed=None, **changes):
     """Make a trainer and train, from a checkpoint if one is given. Returns the trainer."""
     made = trainer(*args, **changes)
-    made.train(resume_from_checkpoint=resumed and str(resumed))
+    made.train(resume_from_checkpoint=resumed)
     return made
 
 

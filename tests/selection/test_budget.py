@@ -58,8 +58,7 @@ def test_a_budget_keeps_the_proportions_of_the_ratios():
 
 def test_a_budget_as_text_and_as_the_rank_of_a_lora():
     units = 3 * 10 * 24
-    for budget in (units, str(units), "0.72K", "0.00072 m"):
-        assert S2FTConfig(d_ratio=1, budget=budget).budget == units
+    assert {S2FTConfig(d_ratio=1, budget=one).budget for one in (units, str(units), "0.72K", "0.00072 m")} == {units}
     assert S2FTConfig(d_ratio=1, budget="9.2M").budget == 9_200_000
     model = model_of("llama-grouped")
     report = s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.1, match_lora_rank=4))

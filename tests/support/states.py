@@ -48,6 +48,12 @@ def with_loaded(model: nn.Module, adapter, *name: str, **options) -> nn.Module:
     return model
 
 
+def saved_adapter(model: nn.Module, folder: Path) -> Path:
+    """Save the trainable adapter of a model. Returns the folder."""
+    s2ft.save_adapter(model, folder)
+    return folder
+
+
 def saved_and_loaded(value):
     """What torch.load reads of what torch.save has written."""
     file = io.BytesIO()
