@@ -22,9 +22,12 @@ def rows_of(model, seed, rows=3):
 
 def scores_of(model, name):
     task, other = (Calibration(rows_of(model, seed), torch.device("cpu")) for seed in (1, 2))
+    return CANDIDATES[name].score(ProtectedRequest(couplings_of(model), config_of(model), model, task, other))
+
+
+def config_of(model):
     keys = {projection.key for projection in projections_of(couplings_of(model))}
-    config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
-    return CANDIDATES[name].score(ProtectedRequest(couplings_of(model), config, model, task, other))
+    return s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
 
 
 # ---- direct computations ---------------------------------------------------------------------------------
@@ -101,10 +104,8 @@ def over(need, gain):
 
 def need_of(model):
     """Weight norm × activation norm, by the metric of s2ft, which tests/selection/test_metrics.py checks."""
-    keys = {projection.key for projection in projections_of(couplings_of(model))}
-    config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
     data = Calibration(rows_of(model, 2), torch.device("cpu"))
-    return s2ft.selection.METRICS["product"].score(Request(couplings_of(model), config, model, data))
+    return s2ft.selection.METRICS["product"].score(Request(couplings_of(model), config_of(model), model, data))
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
