@@ -54,7 +54,8 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     if weights == record.active and not trainable_is_written and not record.change_unfinished:
         return  # if the trainable adapter is written, its values may have changed since
     reshard_all(model)
-    check_can_put_on_extra(model, record, weights)
+    if weights:
+        check_can_put_on_extra(model, record, weights)
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)

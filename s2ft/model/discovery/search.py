@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.discovery.examples import check_example, example_of, run_example, runnable_example
+from s2ft.model.discovery.examples import runnable_example
 from s2ft.model.discovery.proposals import (
     NO_BLOCK_LAYER,
     PROJECTOR,
@@ -38,7 +38,7 @@ from s2ft.model.discovery.proposals import (
 )
 from s2ft.model.discovery.twin import copied, twins_of
 from s2ft.model.permutation import Move
-from s2ft.model.running import evaluation_mode, tensors_in
+from s2ft.model.running import check_example, evaluation_mode, example_of, run_example, tensors_in
 from s2ft.model.weights import find
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
