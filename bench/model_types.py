@@ -298,8 +298,7 @@ def _coverage(row: dict, found, in_place: bool) -> None:
 def _outputs(model, example) -> list:
     import torch
 
-    from s2ft.model.discovery.examples import run_example
-    from s2ft.model.running import tensors_in
+    from s2ft.model.running import run_example, tensors_in
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -342,8 +341,7 @@ def _gradients(model, example, paths: set[str], reached: set[str]) -> str:
     """How many of the deltas that run get a gradient from the sum of all outputs with random weights."""
     import torch
 
-    from s2ft.model.discovery.examples import run_example
-    from s2ft.model.running import tensors_in
+    from s2ft.model.running import run_example, tensors_in
 
     generator = torch.Generator().manual_seed(0)
     outputs = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.requires_grad]

@@ -21,7 +21,6 @@ from s2ft.attached.record import (
     with_rest_frozen,
 )
 from s2ft.attached.report import Report
-from s2ft.attached.saving import HOST_HOOKS
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
 from s2ft.model.parts import couplings_in_towers
@@ -132,7 +131,7 @@ def _record_for(
         check_unattached(model)
     check_new_name(record, name)
     if record is None:
-        return new_attachment(model, couplings, HOST_HOOKS, example, config)
+        return new_attachment(model, couplings, example, config)
     if couplings is not None and list(couplings) != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record

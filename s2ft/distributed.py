@@ -9,7 +9,7 @@ gathered parameter into that module whenever it changes between the two. So a tr
 over has to take the module's place in that list. Its s2 has to be on the list too, to be sharded and to get its
 gradient reduced over the ranks: it joins the group of the frozen weight, and is gathered and reduced with its block.
 
-PyTorch has no public way for either. The private names that are needed are looked up in this file only, and
+PyTorch has no public way for either. The private names that are needed are looked up in this module only, and
 :func:`check_can_follow` raises a clear error if one is missing. They are the same in torch 2.11 to 2.13.
 """
 

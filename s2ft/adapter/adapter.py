@@ -1,7 +1,7 @@
 """An adapter in memory: named deltas in the base's own coordinates, weighted sums, and checks against a model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
@@ -168,7 +168,9 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
             for path in paths
         }
     )
-    extra_weights = _extra_of_sum(parts)
+    of_each = ((adapter.name, weight, adapter.extra_weights) for adapter, weight in parts)
+    check_extra_apart(of_each, "values can't be added: keep the adapters apart and switch between them")
+    extra_weights = {name: value.clone() for adapter, _ in parts for name, value in adapter.extra_weights.items()}
     config = S2FTConfig(
         units=selection,
         layout=first.config.layout,
@@ -195,22 +197,29 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     )
 
 
-def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    owners: dict[str, Adapter] = {}
-    for adapter, weight in parts:
-        for name in adapter.extra_weights:
+def check_extra_apart(parts: Iterable[tuple[str, float, Iterable[str]]], otherwise: str) -> None:
+    """Check the extra weights of adapters that are used together.
+
+    Args:
+        parts: Of each adapter the name, the weight, and the names of its extra weights.
+        otherwise: What is not possible with an extra weight of two adapters, and what to do, for the message.
+
+    Raises:
+        ValueError: An extra weight would be scaled, or two adapters have the same one.
+    """
+    owners: dict[str, str] = {}
+    for adapter, weight, names in parts:
+        for name in names:
             if weight != 1:
                 raise ValueError(
-                    f"adapter {adapter.name!r} has {name} trained in full, which can't be scaled: give the adapter "
-                    f"weight 1, not {weight:g}"
+                    f"adapter {adapter!r} has {name} trained in full, which can't be scaled: give the adapter weight "
+                    f"1, not {weight:g}"
                 )
             if name in owners:
                 raise ValueError(
-                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained in full, and "
-                    "values can't be added: keep the adapters apart and switch between them"
+                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained in full, and {otherwise}"
                 )
             owners[name] = adapter
-    return {name: adapter.extra_weights[name].clone() for name, adapter in owners.items()}
 
 
 def check_weight(name: str, weight: Any) -> None:

@@ -99,7 +99,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         "name": adapter.name,
         "config": adapter.config.to_dict(),
         "projections": {
-            path: {"dim": delta.dim, "units": adapter.selection[path].tolist()}
+            path: {"dim": delta.dim, "units": adapter.selection.units[path].tolist()}
             for path, delta in sorted(adapter.deltas.items())
         },
         "selection_digest": adapter.selection.digest,

@@ -5,7 +5,8 @@ copies the recorded values back. It can be done any number of times, so an inter
 
 Every parameter that requires a gradient is an extra weight, unless it is a slice or belongs to a coupling. The record
 keeps the values before training, so that the base can be restored. A value is recorded before its parameter is written,
-and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off` restores the base.
+and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off_extra` restores the
+base.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from s2ft.adapter.adapter import check_extra_apart
 from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_names
 from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
 from s2ft.config import S2FTConfig
@@ -52,7 +54,8 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     if weights == record.active and not trainable_is_written and not record.change_unfinished:
         return  # if the trainable adapter is written, its values may have changed since
     reshard_all(model)
-    check_can_put_on_extra(model, record, weights)
+    if weights:
+        check_can_put_on_extra(model, record, weights)
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)
@@ -541,21 +544,12 @@ def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, flo
 
 def check_can_put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
     """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
-    owners: dict[str, str] = {}
-    for adapter, weight in weights.items():
-        names = extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
-        for name in names:
-            if weight != 1:
-                raise ValueError(
-                    f"adapter {adapter!r} has {name} trained in full, which can't be scaled: give the "
-                    f"adapter weight 1, not {weight:g}"
-                )
-            if name in owners:
-                raise ValueError(
-                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained in full, and the "
-                    "model can hold one: make one of them active"
-                )
-            owners[name] = adapter
+    names = {
+        adapter: extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
+        for adapter in weights
+    }
+    of_each = ((adapter, weight, names[adapter]) for adapter, weight in weights.items())
+    check_extra_apart(of_each, "the model can hold one: make one of them active")
 
 
 def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:

@@ -23,6 +23,7 @@ from s2ft.distributed import (
     managed_by_fsdp,
     will_be_loaded_again,
 )
+from s2ft.files.plain_text import by_key
 from s2ft.layers import SPLIT_LINEAR, kind_of
 from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -103,10 +104,8 @@ def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter, by its id."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
+    named = model.named_parameters(remove_duplicate=False)
+    return by_key((id(parameter), name) for name, parameter in named)
 
 
 def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
@@ -262,9 +261,6 @@ def _is_known(style: Any) -> bool:
 
 
 # ---- an adapter and a model -----------------------------------------------------------------------------------------
-
-
-# ---- checks against a model ----------------------------------------------------------------------------------
 
 
 def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:

@@ -22,7 +22,7 @@ under the name in their layer, by which FSDP looks for them. Under tensor parall
 order. Packed weights are gathered for that, so every rank must call ``state_dict()`` if there are any.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache, partial
 from typing import Any
 
@@ -34,7 +34,7 @@ from s2ft.attached.record import Attachment, Mount, attachment_of
 from s2ft.distributed import is_dtensor, is_sharded, managed_by_fsdp
 from s2ft.layers import act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.coupling import Coupling
-from s2ft.model.permutation import MovingTensor, inverse, moving_tensors
+from s2ft.model.permutation import restoring_moves
 from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops import act_mul, swap_
 
@@ -99,25 +99,6 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
         block = model.get_submodule(path)
         if block.__dict__.get("forward") is forward:
             block.__dict__.pop("forward", None)
-
-
-# ---- attributes of the model that others have set, which host hooks replace while layers are mounted ---------------
-
-
-def keep_attributes(model: nn.Module, record: Attachment, names: Sequence[str]) -> None:
-    """Record the model's own attributes of these names, before they are replaced."""
-    record.replaced_attributes = {name: model.__dict__[name] for name in names if name in model.__dict__}
-
-
-def restore_attributes(model: nn.Module, record: Attachment, names: Sequence[str]) -> None:
-    """Give the model back what :func:`keep_attributes` has recorded. Without a call of it, nothing happens."""
-    if record.replaced_attributes is None:
-        return
-    for name in names:
-        if name in record.replaced_attributes:
-            model.__dict__[name] = record.replaced_attributes[name]
-        else:
-            model.__dict__.pop(name, None)
 
 
 # ---- gradients through checkpointed blocks whose inputs are frozen --------------------------------------------------
@@ -252,11 +233,7 @@ class _BaseOrder:
 
     def __init__(self, model: nn.Module, record: Attachment) -> None:
         self.model, self.record = model, record
-        self.moves: dict[int, list[MovingTensor]] = {}  # by id of a tensor: the moves that restore its order
-        for move in record.moves:
-            if move.is_done:
-                for moving in moving_tensors(model, move.coupling, inverse(move.order)):
-                    self.moves.setdefault(id(moving.tensor), []).append(moving)
+        self.moves = restoring_moves(model, record.moves)
         self.layers = {
             id(mounted.layer.weight): mounted.layer
             for mounted in record.mounts.values()

@@ -33,7 +33,7 @@ from s2ft.attached.record import (
     of_compiled,
 )
 from s2ft.attached.report import status
-from s2ft.attached.saving import HOST_HOOKS, get_adapter, model_info
+from s2ft.attached.saving import get_adapter, model_info
 from s2ft.distributed import reshard_all
 from s2ft.model.fingerprint import structure_of
 
@@ -115,7 +115,7 @@ def load_adapter(
     record = find_attachment(model)
     check_new_name(record, adapter.name)
     if record is None:
-        record = new_attachment(model, adapter.couplings, HOST_HOOKS)
+        record = new_attachment(model, adapter.couplings)
     check_fits(adapter, model, record)
     record.expect_base(adapter.fingerprint)
     adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)

@@ -4,10 +4,6 @@ An interrupt, an exception or an out-of-memory error can come at any moment. So 
 before anything changes, and each step that takes a change back works whether the change was made, half made, or taken
 back already. :func:`unmount` and :func:`release` can be called at any time. No step runs under torch.no_grad, because
 an interrupt can leave it switched on.
-
-A change that an interrupt, an exception or an out-of-memory error cuts short is finished or taken back in the
-`except` clause, and can be taken back by a later call. No step runs under torch.no_grad, which an interrupt can leave
-switched on.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -19,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.adapter.adapter import Adapter
 from s2ft.attached.active import activate, deactivate, names_of_modules, place_loaded, switch, unfreeze, write_slices
 from s2ft.attached.arrival import after_apply, after_load, before_forward, expect_weights, mark_layers
 from s2ft.attached.checks import (
@@ -45,7 +42,6 @@ from s2ft.attached.hosts import (
 )
 from s2ft.attached.record import (
     Attachment,
-    LoadedAdapter,
     Mount,
     Part,
     applied,
@@ -54,6 +50,7 @@ from s2ft.attached.record import (
     find_attachment,
     set_attachment,
 )
+from s2ft.attached.saving import add_to_host, remove_from_host
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
@@ -65,11 +62,12 @@ from s2ft.distributed import (
     reshard_all,
     shard_slices,
 )
+from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.layers.base import CodedSlice
 from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, Vector, projections_of
-from s2ft.model.fingerprint import digest
+from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import (
     allow_packing,
@@ -195,6 +193,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     )
     try:
         record.name, record.config, record.selection = name, config, selection
+        record.structure = structure_of(model, record.couplings, selection.units)
         _make_layers(model, record, trained, moves)
         install(model, record, extra_names)
         record.active = {name: 1.0}
@@ -262,9 +261,8 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         replace_forward(model, coupling, record)
     close_blocks(model)
     open_blocks(model, record.mounts)
-    if record.host_hooks is not None:
-        record.host_hooks.remove(model, record)
-        record.host_hooks.add(model, record)
+    remove_from_host(model, record)
+    add_to_host(model, record)
     unfreeze(model, record, extra_names)
 
 
@@ -297,7 +295,9 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
         where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
     delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
     layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
-    install_style(original, layer)
+    style = style_of(original)
+    if style is not None:  # transformers' tensor parallelism runs the layer by it
+        layer.install(style)
     return layer
 
 
@@ -313,9 +313,7 @@ def _current_index(parts: list[Part], record: Attachment) -> Tensor:
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
     """Make the layer of an expert stack."""
     parts.sort(key=lambda part: part.projection.expert)
-    index: dict[int, list[Tensor]] = {}
-    for part in parts:
-        index.setdefault(part.projection.expert, []).append(part.positions)
+    index = by_key((part.projection.expert, part.positions) for part in parts)
     _number_positions(parts)
     return EXPERTS.layers[parts[0].projection.dim](
         original,
@@ -365,8 +363,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     """
     if record.rest is not None:  # a proof was interrupted
         record.rest.restore()
-    if record.host_hooks is not None:
-        record.host_hooks.remove(model, record)
+    remove_from_host(model, record)
     restore_forwards(model, record)
     close_blocks(model)
     reshard_all(model)
@@ -395,16 +392,6 @@ def release(model: nn.Module, record: Attachment) -> nn.Module:
     model.__dict__.pop("_apply", None)
     clear_attachment(model)
     return model
-
-
-# ---- transformers' styles ------------------------------------------------------------------------------
-
-
-def install_style(original: nn.Module, layer: nn.Module) -> None:
-    """Install the style of the layer that a trainable layer replaces around the trainable one, if it has a style."""
-    style = style_of(original)
-    if style is not None:
-        layer.install(style)
 
 
 # ---- how units may move --------------------------------------------------------------------------------
@@ -496,7 +483,7 @@ def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
         raise
 
 
-def load(model: nn.Module, record: Attachment, adapter: LoadedAdapter, active: bool) -> None:
+def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
     """Add a loaded adapter, and make it the active one if `active`. A failure removes it again.
 
     Args:
@@ -549,7 +536,7 @@ def remove(model: nn.Module, record: Attachment, name: str) -> None:
         end_training(model, record)
 
 
-def end_training(model: nn.Module, record: Attachment, adapter: LoadedAdapter | None = None) -> None:
+def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None = None) -> None:
     """Remove the trainable layers. What was active is active again, with the same bits in the weights.
 
     Args:

@@ -29,9 +29,19 @@ from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
 from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.discovery.examples import check_example, example_of, examples_of, run_example
+from s2ft.model.discovery.examples import examples_of
 from s2ft.model.parts import tower_of
-from s2ft.model.running import Rest, changes, gathered_forwards, largest_change, seeded, tensors_in
+from s2ft.model.running import (
+    Rest,
+    changes,
+    check_example,
+    example_of,
+    gathered_forwards,
+    largest_change,
+    run_example,
+    seeded,
+    tensors_in,
+)
 from s2ft.model.weights import Delta, allow_packing, can_run, layers_that_pack, stop_packing, weight_at
 from s2ft.selection import Selection
 

@@ -1,23 +1,21 @@
-"""What s2ft knows about a model that it has changed. Only the files of this folder assign these fields.
-
-So an adapter has the paths of the model of transformers, and a plain one can load it too.
-"""
+"""What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property, partial, wraps
-from typing import Any, NamedTuple, Protocol, TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
 from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
 from s2ft.files.reading import check_adapter_name
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.fingerprint import fingerprint
+from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Rest
@@ -25,7 +23,10 @@ from s2ft.model.weights import Delta, Positions, have_numbers
 from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
 
-# ---- models in a wrapper of torch.compile or sentence-transformers --------------------------------------------------
+# ---- models in a wrapper ----------------------------------------------------------------------------------
+#
+# s2ft changes, saves and loads the model inside, so that an adapter has the paths of the model of transformers, and a
+# plain one can load it too.
 
 PACKAGE = "sentence_transformers"
 Function = TypeVar("Function", bound=Callable[..., Any])
@@ -235,35 +236,6 @@ def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     return value if moved.is_meta else moved
 
 
-class LoadedAdapter(Protocol):
-    """What a record reads of a loaded adapter; see :class:`s2ft.Adapter`."""
-
-    name: str
-    selection: Selection
-    deltas: dict[str, Delta]
-    extra_weights: dict[str, Tensor]
-    device: torch.device | None
-
-    @property
-    def parameters(self) -> int: ...
-
-    def beside(self, devices: Mapping[str, torch.device]) -> "LoadedAdapter": ...
-
-
-class HostHooks(NamedTuple):
-    """Two functions (model, record) of a module that change a host library's model while layers are mounted.
-
-    The caller that makes a record passes them, because they save and load adapters, which this folder can't do.
-
-    Attributes:
-        add: Runs after the trainable layers are mounted.
-        remove: Runs before they are unmounted. It must be safe at any time, also twice.
-    """
-
-    add: Callable[[nn.Module, "Attachment"], None]
-    remove: Callable[[nn.Module, "Attachment"], None]
-
-
 @dataclass
 class Attachment:
     """Everything s2ft knows about a model it has changed.
@@ -275,10 +247,10 @@ class Attachment:
         base: How the ranks have found the fingerprint.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
         weights: What discovery says of every weight of the blocks; empty for all other couplings.
-        host_hooks: Functions that run when layers are mounted and unmounted.
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
+        structure: Where its slices lie.
         info: JSON values that are saved with the trainable adapter.
         moves: Reorderings of couplings, done or about to be done.
         mounts: Trainable layers by path.
@@ -289,7 +261,7 @@ class Attachment:
         active: Weights of the active adapters by name. It is cleared before anything is restored and assigned after
             everything is written, so it never names an adapter that the model does not compute with.
         written: Slices of weights that active adapters have overwritten.
-        replaced_attributes: Attributes of the model that host hooks have replaced; None if they have not run.
+        replaced_attributes: Attributes of the model that others had set before s2ft replaced them; None if it has not.
         awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
         has_taken_up: Whether the weights have arrived on all ranks.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
@@ -303,17 +275,17 @@ class Attachment:
     base: Decision = Decision(None, "")
     is_custom: bool = False
     weights: tuple[Any, ...] = ()
-    host_hooks: HostHooks | None = None
     name: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
+    structure: Structure | None = None
     info: dict[str, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     mounts: dict[str, Mount] = field(default_factory=dict)
     forwards: dict[str, Callable] = field(default_factory=dict)
     packing_stopped: list[str] = field(default_factory=list)
     extra: ExtraWeights = field(default_factory=ExtraWeights)
-    loaded: dict[str, LoadedAdapter] = field(default_factory=dict)
+    loaded: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     written: list[Written] = field(default_factory=list)
     replaced_attributes: dict[str, Any] | None = None
@@ -408,7 +380,7 @@ class Attachment:
         if self.fingerprint is None:
             self.fingerprint = fingerprint
 
-    def load(self, adapter: LoadedAdapter) -> None:
+    def load(self, adapter: Adapter) -> None:
         """Add a loaded adapter, which is not active."""
         self.loaded[adapter.name] = adapter
 
@@ -434,20 +406,16 @@ class Attachment:
 
     def rename(self, name: str, new: str) -> None:
         """Rename an adapter. After an interrupt it has its old name everywhere, or its new one everywhere."""
-        before = self.name, self.loaded, self.active
         loaded = {new if key == name else key: adapter for key, adapter in self.loaded.items()}
         active = {new if key == name else key: weight for key, weight in self.active.items()}
         if new in loaded:
             loaded[new] = replace(loaded[new], name=new)
-        try:
-            self.name, self.loaded, self.active = new if name == self.name else self.name, loaded, active
-        except BaseException:  # an interrupt between two of the three assignments
-            self.name, self.loaded, self.active = before
-            raise
+        own = new if name == self.name else self.name
+        self.__dict__.update(name=own, loaded=loaded, active=active)  # one step, so that no interrupt comes between
 
     def forget_mounts(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
-        self.name = self.config = self.selection = self.replaced_attributes = None
+        self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.rest, self.unproved = None, ""
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
@@ -515,18 +483,13 @@ def check_not_offloaded(model: nn.Module) -> None:
 
 
 def new_attachment(
-    model: nn.Module,
-    couplings: Sequence[Coupling] | None = None,
-    host_hooks: HostHooks | None = None,
-    example: Any = None,
-    config: S2FTConfig | None = None,
+    model: nn.Module, couplings: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
 ) -> Attachment:
     """Make a record of a model without adapters; the model does not get it yet.
 
     Args:
         model: Model without adapters.
         couplings: Couplings that the user gave. Default: those of the model's family, or else those that trials find.
-        host_hooks: Functions that run when trainable layers are mounted and unmounted.
         example: Input for the trials.
         config: What will be trained, see :func:`find_couplings`.
 
@@ -546,7 +509,6 @@ def new_attachment(
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
         weights=found.weights,
-        host_hooks=host_hooks,
         base=base,
     )
 

@@ -14,7 +14,7 @@ from s2ft.attached.checks import coupled_names
 from s2ft.attached.record import Attachment, Mount, State, attachment_of, find_attachment, of_compiled
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
-from s2ft.files.plain_text import table
+from s2ft.files.plain_text import by_key, table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.discovery import STATUSES
 from s2ft.model.parts import tower_of
@@ -221,10 +221,10 @@ def _row_size(mount: Mount) -> int:
 
 def _rows(parts: list[Trained]) -> list[Row]:
     """Group what is trained: one row for each projection and number of units."""
-    groups: dict[tuple, list[Trained]] = {}
-    for part in parts:
-        alike = (_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units)
-        groups.setdefault(alike, []).append(part)
+    groups = by_key(
+        ((_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units), part)
+        for part in parts
+    )
     return [
         Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
         for (shown, *_), group in groups.items()

@@ -1,6 +1,7 @@
 """Saves the adapters of a model, also where transformers' save_pretrained is called.
 
-The Trainers of transformers and TRL can resume from these checkpoints without changes.
+While a model of transformers trains an adapter, save_pretrained writes the adapter alone. The Trainers of transformers
+and TRL can resume from these checkpoints without changes.
 """
 
 import json
@@ -27,12 +28,11 @@ from s2ft.attached.active import (
     set_mounted_deltas,
 )
 from s2ft.attached.checks import check_extra_fits
-from s2ft.attached.hosts import keep_attributes, remove_hooks, restore_attributes
-from s2ft.attached.record import Attachment, HostHooks, attachment_of, check_known, of_compiled
+from s2ft.attached.hosts import remove_hooks
+from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.distributed import full_tensors, is_partitioned, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.reading import json_entry, replace_file
-from s2ft.model.fingerprint import structure_of
 from s2ft.model.weights import Delta
 
 
@@ -75,7 +75,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
         dict(record.info),
         couplings=record.custom_couplings,
         extra_weights=extra_values(model, record, state),
-        structure=structure_of(model, record.couplings, deltas),
+        structure=record.structure,
     )
 
 
@@ -386,11 +386,11 @@ def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) ->
     return Delta(mount.layer.dim, part.elements, values)
 
 
-def _add_to_host(model: nn.Module, record: Attachment) -> None:
+def add_to_host(model: nn.Module, record: Attachment) -> None:
     """Give a model of transformers the functions that save and load its trainable adapter."""
     if not hasattr(type(model), "save_pretrained"):
         return
-    keep_attributes(model, record, ATTRIBUTES)
+    record.replaced_attributes = {name: model.__dict__[name] for name in ATTRIBUTES if name in model.__dict__}
     # partial objects: torch.load could not make bound methods of a model that it is still loading
     model.save_pretrained = partial(save_pretrained, model)
     model.print_trainable_parameters = partial(print_trainable_parameters, model)
@@ -398,10 +398,9 @@ def _add_to_host(model: nn.Module, record: Attachment) -> None:
     model.register_load_state_dict_pre_hook(_load_deltas)
 
 
-def _remove_from_host(model: nn.Module, record: Attachment) -> None:
-    """Undo :func:`_add_to_host`, whether all, some or none of it was done."""
+def remove_from_host(model: nn.Module, record: Attachment) -> None:
+    """Undo :func:`add_to_host`, whether all, some or none of it was done."""
     remove_hooks(model._load_state_dict_pre_hooks, _load_deltas)
-    restore_attributes(model, record, ATTRIBUTES)
-
-
-HOST_HOOKS = HostHooks(_add_to_host, _remove_from_host)  # for new_attachment
+    for name in ATTRIBUTES if record.replaced_attributes is not None else ():
+        model.__dict__.pop(name, None)
+    model.__dict__.update(record.replaced_attributes or {})

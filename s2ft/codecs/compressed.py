@@ -3,8 +3,8 @@
 A scale for a group of inputs belongs to the group alone. One for an output, for a tile or for a whole weight does not,
 and so do zero points, several of which share a number: they stay.
 
-A scale for 64 weights (of another block size if the checkpoint says so) belongs to them alone, unless the scales are
-quantized themselves: then they stay.
+In NF4 a scale for 64 weights (of another block size if the checkpoint says so) belongs to them alone, unless the scales
+are quantized themselves: then they stay.
 """
 
 import json

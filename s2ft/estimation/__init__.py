@@ -31,7 +31,7 @@ from s2ft.estimation.devices import (
 from s2ft.estimation.shadow import forget_data, made_inputs, make_shadow, shape_of
 from s2ft.estimation.step import OPTIMIZERS, Optimizer, ShadowStep, bytes_of, free_memory, maker
 from s2ft.model.coupling import Coupling
-from s2ft.model.discovery.examples import check_example
+from s2ft.model.running import check_example
 
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 

@@ -1,7 +1,8 @@
 """What an estimate says, and what several devices share of it.
 
-Weights, gradients and states are divided. What a device gathers and holds for communication is one term each, in place
-of a re-enactment of the engines. Against measured ranks (`bench/estimate_ranks.py`) a peak is within 10 %.
+On several devices, weights, gradients and states are divided. What a device gathers and holds for communication is one
+term each, in place of a re-enactment of the engines. Against measured ranks (`bench/estimate_ranks.py`) a peak is
+within 10 %.
 """
 
 import re

@@ -24,7 +24,7 @@ from s2ft.attached.record import Attachment
 from s2ft.estimation.devices import MemoryPart, with_parts
 from s2ft.estimation.shadow import LOSSES, labelled
 from s2ft.layers import kind_of
-from s2ft.model.discovery.examples import call
+from s2ft.model.running import call_model
 from s2ft.packages import MissingPackages, is_installed
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
@@ -253,7 +253,7 @@ class ShadowStep:
         takes = inspect.signature(shadow.forward).parameters
         if not complete and "labels" in takes and not any(name in inputs for name in LOSSES):
             with torch.no_grad(), self.memory, self.autocast():
-                output = self._guarded(partial(call, shadow, inputs))
+                output = self._guarded(partial(call_model, shadow, inputs))
             self.inputs = labelled(inputs, output)
 
     def _hook(self, record: Attachment, device: torch.device) -> None:
@@ -308,7 +308,7 @@ class ShadowStep:
     def _forward(self, count: bool) -> list[Tensor]:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
         with hooks if count else nullcontext(), self.autocast():
-            output = (self.loss or call)(self.shadow, self.inputs)
+            output = (self.loss or call_model)(self.shadow, self.inputs)
         if self.loss is None and isinstance(output, Mapping) and output.get("loss") is not None:
             output = output["loss"]
         leaves = tree_leaves(dict(output) if isinstance(output, Mapping) else output)

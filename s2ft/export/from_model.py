@@ -25,10 +25,9 @@ from s2ft.distributed import (
 )
 from s2ft.export.merged import check_output, check_size, temporary_folder
 from s2ft.export.streamed import BaseSource, Changes, DiskSource, Sum, saved_names, write_config, write_weights
-from s2ft.files.plain_text import by_key
 from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.permutation import inverse, moving_tensors
+from s2ft.model.permutation import restoring_moves
 
 logger = logging.getLogger(__name__)
 
@@ -246,12 +245,7 @@ class _ModelSource(BaseSource):
         self._tensors = _tensors(model)
         groups = saving_groups(plain, self.transforms, saved_names(plain))
         self._rest = [name for group in groups for name, _ in group.sources]
-        self._moves = by_key(
-            (id(moving.tensor), moving)
-            for move in record.moves
-            if move.is_done
-            for moving in moving_tensors(model, move.coupling, inverse(move.order))
-        )
+        self._moves = restoring_moves(model, record.moves)
 
     def values(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._read(name) for name in names}

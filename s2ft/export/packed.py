@@ -2,9 +2,9 @@
 
 The new file has the base's bytes everywhere else. Its metadata has the base's name and hash besides.
 
-In place, a file beside it keeps the old bytes of the blocks. It is complete on the disk before the first block is
-written, and gets another name after the last one is back. So whatever interrupts a change, the old bytes can be put
-back; and the next switch to the same adapter computes nothing.
+Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk before
+the first block is written, and gets another name after the last one is back. So whatever interrupts a change, the old
+bytes can be put back; and the next switch to the same adapter computes nothing.
 """
 
 import errno

@@ -2,10 +2,10 @@
 
 Nothing here runs code of a file, and nothing needs more memory than a few times the size of the file.
 
-A writer puts the new config next to the old one as a pending file, renames the new tensors into place, then renames the
-pending config over the config. The rename of the tensors is the moment from which the folder holds the new adapter. A
-reader takes the config whose ``tensors_sha256`` is that of the tensors file. A writer that is stopped at any point
-leaves the old adapter or the new one.
+The two files of an adapter's folder are replaced as one. A writer puts the new config next to the old one as a pending
+file, renames the new tensors into place, then renames the pending config over the config. The rename of the tensors is
+the moment from which the folder holds the new adapter. A reader takes the config whose ``tensors_sha256`` is that of
+the tensors file. A writer that is stopped at any point leaves the old adapter or the new one.
 """
 
 import hashlib

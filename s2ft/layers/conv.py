@@ -100,6 +100,7 @@ class ConvolutionKind(Kind):
     """Convolutions of one group, over one to three dimensions."""
 
     name = "nn.Conv1d to Conv3d of one group"
+    classes = ("Conv1d", "Conv2d", "Conv3d")
     layers = (S2ColumnConv, S2RowConv)
 
     def matches(self, found: Any) -> bool:

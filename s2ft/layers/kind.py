@@ -1,8 +1,8 @@
 """What S²FT has to know about a kind of layer, and the product that all trainable layers run.
 
-The kind of the layer gives the formulas, see :class:`s2ft.layers.kind.Kind`. Numbers are those of the merged model, bit
-for bit, because the same functions see the same operands. Only what the gradient of the slice needs is kept of x (S²FT
-paper, section 3.3).
+The file of each layer has a subclass of :class:`Kind`, which gives the formulas of its product. The weight holds base +
+s2. Numbers are those of the merged model, bit for bit, because the same functions see the same operands. Only what the
+gradient of the slice needs is kept of x (S²FT paper, section 3.3).
 """
 
 from dataclasses import dataclass
@@ -137,6 +137,7 @@ class Kind:
 
     Attributes:
         name: Words for messages.
+        classes: Names of classes. Only their objects, and those of derived classes, are asked by :meth:`matches`.
         layers: The classes that train its outputs and its inputs (column, row); None if S²FT has none.
         is_linear: Whether the output is one matrix product (and a bias), so that a second product can be added to it.
         transposed: Whether the weight is stored as [inputs, outputs].
@@ -145,6 +146,7 @@ class Kind:
     """
 
     name = "no layer that S²FT trains"
+    classes: tuple[str, ...] = ("Linear",)
     layers: tuple[type[nn.Module], type[nn.Module]] | None = None
     is_linear = False
     transposed = False
@@ -254,7 +256,7 @@ class Kind:
         """
         raise NotImplementedError(self.name)
 
-    # ---- the product of a trainable layer, whose weight holds base + s2: see s2ft.layers.kind -----------
+    # ---- the product of a trainable layer, whose weight holds base + s2: see `product` below -----------------
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
         """The output of a layer.

@@ -1,9 +1,9 @@
 """Linear layers that train a few outputs or inputs of a frozen weight, also where it is split over ranks.
 
-The weight stays the DTensor that the split made. `s2` is a plain parameter with all selected units, the same on every
-rank of the tensor-parallel group. A rank adds the part of `s2` that belongs to its block to its part of the weight, and
-the backward sums the gradients of `s2` over the group. So every rank has the whole gradient, and optimizers, clipping,
-checkpoints and adapters need not know of the split.
+Where tensor parallelism splits the layer, the weight stays the DTensor that the split made. `s2` is a plain parameter
+with all selected units, the same on every rank of the tensor-parallel group. A rank adds the part of `s2` that belongs
+to its block to its part of the weight, and the backward sums the gradients of `s2` over the group. So every rank has
+the whole gradient, and optimizers, clipping, checkpoints and adapters need not know of the split.
 
 The ranks exchange inputs and outputs as they did before: transformers' style is installed around the trainable layer,
 and the hooks of torch's `parallelize_module` stay, because both layers share them.
@@ -200,6 +200,7 @@ class Conv1DKind(LinearKind):
     """The linear layer of GPT-2, whose weight is stored as [inputs, outputs]."""
 
     name = "transformers' Conv1D"
+    classes = ("Conv1D",)
     transposed = True
 
     def matches(self, found: Any) -> bool:

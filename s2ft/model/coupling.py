@@ -9,6 +9,7 @@ A linear layer that shares its units with no other layer is a one-sided coupling
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -53,7 +54,7 @@ class Projection:
     expert: int | None = None
     transposed: bool = False
 
-    @property
+    @cached_property
     def name(self) -> str:
         """The name in selections and adapters: the path, then [expert], then the key if it shares its weight."""
         return (

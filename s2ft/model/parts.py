@@ -1,6 +1,6 @@
 """The parts of a model: paths and sizes of its layers, the activation of an FFN, its towers.
 
-The configs inside a transformers model's config say what a module is. Where they don't, the names of modules decide.
+The configs inside a transformers model's config say in which tower a module is. Where they don't, its name decides.
 """
 
 from collections.abc import Iterator, Mapping

@@ -1,6 +1,6 @@
 """The order that makes selected units contiguous, and how it is applied to weights and biases."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -275,6 +275,16 @@ class Move:
 
     def _moving(self, model: nn.Module, done: bool) -> Iterator[MovingTensor]:
         return moving_tensors(model, self.coupling, self.order if done else inverse(self.order))
+
+
+def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[MovingTensor]]:
+    """What puts the units of some moves back in the original order where it is done, by the id of the tensor."""
+    return by_key(
+        (id(moving.tensor), moving)
+        for move in moves
+        if move.is_done
+        for moving in moving_tensors(model, move.coupling, inverse(move.order))
+    )
 
 
 # ---- one tensor, whole or spread over ranks ------------------------------------------------------------

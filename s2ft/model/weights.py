@@ -1,4 +1,4 @@
-"""The weights of a model and the updates that are trained of them.
+"""Finds the weight of a projection in a model, and the update that is trained of it.
 
 Code that reads or writes a weight finds it once, by :func:`weight_at`, and uses the handle. Only the file of a layer
 contains how its weight is stored, see :class:`s2ft.layers.Kind`.

@@ -1,7 +1,4 @@
-"""Loads the compiled kernels and reports the build. Importing :mod:`s2ft` works without compiled kernels.
-
-The functions take plain numbers, so that every case can be tested without a GPU.
-"""
+"""Loads the compiled kernels and reports the build. Importing :mod:`s2ft` works without compiled kernels."""
 
 import importlib
 import json
@@ -16,7 +13,7 @@ import torch
 
 from s2ft import __version__
 
-# ---- which GPUs the kernels of a build run on -----------------------------------------------------------------------
+# ---- which GPUs the kernels of a build run on: from plain numbers, so that every case can be tested without a GPU ----
 
 ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
 
@@ -115,16 +112,13 @@ def _import_module() -> ModuleType:
     return importlib.import_module("s2ft._C")
 
 
-def _extension_files() -> list[str]:
-    return sorted(p.name for p in RECORD.parent.glob("_C.*") if p.suffix in (".so", ".pyd"))
-
-
 def load() -> ModuleType | None:
     """Load the compiled kernels once. Returns None without them, and warns if the build should have made them."""
     global _module, _reason, _silent
     if _reason is not None:
         return _module
-    record, files = _read_record(), _extension_files()
+    record, files = _read_record(), sorted(RECORD.parent.glob("_C.*"))
+    files = [path.name for path in files if path.suffix in (".so", ".pyd")]
     wanted = record.get("mode") != "none"
     if record and not record.get("compiled"):
         _reason = str(record.get("reason", "the compiled kernels were not built"))
@@ -207,20 +201,6 @@ def _archs(built: dict[str, Any]) -> list[str]:
     return [arch for arch in built.get("cuda_archs", "").split(";") if arch]
 
 
-def _kernels() -> dict[str, list[str]]:
-    """Return the devices with a registered kernel, by op."""
-    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name.partition("::")[2]: [d for d in DEVICES if has(name, d)] for name in sorted(names)}
-
-
-def _implementations(kernels: dict[str, list[str]]) -> dict[str, str]:
-    """Return what CUDA tensors use, by op; nothing before CUDA is initialised, when it is not decided yet."""
-    if not torch.cuda.is_initialized():
-        return {}
-    return {op: "CUDA" if _cuda_registered and "CUDA" in devices else "PyTorch" for op, devices in kernels.items()}
-
-
 def build_info() -> dict[str, Any]:
     """Report which kernels this process uses, and why.
 
@@ -252,7 +232,10 @@ def build_info() -> dict[str, Any]:
     """
     module = load()
     built: dict[str, Any] = module.build_info() if module is not None else {}
-    kernels = _kernels()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
+    kernels = {name.partition("::")[2]: [device for device in DEVICES if has(name, device)] for name in names}
+    on_cuda = {op: "CUDA" if _cuda_registered and "CUDA" in devices else "PyTorch" for op, devices in kernels.items()}
     return {
         "compiled": module is not None,
         "reason": _reason,
@@ -263,7 +246,7 @@ def build_info() -> dict[str, Any]:
         "archs": _archs(built),
         "cuda_version": version(module.cuda_versions()[1]) if built.get("with_cuda") else None,
         "cuda_reason": _cuda_reason,
-        "cuda_ops": _implementations(kernels),
+        "cuda_ops": on_cuda if torch.cuda.is_initialized() else {},  # it is not decided before
         "ops": kernels,
     }
 

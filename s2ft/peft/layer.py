@@ -53,20 +53,6 @@ class AdapterDelta(nn.Module):
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
 
 
-def sum_of_adapters(dim: int, parts: list[tuple[AdapterDelta, float]]) -> Delta:
-    """Add up deltas of adapters on one weight.
-
-    Args:
-        dim: The dimension of the weight along which their units lie.
-        parts: The deltas and the weight of each.
-
-    Returns:
-        The sum, on the units of any of them. Gradients flow to each delta.
-    """
-    deltas = [(Delta(dim, part.index, part.values), weight) for part, weight in parts]
-    return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
-
-
 def hooks_of(module: nn.Module) -> dict[str, Any]:
     """The hooks of a module that run on its wrapper instead, because the wrapper calls only the module's forward."""
     return {
@@ -201,12 +187,12 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The sum, on the units of any of them. Gradients flow to each delta.
         """
-        deltas = [
-            (self.deltas_of(name)[weight], factor)
-            for name, factor in zip(names, factors or [1.0] * len(names))
-            if name in self.s2ft_delta and weight in self.deltas_of(name)
-        ]
-        return sum_of_adapters(self.dims[weight], deltas)
+        deltas = []
+        for name, factor in zip(names, factors or [1.0] * len(names)):
+            found = self.deltas_of(name).get(weight) if name in self.s2ft_delta else None
+            if found is not None:
+                deltas.append((Delta(self.dims[weight], found.index, found.values), factor))
+        return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
 
     def trained_by(self, names: Sequence[str]) -> list[str]:
         """Return the weights on which some of the layer's adapters have a delta.

@@ -14,13 +14,14 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import read_adapter
 from s2ft.config import S2FTConfig
+from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.registry import check_shapes, couplings_of, known_architectures
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
-from s2ft.peft.targets import Targets, find_targets, units_by_name
+from s2ft.peft.targets import Targets, find_targets
 from s2ft.selection import Selection, select, unit_tensors
 
 # ---- units ----------------------------------------------------------------------------------------------------------
@@ -113,10 +114,8 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
 
 def _by_path(targets: list[Targets], selection: Selection) -> dict[str, dict[str, ModuleUnits]]:
     """The selected units by module and weight; "" is the weight of a layer, others are those of stacked experts."""
-    parts: dict[str, list[tuple[Projection, Tensor]]] = {}
-    for projection in projections_of(targets):
-        if projection.name in selection:
-            parts.setdefault(projection.path, []).append((projection, selection[projection.name]))
+    chosen = (one for one in projections_of(targets) if one.name in selection)
+    parts = by_key((one.path, (one, selection[one.name])) for one in chosen)
     modules: dict[str, dict[str, ModuleUnits]] = {}
     for path, found in parts.items():
         owner, _, weight = (path, "", "") if found[0][0].expert is None else path.rpartition(".")
@@ -213,7 +212,7 @@ def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Ta
     """The excluded units of the targets. An adapter that is excluded may have other projections too."""
     if config.exclude is None:
         return None
-    excluded = units_by_name(config.exclude, "exclude")
+    excluded = unit_tensors(config.exclude, "exclude")
     trained = {projection.name for projection in projections_of(targets)}
     unknown = excluded.keys() - trained - {projection.name for projection in projections_of(couplings)}
     if unknown:

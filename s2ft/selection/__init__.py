@@ -2,7 +2,7 @@
 
 A group is chosen as one unit of a coarser projection, so that every metric scores it and every budget counts it.
 
-See metrics.py for what scores units, and budget.py for how many units each projection gets, and which.
+See metrics.py for what scores units.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import json
 import math
 import re
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
@@ -87,7 +88,7 @@ class Selection:
         """
         return {path: units.tolist() for path, units in sorted(self.units.items())}
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """The sha256 of the selection. It is the same on all ranks and is saved in the adapter.
 

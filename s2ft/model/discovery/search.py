@@ -1,11 +1,11 @@
 """Discovery from end to end: trials of proposals on a twin, and what becomes of every weight.
 
-The twin is in float64, so rounding changes its outputs by a few units of 1e-16 of the largest. A change that is wrong
-changes them by many orders of magnitude more. The first proposal of a block that holds, for all blocks of a pattern, is
-right.
+Couplings are proposed from the names and sizes of the model's layers, and tried on a tiny twin. With units in another
+order, it must compute the same; with one side moved alone, not. The twin is in float64, so rounding changes its outputs
+by a few units of 1e-16 of the largest. A change that is wrong changes them by many orders of magnitude more. The first
+proposal of a block that holds, for all blocks of a pattern, is right.
 
-Couplings are proposed from the names and sizes of the model's layers, and tried on a tiny twin in float64. What the
-trials confirm can move; what they don't is trained in place, or one layer by itself.
+What the trials confirm can move; what they don't is trained in place, or one layer by itself.
 """
 
 import re
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_map_only
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.discovery.examples import check_example, example_of, run_example, runnable_example
+from s2ft.model.discovery.examples import runnable_example
 from s2ft.model.discovery.proposals import (
     NO_BLOCK_LAYER,
     PROJECTOR,
@@ -38,7 +38,7 @@ from s2ft.model.discovery.proposals import (
 )
 from s2ft.model.discovery.twin import copied, twins_of
 from s2ft.model.permutation import Move
-from s2ft.model.running import evaluation_mode, tensors_in
+from s2ft.model.running import check_example, evaluation_mode, example_of, run_example, tensors_in
 from s2ft.model.weights import find
 
 # ---- trials ---------------------------------------------------------------------------------------------------------

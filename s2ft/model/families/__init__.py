@@ -1,7 +1,9 @@
-"""Multimodal models: a language model, a vision tower or an audio encoder, and a projector between them.
+"""Model families: which function lists the couplings of which model type.
 
-Such a model has the couplings of its parts, each under the part's path, and the FFN of its projector, if that is two
-linear layers with an activation. Layers are counted through the language model, then the towers, then the projector.
+This file has the table, and the models of several parts: a language model, a vision tower or an audio encoder, and a
+projector between them. Such a model has the couplings of its parts, each under the part's path, and the FFN of its
+projector, if that is two linear layers with an activation. Layers are counted through the language model, then the
+towers, then the projector.
 
 Layers of a vision tower that the model computes but does not use are left out, because their slices get no gradient:
 those after the last `vision_feature_layer`, and a pooling head.
