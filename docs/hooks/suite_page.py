@@ -12,6 +12,7 @@ sys.path.append(str(ROOT / "release"))
 from suites import MATRIX, SUITES
 
 STALE = 30  # days
+REASONS = 8  # of skips that are named
 
 INTRODUCTION = """# What ran where
 
@@ -51,8 +52,13 @@ def details(name: str, result: dict[str, Any]) -> str:
     text = f"\n## {name}\n\n{result['processor']}, Python {result['python']}; {found}\n"
     if result["last line"]:
         text += f"\nThe last line: `{result['last line'].replace('`', '')}`\n"
-    for reason, count in result.get("skipped", {}).items():
+    reasons = list(result.get("skipped", {}).items())
+    for reason, count in reasons[:REASONS]:
         text += f"\n- {count:,} skipped: `{' '.join(reason.split()).replace('`', '')}`"
+    if reasons[REASONS:]:
+        text += (
+            f"\n- {sum(count for _, count in reasons[REASONS:]):,} skipped for {len(reasons[REASONS:])} more reasons"
+        )
     for failure in result.get("failures", ()):
         text += f"\n- failed: `{failure}`"
     return text + "\n"
