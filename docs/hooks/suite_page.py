@@ -53,12 +53,10 @@ def details(name: str, result: dict[str, Any]) -> str:
     if result["last line"]:
         text += f"\nThe last line: `{result['last line'].replace('`', '')}`\n"
     reasons = list(result.get("skipped", {}).items())
+    others = sum(count for _, count in reasons[REASONS:])
     for reason, count in reasons[:REASONS]:
         text += f"\n- {count:,} skipped: `{' '.join(reason.split()).replace('`', '')}`"
-    if reasons[REASONS:]:
-        text += (
-            f"\n- {sum(count for _, count in reasons[REASONS:]):,} skipped for {len(reasons[REASONS:])} more reasons"
-        )
+    text += f"\n- {others:,} skipped for other reasons" if others else ""
     for failure in result.get("failures", ()):
         text += f"\n- failed: `{failure}`"
     return text + "\n"
