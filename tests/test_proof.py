@@ -349,8 +349,7 @@ def test_a_twin_has_a_layer_of_each_kind_that_a_list_names():
     config = LlamaConfig(num_hidden_layers=12)
     config.odd_layers, config.other_blocks, config.widths = [7], [2, 7], [7]
     tiny = tiny_config(config)
-    assert tiny.num_hidden_layers == 4 and tiny.odd_layers == [3] and tiny.other_blocks == [2, 3]
-    assert tiny.widths == [7]
+    assert tiny.num_hidden_layers == 4 and tiny.odd_layers == [3] and tiny.other_blocks == [2, 3] and tiny.widths == [7]
 
 
 def test_what_the_example_does_not_reach_is_named():
