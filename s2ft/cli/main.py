@@ -11,7 +11,7 @@ import warnings
 from typing import Any
 
 from s2ft.cli.parse import did_you_mean
-from s2ft.files.replacing import reason_not_written
+from s2ft.files.reading import reason_not_written
 from s2ft.train.device import OutOfMemory, first_line, is_out_of_memory
 
 COMMANDS = {
@@ -37,11 +37,9 @@ TRAINING = ("sft", "dpo", "grpo")
 # Commands whose module has another name
 MODULES = {
     "demo": "training",
-    "merge": "export",
-    "info": "adapters",
-    "combine": "adapters",
-    "estimate": "plan",
-    "couplings": "plan",
+    "generate": "chat",
+    **dict.fromkeys(("info", "combine", "merge", "export", "patch"), "adapters"),
+    **dict.fromkeys(("select", "estimate", "couplings"), "plan"),
 }
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.

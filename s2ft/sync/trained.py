@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.attached import extra_weights
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.hosts.wrappers import unwrapped
-from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
+from s2ft.attached.active import extra_parameters, keep_unfrozen, mounted_deltas
+from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all
-from s2ft.model.delta import Delta
-from s2ft.model.weights import weight_at
+from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import effective_units
 
 
@@ -73,14 +70,13 @@ class AttachedSource:
         self._check_active()
         _check_accounted(model, self._known())
         reshard_all(model)
-        extra_weights.keep_unfrozen(model, self._record)
-        self.trained: list[TrainedWeight] = []
-        for mount in self._record.mounts.values():
-            self.trained += _parts(model, self._record, mount)
-        self._extra = list(extra_weights.trained_parameters(model, self._record))
-        for name in self._extra:
-            base = self._record.extra.base[name]
-            self.trained.append(TrainedWeight(name, base.shape, base))
+        keep_unfrozen(model, self._record)
+        self._extra = list(extra_parameters(model, self._record))
+        bases = self._record.extra.base
+        self.trained = [
+            *(one for mount in self._record.mounts.values() for one in _parts(model, self._record, mount)),
+            *(TrainedWeight(name, bases[name].shape, bases[name]) for name in self._extra),
+        ]
 
     def values(self) -> Iterator[Tensor]:
         """Yield the merged numbers of each entry of `trained`. Every rank of a sharded model must call this.
@@ -90,7 +86,7 @@ class AttachedSource:
             ValueError: The adapter is not active.
         """
         self._check_active()
-        parameters = extra_weights.trained_parameters(self.model, self._record)
+        parameters = extra_parameters(self.model, self._record)
         if list(parameters) != self._extra:
             changed = min(parameters.keys() ^ set(self._extra))
             raise RuntimeError(
@@ -104,7 +100,7 @@ class AttachedSource:
 
     def _known(self) -> set[int]:
         slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
-        return slices | {id(one) for one in extra_weights.trained_parameters(self.model, self._record).values()}
+        return slices | {id(one) for one in extra_parameters(self.model, self._record).values()}
 
     def _check_active(self) -> None:
         """Raise ValueError unless the model computes with the trainable adapter alone."""
@@ -206,8 +202,7 @@ class PeftSource:
                     base = next(bases).base
                     yield effective_units(base, total.values.index_select(dim, places).to(base.device))
         for module, name in self._in_use():
-            parameters = dict(module.modules_to_save[name].named_parameters())
-            yield from full_tensors(parameters).values()
+            yield from full_tensors(dict(module.modules_to_save[name].named_parameters())).values()
 
     def _in_use(self) -> Iterator[tuple[Any, str]]:
         for path, module in self._saved.items():
@@ -243,18 +238,15 @@ class PeftSource:
             weight, index = getattr(layer.base_layer, name), _sum(dim, deltas).index
             with full_values(weight) as stored:
                 for expert, _, units in _by_expert(index, size):
-                    if expert is None:
-                        matrix = layer.kind.view(stored)
-                    else:
-                        matrix = stored[expert].t() if transposed else stored[expert]
+                    matrix = layer.kind.view(stored) if expert is None else stored[expert]
+                    matrix = matrix.t() if expert is not None and transposed else matrix
                     base, units = matrix.index_select(dim, units.to(stored.device)).clone(), units.cpu()
                     yield TrainedWeight(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
 
     def _in_full(self) -> Iterator[TrainedWeight]:
         for (module, _), path in zip(self._in_use(), self._saved):
             for name, base in full_tensors(dict(module.original_module.named_parameters())).items():
-                base = base.clone()
-                yield TrainedWeight(f"{path}.{name}", base.shape, base)
+                yield TrainedWeight(f"{path}.{name}", base.shape, base.clone())
 
     def _known(self) -> set[int]:
         trained = [layer.s2ft_delta[name] for layer in self._layers.values() for name in layer.s2ft_delta]

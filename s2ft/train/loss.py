@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
 from s2ft.layers import LINEAR, kind_of
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import IGNORED
 
 SCALE = 1024.0  # a power of two: multiplying by it and back is exact
@@ -45,8 +45,7 @@ class ChunkedLoss:
 
     def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
         """Enable the chunked loss for a forward pass with labels."""
-        wanted = model.training or self.in_evaluation or self.trial
-        self.enabled = options.get("labels") is not None and wanted
+        self.enabled = options.get("labels") is not None and (model.training or self.in_evaluation or self.trial)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Forward of the output layer."""

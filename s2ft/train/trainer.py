@@ -24,10 +24,9 @@ from transformers import Trainer, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from s2ft.adapter import restore_adapter
-from s2ft.adapter.saving import gather_trained
-from s2ft.attached.hosts.wrappers import check_rest_frozen, unwrapped
-from s2ft.attached.record import attachment_of
+from s2ft.attached.loading import restore_adapter
+from s2ft.attached.record import attachment_of, check_rest_frozen, unwrapped
+from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl_trainers import check_sends_slices
 from s2ft.train import optimizer_state
@@ -161,10 +160,11 @@ class AdapterCheckpoints:
         if state is None:  # of a plain Trainer
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if self.is_deepspeed_enabled:
-            order = optimizer_state.load_zero_state(self.model_wrapped, state)
-        else:
-            order = optimizer_state.load_state(self.optimizer, self.model, state)
+        order = (
+            optimizer_state.load_zero_state(self.model_wrapped, state)
+            if self.is_deepspeed_enabled
+            else optimizer_state.load_state(self.optimizer, self.model, state)
+        )
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         optimizer_state.load_schedule(self.lr_scheduler, schedule, order)
 

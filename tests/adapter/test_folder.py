@@ -23,7 +23,7 @@ def adapters():
 
 
 def write(adapter, folder):
-    s2ft.adapter.formats.native.write(adapter, folder)
+    s2ft.adapter.native.write(adapter, folder)
 
 
 def is_either(found, adapters):
@@ -96,6 +96,6 @@ def test_the_hub_gets_the_files_that_belong_together(adapters, tmp_path, monkeyp
     write(adapters[1], tmp_path)
     (tmp_path / CONFIG).rename(tmp_path / PENDING)  # stopped before the last rename
     (tmp_path / CONFIG).write_bytes(old)
-    found, content = s2ft.adapter.formats.native.read_files(tmp_path)
+    found, content = s2ft.adapter.native.read_files(tmp_path)
     assert is_either(found, adapters) == 1 and content[CONFIG] == (tmp_path / PENDING).read_bytes()
     assert content[TENSORS] == (tmp_path / TENSORS).read_bytes()

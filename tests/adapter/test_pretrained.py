@@ -122,7 +122,7 @@ def test_save_pretrained_saves_a_given_state(tmp_path):
     model = attached()
     state = {key: torch.full_like(value, 2.0) for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
-    assert all(bool((d.values == 2).all()) for d in s2ft.adapter.read_adapter(tmp_path).deltas.values())
+    assert all(bool((d.values == 2).all()) for d in s2ft.read_adapter(tmp_path).deltas.values())
     del state["model.layers.1.mlp.down_proj.s2"]
     with pytest.raises(ValueError, match="no model.layers.1.mlp.down_proj.s2"):
         model.save_pretrained(tmp_path / "less", state_dict=state)

@@ -290,7 +290,7 @@ def test_rows_of_an_update_are_divided_among_devices_and_passes(case):
 )
 def test_few_rows_make_smaller_updates(rows, changes, expected):
     arguments = SimpleNamespace(**{"num_train_epochs": 3, "max_steps": -1, "world_size": 1, **changes})
-    run = SimpleNamespace(arguments=arguments, given={}, is_first=True, method=SimpleNamespace(fits_batch=True))
+    run = SimpleNamespace(arguments=arguments, given={}, say=str, method=SimpleNamespace(fits_batch=True))
     assert fitting_batch(run, rows) == expected
     run.given = {"gradient_accumulation_steps": 2}
     assert fitting_batch(run, rows) is None

@@ -85,7 +85,10 @@ def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, comma
 def test_the_api_takes_the_output_of_a_run(work):
     assert s2ft.Selection.load(work / "runs/math") == s2ft.read_adapter(work / "runs/math").selection
     model = with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1, exclude=str(work / "runs/math")))
-    assert s2ft.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units == 0
+    assert (
+        s2ft.adapter.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units
+        == 0
+    )
     bank = s2ft.AdapterBank(tiny_model(), work / "runs")
     bank.add("mine", work / "runs/math")
     assert bank.names == ["chat", "math", "mine"]

@@ -33,7 +33,9 @@ def use(rank, how, folder, end):
     s2ft.attach(model, s2ft.read_adapter(folder / "b").config, "b")
     run = run_on(how, model)
     seen = [logits(model, run)]
-    s2ft.adapter.restore_adapter(model, folder / "b")  # after a forward, of which FSDP2 still has gathered weights
+    s2ft.attached.loading.restore_adapter(
+        model, folder / "b"
+    )  # after a forward, of which FSDP2 still has gathered weights
     s2ft.load_adapter(model, folder / "c", "c", active=False)
     for setting in SETTINGS:
         s2ft.set_adapter(model, setting)

@@ -266,7 +266,7 @@ def restore_uneven_parts(rank, stage, saved, directory):
     model = uneven()
     assert model.down.s2.numel() % 2
     engine = engine_for(model, stage)
-    s2ft.adapter.restore_adapter(engine.module, saved)
+    s2ft.attached.loading.restore_adapter(engine.module, saved)
     s2ft.save_adapter(engine.module, directory)
 
 
@@ -299,7 +299,7 @@ def restore_and_train(rank, stage, saved, directory):
     """The optimizer holds the restored values too. Otherwise its next step would overwrite them."""
     engine = engine_for(attached("llama-grouped"), stage)
     run(engine, rank, steps=1)
-    s2ft.adapter.restore_adapter(engine.module, saved)
+    s2ft.attached.loading.restore_adapter(engine.module, saved)
     s2ft.save_adapter(engine.module, directory / "restored")
     seen = logits(engine.module, engine)
     for group in engine.optimizer.param_groups:

@@ -115,8 +115,8 @@ def switch_extra_weights(rank, folder, unfrozen):
     s2ft.set_adapter(model, "default")
     same.append(torch.equal(head(), trained))
     s2ft.save_adapter(model, folder)
-    s2ft.adapter.restore_adapter(model, folder)
-    gathered = s2ft.adapter.saving.gather_trained(model)["lm_head.weight"]
+    s2ft.attached.loading.restore_adapter(model, folder)
+    gathered = s2ft.attached.saving.gather_trained(model)["lm_head.weight"]
     return [*same, torch.equal(head(), trained), torch.equal(gathered, trained)]
 
 

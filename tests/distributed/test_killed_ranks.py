@@ -64,7 +64,7 @@ def save_once(directory):
     s2ft.save_adapter(train(attached("llama"), steps=1), directory)
 
 
-WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the config, then the tensors
+WRITING = "s2ft.adapter.native:replace_file"  # two calls each time: the config, then the tensors
 
 
 @pytest.mark.parametrize(

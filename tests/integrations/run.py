@@ -2,7 +2,7 @@
 
 For each program this makes an environment of its own, which takes PyTorch and all packages that the program does not
 ask for from this one. There it trains a tiny model by the program's own command. What the program fed to the model is
-recorded, and `s2ft.train.sft`, which `s2ft sft` calls, trains on the same batches in the same order. The two adapters
+recorded, and `s2ft.train.fit`, which `s2ft sft` calls, trains on the same batches in the same order. The two adapters
 are compared, and so are the program's merged model and s2ft's. The exit status is 1 if a program failed, or if its
 adapter differs by more than rounding.
 """

@@ -139,7 +139,7 @@ def test_couplings_of_a_model_of_no_known_family_are_saved_with_the_adapter(tmp_
     coupling, x = s2ft.Coupling.ffn(0, up="0", down="2", channels=8), torch.randn(3, 4)
     for given in (True, False):
         if not given:  # as a search for couplings would find them
-            monkeypatch.setattr("s2ft.peft.units.couplings_of", lambda model: [coupling])
+            monkeypatch.setattr("s2ft.peft.native_adapter.couplings_of", lambda model: [coupling])
         couplings = [coupling] if given else None
         model = get_peft_model(two_layers(), S2FTPeftConfig(u_ratio=0.5, d_ratio=0.5, couplings=couplings))
         monkeypatch.undo()

@@ -46,4 +46,4 @@ def test_excluding_an_adapter(tmp_path):
     assert all(selection == chosen[0] for selection in chosen)
     s2ft.attach(model, config)
     s2ft.save_adapter(model, tmp_path / "second")
-    assert s2ft.adapter.read_adapter(tmp_path / "second").config == config
+    assert s2ft.read_adapter(tmp_path / "second").config == config

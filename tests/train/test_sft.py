@@ -321,9 +321,9 @@ def test_a_run_of_few_updates_gets_a_warning(tmp_path, caplog):
 
 
 FAILING = {  # what fails, and what is said
-    "s2ft.train.sft.write_json": "report.json was not written",
+    "s2ft.train.fit.write_json": "report.json was not written",
     "trl.SFTTrainer.evaluation_loop": "the evaluation at step 8 failed: division by zero",
-    "s2ft.train.callbacks.JsonlLog.on_train_end": "the trainer failed after the last one",
+    "s2ft.train.fit.JsonlLog.on_train_end": "the trainer failed after the last one",
 }
 
 
@@ -342,7 +342,7 @@ def test_an_interrupt_in_the_last_evaluation_leaves_the_adapter_saved(tmp_path, 
 
 
 def test_an_error_in_the_middle_is_raised(tmp_path, monkeypatch):
-    monkeypatch.setattr("s2ft.train.callbacks.JsonlLog.on_log", lambda *args, **options: 1 / 0)
+    monkeypatch.setattr("s2ft.train.fit.JsonlLog.on_log", lambda *args, **options: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(tmp_path / "out", save_steps=0)
     assert not (tmp_path / "out/adapter").exists()

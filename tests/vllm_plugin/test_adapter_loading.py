@@ -301,7 +301,7 @@ def test_registering_never_raises_and_happens_once(monkeypatch, caplog):
     monkeypatch.setattr(
         s2ft.vllm, "FEATURES", {"what is gone": "s2ft_no_such_module", "what is there": "s2ft_test_good"}
     )
-    monkeypatch.setattr(s2ft.vllm, "_registered", False)
+    s2ft.vllm.register.cache_clear()
     with caplog.at_level(logging.WARNING):
         s2ft.vllm.register()
         s2ft.vllm.register()

@@ -114,7 +114,7 @@ def vllm(monkeypatch):
     found = {loading.SERVER: AsyncLLM, loading.WORKER: WorkerLoRAManager, loading.REQUEST: kind}
     vllm_modules.fake_modules(monkeypatch, {name: {one.__name__: one} for name, one in found.items()})
     monkeypatch.setattr(loading, "NEEDED", ())
-    monkeypatch.setattr("s2ft.vllm.as_lora.lora_of", lambda manager, request, folder: loaded.append(values(folder)))
+    monkeypatch.setattr("s2ft.vllm.served_base.lora_of", lambda manager, request, folder: loaded.append(values(folder)))
     for change in (loading._change_server, loading._change_workers, loading._compare_numbers):
         change()
     return AsyncLLM(), WorkerLoRAManager("config"), added, loaded

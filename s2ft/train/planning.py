@@ -1,0 +1,277 @@
+"""What is known before a training: what ratios mean for a model, and the learning rate to begin with.
+
+Nothing here reads weights: the model is on the meta device.
+
+AdamW moves each trained weight by about the learning rate in a step. An output is a sum over the trained units, whose
+number grows with the width, so the same rate moves the outputs of a wider model more. Hence ``rate = 0.8 / width``.
+Models below 576 dimensions get the rate of 576, because nothing is known about them. All good rates that are known:
+
+| model | width | task | good rate | rule | source |
+|---|--:|---|--:|--:|---|
+| SmolLM2-135M | 576 | word problems | 1e-3 | 1.4e-3 | this project, `make evidence`: the best of 4 rates |
+| Llama-3.2-3B | 3072 | MetaMathQA | 3e-4 | 2.6e-4 | PEFT's comparison, SHiRA (1) |
+| LLaMA-3-8B | 4096 | commonsense | 2e-4 | 2.0e-4 | S²FT paper, arXiv 2412.06289 |
+| LLaMA-3-8B | 4096 | arithmetic | 1e-3 | 2.0e-4 | S²FT paper |
+
+(1) SHiRA trains single weights, at random places. Only this rate was tried.
+
+Four points do not prove a rule. It does not know the task (the two of the paper differ by a factor of five), the
+number of steps, the batch, and how much forgetting is allowed: a higher rate learns more of the task, and forgets
+more. Of two good rates of a model the rule is near the lower one for this reason.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+import s2ft
+from s2ft.config import S2FTConfig
+from s2ft.estimation.devices import Estimate, size
+from s2ft.files import plain_text as tables
+from s2ft.model.coupling import projections_of
+from s2ft.model.parts import couplings_in_towers
+from s2ft.model.registry import find_couplings
+from s2ft.model.weights import count_parameters, weight_at
+from s2ft.train.base_model import plain_kernels
+from s2ft.train.loss import loss_in_chunks
+
+RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
+BITS = {"4bit": 4.5, "8bit": 8.1}  # of one weight in bitsandbytes' blocks, with their scales
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What one configuration trains.
+
+    Attributes:
+        ratio: The ratio of every projection that is trained, or None if they differ or a budget sets them.
+        trained: Number of trained parameters.
+        share: Trained parameters as a share of the model's.
+        lora_rank: Rank of a LoRA with as many parameters on the same weights. It is no whole number.
+        adapter_bytes: Bytes of the adapter's tensors.
+        refused: Why this ratio can't be trained, or "".
+        kept: Bytes that one forward pass keeps for the backward pass; None if memory was not counted.
+        peak: Largest memory of a step; None if memory was not counted.
+        counted: Whether the two were counted for this row. Otherwise they lie on the line between the counted rows.
+        fits: Whether the peak is at most the memory of the device; None if one of them is not known.
+    """
+
+    ratio: float | None
+    trained: int = 0
+    share: float = 0.0
+    lora_rank: float = 0.0
+    adapter_bytes: int = 0
+    refused: str = ""
+    kept: int | None = None
+    peak: int | None = None
+    counted: bool = False
+    fits: bool | None = None
+
+
+def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATIOS) -> list[Planned]:
+    """Return a row for the configuration, and one for each ratio in place of the configuration's own ratios.
+
+    Args:
+        model: A model without adapters. Its weights are not read.
+        config: What is trained.
+        ratios: The ratios of the other rows. A configuration with a budget or with named units has no other rows.
+
+    Raises:
+        ValueError: The configuration can't be trained.
+    """
+    config = as_random(config)
+    is_fixed = config.units is not None or config.budget is not None or config.match_lora_rank is not None
+    own = set() if is_fixed else set(config.ratios.values())
+    rows = [planned(model, config, own.pop() if len(own) == 1 else None)]
+    for ratio in () if is_fixed else [ratio for ratio in ratios if ratio != rows[0].ratio]:
+        try:
+            rows.append(planned(model, with_ratio(config, ratio), ratio))
+        except ValueError as error:
+            rows.append(Planned(ratio, refused=str(error).split("\n")[0]))
+    return sorted(rows, key=lambda row: (row.ratio is not None, row.ratio or 0.0))
+
+
+def as_random(config: S2FTConfig) -> S2FTConfig:
+    """Return a configuration that trains as many units and chooses them without data."""
+    if config.units is not None:
+        return config
+    allocation = config.allocation if config.selection == "random" else "uniform"
+    return replace(config, selection="random", allocation=allocation, order="largest", protect_ratio=None)
+
+
+def with_ratio(config: S2FTConfig, ratio: float) -> S2FTConfig:
+    """Return a configuration with this ratio for all projections that it trains."""
+    return replace(config, **{f"{name}_ratio": ratio for name in config.ratios})
+
+
+def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planned:
+    """Return the row of one configuration, without its memory."""
+    report, selection = s2ft.plan(model, config), s2ft.select(model, config)
+    couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
+    trained = [projection for projection in projections_of(couplings) if projection.name in selection]
+    shapes = {projection.weight_key: weight_at(model, projection).shape for projection in trained}
+    each_rank = sum(shape[0] + shape[1:].numel() for shape in shapes.values())
+    in_full = sum(report.extra_weights.values())
+    values = sum(row.parameters * row.dtype.itemsize for row in report.rows)
+    index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 8
+    share = report.trainable / count_parameters(model)
+    return Planned(
+        ratio, report.trainable, share, (report.trainable - in_full) / each_rank, values + index + in_full * 4
+    )
+
+
+def with_memory(
+    rows: list[Planned],
+    model: nn.Module,
+    config: S2FTConfig,
+    step: Mapping[str, Any],
+    chunked: bool,
+    bits: str | None = None,
+) -> tuple[list[Planned], Estimate]:
+    """Add the memory of a step to the rows.
+
+    It is counted for the smallest and the largest row. Memory grows with the trained parameters in pieces of lines, and
+    a row between the two is at most on the line through them.
+
+    Args:
+        rows: The rows.
+        model: The model, as for :func:`rows_of`.
+        config: The configuration.
+        step: Arguments of :func:`s2ft.estimate`. Its `memory` is what the device has.
+        chunked: Whether the loss is computed without keeping the logits.
+        bits: "4bit" or "8bit" for a base that will be quantized.
+
+    Returns:
+        The rows, and the estimate of the smallest one.
+    """
+    config = as_random(config)
+    usable = sorted((row for row in rows if not row.refused), key=lambda row: row.trained)
+    ends: dict[int, tuple[int, int]] = {}
+    strategy = step["strategy"]
+    whole_logits = strategy is not None and strategy.shards_weights  # of a head that is gathered
+    loss = loss_in_chunks if chunked and not whole_logits else None
+    for row in {usable[-1].trained: usable[-1], usable[0].trained: usable[0]}.values():
+        wanted = config if row.ratio is None else with_ratio(config, row.ratio)
+        with plain_kernels():
+            found = s2ft.estimate(model, wanted, **step, loss=loss, use_cache=False)
+        if strategy is not None:  # the number of devices for the largest row is that of all
+            step = {**step, "devices": found.devices}
+        ends[row.trained] = (found.kept, found.peak - saved_by_bits(model, bits))
+    (low, below), (high, above) = min(ends.items()), max(ends.items())
+
+    def on_line(row: Planned) -> Planned:
+        part = (row.trained - low) / (high - low) if high > low else 0.0
+        kept, peak = (round(start + part * (end - start)) for start, end in zip(below, above))
+        fits = None if step["memory"] is None else peak <= step["memory"]
+        return replace(row, kept=kept, peak=peak, counted=row.trained in ends, fits=fits)
+
+    return [row if row.refused else on_line(row) for row in rows], found
+
+
+def saved_by_bits(model: nn.Module, bits: str | None) -> int:
+    """Return the bytes that a quantized base saves. The largest weight is unpacked for its product.
+
+    Args:
+        model: The model without quantization.
+        bits: "4bit" or "8bit", or None.
+    """
+    head = model.get_output_embeddings()  # bitsandbytes quantizes all linear layers but this one
+    weights = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
+    if bits is None or not weights:
+        return 0
+    packed = sum(weights) * BITS[bits] / 8
+    return max(0, int(sum(weights) * model.dtype.itemsize - packed - max(weights) * model.dtype.itemsize))
+
+
+# ---- text ----------------------------------------------------------------------------------------------
+
+
+def table(rows: Sequence[Planned], room: int | None = None) -> str:
+    """Return the rows as a table."""
+    columns = {  # by heading, what stands in it for a row
+        "ratio": lambda row: "as given" if row.ratio is None else f"{row.ratio:g}",
+        "trained": lambda row: f"{row.trained:,}",
+        "share": lambda row: f"{row.share:.2%}",
+        "LoRA rank": lambda row: f"{row.lora_rank:.1f}",
+        "adapter": lambda row: size(row.adapter_bytes),
+    }
+    if any(row.peak is not None for row in rows):
+        columns["kept for backward"] = lambda row: ("" if row.counted else "≤ ") + size(row.kept or 0)
+        columns["peak"] = lambda row: ("" if row.counted else "≤ ") + size(row.peak or 0)
+        if room is not None:
+            columns[size(room)] = lambda row: "fits" if row.fits else "too small"
+    cells = [[cell(row) for cell in columns.values()] for row in rows if not row.refused]
+    notes = [f"ratio {row.ratio:g}: {row.refused}" for row in rows if row.refused]
+    return "\n".join([tables.table([[*columns], *cells], right=range(len(columns))), *notes])
+
+
+# ---- the learning rate ---------------------------------------------------------------------------------
+
+
+FACTOR = 0.8  # rate × width
+NARROWEST = 576  # width of the narrowest model with a known rate
+SPREAD = 5.2  # the good rates lie within this factor of the rule
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A learning rate to start with.
+
+    Attributes:
+        rate: The rate of the rule, with one significant digit.
+        lowest: The lower end of a search.
+        highest: The upper end of a search.
+    """
+
+    rate: float
+    lowest: float
+    highest: float
+
+    def __str__(self) -> str:
+        return f"{self.rate:g}, and a search from {self.lowest:g} to {self.highest:g}"
+
+
+def suggested_rate(width: int) -> Rate:
+    """Return a learning rate with which to start a search, for AdamW and S²FT's slices.
+
+    Args:
+        width: Hidden size of the model.
+
+    Returns:
+        The rate, and the range in which the good rates of comparable runs were.
+
+    Raises:
+        ValueError: The width is not above 0.
+
+    Example:
+        >>> from s2ft.train.planning import suggested_rate
+        >>> print(suggested_rate(4096))
+        0.0002, and a search from 4e-05 to 0.001
+    """
+    if width < 1:
+        raise ValueError(f"width must be above 0, got {width!r}")
+    rate = FACTOR / max(width, NARROWEST)
+    return Rate(*(float(f"{value:.0e}") for value in (rate, rate / SPREAD, rate * SPREAD)))
+
+
+def width_of(model: Any) -> int | None:
+    """Return the hidden size of a model's language model.
+
+    Args:
+        model: A model. One of transformers has a config.
+
+    Returns:
+        The width, or None if the config does not name one.
+
+    Example:
+        >>> from s2ft.train.planning import width_of
+        >>> width_of(model)
+        64
+    """
+    config = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    width = getattr(config, "hidden_size", None)
+    return width if isinstance(width, int) else None
