@@ -70,8 +70,7 @@ def check_declaration(base):
     assert [name for name in dead if not any(fnmatch(name, pattern) for pattern in DEAD.get(model_type, ()))] == []
 
     after = output_of(model)
-    assert relative_difference(after, before) > LOGITS
-    assert same(s2ft.detach(copy.deepcopy(model)), base)
+    assert relative_difference(after, before) > LOGITS and same(s2ft.detach(copy.deepcopy(model)), base)
     assert relative_difference(output_of(s2ft.merge(model)), after) <= LOGITS
 
 

@@ -349,8 +349,7 @@ def test_a_twin_has_a_layer_of_each_kind_that_a_list_names():
     config = LlamaConfig(num_hidden_layers=12)
     config.odd_layers, config.other_blocks, config.widths = [7], [2, 7], [7]
     tiny = tiny_config(config)
-    assert tiny.num_hidden_layers == 4 and tiny.odd_layers == [3] and tiny.other_blocks == [2, 3]
-    assert tiny.widths == [7]
+    assert tiny.num_hidden_layers == 4 and tiny.odd_layers == [3] and tiny.other_blocks == [2, 3] and tiny.widths == [7]
 
 
 def test_what_the_example_does_not_reach_is_named():
@@ -372,8 +371,7 @@ def test_without_an_example_nothing_is_proved_and_the_report_says_so():
 
 def test_an_example_of_sound_is_short_even_where_the_model_takes_long_ones():
     model = model_with(CONFIG_MAPPING["wav2vec2-bert"](**ROWS["wav2vec2-bert"]))
-    assert model.config.max_source_positions == 5000
-    assert max(next(examples_of(model))["input_features"].shape) == 128
+    assert model.config.max_source_positions == 5000 and max(next(examples_of(model))["input_features"].shape) == 128
     model = model_with(CONFIG_MAPPING["wav2vec2-conformer"](**ROWS["wav2vec2-conformer"]))  # a frame is 4 samples
     assert next(one["input_values"] for one in examples_of(model) if "input_values" in one).shape == (2, 100)
 

@@ -17,7 +17,6 @@ SFT = (
     "--learning-rate 1e-2 --save-steps 3 --d-ratio 0.1 --o_ratio 0.25"
 )
 EVAL = "eval --model {model} --data {work}/data.jsonl --task arithmetic --limit 4 --max-new-tokens 8 --output {out}"
-MERGE = "merge --model {work}/model --adapter {adapter} --output {out} --max-shard-size 20KB"
 
 
 def command(text, status=0, **paths):
@@ -33,7 +32,12 @@ def work(work):
 
 @pytest.fixture(scope="module")
 def merged(work):
-    command(MERGE, work=work, adapter=work / "out/adapter", out=work / "merged")
+    command(
+        "merge --model {work}/model --adapter {adapter} --output {out} --max-shard-size 20KB",
+        work=work,
+        adapter=work / "out/adapter",
+        out=work / "merged",
+    )
     return work / "merged"
 
 

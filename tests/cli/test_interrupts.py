@@ -16,7 +16,7 @@ from train.tiny import save_tiny
 
 from s2ft.cli.main import main
 
-STEPS, SAVE = 30, 3
+STEPS, SAVE = 20, 3
 
 
 def command(work, output, *more):

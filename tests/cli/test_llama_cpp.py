@@ -85,8 +85,7 @@ def test_the_quantizer_is_used_and_compared(work, tmp_path, capsys):
     assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", "--quantization", "q4_k_m") == 0
     printed = capsys.readouterr().out
     assert "Q4_K_M, written by llama.cpp's convert_hf_to_gguf.py and llama-quantize" in printed
-    assert "weights differ by" in printed
-    assert [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
+    assert "weights differ by" in printed and [file.name for file in (tmp_path / "out").iterdir()] == ["model.gguf"]
 
 
 @pytest.mark.parametrize(

@@ -76,8 +76,7 @@ def test_a_config_of_trl_runs_in_trl_and_here(name, tmp_path, monkeypatch):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", "run.yaml", "--output_dir"]
     trl_sft(*make_parser().parse_args_and_config([*words, "trl"], fail_with_unknown_args=False))
-    assert main(["sft", *words, "s2ft"]) == 0
-    assert (tmp_path / "s2ft/adapter/s2ft_config.json").is_file()
+    assert main(["sft", *words, "s2ft"]) == 0 and (tmp_path / "s2ft/adapter/s2ft_config.json").is_file()
     assert main(["sft", "--config", "s2ft/config.yaml", "--output", "again"]) == 0  # a run's own config, fed back
     first, again = (yaml.safe_load((tmp_path / run / "config.yaml").read_text()) for run in ("s2ft", "again"))
     assert {**first, "output_dir": ""} == {**again, "output_dir": ""}

@@ -138,8 +138,7 @@ def test_a_twin_computes_in_float64_where_the_model_asks_for_float32():
     twin.model.embed_tokens.weight *= 1 + 1e-13
     after = next(tensors_in(run_example(twin, example)))
     assert found[0].dtype == torch.float64 and before.dtype == torch.float64
-    assert torch.get_default_dtype() == torch.float32
-    assert 0 < float((after - before).abs().max()) < 1e-10
+    assert torch.get_default_dtype() == torch.float32 and 0 < float((after - before).abs().max()) < 1e-10
 
 
 def test_a_failing_twin_leaves_the_default_dtype():

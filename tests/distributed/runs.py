@@ -177,8 +177,7 @@ def files(directory):
 def check_same_files(ours, theirs, rtol=GEMM[torch.float32][0], atol=GEMM[torch.float32][1], exactly=False):
     """Check that keys, dtypes, indices and config are the same, and deltas the same within rounding."""
     (tensors, config), (expected, expected_config) = files(ours), files(theirs)
-    assert config == expected_config
-    assert tensors.keys() == expected.keys() and tensors
+    assert config == expected_config and tensors.keys() == expected.keys() and tensors
     for key, value in tensors.items():
         assert value.dtype == expected[key].dtype, key
         if exactly or key.endswith(".index"):

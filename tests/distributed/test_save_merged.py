@@ -28,7 +28,6 @@ SLOW = [
     ("qwen2-grouped-tied", "indexed", "tp", False),
     ("phi3-grouped", "permuted", "tp", False),
 ]
-ZERO = [("llama-grouped", "permuted", "zero 3", False), ("mixtral", "indexed", "zero 3", True)]
 
 
 @pytest.fixture
@@ -77,7 +76,10 @@ def save(rank, folder, how, is_on_disk):
     [
         *CASES,
         *(pytest.param(*more, marks=pytest.mark.slow) for more in SLOW),
-        *(pytest.param(*more, marks=pytest.mark.deepspeed) for more in ZERO),
+        *(
+            pytest.param(*more, marks=pytest.mark.deepspeed)
+            for more in [("llama-grouped", "permuted", "zero 3", False), ("mixtral", "indexed", "zero 3", True)]
+        ),
     ],
 )
 def test_two_ranks_save_what_one_process_merges(ranks, prepared, case, layout, how, is_on_disk):

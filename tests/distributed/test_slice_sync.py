@@ -25,9 +25,6 @@ SLOW = [
 ]
 
 
-ZERO = [("llama-grouped", "permuted", "zero 3"), ("mixtral", "indexed", "zero 3")]
-
-
 def spread(folder, how):
     model = with_loaded(base_on(how, folder / "base"), folder / "adapter", trainable=True)
     return model if how == "zero 3" else run_on(how, model)
@@ -61,7 +58,10 @@ def prepare(case, layout, folder):
     [
         *CASES,
         *(pytest.param(*one, marks=pytest.mark.slow) for one in SLOW),
-        *(pytest.param(*one, marks=pytest.mark.deepspeed) for one in ZERO),
+        *(
+            pytest.param(*one, marks=pytest.mark.deepspeed)
+            for one in [("llama-grouped", "permuted", "zero 3"), ("mixtral", "indexed", "zero 3")]
+        ),
     ],
 )
 def test_ranks_send_what_one_process_sends(ranks, case, layout, how, tmp_path):

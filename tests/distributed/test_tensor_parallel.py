@@ -125,15 +125,15 @@ def check_equal_to_one_process(ranks, folder, way, case, config):
         assert same(one["slices"], found[0]["slices"])  # the ranks have the same, bit for bit
 
 
-SLOW = [("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased", "permuted")]
-
-
 @pytest.mark.parametrize(
     "way, case, layout",
     [
         *(("two", *row) for row in CASES),
         ("packed", "phi3-grouped", "permuted"),
-        *(pytest.param(*row, marks=pytest.mark.slow) for row in SLOW),
+        *(
+            pytest.param(*row, marks=pytest.mark.slow)
+            for row in ([("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased", "permuted")])
+        ),
     ],
 )
 def test_two_ranks_equal_one_process(ranks, tmp_path, way, case, layout):

@@ -140,8 +140,7 @@ def test_the_command_ends_within_its_limit_and_names_what_did_not_run(command, t
     assert status == 0, text
     report = (tmp_path / "report.md").read_text()
     assert all(re.search(f"- {name}: NOT RUN, . s: no time was left", report) for name in ("kernels", "switch"))
-    assert "- ncu: NOT RUN, 0 s: " in report and "0 acceptance lines hold" in report
-    assert time.monotonic() - begin < 60
+    assert "- ncu: NOT RUN, 0 s: " in report and "0 acceptance lines hold" in report and time.monotonic() - begin < 60
 
 
 # ---- the kernel driver ---------------------------------------------------------------------------------

@@ -139,8 +139,7 @@ def test_another_vendor_registers_nothing_a_failure_does_not_reach_pytorch_and_a
     )
     module = compiled()
     module.register_cuda.side_effect = ZeroDivisionError("division by zero")
-    assert "could not be registered: division by zero" in fresh(module)
-    assert len(warnings_of_two_calls()) == 1
+    assert "could not be registered: division by zero" in fresh(module) and len(warnings_of_two_calls()) == 1
     monkeypatch.setattr(torch.version, "cuda", None)
     assert "not built for CUDA" in fresh(compiled())
 

@@ -88,7 +88,6 @@ def of_setup(run_script, source, code, torch_cuda="13.0", check=True, **variable
     return run_script(script, source, check, **variables)
 
 
-SHOW_PLAN = "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))"
 NEWER, NO_NVCC = "of CUDA 13 and PyTorch", "need nvcc to be built: set CUDA_HOME"
 # CUDA of nvcc and of PyTorch, S2FT_BUILD, whether CUDA kernels are built, words of the reason
 PLANS = [
@@ -109,7 +108,15 @@ def test_an_nvcc_is_used_unless_its_major_version_is_newer(
 ):
     """The warning is for an nvcc of another version only: most users of a CUDA PyTorch have no nvcc."""
     home = toolkit(tmp_path / "cuda", nvcc) if nvcc else tmp_path
-    result = of_setup(run_script, source, SHOW_PLAN, torch_cuda, check=False, CUDA_HOME=home, S2FT_BUILD=mode)
+    result = of_setup(
+        run_script,
+        source,
+        "print(json.dumps([setup['PLAN'].cpp, setup['PLAN'].cuda, setup['PLAN'].cuda_reason]))",
+        torch_cuda,
+        check=False,
+        CUDA_HOME=home,
+        S2FT_BUILD=mode,
+    )
     if cuda is None:
         assert result.returncode != 0 and re.search(words, result.stderr)
         return

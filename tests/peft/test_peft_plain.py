@@ -73,8 +73,7 @@ def test_one_side_of_a_module():
     model = get_peft_model(net, S2FTPeftConfig(target_modules=["1"], ratio=0.4, dim="inputs"), "a")
     with pytest.raises(ValueError, match="'b' trains outputs of a module, and another adapter trains its inputs"):
         model.add_adapter("b", S2FTPeftConfig(target_modules=["0", "1"], ratio=0.4, dim="outputs"))
-    assert set(model.peft_config) == {"a"} and list(layer_of(model).s2ft_delta) == ["a"]
-    assert type(net[0]) is nn.Linear
+    assert set(model.peft_config) == {"a"} and list(layer_of(model).s2ft_delta) == ["a"] and type(net[0]) is nn.Linear
 
 
 # ---- accelerate's hooks ---------------------------------------------------------------------------------
@@ -88,8 +87,7 @@ def test_weights_that_accelerate_offloads():
     weights = {name: value.clone() for name, value in layer.get_base_layer().state_dict().items()}
     hook = AlignDevicesHook("cpu", offload=True, weights_map=weights, place_submodules=True)
     add_hook_to_module(layer.base_layer, hook)
-    assert layer.base_layer.weight.is_meta
-    assert torch.equal(model(x), expected) and layer.base_layer.weight.is_meta
+    assert layer.base_layer.weight.is_meta and torch.equal(model(x), expected) and layer.base_layer.weight.is_meta
     with model.disable_adapter():
         assert torch.equal(model(x), nn.functional.linear(x, weights["weight"], weights["bias"]).tanh())
 

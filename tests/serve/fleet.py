@@ -11,7 +11,6 @@ from train.tiny import save_random_adapter, tiny_model, tiny_tokenizer
 import s2ft
 
 BASE = "tiny"
-DEADLINE = 60.0
 
 
 def save_adapters(folder, count, first=0, **changes):
@@ -46,7 +45,7 @@ def text_of(tokens):
 
 def eventually(condition, what="the condition"):
     """Wait until the condition is true."""
-    end = time.monotonic() + DEADLINE
+    end = time.monotonic() + 60.0
     while not condition():
         assert time.monotonic() < end, f"timed out waiting for {what}"
         time.sleep(0.005)

@@ -136,8 +136,7 @@ def test_offline_three_adapters_in_one_batch_and_refusals_that_the_engine_surviv
 
 def test_offline_limits_name_the_option(served, tmp_path):
     answers, _ = offline(served.base, tmp_path, [*step(served, "wide", "down-o")], max_lora_rank=32)
-    assert "--max-lora-rank is 32: set it to 64 or more" in answers[0]
-    assert answers[1] == served.answers["down-o"]
+    assert "--max-lora-rank is 32: set it to 64 or more" in answers[0] and answers[1] == served.answers["down-o"]
     answers, _ = offline(
         served.base, tmp_path, [*step(served, "down-o")], max_lora_rank=256, lora_target_modules=["o_proj"]
     )
