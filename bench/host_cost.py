@@ -6,7 +6,8 @@ A small model at a small batch waits for the host on every device. The layers ru
 the tenth percentile of the processor time in all rounds: what else runs on the machine only adds to it.
 
 No optimizer makes steps here, so a layer writes its slice again before every forward that follows a backward. In the
-last column 200 layers of a kind run one after another, and their slices are written at once, as in a model. "Least autograd function" has the products of S2ColumnLinear and nothing else: what PyTorch takes for a function that is
+last column 200 layers of a kind run one after another, and their slices are written at once, as in a model. "Least
+autograd function" has the products of S2ColumnLinear and nothing else: what PyTorch takes for a function that is
 written in Python.
 """
 
