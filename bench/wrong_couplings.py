@@ -21,7 +21,7 @@ from harness import save
 
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.discovery.proposals import LayerMap
-from s2ft.model.discovery.search import Trial, judge, place_of, search, trial_of
+from s2ft.model.discovery.search import Trial, judge, search, trial_of
 from s2ft.text.models import AUTO
 
 RESULTS = Path(__file__).parent / "results" / "wrong_couplings.json"
@@ -80,7 +80,7 @@ def wrong_couplings(trial: Trial) -> Iterator[tuple[str, list[Coupling]]]:
             pattern = " ".join(structure.pattern(projection.path) for projection in coupling.projections)
             groups.setdefault(pattern, []).append(coupling)
     for couplings in groups.values():
-        if trial.structure.is_called(place_of(couplings[0])):
+        if trial.structure.is_called(couplings[0].place):
             yield from ((words, wrong) for words, wrong in _variants(couplings) if all(map(_fits, wrong)))
 
 

@@ -117,18 +117,6 @@ def _chunks(elements: Tensor, count: int) -> list[Tensor]:
 # ---- what S²FT has to know about a kind of layer --------------------------------------------------------------------
 
 
-def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
-    """View a weight as [outputs, inputs], or, with more dimensions (convolutions), as [outputs, inputs, taps].
-
-    Args:
-        weight: Weight of one layer, [outputs, inputs, ...].
-        transposed: Whether it is stored as [inputs, outputs] instead.
-    """
-    if transposed:
-        return weight.t()
-    return weight.view(*weight.shape[:2], -1) if weight.dim() > 2 else weight
-
-
 class Kind:
     """One kind of layer. This class itself describes a module that S²FT does not train.
 
@@ -177,7 +165,9 @@ class Kind:
             tensor: A tensor of the shape in which the weight is stored.
             expert: Number of the expert, for weights of several experts.
         """
-        return as_matrix(tensor, self.transposed)
+        if self.transposed:
+            return tensor.t()
+        return tensor.view(*tensor.shape[:2], -1) if tensor.dim() > 2 else tensor
 
     def matrix(self, holder: nn.Module | Tensor, expert: int | None = None) -> Tensor:
         """The weight as outputs × inputs (× taps), detached: a view, or for a quantized weight a dequantized copy."""
