@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard, is_dtensor
+from s2ft.distributed import Shard, full_shape, is_dtensor
 from s2ft.ops import effective_units
 from s2ft.ops._library import is_dynamo_compiling, runs_directly, transforms_active
 
@@ -175,8 +175,7 @@ class Kind:
 
     def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
         """The shape of :meth:`matrix`, without reading the weight."""
-        weight = self.weight(holder)
-        shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3: weight.shape is empty while it is partitioned
+        shape = full_shape(self.weight(holder))
         return self.view(torch.empty(shape, device="meta"), expert).shape
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
