@@ -40,13 +40,12 @@ from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching
-from s2ft.train.callbacks import JsonlLog
 from s2ft.train.demo import problem_set, token_rows
 from s2ft.train.device import keep_freed_memory
+from s2ft.train.fit import JsonlLog, checkpointing, loss_for, sft
 from s2ft.train.loss import why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, read_log
-from s2ft.train.sft import checkpointing, loss_for, sft
 from s2ft.train.trainers import SFTTrainer, TokenRowTrainer
 
 RESULTS = Path(__file__).parent / "results" / "finetune.json"

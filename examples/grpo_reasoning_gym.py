@@ -110,7 +110,7 @@ def train(job) -> None:
     from tiny import load
 
     import s2ft
-    from s2ft.train.methods import base_for_vllm, grpo
+    from s2ft.train.fit import base_for_vllm, grpo
     from s2ft.train.output import RunFolder, read_log
     from s2ft.train.rewards import checked
 

@@ -31,9 +31,9 @@ from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, needs_calibration
 from s2ft.text.divergence import mean_loss
 from s2ft.text.encoding import left_pad
+from s2ft.text.evaluation import TOLERANCE, last_number
 from s2ft.text.generation import generation_mode
 from s2ft.text.models import hollow_model, load_model
-from s2ft.text.scoring import TOLERANCE, last_number
 from s2ft.train.device import gpu_or_cpu
 
 logger = logging.getLogger(__name__)

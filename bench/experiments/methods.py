@@ -13,7 +13,7 @@ from torch import nn
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
-from s2ft.train.ratio_table import as_random
+from s2ft.train.planning import as_random
 
 # The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
 TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")

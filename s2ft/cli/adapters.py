@@ -1,11 +1,17 @@
-"""s2ft info and combine: describe adapters and add them up. No model is loaded, and transformers is not imported."""
+"""s2ft info, combine, export, merge and patch: what is done with adapters that are trained.
 
-from dataclasses import dataclass
+info and combine load no model and import no transformers.
+"""
+
+from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
-from s2ft.cli.parse import ADAPTER, parse
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
+from s2ft.export import EXPORTS, IMPORTS, export
 from s2ft.files.plain_text import table
-from s2ft.train.options import option
+from s2ft.packages import check_packages
+from s2ft.text.models import DTYPES
+from s2ft.train.options import Options, option
 
 DIMS = {0: "rows", 1: "columns"}
 
@@ -15,14 +21,8 @@ class InfoArguments:
     folder: str = option(text=ADAPTER, positional=True, metavar="ADAPTER")
 
 
-def run_info(arguments: list[str]) -> None:
-    (job,) = parse(
-        "info",
-        "Print the size, the origin, the settings and the deltas of an adapter.",
-        [InfoArguments],
-        arguments,
-        "  s2ft info my-run",
-    )
+@command("Print the size, the origin, the settings and the deltas of an adapter.", "  s2ft info my-run", quiet=False)
+def run_info(job: InfoArguments) -> None:
     print(describe(job.folder))
 
 
@@ -76,10 +76,9 @@ def describe(name: str | Path) -> str:
 
 
 def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:
-    if one_sided:
-        word = ("output", "input")[delta.dim] if units == delta.index.numel() else "group"
-    else:
-        word = "channel" if units == delta.index.numel() else "head"  # A head spans several rows or columns.
+    # A head or a group spans several rows or columns.
+    words = (("output", "input")[delta.dim], "group") if one_sided else ("channel", "head")
+    word = words[units != delta.index.numel()]
     count = f"{delta.index.numel()} {DIMS[delta.dim]}"
     largest = f"largest update {delta.values.abs().max():.3g}"
     return path, f"{units} {word}{'s' * (units != 1)}", count, _dtype(delta.values), largest
@@ -97,10 +96,12 @@ def _value(key: str, value) -> str:
         kept = {name: one for name, one in value.items() if one not in (None, [], {})}
         return ", ".join(f"{printable(name)} {printable(one)}" for name, one in kept.items())
     template, system = value.get("template"), value.get("system")
-    words = [printable(value.get("form"))]
-    words += [] if template is None else [f"template of {len(str(template)):,} characters"]
-    words += [] if system is None else [f"system prompt {printable(system)!r}"]
-    return ", ".join(words)
+    words = (
+        printable(value.get("form")),
+        "" if template is None else f"template of {len(str(template)):,} characters",
+        "" if system is None else f"system prompt {printable(system)!r}",
+    )
+    return ", ".join(filter(None, words))
 
 
 def printable(value) -> str:
@@ -112,16 +113,16 @@ def choice(config) -> str:
     """Describe how the units were chosen."""
     if config.units is not None:
         return "units: given by the user"
-    words = [
-        f"ratios: {', '.join(f'{key}_ratio {value:g}' for key, value in config.ratios.items())}; selection "
-        f"{config.selection}"
-    ]
-    words += [f"{config.order} first"] if config.selection != "random" else []
-    words += [f"allocation {config.allocation}"] if config.allocation != "uniform" else []
-    words += [f"{name} {getattr(config, name):,}" for name in ("budget", "match_lora_rank") if getattr(config, name)]
-    words += ["some units excluded"] if config.exclude else []
-    words += [] if config.protect_ratio is None else [f"{config.protect_ratio:.0%} of the units protected"]
-    return ", ".join(words)
+    ratios = ", ".join(f"{key}_ratio {value:g}" for key, value in config.ratios.items())
+    words = (
+        f"ratios: {ratios}; selection {config.selection}",
+        f"{config.order} first" if config.selection != "random" else "",
+        f"allocation {config.allocation}" if config.allocation != "uniform" else "",
+        *(f"{name} {getattr(config, name):,}" for name in ("budget", "match_lora_rank") if getattr(config, name)),
+        "some units excluded" if config.exclude else "",
+        "" if config.protect_ratio is None else f"{config.protect_ratio:.0%} of the units protected",
+    )
+    return ", ".join(filter(None, words))
 
 
 # ---- s2ft combine --------------------------------------------------------------------------------------
@@ -137,14 +138,12 @@ class CombineArguments:
     name: str | None = option(None, "name of the new adapter", shown="the name of the output folder")
 
 
-def run_combine(arguments: list[str]) -> None:
-    (job,) = parse(
-        "combine",
-        "Add adapters of one base model into a new adapter, and print how many units they share.",
-        [CombineArguments],
-        arguments,
-        "  s2ft combine math-run chat-run --weights 0.7 0.3 --output math-and-chat",
-    )
+@command(
+    "Add adapters of one base model into a new adapter, and print how many units they share.",
+    "  s2ft combine math-run chat-run --weights 0.7 0.3 --output math-and-chat",
+    quiet=False,
+)
+def run_combine(job: CombineArguments) -> None:
     print(combine(job.adapters, job.weights, job.name, Path(job.output)))
 
 
@@ -184,3 +183,139 @@ def combine(folders: list[str], weights: list[float] | None, name: str | None, o
     if any(adapter.info["prompt"] != recorded[0].info["prompt"] for adapter in recorded):
         lines.append(f"the adapters were trained with different prompts; the sum records that of {recorded[0].name!r}")
     return "\n".join([*lines, f"adapter {name!r}: {output}"])
+
+
+# ---- s2ft export and merge -----------------------------------------------------------------------------
+
+DEFAULT = "lora"
+DESCRIPTION = """Write an adapter for other tools, read it again and compare.
+
+{formats}
+
+With --from-lora, convert in the other direction: a LoRA that has the structure of S²FT becomes an adapter. --from-peft
+does so with an adapter that PEFT saved, for example in Axolotl."""
+
+EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --output my-lora"
+
+
+def run_export(arguments: list[str]) -> None:
+    formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
+    job = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE).given(arguments)
+    source, given = _check(job)
+    target, dtype = job.get("format", DEFAULT), job.get("dtype", "auto")
+    check_packages(f"s2ft export --format {target}")
+    quiet_transformers()
+    if source is not None:
+        from s2ft.export.adapter_formats import convert
+
+        if "model" not in job:
+            raise ValueError(f"missing: --model, the base of {job[f'from_{source}']}")
+
+        folder, name = job[f"from_{source}"], job.get("name")
+        print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))
+    else:
+        from s2ft.text.adapter_prompts import base_name
+
+        base = base_name(job.get("model"), job["adapter"])
+        print(export(target, base, job["adapter"], job["output"], dtype, **given))
+
+
+def _options() -> type:
+    """The options of the command as a dataclass: its own, and those of the formats."""
+    named = {name: about for one in EXPORTS.values() for name, about in one.options.items()}
+    owners = {name: ", ".join(kind for kind, one in EXPORTS.items() if name in one.options) for name in named}
+    sources = ", ".join(f"from-{name}" for name in IMPORTS)
+    found = {
+        "adapter": option(None, ADAPTER, positional=True, metavar="ADAPTER"),
+        "model": option(None, **BASE_MODEL),
+        "format": option(DEFAULT, "the format to write", choices=tuple(EXPORTS)),
+        **{
+            f"from_{name}": option(None, f"a folder of format {name} to convert to an adapter", metavar="DIR")
+            for name in IMPORTS
+        },
+        "output": option(text="the folder to write; it must not exist", metavar="DIR"),
+        "dtype": option("auto", "dtype of the weights; auto: the dtype of the training", choices=DTYPES),
+        **{name: option(**{**one, "text": f"{owners[name]}: {one['text']}"}) for name, (_, one) in named.items()},
+        "name": option(None, f"{sources}: name of the new adapter", shown="default"),
+    }
+    fields = [(name, named.get(name, (str,))[0], one) for name, one in found.items()]
+    return make_dataclass("ExportArguments", fields, kw_only=True)
+
+
+def _check(job: dict) -> tuple[str | None, dict]:
+    """Check the options against each other.
+
+    Returns:
+        The format to convert from, or None; and the options that were given for the one format of this call.
+    """
+    sources = [name for name in IMPORTS if f"from_{name}" in job]
+    if ("adapter" in job) == bool(sources) or len(sources) > 1:
+        flags = " or ".join(f"--from-{name}" for name in IMPORTS)
+        raise ValueError(f"give an ADAPTER to export, or {flags} with a folder to convert, and not both")
+    if sources and "format" in job:
+        raise ValueError(f"--from-{sources[0]} writes an adapter, so there is no --format")
+    kind = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
+    allowed = {name: set(one.options) for name, one in EXPORTS.items()}
+    allowed |= {f"from-{name}": {"name"} for name in IMPORTS}
+    given = {word: job[word] for options in allowed.values() for word in options if word in job}
+    for word in sorted(given.keys() - allowed[kind]):
+        kinds = " and ".join(name for name, options in allowed.items() if word in options)
+        raise ValueError(f"--{word.replace('_', '-')} is for {kinds}, not for {kind}")
+    return (sources[0] if sources else None), given
+
+
+@dataclass
+class MergeArguments(Options):
+    adapter: str = option(text=ADAPTER, metavar="DIR")
+    output: str = option(
+        text="folder for the checkpoint, or for a base that is a .gguf file such a file; it must not exist",
+        metavar="PATH",
+    )
+    model: str | None = option(None, **BASE_MODEL)
+    dtype: str = option("auto", "dtype of the merged weights; auto: the dtype of the training", choices=DTYPES)
+    max_shard_size: str | None = option(
+        None, "the largest file of weights, for example 2GB; default: that of transformers", metavar="SIZE"
+    )
+
+
+@command(
+    "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
+    "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
+    "file can be written as one: only the blocks of trained units change.",
+    "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
+)
+def run_merge(job: MergeArguments) -> None:
+    from s2ft.text.adapter_prompts import base_name
+
+    base = base_name(job.model, job.adapter)
+    if job.output.endswith(".gguf"):
+        if job.dtype != "auto" or job.max_shard_size is not None:
+            raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
+        from s2ft.export import packed
+
+        print(packed.export(base, job.adapter, job.output))
+        return
+    print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
+
+
+# ---- s2ft patch ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class PatchArguments(Options):
+    file: str = option(text="a .gguf file, the adapter's base", positional=True, metavar="FILE")
+    adapter: str | None = option(None, ADAPTER, positional=True, metavar="ADAPTER", shown="print which one it has")
+    undo: bool = option(False, "put the base's bytes back, also after an interrupt")
+
+
+@command(
+    "Write an adapter into the blocks of a quantized file in place. The base's bytes are kept in a file beside it, "
+    "so that they can be put back whatever happens. Stop programs that use the file before.",
+    "  s2ft patch model.Q4_K_M.gguf my-run\n  s2ft patch model.Q4_K_M.gguf --undo",
+)
+def run_patch(job: PatchArguments) -> None:
+    if job.undo and job.adapter is not None:
+        raise ValueError("--undo takes the adapter out, so give no ADAPTER with it")
+    from s2ft.export.packed import patch, state, undo
+
+    print(undo(job.file) if job.undo else state(job.file) if job.adapter is None else patch(job.file, job.adapter))

@@ -6,11 +6,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, UsageError, new_file, parse, quiet_transformers
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, UsageError, command, new_file
 from s2ft.config import check_fields, option, refuse
-from s2ft.text.data.data_options import DATA, ReadingOptions
+from s2ft.text.data.data_options import DATA, TASKS, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.text.scoring import TASKS
 from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT
 
 logger = logging.getLogger(__name__)
@@ -83,12 +82,10 @@ class EvalArguments:
             raise ValueError(f"{given[0]} has no meaning with {way}")
 
 
-def run_eval(arguments: list[str]) -> None:
-    description = "Compare an adapter with its base on your data, or score the answers to each row."
-    job, reading = parse("eval", description, [EvalArguments, ReadingOptions], arguments, EXAMPLE)
+@command("Compare an adapter with its base on your data, or score the answers to each row.", EXAMPLE)
+def run_eval(job: EvalArguments, reading: ReadingOptions) -> None:
     if job.lm_eval is not None and reading != ReadingOptions():
         raise UsageError("split, field and skip_bad_rows have no meaning with lm_eval (see s2ft eval --help)")
-    quiet_transformers()
     from s2ft.text.adapter_prompts import base_name
 
     job.model = base_name(job.model, job.adapter)
@@ -112,8 +109,7 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     """
     from s2ft.text.data import load_rows
     from s2ft.text.divergence import read_texts
-    from s2ft.text.evaluation import evaluate, read_examples
-    from s2ft.text.scoring import right_answer
+    from s2ft.text.evaluation import evaluate, read_examples, right_answer
     from s2ft.train.output import write_json
 
     output, compares = new_file(job.output), bool(job.data) and job.task is None and not job.kl
@@ -142,8 +138,8 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
 
 def compare_rows(model, prompter, rows: Any, job: EvalArguments):
     """Compare the loaded adapter with its base on rows, or compute the loss of a model without one."""
-    from s2ft.text.comparison import compare
     from s2ft.text.encoding import context_length, tokenize_rows
+    from s2ft.text.evaluation import compare
 
     prompter.format.apply_to(prompter.tokenizer)
     longest = context_length(model) or 1 << 30

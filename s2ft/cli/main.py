@@ -37,11 +37,9 @@ TRAINING = ("sft", "dpo", "grpo")
 # Commands whose module has another name
 MODULES = {
     "demo": "training",
-    "merge": "export",
-    "info": "adapters",
-    "combine": "adapters",
-    "estimate": "plan",
-    "couplings": "plan",
+    "generate": "chat",
+    **dict.fromkeys(("info", "combine", "merge", "export", "patch"), "adapters"),
+    **dict.fromkeys(("select", "estimate", "couplings"), "plan"),
 }
 SAME = {"finetune": "sft"}  # other names of commands
 # Commands by the names that other programs give them.

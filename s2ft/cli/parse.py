@@ -8,6 +8,7 @@ import argparse
 import copy
 import difflib
 import enum
+import functools
 import itertools
 import json
 import logging
@@ -282,9 +283,8 @@ class OptionParser(argparse.ArgumentParser):
         hint = self.hints[action.dest]
         if isinstance(value, list) and _takes(hint, list) and action.nargs == "+":
             return [item if isinstance(item, dict) else action.type(str(item)) for item in value]
-        if value is None or (isinstance(value, (list, dict)) and _takes(hint, type(value))):
-            return value
-        if isinstance(value, dict) and action.dest == "field":  # `field: {instruction: question}`
+        of_field = isinstance(value, dict) and action.dest == "field"  # `field: {instruction: question}`
+        if value is None or of_field or (isinstance(value, (list, dict)) and _takes(hint, type(value))):
             return value
         if isinstance(value, (list, dict)):
             raise ValueError(f"must be one value, got {value!r}")
@@ -351,9 +351,41 @@ def parse(
     return parser.objects(parser.given(arguments))
 
 
-def given_options(words: Sequence[str]) -> set[str]:
-    """Return the names of the options among the words of a command line, as the fields are called."""
-    return {word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--"}
+class Given(frozenset[str]):
+    """The names of the options that a command line has, as the fields are called."""
+
+
+def given_options(words: Sequence[str]) -> Given:
+    """Return the names of the options among the words of a command line."""
+    return Given(word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--")
+
+
+def command(description: str, example: str = "", groups: Mapping[type, str] | None = None, quiet: bool = True):
+    """Decorate the function of a command, `run_NAME`, which then takes the words of the command line.
+
+    The types of its parameters are the dataclasses of the options, or `Given`.
+
+    Args:
+        description: What the command does.
+        example: Command lines for the end of the help.
+        groups: As in :func:`parse`.
+        quiet: Whether other libraries are made quiet, which imports transformers.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[[list[str]], None]:
+        kinds = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
+        options = [kind for kind in kinds.values() if kind is not Given]
+
+        @functools.wraps(function)
+        def run(arguments: list[str]) -> None:
+            made = parse(function.__name__.removeprefix("run_"), description, options, arguments, example, groups)
+            if quiet:
+                quiet_transformers()
+            function(*made, *([given_options(arguments)] if len(kinds) > len(options) else []))
+
+        return run
+
+    return decorate
 
 
 # ---- the file of --config ------------------------------------------------------------------------------
@@ -430,9 +462,8 @@ def _reading(name: str, hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any
     choices = metadata.get("choices") or next(filter(None, map(_choices, parts)), ())
     choices = [str(value) for value in choices if value is not None]
     metavar = metadata.get("metavar")
-    several = {"nargs": "+", "action": "extend"} if items else {}
-    if name == "resume_from_checkpoint":
-        several = {"nargs": "?", "const": LATEST}
+    of_resume = {"nargs": "?", "const": LATEST}
+    several = of_resume if name == "resume_from_checkpoint" else {"nargs": "+", "action": "extend"} if items else {}
     if choices:
         names = f"{{{','.join(choices)}}}" if len(choices) < MANY else "NAME"
         return {"type": choice(choices), "metavar": metavar or names, **several}

@@ -1,12 +1,17 @@
-"""s2ft plan, estimate and couplings: what is known of a model before it is trained. Its weights are not read."""
+"""s2ft plan, estimate, couplings and select: what is known of a model, and chosen in it, before it is trained.
+
+Only `select` reads weights.
+"""
 
 import json
+import logging
 from dataclasses import asdict, dataclass, replace
 
-from s2ft.cli.parse import MODEL, given_options, parse, quiet_transformers
+from s2ft.cli.parse import MODEL, Given, command, new_file
 from s2ft.config import S2FTConfig, check_fields, option, refuse
+from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import with_default_ratio
+from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, with_default_ratio
 
 SHARED = {"group": "model and data"}
 SEVERAL = {"group": "several devices"}
@@ -34,30 +39,25 @@ class PlanArguments:
         import torch
 
         from s2ft.text.models import hollow_model
-        from s2ft.train.ratio_table import rows_of
+        from s2ft.train.planning import rows_of
 
         model = hollow_model(self.model)
         model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
         return model, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
 
 
-def run_plan(arguments: list[str]) -> None:
-    job, config = parse(
-        "plan",
-        "Print what would be trained of a model, and a table of ratios with the LoRA rank of the same size. Only the "
-        "model's config is read, no weights. s2ft estimate adds the memory.",
-        [PlanArguments, S2FTConfig],
-        arguments,
-        """  s2ft plan meta-llama/Llama-3.2-1B
+@command(
+    "Print what would be trained of a model, and a table of ratios with the LoRA rank of the same size. Only the "
+    "model's config is read, no weights. s2ft estimate adds the memory.",
+    """  s2ft plan meta-llama/Llama-3.2-1B
   s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08""",
-        {S2FTConfig: "selection"},
-    )
-    quiet_transformers()
+    {S2FTConfig: "selection"},
+)
+def run_plan(job: PlanArguments, config: S2FTConfig, given: Given) -> None:
     import s2ft
-    from s2ft.train.rates import suggested_rate, width_of
-    from s2ft.train.ratio_table import as_random, table
+    from s2ft.train.planning import as_random, suggested_rate, table, width_of
 
-    config = with_default_ratio(config, given_options(arguments))
+    config = with_default_ratio(config, given)
     model, rows = job.model_and_rows(config)
     report = s2ft.plan(model, as_random(config))
     width = width_of(model)
@@ -142,21 +142,17 @@ class EstimateArguments(PlanArguments):
         return made
 
 
-def run_estimate(arguments: list[str]) -> None:
-    job, config = parse(
-        "estimate",
-        "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
-        [EstimateArguments, S2FTConfig],
-        arguments,
-        """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
+@command(
+    "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
+    """  s2ft estimate meta-llama/Llama-3.1-8B --batch-size 4 --max-length 2048 --device-memory 24GB
   s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing""",
-        {S2FTConfig: "selection"},
-    )
-    quiet_transformers()
+    {S2FTConfig: "selection"},
+)
+def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
     from s2ft.estimation.devices import size
-    from s2ft.train.ratio_table import table
+    from s2ft.train.planning import table
 
-    rows, found, room = estimated(job, with_default_ratio(config, given_options(arguments)))
+    rows, found, room = estimated(job, with_default_ratio(config, given))
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
         shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
@@ -183,7 +179,7 @@ def estimated(job: EstimateArguments, config: S2FTConfig):
 
     from s2ft.estimation.devices import size_of
     from s2ft.estimation.step import free_memory
-    from s2ft.train.ratio_table import with_memory
+    from s2ft.train.planning import with_memory
 
     model, rows = job.model_and_rows(config)
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -218,17 +214,13 @@ class CouplingsArguments:
     json: bool = option(False, "print JSON: the couplings with all their fields, and a row for every weight")
 
 
-def run_couplings(arguments: list[str]) -> None:
-    (job,) = parse(
-        "couplings",
-        "Print which layers of a model share units, and what becomes of every weight of its blocks. Only the model's "
-        "config is read, no weights.",
-        [CouplingsArguments],
-        arguments,
-        """  s2ft couplings Qwen/Qwen3-0.6B
+@command(
+    "Print which layers of a model share units, and what becomes of every weight of its blocks. Only the model's "
+    "config is read, no weights.",
+    """  s2ft couplings Qwen/Qwen3-0.6B
   s2ft couplings my-checkpoint --json > couplings.json""",
-    )
-    quiet_transformers()
+)
+def run_couplings(job: CouplingsArguments) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -241,3 +233,121 @@ def run_couplings(arguments: list[str]) -> None:
         raise ValueError(f"example {job.example} is no safetensors file: {error}") from error
     found = explain(hollow_model(job.model), example)
     print(json.dumps(found.to_dict(), indent=2) if job.json else found)
+
+
+# ---- s2ft select ---------------------------------------------------------------------------------------
+
+logger = logging.getLogger(__name__)
+EXAMPLE_OF_SELECT = """\
+  s2ft select --model meta-llama/Llama-3.2-1B --d-ratio 0.03 --selection weight --output units.json
+  s2ft sft --model meta-llama/Llama-3.2-1B --data my-data.jsonl --units units.json --output my-run"""
+
+
+@dataclass
+class SelectArguments(Options):
+    model: str = option(text=MODEL, group="model and data")
+    output: str = option(text="JSON file for the selection; it must not exist", group="model and data", metavar="FILE")
+    data: list[str] | None = option(
+        None,
+        f"calibration data for the selections activation, product and gradient: {DATA}",
+        group="model and data",
+        metavar="FILE_OR_NAME",
+    )
+    calibration_examples: int | None = option(None, group="model and data", **CALIBRATION)
+    protect: list[str] = option([], group="model and data", **PROTECT)
+    protect_rows: int = option(128, group="model and data", **PROTECT_ROWS)
+    batch_size: int = option(8, "rows of one forward pass", group="model and data", unit="rows", least=1)
+    max_length: int = option(
+        1024, "longest row; a longer row is left out", group="model and data", unit="tokens", least=1
+    )
+    dtype: str = option(
+        "auto",
+        "dtype of the model's weights; auto keeps the checkpoint's dtype",
+        group="model and data",
+        choices=DTYPES,
+    )
+
+
+@command(
+    "Choose the units that a configuration describes, print a table of them, and save them.",
+    EXAMPLE_OF_SELECT,
+    {S2FTConfig: "selection", ReadingOptions: "model and data"},
+)
+def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: Given) -> None:
+    from s2ft.selection import with_protect_ratio
+
+    config = with_protect_ratio(with_default_ratio(config, given), bool(job.protect))
+    new_file(job.output)
+    selection = choose(job, config, reading)
+    selection.save(job.output)
+    print(f"{selection}\nselection: {job.output}")
+
+
+def choose(job: SelectArguments, config, reading: ReadingOptions):
+    """Return the selection.
+
+    Args:
+        job: The options of the command.
+        config: The S2FTConfig.
+        reading: How the data is read.
+
+    Raises:
+        ValueError: The configuration needs calibration data and there is none, or the other way round.
+    """
+    import torch
+
+    import s2ft
+    from s2ft.text.collator import batches_of, needs_calibration
+    from s2ft.text.divergence import read_texts, text_rows
+    from s2ft.text.encoding import context_length
+    from s2ft.text.models import load_model
+    from s2ft.train.device import say_device
+
+    calibrated = needs_calibration(config)
+    if bool(job.data) != calibrated:
+        raise ValueError(f"selection={config.selection!r} " + ("needs data" if calibrated else "takes no data"))
+    if not calibrated and not job.protect:
+        return _choose_from_disk(job, config)
+    protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
+    model, tokenizer = load_model(job.model, job.dtype)
+    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+    device = accelerator or torch.device("cpu")
+    say_device(device)
+    calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
+    longest = min(job.max_length, context_length(model) or job.max_length)
+    how = (tokenizer, longest, job.protect_rows, config.seed)
+    texts = [] if protected is None else text_rows(protected, *how)
+    protect = batches_of(texts, tokenizer, job.batch_size) if texts else None
+    return s2ft.select(model.to(device), config, calibration, protect=protect)
+
+
+def _choose_from_disk(job: SelectArguments, config):
+    """Return a selection that needs no data. Weights are read one at a time where that is possible."""
+    import s2ft
+    from s2ft.model.checkpoint import CannotStream, read_from
+    from s2ft.selection import reads_weights
+    from s2ft.text.models import load_model, model_on_disk, model_without_values
+
+    try:
+        if not reads_weights(config):
+            return s2ft.select(model_without_values(job.model, job.dtype), config)
+        model, weights = model_on_disk(job.model, job.dtype)
+    except CannotStream as reason:
+        logger.info("loading the whole model to select from, because %s", reason)
+        return s2ft.select(load_model(job.model, job.dtype)[0], config)
+    with read_from(model, weights):
+        return s2ft.select(model, config)
+
+
+def _calibration(job: SelectArguments, config, reading: ReadingOptions, model, tokenizer):
+    from s2ft.text.collator import calibration_for
+    from s2ft.text.data import load_rows
+    from s2ft.text.encoding import context_length, tokenize_rows
+    from s2ft.text.prompts import prompt_for_rows
+
+    options = reading.of(job.data or [], "train")
+    rows = load_rows(options)
+    prompt = prompt_for_rows(tokenizer, rows, options)
+    room = min(job.max_length, context_length(model) or job.max_length)
+    tokenized = tokenize_rows(rows, tokenizer, prompt, max_length=room, skip_bad_rows=options.skip_bad_rows)
+    return calibration_for(config, tokenizer, tokenized.dataset, job.calibration_examples, job.batch_size)

@@ -83,15 +83,19 @@ def run_serve(arguments: list[str]) -> None:
         EXAMPLE,
     )
     quiet_transformers()
+    from s2ft.adapter.folders import source_of
+
     by_vllm = job.engine == "vllm" and not job.check
     _check_engine(job, words, options)
+    needs = ("s2ft serve --engine vllm", "--engine transformers, which serves without it")
+    check_packages(*(needs if by_vllm else ("s2ft serve",)))
+    for adapters in job.adapters:  # before the model is loaded, which can take minutes
+        source_of(adapters)
+    if job.check and not job.adapters:
+        raise ValueError("--check checks adapters: give --adapters")
     if by_vllm:
-        check_packages("s2ft serve --engine vllm", "--engine transformers, which serves without it")
-        check(job)
         serve_by_vllm(job, options)
     else:
-        check_packages("s2ft serve")
-        check(job)
         serve_here(job)
 
 
@@ -117,21 +121,6 @@ def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> 
         raise ValueError(f"--{name.replace('_', '-')} is for --engine vllm")
     if options:
         raise ValueError(f"options after -- are vLLM's, and the engine is {job.engine}: give --engine vllm")
-
-
-def check(job: ServeArguments) -> None:
-    """Check the adapters' folders before the model is loaded, which can take minutes.
-
-    Raises:
-        NotADirectoryError: A folder of adapters does not exist.
-        ValueError: A folder can't be served.
-    """
-    from s2ft.adapter.folders import source_of
-
-    for adapters in job.adapters:
-        source_of(adapters)
-    if job.check and not job.adapters:
-        raise ValueError("--check checks adapters: give --adapters")
 
 
 def serve_here(job: ServeArguments) -> None:

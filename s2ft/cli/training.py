@@ -6,7 +6,7 @@ from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any
 
-from s2ft.cli.parse import OptionParser, OptionTable, parse, quiet_transformers, set_environment
+from s2ft.cli.parse import OptionParser, OptionTable, command, quiet_transformers, set_environment
 from s2ft.config import S2FTConfig
 from s2ft.text.data.data_options import DataOptions
 from s2ft.train.options import DemoOptions, ForgettingOptions, ModelOptions, RunOptions
@@ -271,17 +271,13 @@ def read_run(command: str, arguments: Sequence[str]):
     return Run(METHODS[command], model, data, config, trainer, options, forgetting, given)
 
 
-def run_demo(arguments: list[str]) -> None:
-    (options,) = parse(
-        "demo",
-        "Fine-tune SmolLM2-135M on generated arithmetic word problems.\n"
-        "Score the model on held-out problems before and after.",
-        [DemoOptions],
-        arguments,
-        """  s2ft demo
+@command(
+    "Fine-tune SmolLM2-135M on generated arithmetic word problems.\n"
+    "Score the model on held-out problems before and after.",
+    """  s2ft demo
   s2ft demo --model HuggingFaceTB/SmolLM2-360M-Instruct --steps 200 --output bigger-demo""",
-    )
-    quiet_transformers()
+)
+def run_demo(options: DemoOptions) -> None:
     from s2ft.train import demo
 
     demo.run_demo(options)
@@ -327,8 +323,7 @@ def config_text(run) -> str:
         for key, value in run.given.items()
         if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key] or key in WRITTEN)
     }
-    body = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
-    return f"# {versions()}\n{body}"
+    return f"# {versions()}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
 
 
 def versions() -> str:
@@ -368,8 +363,7 @@ def _evaluation(given: dict[str, Any], parser: OptionParser) -> dict[str, Any]:
 
 def _take_lora(given: dict[str, Any], parser: OptionParser) -> None:
     """Turn the rank of a LoRA into the size of the selection, drop its other options, and log that."""
-    lora = [one.name for one in fields(parser.kinds[-1])]
-    found = {name: given.pop(name) for name in lora if name in given}
+    found = {one.name: given.pop(one.name) for one in fields(parser.kinds[-1]) if one.name in given}
     if not found:
         return
     taken = {}

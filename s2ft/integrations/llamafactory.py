@@ -35,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: The command, the configuration file and so on. Default: those of the command line.
     """
     sys.argv[1:] = sys.argv[1:] if arguments is None else arguments
-    run = run_second if is_env_enabled("USE_V1") else run_first
-    run()
+    (run_second if is_env_enabled("USE_V1") else run_first)()
 
 
 # ---- the second version --------------------------------------------------------------------------------
@@ -48,8 +47,7 @@ def run_second() -> None:
     from llamafactory.v1.plugins.model_plugins.peft import PeftPlugin
 
     PeftPlugin(NAME).register()(add_adapter)
-    run = launcher.main if len(sys.argv) > 1 and sys.argv[1] in TRAINING else launcher.launch
-    run()
+    (launcher.main if len(sys.argv) > 1 and sys.argv[1] in TRAINING else launcher.launch)()
 
 
 def add_adapter(model: Any, config: Mapping[str, Any], is_train: bool = False) -> Any:

@@ -187,11 +187,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The sum, on the units of any of them. Gradients flow to each delta.
         """
-        deltas = [
-            (Delta(self.dims[weight], found.index, found.values), factor)
-            for name, factor in zip(names, factors or [1.0] * len(names))
-            if name in self.s2ft_delta and (found := self.deltas_of(name).get(weight)) is not None
-        ]
+        deltas = []
+        for name, factor in zip(names, factors or [1.0] * len(names)):
+            found = self.deltas_of(name).get(weight) if name in self.s2ft_delta else None
+            if found is not None:
+                deltas.append((Delta(self.dims[weight], found.index, found.values), factor))
         return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
 
     def trained_by(self, names: Sequence[str]) -> list[str]:

@@ -52,10 +52,6 @@ class ApiError(Exception):
         return JSONResponse(self.body(request_id), self.status, {**(self.headers or {}), "X-Request-Id": request_id})
 
 
-class Disconnected(Exception):
-    """The client has disconnected."""
-
-
 def unknown_model(name: str) -> ApiError:
     """The error for a model name that is not served."""
     return ApiError(404, "model_not_found", f"there is no model {name[:200]!r}; GET /v1/models lists the models")

@@ -102,17 +102,14 @@ def regions(
         return _watched(load, model, carriers)
     except Exception:
         for name, carrier in carriers.items():  # one at a time, to name the guilty one
-            _watched_alone(load, model, name, carrier)
+            try:
+                _watched(load, model, {name: carrier})
+            except NoPlace:
+                raise
+            except Exception as error:
+                words = f"{type(error).__name__}: {error}"
+                raise NoPlace(f"{name}: the model's loader does not take it: {words}") from error
         raise
-
-
-def _watched_alone(load: Loader, model: nn.Module, name: str, carrier: Tensor) -> None:
-    try:
-        _watched(load, model, {name: carrier})
-    except NoPlace:
-        raise
-    except Exception as error:
-        raise NoPlace(f"{name}: the model's loader does not take it: {type(error).__name__}: {error}") from error
 
 
 def _watched(load: Loader, model: nn.Module, carriers: dict[str, Tensor]) -> dict[str, list[Region]]:
@@ -127,8 +124,7 @@ class _Watch(TorchDispatchMode):
 
     def __init__(self, model: nn.Module, carriers: dict[str, Tensor]) -> None:
         super().__init__()
-        tensors = itertools.chain(model.parameters(), model.buffers())
-        self._live = {_storage(tensor) for tensor in tensors}
+        self._live = {_storage(tensor) for tensor in itertools.chain(model.parameters(), model.buffers())}
         self._names = {_storage(carrier): name for name, carrier in carriers.items()}
         self._carriers = carriers
         self.found: dict[str, list[Region]] = {name: [] for name in carriers}
@@ -140,12 +136,11 @@ class _Watch(TorchDispatchMode):
             return args[0]
         if func in _SAME_NUMBERS and self._is_carrier(args[0]) and kwargs.get("dtype") in (None, args[0].dtype):
             return args[0].detach()
-        written = self._written(func, args, kwargs)
-        if written is not None:
-            if func in _FILLS:  # padding
-                return args[0]
-            raise NoPlace(f"{self._first()}: the model's loader computes ({func}), so that a slice has no place in it")
-        return func(*args, **kwargs)
+        if not self._writes(func, args, kwargs):
+            return func(*args, **kwargs)
+        if func in _FILLS:  # padding
+            return args[0]
+        raise NoPlace(f"{self._first()}: the model's loader computes ({func}), so that a slice has no place in it")
 
     def _note(self, destination: Tensor, source: Tensor) -> None:
         if not self._is_carrier(source):
@@ -162,17 +157,15 @@ class _Watch(TorchDispatchMode):
     def _is_carrier(self, tensor: Any) -> bool:
         return isinstance(tensor, Tensor) and tensor.is_meta and _storage(tensor) in self._names
 
-    def _written(self, func, args, kwargs) -> Tensor | None:
-        """The tensor of the model that an operator would write to."""
-        if not func._schema.is_mutable:
-            return None
-        for number, argument in enumerate(func._schema.arguments):
-            if argument.alias_info is None or not argument.alias_info.is_write:
-                continue
-            value = args[number] if number < len(args) else kwargs.get(argument.name)
-            if isinstance(value, Tensor) and not value.is_meta and _storage(value) in self._live:
-                return value
-        return None
+    def _writes(self, func, args, kwargs) -> bool:
+        """Whether an operator would write to a tensor of the model."""
+        written = (
+            args[number] if number < len(args) else kwargs.get(argument.name)
+            for number, argument in enumerate(func._schema.arguments)
+            if argument.alias_info is not None and argument.alias_info.is_write
+        )
+        tensors = [one for one in written if isinstance(one, Tensor) and not one.is_meta]
+        return any(_storage(one) in self._live for one in tensors)
 
     def _first(self) -> str:
         names = list(self._carriers)

@@ -325,7 +325,7 @@ class SliceSender:
         began = time.perf_counter()
         self._describe()
         flat = self.slices.buffer()
-        self._on_senders("sending slices", lambda: self._paused(lambda: self._send(flat)))
+        run_on_ranks("sending slices", all_ranks(), self._sends(), lambda: self._paused(lambda: self._send(flat)))
         return Sent(self.step, self.slices.nbytes, time.perf_counter() - began)
 
     def restore(self) -> None:
@@ -336,7 +336,7 @@ class SliceSender:
         Raises:
             EngineError: The engine refused or failed.
         """
-        self._on_senders("restoring the engine", self._restore)
+        run_on_ranks("restoring the engine", all_ranks(), self._sends(), self._restore)
 
     def __enter__(self) -> "SliceSender":
         return self
@@ -413,9 +413,6 @@ class SliceSender:
                 logger.warning("generation could not be resumed: %s", error)
             raise
         self._engine.resume()
-
-    def _on_senders(self, what: str, act: Callable[[], None]) -> None:
-        run_on_ranks(what, all_ranks(), self._sends(), act)
 
     def _sends(self) -> bool:
         """Whether this rank sends: all do if each has an engine of its own, else the first one."""

@@ -126,10 +126,9 @@ class CheckpointNames:
                     "other projections, or send the merged weights"
                 )
             return [Piece(weight if group is None else group.name, tuple(shape), units, index, flipped=transposed)]
-        found = []
-        for name, maps in self._maps(weight, shape, group).items():
-            piece = _piece(name, maps, (units, across), dim, index, expert)
-            found += [] if piece is None else [piece]
+        pieces = (_piece(name, maps, (units, across), dim, index, expert)
+                  for name, maps in self._maps(weight, shape, group).items())  # fmt: skip
+        found = [piece for piece in pieces if piece is not None]
         held, numbers = sum(piece.count for piece in found), index.numel() * shape[across]
         if held != numbers:
             raise ValueError(
@@ -375,8 +374,7 @@ class TrainedSlices:
             raise ValueError(f"{one.weight} is a single number that is trained, which can't be sent: freeze it")
         for name, value in self._names.whole(one.weight, one.base).items():
             index = torch.arange(value.shape[0])
-            bases = {number: one.base}
-            self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), bases)
+            self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), {number: one.base})
 
     def _add(self, name: str, shape: tuple, dim: int, index: Tensor, entry: _Entry, bases) -> None:
         base = self._numbers(entry, dim, bases).to(self.dtype)

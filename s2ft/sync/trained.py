@@ -71,13 +71,12 @@ class AttachedSource:
         _check_accounted(model, self._known())
         reshard_all(model)
         keep_unfrozen(model, self._record)
-        self.trained: list[TrainedWeight] = []
-        for mount in self._record.mounts.values():
-            self.trained += _parts(model, self._record, mount)
         self._extra = list(extra_parameters(model, self._record))
-        for name in self._extra:
-            base = self._record.extra.base[name]
-            self.trained.append(TrainedWeight(name, base.shape, base))
+        bases = self._record.extra.base
+        self.trained = [
+            *(one for mount in self._record.mounts.values() for one in _parts(model, self._record, mount)),
+            *(TrainedWeight(name, bases[name].shape, bases[name]) for name in self._extra),
+        ]
 
     def values(self) -> Iterator[Tensor]:
         """Yield the merged numbers of each entry of `trained`. Every rank of a sharded model must call this.
@@ -203,8 +202,7 @@ class PeftSource:
                     base = next(bases).base
                     yield effective_units(base, total.values.index_select(dim, places).to(base.device))
         for module, name in self._in_use():
-            parameters = dict(module.modules_to_save[name].named_parameters())
-            yield from full_tensors(parameters).values()
+            yield from full_tensors(dict(module.modules_to_save[name].named_parameters())).values()
 
     def _in_use(self) -> Iterator[tuple[Any, str]]:
         for path, module in self._saved.items():
@@ -240,18 +238,15 @@ class PeftSource:
             weight, index = getattr(layer.base_layer, name), _sum(dim, deltas).index
             with full_values(weight) as stored:
                 for expert, _, units in _by_expert(index, size):
-                    if expert is None:
-                        matrix = layer.kind.view(stored)
-                    else:
-                        matrix = stored[expert].t() if transposed else stored[expert]
+                    matrix = layer.kind.view(stored) if expert is None else stored[expert]
+                    matrix = matrix.t() if expert is not None and transposed else matrix
                     base, units = matrix.index_select(dim, units.to(stored.device)).clone(), units.cpu()
                     yield TrainedWeight(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
 
     def _in_full(self) -> Iterator[TrainedWeight]:
         for (module, _), path in zip(self._in_use(), self._saved):
             for name, base in full_tensors(dict(module.original_module.named_parameters())).items():
-                base = base.clone()
-                yield TrainedWeight(f"{path}.{name}", base.shape, base)
+                yield TrainedWeight(f"{path}.{name}", base.shape, base.clone())
 
     def _known(self) -> set[int]:
         trained = [layer.s2ft_delta[name] for layer in self._layers.values() for name in layer.s2ft_delta]

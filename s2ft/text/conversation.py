@@ -134,8 +134,7 @@ class Chat:
         try:
             self._batch.replace(row)
             self.messages = messages
-            ends = self.prompter.ends
-            for piece in pieces(self._batch, row, self.prompter.tokenizer, ends, limit):
+            for piece in pieces(self._batch, row, self.prompter.tokenizer, self.prompter.ends, limit):
                 written += piece
                 yield piece
             done = True
@@ -154,8 +153,7 @@ class Chat:
         if context is None:
             return ids, 0, self.max_new_tokens
         room = context - min(self.max_new_tokens, max(1, context // SHARE))
-        starts = [place for place, message in enumerate(messages) if message["role"] == "user"]
-        for start in starts:
+        for start in (place for place, message in enumerate(messages) if message["role"] == "user"):
             ids = self.prompter.encode(messages[start:], self.system) if start else ids
             if len(ids) <= room:
                 return ids, start, min(self.max_new_tokens, context - len(ids))

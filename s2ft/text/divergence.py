@@ -385,9 +385,9 @@ def _reading(model) -> Iterator[_Reader]:
     reader = _Reader(model)
     hook, body = reader.head.register_forward_pre_hook(reader.before_head), reader.body
     try:
-        with _with_forward(body, reader.once(body.forward)) if body is not None else contextlib.nullcontext():
-            with evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-                yield reader
+        once = _with_forward(body, reader.once(body.forward)) if body is not None else contextlib.nullcontext()
+        with once, evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+            yield reader
     finally:
         hook.remove()
 
@@ -475,14 +475,10 @@ class DriftMeter:
         if other is None and prompts is None:
             raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
-        self.base_loss: float | None = None
-        self.distributions: BaseDistributions | None = None
-        if other is not None:
-            switch = base_switch(model)
-            with switch() if switch else contextlib.nullcontext():
-                self.base_loss = mean_loss(model, other, batch_size)
-        if prompts is not None:
-            self.distributions = BaseDistributions.of(model, prompts, batch_size)
+        switch = base_switch(model)
+        with switch() if switch else contextlib.nullcontext():
+            self.base_loss = None if other is None else mean_loss(model, other, batch_size)
+        self.distributions = None if prompts is None else BaseDistributions.of(model, prompts, batch_size)
 
     def measure(self, model: Any) -> Drift:
         """Measure the model as it is now, with its active adapters.
@@ -657,10 +653,9 @@ def answer_rows(
     Returns:
         Token rows, in the order of the prompts.
     """
-    switch, ends = base_switch(model), end_ids(tokenizer, model.generation_config)
-    with switch() if switch else contextlib.nullcontext(), evaluation_mode(model), torch.no_grad():
-        with contiguous_head(model):
-            answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens)
+    switch, ends = base_switch(model) or contextlib.nullcontext, end_ids(tokenizer, model.generation_config)
+    with switch(), evaluation_mode(model), torch.no_grad(), contiguous_head(model):
+        answers = answer_ids(model, tokenizer, prompts, batch_size, max_new_tokens)
     rows = []
     for prompt, answer in zip(prompts, answers):  # what follows the end token is padding
         length = next((place + 1 for place, token in enumerate(answer) if token in ends), len(answer))

@@ -397,7 +397,7 @@ def encode_pairs(
     """Convert normalised pairs to pairs of token rows.
 
     Args:
-        dataset: The rows, with the columns of :data:`s2ft.text.data.preferences.PAIRS`.
+        dataset: The rows, with the columns of :data:`s2ft.text.data.rows.PAIRS`.
         tokenizer: The model's tokenizer.
         prompt: The format of prompts.
         max_length: Longest prompt with an answer.

@@ -1,20 +1,24 @@
-"""Score a model on examples.
+"""Score a model: by its generated answers to examples, and beside its base on rows that were not trained on.
 
 The accuracy is that of generated answers. Teacher forcing would overstate it.
 """
 
 import logging
+import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import takewhile
 from typing import Any
 
 from s2ft.text.data import DataOptions, load_rows
-from s2ft.text.encoding import context_length
+from s2ft.text.data.data_options import TASKS
+from s2ft.text.divergence import base_switch, mean_loss, prompts_of, some
+from s2ft.text.encoding import IGNORED, context_length
 from s2ft.text.generation import generate
 from s2ft.text.prompts import PromptFormat, encode_prompt
-from s2ft.text.scoring import is_right, right_answer
-from s2ft.text.templates import plain_text
+from s2ft.text.templates import plain_text, shorten
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +51,10 @@ class Example:
         Args:
             prompt: The format of prompts. In form "chat" a text becomes a message of the user.
         """
-        if isinstance(self.conversation, str):
-            if prompt.form == "text":
-                return self.conversation
-            return prompt.conversation([{"role": "user", "content": self.conversation}])
-        return prompt.conversation(self.conversation)
+        is_text = isinstance(self.conversation, str)
+        if is_text and prompt.form == "text":
+            return self.conversation
+        return prompt.conversation([{"role": "user", "content": self.conversation}] if is_text else self.conversation)
 
 
 def examples_of(rows: Iterable[Mapping[str, Any]]) -> Iterator[Example]:
@@ -108,14 +111,12 @@ class HeldOut:
         rows: Token rows whose loss is computed, a Dataset with the columns input_ids and labels.
         examples: The same data as examples. They are answered only if `task` is set.
         task: "arithmetic", "commonsense", or None for the loss alone.
-        batch_size: Number of prompts that are generated at once.
         max_new_tokens: Longest answer in tokens.
     """
 
     rows: Any
     examples: Sequence[Example] = ()
     task: str | None = None
-    batch_size: int = 32
     max_new_tokens: int = 256
 
 
@@ -265,3 +266,198 @@ def evaluate(
         for (number, _), text in zip(kept, texts)
     ]
     return Evaluation(task, records, len(prompts) - len(kept), time.perf_counter() - start)
+
+
+# ---- an adapter beside its base ------------------------------------------------------------------------
+
+WIDTH = 100  # characters of a text in a line
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A prompt, and what is answered to it.
+
+    Attributes:
+        prompt: The end of the prompt, as text.
+        right: The answer of the data.
+        base: The base's answer; None without an adapter.
+        tuned: The adapter's answer.
+    """
+
+    prompt: str
+    right: str
+    base: str | None
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What an adapter has changed.
+
+    Attributes:
+        rows: Number of rows whose loss was computed.
+        loss_before: Loss of the base on the answers of these rows, in nats a token; None without an adapter.
+        loss_after: Loss with the adapter.
+        samples: Answers of both, of some of the rows.
+    """
+
+    rows: int
+    loss_before: float | None
+    loss_after: float
+    samples: tuple[Sample, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The comparison as values that JSON can hold."""
+        return asdict(self)
+
+    def __str__(self) -> str:
+        if self.loss_before is None:
+            lines = [f"loss on {self.rows} rows: {self.loss_after:.4f}"]
+        else:
+            word = "lower" if self.loss_after < self.loss_before else "NOT lower"
+            lines = [f"loss on {self.rows} rows: {self.loss_before:.4f} before, {self.loss_after:.4f} after ({word})"]
+        for one in self.samples:
+            words = " ".join(one.prompt.split())  # a chat's question is at the end
+            lines += ["", "  " + (words if len(words) <= WIDTH else "…" + words[1 - WIDTH :])]
+            shown = {"right": one.right, "base": one.base, "tuned": one.tuned}
+            lines += [f"    {name + ':':<6} {shorten(text, WIDTH)}" for name, text in shown.items() if text is not None]
+        return "\n".join(lines)
+
+
+def compare(
+    model, tokenizer, rows: Any, *, most: int = 64, samples: int = 3, max_new_tokens: int = 64, batch_size: int = 8
+) -> Comparison:
+    """Compare a model with its base: the loss of the answers, and some answers side by side.
+
+    Args:
+        model: A causal language model, with an adapter that is on or without one.
+        tokenizer: The model's tokenizer.
+        rows: Token rows with input_ids and labels that were not trained on.
+        most: Number of rows to draw.
+        samples: Number of rows to answer. Rows without a prompt, such as plain text, are not answered.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Rows of a forward pass.
+
+    Returns:
+        The comparison.
+
+    Example:
+        >>> from transformers import ByT5Tokenizer
+        >>> from s2ft.text.evaluation import compare
+        >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8]}]
+        >>> found = compare(model, ByT5Tokenizer(), rows, max_new_tokens=4)
+        >>> found.rows, found.loss_after - found.loss_before, len(found.samples)
+        (1, 0.0, 1)
+    """
+    drawn, switch = some(rows, most), base_switch(model)
+    after = mean_loss(model, drawn, batch_size)
+    answered = [row for row in drawn if list(row["labels"])[1:2] == [IGNORED]][:samples]
+    prompts = prompts_of(answered) if answered else []
+    answer = partial(generate, model, tokenizer, prompts, batch_size, max_new_tokens, "answering")
+    tuned, before, base = answer(), None, [None] * len(prompts)
+    if switch is not None:
+        with switch():
+            before, base = mean_loss(model, drawn, batch_size), answer()
+    labels = [list(row["labels"])[len(prompt) :] for row, prompt in zip(answered, prompts)]
+    right = [list(takewhile(lambda label: label != IGNORED, answer)) for answer in labels]  # up to the next question
+    texts = zip(_texts(tokenizer, prompts), _texts(tokenizer, right), base, tuned)
+    return Comparison(len(drawn), before, after, tuple(Sample(*each) for each in texts))
+
+
+def _texts(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+# ---- is a generated answer right? ----------------------------------------------------------------------
+
+TOLERANCE = 1e-3
+LETTERS = re.compile(r"\b([A-E])\b")  # choices, as in AQuA
+# A minus is a sign only if it cannot be a subtraction: "8-3" ends in 3, "= -3" ends in -3.
+NUMBER = re.compile(r"((?<![\w.)\]])-\$?|\$-?)?((?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+# Families of answer words. The right answer determines which family is searched for.
+FAMILIES = (r"true|false", r"answer\d", r"solution\d", r"ending\d", r"option\d")
+
+
+def last_number(text: str) -> float | None:
+    """Return the last number in the text, or None if there is none.
+
+    Example:
+        >>> s2ft.text.evaluation.last_number("3 times $400 is $1,200.")
+        1200.0
+    """
+    found = NUMBER.findall(text.replace("\u2212", "-"))
+    if not found:
+        return None
+    sign, digits = found[-1]
+    return float(digits.replace(",", "")) * (-1 if "-" in sign else 1)
+
+
+def first_word(text: str, answer: str) -> str | None:
+    """Return the first answer word in the text that belongs to the same family as `answer`, or None.
+
+    Raises:
+        ValueError: `answer` is not an answer word.
+
+    Example:
+        >>> s2ft.text.evaluation.first_word("I think option2 is better than option1.", answer="option1")
+        'option2'
+    """
+    family = next((words for words in FAMILIES if re.fullmatch(words, answer)), None)
+    if family is None:
+        raise ValueError(f"{answer!r} is not an answer word (true, false, answer1, solution1, ending1, option1 …)")
+    found = re.search(rf"\b(?:{family})\b", text.lower())
+    return found.group() if found else None
+
+
+def right_answer(example: Any, task: str) -> str:
+    """Return the answer that an example is scored against.
+
+    Args:
+        example: The :class:`~s2ft.text.evaluation.Example`. Its `answer` is used, or the answer in its `output`.
+        task: One of TASKS.
+
+    Raises:
+        ValueError: The task is unknown, or the example has no answer that the task can score.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
+    source = example.output if example.answer is None else example.answer
+    if task == "exact":
+        return source
+    if task == "arithmetic":
+        if example.answer is not None and LETTERS.fullmatch(source.strip()):
+            return source.strip()
+        number = last_number(source)
+        if number is None:
+            raise ValueError(f"{source!r} has no number, which task arithmetic needs")
+        return repr(number) if example.answer is None else source
+    if example.answer is not None:
+        first_word("", answer := source.strip().lower())
+        return answer
+    found = re.search(rf"\b(?:{'|'.join(FAMILIES)})\b", example.output.lower())
+    if found is None:
+        raise ValueError(f"{example.output!r} has no answer word, which task commonsense needs")
+    return found.group()
+
+
+def is_right(text: str, answer: str, task: str) -> bool:
+    """Whether generated text contains the right answer.
+
+    Args:
+        text: The generated text.
+        answer: The right answer, as :func:`right_answer` returns it.
+        task: One of TASKS. For "exact", case, white space and a full stop at the end make no difference.
+    """
+    if task == "exact":
+        return _plain(text) == _plain(answer)
+    if task == "commonsense":
+        return first_word(text, answer) == answer
+    if LETTERS.fullmatch(answer):
+        return LETTERS.findall(text)[-1:] == [answer]
+    number, expected = last_number(text), last_number(answer)
+    return number is not None and expected is not None and abs(number - expected) <= TOLERANCE
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.lower().split()).rstrip(".")

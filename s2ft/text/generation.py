@@ -22,6 +22,7 @@ from transformers import (
 from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import end_ids, pad_id
+from s2ft.text.templates import in_common
 
 # The generation_config of some checkpoints has other values for chats. They would hold for every value left open here.
 PLAIN = {
@@ -210,10 +211,6 @@ class RunningBatch(Generic[R]):
     def __len__(self) -> int:
         return len(self.rows)
 
-    def adapters_of(self, rows: Sequence[R]) -> AbstractContextManager:
-        """Return the context in which each row runs with its adapter."""
-        return self.mixing([row.adapter for row in rows])
-
     @torch.inference_mode()
     def admit(self, rows: Sequence[R]) -> None:
         """Run the prompts of new rows, choose the first token of each, and add the rows to the batch.
@@ -268,8 +265,7 @@ class RunningBatch(Generic[R]):
         if not bool(self._mask.all()):
             return 0  # columns of padding, from a row that has left the batch
         earlier = [*self.rows[0].prompt, *self.rows[0].tokens][: self._mask.shape[1]]
-        pairs = zip(earlier, row.prompt[:-1])
-        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(row.prompt) - 1))
+        return in_common(earlier, row.prompt[:-1])
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -308,7 +304,7 @@ class RunningBatch(Generic[R]):
     ) -> Tensor:
         """Return the logits of the last position, [rows, vocabulary] float32."""
         positions = {"position_ids": position_ids} if self._positions else {}
-        with self.adapters_of(rows), contiguous_head(self.model):
+        with self.mixing([row.adapter for row in rows]), contiguous_head(self.model):
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -488,10 +484,12 @@ class Sampler:
         self._generator, self._warpers = None, []
         if not self.greedy:
             self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-            self._warpers = [TemperatureLogitsWarper(float(temperature))]
-            self._warpers += [TopKLogitsWarper(top_k)] if top_k > 0 else []
-            self._warpers += [TopPLogitsWarper(float(top_p))] if top_p < 1 else []
-            self._warpers += [MinPLogitsWarper(min_p)] if min_p > 0 else []
+            self._warpers = [
+                TemperatureLogitsWarper(float(temperature)),
+                *([TopKLogitsWarper(top_k)] if top_k > 0 else []),
+                *([TopPLogitsWarper(float(top_p))] if top_p < 1 else []),
+                *([MinPLogitsWarper(min_p)] if min_p > 0 else []),
+            ]
 
     def choose(self, logits: Tensor, tokens: Sequence[int] = (), prompt: Sequence[int] = ()) -> int:
         """Choose a token.

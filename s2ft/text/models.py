@@ -81,7 +81,9 @@ def load_model(
     wanted = {**options, "dtype": dtype, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
-    model = _from_pretrained(_auto_class(name, source, options, is_gguf), MODEL, name, source, wanted)
+    config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+    auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
+    model = _from_pretrained(auto, MODEL, name, source, wanted)
     if is_gguf:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
@@ -167,16 +169,13 @@ def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callabl
     if options:
         raise CannotStream(f"{name} is a GGUF file, which has to be unpacked")
     _check_hub(name, source, None)
-    options = _remote(None, False)
-    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, _remote(None, False))
     if getattr(config, "quantization_config", None) is not None:
         raise CannotStream(f"the weights of {name} are quantized")
-    if dtype != "auto":
-        wanted = getattr(torch, dtype)
-    else:
-        wanted = config.dtype or (torch.float32 if dtype_of_files is None else dtype_of_files())
+    of_files = dtype_of_files or (lambda: torch.float32)
+    wanted = (config.dtype or of_files()) if dtype == "auto" else getattr(torch, dtype)
     with torch.device("meta"):
-        model = _auto_class(name, source, options, False).from_config(config, dtype=wanted)
+        model = _auto_class(config).from_config(config, dtype=wanted)
     keep_in_float32(model)
     return model.eval()
 
@@ -288,13 +287,10 @@ def _check_hub(name: str, source: str, revision: str | None) -> None:
         ) from error
 
 
-def _auto_class(name: str, source: str, options: dict, is_gguf: bool):
+def _auto_class(config):
     """The class of transformers that loads the whole checkpoint, also the towers for images and sound if it has any."""
     import transformers
 
-    if is_gguf:  # it holds a language model
-        return transformers.AutoModelForCausalLM
-    config = _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
     auto = transformers.AutoModelForMultimodalLM
     multimodal = type(config) in auto._model_mapping and not config.is_encoder_decoder
     return auto if multimodal else transformers.AutoModelForCausalLM

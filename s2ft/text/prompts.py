@@ -3,7 +3,9 @@
 Training and generation build the prompt with the same functions, so that both use the same tokens.
 """
 
+import json
 import logging
+import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -184,6 +186,42 @@ def prompt_for_rows(tokenizer: "PreTrainedTokenizerBase", rows: "Dataset", optio
         'text'
     """
     return prompt_format(tokenizer, form_of(rows, options), options.chat_template, options.system_prompt)
+
+
+def with_columns(rows, prompt: PromptFormat):
+    """Return rows of PROMPTS as TRL's GRPOTrainer takes them: with the fields for the rewards as columns.
+
+    Args:
+        rows: A Dataset as :func:`s2ft.text.data.load_rows` returns it.
+        prompt: The format of prompts. With form "chat" every prompt becomes a list of messages.
+
+    Returns:
+        A Dataset with the column `prompt` and one for each field. A field that a row lacks is None.
+
+    Raises:
+        ValueError: A prompt is a chat, but the form is "text".
+    """
+    from datasets import Features
+
+    from s2ft.text.data.columns import ExactJson
+
+    names = list(dict.fromkeys(name for batch in rows.iter(1000) for columns in batch["columns"] for name in columns))
+
+    def spread(row: dict[str, Any]) -> dict[str, Any]:
+        found = row["prompt"]
+        if prompt.form == "chat":
+            found = prompt.conversation([{"role": "user", "content": found}] if isinstance(found, str) else found)
+        elif not isinstance(found, str):
+            raise ValueError(f"{row['place']}: messages need a chat template, but form='text' uses none")
+        values = {"prompt": found, **{name: row["columns"].get(name) for name in names}}
+        return {name: json.dumps(value) for name, value in values.items()}  # else the text "5" would become a number
+
+    return rows.map(
+        spread,
+        remove_columns=rows.column_names,
+        features=Features({name: ExactJson() for name in ("prompt", *names)}),
+        new_fingerprint=secrets.token_hex(8),
+    )
 
 
 def _read_template(tokenizer, chat_template: str | Path) -> str:

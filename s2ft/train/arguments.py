@@ -3,7 +3,7 @@
 import math
 import os
 from dataclasses import dataclass, field, fields
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from trl import DPOConfig, GRPOConfig, SFTConfig
@@ -15,6 +15,12 @@ DEFAULT_WARMUP = 100  # updates of the default warm-up, which is at most a tenth
 POSITIVE = ("learning_rate", "num_train_epochs", "logging_steps")
 FINITE = ("learning_rate", "num_train_epochs", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2",
           "adam_epsilon")  # fmt: skip
+LEAST = {
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "save_steps", "save_total_limit", "seed", "data_seed"), 0),
+    **dict.fromkeys(("eval_steps", "warmup_steps", "neftune_noise_alpha"), 0),
+    **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"), 1),
+    "max_length": 2,
+}
 DICTIONARIES = ("model_init_kwargs", "lr_scheduler_kwargs", "gradient_checkpointing_kwargs")
 # Arguments that cannot work, with the reason and the way out.
 REFUSED = {
@@ -33,19 +39,13 @@ REFUSED = {
     "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
 }
 
-LEARNING_RATE = 1e-5  # ten times TRL's default, which is for full fine-tuning
-NO_SYNC = "the reference is the base, which is never trained; there is no second model that could follow the adapter"
-REFUSED_BY_GRPO = {
-    "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the answers "
-    "are generated in batches by model.generate",
-    "sync_ref_model": NO_SYNC,
-}
-REFUSED_BY_DPO = {"sync_ref_model": NO_SYNC, "padding_free": "TRL's DPOTrainer does not do it at present"}
-
 
 @dataclass
 class RunArguments:
     """Defaults of s2ft for the arguments of a trainer. The class is a base beside one of TRL's configurations.
+
+    Attributes:
+        refused: Arguments that cannot work, with the reason and the way out.
 
     Raises:
         ValueError: A value is out of range, or cannot work with S²FT. The message names the argument.
@@ -82,6 +82,8 @@ class RunArguments:
     ddp_find_unused_parameters: bool | None = field(
         default=False, metadata={"help": "let DistributedDataParallel look for unused parameters"}
     )
+
+    refused: ClassVar[dict[str, str]] = REFUSED
 
     def __post_init__(self) -> None:
         _check(self)
@@ -185,14 +187,22 @@ class SFTArguments(RunArguments, SFTConfig):
         super().__post_init__()
 
 
-def _peak_rate() -> Any:
-    return field(
-        default=LEARNING_RATE, metadata={"help": "peak learning rate; too high a one makes the model forget to write"}
+@dataclass
+class RLArguments(RunArguments):
+    """What DPO and GRPO share: ten times TRL's learning rate, which is for full fine-tuning, and one model."""
+
+    learning_rate: float = field(
+        default=1e-5, metadata={"help": "peak learning rate; too high a one makes the model forget to write"}
     )
+    refused: ClassVar[dict[str, str]] = {
+        **REFUSED,
+        "sync_ref_model": "the reference is the base, which is never trained; there is no second model that could "
+        "follow the adapter",
+    }
 
 
 @dataclass
-class DPOArguments(RunArguments, DPOConfig):
+class DPOArguments(RLArguments, DPOConfig):
     """TRL's DPOConfig with the defaults of s2ft.
 
     Raises:
@@ -205,15 +215,14 @@ class DPOArguments(RunArguments, DPOConfig):
         (1e-05, ['sigmoid'])
     """
 
-    learning_rate: float = _peak_rate()
-
-    def __post_init__(self) -> None:
-        _refuse(self, REFUSED_BY_DPO)
-        super().__post_init__()
+    refused: ClassVar[dict[str, str]] = {
+        **RLArguments.refused,
+        "padding_free": "TRL's DPOTrainer does not do it at present",
+    }
 
 
 @dataclass
-class GRPOArguments(RunArguments, GRPOConfig):
+class GRPOArguments(RLArguments, GRPOConfig):
     """TRL's GRPOConfig with the defaults of s2ft.
 
     Raises:
@@ -226,7 +235,11 @@ class GRPOArguments(RunArguments, GRPOConfig):
         (1, 0.0)
     """
 
-    learning_rate: float = _peak_rate()
+    refused: ClassVar[dict[str, str]] = {
+        **RLArguments.refused,
+        "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the "
+        "answers are generated in batches by model.generate",
+    }
     include_num_input_tokens_seen: str | bool = field(
         default="no", metadata={"help": "not used: TRL counts the tokens of prompts and answers"}
     )
@@ -241,7 +254,6 @@ class GRPOArguments(RunArguments, GRPOConfig):
     )
 
     def __post_init__(self) -> None:
-        _refuse(self, REFUSED_BY_GRPO)
         self._chosen = self.generation_batch_size, self.steps_per_generation
         refuse(
             (self.use_vllm and self.vllm_enable_sleep_mode, SLEEP),
@@ -306,10 +318,7 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, name)
         if not value > 0 and not (name == "num_train_epochs" and arguments.max_steps > 0):
             raise ValueError(f"{name} must be positive, got {value}")
-    least = {"weight_decay": 0, "max_grad_norm": 0, "save_steps": 0, "save_total_limit": 0, "seed": 0, "data_seed": 0}
-    least |= {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 1}
-    least |= {"max_length": 2, "eval_steps": 0, "warmup_steps": 0, "neftune_noise_alpha": 0}
-    for name, smallest in least.items():
+    for name, smallest in LEAST.items():
         value = getattr(arguments, name, None)
         if value is not None and value < smallest:
             raise ValueError(f"{name} must be at least {smallest}, got {value}")
@@ -317,10 +326,13 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, one.name)
         if isinstance(value, int) and not isinstance(value, bool) and value > LARGEST:
             raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
-    _refuse(arguments, REFUSED)
     strategy = str(getattr(arguments.hub_strategy, "value", arguments.hub_strategy))
     optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     refuse(
+        *(
+            (getattr(arguments, name, None), f"{name} does not work here: {reason}")
+            for name, reason in arguments.refused.items()
+        ),
         (
             strategy not in ("end", "every_save"),
             f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end",
@@ -331,11 +343,6 @@ def _check(arguments: Any) -> None:
             "one, such as adamw_torch_fused",
         ),
     )
-
-
-def _refuse(arguments: Any, refused: dict[str, str]) -> None:
-    reasons = refused.items()
-    refuse(*((getattr(arguments, name, None), f"{name} does not work here: {reason}") for name, reason in reasons))
 
 
 ARGUMENTS = {"sft": SFTArguments, "dpo": DPOArguments, "grpo": GRPOArguments}  # by command

@@ -15,6 +15,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -75,8 +76,7 @@ class Batching:
             rows: Number of rows.
             packs: Number of packs.
         """
-        found = f"{rows:,} rows in {packs:,} packs, " if self.packed else ""
-        return f"batches: {found}{self.why}"
+        return f"batches: {f'{rows:,} rows in {packs:,} packs, ' if self.packed else ''}{self.why}"
 
 
 def choose_batching(
@@ -108,11 +108,8 @@ def choose_batching(
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
     if asked or (arguments.packing is None and by_length and varlen):
-        if trial is not None:
-            reason = trial(model, rows, packed)
-        else:
-            what = "the trial of packing"
-            reason = run_where_weights_are(what, model, lambda: why_not_packed(model, rows, packed))
+        run = partial(trial or why_not_packed, model, rows, packed)
+        reason = run() if trial else run_where_weights_are("the trial of packing", model, run)
     if asked and reason:
         raise ValueError(f"{asked} would mix up rows in this model: {reason}; leave {asked} out, rows are then padded")
     if arguments.packing:

@@ -105,13 +105,12 @@ def run_demo(options: DemoOptions) -> dict:
 
 
 def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
+    from s2ft.train.fit import sft
+
     seconds: dict[str, float] = {}
     phase = partial(_phase, seconds)
     dtype = faster_dtype() if options.dtype == "auto" else options.dtype
-    train, test = (
-        problem_set(count, held_out)
-        for count, held_out in ((options.steps * options.batch_size, False), (options.held_out, True))
-    )
+    train, test = problem_set(options.steps * options.batch_size, False), problem_set(options.held_out, True)
     print(f"model {name}, {dtype}; {len(train)} problems to train on, {len(test)} held out")
     with phase("load"):
         model, tokenizer = load_model(name, dtype)
@@ -133,7 +132,7 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
     with phase("training"):
-        training = _train(model, tokenizer, rows, options, folder)
+        training = sft(model, tokenizer, rows, _arguments(options), folder)
     after = score("tuned")
     print(f"tuned: {after}")
     report = {
@@ -164,12 +163,11 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     seconds[name] = round(time.perf_counter() - start, 1)
 
 
-def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
+def _arguments(options: DemoOptions):
     from s2ft.train.arguments import SFTArguments
-    from s2ft.train.sft import sft
 
-    arguments = SFTArguments(
-        output_dir=str(folder.path),
+    return SFTArguments(
+        output_dir=options.output,
         learning_rate=options.learning_rate,
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
@@ -177,7 +175,6 @@ def _train(model, tokenizer, rows, options: DemoOptions, folder: RunFolder):
         save_steps=0,
         seed=options.seed,
     )
-    return sft(model, tokenizer, rows, arguments, folder)
 
 
 def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFolder) -> str:

@@ -8,6 +8,8 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from s2ft.files.reading import reason_not_written
+
 logger = logging.getLogger(__name__)
 
 
@@ -90,16 +92,22 @@ def first_line(error: BaseException) -> str:
 def explain_out_of_memory(switch: str, kept: Callable[[], str] = str) -> Iterator[None]:
     """Turn an out-of-memory error inside the context into one that says what is free and which switch helps most.
 
+    The error for a file that can't be written, for example on a full disk, says what is kept too.
+
     Args:
         switch: The options to give.
         kept: Returns a sentence about what the run has kept.
 
     Raises:
         OutOfMemory: Memory was too small.
+        OSError: A file can't be written.
     """
     try:
         yield
     except Exception as error:
+        reason = reason_not_written(error)
+        if reason and (left := kept()):
+            raise OSError(f"{reason}; {left}") from error
         if not is_out_of_memory(error):
             raise
         import torch

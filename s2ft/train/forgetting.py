@@ -78,21 +78,25 @@ class ForgettingMeter(TrainerCallback):
         stop_at_forgetting: float | None = None,
         stop_at_kl: float | None = None,
     ) -> None:
+        limits = zip(LIMITS, (stop_at_forgetting, stop_at_kl))
+        self._limits = {name: limit for name, limit in limits if limit is not None}
         refuse(
             (other is None and prompts is None, "nothing is measured: give other, prompts, or both"),
             (every is not None and every < 1, f"every must be at least 1 step, got {every}"),
+            (
+                "forgetting" in self._limits and other is None,
+                f"stop_at_forgetting={stop_at_forgetting} needs other, rows of other text, which it measures",
+            ),
+            (
+                "base_kl" in self._limits and prompts is None,
+                f"stop_at_kl={stop_at_kl} needs prompts, rows of the task's prompts, which it measures",
+            ),
+            *(
+                (not limit > 0, f"{LIMITS[name]} must be above 0, got {limit:g}")
+                for name, limit in self._limits.items()
+            ),
         )
-        for name, limit, rows, needed in (
-            ("stop_at_forgetting", stop_at_forgetting, other, "other, rows of other text"),
-            ("stop_at_kl", stop_at_kl, prompts, "prompts, rows of the task's prompts"),
-        ):
-            if limit is not None and rows is None:
-                raise ValueError(f"{name}={limit:g} needs {needed}, which it measures")
-            if limit is not None and not limit > 0:
-                raise ValueError(f"{name} must be above 0, got {limit:g}")
         self._rows = {"other": other, "prompts": prompts, "batch_size": batch_size}
-        limits = zip(LIMITS, (stop_at_forgetting, stop_at_kl))
-        self._limits = {name: limit for name, limit in limits if limit is not None}
         self._every, self._meter = every, None
         self._reset()
 
@@ -149,11 +153,15 @@ class ForgettingMeter(TrainerCallback):
         if last or state.global_step % self._steps == 0 or (self._limits and control.should_save):
             self._measure(state, control, model, args)
             control.should_log = True
-        self._forbid_saving(control)
+        self.on_epoch_end(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Let no checkpoint be written after a limit has ended the run."""
-        self._forbid_saving(control)
+        """Let no checkpoint be written after a limit has ended the run.
+
+        The values may be those of an earlier step, which do not belong to the optimizer's state.
+        """
+        if self.stopped_at is not None:
+            control.should_save = False
 
     def on_save(self, args, state, control, model=None, **kwargs):
         """Measure the state of a checkpoint that was asked for after the step, such as the one with the best loss."""
@@ -161,10 +169,6 @@ class ForgettingMeter(TrainerCallback):
             self._measure(state, control, model, args)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        """Add the values to the Trainer's log of this step."""
-        self._write_into(logs, state)
-
-    def _write_into(self, logs: dict[str, float] | None, state: Any) -> None:
         """Add the values to the log of a training step, once measured at this step."""
         drift = self.measured.get(state.global_step)
         if not logs or "loss" not in logs or drift is None:
@@ -217,11 +221,6 @@ class ForgettingMeter(TrainerCallback):
         if state.is_world_process_zero:
             logger.warning(text, why)
 
-    def _forbid_saving(self, control) -> None:
-        """The values may be those of an earlier step, which do not belong to the optimizer's state."""
-        if self.stopped_at is not None:
-            control.should_save = False
-
 
 class _Logging(TrainerCallback):
     """Adds the values of a meter to the log before the callbacks of loggers get it."""
@@ -230,7 +229,7 @@ class _Logging(TrainerCallback):
         self._meter = meter
 
     def on_log(self, args, state, control, logs=None, **kwargs):
-        self._meter._write_into(logs, state)
+        self._meter.on_log(args, state, control, logs)
 
 
 def _autocast(args: Any) -> AbstractContextManager:

@@ -45,8 +45,7 @@ class ChunkedLoss:
 
     def before(self, model: nn.Module, arguments: tuple, options: Mapping) -> None:
         """Enable the chunked loss for a forward pass with labels."""
-        wanted = model.training or self.in_evaluation or self.trial
-        self.enabled = options.get("labels") is not None and wanted
+        self.enabled = options.get("labels") is not None and (model.training or self.in_evaluation or self.trial)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Forward of the output layer."""

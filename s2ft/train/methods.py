@@ -3,13 +3,10 @@
 import contextlib
 import copy
 import dataclasses
-import hashlib
 import logging
-import socket
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from contextlib import AbstractContextManager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,36 +16,32 @@ from transformers import Trainer
 import s2ft
 from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
-from s2ft.text.collator import TokenCollator, needs_calibration
-from s2ft.text.comparison import compare
-from s2ft.text.data.preferences import PAIRS, PROMPTS, with_columns
-from s2ft.text.data.rows import load_split
+from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
+from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
-from s2ft.text.evaluation import HeldOut, examples_of
-from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows
-from s2ft.text.scoring import right_answer
+from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
+from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows, with_columns
 from s2ft.train.base_model import plain_kernels
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
-from s2ft.train.loss import loss_in_chunks, why_not_chunked
-from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, write_json
-from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
-from s2ft.train.rates import suggested_rate, width_of
-from s2ft.train.rewards import check_columns, load_rewards
-from s2ft.train.run import Encoded, Method, Run
-from s2ft.train.sft import (
+from s2ft.train.fit import (
     Finetuned,
-    callbacks_of,
+    base_for_vllm,
+    check_count,
     check_dtype,
-    check_packages_of_run,
     check_run,
+    dpo,
+    grpo,
     is_checkpointed,
     log_errors,
-    log_length,
-    run_trainer,
     sft,
 )
+from s2ft.train.loss import loss_in_chunks, why_not_chunked
+from s2ft.train.output import write_json
+from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
+from s2ft.train.planning import suggested_rate, width_of
+from s2ft.train.rewards import check_columns, load_rewards
+from s2ft.train.run import Encoded, Run
 from s2ft.train.trainers import needs_trl_loss, refuse_sharding
 
 logger = logging.getLogger(__name__)
@@ -56,23 +49,68 @@ ENOUGH, MOST_HELD_OUT = 100, 64  # rows of which s2ft sft holds some out by itse
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
 
 
-def _read(run: Run, shape: Any = None, evaluates: bool = False) -> tuple[Any, Any]:
-    """Read the training rows and the held-out rows.
+class Method(ABC):
+    """What one training command does differently from the others.
 
-    Raises:
-        ValueError: Rows can't be used, or the run evaluates without held-out rows.
+    Attributes:
+        name: Name of the command.
+        fits_batch: Whether fewer rows make an update where there are few of them.
+        shape: What the rows of the data have.
     """
-    arguments, limit = run.arguments, run.options.eval_limit
-    evaluates = evaluates or arguments.eval_strategy != "no"
-    how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": limit}
-    rows, held_out = load_split(run.data, **how, **({} if shape is None else {"shape": shape}))
-    if held_out is None and (evaluates or limit is not None):
-        name = "eval_task" if run.options.eval_task else "eval_limit" if limit else "an evaluation"
-        raise ValueError(
-            f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
-            f"{run.data.dataset_test_split!r}"
-        )
-    return rows, held_out
+
+    name: str
+    fits_batch = True
+    shape: Shape = EXAMPLES
+
+    def learning_rate(self, model) -> float | None:
+        """Return the learning rate of a run that names none, or None for that of the arguments."""
+        return None
+
+    def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
+        """Check the options before anything is read. Raises ValueError."""
+
+    def read(self, run: Run) -> tuple[Any, Any]:
+        """Return the training rows, and the held-out rows or None.
+
+        Raises:
+            ValueError: Rows can't be used, or the run evaluates without held-out rows.
+        """
+        arguments, options = run.arguments, run.options
+        evaluates = options.eval_task is not None or arguments.eval_strategy != "no"
+        how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": options.eval_limit, "shape": self.shape}
+        rows, held_out = load_split(run.data, **how)
+        if held_out is None and (evaluates or options.eval_limit is not None):
+            name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
+            raise ValueError(
+                f"{name} needs held-out rows: give eval_data, test_split_size, or a dataset_name that has a split "
+                f"{run.data.dataset_test_split!r}"
+            )
+        return rows, held_out
+
+    @abstractmethod
+    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
+        """Choose the prompt's format, set it in the tokenizer, and convert the rows."""
+
+    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
+        """Return batches for a selection by statistics, or None if the selection needs none."""
+        convert, size = partial(self.token_row, tokenizer), run.arguments.per_device_train_batch_size
+        return calibration_for(run.config, tokenizer, data.rows, run.options.calibration_examples, size, convert)
+
+    def token_row(self, tokenizer, row) -> Any:
+        """Return an encoded row as a token row whose labels are one answer."""
+        return row
+
+    @abstractmethod
+    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+        """Log the memory that a step on the longest rows takes."""
+
+    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
+        """Write the base to a folder inside the context if something besides the trainer needs it."""
+        return contextlib.nullcontext()
+
+    @abstractmethod
+    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
+        """Train the attached model and save its adapter."""
 
 
 def _room(run: Run, model) -> int:
@@ -90,21 +128,18 @@ class SFT(Method):
         return None if width is None else suggested_rate(width).rate
 
     def read(self, run: Run) -> tuple[Any, Any]:
-        task = run.options.eval_task
-        rows, held_out = _read(run, evaluates=task is not None)
+        task, arguments = run.options.eval_task, run.arguments
+        rows, held_out = super().read(run)
         size = min(MOST_HELD_OUT, len(rows) // 20) if len(rows) >= ENOUGH else 0
         if held_out is None and run.data.test_split_size is None and size:
-            parts = rows.train_test_split(size, seed=run.arguments.seed)
-            rows, held_out = parts["train"], parts["test"]
-            if run.is_first:
-                logger.info(
-                    f"{size} of {len(rows) + size} rows are held out, to compare the base and the adapter; "
-                    "--test-split-size 0 trains on all"
-                )
+            rows, held_out = rows.train_test_split(size, seed=arguments.seed).values()
+            run.say(
+                f"{size} of {len(rows) + size} rows are held out, to compare the base and the adapter; "
+                "--test-split-size 0 trains on all"
+            )
         if task is not None:
             for example in examples_of(held_out):
                 right_answer(example, task)
-        arguments = run.arguments
         return (rows.shuffle(seed=arguments.seed) if arguments.shuffle_dataset else rows), held_out
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
@@ -120,8 +155,7 @@ class SFT(Method):
             "processes": arguments.dataset_num_proc,
         }
         tokens = tokenize_rows(rows, tokenizer, prompt, **how)
-        if run.is_first:
-            logger.info(str(tokens))
+        run.say(str(tokens))
         check_run(model, tokens.dataset, arguments)
         if held_out is None:
             return Encoded(prompt, tokens.dataset)
@@ -129,9 +163,6 @@ class SFT(Method):
         others = tokenize_rows(held_out, tokenizer, prompt, **how).dataset
         scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
         return Encoded(prompt, tokens.dataset, scored)
-
-    def token_row(self, tokenizer, row) -> Any:
-        return row
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         arguments = run.arguments
@@ -161,16 +192,11 @@ class SFT(Method):
 class RL(Method):
     """What DPO and GRPO share: they need whole models, and a format of prompts instead of rows."""
 
-    shape: Any  # of the rows
-
     def check(self, run: Run) -> None:
         refuse_sharding(run.arguments, f"s2ft {self.name}")
         for name, value in (("eval_task", run.options.eval_task), ("last_answer_only", run.data.last_answer_only)):
             if value:
                 raise ValueError(f"{name} {FOR_SFT}")
-
-    def read(self, run: Run) -> tuple[Any, Any]:
-        return _read(run, self.shape)
 
     def prompt(self, run: Run, model, tokenizer, rows):
         """Return the format of the prompts of rows, and set its template in the tokenizer."""
@@ -197,8 +223,7 @@ class DPO(RL):
             "processes": arguments.dataset_num_proc,
         }
         pairs = encode_pairs(rows, tokenizer, prompt, **how)
-        if run.is_first:
-            logger.info(str(pairs))
+        run.say(str(pairs))
         others = None if held_out is None else encode_pairs(held_out, tokenizer, prompt, **how).dataset
         return Encoded(prompt, pairs.dataset, others)
 
@@ -237,11 +262,10 @@ class GRPO(RL):
         arguments = run.arguments
         prompt = self.prompt(run, model, tokenizer, rows)
         room = (context_length(model) or 1 << 30) - arguments.max_completion_length
-        kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run.is_first, "prompts")
+        kept, longest = _fitting(with_columns(rows, prompt), tokenizer, room, run, "prompts")
         others, other = None, 0
         if held_out is not None:
-            rest = with_columns(held_out, prompt)
-            others, other = _fitting(rest, tokenizer, room, run.is_first, "prompts to evaluate on")
+            others, other = _fitting(with_columns(held_out, prompt), tokenizer, room, run, "prompts to evaluate on")
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
         check_columns(load_rewards(arguments.rewards), kept.column_names)
@@ -273,7 +297,7 @@ class GRPO(RL):
         return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
 
 
-def _fitting(rows, tokenizer, room: int, says: bool, what: str):
+def _fitting(rows, tokenizer, room: int, run: Run, what: str):
     """Leave out rows with a prompt of more than `room` tokens, and return also the tokens of the longest one."""
     lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in rows]
     kept = [number for number, length in enumerate(lengths) if length <= room]
@@ -282,216 +306,12 @@ def _fitting(rows, tokenizer, room: int, says: bool, what: str):
         raise ValueError(
             f"none of {len(rows)} prompts fits into the {room} tokens that the context leaves for a prompt"
         )
-    if says:
-        note = f"; {left} left out, longer than the {room} tokens that the context leaves for a prompt" if left else ""
-        logger.info("%d %s%s", len(kept), what, note)
+    note = f"; {left} left out, longer than the {room} tokens that the context leaves for a prompt" if left else ""
+    run.say(f"{len(kept)} {what}{note}")
     return rows.select(kept) if left else rows, max(lengths[number] for number in kept)
 
 
 METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}
-
-
-# ---- DPO ------------------------------------------------------------------------------------------------
-
-
-def dpo(
-    model,
-    tokenizer,
-    train,
-    arguments,
-    folder: RunFolder,
-    *,
-    options: RunOptions = RunOptions(),
-    resume: bool | Path = False,
-    held_out=None,
-    meter=None,
-) -> Finetuned:
-    """Train the attached adapter of a model by TRL's DPOTrainer, and save it.
-
-    The reference model is the model itself without its adapter: no second model is loaded.
-
-    Args:
-        model: A causal language model with a trainable adapter.
-        tokenizer: The model's tokenizer.
-        train: Pairs of token rows, see :func:`s2ft.text.encoding.encode_pairs`.
-        arguments: The DPOArguments of the run.
-        folder: The output folder. The adapter is saved to `folder.adapter`.
-        options: Options that TRL's arguments do not have.
-        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
-            checkpoint of the run.
-        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
-        held_out: Pairs to evaluate on, or None.
-
-    Returns:
-        The loss, the time and the folder of the adapter.
-
-    Raises:
-        ValueError: The arguments do not fit the data, the model or the installed packages.
-        MissingPackages: A package that the run needs is not installed.
-    """
-    from s2ft.train.trainers import DPORunTrainer
-
-    check_packages_of_run(arguments)
-    check_dtype(model, arguments)
-    trainer = DPORunTrainer(
-        model,
-        arguments,
-        train,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        callbacks=callbacks_of(arguments, folder, options),
-    )
-    if trainer.is_world_process_zero():
-        log_length(trainer.args, len(train))
-    return run_trainer(trainer, model, arguments, folder, resume, meter)
-
-
-def longest_batch(pairs, tokenizer, rows: int) -> dict:
-    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
-
-    Args:
-        pairs: A Dataset of :func:`s2ft.text.encoding.encode_pairs`.
-        tokenizer: The model's tokenizer.
-        rows: Number of pairs in a batch.
-    """
-    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
-               zip(*(pairs[name] for name in IDS))]  # fmt: skip
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
-    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
-    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])
-
-
-# ---- GRPO -----------------------------------------------------------------------------------------------
-
-
-def grpo(
-    model,
-    tokenizer,
-    train,
-    rewards: Sequence[Callable[..., Any]],
-    arguments,
-    folder: RunFolder,
-    *,
-    options: RunOptions = RunOptions(),
-    resume: bool | Path = False,
-    held_out=None,
-    meter=None,
-    base: str | None = None,
-) -> Finetuned:
-    """Train the attached adapter of a model by TRL's GRPOTrainer, and save it.
-
-    Answers are generated by transformers with the adapter in the weights, or by vLLM (`arguments.use_vllm`), which gets
-    the trained slices after each update and has its base again at the end. The reference model, if `arguments.beta`
-    asks for one, is the model itself without its adapter: no second model is loaded.
-
-    Args:
-        model: A causal language model with a trainable adapter.
-        tokenizer: The model's tokenizer, with the chat template to use.
-        train: A Dataset with the column `prompt` and the columns that the rewards need.
-        rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
-        arguments: The GRPOArguments of the run.
-        folder: The output folder. The adapter is saved to `folder.adapter`.
-        options: Options that TRL's arguments do not have.
-        resume: Continue from the newest valid checkpoint, or from the start if there is none. A path names another
-            checkpoint of the run.
-        meter: A :class:`~s2ft.train.forgetting.ForgettingMeter`, or None.
-        held_out: Rows to evaluate on, or None.
-        base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
-
-    Returns:
-        The loss, the reward, the time and the folder of the adapter.
-
-    Raises:
-        ValueError: The arguments do not fit the data, the model or the installed packages.
-        MissingPackages: A package that the run needs is not installed.
-    """
-    from s2ft.train.trainers import GRPORunTrainer
-
-    check_packages_of_run(arguments)
-    check_vllm(arguments, model if base is None else base)
-    check_dtype(model, arguments)
-    check_columns(rewards, train.column_names)
-    arguments.set_generation()
-    check_count(arguments, train)
-    trainer = GRPORunTrainer(
-        model,
-        rewards,
-        arguments,
-        train,
-        tokenizer=tokenizer,
-        held_out=held_out,
-        callbacks=callbacks_of(arguments, folder, options),
-        base=base,
-        name=name_of_run(folder.path),
-    )
-    return run_trainer(trainer, model, arguments, folder, resume, meter)
-
-
-def check_vllm(arguments, base) -> None:
-    """Check that vLLM can generate the answers, if the arguments ask for it.
-
-    Args:
-        arguments: The GRPOArguments.
-        base: The folder of the base that vLLM loads in this process, or the model that was loaded from it.
-
-    Raises:
-        MissingPackages: vLLM is not installed.
-        ValueError: vLLM can't load the base.
-    """
-    if not arguments.use_vllm:
-        return
-    check_packages("use_vllm", "leave use_vllm out: transformers generates the answers then")
-    if arguments.vllm_mode == "server":
-        return
-    name = base if isinstance(base, str) else base.name_or_path
-    if not name or name.endswith(".gguf"):
-        raise ValueError(
-            f"vLLM can't load the base of this model ({name or 'it was not loaded from a folder'}): save it with "
-            "save_pretrained before the adapter is attached, and give its folder as base"
-        )
-
-
-@contextlib.contextmanager
-def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
-    """Write a base that vLLM can't load in its form, such as a .gguf file, to a temporary folder inside the context.
-
-    Args:
-        model: The model, without an adapter.
-        tokenizer: Its tokenizer.
-        arguments: The GRPOArguments.
-
-    Yields:
-        The folder; None if vLLM is not used in this process, or loads the model from where it was loaded.
-    """
-    if not arguments.use_vllm or arguments.vllm_mode == "server" or not model.name_or_path.endswith(".gguf"):
-        yield None
-        return
-    with tempfile.TemporaryDirectory(prefix="s2ft-base-") as folder:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        yield folder
-
-
-def name_of_run(folder: Path) -> str:
-    """The name of a run for a vLLM server. A run that is resumed has the same name, and no other run has it."""
-    place = f"{socket.gethostname()}:{folder.absolute()}"
-    return f"s2ft-{hashlib.sha256(place.encode()).hexdigest()[:16]}"
-
-
-def check_count(arguments, prompts) -> None:
-    """Raise ValueError if there are fewer prompts than one generation takes.
-
-    Args:
-        arguments: The GRPOArguments.
-        prompts: The rows.
-    """
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if len(prompts) < needed:
-        raise ValueError(
-            f"there {'is 1 prompt' if len(prompts) == 1 else f'are {len(prompts)} prompts'}, and each generation takes "
-            f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
-            f"{arguments.num_generations}): lower batch_size or raise num_generations"
-        )
 
 
 # ---- memory ---------------------------------------------------------------------------------------------
@@ -558,3 +378,18 @@ def plain_copy(model: nn.Module) -> nn.Module:
     config.__dict__.pop("quantization_config", None)
     with plain_kernels(), torch.device("meta"), without_zero_init():
         return type(model)._from_config(config).to(model.dtype)
+
+
+def longest_batch(pairs, tokenizer, rows: int) -> dict:
+    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
+
+    Args:
+        pairs: A Dataset of :func:`s2ft.text.encoding.encode_pairs`.
+        tokenizer: The model's tokenizer.
+        rows: Number of pairs in a batch.
+    """
+    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
+               zip(*(pairs[name] for name in IDS))]  # fmt: skip
+    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
+    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
+    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])

@@ -8,6 +8,7 @@ optimizers, so an optimizer of whole parameters loads it as it is.
 # full_state_dict. They refuse a parameter that has no state yet (an expert without tokens) and fail for an optimizer
 # without states (SGD), set runs a step of the optimizer, and neither knows ZeRO, so that names and groups stayed here.
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, islice
 from typing import Any
@@ -20,7 +21,7 @@ from s2ft.distributed import all_ranks, full_tensors, is_dtensor, is_partitioned
 
 NAMES = "parameter_names"  # for each group, the names of its parameters
 OF_GROUPS = ("base_lrs", "_last_lr", "lr_lambdas")  # of the state of a schedule: lists with an entry for each group
-INSIDE_NAMES = ("_checkpoint_wrapped_module.", "_orig_mod.")  # what wrappers add to names
+WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")  # what wrappers add to names
 
 
 def gather_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -85,11 +86,7 @@ def load_state(optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mappin
 
 def names_of(groups: Iterable[Iterable[nn.Parameter]], model: nn.Module) -> list[list[str]]:
     """Return the names of the parameters of each group, without what wrappers add to names."""
-    names = {}
-    for name, parameter in model.named_parameters():
-        for part in INSIDE_NAMES:
-            name = name.replace(part, "")
-        names[id(parameter)] = name
+    names = {id(parameter): WRAPPERS.sub("", name) for name, parameter in model.named_parameters()}
     return [[names[id(parameter)] for parameter in group] for group in groups]
 
 

@@ -17,7 +17,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from s2ft.text.data.preferences import GIVEN
+from s2ft.text.data.forms import GIVEN
 
 Reward = Callable[..., Any]
 

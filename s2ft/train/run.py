@@ -1,34 +1,38 @@
 """One run of a training command: options, data, model, adapter, training, files.
 
-The commands differ in one object, a :class:`Method`; see `s2ft.train.methods`.
+The commands differ in one object, a :class:`~s2ft.train.methods.Method`.
 """
 
 import json
 import logging
 import math
 import shlex
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import s2ft
 from s2ft.adapter.folders import write_card
 from s2ft.attached.loading import read_adapter
+from s2ft.attached.record import attachment_of
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig
-from s2ft.files.reading import check_adapter_name, reason_not_written, replace_file
+from s2ft.distributed import check_all_ranks_agree
+from s2ft.files.reading import check_adapter_name, replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
-from s2ft.text.collator import batches_of, calibration_for
+from s2ft.text.collator import batches_of
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.device import explain_out_of_memory, keep_freed_memory, peak_memory, say_device
+from s2ft.train.fit import Finetuned, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import (
     DEFAULT_BATCH,
@@ -38,10 +42,8 @@ from s2ft.train.options import (
     divide_batch,
     with_default_ratio,
 )
-from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log
+from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
-from s2ft.train.report_page import report_page
-from s2ft.train.sft import Finetuned, check_packages_of_run, check_ranks_agree, log_errors, smaller_step, this_rank
 
 logger = logging.getLogger(__name__)
 FEWEST_UPDATES = 32  # that a run should make
@@ -77,7 +79,7 @@ class Run:
     """What the options of a training command say.
 
     Attributes:
-        method: What the command does.
+        method: What the command does, a :class:`~s2ft.train.methods.Method`.
         model: How the base is loaded.
         data: Which data is read.
         config: What is trained.
@@ -87,7 +89,7 @@ class Run:
         given: The options that the user has set, by their full names.
     """
 
-    method: "Method"
+    method: Any
     model: ModelOptions
     data: DataOptions
     config: S2FTConfig
@@ -105,6 +107,11 @@ class Run:
     def is_first(self) -> bool:
         """Whether this process is the one that prints and writes."""
         return this_rank().is_main_process
+
+    def say(self, text: str) -> None:
+        """Log a line in the first process alone."""
+        if self.is_first:
+            logger.info(text)
 
     @property
     def resume(self) -> bool | Path:
@@ -131,8 +138,7 @@ class Run:
         if rate is None or "learning_rate" in self.given:
             return run
         self.arguments.learning_rate = rate
-        if self.is_first:
-            logger.info(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
+        self.say(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
         return replace(run, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
     def determining(self) -> dict[str, Any]:
@@ -157,49 +163,6 @@ class Run:
                     found[f"training.{one.name}"] = value
         found |= {f"training.{name}": getattr(arguments, name) for name in (MICRO, PASSES, "seed", "data_seed")}
         return {**found, ROWS: rows_of_update(arguments), GROUPS: devices_of(arguments).groups}
-
-
-class Method(ABC):
-    """What one training command does differently from the others."""
-
-    name: str
-    fits_batch = True  # whether fewer rows make an update where there are few of them
-
-    def learning_rate(self, model) -> float | None:
-        """Return the learning rate of a run that names none, or None for that of the arguments."""
-        return None
-
-    def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
-        """Check the options before anything is read. Raises ValueError."""
-
-    @abstractmethod
-    def read(self, run: Run) -> tuple[Any, Any]:
-        """Return the training rows, and the held-out rows or None."""
-
-    @abstractmethod
-    def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
-        """Choose the prompt's format, set it in the tokenizer, and convert the rows."""
-
-    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
-        """Return batches for a selection by statistics, or None if the selection needs none."""
-        convert, size = partial(self.token_row, tokenizer), run.arguments.per_device_train_batch_size
-        return calibration_for(run.config, tokenizer, data.rows, run.options.calibration_examples, size, convert)
-
-    @abstractmethod
-    def token_row(self, tokenizer, row) -> Any:
-        """Return an encoded row as a token row whose labels are one answer."""
-
-    @abstractmethod
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        """Log the memory that a step on the longest rows takes."""
-
-    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
-        """Write the base to a folder inside the context if something besides the trainer needs it."""
-        return nullcontext()
-
-    @abstractmethod
-    def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
-        """Train the attached model and save its adapter."""
 
 
 # ---- the run -------------------------------------------------------------------------------------------
@@ -227,8 +190,7 @@ def train(run: Run, config_text: Any) -> None:
     check_kernels(options.kernels)
     check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     set_batches(arguments, options, run.given)
-    resume = run.resume
-    with folder.reserved(bool(resume), options.overwrite) if run.is_first else nullcontext():
+    with folder.reserved(bool(run.resume), options.overwrite) if run.is_first else nullcontext():
         check_upload(arguments)
         # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
         uploads, arguments.push_to_hub = arguments.push_to_hub, False
@@ -247,8 +209,8 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     fitting = replace(run.options, batch_size=run.options.batch_size or fitting_batch(run, len(rows)))
     batches = set_batches(arguments, fitting, run.given)
     measured, protected = _other_text(run)
+    run.say(batches)
     if run.is_first:
-        logger.info(batches)
         say_device(device)
     if device.type == "cpu" and run.options.keep_memory:
         keep_freed_memory()
@@ -260,16 +222,12 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         method.log_memory(run, model, tokenizer, data)
     with method.base(run, model, tokenizer) as base:
         meter = _meter(run, measured, model, tokenizer, data)
-        protect = None
-        if protected is not None:
-            texts = text_rows(
-                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
-            )
-            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
+        how = (tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed)
+        texts = [] if protected is None else text_rows(protected, *how)
+        protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size) if texts else None
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
-        less = smaller_step(arguments)
-        with naming_what_is_kept(run.folder), explain_out_of_memory(less, run.folder.kept):
+        with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
             return method.train(run, model, tokenizer, data, **how, **({"base": base} if base else {}))
 
 
@@ -383,18 +341,6 @@ def write_page(run: Run, result: Finetuned, commands: list[str]) -> None:
     replace_file(folder.page, report_page(folder.title(), facts, commands, result.comparison, figure).encode())
 
 
-@contextmanager
-def naming_what_is_kept(folder: RunFolder) -> Iterator[None]:
-    """If a file can't be written inside the context, for example on a full disk, the OSError names what is kept."""
-    try:
-        yield
-    except Exception as error:
-        reason = reason_not_written(error)
-        if reason is None:
-            raise
-        raise OSError(f"{reason}; {folder.kept()}") from error
-
-
 # ---- parts of it ---------------------------------------------------------------------------------------
 
 
@@ -455,8 +401,8 @@ def fitting_batch(run: Run, rows: int) -> int | None:
         return None
     devices = devices_of(arguments).groups
     size = max(4 * devices, 2 ** int(math.log2(max(most, 1))) // devices * devices)
-    if run.is_first and arguments.max_steps <= 0:
-        logger.info(
+    if arguments.max_steps <= 0:
+        run.say(
             f"{DEFAULT_BATCH} rows an update would make {passed / DEFAULT_BATCH:.0f} updates of {rows} rows, which are "
             f"few: {size} make {passed / size:.0f}; --batch-size sets another number"
         )
@@ -485,10 +431,8 @@ def _other_text(run: Run) -> tuple[Any, Any]:
     options, data = run.forgetting, run.data
 
     def rows(names: list[str], most: int) -> Any:
-        if not names:
-            return None
         own = DataOptions(data=names, field=data.field, skip_bad_rows=data.skip_bad_rows)
-        return read_texts(own, most, run.config.seed)
+        return read_texts(own, most, run.config.seed) if names else None
 
     return rows(options.forgetting_data, options.meter_rows), rows(options.protect, options.protect_rows)
 
@@ -504,12 +448,9 @@ def _meter(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter 
     if options.measures_kl:
         drawn = some(data.rows if held_out is None else held_out, options.meter_rows, seed)
         rows = [run.method.token_row(tokenizer, row) for row in drawn]
-        prompts = prompt_rows(rows)
-        if options.kl_on == "answers":  # by the base, when the meter measures it
-            prompts = partial(
-                answer_rows, tokenizer=tokenizer, prompts=prompts_of(rows), max_new_tokens=run.options.max_new_tokens
-            )
-
+        answered = partial(answer_rows, tokenizer=tokenizer, max_new_tokens=run.options.max_new_tokens)
+        # The answers are those of the base, when the meter measures it.
+        prompts = partial(answered, prompts=prompts_of(rows)) if options.kl_on == "answers" else prompt_rows(rows)
     return ForgettingMeter(
         other=texts,
         prompts=prompts,
@@ -526,3 +467,41 @@ def _belongs(name: str, best: bool = False) -> bool:
 def _plain(value: Any) -> Any:
     """A value as JSON holds it."""
     return json.loads(json.dumps(value, default=lambda one: getattr(one, "value", str(one))))
+
+
+# ---- this process and its packages ----------------------------------------------------------------------
+
+
+def this_rank():
+    """Join the launched processes and return accelerate's state, which has the rank of this one.
+
+    Without a GPU, accelerate needs `cpu=True`. Otherwise each process would have rank 0, and all would write to the
+    same folder.
+    """
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def check_ranks_agree(model) -> None:
+    """Check that all ranks train the same units, since statistics may round differently on different devices.
+
+    Raises:
+        RuntimeError: The ranks have selected different units. It is raised on each rank.
+    """
+    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
+
+
+def smaller_step(arguments) -> str:
+    """Return the options with which a step of a run takes less memory.
+
+    Args:
+        arguments: The arguments of a Trainer.
+    """
+    if not is_checkpointed(arguments):
+        return "--gradient-checkpointing"
+    batch, accumulation = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
+    if batch == 1:
+        return "--load-in-4bit or a smaller --max-length"
+    half = batch // 2 if batch % 2 == 0 else 1
+    return f"--per-device-train-batch-size {half} --gradient-accumulation-steps {accumulation * (batch // half)}"

@@ -160,10 +160,11 @@ class AdapterCheckpoints:
         if state is None:  # of a plain Trainer
             super()._load_optimizer_and_scheduler(checkpoint)
             return
-        if self.is_deepspeed_enabled:
-            order = optimizer_state.load_zero_state(self.model_wrapped, state)
-        else:
-            order = optimizer_state.load_state(self.optimizer, self.model, state)
+        order = (
+            optimizer_state.load_zero_state(self.model_wrapped, state)
+            if self.is_deepspeed_enabled
+            else optimizer_state.load_state(self.optimizer, self.model, state)
+        )
         schedule = torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True)
         optimizer_state.load_schedule(self.lr_scheduler, schedule, order)
 

@@ -42,9 +42,8 @@ class RunMethods:
         if self.lr_scheduler is not None:
             return self.lr_scheduler
         name = str(getattr(self.args.lr_scheduler_type, "value", self.args.lr_scheduler_type))
-        needed = SCHEDULES.get(name, {})
-        if name == "warmup_stable_decay":
-            needed = {"num_decay_steps": max(1, num_training_steps // 10)}
+        decay = {"num_decay_steps": max(1, num_training_steps // 10)}
+        needed = decay if name == "warmup_stable_decay" else SCHEDULES.get(name, {})
         warmup = self.args.get_warmup_steps(num_training_steps)
         skipped = 1 if warmup else 0
         schedule = get_scheduler(
@@ -250,11 +249,11 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             examples = examples[self.args.process_index :: self.args.world_size]
         counts = [(0, 0)]
         if examples:
-            model = self.accelerator.unwrap_model(self.model)
-            scored = evaluate(model, self._text_tokenizer, examples, data.task, data.batch_size, data.max_new_tokens)
+            model, longest = self.accelerator.unwrap_model(self.model), data.max_new_tokens
+            scored = evaluate(model, self._text_tokenizer, examples, data.task, max_new_tokens=longest)
             counts = [(scored.right, len(scored.records))]
-        counts = gather_object(counts)
-        return sum(right for right, _ in counts) / sum(count for _, count in counts)
+        right, count = map(sum, zip(*gather_object(counts)))
+        return right / count
 
 
 class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
@@ -458,8 +457,7 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
 def refuse_sharding(arguments, command: str) -> None:
     """Raise ValueError if FSDP, DeepSpeed or tensor parallelism would shard the model, or devices would share rows."""
     sharded = [name for name in ("fsdp", "deepspeed") if getattr(arguments, name, None)]
-    state = arguments.distributed_state
-    kind = str(getattr(getattr(state, "distributed_type", None), "value", "")).lower()
+    kind = str(getattr(getattr(arguments.distributed_state, "distributed_type", None), "value", "")).lower()
     if any(name in kind for name in ("fsdp", "deepspeed")):
         sharded.append(kind)
     if (devices := devices_of(arguments)).together > 1 or loading_config(arguments):

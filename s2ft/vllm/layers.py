@@ -1,19 +1,21 @@
-"""Layers of vLLM that hold slices: the numbers of an S²FT adapter as they are, without padding to a rank.
+"""The layers of vLLM that take adapters: those that hold slices, and which one computes a projection.
 
-Switched on by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of an adapter in a layer, see
+A layer that holds slices has the numbers of an S²FT adapter as they are, without padding to a rank. It is switched on
+by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of an adapter in a layer, see
 :class:`s2ft.vllm.slice_layer.Budget`. vLLM's LoRA layers are not made then, and adapters of other kinds are refused.
 """
 
-import functools
 import itertools
 import logging
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
-from s2ft.vllm.compatibility import private, when_imported
+from torch import nn
+
+from s2ft.vllm.compatibility import in_place_of, part_of, private, when_imported
 from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, with_slices
-from s2ft.vllm.wrapped_layers import is_elsewhere
 
 logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
@@ -35,18 +37,6 @@ METHODS = ("can_replace_layer", "create_lora_weights", "reset_lora", "set_lora",
 _installed = False
 
 
-def wanted() -> bool:
-    """Whether the option asks for layers that hold slices.
-
-    Raises:
-        ValueError: ``S2FT_VLLM_SLICES`` is neither 0 nor 1.
-    """
-    value = os.environ.get(SWITCH, "")
-    if value not in ("", "0", "1"):
-        raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
-    return value == "1"
-
-
 def enabled() -> bool:
     """Whether the layers of this process hold slices. False too if this release of vLLM can't have them."""
     return _installed
@@ -60,9 +50,12 @@ def install() -> None:
     Raises:
         MissingInVLLM: This release of vLLM lacks a module that is needed.
     """
+    value = os.environ.get(SWITCH, "")
+    if value in ("", "0"):
+        return
     try:
-        if not wanted():
-            return
+        if value != "1":
+            raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
         budget = Budget.parse(os.environ.get(OPTION, ""))
     except ValueError as error:
         message = str(error)
@@ -73,14 +66,16 @@ def install() -> None:
 
 
 def _refuse(message: str) -> None:
-    def __init__(self: Any, *args: Any, **options: Any) -> None:
+    @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
+    def __init__(*args: Any, **options: Any) -> None:
         raise ValueError(message)
-
-    private("vllm.lora.model_manager", "LoRAModelManager").__init__ = __init__
 
 
 def _change_workers(budget: Budget) -> None:
-    """Change vLLM's LoRA. All names are looked up before the first change."""
+    """Change vLLM's LoRA: its layers, a report of their memory, and a check before another adapter is removed.
+
+    All names are looked up before the first change.
+    """
     global _installed
     for name, method in itertools.product(LAYERS, METHODS):
         private("vllm.lora.layers", f"{name}.{method}")
@@ -88,11 +83,19 @@ def _change_workers(budget: Budget) -> None:
     private("vllm.lora.utils", "_all_lora_classes")
     private("vllm.lora.model_manager", "from_layer_logits_processor")
     private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
-    manager = private("vllm.lora.model_manager", "LoRAModelManager")
-    worker = private(WORKERS, "WorkerLoRAManager")
-    init = private("vllm.lora.model_manager", "LoRAModelManager.__init__")
-    load = private(WORKERS, "WorkerLoRAManager._load_adapter")
-    manager.__init__, worker._load_adapter = _with_report(init), _with_check(load)
+    private(WORKERS, "WorkerLoRAManager._load_adapter")
+
+    @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
+    def __init__(make: Any, self: Any, *args: Any, **options: Any) -> None:
+        make(self, *args, **options)
+        _report(self)
+
+    @in_place_of(WORKERS, "WorkerLoRAManager._load_adapter")
+    def _load_adapter(load: Any, self: Any, lora_request: Any) -> Any:
+        lora = load(self, lora_request)
+        admit(self._adapter_manager, lora, lora_request.lora_name)
+        return lora
+
     private("vllm.lora.utils")._all_lora_classes = made
     # lm_head stays as it is, too. Its LoRA would be computed for every token, and no adapter can have one.
     private("vllm.lora.model_manager").from_layer_logits_processor = lambda layer, *args, **options: layer
@@ -106,47 +109,24 @@ def _change_hash(budget: Budget) -> None:
     """vLLM keeps compiled models on the disk by this hash. Layers with slices are another model."""
     from s2ft import __version__
 
-    config = private("vllm.config.lora", "LoRAConfig")
-    compute_hash = private("vllm.config.lora", "LoRAConfig.compute_hash")
-
-    @functools.wraps(compute_hash)
-    def changed(self: Any) -> str:
+    @in_place_of("vllm.config.lora", "LoRAConfig.compute_hash")
+    def changed(compute_hash: Any, self: Any) -> str:
         return f"{compute_hash(self)} s2ft {__version__} slices {budget}"
 
-    config.compute_hash = changed
 
-
-def _with_report(init: Any) -> Any:
-    """Print the memory after the layers were made."""
-
-    @functools.wraps(init)
-    def changed(self: Any, *args: Any, **options: Any) -> None:
-        init(self, *args, **options)
-        layers = [layer for _, layer in _slice_layers(self)]
-        total = sum(bank.nbytes for layer in layers for bank in layer.banks)
-        units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
-        logger.info(
-            "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
-            len(layers),
-            self.lora_slots,
-            total / 1e6,
-            OPTION,
-            ",".join(f"{key}={count}" for key, count in sorted(units.items())),
-        )
-
-    return changed
-
-
-def _with_check(load_adapter: Any) -> Any:
-    """Refuse an adapter that does not fit before vLLM removes another one for it."""
-
-    @functools.wraps(load_adapter)
-    def changed(self: Any, lora_request: Any) -> Any:
-        lora = load_adapter(self, lora_request)
-        admit(self._adapter_manager, lora, lora_request.lora_name)
-        return lora
-
-    return changed
+def _report(manager: Any) -> None:
+    """Print the memory of the layers that vLLM's LoRAModelManager has made."""
+    layers = [layer for _, layer in _slice_layers(manager)]
+    total = sum(bank.nbytes for layer in layers for bank in layer.banks)
+    units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
+    logger.info(
+        "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
+        len(layers),
+        manager.lora_slots,
+        total / 1e6,
+        OPTION,
+        ",".join(f"{key}={count}" for key, count in sorted(units.items())),
+    )
 
 
 def _slice_layers(manager: Any) -> Iterator[tuple[str, SliceLayer]]:
@@ -201,3 +181,133 @@ def _is_lora(name: str) -> ValueError:
         f"{name!r} is no S²FT adapter, and vLLM was started with {SWITCH}=1, which has no memory for LoRA: start it "
         f"without {SWITCH} to serve adapters of both kinds"
     )
+
+
+# ---- which layer computes a projection -----------------------------------------------------------------
+#
+# vLLM renames the modules of a checkpoint (hf_to_vllm_mapper), fuses several into one layer (q_proj, k_proj and v_proj
+# into qkv_proj), and serves adapters on the layers that it has wrapped for LoRA alone.
+
+MERGED = "export the model merged (s2ft export --format merged)"  # what always works
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where vLLM takes the adapter of one module of a checkpoint.
+
+    Attributes:
+        name: Name under which vLLM looks for the adapter's weights.
+        layer: Name of the wrapped layer in vLLM's model; the same, unless the layer is a fused one.
+        slot: Position among the modules that are fused in the layer; None if the layer is this module alone.
+        is_here: Whether this process has the layer. Another rank of pipeline parallelism has it otherwise.
+    """
+
+    name: str
+    layer: str
+    slot: int | None = None
+    is_here: bool = True
+
+
+class WrappedLayers:
+    """The layers of one vLLM model that take adapters."""
+
+    def __init__(self, adapter_manager: Any) -> None:
+        """List the wrapped layers.
+
+        Args:
+            adapter_manager: vLLM's LoRAModelManager.
+
+        Raises:
+            MissingInVLLM: It lacks an attribute that is needed.
+        """
+        self._model: nn.Module = part_of(adapter_manager, "model")
+        self._config = part_of(adapter_manager, "lora_config")
+        self.layers: dict[str, nn.Module] = part_of(adapter_manager, "modules")
+        packed: dict[str, list[str]] = part_of(adapter_manager, "packed_modules")
+        self._fused = {layer for layer in packed if layer in self.layers}
+        self._parts = {
+            name: Target(name, layer, slot)
+            for layer, names in packed.items()
+            for slot, name in enumerate(names)
+            if layer in self.layers
+        }
+        self._is_pooling = getattr(adapter_manager, "is_pooling_model", False)
+        mapper = getattr(self._model, "hf_to_vllm_mapper", None)
+        # Renames alone: the mapper's other entries are about weights that it stacks or leaves out.
+        self._mapper = mapper.get_rename_mapper() if hasattr(mapper, "get_rename_mapper") else mapper
+
+    def find(self, path: str) -> Target:
+        """Find the layer of a module.
+
+        Args:
+            path: Path of the module in the model of transformers.
+
+        Raises:
+            ValueError: vLLM serves no adapter on this module. The message says what to do.
+        """
+        name = self._renamed(path)
+        if self._is_pooling and f"model.{name}" in {*self.layers, *self._parts}:
+            name = f"model.{name}"  # of embeddings: the model without a head was trained, and vLLM gave it a prefix
+        if name in self._parts:
+            return self._parts[name]
+        if name in self._fused:
+            raise ValueError(
+                f"{path} is one weight in the checkpoint, and vLLM serves adapters of its parts alone: {MERGED}"
+            )
+        if name in self.layers:
+            return Target(name, name)
+        if is_elsewhere(self._model, name):
+            return Target(name, name, is_here=False)
+        raise ValueError(self._why_not(path, name))
+
+    def _renamed(self, path: str) -> str:
+        """The name of a module in vLLM's model, as vLLM reads it from the name of a LoRA's weight."""
+        parse = private("vllm.lora.utils", "parse_fine_tuned_lora_name")
+        return parse(f"base_model.model.{path}.lora_A.weight", self._mapper)[0]
+
+    def _why_not(self, path: str, name: str) -> str:
+        suffix, wanted = name.rpartition(".")[2], self._config.target_modules
+        if wanted is not None and suffix not in wanted and name not in wanted:
+            return (
+                f"this server does not serve adapters of {path}: --lora-target-modules is {' '.join(sorted(wanted))}. "
+                f"Add {suffix}, or leave the option out"
+            )
+        return (
+            f"vLLM serves no adapter on {path}"
+            + ("" if path == name else f" ({name} in vLLM)")
+            + f": {type(self._model).__name__} has no such layer that takes LoRA (for the layers of a vision tower see "
+            "--enable-tower-connector-lora): " + MERGED
+        )
+
+
+def is_elsewhere(model: Any, path: str) -> bool:
+    """Whether another rank of pipeline parallelism has a module."""
+    missing = private("vllm.model_executor.models.utils", "PPMissingLayer")
+    for part in path.split("."):
+        model = getattr(model, part, None)
+        if isinstance(model, missing):
+            return True
+    return False
+
+
+def sizes(layer: nn.Module, slot: int | None) -> tuple[int | None, int | None]:
+    """Outputs and inputs of a wrapped layer, or of one module that is fused in it, before tensor parallelism splits it.
+
+    Args:
+        layer: A layer that vLLM has wrapped for LoRA.
+        slot: Position of the module in the layer; None for the whole layer.
+
+    Returns:
+        The numbers; None for one that the layer does not say.
+    """
+    base = getattr(layer, "base_layer", None)
+    inputs = getattr(base, "input_size", None)
+    if hasattr(base, "total_num_kv_heads"):  # output_sizes counts heads twice that several ranks have
+        values = getattr(base, "v_head_size", base.head_size)
+        parts = [base.total_num_heads * base.head_size, base.total_num_kv_heads * base.head_size]
+        parts.append(base.total_num_kv_heads * values)
+    else:
+        parts = getattr(base, "output_sizes", None)
+    if parts is None:
+        return getattr(base, "output_size", None), inputs
+    return (sum(parts) if slot is None else parts[slot] if slot < len(parts) else None), inputs

@@ -2,8 +2,8 @@
 
 Every way to name an adapter ends in one method of vLLM's workers: ``--lora-modules``, ``/v1/load_lora_adapter``,
 resolvers, and ``LoRARequest`` offline. There a folder of S²FT becomes vLLM's own LoRA in memory, see
-:mod:`s2ft.vllm.as_lora`. Nothing is exported, and each module has the rank that it needs. Folders of other formats go
-to vLLM. This module imports little: vLLM imports it in every process.
+:mod:`s2ft.vllm.served_base`. Nothing is exported, and each module has the rank that it needs. Folders of other formats
+go to vLLM. This module imports little: vLLM imports it in every process.
 
 An adapter that is refused must leave the server as it was. So every rank says whether it could load, and the engine
 raises the reason after all have answered: vLLM itself stops listening at the first error, and takes the answers that
@@ -22,7 +22,6 @@ puts one of them alone into the batch, and ends with a KeyError at the tokens of
 """
 
 import asyncio
-import functools
 import hashlib
 import inspect
 import itertools
@@ -37,13 +36,14 @@ from pathlib import Path
 from typing import IO, Any
 
 from s2ft.files.reading import CONFIG, TENSORS, own_folder, read_folder
-from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.compatibility import guarded, in_place_of, private, when_imported
 
 logger = logging.getLogger("vllm.s2ft")
 
-FEATURE = "S²FT adapters"
+FEATURE, ON_PROCESSORS = "S²FT adapters", "answers of the base beside adapters, on processors,"
 WORKER, EXECUTOR, OFFLINE = "vllm.lora.worker_manager", "vllm.v1.executor.abstract", "vllm.v1.engine.llm_engine"
 SERVER, REQUEST = "vllm.v1.engine.async_llm", "vllm.lora.request"
+PUNICA = "vllm.lora.punica_wrapper.punica_cpu"
 # What is used when an adapter is loaded. A missing name is noticed at the start.
 NEEDED = (
     (WORKER, "WorkerLoRAManager._load_adapter"),
@@ -69,6 +69,7 @@ def install() -> None:
     when_imported(OFFLINE, FEATURE, _change_offline_engine)
     when_imported(SERVER, FEATURE, _change_server)
     when_imported(REQUEST, FEATURE, _compare_numbers)
+    guarded(ON_PROCESSORS, lambda: when_imported(PUNICA, ON_PROCESSORS, _leave_base_out))
 
 
 def folder_of(path: str) -> Path | None:
@@ -131,10 +132,6 @@ def _digest(config: bytes) -> str:
     return hashlib.sha256(config).hexdigest()[:16]
 
 
-def _open(config: Path) -> tuple[bytes, IO[bytes]]:
-    return config.read_bytes(), open(config.parent / TENSORS, "rb")
-
-
 class Contents:
     """Contents of adapters, each with its tensors as an open file, so that it outlives its folder.
 
@@ -159,8 +156,9 @@ class Contents:
         """
         key = path, version
         if key not in self._kept:
-            folder = folder_of(path)
-            content = None if folder is None else read_folder(folder, _open)
+            folder, content = folder_of(path), None
+            if folder is not None:
+                content = read_folder(folder, lambda file: (file.read_bytes(), open(file.parent / TENSORS, "rb")))
             if content is None or _digest(content[0]) != version:
                 raise ValueError(
                     f"adapter {path} was replaced while it was loaded, or after {self.limit} others were: load it again"
@@ -188,17 +186,16 @@ class Contents:
 def _change_workers() -> None:
     for module, attribute in NEEDED:
         private(module, attribute)
-    manager = private(WORKER, "WorkerLoRAManager")
-    make, load, contents = manager.__init__, manager._load_adapter, Contents()
+    contents = Contents()
 
-    @functools.wraps(make)
-    def __init__(self: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
+    @in_place_of(WORKER, "WorkerLoRAManager.__init__")
+    def __init__(make: Any, self: Any, vllm_config: Any, *args: Any, **options: Any) -> None:
         make(self, vllm_config, *args, **options)
         self.s2ft_vllm_config = vllm_config
 
-    @functools.wraps(load)
-    def _load_adapter(self: Any, lora_request: Any) -> Any:
-        from s2ft.vllm.as_lora import lora_of  # the first adapter pays for these imports, not every start of vLLM
+    @in_place_of(WORKER, "WorkerLoRAManager._load_adapter")
+    def _load_adapter(load: Any, self: Any, lora_request: Any) -> Any:
+        from s2ft.vllm.served_base import lora_of  # the first adapter pays for these imports, not every start of vLLM
 
         path, version = split_version(lora_request.lora_path)
         if version is not None:
@@ -206,8 +203,6 @@ def _change_workers() -> None:
                 return lora_of(self, lora_request, folder)
         folder = folder_of(path)
         return load(self, lora_request) if folder is None else lora_of(self, lora_request, folder)
-
-    manager.__init__, manager._load_adapter = __init__, _load_adapter
 
 
 def add_on_rank(worker: Any, lora_request: Any) -> tuple[bool, str]:
@@ -232,11 +227,8 @@ def add_on_rank(worker: Any, lora_request: Any) -> tuple[bool, str]:
 
 
 def _change_executors() -> None:
-    executor = private(EXECUTOR, "Executor")
-    add = private(EXECUTOR, "Executor.add_lora")
-
-    @functools.wraps(add)
-    def add_lora(self: Any, lora_request: Any) -> bool:
+    @in_place_of(EXECUTOR, "Executor.add_lora")
+    def add_lora(_: Any, self: Any, lora_request: Any) -> bool:
         answers = self.collective_rpc(add_on_rank, args=(lora_request,))
         reasons = [reason for _, reason in answers if reason]
         if not reasons:
@@ -245,17 +237,18 @@ def _change_executors() -> None:
             self.collective_rpc("remove_lora", args=(lora_request.lora_int_id,))
         raise ValueError(reasons[0])
 
-    executor.add_lora = add_lora
-
 
 def _change_offline_engine() -> None:
     """Load an adapter before the first request that needs it. In a step, one that is refused would end the engine."""
-    engine = private(OFFLINE, "LLMEngine")
-    add_request, remove = private(OFFLINE, "LLMEngine.add_request"), private(OFFLINE, "LLMEngine.remove_lora")
-    signature = inspect.signature(add_request)
+    signature = inspect.signature(private(OFFLINE, "LLMEngine.add_request"))
 
-    @functools.wraps(add_request)
-    def add(self: Any, *args: Any, **options: Any) -> Any:
+    @in_place_of(OFFLINE, "LLMEngine.remove_lora")
+    def remove_lora(remove: Any, self: Any, lora_id: int) -> bool:
+        vars(self).get("s2ft_known", {}).pop(lora_id, None)
+        return remove(self, lora_id)
+
+    @in_place_of(OFFLINE, "LLMEngine.add_request")
+    def add_request(add: Any, self: Any, *args: Any, **options: Any) -> Any:
         request = signature.bind(self, *args, **options).arguments.get("lora_request")
         if request is not None and self.vllm_config.lora_config is not None:
             known = vars(self).setdefault("s2ft_known", {})
@@ -263,14 +256,7 @@ def _change_offline_engine() -> None:
                 if folder_of(request.lora_path) is not None:
                     self.add_lora(request)
                 known[request.lora_int_id] = request.lora_path
-        return add_request(self, *args, **options)
-
-    @functools.wraps(remove)
-    def remove_lora(self: Any, lora_id: int) -> bool:
-        vars(self).get("s2ft_known", {}).pop(lora_id, None)
-        return remove(self, lora_id)
-
-    engine.add_request, engine.remove_lora = add, remove_lora
+        return add(self, *args, **options)
 
 
 # ---- in the server ------------------------------------------------------------------------------------------
@@ -278,19 +264,16 @@ def _change_offline_engine() -> None:
 
 def _change_server() -> None:
     """The server adds every adapter by this method, whether a command line, a request or a resolver names it."""
-    engine, add = private(SERVER, "AsyncLLM"), private(SERVER, "AsyncLLM.add_lora")
     numbers = itertools.count(FIRST)
 
-    @functools.wraps(add)
-    async def add_lora(self: Any, lora_request: Any) -> bool:
+    @in_place_of(SERVER, "AsyncLLM.add_lora")
+    async def add_lora(add: Any, self: Any, lora_request: Any) -> bool:
         versioned = await asyncio.to_thread(with_version, lora_request.lora_path)
         if versioned is not None:  # the server keeps this object for the requests that name the adapter
             lora_request.lora_path = versioned
             if lora_request.load_inplace:
                 lora_request.load_inplace, lora_request.lora_int_id = False, next(numbers)
         return await add(self, lora_request)
-
-    engine.add_lora = add_lora
 
 
 def _compare_numbers() -> None:
@@ -301,3 +284,21 @@ def _compare_numbers() -> None:
 
     request.__eq__ = lambda self, other: isinstance(other, request) and key(self) == key(other)
     request.__hash__ = lambda self: hash(key(self))
+
+
+# ---- on processors ----------------------------------------------------------------------------------------------
+
+
+def _leave_base_out() -> None:
+    """Let the first product of a LoRA be zero for tokens of the base. The second one then adds nothing.
+
+    vLLM marks a token of the base by the slot -1. Its kernels for processors take that as the last slot, so that an
+    answer of the base contains the adapter that lies there, if one does. Kernels for GPUs leave these tokens out.
+    """
+    for name in ("_shrink_prefill", "_shrink_decode"):
+
+        @in_place_of(PUNICA, f"PunicaWrapperCPU.{name}")
+        def shrink_adapters(shrink: Any, self: Any, y: Any, *args: Any, **options: Any) -> None:
+            shrink(self, y, *args, **options)
+            of_base = self.token_lora_indices[: y.shape[0]] < 0
+            y[: of_base.numel()][of_base] = 0

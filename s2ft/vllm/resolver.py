@@ -6,7 +6,6 @@ Without either variable it is not there.
 """
 
 import asyncio
-import functools
 import logging
 import os
 import re
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.files.reading import shortened
-from s2ft.vllm.compatibility import private, when_imported
+from s2ft.vllm.compatibility import in_place_of, private, when_imported
 from s2ft.vllm.lora_requests import folder_of
 
 logger = logging.getLogger("vllm.s2ft")
@@ -144,15 +143,13 @@ def _is_of(folder: Path, base: str) -> bool:
 
 def _say_why() -> None:
     """Let the answer to a request that names an adapter of ours say why it does not load. vLLM logs it only."""
-    serving = private(SERVING, "OpenAIServingModels")
-    resolve, make_error = serving.resolve_lora, private(SERVING, "create_error_response")
+    make_error = private(SERVING, "create_error_response")
     registry = private("vllm.lora.resolver", "LoRAResolverRegistry")
 
-    @functools.wraps(resolve)
-    async def resolve_lora(self: Any, lora_name: str) -> Any:
+    @in_place_of(SERVING, "OpenAIServingModels.resolve_lora")
+    async def resolve_lora(resolve: Any, self: Any, lora_name: str) -> Any:
         answer = await resolve(self, lora_name)
-        requests = registry.get_resolver(NAME).requests
-        request = requests.pop(lora_name, None)
+        request = registry.get_resolver(NAME).requests.pop(lora_name, None)
         if request is None or getattr(getattr(answer, "error", None), "code", None) != HTTPStatus.BAD_REQUEST.value:
             return answer
         try:
@@ -162,5 +159,3 @@ def _say_why() -> None:
             return make_error(message=reason, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
         self.lora_requests[lora_name] = request  # somebody has just replaced a folder that was damaged
         return request
-
-    serving.resolve_lora = resolve_lora

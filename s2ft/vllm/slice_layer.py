@@ -160,7 +160,7 @@ class SliceLayer:
                 self._name(), self._sizes(dim), dim, self._is_usual(dim), lora_config.max_lora_rank
             )
             if units:
-                width = extent(self._spans(1 - dim, 1)[0])
+                width = int((self._places(1 - dim, 1)[0] >= 0).sum())
                 self.banks += (SliceBank(max_loras, units, width, dim, lora_config.lora_dtype, device),)
 
     def _name(self) -> str:
@@ -173,16 +173,15 @@ class SliceLayer:
         """How many outputs or inputs each projection has, and how many on each rank."""
         names, layer = getattr(self.base_layer, PARTS, ()), self.base_layer
         if dim == 1:
-            return dict.fromkeys(names or (self._name(),), (layer.input_size, extent(input_spans(layer, 0))))
+            return dict.fromkeys(names or (self._name(),), (layer.input_size, local_inputs(layer)))
         found = [(piece.size, piece.local) for piece in pieces(layer, 0)]
         if len(names) == len(found):
             return dict(zip(names, found))
         return {self._name(): (sum(size for size, _ in found), sum(local for _, local in found))}
 
-    def _spans(self, dim: int, parts: int, rank: int | None = None) -> list[list]:
-        """What a rank has of the outputs (dim 0) or inputs (dim 1) of each projection."""
-        rank = self.tp_rank if rank is None else rank
-        return output_spans(self.base_layer, rank, parts) if dim == 0 else [input_spans(self.base_layer, rank)] * parts
+    def _places(self, dim: int, parts: int, rank: int | None = None) -> list[Tensor]:
+        """Where the outputs (dim 0) or inputs (dim 1) of each projection are on a rank, see :func:`places_of`."""
+        return places_of(self.base_layer, self.tp_rank if rank is None else rank, dim, parts)
 
     def room(self, dim: int) -> tuple[str, int]:
         """The name of a dim in the option, and the units of it that an adapter can have in this layer."""
@@ -202,20 +201,22 @@ class SliceLayer:
         Raises:
             ValueError: The slices do not fit the layer.
         """
-        found: dict[int, int] = {}
+        self._check(parts)
+        found = {0: 0, 1: 0}
         for rank in range(1 if is_replicated(self.base_layer) else self.tp_size):
             counts = {0: 0, 1: 0}
-            spans = [self._spans(dim, len(parts), rank) for dim in (0, 1)]
+            places = [self._places(dim, len(parts), rank) for dim in (0, 1)]
             for number, part in enumerate(parts):
                 if part is not None:
                     dim, index = decode(part[0])
-                    counts[dim] += pick(index, spans[dim][number])[0].numel()
-            found = {dim: max(count, found.get(dim, 0)) for dim, count in counts.items()}
-        self._check(parts)
+                    counts[dim] += int((places[dim][number][index] >= 0).sum())
+            found = {dim: max(count, found[dim]) for dim, count in counts.items()}
         return {dim: count for dim, count in found.items() if count}
 
     def _check(self, parts: Sequence[Part]) -> None:
         sizes = [piece.size for piece in pieces(self.base_layer, 0)]
+        if len(parts) not in (1, len(sizes)):
+            raise ValueError(f"the layer consists of {len(sizes)} projections, and the adapter has {len(parts)} for it")
         sizes = [sum(sizes)] if len(parts) == 1 else sizes
         for part, size in zip(parts, sizes):
             if part is None:
@@ -249,12 +250,14 @@ class SliceLayer:
             return
         for bank in self.banks:
             units, rows = [bank.index[:0]], [bank.values[:0]]
-            spans = zip(self._spans(bank.dim, len(parts)), self._spans(1 - bank.dim, len(parts)))
-            for part, (mine, across) in zip(parts, spans):
+            places = zip(self._places(bank.dim, len(parts)), self._places(1 - bank.dim, len(parts)))
+            for part, (along, across) in zip(parts, places):
                 if part is not None and decode(part[0])[0] == bank.dim:
-                    which, where = pick(decode(part[0])[1], mine)
-                    units.append(where.to(bank.index.device))
-                    rows.append(spread(part[1].index_select(0, which), across, bank.values.shape[1]).to(bank.values))
+                    where, here = along[decode(part[0])[1]], across >= 0
+                    values = part[1].new_zeros(int((where >= 0).sum()), bank.values.shape[1])
+                    values[:, across[here]] = part[1][where >= 0][:, here]
+                    units.append(where[where >= 0].to(bank.index.device))
+                    rows.append(values.to(bank.values))
             bank.put(index, torch.cat(units), torch.cat(rows))
 
     def _set_warm_up(self, index: int, parts: Sequence[Part]) -> None:
@@ -306,8 +309,7 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:
         update(mapping, lora_index_to_id, *args, **options)
         slot_of = {number: slot for slot, number in enumerate(lora_index_to_id) if number is not None}
-        numbers = np.asarray(mapping.index_mapping, dtype=np.int64)
-        which, back = np.unique(numbers, return_inverse=True)
+        which, back = np.unique(np.asarray(mapping.index_mapping, dtype=np.int64), return_inverse=True)
         batch.update(np.array([slot_of[n] if n > 0 else -1 for n in which.tolist()], dtype=np.int64)[back])
 
     punica_wrapper.update_metadata, punica_wrapper.s2ft_batch = update_metadata, batch
@@ -317,21 +319,6 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
 # ---- which outputs and inputs of a layer a rank of tensor parallelism has ----------------------------
 #
 # The layers are those of vLLM, known by their attributes, so that stand-ins can be tested without vLLM.
-
-
-@dataclass(frozen=True)
-class Span:
-    """Neighbouring outputs or inputs of a projection that this rank has.
-
-    Attributes:
-        first: The first of them in the projection.
-        size: Their number.
-        at: Where the first is in this rank's part of the layer.
-    """
-
-    first: int
-    size: int
-    at: int
 
 
 @dataclass(frozen=True)
@@ -385,75 +372,33 @@ def pieces(layer: Any, rank: int) -> list[FusedPiece]:
     return [FusedPiece(size, size // layer.tp_size, rank) for size in sizes]
 
 
-def output_spans(layer: Any, rank: int, parts: int) -> list[list[Span]]:
-    """Where the outputs of each projection are.
+def local_inputs(layer: Any) -> int:
+    """The number of a layer's inputs on a rank."""
+    return layer.input_size_per_partition if is_row_parallel(layer) else layer.input_size
+
+
+def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
+    """Where the outputs or inputs of each projection are in a rank's part of a layer.
 
     Args:
         layer: A linear layer of vLLM.
         rank: Rank of tensor parallelism.
+        dim: 0 for outputs, 1 for inputs.
         parts: Number of projections that the checkpoint has for the layer: 1 if it has one weight for all.
 
     Returns:
-        The spans of each projection.
-
-    Raises:
-        ValueError: The layer has another number of projections.
+        For each projection, the place of each of its outputs or inputs, int64; -1 for those of other ranks.
     """
-    found, before, at = [], 0, 0
-    for piece in pieces(layer, rank):
-        first = piece.local * piece.shard + (before if parts == 1 else 0)
-        found.append(Span(first, piece.local, at))
-        before, at = before + piece.size, at + piece.local
-    if parts == 1:
-        return [found]
-    if parts != len(found):
-        raise ValueError(f"the layer consists of {len(found)} projections, and the adapter has {parts} for it")
-    return [[span] for span in found]
-
-
-def input_spans(layer: Any, rank: int) -> list[Span]:
-    """Where the inputs of a layer are."""
-    local = layer.input_size_per_partition if is_row_parallel(layer) else layer.input_size
-    return [Span(local * rank if is_row_parallel(layer) else 0, local, 0)]
-
-
-def extent(spans: Sequence[Span]) -> int:
-    """Return the number of outputs or inputs on this rank."""
-    return sum(span.size for span in spans)
-
-
-def pick(index: Tensor, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-    """Find the units that this rank has.
-
-    Args:
-        index: The output or input of each unit in its projection, shape [n], int64.
-        spans: What this rank has.
-
-    Returns:
-        Their positions in `index` [m], and where they are in this rank's part of the layer [m].
-    """
-    which, where = [], []
-    for span in spans:
-        mine = ((index >= span.first) & (index < span.first + span.size)).nonzero().squeeze(1)
-        which.append(mine)
-        where.append(index[mine] - span.first + span.at)
-    return torch.cat(which), torch.cat(where)
-
-
-def spread(values: Tensor, spans: Sequence[Span], width: int) -> Tensor:
-    """Take from each row what this rank has, at the place where it is.
-
-    Args:
-        values: Rows over all outputs or inputs of a projection, shape [n, W].
-        spans: What this rank has of it.
-        width: Length of a row in this rank's part of the layer.
-
-    Returns:
-        Shape [n, width]. Outputs of other projections in the layer are zero.
-    """
-    if len(spans) == 1 and spans[0].size == width:
-        return values[:, spans[0].first : spans[0].first + width]
-    rows = values.new_zeros(values.shape[0], width)
-    for span in spans:
-        rows[:, span.at : span.at + span.size] = values[:, span.first : span.first + span.size]
-    return rows
+    if dim == 1:
+        fused = [FusedPiece(layer.input_size, local_inputs(layer), rank if is_row_parallel(layer) else 0)]
+    else:
+        fused = pieces(layer, rank)
+    found, at = [], 0
+    for piece in fused:
+        places, first = torch.full((piece.size,), -1), piece.local * piece.shard
+        places[first : first + piece.local] = torch.arange(at, at + piece.local)
+        found.append(places)
+        at += piece.local
+    if dim == 1:
+        return found * parts
+    return [torch.cat(found)] if parts == 1 else found

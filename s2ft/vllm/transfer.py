@@ -13,12 +13,15 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from s2ft.vllm.compatibility import private, when_imported
-from s2ft.vllm.processors import BACKEND, is_chosen
+import torch
+
+from s2ft.vllm.compatibility import guarded, in_place_of, private, when_imported
 
 logger = logging.getLogger(__name__)
 
-FEATURE = "slices of a training run"
+FEATURE, ON_PROCESSORS = "slices of a training run", "weights that slices can be written into, on processors,"
+BACKEND = "s2ft"
+_UTILS = "vllm.model_executor.layers.utils"
 _FACTORY = "vllm.distributed.weight_transfer.factory"
 _CORE = "vllm.v1.engine.core"
 _OPEN = "_s2ft_update_is_open"  # of an engine core: an update was started and not finished
@@ -28,9 +31,10 @@ METHODS = (INIT, START, UPDATE, FINISH, SHUTDOWN)
 
 
 def install() -> None:
-    """Register the backend, and let the engine core guard it."""
+    """Register the backend, let the engine core guard it, and leave weights as they are where it is chosen."""
     when_imported(_FACTORY, FEATURE, _register)
     when_imported(_CORE, FEATURE, _guard)
+    guarded(ON_PROCESSORS, lambda: when_imported(_UTILS, ON_PROCESSORS, _leave_unpacked))
 
 
 def _register() -> None:
@@ -43,16 +47,11 @@ def _register() -> None:
 
 
 def _guard() -> None:
-    core = private(_CORE, "EngineCore")
-    call = private(_CORE, "EngineCore.collective_rpc")
-
-    @functools.wraps(call)
-    def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+    @in_place_of(_CORE, "EngineCore.collective_rpc")
+    def collective_rpc(call, self, method, timeout=None, args=(), kwargs=None):
         if method not in METHODS or not is_chosen(self.vllm_config):
             return call(self, method, timeout, args, kwargs)
         return _guarded_call(self, functools.partial(call, self), method, timeout, args, dict(kwargs or {}))
-
-    core.collective_rpc = collective_rpc
 
 
 def _guarded_call(
@@ -124,3 +123,32 @@ def on_worker(worker: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> 
         logger.debug("s2ft: %s", method, exc_info=True)
         return str(error) if isinstance(error, ValueError | RuntimeError) else f"{type(error).__name__}: {error}"
     return None
+
+
+# ---- on processors ---------------------------------------------------------------------------------------
+
+
+def _leave_unpacked() -> None:
+    """Let an engine with this backend keep its weights as they are, and multiply by them with PyTorch.
+
+    vLLM's CPU backend packs the weight of each linear layer into a form of its own (oneDNN, AMX, ZenDNN) and forgets
+    the original, so that nothing can be written into it. Engines without the backend are not changed.
+    """
+    config = private("vllm.config", "get_current_vllm_config_or_none")
+
+    @in_place_of(_UTILS, "dispatch_cpu_unquantized_gemm")
+    def dispatch(pack: Any, layer: torch.nn.Module, *args: Any, **options: Any) -> None:
+        if layer.weight.dim() == 2 and is_chosen(config()):
+            layer.cpu_linear = torch.nn.functional.linear
+        else:
+            pack(layer, *args, **options)
+
+
+def is_chosen(config: Any) -> bool:
+    """Whether an engine's configuration has the weight transfer backend ``s2ft``."""
+    return getattr(getattr(config, "weight_transfer_config", None), "backend", None) == BACKEND
+
+
+def is_packed(module: torch.nn.Module) -> bool:
+    """Whether a layer of the CPU backend computes with a packed copy of its weight."""
+    return getattr(module, "cpu_linear", torch.nn.functional.linear) is not torch.nn.functional.linear

@@ -14,7 +14,7 @@ from s2ft.sync.places import NoPlace, Place
 from s2ft.sync.receiver import Receiver
 from s2ft.sync.wire import SliceSpec
 from s2ft.vllm.compatibility import private
-from s2ft.vllm.processors import BACKEND, is_packed
+from s2ft.vllm.transfer import BACKEND, is_packed
 
 logger = logging.getLogger(__name__)
 
@@ -112,16 +112,17 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
         reason = self._why_not()
         if reason and {place.slice_number for place in found} != set(range(len(specs))):
             raise NoPlace(reason)
-        owners: dict[int, list[nn.Module]] = {}
-        for module in self.model.modules():
-            for parameter in module._parameters.values():
-                if parameter is not None:
-                    owners.setdefault(parameter.untyped_storage().data_ptr(), []).append(module)
+        problems = {
+            parameter.untyped_storage().data_ptr(): problem
+            for module in self.model.modules()
+            if (problem := _packed(module))
+            for parameter in module._parameters.values()
+            if parameter is not None
+        }
         for place in found:
-            for module in owners.get(place.view.untyped_storage().data_ptr(), ()):
-                problem = _packed(module)
-                if problem:
-                    raise NoPlace(f"{specs[place.slice_number].name}: {problem}")
+            problem = problems.get(place.view.untyped_storage().data_ptr())
+            if problem:
+                raise NoPlace(f"{specs[place.slice_number].name}: {problem}")
 
 
 def _packed(module: nn.Module) -> str:

@@ -69,8 +69,7 @@ def test_a_calibrated_run_resumes(work, tmp_path):
         "activation",
         *RUN,
     ]
-    assert command(*arguments, "--save-steps", 1) == 0
-    assert command(*arguments, "--resume") == 0
+    assert command(*arguments, "--save-steps", 1) == 0 and command(*arguments, "--resume") == 0
     assert command(*arguments, "--resume", "--calibration-examples", 2) == 2
 
 

@@ -12,6 +12,7 @@ from support.inside import (
     MissingInVLLM,
     SliceBank,
     add_slices_,
+    compatibility,
     encode,
     layer_with_slices as with_slices,
     layers,
@@ -130,9 +131,7 @@ def test_torch_compile_does_not_look_into_the_op():
         other, x, y, expected = case(1, torch.float64, "cpu", slots)
         copied(other, bank)
         batch.update(np.array(slots))
-        delta = expected - y
-        got = layer(x.clone(), y.clone())
-        torch.testing.assert_close(got, y + 2 * delta + 1)
+        torch.testing.assert_close(layer(x.clone(), y.clone()), y + 2 * (expected - y) + 1)
     assert len(graphs) == 1 and "add_slices_" in graphs[0].code
 
 
@@ -341,7 +340,8 @@ def changes(monkeypatch):
     """What `install` would change in a vLLM that lacks every name."""
     found = []
     monkeypatch.setattr(layers, "when_imported", lambda module, feature, change: found.append((module, change)))
-    monkeypatch.setattr(layers, "private", Mock(side_effect=MissingInVLLM("vllm", "")))
+    for module in (layers, compatibility):
+        monkeypatch.setattr(module, "private", Mock(side_effect=MissingInVLLM("vllm", "")))
     return found
 
 
@@ -369,7 +369,7 @@ def test_compiled_models_are_kept_apart(monkeypatch):
     for text in ("", "5", "a=5"):
         config = type("LoRAConfig", (), {"compute_hash": lambda self: "same"})
         found_in = {"LoRAConfig": config, "LoRAConfig.compute_hash": config.compute_hash}
-        monkeypatch.setattr(layers, "private", lambda module, name, found_in=found_in: found_in[name])
+        monkeypatch.setattr(compatibility, "private", lambda module, name, found_in=found_in: found_in[name])
         layers._change_hash(Budget.parse(text))
         found.add(config().compute_hash())
     assert len(found) == 3
@@ -385,7 +385,7 @@ class Missing(nn.Module):
 @pytest.fixture
 def manager(monkeypatch):
     """vLLM's manager of a model with two layers on this rank, and one on another."""
-    monkeypatch.setattr("s2ft.vllm.wrapped_layers.private", lambda module, attribute: Missing)
+    monkeypatch.setattr("s2ft.vllm.layers.private", lambda module, attribute: Missing)
     wrapped = {
         "layers.0.qkv_proj": Model("query, key and value", 1).layers[0],
         "layers.0.proj": Model("row", 1).layers[0],

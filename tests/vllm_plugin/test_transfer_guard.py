@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.inside import processors, transfer
+from support.inside import compatibility, loading, transfer
 from support.vllm_modules import fake_modules
 
 
@@ -86,22 +86,23 @@ def test_an_update_that_is_refused(core, words):
 def test_only_engines_with_the_backend_are_changed(monkeypatch):
     chosen = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="s2ft"))
     other = SimpleNamespace(weight_transfer_config=SimpleNamespace(backend="nccl"))
-    assert processors.is_chosen(chosen) and not processors.is_chosen(other)
-    assert not processors.is_chosen(None) and not processors.is_chosen(SimpleNamespace(weight_transfer_config=None))
+    assert transfer.is_chosen(chosen) and not transfer.is_chosen(other)
+    assert not transfer.is_chosen(None) and not transfer.is_chosen(SimpleNamespace(weight_transfer_config=None))
     pack, config = Mock(), [chosen]
     utils = SimpleNamespace(dispatch_cpu_unquantized_gemm=pack)
     found = {"": utils, "dispatch_cpu_unquantized_gemm": pack, "get_current_vllm_config_or_none": lambda: config[0]}
-    monkeypatch.setattr(processors, "private", lambda module, name="": found[name])
-    processors._leave_unpacked()
+    for module in (compatibility, transfer):
+        monkeypatch.setattr(module, "private", lambda module, name="": found[name])
+    transfer._leave_unpacked()
     linear, conv = torch.nn.Linear(2, 2), torch.nn.Conv1d(2, 2, 4)
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
-    assert not pack.called and linear.cpu_linear is torch.nn.functional.linear and not processors.is_packed(linear)
+    assert not pack.called and linear.cpu_linear is torch.nn.functional.linear and not transfer.is_packed(linear)
     utils.dispatch_cpu_unquantized_gemm(conv, remove_weight=True)
     config[0] = other
     utils.dispatch_cpu_unquantized_gemm(linear, remove_weight=True)
     assert [one.args for one in pack.call_args_list] == [(conv,), (linear,)]
     linear.cpu_linear = functools.partial(torch.nn.functional.linear)
-    assert processors.is_packed(linear)
+    assert transfer.is_packed(linear)
 
 
 class PunicaWrapperCPU:
@@ -116,12 +117,12 @@ class PunicaWrapperCPU:
 
 
 def test_tokens_of_the_base_get_no_adapter_on_processors(monkeypatch):
-    fake_modules(monkeypatch, {processors.PUNICA: {"PunicaWrapperCPU": PunicaWrapperCPU}})
+    fake_modules(monkeypatch, {loading.PUNICA: {"PunicaWrapperCPU": PunicaWrapperCPU}})
     x, a, wrapper = torch.randn(4, 8), torch.randn(2, 3, 8), PunicaWrapperCPU()
     before, after = torch.empty(4, 3), torch.empty(4, 3)
     wrapper._shrink_decode(before, x, a, 2.0)
     assert before[1].any()
-    processors._leave_base_out()
+    loading._leave_base_out()
     for shrink in (wrapper._shrink_prefill, wrapper._shrink_decode):
         shrink(after.fill_(1), x, a, 2.0)
         assert torch.equal(after[[0, 2]], before[[0, 2]]) and not after[[1, 3]].any()

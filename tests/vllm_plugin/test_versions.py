@@ -53,8 +53,7 @@ def test_the_name_of_a_content_follows_the_content(folder, tmp_path):
     replace(folder)
     assert loading.with_version(str(folder)) != first
     (tmp_path / "adapter_config.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "missing", "base#1"):
-        assert loading.with_version(str(path)) is None
+    assert [loading.with_version(str(path)) for path in (tmp_path, tmp_path / "missing", "base#1")] == [None] * 3
     assert loading.split_version("folder#s2ft-1") == ("folder#s2ft-1", None)
 
 
@@ -115,7 +114,7 @@ def vllm(monkeypatch):
     found = {loading.SERVER: AsyncLLM, loading.WORKER: WorkerLoRAManager, loading.REQUEST: kind}
     vllm_modules.fake_modules(monkeypatch, {name: {one.__name__: one} for name, one in found.items()})
     monkeypatch.setattr(loading, "NEEDED", ())
-    monkeypatch.setattr("s2ft.vllm.as_lora.lora_of", lambda manager, request, folder: loaded.append(values(folder)))
+    monkeypatch.setattr("s2ft.vllm.served_base.lora_of", lambda manager, request, folder: loaded.append(values(folder)))
     for change in (loading._change_server, loading._change_workers, loading._compare_numbers):
         change()
     return AsyncLLM(), WorkerLoRAManager("config"), added, loaded

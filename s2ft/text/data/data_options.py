@@ -8,6 +8,7 @@ from s2ft.config import check_fields, option, refuse
 
 DATA = "files, folders, or names of data sets on the hub"
 FILES = "json, jsonl, csv, tsv or parquet, also compressed"
+TASKS = ("arithmetic", "commonsense", "exact")  # tasks whose generated answers can be scored
 
 
 @dataclass

@@ -306,8 +306,7 @@ def check_chat(messages: list[dict[str, Any]], field: str) -> list[dict[str, Any
         raise BadRow(f"field {field!r} has no message of the assistant: its roles are {roles}")
     if not any(message["role"] != "system" for message in messages[:last]):
         raise BadRow(f"field {field!r} has no message before the assistant's")
-    answers = [message for message in messages if message["role"] == "assistant"]
-    for number, message in enumerate(answers, 1):
+    for number, message in enumerate((one for one in messages if one["role"] == "assistant"), 1):
         if not message["content"].strip() and not message.get("tool_calls"):
             raise BadRow(f"field {field!r}: the assistant's message {number} is empty")
     return messages[: last + 1]
@@ -335,3 +334,160 @@ def check_unicode(text: str, name: str) -> None:
             f"{name} is not valid Unicode: character {error.start + 1} is {ascii(text[error.start])}, half "
             "of a surrogate pair"
         ) from None
+
+
+# ---- preferences, and prompts whose answers are scored ---------------------------------------------------
+
+
+CHATS = ("messages", "conversations", "conversation")  # fields that hold a chat
+QUESTIONS = ("instruction", "question")  # fields that hold a question, which becomes a chat
+ANSWERS_OF_PAIRS = ("chosen", "rejected")
+ANSWERS = ("answer", "output", "completion", "response")  # fields that hold what is right, the first one counts
+GIVEN = ("prompts", "completions", "completion_ids", "trainer_state", "log_extra", "log_metric", "environments")
+Chat = list[dict[str, Any]]
+
+
+def _question(row: Row) -> tuple[str | Chat | None, str]:
+    """Return what an answer answers, as text, as a chat, or None, and the field that has it."""
+    for name in ("prompt", *CHATS, *QUESTIONS):
+        if name in row:
+            if name in QUESTIONS:
+                return question_of(row, name), name
+            if name != "prompt" or not isinstance(row[name], str):
+                return with_system(row, read_messages(row[name], name)), name
+            question = text(row, name, may_be_empty=True)
+            return (with_system(row, _chat("user", question)) if row.get("system") else question), name
+    return None, ""
+
+
+def _chat(role: str, content: str) -> Chat:
+    return [{"role": role, "content": content}]
+
+
+# ---- pairs of a better and a worse answer ---------------------------------------------------------------
+
+
+def pair(row: object, renamed: Mapping[str, str], _scored: bool = False) -> dict[str, Any]:
+    """Convert a row of preferences to a normalised row.
+
+    Args:
+        row: The row. It has `chosen` and `rejected`: texts, messages, or chats that may begin with the prompt. The
+            prompt is `prompt`, a chat in `messages` or `conversations`, `instruction` with `input`, or `question`;
+            without one it is what both chats or texts begin with.
+        renamed: Our name of a field, by its name in the data.
+        _scored: Not used.
+
+    Returns:
+        `prompt`, `chosen` and `rejected`, which are all texts or all lists of messages, and `tools` if the row has
+        them.
+
+    Raises:
+        BadRow: The row cannot be used.
+
+    Example:
+        >>> from s2ft.text.data.forms import pair
+        >>> found = pair({"question": "2+3=", "chosen": "5", "rejected": "6"}, {})
+        >>> found["prompt"], found["chosen"]
+        ([{'role': 'user', 'content': '2+3='}], [{'role': 'assistant', 'content': '5'}])
+    """
+    found = {name: value for name, value in fields_of(row, renamed, "chosen and rejected").items() if value is not None}
+    missing = [name for name in ANSWERS_OF_PAIRS if name not in found]
+    if missing:
+        raise BadRow(f"field {missing[0]!r} is missing: a row has chosen and rejected; it has {listed(found)}")
+    if found["chosen"] == found["rejected"]:
+        raise BadRow("fields 'chosen' and 'rejected' are the same answer")
+    prompt, chosen, rejected = _texts_or_chats(found)
+    for name, answer in zip(ANSWERS_OF_PAIRS, (chosen, rejected)):
+        _check_answer(name, answer)
+    if prompt == []:
+        raise BadRow(
+            "there is no prompt: give prompt, or chats in chosen and rejected that begin with the same messages"
+        )
+    result = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {**result, "tools": tools_of(found)} if found.get("tools") else result
+
+
+def _texts_or_chats(row: Row) -> tuple[Any, Any, Any]:
+    """Return the prompt and both answers, which are all texts or all chats."""
+    prompt, _ = _question(row)
+    are_texts = [isinstance(row[name], (str, int, float)) for name in ANSWERS_OF_PAIRS]
+    if are_texts[0] != are_texts[1]:
+        raise BadRow("fields 'chosen' and 'rejected' must both be text or both be messages")
+    if all(are_texts):
+        answers = [text(row, name) for name in ANSWERS_OF_PAIRS]
+        if prompt is None:
+            return _divided(*answers)
+        return prompt, *(answers if isinstance(prompt, str) else (_chat("assistant", answer) for answer in answers))
+    chosen, rejected = (
+        read_messages([row[name]] if isinstance(row[name], Mapping) else row[name], name) for name in ANSWERS_OF_PAIRS
+    )
+    prompt = _chat("user", prompt) if isinstance(prompt, str) else prompt or []
+    if prompt and all(chat and chat[0]["role"] == "assistant" for chat in (chosen, rejected)):
+        return prompt, chosen, rejected
+    begin, chosen, rejected = _divided(chosen, rejected)  # both begin with the prompt
+    systems = [message for message in prompt if message["role"] == "system"]
+    return [*(systems if all(message["role"] != "system" for message in begin) else ()), *begin], chosen, rejected
+
+
+def _divided(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
+    """Divide two texts or two chats after what they have in common, as TRL does."""
+    from trl import extract_prompt
+
+    if not chosen or not rejected:
+        return [], chosen, rejected
+    return tuple(extract_prompt({"chosen": chosen, "rejected": rejected}).values())
+
+
+def _check_answer(name: str, answer: str | Chat) -> None:
+    if isinstance(answer, str):
+        if not answer.strip():
+            raise BadRow(f"field {name!r} has no answer of its own: both texts are the same up to its end")
+    elif not answer or answer[-1]["role"] != "assistant" or answer[0]["role"] != "assistant":
+        raise BadRow(f"field {name!r} must begin and end with a message of the assistant, after the common messages")
+    elif not answer[-1]["content"].strip() and not answer[-1].get("tool_calls"):
+        raise BadRow(f"field {name!r} has an empty answer")
+
+
+# ---- prompts -------------------------------------------------------------------------------------------
+
+
+def scored_prompt(row: object, renamed: Mapping[str, str], _scored: bool = False) -> dict[str, Any]:
+    """Convert a row of prompts whose answers get rewards to a normalised row.
+
+    Args:
+        row: The row. The prompt is `prompt`, a chat in `messages` or `conversations`, whose last answer is left out,
+            `instruction` with `input`, or `question`. All other fields are for the rewards.
+        renamed: Our name of a field, by its name in the data.
+        _scored: Not used.
+
+    Returns:
+        `prompt`, a text or a list of messages, and `columns`, the fields for the rewards. They have `answer` if the row
+        has `answer`, `output`, `completion`, `response` or a last answer of a chat.
+
+    Raises:
+        BadRow: The row cannot be used.
+
+    Example:
+        >>> from s2ft.text.data.forms import scored_prompt
+        >>> scored_prompt({"question": "2+3=", "answer": 5, "level": 1}, {})
+        {'prompt': [{'role': 'user', 'content': '2+3='}], 'columns': {'answer': '5', 'level': 1}}
+    """
+    needs = "prompt, messages, instruction or question"
+    found = {name: value for name, value in fields_of(row, renamed, needs).items() if value is not None}
+    prompt, used = _question(found)
+    if prompt is None:
+        raise BadRow(f"needs {needs}; it has {listed(found)}; --field OURS=THEIRS maps other names")
+    if found.get("tools"):
+        raise BadRow("field 'tools' is not used by s2ft grpo, whose answers call no tools: leave it out")
+    answers = [str(found[name]) for name in ANSWERS if isinstance(found.get(name), (str, int, float))]
+    if not isinstance(prompt, str):
+        if last_answer(prompt) == len(prompt) - 1 >= 0:
+            answers.append(prompt[-1]["content"])
+            prompt = prompt[:-1]
+        if not any(message["role"] != "system" for message in prompt):
+            raise BadRow(f"field {used!r} has no message before the assistant's")
+    for answer in answers[:1]:
+        check_unicode(answer, "field 'answer'")
+    left_out = (used, "system", *(["input"] if used in QUESTIONS else []), *GIVEN, "completion")
+    columns = {name: value for name, value in found.items() if name not in left_out}
+    return {"prompt": prompt, "columns": {**columns, **({"answer": answers[0]} if answers else {})}}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from s2ft.config import refuse
 from s2ft.packages import check_packages
 from s2ft.text.data.data_options import DataOptions
-from s2ft.text.data.forms import BadRow, normalised
-from s2ft.text.data.sources import BUILDERS, is_pattern, read_rows, scratch_folder
+from s2ft.text.data.forms import BadRow, normalised, pair, scored_prompt
+from s2ft.text.data.sources import BUILDERS, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
     from datasets import Dataset
@@ -44,6 +44,8 @@ EXAMPLES = Shape(
     ("messages", "prompt", "completion", "tools"),
     normalised,
 )
+PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), ("prompt", "chosen", "rejected", "tools"), pair)
+PROMPTS = Shape(("prompt", "columns", "place"), ("prompt", "columns"), scored_prompt)
 
 
 def load_rows(
@@ -177,7 +179,7 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
     problems = Problems(options.skip_bad_rows)
     features = Features({name: ExactJson() if name in shape.as_json else Value("string") for name in shape.columns})
     path = str(scratch_folder() / f"{secrets.token_hex(8)}.arrow")
-    is_local = entry["path"] in BUILDERS or is_pattern(entry["path"]) or Path(entry["path"]).expanduser().exists()
+    is_local = entry["path"] in BUILDERS or "*" in entry["path"] or Path(entry["path"]).expanduser().exists()
     sliced = "[" in entry["split"] and is_local  # datasets takes the slice of a data set on the hub
     streaming = limit is not None and "[" not in entry["split"]  # so that the hub sends these rows only
     with ArrowWriter(features=features, path=path) as writer:

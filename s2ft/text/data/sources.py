@@ -68,13 +68,18 @@ def read_rows(
         FileNotFoundError: The path does not exist.
         ValueError: The file or the data set cannot be read.
     """
-    _quiet_datasets()
+    import datasets
+
+    datasets.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # one line for each retry
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     local = Path(path).expanduser()
     if path in BUILDERS and data_files and not local.exists():
         rows = _files(_listed(data_files, split, data_dir), path)
     elif local.is_file():
         rows = _files([local])
-    elif is_pattern(path) and not local.exists():
+    elif "*" in path and not local.exists():
         rows = _files(_listed(path, split, data_dir))
     elif local.is_dir():
         rows = _folder(local / data_dir if data_dir else local, split, data_files)
@@ -92,21 +97,6 @@ def read_rows(
     )
 
 
-def is_pattern(path: str) -> bool:
-    """Whether a path stands for all files that match it, such as `data/*.jsonl`."""
-    return "*" in path
-
-
-def _quiet_datasets() -> None:
-    """Turn off the progress bars of datasets if the output is no terminal, and its messages about caches."""
-    import datasets
-
-    datasets.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # one line for each retry
-    if not sys.stderr.isatty():
-        datasets.disable_progress_bars()
-
-
 def _numbered(name: object, rows: Iterable) -> Rows:
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
@@ -121,7 +111,7 @@ def _listed(data_files: Any, split: str, data_dir: str | None) -> list[Path]:
     found = []
     for name in [data_files] if isinstance(data_files, str) else data_files:
         path = str(Path(data_dir or "", name).expanduser())
-        files = sorted(glob.glob(path, recursive=True)) if is_pattern(path) else [path]
+        files = sorted(glob.glob(path, recursive=True)) if "*" in path else [path]
         if not files:
             raise FileNotFoundError(f"no data file matches {path}")
         found += map(Path, files)
@@ -158,27 +148,22 @@ def _file(path: Path, kind: str | None) -> Rows:
 
 
 def _table(path: Path, kind: str) -> Rows:
-    """Read a table piece by piece."""
-    try:
-        yield from _numbered(path, _cells(path, kind) if kind in ("csv", "tsv") else _columns(path, kind))
-    except Exception as error:  # pyarrow and pandas raise many kinds
-        raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
-
-
-def _cells(path: Path, kind: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV file. All cells are text, so that 007 stays 007."""
+    """Read a table piece by piece. All cells of a CSV file are text, so that 007 stays 007."""
+    import datasets
     import pandas
 
-    options = {"sep": "\t" if kind == "tsv" else ",", "dtype": str, "keep_default_na": False}
-    for part in pandas.read_csv(path, chunksize=10_000, **options):
-        yield from part.to_dict("records")
-
-
-def _columns(path: Path, kind: str) -> Iterable[dict[str, Any]]:
-    import datasets
-
-    lock_files = str(scratch_folder())  # in place of the user's cache
-    return datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=lock_files)
+    try:
+        if kind in ("csv", "tsv"):
+            separator = "\t" if kind == "tsv" else ","
+            parts = pandas.read_csv(path, chunksize=10_000, sep=separator, dtype=str, keep_default_na=False)
+            rows = (row for part in parts for row in part.to_dict("records"))
+        else:
+            lock_files = str(scratch_folder())  # in place of the user's cache
+            how = {"split": "train", "streaming": True, "cache_dir": lock_files}
+            rows = datasets.load_dataset(kind, data_files=[str(path)], **how)
+        yield from _numbered(path, rows)
+    except Exception as error:  # pyarrow and pandas raise many kinds
+        raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
 
 
 def _reason(error: BaseException) -> str:
