@@ -6,7 +6,6 @@ The rows name their modules instead of importing them, so that the command line 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -68,20 +67,3 @@ ADAPTER_FORMATS = {
         "s2ft.export.peft_folder",
     ),
 }
-
-
-def read_adapter_folder(folder: Path) -> Any:
-    """Read an adapter in the format that its folder has.
-
-    Args:
-        folder: The adapter's folder.
-
-    Returns:
-        The Adapter.
-
-    Raises:
-        FileNotFoundError: The folder has no known format; the message names the file of the native format it lacks.
-        ValueError: The files are damaged, or their format needs a model.
-    """
-    known = next((one for one in ADAPTER_FORMATS.values() if one.module.matches(folder)), ADAPTER_FORMATS[NATIVE])
-    return known.module.read(folder)

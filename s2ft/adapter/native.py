@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +41,7 @@ from s2ft.files.reading import (
     shortened,
 )
 from s2ft.model.coupling import Coupling, checked_couplings, projections_of
-from s2ft.model.fingerprint import Structure
+from s2ft.model.fingerprint import Location, Structure
 from s2ft.model.weights import Delta
 from s2ft.selection import Selection
 
@@ -109,7 +110,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     }
     optional = {
         "couplings": adapter.couplings and [coupling.to_dict() for coupling in adapter.couplings],
-        "structure": adapter.structure and adapter.structure.to_dict(),
+        "structure": adapter.structure and _structure_values(adapter.structure),
         "extra_weights": {
             name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
             for name, value in sorted(adapter.extra_weights.items())
@@ -313,10 +314,40 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
 
 
+def _structure_values(structure: Structure) -> dict[str, Any]:
+    """A structure as JSON values."""
+    return {
+        "locations": {
+            name: {key: value for key, value in asdict(found).items() if value is not None}
+            for name, found in sorted(structure.locations.items())
+        },
+        "base_weights": {layer: [list(pair) for pair in pairs] for layer, pairs in structure.base_weights.items()},
+    }
+
+
+def _read_structure(values: dict[str, Any]) -> Structure:
+    """Read the values of :func:`_structure_values`.
+
+    Raises:
+        TypeError: A field is foreign or missing.
+        KeyError: A part is missing.
+        ValueError: A value is not valid.
+    """
+    if values.keys() != {"locations", "base_weights"}:
+        raise ValueError(f"it must have locations and base_weights, not {', '.join(sorted(values)[:5])}")
+    locations = {name: Location(**fields) for name, fields in values["locations"].items()}
+    for name, found in locations.items():
+        found.check(name)
+    for pair in (pair for pairs in values["base_weights"].values() for pair in pairs):
+        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError("each of base_weights must be a label and a name")
+    return Structure(locations, {layer: list(map(tuple, pairs)) for layer, pairs in values["base_weights"].items()})
+
+
 def _structure(header: dict[str, Any], path: Path) -> Structure:
     """Where the slices lie: an entry for each projection, with a size that holds its indices and units."""
     try:
-        structure = Structure.from_dict(_field(header, "structure", dict, path))
+        structure = _read_structure(_field(header, "structure", dict, path))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: structure can't be read: {error}") from None
     if structure.locations.keys() != header["projections"].keys():

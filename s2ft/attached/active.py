@@ -21,6 +21,7 @@ from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_n
 from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
+    full_shape,
     full_tensors,
     has_master_copy,
     is_partitioned,
@@ -589,7 +590,7 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
 def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
     if name not in state:
         raise ValueError(f"the state given to save has no {name}, which is trained")
-    shape = getattr(parameter, "ds_shape", parameter.shape)
+    shape = full_shape(parameter)
     if state[name].shape != shape:
         raise ValueError(
             f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "

@@ -16,6 +16,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.attached.record import WITHOUT, Attachment
 from s2ft.distributed import (
     check_can_follow,
+    full_shape,
     has_master_copy,
     is_dtensor,
     is_run_by_engine,
@@ -319,7 +320,7 @@ def check_extra_fits(model: nn.Module, record: Attachment, adapter: str, values:
             raise ValueError(
                 f"adapter {adapter!r} is for another model: this one has no weight {name} outside its couplings"
             )
-        shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+        shape = full_shape(parameters[name])
         if value.shape != shape or not parameters[name].is_floating_point():
             raise ValueError(
                 f"adapter {adapter!r} is for another model: {name} has shape {tuple(value.shape)}, this "

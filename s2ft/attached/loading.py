@@ -11,7 +11,7 @@ from torch import nn
 
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
 from s2ft.adapter.folders import resolve
-from s2ft.adapter.formats import read_adapter_folder
+from s2ft.adapter.formats import ADAPTER_FORMATS, NATIVE
 from s2ft.attached.active import (
     check_can_put_on_extra,
     check_same_extra,
@@ -60,7 +60,9 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
         >>> s2ft.read_adapter("math").name
         'math'
     """
-    return read_adapter_folder(resolve(adapter))
+    folder = resolve(adapter)
+    known = (one.module for one in ADAPTER_FORMATS.values())
+    return next((one for one in known if one.matches(folder)), ADAPTER_FORMATS[NATIVE].module).read(folder)
 
 
 @of_compiled

@@ -112,7 +112,7 @@ class Proof:
     def __init__(self, model: nn.Module, record: Attachment, couplings: list[Coupling], demanded: bool) -> None:
         self.model, self.record, self.couplings, self.demanded = model, record, couplings, demanded
         self.is_sharded = any(map(is_sharded, model.parameters()))
-        self.places = {} if self.is_sharded else {_consumer_of(one): one for one in reversed(couplings)}
+        self.places = {} if self.is_sharded else {one.place: one for one in reversed(couplings)}
         self.blocks = {} if self.is_sharded else {c.block: c for c in couplings if c.activation and c.block}
         self.notes: list[str] = []  # what was not proved
         self.deltas: dict[str, Delta] = {}
@@ -441,12 +441,6 @@ def _call_with_first(
     calls[0] += 1
     other = hook(calls[0] - 1, first)
     return other if isinstance(output, Tensor) else None
-
-
-def _consumer_of(coupling: Coupling) -> str:
-    """The module that runs a coupling's consumer: for experts that with their parameters."""
-    path = coupling.main.path
-    return path if coupling.expert is None else path.rpartition(".")[0]
 
 
 def _examples(model: nn.Module, couplings: list[Coupling]) -> Iterator[Any]:

@@ -476,7 +476,7 @@ def status(model: nn.Module) -> Status:
     parameters = {name: adapter.parameters for name, adapter in record.loaded.items()}
     if record.name is not None:
         extra = extra_parameters(model, record).values()
-        shapes = [getattr(tensor, "ds_shape", tensor.shape) for tensor in (*record.slices.values(), *extra)]
+        shapes = [full_shape(tensor) for tensor in (*record.slices.values(), *extra)]
         parameters[record.name] = sum(map(prod, shapes))  # the whole shape, also where ZeRO-3 holds a shard
     return Status(
         record.names,

@@ -265,7 +265,7 @@ class ShadowStep:
         for name, module in holders.items():
             module.register_forward_pre_hook(partial(self._enter, self.part_of[name], name in divided))
             module.register_forward_hook(self._leave, always_call=True)
-        for path in {c.main.path.rpartition(".")[0] for c in record.couplings if c.expert is not None}:
+        for path in {coupling.place for coupling in record.couplings if coupling.expert is not None}:
             self.shadow.get_submodule(path).register_forward_pre_hook(partial(_spread_tokens, device), with_kwargs=True)
 
     def _enter(self, part: str, divided: bool, module: nn.Module, inputs: tuple) -> None:

@@ -72,5 +72,8 @@ def kind_of(found: Any) -> Kind:
         return LINEAR
     if isinstance(found, S2Layer):
         return found.kind
-    asked = (kind for one in type(found).__mro__ for kind in _BY_CLASS.get(one.__name__, ()))
-    return next((kind for kind in asked if kind.matches(found)), OTHER)
+    for one in type(found).__mro__:
+        for kind in _BY_CLASS.get(one.__name__, ()):
+            if kind.matches(found):
+                return kind
+    return OTHER

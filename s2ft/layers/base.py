@@ -21,6 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from s2ft.codecs.codec import Blocks, Codec
 from s2ft.distributed import (
+    full_shape,
     full_tensor,
     has_master_copy,
     is_partitioned,
@@ -631,7 +632,7 @@ class S2Layer(nn.Module):
             values: Values of the full shape of `s2`. Default: on the meta device.
         """
         if values is None:
-            values = torch.empty(getattr(self.s2, "ds_shape", self.s2.shape), device="meta")
+            values = torch.empty(full_shape(self.s2), device="meta")
         for shard in own_shards(weight):
             for expert, units, part in self._pieces(values):
                 block = self.kind.shard(shard, expert)

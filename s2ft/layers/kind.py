@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard, is_dtensor
+from s2ft.distributed import Shard, full_shape, is_dtensor
 from s2ft.ops import effective_units
 from s2ft.ops._library import is_dynamo_compiling, runs_directly, transforms_active
 
@@ -117,18 +117,6 @@ def _chunks(elements: Tensor, count: int) -> list[Tensor]:
 # ---- what S²FT has to know about a kind of layer --------------------------------------------------------------------
 
 
-def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
-    """View a weight as [outputs, inputs], or, with more dimensions (convolutions), as [outputs, inputs, taps].
-
-    Args:
-        weight: Weight of one layer, [outputs, inputs, ...].
-        transposed: Whether it is stored as [inputs, outputs] instead.
-    """
-    if transposed:
-        return weight.t()
-    return weight.view(*weight.shape[:2], -1) if weight.dim() > 2 else weight
-
-
 class Kind:
     """One kind of layer. This class itself describes a module that S²FT does not train.
 
@@ -177,7 +165,9 @@ class Kind:
             tensor: A tensor of the shape in which the weight is stored.
             expert: Number of the expert, for weights of several experts.
         """
-        return as_matrix(tensor, self.transposed)
+        if self.transposed:
+            return tensor.t()
+        return tensor.view(*tensor.shape[:2], -1) if tensor.dim() > 2 else tensor
 
     def matrix(self, holder: nn.Module | Tensor, expert: int | None = None) -> Tensor:
         """The weight as outputs × inputs (× taps), detached: a view, or for a quantized weight a dequantized copy."""
@@ -185,8 +175,7 @@ class Kind:
 
     def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
         """The shape of :meth:`matrix`, without reading the weight."""
-        weight = self.weight(holder)
-        shape = getattr(weight, "ds_shape", weight.shape)  # ZeRO-3: weight.shape is empty while it is partitioned
+        shape = full_shape(self.weight(holder))
         return self.view(torch.empty(shape, device="meta"), expert).shape
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:

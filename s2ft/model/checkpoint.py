@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key
 from s2ft.files.reading import read_json
 from s2ft.files.streaming import StoredTensor, stored_tensors
@@ -212,8 +213,7 @@ def _with_made(
 
 
 def _meta(tensor: Tensor) -> Tensor:
-    # ZeRO-3: the shape is empty while the weight is partitioned
-    return torch.empty(getattr(tensor, "ds_shape", tensor.shape), dtype=tensor.dtype, device="meta")
+    return torch.empty(full_shape(tensor), dtype=tensor.dtype, device="meta")
 
 
 # ---- weights that stay in a checkpoint on a disk --------------------------------------------------------------------

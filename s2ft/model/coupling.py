@@ -439,6 +439,11 @@ class Coupling:
         return self.main.expert
 
     @property
+    def place(self) -> str:
+        """The path of the module that runs :attr:`main`: for experts that with their parameters."""
+        return self.main.path if self.expert is None else self.main.path.rpartition(".")[0]
+
+    @property
     def is_one_sided(self) -> bool:
         """Whether there is only one side, so that nothing can be reordered together."""
         return self.consumer is None or not self.producers

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -226,35 +226,6 @@ class Structure:
 
     locations: dict[str, Location]
     base_weights: dict[str, list[tuple[str, str]]]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON values."""
-        return {
-            "locations": {
-                name: {key: value for key, value in asdict(found).items() if value is not None}
-                for name, found in sorted(self.locations.items())
-            },
-            "base_weights": {layer: [list(pair) for pair in pairs] for layer, pairs in self.base_weights.items()},
-        }
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> "Structure":
-        """Read the values of :meth:`to_dict`.
-
-        Raises:
-            TypeError: A field is foreign or missing.
-            KeyError: A part is missing.
-            ValueError: A value is not valid.
-        """
-        if values.keys() != {"locations", "base_weights"}:
-            raise ValueError(f"it must have locations and base_weights, not {', '.join(sorted(values)[:5])}")
-        locations = {name: Location(**fields) for name, fields in values["locations"].items()}
-        for name, found in locations.items():
-            found.check(name)
-        for pair in (pair for pairs in values["base_weights"].values() for pair in pairs):
-            if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-                raise ValueError("each of base_weights must be a label and a name")
-        return cls(locations, {layer: list(map(tuple, pairs)) for layer, pairs in values["base_weights"].items()})
 
 
 def union(parts: Iterable[Structure | None]) -> Structure | None:

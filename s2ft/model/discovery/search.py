@@ -106,7 +106,7 @@ class Trial:
 
     def _places(self, shuffles: Iterable["Shuffle"]) -> list[str]:
         """The modules whose outputs are compared: the consumers, where an error is largest, and the model."""
-        return [*dict.fromkeys(place_of(shuffle.coupling) for shuffle in shuffles), ""]
+        return [*dict.fromkeys(shuffle.coupling.place for shuffle in shuffles), ""]
 
     def _differs(self, after: Outputs, places: Iterable[str]) -> bool:
         return any(
@@ -166,12 +166,6 @@ class Trial:
             for handle in handles:
                 handle.remove()
         return {**found, "": list(tensors_in(output))}
-
-
-def place_of(coupling: Coupling) -> str:
-    """The path of the module whose output a coupling's consumer computes."""
-    path = coupling.consumer.path
-    return path if coupling.consumer.expert is None else parent_of(path)
 
 
 def _different(now: Tensor, then: Tensor) -> bool:
@@ -302,7 +296,7 @@ class Outcome:
 def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
     """Try the proposals for blocks with the same key."""
     first = blocks[0]
-    if not any(trial.structure.is_called(place_of(one)) for one in first.proposals[0].couplings):
+    if not any(trial.structure.is_called(one.place) for one in first.proposals[0].couplings):
         return _not_reached(first)
     idle, tried = None, set()
     for proposal in sorted(first.proposals, key=lambda one: -one.couplings[0].consumer.count):
