@@ -6,7 +6,8 @@ A small model at a small batch waits for the host on every device. The layers ru
 the tenth percentile of the processor time in all rounds: what else runs on the machine only adds to it.
 
 No optimizer makes steps here, so a layer writes its slice again before every forward that follows a backward. In the
-last column 200 layers of a kind run one after another, and their slices are written at once, as in a model. "Least autograd function" has the products of S2ColumnLinear and nothing else: what PyTorch takes for a function that is
+last column 200 layers of a kind run one after another, and their slices are written at once, as in a model. "Least
+autograd function" has the products of S2ColumnLinear and nothing else: what PyTorch takes for a function that is
 written in Python.
 """
 
@@ -21,7 +22,7 @@ from harness import interleaved, processor_seconds, save
 from torch import Tensor, nn
 
 import s2ft
-from s2ft.layers.writing import write_all
+from s2ft.layers.base import write_all
 
 WIDTH, UNITS, ROWS = 16, 8, 4
 PLAIN = {"bias": False, "dtype": torch.bfloat16}

@@ -20,9 +20,8 @@ import transformers
 from harness import save
 
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.discovery.search import search, trial_of
-from s2ft.model.discovery.structure import LayerMap
-from s2ft.model.discovery.trial import Trial, judge, place_of
+from s2ft.model.discovery.proposals import LayerMap
+from s2ft.model.discovery.search import Trial, judge, place_of, search, trial_of
 from s2ft.text.models import AUTO
 
 RESULTS = Path(__file__).parent / "results" / "wrong_couplings.json"

@@ -149,7 +149,7 @@ class EstimateArguments(PlanArguments):
     {S2FTConfig: "selection"},
 )
 def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
-    from s2ft.estimation.result import size
+    from s2ft.estimation.devices import size
     from s2ft.train.planning import table
 
     rows, found, room = estimated(job, with_default_ratio(config, given))
@@ -177,8 +177,8 @@ def estimated(job: EstimateArguments, config: S2FTConfig):
     """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
     import torch
 
-    from s2ft.estimation.memory import free_memory
-    from s2ft.estimation.result import size_of
+    from s2ft.estimation.devices import size_of
+    from s2ft.estimation.step import free_memory
     from s2ft.train.planning import with_memory
 
     model, rows = job.model_and_rows(config)
@@ -324,8 +324,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
 def _choose_from_disk(job: SelectArguments, config):
     """Return a selection that needs no data. Weights are read one at a time where that is possible."""
     import s2ft
-    from s2ft.model.checkpoint import read_from
-    from s2ft.model.conversion import CannotStream
+    from s2ft.model.checkpoint import CannotStream, read_from
     from s2ft.selection import reads_weights
     from s2ft.text.models import load_model, model_on_disk, model_without_values
 

@@ -25,8 +25,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import s2ft
-from s2ft.adapter.bank import AdapterBank
-from s2ft.adapter.loading import read_adapter
+from s2ft.attached.bank import AdapterBank
+from s2ft.attached.loading import read_adapter
 from s2ft.files.reading import no_constant
 from s2ft.serve import schemas
 from s2ft.serve.access import RECORD, Access, Metrics

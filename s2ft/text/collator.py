@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2ft.selection import METRICS
 from s2ft.selection.batches import IGNORED
+from s2ft.selection.metrics import METRICS
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import pad_id
 

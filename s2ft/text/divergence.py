@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ft.adapter.switch import disable_adapters
-from s2ft.attached.holding import without_trainable
-from s2ft.attached.hosts.wrappers import unwrapped
-from s2ft.attached.record import find_attachment
+from s2ft.attached.active import without_trainable
+from s2ft.attached.loading import disable_adapters
+from s2ft.attached.record import find_attachment, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import is_sharded, reshard_all
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.encoding import context_length, tokenize_rows

@@ -19,7 +19,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import end_ids, pad_id
 from s2ft.text.templates import in_common

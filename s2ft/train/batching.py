@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
 from s2ft.train.parallel import devices_of, run_where_weights_are
 

@@ -27,10 +27,10 @@ from transformers.trainer import TRAINER_STATE_NAME, TrainerState
 from transformers.trainer_callback import PrinterCallback
 
 import s2ft
-from s2ft.adapter import restore_adapter
-from s2ft.adapter.saving import gather_trained
+from s2ft.attached.loading import restore_adapter
+from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks
-from s2ft.files.replacing import replace_file
+from s2ft.files.reading import replace_file
 from s2ft.packages import check_packages
 from s2ft.text.divergence import Drift
 from s2ft.text.evaluation import Comparison, HeldOut

@@ -14,10 +14,12 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter import native
+from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import grouped, source_of
-from s2ft.adapter.formats import lora, native
+from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
+from s2ft.export import lora
 from s2ft.model.checkpoint import weights_on_disk
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template

@@ -11,7 +11,6 @@ from train.tiny import save_random_adapter, save_tiny, with_merges
 
 import s2ft
 
-gguf = pytest.importorskip("gguf")
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # for types with blocks of 256
 KINDS = {"q8_0": {}, "q4_1": {}, "q4_k": WIDE, "q6_k": WIDE, "iq4_nl": {}}
 RATIOS = {f"{key}_ratio": 0.5 for key in "qkvoug"} | {"d_ratio": 0.5, "group": 32}
@@ -91,8 +90,7 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
             assert new.reader.fields[name].contents() == field.contents(), name
     assert new.value("base", "s2ft.merged.0.") == "model.gguf" and new.value("adapter", "s2ft.merged.0.") == "math"
     assert new.value("sha256", "s2ft.merged.0.") == digest(base)
-    again = make_adapter(file, tmp_path / "again")
-    export_packed(str(file), again, tmp_path / "twice.gguf")
+    export_packed(str(file), make_adapter(file, tmp_path / "again"), tmp_path / "twice.gguf")
     assert GgufFile(tmp_path / "twice.gguf").value("sha256", "s2ft.merged.1.") == digest(file)
 
 

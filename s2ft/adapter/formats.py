@@ -40,10 +40,10 @@ class Format:
 
 NATIVE = "native"
 ADAPTER_FORMATS = {
-    NATIVE: Format("the format of s2ft.save_adapter", "s2ft.adapter.formats.native"),
+    NATIVE: Format("the format of s2ft.save_adapter", "s2ft.adapter.native"),
     "lora": Format(
         "a folder that PEFT and vLLM load; it adds the same numbers to every weight",
-        "s2ft.adapter.formats.lora",
+        "s2ft.export.lora",
         {
             "rank": (
                 int,
@@ -65,7 +65,7 @@ ADAPTER_FORMATS = {
     ),
     "peft": Format(
         "a folder that PEFT loads as S²FT after `import s2ft.peft`, as training by PEFT's form saves it",
-        "s2ft.adapter.formats.peft",
+        "s2ft.export.peft_folder",
     ),
 }
 

@@ -17,27 +17,31 @@ from torch import Tensor, nn
 import s2ft
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
-from s2ft.files.adapter_folder import CONFIG, KIND, PENDING, TENSORS, is_folder, read_folder
 from s2ft.files.reading import (
+    CONFIG,
     FLOATS,
     INTEGERS,
+    KIND,
     MAX_CONFIG,
+    PENDING,
+    TENSORS,
     check_adapter_name,
     check_finite,
     check_parameter,
     check_projection,
+    is_folder,
     open_file,
     parse_json,
     read_bytes,
+    read_folder,
     read_some_tensors,
     read_tensors,
+    replace_file,
     shortened,
 )
-from s2ft.files.replacing import replace_file
-from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.custom import checked_couplings
-from s2ft.model.delta import Delta
-from s2ft.model.location import Structure
+from s2ft.model.coupling import Coupling, checked_couplings, projections_of
+from s2ft.model.fingerprint import Structure
+from s2ft.model.weights import Delta
 from s2ft.selection import Selection
 
 SCHEMA = 1
@@ -66,7 +70,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
     Args:
         adapter: The adapter.
         folder: The folder, which is created if it is missing. An adapter in it is replaced in one step, see
-            :mod:`s2ft.files.adapter_folder`.
+            :mod:`s2ft.files.reading`.
         model: Not needed. Other formats need the base model.
 
     Raises:
@@ -95,7 +99,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         "name": adapter.name,
         "config": adapter.config.to_dict(),
         "projections": {
-            path: {"dim": delta.dim, "units": adapter.selection[path].tolist()}
+            path: {"dim": delta.dim, "units": adapter.selection.units[path].tolist()}
             for path, delta in sorted(adapter.deltas.items())
         },
         "selection_digest": adapter.selection.digest,
@@ -118,7 +122,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
 
 
 def _write_folder(directory: Path, config: bytes, tensors: bytes) -> None:
-    """Write the files of an adapter in one step, see :mod:`s2ft.files.adapter_folder`."""
+    """Write the files of an adapter in one step, see :mod:`s2ft.files.reading`."""
     directory.mkdir(parents=True, exist_ok=True)
     replace_file(directory / PENDING, config)
     replace_file(directory / TENSORS, tensors)

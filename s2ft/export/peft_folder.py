@@ -11,9 +11,9 @@ from pathlib import Path
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.formats.lora import has_config
 from s2ft.attached.record import find_attachment
-from s2ft.model.location import structure_of
+from s2ft.export.lora import has_config
+from s2ft.model.fingerprint import structure_of
 from s2ft.model.registry import couplings_of
 
 

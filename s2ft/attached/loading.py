@@ -1,20 +1,174 @@
-"""Which adapters a model has, and which of them are active."""
+"""The adapters of a model: loaded, switched, combined, renamed and removed."""
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
 
-from torch import Tensor, nn
+import torch
+from torch import nn
 
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
-from s2ft.attached.active import mounted_deltas, switch
-from s2ft.attached.changes import end_training, remove
-from s2ft.attached.checks import check_can_write, check_known, check_new_name, check_not_in_engine
-from s2ft.attached.extra_weights import check_can_put_on, trained_values
-from s2ft.attached.hosts.wrappers import of_compiled
-from s2ft.attached.record import Attachment, attachment_of
-from s2ft.attached.status import status
+from s2ft.adapter.folders import resolve
+from s2ft.adapter.formats import read_adapter_folder
+from s2ft.attached.active import (
+    check_can_put_on_extra,
+    check_same_extra,
+    set_extra,
+    set_mounted_deltas,
+    switch,
+    unfreeze,
+)
+from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
+from s2ft.attached.mounting import adapters_off, end_training, load, mount, remove, touched
+from s2ft.attached.proof import proved
+from s2ft.attached.record import (
+    Attachment,
+    attachment_of,
+    check_known,
+    check_new_name,
+    find_attachment,
+    new_attachment,
+    of_compiled,
+)
+from s2ft.attached.report import status
+from s2ft.attached.saving import get_adapter, model_info
 from s2ft.distributed import reshard_all
-from s2ft.model.location import structure_of
+from s2ft.model.fingerprint import structure_of
+
+# ---- loading --------------------------------------------------------------------------------------------------------
+
+
+def read_adapter(adapter: str | os.PathLike) -> Adapter:
+    """Read and check the files of an adapter.
+
+    Args:
+        adapter: Adapter folder, output folder of `s2ft sft`, or a repository on the hub, "org/name" or
+            "org/name@revision".
+
+    Returns:
+        The adapter, with its tensors on the CPU.
+
+    Raises:
+        FileNotFoundError: There is no such folder or repository.
+        ValueError: A file is damaged or is not of an adapter. The message names what is wrong.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> s2ft.save_adapter(model, "math")
+        >>> s2ft.read_adapter("math").name
+        'math'
+    """
+    return read_adapter_folder(resolve(adapter))
+
+
+@of_compiled
+def load_adapter(
+    model: nn.Module,
+    adapter: str | os.PathLike | Adapter,
+    name: str | None = None,
+    trainable: bool = False,
+    *,
+    active: bool = True,
+    device: torch.device | str | None = None,
+    verify: bool | None = None,
+    example: Any = None,
+) -> None:
+    """Load an adapter into a model and make it the active one.
+
+    With ``trainable=False`` the deltas are written into the weights, and the base values that they replace are kept:
+    the adapter can be switched off or exchanged for another. All parameters are frozen. With ``trainable=True`` the
+    layers, the selection and the layout of its training are set up again, so that training can go on. A model can have
+    one trainable adapter and any number of others.
+
+    A model without adapters needs no :func:`s2ft.attach` before. Couplings that were given to `attach` are in the
+    adapter.
+
+    Args:
+        model: Base model of the adapter, with or without adapters.
+        adapter: Folder or hub repository as in :func:`read_adapter`, or an :class:`Adapter`, such as
+            :func:`get_adapter` and arithmetic return.
+        name: Name of the loaded adapter. Default: the name that it was saved with.
+        trainable: Whether its training goes on.
+        active: Whether it becomes the active adapter. A trainable adapter always does.
+        device: Device that keeps the tensors of an adapter that is not trainable, such as "cpu" for more adapters than
+            fit on a GPU; each switch then sends them there. Default: the devices of the model's weights. They follow
+            the model when it moves, and a switch waits for nothing.
+        verify: As for :func:`s2ft.attach`, for a trainable adapter.
+        example: As for :func:`s2ft.attach`. Nothing but `verify` uses it.
+
+    Raises:
+        FileNotFoundError: There is no such folder or repository.
+        ValueError: The files are damaged, the adapter is of another base, the name is taken, or the model has a
+            trainable adapter already. The model is then unchanged.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
+        >>> s2ft.save_adapter(model, "math")
+        >>> s2ft.load_adapter(s2ft.detach(model), "math")
+        >>> s2ft.list_adapters(model)
+        ['math']
+    """
+    adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)
+    adapter.name = adapter.name if name is None else name
+    record = find_attachment(model)
+    check_new_name(record, adapter.name)
+    if record is None:
+        record = new_attachment(model, adapter.couplings)
+    check_fits(adapter, model, record)
+    record.expect_base(adapter.fingerprint)
+    adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
+    if not trainable:
+        check_can_write(model, record, adapter.deltas)
+        check_memory(model, [record.projections[path] for path in adapter.deltas])
+        if device is not None:
+            adapter = replace(adapter.to(device), device=torch.device(device))
+        load(model, record, adapter, active)
+        return
+    if record.name is not None:
+        raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
+    trained = touched(record.couplings, adapter.selection)
+    with adapters_off(model, record):
+        with proved(model, record, trained, adapter.config, adapter.selection, verify, example):
+            mount(model, record, adapter.config, adapter.selection, adapter.name)
+        set_mounted_deltas(record, adapter.deltas)
+        unfreeze(model, record, adapter.extra_weights)
+        set_extra(model, record, adapter.extra_weights)
+        of_the_base = model_info(model)  # saving writes these values again
+        record.add_info({key: value for key, value in adapter.info.items() if key not in of_the_base})
+
+
+@of_compiled
+def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
+    """Copy a saved adapter's deltas into the trainable layers of a model, to resume its training.
+
+    Args:
+        model: Model with a trainable adapter of the same selection.
+        directory: Folder or hub repository as in :func:`read_adapter`.
+
+    Raises:
+        FileNotFoundError: There is no such folder or repository.
+        ValueError: The adapter has another selection or another base than the model, or its files are damaged.
+
+    Example:
+        >>> from s2ft.attached.loading import restore_adapter
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.save_adapter(model, "checkpoint")
+        >>> restore_adapter(model, "checkpoint")
+    """
+    record = attachment_of(model)
+    adapter = read_adapter(directory)
+    check_fits(adapter, model, record)
+    if record.selection is None or adapter.selection != record.selection:
+        raise ValueError(f"{directory} holds another selection than the one this model trains")
+    check_same_extra(model, record, adapter.extra_weights)
+    reshard_all(model)
+    set_mounted_deltas(record, adapter.deltas)
+    set_extra(model, record, adapter.extra_weights)
+
+
+# ---- switching ------------------------------------------------------------------------------------------------------
 
 Weights = str | Mapping[str, float] | None
 
@@ -83,55 +237,12 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
     """
     record = attachment_of(model)
     active = dict(record.active)
-    check_can_put_on(model, record, active)  # else the end of the context could not make them active again
+    check_can_put_on_extra(model, record, active)  # else the end of the context could not make them active again
     set_adapter(model, None)
     try:
         yield
     finally:
         set_adapter(model, active)
-
-
-@of_compiled
-def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None = None) -> Adapter:
-    """Return a loaded adapter, or a copy of the trainable one as it is now.
-
-    Adapters support arithmetic: ``a + b``, ``0.5 * a``, ``-a``. The trainable adapter of a sharded model is gathered:
-    every rank must call this.
-
-    Args:
-        model: Model with adapters.
-        name: Name of the adapter.
-        state: A gathered state_dict that has every s2 of the trainable adapter. Default: the model's own.
-
-    Returns:
-        The adapter, with deltas in the base's own order.
-
-    Raises:
-        ValueError: No adapter has this name, or the state lacks an s2.
-        RuntimeError: A rank did not take part within ten minutes.
-
-    Example:
-        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
-        >>> half = 0.5 * s2ft.get_adapter(model, "math")
-        >>> s2ft.load_adapter(model, half, "half", active=False)
-    """
-    record = attachment_of(model)
-    check_known(record, name)
-    if name != record.name:
-        return record.loaded[name]
-    reshard_all(model)
-    deltas = mounted_deltas(record, state)
-    return Adapter(
-        name,
-        record.config,
-        record.selection,
-        record.fingerprint,
-        deltas,
-        dict(record.info),
-        couplings=record.custom_couplings,
-        extra_weights=trained_values(model, record, state),
-        structure=structure_of(model, record.couplings, deltas),
-    )
 
 
 @of_compiled

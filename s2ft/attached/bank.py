@@ -21,18 +21,16 @@ from typing import Any, Optional
 import torch
 from torch import Tensor, nn
 
-from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter import native
+from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapters_in
-from s2ft.adapter.formats import native
-from s2ft.attached.hosts.wrappers import unwrapped
-from s2ft.attached.record import Attachment, find_attachment, new_attachment
-from s2ft.files.adapter_folder import CONFIG, TENSORS, is_folder, own_folder
-from s2ft.files.reading import check_adapter_name
-from s2ft.files.tables import by_key
+from s2ft.attached.checks import check_fits
+from s2ft.attached.record import Attachment, find_attachment, new_attachment, unwrapped
+from s2ft.files.plain_text import by_key
+from s2ft.files.reading import CONFIG, TENSORS, check_adapter_name, is_folder, own_folder
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection
-from s2ft.model.delta import Delta
-from s2ft.model.weights import find
+from s2ft.model.weights import Delta, find
 from s2ft.ops import multi_adapter_linear
 
 MARK = "_s2ft_bank"  # attribute of a forward that a bank has put on a module
