@@ -120,8 +120,8 @@ class BaseDistributions:
         Raises:
             ValueError: As :func:`mean_loss`; or the output layer is trained and its weight is spread over ranks.
         """
-        batches, switch = _batches(model, rows, batch_size), base_switch(model)
-        with switch() if switch else contextlib.nullcontext():
+        batches, switch = _batches(model, rows, batch_size), base_switch(model) or contextlib.nullcontext
+        with switch():
             reshard_all(model)  # FSDP leaves the weights of the outermost module whole after a forward pass
             head = _copy_of_head(_causal_model(model).get_output_embeddings())
             with _reading(model) as reader:
@@ -239,7 +239,7 @@ class _Batch:
 
 def _batches(model, rows: Iterable[Row], batch_size: int) -> list[_Batch]:
     """Make batches of rows of similar length. Raises ValueError for rows that can't be measured."""
-    longest = getattr(getattr(_causal_model(model), "config", None), "max_position_embeddings", None)
+    longest = context_length(_causal_model(model))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     checked = [_checked(row, number, longest) for number, row in enumerate(rows)]
@@ -475,8 +475,8 @@ class DriftMeter:
         if other is None and prompts is None:
             raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
-        switch = base_switch(model)
-        with switch() if switch else contextlib.nullcontext():
+        switch = base_switch(model) or contextlib.nullcontext
+        with switch():
             self.base_loss = None if other is None else mean_loss(model, other, batch_size)
         self.distributions = None if prompts is None else BaseDistributions.of(model, prompts, batch_size)
 

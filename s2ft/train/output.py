@@ -410,7 +410,7 @@ def report_page(
 
     Args:
         title: The heading.
-        facts: What is known of the run, by name. Entries that are None are left out.
+        facts: What is known of the run, by name.
         commands: What to do next, as lines for a terminal.
         comparison: The base and the adapter on held-out rows, or None.
         figure: A figure of matplotlib, or None.
