@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc -type f 2>/dev/null) setup.py pyproject.toml
 
-.PHONY: demo gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
+.PHONY: demo everything gpu test test-all test-processors test-peft test-integrations test-transformers test-deepspeed test-vllm types lint bench evidence docs clean test-lm-eval wheel wheel-check
 
 demo: $(VENV)/.demo
 	$(BIN)/s2ft demo
@@ -67,6 +67,11 @@ test-vllm: $(VENV)/.installed
 test-lm-eval: $(VENV)/.installed
 	$(BIN)/python tests/support/releases.py lm-eval $(ARGUMENTS)
 
+# Run every suite of this file in turn, each in its own environment, and note what passed: docs/hooks/suite_page.py makes
+# the page "What ran where" of it. It can be interrupted and started again. SUITES="vllm peft" names some.
+everything: $(VENV)/.quantized
+	$(BIN)/python release/suites.py $(SUITES)
+
 # Check the types of the public API as a strictly typed program uses it.
 types: $(VENV)/.installed
 	$(BIN)/pip install --quiet mypy
@@ -74,9 +79,10 @@ types: $(VENV)/.installed
 
 # The same checks as pre-commit
 lint: $(VENV)/.torch
-	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5   # as in .pre-commit-config.yaml
+	$(BIN)/pip install --quiet ruff==0.17.6 clang-format==23.1.5 check-jsonschema==0.39.0   # as in .pre-commit-config.yaml
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows $$(ls .github/workflows/*.yml)
 	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench/gpu tests/cuda_on_cpu -name '*.h' -o -name '*.cpp' -o -name '*.cu')
 
 # All benchmarks except bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM.

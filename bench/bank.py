@@ -27,13 +27,12 @@ from shapes import add_model_options, base_name, base_of
 from torch import Tensor, nn
 
 import s2ft
-from s2ft.adapter import Adapter
-from s2ft.adapter.bank import AdapterBank
-from s2ft.adapter.formats import native
+from s2ft.adapter import native
+from s2ft.adapter.adapter import Adapter
+from s2ft.attached.bank import AdapterBank
 from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import projections_of
-from s2ft.model.delta import Delta
-from s2ft.model.weights import weight_at
+from s2ft.model.weights import Delta, weight_at
 
 RESULTS = Path(__file__).parent / "results" / "bank.json"
 RATIO, STD = 0.03, 3e-2

@@ -5,9 +5,9 @@
 A small model at a small batch waits for the host on every device. The layers run in turn, on one thread. A number is
 the tenth percentile of the processor time in all rounds: what else runs on the machine only adds to it.
 
-No optimizer makes steps here, so a layer writes its slice again before every forward that follows a backward. A model
-writes all slices at once, after a step and before the next forward: the last line has the time of that for one layer.
-"Least autograd function" has the products of S2ColumnLinear and nothing else: what PyTorch takes for a function that is
+No optimizer makes steps here, so a layer writes its slice again before every forward that follows a backward. In the
+last column 200 layers of a kind run one after another, and their slices are written at once, as in a model. "Least
+autograd function" has the products of S2ColumnLinear and nothing else: what PyTorch takes for a function that is
 written in Python.
 """
 
@@ -22,10 +22,12 @@ from harness import interleaved, processor_seconds, save
 from torch import Tensor, nn
 
 import s2ft
-from s2ft.layers.writing import write_all
+from s2ft.layers.base import write_all
 
 WIDTH, UNITS, ROWS = 16, 8, 4
-MANY = 200  # layers whose slices are written at once
+PLAIN = {"bias": False, "dtype": torch.bfloat16}
+MANY = 200  # layers of a model
+COLUMNS = ("forward", "forward and backward", f"both, one of {MANY} layers")
 RESULTS = Path(__file__).parent / "results" / "host_cost.json"
 
 
@@ -55,23 +57,26 @@ class Least(nn.Linear):
         return LeastFunction.apply(x, self.weight.detach(), self.s2)
 
 
-def layers() -> dict[str, nn.Module]:
-    """The layers by name."""
-    plain = {"bias": False, "dtype": torch.bfloat16}
-    least = Least(WIDTH, WIDTH, **plain)
-    least.s2 = nn.Parameter(torch.zeros(UNITS, WIDTH))
+def least() -> nn.Module:
+    layer = Least(WIDTH, WIDTH, **PLAIN)
+    layer.s2 = nn.Parameter(torch.zeros(UNITS, WIDTH))
+    return layer
+
+
+def layers() -> dict[str, Callable[[], nn.Module]]:
+    """Functions that make a layer, by name."""
     index = torch.arange(0, WIDTH, WIDTH // UNITS)
-    s2 = {"bias": False, "dtype": torch.bfloat16, "delta_dtype": torch.float32}
+    s2 = {**PLAIN, "delta_dtype": torch.float32}
     return {
-        "nn.Linear, frozen": nn.Linear(WIDTH, WIDTH, **plain).requires_grad_(False),
-        "nn.Linear, trained": nn.Linear(WIDTH, WIDTH, **plain),
+        "nn.Linear, frozen": lambda: nn.Linear(WIDTH, WIDTH, **PLAIN).requires_grad_(False),
+        "nn.Linear, trained": lambda: nn.Linear(WIDTH, WIDTH, **PLAIN),
         "least autograd function": least,
-        "S2RowLinear": s2ft.S2RowLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
-        "S2ColumnLinear": s2ft.S2ColumnLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
-        "S2RowLinear, index": s2ft.S2RowLinear(WIDTH, WIDTH, index=index, **s2),
-        "S2ColumnLinear, index": s2ft.S2ColumnLinear(WIDTH, WIDTH, index=index, **s2),
-        "LoRA r=8, base's dtype": lora(float32=False),
-        "LoRA r=8": lora(float32=True),
+        "S2RowLinear": lambda: s2ft.S2RowLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
+        "S2ColumnLinear": lambda: s2ft.S2ColumnLinear(WIDTH, WIDTH, start=0, end=UNITS, **s2),
+        "S2RowLinear, index": lambda: s2ft.S2RowLinear(WIDTH, WIDTH, index=index, **s2),
+        "S2ColumnLinear, index": lambda: s2ft.S2ColumnLinear(WIDTH, WIDTH, index=index, **s2),
+        "LoRA r=8, base's dtype": lambda: lora(float32=False),
+        "LoRA r=8": lambda: lora(float32=True),
     }
 
 
@@ -88,28 +93,41 @@ def repeated(layer: nn.Module, x: Tensor, calls: int, backward: bool) -> Callabl
     return run
 
 
+def step_of_many(many: list[nn.Module], x: Tensor) -> Callable[[], None]:
+    """A function that runs layers one after another, forward and backward. A model writes their slices before it."""
+    runs = [repeated(layer, x, 1, backward=True) for layer in many]
+    slices = [layer for layer in many if hasattr(layer, "fuse")]
+
+    def run() -> None:
+        write_all(slices)
+        for one in runs:
+            one()
+
+    return run
+
+
 def microseconds(rounds: int, calls: int) -> dict[str, dict[str, float]]:
-    """Host time of each layer in µs: of the forward, and of forward and backward."""
+    """Host time of each layer in µs, by the column of the table."""
     x = torch.randn(ROWS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-    found = layers()
+    steps = {}
+    for name, make in layers().items():
+        layer, many = make(), [make() for _ in range(MANY)]
+        steps[name, COLUMNS[0]] = repeated(layer, x, calls, backward=False), calls
+        steps[name, COLUMNS[1]] = repeated(layer, x, calls, backward=True), calls
+        steps[name, COLUMNS[2]] = step_of_many(many, x), MANY
     gc.collect()
     gc.freeze()  # as timeit does: collections of what other packages have allocated are not a cost of the layers
-    steps = {(name, both): repeated(layer, x, calls, both) for name, layer in found.items() for both in (False, True)}
-    times = interleaved(steps, rounds, timed=processor_seconds)
-    per_call = {key: 1e6 * statistics.quantiles(seconds, n=10)[0] / calls for key, seconds in times.items()}
-    return {name: {"forward": per_call[name, False], "forward and backward": per_call[name, True]} for name in found}
-
-
-def microseconds_of_writes(rounds: int) -> float:
-    """Host time in µs of writing one of MANY slices at once."""
-    many = [s2ft.S2RowLinear(WIDTH, WIDTH, start=0, end=UNITS, delta_dtype=torch.float32) for _ in range(MANY)]
-    times = interleaved({"write": lambda: write_all(many)}, rounds, timed=processor_seconds)
-    return 1e6 * statistics.quantiles(times["write"], n=10)[0] / MANY
+    times = interleaved({key: step for key, (step, _) in steps.items()}, rounds, timed=processor_seconds)
+    found: dict[str, dict[str, float]] = {}
+    for (name, column), seconds in times.items():
+        per_layer = 1e6 * statistics.quantiles(seconds, n=10)[0] / steps[name, column][1]
+        found.setdefault(name, {})[column] = per_layer
+    return found
 
 
 def table(rows: dict[str, dict[str, float]]) -> str:
-    lines = [f"{'µs a layer':<26}{'forward':>10}{'forward and backward':>22}"]
-    lines += [f"{name:<26}{row['forward']:>10.1f}{row['forward and backward']:>22.1f}" for name, row in rows.items()]
+    lines = [f"{'µs a layer':<26}" + "".join(f"{column:>24}" for column in COLUMNS)]
+    lines += [f"{name:<26}" + "".join(f"{row[column]:>24.1f}" for column in COLUMNS) for name, row in rows.items()]
     return "\n".join(lines)
 
 
@@ -121,10 +139,8 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = microseconds(args.rounds, args.calls)
-    written = microseconds_of_writes(args.rounds)
     print(table(rows))
-    print(f"slices of {MANY} layers written at once: {written:.1f} µs a layer")
-    save(args.output, {"microseconds": rows, "written at once": written})
+    save(args.output, {"microseconds": rows})
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     import transformers
 
     from s2ft.export import merged
-    from s2ft.model.conversion import CannotStream
+    from s2ft.model.checkpoint import CannotStream
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

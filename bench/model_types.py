@@ -156,8 +156,7 @@ def tiny_model_of(model_type: str, dtype=None):
     import torch
     import transformers
 
-    from s2ft.model.discovery.tiny_config import Level, tiny_config
-    from s2ft.model.discovery.twin import tiny_model
+    from s2ft.model.discovery.twin import Level, tiny_config, tiny_model
 
     model_class = getattr(transformers, types()[model_type][0][1])
     config, failures = default_config(model_type), []
@@ -221,8 +220,8 @@ def _fill(row: dict, model_type: str, dtype) -> float:
     """Fill the row in place, as far as the type works, and return the rounding of the plain model."""
     import s2ft
     from s2ft.model.discovery.examples import runnable_example
+    from s2ft.model.parts import tower_of
     from s2ft.model.registry import find_couplings
-    from s2ft.model.towers import tower_of
 
     try:
         model = tiny_model_of(model_type, dtype)
@@ -299,8 +298,7 @@ def _coverage(row: dict, found, in_place: bool) -> None:
 def _outputs(model, example) -> list:
     import torch
 
-    from s2ft.model.discovery.examples import run_example
-    from s2ft.model.outputs import tensors_in
+    from s2ft.model.running import run_example, tensors_in
 
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -343,8 +341,7 @@ def _gradients(model, example, paths: set[str], reached: set[str]) -> str:
     """How many of the deltas that run get a gradient from the sum of all outputs with random weights."""
     import torch
 
-    from s2ft.model.discovery.examples import run_example
-    from s2ft.model.outputs import tensors_in
+    from s2ft.model.running import run_example, tensors_in
 
     generator = torch.Generator().manual_seed(0)
     outputs = [tensor for tensor in tensors_in(run_example(model, example)) if tensor.requires_grad]

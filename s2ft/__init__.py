@@ -11,30 +11,30 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exports a name
     from s2ft import ops as ops
-    from s2ft.adapter import (
-        Adapter as Adapter,
-        AdapterBank as AdapterBank,
+    from s2ft.adapter.adapter import Adapter as Adapter
+    from s2ft.api import attach as attach, detach as detach, merge as merge, plan as plan, select as select
+    from s2ft.attached.bank import AdapterBank as AdapterBank
+    from s2ft.attached.loading import (
         combine_adapters as combine_adapters,
         delete_adapter as delete_adapter,
         disable_adapters as disable_adapters,
-        export_lora as export_lora,
         freeze_adapter as freeze_adapter,
-        get_adapter as get_adapter,
-        import_lora as import_lora,
         list_adapters as list_adapters,
         load_adapter as load_adapter,
-        push_to_hub as push_to_hub,
         read_adapter as read_adapter,
         rename_adapter as rename_adapter,
-        save_adapter as save_adapter,
         set_adapter as set_adapter,
-        status as status,
     )
-    from s2ft.api import attach as attach, detach as detach, merge as merge, plan as plan, select as select
-    from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters
+    from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters, status as status
+    from s2ft.attached.saving import (
+        get_adapter as get_adapter,
+        push_to_hub as push_to_hub,
+        save_adapter as save_adapter,
+    )
     from s2ft.config import S2FTConfig as S2FTConfig
     from s2ft.estimation import Estimate as Estimate, Strategy as Strategy, estimate as estimate
     from s2ft.export.from_model import save_merged as save_merged
+    from s2ft.export.lora import export_lora as export_lora, import_lora as import_lora
     from s2ft.layers import S2ColumnLinear as S2ColumnLinear, S2RowLinear as S2RowLinear
     from s2ft.model.checkpoint import weights_on_disk as weights_on_disk
     from s2ft.model.coupling import Coupling as Coupling
@@ -45,23 +45,23 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
 # public name -> the module that has it; tests/test_public.py compares it with the imports above
 _HOMES = {
     "ops": "s2ft.ops",
-    "Adapter": "s2ft.adapter",
-    "AdapterBank": "s2ft.adapter",
-    "combine_adapters": "s2ft.adapter",
-    "delete_adapter": "s2ft.adapter",
-    "disable_adapters": "s2ft.adapter",
-    "export_lora": "s2ft.adapter",
-    "freeze_adapter": "s2ft.adapter",
-    "get_adapter": "s2ft.adapter",
-    "import_lora": "s2ft.adapter",
-    "list_adapters": "s2ft.adapter",
-    "load_adapter": "s2ft.adapter",
-    "push_to_hub": "s2ft.adapter",
-    "read_adapter": "s2ft.adapter",
-    "rename_adapter": "s2ft.adapter",
-    "save_adapter": "s2ft.adapter",
-    "set_adapter": "s2ft.adapter",
-    "status": "s2ft.adapter",
+    "Adapter": "s2ft.adapter.adapter",
+    "AdapterBank": "s2ft.attached.bank",
+    "combine_adapters": "s2ft.attached.loading",
+    "delete_adapter": "s2ft.attached.loading",
+    "disable_adapters": "s2ft.attached.loading",
+    "export_lora": "s2ft.export.lora",
+    "freeze_adapter": "s2ft.attached.loading",
+    "get_adapter": "s2ft.attached.saving",
+    "import_lora": "s2ft.export.lora",
+    "list_adapters": "s2ft.attached.loading",
+    "load_adapter": "s2ft.attached.loading",
+    "push_to_hub": "s2ft.attached.saving",
+    "read_adapter": "s2ft.attached.loading",
+    "rename_adapter": "s2ft.attached.loading",
+    "save_adapter": "s2ft.attached.saving",
+    "set_adapter": "s2ft.attached.loading",
+    "status": "s2ft.attached.report",
     "attach": "s2ft.api",
     "detach": "s2ft.api",
     "merge": "s2ft.api",

@@ -5,21 +5,26 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.adapter.pretrained import HOST_HOOKS
-from s2ft.attached.active import ON_TOP_OF, apart_from_active, switch
-from s2ft.attached.changes import adapters_off, merge_active, remove_all
-from s2ft.attached.checks import check_can_merge, check_new_name, check_not_in_engine, check_one_place
-from s2ft.attached.extra_weights import names_of_modules
-from s2ft.attached.hosts.tensor_parallel import check_parallelism
-from s2ft.attached.hosts.wrappers import of_compiled, with_rest_frozen
-from s2ft.attached.mounting import mount, touched
+from s2ft.attached.active import ON_TOP_OF, apart_from_active, names_of_modules, switch
+from s2ft.attached.checks import check_can_merge, check_not_in_engine, check_one_place
+from s2ft.attached.mounting import adapters_off, merge_active, mount, remove_all, touched
 from s2ft.attached.proof import proved
-from s2ft.attached.record import Attachment, attachment_of, check_unattached, find_attachment, new_attachment
+from s2ft.attached.record import (
+    Attachment,
+    attachment_of,
+    check_new_name,
+    check_parallelism,
+    check_unattached,
+    find_attachment,
+    new_attachment,
+    of_compiled,
+    with_rest_frozen,
+)
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
+from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import FoundCouplings, find_couplings
-from s2ft.model.towers import couplings_in_towers
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units, with_protect_ratio
 
@@ -126,7 +131,7 @@ def _record_for(
         check_unattached(model)
     check_new_name(record, name)
     if record is None:
-        return new_attachment(model, couplings, HOST_HOOKS, example, config)
+        return new_attachment(model, couplings, example, config)
     if couplings is not None and list(couplings) != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     return record

@@ -19,7 +19,7 @@ METRICS = {  # a metric is a row here and in s2ft/selection/metrics.py
     "product": "by weight norm times activation norm on calibration data",
     "gradient": "by gradient norm on calibration data",
 }
-ALLOCATIONS = {  # an allocation is a row here and in s2ft/selection/budget.py
+ALLOCATIONS = {  # an allocation is a row here and in s2ft/selection/__init__.py
     "uniform": "the same number of units in each layer",
     "global": "the units with the best scores over all layers, or drawn from all layers together, so a layer may get "
     "none",

@@ -33,14 +33,16 @@ def freeze():
     gc.freeze()
 
 
+PACKAGES = {"vllm": "make test-vllm", "lm_eval": "make test-lm-eval", "deepspeed": "make test-deepspeed"}
+
+
 def pytest_collection_modifyitems(items):
     for item in items:  # by marker: the names of folders are keywords too, also of one around the checkout
         if item.get_closest_marker("cuda") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no GPU"))
-        if item.get_closest_marker("vllm") and find_spec("vllm") is None:
-            item.add_marker(pytest.mark.skip(reason="no vLLM: make test-vllm"))
-        if item.get_closest_marker("lm_eval") and find_spec("lm_eval") is None:
-            item.add_marker(pytest.mark.skip(reason="no lm-eval: make test-lm-eval"))
+        for package, remedy in PACKAGES.items():
+            if item.get_closest_marker(package) and find_spec(package) is None:
+                item.add_marker(pytest.mark.skip(reason=f"no {package}: {remedy}"))
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -8,7 +8,7 @@ import torch
 from support.inside import ACTIVATIONS, HIDDEN_ACTS, attachment_of, couplings_of, projections_of, weight_at
 from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
 from support.pairs import rest_slow
-from support.slices import random_slices
+from support.states import randomize, with_adapter
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import (
@@ -56,16 +56,14 @@ def requests_mostly_slow():
 
 
 @pytest.mark.parametrize("case,request_,layout", list(requests_mostly_slow()))
+@torch.no_grad()
 def test_attach_keeps_the_logits_and_merge_those_of_the_slices(case, request_, layout):
     model = model_of(case)
-    with torch.no_grad():
-        before = output_of(model)
-        s2ft.attach(model, config_for(case, request_, layout=layout))
-        assert relative_difference(output_of(model), before) <= LOGITS
-        trained = output_of(random_slices(model))
-        assert (
-            relative_difference(output_of(s2ft.merge(model)), trained) <= LOGITS < relative_difference(trained, before)
-        )
+    before = output_of(model)
+    s2ft.attach(model, config_for(case, request_, layout=layout))
+    assert relative_difference(output_of(model), before) <= LOGITS
+    trained = output_of(randomize(model))
+    assert relative_difference(output_of(s2ft.merge(model)), trained) <= LOGITS < relative_difference(trained, before)
 
 
 @pytest.mark.parametrize("case", rest_slow(CASES, FIRST))
@@ -95,8 +93,7 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
     """Two steps: both layouts have the same losses as a full model whose gradient is masked."""
     losses, selections = {}, []
     for layout in LAYOUTS:
-        model = model_of(case)
-        s2ft.attach(model, config_for(case, "all", layout=layout))
+        model = with_adapter(model_of(case), config_for(case, "all", layout=layout))
         losses[layout] = train(model, steps=2, weight_decay=0.0)
         record = attachment_of(model)
         selections.append(record.selection)
@@ -117,8 +114,7 @@ def test_layouts_train_alike_and_like_masked_full_training(case):
 
 
 def test_permuted_layout_is_one_dense_slice_where_units_can_move():
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
+    model = with_adapter(model_of("llama"), S2FTConfig(**ALL_RATIOS))
     assert all(mount.layer.index is None for mount in attachment_of(model).mounts.values())
 
 
@@ -160,8 +156,7 @@ def test_layers_restricts_and_keeps_the_other_layers_draws():
 )
 def test_delta_dtype(dtype, option, expected):
     model = model_of("llama", dtype)
-    report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option))
-    assert report.rows[0].dtype is expected
+    assert s2ft.attach(model, S2FTConfig(d_ratio=0.1, delta_dtype=option)).rows[0].dtype is expected
     assert model(token_batch(model)).logits.dtype is dtype
 
 
@@ -179,8 +174,7 @@ def test_tied_projections_are_refused():
 def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation(case):
     logits, gradients = [], []
     for fuse in (True, False):
-        model = model_of(case)
-        s2ft.attach(model, S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
+        model = with_adapter(model_of(case), S2FTConfig(**ALL_RATIOS, ffn_kernel=fuse))
         assert len(attachment_of(model).forwards) == (3 if fuse else 0)
         batch = token_batch(model)
         output = model(batch, labels=batch)
@@ -195,8 +189,7 @@ def test_the_ffn_kernel_gives_the_same_logits_and_gradients_for_every_activation
 @pytest.mark.parametrize("case", ("llama", "llama-gelu", "llama-gelu-tanh", "llama-relu"))
 def test_the_ffn_kernel_keeps_gate_up_and_the_slice_for_backward(case):
     """It also keeps the weights, but neither the activation of the gate nor the product."""
-    model = model_of(case)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    model = with_adapter(model_of(case), S2FTConfig(d_ratio=0.1))
     mlp, kept = model.model.layers[0].mlp, []
     weights = {p.data_ptr() for p in mlp.parameters()}
 
@@ -214,8 +207,7 @@ def test_the_ffn_kernel_keeps_gate_up_and_the_slice_for_backward(case):
 def test_a_block_with_another_activation_does_not_use_the_kernel(activation):
     config = CASES["llama"]()
     config.hidden_act = activation
-    model = AutoModelForCausalLM.from_config(config)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    model = with_adapter(AutoModelForCausalLM.from_config(config), S2FTConfig(d_ratio=0.1))
     assert not any("forward" in module.__dict__ for module in model.modules())
 
 
@@ -292,8 +284,7 @@ def test_activations_of_the_ffn_kernel_equal_pytorchs_functions(name):
 
 def test_a_model_of_transformers_in_which_nothing_can_be_trained_is_refused():
     """Its convolutions are of classes of its own, which standardise their weights."""
-    config = BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2)
-    model = BitForImageClassification(config)
+    model = BitForImageClassification(BitConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], num_groups=2))
     with pytest.raises(ValueError, match="BitForImageClassification: s2ft finds nothing that it can train"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.5))
     assert all(p.requires_grad for p in model.parameters())
@@ -319,6 +310,5 @@ def test_models_with_other_heads_and_single_encoders_or_decoders(kind, case, lin
     """Couplings are found wherever encoder and decoder lie, and a missing one is not required."""
     if case not in CASES:
         pytest.skip(f"this transformers is too old for {case}")
-    model = kind(CASES[case]())
-    s2ft.attach(model, config_for(case, "all"))
+    model = with_adapter(kind(CASES[case]()), config_for(case, "all"))
     assert len(attachment_of(model).mounts) == linears

@@ -1,23 +1,14 @@
 """Multimodal models have the couplings of their parts: each one is confirmed by an input that reaches all towers."""
 
 import pytest
-from support.composites import composite_of, example_for, logits_of, loss_of, missing
+from support.composites import composite_of, example_for, logits_of, loss_of
 from support.inside import FAMILIES, composite, copied, couplings_of, is_known, projections_of, tower_of
 from support.pairs import rest_slow
+from support.slices import slices
 from support.tolerances import relative_difference
-from transformers import __version__
 
 import s2ft
 from s2ft import S2FTConfig
-
-FAST = ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl")
-TYPES = rest_slow(composite.MODEL_TYPES, FAST)
-
-
-def model_of(model_type, change=None):
-    if missing(model_type):
-        pytest.skip(f"transformers {__version__} does not have the model type {model_type}")
-    return composite_of(model_type, change)
 
 
 def everything(model):
@@ -27,13 +18,11 @@ def everything(model):
     return S2FTConfig(**ratios, towers=sorted({tower_of(model, coupling.main.path) for coupling in couplings}))
 
 
-def trained(model):
-    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-@pytest.mark.parametrize("model_type", TYPES)
+@pytest.mark.parametrize(
+    "model_type", rest_slow(composite.MODEL_TYPES, ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl"))
+)
 def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type):
-    model = model_of(model_type)
+    model = composite_of(model_type)
     assert is_known(model)
     example = example_for(model)
     example = {name: value.double() if value.is_floating_point() else value for name, value in example.items()}
@@ -42,14 +31,13 @@ def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type)
     s2ft.attach(model, everything(model), example=example, verify=True)
     assert relative_difference(logits_of(model, example), before) <= 1e-9
     loss_of(model, example).backward()
-    slices = trained(model)
-    assert [name for name, slice_ in slices.items() if slice_.grad is None or not slice_.grad.any()] == []
+    assert [name for name, one in slices(model).items() if one.grad is None or not one.grad.any()] == []
 
 
 def test_layers_after_the_last_that_is_used_are_left_out():
     used = {}
     for chosen in (-1, -2, [0, 1]):
-        model = model_of("llava_next")
+        model = composite_of("llava_next")
         model.config.vision_feature_layer = chosen
         paths = {c.main.path for c in couplings_of(model) if "vision_tower" in c.main.path}
         used[str(chosen)] = len({path.split(".layers.")[1].split(".")[0] for path in paths})
@@ -58,7 +46,7 @@ def test_layers_after_the_last_that_is_used_are_left_out():
 
 
 def test_layers_are_counted_through_the_language_model_then_the_tower_then_the_projector():
-    found = couplings_of(model_of("qwen3_vl"))
+    found = couplings_of(composite_of("qwen3_vl"))
     order = {}
     for coupling in found:
         order.setdefault(coupling.layer, set()).add(".".join(coupling.main.path.split(".")[:3]))
@@ -68,13 +56,13 @@ def test_layers_are_counted_through_the_language_model_then_the_tower_then_the_p
 
 
 def test_a_part_without_a_declaration_leaves_the_whole_model_to_discovery(monkeypatch):
-    model = model_of("llava_next")
+    model = composite_of("llava_next")
     monkeypatch.delitem(FAMILIES, "clip_vision_model")
     assert composite.undeclared_parts(model) == ["clip_vision_model"] and not is_known(model)
 
 
 def test_the_base_model_has_the_same_couplings_as_the_one_with_a_head():
-    model = model_of("llava_next")
+    model = composite_of("llava_next")
     assert [str(c).replace("model.", "") for c in couplings_of(model.model)] == [
         str(c).replace("model.", "") for c in couplings_of(model)
     ]
@@ -83,14 +71,14 @@ def test_the_base_model_has_the_same_couplings_as_the_one_with_a_head():
 @pytest.mark.parametrize("older", ["", "qwen3_vl"], ids=["none", "that of the whole"])
 def test_a_vision_tower_whose_config_has_no_type_of_its_own_is_found(older):
     """Older releases of transformers have such configs."""
-    model = model_of("qwen3_vl")
+    model = composite_of("qwen3_vl")
     expected = couplings_of(model)
     model.model.visual.config.model_type = older
     assert couplings_of(model) == expected and any("visual" in coupling.main.path for coupling in expected)
 
 
 def test_the_layers_used_are_read_under_their_older_name():
-    model = model_of("llava_next")
+    model = composite_of("llava_next")
     model.config.vision_feature_layers = model.config.__dict__.pop(
         "vision_feature_layer"
     )  # VipLLaVA's in transformers 5.0

@@ -75,12 +75,11 @@ def couplings():
                 (Vector(f"{path}.shift.value", 1),),
             )
         )
-        producers = tuple(Projection(key, f"{path}.{key}", HEADS, WIDTH, 0) for key in "qkv")
         found.append(
             Coupling(
                 "attention",
                 i,
-                producers,
+                tuple(Projection(key, f"{path}.{key}", HEADS, WIDTH, 0) for key in "qkv"),
                 Projection("o", f"{path}.o", HEADS, WIDTH, 1),
                 (Vector(f"{path}.norm.weight", WIDTH), Vector(f"{path}.norm.bias", WIDTH)),
             )
@@ -268,14 +267,12 @@ def test_selecting_in_a_convolutional_network(metric):
     config = S2FTConfig(u_ratio=0.25, d_ratio=0.5, selection=metric, match_lora_rank=None)
     model = conv_net()
     selection = s2ft.select(model, config, data, couplings=conv_couplings())
-    inner = torch.relu(model.norm(model.first(image())))
     scores = {
         "weight": model.second.weight.square().sum((0, 2, 3)).sqrt(),
-        "activation": model.depth(inner).square().sum((0, 2, 3)).sqrt(),
+        "activation": model.depth(torch.relu(model.norm(model.first(image())))).square().sum((0, 2, 3)).sqrt(),
     }
     scores["product"] = scores["weight"] * scores["activation"]
-    assert torch.equal(selection["second"], scores[metric].topk(8).indices.sort().values)
-    assert same(model, conv_net())
+    assert torch.equal(selection["second"], scores[metric].topk(8).indices.sort().values) and same(model, conv_net())
 
 
 def test_a_convolution_of_groups_is_refused():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
-from support.aliases import GROUPED, alias_of, missing
+from support.aliases import GROUPED, alias_of
 from support.inside import discover, judge, registry, search as search_module, trial_of
 from support.models import CASES, inputs_of, model_of
 from support.nets import Block, Net, batch
@@ -25,7 +25,6 @@ from s2ft.cli.main import main
 
 # The inputs made from a config have no states of an encoder, which cross-attention needs.
 GIVEN = ("bert-cross-attention", "gpt2-cross-attention", "bert-generation")
-FAST = ("llama-grouped", "phi3-multi-query", "gpt-neox", "olmo2-grouped", "qwen2-moe")
 
 
 # Types in which less is found than declared, and nothing else.
@@ -57,7 +56,9 @@ def check_found_again(model, example=None):
     assert found == declared(model) or getattr(model.config, "model_type", None) in LESS
 
 
-@pytest.mark.parametrize("case", rest_slow(CASES, FAST))
+@pytest.mark.parametrize(
+    "case", rest_slow(CASES, ("llama-grouped", "phi3-multi-query", "gpt-neox", "olmo2-grouped", "qwen2-moe"))
+)
 def test_discovery_finds_the_declared_couplings(case):
     model = model_of(case)
     check_found_again(model, inputs_of(model) if case in GIVEN else None)
@@ -66,8 +67,6 @@ def test_discovery_finds_the_declared_couplings(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("model_type", SEARCHED)
 def test_discovery_finds_the_couplings_of_types_with_the_same_modules(model_type):
-    if missing(model_type):
-        pytest.skip("this version of transformers lacks the type")
     for options in ({}, {"num_key_value_heads": 2}) if model_type in GROUPED else ({},):
         model = alias_of(model_type, **options)
         check_found_again(model, inputs_of(model) if model_type in GIVEN else None)

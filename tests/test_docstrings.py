@@ -46,7 +46,7 @@ def examples():
 
 
 EXAMPLES = list(examples())
-NOT_RUN = {"s2ft.adapter.hub.push_to_hub"}  # it needs a network
+NOT_RUN = {"s2ft.attached.saving.push_to_hub"}  # it needs a network
 
 
 @pytest.mark.parametrize("found", EXAMPLES)

@@ -19,13 +19,10 @@ CONFIG = S2FTConfig(d_ratio=0.25, o_ratio=0.25)
 SHAPE = dict(hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, vocab_size=256)
 
 
-def hollow(**changes):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(LlamaConfig(**{**SHAPE, **changes}))
-
-
 def estimate(strategy=None, devices=1, config=CONFIG, **options):
-    return s2ft.estimate(hollow(), config, 2, 16, strategy=strategy, devices=devices, device="cpu", **options)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**SHAPE))
+    return s2ft.estimate(model, config, 2, 16, strategy=strategy, devices=devices, device="cpu", **options)
 
 
 @pytest.fixture(scope="module")
@@ -68,8 +65,7 @@ def test_zero_updates_a_copy_in_float32(name):
     """With deltas in bfloat16, states and the copy are of float32."""
     config = S2FTConfig(d_ratio=0.25, delta_dtype="bfloat16")
     found = estimate(Strategy(name, reduce_bucket_size=1000), 4, config, dtype=torch.bfloat16)
-    assert found.communication == 2000
-    assert found.optimizer == pytest.approx(3 * 4 * found.trained / 4, rel=0.02)
+    assert found.communication == 2000 and found.optimizer == pytest.approx(3 * 4 * found.trained / 4, rel=0.02)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +74,12 @@ def test_zero_updates_a_copy_in_float32(name):
 def test_what_is_offloaded_is_on_the_host(name, offload):
     here, away = (estimate(Strategy(name, offload=where, reduce_bucket_size=1000), 2) for where in (None, offload))
     moved = here.gradients + here.optimizer + (here.parameters if offload == "all" else 0)
-    assert (here.host, away.host) == (0, moved)
-    assert away.peak == here.peak - moved
+    assert (here.host, away.host) == (0, moved) and away.peak == here.peak - moved
 
 
 def test_tensor_parallelism_with_shards():
     split, both = estimate("tp", 2), estimate(Strategy("tp+fsdp2", tp_size=2), 4)
-    assert both.kept == split.kept
-    assert both.parameters == pytest.approx(split.parameters / 2, rel=0.01)
+    assert both.kept == split.kept and both.parameters == pytest.approx(split.parameters / 2, rel=0.01)
     assert both.optimizer == pytest.approx(split.optimizer / 2, rel=0.01)
 
 
@@ -97,8 +91,7 @@ def test_the_smallest_number_of_devices_fits_and_one_fewer_does_not(strategy, fe
     room = estimate(strategy, few).peak
     found = estimate(strategy, None, memory=room)
     assert (found.devices, found.fits, found.free) == (few, True, room)
-    unit = 2 if few == 4 else 1
-    assert estimate(strategy, few - unit, memory=room).fits is False
+    assert estimate(strategy, few - (2 if few == 4 else 1), memory=room).fits is False
 
 
 # ---- refused -------------------------------------------------------------------------------------------
@@ -154,25 +147,10 @@ def test_the_command_finds_the_smallest_number(folder, capsys):
     words = ["estimate", folder, *SHORT, "--strategy", "fsdp2", "--device-memory", "1MB"]
     assert main([*words, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    largest = S2FTConfig(d_ratio=0.3)
-    needed = estimate("fsdp2", None, largest, memory="1MB", use_cache=False)
+    needed = estimate("fsdp2", None, S2FTConfig(d_ratio=0.3), memory="1MB", use_cache=False)
     assert (found["strategy"], found["devices"]) == ("fsdp2", needed.devices) and needed.fits
     assert max(row["peak"] for row in found["rows"]) == needed.peak and all(row["fits"] for row in found["rows"])
-    assert main([*words, "--devices", "2"]) == 0
-    assert "on each of 2 cpu devices with fsdp2" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    (
-        (["--devices", "2"], "devices needs strategy: one of ddp"),
-        (["--strategy", "ddp", "--offload", "all"], "offload of ddp must be None"),
-        (["--strategy", "ddp", "--load-in-4bit"], "are counted for one device"),
-    ),
-)
-def test_mistakes(folder, words, message, capsys):
-    assert main(["estimate", folder, *words]) == 2
-    assert message in capsys.readouterr().err
+    assert main([*words, "--devices", "2"]) == 0 and "on each of 2 cpu devices with fsdp2" in capsys.readouterr().out
 
 
 def test_the_command_has_all_strategies():

@@ -8,7 +8,8 @@ import pytest
 import torch
 from support.aliases import alias_of
 from support.inside import experts_forward
-from support.models import ALL_RATIOS, SHAPE, model_of, output_of, randomized, ratios_for, train
+from support.models import ALL_RATIOS, SHAPE, fit, model_of, output_of, randomized, ratios_for, train
+from support.states import with_adapter
 from support.tolerances import relative_difference
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -20,8 +21,7 @@ from s2ft import Coupling, S2FTConfig
 
 def test_an_expert_without_tokens():
     """Its units get a gradient of zeros, other experts get theirs. A batch without tokens gives an empty output."""
-    model = model_of("mixtral")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    model = with_adapter(model_of("mixtral"), S2FTConfig(d_ratio=0.25))
     experts = model.model.layers[0].mlp.experts
     experts(torch.randn(5, 24), torch.tensor([[0, 1]] * 5), torch.rand(5, 2)).sum().backward()
     first, second, third = experts.down_proj.s2.grad.split(experts.down_proj.counts, 1)
@@ -31,8 +31,7 @@ def test_an_expert_without_tokens():
 
 def test_tokens_of_experts_of_other_devices_add_nothing():
     """With expert parallelism, such experts have the numbers after those of this device."""
-    model = model_of("mixtral")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25))
+    model = with_adapter(model_of("mixtral"), S2FTConfig(d_ratio=0.25, u_ratio=0.25))
     experts = model.model.layers[0].mlp.experts
     for layer in (experts.gate_up_proj, experts.down_proj):
         nn.init.normal_(layer.s2, std=0.1)
@@ -47,8 +46,7 @@ def test_tokens_of_experts_of_other_devices_add_nothing():
         y.square().sum().backward()
         grads.append((y.detach(), given.grad, experts.down_proj.s2.grad, experts.gate_up_proj.s2.grad))
         model.zero_grad()
-    for ours, theirs in zip(*grads):
-        assert relative_difference(ours, theirs) <= 1e-5
+    assert all(relative_difference(ours, theirs) <= 1e-5 for ours, theirs in zip(*grads))
 
 
 def test_experts_forward_equals_that_of_transformers():
@@ -58,8 +56,7 @@ def test_experts_forward_equals_that_of_transformers():
     experts = model.model.layers[0].mlp.experts
     x, chosen, weights = torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2)
     assert torch.equal(experts_forward(experts, x, chosen, weights), experts(x, chosen, weights))
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False))
-    train(model, 2)
+    fit(with_adapter(model, S2FTConfig(d_ratio=0.25, u_ratio=0.25, layout="indexed", ffn_kernel=False)), 2)
     trained = experts(x, chosen, weights)
     s2ft.merge(model)
     assert torch.equal(trained, experts(x, chosen, weights))
@@ -71,8 +68,7 @@ def test_the_kernel_between_the_products(act):
     from transformers import MixtralConfig
 
     config = MixtralConfig(**{**SHAPE, "intermediate_size": 56, "hidden_act": act}, num_key_value_heads=4)
-    model = randomized(AutoModelForCausalLM, config)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    model = with_adapter(randomized(AutoModelForCausalLM, config), S2FTConfig(d_ratio=0.25))
     experts = model.model.layers[0].mlp.experts
     assert experts.forward.keywords.get("activation") == (None if act == "gelu_new" else act)
     x, chosen, weights = torch.randn(9, 24), torch.randint(8, (9, 2)), torch.rand(9, 2)
@@ -83,8 +79,7 @@ def test_the_host_reads_no_result_of_the_routing():
     """On a GPU it would wait for it. Fake tensors raise if a value is read."""
     from torch._subclasses import FakeTensorMode
 
-    model = model_of("qwen3-moe")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.3, u_ratio=0.2))
+    model = with_adapter(model_of("qwen3-moe"), S2FTConfig(d_ratio=0.3, u_ratio=0.2))
     experts = model.model.layers[0].mlp.experts
     with FakeTensorMode(allow_non_fake_inputs=True):
         y = experts(torch.randn(9, 24), torch.randint(4, (9, 2)), torch.rand(9, 2))
@@ -119,8 +114,7 @@ def test_ligers_experts_train():
 
     plain = model_of("mixtral")
     expected = output_of(plain).detach()
-    model = with_experts_of(LigerExperts)
-    s2ft.attach(model, S2FTConfig(d_ratio=0.25))
+    model = with_adapter(with_experts_of(LigerExperts), S2FTConfig(d_ratio=0.25))
     assert relative_difference(output_of(model), expected) <= 1e-5
     train(model, 1)
     s2ft.detach(model)
@@ -215,9 +209,7 @@ def test_a_wrong_layout_of_experts_is_found(wrong):
 @pytest.mark.parametrize("model_type", ("gpt_oss", "llama4_text", "nemotron_h"))
 def test_merged_experts_of_every_layout_load_in_transformers(model_type, tmp_path):
     model = alias_of(model_type)
-    ratios = dict(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5)
-    s2ft.attach(model, S2FTConfig(**ratios))
-    train(model, 1)
+    fit(with_adapter(model, S2FTConfig(d_ratio=0.2, u_ratio=0.2, o_ratio=0.5)), 1)
     merged = s2ft.merge(copy.deepcopy(model))
     merged.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)

@@ -1,11 +1,11 @@
 """S2ColumnLinear and S2RowLinear: one test for each property that the layers promise."""
 
 import copy
-import io
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.states import saved_and_loaded
 from torch import nn
 
 from s2ft import S2ColumnLinear, S2RowLinear
@@ -29,10 +29,10 @@ def elements(units):
     return units["index"] if "index" in units else torch.arange(units["start"], units["end"])
 
 
+@torch.no_grad()
 def layer_of(kind, units, dtype=torch.float32, **more):
     layer = kind(11, 9, dtype=dtype, **units, **more)
-    with torch.no_grad():
-        layer.s2.normal_()
+    layer.s2.normal_()
     return layer
 
 
@@ -46,8 +46,7 @@ def effective(layer, units):
 
 
 def step(layer, optimizer):
-    x = torch.randn(4, 3, 11, dtype=layer.weight.dtype)
-    layer(x).float().pow(2).mean().backward()
+    layer(torch.randn(4, 3, 11, dtype=layer.weight.dtype)).float().pow(2).mean().backward()
     optimizer.step()
     optimizer.zero_grad()
 
@@ -136,13 +135,6 @@ COPIES = {
     "state into one with the base": lambda layer, other: with_state_of(layer, other),
     "state into one with base + s2": lambda layer, other: with_state_of(layer, other.fuse() or other),
 }
-
-
-def saved_and_loaded(value):
-    buffer = io.BytesIO()
-    torch.save(value, buffer)
-    buffer.seek(0)
-    return torch.load(buffer, weights_only=False)
 
 
 def with_state_of(layer, other):

@@ -16,10 +16,11 @@ import torch
 from adapter import test_extra_weights as classifiers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support.inside import couplings_of, projections_of, weight_at
-from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, output_of, ratios_for
+from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, output_of, ratios_for, train
 from support.pairs import in_turn, pairs, pairs_mostly_slow, rest_slow
 from support.peft_modules import MODULES, net_of
 from support.quantized import KINDS, RARE, contents, forward, quantized
+from support.slices import slices
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 
@@ -87,25 +88,13 @@ class Peft:
     remove = staticmethod(lambda model: model.unload())
 
 
-def trained_of(model):
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-
 def fit(model, subject, steps=3):
     """Train a model and return the losses. In float16 the slices get random values, the same each time."""
-    trained = trained_of(model)
+    trained = list(slices(model).values())
     if trained[0].dtype is torch.float16:
         torch.manual_seed(1)
         return [nn.init.normal_(parameter.data, std=0.02).sum().item() for parameter in trained]
-    optimizer, losses = torch.optim.AdamW(trained, lr=1e-2), []
-    for _ in range(steps):
-        loss = subject.run(model.train()).float().square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    model.eval()
-    return losses
+    return train(model, steps, weight_decay=0.01, loss_of=lambda model: subject.run(model).float().square().mean())
 
 
 def tensors_of(model):
@@ -117,8 +106,7 @@ def tensors_of(model):
 
 def assert_same(ours, theirs):
     assert list(ours) == list(theirs)
-    for key, values in ours.items():
-        assert all(map(torch.equal, values, theirs[key])), key
+    assert [key for key, values in ours.items() if not all(map(torch.equal, values, theirs[key]))] == []
 
 
 def watch(model, calls):
@@ -143,7 +131,7 @@ def live(subject, way, folder):
     assert calls == expected_calls
     losses = fit(model, subject)
     assert losses[-1] < losses[0] or output.dtype is torch.float16
-    assert all(bool(parameter.any()) for parameter in trained_of(model))
+    assert all(bool(parameter.any()) for parameter in slices(model).values())
     trained = subject.run(model).detach()
     assert not torch.equal(trained, output)
     with way.off(model):
@@ -346,6 +334,6 @@ def test_one_graph_has_the_gradients_of_the_model_that_is_not_compiled(name):
     for called in (model, torch.compile(model, fullgraph=name != "own forward", backend="aot_eager")):
         model.zero_grad()
         subject.run(called).square().mean().backward()
-        found.append([parameter.grad for parameter in trained_of(model)])
+        found.append([parameter.grad for parameter in slices(model).values()])
     assert all(gradient.any() for gradient in found[0])
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-7)

@@ -7,6 +7,7 @@ came or the way out, never a sentence. The mistakes on the command line end with
 import copy
 import hashlib
 import json
+import shlex
 import shutil
 
 import pytest
@@ -261,7 +262,7 @@ def command(text, **files):
             path = world.root / (name + (".py" if content.startswith("def ") else ".jsonl"))
             path.write_text(content)
             paths[name] = path
-        arguments = [word.format(**paths) for word in text.split()]
+        arguments = [word.format(**paths) for word in shlex.split(text)]
         try:
             status = main(arguments)
         except SystemExit as leave:
@@ -357,11 +358,19 @@ COMMANDS = [
     (command("eval --model {model} --task commonsense --data {data}"), "example 1"),
     (command("plan {root}/nowhere"), "nowhere"),
     (command("estimate {model} --batch-size 0"), "batch 0"),
+    (command("estimate {model} --devices 2"), "devices strategy ddp"),
+    (command("estimate {model} --strategy ddp --offload all"), "offload ddp None"),
+    (command("estimate {model} --strategy ddp --load-in-4bit"), "counted one device"),
     (command("estimate {model} --ratios 1.5"), "ratios 1.5"),
     (command("estimate {model} --device-memory much"), "device_memory 24GB 'much'"),
     (command("estimate {model} --load-in-4bit --load-in-8bit"), "load_in_4bit load_in_8bit"),
     (command("export {adapter} --model {model} --output {model}"), "exists"),
     (command("serve --model {model} --adapters {root}/nowhere --check"), "nowhere"),
+    (command("serve --model {model} --port 70000"), "port"),
+    (command("serve --model {model} --queue-size 0"), "queue_size"),
+    (command("serve --model {model} --api-key 'a b'"), "API key"),
+    (command("serve --model {model} --api-key ''"), "API key"),
+    (command("serve --model {model} --max-tokens-limit 0"), "max_tokens_limit"),
     (command("chat --model {model} --adapter {root}/nowhere"), "nowhere"),
     # names of commands and options
     (command("train"), "sft"),

@@ -65,11 +65,9 @@ def by_both(nano, model):
 def test_equals_the_library_bit_for_bit(nano, dtype):
     model = tiny_llama().to(dtype)
     (own_losses, own), (losses, merged) = by_both(nano, model)
-    assert own_losses == losses and len(set(losses)) == 3
-    assert list(own) == list(merged)
+    assert own_losses == losses and len(set(losses)) == 3 and list(own) == list(merged)
     assert [name for name in merged if not torch.equal(own[name], merged[name])] == []
-    trained = [name for name, before in model.state_dict().items() if not torch.equal(before, merged[name])]
-    assert trained == [
+    assert [name for name, before in model.state_dict().items() if not torch.equal(before, merged[name])] == [
         f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("self_attn.o_proj", "mlp.down_proj")
     ]
 
@@ -83,14 +81,14 @@ def test_equals_the_library_with_grouped_heads(nano):
         torch.testing.assert_close(own[name], weight, rtol=rtol, atol=atol)
 
 
+@torch.no_grad()
 def test_permuting_and_merging_change_nothing(nano):
     model = tiny_llama(num_key_value_heads=2, attention_bias=True)
     before, inputs = copy.deepcopy(model.state_dict()), batches()[0]
-    with torch.no_grad():
-        expected = model(**inputs).logits
-        orders = nano.attach(model, nano.choose(model, HEADS, CHANNELS))
-        rtol, atol = GEMM[torch.float32]
-        torch.testing.assert_close(model(**inputs).logits, expected, rtol=rtol, atol=atol)
+    expected = model(**inputs).logits
+    orders = nano.attach(model, nano.choose(model, HEADS, CHANNELS))
+    rtol, atol = GEMM[torch.float32]
+    torch.testing.assert_close(model(**inputs).logits, expected, rtol=rtol, atol=atol)
     nano.merge(model, orders)
     assert [name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])] == []
 

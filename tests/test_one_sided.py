@@ -17,7 +17,6 @@ from s2ft import Coupling, S2FTConfig
 
 LAYOUTS = ("permuted", "indexed")
 SIDES = ("inputs", "outputs")
-SELECTIONS = ("random", "weight", "activation", "product", "gradient")
 
 
 class Net(nn.Module):
@@ -69,7 +68,9 @@ def attached(layout="permuted", side="inputs", selection="random", unit=1, **opt
     return model, report
 
 
-@pytest.mark.parametrize(("selection", "side", "layout"), pairs(SELECTIONS, SIDES, LAYOUTS))
+@pytest.mark.parametrize(
+    ("selection", "side", "layout"), pairs(("random", "weight", "activation", "product", "gradient"), SIDES, LAYOUTS)
+)
 def test_the_chosen_units_are_trained_in_place(selection, side, layout):
     base, (model, report) = net(), attached(layout, side, selection)
     assert report.couplings == {"movable": 1, "one-sided": 2}
@@ -90,8 +91,7 @@ def test_units_of_several_elements():
 
 @pytest.mark.parametrize("options", [dict(budget=900), dict(match_lora_rank=2), dict(allocation="global")])
 def test_plan_and_estimate_count_them(options):
-    selection = "weight" if "allocation" in options else "random"
-    model, report = attached(selection=selection, **options)
+    model, report = attached(selection="weight" if "allocation" in options else "random", **options)
     config = attachment_of(model).config
     plan = s2ft.plan(net(), config, couplings=couplings())
     assert plan.trainable == report.trainable and plan.rows == report.rows and plan.couplings == report.couplings
@@ -113,8 +113,7 @@ def test_status_and_adapter_file(tmp_path):
     s2ft.save_adapter(model, tmp_path)
     header = json.loads((tmp_path / CONFIG).read_text())
     assert header["schema"] == 1 and header["config"]["l_ratio"] == 0.25 and header["couplings"][0]["producers"] == []
-    assert s2ft.read_adapter(tmp_path).couplings == couplings()
-    assert "3 inputs" in describe(tmp_path)
+    assert s2ft.read_adapter(tmp_path).couplings == couplings() and "3 inputs" in describe(tmp_path)
 
 
 @pytest.mark.parametrize("side", SIDES)
@@ -134,8 +133,7 @@ def test_one_side_of_experts(side):
     assert relative_difference(model(**inputs).logits, base(**inputs).logits) <= 1e-5
     model(**inputs).logits.square().sum().backward()
     (trained,) = (parameter for parameter in model.parameters() if parameter.requires_grad)
-    assert bool(trained.grad.any())
-    assert same(s2ft.detach(model), base)
+    assert bool(trained.grad.any()) and same(s2ft.detach(model), base)
 
 
 def test_verification_needs_no_run_of_a_one_sided_layer():

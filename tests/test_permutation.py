@@ -27,8 +27,7 @@ def test_nested_producers_and_any_consumer_are_contiguous(count, sizes, consumed
     for units in producers + ([] if consumer is None else [consumer]):
         assert contiguous_range(inverse(order)[units]) is not None
         selected |= set(units.tolist())
-    moved = int((order != torch.arange(count)).sum())
-    assert moved <= 2 * len(selected)
+    assert int((order != torch.arange(count)).sum()) <= 2 * len(selected)
 
 
 def test_the_sequence_is_producer_only_both_consumer_only():

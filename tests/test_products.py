@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.inside import S2ColumnConv, S2ColumnExperts, S2RowConv, S2RowExperts
+from support.slices import bytes_kept
 from support.tolerances import GEMM
 from torch import Tensor, nn
 from torch.func import functional_call
@@ -35,9 +36,8 @@ class Case:
     def defined(self, x: Tensor, s2: Tensor) -> Tensor:
         base = self.layer.base_weight().detach()
         weight = base.clone()
-        with torch.no_grad():  # by differences of one element each, so that no formula of s2ft is used
-            numbers = torch.arange(base.numel(), device=base.device).view(base.shape)
-        places = self.units(numbers)
+        # by differences of one element each, so that no formula of s2ft is used
+        places = self.units(torch.arange(base.numel(), device=base.device).view(base.shape))
         sums = (base.flatten()[places] + s2).to(base.dtype)
         weight = weight.flatten().index_copy(0, places.flatten(), sums.flatten()).view(base.shape)
         return self.plain(x, *self.inputs[1:], weight)
@@ -67,8 +67,7 @@ def experts(dim: int, transposed: bool, dtype: torch.dtype, delta_dtype: torch.d
     size = (outputs, inputs)[dim]
     weight = torch.randn(len(ROWS), *((inputs, outputs) if transposed else (outputs, inputs)), dtype=dtype)
     index = {expert: torch.randperm(size)[:count] for expert, count in enumerate(COUNTS) if count}
-    kind = (S2ColumnExperts, S2RowExperts)[dim]
-    layer = kind(nn.Parameter(weight), index, delta_dtype, transposed)
+    layer = (S2ColumnExperts, S2RowExperts)[dim](nn.Parameter(weight), index, delta_dtype, transposed)
 
     def units(weight: Tensor) -> Tensor:
         matrices = [one.t() if transposed else one for one in weight]
@@ -165,19 +164,10 @@ KEPT = {
 @pytest.mark.parametrize("name", KEPT)
 def test_a_forward_keeps_only_what_it_needs_of_x(name, trains):
     """Of a frozen slice it keeps nothing."""
-    case, kept = made(name), []
+    case = made(name)
     case.layer.s2.requires_grad_(trains)
     given = (*case.inputs, case.layer.weight, case.layer.s2)
-    own = {tensor.untyped_storage().data_ptr() for tensor in given}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.layer(*case.inputs)
-    assert sum(kept) == trains * KEPT[name]
+    assert bytes_kept(given, lambda: case.layer(*case.inputs)) == trains * KEPT[name]
 
 
 @pytest.mark.parametrize("name", CASES)

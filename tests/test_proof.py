@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from support.aliases import ROWS, model_with
 from support.inside import attachment_of, copied, couplings_of, examples_examples_of as examples_of, tiny_config
 from support.models import model_of
+from support.states import with_adapter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
@@ -82,10 +83,6 @@ def in_mode(training, function):
     return lambda block, x, h: function(block, h) if block.training == training else h
 
 
-def cat_first(h, x):
-    return torch.cat([h[..., :WIDTH] + x, h[..., WIDTH:]], -1)
-
-
 def counted(block, x, h):
     block.seen.add_(1)
     block.last = h.detach().mean()
@@ -146,7 +143,7 @@ MOVES = {  # wrong where units move
     "number of the largest": per_token(lambda h: h + h.argmax(-1, keepdim=True)),
     "reads the third": per_token(lambda h: h + h[..., 3:4]),
     "sorted channels": per_token(lambda h: h.sort(-1).values),
-    "input added by number": lambda block, x, h: cat_first(h, x),
+    "input added by number": lambda block, x, h: torch.cat([h[..., :WIDTH] + x, h[..., WIDTH:]], -1),
     "grid of channels": per_token(lambda h: h.unflatten(-1, (4, 5)).transpose(-1, -2).flatten(-2)),
     "cumulative difference": per_token(lambda h: F.pad(h.diff(dim=-1), (0, 1))),
     "in evaluation mode only": in_mode(False, lambda block, h: h * block.scale),
@@ -203,8 +200,7 @@ def steps(net):
 def check_trained_is_merged(net, base):
     steps(net)
     trained = copy.deepcopy(net).eval()
-    merged = s2ft.merge(copy.deepcopy(net)).eval()
-    torch.testing.assert_close(trained(batch()), merged(batch()), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(trained(batch()), s2ft.merge(copy.deepcopy(net)).eval()(batch()), rtol=1e-4, atol=1e-4)
     restored = s2ft.detach(net)
     for name, parameter in base.named_parameters():
         assert torch.equal(parameter, restored.get_parameter(name)), name
@@ -215,8 +211,7 @@ def test_a_right_module_trains_what_it_merges(name):
     for layout in ("permuted", "indexed"):
         net = Stack(RIGHT[name])
         base, x = copy.deepcopy(net), batch()
-        report = attach(net, layout)
-        assert ("training mode was not proved" in report.unproved) == (
+        assert ("training mode was not proved" in attach(net, layout).unproved) == (
             name == "noise of a channel" and layout == "permuted"
         )
         torch.testing.assert_close(net.eval()(x), base.eval()(x), rtol=1e-4, atol=1e-4)
@@ -333,19 +328,15 @@ def test_rounding_is_no_difference(case, dtype):
 
 
 def test_offloaded_weights_are_refused():
-    accelerate = pytest.importorskip("accelerate")
-    adapter = s2ft.get_adapter(*_attached(llama()))
+    import accelerate
+
+    adapter = s2ft.get_adapter(with_adapter(llama(), S2FTConfig(d_ratio=0.2)), "default")
     model = accelerate.cpu_offload(llama(), torch.device("cpu"))
     for act in (lambda: s2ft.attach(model, S2FTConfig(d_ratio=0.2)), lambda: s2ft.load_adapter(model, adapter)):
         with pytest.raises(ValueError, match="accelerate keeps the weights of .* elsewhere.*remove_hook_from_module"):
             act()
     accelerate.hooks.remove_hook_from_module(model, recurse=True)
     s2ft.attach(model, S2FTConfig(d_ratio=0.2))
-
-
-def _attached(model):
-    s2ft.attach(model, S2FTConfig(d_ratio=0.2))
-    return model, "default"
 
 
 def test_a_twin_keeps_imaginary_parts():
@@ -388,8 +379,7 @@ def test_an_example_of_sound_is_short_even_where_the_model_takes_long_ones():
 
 
 def test_verify_false_runs_nothing():
-    net = Stack(lambda *_: pytest.fail("it ran"))
-    assert attach(net, verify=False).unproved == ""
+    assert attach(Stack(lambda *_: pytest.fail("it ran")), verify=False).unproved == ""
 
 
 def test_loading_an_adapter_to_train_it_proves_it_too():

@@ -13,25 +13,19 @@ import pytest
 import s2ft
 
 
-def imports_for_type_checkers():
-    """Map each public name to its module, from the imports below ``if TYPE_CHECKING`` of s2ft/__init__.py."""
+def test_type_checkers_see_what_is_imported_at_first_use():
+    """The imports below ``if TYPE_CHECKING`` of s2ft/__init__.py have each public name and its module."""
     tree = ast.parse(Path(s2ft.__file__).read_text(encoding="utf-8"))
     (block,) = [node for node in tree.body if isinstance(node, ast.If)]
-    return {
+    assert s2ft._HOMES == {
         alias.name: f"s2ft.{alias.name}" if node.module == "s2ft" else node.module
         for node in block.body
         for alias in node.names
     }
 
 
-def test_type_checkers_see_what_is_imported_at_first_use():
-    assert imports_for_type_checkers() == s2ft._HOMES
-
-
 def test_every_public_name_can_be_imported():
-    for name in s2ft.__all__:
-        assert getattr(s2ft, name) is not None
-        assert name in dir(s2ft)
+    assert [name for name in s2ft.__all__ if getattr(s2ft, name) is None or name not in dir(s2ft)] == []
 
 
 @pytest.mark.parametrize("name", public_api.public_names())

@@ -1,7 +1,6 @@
 """Adapters on the quantized linear layers of bitsandbytes and torchao, on the CPU. Their whole life: test_life_cycle."""
 
 import copy
-import io
 import pickle
 from dataclasses import replace
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from adapter.test_pretrained import StopAt, trainer as plain_trainer
 from support.inside import attachment_of, mounted_deltas
-from support.models import output_of, token_batch, train
+from support.models import fit, output_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow, rest_slow
 from support.quantized import (
     KINDS,
@@ -26,7 +25,7 @@ from support.quantized import (
     quantized,
     torchao,
 )
-from support.slices import random_slices
+from support.states import randomize, saved_and_loaded, with_adapter, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 
@@ -42,18 +41,14 @@ GRADIENT = {kind: {"nf4-bfloat16": 0.1, "8bit": 1e-2}.get(kind, 1e-4) for kind i
 
 
 def trained(model, steps=3):
-    s2ft.attach(model, INDEXED)
-    train(model, steps)
-    return model
+    return fit(with_adapter(model, INDEXED), steps)
 
 
 # ---- attach, train, detach ------------------------------------------------------------------------------
 
 
 def gradients(model, training=True):
-    s2ft.attach(model, INDEXED)
-    random_slices(model)
-    model.train(training)
+    randomize(with_adapter(model, INDEXED), std=0.02).train(training)
     batch = token_batch(model)
     embedded = model.get_input_embeddings()(batch).detach().requires_grad_(True)
     model(inputs_embeds=embedded, labels=batch).loss.backward()
@@ -86,9 +81,7 @@ def test_evaluating_in_between_does_not_stop_the_gradient(kind):
         output_of(model)
     losses += train(model, 2)
     s2ft.attach(never, INDEXED)
-    others = train(never, 2) + train(never, 2)
-    # packing rounds the scales to bfloat16, once
-    assert losses == pytest.approx(others, rel=2e-2)
+    assert losses == pytest.approx(train(never, 2) + train(never, 2), rel=2e-2)
 
 
 def test_packing_is_allowed_again_after_detach():
@@ -143,8 +136,7 @@ def test_adapters_load_on_other_kinds_of_quantization_and_on_no_other_base(tmp_p
     """The fingerprint does not depend on the quantization, nor on whether the first consumer is quantized."""
     s2ft.save_adapter(trained(quantized("nf4")), tmp_path)
     for kind in KINDS:
-        in_part = quantized(kind, wanted=lambda path: is_projection(path) and ".0." not in path)
-        for base in (in_part, plain()):
+        for base in (quantized(kind, wanted=lambda path: is_projection(path) and ".0." not in path), plain()):
             s2ft.load_adapter(base, tmp_path, trainable=True)
         with pytest.raises(ValueError, match="another base"):
             s2ft.load_adapter(quantized(kind, seed=1), tmp_path, trainable=True)
@@ -240,11 +232,8 @@ def test_selections(kind, selection):
 @kinds
 def test_a_state_is_loaded(kind):
     model, fresh = trained(quantized(kind)), quantized(kind)
-    file = io.BytesIO()
-    torch.save(model.state_dict(), file)
-    file.seek(0)
     s2ft.attach(fresh, INDEXED)
-    state = torch.load(file, weights_only=False)
+    state = saved_and_loaded(model.state_dict())
     if "4bit" in type(fresh.model.layers[0].mlp.down_proj.linear).__name__:  # it can save scales but not load them
         state = {key: value for key, value in state.items() if ".linear.weight." not in key}
     fresh.load_state_dict(state)
@@ -266,7 +255,6 @@ configs = pytest.mark.parametrize("kind", CONFIGS)
 
 def loaded(kind, folder, compute=torch.float32):
     """The plain model, quantized by from_pretrained."""
-    pytest.importorskip("accelerate")
     if not (folder / "base").exists():
         plain(compute).save_pretrained(folder / "base")
     return AutoModelForCausalLM.from_pretrained(
@@ -300,8 +288,7 @@ def test_transformers_trainer(kind, compute, delta_dtype, tmp_path):
     with pytest.raises(ValueError, match="purely quantized models"):
         trainer(model, tmp_path)
     s2ft.attach(model, replace(INDEXED, delta_dtype=delta_dtype))
-    run = trainer(model, tmp_path)
-    run.train()
+    trainer(model, tmp_path).train()
     assert all(delta.any() and delta.dtype is getattr(torch, delta_dtype) for delta in deltas_of(model).values())
     s2ft.detach(model)
     assert_same_contents(contents(model), before)
@@ -360,14 +347,11 @@ def test_a_failure_restores_the_quantizer(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ("4bit", "8bit"))
 def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
     """The error of a refused merge recommends this. The result is a plain checkpoint of transformers."""
-    model = loaded(kind, tmp_path)
-    s2ft.attach(model, UNFUSED)
-    train(model, 5)
+    model = fit(with_adapter(loaded(kind, tmp_path), UNFUSED), 5)
     s2ft.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ValueError, match=r"model\.dequantize\(\)"):
         s2ft.merge(model)
-    base = loaded(kind, tmp_path).dequantize()
-    s2ft.load_adapter(base, tmp_path / "adapter")
+    base = with_loaded(loaded(kind, tmp_path).dequantize(), tmp_path / "adapter")
     s2ft.merge(base).save_pretrained(tmp_path / "merged")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     assert relative_difference(forward(again), forward(model)) <= LOGITS
@@ -376,11 +360,11 @@ def test_merging_after_transformers_dequantized_the_base(kind, tmp_path):
 @pytest.mark.parametrize("kind", ("4bit", "8bit", "torchao-int8"))
 def test_an_exported_lora_on_the_quantized_base_in_peft(kind, tmp_path):
     """On the base that the adapter was trained on, PEFT gives the same logits and keeps the same bytes."""
-    peft = pytest.importorskip("peft")
+    import peft
+
     model = loaded(kind, tmp_path)
     base = forward(model)
-    s2ft.attach(model, UNFUSED)
-    train(model, 5)
+    fit(with_adapter(model, UNFUSED), 5)
     s2ft.export_lora(model, tmp_path / "lora")
     other = loaded(kind, tmp_path)
     before = contents(other)

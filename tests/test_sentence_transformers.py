@@ -9,8 +9,9 @@ from support.tolerances import LOGITS, relative_difference
 
 import s2ft
 
-WHY = "sentence-transformers is not installed: pip install sentence-transformers"
-sentence_transformers = pytest.importorskip("sentence_transformers", reason=WHY)
+sentence_transformers = pytest.importorskip(
+    "sentence_transformers", reason="sentence-transformers is not installed: pip install sentence-transformers"
+)
 
 from sentence_transformers import (
     CrossEncoder,
@@ -22,6 +23,7 @@ from sentence_transformers.base.modules import Dense
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from sentence_transformers.sentence_transformer.modules import StaticEmbedding, Transformer
 from support.inside import AdapterCheckpoints
+from support.states import with_adapter, with_loaded
 
 TEXTS = ["where is my parcel", "can I pay by card", "yes", "follow the link in the mail"]
 CONFIG = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
@@ -33,9 +35,7 @@ class Trainer(AdapterCheckpoints, SentenceTransformerTrainer):
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    path = tmp_path_factory.mktemp("encoder")
-    save_encoder(path)
-    return str(path)
+    return str(save_encoder(tmp_path_factory.mktemp("encoder")))
 
 
 def encoder(folder):
@@ -56,8 +56,7 @@ def trainer(model, output, **options):
 
 
 def trained(folder, output, steps=2, **options):
-    model = encoder(folder)
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(encoder(folder), CONFIG)
     trainer(model, output, max_steps=steps, save_steps=2, **options).train()
     return model
 
@@ -74,8 +73,7 @@ def test_an_adapter_and_a_merged_model_give_the_trained_embeddings_again(folder,
 
     model.save_pretrained(str(tmp_path / "merged"))
     assert torch.equal(embeddings(encoder(str(tmp_path / "merged"))), merged)
-    fresh = encoder(folder)
-    s2ft.load_adapter(fresh, tmp_path / "adapter")
+    fresh = with_loaded(encoder(folder), tmp_path / "adapter")
     assert torch.equal(embeddings(fresh), merged)
     assert torch.equal(embeddings(s2ft.detach(fresh) and fresh), before)
 
@@ -83,8 +81,7 @@ def test_an_adapter_and_a_merged_model_give_the_trained_embeddings_again(folder,
 def test_a_resumed_run_ends_with_the_same_slices(folder, tmp_path):
     whole = trained(folder, tmp_path / "whole", steps=4)
     trained(folder, tmp_path / "run")
-    again = encoder(folder)
-    s2ft.attach(again, CONFIG)
+    again = with_adapter(encoder(folder), CONFIG)
     trainer(again, tmp_path / "run", max_steps=4, save_steps=2).train(resume_from_checkpoint=True)
     expected, found = (attachment_of(model.transformers_model).slices for model in (whole, again))
     assert all(torch.equal(found[name], expected[name]) for name in expected)

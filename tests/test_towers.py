@@ -4,6 +4,7 @@ import pytest
 import torch
 import transformers
 from support.inside import tower_of, towers_of, trained_towers
+from support.states import with_loaded
 from torch import nn
 from transformers import AutoConfig, CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
@@ -151,8 +152,7 @@ def test_only_slices_of_the_chosen_towers_are_trained(choice, tmp_path):
     model(**inputs()).loss.backward()
     assert all(bool(parameter.grad.any()) for parameter in trained.values())
     s2ft.save_adapter(model, tmp_path)
-    other = llava()
-    s2ft.load_adapter(other, tmp_path, trainable=True)
+    other = with_loaded(llava(), tmp_path, trainable=True)
     assert {name for name, p in other.named_parameters() if p.requires_grad} == set(trained)
 
 
@@ -191,9 +191,7 @@ def test_a_frozen_projector_can_be_trained_in_full(found_by, tmp_path, monkeypat
     saved = s2ft.read_adapter(tmp_path)
     assert saved.couplings and not [one for one in saved.couplings if "projector" in str(one)]
     assert len(saved.extra_weights) == 4
-    other = llava()
-    s2ft.load_adapter(other, tmp_path)
-    assert set(s2ft.merge(other).state_dict()) == set(llava().state_dict())
+    assert set(s2ft.merge(with_loaded(llava(), tmp_path)).state_dict()) == set(llava().state_dict())
     if found_by == "declaration":
         with pytest.raises(ValueError, match="as slices"):
             s2ft.plan(llava(), S2FTConfig(d_ratio=0.25, modules_to_save=["mlp"]))
@@ -231,15 +229,13 @@ def test_what_is_refused_changes_nothing(options, count, words):
     model = llava()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(ValueError, match=words):
-        config = S2FTConfig(**{"d_ratio": 0.25, **options})
-        s2ft.attach(model, config, couplings=couplings()[:count], verify=False)
+        s2ft.attach(model, S2FTConfig(**{"d_ratio": 0.25, **options}), couplings=couplings()[:count], verify=False)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 def test_units_by_name_choose_their_tower():
-    report = s2ft.attach(llava(), S2FTConfig(units=VISION_UNITS), couplings=couplings(), verify=False)
-    assert report.towers[VISION]
+    assert s2ft.attach(llava(), S2FTConfig(units=VISION_UNITS), couplings=couplings(), verify=False).towers[VISION]
 
 
 PEFT_CHOICES = {
@@ -251,7 +247,7 @@ PEFT_CHOICES = {
 
 @pytest.mark.parametrize("choice", PEFT_CHOICES)
 def test_the_peft_method_trains_the_same_towers(choice, monkeypatch):
-    peft = pytest.importorskip("peft")
+    import peft
     from support.inside import registry
 
     from s2ft.peft import S2FTPeftConfig

@@ -19,7 +19,7 @@ from bench.experiments import runner
 from bench.experiments.methods import trained_parameters
 from bench.experiments.printing import Column, Table, save_figures
 from bench.experiments.runner import check_names
-from s2ft.files.yaml_reading import parse_yaml
+from s2ft.files.plain_text import parse_yaml
 from s2ft.text.models import hollow_model
 from s2ft.train.demo import default_model
 

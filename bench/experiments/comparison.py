@@ -250,7 +250,7 @@ def _of_training(prepared: Prepared, trained: TrainedRun, peak: int) -> dict[str
 def _save(prepared: Prepared, base: Base, folder: Path) -> None:
     """Save the adapter of a method. Full fine-tuning has none."""
     if prepared.method == "s2ft":
-        s2ft.adapter.add_info(prepared.model, {"prompt": base.prompt.to_dict()})
+        s2ft.attached.saving.add_info(prepared.model, {"prompt": base.prompt.to_dict()})
         s2ft.save_adapter(prepared.model, folder)
     elif prepared.method != "full":
         prepared.model.save_pretrained(folder)

@@ -18,7 +18,7 @@ from bench.experiments.methods import trained_parameters
 from bench.experiments.models import at_least_one_unit, config_of, random_model
 from bench.experiments.printing import Column, Spread, Table, summary
 from bench.experiments.runner import OOM, ExperimentRun, Results, Stage, check_names
-from s2ft.estimation.result import size_of
+from s2ft.estimation.devices import size_of
 from s2ft.train.device import gpu_or_cpu
 from s2ft.train.tuners import TUNERS, prepare
 

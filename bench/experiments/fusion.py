@@ -15,7 +15,7 @@ from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.tasks import TASKS, files_of
 from bench.experiments.training import arguments_of, train
-from s2ft.adapter import overlap
+from s2ft.adapter.adapter import overlap
 from s2ft.packages import check_packages
 
 KEYS = ("settings", "rows", "seeds", "tasks", "base", "weights")

@@ -32,7 +32,7 @@ import s2ft
 from bench.experiments.methods import matched
 from bench.experiments.selections import CANDIDATES, choose
 from bench.experiments.tasks import TASKS, Task, texts
-from s2ft.selection import METRICS
+from s2ft.selection.metrics import METRICS
 from s2ft.text.collator import TokenCollator
 from s2ft.text.divergence import BaseDistributions, mean_loss
 from s2ft.text.encoding import context_length, tokenize_rows

@@ -14,14 +14,30 @@ from torch import Tensor, nn
 import s2ft
 from s2ft.attached.record import check_unattached
 from s2ft.model.coupling import Projection
+from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
-from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
-from s2ft.selection import ALLOCATIONS, METRICS, Selection, allowed_units, allowed_without_protected
+from s2ft.selection import (
+    ALLOCATIONS,
+    Selection,
+    allowed_units,
+    allowed_without_protected,
+    requested_layers,
+    requested_projections,
+    units_per_projection,
+)
 from s2ft.selection.batches import Calibration
-from s2ft.selection.budget import requested_layers, requested_projections, units_per_projection
-from s2ft.selection.metric import Request, Units, check_finite, shared_by_producers
-from s2ft.selection.metrics import gradient_scores, product_scores, root_mean_squares, weight_scores
+from s2ft.selection.metrics import (
+    METRICS,
+    Request,
+    Units,
+    check_finite,
+    gradient_scores,
+    product_scores,
+    root_mean_squares,
+    shared_by_producers,
+    weight_scores,
+)
 
 KEPT = 16  # one of so many singular values is kept by a low-rank approximation: 36 of 576
 EXACT = 2048  # up to this many rows or columns, an eigenvalue decomposition takes at most seconds

@@ -21,8 +21,8 @@ from bench.experiments.models import config_of, random_model
 from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import ExperimentRun, Results, Stage
 from bench.harness import interleaved, median_ratio
+from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.formats import native
 from s2ft.packages import check_packages
 from s2ft.train.device import gpu_or_cpu
 

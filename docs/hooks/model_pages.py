@@ -13,7 +13,8 @@ INTRODUCTION = """# Supported models
 A model is supported if s2ft knows the couplings of its `model_type` (the entry of that name in its `config.json`). This
 table is made from the {cases} small models that the tests run; a new family is in it as soon as it has tests.
 
-- *Family*: the file in `s2ft/model/families`, or the function in its `others.py`, that lists the couplings.
+- *Family*: the file in `s2ft/model/families`, or the function of `BY_FUNCTION` in its `decoders.py`, that lists the
+  couplings.
 - *Tests*: models of the types with *all* run in all tests. A type with *declaration* has the same modules as another
   type of its family. `tests/test_model_types.py` checks that the couplings are right for it: attach keeps the output,
   every layer of a block trains, merge keeps the trained output, and detach restores the weights.
@@ -85,6 +86,7 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
         tests: The tests that run it.
     """
     from s2ft.model.families import FAMILIES
+    from s2ft.model.families.decoders import BY_FUNCTION
 
     base, declare = min(cases, key=len), FAMILIES[model_type]
     found = {
@@ -94,7 +96,7 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
     experts = any(projection.expert is not None for projections in found.values() for projection in projections)
     cells = [
         f"`{model_type}`",
-        declare.__name__ if declare.__module__.endswith("others") else declare.__module__.rpartition(".")[2],
+        declare.__name__ if declare in BY_FUNCTION.values() else declare.__module__.rpartition(".")[2],
         tests,
         ", ".join(variant(case, base) for case in cases),
         " ".join(key for key in "qkvougdl" if key in keys),

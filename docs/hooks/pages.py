@@ -1,6 +1,6 @@
 """Hook of mkdocs: adds the pages that are made from the code, and fails if a public name is not documented.
 
-The pages are reference/*.md, cli.md, supported-models.md, model-types.md, changelog.md and, from
+The pages are reference/*.md, cli.md, supported-models.md, model-types.md, what-ran-where.md, changelog.md and, from
 CONTRIBUTING.md, contributing.md. They are never written to the repository.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 import command_pages
 import model_pages
 import public_api
+import suite_page
 import type_pages
 from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
@@ -62,6 +63,7 @@ def generated(repository: str) -> dict[str, str]:
     pages["cli.md"] = command_pages.page()
     pages["supported-models.md"] = model_pages.page()
     pages["model-types.md"] = type_pages.page()
+    pages["what-ran-where.md"] = suite_page.page()
     pages["changelog.md"] = relinked("CHANGELOG.md", repository)
     if (ROOT / "CONTRIBUTING.md").is_file():
         pages["contributing.md"] = relinked("CONTRIBUTING.md", repository)

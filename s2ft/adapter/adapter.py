@@ -1,23 +1,19 @@
 """An adapter in memory: named deltas in the base's own coordinates, weighted sums, and checks against a model."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from s2ft.attached import extra_weights
-from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.files.tables import table
-from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.delta import Delta
-from s2ft.model.fingerprint import difference
-from s2ft.model.location import Structure, union
-from s2ft.model.weights import weight_at
+from s2ft.files.plain_text import table
+from s2ft.model.coupling import Coupling
+from s2ft.model.fingerprint import Structure, difference, union
+from s2ft.model.weights import Delta
 from s2ft.selection import Selection
 
 
@@ -172,7 +168,9 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
             for path in paths
         }
     )
-    extra_weights = _extra_of_sum(parts)
+    of_each = ((adapter.name, weight, adapter.extra_weights) for adapter, weight in parts)
+    check_extra_apart(of_each, "values can't be added: keep the adapters apart and switch between them")
+    extra_weights = {name: value.clone() for adapter, _ in parts for name, value in adapter.extra_weights.items()}
     config = S2FTConfig(
         units=selection,
         layout=first.config.layout,
@@ -199,22 +197,29 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     )
 
 
-def _extra_of_sum(parts: Sequence[tuple[Adapter, float]]) -> dict[str, Tensor]:
-    owners: dict[str, Adapter] = {}
-    for adapter, weight in parts:
-        for name in adapter.extra_weights:
+def check_extra_apart(parts: Iterable[tuple[str, float, Iterable[str]]], otherwise: str) -> None:
+    """Check the extra weights of adapters that are used together.
+
+    Args:
+        parts: Of each adapter the name, the weight, and the names of its extra weights.
+        otherwise: What is not possible with an extra weight of two adapters, and what to do, for the message.
+
+    Raises:
+        ValueError: An extra weight would be scaled, or two adapters have the same one.
+    """
+    owners: dict[str, str] = {}
+    for adapter, weight, names in parts:
+        for name in names:
             if weight != 1:
                 raise ValueError(
-                    f"adapter {adapter.name!r} has {name} trained in full, which can't be scaled: give the adapter "
-                    f"weight 1, not {weight:g}"
+                    f"adapter {adapter!r} has {name} trained in full, which can't be scaled: give the adapter weight "
+                    f"1, not {weight:g}"
                 )
             if name in owners:
                 raise ValueError(
-                    f"adapters {owners[name].name!r} and {adapter.name!r} both have {name} trained in full, and "
-                    "values can't be added: keep the adapters apart and switch between them"
+                    f"adapters {owners[name]!r} and {adapter!r} both have {name} trained in full, and {otherwise}"
                 )
             owners[name] = adapter
-    return {name: adapter.extra_weights[name].clone() for name, adapter in owners.items()}
 
 
 def check_weight(name: str, weight: Any) -> None:
@@ -289,7 +294,7 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
         >>> config = s2ft.S2FTConfig(d_ratio=0.1)
         >>> report = s2ft.attach(model, config, name="math")
         >>> adapter = s2ft.get_adapter(model, "math")
-        >>> s2ft.adapter.overlap([adapter, adapter]).share
+        >>> s2ft.adapter.adapter.overlap([adapter, adapter]).share
         1.0
     """
     shared, trained = {}, {}
@@ -298,61 +303,3 @@ def overlap(adapters: Sequence[Adapter]) -> Overlap:
         _, counts = units.unique(return_counts=True)
         shared[path], trained[path] = int((counts > 1).sum()), counts.numel()
     return Overlap(shared, trained)
-
-
-# ---- the base ------------------------------------------------------------------------------------------------
-
-
-def model_info(model: nn.Module) -> dict[str, Any]:
-    """Return what an adapter stores about its base in `info`: name, model type, and dtype.
-
-    The dtype is the one in which base + delta is rounded, so a merge must use it too.
-    """
-    config = getattr(model, "config", None)
-    info = {
-        "base_model": getattr(config, "_name_or_path", None) or None,
-        "model_type": getattr(config, "model_type", None),
-    }
-    dtype = getattr(model, "dtype", None)
-    return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
-
-
-# ---- checks against a model ----------------------------------------------------------------------------------
-
-
-def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
-    """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
-    known = {projection.name: projection for projection in projections_of(record.couplings)}
-    for path, delta in adapter.deltas.items():
-        if path not in known:
-            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
-        shape = list(weight_at(model, known[path]).shape)
-        size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
-        if delta.dim != known[path].dim or shape != list(delta.values.shape):
-            raise ValueError(
-                f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
-                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
-                f"{tuple(shape)}"
-            )
-        if int(delta.index.max()) >= size:
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
-                f"outside the weight's 0..{size - 1}"
-            )
-    # without a fingerprint the weights are compared when they arrive
-    other_base = difference(record.fingerprint, adapter.fingerprint) if record.fingerprint is not None else ""
-    if other_base:
-        raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
-    extra_weights.check_fits(model, record, adapter.name, adapter.extra_weights)
-    for path, delta in adapter.deltas.items():
-        projection, units = known[path], adapter.selection[path]
-        last = int(units.max())
-        if last >= projection.count:  # in a weight of several projections, the element may belong to another one
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}"
-            )
-        if not torch.equal(projection.elements(units), delta.index):
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path}.index does not name the selected units, each of {projection.unit} "
-                "elements"
-            )

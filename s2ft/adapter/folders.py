@@ -1,13 +1,16 @@
-"""The folders that hold adapters: an adapter's own, the output of a run, directories of them, and what is in them."""
+"""The folders that hold adapters, on this machine and on the Hugging Face hub."""
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from s2ft.files.adapter_folder import ADAPTER, CONFIG, TENSORS, is_folder, own_folder
-from s2ft.files.formats import ADAPTER_FORMATS
-from s2ft.files.reading import check_adapter_name
-from s2ft.files.tables import by_key
+from s2ft.adapter import native
+from s2ft.adapter.adapter import Adapter
+from s2ft.adapter.formats import ADAPTER_FORMATS
+from s2ft.files.plain_text import by_key
+from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, check_adapter_name, is_folder, own_folder, replace_file
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files
@@ -168,3 +171,116 @@ def some(names: Sequence[str], shown: int = 5) -> str:
     """Format the first names, and the number of the others."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")
+
+
+# ---- the Hugging Face hub -------------------------------------------------------------------------------------------
+
+FILES = [native.CONFIG, native.TENSORS]
+CARD = "README.md"
+UNKNOWN = "path/to/the/base"  # in a card of a base that is not on the hub
+WORD = r"[A-Za-z0-9][\w.\-]*"
+REPOSITORY = re.compile(rf"{WORD}/{WORD}(?:@[\w./\-]+)?", re.ASCII)  # org/name, org/name@revision
+
+
+def resolve(directory_or_repo, **options) -> Path:
+    """Return the folder of an adapter. The files of a repository are downloaded, unless they are in the cache.
+
+    Args:
+        directory_or_repo: A folder of an adapter, the output folder of a run, or a repository on the hub, as
+            "org/name" or "org/name@revision". A folder that exists takes precedence over a repository.
+        options: Arguments of huggingface_hub's snapshot_download, for example token, cache_dir or local_files_only.
+
+    Returns:
+        The folder. If it does not exist, the reader of the folder raises the error.
+
+    Raises:
+        FileNotFoundError: There is neither a folder nor a repository, or the run has not saved an adapter.
+    """
+    path = Path(directory_or_repo).expanduser()
+    if path.exists() or not isinstance(directory_or_repo, str) or not REPOSITORY.fullmatch(directory_or_repo):
+        return adapter_folder(path)
+    from huggingface_hub import snapshot_download  # imported here, because `import s2ft.adapter` is faster so
+
+    repo_id, _, revision = directory_or_repo.partition("@")
+    try:
+        return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=FILES, **options))
+    except (OSError, ValueError) as error:  # the hub's errors are OSErrors: no such repository, no network
+        first = str(error).strip().split("\n")[0]
+        raise FileNotFoundError(
+            f"adapter {directory_or_repo} doesn't exist as a folder, and the hub gives no adapter of this name: "
+            f"{first or type(error).__name__}"
+        ) from error
+
+
+# ---- the model card ------------------------------------------------------------------------------------
+
+TRAINING = ("method", "max_steps", "epochs", "batch_size", "learning_rate", "seed")  # of the recorded training
+
+
+def card_of(adapter: Adapter) -> str:
+    """The model card: front matter, what was trained on which data, the prompt, and how to load the adapter.
+
+    Bases and data sets are named if they are on the hub. A path on the machine of the training is not published.
+    """
+    from huggingface_hub import ModelCardData  # imported here, because `import s2ft.adapter` is faster so
+
+    base, training = _on_hub(adapter.info.get("base_model")), adapter.info.get("training") or {}
+    data = [name for name in training.get("data") or () if _on_hub(name)]
+    metadata = {"library_name": "s2ft", "tags": ["s2ft"], "base_model": base, "datasets": data}
+    chosen = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units by name"
+    whole = f" and {', '.join(adapter.extra_weights)} trained in full" if adapter.extra_weights else ""
+    rows = {
+        "base model": f"[{base}](https://huggingface.co/{base})" if base else "a local model",
+        "method": f"S²FT (structured sparse fine-tuning, arXiv 2412.06289): {chosen}",
+        "trained": f"{adapter.parameters:,} parameters on {len(adapter.deltas)} projections{whole}",
+        "data": ", ".join([*data, *([f"{training['rows']:,} rows"] if training.get("rows") else [])]),
+        "training": ", ".join(f"{name} {training[name]}" for name in TRAINING if training.get(name) is not None),
+        "prompt": _prompt(adapter.info.get("prompt")),
+    }
+    return "\n".join(
+        [
+            "---",
+            ModelCardData(**{name: value for name, value in metadata.items() if value}).to_yaml(),
+            "---",
+            "",
+            f"# {adapter.name}: an S²FT adapter",
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {text} |" for name, text in rows.items() if text),
+            "",
+            "```python",
+            "import s2ft",
+            "from transformers import AutoModelForCausalLM",
+            "",
+            f'model = AutoModelForCausalLM.from_pretrained("{base or UNKNOWN}", dtype="auto")',
+            's2ft.load_adapter(model, "path/or/repository/of/this/adapter")',
+            "```",
+            "",
+            "`s2ft chat` and `s2ft serve` use the prompt that is recorded in the adapter:",
+            "",
+            "```bash",
+            f"s2ft chat --model {base or UNKNOWN} --adapter path/or/repository/of/this/adapter",
+            "```",
+            "",
+        ]
+    )
+
+
+def _on_hub(name: Any) -> str | None:
+    return name if isinstance(name, str) and REPOSITORY.fullmatch(name) and not Path(name).exists() else None
+
+
+def _prompt(prompt: Any) -> str:
+    if not isinstance(prompt, dict):
+        return ""
+    if prompt.get("form") == "text":
+        return "plain text"
+    system = " ".join(str(prompt["system"]).replace("|", "\\|").split()) if prompt.get("system") else ""
+    return "the chat template in s2ft_config.json" + (f", with the system prompt “{system}”" if system else "")
+
+
+def write_card(adapter: Adapter, directory: Path) -> None:
+    """Write the model card into a folder, unless it has one."""
+    if not (directory / CARD).exists():
+        replace_file(directory / CARD, card_of(adapter).encode())

@@ -1,27 +1,40 @@
-"""Active adapters of a model: writing them into the weights, restoring the base, and reading trained deltas.
+"""What the weights of an attached model hold: active adapters, base + s2, extra weights.
 
 Before a weight is written, the slices that will change are recorded with the values they hold (write-ahead). Restoring
 copies the recorded values back. It can be done any number of times, so an interrupt at any moment loses nothing.
+
+Every parameter that requires a gradient is an extra weight, unless it is a slice or belongs to a coupling. The record
+keeps the values before training, so that the base can be restored. A value is recorded before its parameter is written,
+and writing a recorded value twice changes nothing: after an interrupt at any moment :func:`take_off_extra` restores the
+base.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached import extra_weights
-from s2ft.attached.checks import check_can_write, check_can_write_now, check_has_arrived
-from s2ft.attached.holding import write_slices
-from s2ft.attached.record import Attachment, Mount, Written
+from s2ft.adapter.adapter import check_extra_apart
+from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_names
+from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
 from s2ft.config import S2FTConfig
-from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
-from s2ft.model.coupling import Projection
-from s2ft.model.delta import Delta
-from s2ft.model.weights import weight_at
+from s2ft.distributed import (
+    full_tensors,
+    has_master_copy,
+    is_partitioned,
+    is_sharded,
+    reads_weights,
+    reshard_all,
+    write_units,
+)
+from s2ft.layers.base import write_all
+from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
-from s2ft.ops._memory import WRITING, check_private
-from s2ft.selection.selection import unit_tensors
+from s2ft.ops._library import WRITING, check_private
+from s2ft.selection import unit_tensors
 
 # ---- which adapters are active -------------------------------------------------------------------------
 
@@ -41,7 +54,8 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     if weights == record.active and not trainable_is_written and not record.change_unfinished:
         return  # if the trainable adapter is written, its values may have changed since
     reshard_all(model)
-    extra_weights.check_can_put_on(model, record, weights)
+    if weights:
+        check_can_put_on_extra(model, record, weights)
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)
@@ -67,7 +81,7 @@ def deactivate(model: nn.Module, record: Attachment) -> None:
 def _restore_base(model: nn.Module, record: Attachment) -> None:
     record.change_unfinished, record.active = True, {}
     reshard_all(model)
-    extra_weights.take_off(model, record)
+    take_off_extra(model, record)
     for move in record.moves:
         move.recover(model)
     for mounted in record.mounts.values():
@@ -114,7 +128,7 @@ def activate(
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             write(model, record, record.projections[path], parts)
-        extra_weights.put_on(model, record, weights)
+        put_on_extra(model, record, weights)
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
         record.active = dict(weights)
@@ -265,3 +279,349 @@ def _check_apart(record: Attachment, units: dict[str, Tensor]) -> None:
                     f"units names {shared.numel()} of {path} that the active adapter {name!r} trains, such as "
                     f"{int(shared[0])}: with on_top=True choose others, or let the ratios and exclude choose"
                 )
+
+
+# ---- base + s2 in the weights of a whole model ----------------------------------------------------------------------
+
+
+@torch.compiler.disable
+def write_slices(model: nn.Module, record: Attachment) -> None:
+    """Write base + s2 into every weight that holds other values of s2. Every rank of a sharded model must call this.
+
+    Args:
+        model: A model, outside of its forward.
+        record: Its record.
+    """
+    if record.awaits_weights or not record.trains:
+        return
+    layers = [mount.layer for mount in record.mounts.values()]
+    layers = [layer for layer in layers if layer.enabled and layer.kind.read_only is None]
+    # Code that writes into `s2.data` changes no version. So a model that may train is written always, which takes less
+    # than 1 % of its step. What is spread over ranks has to be gathered for that.
+    trains = torch.is_grad_enabled()
+    changed = [layer for layer in layers if not layer.is_written or trains and not layer.is_managed]
+    if changed:
+        reshard_all(model)
+        write_all(changed)
+
+
+# ---- without the trainable adapter, in the middle of its training ----------------------------------------------
+
+
+@contextmanager
+def without_trainable(model: nn.Module) -> Iterator[None]:
+    """Leave the trainable adapter out of the forward inside the context. Other active adapters stay.
+
+    :func:`s2ft.disable_adapters` writes the base of extra weights into their parameters, and a graph that needs one of
+    them can't be used for a backward pass any more. Here other parameters take their places, so no version changes.
+    The base is written into the slices, and base + s2 again afterwards. Every rank of a sharded model must call this.
+
+    Args:
+        model: Model with an adapter.
+
+    Raises:
+        ValueError: The model has no adapters.
+    """
+    record = attachment_of(model)
+    if not record.trains:
+        yield
+        return
+    reshard_all(model)
+    with ExitStack() as stack:
+        stack.callback(write_slices, model, record)
+        for mount in record.mounts.values():
+            stack.callback(setattr, mount.layer, "enabled", True)
+            mount.layer.enabled = False
+            mount.layer.unfuse()
+        stack.enter_context(_base_of_extra_weights(model, record))
+        yield
+
+
+@contextmanager
+def _base_of_extra_weights(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Put other parameters in the place of the extra weights, with the values from before the training."""
+    places = _places_of_extra(model, record.extra.base)
+    try:
+        for module, name, _, base in places:
+            module._parameters[name] = base
+        yield
+    finally:
+        for module, name, trained, _ in places:
+            module._parameters[name] = trained
+
+
+def _places_of_extra(
+    model: nn.Module, base: dict[str, Tensor]
+) -> list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:
+    """Return each module and name under which an extra weight is registered, its parameter, and one of the base."""
+    if not base:
+        return []
+    known = {id(model.get_parameter(name)): nn.Parameter(value, requires_grad=False) for name, value in base.items()}
+    return [
+        (module, name, parameter, known[id(parameter)])
+        for module in model.modules()
+        for name, parameter in module._parameters.items()
+        if id(parameter) in known
+    ]
+
+
+# ---- extra weights --------------------------------------------------------------------------------------------------
+
+UNFROZEN = (
+    "s2ft gives it no gradient while its units are trained as slices: set its requires_grad to False and train "
+    "more units instead (the ratios of S2FTConfig), or s2ft.detach the model first"
+)
+
+
+# ---- which weights these are ---------------------------------------------------------------------------
+
+
+def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Sequence[str] | None) -> list[str]:
+    """Return the names of the parameters that a config's `modules_to_save` asks for.
+
+    Args:
+        model: The model.
+        couplings: Its couplings.
+        modules: Full paths of modules, or the last parts of their paths.
+
+    Raises:
+        ValueError: A name belongs to no module, or a module has no parameter that can be trained, or it contains a
+            weight of a coupling.
+    """
+    parameters, coupled = dict(model.named_parameters()), coupled_names(couplings)
+    known = {id(parameter): name for name, parameter in parameters.items()}
+    names = []
+    for asked in modules or ():
+        paths = [path for path, _ in model.named_modules() if path == asked or path.endswith(f".{asked}")]
+        if not paths:
+            raise ValueError(
+                f"modules_to_save names {asked!r}, which is not a module of {type(model).__name__}: its "
+                f"modules are {', '.join(name for name, _ in model.named_children())} and those inside"
+            )
+        found = [known[id(parameter)] for path in paths for parameter in model.get_submodule(path).parameters()]
+        inside = next((name for name in found if name in coupled), None)
+        if inside is not None:
+            raise ValueError(
+                f"modules_to_save names {asked!r}, which holds {inside}, a weight whose units are trained "
+                "as slices: name modules outside the couplings, and train more units by the ratios"
+            )
+        if not found or not all(parameters[name].is_floating_point() for name in found):
+            raise ValueError(f"modules_to_save names {asked!r}, which has no floating-point weights to train")
+        names += found
+    return list(dict.fromkeys(names))
+
+
+def extra_parameters(model: nn.Module, record: Attachment) -> dict[str, nn.Parameter]:
+    """Return the extra weights of the trainable adapter by name, recorded or unfrozen since."""
+    if record.name is None:
+        return {}
+    slices = {id(mount.layer.s2) for mount in record.mounts.values()}
+    found = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if name in record.extra.base or (parameter.requires_grad and id(parameter) not in slices)
+    }
+    coupled = coupled_names(record.couplings) if len(found) > len(record.extra.base) else ()
+    return {name: parameter for name, parameter in found.items() if name not in coupled}
+
+
+# ---- recording values before training ------------------------------------------------------------------
+
+
+def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+    """Record the values of parameters, then make them require a gradient."""
+    parameters = dict(model.named_parameters())
+    chosen = {name: parameters[name] for name in names}
+    _keep_extra(record, chosen)
+    for parameter in chosen.values():
+        (_with_address(model, parameter) if parameter.is_meta else parameter).requires_grad_(True)
+
+
+def _with_address(model: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
+    """Put a parameter on the CPU in place of one on the meta device. Its memory is never written, so it costs nothing.
+
+    accelerate tells the parameters of an optimizer apart by their address, and those on the meta device have none.
+    """
+    made = nn.Parameter(torch.empty_like(parameter, device="cpu"))
+    for module in model.modules():
+        for name in [name for name, found in module._parameters.items() if found is parameter]:
+            module._parameters[name] = made
+    return made
+
+
+def record_unfrozen(model: nn.Module, record: Attachment) -> None:
+    """Record the values of parameters that were unfrozen by hand. This runs before every training forward.
+
+    Raises:
+        RuntimeError: A weight or bias of a coupling was unfrozen, or a parameter that DeepSpeed already holds.
+    """
+    if record.name is None:
+        return
+    known = {id(mount.layer.s2) for mount in record.mounts.values()}
+    known |= {id(model.get_parameter(name)) for name in record.extra.base}
+    if not _trains_more(model, known):
+        return
+    unfrozen = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and id(parameter) not in known
+    }
+    wrong = sorted(coupled_names(record.couplings).intersection(unfrozen))
+    if wrong:
+        raise RuntimeError(f"{wrong[0]} requires a gradient, and {UNFROZEN}")
+    for name, parameter in unfrozen.items():
+        if is_partitioned(parameter) or has_master_copy(parameter):
+            raise RuntimeError(
+                f"{name} was unfrozen by hand, and DeepSpeed already holds it, so that its value before "
+                "training can't be kept: name its module in S2FTConfig's modules_to_save instead"
+            )
+    _keep_extra(record, unfrozen)
+
+
+def _trains_more(model: nn.Module, known: set[int]) -> bool:
+    """Whether a parameter with another id requires a gradient. It runs every step; named_parameters is slower."""
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        for parameter in module._parameters.values():
+            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+                return True
+        modules += [child for child in module._modules.values() if child is not None]
+    return False
+
+
+def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
+    """Record the values of parameters that were unfrozen by hand, before anything but training changes them."""
+    _keep_extra(record, extra_parameters(model, record))
+
+
+def _keep_extra(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
+    new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
+    if new:
+        arrive = record.awaits_weights and not reads_weights()  # the values here are not the base's
+        kept = {name: value.detach().to("meta") for name, value in new.items()} if arrive else full_copies(new)
+        record.extra.base = {**record.extra.base, **kept}
+
+
+def full_copies(parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return full copies. Parameters that are spread over ranks are gathered: each of these ranks must call this."""
+    return {name: value.clone() for name, value in full_tensors(parameters).items()}
+
+
+# ---- switching -----------------------------------------------------------------------------------------
+
+
+def take_off_extra(model: nn.Module, record: Attachment) -> None:
+    """Write the base into every extra weight, bit for bit. The trained values are kept."""
+    extra = record.extra
+    if not extra.base and not extra.overwritten:
+        return
+    parameters = dict(model.named_parameters())
+    aside = extra.trained or {}
+    if extra.base.keys() - aside.keys():  # parameters that hold trained values
+        extra.trained = {**aside, **full_copies({name: parameters[name] for name in extra.base if name not in aside})}
+    _write_extra(parameters, {**extra.overwritten, **extra.base})
+    extra.overwritten = {}
+
+
+def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
+    """Write the extra weights of the adapters that become active. No adapter may be active."""
+    extra = record.extra
+    values = {
+        name: value
+        for adapter in weights
+        if adapter != record.name
+        for name, value in record.loaded[adapter].extra_weights.items()
+    }
+    trained = extra.trained if weights.get(record.name) == 1 and extra.trained is not None else {}
+    if values or trained:
+        parameters = dict(model.named_parameters())
+        extra.overwritten = full_copies({name: parameters[name] for name in values})
+        _write_extra(parameters, {**values, **trained})
+    if record.name in weights:
+        extra.trained = None
+
+
+def check_can_put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
+    """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
+    names = {
+        adapter: extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
+        for adapter in weights
+    }
+    of_each = ((adapter, weight, names[adapter]) for adapter, weight in weights.items())
+    check_extra_apart(of_each, "the model can hold one: make one of them active")
+
+
+def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
+    for name, value in values.items():
+        parameter = parameters[name]
+        if is_sharded(parameter) or has_master_copy(parameter):
+            write_units(parameter, torch.arange(value.shape[0]), value, 0)
+        else:
+            parameter.detach().copy_(value)
+
+
+# ---- saving and loading --------------------------------------------------------------------------------
+
+
+def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return copies of the trainable adapter's extra weights, by name.
+
+    Args:
+        model: The model. If it is sharded, every rank must call this.
+        record: Its record.
+        state: A gathered state_dict that has them. Default: the model's parameters.
+
+    Raises:
+        ValueError: The state lacks an extra weight, or has a shard of one.
+    """
+    parameters, aside = extra_parameters(model, record), record.extra.trained or {}
+    left = {name: parameter for name, parameter in parameters.items() if name not in aside}
+    if state is not None:
+        for name, parameter in left.items():
+            _check_in_state(name, parameter, state)
+        found = {name: state[name].detach().clone() for name in left}
+    else:
+        found = full_copies(left) if left else {}
+    return {name: found[name] if name in found else aside[name].clone() for name in parameters}
+
+
+def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
+    if name not in state:
+        raise ValueError(f"the state given to save has no {name}, which is trained")
+    shape = getattr(parameter, "ds_shape", parameter.shape)
+    if state[name].shape != shape:
+        raise ValueError(
+            f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
+            "give a state that was gathered"
+        )
+
+
+def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
+    """Raise ValueError if a saved adapter has other extra weights than this model trains."""
+    ours = extra_parameters(model, record)
+    more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
+    if more:
+        raise ValueError(
+            f"the adapter to load has {more[0]} trained in full, which is frozen in this model: name its "
+            "module in modules_to_save, or set its requires_grad, as in the run that saved it"
+        )
+    if less:
+        raise ValueError(
+            f"this model trains {less[0]} in full, which the adapter to load does not have: freeze it, as "
+            "in the run that saved the adapter"
+        )
+
+
+def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
+    """Give the trainable adapter these extra weights, after the values before training are recorded."""
+    if not values:
+        return
+    keep_unfrozen(model, record)
+    if record.awaits_weights:
+        record.extra.arriving = {name: value.clone() for name, value in values.items()}
+        return
+    if record.extra.trained is not None:  # the adapter is not active
+        record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
+        return
+    _write_extra(dict(model.named_parameters()), values)

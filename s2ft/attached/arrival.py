@@ -5,21 +5,26 @@ is on the meta device while the trainable layers are mounted, and the weights ar
 load_state_dict, in the base's order. Until then the record waits for them, the units have not moved, and the trainable
 layers refuse to run. When the weights are there, on all ranks together: they are compared with the base's fingerprint,
 the base of the extra weights is kept, and the units move on the shards.
+
+A layer that runs writes its own slice if s2 has changed. A hook of the model does it for all layers first: for code
+that reads a weight past its layer, and for weights that are spread over ranks, where each rank writes what it owns.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 
-from s2ft.attached import extra_weights
-from s2ft.attached.record import Attachment, find_attachment
-from s2ft.distributed import is_sharded, ranks_sharing, reshard_all, wait_for_ranks, will_be_loaded_again
-from s2ft.distributed.fsdp import fsdp_modules
+from s2ft.attached.active import full_copies, record_unfrozen, set_extra, write_slices
+from s2ft.attached.record import Attachment, attachment_of, find_attachment
+from s2ft.distributed import fsdp_modules, is_sharded, ranks_sharing, reshard_all, wait_for_ranks, will_be_loaded_again
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import tensors_of
+from s2ft.ops._library import transforms_active
 
 # ---- waiting -------------------------------------------------------------------------------------------
 
@@ -146,7 +151,7 @@ def take_up(model: nn.Module) -> bool:
         mount.layer.forget_first_values()
     mark_layers(record)
     values, record.extra.arriving = record.extra.arriving, {}
-    extra_weights.set_trained(model, record, values)
+    set_extra(model, record, values)
     return True
 
 
@@ -180,7 +185,7 @@ def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
         parameters = {name: model.get_parameter(name) for name in names}
         source = _rank_that_has(record, ranks_sharing(parameters.values()))
         if source is None:
-            record.extra.base = extra_weights.copies(parameters)
+            record.extra.base = full_copies(parameters)
         else:
             record.extra.base = {name: _sent(record, name, parameters[name], source) for name in names}
 
@@ -202,3 +207,34 @@ def _sent(record: Attachment, name: str, parameter: Tensor, source: int) -> Tens
     value = value.new_empty(parameter.shape, device=device) if value.is_meta else value.to(device)
     dist.broadcast(value, source)
     return value.to(parameter.device)
+
+
+# ---- before a forward -----------------------------------------------------------------------------------------------
+
+
+def before_forward(model: nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a model with adapters.
+
+    Weights that have arrived are taken up, the base of weights that were unfrozen by hand is recorded, and changed
+    slices are written.
+
+    Raises:
+        RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient, or the weights that have
+            arrived are not the base's.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return  # in another function's graph each layer checks what its weight holds; torch.func runs them on copies
+    record, hooks = attachment_of(model), model._forward_pre_hooks
+    is_first = next(iter(hooks.values())) is before_forward
+    if not is_first:  # FSDP2 was applied since
+        hooks.move_to_end(next(key for key, hook in hooks.items() if hook is before_forward), last=False)
+    is_gathered = not is_first and isinstance(model, fsdp_modules())  # by the hook of FSDP2, which came first
+    if take_up(model) and is_gathered:
+        model.unshard()  # again
+    if model.training and torch.is_grad_enabled() and record.rest is None:  # a proof unfreezes weights for its time
+        record_unfrozen(model, record)
+    if not is_gathered:  # else layers compute with copies, this once
+        write_slices(model, record)
+
+
+skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of the graph: this one as it is

@@ -1,52 +1,36 @@
-"""Checks that run before an attached model is changed: its adapters' names, and what its weights allow."""
+"""Checks that run before an attached model is changed.
 
+transformers splits a layer by a style: the weight becomes a DTensor, and the style replaces the layer's forward by one
+that brings inputs and outputs into the layouts that the split needs. A trainable layer gets the same style.
+"""
+
+import inspect
 from collections import Counter
+from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from s2ft.attached.record import Attachment
-from s2ft.distributed import has_master_copy, is_dtensor, is_run_by_engine, is_sharded, will_be_loaded_again
-from s2ft.distributed.fsdp import check_can_follow, managed_by_fsdp
-from s2ft.files.reading import check_adapter_name
-from s2ft.layers import kind_of
+from s2ft.adapter.adapter import Adapter
+from s2ft.attached.record import WITHOUT, Attachment
+from s2ft.distributed import (
+    check_can_follow,
+    has_master_copy,
+    is_dtensor,
+    is_run_by_engine,
+    is_sharded,
+    managed_by_fsdp,
+    will_be_loaded_again,
+)
+from s2ft.files.plain_text import by_key
+from s2ft.layers import SPLIT_LINEAR, kind_of
+from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.delta import Delta
-from s2ft.model.weights import tensors_of, weight_at
-from s2ft.ops._memory import check_private
+from s2ft.model.fingerprint import difference
+from s2ft.model.weights import Delta, tensors_of, weight_at
+from s2ft.ops._library import check_private
 from s2ft.selection import Selection
-
-# ---- names ---------------------------------------------------------------------------------------------
-
-
-def check_new_name(record: Attachment | None, name: str) -> None:
-    """Check the name of an adapter that is made, loaded or renamed.
-
-    Args:
-        record: Record of the model; None if it has no adapters.
-        name: Name that the adapter would get.
-
-    Raises:
-        ValueError: The name could not be saved, or another adapter of the model has it.
-    """
-    check_adapter_name(name)
-    if record is not None and name in record.names:
-        raise ValueError(f"there is an adapter called {name!r} already: choose another name")
-
-
-def check_known(record: Attachment, name: str) -> None:
-    """Raise ValueError if the model has no adapter of this name."""
-    if name not in record.names:
-        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
-
-
-def check_has_arrived(record: Attachment) -> None:
-    """Raise ValueError if the model is still on the meta device."""
-    if record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values()):
-        raise ValueError(
-            "the weights of this model have not arrived on this rank (it is on the meta device): prepare the model "
-            "with accelerate, or load its weights, before you read, save or switch its adapters"
-        )
-
 
 # ---- layers and weights --------------------------------------------------------------------------------
 
@@ -120,10 +104,8 @@ def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter, by its id."""
-    names: dict[int, list[str]] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(name)
-    return names
+    named = model.named_parameters(remove_duplicate=False)
+    return by_key((id(parameter), name) for name, parameter in named)
 
 
 def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
@@ -215,4 +197,131 @@ def _check_apart(weights: dict[str, Tensor]) -> None:
             raise ValueError(
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
                 "into it: train one of them only, by couplings= or by the config's layers"
+            )
+
+
+# ---- tensor parallelism ---------------------------------------------------------------------------------------------
+
+STYLES = ("ColwiseParallel", "RowwiseParallel", "PackedColwiseParallel")  # of transformers, for linear layers
+
+
+def check_split_layers(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError for a layer of these couplings that tensor parallelism runs in a way that can't be trained."""
+    for path, projection in {projection.path: projection for projection in projections_of(couplings)}.items():
+        handle = weight_at(model, projection)
+        obstacle = _obstacle(handle.holder, handle.tensor, handle.kind.read_only is not None)
+        if obstacle:
+            raise ValueError(f"{path} {obstacle}: train other projections, or {WITHOUT}")
+
+
+def _obstacle(found: nn.Module | Tensor, weight: Tensor, is_quantized: bool) -> str:
+    """The reason why a layer can't be trained under tensor parallelism, in words; an empty string if it can."""
+    names = weight.device_mesh.mesh_dim_names if is_dtensor(weight) else None
+    is_split = bool({"tp", "ep"} & set(names or ()))  # as transformers and accelerate name them
+    if isinstance(found, Tensor):
+        return (
+            "holds experts that are split by tensor or expert parallelism, which s2ft can't train" if is_split else ""
+        )
+    style = style_of(found)
+    if kind_of(found) is SPLIT_LINEAR:
+        if split_of(weight) is None:
+            return f"is replicated by tensor parallelism ({weight.placements}), which s2ft can't train"
+        if style is None and "forward" in found.__dict__ or style is not None and not _is_known(style):
+            return f"is split by tensor parallelism, and {_name(found, style)} has replaced its forward"
+        return ""
+    if style is not None and is_quantized:
+        return "is a quantized weight that is split by tensor parallelism, which s2ft can't train"
+    if style is not None or is_split:
+        return f"is run by tensor parallelism ({_name(found, style)}) in a way that s2ft can't train"
+    return ""
+
+
+def _name(module: nn.Module, style: Any) -> str:
+    if style is not None:
+        return f"the style {type(style).__name__}"
+    forward = module.__dict__.get("forward")
+    return type(module).__name__ if forward is None else getattr(forward, "__qualname__", type(forward).__name__)
+
+
+def style_of(module: nn.Module) -> Any:
+    """The style that transformers has installed on a module, or None.
+
+    transformers keeps it nowhere but in the function by which the style replaces the forward. A plan by names would not
+    say what a plan of the user's own has done.
+    """
+    forward = module.__dict__.get("forward")
+    if not inspect.isfunction(forward):
+        return None
+    style = inspect.getclosurevars(forward).nonlocals.get("self")
+    return style if hasattr(style, "transform_inputs_pre_forward") else None
+
+
+def _is_known(style: Any) -> bool:
+    return type(style).__name__ in STYLES and type(style).__module__.startswith("transformers.")
+
+
+# ---- an adapter and a model -----------------------------------------------------------------------------------------
+
+
+def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
+    """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
+    known = {projection.name: projection for projection in projections_of(record.couplings)}
+    for path, delta in adapter.deltas.items():
+        if path not in known:
+            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")
+        shape = list(weight_at(model, known[path]).shape)
+        size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
+        if delta.dim != known[path].dim or shape != list(delta.values.shape):
+            raise ValueError(
+                f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
+                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
+                f"{tuple(shape)}"
+            )
+        if int(delta.index.max()) >= size:
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
+                f"outside the weight's 0..{size - 1}"
+            )
+    # without a fingerprint the weights are compared when they arrive
+    other_base = difference(record.fingerprint, adapter.fingerprint) if record.fingerprint is not None else ""
+    if other_base:
+        raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
+    check_extra_fits(model, record, adapter.name, adapter.extra_weights)
+    for path, delta in adapter.deltas.items():
+        projection, units = known[path], adapter.selection[path]
+        last = int(units.max())
+        if last >= projection.count:  # in a weight of several projections, the element may belong to another one
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}"
+            )
+        if not torch.equal(projection.elements(units), delta.index):
+            raise ValueError(
+                f"adapter {adapter.name!r}: {path}.index does not name the selected units, each of {projection.unit} "
+                "elements"
+            )
+
+
+def coupled_names(couplings: list[Coupling]) -> set[str]:
+    """Return the names that the couplings' weights, biases and vectors have, with trainable layers mounted or not."""
+    ends = ("", ".weight", ".bias", ".linear.weight", ".linear.bias")
+    return {projection.path + end for projection in projections_of(couplings) for end in ends} | {
+        vector.path for coupling in couplings for vector in coupling.vectors
+    }
+
+
+def check_extra_fits(model: nn.Module, record: Attachment, adapter: str, values: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a weight that the model doesn't have, that has another shape, or that is of a coupling."""
+    if not values:
+        return
+    parameters, coupled = dict(model.named_parameters()), coupled_names(record.couplings)
+    for name, value in values.items():
+        if name not in parameters or name in coupled or name.endswith(".s2"):
+            raise ValueError(
+                f"adapter {adapter!r} is for another model: this one has no weight {name} outside its couplings"
+            )
+        shape = getattr(parameters[name], "ds_shape", parameters[name].shape)
+        if value.shape != shape or not parameters[name].is_floating_point():
+            raise ValueError(
+                f"adapter {adapter!r} is for another model: {name} has shape {tuple(value.shape)}, this "
+                f"model has {tuple(shape)} of {parameters[name].dtype}"
             )

@@ -1,4 +1,4 @@
-"""Trainable layers of a model: how they are mounted and unmounted.
+"""Mounts the trainable layers of a model and removes them, in changes that nothing leaves half done.
 
 An interrupt, an exception or an out-of-memory error can come at any moment. So the record of a change is on the model
 before anything changes, and each step that takes a change back works whether the change was made, half made, or taken
@@ -6,17 +6,18 @@ back already. :func:`unmount` and :func:`release` can be called at any time. No 
 an interrupt can leave it switched on.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached import extra_weights
-from s2ft.attached.active import place_loaded
-from s2ft.attached.arrival import after_apply, after_load, expect_weights, mark_layers
-from s2ft.attached.base_codecs import set_codecs
+from s2ft.adapter.adapter import Adapter
+from s2ft.attached.active import activate, deactivate, names_of_modules, place_loaded, switch, unfreeze, write_slices
+from s2ft.attached.arrival import after_apply, after_load, before_forward, expect_weights, mark_layers
 from s2ft.attached.checks import (
     check_can_move,
     check_gradients_pass,
@@ -24,23 +25,108 @@ from s2ft.attached.checks import (
     check_not_in_engine,
     check_one_place,
     check_shards,
+    check_split_layers,
+    style_of,
 )
-from s2ft.attached.forwards import experts_modules, replace_forward, restore_forwards
-from s2ft.attached.holding import before_forward
-from s2ft.attached.hosts.checkpointing import close_blocks, open_blocks, remove_hooks
-from s2ft.attached.hosts.quantizers import allow_training, restore_quantizer
-from s2ft.attached.hosts.state_dicts import check_is_base, put_in_order
-from s2ft.attached.hosts.tensor_parallel import check_split_layers, install_style, unit_blocks
-from s2ft.attached.record import Attachment, Mount, Part, applied, attachment_of, clear_attachment, set_attachment
+from s2ft.attached.hosts import (
+    allow_training,
+    check_is_base,
+    close_blocks,
+    experts_modules,
+    open_blocks,
+    put_in_order,
+    remove_hooks,
+    replace_forward,
+    restore_forwards,
+    restore_quantizer,
+)
+from s2ft.attached.record import (
+    Attachment,
+    Mount,
+    Part,
+    applied,
+    attachment_of,
+    clear_attachment,
+    find_attachment,
+    set_attachment,
+)
+from s2ft.attached.saving import add_to_host, remove_from_host
+from s2ft.codecs.gguf_file import GgufFile
 from s2ft.config import S2FTConfig
-from s2ft.distributed import check_same_as_first_rank, reshard_all
-from s2ft.distributed.fsdp import Place, follow, release_slices, shard_slices
+from s2ft.distributed import (
+    Place,
+    check_same_as_first_rank,
+    follow,
+    is_dtensor,
+    release_slices,
+    reshard_all,
+    shard_slices,
+)
+from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
-from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.fingerprint import digest
+from s2ft.layers.base import CodedSlice
+from s2ft.layers.kind import split_of
+from s2ft.model.coupling import Coupling, Projection, Vector, projections_of
+from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
-from s2ft.model.weights import allow_packing, find, layers_that_pack, parameter_position, put, stop_packing
+from s2ft.model.weights import (
+    allow_packing,
+    find,
+    layers_that_pack,
+    parameter_position,
+    put,
+    split_of_units,
+    stop_packing,
+)
+from s2ft.ops._library import WRITING
 from s2ft.selection import Selection
+
+# ---- training through the codec of a GGUF file ----------------------------------------------------------------------
+
+
+def set_codecs(model: nn.Module, record: Attachment) -> None:
+    """Let each mounted layer compute with what the base's file can hold, if the config says so and the base is a file.
+
+    Raises:
+        ValueError: A weight is not that of the file, its type has no codec, or something spreads or shares it.
+    """
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+    if record.config.codec == "none" or not name.endswith(".gguf"):
+        return
+    if record.awaits_weights:
+        raise ValueError(f"codec={record.config.codec!r} needs the weights of {name}: load them before attach")
+    file = GgufFile(Path(name).expanduser())
+    for path, mount in record.mounts.items():
+        mount.layer.codec = _coded(file, path, mount)
+
+
+@contextmanager
+def without_codecs(record: Attachment) -> Iterator[None]:
+    """Inside, layers compute with base + s2, for a proof whose deltas no file could hold."""
+    layers = [mount.layer for mount in record.mounts.values()]
+    codecs = [layer.codec for layer in layers]
+    try:
+        for layer in layers:
+            layer.codec = None
+        yield
+    finally:
+        for layer, codec in zip(layers, codecs):
+            layer.codec = codec
+
+
+def _coded(file: GgufFile, path: str, mount: Mount) -> CodedSlice:
+    if len(mount.parts) > 1 or mount.original is None or mount.layer.kind.transposed or mount.layer.is_managed:
+        raise ValueError(f"codec: {path} is not one plain weight of a GGUF file on one device")
+    (part,), layer, codec = mount.parts, mount.layer, file.codec(path)
+    found = file.part(path, part.elements, layer.dim)
+    blocks = codec.unpack(found.packed.flatten(-2)).take(found.index, layer.dim)
+    coded = CodedSlice(codec, blocks, part.positions, layer.dim)
+    units = layer.selected_units().to(layer.weight.device)[part.positions.to(layer.weight.device)]
+    now = layer.matrix.detach().index_select(layer.dim, units).cpu()
+    if not torch.equal(coded.base.to(now.dtype), now):
+        raise ValueError(f"codec: the weight of {path} is not that of {file.path}, which may have been replaced")
+    return coded
+
 
 # ---- mounting ------------------------------------------------------------------------------------------
 
@@ -101,12 +187,13 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     for coupling in trained:
         for module in experts_modules(coupling):
             forward_of(model.get_submodule(module))
-    extra_names = extra_weights.names_of_modules(model, record.couplings, config.modules_to_save)
+    extra_names = names_of_modules(model, record.couplings, config.modules_to_save)
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
     try:
         record.name, record.config, record.selection = name, config, selection
+        record.structure = structure_of(model, record.couplings, selection.units)
         _make_layers(model, record, trained, moves)
         install(model, record, extra_names)
         record.active = {name: 1.0}
@@ -174,10 +261,9 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         replace_forward(model, coupling, record)
     close_blocks(model)
     open_blocks(model, record.mounts)
-    if record.host_hooks is not None:
-        record.host_hooks.remove(model, record)
-        record.host_hooks.add(model, record)
-    extra_weights.unfreeze(model, record, extra_names)
+    remove_from_host(model, record)
+    add_to_host(model, record)
+    unfreeze(model, record, extra_names)
 
 
 def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
@@ -209,7 +295,9 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
         where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
     delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
     layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
-    install_style(original, layer)
+    style = style_of(original)
+    if style is not None:  # transformers' tensor parallelism runs the layer by it
+        layer.install(style)
     return layer
 
 
@@ -225,9 +313,7 @@ def _current_index(parts: list[Part], record: Attachment) -> Tensor:
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
     """Make the layer of an expert stack."""
     parts.sort(key=lambda part: part.projection.expert)
-    index: dict[int, list[Tensor]] = {}
-    for part in parts:
-        index.setdefault(part.projection.expert, []).append(part.positions)
+    index = by_key((part.projection.expert, part.positions) for part in parts)
     _number_positions(parts)
     return EXPERTS.layers[parts[0].projection.dim](
         original,
@@ -277,8 +363,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     """
     if record.rest is not None:  # a proof was interrupted
         record.rest.restore()
-    if record.host_hooks is not None:
-        record.host_hooks.remove(model, record)
+    remove_from_host(model, record)
     restore_forwards(model, record)
     close_blocks(model)
     reshard_all(model)
@@ -307,3 +392,191 @@ def release(model: nn.Module, record: Attachment) -> nn.Module:
     model.__dict__.pop("_apply", None)
     clear_attachment(model)
     return model
+
+
+# ---- how units may move --------------------------------------------------------------------------------
+
+
+def unit_blocks(model: nn.Module, coupling: Coupling) -> Tensor | None:
+    """Find the rank of the tensor-parallel group that has each unit of a coupling.
+
+    Args:
+        model: The model.
+        coupling: A coupling whose units may move.
+
+    Returns:
+        The ranks [units] int64; all 0 if no weight is split along the units. None if a unit is divided among ranks, or
+        two weights have it on different ranks, so that no rank can reorder its own parts by itself.
+    """
+    blocks = torch.zeros(coupling.count, dtype=torch.int64)
+    for number, owners in enumerate(_owners(model, coupling)):
+        blocks = owners[:, 0] if number == 0 else blocks
+        if bool((owners != blocks[:, None]).any()):
+            return None
+    return blocks
+
+
+def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
+    """Yield the ranks [units, elements of a unit] for every weight and vector that is split along the units."""
+    units = torch.arange(coupling.count)
+    for projection in coupling.projections:
+        split = split_of_units(model, projection)
+        if split is not None:
+            yield split.owners[projection.elements(units)].view(coupling.count, -1)
+    for vector in coupling.vectors:
+        tensor = find(model, vector.path)
+        split = split_of(tensor) if is_dtensor(tensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ()) else None
+        if split is not None and split.dim == (vector.expert is not None):
+            yield split.owners[_entries(vector, units)].view(coupling.count, -1)
+
+
+def _entries(vector: Vector, units: Tensor) -> Tensor:
+    return Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size).elements(
+        units
+    )
+
+
+# ---- whole changes --------------------------------------------------------------------------------------------------
+
+
+def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
+    """Make a change that nothing leaves half done.
+
+    It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
+
+    Args:
+        change: The change. Where `recover` is None it can be called again.
+        recover: What to do after an interrupt, an exception or an out-of-memory error. Default: `change` again.
+
+    Returns:
+        What `change` returns.
+    """
+    with WRITING:
+        try:
+            return change()
+        except BaseException:  # a model in between would compute something else
+            (recover or change)()
+            raise
+
+
+@contextmanager
+def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Inside, the model has its record and the base in its weights, so that a trainable adapter can be mounted.
+
+    If the body fails, the loaded adapters are there, those that were active are active again, and a model without
+    loaded adapters is plain.
+    """
+    active = dict(record.active)
+    try:
+        claim(model, record)
+        deactivate(model, record)
+        yield
+    except BaseException:
+        deactivate(model, record)
+        unmount(model, record)
+        if record.loaded:
+            record.forget_mounts()
+            model.requires_grad_(False)
+            activate(model, record, active)
+        else:
+            release(model, record)
+        raise
+
+
+def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
+    """Add a loaded adapter, and make it the active one if `active`. A failure removes it again.
+
+    Args:
+        model: A model that has this record, or that has none yet.
+        record: Record that gets the adapter.
+        adapter: Adapter that fits the model, under a new name.
+        active: Whether it becomes the active adapter.
+    """
+    is_new = find_attachment(model) is None
+
+    def change() -> None:
+        if is_new:
+            claim(model, record)
+            model.requires_grad_(False)
+        record.load(adapter)
+        place_loaded(model, record, [adapter.name])
+        if active:
+            switch(model, record, {adapter.name: 1.0})
+
+    def recover() -> None:
+        deactivate(model, record)
+        if is_new:
+            release(model, record)
+        else:
+            record.drop(adapter.name)
+
+    whole(change, recover)
+
+
+def remove_all(model: nn.Module, record: Attachment) -> None:
+    """Remove all adapters and the record: the model is the plain base, bit for bit."""
+
+    def change() -> None:
+        if find_attachment(model) is not None:
+            deactivate(model, record)
+            release(model, record)
+
+    whole(change)
+
+
+def remove(model: nn.Module, record: Attachment, name: str) -> None:
+    """Remove one adapter; if it is active, no adapter is active afterwards. With the last one the model is plain."""
+    if name in record.active:
+        deactivate(model, record)
+    if record.names == [name]:
+        remove_all(model, record)
+    elif name != record.name:
+        record.drop(name)
+    else:
+        end_training(model, record)
+
+
+def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None = None) -> None:
+    """Remove the trainable layers. What was active is active again, with the same bits in the weights.
+
+    Args:
+        model: Model of the record.
+        record: Record with a trainable adapter.
+        adapter: A copy of the trainable adapter, which can be written into the weights and is loaded in its place.
+    """
+    active = dict(record.active)
+
+    def replace() -> None:
+        deactivate(model, record)
+        unmount(model, record)
+        record.forget_mounts()
+        model.requires_grad_(False)
+        if adapter is not None:
+            record.load(adapter)
+
+    def change() -> None:
+        replace()
+        activate(model, record, active)
+
+    whole(change, recover=replace)  # then no adapter is active
+
+
+def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
+    """Write the active adapters into the weights and return the plain model. A failure leaves the adapter, inactive."""
+
+    def change() -> nn.Module:
+        write_slices(model, record)
+        return release(model, record)
+
+    def recover() -> None:
+        if find_attachment(model) is not None:
+            claim(model, record)
+            for move in record.moves:
+                move.recover(model)
+            if record.name is None:
+                model.requires_grad_(False)
+            else:  # the layers restore the base in their own order of units
+                install(model, record, record.extra.base)
+            deactivate(model, record)
+
+    return whole(change, recover)

@@ -24,18 +24,25 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
 from s2ft.attached.arrival import not_awaiting
-from s2ft.attached.base_codecs import without_codecs
+from s2ft.attached.mounting import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
 from s2ft.model.coupling import Coupling, projections_of
-from s2ft.model.delta import Delta
-from s2ft.model.discovery.examples import check_example, example_of, examples_of, run_example
-from s2ft.model.gathering import gathered_forwards
-from s2ft.model.modes import Rest, seeded
-from s2ft.model.outputs import changes, largest_change, tensors_in
-from s2ft.model.towers import tower_of
-from s2ft.model.weights import allow_packing, can_run, layers_that_pack, stop_packing, weight_at
+from s2ft.model.discovery.examples import examples_of
+from s2ft.model.parts import tower_of
+from s2ft.model.running import (
+    Rest,
+    changes,
+    check_example,
+    example_of,
+    gathered_forwards,
+    largest_change,
+    run_example,
+    seeded,
+    tensors_in,
+)
+from s2ft.model.weights import Delta, allow_packing, can_run, layers_that_pack, stop_packing, weight_at
 from s2ft.selection import Selection
 
 # By how much rounding may change an entry, see `changes`: behind one block, and behind the whole model. None stands for

@@ -1,27 +1,141 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from functools import cached_property, partial
-from typing import Any, NamedTuple, Protocol
+from functools import cached_property, partial, wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached.hosts.tensor_parallel import check_parallelism
+from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
-from s2ft.distributed import Decision, decide, reshard_all
+from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
+from s2ft.files.reading import check_adapter_name
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.delta import Delta, Positions
-from s2ft.model.fingerprint import fingerprint
-from s2ft.model.modes import Rest
+from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
-from s2ft.model.weights import have_numbers
+from s2ft.model.running import Rest
+from s2ft.model.weights import Delta, Positions, have_numbers
 from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
+
+# ---- models in a wrapper ----------------------------------------------------------------------------------
+#
+# s2ft changes, saves and loads the model inside, so that an adapter has the paths of the model of transformers, and a
+# plain one can load it too.
+
+PACKAGE = "sentence_transformers"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """Return the model that torch.compile or sentence-transformers has wrapped. Any other model is returned unchanged.
+
+    Raises:
+        ValueError: A model of sentence-transformers has no model of transformers inside, or more than one.
+    """
+    model = uncompiled(model)
+    return uncompiled(transformer_in(model)) if is_sentence_model(model) else model
+
+
+def uncompiled(model: nn.Module) -> nn.Module:
+    """Return the model that torch.compile has wrapped. Any other model is returned unchanged."""
+    while "_orig_mod" in getattr(model, "_modules", ()):
+        model = model._modules["_orig_mod"]
+    return model
+
+
+def of_compiled(function: Function) -> Function:
+    """Decorator: pass the model inside a wrapper of torch.compile or sentence-transformers to the function.
+
+    The compiled model notices replaced layers and is compiled again at its next call.
+    """
+
+    @wraps(function)
+    def call(model: nn.Module, *args, **options):
+        return function(unwrapped(model), *args, **options)
+
+    return cast(Function, call)
+
+
+# ---- sentence-transformers -------------------------------------------------------------------------------
+
+
+def is_sentence_model(model: nn.Module) -> bool:
+    """Whether this is a SentenceTransformer, SparseEncoder or CrossEncoder. The package is not imported for it."""
+    return isinstance(model, nn.Sequential) and any(
+        parent.__module__.partition(".")[0] == PACKAGE for parent in type(model).__mro__
+    )
+
+
+def transformer_in(model: nn.Module) -> nn.Module:
+    """Return the model of transformers inside a model of sentence-transformers.
+
+    Raises:
+        ValueError: There is none, or more than one.
+    """
+    found = dict(_transformers(model))
+    if len(found) == 1:
+        return next(iter(found.values()))
+    kinds = ", ".join(type(module).__name__ for module in model.children())
+    raise ValueError(
+        f"{type(model).__name__} must have one model of transformers inside, and it has "
+        + (f"{len(found)}, at {', '.join(found)}: pass one of these modules" if found else f"none (modules: {kinds})")
+    )
+
+
+def _transformers(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
+    """Yield (path, module) of the outermost models of transformers, each once."""
+    from transformers import PreTrainedModel  # not at the top, where it would load transformers with every import
+
+    seen = set() if seen is None else seen
+    if id(module) in seen:
+        return
+    seen.add(id(module))
+    if isinstance(module, PreTrainedModel):
+        yield path, module
+        return
+    for name, child in module.named_children():
+        yield from _transformers(child, f"{path}.{name}" if path else name, seen)
+
+
+def check_rest_frozen(model: nn.Module) -> None:
+    """Check that a model of sentence-transformers trains nothing outside of its model of transformers.
+
+    Any other model passes.
+
+    Raises:
+        ValueError: A parameter outside would be trained, and an adapter can't contain it.
+    """
+    if not is_sentence_model(model):
+        return
+    inside = {id(parameter) for parameter in transformer_in(model).parameters()}
+    trained = [key for key, value in model.named_parameters() if value.requires_grad and id(value) not in inside]
+    if trained:
+        first = trained[0].partition(".")[0]
+        raise ValueError(
+            f"{type(model).__name__} would also train {', '.join(trained[:3])}, and an adapter contains weights of the "
+            f"model of transformers only: freeze the module by model[{first}].requires_grad_(False), or, to train it "
+            "too, attach to model.transformers_model and save the whole model after s2ft.merge"
+        )
+
+
+def with_rest_frozen(function: Function) -> Function:
+    """Decorator: call :func:`check_rest_frozen` with the model before the function."""
+
+    @wraps(function)
+    def call(model: nn.Module, *args, **options):
+        check_rest_frozen(model)
+        return function(model, *args, **options)
+
+    return cast(Function, call)
+
+
+# ---- what is recorded -----------------------------------------------------------------------------------------------
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
 
@@ -122,35 +236,6 @@ def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
     return value if moved.is_meta else moved
 
 
-class LoadedAdapter(Protocol):
-    """What a record reads of a loaded adapter; see :class:`s2ft.Adapter`."""
-
-    name: str
-    selection: Selection
-    deltas: dict[str, Delta]
-    extra_weights: dict[str, Tensor]
-    device: torch.device | None
-
-    @property
-    def parameters(self) -> int: ...
-
-    def beside(self, devices: Mapping[str, torch.device]) -> "LoadedAdapter": ...
-
-
-class HostHooks(NamedTuple):
-    """Two functions (model, record) of a module that change a host library's model while layers are mounted.
-
-    The caller that makes a record passes them, because they save and load adapters, which this folder can't do.
-
-    Attributes:
-        add: Runs after the trainable layers are mounted.
-        remove: Runs before they are unmounted. It must be safe at any time, also twice.
-    """
-
-    add: Callable[[nn.Module, "Attachment"], None]
-    remove: Callable[[nn.Module, "Attachment"], None]
-
-
 @dataclass
 class Attachment:
     """Everything s2ft knows about a model it has changed.
@@ -162,10 +247,10 @@ class Attachment:
         base: How the ranks have found the fingerprint.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
         weights: What discovery says of every weight of the blocks; empty for all other couplings.
-        host_hooks: Functions that run when layers are mounted and unmounted.
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
+        structure: Where its slices lie.
         info: JSON values that are saved with the trainable adapter.
         moves: Reorderings of couplings, done or about to be done.
         mounts: Trainable layers by path.
@@ -176,7 +261,7 @@ class Attachment:
         active: Weights of the active adapters by name. It is cleared before anything is restored and assigned after
             everything is written, so it never names an adapter that the model does not compute with.
         written: Slices of weights that active adapters have overwritten.
-        replaced_attributes: Attributes of the model that host hooks have replaced; None if they have not run.
+        replaced_attributes: Attributes of the model that others had set before s2ft replaced them; None if it has not.
         awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
         has_taken_up: Whether the weights have arrived on all ranks.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
@@ -190,17 +275,17 @@ class Attachment:
     base: Decision = Decision(None, "")
     is_custom: bool = False
     weights: tuple[Any, ...] = ()
-    host_hooks: HostHooks | None = None
     name: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
+    structure: Structure | None = None
     info: dict[str, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     mounts: dict[str, Mount] = field(default_factory=dict)
     forwards: dict[str, Callable] = field(default_factory=dict)
     packing_stopped: list[str] = field(default_factory=list)
     extra: ExtraWeights = field(default_factory=ExtraWeights)
-    loaded: dict[str, LoadedAdapter] = field(default_factory=dict)
+    loaded: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
     written: list[Written] = field(default_factory=list)
     replaced_attributes: dict[str, Any] | None = None
@@ -295,7 +380,7 @@ class Attachment:
         if self.fingerprint is None:
             self.fingerprint = fingerprint
 
-    def load(self, adapter: LoadedAdapter) -> None:
+    def load(self, adapter: Adapter) -> None:
         """Add a loaded adapter, which is not active."""
         self.loaded[adapter.name] = adapter
 
@@ -321,20 +406,16 @@ class Attachment:
 
     def rename(self, name: str, new: str) -> None:
         """Rename an adapter. After an interrupt it has its old name everywhere, or its new one everywhere."""
-        before = self.name, self.loaded, self.active
         loaded = {new if key == name else key: adapter for key, adapter in self.loaded.items()}
         active = {new if key == name else key: weight for key, weight in self.active.items()}
         if new in loaded:
             loaded[new] = replace(loaded[new], name=new)
-        try:
-            self.name, self.loaded, self.active = new if name == self.name else self.name, loaded, active
-        except BaseException:  # an interrupt between two of the three assignments
-            self.name, self.loaded, self.active = before
-            raise
+        own = new if name == self.name else self.name
+        self.__dict__.update(name=own, loaded=loaded, active=active)  # one step, so that no interrupt comes between
 
     def forget_mounts(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
-        self.name = self.config = self.selection = self.replaced_attributes = None
+        self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.rest, self.unproved = None, ""
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
@@ -402,18 +483,13 @@ def check_not_offloaded(model: nn.Module) -> None:
 
 
 def new_attachment(
-    model: nn.Module,
-    couplings: Sequence[Coupling] | None = None,
-    host_hooks: HostHooks | None = None,
-    example: Any = None,
-    config: S2FTConfig | None = None,
+    model: nn.Module, couplings: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
 ) -> Attachment:
     """Make a record of a model without adapters; the model does not get it yet.
 
     Args:
         model: Model without adapters.
         couplings: Couplings that the user gave. Default: those of the model's family, or else those that trials find.
-        host_hooks: Functions that run when trainable layers are mounted and unmounted.
         example: Input for the trials.
         config: What will be trained, see :func:`find_couplings`.
 
@@ -433,6 +509,62 @@ def new_attachment(
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
         weights=found.weights,
-        host_hooks=host_hooks,
         base=base,
     )
+
+
+WITHOUT = "load the model without tensor parallelism, attach, and shard it by FSDP2 or ZeRO"
+
+# ---- what is refused -----------------------------------------------------------------------------------
+
+
+def check_parallelism(model: nn.Module) -> None:
+    """Raise ValueError for a model that is cut into pipeline stages, or split in a way that s2ft can't read."""
+    for path, module in model.named_modules():
+        if "_pp_stage" in module.__dict__ or "pippy_stage" in module.__dict__:
+            raise ValueError(
+                f"{path or type(model).__name__} is cut into pipeline stages. The stages of transformers (pp_size) and "
+                "of accelerate (prepare_pippy) run forwards only and pass no gradient, so nothing can be trained: load "
+                "the model without stages, and use FSDP2, ZeRO-3 or tensor parallelism for a model that does not fit "
+                "on one device"
+            )
+        size = module.__dict__.get("_tp_size") or 1
+        if size > 1 and not any(map(is_dtensor, module.parameters())):
+            raise ValueError(
+                f"{path or type(model).__name__} is split over {size} ranks by tensor parallelism, in tensors that do "
+                "not say of which weight they are a part. This release of transformers makes no DTensors: update "
+                f"transformers, or {WITHOUT}"
+            )
+
+
+# ---- names ---------------------------------------------------------------------------------------------
+
+
+def check_new_name(record: Attachment | None, name: str) -> None:
+    """Check the name of an adapter that is made, loaded or renamed.
+
+    Args:
+        record: Record of the model; None if it has no adapters.
+        name: Name that the adapter would get.
+
+    Raises:
+        ValueError: The name could not be saved, or another adapter of the model has it.
+    """
+    check_adapter_name(name)
+    if record is not None and name in record.names:
+        raise ValueError(f"there is an adapter called {name!r} already: choose another name")
+
+
+def check_known(record: Attachment, name: str) -> None:
+    """Raise ValueError if the model has no adapter of this name."""
+    if name not in record.names:
+        raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
+
+
+def check_has_arrived(record: Attachment) -> None:
+    """Raise ValueError if the model is still on the meta device."""
+    if record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values()):
+        raise ValueError(
+            "the weights of this model have not arrived on this rank (it is on the meta device): prepare the model "
+            "with accelerate, or load its weights, before you read, save or switch its adapters"
+        )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
 from s2ft.export import EXPORTS, IMPORTS, export
-from s2ft.files.tables import table
+from s2ft.files.plain_text import table
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
 from s2ft.train.options import Options, option
@@ -36,9 +36,9 @@ def describe(name: str | Path) -> str:
         FileNotFoundError: There is no such folder or name, or the folder has no adapter.
         ValueError: The adapter is damaged, or it is one of PEFT.
     """
-    from s2ft.adapter import read_adapter
-    from s2ft.adapter.hub import resolve
-    from s2ft.files.formats import ADAPTER_FORMATS
+    from s2ft.adapter.folders import resolve
+    from s2ft.adapter.formats import ADAPTER_FORMATS
+    from s2ft.attached.loading import read_adapter
 
     folder = resolve(name)
     if (folder / "adapter_config.json").is_file() and not ADAPTER_FORMATS["peft"].module.matches(folder):
@@ -164,9 +164,9 @@ def combine(folders: list[str], weights: list[float] | None, name: str | None, o
         FileNotFoundError: An adapter does not exist.
         FileExistsError: The output folder exists.
     """
-    from s2ft.adapter import overlap, read_adapter
-    from s2ft.adapter.adapter import weighted_sum
-    from s2ft.adapter.formats import native
+    from s2ft.adapter import native
+    from s2ft.adapter.adapter import overlap, weighted_sum
+    from s2ft.attached.loading import read_adapter
     from s2ft.files.reading import check_adapter_name
 
     weights = [1.0] * len(folders) if weights is None else weights
@@ -316,6 +316,6 @@ class PatchArguments(Options):
 def run_patch(job: PatchArguments) -> None:
     if job.undo and job.adapter is not None:
         raise ValueError("--undo takes the adapter out, so give no ADAPTER with it")
-    from s2ft.export.patching import patch, state, undo
+    from s2ft.export.packed import patch, state, undo
 
     print(undo(job.file) if job.undo else state(job.file) if job.adapter is None else patch(job.file, job.adapter))

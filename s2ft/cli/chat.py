@@ -194,8 +194,8 @@ def adapters_by_name(words: list[str]) -> dict[str, str | Path]:
 
 def _named(word: str) -> list[tuple[str, str | Path]]:
     """The adapters of one word of --adapter: one by its own name or by that of its folder, or all of a directory."""
-    from s2ft.adapter.folders import ADAPTER, adapters_in
-    from s2ft.files.adapter_folder import is_folder
+    from s2ft.adapter.folders import adapters_in
+    from s2ft.files.reading import ADAPTER, is_folder
 
     name, equals, source = word.partition("=")
     if equals and not Path(word).exists():
@@ -252,7 +252,7 @@ class ChatAdapters:
 def load(job: ChatArguments) -> ChatAdapters:
     """Load the model. The folders of the adapters are looked up first, so that a wrong one is found at once."""
     import s2ft
-    from s2ft.adapter.hub import resolve
+    from s2ft.adapter.folders import resolve
     from s2ft.text.adapter_prompts import base_name
     from s2ft.text.models import dtype_of_base, load_model
     from s2ft.train.device import gpu_or_cpu

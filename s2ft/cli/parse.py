@@ -22,7 +22,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
-from s2ft.files.yaml_reading import parse_yaml
+from s2ft.files.plain_text import parse_yaml
 
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
 MOST = 16  # so many choices are listed in an error, of more the closest ones

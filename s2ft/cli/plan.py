@@ -149,7 +149,7 @@ class EstimateArguments(PlanArguments):
     {S2FTConfig: "selection"},
 )
 def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
-    from s2ft.estimation.result import size
+    from s2ft.estimation.devices import size
     from s2ft.train.planning import table
 
     rows, found, room = estimated(job, with_default_ratio(config, given))
@@ -177,8 +177,8 @@ def estimated(job: EstimateArguments, config: S2FTConfig):
     """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
     import torch
 
-    from s2ft.estimation.memory import free_memory
-    from s2ft.estimation.result import size_of
+    from s2ft.estimation.devices import size_of
+    from s2ft.estimation.step import free_memory
     from s2ft.train.planning import with_memory
 
     model, rows = job.model_and_rows(config)
@@ -314,19 +314,17 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     device = accelerator or torch.device("cpu")
     say_device(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
-    protect = None
-    if protected is not None:
-        longest = min(job.max_length, context_length(model) or job.max_length)
-        texts = text_rows(protected, tokenizer, longest, job.protect_rows, config.seed)
-        protect = batches_of(texts, tokenizer, job.batch_size)
+    longest = min(job.max_length, context_length(model) or job.max_length)
+    how = (tokenizer, longest, job.protect_rows, config.seed)
+    texts = [] if protected is None else text_rows(protected, *how)
+    protect = batches_of(texts, tokenizer, job.batch_size) if texts else None
     return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 
 def _choose_from_disk(job: SelectArguments, config):
     """Return a selection that needs no data. Weights are read one at a time where that is possible."""
     import s2ft
-    from s2ft.model.checkpoint import read_from
-    from s2ft.model.conversion import CannotStream
+    from s2ft.model.checkpoint import CannotStream, read_from
     from s2ft.selection import reads_weights
     from s2ft.text.models import load_model, model_on_disk, model_without_values
 

@@ -15,15 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached.hosts.wrappers import of_compiled
+from s2ft.attached.record import of_compiled
 from s2ft.config import S2FTConfig, check_whole
-from s2ft.estimation.devices import Strategy, check_devices, check_plan, on_devices, smallest, strategy_of
-from s2ft.estimation.memory import bytes_of, free_memory
-from s2ft.estimation.result import Estimate, MemoryPart, size_of
+from s2ft.estimation.devices import (
+    Estimate,
+    MemoryPart,
+    Strategy,
+    check_devices,
+    check_plan,
+    on_devices,
+    size_of,
+    smallest,
+    strategy_of,
+)
 from s2ft.estimation.shadow import forget_data, made_inputs, make_shadow, shape_of
-from s2ft.estimation.step import OPTIMIZERS, Optimizer, ShadowStep, maker
+from s2ft.estimation.step import OPTIMIZERS, Optimizer, ShadowStep, bytes_of, free_memory, maker
 from s2ft.model.coupling import Coupling
-from s2ft.model.discovery.examples import check_example
+from s2ft.model.running import check_example
 
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 

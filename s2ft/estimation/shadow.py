@@ -19,9 +19,9 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import is_sharded
 from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
-from s2ft.model.discovery.examples import example_of
+from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
-from s2ft.model.towers import couplings_in_towers
+from s2ft.model.running import example_of
 from s2ft.selection import select
 
 

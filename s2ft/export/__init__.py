@@ -3,13 +3,13 @@
 Its module has `export(model_name, adapter, output, dtype="auto", **options)`, which writes the export, reads it again
 and returns a sentence about the output. It raises FileExistsError if the output exists, and leaves nothing if it
 raises.
-An adapter format that other tools read is an export too, and has its row in :mod:`s2ft.files.formats`. The rows name
+An adapter format that other tools read is an export too, and has its row in :mod:`s2ft.adapter.formats`. The rows name
 their modules instead of importing them, so that the command line can list the exports without PyTorch.
 """
 
 from importlib import import_module
 
-from s2ft.files.formats import ADAPTER_FORMATS, NATIVE, Format
+from s2ft.adapter.formats import ADAPTER_FORMATS, NATIVE, Format
 
 IMPORTS = [name for name in ADAPTER_FORMATS if name != NATIVE]  # the formats that `s2ft export --from-NAME` reads
 EXPORTS = {

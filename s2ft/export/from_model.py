@@ -9,12 +9,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.attached import extra_weights
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.checks import check_can_merge
-from s2ft.attached.holding import write_slices
-from s2ft.attached.hosts.wrappers import of_compiled
-from s2ft.attached.record import Attachment, attachment_of
+from s2ft.attached.active import extra_values, mounted_deltas, write_slices
+from s2ft.attached.checks import check_can_merge, coupled_names
+from s2ft.attached.record import Attachment, attachment_of, of_compiled
 from s2ft.distributed import (
     all_ranks,
     decide,
@@ -28,11 +25,9 @@ from s2ft.distributed import (
 )
 from s2ft.export.merged import check_output, check_size, temporary_folder
 from s2ft.export.streamed import BaseSource, Changes, DiskSource, Sum, saved_names, write_config, write_weights
-from s2ft.files.tables import by_key
-from s2ft.model.checkpoint import StoredWeights, open_checkpoint, read_from
-from s2ft.model.conversion import is_of_transformers, saving_groups
+from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.permutation import inverse, moving_tensors
+from s2ft.model.permutation import restoring_moves
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +154,7 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
     extra = {k: v for name in deltas for k, v in record.loaded[name].extra_weights.items()}
     if record.name in record.active:
         deltas[record.name] = mounted_deltas(record)
-        extra.update(extra_weights.trained_values(model, record))
+        extra.update(extra_values(model, record))
     passes: dict[str, list[Sum]] = {}
     written = {name: weight for name, weight in record.active.items() if not (name == record.name and record.trains)}
     for path in dict.fromkeys(path for name in written for path in deltas[name]):
@@ -212,7 +207,7 @@ def _find_base(
 
 def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWeights) -> str:
     """Compare what this rank has of the weights outside the couplings. Returns the difference in words."""
-    changed = {*extra_weights.coupled_names(record.couplings), *record.extra.base, *record.extra.overwritten}
+    changed = {*coupled_names(record.couplings), *record.extra.base, *record.extra.overwritten}
     for name, tensor in model.named_parameters():
         if name in changed or tensor.is_meta or name not in weights:
             continue
@@ -250,12 +245,7 @@ class _ModelSource(BaseSource):
         self._tensors = _tensors(model)
         groups = saving_groups(plain, self.transforms, saved_names(plain))
         self._rest = [name for group in groups for name, _ in group.sources]
-        self._moves = by_key(
-            (id(moving.tensor), moving)
-            for move in record.moves
-            if move.is_done
-            for moving in moving_tensors(model, move.coupling, inverse(move.order))
-        )
+        self._moves = restoring_moves(model, record.moves)
 
     def values(self, names: list[str]) -> dict[str, Tensor]:
         return {name: self._read(name) for name in names}

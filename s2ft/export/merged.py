@@ -16,12 +16,10 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import s2ft
-from s2ft.adapter.adapter import check_fits
-from s2ft.attached.checks import check_can_write
+from s2ft.attached.checks import check_can_write, check_fits
 from s2ft.attached.record import new_attachment
 from s2ft.export.streamed import Changes, DiskSource, give_generation_config, write_config, write_weights
-from s2ft.model.checkpoint import StoredWeights, read_from
-from s2ft.model.conversion import CannotStream
+from s2ft.model.checkpoint import CannotStream, StoredWeights, read_from
 from s2ft.text.adapter_prompts import give_prompt
 from s2ft.text.models import dtype_of_base, load_model, load_tokenizer, locate, model_on_disk
 

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from s2ft.adapter import read_adapter
+from s2ft.attached.loading import read_adapter
 from s2ft.export.merged import temporary_folder, write_checkpoint
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import end_ids

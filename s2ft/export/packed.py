@@ -1,12 +1,18 @@
-"""An adapter merged into the blocks of a quantized file: only those of the trained units change.
+"""An adapter merged into the blocks of a quantized file, in a new file or in place.
 
 The new file has the base's bytes everywhere else. Its metadata has the base's name and hash besides.
+
+Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk before
+the first block is written, and gets another name after the last one is back. So whatever interrupts a change, the old
+bytes can be put back; and the next switch to the same adapter computes nothing.
 """
 
+import errno
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,13 +21,16 @@ from uuid import uuid4
 
 import numpy
 import torch
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
 
 import s2ft
-from s2ft.adapter.adapter import check_fits
+from s2ft.adapter.folders import resolve
+from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
+from s2ft.codecs.gguf_file import GgufFile
 from s2ft.export.merged import check_output
-from s2ft.files.gguf_file import GgufFile
-from s2ft.files.reading import check_finite
+from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, replace_file
 from s2ft.files.streaming import PIECE
 from s2ft.model.fingerprint import SAMPLES, covered, difference
 from s2ft.text.models import hollow_model, locate
@@ -204,3 +213,221 @@ def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str]) -> int:
 def _string(text: str) -> bytes:
     content = text.encode()
     return len(content).to_bytes(8, "little") + content
+
+
+# ---- an adapter in the blocks of a file in place, and the file as it was --------------------------------------------
+
+SUFFIX = ".s2ft-base"  # of the file with the old bytes
+
+
+class Kept:
+    """The old and the new bytes of the blocks that an adapter changes in a file.
+
+    Attributes:
+        path: The file.
+        changes: The changes.
+        old: The bytes before each of them.
+        adapter: Name of the adapter.
+        digest: Hash of its files.
+    """
+
+    def __init__(self, path: Path, changes: list[Change], old: list[numpy.ndarray], adapter: str, digest: str) -> None:
+        self.path, self.changes, self.old, self.adapter, self.digest = path, changes, old, adapter, digest
+
+    @classmethod
+    def of(cls, path: Path, suffix: str = SUFFIX) -> "Kept | None":
+        """Read what is kept of a file; None if it is not patched.
+
+        Args:
+            path: The file.
+            suffix: :data:`SUFFIX` for the adapter that is in the file, :func:`_earlier` for one that was.
+
+        Raises:
+            ValueError: The file with the old bytes is damaged.
+        """
+        beside = path.with_name(path.name + suffix)
+        if not beside.exists():
+            return None
+        try:
+            found = load(read_bytes(beside, MAX_TENSORS))
+            steps, parts = found["steps"].tolist(), ("rows", "blocks", "new", "old")
+            each = [[found[f"{number}.{part}"] for part in parts] for number in range(len(steps))]
+            adapter, digest = (bytes(found[name]).decode() for name in ("adapter", "digest"))
+        except (SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(f"{beside} is truncated or damaged: {error}") from None
+        changes = [Change(start, (row, size), *new) for (start, row, size), (*new, _) in zip(steps, each)]
+        return cls(path, changes, [old for *_, old in each], adapter, digest)
+
+    def begin(self) -> None:
+        """Write the file beside, in one step, unless an earlier switch to the adapter has left it."""
+        beside, earlier = (self.path.with_name(self.path.name + name) for name in (SUFFIX, _earlier(self.digest)))
+        if earlier.exists():
+            os.rename(earlier, beside)
+        else:
+            steps = [(change.start, *change.steps) for change in self.changes]
+            words = {"adapter": self.adapter, "digest": self.digest}
+            tensors = {name: numpy.frombuffer(text.encode(), numpy.uint8) for name, text in words.items()}
+            tensors["steps"] = numpy.array(steps)
+            for number, (change, old) in enumerate(zip(self.changes, self.old)):
+                found = {"rows": change.rows, "blocks": change.blocks, "new": change.new, "old": old}
+                tensors.update({f"{number}.{part}": numpy.ascontiguousarray(value) for part, value in found.items()})
+            replace_file(beside, save(tensors))
+        _synchronize(self.path.parent)
+
+    def fits(self, data: numpy.ndarray) -> bool:
+        """Whether the old bytes are those of the file."""
+        return all(numpy.array_equal(change.read(data), old) for change, old in zip(self.changes, self.old))
+
+    def put_back(self, data: numpy.ndarray) -> bool:
+        """Write the old bytes into those of the file. Returns whether all of the new ones were there.
+
+        Raises:
+            ValueError: The file has bytes that are neither the old nor the new ones. Nothing is written then.
+        """
+        whole = True
+        for change, old in zip(self.changes, self.old):
+            try:
+                now = change.read(data)
+            except (IndexError, ValueError):  # the file is smaller
+                now = ~change.new
+            is_new = now == change.new
+            if not (is_new | (now == old)).all():
+                raise ValueError(
+                    f"{self.path} is not the file that was patched: it was replaced or changed since. Delete "
+                    f"{self.path.name}{SUFFIX} to keep it as it is"
+                )
+            whole &= bool(is_new.all())
+        for change, old in zip(self.changes, self.old):
+            change.write(data, old)
+        return whole
+
+    def end(self) -> None:
+        """Give the file beside the name by which the next switch to the adapter finds it."""
+        name = self.path.name
+        os.replace(self.path.with_name(name + SUFFIX), self.path.with_name(name + _earlier(self.digest)))
+        _synchronize(self.path.parent)
+
+
+def _earlier(digest: str) -> str:
+    return f".s2ft-{digest[:16]}"
+
+
+def patch(file: str | Path, adapter: str | Path) -> str:
+    """Write an adapter into a GGUF file in place, in the place of another one if the file has one.
+
+    The first time the blocks are computed. They are kept beside the file, so that each later switch to the adapter
+    writes them and nothing else.
+
+    Args:
+        file: The adapter's base, a .gguf file.
+        adapter: The adapter's folder, or the output folder of a run.
+
+    Returns:
+        A sentence about what has changed.
+
+    Raises:
+        FileNotFoundError: The file or the adapter does not exist.
+        PermissionError: The file can't be written.
+        ValueError: The file is not the adapter's base, a weight's type has no codec, or another program uses the file.
+            Nothing has changed in any of these cases.
+    """
+    path, folder = gguf_path(str(file)), resolve(adapter)
+    digest = _digest(folder)
+    with _writable(path) as data:
+        before = Kept.of(path)
+        base = numpy.memmap(path, numpy.uint8, "c")  # as it is without the adapter, in this process alone
+        if before is not None:
+            before.put_back(base)
+        made = before if before is not None and before.digest == digest else Kept.of(path, _earlier(digest))
+        if made is None or not made.fits(base):
+            made = _computed(path, folder, digest, base)
+        if before is not None:
+            _undo(before, data)
+        made.begin()
+        for change in made.changes:
+            change.write(data, change.new)
+        data.flush()
+    size = sum(change.new.nbytes for change in made.changes)
+    return f"{path}: {size:,} bytes are those of adapter {made.adapter!r}; s2ft patch --undo puts the base's back"
+
+
+def _computed(path: Path, folder: Path, digest: str, base: numpy.ndarray) -> Kept:
+    """Compute the blocks of an adapter, given the bytes of its base."""
+    saved, file = s2ft.read_adapter(folder), GgufFile(path)
+    before = Kept.of(path)
+    if before is not None:
+        before.put_back(file.reader.data)  # in this process alone
+    changes = list(PackedMerge(file, saved).changes())
+    path.with_name(path.name + _earlier(digest)).unlink(missing_ok=True)  # of another base
+    return Kept(path, changes, [change.read(base) for change in changes], saved.name, digest)
+
+
+def _digest(folder: Path) -> str:
+    """The hash of an adapter's files."""
+    found, files = hashlib.sha256(), (path for path in folder.iterdir() if path.suffix in (".json", ".safetensors"))
+    for path in sorted(files):
+        found.update(path.name.encode() + b"\0" + read_bytes(path, MAX_TENSORS))
+    return found.hexdigest()
+
+
+def undo(file: str | Path) -> str:
+    """Put the base's bytes back into a patched file, also after an interrupt.
+
+    Args:
+        file: The file.
+
+    Returns:
+        A sentence about what has changed.
+
+    Raises:
+        FileNotFoundError: The file does not exist.
+        PermissionError: The file can't be written.
+        ValueError: The file is not patched, it was changed since, or another program uses it. Nothing has changed.
+    """
+    path = gguf_path(str(file))
+    with _writable(path) as data:
+        kept = Kept.of(path)
+        if kept is None:
+            raise ValueError(f"{path} is not patched: there is no {path.name}{SUFFIX}")
+        whole = _undo(kept, data)
+    return f"{path}: the base's bytes are back in place of {'' if whole else 'parts of '}adapter {kept.adapter!r}"
+
+
+def state(file: str | Path) -> str:
+    """Say which adapter is in a file."""
+    path = gguf_path(str(file))
+    kept = Kept.of(path)
+    if kept is None:
+        return f"{path} is not patched"
+    whole = kept.put_back(numpy.memmap(path, numpy.uint8, "c"))
+    return f"{path} has adapter {kept.adapter!r}" + ("" if whole else ", not all of it: s2ft patch --undo")
+
+
+def _undo(kept: Kept, data: numpy.memmap) -> bool:
+    whole = kept.put_back(data)
+    data.flush()
+    kept.end()
+    return whole
+
+
+@contextmanager
+def _writable(path: Path) -> Iterator[numpy.memmap]:
+    """Map a file's bytes for writing, if no other program has it open."""
+    with open(path, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # which Linux gives to the only one that has it open
+            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+        except OSError as error:
+            if error.errno in (errno.EAGAIN, errno.EACCES):
+                raise ValueError(f"{path} is open in a program, whose model would change: stop it first") from None
+        yield numpy.memmap(file, numpy.uint8, "r+")
+
+
+def _synchronize(folder: Path) -> None:
+    """Let the names in a folder reach the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

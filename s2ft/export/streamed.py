@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.files.streaming import StoredTensor, checksum, lay_out
-from s2ft.model.checkpoint import INDEX, StoredWeights, open_checkpoint, tied_names
-from s2ft.model.conversion import CannotStream, Group, saving_groups
+from s2ft.model.checkpoint import INDEX, CannotStream, Group, StoredWeights, open_checkpoint, saving_groups, tied_names
 from s2ft.model.coupling import Projection
-from s2ft.model.delta import Delta
-from s2ft.model.weights import WeightHandle, weight_at
+from s2ft.model.weights import Delta, WeightHandle, weight_at
 from s2ft.ops import scatter_add_
 
 Sum = list[tuple[Delta, float]]  # deltas of one projection with their weights: they are added in one pass

@@ -1,16 +1,23 @@
-"""Reading files of unknown origin: limited in size, inside their folder, and checked before they are used.
+"""Reading files of unknown origin, and replacing files in one step.
 
 Nothing here runs code of a file, and nothing needs more memory than a few times the size of the file.
+
+The two files of an adapter's folder are replaced as one. A writer puts the new config next to the old one as a pending
+file, renames the new tensors into place, then renames the pending config over the config. The rename of the tensors is
+the moment from which the folder holds the new adapter. A reader takes the config whose ``tensors_sha256`` is that of
+the tensors file. A writer that is stopped at any point leaves the old adapter or the new one.
 """
 
+import hashlib
 import json
 import os
 import re
 import stat
+import tempfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -287,3 +294,108 @@ def check_finite(name: str, values: Tensor) -> None:
     """Raise ValueError if the values have a NaN or an infinite value. Values on the meta device are not checked."""
     if not values.is_meta and not bool(torch.isfinite(values).all()):
         raise ValueError(f"{name} is not finite: it has NaN or infinite values")
+
+
+# ---- the folder of an adapter ---------------------------------------------------------------------------------------
+
+
+ADAPTER = "adapter"  # the folder of the adapter in the output folder of a run
+TENSORS = "s2ft_adapter.safetensors"
+CONFIG = "s2ft_config.json"  # PEFT and AutoModel would load an adapter_config.json as their own
+PENDING = f"{CONFIG}.next"  # exists while the tensors are replaced, and after a writer was stopped
+KIND = "an S²FT adapter"
+ATTEMPTS = 20  # at reading a folder that other processes keep replacing
+
+Read = TypeVar("Read")
+
+
+def is_folder(directory: Path) -> bool:
+    """Whether the folder has the files of an adapter; they are not read."""
+    return stamp_of(directory) is not None
+
+
+def own_folder(directory: Path) -> Path:
+    """The folder of an adapter's files: the directory, or the folder in it if it is the output of a run."""
+    inside = directory / ADAPTER
+    return inside if not is_folder(directory) and is_folder(inside) else directory
+
+
+def stamp_of(directory: Path) -> tuple | None:
+    """A value that changes with every save to the folder; None if the folder has no adapter."""
+    config, pending, tensors = (_stamp(directory / name) for name in (CONFIG, PENDING, TENSORS))
+    return None if tensors is None or (config is None and pending is None) else (config, pending, tensors)
+
+
+def _stamp(path: Path) -> tuple[int, int] | None:
+    try:
+        found = path.stat()
+    except (OSError, ValueError):  # the file does not exist, or no file can have this name
+        return None
+    return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+
+
+def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:
+    """Call `read` with the config file that belongs to the folder's tensors, and return its result.
+
+    Args:
+        directory: The adapter's folder.
+        read: Takes the path of the config file. It is called again where it fails and another process has replaced
+            the adapter meanwhile.
+
+    Raises:
+        FileNotFoundError: The folder has no config file.
+        Exception: Whatever `read` raises for files that do not change.
+    """
+    for attempt in range(ATTEMPTS):
+        before = stamp_of(directory)
+        try:
+            return read(open_file(directory, _config_name(directory), KIND))
+        except (OSError, ValueError):
+            if attempt == ATTEMPTS - 1 or stamp_of(directory) == before:
+                raise
+
+
+def _config_name(directory: Path) -> str:
+    """The name of the config file that belongs to the tensors file. Only a folder with a pending config has two."""
+    if not (directory / PENDING).is_file() or not (directory / TENSORS).is_file():
+        return CONFIG
+    if not (directory / CONFIG).exists():
+        return PENDING
+    expected = json_entry(directory / PENDING, "tensors_sha256")
+    return PENDING if _sha256(open_file(directory, TENSORS, KIND)) == expected else CONFIG
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# ---- replacing files ------------------------------------------------------------------------------------------------
+
+WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
+
+
+def replace_file(path: Path, content: bytes) -> None:
+    """Replace a file in one step: the content is written to a temporary file, which is renamed."""
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def reason_not_written(error: Exception) -> str | None:
+    """Return the system's message if `error` is a file that could not be read or written, else None."""
+    if isinstance(error, OSError):
+        return str(error)
+    text = str(error).strip().split("\n")[0]
+    return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None

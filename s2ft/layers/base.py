@@ -1,16 +1,25 @@
-"""What every trainable layer shares: the slice, base + s2 in the weight, copies and state dicts."""
+"""What every trainable layer shares: the slice, base + s2 in the weight, copies and state dicts.
+
+An optimizer's step changes s2, and the slices are written right after it. A layer also writes its own before it runs,
+if s2 has changed since.
+
+The gradient of the slice is that of the values which are multiplied (straight-through).
+"""
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary, ref
 
 import numpy
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from s2ft.codecs.codec import Blocks, Codec
 from s2ft.distributed import (
     full_tensor,
     has_master_copy,
@@ -25,11 +34,122 @@ from s2ft.distributed import (
     write_full_values,
 )
 from s2ft.layers.kind import Kind
-from s2ft.layers.writing import note_written, stamp, wait_for_write, watch, write_all
-from s2ft.ops import Slice, effective_units
-from s2ft.ops._library import is_being_captured
-from s2ft.ops._memory import WRITING, check_private
-from s2ft.ops.write_slices_ import write_slice
+from s2ft.ops import Slice, effective_units, write_slices_
+from s2ft.ops._library import LIBRARY, WRITING, check_private, is_being_captured
+from s2ft.ops.in_place import write_slice
+
+# ---- when weights get base + s2 -------------------------------------------------------------------------------------
+
+_holding: "WeakValueDictionary[int, Any]" = WeakValueDictionary()  # layers by the address of their s2's storage
+
+
+def write_all(layers: Sequence[Any]) -> None:
+    """Write base + s2 into the weights of some layers, or into what this process owns of them.
+
+    After an interrupt at any moment, a layer either knows that its weight holds the present values or writes it again.
+
+    Args:
+        layers: Layers (S2Layer) that are on. Every rank that has a part of an s2 must name the same ones.
+
+    Raises:
+        RuntimeError: A weight has been replaced while it held base + s2.
+        ValueError: A weight is in read-only memory, or in memory that other processes have too.
+    """
+    with WRITING, torch.inference_mode(False):  # tensors that are made in inference mode can't be changed later
+        begun = [layer.begin_write() for layer in layers]
+        write_slices_([one for _, slices in begun for one in slices])
+        for layer, (stamps, _) in zip(layers, begun):
+            layer.end_write(stamps)
+        for device in {layer.weight.device for layer in layers}:
+            note_written(device)
+
+
+def stamp(tensor: Tensor) -> tuple[int, Any]:
+    """Tell the present values of a slice, or of a weight, from earlier ones. It keeps no memory alive.
+
+    It changes with every change in place that PyTorch counts, and with another memory. It does not change when other
+    code writes into ``s2.data``. Steps of optimizers, some of which write in this way, are noted apart.
+    """
+    return tensor._version, ref(tensor.untyped_storage())
+
+
+def watch(layer: Any, s2: Tensor) -> None:
+    """Write a layer again after a step of an optimizer that has its s2.
+
+    Args:
+        layer: The layer (S2Layer).
+        s2: What this process has of its s2.
+    """
+    if not _OptimizerSteps.is_watched:
+        _OptimizerSteps.is_watched = True
+        register_optimizer_step_post_hook(_OptimizerSteps.note)
+    _holding[s2.untyped_storage()._cdata] = layer
+
+
+def note_written(device: torch.device) -> None:
+    """Remember that weights on a device have been written, so that other streams wait for it."""
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(device)
+        _last_writes[stream.device_index] = stream, stream.record_event()
+
+
+# By device: the stream of the last write of a slice, and an event after it.
+_last_writes: dict[int, tuple[torch.cuda.Stream, torch.cuda.Event]] = {}
+
+
+def wait_for_write(weight: Tensor) -> None:
+    """Let the present stream wait for the last write, if another stream has done it. The host does not wait.
+
+    A pipeline runs a layer for the first part of a batch on one stream, where the slice is written, and for the next
+    part on another. A stream that is being captured can't wait for work outside the graph.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        stream = torch.cuda.current_stream(weight.device)
+        last = _last_writes.get(stream.device_index)
+        if last is not None and last[0] != stream:
+            stream.wait_event(last[1])
+
+
+class _OptimizerSteps:
+    """Writes the slices that an optimizer has changed, so that whoever reads a weight finds base + s2 after the step.
+
+    An optimizer may change s2 without PyTorch counting it. What an engine manages has its new values later, so that it
+    is written before the next forward.
+    """
+
+    is_watched = False
+
+    @staticmethod
+    @torch.compiler.disable
+    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+        changed = [layer for layer in set(_holding.values()) if layer.fused]
+        changed = [layer for layer in changed if id(layer.s2) in stepped or layer.is_managed]
+        changed = [layer for layer in changed if layer.after_step()]
+        write_all(changed)
+        for layer in changed:
+            layer.expect_change()
+
+
+def _check_held(s2: Tensor, trains: bool) -> None:
+    layer = _holding.get(s2.untyped_storage()._cdata)
+    if layer is None or not layer.holds(stamp(s2)):
+        raise RuntimeError(
+            "a compiled graph multiplies by a weight that does not hold the present values of s2: they have changed "
+            "since, or the adapter is off. Call the model that has the adapter, and not a part of it, or layer.fuse() "
+            "before"
+        )
+    if trains:
+        layer.expect_change()
+
+
+LIBRARY.define("check_held(Tensor s2, bool trains) -> ()")
+LIBRARY.impl("check_held", _check_held, "CompositeExplicitAutograd")
+torch.library.register_fake("s2ft::check_held", lambda s2, trains: None, lib=LIBRARY)
+torch.fx.node.has_side_effect(torch.ops.s2ft.check_held.default)
+
+
+# ---- one trainable layer --------------------------------------------------------------------------------------------
 
 UNITS = ("index", "first")  # buffers that say which units are selected
 
@@ -304,7 +424,7 @@ class S2Layer(nn.Module):
         return self.base is not None
 
     def write(self) -> None:
-        """Write base + s2 into the weight now, see :func:`s2ft.layers.writing.write_all`."""
+        """Write base + s2 into the weight now, see :func:`s2ft.layers.base.write_all`."""
         write_all([self])
 
     def _write_again(self, weight: Tensor) -> None:
@@ -680,3 +800,38 @@ def _warn_about_cast(made: torch.dtype, now: torch.dtype) -> None:
         "lost. Load the base in the dtype that you want before you attach, or use torch.autocast",
         stacklevel=3,
     )
+
+
+# ---- what a layer computes with if its weight has to fit into a quantized file --------------------------------------
+
+
+class CodedSlice:
+    """Units of a weight as a quantized file has them."""
+
+    def __init__(self, codec: Codec, blocks: Blocks, positions: Tensor, dim: int) -> None:
+        """Keep the codes of some units.
+
+        Args:
+            codec: The codec of the weight.
+            blocks: Its units in ascending order.
+            positions: Where each of them is in s2, [n] int64.
+            dim: Dimension of the units.
+        """
+        self.codec, self.blocks, self.positions, self.dim = codec, blocks, positions, dim
+        self.base = codec.values(blocks).float()
+
+    def __call__(self, s2: Tensor) -> Tensor:
+        """The values of the units nearest to base + s2, in the order of s2, float32. Gradients flow to s2 unchanged."""
+        if self.base.device != s2.device:
+            self._to(s2.device)
+        with torch.no_grad():
+            wanted = self.base + s2.index_select(self.dim, self.positions).float()
+            coded = self.codec.values(self.codec.nearest(wanted, self.blocks)).float()
+            coded = torch.where(wanted.isfinite(), coded, wanted)  # so that a loss of NaN is seen
+            coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
+        return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
+
+    def _to(self, device: torch.device) -> None:
+        codes, scales = self.blocks
+        self.blocks = Blocks(codes.to(device), tuple(scale.to(device) for scale in scales))
+        self.positions, self.base = self.positions.to(device), self.base.to(device)

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.layers.base import S2Layer
-from s2ft.layers.kind import Kind
-from s2ft.layers.product import product
+from s2ft.layers.kind import Kind, product
 from s2ft.ops._library import autocast_input, own_output
 
 
@@ -101,6 +100,7 @@ class ConvolutionKind(Kind):
     """Convolutions of one group, over one to three dimensions."""
 
     name = "nn.Conv1d to Conv3d of one group"
+    classes = ("Conv1d", "Conv2d", "Conv3d")
     layers = (S2ColumnConv, S2RowConv)
 
     def matches(self, found: Any) -> bool:

@@ -14,7 +14,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
-from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
+from s2ft.layers.linear import CONV1D, LINEAR, LinearKind, is_conv1d
 from s2ft.ops._library import transforms_active
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of a weight to which a delta can be added
@@ -232,6 +232,7 @@ class OwnForwardKind(Kind):
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
+        self.classes = CONV1D.classes if transposed else LINEAR.classes
         self.name = f"classes derived from {CONV1D.name if transposed else 'nn.Linear'}, with their own forward"
 
     def matches(self, found: Any) -> bool:

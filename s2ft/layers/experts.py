@@ -17,9 +17,8 @@ from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape
 from s2ft.layers.base import S2Layer, beside
-from s2ft.layers.kind import Kind
+from s2ft.layers.kind import Kind, product
 from s2ft.layers.linear import is_intercepted
-from s2ft.layers.product import product
 from s2ft.ops import Slice, act_mul
 from s2ft.ops._grouped import columns_to_keep, delta_gradient, grouped_mm
 from s2ft.ops.act_mul import ACTIVATIONS
@@ -275,7 +274,8 @@ def experts_forward(
     x = hidden_states[tokens]
     first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
     count = _stored(getattr(self, first)).shape[0]
-    offsets = _offsets(experts, count)
+    numbers = torch.arange(count, device=experts.device)  # nothing waits for a GPU
+    offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # the row where each expert ends
     keep = _Here(self, experts, count)
     rows = (offsets, keep.experts, tokens)
     inner = keep(_project(self, first, keep(x), *rows))
@@ -297,12 +297,6 @@ class _Here:
 
     def __call__(self, rows: Tensor) -> Tensor:
         return rows if self.others is None else rows.masked_fill(self.others, 0.0)
-
-
-def _offsets(experts: Tensor, count: int) -> Tensor:
-    """The row where each expert ends, [count] int32, from the sorted experts of all rows. Nothing waits for a GPU."""
-    numbers = torch.arange(count, device=experts.device)
-    return torch.searchsorted(experts, numbers, right=True, out_int32=True)
 
 
 def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:
@@ -339,6 +333,7 @@ _FORWARDS = {"Llama4TextExperts": _batched_forward, "JetMoeParallelExperts": _so
 class ExpertsKind(Kind):
     """The weights of all experts of a layer in one parameter."""
 
+    classes = ("Tensor",)
     layers = (S2ColumnExperts, S2RowExperts)
 
     def __init__(self, transposed: bool = False) -> None:

@@ -1,13 +1,120 @@
-"""What S²FT has to know about a kind of layer. The file of each layer has a subclass, and `KINDS` lists them all."""
+"""What S²FT has to know about a kind of layer, and the product that all trainable layers run.
 
+The file of each layer has a subclass of :class:`Kind`, which gives the formulas of its product. The weight holds base +
+s2. Numbers are those of the merged model, bit for bit, because the same functions see the same operands. Only what the
+gradient of the slice needs is kept of x (S²FT paper, section 3.3).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard
-from s2ft.layers.split import Split
+from s2ft.distributed import Shard, is_dtensor
 from s2ft.ops import effective_units
+from s2ft.ops._library import is_dynamo_compiling, runs_directly, transforms_active
+
+# ---- how tensor parallelism splits a weight -------------------------------------------------------------------------
+
+
+@dataclass
+class Split:
+    """A weight [outputs, inputs] or bias [outputs] that is split over the ranks of a tensor-parallel group.
+
+    Attributes:
+        mesh: Device mesh of the group, with one dimension.
+        dim: Dimension of the weight that is split.
+        elements: The elements along it that each rank has, in the order of its part, a tensor [n] int64 for each rank.
+    """
+
+    mesh: Any
+    dim: int
+    elements: list[Tensor]
+
+    @property
+    def rank(self) -> int:
+        """This rank's number in the group."""
+        return self.mesh.get_local_rank()
+
+    @property
+    def own_elements(self) -> Tensor:
+        """The elements that this rank has."""
+        return self.elements[self.rank]
+
+    @cached_property
+    def owners(self) -> Tensor:
+        """The rank that has each element, [extent] int64."""
+        owners = torch.empty(sum(part.numel() for part in self.elements), dtype=torch.int64)
+        for rank, part in enumerate(self.elements):
+            owners[part] = rank
+        return owners
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """The place of each element in the part of its rank, [extent] int64."""
+        places = torch.empty_like(self.owners)
+        for part in self.elements:
+            places[part] = torch.arange(part.numel())
+        return places
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor over the ranks of the group. Each of them must call this."""
+        total = tensor.to(self.mesh.device_type, copy=True)
+        dist.all_reduce(total, group=self.mesh.get_group())
+        return total
+
+    def local_places(self, elements: Tensor) -> tuple[Tensor, Tensor]:
+        """Find elements in this rank's part.
+
+        Args:
+            elements: Elements of the whole dimension, [n] int64.
+
+        Returns:
+            Which of them the rank has, as positions in `elements` [m] int64, and their places in its part [m] int64.
+        """
+        mine = (self.owners[elements] == self.rank).nonzero().squeeze(1)
+        return mine, self._places[elements[mine]]
+
+
+def split_of(tensor: Tensor) -> Split | None:
+    """Describe how tensor parallelism has split a DTensor.
+
+    FSDP2 puts its own dimensions of a mesh first, so the last dimension of the mesh is that of tensor parallelism.
+
+    Args:
+        tensor: A weight or bias of a layer that tensor parallelism runs.
+
+    Returns:
+        The split; None for a plain tensor, and for one that every rank of the group has in full.
+    """
+    if not is_dtensor(tensor):
+        return None
+    mesh, placement = tensor.device_mesh, tensor.placements[-1]
+    if mesh.ndim > 1:
+        mesh = mesh[mesh.mesh_dim_names[-1]]
+    if placement.is_replicate():
+        return None
+    dim = placement.dim % tensor.dim()
+    parts = _parts(tensor.shape[dim], mesh.size(), getattr(placement, "split_factor", 1))
+    return Split(mesh, dim, parts)
+
+
+def _parts(size: int, ranks: int, groups: int) -> list[Tensor]:
+    """The elements of each rank. A packed weight (gate and up in one) is split group by group."""
+    pieces = [_chunks(group, ranks) for group in _chunks(torch.arange(size), groups)]
+    return [torch.cat([piece[rank] for piece in pieces]) for rank in range(ranks)]
+
+
+def _chunks(elements: Tensor, count: int) -> list[Tensor]:
+    """Cut into equal chunks, rounded up. The last ones are shorter, or empty."""
+    chunks = list(elements.chunk(count))
+    return chunks + [elements[:0]] * (count - len(chunks))
+
+
+# ---- what S²FT has to know about a kind of layer --------------------------------------------------------------------
 
 
 def as_matrix(weight: Tensor, transposed: bool = False) -> Tensor:
@@ -30,6 +137,7 @@ class Kind:
 
     Attributes:
         name: Words for messages.
+        classes: Names of classes. Only their objects, and those of derived classes, are asked by :meth:`matches`.
         layers: The classes that train its outputs and its inputs (column, row); None if S²FT has none.
         is_linear: Whether the output is one matrix product (and a bias), so that a second product can be added to it.
         transposed: Whether the weight is stored as [inputs, outputs].
@@ -38,6 +146,7 @@ class Kind:
     """
 
     name = "no layer that S²FT trains"
+    classes: tuple[str, ...] = ("Linear",)
     layers: tuple[type[nn.Module], type[nn.Module]] | None = None
     is_linear = False
     transposed = False
@@ -147,7 +256,7 @@ class Kind:
         """
         raise NotImplementedError(self.name)
 
-    # ---- the product of a trainable layer, whose weight holds base + s2: see s2ft.layers.product -----------
+    # ---- the product of a trainable layer, whose weight holds base + s2: see `product` below -----------------
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
         """The output of a layer.
@@ -217,3 +326,88 @@ class Kind:
 
 
 OTHER = Kind()  # of modules that S²FT does not train
+
+
+# ---- the product of a trainable layer -------------------------------------------------------------------------------
+
+
+def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
+    """Run a trainable layer (S2Layer) on its weight, whose slice is written first if s2 has changed.
+
+    Args:
+        layer: The layer.
+        x: Its input, in the dtype of the product.
+        call: What else the formulas of its kind need to know of this call.
+
+    Returns:
+        The output. Gradients of any order flow to x, s2 and the bias.
+    """
+    weight, bias, s2 = layer.tensors()
+    # torch.func can't look into the function below, and an exported program has no layers that write their slices.
+    if transforms_active() or torch.compiler.is_exporting():
+        return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
+    trains = s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
+    trains = trains and torch.is_grad_enabled()
+    is_held = _check_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
+    if not trains:
+        return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
+    outputs = _Product.apply(layer, x, weight, s2, bias, call, is_held)
+    return outputs[0] if type(outputs) is tuple else outputs
+
+
+class _Product(torch.autograd.Function):
+    """The product. A copy that is kept of x is a second output of the node: second derivatives reach x through it."""
+
+    @staticmethod
+    def forward(ctx, layer, x, weight, s2, bias, call, is_held):
+        ctx.set_materialize_grads(False)
+        kind = ctx.kind = layer.kind
+        y = kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
+        kept = kind.keep(layer, x, call) if ctx.needs_input_grad[3] else None
+        ctx.save_for_backward(weight, s2, kept)
+        ctx.layer, ctx.shape, ctx.call, ctx.bias_dtype = layer, x.shape, call, None if bias is None else bias.dtype
+        # A compiled graph has no second derivatives.
+        return (y, kept) if kept is not None and layer.dim == 1 and not is_dynamo_compiling() else y
+
+    @staticmethod
+    def backward(ctx, grad, grad_kept=None):
+        _, of_x, _, of_s2, of_bias, *_ = ctx.needs_input_grad
+        (weight, s2, kept), layer, kind = ctx.saved_tensors, ctx.layer, ctx.kind
+        grad_x = grad_s2 = grad_bias = None
+        if grad is not None:
+            records = torch.is_grad_enabled()
+            if of_x:
+                # The base may be back in the weight, inside disable_adapters. A second derivative has to see that the
+                # weight depends on s2.
+                is_held = _check_held(s2, True) if is_dynamo_compiling() else not records and layer.is_held(weight, s2)
+                multiplied = weight if is_held else layer.effective_weight(s2, weight)
+                grad_x = kind.grad_of_x(grad, multiplied, ctx.shape, ctx.call)
+            if of_s2:
+                if not is_dynamo_compiling():  # the forward of a graph has said so
+                    layer.expect_change()
+                plain = not records and runs_directly(grad, s2)
+                grad_s2 = kind.grad_of_s2(layer, grad, kept, s2, ctx.call, plain)
+            if of_bias:
+                grad_bias = kind.grad_of_bias(grad).to(ctx.bias_dtype)
+        if grad_kept is not None and of_x:
+            through_kept = _through_copy(layer, grad_kept, ctx.shape, ctx.call)
+            grad_x = through_kept if grad_x is None else grad_x + through_kept
+        return None, grad_x, None, grad_s2, grad_bias, None, None
+
+
+def _check_held(s2: Tensor, trains: bool) -> bool:
+    """True. A compiled function can't compare versions itself, so the check is an op of its graph, which may raise."""
+    torch.ops.s2ft.check_held(s2, trains)
+    return True
+
+
+def _multiplied(layer: Any, weight: Tensor, s2: Tensor, is_held: bool) -> Tensor:
+    """The effective weight in a forward: the layer's own, or a copy if it does not hold base + s2."""
+    return weight if is_held else layer.effective_weight(s2, weight).detach()
+
+
+def _through_copy(layer: Any, grad: Tensor, shape: torch.Size, call: Any) -> Tensor:
+    """The part of the gradient of x that comes through the copy of its units, which is linear in x."""
+    with torch.enable_grad():
+        x = grad.new_zeros(shape, requires_grad=True)
+        return torch.autograd.grad(layer.kind.keep(layer, x, call), x, grad, create_graph=True)[0]

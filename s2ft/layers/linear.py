@@ -1,15 +1,25 @@
-"""Linear layers that train a few outputs or inputs of a frozen weight: nn.Linear and transformers' Conv1D."""
+"""Linear layers that train a few outputs or inputs of a frozen weight, also where it is split over ranks.
+
+Where tensor parallelism splits the layer, the weight stays the DTensor that the split made. `s2` is a plain parameter
+with all selected units, the same on every rank of the tensor-parallel group. A rank adds the part of `s2` that belongs
+to its block to its part of the weight, and the backward sums the gradients of `s2` over the group. So every rank has
+the whole gradient, and optimizers, clipping, checkpoints and adapters need not know of the split.
+
+The ranks exchange inputs and outputs as they did before: transformers' style is installed around the trainable layer,
+and the hooks of torch's `parallelize_module` stay, because both layers share them.
+"""
 
 import math
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ft.layers.base import S2Layer
-from s2ft.layers.kind import Kind
-from s2ft.layers.product import product
+from s2ft.distributed import is_dtensor, local_part
+from s2ft.layers.base import S2Layer, stamp
+from s2ft.layers.kind import Kind, Split, product, split_of
 from s2ft.ops import indexed_linear
 from s2ft.ops._library import autocast_input, own_output
 from s2ft.ops.sliced import columns_to_keep, delta_gradient
@@ -190,6 +200,7 @@ class Conv1DKind(LinearKind):
     """The linear layer of GPT-2, whose weight is stored as [inputs, outputs]."""
 
     name = "transformers' Conv1D"
+    classes = ("Conv1D",)
     transposed = True
 
     def matches(self, found: Any) -> bool:
@@ -203,3 +214,184 @@ def is_conv1d(found: Any, derived: bool = True) -> bool:
 
 
 LINEAR, CONV1D = LinearKind(), Conv1DKind()
+
+
+# ---- linear layers that tensor parallelism has split over ranks -----------------------------------------------------
+
+
+class S2SplitLinear(S2Linear):
+    """What S2ColumnSplitLinear and S2RowSplitLinear share.
+
+    Attributes:
+        split: How the weight is split over the tensor-parallel group.
+        style: transformers' parallel style that is installed around the forward; None with torch's hooks.
+        own: Positions in s2 along the split dimension that belong to this rank's block, [n] int64.
+        places: Units of the rank's block to which they are added, [n] int64; None if they fill a range from `first`.
+        first: Start of that range.
+    """
+
+    style: Any = None
+
+    @property
+    def kind(self) -> "SplitLinearKind":
+        return SPLIT_LINEAR
+
+    def _set_units(self, start, end, index, delta_dtype) -> None:
+        super()._set_units(start, end, index, delta_dtype)
+        self.split = split_of(self.weight)
+        units = torch.arange(self.start, self.end) if self.index is None else self.index.cpu()
+        if self.split.dim == self.dim:
+            mine, places = self.split.local_places(units)
+            by_place = places.argsort()
+            mine, places = mine[by_place], places[by_place]
+        else:  # the rank's block has all units, of which it has a part each
+            mine, places = self.split.own_elements, units
+        device = self.weight.device
+        is_range = places.numel() and torch.equal(places, torch.arange(places.numel()) + places[0])
+        self.first = int(places[0]) if is_range else None
+        self.register_buffer("own", mine.to(device), persistent=False)
+        self.register_buffer("places", None if is_range else places.to(device), persistent=False)
+
+    def install(self, style: Any) -> None:
+        """Install transformers' parallel style around the forward, as it was around that of the plain layer."""
+        self.style = style
+        style.install_forward(self, self.split.mesh)
+
+    @torch.compiler.disable  # graphs of two ranks would sum gradients in different orders, as their units differ
+    def forward(self, input: Tensor) -> Tensor:
+        """Run this rank's block. A compiled model runs it uncompiled.
+
+        Args:
+            input: [..., inputs] as a DTensor, replicated for split outputs and split for split inputs. For split
+                outputs a plain tensor, which counts as replicated.
+
+        Returns:
+            A DTensor, split along the outputs or partial; for a plain input the rank's own outputs [..., n].
+
+        Raises:
+            RuntimeError: A layer with split inputs got a plain tensor.
+        """
+        from torch.distributed.tensor import DTensor, Partial, Shard
+
+        if not isinstance(input, DTensor):
+            if self.split.dim == 1:
+                raise RuntimeError("this layer's inputs are split over ranks: it needs a DTensor, got a plain tensor")
+            return self._run(input)
+        splits_outputs = self.split.dim == 0  # then the gradient of x is partial, else the output
+        output = self._run(input.to_local(grad_placements=[Partial()] if splits_outputs else input.placements))
+        layout = Shard(output.dim() - 1) if splits_outputs else Partial()
+        shape = (*output.shape[:-1], self.out_features)
+        stride = torch.empty(shape, device="meta").stride()
+        return DTensor.from_local(output, self.split.mesh, [layout], run_check=False, shape=shape, stride=stride)
+
+    def _run(self, x: Tensor) -> Tensor:
+        weight, bias, _ = self.tensors()  # the outputs of split inputs are summed over ranks: the bias counts once
+        if not self.enabled:
+            return F.linear(x, weight, bias)
+        return product(self, autocast_input("this layer", x, weight))
+
+    # ---- this rank's block of the weight -------------------------------------------------------------
+
+    def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        bias = None if self.bias is None or self.split.dim == 1 and self.split.rank > 0 else local_part(self.bias)
+        return local_part(self.weight), bias, self.s2
+
+    def _may_be_gathered(self, weight: Tensor, s2: Tensor) -> bool:
+        return self._whole != stamp(local_part(self.weight))[1]  # FSDP2 has put another parameter here
+
+    def holds(self, s2: tuple[int, Any]) -> bool:
+        is_known = self._may_be_gathered(self.weight, self.s2) or not self._is_current or self._written[0] == s2
+        return is_known and super().holds(s2)
+
+    @property
+    def own_units(self) -> int | Tensor:
+        """The selected units of the block: the first of a range, or an index."""
+        return self.first if self.places is None else self.places
+
+    def effective_weight(self, s2: Tensor, weight: Tensor) -> Tensor:
+        own = _OwnPart.apply(s2, self.own, self.split.dim, self.split.mesh.get_group())
+        return super().effective_weight(own, weight)
+
+    def _own_places(self) -> Tensor:
+        length = self.own.numel() if self.split.dim == self.dim else self.s2.shape[self.dim]
+        return torch.arange(self.first, self.first + length) if self.places is None else self.places
+
+    def _units(self, weight: Tensor) -> Tensor:
+        return weight.index_select(self.dim, self._own_places().to(weight.device))
+
+    def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
+        return weight.index_copy(self.dim, self._own_places().to(weight.device), values)
+
+    # ---- copies: an installed forward belongs to one layer -----------------------------------------
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "S2SplitLinear":
+        made = super().__deepcopy__({**memo, id(self.split): self.split, id(self.style): self.style})
+        memo[id(self)] = made
+        return made
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__({name: value for name, value in state.items() if name != "forward"})
+        if self.style is not None:
+            self.install(self.style)
+
+
+class S2ColumnSplitLinear(S2SplitLinear):
+    """Split linear layer that trains outputs."""
+
+    dim = 0
+
+
+class S2RowSplitLinear(S2SplitLinear):
+    """Split linear layer that trains inputs."""
+
+    dim = 1
+
+
+class _OwnPart(torch.autograd.Function):
+    """The rank's own part of s2. The backward sums over the ranks, so that each has the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, s2: Tensor, own: Tensor, dim: int, group: Any) -> Tensor:
+        ctx.save_for_backward(own)
+        ctx.shape, ctx.dim, ctx.group = s2.shape, dim, group
+        return s2.index_select(dim, own)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        (own,) = ctx.saved_tensors
+        whole = gradient.new_zeros(ctx.shape).index_copy_(ctx.dim, own, gradient)
+        dist.all_reduce(whole, group=ctx.group)
+        return whole, None, None, None
+
+
+class SplitLinearKind(LinearKind):
+    """nn.Linear that tensor parallelism has split over ranks."""
+
+    name = "nn.Linear, split by tensor parallelism"
+    layers = (S2ColumnSplitLinear, S2RowSplitLinear)
+
+    def matches(self, found: Any) -> bool:
+        if type(found) is not nn.Linear or not is_dtensor(found.weight):
+            return False
+        # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
+        return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
+
+    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer._own_places().numel())
+
+    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+        """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
+        split, whole = layer.split, torch.zeros_like(s2)
+        if layer.own.numel():
+            own = s2.index_select(split.dim, layer.own)
+            gradient = delta_gradient(grad, kept, own, layer.own_units, layer.dim, plain)
+            whole.index_copy_(split.dim, layer.own, gradient.to(s2.dtype))
+        dist.all_reduce(whole, group=split.mesh.get_group())
+        return whole
+
+    def split(self, holder: nn.Module | Tensor) -> Split | None:
+        return holder.split if isinstance(holder, S2SplitLinear) else split_of(holder.weight)
+
+
+SPLIT_LINEAR = SplitLinearKind()

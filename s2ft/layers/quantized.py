@@ -156,6 +156,7 @@ class Linear4bitKind(QuantizedKind):
     """
 
     name = "Linear4bit of bitsandbytes"
+    classes = ("Linear4bit",)
 
     def matches(self, found: Any) -> bool:
         return _is_of_bitsandbytes(found, "Linear4bit")
@@ -212,6 +213,7 @@ class Linear8bitKind(QuantizedKind):
     """Linear8bitLt of bitsandbytes with frozen weights (has_fp16_weights=False)."""
 
     name = "Linear8bitLt of bitsandbytes"
+    classes = ("Linear8bitLt",)
 
     def matches(self, found: Any) -> bool:
         return _is_of_bitsandbytes(found, "Linear8bitLt") and not found.state.has_fp16_weights

@@ -1,6 +1,6 @@
 """The order that makes selected units contiguous, and how it is applied to weights and biases."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import gathered_parameter, is_dtensor, is_partitioned, own_shard, stays_in_blocks, sum_over_shards
-from s2ft.files.tables import by_key
+from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.weights import find, tensors_of, weight_at
 from s2ft.ops import permute_
-from s2ft.ops._memory import WRITING
+from s2ft.ops._library import WRITING
 
 
 def coupling_order(count: int, producers: Sequence[Tensor], consumer: Tensor | None) -> Tensor:
@@ -275,6 +275,16 @@ class Move:
 
     def _moving(self, model: nn.Module, done: bool) -> Iterator[MovingTensor]:
         return moving_tensors(model, self.coupling, self.order if done else inverse(self.order))
+
+
+def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[MovingTensor]]:
+    """What puts the units of some moves back in the original order where it is done, by the id of the tensor."""
+    return by_key(
+        (id(moving.tensor), moving)
+        for move in moves
+        if move.is_done
+        for moving in moving_tensors(model, move.coupling, inverse(move.order))
+    )
 
 
 # ---- one tensor, whole or spread over ranks ------------------------------------------------------------

@@ -8,13 +8,12 @@ from torch import Tensor, nn
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
-from s2ft.model.builders import get
-from s2ft.model.coupling import Coupling, Projection, Vector
-from s2ft.model.custom import checked_couplings
+from s2ft.model import families
+from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
-from s2ft.model.discovery.structure import LayerMap
-from s2ft.model.families import FAMILIES, check_release, composite
-from s2ft.model.towers import tower_of, trained_towers
+from s2ft.model.discovery.proposals import LayerMap
+from s2ft.model.families import FAMILIES, check_release
+from s2ft.model.parts import get, tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
 
 Declaration = Callable[[nn.Module], list[Coupling]]
@@ -56,7 +55,7 @@ def known_architectures() -> list[str]:
 def is_known(model: nn.Module) -> bool:
     """Whether the couplings of a model's type, and of its parts', are declared, by s2ft or by register_architecture."""
     declaration = _declaration(model)
-    return declaration is not None and not (declaration is composite.couplings and composite.undeclared_parts(model))
+    return declaration is not None and not (declaration is families.couplings and families.undeclared_parts(model))
 
 
 class FoundCouplings(NamedTuple):

@@ -1,4 +1,4 @@
-"""Finds the weight of a projection in a model.
+"""Finds the weight of a projection in a model, and the update that is trained of it.
 
 Code that reads or writes a weight finds it once, by :func:`weight_at`, and uses the handle. Only the file of a layer
 contains how its weight is stored, see :class:`s2ft.layers.Kind`.
@@ -6,7 +6,8 @@ contains how its weight is stored, see :class:`s2ft.layers.Kind`.
 
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +25,7 @@ from s2ft.distributed import (
     reads_weights,
 )
 from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
-from s2ft.layers.split import Split
+from s2ft.layers.kind import Split
 from s2ft.model.coupling import Coupling, Projection
 
 
@@ -229,3 +230,37 @@ def parameter_position(model: nn.Module, path: str) -> int:
     """The position of a parameter among the parameters of its module, for :func:`put`."""
     parent, _, name = path.rpartition(".")
     return list(model.get_submodule(parent)._parameters).index(name)
+
+
+# ---- the trained update of one projection ---------------------------------------------------------------------------
+
+
+class Positions(NamedTuple):
+    """Where the elements of a delta are in a weight.
+
+    Attributes:
+        move: The reordering of the weight's units for which they hold; None for the base's order.
+        size: Number of elements of the weight along the delta's dimension.
+        index: The elements, [n] int64 on the weight's device. They are in range, and none occurs twice.
+    """
+
+    move: Any
+    size: int
+    index: Tensor
+
+
+@dataclass
+class Delta:
+    """The effective weight is the base with `values` added at `index` along `dim`.
+
+    Attributes:
+        dim: 0 for outputs (rows), 1 for inputs (columns).
+        index: Elements along `dim` in the base's order, ascending, [n] int64.
+        values: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
+        positions: Where the elements were in the weight that they were written into last; None if they were not.
+    """
+
+    dim: int
+    index: Tensor
+    values: Tensor
+    positions: Positions | None = field(default=None, repr=False, compare=False)

@@ -9,12 +9,9 @@ of the index of an op that changes a weight.
 
 from s2ft.ops._build import load
 from s2ft.ops.act_mul import act_mul
+from s2ft.ops.in_place import Slice, effective_units, permute_, scatter_add_, swap_, write_slices_
 from s2ft.ops.multi_adapter_linear import multi_adapter_linear, pack_adapters
-from s2ft.ops.permute_ import permute_
-from s2ft.ops.scatter_add_ import scatter_add_
 from s2ft.ops.sliced import indexed_linear, sliced_linear
-from s2ft.ops.swap_ import swap_
-from s2ft.ops.write_slices_ import Slice, effective_units, write_slices_
 
 load()  # the compiled kernels, if there are any
 

@@ -2,7 +2,9 @@
 
 import importlib
 import json
+import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,7 +12,72 @@ from typing import Any
 import torch
 
 from s2ft import __version__
-from s2ft.ops._cuda import version, why_unusable
+
+# ---- which GPUs the kernels of a build run on: from plain numbers, so that every case can be tested without a GPU ----
+
+ARCH = re.compile(r"(\d+)\.(\d)([af]?)(\+PTX)?")
+
+
+def runs_on(arch: str, capability: tuple[int, int], jit: bool) -> bool:
+    """Return True if code that was built for `arch` runs on a GPU of this compute capability.
+
+    Machine code runs within one major version, on the same or a higher minor version. The driver compiles PTX for every
+    capability that is not lower. Code for an architecture-specific target ("9.0a") runs on that capability only. Code
+    for a family-specific target ("10.0f") runs within the major version.
+
+    Args:
+        arch: Architecture as in TORCH_CUDA_ARCH_LIST, such as "8.0" or "12.0+PTX".
+        capability: Major and minor version of the GPU.
+        jit: True if the driver can compile the PTX.
+    """
+    match = ARCH.fullmatch(arch)
+    if match is None:
+        return False
+    built = int(match[1]), int(match[2])
+    if match[3] == "a":
+        return capability == built
+    if capability[0] == built[0]:
+        return capability >= built
+    return jit and bool(match[4]) and not match[3] and capability > built
+
+
+def why_unusable(driver: int, built: int, archs: Sequence[str], devices: Sequence[tuple[str, tuple[int, int]]]) -> str:
+    """Return the reason why the CUDA kernels can't be used, or an empty string if they can.
+
+    Args:
+        driver: CUDA version of the driver, 1000 * major + 10 * minor; 0 without a driver.
+        built: CUDA version of the compiler and runtime of the build, in the same form.
+        archs: Architectures of the build.
+        devices: Name and compute capability of every visible GPU.
+    """
+    if not driver:
+        return "there is no CUDA driver"
+    if driver // 1000 < built // 1000:
+        return (
+            f"the driver supports CUDA up to {version(driver)} and the kernels were built with CUDA {version(built)}"
+            f": install a newer driver, or build s2ft with a toolkit of CUDA {driver // 1000}"
+        )
+    jit = driver >= built  # within a major version an older driver runs machine code, but can't compile newer PTX
+    left_out = [
+        f"{number} ({name}, compute capability {'.'.join(map(str, capability))})"
+        for number, (name, capability) in enumerate(devices)
+        if not any(runs_on(arch, capability, jit) for arch in archs)
+    ]
+    if not left_out:
+        return ""
+    return (
+        f"the kernels were built for {', '.join(archs)}, which does not support device {', device '.join(left_out)}: "
+        "set TORCH_CUDA_ARCH_LIST when building s2ft, or leave the device out with CUDA_VISIBLE_DEVICES"
+    )
+
+
+def version(number: int) -> str:
+    """Format a CUDA version: 12080 → "12.8"."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+# ---- loading the kernels --------------------------------------------------------------------------------------------
+
 
 TORCH_FLOOR = (2, 11)
 RECORD = Path(__file__).parents[1] / "_build.json"  # written by setup.py: the result of the build and the reason
@@ -45,16 +112,13 @@ def _import_module() -> ModuleType:
     return importlib.import_module("s2ft._C")
 
 
-def _extension_files() -> list[str]:
-    return sorted(p.name for p in RECORD.parent.glob("_C.*") if p.suffix in (".so", ".pyd"))
-
-
 def load() -> ModuleType | None:
     """Load the compiled kernels once. Returns None without them, and warns if the build should have made them."""
     global _module, _reason, _silent
     if _reason is not None:
         return _module
-    record, files = _read_record(), _extension_files()
+    record, files = _read_record(), sorted(RECORD.parent.glob("_C.*"))
+    files = [path.name for path in files if path.suffix in (".so", ".pyd")]
     wanted = record.get("mode") != "none"
     if record and not record.get("compiled"):
         _reason = str(record.get("reason", "the compiled kernels were not built"))
@@ -137,20 +201,6 @@ def _archs(built: dict[str, Any]) -> list[str]:
     return [arch for arch in built.get("cuda_archs", "").split(";") if arch]
 
 
-def _kernels() -> dict[str, list[str]]:
-    """Return the devices with a registered kernel, by op."""
-    names = (name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
-    has = torch._C._dispatch_has_kernel_for_dispatch_key
-    return {name.partition("::")[2]: [d for d in DEVICES if has(name, d)] for name in sorted(names)}
-
-
-def _implementations(kernels: dict[str, list[str]]) -> dict[str, str]:
-    """Return what CUDA tensors use, by op; nothing before CUDA is initialised, when it is not decided yet."""
-    if not torch.cuda.is_initialized():
-        return {}
-    return {op: "CUDA" if _cuda_registered and "CUDA" in devices else "PyTorch" for op, devices in kernels.items()}
-
-
 def build_info() -> dict[str, Any]:
     """Report which kernels this process uses, and why.
 
@@ -182,7 +232,10 @@ def build_info() -> dict[str, Any]:
     """
     module = load()
     built: dict[str, Any] = module.build_info() if module is not None else {}
-    kernels = _kernels()
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("s2ft::"))
+    kernels = {name.partition("::")[2]: [device for device in DEVICES if has(name, device)] for name in names}
+    on_cuda = {op: "CUDA" if _cuda_registered and "CUDA" in devices else "PyTorch" for op, devices in kernels.items()}
     return {
         "compiled": module is not None,
         "reason": _reason,
@@ -193,7 +246,7 @@ def build_info() -> dict[str, Any]:
         "archs": _archs(built),
         "cuda_version": version(module.cuda_versions()[1]) if built.get("with_cuda") else None,
         "cuda_reason": _cuda_reason,
-        "cuda_ops": _implementations(kernels),
+        "cuda_ops": on_cuda if torch.cuda.is_initialized() else {},  # it is not decided before
         "ops": kernels,
     }
 

@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 from peft import PeftType
 from peft.config import PeftConfig
 
-from s2ft.config import CHOOSING, S2FTConfig
-from s2ft.model.coupling import Coupling
-from s2ft.model.custom import checked_couplings
-from s2ft.selection import METRICS, Selection
+from s2ft.config import CHOOSING, S2FTConfig, refuse
+from s2ft.model.coupling import Coupling, checked_couplings
+from s2ft.selection import Selection
+from s2ft.selection.metrics import METRICS
 
 TYPE = "S2FT"  # the method's name in PeftType and in adapter_config.json
 DIMS = ("outputs", "inputs")  # names of a weight's dim 0 and 1
@@ -161,10 +161,13 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         for name in ("target_modules", "target_parameters", "exclude_modules"):
             value = getattr(self, name)
             setattr(self, name, value if value is None or isinstance(value, str) else set(value))
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("layers_pattern needs layers_to_transform: it tells where a layer's number is in a name")
-        if self.dim not in (None, *DIMS):
-            raise ValueError(f"dim must be one of {', '.join(DIMS)}, or None, got {self.dim!r}")
+        refuse(
+            (
+                self.layers_pattern and self.layers_to_transform is None,
+                "layers_pattern needs layers_to_transform: it tells where a layer's number is in a name",
+            ),
+            (self.dim not in (None, *DIMS), f"dim must be one of {', '.join(DIMS)}, or None, got {self.dim!r}"),
+        )
         if self.ratio is not None:
             self._check_ratio("ratio")
         self._check_way()
@@ -173,38 +176,48 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         """Check that the fields define what is trained in exactly one of the three ways."""
         named = [f"{key}_ratio" for key in self.ratios]
         is_targeted = self.target_modules is not None or self.target_parameters is not None
-        if self.units is not None and self.ratio is not None:
-            raise ValueError("units and ratio exclude each other: units names the trained units")
-        if self.ratio is not None and not is_targeted:
-            raise ValueError(
-                "ratio is the share of units of the target modules: give target_modules, or q_ratio … d_ratio instead"
-            )
-        if named and is_targeted:
-            raise ValueError(
+        refuse(
+            (
+                self.units is not None and self.ratio is not None,
+                "units and ratio exclude each other: units names the trained units",
+            ),
+            (
+                self.ratio is not None and not is_targeted,
+                "ratio is the share of units of the target modules: give target_modules, or q_ratio … d_ratio instead",
+            ),
+            (
+                named and is_targeted,
                 f"target_modules or target_parameters and {', '.join(named)} exclude each other: a projection's ratio "
-                "defines which modules are trained; with target_modules give ratio"
-            )
-        if is_targeted and self.layers is not None:
-            raise ValueError("layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform")
-        if is_targeted and self.towers is not None:
-            raise ValueError("towers goes with q_ratio … d_ratio: with target_modules name modules of the towers")
-        if is_targeted and self.ratio is None and self.units is None:
-            raise ValueError("target_modules needs ratio, the share of their units to train, or units")
-        if not named and not is_targeted and self.units is None:
-            raise ValueError(
+                "defines which modules are trained; with target_modules give ratio",
+            ),
+            (
+                is_targeted and self.layers is not None,
+                "layers goes with q_ratio … d_ratio: with target_modules give layers_to_transform",
+            ),
+            (
+                is_targeted and self.towers is not None,
+                "towers goes with q_ratio … d_ratio: with target_modules name modules of the towers",
+            ),
+            (
+                is_targeted and self.ratio is None and self.units is None,
+                "target_modules needs ratio, the share of their units to train, or units",
+            ),
+            (
+                not named and not is_targeted and self.units is None,
                 "nothing is selected: set one of q_ratio, k_ratio, v_ratio, o_ratio, u_ratio, g_ratio, "
-                "d_ratio above 0, or give target_modules and ratio, or units"
-            )
-        if self.protect_ratio is not None:
-            raise ValueError(
+                "d_ratio above 0, or give target_modules and ratio, or units",
+            ),
+            (
+                self.protect_ratio is not None,
                 "protect_ratio needs protect data, for which PEFT has no argument: give "
-                "units=s2ft.select(model, s2ft.S2FTConfig(...), protect=batches)"
-            )
-        if METRICS[self.selection].calibrated:
-            raise ValueError(
+                "units=s2ft.select(model, s2ft.S2FTConfig(...), protect=batches)",
+            ),
+            (
+                METRICS[self.selection].calibrated,
                 f"selection={self.selection!r} needs calibration data, for which PEFT has no argument: give "
-                "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)"
-            )
+                "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)",
+            ),
+        )
 
     def with_units(
         self,

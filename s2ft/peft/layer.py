@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import sum_deltas
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
-from s2ft.model.delta import Delta
+from s2ft.model.weights import Delta
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
@@ -53,20 +53,6 @@ class AdapterDelta(nn.Module):
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
 
 
-def sum_of_adapters(dim: int, parts: list[tuple[AdapterDelta, float]]) -> Delta:
-    """Add up deltas of adapters on one weight.
-
-    Args:
-        dim: The dimension of the weight along which their units lie.
-        parts: The deltas and the weight of each.
-
-    Returns:
-        The sum, on the units of any of them. Gradients flow to each delta.
-    """
-    deltas = [(Delta(dim, part.index, part.values), weight) for part, weight in parts]
-    return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
-
-
 def hooks_of(module: nn.Module) -> dict[str, Any]:
     """The hooks of a module that run on its wrapper instead, because the wrapper calls only the module's forward."""
     return {
@@ -86,7 +72,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     Args:
         base_layer: The layer to wrap: a linear layer, Conv1D, a convolution or a quantized linear layer.
         adapter_name: Name of the first adapter.
-        units: The selected :class:`s2ft.peft.units.ModuleUnits` by weight; the weight of a layer has the name "".
+        units: The selected :class:`.ModuleUnits` by weight; the weight of a layer has the name "".
         init_weights: True starts the delta at zero, False at random.
 
     Attributes:
@@ -201,12 +187,12 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The sum, on the units of any of them. Gradients flow to each delta.
         """
-        deltas = [
-            (self.deltas_of(name)[weight], factor)
-            for name, factor in zip(names, factors or [1.0] * len(names))
-            if name in self.s2ft_delta and weight in self.deltas_of(name)
-        ]
-        return sum_of_adapters(self.dims[weight], deltas)
+        deltas = []
+        for name, factor in zip(names, factors or [1.0] * len(names)):
+            found = self.deltas_of(name).get(weight) if name in self.s2ft_delta else None
+            if found is not None:
+                deltas.append((Delta(self.dims[weight], found.index, found.values), factor))
+        return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
 
     def trained_by(self, names: Sequence[str]) -> list[str]:
         """Return the weights on which some of the layer's adapters have a delta.

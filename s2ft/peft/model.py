@@ -17,8 +17,8 @@ from s2ft.attached.checks import check_gradients_pass
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
+from s2ft.peft.native_adapter import ModuleUnits, select_units
 from s2ft.peft.targets import HEADS
-from s2ft.peft.units import ModuleUnits, select_units
 
 PREFIX = "s2ft_"  # PEFT finds the parameters of adapters by it
 
@@ -45,7 +45,7 @@ class S2FTPeftModel(BaseTuner):
         """Select the units, then inject the adapter as PEFT does.
 
         Raises:
-            ValueError: As :func:`s2ft.peft.units.select_units`, or another adapter trains the other dim of a module.
+            ValueError: As :func:`.select_units`, or another adapter trains the other dim of a module.
         """
         given = self.peft_config[adapter_name]
         created = given.as_created()

@@ -1,21 +1,226 @@
-"""Converting between adapters of a PeftModel and :class:`s2ft.Adapter`: the same deltas in the same coordinates."""
+"""Units of PEFT's layers, and adapters of s2ft in the folders of PEFT."""
 
 import json
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.other import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from s2ft.adapter import Adapter, read_adapter
+from s2ft.adapter.adapter import Adapter
+from s2ft.attached.loading import read_adapter
 from s2ft.config import S2FTConfig
-from s2ft.model.coupling import Coupling
+from s2ft.files.plain_text import by_key
+from s2ft.model.coupling import Coupling, Projection, projections_of
+from s2ft.model.fingerprint import difference, fingerprint
+from s2ft.model.registry import check_shapes, couplings_of, known_architectures
+from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
-from s2ft.peft.units import ModuleUnits
-from s2ft.selection import Selection
-from s2ft.selection.selection import unit_tensors
+from s2ft.peft.layer import S2FTPeftLayer
+from s2ft.peft.targets import Targets, find_targets
+from s2ft.selection import Selection, select, unit_tensors
+
+# ---- units ----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ModuleUnits:
+    """The units of one module that an adapter trains.
+
+    Attributes:
+        dim: The dimension of the weight along which the units lie.
+        index: The elements of all units along `dim`, [n] int64, ascending. Those of stacked experts are counted
+            through: element u of expert e is e times the elements of an expert, plus u.
+        parts: The module's projections with their units.
+    """
+
+    dim: int
+    index: Tensor
+    parts: tuple[tuple[Projection, Tensor], ...]
+
+    @classmethod
+    def of(cls, parts: list[tuple[Projection, Tensor]]) -> "ModuleUnits":
+        elements = torch.cat([_counted_through(projection, projection.elements(units)) for projection, units in parts])
+        return cls(parts[0][0].dim, elements.sort().values, tuple(parts))
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the weights are stacked experts [experts, inputs, outputs]."""
+        return self.parts[0][0].transposed
+
+    def split(self, values: Tensor) -> dict[str, Delta]:
+        """Split the values of the module's delta into one delta for each projection. The values are copied."""
+        found = {}
+        for projection, units in self.parts:
+            elements = projection.elements(units)
+            place = torch.searchsorted(self.index, _counted_through(projection, elements)).to(values.device)
+            found[projection.name] = Delta(self.dim, elements, values.index_select(self.dim, place))
+        return found
+
+    def join(self, deltas: dict[str, Delta]) -> Tensor:
+        """Join deltas by projection into the values of the module's delta. It is the inverse of :meth:`split`."""
+        parts = [(projection, deltas[projection.name]) for projection, _ in self.parts]
+        order = torch.cat([_counted_through(projection, delta.index) for projection, delta in parts]).argsort()
+        return torch.cat([delta.values for _, delta in parts], self.dim).index_select(self.dim, order)
+
+
+def _counted_through(projection: Projection, elements: Tensor) -> Tensor:
+    return elements if projection.expert is None else elements + projection.expert * projection.extent
+
+
+def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
+    """Select the units that an adapter trains. Neither the config nor the model is changed.
+
+    Args:
+        config: The config, with its options or with the units of an earlier selection.
+        model: The base, with or without adapters.
+
+    Returns:
+        A copy of the config with `units` and `module_units`.
+
+    Raises:
+        ValueError: Something can't be trained, or the base is not the config's; the message names the field or module.
+    """
+    with without_adapters(model):
+        couplings, is_known = _couplings(config, model), _is_known(model)
+        base = _fingerprint(model, couplings)
+        _check_base(config, base)
+        found = find_targets(config, model, couplings)
+        check_shapes(model, found.targets)
+        if not found.targets and not (config.target_modules is None and config.target_parameters is None):
+            selected = replace(config)
+            selected.module_units = {}  # PEFT raises the error that names the pattern without a match
+            return selected
+        selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
+    found.warn()
+    modules = _by_path(found.targets, selection)
+    selected = found.config.with_units(
+        selection,
+        sorted(path for path, units in modules.items() if "" in units),
+        sorted(f"{path}.{weight}" for path, units in modules.items() for weight in units if weight),
+        None if base is None else json.dumps(base),
+        found.uncoupled,
+        list(found.skipped),
+    )
+    if couplings and not is_known:
+        selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
+    selected.module_units = modules
+    return selected
+
+
+def _by_path(targets: list[Targets], selection: Selection) -> dict[str, dict[str, ModuleUnits]]:
+    """The selected units by module and weight; "" is the weight of a layer, others are those of stacked experts."""
+    chosen = (one for one in projections_of(targets) if one.name in selection)
+    parts = by_key((one.path, (one, selection[one.name])) for one in chosen)
+    modules: dict[str, dict[str, ModuleUnits]] = {}
+    for path, found in parts.items():
+        owner, _, weight = (path, "", "") if found[0][0].expert is None else path.rpartition(".")
+        modules.setdefault(owner, {})[weight] = ModuleUnits.of(found)
+    return modules
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is its base: without the layers of adapters, and with nothing merged."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
+    for path, layer in layers.items():
+        layer.restore_base()
+        put(model, path, layer.base_layer)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            put(model, path, layer)
+            layer.write_sum(layer.merged_adapters)
+
+
+def _couplings(config: S2FTPeftConfig, model: nn.Module) -> list[Coupling]:
+    """The model's couplings; none for a model of no known family, in which all units are single inputs or outputs.
+
+    Raises:
+        ValueError: A projection's ratio is asked for in a model whose couplings can't be found.
+    """
+    if config.couplings is not None:
+        return [Coupling.from_dict(one) for one in config.couplings]
+    if _is_known(model):
+        return couplings_of(model)
+    if not config.ratios:
+        return []
+    try:
+        return couplings_of(model)
+    except ValueError as error:
+        raise ValueError(
+            f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {error}. Or give target_modules and ratio, for "
+            "instance target_modules='all-linear'"
+        ) from None
+
+
+def _is_known(model: nn.Module) -> bool:
+    return getattr(getattr(model, "config", None), "model_type", None) in known_architectures()
+
+
+# ---- the base ------------------------------------------------------------------------------------------
+
+
+def _fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict | None:
+    """The base's fingerprint; None for a model of no known family, and if weights are sharded or not loaded yet."""
+    weights = [weight_at(model, projection).tensor for projection in projections_of(couplings)]
+    if not weights or any(w.is_meta or w.numel() == 0 or type(w.data).__name__ == "DTensor" for w in weights):
+        return None
+    return fingerprint(model, couplings)
+
+
+def _check_base(config: S2FTPeftConfig, base: dict | None) -> None:
+    if config.base_fingerprint is None or base is None:
+        return
+    what = difference(base, json.loads(config.base_fingerprint))
+    if what:
+        raise ValueError(
+            f"the adapter was trained on another base: {what}. Load that base, or set config.base_fingerprint = None "
+            "to skip this check"
+        )
+
+
+# ---- the selection -------------------------------------------------------------------------------------
+
+
+def _selection_config(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> S2FTConfig:
+    """The options of the selection as an S2FTConfig."""
+    if config.units is not None:
+        return S2FTConfig(units=config.units)
+    ratios = config.ratios
+    if config.ratio is not None:
+        ratios = {projection.key: config.ratio for projection in projections_of(targets)}
+    return S2FTConfig(
+        **{f"{key}_ratio": value for key, value in ratios.items()},
+        selection=config.selection,
+        order=config.order,
+        allocation=config.allocation,
+        budget=config.budget,
+        seed=config.seed,
+        match_lora_rank=config.match_lora_rank,
+        exclude=_exclude(config, couplings, targets),
+        layers=config.layers,
+    )
+
+
+def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> dict[str, Tensor] | None:
+    """The excluded units of the targets. An adapter that is excluded may have other projections too."""
+    if config.exclude is None:
+        return None
+    excluded = unit_tensors(config.exclude, "exclude")
+    trained = {projection.name for projection in projections_of(targets)}
+    unknown = excluded.keys() - trained - {projection.name for projection in projections_of(couplings)}
+    if unknown:
+        raise ValueError(f"exclude names {min(unknown)}, which is not a projection or module of this model")
+    return {name: units for name, units in excluded.items() if name in trained} or None
+
+
+# ---- adapters of s2ft -----------------------------------------------------------------------------------------------
 
 
 def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:

@@ -12,14 +12,14 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
+from s2ft.files.plain_text import by_key
 from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
+from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import check_module
-from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import weight_at
 from s2ft.peft.adapter_config import DIMS, S2FTPeftConfig
-from s2ft.selection import Selection
-from s2ft.selection.selection import unit_tensors
+from s2ft.selection import unit_tensors
 
 ALL_LINEAR = "all-linear"  # PEFT's word for every linear layer but the head
 HEADS = {  # which PEFT trains in full by itself, by the task
@@ -63,9 +63,7 @@ class Found:
         """Warn about what is not trained, with the count and the first names."""
         if not self.skipped:
             return
-        by_reason: dict[str, list[str]] = {}
-        for name, reason in self.skipped.items():
-            by_reason.setdefault(reason, []).append(name)
+        by_reason = by_key((reason, name) for name, reason in self.skipped.items())
         parts = (
             f"{len(names)} {reason} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
             for reason, names in by_reason.items()
@@ -93,7 +91,7 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         ValueError: Something can't be trained; the message names the field or module.
     """
     config, skipped = _named_linears(config, model)
-    names = None if config.units is None else units_by_name(config.units, "units")
+    names = None if config.units is None else unit_tensors(config.units, "units")
     if names is not None:  # modules that were in no coupling when the adapter was made stay so, in a later s2ft
         apart = set(config.uncoupled or ())
         couplings = [one for one in couplings if not any(projection.path in apart for projection in one.projections)]
@@ -121,11 +119,6 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         _check_units(config, names, model, targets)
     trained = {projection.path for projection in projections_of(targets)}
     return Found(config, targets, [path for path in uncoupled if path in trained], skipped)
-
-
-def units_by_name(units, field: str) -> dict[str, Tensor]:
-    """Return the units of a config's field as tensors, by projection. The field may be the path of a selection."""
-    return Selection.load(units).units if isinstance(units, str) else unit_tensors(units, field)
 
 
 # ---- all-linear ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from s2ft.distributed import check_all_ranks_agree, is_sharded
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.towers import has_one_tower, tower_of
+from s2ft.model.parts import has_one_tower, tower_of
 
 IGNORED = -100  # the label that torch's cross entropy ignores
 MAIN_INPUTS = {  # a model's main input: its description, and its number of dimensions, or the smallest one

@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
 logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
@@ -93,6 +93,10 @@ class Metrics:
         if len(self._models) < MODELS:
             self._models.add(model)
         return model if model in self._models else OTHERS
+
+    def text(self) -> bytes:
+        """The counters in the text format of Prometheus."""
+        return generate_latest(self.registry)
 
 
 class Access:

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from copy import deepcopy
+from functools import lru_cache
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -47,7 +48,7 @@ class Service:
         # One for each thread, since they work at the same time.
         self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)
         self._one_at_a_time = threading.Lock()
-        self._prompters: dict[PromptFormat | None, Prompter] = {}
+        self.prompter = lru_cache(PROMPTERS)(self._new_prompter)
         self.prompter(None)  # now, and not at the first request
 
     def job(self, body: Sampled, emit: Callable[[Event], None]) -> Job:
@@ -87,14 +88,10 @@ class Service:
         if others:
             logger.info("chats use the template of the training, not the base's own, with %s", some(others))
 
-    def prompter(self, recorded: PromptFormat | None) -> Prompter:
+    def _new_prompter(self, recorded: PromptFormat | None) -> Prompter:
         """The maker of prompts for a recorded format. Adapters of one format share it."""
-        if recorded not in self._prompters:
-            if len(self._prompters) >= PROMPTERS:
-                self._prompters.pop(next(iter(self._prompters)))
-            info = None if recorded is None else {KEY: recorded.to_dict()}
-            self._prompters[recorded] = Prompter(self._encoding, info, self.engine.batch.model.generation_config)
-        return self._prompters[recorded]
+        info = None if recorded is None else {KEY: recorded.to_dict()}
+        return Prompter(self._encoding, info, self.engine.batch.model.generation_config)
 
     def prompt_ids(self, body: Sampled, prompter: Prompter) -> list[int]:
         """Return the token ids of a request's prompt.
@@ -156,19 +153,26 @@ class Service:
 
 
 class Answer:
-    """The events of the job of a request on the event loop, with the client's disconnection and the timeout.
+    """The answer to a request: the events of its job on the event loop, and what the client gets of them.
 
-    It must be closed. The job then leaves the queue or the batch, if it is still there.
+    The client's disconnection and the timeout are events too. What the client gets has the format of OpenAI's API. An
+    answer must be closed. The job then leaves the queue or the batch, if it is still there.
 
     Args:
         service: The service.
+        body: The request as the client has sent it.
         request: The HTTP request.
         record: The record of the request, which gets the token counts when the answer is closed.
         arrived: The event loop's time at the arrival of the request.
     """
 
-    def __init__(self, service: Service, request: Request, record: RequestRecord, arrived: float) -> None:
+    def __init__(
+        self, service: Service, body: Sampled, request: Request, record: RequestRecord, arrived: float
+    ) -> None:
         self.service, self.record, self.arrived = service, record, arrived
+        self._chat, self._with_usage = isinstance(body, ChatRequest), body.with_usage
+        name = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
+        self._fields = {"id": name, "object": "text_completion", "created": int(time.time()), "model": body.model}
         self.job: Job | None = None
         self.ended = False
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
@@ -220,23 +224,12 @@ class Answer:
         prompt, generated = len(self.job.prompt), len(self.job.tokens)
         return {"prompt_tokens": prompt, "completion_tokens": generated, "total_tokens": prompt + generated}
 
+    # ---- what the client gets ------------------------------------------------------------------------------
 
-class Reply:
-    """An answer in the format of OpenAI's API, complete or in chunks.
-
-    Args:
-        body: The request.
-    """
-
-    def __init__(self, body: Sampled) -> None:
-        self._chat, self._with_usage = isinstance(body, ChatRequest), body.with_usage
-        self._id = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
-        self._fields = {"created": int(time.time()), "model": body.model}
-
-    def whole(self, text: str, finish: str | None, usage: dict[str, int]) -> dict:
+    def whole(self, text: str, finish: str | None) -> dict:
         """Return a complete answer."""
         message = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
-        return {**self._answer("chat.completion", message, finish), "usage": usage}
+        return {**self._answer("chat.completion", message, finish), "usage": self.usage}
 
     def opening(self) -> list[dict]:
         """The chunks before the first text."""
@@ -248,21 +241,16 @@ class Reply:
         delta = {"delta": {"content": event.text} if event.text else {}} if self._chat else {"text": event.text}
         return [self._chunk(delta, event.finish)] if event.text or event.finish else []
 
-    def closing(self, usage: dict[str, int]) -> list[dict]:
+    def closing(self) -> list[dict]:
         """The chunks after the last text."""
-        return [{**self._chunk({}, None), "choices": [], "usage": usage}] if self._with_usage else []
+        return [{**self._chunk({}, None), "choices": [], "usage": self.usage}] if self._with_usage else []
 
     def _chunk(self, text: dict, finish: str | None) -> dict:
         return {**self._answer("chat.completion.chunk", text, finish), **({"usage": None} if self._with_usage else {})}
 
     def _answer(self, kind: str, text: dict, finish: str | None) -> dict:
         choice = {"index": 0, **text, "logprobs": None, "finish_reason": finish}
-        return {
-            "id": self._id,
-            "object": kind if self._chat else "text_completion",
-            **self._fields,
-            "choices": [choice],
-        }
+        return {**self._fields, **({"object": kind} if self._chat else {}), "choices": [choice]}
 
 
 def server_sent_event(event: dict) -> str:

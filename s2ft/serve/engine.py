@@ -209,9 +209,8 @@ class Engine:
 
     def _advance(self) -> None:
         cancelled = [job for job in self.batch.rows if job.cancelled]
-        if cancelled:
-            self.batch.keep([job for job in self.batch.rows if not job.cancelled])
-            self._finish(cancelled)
+        self.batch.keep([job for job in self.batch.rows if job not in cancelled])  # one may be cancelled just now
+        self._finish(cancelled)
         self._admit(self._load_adapters(self._next()))
         if self.batch.rows:
             self.batch.step()
@@ -290,9 +289,8 @@ class Engine:
             self._emit(job, event)
             if event.last:
                 finished.append(job)
-        if finished:
-            self.batch.keep([job for job in self.batch.rows if job not in finished])
-            self._finish(finished)
+        self.batch.keep([job for job in self.batch.rows if job not in finished])
+        self._finish(finished)
 
     def _finish(self, jobs: Sequence[Job], error: ApiError | None = None) -> None:
         for job in list(jobs):

@@ -11,11 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from s2ft.adapter.folders import ADAPTER, STATE, grouped, some, source_of
-from s2ft.adapter.loading import read_adapter
+from s2ft.adapter.folders import STATE, grouped, some, source_of
+from s2ft.attached.loading import read_adapter
 from s2ft.config import refuse
-from s2ft.files.adapter_folder import CONFIG, stamp_of
-from s2ft.files.reading import check_adapter_name
+from s2ft.files.reading import ADAPTER, CONFIG, check_adapter_name, stamp_of
 from s2ft.serve.schemas import ApiError, unknown_model
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import PromptFormat
@@ -35,7 +34,6 @@ class ServedAdapter:
         stamp: Changes with each save to the folder.
         prompt: The format of prompts that the adapter was trained with, or None if it is not recorded.
         users: Number of requests that use it.
-        unloaded: Whether it gets no new requests.
     """
 
     name: str
@@ -44,7 +42,6 @@ class ServedAdapter:
     stamp: tuple | None
     prompt: PromptFormat | None
     users: int = 0
-    unloaded: bool = False
 
 
 class Adapters:
@@ -147,7 +144,7 @@ class Adapters:
         """End the use of an adapter by a request."""
         with self._lock:
             served.users -= 1
-            if served.unloaded and not served.users:
+            if self._served.get(served.name) is not served and not served.users:  # it was unloaded
                 self.bank.remove(served.bank_name)
 
     def load(self, name: str, path: str) -> None:
@@ -196,12 +193,11 @@ class Adapters:
     def refuse(self, served: ServedAdapter, error: Exception) -> None:
         """Stop serving an adapter that could not be loaded."""
         with self._lock:
-            if not served.unloaded:
+            if self._served.get(served.name) is served:
                 self._unload(served)
                 self.refused[served.name] = reason_of(error, served.folder)
 
     def _unload(self, served: ServedAdapter) -> None:
-        served.unloaded = True
         del self._served[served.name]
         logger.info("no longer served: %s", served.name)
         if not served.users:

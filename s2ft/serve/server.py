@@ -17,7 +17,7 @@ import uvicorn
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -25,12 +25,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import s2ft
-from s2ft.adapter.bank import AdapterBank
-from s2ft.adapter.loading import read_adapter
+from s2ft.attached.bank import AdapterBank
+from s2ft.attached.loading import read_adapter
 from s2ft.files.reading import no_constant
 from s2ft.serve import schemas
 from s2ft.serve.access import RECORD, Access, Metrics
-from s2ft.serve.answer import DONE, Answer, Reply, Service, server_sent_event
+from s2ft.serve.answer import DONE, Answer, Service, server_sent_event
 from s2ft.serve.engine import Engine, Event
 from s2ft.serve.schemas import (
     CLIENT_CLOSED,
@@ -323,7 +323,7 @@ def add_state_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/metrics")
     def counters() -> Response:
         """GET /metrics: the counters for Prometheus."""
-        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -423,23 +423,23 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
         body = parse(kind, await _json(request, service), ignored)
     except ClientDisconnect:
         return Response(status_code=CLIENT_CLOSED)
-    answer = Answer(service, request, record, arrived)
+    answer = Answer(service, body, request, record, arrived)
     try:
         job = await run_in_threadpool(service.job, body, answer.emit)
         record.model = body.model  # it is served, so that the metrics have a bounded number of names
         answer.start(job)
-        events, reply = answer.events(), Reply(body)
+        events = answer.events()
         first = await anext(events)  # an error before the first token has its own status
         names = [
             quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]
         ]  # clients can make them up
         headers = {"X-Ignored-Parameters": ", ".join(names)} if names else {}
         if body.stream:
-            return EventStream(_stream(answer, reply, first, events), answer, headers)
+            return EventStream(_stream(answer, first, events), answer, headers)
         found = [first, *[event async for event in events]]
         answer.close()
         text = "".join(event.text for event in found)
-        return JSONResponse(reply.whole(text, found[-1].finish, answer.usage), headers=headers)
+        return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
     except ClientDisconnect:
         answer.close()
         return Response(status_code=CLIENT_CLOSED)
@@ -448,14 +448,14 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
         raise
 
 
-async def _stream(answer: Answer, reply: Reply, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
+async def _stream(answer: Answer, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
-        for chunk in [*reply.opening(), *reply.chunk(first)]:
+        for chunk in [*answer.opening(), *answer.chunk(first)]:
             yield server_sent_event(chunk)
         async for event in events:
-            for chunk in reply.chunk(event):
+            for chunk in answer.chunk(event):
                 yield server_sent_event(chunk)
-        for chunk in reply.closing(answer.usage):
+        for chunk in answer.closing():
             yield server_sent_event(chunk)
     except ApiError as error:  # the status was sent already
         answer.record.status = error.status

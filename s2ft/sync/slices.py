@@ -8,8 +8,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import without_zero_init
 from s2ft.export.streamed import saved_names
-from s2ft.model.checkpoint import tied_names
-from s2ft.model.conversion import Group, is_of_transformers, saving_groups
+from s2ft.model.checkpoint import Group, is_of_transformers, saving_groups, tied_names
 from s2ft.sync.trained import AttachedSource, PeftSource, TrainedWeight, source_of
 from s2ft.sync.wire import DTYPES, SliceSpec, hashes_of
 

@@ -8,14 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.attached import extra_weights
-from s2ft.attached.active import mounted_deltas
-from s2ft.attached.hosts.wrappers import unwrapped
-from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
+from s2ft.attached.active import extra_parameters, keep_unfrozen, mounted_deltas
+from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all
-from s2ft.model.delta import Delta
-from s2ft.model.weights import weight_at
+from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import effective_units
 
 
@@ -73,8 +70,8 @@ class AttachedSource:
         self._check_active()
         _check_accounted(model, self._known())
         reshard_all(model)
-        extra_weights.keep_unfrozen(model, self._record)
-        self._extra = list(extra_weights.trained_parameters(model, self._record))
+        keep_unfrozen(model, self._record)
+        self._extra = list(extra_parameters(model, self._record))
         bases = self._record.extra.base
         self.trained = [
             *(one for mount in self._record.mounts.values() for one in _parts(model, self._record, mount)),
@@ -89,7 +86,7 @@ class AttachedSource:
             ValueError: The adapter is not active.
         """
         self._check_active()
-        parameters = extra_weights.trained_parameters(self.model, self._record)
+        parameters = extra_parameters(self.model, self._record)
         if list(parameters) != self._extra:
             changed = min(parameters.keys() ^ set(self._extra))
             raise RuntimeError(
@@ -103,7 +100,7 @@ class AttachedSource:
 
     def _known(self) -> set[int]:
         slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
-        return slices | {id(one) for one in extra_weights.trained_parameters(self.model, self._record).values()}
+        return slices | {id(one) for one in extra_parameters(self.model, self._record).values()}
 
     def _check_active(self) -> None:
         """Raise ValueError unless the model computes with the trainable adapter alone."""

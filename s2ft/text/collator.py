@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from s2ft.selection import METRICS
 from s2ft.selection.batches import IGNORED
+from s2ft.selection.metrics import METRICS
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import pad_id
 
@@ -52,12 +52,9 @@ class TokenCollator:
 
     @staticmethod
     def _labels(rows: Sequence[Mapping[str, Sequence[int]]], length: int) -> Tensor:
-        labels = torch.full((len(rows), length), IGNORED)
-        for number, row in enumerate(rows):
-            own = torch.tensor(row["labels"], dtype=torch.int64)
-            own[:1] = IGNORED
-            labels[number, length - len(own) :] = own
-        return labels
+        own = [torch.tensor([IGNORED, *row["labels"][1:]], dtype=torch.int64) for row in rows]
+        labels = nn.utils.rnn.pad_sequence(own, True, IGNORED, "left")
+        return nn.functional.pad(labels, (length - labels.shape[1], 0), value=IGNORED)
 
 
 @dataclass(frozen=True)

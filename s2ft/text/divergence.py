@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from s2ft.adapter.switch import disable_adapters
-from s2ft.attached.holding import without_trainable
-from s2ft.attached.hosts.wrappers import unwrapped
-from s2ft.attached.record import find_attachment
+from s2ft.attached.active import without_trainable
+from s2ft.attached.loading import disable_adapters
+from s2ft.attached.record import find_attachment, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import is_sharded, reshard_all
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.encoding import context_length, tokenize_rows
@@ -121,8 +120,8 @@ class BaseDistributions:
         Raises:
             ValueError: As :func:`mean_loss`; or the output layer is trained and its weight is spread over ranks.
         """
-        batches, switch = _batches(model, rows, batch_size), base_switch(model)
-        with switch() if switch else contextlib.nullcontext():
+        batches, switch = _batches(model, rows, batch_size), base_switch(model) or contextlib.nullcontext
+        with switch():
             reshard_all(model)  # FSDP leaves the weights of the outermost module whole after a forward pass
             head = _copy_of_head(_causal_model(model).get_output_embeddings())
             with _reading(model) as reader:
@@ -240,7 +239,7 @@ class _Batch:
 
 def _batches(model, rows: Iterable[Row], batch_size: int) -> list[_Batch]:
     """Make batches of rows of similar length. Raises ValueError for rows that can't be measured."""
-    longest = getattr(getattr(_causal_model(model), "config", None), "max_position_embeddings", None)
+    longest = context_length(_causal_model(model))
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     checked = [_checked(row, number, longest) for number, row in enumerate(rows)]
@@ -476,8 +475,8 @@ class DriftMeter:
         if other is None and prompts is None:
             raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
-        switch = base_switch(model)
-        with switch() if switch else contextlib.nullcontext():
+        switch = base_switch(model) or contextlib.nullcontext
+        with switch():
             self.base_loss = None if other is None else mean_loss(model, other, batch_size)
         self.distributions = None if prompts is None else BaseDistributions.of(model, prompts, batch_size)
 

@@ -19,9 +19,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import end_ids, pad_id
+from s2ft.text.templates import in_common
 
 # The generation_config of some checkpoints has other values for chats. They would hold for every value left open here.
 PLAIN = {
@@ -264,8 +265,7 @@ class RunningBatch(Generic[R]):
         if not bool(self._mask.all()):
             return 0  # columns of padding, from a row that has left the batch
         earlier = [*self.rows[0].prompt, *self.rows[0].tokens][: self._mask.shape[1]]
-        pairs = zip(earlier, row.prompt[:-1])
-        return next((place for place, (a, b) in enumerate(pairs) if a != b), min(len(earlier), len(row.prompt) - 1))
+        return in_common(earlier, row.prompt[:-1])
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -161,7 +161,7 @@ def model_without_values(name: str, dtype: str = "auto", dtype_of_files: Callabl
     import torch
     import transformers
 
-    from s2ft.model.conversion import CannotStream
+    from s2ft.model.checkpoint import CannotStream
 
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")

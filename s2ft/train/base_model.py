@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from s2ft.attached.hosts.wrappers import unwrapped
+from s2ft.attached.record import unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import reads_weights
 from s2ft.packages import check_packages

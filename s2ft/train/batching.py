@@ -15,13 +15,14 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Sampler
 
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
 from s2ft.train.parallel import devices_of, run_where_weights_are
 
@@ -107,11 +108,8 @@ def choose_batching(
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
     if asked or (arguments.packing is None and by_length and varlen):
-        if trial is not None:
-            reason = trial(model, rows, packed)
-        else:
-            what = "the trial of packing"
-            reason = run_where_weights_are(what, model, lambda: why_not_packed(model, rows, packed))
+        run = partial(trial or why_not_packed, model, rows, packed)
+        reason = run() if trial else run_where_weights_are("the trial of packing", model, run)
     if asked and reason:
         raise ValueError(f"{asked} would mix up rows in this model: {reason}; leave {asked} out, rows are then padded")
     if arguments.packing:

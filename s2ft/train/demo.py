@@ -15,7 +15,7 @@ import torch
 from torch.utils.benchmark import Timer
 
 import s2ft
-from s2ft.adapter import add_info
+from s2ft.attached.saving import add_info
 from s2ft.config import S2FTConfig
 from s2ft.packages import check_packages
 from s2ft.text.encoding import tokenize_rows

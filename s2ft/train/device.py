@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from s2ft.files.replacing import reason_not_written
+from s2ft.files.reading import reason_not_written
 
 logger = logging.getLogger(__name__)
 
@@ -112,8 +112,8 @@ def explain_out_of_memory(switch: str, kept: Callable[[], str] = str) -> Iterato
             raise
         import torch
 
-        from s2ft.estimation.memory import free_memory
-        from s2ft.estimation.result import size
+        from s2ft.estimation.devices import size
+        from s2ft.estimation.step import free_memory
 
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         free = free_memory(device)

@@ -11,7 +11,7 @@ from accelerate.utils import broadcast_object_list, extract_model_from_parallel
 from torch import Tensor
 from transformers import TrainerCallback
 
-from s2ft.attached.hosts.wrappers import unwrapped
+from s2ft.attached.record import unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
 from s2ft.text.divergence import Drift, DriftMeter, base_switch

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import is_sharded
 from s2ft.layers import LINEAR, kind_of
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import IGNORED
 
 SCALE = 1024.0  # a power of two: multiplying by it and back is exact

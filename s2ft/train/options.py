@@ -211,10 +211,12 @@ class ForgettingOptions:
         for name in ("forgetting_data", "protect"):
             value = getattr(self, name)
             setattr(self, name, [value] if isinstance(value, str) else list(value or ()))
-        for name in ("stop_at_forgetting", "stop_at_kl"):
-            if getattr(self, name) is not None and not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be above 0, got {getattr(self, name):g}")
+        limits = {"stop_at_forgetting": self.stop_at_forgetting, "stop_at_kl": self.stop_at_kl}
         refuse(
+            *(
+                (limit is not None and not limit > 0, f"{name} must be above 0, got {limit}")
+                for name, limit in limits.items()
+            ),
             (
                 self.stop_at_forgetting is not None and not self.forgetting_data,
                 "stop_at_forgetting needs forgetting_data, the text on which the loss must not rise",

@@ -16,10 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
-from s2ft.adapter.folders import ADAPTER, OPTIONS, RUN
-from s2ft.files.adapter_folder import CONFIG
-from s2ft.files.reading import read_json
-from s2ft.files.replacing import replace_file
+from s2ft.adapter.folders import OPTIONS, RUN
+from s2ft.files.reading import ADAPTER, CONFIG, read_json, replace_file
 
 if TYPE_CHECKING:
     from s2ft.text.evaluation import Comparison
@@ -411,7 +409,7 @@ def report_page(
 
     Args:
         title: The heading.
-        facts: What is known of the run, by name. Entries that are None are left out.
+        facts: What is known of the run, by name.
         commands: What to do next, as lines for a terminal.
         comparison: The base and the adapter on held-out rows, or None.
         figure: A figure of matplotlib, or None.

@@ -14,8 +14,7 @@ from torch import nn
 
 from s2ft.config import refuse
 from s2ft.distributed import decide, has_numbers, is_sharded
-from s2ft.model.gathering import gathered_forwards
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode, gathered_forwards
 from s2ft.text.collator import SplitCollator
 from s2ft.train.loss import has_standard_loss, loss_of_logits
 

@@ -28,11 +28,11 @@ from torch import nn
 
 import s2ft
 from s2ft.config import S2FTConfig
-from s2ft.estimation.result import Estimate, size
-from s2ft.files import tables
+from s2ft.estimation.devices import Estimate, size
+from s2ft.files import plain_text as tables
 from s2ft.model.coupling import projections_of
+from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
-from s2ft.model.towers import couplings_in_towers
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.train.base_model import plain_kernels
 from s2ft.train.loss import loss_in_chunks

@@ -216,8 +216,6 @@ BUILT_IN: dict[str, Reward] = {"answer_equal": answer_equal, "format": answer_fo
 
 # ---- rewards of a file ---------------------------------------------------------------------------------
 
-# What TRL gives a reward besides the columns of the data.
-
 
 class RewardError(ValueError):
     """A reward has failed, or has returned something that is no list of rewards. The message names it."""

@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 import s2ft
-from s2ft.adapter import add_info, read_adapter
-from s2ft.adapter.hub import push_to_hub, write_card
+from s2ft.adapter.folders import write_card
+from s2ft.attached.loading import read_adapter
 from s2ft.attached.record import attachment_of
+from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_all_ranks_agree
-from s2ft.files.reading import check_adapter_name
-from s2ft.files.replacing import replace_file
+from s2ft.files.reading import check_adapter_name, replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of
@@ -231,12 +231,9 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         method.log_memory(run, model, tokenizer, data)
     with method.base(run, model, tokenizer) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
-        protect = None
-        if protected is not None:
-            texts = text_rows(
-                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
-            )
-            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
+        how = (tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed)
+        texts = [] if protected is None else text_rows(protected, *how)
+        protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size) if texts else None
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):

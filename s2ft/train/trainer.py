@@ -24,10 +24,9 @@ from transformers import Trainer, set_seed
 from transformers.trainer import OPTIMIZER_NAME, SCHEDULER_NAME, TRAINER_STATE_NAME
 from transformers.trainer_utils import TrainOutput
 
-from s2ft.adapter import restore_adapter
-from s2ft.adapter.saving import gather_trained
-from s2ft.attached.hosts.wrappers import check_rest_frozen, unwrapped
-from s2ft.attached.record import attachment_of
+from s2ft.attached.loading import restore_adapter
+from s2ft.attached.record import attachment_of, check_rest_frozen, unwrapped
+from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl_trainers import check_sends_slices
 from s2ft.train import optimizer_state

@@ -11,9 +11,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from trl import DPOTrainer, GRPOTrainer, SFTTrainer
 
-from s2ft.attached.holding import without_trainable
+from s2ft.attached.active import without_trainable
 from s2ft.distributed import ranks_sharing
-from s2ft.model.modes import evaluation_mode
+from s2ft.model.running import evaluation_mode
 from s2ft.sync.trl_trainers import with_slices
 from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import HeldOut, evaluate

@@ -4,6 +4,7 @@ vLLM calls :func:`register` in every process that it starts, because the package
 group ``vllm.general_plugins``). Nothing else is needed: ``pip install s2ft`` beside vLLM is enough.
 """
 
+from functools import cache
 from importlib import import_module
 
 from s2ft.vllm.compatibility import guarded
@@ -17,17 +18,11 @@ FEATURES = {
 }
 
 
-_registered = False
-
-
+@cache  # a second call does nothing
 def register() -> None:
     """Add what s2ft brings to vLLM. vLLM calls this in every process; it never raises, and a second call does nothing.
 
     A feature that cannot be added to this release of vLLM is named in the log with the reason.
     """
-    global _registered
-    if _registered:
-        return
-    _registered = True
     for feature, module in FEATURES.items():
         guarded(feature, lambda module=module: import_module(module).install())

@@ -14,10 +14,12 @@ from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
 from typing import Any
 
-from s2ft.adapter.adapter import Adapter, check_fits
+from s2ft.adapter import native
+from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import grouped, source_of
-from s2ft.adapter.formats import lora, native
+from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
+from s2ft.export import lora
 from s2ft.model.checkpoint import weights_on_disk
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
@@ -303,12 +305,10 @@ def sized(adapters: Sequence[Served], slices: bool) -> dict[str, list[str]]:
 
 def units_for(adapters: Sequence[Served]) -> str:
     """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slice_layer.Budget.parse`."""
-    found: dict[str, int] = {}
-    for one in adapters:
-        for path, rank in one.ranks.items():
-            kind = f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}"
-            found[kind] = max(rank, found.get(kind, 0))
-    return ",".join(f"{kind}={units}" for kind, units in sorted(found.items()))
+    found = [(f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}", rank)
+             for one in adapters for path, rank in one.ranks.items()]  # fmt: skip
+    largest = dict(sorted(found))  # the last one of a kind
+    return ",".join(f"{kind}={units}" for kind, units in largest.items())
 
 
 def check_options(options: Sequence[str]) -> None:

@@ -35,7 +35,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from s2ft.files.adapter_folder import CONFIG, TENSORS, own_folder, read_folder
+from s2ft.files.reading import CONFIG, TENSORS, own_folder, read_folder
 from s2ft.vllm.compatibility import guarded, in_place_of, private, when_imported
 
 logger = logging.getLogger("vllm.s2ft")
@@ -90,7 +90,7 @@ def folder_of(path: str) -> Path | None:
 
 def _downloaded(name: str) -> Path:
     """The folder with the adapter's files of a repository on the hub; the name itself if there is none."""
-    from s2ft.adapter.hub import REPOSITORY, resolve
+    from s2ft.adapter.folders import REPOSITORY, resolve
 
     if not REPOSITORY.fullmatch(name):
         return Path(name)

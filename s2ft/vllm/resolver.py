@@ -124,8 +124,8 @@ def _in_directory(name: str, directory: Path) -> str | None:
 def _is_of(folder: Path, base: str) -> bool:
     """Whether an adapter may be of a base: both names are on the hub and differ otherwise. The workers compare the
     weights in any case."""
-    from s2ft.adapter.formats import native
-    from s2ft.adapter.hub import REPOSITORY
+    from s2ft.adapter import native
+    from s2ft.adapter.folders import REPOSITORY
 
     try:
         recorded = native.read_without_values(folder).info.get("base_model")

@@ -17,15 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
-from s2ft.adapter.formats import native
 from s2ft.config import refuse
 from s2ft.model.checkpoint import Checkpoint, StoredWeights, open_checkpoint
 from s2ft.model.coupling import Coupling
-from s2ft.model.delta import Delta
-from s2ft.model.fingerprint import QUANTIZATION, QUANTIZED, SAMPLES, TOLERANCE, LayerPrint, difference, read_print
-from s2ft.model.location import LINEAR, TRANSPOSED, Location, Structure, structure_of
+from s2ft.model.fingerprint import (
+    LINEAR,
+    QUANTIZATION,
+    QUANTIZED,
+    SAMPLES,
+    TOLERANCE,
+    TRANSPOSED,
+    LayerPrint,
+    Location,
+    Structure,
+    difference,
+    read_print,
+    structure_of,
+)
 from s2ft.model.registry import couplings_of
+from s2ft.model.weights import Delta
 from s2ft.vllm import layers
 from s2ft.vllm.compatibility import part_of, private
 from s2ft.vllm.layers import MERGED, Target, WrappedLayers, sizes

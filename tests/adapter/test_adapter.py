@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 from support.inside import CONFIG, Location, add_info, native
-from support.models import ALL_RATIOS, model_of, ratios_for, token_batch, train
+from support.models import ALL_RATIOS, fit, model_of, ratios_for, token_batch
+from support.states import saved_adapter, with_adapter, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
@@ -14,24 +15,18 @@ RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
 def trained(name="default", steps=3):
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(**ratios_for("llama", RATIOS)), name=name)
-    train(model, steps)
-    return model
+    return fit(with_adapter(model_of("llama"), S2FTConfig(**ratios_for("llama", RATIOS)), name=name), steps)
 
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """One adapter on disk; tests that spoil it copy it first."""
-    folder = tmp_path_factory.mktemp("saved")
-    s2ft.save_adapter(trained(), folder)
-    return folder
+    return saved_adapter(trained(), tmp_path_factory.mktemp("saved"))
 
 
 def test_a_file_says_where_the_slices_lie_if_the_adapter_knows_its_model(saved, tmp_path):
     adapter, model = s2ft.read_adapter(saved), model_of("llama")
-    found = adapter.structure.locations["model.layers.1.mlp.down_proj"]
-    assert found == Location("model.layers.1.mlp.down_proj", 52)
+    assert adapter.structure.locations["model.layers.1.mlp.down_proj"] == Location("model.layers.1.mlp.down_proj", 52)
     names = [name for pairs in adapter.structure.base_weights.values() for _, name in pairs]
     assert set(names) <= {name for name, _ in model.named_parameters()} and len(names) == 21
     native.write(replace(adapter, structure=None), tmp_path / "old")
@@ -53,8 +48,7 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
     saved = read_adapter(tmp_path / "saved").info
     assert saved["prompt"]["system"] == "Be brief.\n" and saved["note"] == 2
     assert (0.5 * s2ft.get_adapter(model, "default")).info["prompt"] == saved["prompt"]
-    again = model_of("llama")
-    s2ft.load_adapter(again, tmp_path / "saved", "again", trainable=True)
+    again = with_loaded(model_of("llama"), tmp_path / "saved", "again", trainable=True)
     s2ft.save_adapter(again, tmp_path / "again")
     assert read_adapter(tmp_path / "again").info == saved
     s2ft.attach(s2ft.detach(again), S2FTConfig(d_ratio=0.1))
@@ -65,8 +59,7 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
 
 
 def test_switching_between_forward_and_backward_raises(saved):
-    model = trained(name="mine", steps=1)
-    s2ft.load_adapter(model, saved, "other")
+    model = with_loaded(trained(name="mine", steps=1), saved, "other")
     s2ft.set_adapter(model, "mine")
     loss = model(batch := token_batch(model), labels=batch).loss
     s2ft.set_adapter(model, "other")

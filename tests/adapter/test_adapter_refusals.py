@@ -7,8 +7,8 @@ import pytest
 import torch
 from adapter import test_extra_weights as extra
 from support.inside import add_info, lora, native, restore_adapter
-from support.models import model_of, train
-from support.slices import random_slices
+from support.models import fit, model_of
+from support.states import randomize, saved_adapter, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
@@ -22,18 +22,14 @@ def llama(case="llama"):
 
 
 def trained(name="mine", case="llama", **options):
-    model = llama(case)
-    s2ft.attach(model, S2FTConfig(**{"d_ratio": 0.1, **options}), name=name)
-    train(model, 1)
-    return model
+    return fit(with_adapter(llama(case), S2FTConfig(**{"d_ratio": 0.1, **options}), name=name), 1)
 
 
 def loaded(**options):
     """A model with the adapters a and b, of which b is active."""
     model = llama()
     for seed, name in enumerate("ab"):
-        adapter = s2ft.get_adapter(trained(name, seed=seed, **options), name)
-        s2ft.load_adapter(model, adapter, active=name == "b")
+        s2ft.load_adapter(model, s2ft.get_adapter(trained(name, seed=seed, **options), name), active=name == "b")
     return model
 
 
@@ -41,8 +37,12 @@ def stacked(**options):
     """Two frozen adapters, one on top of the other."""
     model = llama()
     for seed, name in enumerate("ab"):
-        s2ft.attach(model, S2FTConfig(d_ratio=0.15, seed=seed, **(options if name == "a" else {})), name, on_top=True)
-        train(model, 1)
+        fit(
+            with_adapter(
+                model, S2FTConfig(d_ratio=0.15, seed=seed, **(options if name == "a" else {})), name, on_top=True
+            ),
+            1,
+        )
         s2ft.freeze_adapter(model)
     return model
 
@@ -62,8 +62,7 @@ def broken(value):
 def convolutions():
     net = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3))
     coupling = s2ft.Coupling.ffn(0, up="0", down="2", channels=8)
-    s2ft.attach(net, S2FTConfig(d_ratio=0.3), couplings=[coupling], example=torch.randn(2, 3, 9, 9))
-    return random_slices(net)
+    return randomize(with_adapter(net, S2FTConfig(d_ratio=0.3), couplings=[coupling], example=torch.randn(2, 3, 9, 9)))
 
 
 def load(change=lambda adapter: None, **options):
@@ -120,9 +119,11 @@ def modules(name):
 
 
 def two_heads():
-    model = extra.train(extra.attached())
-    s2ft.load_adapter(model, s2ft.get_adapter(extra.train(extra.attached(name="other")), "other"), active=False)
-    return model
+    return with_loaded(
+        extra.train(extra.attached()),
+        s2ft.get_adapter(extra.train(extra.attached(name="other")), "other"),
+        active=False,
+    )
 
 
 def activate(**weights):
@@ -200,9 +201,7 @@ REFUSED = {
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    s2ft.save_adapter(trained(), folder)
-    return folder
+    return saved_adapter(trained(), tmp_path_factory.mktemp("saved"))
 
 
 @pytest.mark.parametrize("case", REFUSED)

@@ -59,13 +59,13 @@ def model():
     return model_of("llama")
 
 
+@torch.no_grad()
 def alone(case, root, name, run, dtype=torch.float32):
     """What `run` returns for a new model with only this adapter."""
     model = model_of(case, dtype)
     if name is not None:
         s2ft.load_adapter(model, root / name)
-    with torch.no_grad():
-        return run(model)
+    return run(model)
 
 
 def assert_close(ours, theirs, limit=LIMIT):
@@ -84,8 +84,7 @@ def assert_plain(model, case="llama"):
     """The model has no trace of s2ft, and its weights equal the base."""
     assert not any("forward" in module.__dict__ for module in model.modules())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
-    assert "_s2ft" not in model.__dict__
-    assert same(model, model_of(case))
+    assert "_s2ft" not in model.__dict__ and same(model, model_of(case))
 
 
 def prompts(model, count, padding=(0, 3, 1, 2, 0)):
@@ -117,8 +116,7 @@ def test_every_sequence_gets_the_output_of_its_adapter_alone(case, tmp_path):
 
 def test_half_precision(folder, model):
     """A written adapter rounds base + delta, a bank rounds the output: they differ by a few roundings."""
-    half = model_of("llama", torch.bfloat16)
-    assert_as_alone("llama", folder, half, ["a", "c"], limit=0.05, dtype=torch.bfloat16)
+    assert_as_alone("llama", folder, model_of("llama", torch.bfloat16), ["a", "c"], limit=0.05, dtype=torch.bfloat16)
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad(), AdapterBank(model, folder).batch(["a", None]):
         batch = output_of(model)
     assert_close(batch[0].float(), alone("llama", folder, "a", output_of)[0], 0.05)
@@ -140,8 +138,7 @@ def test_half_precision(folder, model):
 )
 def test_generates_the_tokens_of_separate_runs(options, folder, model):
     names, inputs = ["a", None, "b", "a", "e"], prompts(model, 5)
-    bank = AdapterBank(model, folder)
-    with bank.batch(names):
+    with AdapterBank(model, folder).batch(names):
         batch = generate(model, inputs, **options)
     each = options.get("num_return_sequences", 1)
     assert len({tuple(row.tolist()) for row in batch}) > 1
@@ -280,9 +277,8 @@ def test_batches_do_not_nest(folder, model):
 
 def test_an_exception_does_not_change_the_model(folder, model):
     bank = AdapterBank(model, folder)
-    with pytest.raises(KeyboardInterrupt):
-        with bank.batch(["a", "b"]):
-            raise KeyboardInterrupt
+    with pytest.raises(KeyboardInterrupt), bank.batch(["a", "b"]):
+        raise KeyboardInterrupt
     assert_plain(model)
     with torch.no_grad(), bank.batch(["c", "d"]):
         assert_close(output_of(model)[1], alone("llama", folder, "d", output_of)[1])

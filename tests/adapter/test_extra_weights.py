@@ -4,17 +4,11 @@ import json
 
 import pytest
 import torch
+from adapter.test_pretrained import trainer
 from support.inside import INDEX
-from support.models import model_of, train as fit
-from support.states import same
-from transformers import (
-    BertConfig,
-    BertForSequenceClassification,
-    BertModel,
-    Trainer,
-    TrainerCallback,
-    TrainingArguments,
-)
+from support.models import fit, model_of
+from support.states import same, with_adapter
+from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback
 
 import s2ft
 from s2ft import S2FTConfig
@@ -44,9 +38,8 @@ def classifier():
 
 def attached(how="named", layout="permuted", name="default"):
     """A classifier with an adapter. `how`: the head is named in the config, or unfrozen by hand after attach."""
-    model = classifier()
-    s2ft.attach(
-        model,
+    model = with_adapter(
+        classifier(),
         S2FTConfig(d_ratio=0.1, layout=layout, modules_to_save=["classifier"] if how == "named" else None),
         name=name,
     )
@@ -56,8 +49,7 @@ def attached(how="named", layout="permuted", name="default"):
 
 
 def train(model, steps=2):
-    fit(model, steps, loss_of=lambda model: model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss)
-    return model
+    return fit(model, steps, loss_of=lambda model: model(input_ids=IDS, labels=torch.tensor([0, 1, 2, 0])).loss)
 
 
 def head_of(model):
@@ -78,8 +70,7 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     found = s2ft.get_adapter(model, "default").extra_weights
     assert set(found) == {*HEAD, "bert.embeddings.LayerNorm.weight", "bert.embeddings.LayerNorm.bias"}
     model.bert.embeddings.LayerNorm.requires_grad_(False)  # it is trained nevertheless
-    assert same(s2ft.get_adapter(model, "default").extra_weights, found)
-    assert same(s2ft.detach(model), BASE)
+    assert same(s2ft.get_adapter(model, "default").extra_weights, found) and same(s2ft.detach(model), BASE)
 
 
 # ---- Trainer -----------------------------------------------------------------------------------------------
@@ -90,18 +81,7 @@ class Look(TrainerCallback):
         self.head, self.step = head_of(model), state.global_step
 
 
-def trainer(model, folder, steps, kind=Trainer, callbacks=()):
-    arguments = TrainingArguments(
-        str(folder),
-        report_to=[],
-        use_cpu=True,
-        disable_tqdm=True,
-        save_steps=2,
-        max_steps=steps,
-        learning_rate=0.1,
-        lr_scheduler_type="constant",
-    )
-    return kind(model, arguments, train_dataset=ROWS, callbacks=list(callbacks))
+OPTIONS = dict(rows=ROWS, save_steps=2, learning_rate=0.1, lr_scheduler_type="constant")
 
 
 @BOTH
@@ -111,15 +91,13 @@ def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
 
     kind = {"transformers": Trainer, "s2ft": S2FTTrainer}[kind]
     whole, first, second = (attached(how) for _ in range(3))
-    trainer(whole, tmp_path / "whole", 4, kind).train()
-    trainer(first, tmp_path / "cut", 2, kind).train()
-    index = json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"]
-    assert set(HEAD) <= index.keys()
+    trainer(whole, tmp_path / "whole", kind=kind, max_steps=4, **OPTIONS).train()
+    trainer(first, tmp_path / "cut", kind=kind, max_steps=2, **OPTIONS).train()
+    assert set(HEAD) <= json.loads((tmp_path / "cut/checkpoint-2" / INDEX).read_text())["weight_map"].keys()
     look = Look()
-    trainer(second, tmp_path / "cut", 4, kind, [look]).train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
-    assert look.step == 2
-    assert same(look.head, head_of(first))
-    assert same(second, whole)
+    resumed = trainer(second, tmp_path / "cut", kind=kind, callbacks=[look], max_steps=4, **OPTIONS)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-2"))
+    assert look.step == 2 and same(look.head, head_of(first)) and same(second, whole)
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
     assert same(s2ft.detach(second), BASE)
 
@@ -149,8 +127,7 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
     for total in (with_head + without, without + with_head, with_head - without):
         assert same(total.extra_weights, with_head.extra_weights)
         s2ft.load_adapter(model := classifier(), total)
-        assert same(head_of(model), with_head.extra_weights)
-        assert same(s2ft.detach(model), BASE)
+        assert same(head_of(model), with_head.extra_weights) and same(s2ft.detach(model), BASE)
         assert total.config.modules_to_save == ["classifier"]
     for wrong in (lambda: with_head + with_head, lambda: 0.5 * with_head, lambda: without - with_head):
         with pytest.raises(ValueError, match="classifier.weight trained in full"):
@@ -162,8 +139,7 @@ def test_arithmetic_keeps_extra_weights_or_refuses():
 
 
 def test_a_tied_head_is_trained_under_the_embeddings_name(tmp_path):
-    model = model_of("qwen2-grouped-tied")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
+    model = with_adapter(model_of("qwen2-grouped-tied"), S2FTConfig(d_ratio=0.1, modules_to_save=["lm_head"]))
     found = s2ft.get_adapter(model, "default").extra_weights
     assert list(found) == ["model.embed_tokens.weight"] and model.lm_head.weight.requires_grad
 

@@ -5,16 +5,15 @@ import os
 import pytest
 import torch
 from support.inside import PENDING, AdapterFolderCONFIG as CONFIG, AdapterFolderTENSORS as TENSORS, is_folder, stamp_of
-from support.models import model_of, train
+from support.models import fit, model_of
+from support.states import with_adapter
 
 import s2ft
 from s2ft import S2FTConfig, Selection
 
 
 def adapter(seed):
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(d_ratio=0.1, seed=seed), name=f"seed-{seed}")
-    train(model, 1)
+    model = fit(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.1, seed=seed), name=f"seed-{seed}"), 1)
     return s2ft.get_adapter(model, f"seed-{seed}")
 
 
@@ -24,15 +23,15 @@ def adapters():
 
 
 def write(adapter, folder):
-    s2ft.adapter.formats.native.write(adapter, folder)
+    s2ft.adapter.native.write(adapter, folder)
 
 
 def is_either(found, adapters):
     """Check that `found` equals one of the adapters, bit for bit. Returns the position of that adapter."""
     place = [one.name for one in adapters].index(found.name)
-    for path, delta in adapters[place].deltas.items():
-        assert torch.equal(found.deltas[path].values, delta.values)
-    assert found.selection == adapters[place].selection
+    expected = adapters[place]
+    assert all(torch.equal(found.deltas[path].values, delta.values) for path, delta in expected.deltas.items())
+    assert found.selection == expected.selection
     return place
 
 
@@ -97,6 +96,6 @@ def test_the_hub_gets_the_files_that_belong_together(adapters, tmp_path, monkeyp
     write(adapters[1], tmp_path)
     (tmp_path / CONFIG).rename(tmp_path / PENDING)  # stopped before the last rename
     (tmp_path / CONFIG).write_bytes(old)
-    found, content = s2ft.adapter.formats.native.read_files(tmp_path)
+    found, content = s2ft.adapter.native.read_files(tmp_path)
     assert is_either(found, adapters) == 1 and content[CONFIG] == (tmp_path / PENDING).read_bytes()
     assert content[TENSORS] == (tmp_path / TENSORS).read_bytes()

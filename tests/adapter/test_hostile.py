@@ -7,14 +7,15 @@ import os
 import pickle
 import shutil
 import struct
+from contextlib import suppress
 
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 from support.inside import CONFIG, TENSORS, reading
-from support.models import model_of, train
-from support.states import same
+from support.models import fit, model_of
+from support.states import same, saved_adapter, with_adapter
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
@@ -25,17 +26,9 @@ NORM, KEY = "model.norm.weight", "extra_weights/model.norm.weight"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("saved")
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"]), name="victim")
-    train(model, 1)
-    s2ft.save_adapter(model, folder)
-    return folder
-
-
-def selection_digest(config):
-    units = {path: entry["units"] for path, entry in sorted(config["projections"].items())}
-    return hashlib.sha256(json.dumps(units).encode()).hexdigest()
+    config = S2FTConfig(q_ratio=0.5, d_ratio=0.1, modules_to_save=["model.norm"])
+    model = fit(with_adapter(model_of("llama"), config, name="victim"), 1)
+    return saved_adapter(model, tmp_path_factory.mktemp("saved"))
 
 
 def rewrite(config=lambda config: None, tensors=lambda tensors: None):
@@ -47,10 +40,9 @@ def rewrite(config=lambda config: None, tensors=lambda tensors: None):
         save_file({key: tensor.contiguous() for key, tensor in found.items()}, folder / TENSORS)
         content["tensors_sha256"] = hashlib.sha256((folder / TENSORS).read_bytes()).hexdigest()
         content.pop("config_sha256", None)
-        try:
-            content["selection_digest"] = selection_digest(content)
-        except (TypeError, KeyError, AttributeError):
-            pass
+        with suppress(TypeError, KeyError, AttributeError):
+            units = {path: entry["units"] for path, entry in sorted(content["projections"].items())}
+            content["selection_digest"] = hashlib.sha256(json.dumps(units).encode()).hexdigest()
         (folder / CONFIG).write_text(json.dumps(content))
 
     return change
@@ -157,13 +149,12 @@ def with_coupling(**changes):
             size=None,
             expert=None,
         )
-        consumer = {**producer, "key": "d", "path": DOWN, "dim": 1, **changes}
         content["couplings"] = [
             dict(
                 kind="ffn",
                 layer=0,
                 producers=[producer],
-                consumer=consumer,
+                consumer={**producer, "key": "d", "path": DOWN, "dim": 1, **changes},
                 vectors=[],
                 fixed=False,
                 block=None,
@@ -414,9 +405,7 @@ def test_the_unchanged_folder_loads(saved, tmp_path):
 
 def test_units_that_reach_into_another_projection_are_refused(tmp_path):
     """q, k and v of Phi-3 are rows of one weight: the key heads follow the last query head."""
-    model = model_of("phi3")
-    s2ft.attach(model, S2FTConfig(q_ratio=0.3))
-    train(model, 1)
+    model = fit(with_adapter(model_of("phi3"), S2FTConfig(q_ratio=0.3)), 1)
     s2ft.save_adapter(model, tmp_path)
     path = "model.layers.0.self_attn.qkv_proj.q"
     head = len(load_file(tmp_path / TENSORS)[f"{path}.index"])
@@ -441,8 +430,7 @@ def test_links_inside_the_folder_and_in_a_hub_cache_are_read(saved, tmp_path):
         shutil.copy(saved / name, cache / "blobs" / name[5:8])
         (snapshot / name).symlink_to(f"../../blobs/{name[5:8]}")
     (tmp_path / "whole").symlink_to(saved)
-    for folder in (inside, snapshot, tmp_path / "whole"):
-        assert read_adapter(folder).name == "victim"
+    assert {read_adapter(folder).name for folder in (inside, snapshot, tmp_path / "whole")} == {"victim"}
 
 
 def everything(adapter):
@@ -499,8 +487,7 @@ def test_any_value_anywhere_in_the_config_is_an_error_or_harmless(saved, victim,
     def replace_somewhere(content):
         place = content
         while True:
-            keys = sorted(place) if isinstance(place, dict) else list(range(len(place)))
-            key = data.draw(st.sampled_from(keys))
+            key = data.draw(st.sampled_from(sorted(place) if isinstance(place, dict) else list(range(len(place)))))
             if not isinstance(place[key], (dict, list)) or not place[key] or data.draw(st.booleans()):
                 place[key] = value
                 return

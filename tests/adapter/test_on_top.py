@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 from support.inside import attachment_of, overlap
-from support.models import model_of, token_batch, train
-from support.states import same
+from support.models import fit, model_of, token_batch
+from support.states import same, with_adapter
 
 import s2ft
 from s2ft import S2FTConfig
@@ -29,8 +29,7 @@ def sequence(model, layout="permuted", tasks=TASKS):
     """Train five tasks in a row. Returns the weights after each."""
     after = []
     for task in tasks:
-        s2ft.attach(model, config_of(task, layout), name=task, on_top=True)
-        train(model)
+        fit(with_adapter(model, config_of(task, layout), name=task, on_top=True))
         trained = weights(model)
         s2ft.freeze_adapter(model)
         assert same(weights(model), trained)
@@ -48,8 +47,7 @@ def test_every_state_of_five_tasks_in_a_row_is_restored_bit_for_bit(dtype, layou
         s2ft.set_adapter(model, dict.fromkeys(TASKS[:count], 1.0) or None)
         if count:
             assert same(weights(model), after[count - 1])
-    assert same(s2ft.detach(model), base)
-    assert not any(same(one, other) for one, other in zip(after, after[1:]))
+    assert same(s2ft.detach(model), base) and not any(same(one, other) for one, other in zip(after, after[1:]))
 
 
 def test_saved_adapters_and_their_sum_give_every_state(tmp_path):

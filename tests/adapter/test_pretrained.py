@@ -6,7 +6,7 @@ import pytest
 import torch
 from support import trl_trainers
 from support.inside import INDEX, mounted_deltas
-from support.states import same
+from support.states import same, with_adapter, with_loaded
 from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 
@@ -21,12 +21,10 @@ LAYOUTS = ("permuted", "indexed")
 
 
 def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):
-    model = tiny_model(dtype=dtype, **changes)
-    s2ft.attach(model, s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
-    return model
+    return with_adapter(tiny_model(dtype=dtype, **changes), s2ft.S2FTConfig(**CONFIG, layout=layout, seed=seed))
 
 
-def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
+def trainer(model, folder, rows=ROWS, callbacks=(), kind=Trainer, **changes):
     options = dict(
         output_dir=str(folder),
         per_device_train_batch_size=2,
@@ -38,7 +36,7 @@ def trainer(model, folder, rows=ROWS, callbacks=(), **changes):
         use_cpu=True,
         disable_tqdm=True,
     )
-    return Trainer(
+    return kind(
         model=model,
         args=TrainingArguments(**{**options, **changes}),
         train_dataset=rows,
@@ -66,8 +64,7 @@ def test_plain_trainer_resumes_exactly(layout, dtype, tmp_path, caplog):
     trainer(first, tmp_path / "cut", callbacks=[StopAt(4)]).train()
     resumed = trainer(second, tmp_path / "cut")
     resumed.train(resume_from_checkpoint=True)
-    assert resumed.state.global_step == 8
-    assert same(second, whole)
+    assert resumed.state.global_step == 8 and same(second, whole)
     assert any((delta.values != 0).any() for delta in mounted_deltas(second._s2ft).values())
     assert "missing keys" not in caplog.text and "unexpected keys" not in caplog.text
 
@@ -80,9 +77,7 @@ def test_checkpoints_hold_the_adapter_and_no_weight_of_the_base(tmp_path):
     assert not names & {"model.safetensors", "pytorch_model.bin", "config.json", "adapter_config.json"}
     with pytest.raises(Exception):  # it is not a model
         AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4")
-    fresh = tiny_model()
-    s2ft.load_adapter(fresh, tmp_path / "checkpoint-8")
-    assert same(s2ft.merge(fresh), s2ft.merge(model))
+    assert same(s2ft.merge(with_loaded(tiny_model(), tmp_path / "checkpoint-8")), s2ft.merge(model))
 
 
 SPOILT = {
@@ -96,8 +91,10 @@ SPOILT = {
 def test_resuming_with_another_adapter_is_refused_and_changes_nothing(case, tmp_path):
     changes, message = SPOILT[case]
     trainer(attached(), tmp_path, callbacks=[StopAt(4)]).train()
-    model = tiny_model(**{key: value for key, value in changes.items() if key not in ("config", "seed")})
-    s2ft.attach(model, s2ft.S2FTConfig(**changes.get("config", CONFIG), seed=changes.get("seed", 0)))
+    model = with_adapter(
+        tiny_model(**{key: value for key, value in changes.items() if key not in ("config", "seed")}),
+        s2ft.S2FTConfig(**changes.get("config", CONFIG), seed=changes.get("seed", 0)),
+    )
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=message):
         trainer(model, tmp_path).train(resume_from_checkpoint=True)
@@ -125,7 +122,7 @@ def test_save_pretrained_saves_a_given_state(tmp_path):
     model = attached()
     state = {key: torch.full_like(value, 2.0) for key, value in model.state_dict().items()}
     model.save_pretrained(tmp_path, state_dict=state)
-    assert all(bool((d.values == 2).all()) for d in s2ft.adapter.read_adapter(tmp_path).deltas.values())
+    assert all(bool((d.values == 2).all()) for d in s2ft.read_adapter(tmp_path).deltas.values())
     del state["model.layers.1.mlp.down_proj.s2"]
     with pytest.raises(ValueError, match="no model.layers.1.mlp.down_proj.s2"):
         model.save_pretrained(tmp_path / "less", state_dict=state)
@@ -137,7 +134,6 @@ def test_save_pretrained_saves_a_given_state(tmp_path):
 @pytest.mark.parametrize("kind", trl_trainers.ROWS)
 def test_trls_trainers(kind, tmp_path):
     """They train, do not change the base, write checkpoints of the adapter only, and resume from them."""
-    pytest.importorskip("trl")
     model, again = attached(), attached()
     more = {"ref_model": tiny_model()} if kind == "dpo" else {}
     done, resumed = (trl_trainers.trl_trainer(kind, each, tmp_path, **more) for each in (model, again))
@@ -146,8 +142,7 @@ def test_trls_trainers(kind, tmp_path):
     last = tmp_path / f"checkpoint-{done.state.global_step}"
     assert (last / "s2ft_adapter.safetensors").exists() and not (last / "model.safetensors").exists()
     resumed.train(resume_from_checkpoint=str(last))
-    assert same(again, model)
-    assert same(s2ft.detach(model), tiny_model())
+    assert same(again, model) and same(s2ft.detach(model), tiny_model())
 
 
 # ---- folders that hold another model -----------------------------------------------------------------------

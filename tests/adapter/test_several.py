@@ -6,7 +6,7 @@ import pytest
 import torch
 from state.models import make_adapter, ratios, tiny_model
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
-from support.states import randomize, same
+from support.states import randomize, same, with_adapter, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig
@@ -18,8 +18,7 @@ def adapters_of(case, names):
     """Random adapters; their models are not kept."""
     found = {}
     for seed, name in enumerate(names):
-        model = model_of(case)
-        s2ft.attach(model, S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed), name=name)
+        model = with_adapter(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed), name=name)
         found[name] = s2ft.get_adapter(randomize(model, seed, 0.1), name)
     return found
 
@@ -43,8 +42,7 @@ def test_combined_adapters_are_the_sum(tmp_path):
     assert torch.allclose(output_of(model), expected, atol=1e-5)
     s2ft.save_adapter(model, tmp_path, "sum")
     for trainable in (False, True):  # alone, and as a trainable adapter
-        other = model_of(CASE)
-        s2ft.load_adapter(other, tmp_path, trainable=trainable)
+        other = with_loaded(model_of(CASE), tmp_path, trainable=trainable)
         assert torch.allclose(output_of(other), expected, atol=1e-5)
     assert s2ft.read_adapter(tmp_path).info["sum_of"] == [["a", 0.7], ["b", 0.3]]
 
@@ -100,12 +98,9 @@ def test_switching_does_not_recompile():
 def test_weights_that_hold_several_projections(case):
     base = model_of(case)
     adapters = adapters_of(case, "ab")
-    model = copy.deepcopy(base)
-    s2ft.load_adapter(model, adapters["a"], trainable=True)
-    s2ft.load_adapter(model, adapters["b"], active=False)
+    model = with_loaded(with_loaded(copy.deepcopy(base), adapters["a"], trainable=True), adapters["b"], active=False)
     s2ft.set_adapter(model, {"a": 1, "b": 1})
-    total = copy.deepcopy(base)
-    s2ft.load_adapter(total, adapters["a"] + adapters["b"])
+    total = with_loaded(copy.deepcopy(base), adapters["a"] + adapters["b"])
     assert torch.allclose(output_of(model), output_of(total), atol=1e-4)
     s2ft.set_adapter(model, "b")
     assert same(s2ft.detach(model), base)

@@ -27,8 +27,7 @@ class Copies(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        devices = {leaf.device for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}
-        if len(devices) > 1:
+        if len({leaf.device for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)}) > 1:
             self.seen.append(str(function))
         return result
 
@@ -56,9 +55,6 @@ def on_gpu(model: torch.nn.Module) -> FakeTensorMode:
     return mode
 
 
-SWITCHES = ("a", "b", {"a": 0.5, "b": -2.0}, None, "a")
-
-
 @pytest.mark.parametrize("layout", (None, "permuted", "indexed"))
 def test_a_switch_waits_for_nothing(layout):
     model = loaded(layout)
@@ -66,7 +62,7 @@ def test_a_switch_waits_for_nothing(layout):
         for adapter in "ab":
             s2ft.set_adapter(model, adapter)  # the first one after the move sends the adapter
         with Copies() as copies:
-            for active in SWITCHES:
+            for active in ("a", "b", {"a": 0.5, "b": -2.0}, None, "a"):
                 s2ft.set_adapter(model, active)
     assert copies.seen == []
 

@@ -5,14 +5,14 @@ import json
 import sys
 
 import pytest
+from cli.test_generate import OTHER, UNTIED, answer
 from support.inside import Chat, Sampler, chat as command, load_with_adapter, native
 from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model
 
 import s2ft
 from s2ft.cli.main import main
 
-UNTIED = dict(tie_word_embeddings=False)
-OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
+SHORT = ("--max-new-tokens", 9)
 
 
 @pytest.fixture(scope="module")
@@ -36,23 +36,17 @@ def chat(work, monkeypatch, capsys):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
         stdin.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", stdin)
-        status = main([*map(str, ["chat", "--model", work / "model", "--max-new-tokens", 9, *arguments])])
-        return status, *capsys.readouterr()
+        return main([*map(str, ["chat", "--model", work / "model", *SHORT, *arguments])]), *capsys.readouterr()
 
     return run
 
 
-def answer(capsys, work, *arguments):
-    assert main([*map(str, ["generate", "--model", work / "model", "--max-new-tokens", 9, *arguments])]) == 0
-    return capsys.readouterr().out
-
-
 def test_each_line_is_answered_with_the_prompt_of_the_adapter(chat, capsys, work):
-    wanted = answer(capsys, work, "--prompt", "Hello", "--adapter", work / "runs/talk")
+    wanted = answer(capsys, work, *SHORT, "--prompt", "Hello", "--adapter", work / "runs/talk")
     assert chat(["Hello"], "--adapter", work / "runs/talk")[:2] == (0, wanted)
-    wanted = answer(capsys, work, "--prompt", "Hello\nyou", "--system", "S")
+    wanted = answer(capsys, work, *SHORT, "--prompt", "Hello\nyou", "--system", "S")
     assert chat(["", "Hello\\", "you"], "--system", "S")[:2] == (0, wanted)
-    assert chat(["//x"])[1] == answer(capsys, work, "--prompt", "/x")
+    assert chat(["//x"])[1] == answer(capsys, work, *SHORT, "--prompt", "/x")
 
 
 def test_adapters_are_switched_in_mid_conversation(chat, work, tmp_path):

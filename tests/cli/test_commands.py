@@ -69,6 +69,7 @@ def test_eval_with_an_adapter_generates_the_text_of_the_merged_model(work, merge
     assert first["records"][0].keys() == {"question", "generated", "answer", "right"}
 
 
+@torch.no_grad()
 def test_the_merged_checkpoint_is_one_of_transformers(work, merged):
     """Its files do not name s2ft, so that a program without s2ft loads it."""
     files = {"config.json", "generation_config.json", "tokenizer.json", "model.safetensors.index.json"}
@@ -78,8 +79,7 @@ def test_the_merged_checkpoint_is_one_of_transformers(work, merged):
     ids = AutoTokenizer.from_pretrained(merged)("some text 12+3=", return_tensors="pt")["input_ids"]
     trained, _ = load_model(str(work / "model"))
     s2ft.load_adapter(trained, work / "out/adapter", trainable=True)
-    with torch.no_grad():
-        difference, logits = loaded(ids).logits - trained(ids).logits, trained(ids).logits
+    difference, logits = loaded(ids).logits - trained(ids).logits, trained(ids).logits
     assert difference.abs().max() <= 1e-5 * logits.abs().max()
     assert type(loaded) is type(trained) and same(loaded.state_dict(), s2ft.merge(trained))
 

@@ -94,8 +94,7 @@ def test_the_traceback_option_raises_the_error(words, variable, tmp_path, monkey
 )
 def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path, monkeypatch, error):
     monkeypatch.setattr("s2ft.cli.adapters.describe", Mock(side_effect=error))
-    assert main(["info", str(tmp_path)]) == 1
-    assert capsys.readouterr().err.startswith("s2ft info: error: ")
+    assert main(["info", str(tmp_path)]) == 1 and capsys.readouterr().err.startswith("s2ft info: error: ")
     monkeypatch.setattr("s2ft.cli.adapters.describe", lambda folder: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         main(["info", str(tmp_path)])

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 from support.inside import adapters_in
+from support.states import with_adapter
 from train.tiny import tiny_model
 
 import s2ft
@@ -12,8 +13,7 @@ from s2ft.cli.main import main
 
 def save_run(folder, seed=0, finished=True):
     """Write the output of s2ft sft: options, a checkpoint, and the adapter if the run is finished."""
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, seed=seed))
+    model = with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1, seed=seed))
     s2ft.save_adapter(model, folder / "checkpoint-12")
     (folder / "checkpoint-12/trainer_state.json").write_text("{}")
     (folder / "run.json").write_text("{}")
@@ -84,9 +84,11 @@ def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, comma
 
 def test_the_api_takes_the_output_of_a_run(work):
     assert s2ft.Selection.load(work / "runs/math") == s2ft.read_adapter(work / "runs/math").selection
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, exclude=str(work / "runs/math")))
-    assert s2ft.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units == 0
+    model = with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1, exclude=str(work / "runs/math")))
+    assert (
+        s2ft.adapter.adapter.overlap([s2ft.get_adapter(model, "default"), s2ft.read_adapter(work / "runs/math")]).units
+        == 0
+    )
     bank = s2ft.AdapterBank(tiny_model(), work / "runs")
     bank.add("mine", work / "runs/math")
     assert bank.names == ["chat", "math", "mine"]
@@ -95,8 +97,7 @@ def test_the_api_takes_the_output_of_a_run(work):
 
 
 def test_adapters_of_a_directory(work, tmp_path):
-    expected = {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
-    assert adapters_in(work / "runs") == expected
+    assert adapters_in(work / "runs") == {name: work / "runs" / name / "adapter" for name in ("math", "chat")}
     assert adapters_in(work / "runs/math") == {"math": work / "runs/math/adapter"}  # the output of a single run
     assert adapters_in(work / "runs/math/adapter") == {} == adapters_in(work / "stopped")
     (tmp_path / "a").symlink_to(work / "runs/math/adapter"), (tmp_path / "b.txt").touch()

@@ -3,12 +3,9 @@
 import json
 
 import pytest
+from support.inside import read_log
 from text.test_divergence import direct, direct_kl
 from train.tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
-
-pytest.importorskip("trl")
-
-from support.inside import read_log
 
 import s2ft
 from s2ft.cli.main import main

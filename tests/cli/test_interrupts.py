@@ -10,9 +10,8 @@ import threading
 from multiprocessing import get_context
 
 import pytest
-import torch
-from safetensors.torch import load_file
 from support.inside import checkpoints, newest_valid, read_log
+from support.states import same, tensors_of
 from train.tiny import save_tiny
 
 from s2ft.cli.main import main
@@ -58,16 +57,22 @@ def work(work):
     return work
 
 
-def run_until(step, log, arguments):
-    """Run a command. A thread kills this process as soon as the log contains a step: at any moment between two steps,
-    since it does not wait for the others. Another process might look too late."""
+def signal_at(step, log, number, times=1):
+    """A thread sends this process a signal as soon as the log contains a step: at any moment between two steps, since
+    it does not wait for the others. Another process might look too late."""
 
-    def kill():
+    def send():
         while all(line["step"] < step for line in read_log(log)):
             threading.Event().wait(0.002)
-        os.kill(os.getpid(), signal.SIGKILL)
+        for _ in range(times):
+            os.kill(os.getpid(), number)
+            threading.Event().wait(0.01)
 
-    threading.Thread(target=kill, daemon=True).start()
+    threading.Thread(target=send, daemon=True).start()
+
+
+def run_until(step, log, arguments):
+    signal_at(step, log, signal.SIGKILL)
     main(arguments)
 
 
@@ -96,30 +101,15 @@ def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp
 
 
 def assert_resumed(work, output):
-    assert main(command(work, output, "--resume")) == 0
-    assert logged(output) == logged(work / "whole")
-    ours, whole = (load_file(folder / "adapter/s2ft_adapter.safetensors") for folder in (output, work / "whole"))
-    assert ours.keys() == whole.keys() and all(torch.equal(ours[key], whole[key]) for key in whole)
+    assert main(command(work, output, "--resume")) == 0 and logged(output) == logged(work / "whole")
+    assert same(tensors_of(output / "adapter"), tensors_of(work / "whole/adapter"))
     assert json.loads((output / "report.json").read_text())["steps"] == STEPS
     assert len(checkpoints(output)) == 2 and not (output / ".unfinished").exists()
 
 
-def interrupt_at(step, log, times):
-    """Press Ctrl-C in this process when the log has a step, in another thread."""
-
-    def press():
-        while all(line["step"] < step for line in read_log(log)):
-            threading.Event().wait(0.002)
-        for _ in range(times):
-            os.kill(os.getpid(), signal.SIGINT)
-            threading.Event().wait(0.01)
-
-    threading.Thread(target=press, daemon=True).start()
-
-
 def test_the_first_ctrl_c_saves_after_the_update_and_says_how_to_go_on(work, tmp_path, capsys):
     output = tmp_path / "out"
-    interrupt_at(7, output / "log.jsonl", 1)
+    signal_at(7, output / "log.jsonl", signal.SIGINT)
     assert main(command(work, output)) == 130
     stopped = logged(output)[-1][0]
     assert 7 <= stopped < STEPS and newest_valid(output).name == f"checkpoint-{stopped}"

@@ -1,9 +1,9 @@
 """s2ft sft --on-top trains a task on top of the adapters of earlier runs, on units that none of them trains."""
 
 import pytest
-import torch
 from cli.test_training_options import deltas, sft
 from support.inside import overlap
+from support.states import same
 
 import s2ft
 
@@ -30,9 +30,7 @@ def test_a_run_on_top_is_resumed_exactly_and_only_with_the_same_adapters_below(r
     sft(work, tmp_path / "again", *more, "--stop-after", 2)
     assert sft(work, tmp_path / "again", "--name", "c", "--resume") != 0 and "on_top" in capsys.readouterr().err
     sft(work, tmp_path / "again", *more, "--resume")
-    whole = deltas(runs[2])
-    assert whole.keys() == deltas(tmp_path / "again").keys()
-    assert all(torch.equal(values, whole[name]) for name, values in deltas(tmp_path / "again").items())
+    assert same(deltas(tmp_path / "again"), deltas(runs[2]))
 
 
 def test_equal_names_become_those_of_the_folders(work, tmp_path):

@@ -60,8 +60,7 @@ def test_a_missing_package_is_named_before_anything_is_done(modules, command, me
     (tmp_path / "m.gguf").touch()
     for module in modules:
         monkeypatch.setitem(sys.modules, module, None)  # Python then does not find the module
-    assert main(command) == 2
-    assert message in capsys.readouterr().err.splitlines()[-1]
+    assert main(command) == 2 and message in capsys.readouterr().err.splitlines()[-1]
     assert [path.name for path in tmp_path.iterdir()] == ["m.gguf"]
 
 
@@ -73,9 +72,10 @@ def without(modules, code):
 
 @pytest.mark.parametrize("module, package", [("s2ft.peft", "peft"), ("s2ft.train.trainer", "accelerate")])
 def test_importing_a_module_without_its_package(module, package):
-    done = without([package], f"import {module}")
-    assert done.stderr.splitlines()[-1].endswith(
-        f"{module} needs the package {package}, which is not installed: pip install {package}"
+    assert (
+        without([package], f"import {module}")
+        .stderr.splitlines()[-1]
+        .endswith(f"{module} needs the package {package}, which is not installed: pip install {package}")
     )
 
 

@@ -1,27 +1,16 @@
 """s2ft sft --push-to-hub: the hub is asked before the training, and gets the adapter with its card at the end."""
 
-from unittest.mock import MagicMock
-
 import pytest
 import yaml
+from support.hub import fake_hub, uploaded
+from support.states import with_adapter
 
 from s2ft.cli.main import main
 
 
 @pytest.fixture
 def hub(monkeypatch):
-    """The hub, with its calls."""
-    made = MagicMock()
-    made().create_repo().repo_id, made().file_exists.return_value = "me/my-run", False
-    made().create_commit().commit_url = "https://hub/commit/1"
-    made.reset_mock()
-    monkeypatch.setattr("huggingface_hub.HfApi", made)
-    return made
-
-
-def uploaded(hub):
-    """The files of the last commit, by name."""
-    return {one.path_in_repo: one.path_or_fileobj for one in hub().create_commit.call_args.args[1]}
+    return fake_hub(monkeypatch, "me/my-run")
 
 
 @pytest.fixture
@@ -41,9 +30,13 @@ def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
-    for text in (": d_ratio 0.03", "| 12 rows |", "method sft, max_steps 1", "batch_size 4, learning_rate 0.001",
-                 "the system prompt “Add \\| up.”"):  # fmt: skip
-        assert text in card
+    told = (
+        "| 12 rows |",
+        "method sft, max_steps 1",
+        "batch_size 4, learning_rate 0.001",
+        "system prompt “Add \\| up.”",
+    )
+    assert [text for text in (": d_ratio 0.03", *told) if text not in card] == []
     hub().file_exists.return_value = True  # a card by hand, which stays
     assert main(["sft", *words, "--push-to-hub", "--overwrite"]) == 0 and "README.md" not in uploaded(hub)
 
@@ -63,8 +56,7 @@ def test_the_card_names_what_is_on_the_hub(tmp_path):
     import s2ft
     from s2ft import read_adapter
 
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    model = with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.1))
     info = {"base_model": "org/base", "training": {"method": "dpo", "data": ["org/chats"], "epochs": 2, "rows": 1000}}
     s2ft.save_adapter(model, tmp_path / "saved", info=info)
     card = card_of(read_adapter(tmp_path / "saved"))

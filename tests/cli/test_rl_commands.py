@@ -4,8 +4,8 @@ import json
 
 import pytest
 import yaml
-from safetensors.torch import load_file
 from support.inside import read_log
+from support.states import same, tensors_of
 from train.tiny import write_jsonl
 
 import s2ft
@@ -63,12 +63,7 @@ def test_a_run_has_its_prompt_its_log_and_a_config_that_repeats_it(command, work
     assert values.items() <= yaml.safe_load((work / command / "config.yaml").read_text()).items()
     assert "training.adam_epsilon" not in json.loads((work / command / "run.json").read_text())
     assert main([command, "--config", f"{command}/config.yaml", "--output", f"{command}-again"]) == 0
-    assert adapter(command) == adapter(f"{command}-again")
-
-
-def adapter(run):
-    found = load_file(f"{run}/adapter/s2ft_adapter.safetensors")
-    return {name: tensor.tolist() for name, tensor in found.items()}
+    assert same(tensors_of(f"{command}/adapter"), tensors_of(f"{command}-again/adapter"))
 
 
 def test_a_run_goes_on_only_with_the_same_rewards(capsys):

@@ -52,7 +52,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
     selection = s2ft.Selection.load(tmp_path / "s.json")
     assert selection == s2ft.Selection.load(tmp_path / "out/adapter")
     assert selection["model.layers.0.mlp.down_proj"].numel() == 6
-    config = s2ft.adapter.read_adapter(tmp_path / "out/adapter").config
+    config = s2ft.read_adapter(tmp_path / "out/adapter").config
     assert (config.selection, config.order) == (metric, "smallest")
 
 
@@ -69,8 +69,7 @@ def test_a_calibrated_run_resumes(work, tmp_path):
         "activation",
         *RUN,
     ]
-    assert command(*arguments, "--save-steps", 1) == 0
-    assert command(*arguments, "--resume") == 0
+    assert command(*arguments, "--save-steps", 1) == 0 and command(*arguments, "--resume") == 0
     assert command(*arguments, "--resume", "--calibration-examples", 2) == 2
 
 

@@ -39,8 +39,7 @@ def fp8_file(strategy, shape, generator, dtype, tile=None):
 
 
 def nvfp4_file(generator, dtype):
-    weights = {"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}
-    return codec_of(weights), {
+    return codec_of({"num_bits": 4, "type": "float", "strategy": "tensor_group", "group_size": 16}), {
         "weight_packed": random_bytes((OUTPUTS, INPUTS // 2), generator),
         "weight_scale": (float8((OUTPUTS, INPUTS // 16), generator).view(torch.uint8) & 0x7F).view(FLOAT8),
         "weight_global_scale": torch.rand(1, generator=generator) * 1000 + 1,
@@ -62,8 +61,7 @@ def integer_file(bits, group, generator, dtype, symmetric=True):
 def int8_file(generator, dtype):
     scale = torch.rand((OUTPUTS, 1), generator=generator).to(dtype) + 0.01
     weight = random_bytes((OUTPUTS, INPUTS), generator).view(torch.int8)
-    weights = {"num_bits": 8, "type": "int", "strategy": "channel"}
-    return codec_of(weights), {"weight": weight, "weight_scale": scale}
+    return codec_of({"num_bits": 8, "type": "int", "strategy": "channel"}), {"weight": weight, "weight_scale": scale}
 
 
 def nf4_file(nested, generator, dtype):
@@ -142,8 +140,7 @@ def same(one, other):
 def moved(codec, packed, size=0.3, seed=1):
     """The values of a file, each moved by a share of the values' size."""
     values = codec.decode(packed).float()
-    noise = torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
-    return values + size * values.std() * noise
+    return values + size * values.std() * torch.randn(values.shape, generator=torch.Generator().manual_seed(seed))
 
 
 # ---- decode equals the format's own library ------------------------------------------------------------
@@ -163,7 +160,8 @@ def equal_bits(got, expected):
 @pytest.mark.parametrize("name", TYPES_OF_GGUF)
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered")
 def test_gguf_decodes_as_its_library(name):
-    gguf = pytest.importorskip("gguf")
+    import gguf
+
     codec, packed = FORMATS[name](torch.Generator().manual_seed(0), None)
     kind = gguf.GGMLQuantizationType[name]
     ends = torch.stack([torch.full_like(packed[0], value) for value in (0, 0x7B, 0x80, 0xFF)])
@@ -256,8 +254,7 @@ def test_scales_of_a_block_are_changed_for_the_better(name):
     )
     kept = distances.amin(0).square().sum(-1)  # the least error without other scales
     error = (codec.decode(codec.encode(values, packed)).float() - values).view(shape).square().sum(-1)
-    assert (error <= kept * (1 + 1e-6)).all()
-    assert (codec.block > 1) == bool((error < kept * 0.99).any())
+    assert (error <= kept * (1 + 1e-6)).all() and (codec.block > 1) == bool((error < kept * 0.99).any())
 
 
 @every_format
@@ -273,8 +270,7 @@ def test_blocks_at_the_edge(name, values):
         "one of them": torch.zeros_like(now).index_fill_(1, torch.tensor([5]), 3.0),
     }[values]
     got = codec.decode(codec.encode(values, packed)).float()
-    assert got.isfinite().all()
-    assert ((got - values).norm() <= (now - values).norm()).item()
+    assert got.isfinite().all() and ((got - values).norm() <= (now - values).norm()).item()
     if codec.block > 1 and values.abs().max() < 1e10 and name != "int4 with zeros":  # zero points stay
         assert ((got - values).norm() <= 0.3 * values.norm() + 1e-6).item()
 
@@ -372,7 +368,6 @@ def test_a_value_that_is_no_number_keeps_its_code(name):
 
 
 def test_nf4_blocks_of_two_outputs_are_refused():
-    functional = pytest.importorskip("bitsandbytes.functional")
-    packed, state = functional.quantize_4bit(torch.randn(4, 96), quant_type="nf4")
+    packed, state = pytest.importorskip("bitsandbytes.functional").quantize_4bit(torch.randn(4, 96), quant_type="nf4")
     with pytest.raises(ValueError, match="whole blocks of 64 weights, got 96"):
         Nf4({"weight": packed, **state.as_dict(packed=True)})

@@ -170,7 +170,6 @@ def compile_runner(folder, extra_flags=()):
     if compiler is None:
         pytest.skip("no C++ compiler")
     library = folder / "cuda_on_cpu.so"
-    sources = [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "self_test.cu", HERE / "runner.cpp"]
     command = [
         compiler,
         "-std=c++20",
@@ -188,7 +187,7 @@ def compile_runner(folder, extra_flags=()):
         *extra_flags,
         "-x",
         "c++",
-        *map(str, sources),
+        *map(str, [*sorted((CSRC / "cuda").glob("*.cu")), HERE / "self_test.cu", HERE / "runner.cpp"]),
         "-o",
         str(library),
     ]

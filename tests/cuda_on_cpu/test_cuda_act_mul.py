@@ -14,8 +14,7 @@ def check(runner, activation, gate, up, grad, out=None, outs=None):
     ours = runner.act_mul(gate, up, activation, out), *runner.act_mul_backward(grad, gate, up, activation, outs)
     theirs = reference(gate, up, activation), *reference_backward(grad, gate, up, activation)
     rtol, atol = GEMM[gate.dtype]
-    for one, other in zip(ours, theirs):
-        torch.testing.assert_close(one, other, rtol=rtol, atol=atol, equal_nan=True)
+    torch.testing.assert_close(ours, theirs, rtol=rtol, atol=atol, equal_nan=True)
 
 
 def shifted(values, offset):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from support import sanitizers
 
-HERE = Path(__file__).resolve().parent
-FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path != Path(__file__).resolve())
+FILES = sorted(
+    str(path) for path in Path(__file__).resolve().parent.glob("test_*.py") if path != Path(__file__).resolve()
+)
 
 
 # The simulator's own kernel adds `claimed` floats, but there are only 64.

@@ -25,18 +25,16 @@ def test_a_correct_kernel_gives_the_sum_under_every_schedule(runner, n):
 
 
 def test_a_missing_barrier_gives_wrong_numbers(runner):
-    values = torch.ones(256)
-    results = []
+    results = set()
     for seed in range(10):
         runner.configure(seed)
-        results.append(block_sum(runner, values, MISSING_BARRIER)[1])
-    assert any(result != 256 for result in results)
+        results.add(block_sum(runner, torch.ones(256), MISSING_BARRIER)[1])
+    assert results != {256}
 
 
 def test_a_barrier_that_only_a_part_of_a_block_reaches_is_an_error(runner):
     error, _ = block_sum(runner, torch.ones(256), DIVERGENT_BARRIER)
-    assert error != 0
-    assert b"barrier" in runner.library.last_error()
+    assert error != 0 and b"barrier" in runner.library.last_error()
 
 
 def test_the_product_of_matrices(runner):
@@ -44,5 +42,4 @@ def test_the_product_of_matrices(runner):
         runner.configure(seed)
         a, b, sums = torch.randn(16, 16).bfloat16(), torch.randn(16, 8).bfloat16(), torch.empty(2, 16, 8)
         assert runner.library.multiply(*(ctypes.c_void_p(t.data_ptr()) for t in (a, b, sums))) == 0
-        for ours in sums:
-            torch.testing.assert_close(ours, a.float() @ b.float())
+        torch.testing.assert_close(sums, (a.float() @ b.float()).expand(2, 16, 8))

@@ -56,28 +56,24 @@ def twin_of(model):
 @pytest.mark.parametrize("heads, small", [(32, HEADS), (8, HEADS // 2), (1, 1)])
 def test_grouped_queries_stay_grouped(heads, small):
     config = LlamaConfig(**{**LLAMA_8B, "num_key_value_heads": heads})
-    assert tiny_config(config).num_key_value_heads == small
-    assert config.num_key_value_heads == heads
+    assert tiny_config(config).num_key_value_heads == small and config.num_key_value_heads == heads
 
 
 def test_tokens_are_inside_the_vocabulary_and_different():
     config = tiny_config(Qwen2_5_VLConfig())
     tokens = [config.image_token_id, config.video_token_id, config.vision_start_token_id]
-    assert len(set(tokens)) == 3
-    assert max(tokens) < config.text_config.vocab_size <= 256
+    assert len(set(tokens)) == 3 and max(tokens) < config.text_config.vocab_size <= 256
 
 
 def test_sections_of_position_embeddings_fill_the_small_heads():
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [16, 24, 24]}
-    config = tiny_config(Qwen2_5_VLConfig(text_config={"rope_parameters": rope}))
-    text = config.text_config
+    text = tiny_config(Qwen2_5_VLConfig(text_config={"rope_parameters": rope})).text_config
     assert sum(text.rope_parameters["mrope_section"]) == text.hidden_size // text.num_attention_heads // 2
 
 
 def test_images_and_the_tokens_for_them_shrink_together():
     config = tiny_config(Gemma3Config(vision_config={"image_size": 896, "patch_size": 14}))
-    side = config.vision_config.image_size // config.vision_config.patch_size
-    assert (side, config.mm_tokens_per_image) == (8, 4)
+    assert ((config.vision_config.image_size // config.vision_config.patch_size), config.mm_tokens_per_image) == (8, 4)
 
 
 # ---- twins ------------------------------------------------------------------------------------------------
@@ -99,8 +95,7 @@ STRUCTURES = {
 def test_a_twin_has_the_modules_of_the_model_and_runs(name):
     model = on_meta(STRUCTURES[name])
     twin = twin_of(model)
-    assert paths_and_classes(twin) == paths_and_classes(model)
-    assert kinds_of_blocks(twin) == kinds_of_blocks(model)
+    assert paths_and_classes(twin) == paths_and_classes(model) and kinds_of_blocks(twin) == kinds_of_blocks(model)
     assert {parameter.dtype for parameter in twin.parameters()} == {torch.float64}
     assert sum(parameter.numel() for parameter in twin.parameters()) < 2e6
     runnable_example(twin)
@@ -125,13 +120,13 @@ def test_a_twin_of_images_or_sound_runs(config):
 
 
 def test_nothing_in_a_twin_is_special():
-    twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B, attention_bias=True)))
-    for name, parameter in twin.named_parameters():
+    for name, parameter in twin_of(on_meta(LlamaConfig(**LLAMA_8B, attention_bias=True))).named_parameters():
         assert float(parameter.detach().std()) > 1e-3, name
         if "norm" in name:
             assert bool((parameter != 1).all()), name
 
 
+@torch.no_grad()
 def test_a_twin_computes_in_float64_where_the_model_asks_for_float32():
     """Norms convert to float32. On the twin, its rounding must not hide a small change."""
     twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
@@ -139,10 +134,9 @@ def test_a_twin_computes_in_float64_where_the_model_asks_for_float32():
     norm = dict(twin.named_modules())["model.layers.0.input_layernorm"]
     found = []
     norm.register_forward_hook(lambda module, args, output: found.append(output))
-    with torch.no_grad():
-        before = next(tensors_in(run_example(twin, example)))
-        twin.model.embed_tokens.weight *= 1 + 1e-13
-        after = next(tensors_in(run_example(twin, example)))
+    before = next(tensors_in(run_example(twin, example)))
+    twin.model.embed_tokens.weight *= 1 + 1e-13
+    after = next(tensors_in(run_example(twin, example)))
     assert found[0].dtype == torch.float64 and before.dtype == torch.float64
     assert torch.get_default_dtype() == torch.float32
     assert 0 < float((after - before).abs().max()) < 1e-10
@@ -152,8 +146,7 @@ def test_a_failing_twin_leaves_the_default_dtype():
     twin = twin_of(on_meta(LlamaConfig(**LLAMA_8B)))
     with pytest.raises(ValueError):
         twin()
-    assert torch.get_default_dtype() == torch.float32
-    assert torch.zeros(1).float().dtype == torch.float32
+    assert torch.get_default_dtype() == torch.float32 and torch.zeros(1).float().dtype == torch.float32
 
 
 def test_a_small_model_is_copied_and_stays_as_it_is():
@@ -162,8 +155,7 @@ def test_a_small_model_is_copied_and_stays_as_it_is():
     )
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    twin = twin_of(model)
-    assert twin.config.hidden_size == 32
+    assert twin_of(model).config.hidden_size == 32
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert model.dtype == torch.bfloat16 and not model._forward_hooks
 

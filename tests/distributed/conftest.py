@@ -1,30 +1,23 @@
+from contextlib import closing
+
 import pytest
 from runs import adapters_of_one_process, attached
 from support.ranks import Ranks
 
 
-@pytest.fixture(scope="session")
-def ranks():
-    """See :class:`support.ranks.Ranks`. All tests use the same two processes."""
-    made = Ranks()
-    yield made
-    made.close()
+def ranks_of(count):
+    """A fixture, see :class:`support.ranks.Ranks`. All tests use the same processes; the first call starts them."""
+
+    @pytest.fixture(scope="session")
+    def processes():
+        with closing(Ranks(count)) as made:
+            yield made
+
+    return processes
 
 
-@pytest.fixture(scope="session")
-def one_rank():
-    """A process that is the only rank of its group, for what needs a group."""
-    made = Ranks(1)
-    yield made
-    made.close()
-
-
-@pytest.fixture(scope="session")
-def four_ranks():
-    """Four processes, for slow tests. The first call starts them."""
-    made = Ranks(4)
-    yield made
-    made.close()
+ranks, four_ranks = ranks_of(2), ranks_of(4)
+one_rank = ranks_of(1)  # the only rank of its group, for what needs a group
 
 
 @pytest.fixture(scope="session")

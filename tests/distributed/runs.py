@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from contextlib import contextmanager
 from unittest import mock
 
@@ -10,6 +9,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support.models import ALL_RATIOS, model_of, ratios_for
+from support.ranks import forget_deepspeed
 from support.tolerances import GEMM
 from torch import nn
 
@@ -18,6 +18,7 @@ import s2ft
 os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
 STEPS, ROWS, LENGTH = 4, 4, 7
 RANKS = 2
+EXTRA = dict(modules_to_save=["model.norm", "lm_head"])  # weights that are trained in full
 
 
 def config_for(case, layout="permuted", **changes):
@@ -45,20 +46,25 @@ def rows_of(rank):
     return slice(rank * ROWS // RANKS, (rank + 1) * ROWS // RANKS)
 
 
-def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None):
-    """AdamW steps on this rank's half of every batch. A rank of None trains on both halves, one after the other."""
+def train(model, rank=None, steps=STEPS, lr=1e-2, forward=None, seen=None):
+    """AdamW steps on this rank's half of every batch. A rank of None trains on both halves, one after the other.
+
+    The list `seen` gets the loss of the last half and the norm of the gradients of each step.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=0.1)
     model.train()
     for batch in batches(model, steps):
         halves = [batch[rows_of(one)] for one in range(RANKS)] if rank is None else [batch[rows_of(rank)]]
         for half in halves:
-            loss = (forward or model)(input_ids=half, labels=half).loss
-            (loss / len(halves)).backward()
-        torch.nn.utils.clip_grad_norm_(trained, 0.5)
+            loss = (forward or model)(input_ids=half, labels=half).loss / len(halves)
+            loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(trained, 0.5)
+        if seen is not None:
+            seen += [loss.item(), float(norm)]
         optimizer.step()
         optimizer.zero_grad()
-    model.eval()
+    return model.eval()
 
 
 def blocks_of(model):
@@ -141,8 +147,7 @@ def reset(way="cpu"):
 
     AcceleratorState._reset_state(True)
     PartialState._reset_state()
-    if "transformers.integrations.deepspeed" in sys.modules:  # under a config of ZeRO-3 new models are partitioned
-        sys.modules["transformers.integrations.deepspeed"].unset_hf_deepspeed_config()
+    forget_deepspeed()
     for name in [name for name in os.environ if name.startswith(("FSDP_", "ACCELERATE_"))]:
         del os.environ[name]
     if way == "deepspeed":  # accelerate uses it only if no one asks for CPUs, and here are only CPUs
@@ -183,9 +188,16 @@ def check_same_files(ours, theirs, rtol=GEMM[torch.float32][0], atol=GEMM[torch.
     assert any(bool(value.any()) for key, value in tensors.items() if key.endswith(".delta"))
 
 
+def base_is(model, case, dtype=torch.float32):
+    """Whether the parameters of a detached model are those of the case, bit for bit. Every rank calls this."""
+    base, now = dict(model_of(case, dtype).named_parameters()), dict(model.named_parameters())
+    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in now.items()}
+    return whole.keys() == base.keys() and all(torch.equal(whole[name], value) for name, value in base.items())
+
+
+@torch.no_grad()
 def logits(model, forward=None):
-    with torch.no_grad():
-        return (forward or model)(input_ids=batches(model, 1)[0]).logits.clone()
+    return (forward or model)(input_ids=batches(model, 1)[0]).logits.clone()
 
 
 def adapters_of_one_process(tmp_path_factory, attached_model):

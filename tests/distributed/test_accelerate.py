@@ -10,8 +10,6 @@ from torch.nn.parallel import DistributedDataParallel
 
 import s2ft
 
-WAYS = ("ddp", "fsdp", "fsdp root", "fsdp kept", "fsdp checkpointed", "fsdp state whole")
-
 
 def accelerator_for(way, model, **options):
     """A new Accelerator."""
@@ -64,7 +62,12 @@ def run_at_once_and_resumed(rank, way, layout, directory):
     again.run(2, 4, directory / "again")
 
 
-@pytest.mark.parametrize("way, layout", in_turn(WAYS, ("permuted", "indexed")))
+@pytest.mark.parametrize(
+    "way, layout",
+    in_turn(
+        ("ddp", "fsdp", "fsdp root", "fsdp kept", "fsdp checkpointed", "fsdp state whole"), ("permuted", "indexed")
+    ),
+)
 def test_trains_and_resumes_exactly(ranks, alone, way, layout, tmp_path):
     ranks(run_at_once_and_resumed, way, layout, tmp_path)
     check_same_files(tmp_path / "again", tmp_path / "whole", exactly=True)

@@ -5,11 +5,11 @@ import torch
 from runs import attached, base_on, check_same_files, logits, run_on, train
 from support.inside import full_tensors
 from support.models import model_of
+from support.states import with_loaded
 
 import s2ft
 
 SETTINGS = (None, "a", {"a": 0.5, "b": 2.0}, "c", {"b": 0.5, "c": 1.0}, {"a": 1.0, "b": 1.0}, None)
-ENDS = {"merge b": "b", "merge half of a": {"a": 0.5}}
 WAYS = [
     ("fsdp", "llama-grouped", "merge b"),
     ("fsdp", "mixtral", "merge half of a"),
@@ -29,12 +29,13 @@ ZERO = [("zero 1", "llama-grouped"), ("zero 3", "llama-grouped"), ("zero 3", "mi
 
 def use(rank, how, folder, end):
     """Returns the outputs with several settings of the adapters, the status, and the weights after a merge."""
-    model = base_on(how, folder / "base")
-    s2ft.load_adapter(model, folder / "a", "a")  # written into the whole weights, where they are spread later
+    model = with_loaded(base_on(how, folder / "base"), folder / "a", "a")  # into weights that may be spread later
     s2ft.attach(model, s2ft.read_adapter(folder / "b").config, "b")
     run = run_on(how, model)
     seen = [logits(model, run)]
-    s2ft.adapter.restore_adapter(model, folder / "b")  # after a forward, of which FSDP2 still has gathered weights
+    s2ft.attached.loading.restore_adapter(
+        model, folder / "b"
+    )  # after a forward, of which FSDP2 still has gathered weights
     s2ft.load_adapter(model, folder / "c", "c", active=False)
     for setting in SETTINGS:
         s2ft.set_adapter(model, setting)
@@ -48,7 +49,7 @@ def use(rank, how, folder, end):
     if end != "merge b":
         s2ft.delete_adapter(model, "b")
         assert s2ft.list_adapters(model) == ["a", "c"]
-    s2ft.set_adapter(model, ENDS[end])
+    s2ft.set_adapter(model, {"merge b": "b", "merge half of a": {"a": 0.5}}[end])
     return seen, status, full_tensors(dict(s2ft.merge(model).named_parameters()))
 
 
@@ -62,14 +63,10 @@ def use(rank, how, folder, end):
 )
 def test_adapters_are_used_as_on_one_process(ranks, how, case, end, tmp_path):
     """Adapter c has a norm that is trained in full."""
-    if how.startswith("zero"):
-        pytest.importorskip("deepspeed")
     model_of(case).save_pretrained(tmp_path / "base")
     norm = "transformer.ln_f" if case == "gpt2" else "model.norm"
     for seed, (name, more) in enumerate({"a": {}, "b": {}, "c": dict(modules_to_save=[norm])}.items()):
-        model = attached(case, seed=seed, **more)
-        train(model, steps=2, lr=0.1)
-        s2ft.save_adapter(model, tmp_path / name)
+        s2ft.save_adapter(train(attached(case, seed=seed, **more), steps=2, lr=0.1), tmp_path / name)
     expected, expected_status, merged = use(0, "one process", tmp_path, end)
     assert len({float(one.sum()) for one in expected}) >= len(set(map(str, SETTINGS)))
     for rank, (seen, status, weights) in enumerate(ranks(use, how, tmp_path, end)):

@@ -22,8 +22,7 @@ def error_of(act, *kinds):
 def attach_on_all_ranks(rank, seeds, scales, names):
     """Attach on every rank. Returns the error message, and whether a refused model is unchanged."""
     model = model_of("llama")
-    with torch.no_grad():
-        model.model.layers[1].mlp.up_proj.weight.mul_(scales[rank])
+    model.model.layers[1].mlp.up_proj.weight.data.mul_(scales[rank])
     before = {key: value.clone() for key, value in model.state_dict().items()}
     config = s2ft.S2FTConfig(d_ratio=0.2, seed=seeds[rank])
     message = error_of(lambda: s2ft.attach(model, config, names[rank]))
@@ -83,17 +82,15 @@ def agree(rank, values):
 
 def test_a_disagreement_is_an_error_on_every_rank(ranks):
     assert ranks(agree, ["a", "a"]) == ["", ""]
-    for message in ranks(agree, ["a", "b"]):
-        assert message == "the ranks differ in their selection (2 on 2 ranks): a on rank 0, b on rank 1"
-    assert ranks(agree, ["c", "c"]) == ["", ""]
+    words = "the ranks differ in their selection (2 on 2 ranks): a on rank 0, b on rank 1"
+    assert ranks(agree, ["a", "b"]) == [words] * 2 and ranks(agree, ["c", "c"]) == ["", ""]
 
 
 # ---- saving ----------------------------------------------------------------------------------------------
 
 
 def save_on_first_alone(rank, directory):
-    model = sharded(attached("llama"))
-    train(model, rank, steps=1)
+    model = train(sharded(attached("llama")), rank, steps=1)
     message = ""
     if rank == 0:
         with patience(seconds=0.5):
@@ -104,18 +101,14 @@ def save_on_first_alone(rank, directory):
 
 
 def test_saving_a_sharded_model_on_a_single_rank_writes_nothing_and_names_the_cause(ranks, tmp_path):
-    message = ranks(save_on_first_alone, tmp_path)[0]
-    assert "waited for rank 1: it did not call this within 0.5 s." in message
+    assert "waited for rank 1: it did not call this within 0.5 s." in ranks(save_on_first_alone, tmp_path)[0]
     assert not (tmp_path / "alone").exists()
-    model = attached("llama")
-    train(model, steps=1)
-    s2ft.save_adapter(model, tmp_path / "expected")
+    s2ft.save_adapter(train(attached("llama"), steps=1), tmp_path / "expected")
     check_same_files(tmp_path / "both", tmp_path / "expected")
 
 
 def save_where_it_fails(rank, directory):
-    model = sharded(attached("llama"))
-    train(model, rank, steps=1)
+    model = train(sharded(attached("llama")), rank, steps=1)
     message = error_of(lambda: s2ft.save_adapter(model, directory / "file"), OSError, RuntimeError)
     s2ft.save_adapter(model, directory / "good")
     return message, (directory / "good" / "s2ft_config.json").exists()
@@ -131,8 +124,7 @@ def test_shards_of_trained_parameters_are_refused(tmp_path):
     """FSDP version 1 and other libraries leave such shards: empty or flat ones."""
     for part in (torch.empty(0), torch.zeros(5), torch.zeros(0, 24)):
         model = attached("llama")
-        layer = model.model.layers[0].mlp.up_proj
-        layer.s2 = torch.nn.Parameter(part)
+        model.model.layers[0].mlp.up_proj.s2 = torch.nn.Parameter(part)
         with pytest.raises(ValueError, match=r"up_proj.s2 has shape .* this is a shard, so nothing is saved"):
             s2ft.save_adapter(model, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()

@@ -7,12 +7,9 @@ import torch
 from runs import check_same_files, reset, unchanged_environment
 from support.context_on_cpu import allow as allow_context
 from support.fsdp_on_cpu import allow
+from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
 from train.test_sft import CONFIG, deltas, token_rows
 from train.tiny import tiny_model, tiny_tokenizer
-
-pytest.importorskip("trl")
-
-from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
 
 import s2ft
 
@@ -47,19 +44,13 @@ def train(rank, folder, context=1, data=1, layout="permuted", chunked=True, chan
     if rank == 0:
         place.begin({})
     held_out = HeldOut(rows)
-    options = RunOptions(chunked_loss=chunked)
-    sft(model, tiny_tokenizer(), rows, arguments, place, options=options, held_out=held_out)
-    return [
-        (line["step"], line.get("loss"), line.get("grad_norm"), line.get("eval_loss")) for line in read_log(place.log)
-    ]
+    sft(model, tiny_tokenizer(), rows, arguments, place, options=RunOptions(chunked_loss=chunked), held_out=held_out)
+    names = ("step", "loss", "grad_norm", "eval_loss")
+    return [{name: line[name] for name in names if name in line} for line in read_log(place.log)]
 
 
 def check_log(ours, theirs):
-    assert [line[0] for line in ours] == [line[0] for line in theirs] and len(ours) == 6
-    for line, expected in zip(ours, theirs):
-        assert [value for value in line if value is not None] == pytest.approx(
-            [value for value in expected if value is not None], rel=1e-4
-        )
+    assert ours == [pytest.approx(line, rel=1e-4) for line in theirs] and len(ours) == 6
 
 
 @pytest.fixture(scope="module")
@@ -74,19 +65,16 @@ def by_one(tmp_path_factory):
     "layout, chunked, changes", [("permuted", True, {}), ("indexed", False, {"gradient_checkpointing": True})]
 )
 def test_two_devices_share_each_row(ranks, by_one, tmp_path, layout, chunked, changes):
-    logs = ranks(train, tmp_path, 2, 1, layout, chunked, changes)
-    check_log(logs[0], by_one[0])
-    compare = check_same_files if layout == "permuted" else check_same_deltas
-    compare(tmp_path / "adapter", by_one[1])
+    check_log(ranks(train, tmp_path, 2, 1, layout, chunked, changes)[0], by_one[0])
+    (check_same_files if layout == "permuted" else check_same_deltas)(tmp_path / "adapter", by_one[1])
 
 
 def check_same_deltas(ours, theirs):
-    for key, value in deltas(RunFolder(ours.parent)).items():
-        torch.testing.assert_close(value, deltas(RunFolder(theirs.parent))[key], rtol=1e-4, atol=1e-5)
+    found, expected = (deltas(RunFolder(folder.parent)) for folder in (ours, theirs))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
 def test_four_devices_in_two_groups(four_ranks, by_one, tmp_path):
-    logs = four_ranks(train, tmp_path, 2, 2)
-    check_log(logs[0], by_one[0])
+    check_log(four_ranks(train, tmp_path, 2, 2)[0], by_one[0])
     check_same_files(tmp_path / "adapter", by_one[1])

@@ -6,9 +6,12 @@ They train, save, restore and resume the adapter of one process.
 import pytest
 import torch
 from runs import (
+    EXTRA,
+    attach_to,
     attached,
     batches,
     check_same_files,
+    config_for,
     engine_for,
     files,
     logits,
@@ -18,32 +21,23 @@ from runs import (
     unchanged_environment,
 )
 from support.inside import S2FTTrainer, full_tensors
-from support.models import ALL_RATIOS, model_of, ratios_for
-from test_trainer import CLOSE, losses_of, trainer, zero_config
+from support.models import model_of
+from support.states import same, with_adapter, with_loaded
+from test_trainer import CLOSE, losses_of, run_trainer, trainer, zero_config
 from transformers import AutoModelForCausalLM, Trainer
 
 import s2ft
 
 pytestmark = pytest.mark.deepspeed
-pytest.importorskip("deepspeed")
 
 
 def partitioned_of(case, dtype=torch.float32):
     return partitioned(model_of(case, dtype), dtype)
 
 
-def config_of(case, **changes):
-    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), **changes})
-
-
 def values(model):
     """Every parameter in full, by name. Every rank calls this."""
     return {name: value.clone() for name, value in full_tensors(dict(model.named_parameters())).items()}
-
-
-def check_same_values(ours, theirs):
-    assert ours.keys() == theirs.keys()
-    assert not [name for name, value in ours.items() if not torch.equal(value, theirs[name])]
 
 
 def run(engine, rank, steps=4):
@@ -60,12 +54,7 @@ def run(engine, rank, steps=4):
 
 def train_and_save(rank, case, layout, stage, directory, half=False, first=False):
     """With `first` the model is partitioned before the adapter is attached."""
-    if first:
-        model = partitioned_of(case)
-        s2ft.attach(model, config_of(case, layout=layout))
-    else:
-        model = attached(case, layout)
-    engine = engine_for(model, stage, half)
+    engine = engine_for(attach_to(partitioned_of(case) if first else model_of(case), case, layout), stage, half)
     run(engine, rank)
     s2ft.save_adapter(engine.module, directory)
 
@@ -103,20 +92,19 @@ def attach_both(rank, case, selection, layout):
     """attach changes a partitioned model as it changes a whole one, and detach takes it back."""
     whole, model = model_of(case), partitioned_of(case)
     base = values(whole)
-    config = config_of(case, selection=selection, layout=layout)
+    config = config_for(case, selection=selection, layout=layout)
     data = batches(whole, 2) if selection in ("activation", "product", "gradient") else None
     expected = s2ft.attach(whole, config, calibration=data)
     report = s2ft.attach(model, config, calibration=data)
     assert str(report) == f"{expected}\n{report.unproved}" and "in evaluation mode only" in report.unproved
-    check_same_values(values(model), values(whole))
-    assert all(is_partitioned_or_new(name, parameter) for name, parameter in model.named_parameters())
+    assert same(values(model), values(whole))
+    assert all(
+        (name.endswith(".s2") or (hasattr(parameter, "ds_id") and parameter.numel() == 0))
+        for name, parameter in model.named_parameters()
+    )
     s2ft.detach(model)
-    check_same_values(values(model), base)
+    assert same(values(model), base)
     assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.parameters())
-
-
-def is_partitioned_or_new(name, parameter):
-    return name.endswith(".s2") or (hasattr(parameter, "ds_id") and parameter.numel() == 0)
 
 
 @pytest.mark.parametrize(
@@ -140,7 +128,7 @@ def fail_in_calibration(rank, selection):
     model, whole = partitioned_of("llama-grouped"), model_of("llama-grouped")
     before = [id(parameter) for parameter in model.parameters()]
     good = batches(whole, 2)
-    config = config_of("llama-grouped", selection=selection)
+    config = config_for("llama-grouped", selection=selection)
     for bad in ([good[0], good[1] + 1000], good[: 1 + rank]):  # unknown tokens; more batches on one rank
         with pytest.raises(Exception) as error:
             s2ft.attach(model, config, calibration=bad)
@@ -148,14 +136,13 @@ def fail_in_calibration(rank, selection):
         assert all(parameter.numel() == 0 and parameter.grad is None for parameter in model.parameters())
     for one in (model, whole):
         s2ft.attach(one, config, calibration=good)
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
     return str(error.value)
 
 
 @pytest.mark.parametrize("selection", ("activation", "gradient"))
 def test_a_failure_in_calibration_leaves_the_model_as_it_was(ranks, selection):
-    for message in ranks(fail_in_calibration, selection):
-        assert "differ in their calibration" in message
+    assert all("differ in their calibration" in message for message in ranks(fail_in_calibration, selection))
 
 
 def write_and_merge(rank, folder, trainable):
@@ -164,14 +151,14 @@ def write_and_merge(rank, folder, trainable):
     base = values(whole)
     for one in (model, whole):
         s2ft.load_adapter(one, folder, trainable=trainable)
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
     s2ft.set_adapter(model, None)
     if not trainable:
-        check_same_values(values(model), base)
+        assert same(values(model), base)
     s2ft.set_adapter(model, "default")
     for one in (model, whole):
         s2ft.merge(one)
-    check_same_values(values(model), values(whole))
+    assert same(values(model), values(whole))
 
 
 @pytest.mark.parametrize("trainable", (False, True))
@@ -194,8 +181,8 @@ def attach_loaded(rank, folder, unknown):
     for one in (whole, model):
         if unknown:  # couplings are found by trials on a small model, which must not be partitioned
             one.config.model_type = "unknown"
-        s2ft.attach(one, config_of("llama-grouped", selection="weight"), verify=True)
-    check_same_values(values(model), values(whole))
+        s2ft.attach(one, config_for("llama-grouped", selection="weight"), verify=True)
+    assert same(values(model), values(whole))
     del live
 
 
@@ -209,8 +196,7 @@ def test_a_model_that_from_pretrained_has_partitioned(ranks, unknown, tmp_path):
 
 
 def attach_in_an_engine(rank, stage):
-    model = partitioned_of("llama") if stage == 3 else model_of("llama")
-    engine = engine_for(model, stage)
+    engine = engine_for((partitioned_of("llama") if stage == 3 else model_of("llama")), stage)
     with pytest.raises(ValueError) as error:
         s2ft.attach(engine.module, s2ft.S2FTConfig(d_ratio=0.2))
     assert s2ft.list_adapters(engine.module) == []
@@ -219,14 +205,13 @@ def attach_in_an_engine(rank, stage):
 
 @pytest.mark.parametrize("stage", (1, 3))
 def test_attaching_to_a_model_in_an_engine_is_refused(ranks, stage):
-    for message in ranks(attach_in_an_engine, stage):
-        assert "DeepSpeed's engine holds" in message and "before deepspeed.initialize" in message
+    found = ranks(attach_in_an_engine, stage)
+    assert all("DeepSpeed's engine holds" in one and "before deepspeed.initialize" in one for one in found)
 
 
 def take_out_of_an_engine(rank, stage, directory):
     """ZeRO-1 leaves the weights whole, and the trained adapter is merged there. ZeRO-3 would gather layers of before."""
-    model = partitioned_of("llama") if stage == 3 else model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
+    model = with_adapter(partitioned_of("llama") if stage == 3 else model_of("llama"), s2ft.S2FTConfig(d_ratio=0.2))
     run(engine_for(model, stage), rank)
     s2ft.save_adapter(model, directory)
     if stage == 1:
@@ -239,14 +224,8 @@ def take_out_of_an_engine(rank, stage, directory):
 @pytest.mark.parametrize("stage", (1, 3))
 def test_a_model_is_taken_out_of_an_engine_whose_weights_are_whole(ranks, stage, tmp_path):
     states = ranks(take_out_of_an_engine, stage, tmp_path)
-    model = model_of("llama")
-    s2ft.load_adapter(model, tmp_path)
-    expected = s2ft.merge(model).state_dict()
-    for state in states if stage == 1 else ():
-        check_same_values(state, expected)
-
-
-EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
+    expected = s2ft.merge(with_loaded(model_of("llama"), tmp_path)).state_dict()
+    assert [state for state in (states if stage == 1 else ()) if not same(state, expected)] == []
 
 
 def train_extra_weights(rank, stage, directory):
@@ -260,8 +239,7 @@ def train_extra_weights(rank, stage, directory):
     seen = []
     for setting, expected in ((None, base), ("default", trained)):
         s2ft.set_adapter(model, setting)
-        head = full_tensors({"head": model.lm_head.weight})["head"]
-        seen.append(torch.equal(head.to(base), expected.to(base)))
+        seen.append(torch.equal(full_tensors({"head": model.lm_head.weight})["head"].to(base), expected.to(base)))
     return seen
 
 
@@ -288,7 +266,7 @@ def restore_uneven_parts(rank, stage, saved, directory):
     model = uneven()
     assert model.down.s2.numel() % 2
     engine = engine_for(model, stage)
-    s2ft.adapter.restore_adapter(engine.module, saved)
+    s2ft.attached.loading.restore_adapter(engine.module, saved)
     s2ft.save_adapter(engine.module, directory)
 
 
@@ -321,7 +299,7 @@ def restore_and_train(rank, stage, saved, directory):
     """The optimizer holds the restored values too. Otherwise its next step would overwrite them."""
     engine = engine_for(attached("llama-grouped"), stage)
     run(engine, rank, steps=1)
-    s2ft.adapter.restore_adapter(engine.module, saved)
+    s2ft.attached.loading.restore_adapter(engine.module, saved)
     s2ft.save_adapter(engine.module, directory / "restored")
     seen = logits(engine.module, engine)
     for group in engine.optimizer.param_groups:
@@ -333,11 +311,10 @@ def restore_and_train(rank, stage, saved, directory):
 
 @pytest.mark.parametrize("stage", (1, 2, 3))
 def test_a_restored_adapter_is_not_overwritten_by_the_optimizer(ranks, stage, tmp_path):
-    model = attached("llama-grouped")
-    train(model, steps=2)
+    model = train(attached("llama-grouped"), steps=2)
     s2ft.save_adapter(model, tmp_path / "saved")
-    for seen in ranks(restore_and_train, stage, tmp_path / "saved", tmp_path):
-        torch.testing.assert_close(seen, logits(model), rtol=1e-5, atol=1e-5)
+    seen = ranks(restore_and_train, stage, tmp_path / "saved", tmp_path)
+    torch.testing.assert_close(seen, [logits(model)] * 2, rtol=1e-5, atol=1e-5)
     check_same_files(tmp_path / "restored", tmp_path / "saved", exactly=True)
     check_same_files(tmp_path / "after", tmp_path / "saved", exactly=True)
 
@@ -349,9 +326,9 @@ OPTIONS = dict(max_steps=3, gradient_accumulation_steps=2, gradient_checkpointin
 
 
 def load_and_attach(base):
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    s2ft.attach(model, config_of("llama-grouped", selection="weight"))
-    return model
+    return with_adapter(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), config_for("llama-grouped", selection="weight")
+    )
 
 
 def train_loaded(rank, base, folder, kind, more):
@@ -368,12 +345,16 @@ def train_loaded(rank, base, folder, kind, more):
 
 
 GATHERED = {"stage3_gather_16bit_weights_on_model_save": True}
-OFFLOADED = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
 
 
 @pytest.mark.parametrize(
     "kind, more",
-    [(S2FTTrainer, {}), (Trainer, {}), (Trainer, GATHERED), (S2FTTrainer, OFFLOADED)],
+    [
+        (S2FTTrainer, {}),
+        (Trainer, {}),
+        (Trainer, GATHERED),
+        (S2FTTrainer, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}),
+    ],
     ids=("s2ft", "plain", "plain gathered", "s2ft offloaded"),
 )
 def test_trainer_trains_and_resumes_a_partitioned_model(ranks, kind, more, tmp_path):
@@ -383,11 +364,9 @@ def test_trainer_trains_and_resumes_a_partitioned_model(ranks, kind, more, tmp_p
     losses, again = ranks(train_loaded, base, tmp_path, kind, more)[0]
     with unchanged_environment():
         options = {**OPTIONS, "gradient_accumulation_steps": 4}
-        made = trainer("ddp", load_and_attach(base), tmp_path / "alone", **options)
-        made.train()
+        made = run_trainer("ddp", load_and_attach(base), tmp_path / "alone", **options)
     s2ft.save_adapter(made.model, tmp_path / "alone" / "adapter")
-    assert losses == pytest.approx(losses_of(made), rel=1e-4)
-    assert again[-1] == losses[-1]
+    assert losses == pytest.approx(losses_of(made), rel=1e-4) and again[-1] == losses[-1]
     check_same_files(tmp_path / "whole adapter", tmp_path / "alone" / "adapter", **CLOSE)
     check_same_files(tmp_path / "again adapter", tmp_path / "whole adapter", exactly=True)
     saved = (tmp_path / "whole" / "checkpoint-3" / "s2ft_adapter.safetensors").exists()

@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from runs import attach_to, check_same_files, logits, sharded, train
+from runs import EXTRA, attach_to, base_is, check_same_files, logits, sharded, train
 from support.models import model_of
 from support.pairs import in_turn
 from torch.nn.parallel import DistributedDataParallel
@@ -20,7 +20,6 @@ FSDP = {
     "kept": {"reshard_after_forward": False},
     "offloaded": {"offload": True},
 }
-EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
 ONE_ROW = dict(
     units={"model.layers.1.mlp.up_proj": [7], "model.layers.1.mlp.down_proj": [3]},
     **{f"{key}_ratio": 0.0 for key in "qkvougd"},
@@ -70,10 +69,7 @@ def train_and_save(rank, run, layout, directory, dtype=torch.float32, mesh=None)
     forward = DistributedDataParallel(model, **DDP[run.way]) if run.strategy == "ddp" else None
     train(model, rank * 2 // torch.distributed.get_world_size(), forward=forward)
     s2ft.save_adapter(model, directory)
-    s2ft.detach(model)
-    base, now = dict(model_of(run.case, dtype).named_parameters()), dict(model.named_parameters())
-    whole = {name: value.full_tensor() if hasattr(value, "full_tensor") else value for name, value in now.items()}
-    return whole.keys() == base.keys() and all(torch.equal(whole[name], value) for name, value in base.items())
+    return base_is(s2ft.detach(model), run.case, dtype)
 
 
 ROWS = (  # each layout in turn; the other one is slow

@@ -5,7 +5,8 @@ import torch
 from runs import attached, sharded
 from support.inside import DriftMeter, ForgettingMeter, gather_trained
 from support.models import model_of
-from test_trainer import trainer
+from support.states import same
+from test_trainer import run_trainer, trainer
 
 import s2ft
 
@@ -23,31 +24,27 @@ def measured_and_stopped(rank, way, folder):
     Returns the values by step, the steps of the stop, and whether the values of the second step are kept.
     """
     meter = ForgettingMeter(other=rows_of_meter(), prompts=rows_of_meter(), every=1)
-    model = attached("llama-grouped")
-    run = trainer(way, model, f"{folder}/whole", save_strategy="no", **CONSTANT)
+    run = trainer(way, attached("llama-grouped"), f"{folder}/whole", save_strategy="no", **CONSTANT)
     meter.add_to(run)
     run.train()
     second, third = (meter.measured[step].base_kl for step in (2, 3))
     limited = ForgettingMeter(prompts=rows_of_meter(), every=1, stop_at_kl=(second + third) / 2)
-    model = attached("llama-grouped")
-    run = trainer(way, model, f"{folder}/limited", save_strategy="no", **CONSTANT)
+    run = trainer(way, attached("llama-grouped"), f"{folder}/limited", save_strategy="no", **CONSTANT)
     limited.add_to(run)
     run.train()
     kept = gather_trained(run.accelerator.unwrap_model(run.model))
-    short = trainer(way, attached("llama-grouped"), f"{folder}/short", save_strategy="no", max_steps=2, **CONSTANT)
-    short.train()
+    short = run_trainer(way, attached("llama-grouped"), f"{folder}/short", save_strategy="no", max_steps=2, **CONSTANT)
     expected = gather_trained(short.accelerator.unwrap_model(short.model))
-    same = kept.keys() == expected.keys() and all(torch.equal(kept[name], expected[name]) for name in kept)
     drifts = {step: drift.to_dict() for step, drift in meter.measured.items()}
-    return drifts, (limited.stopped_at, limited.kept_step), same
+    return drifts, (limited.stopped_at, limited.kept_step), same(kept, expected)
 
 
 @pytest.mark.parametrize("way", ("ddp", pytest.param("fsdp", marks=pytest.mark.slow)))
 def test_ranks_measure_the_same_and_stop_together(ranks, way, tmp_path):
     first, second = ranks(measured_and_stopped, way, str(tmp_path))
     assert first == second
-    drifts, steps, same = first
-    assert sorted(drifts) == [1, 2, 3, 4] and steps == (3, 2) and same
+    drifts, steps, is_kept = first
+    assert sorted(drifts) == [1, 2, 3, 4] and steps == (3, 2) and is_kept
     model = attached("llama-grouped")
     meter = DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter())
     assert meter.measure(model).to_dict().keys() == drifts[1].keys()

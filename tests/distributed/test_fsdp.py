@@ -2,10 +2,11 @@
 
 import gc
 import weakref
+from unittest import mock
 
 import pytest
 import torch
-from runs import attached, check_same_files, config_for, files, logits, sharded, train
+from runs import EXTRA, attached, base_is, check_same_files, config_for, files, logits, sharded, train
 from support.inside import attachment_of
 from support.models import model_of
 
@@ -61,17 +62,15 @@ def train_cast(rank, way, directory):
         "cast": MixedPrecisionPolicy(torch.bfloat16),
         "cast, summed in float32": MixedPrecisionPolicy(torch.bfloat16, torch.float32),
     }[way]
-    model = sharded(with_deltas(), mp_policy=policy)
-    train(model, rank, lr=1e-5)
-    s2ft.save_adapter(model, directory)
+    s2ft.save_adapter(train(sharded(with_deltas(), mp_policy=policy), rank, lr=1e-5), directory)
 
 
+@torch.no_grad()
 def with_deltas():
     """A bfloat16 base with float32 deltas of about 0.1."""
     model, generator = attached("llama", dtype=torch.bfloat16), torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for mount in attachment_of(model).mounts.values():
-            mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
+    for mount in attachment_of(model).mounts.values():
+        mount.layer.s2.uniform_(0.08, 0.12, generator=generator)
     return model
 
 
@@ -93,8 +92,6 @@ def test_updates_below_bfloat16_are_not_lost(ranks, way, tmp_path):
 
 
 # ---- weights that are trained in full ------------------------------------------------------------------------
-
-EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
 
 
 def switch_extra_weights(rank, folder, unfrozen):
@@ -118,8 +115,8 @@ def switch_extra_weights(rank, folder, unfrozen):
     s2ft.set_adapter(model, "default")
     same.append(torch.equal(head(), trained))
     s2ft.save_adapter(model, folder)
-    s2ft.adapter.restore_adapter(model, folder)
-    gathered = s2ft.adapter.saving.gather_trained(model)["lm_head.weight"]
+    s2ft.attached.loading.restore_adapter(model, folder)
+    gathered = s2ft.attached.saving.gather_trained(model)["lm_head.weight"]
     return [*same, torch.equal(head(), trained), torch.equal(gathered, trained)]
 
 
@@ -131,35 +128,16 @@ def test_extra_weights_of_a_sharded_model_are_switched_and_saved(ranks, unfrozen
 # ---- sharded before the adapter --------------------------------------------------------------------------------
 
 
-def base_of(model):
-    return {key: value.full_tensor().detach().clone() for key, value in model.named_parameters()}
-
-
-def is_base(model, base):
-    now = dict(model.named_parameters())
-    return now.keys() == base.keys() and all(torch.equal(now[key].full_tensor(), value) for key, value in base.items())
-
-
 def interrupted(rank, error):
     """Fail while layers are mounted, after FSDP2 has been told of them."""
     from support.inside import mounting
 
     model = sharded(model_of("llama-grouped"))
-    base, before = base_of(model), logits(model)
+    before = logits(model)
     model.reshard()
-    replace = mounting.replace_forward
-
-    def fail(*args):
-        raise error
-
-    mounting.replace_forward = fail
-    try:
+    with mock.patch.object(mounting, "replace_forward", side_effect=error), pytest.raises(type(error)):
         s2ft.attach(model, config_for("llama-grouped", "permuted"))
-    except type(error):
-        pass
-    finally:
-        mounting.replace_forward = replace
-    same = is_base(model, base) and torch.equal(logits(model), before)
+    same = base_is(model, "llama-grouped") and torch.equal(logits(model), before)
     model.reshard()
     s2ft.attach(model, config_for("llama-grouped", "permuted"))
     return same and torch.equal(logits(model), logits(attached("llama-grouped")))

@@ -3,6 +3,8 @@
 A rank kills itself with SIGKILL when it is about to call a chosen function. The processes of a test are its own.
 """
 
+from contextlib import closing
+
 import pytest
 from runs import attached, check_same_files, sharded, train
 from support.inside import distributed
@@ -10,7 +12,7 @@ from support.killed import kill_at
 from support.models import model_of
 from support.ranks import Ranks, patience
 from test_meta_ranks import meta_of
-from test_trainer import trainer
+from test_trainer import run_trainer
 
 import s2ft
 
@@ -19,16 +21,14 @@ SECONDS = 5  # that a rank waits for another one, instead of half an hour
 
 @pytest.fixture
 def mortals(request):
-    made = Ranks(agent="agent" in request.param)
-    yield made
-    made.close()
+    with closing(Ranks(agent="agent" in request.param)) as made:
+        yield made
 
 
 @pytest.fixture
 def of_agent():
-    made = Ranks(agent=True)
-    yield made
-    made.close()
+    with closing(Ranks(agent=True)) as made:
+        yield made
 
 
 def run_and_kill(rank, victim, point, number, act, args):
@@ -53,8 +53,7 @@ def errors_of_survivors(ranks, victim, point, number, act, *args):
 
 def save_twice(rank, directory):
     """Save, train on, and save to the same folder again."""
-    model = sharded(attached("llama"))
-    train(model, rank, steps=1)
+    model = train(sharded(attached("llama")), rank, steps=1)
     s2ft.save_adapter(model, directory / "first")
     distributed.wait_for_ranks("the test", [0, 1])
     train(model, rank, steps=1)
@@ -62,12 +61,10 @@ def save_twice(rank, directory):
 
 
 def save_once(directory):
-    model = attached("llama")
-    train(model, steps=1)
-    s2ft.save_adapter(model, directory)
+    s2ft.save_adapter(train(attached("llama"), steps=1), directory)
 
 
-WRITING = "s2ft.adapter.formats.native:replace_file"  # two calls each time: the config, then the tensors
+WRITING = "s2ft.adapter.native:replace_file"  # two calls each time: the config, then the tensors
 
 
 @pytest.mark.parametrize(
@@ -109,8 +106,7 @@ KILLS = [
 
 
 def train_to_the_end(rank, way, folder, resumed=None):
-    made = trainer(way, attached("llama"), folder)
-    made.train(resume_from_checkpoint=resumed)
+    made = run_trainer(way, attached("llama"), folder, resumed=resumed)
     made.save_model(str(folder / "final"))
 
 

@@ -5,8 +5,9 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from runs import attach_to, attached, batches, check_same_files, logits, reset, sharded, train
+from runs import EXTRA, attach_to, attached, base_is, batches, check_same_files, logits, reset, sharded, train
 from support.models import model_of
+from support.states import with_adapter
 from test_accelerate import accelerator_for
 
 import s2ft
@@ -35,19 +36,13 @@ def efficient_accelerator(model):
         reset()
 
 
-def base_is(model, case):
-    expected = dict(model_of(case).named_parameters())
-    return all(torch.equal(p.full_tensor(), expected[name]) for name, p in model.named_parameters())
-
-
 def without_weights(case, has):
     """A model on a rank that does not read: on the meta device, or with any values, as transformers may leave it."""
     model = model_of(case)
     if has == "nothing":
         return meta_of(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.fill_(float("nan"))
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
     return model
 
 
@@ -56,13 +51,11 @@ def with_accelerate(rank, case, layout, directory, has, changes):
     model = model_of(case) if rank == 0 else without_weights(case, has)
     with efficient_accelerator(model) as accelerator:
         attach_to(model, case, layout, **changes)
-        trained = [p for p in model.parameters() if p.requires_grad]
-        model, _ = accelerator.prepare(model, torch.optim.AdamW(trained))
+        model, _ = accelerator.prepare(model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad]))
         train(model, rank * 2 // torch.distributed.get_world_size())
         s2ft.save_adapter(model, directory)
         s2ft.set_adapter(model, None)
-        s2ft.detach(model)
-        return base_is(model, case)
+        return base_is(s2ft.detach(model), case)
 
 
 @pytest.mark.parametrize(
@@ -117,8 +110,7 @@ def with_torch(rank, case, layout, directory, selection, real, first_keeps):
     shard_and_load(model, rank, state, first_keeps and rank == 0)
     train(model, rank)
     s2ft.save_adapter(model, directory)
-    s2ft.detach(model)
-    return base_is(model, case)
+    return base_is(s2ft.detach(model), case)
 
 
 @pytest.mark.parametrize(
@@ -138,8 +130,6 @@ def test_torch_broadcasts_the_weights_of_the_first_rank(ranks, alone, layout, se
 
 # ---- adapters --------------------------------------------------------------------------------------------
 
-EXTRA = dict(modules_to_save=["model.norm", "lm_head"])
-
 
 def go_on(rank, saved, directory, has):
     """Load a trained adapter with extra weights on ranks of which one has weights. Returns what must be equal."""
@@ -154,27 +144,18 @@ def go_on(rank, saved, directory, has):
         train(model, rank)
         s2ft.save_adapter(model, directory / "trained")
         s2ft.set_adapter(model, None)
-        off = base_is_beneath(model, "llama-grouped")
+        weights, base = dict(model.named_parameters()), model_of("llama-grouped")
+        extra = ("lm_head.weight", "model.norm.weight")
+        off = all(torch.equal(weights[name].full_tensor(), base.get_parameter(name)) for name in extra)
         s2ft.set_adapter(model, "default")
         s2ft.save_adapter(model, directory / "again")
         s2ft.load_adapter(model, saved, "other")
-        s2ft.detach(model)
-        return complete, off, base_is(model, "llama-grouped")
-
-
-def base_is_beneath(model, case):
-    """Whether the extra weights of a model with no active adapter are the base's."""
-    expected = model_of(case)
-    return all(
-        torch.equal(model.get_parameter(name).full_tensor(), expected.get_parameter(name))
-        for name in ("lm_head.weight", "model.norm.weight")
-    )
+        return complete, off, base_is(s2ft.detach(model), "llama-grouped")
 
 
 @pytest.mark.parametrize("has", (pytest.param("nothing", marks=pytest.mark.slow), "any values"))
 def test_a_trained_adapter_goes_on(ranks, has, tmp_path):
-    model = attached("llama-grouped", **EXTRA)
-    train(model)
+    model = train(attached("llama-grouped", **EXTRA))
     s2ft.save_adapter(model, tmp_path / "start")
     assert ranks(go_on, tmp_path / "start", tmp_path, has) == [(True, True, True)] * 2
     check_same_files(tmp_path / "same", tmp_path / "start", exactly=True)
@@ -195,8 +176,7 @@ def refusals(rank, saved):
     tries["active"] = lambda: s2ft.load_adapter(meta, saved)
     waiting = attach_to(meta_of(model_of("llama-grouped")), "llama-grouped")
     tries["save"] = lambda: s2ft.save_adapter(waiting, saved.parent / "nothing")
-    broken = model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped"))
-    s2ft.attach(broken, no_weights)
+    broken = with_adapter(model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped")), no_weights)
     other = model_of("llama-grouped").state_dict()
     other["model.layers.1.mlp.down_proj.weight"] *= 2
     tries["another base"] = lambda: shard_and_load(broken, rank, other)
@@ -221,17 +201,14 @@ def test_what_needs_weights_that_are_not_there_is_refused(ranks, tmp_path):
 def run_before_order(rank):
     """Load weights around load_state_dict, and run a part of the model, whose hooks see nothing of it."""
     model = attach_to(meta_of(model_of("llama-grouped")), "llama-grouped")
-    inner = model.model
-    base = model_of("llama-grouped")
-    for name, parameter in base.named_parameters():
+    for name, parameter in model_of("llama-grouped").named_parameters():
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._parameters[last] = torch.nn.Parameter(parameter.detach(), requires_grad=False)
     with pytest.raises(RuntimeError) as error:
-        inner(batches(model, 1)[0])
-    expected = logits(attached("llama-grouped"))
-    return str(error.value), torch.equal(logits(model), expected)
+        model.model(batches(model, 1)[0])
+    return str(error.value), torch.equal(logits(model), logits(attached("llama-grouped")))
 
 
 def test_layers_refuse_to_run_before_their_units_are_in_order(ranks):
-    for message, same in ranks(run_before_order):
-        assert "their units are not in the order of this layer yet" in message and same
+    words = "their units are not in the order of this layer yet"
+    assert [(words in message, same) for message, same in ranks(run_before_order)] == [(True, True)] * 2

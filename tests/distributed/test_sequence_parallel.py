@@ -1,12 +1,15 @@
 """Two devices share each row by DeepSpeed's sequence parallelism (Ulysses) and train the adapter of one process."""
 
+from contextlib import closing
+
 import pytest
 import torch
 from runs import check_same_files, config_for, reset, unchanged_environment
 from support.inside import S2FTTrainer
 from support.models import model_of
 from support.ranks import Ranks
-from test_trainer import CLOSE, losses_of, trainer
+from support.states import with_adapter
+from test_trainer import CLOSE, losses_of, run_trainer
 from transformers import AutoModelForCausalLM, Trainer
 
 import s2ft
@@ -21,12 +24,12 @@ def train(kind, base, folder, way, **changes):
     """Returns the losses, and the gradient norms."""
 
     def make():
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa")
-        s2ft.attach(model, config_for("llama-grouped", selection="weight"))
-        return model
+        return with_adapter(
+            AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32, attn_implementation="sdpa"),
+            config_for("llama-grouped", selection="weight"),
+        )
 
-    made = trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
-    made.train()
+    made = run_trainer(way, make, folder, kind, rows=ROWS, max_steps=3, **changes)
     s2ft.save_adapter(made.accelerator.unwrap_model(made.model), folder / "adapter")
     return losses_of(made), [line["grad_norm"] for line in made.state.log_history if "loss" in line]
 
@@ -49,13 +52,9 @@ def train_together(rank, kind, stage, base, folder):
     ids=("s2ft, ZeRO-3", "plain, ZeRO-1"),
 )
 def test_trainer_trains_the_adapter_of_one_process(kind, stage, tmp_path):
-    pytest.importorskip("deepspeed")
     model_of("llama-grouped").save_pretrained(tmp_path / "base")
-    made = Ranks()  # a process can have one group of sequence parallelism only
-    try:
+    with closing(Ranks()) as made:  # a process can have one group of sequence parallelism only
         losses, norms = made(train_together, kind, stage, tmp_path / "base", tmp_path / "two")[0]
-    finally:
-        made.close()
     with unchanged_environment():
         expected_losses, expected_norms = train(S2FTTrainer, tmp_path / "base", tmp_path / "one", "ddp")
     assert losses == pytest.approx(expected_losses, rel=1e-4)

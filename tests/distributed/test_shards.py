@@ -1,5 +1,7 @@
 """Weights that are spread over ranks: they are read in full, reordered in place, and their own shards are found."""
 
+from unittest import mock
+
 import pytest
 import torch
 from support.inside import Move, distributed, find_couplings, fingerprint, tensors_of, weight_at
@@ -12,21 +14,17 @@ from s2ft import Coupling
 CASES = ("llama-grouped", "gpt2", "mixtral", "phi3")
 
 
-def spread(tensor: nn.Parameter, mesh, dim: int) -> nn.Parameter:
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    return nn.Parameter(distribute_tensor(tensor.detach().clone(), mesh, [Shard(dim)]), requires_grad=False)
-
-
 def cut(model: nn.Module, dim_of) -> nn.Module:
     """Spread every parameter, along dimension dim_of(tensor)."""
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
-                module._parameters[name] = spread(parameter, mesh, dim_of(parameter))
+                part = distribute_tensor(parameter.detach().clone(), mesh, [Shard(dim_of(parameter))])
+                module._parameters[name] = nn.Parameter(part, requires_grad=False)
     return model
 
 
@@ -77,13 +75,8 @@ def recovered(rank):
             if len(seen) > count:
                 raise KeyboardInterrupt
 
-        permutation._permute = stop
-        try:
+        with mock.patch.object(permutation, "_permute", stop), pytest.raises(KeyboardInterrupt):
             move.do(model)
-        except KeyboardInterrupt:
-            pass
-        finally:
-            permutation._permute = permute
         move.recover(model)
         if move.is_done or any(not torch.equal(t.to_local(), base[name]) for name, t in model.named_parameters()):
             return f"after {count}"

@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
-from distributed.runs import STEPS, batches, check_same_files, train as train_halves
+from runs import batches, check_same_files, config_for, logits, train
 from support.inside import couplings_of, fingerprint
-from support.models import ALL_RATIOS, model_of, ratios_for
+from support.models import model_of
+from support.states import same, with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM
 
@@ -15,7 +16,6 @@ import s2ft
 # "llama" moves heads and channels, "llama-grouped" has heads that can't move and "phi3" weights whose units are on
 # different ranks; "llama-biased" has biases on both sides, "qwen3" norms of heads that transformers runs by a style
 CASES = [("llama", "permuted"), ("llama-biased", "indexed"), ("qwen2-grouped-tied", "permuted")]
-TWO_DIMENSIONS = {"fsdp_size": 2}
 MORE_CASES = [
     ("phi3-grouped", "permuted"),
     ("llama", "indexed"),
@@ -31,30 +31,6 @@ def load(folder, tp=2, **sizes):
 
     config = {"distributed_config": DistributedConfig(tp_size=tp, **sizes)} if tp > 1 or sizes else {}
     return AutoModelForCausalLM.from_pretrained(folder, **config)
-
-
-def config_of(case, layout="permuted", **changes):
-    return s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, **changes)
-
-
-def logits(model):
-    with torch.no_grad():
-        return model(input_ids=batches(model, 1)[0]).logits.clone()
-
-
-def train(model):
-    """AdamW steps. Returns the losses and the norms of the gradients."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer, found = torch.optim.AdamW(trained, lr=1e-2, weight_decay=0.1), []
-    model.train()
-    for batch in batches(model, STEPS):
-        loss = model(input_ids=batch, labels=batch).loss
-        loss.backward()
-        found += [loss.item(), float(torch.nn.utils.clip_grad_norm_(trained, 0.5))]
-        optimizer.step()
-        optimizer.zero_grad()
-    model.eval()
-    return torch.tensor(found)  # in float32: assert_close takes Python's floats for float64
 
 
 def whole(tensor):
@@ -87,7 +63,7 @@ WAYS = {
     "one process": (lambda folder: load(folder, 1), None),
     "two": (load, None),
     "four": (lambda folder: load(folder, 4), None),
-    "two halves": (lambda folder: load(folder, **TWO_DIMENSIONS), 2),
+    "two halves": (lambda folder: load(folder, fsdp_size=2), 2),
     "two copies": (lambda folder: load(folder, dp_replicate_size=2), 2),
     "packed": (load_packed, None),
     "parallelized": (load_parallelized, None),
@@ -115,12 +91,10 @@ def live(rank, folder, case, config, way):
         for module in (*model.model.layers, model):
             torch.distributed.fsdp.fully_shard(module, mesh=mesh["dp"])
     found["attached"] = logits(model)
-    if share is None:
-        found["losses"] = train(model)
-    else:
-        train_halves(model, rank // share)
+    seen = []
+    train(model, None if share is None else rank // share, seen=seen)
     s2ft.save_adapter(model, saved)
-    found["after"] = logits(model)
+    found |= {"seen": torch.tensor(seen), "after": logits(model)}  # float32: assert_close takes floats for float64
     found["slices"] = {name: whole(p).detach() for name, p in model.named_parameters() if p.requires_grad}
     if way != "sharded later":
         if way in ("one process", "two"):
@@ -140,17 +114,15 @@ def check_equal_to_one_process(ranks, folder, way, case, config):
     for rank, one in enumerate(found):
         torch.testing.assert_close(one["before"], alone["before"])
         torch.testing.assert_close(one["attached"], one["before"])
-        for name in one.keys() & {"losses", "after", "again"}:
+        for name in one.keys() & {"seen", "after", "again"} - ({"seen"} if WAYS[way][1] else set()):
             torch.testing.assert_close(one[name], alone[name], rtol=1e-4, atol=1e-4, msg=name)
         assert torch.equal(one.get("restored", one["before"]), one["before"])  # detach gives the forwards back
         if "state" in one:  # the base, in its own order
             assert all(torch.equal(one["state"][key], value) for key, value in base.items())
         check_same_files(folder_of(folder, way, rank), folder_of(folder, "one process", 0), atol=1e-4)
-        assert one["slices"].keys() == alone["slices"].keys()
-        for name, value in one["slices"].items():
-            # s2 has the same order, so that an optimizer's state fits any number of ranks
-            torch.testing.assert_close(value, alone["slices"][name], rtol=1e-4, atol=1e-4)
-            assert torch.equal(value, found[0]["slices"][name])  # the ranks have the same, bit for bit
+        # s2 has the same order, so that an optimizer's state fits any number of ranks
+        torch.testing.assert_close(one["slices"], alone["slices"], rtol=1e-4, atol=1e-4)
+        assert same(one["slices"], found[0]["slices"])  # the ranks have the same, bit for bit
 
 
 SLOW = [("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased", "permuted")]
@@ -165,7 +137,7 @@ SLOW = [("two", *row) for row in MORE_CASES] + [("parallelized", "llama-biased",
     ],
 )
 def test_two_ranks_equal_one_process(ranks, tmp_path, way, case, layout):
-    check_equal_to_one_process(ranks, tmp_path, way, case, config_of(case, layout))
+    check_equal_to_one_process(ranks, tmp_path, way, case, config_for(case, layout))
 
 
 def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
@@ -184,7 +156,7 @@ def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
     ],
 )
 def test_four_ranks_equal_one_process(four_ranks, tmp_path, way, case, layout):
-    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_of(case, layout))
+    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_for(case, layout))
 
 
 # ---- selection and the base ----------------------------------------------------------------------------
@@ -195,7 +167,7 @@ def select_all(rank, folder, case, tp=2, sizes=()):
     found = {}
     for selection in ("weight", "activation", "product", "gradient"):
         data = None if selection == "weight" else batches(model, 2)
-        chosen = s2ft.select(model, config_of(case, selection=selection), data)
+        chosen = s2ft.select(model, config_for(case, selection=selection), data)
         found[selection] = {name: units.tolist() for name, units in chosen.units.items()}
     required = {name: p.requires_grad for name, p in model.named_parameters()}
     return found, fingerprint(model, couplings_of(model)), required, [p.grad is None for p in model.parameters()]
@@ -204,17 +176,14 @@ def select_all(rank, folder, case, tp=2, sizes=()):
 @pytest.mark.parametrize("case", ["llama-biased", pytest.param("phi3-grouped", marks=pytest.mark.slow)])
 def test_selection_and_fingerprint_equal_one_process(ranks, tmp_path, case):
     model_of(case).save_pretrained(tmp_path)
-    expected = select_all(0, tmp_path, case, tp=1)
-    for found in ranks(select_all, tmp_path, case):
-        assert found == expected
+    assert ranks(select_all, tmp_path, case) == [select_all(0, tmp_path, case, tp=1)] * 2
 
 
 # ---- training as people do it --------------------------------------------------------------------------
 
 
 def checkpointed(rank, folder, way):
-    model = load(folder)
-    s2ft.attach(model, config_of("llama"))
+    model = with_adapter(load(folder), config_for("llama"))
     if way is not None:
         model.gradient_checkpointing_enable({"use_reentrant": way == "reentrant"})
     model.train()
@@ -227,9 +196,7 @@ def test_checkpointed_blocks_give_the_same_gradients(ranks, tmp_path):
     model_of("llama").save_pretrained(tmp_path)
     expected = ranks(checkpointed, tmp_path, None)[0]
     for way in ("reentrant", "not reentrant"):
-        for found in ranks(checkpointed, tmp_path, way):
-            for name, gradient in found.items():
-                torch.testing.assert_close(gradient, expected[name], msg=name)
+        torch.testing.assert_close(ranks(checkpointed, tmp_path, way), [expected] * 2)
 
 
 def one_unit(rank, folder):
@@ -254,8 +221,7 @@ def one_unit(rank, folder):
 def test_a_rank_without_units_takes_part(ranks, tmp_path):
     model_of("llama").save_pretrained(tmp_path)
     first, second = ranks(one_unit, tmp_path)
-    for a, b in zip(first[0], second[0]):
-        assert torch.equal(a, b) and bool(a.any())
+    assert all(torch.equal(a, b) and bool(a.any()) for a, b in zip(first[0], second[0]))
     assert torch.equal(first[1], second[1])
     assert not torch.equal(first[3], first[2])  # a copy has an s2 and a forward of its own
 
@@ -295,5 +261,4 @@ def refused(rank, folder, way):
 )
 def test_refused_before_anything_changes(ranks, tmp_path, case, way, words):
     model_of(case).save_pretrained(tmp_path)
-    for message, is_same in ranks(refused, tmp_path, way):
-        assert words in message and is_same, message
+    assert all(words in message and is_same for message, is_same in ranks(refused, tmp_path, way))

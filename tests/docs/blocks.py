@@ -39,8 +39,7 @@ def parse(page: Path, shell: Shell | None = None) -> Document:
     shell = shell or Shell(ROOT, 0)
     text = PACKAGE.sub(lambda found: "" if find_spec(found[1]) else found[0], page.read_text(encoding="utf-8"))
     document = Document(shell.with_port(text), str(page))
-    parsers = (PythonCodeBlockParser(doctest_optionflags=FLAGS), CodeBlockParser("bash", shell), SkipParser())
-    for parser in parsers:
+    for parser in (PythonCodeBlockParser(doctest_optionflags=FLAGS), CodeBlockParser("bash", shell), SkipParser()):
         for region in parser(document):
             document.add(region)
     return document

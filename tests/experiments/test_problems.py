@@ -23,8 +23,7 @@ def test_worked_answers_are_right_and_short(side):
     for problem in side:
         steps = re.findall(r"(\d+) ([-+*/]) (\d+) = (\d+)\.", problem["output"])
         assert len(steps) == 2 and len(problem["output"]) < 60
-        for left, sign, right, result in steps:
-            assert eval(f"{left} {sign} {right}") == int(result) > 0
+        assert all(eval(f"{left} {sign} {right}") == int(result) > 0 for left, sign, right, result in steps)
         assert steps[1][0] == steps[0][3]
         assert problem["output"].endswith(f" The answer is {problem['answer']}.") and steps[1][3] == problem["answer"]
         assert all(str(number) in problem["instruction"] for number in problem["numbers"])

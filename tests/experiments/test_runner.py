@@ -96,8 +96,7 @@ def test_every_run_is_in_the_table(tmp_path):
     results.add({"digest": runs[2].digest, "status": FAILED, "error": "ValueError: too much\nmore"})
     other = ExperimentRun({"row": "b", "seed": 0}, {})
     values = [Column("loss", form=".2f"), Column("size", form="d"), Column("nothing")]
-    table = summary("t", "Loss", [*runs, other], results, [Column("row")], values)
-    assert table.markdown().splitlines() == [
+    assert summary("t", "Loss", [*runs, other], results, [Column("row")], values).markdown().splitlines() == [
         "**Loss**", "", "| row | loss | size |", "| --- | --: | --: |", "| a | 1.50 ± 0.71 | 7 |", "| b | not run | – |",
         "", "mean ± standard deviation over 2 runs  ", "a-2 failed: ValueError: too much  ", "not run yet: a-3, b-0  ",
     ]  # fmt: skip

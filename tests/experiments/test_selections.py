@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from selection.reference import norms
 from support.inside import Calibration, Request, couplings_of, projections_of, weight_at
 from support.models import model_of
 
@@ -11,7 +12,6 @@ from bench.experiments.selections import CANDIDATES, KEPT, ProtectedRequest, cho
 
 CASES = ("llama-grouped", "mixtral")
 ALL = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
-FFN = dict(u_ratio=0.2, d_ratio=0.15)
 
 
 def rows_of(model, seed, rows=3):
@@ -22,10 +22,12 @@ def rows_of(model, seed, rows=3):
 
 def scores_of(model, name):
     task, other = (Calibration(rows_of(model, seed), torch.device("cpu")) for seed in (1, 2))
+    return CANDIDATES[name].score(ProtectedRequest(couplings_of(model), config_of(model), model, task, other))
+
+
+def config_of(model):
     keys = {projection.key for projection in projections_of(couplings_of(model))}
-    config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
-    request = ProtectedRequest(couplings_of(model), config, model, task, other)
-    return CANDIDATES[name].score(request)
+    return s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
 
 
 # ---- direct computations ---------------------------------------------------------------------------------
@@ -35,10 +37,6 @@ def units_of(matrix, projection):
     """The weights of every unit, [count] tensors."""
     moved = matrix.movedim(projection.dim, 0)
     return [moved[projection.elements(torch.tensor([unit]))] for unit in range(projection.count)]
-
-
-def norms(matrix, projection):
-    return torch.stack([unit.norm() for unit in units_of(matrix, projection)])
 
 
 def low_rank(matrix, projection):
@@ -106,10 +104,8 @@ def over(need, gain):
 
 def need_of(model):
     """Weight norm × activation norm, by the metric of s2ft, which tests/selection/test_metrics.py checks."""
-    keys = {projection.key for projection in projections_of(couplings_of(model))}
-    config = s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
     data = Calibration(rows_of(model, 2), torch.device("cpu"))
-    return s2ft.selection.METRICS["product"].score(Request(couplings_of(model), config, model, data))
+    return s2ft.selection.METRICS["product"].score(Request(couplings_of(model), config_of(model), model, data))
 
 
 @pytest.mark.parametrize("name", CANDIDATES)
@@ -144,7 +140,7 @@ def test_the_meant_end_is_chosen_twice_the_same_and_the_model_does_not_change(na
     before = {path: value.clone() for path, value in model.state_dict().items()}
     scores = scores_of(model_of("llama"), name)
     for order in ("largest", "smallest"):
-        config = s2ft.S2FTConfig(**FFN, order=order)
+        config = s2ft.S2FTConfig(u_ratio=0.2, d_ratio=0.15, order=order)
         chosen = choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
         assert chosen == choose(model, name, config, rows_of(model, 1), rows_of(model, 2))
         path = "model.layers.1.mlp.down_proj"

@@ -1,11 +1,14 @@
 """Training through the codec: the file holds, bit for bit, what the model has computed with."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from export.test_packed import KINDS, RATIOS, make_base
+from support import models
 from support.inside import export_packed, load_model
+from support.states import with_adapter, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig
@@ -18,15 +21,12 @@ def config_of(model, **changes):
     return S2FTConfig(**{**RATIOS, "codec": "auto", **heads, **changes})
 
 
-def train(model, steps=3, rate=0.02):
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=rate)
-    losses = []
-    for _ in range(steps):
-        loss = model(input_ids=TOKENS, labels=TOKENS).loss
-        loss.backward()
-        optimizer.step(), optimizer.zero_grad()
-        losses.append(float(loss.detach()))
-    return losses
+def attached(file, dtype="bfloat16", **changes):
+    model = load_model(str(file), dtype)[0]
+    return with_adapter(model, config_of(model, **changes))
+
+
+train = partial(models.train, lr=0.02, loss_of=lambda model: model(input_ids=TOKENS, labels=TOKENS).loss)
 
 
 def plain(model):
@@ -47,8 +47,7 @@ def small(tmp_path_factory):
 @pytest.mark.parametrize("layout", ["permuted", "indexed"])
 def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout):
     dtype = "float32" if layout == "indexed" else "bfloat16"
-    model = load_model(str(base), dtype)[0]
-    s2ft.attach(model, config_of(model, layout=layout))
+    model = attached(base, dtype, layout=layout)
     losses = train(model)
     assert losses[-1] < losses[0]
     s2ft.save_adapter(model, tmp_path / "adapter")
@@ -62,16 +61,14 @@ def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout):
 
 
 def test_without_an_update_the_base_is_computed_with(small):
-    model, before = (load_model(str(small), "bfloat16")[0] for _ in range(2))
-    s2ft.attach(model, config_of(model))
+    model, before = attached(small), load_model(str(small), "bfloat16")[0].state_dict()
     model(input_ids=TOKENS)
-    assert all(torch.equal(value, before.state_dict()[name]) for name, value in plain(model).items())
+    assert all(torch.equal(value, before[name]) for name, value in plain(model).items())
 
 
 def test_the_gradient_is_that_of_the_multiplied_weight(small):
     """Straight-through: the gradient of s2 is the one that a plain model with the same weights has."""
-    model = load_model(str(small), "float32")[0]
-    s2ft.attach(model, config_of(model, layout="indexed"))
+    model = attached(small, "float32", layout="indexed")
     train(model, 1)
     model(input_ids=TOKENS, labels=TOKENS).loss.backward()
     other = load_model(str(small), "float32")[0]
@@ -85,26 +82,22 @@ def test_the_gradient_is_that_of_the_multiplied_weight(small):
 def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
     model = load_model(str(small), "bfloat16")[0]
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    s2ft.attach(model, config_of(model))
-    train(model, 2)
+    train(with_adapter(model, config_of(model)), 2)
     s2ft.save_adapter(model, tmp_path / "adapter")
     logits = model(input_ids=TOKENS).logits
-    again = load_model(str(small), "bfloat16")[0]
-    s2ft.load_adapter(again, tmp_path / "adapter", trainable=True)
+    again = with_loaded(load_model(str(small), "bfloat16")[0], tmp_path / "adapter", trainable=True)
     assert torch.equal(again(input_ids=TOKENS).logits, logits)
     assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
 
 
 def test_auto_is_nothing_for_a_plain_base(small):
-    model = load_model(str(small.parent / "checkpoint"), "float32")[0]
-    s2ft.attach(model, config_of(model, layout="indexed"))
+    model = attached(small.parent / "checkpoint", "float32", layout="indexed")
     assert all(getattr(module, "codec", None) is None for module in model.modules())
 
 
 def test_a_base_that_is_not_the_files_is_refused_and_nothing_is_attached(small):
     model = load_model(str(small), "float32")[0]
-    with torch.no_grad():
-        model.model.layers[1].mlp.down_proj.weight[3] += 1e-3
+    model.model.layers[1].mlp.down_proj.weight.data[3] += 1e-3
     before = {name: value.clone() for name, value in model.state_dict().items()}
     with pytest.raises(
         ValueError, match=r"codec: the weight of model.layers.1.mlp.down_proj is not that of .*model.gguf"
@@ -114,8 +107,6 @@ def test_a_base_that_is_not_the_files_is_refused_and_nothing_is_attached(small):
 
 
 def test_a_diverged_slice_is_seen(small):
-    model = load_model(str(small), "float32")[0]
-    s2ft.attach(model, config_of(model))
-    with torch.no_grad():
-        model.model.layers[0].mlp.down_proj.s2.fill_(float("nan"))
+    model = attached(small, "float32")
+    torch.nn.init.constant_(model.model.layers[0].mlp.down_proj.s2, float("nan"))
     assert model(input_ids=TOKENS).logits.isnan().all()

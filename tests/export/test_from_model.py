@@ -7,7 +7,7 @@ import torch
 from export.test_streamed import SHARDS, check_equal, without_values
 from support.inside import from_model
 from support.models import ALL_RATIOS, model_of, ratios_for
-from support.states import randomize, same, tensors_of
+from support.states import randomize, same, tensors_of, with_adapter
 from torch import nn
 
 import s2ft
@@ -28,10 +28,7 @@ def config_of(case, layout="permuted", **changes):
 
 def trained(case, folder, layout="permuted", **changes):
     """A base with a trainable adapter, as after training."""
-    model = loaded(case, folder)
-    s2ft.attach(model, config_of(case, layout, **changes))
-    randomize(model)
-    return model
+    return randomize(with_adapter(loaded(case, folder), config_of(case, layout, **changes)))
 
 
 def with_another(case, folder, layout, weights):
@@ -39,8 +36,7 @@ def with_another(case, folder, layout, weights):
     model = trained(case, folder, layout, seed=3)
     s2ft.save_adapter(model, folder / "a")
     s2ft.load_adapter(s2ft.detach(model), folder / "a", "a")
-    s2ft.attach(model, config_of(case, layout), "b")
-    randomize(model)
+    randomize(with_adapter(model, config_of(case, layout), "b"))
     s2ft.set_adapter(model, weights)
     return model
 
@@ -63,8 +59,7 @@ def check_saved(model, folder, caplog, gathered=False, is_base_known=False, **op
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("layout, gathered", [("permuted", True), ("indexed", False)])
 def test_the_trained_model_is_saved_as_merging_saves_it(case, layout, gathered, tmp_path, caplog):
-    model = trained(case, tmp_path, layout)
-    check_saved(model, tmp_path, caplog, gathered)
+    check_saved(trained(case, tmp_path, layout), tmp_path, caplog, gathered)
 
 
 @pytest.mark.parametrize("gathered", (True, False))
@@ -72,8 +67,7 @@ def test_the_trained_model_is_saved_as_merging_saves_it(case, layout, gathered, 
     "weights", ({"a": 1.0, "b": 1.0}, {"a": 0.5, "b": 0.25}, {"a": -2.0}), ids=("sum", "scaled", "loaded")
 )
 def test_active_adapters_and_their_weights_are_saved(weights, gathered, tmp_path, caplog):
-    model = with_another("llama-grouped", tmp_path, "permuted", weights)
-    check_saved(model, tmp_path, caplog, gathered)
+    check_saved(with_another("llama-grouped", tmp_path, "permuted", weights), tmp_path, caplog, gathered)
 
 
 @pytest.mark.parametrize("gathered", (True, False))
@@ -135,8 +129,11 @@ def test_a_checkpoint_with_other_weights_is_not_used_and_refused_if_it_was_given
 
 def test_what_cannot_be_saved_is_refused(tmp_path):
     model = trained("llama", tmp_path)
-    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
-    s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25), couplings=[Coupling.ffn(0, up="0", down="2", channels=32)])
+    net = with_adapter(
+        nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8)),
+        s2ft.S2FTConfig(d_ratio=0.25),
+        couplings=[Coupling.ffn(0, up="0", down="2", channels=32)],
+    )
     for one, folder, options, word in (
         (model, "saved", {"max_shard_size": "0GB"}, "max_shard_size"),
         (model, "nowhere/saved", {}, "folder that doesn't exist"),
@@ -154,5 +151,4 @@ def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
         model.config._name_or_path = name
         with pytest.raises(OSError, match="no space"):
             s2ft.save_merged(model, tmp_path / "saved")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
-    assert tensors_of(tmp_path / "base")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base"] and tensors_of(tmp_path / "base")

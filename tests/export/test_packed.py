@@ -11,7 +11,6 @@ from train.tiny import save_random_adapter, save_tiny, with_merges
 
 import s2ft
 
-gguf = pytest.importorskip("gguf")
 WIDE = {"hidden_size": 256, "intermediate_size": 512}  # for types with blocks of 256
 KINDS = {"q8_0": {}, "q4_1": {}, "q4_k": WIDE, "q6_k": WIDE, "iq4_nl": {}}
 RATIOS = {f"{key}_ratio": 0.5 for key in "qkvoug"} | {"d_ratio": 0.5, "group": 32}
@@ -91,8 +90,7 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
             assert new.reader.fields[name].contents() == field.contents(), name
     assert new.value("base", "s2ft.merged.0.") == "model.gguf" and new.value("adapter", "s2ft.merged.0.") == "math"
     assert new.value("sha256", "s2ft.merged.0.") == digest(base)
-    again = make_adapter(file, tmp_path / "again")
-    export_packed(str(file), again, tmp_path / "twice.gguf")
+    export_packed(str(file), make_adapter(file, tmp_path / "again"), tmp_path / "twice.gguf")
     assert GgufFile(tmp_path / "twice.gguf").value("sha256", "s2ft.merged.1.") == digest(file)
 
 
@@ -133,7 +131,7 @@ def test_bad_input_leaves_nothing(small, tmp_path, mistake, error, words):
 # ---- in place --------------------------------------------------------------------------------------------------
 
 
-def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path):
+def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeypatch):
     base, math, chat = small
     export_packed(str(base), math, tmp_path / "tuned.gguf")
     tuned = weights(tmp_path / "tuned.gguf")
@@ -142,11 +140,31 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path):
     once = digest(copy)
     patch(copy, chat)
     assert "has adapter 'chat'" in state(copy) and digest(copy) != once
-    patch(copy, math)
+    with monkeypatch.context() as context:  # a later switch computes nothing
+        context.setattr(GgufFile, "codec", None)
+        patch(copy, math)
     assert digest(copy) == once
-    export_packed(str(base), math, tmp_path / "from-base.gguf")
     assert "'math'" in undo(copy) and digest(copy) == digest(base) and "is not patched" in state(copy)
-    assert sorted(path.name for path in copy.parent.glob("model*")) == ["model.gguf"]
+    assert len(list(copy.parent.glob("model.gguf.s2ft-*"))) == 2 and not copy.with_name(copy.name + SUFFIX).exists()
+
+
+def test_what_an_earlier_switch_has_left_is_not_used_for_another_file_or_adapter(small, copy, tmp_path):
+    base, math, chat = small
+    patch(copy, math), undo(copy)
+    again = shutil.copytree(chat, tmp_path / "math")  # another adapter in a folder of the same name
+    patch(copy, again)
+    assert "'chat'" in state(copy)
+    undo(copy)
+    data = bytearray(copy.read_bytes())
+    units = next(Kept.of(copy, path.name.removeprefix(copy.name)) for path in copy.parent.glob("*.s2ft-*")).changes[0]
+    data[units.start] ^= 1  # another scale: the blocks are others
+    copy.write_bytes(data)
+    before = digest(copy)
+    try:
+        patch(copy, math), undo(copy)
+    except ValueError as error:  # the adapter's fingerprint may have that value
+        assert "another base" in str(error)
+    assert digest(copy) == before
 
 
 class Stop(BaseException):
@@ -177,7 +195,7 @@ def interrupt(monkeypatch, step, number):
     monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
 
 
-STEPS = ["write", "before save", "after save", "before forget", "after forget"]
+STEPS = ["write", "before begin", "after begin", "before end", "after end"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 14, 27])

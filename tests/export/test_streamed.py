@@ -22,7 +22,7 @@ from support.inside import (
 )
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
-from support.states import flip, randomize, same, tensors_of
+from support.states import flip, randomize, same, tensors_of, with_adapter
 from train.tiny import save_tiny, tiny_tokenizer
 
 import s2ft
@@ -53,9 +53,7 @@ def without_values(model, dtype):
 def both_ways(model, folder, dtype=torch.float32, max_shard_size=None, **config):
     """Merge an adapter of a model in memory and from the disk, into folder/memory and folder/disk."""
     model.save_pretrained(folder / "base", max_shard_size=max_shard_size or "50GB")
-    base = type(model).from_pretrained(folder / "base", dtype=dtype)
-    s2ft.attach(base, s2ft.S2FTConfig(**config))
-    randomize(base)
+    base = randomize(with_adapter(type(model).from_pretrained(folder / "base", dtype=dtype), s2ft.S2FTConfig(**config)))
     s2ft.save_adapter(base, folder / "adapter")
     s2ft.merge(base).save_pretrained(folder / "memory", max_shard_size=max_shard_size or "50GB")
     hollow = without_values(model, dtype)
@@ -104,8 +102,7 @@ def work(tmp_path_factory):
     work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model")
     model, _ = load_model(str(work / "model"))
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.25))
-    randomize(model)
+    randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.2, o_ratio=0.25)))
     s2ft.save_adapter(model, work / "adapter")
     s2ft.merge(model).save_pretrained(work / "expected")
     return work
@@ -122,8 +119,7 @@ def changed_base(work, folder, change):
 
 def test_a_tied_weight_that_the_base_has_twice_is_written_once(work, tmp_path):
     twice = lambda tensors: tensors.update({"lm_head.weight": tensors["model.embed_tokens.weight"].clone()})  # noqa: E731
-    base = changed_base(work, tmp_path / "base", twice)
-    export(str(base), work / "adapter", tmp_path / "out")
+    export(str(changed_base(work, tmp_path / "base", twice)), work / "adapter", tmp_path / "out")
     check_equal(tmp_path / "out", work / "expected")
 
 
@@ -142,15 +138,14 @@ def as_pickle(work, folder):
     (folder / WEIGHTS).unlink()
 
 
-OTHER_HEAD = {"lm_head.weight": torch.zeros(259, 32)}
-
-
 @pytest.mark.parametrize(
     "make, reason",
     [
         (as_pickle, f"has no {WEIGHTS}"),
         (
-            lambda work, folder: changed_base(work, folder, lambda tensors: tensors.update(OTHER_HEAD)),
+            lambda work, folder: changed_base(
+                work, folder, lambda tensors: tensors.update({"lm_head.weight": torch.zeros(259, 32)})
+            ),
             "are one weight by its config and differ",
         ),
     ],

@@ -1,10 +1,13 @@
 """Memory that runs out and interrupts, in the middle of an op: the base is back afterwards, bit for bit."""
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
-from support.gpu import Layer, check_frozen, frozen, small_model, train
+from support.gpu import Layer, check_frozen, frozen, small_model
 from support.inside import _linear
+from support.models import train
 
 from s2ft.ops import sliced_linear
 
@@ -39,11 +42,11 @@ def test_memory_that_runs_out_inside_the_product(way, little_memory):
 def test_memory_that_runs_out_in_a_training_step(little_memory):
     model, ids = small_model("cuda")
     before = frozen(model)
-    loss = lambda: model(input_ids=ids, labels=ids).loss  # noqa: E731
-    expected = train(model, loss, 1)
+    step = partial(train, model, 1, lr=1e-3, loss_of=lambda model: model(input_ids=ids, labels=ids).loss)
+    expected = step()
     many = ids.repeat(2 * LIMIT // (ids.numel() * 1000 * 4), 1)  # float32 logits of twice the memory
     with pytest.raises(torch.OutOfMemoryError):
         model(input_ids=many, labels=many).loss.backward()
     torch.cuda.empty_cache()
     check_frozen(model, before)
-    assert train(model, loss, 1)[0] < expected[0]
+    assert step()[0] < expected[0]

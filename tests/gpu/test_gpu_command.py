@@ -59,12 +59,6 @@ def sanitized(*statuses):
     return GpuStage("sanitizers", PASSED, data={"runs": runs})
 
 
-def held(stages, words, on_gpu=True):
-    """Whether the lines with these words hold, in order."""
-    lines = acceptance({stage.name: stage for stage in stages}, on_gpu)
-    return [line.holds for line in lines if all(word in line.what for word in words)]
-
-
 @pytest.mark.parametrize(
     "stage,words,holds",
     (
@@ -88,7 +82,9 @@ def held(stages, words, on_gpu=True):
     ),
 )
 def test_acceptance(stage, words, holds):
-    assert held([stage], words) == holds
+    """The lines with these words hold, in order."""
+    lines = acceptance({stage.name: stage}, True)
+    assert [line.holds for line in lines if all(word in line.what for word in words)] == holds
 
 
 # ---- the report ----------------------------------------------------------------------------------------
@@ -103,8 +99,7 @@ def test_the_report_is_written_after_each_stage(tmp_path):
     assert report.good
     report.add(kernels(product=2))
     assert not report.good and "**MISSED**" in (tmp_path / "report.md").read_text()
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert list(content["stages"]) == ["build", "ncu", "kernels"]
+    assert list(json.loads((tmp_path / "report.json").read_text())["stages"]) == ["build", "ncu", "kernels"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.json", "report.md"]
 
 
@@ -144,8 +139,7 @@ def test_the_command_ends_within_its_limit_and_names_what_did_not_run(command, t
     status, text = command("--cpu", "--seconds", "6", "--out", str(tmp_path), "--only", "kernels", "switch", "ncu")
     assert status == 0, text
     report = (tmp_path / "report.md").read_text()
-    for name in ("kernels", "switch"):
-        assert re.search(f"- {name}: NOT RUN, . s: no time was left", report)
+    assert all(re.search(f"- {name}: NOT RUN, . s: no time was left", report) for name in ("kernels", "switch"))
     assert "- ncu: NOT RUN, 0 s: " in report and "0 acceptance lines hold" in report
     assert time.monotonic() - begin < 60
 
@@ -159,10 +153,8 @@ def test_the_tests_of_a_gpu_are_found_by_their_mark(gpu_run):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler")
 def test_the_kernel_driver_in_the_simulator(tmp_path):
     """All kernels are right under every schedule, and the sanitizer sees the access that is wrong on purpose."""
-    if shutil.which(os.environ.get("CXX", "g++")) is None:
-        pytest.skip("no C++ compiler")
-    program = build_for_cpu(tmp_path, 1, 1200)
-    runs = list(runs_on_cpu(program, 600))
+    runs = list(runs_on_cpu(build_for_cpu(tmp_path, 1, 1200), 600))
     assert len(runs) == 1 + len(SCHEDULES) and all(run.state == PASSED for run in runs), "\n".join(map(str, runs))

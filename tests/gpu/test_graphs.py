@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from support.gpu import bits, check_frozen, frozen, small_model, train
+from support.gpu import bits, check_frozen, frozen, small_model
+from support.models import train
 
 from s2ft.ops import multi_adapter_linear, pack_adapters
 
@@ -57,9 +58,9 @@ def test_replays_see_slices_that_changed_after_the_capture():
     model.eval()
     held = {}
 
+    @torch.no_grad()
     def step():
-        with torch.no_grad():
-            held["logits"] = model(input_ids=ids).logits
+        held["logits"] = model(input_ids=ids).logits
 
     graph = captured(step)
     with torch.no_grad():
@@ -75,11 +76,12 @@ def test_replays_see_slices_that_changed_after_the_capture():
 @pytest.mark.parametrize("mode", (None, "reduce-overhead", "max-autotune-no-cudagraphs"))
 def test_compiled_training_is_eager_training(mode):
     model, ids = small_model(D)
-    expected = train(model, lambda: model(input_ids=ids, labels=ids).loss)
+    expected = train(model, 4, lr=1e-3, loss_of=lambda model: model(input_ids=ids, labels=ids).loss)
     model, ids = small_model(D)
     before = frozen(model)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
-    assert train(model, lambda: compiled(input_ids=ids, labels=ids).loss) == pytest.approx(expected, rel=2e-2)
+    losses = train(model, 4, lr=1e-3, loss_of=lambda _: compiled(input_ids=ids, labels=ids).loss)
+    assert losses == pytest.approx(expected, rel=2e-2)
     check_frozen(model, before)
 
 
@@ -107,12 +109,10 @@ def test_the_check_for_waits_sees_a_wait(no_waits):
 
 def test_no_wait_in_forward_backward_and_step(no_waits):
     model, ids = small_model(D)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
     def step():
-        hidden = model.model(input_ids=ids).last_hidden_state
-        hidden.float().sum().backward()
+        model.model(input_ids=ids).last_hidden_state.float().sum().backward()
         optimizer.step()
         optimizer.zero_grad()
 

@@ -41,8 +41,7 @@ def test_more_than_two_to_the_31_elements():
     y = sliced_linear(x, weight, delta, rows - 64, 0)
     assert torch.equal(y[:, -64:], (tail[:, :8] + 1).t())
     index = torch.arange(rows - 64, rows, device="cuda")
-    assert torch.equal(indexed_linear(x, weight, delta, index, 0), y)
-    assert torch.equal(weight[-64:], tail)
+    assert torch.equal(indexed_linear(x, weight, delta, index, 0), y) and torch.equal(weight[-64:], tail)
     scatter_add_(weight, index, delta, 0)
     assert torch.equal(weight[-64:], tail + 1)
     swap_(weight, index, tail, 0)
@@ -83,8 +82,7 @@ def test_experts_at_real_sizes(dim, device):
     weight = (torch.randn(experts, outputs, inputs, device=device) / 32).bfloat16()
     index = {expert: torch.randperm((outputs, inputs)[dim])[:per] for expert in range(experts)}
     layer = EXPERTS.layers[dim](nn.Parameter(weight.clone()), index, torch.float32)
-    with torch.no_grad():
-        layer.s2.normal_(std=1 / 32)
+    torch.nn.init.normal_(layer.s2, std=1 / 32)
     x = torch.randn(int(rows.sum()), inputs, device=device).bfloat16()
     got = layer(x, rows.cumsum(0, dtype=torch.int32).to(device))
     merged = weight.clone()

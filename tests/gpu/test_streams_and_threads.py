@@ -1,9 +1,11 @@
 """Ops on one weight from several streams and threads give the numbers of one after the other, and the base is kept."""
 
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
+
 import pytest
 import torch
 import torch.nn.functional as F
-from state.threads import in_threads
 from support.gpu import DEVICES, Layer, check_frozen, frozen, small_model
 from support.inside import _linear
 
@@ -64,19 +66,14 @@ def test_three_threads_on_one_weight(device):
         torch.cuda.synchronize()
 
     def work(scale):
-        def run():
+        with torch.cuda.stream(torch.cuda.Stream()) if device == "cuda" else nullcontext():
             delta = scale * layer.delta
             expected = F.linear(layer.x, layer.merged(delta))
             for _ in range(200 if device == "cuda" else 30):
                 assert torch.equal(sliced_linear(*layer.arguments(delta)), expected)
 
-        def on_a_stream():
-            with torch.cuda.stream(torch.cuda.Stream()):
-                run()
-
-        return run if device == "cpu" else on_a_stream
-
-    in_threads([work(scale) for scale in (1, 2, -1)])
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(work, (1, 2, -1)))  # raises what a thread raised
     if device == "cuda":
         torch.cuda.synchronize()
     layer.check_base()

@@ -29,7 +29,7 @@ import s2ft.peft
 from s2ft import S2FTConfig
 from tests.support.inside import RunFolder, RunOptions, SFTArguments, sft
 from tests.support.releases import environment as packages_beside
-from tests.support.states import same, tensors_of
+from tests.support.states import same, tensors_of, with_loaded
 from tests.train.tiny import save_tiny, write_jsonl
 
 TABLE = (Path(__file__).parent / "programs.yaml").read_text()
@@ -119,9 +119,8 @@ def trained_by_s2ft(folder: Path, batches: list[dict], program: dict, layout: st
     with tempfile.TemporaryDirectory(dir=folder) as out:
         run_folder = RunFolder(Path(out))
         run_folder.begin(dict(KNOWN["settings"]))
-        options = RunOptions(chunked_loss=chunked)
         sft(model, AutoTokenizer.from_pretrained(folder / "base"), Dataset.from_list(rows), arguments, run_folder,
-            options=options)  # fmt: skip
+            options=RunOptions(chunked_loss=chunked))  # fmt: skip
     return s2ft.get_adapter(model, "default")
 
 
@@ -134,13 +133,6 @@ def difference(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> tuple[float, str]:
     if all(torch.equal(one.values, other.values) for one, other in pairs):
         return largest, "equal, bit for bit"
     return largest, f"differs by {largest:.1e} of {max(float(one.values.abs().max()) for one, _ in pairs):.1e}"
-
-
-def is_merged(folder: Path, merged: Path, adapter: s2ft.Adapter) -> bool:
-    """Whether the program's merged weights are those that s2ft merges, bit for bit."""
-    model = base(folder)
-    s2ft.load_adapter(model, adapter)
-    return same(tensors_of(merged), s2ft.merge(model))
 
 
 def try_program(name: str, folder: Path) -> bool:
@@ -158,14 +150,13 @@ def try_program(name: str, folder: Path) -> bool:
     found = []
     for layout in ("indexed", "permuted"):
         for chunked in (False, True):
-            ours = trained_by_s2ft(folder, batches, program, layout, chunked)
-            largest, said = difference(ours, theirs)
+            largest, said = difference(trained_by_s2ft(folder, batches, program, layout, chunked), theirs)
             found.append(largest)
             print(f"  {layout}, {'chunked loss' if chunked else 'loss of all logits'}: {said}", flush=True)
     agrees = len(batches) == KNOWN["steps"] and max(found) <= ROUNDING
     if "merge" in program:
         run(program["merge"], folder, program)
-        equal = is_merged(folder, folder / program["merged"], theirs)
+        equal = same(tensors_of(folder / program["merged"]), s2ft.merge(with_loaded(base(folder), theirs)))
         print(f"  merged model: {'equal, bit for bit' if equal else 'differs'}", flush=True)
         agrees = agrees and equal
     return agrees

@@ -15,6 +15,7 @@ import torch
 import yaml
 from peft import PeftModel, get_peft_model
 from support.inside import ADAPTER_FORMATS, config_from, main as print_path
+from support.states import assert_same_adapters, with_adapter
 from train.tiny import save_tiny, tiny_model, write_jsonl
 
 import s2ft
@@ -29,8 +30,7 @@ def program(monkeypatch):
     """Adds modules that a program has, by their paths with the names in them, and imports s2ft's module of it anew."""
 
     def imported(name, modules):
-        paths = {path[: end.start()] for path in modules for end in re.finditer(r"\.|$", path)}
-        for path in sorted(paths):
+        for path in sorted({one[: end.start()] for one in modules for end in re.finditer(r"\.|$", one)}):
             module = ModuleType(path)
             module.__path__ = []
             module.__dict__.update(modules.get(path, {}))
@@ -64,24 +64,16 @@ def test_a_folder_of_peft_becomes_an_adapter_of_s2ft_and_back(tmp_path):
     assert read.name == "math" and [p.requires_grad for p in base.parameters()] == modes
     assert all(torch.equal(p, before[name]) for name, p in base.named_parameters())
     expected = to_native(trained)
-    assert_equal(read, expected)
+    assert_same_adapters(read, expected)
+    assert len(read.deltas) == 2 and all(delta.values.any() for delta in read.deltas.values())
     form.write(read, tmp_path / "again", base)
-    assert_equal(form.read(tmp_path / "again", base), expected)
+    assert_same_adapters(form.read(tmp_path / "again", base), expected)
     s2ft.load_adapter(base, read)
     for model in (None, base):
         with pytest.raises(ValueError, match="s2ft export --from-peft .*again --model BASE --output ADAPTER makes"):
             form.read(tmp_path / "again", model)
     with pytest.raises(ValueError, match="--from-peft"):
         read_adapter(tmp_path / "again")
-
-
-def assert_equal(ours, theirs):
-    assert ours.deltas.keys() == theirs.deltas.keys() and len(ours.deltas) == 2
-    for name, delta in ours.deltas.items():
-        assert delta.values.any() and torch.equal(delta.index, theirs.deltas[name].index)
-        assert torch.equal(delta.values, theirs.deltas[name].values)
-    assert ours.extra_weights.keys() == theirs.extra_weights.keys()
-    assert all(torch.equal(value, theirs.extra_weights[name]) for name, value in ours.extra_weights.items())
 
 
 # ---- settings ------------------------------------------------------------------------------------------
@@ -139,13 +131,15 @@ def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(tmp_p
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**config, **theirs, "lora_modules_to_save": ["model.norm"]}))
     main(["sft", "--config", "run.yaml"])
     trained = PeftModel.from_pretrained(tiny_model(tie_word_embeddings=False), "out")
-    model = tiny_model(tie_word_embeddings=False)
-    s2ft.attach(model, s2ft.S2FTConfig(**SETTINGS, layout="indexed", ffn_kernel=False, modules_to_save=["model.norm"]))
+    model = with_adapter(
+        tiny_model(tie_word_embeddings=False),
+        s2ft.S2FTConfig(**SETTINGS, layout="indexed", ffn_kernel=False, modules_to_save=["model.norm"]),
+    )
     arguments, rows = trl.SFTConfig("attached", **config), load_dataset("data", split="train")
     trl.SFTTrainer(model, arguments, train_dataset=rows, processing_class=AutoTokenizer.from_pretrained(".")).train()
     ours = s2ft.get_adapter(model, "default")
-    assert_equal(ours, to_native(trained))
-    assert len(ours.extra_weights) == 1
+    assert_same_adapters(ours, to_native(trained))
+    assert len(ours.extra_weights) == 1 and all(delta.values.any() for delta in ours.deltas.values())
 
 
 # ---- Axolotl -------------------------------------------------------------------------------------------

@@ -123,13 +123,11 @@ def bank(dim, leading=(4, 2), sizes=(3, 0, 1, 8), shape=(14, 10), names=(2, -1, 
         for one, base, name in zip(x, y, adapter.tolist()):
             units = slice(ends[name], ends[name + 1]) if name >= 0 else slice(0)
             part = values[units] if dim == 0 else values[units].t()
-            full = x.new_zeros(outputs, inputs).index_copy(dim, index[units], part)
-            rows.append(base + F.linear(one, full))
+            rows.append(base + F.linear(one, x.new_zeros(outputs, inputs).index_copy(dim, index[units], part)))
         return torch.stack(rows) if rows else y + x.sum()
 
     registered = (("multi_adapter_linear", (*tensors, dim)),)
-    run = then_dim(ops.multi_adapter_linear, dim)
-    return Case(run, definition, tensors, registered, is_exact=False)
+    return Case(then_dim(ops.multi_adapter_linear, dim), definition, tensors, registered, is_exact=False)
 
 
 def then_dim(op, dim):
@@ -198,8 +196,7 @@ def swapped(dim, shape=(10, 10), count=3, dtype=torch.float32) -> Case:
         weight.index_copy_(dim, index, values)
         values.copy_(old)
 
-    registered = (("swap_", (weight, index, values, dim)),)
-    return Case(run, definition, (weight, values, index), registered, changed=2)
+    return Case(run, definition, (weight, values, index), (("swap_", (weight, index, values, dim)),), changed=2)
 
 
 def written(dim, shape=(10, 10), count=3, dtype=torch.float32, delta_dtype=None) -> Case:

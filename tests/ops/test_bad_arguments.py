@@ -32,9 +32,8 @@ def experts(trains):
 
 def bank():
     sizes = (3, 0, 1, 8, 17)
-    packed = ops.pack_adapters([(torch.arange(n), ones(53, n)) for n in sizes], 1)
     return dict(x=ones(2, 37), y=ones(2, 53), adapter=torch.tensor([0, 4]), dim=1) | dict(
-        zip(("values", "index", "offsets"), packed)
+        zip(("values", "index", "offsets"), ops.pack_adapters([(torch.arange(n), ones(53, n)) for n in sizes], 1))
     )
 
 

@@ -5,11 +5,11 @@ from contextlib import nullcontext
 import pytest
 import torch
 from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, upstream_of
+from support.slices import bytes_kept
 from support.tolerances import GEMM
 from support.waits import References
 
 DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
-HAS_DELTA_DTYPE = ("linear", "scatter", "write")
 
 
 def named(table):
@@ -29,7 +29,7 @@ def assert_close(ours, theirs, dtype, exact=0):
 
 def made(name, every_delta=True):
     """The case in every dtype, with deltas of the same dtype and, where there are any, of all others."""
-    has_delta = "multi" not in name and any(part in name for part in HAS_DELTA_DTYPE)
+    has_delta = "multi" not in name and any(part in name for part in ("linear", "scatter", "write"))
     for dtype in DTYPES:
         yield dtype, ALL[name](dtype=dtype)
         for other in DTYPES if has_delta and every_delta else ():
@@ -74,8 +74,7 @@ def flat(arguments):
 def test_first_and_second_derivatives_float64(name):
     """A gradient penalty or a Hessian-vector product needs the second ones."""
     case = DIFFERENTIABLE[name](dtype=torch.float64)
-    assert torch.autograd.gradcheck(case.call, case.leaves)
-    assert torch.autograd.gradgradcheck(case.call, case.leaves)
+    assert torch.autograd.gradcheck(case.call, case.leaves) and torch.autograd.gradgradcheck(case.call, case.leaves)
 
 
 @named([*SMALL, *(f"{name} (7, 11, 2, 3) (2, 1, 3) False" for name in LINEAR)])
@@ -155,18 +154,9 @@ KEPT = {
 @named(KEPT)
 def test_backward_keeps_only_what_it_needs_of_x(name, trains):
     """A frozen delta keeps nothing."""
-    case, kept = SMALL[name](), []
+    case = SMALL[name]()
     x, *rest = case.tensors if trains else (tensor.detach() for tensor in case.tensors)
-    own = {tensor.untyped_storage().data_ptr() for tensor in rest}
-
-    def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor.untyped_storage().nbytes())
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        case.run(x, *rest)
-    assert sum(kept) == trains * KEPT[name]
+    assert bytes_kept(rest, lambda: case.run(x, *rest)) == trains * KEPT[name]
 
 
 @named([*DIFFERENTIABLE, *(name for name in ALL if name.startswith(tuple(LINEAR)) and "(7, 11, 2, 3)" in name)])

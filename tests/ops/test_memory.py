@@ -7,10 +7,8 @@ import pytest
 import torch
 from support.inside import check_private
 
-ON_LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 
-
-@ON_LINUX
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_a_file_mapped_for_writing_is_shared(tmp_path):
     np.zeros((8, 8), np.float32).tofile(tmp_path / "weight")
     for mode, is_private in (("r+", False), ("c", True)):

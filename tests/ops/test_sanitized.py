@@ -9,8 +9,9 @@ import pytest
 from support import sanitizers
 from support.sources import copy_sources
 
-HERE = Path(__file__).resolve().parent
-FILES = sorted(str(path) for path in HERE.glob("test_*.py") if path != Path(__file__).resolve())
+FILES = sorted(
+    str(path) for path in Path(__file__).resolve().parent.glob("test_*.py") if path != Path(__file__).resolve()
+)
 
 # Runs the tests on the module in the given folder. Three threads are used, so that the kernels divide their work.
 RUN_TESTS = """

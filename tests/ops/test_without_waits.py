@@ -44,11 +44,6 @@ def test_no_reference_waits(name, dtype):
         check(case.results(within=no_waits(directly)), expected)
 
 
-def may_wait(name, dtype):
-    """Outside of a graph: the checks of ops that change a weight."""
-    return name.startswith(CHECKED)
-
-
 @pytest.mark.cuda
 @pytest.mark.parametrize("name, dtype", CASES, ids=str)
 def test_no_op_waits_on_a_gpu_or_in_a_graph(name, dtype):
@@ -56,7 +51,7 @@ def test_no_op_waits_on_a_gpu_or_in_a_graph(name, dtype):
     case = ALL[name](dtype=dtype)
     expected = case.results()
     check(case.results(device="cuda"), expected)
-    if not may_wait(name, dtype):
+    if not name.startswith(CHECKED):
         inputs = [t.detach().cuda().requires_grad_(t.requires_grad) for t in case.tensors]
         torch.cuda.synchronize()
         torch.cuda.set_sync_debug_mode("error")
@@ -125,7 +120,7 @@ def test_blocks_of_nothing(shapes):
 
 
 def test_permute_in_pieces(monkeypatch):
-    monkeypatch.setattr(sys.modules["s2ft.ops.permute_"], "PIECE", 20)
+    monkeypatch.setattr(sys.modules["s2ft.ops.in_place"], "PIECE", 20)
     case = permuted(0, (9, 7))
     expected = case.results()
     assert torch.equal(case.results(within=no_waits())[0], expected[0])

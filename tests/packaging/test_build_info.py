@@ -14,7 +14,6 @@ from support.inside import _build
 import s2ft
 
 ROOT = Path(__file__).resolve().parents[2]
-needs_module = pytest.mark.skipif(_build.load() is None, reason="no compiled kernels")
 
 
 @pytest.fixture
@@ -106,7 +105,7 @@ def run_with_s2ft(run_script, script):
     return found.stdout.split()
 
 
-@needs_module
+@pytest.mark.skipif(_build.load() is None, reason="no compiled kernels")
 def test_what_the_module_offers():
     module = _build.load()
     assert Path(module.__file__).name.split(".")[0] == "_C"

@@ -35,13 +35,12 @@ def test_tags(tags, problem):
 
 
 @needs_gcc
-@pytest.mark.skipif(_build.load() is None, reason="no compiled kernels")
+@pytest.mark.skipif(
+    not getattr(_build.load(), "__file__", "").endswith("/_C.abi3.so"), reason="no kernels that are for every Python"
+)
 def test_the_module_needs_only_symbols_that_somebody_has(tmp_path):
     """A function that no library has is found, although the linker accepts it."""
-    module = Path(_build.load().__file__)
-    if module.name != "_C.abi3.so":
-        pytest.skip("this module is built for one Python")
-    assert check_wheel.strange_symbols(module) == []
+    assert check_wheel.strange_symbols(Path(_build.load().__file__)) == []
     program = 'int nobody_has_this(void); int puts(const char*); int f(void) { return nobody_has_this() + puts(""); }'
     (tmp_path / "a.c").write_text(program)
     subprocess.run(["cc", "-shared", "-fPIC", "-o", tmp_path / "a.so", tmp_path / "a.c"], check=True)

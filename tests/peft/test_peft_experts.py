@@ -5,6 +5,7 @@ import torch
 from peft import get_peft_model
 from support.inside import S2FTPeftExperts
 from support.models import model_of, output_of, train
+from support.states import with_adapter
 from support.tolerances import LOGITS, relative_difference
 
 import s2ft
@@ -28,8 +29,7 @@ def experts_of(model):
 def test_experts_are_trained_as_by_attach(case):
     options = dict(u_ratio=0.2, g_ratio=0.2, d_ratio=0.2)
     by_ratio, by_name = (get_peft_model(model_of(case), S2FTPeftConfig(**some)) for some in (options, BOTH))
-    native = model_of(case)
-    s2ft.attach(native, s2ft.S2FTConfig(**options, layout="indexed", ffn_kernel=False))
+    native = with_adapter(model_of(case), s2ft.S2FTConfig(**options, layout="indexed", ffn_kernel=False))
     chosen = s2ft.select(model_of(case), s2ft.S2FTConfig(**options)).to_dict()
     assert by_ratio.peft_config["default"].units == chosen
     assert by_name.peft_config["default"].units == {key: units for key, units in chosen.items() if "[" in key}
@@ -44,7 +44,7 @@ def test_experts_are_trained_as_by_attach(case):
 
 def test_experts_of_no_known_family(monkeypatch):
     base = model_of("mixtral")
-    monkeypatch.setattr("s2ft.peft.units.known_architectures", list)
+    monkeypatch.setattr("s2ft.peft.native_adapter.known_architectures", list)
     for dim in (None, "outputs"):
         model = peft_of("mixtral", target_parameters=["experts.down_proj"], ratio=0.25, dim=dim)
         (layer, *_) = experts_of(model).values()

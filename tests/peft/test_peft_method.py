@@ -7,7 +7,7 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.models import ALL_RATIOS, T5, model_of, output_of, ratios_for
 from support.pairs import in_turn
-from support.states import same
+from support.states import assert_same_adapters, same, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
@@ -64,8 +64,7 @@ def test_a_reused_config_keeps_its_original_options():
     assert mine is config and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}  # PEFT's users read what became of theirs
     assert get_peft_model(model_of("llama-grouped"), config).peft_config["default"] is config
     for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
-        other = get_peft_model(model_of(case), config).peft_config["default"]
-        assert other.base_fingerprint != mine.base_fingerprint
+        assert get_peft_model(model_of(case), config).peft_config["default"].base_fingerprint != mine.base_fingerprint
     config.seed = 1
     first.add_adapter("b", config)
     assert first.peft_config["b"].units != mine.units
@@ -348,8 +347,7 @@ def test_float32_deltas_on_a_bfloat16_base_unless_asked_otherwise():
 def test_another_base_is_refused_unless_the_fingerprint_is_removed(tmp_path):
     peft_of().save_pretrained(tmp_path)
     other = model_of("llama-grouped")
-    with torch.no_grad():
-        other.model.layers[1].mlp.down_proj.weight[0, 0] += 1
+    other.model.layers[1].mlp.down_proj.weight.data[0, 0] += 1
     with pytest.raises(ValueError, match="another base: 1 of 3 layers differ, the first is layer 1"):
         PeftModel.from_pretrained(copy.deepcopy(other), tmp_path)
     config = PeftConfig.from_pretrained(tmp_path)
@@ -376,11 +374,9 @@ def test_the_base_is_recognized_while_other_adapters_are_merged(tmp_path):
 
 def test_to_native_keeps_modules_to_save():
     model = get_peft_model(model_of("llama"), S2FTPeftConfig(d_ratio=0.2, modules_to_save=["model.norm"]))
-    with torch.no_grad():
-        model.base_model.model.model.norm.modules_to_save["default"].weight.mul_(2)
+    model.base_model.model.model.norm.modules_to_save["default"].weight.data.mul_(2)
     found = to_native(model)
-    base = model_of("llama")
-    s2ft.load_adapter(base, found)
+    base = with_loaded(model_of("llama"), found)
     assert torch.equal(base.model.norm.weight, 2 * model_of("llama").model.norm.weight)
     with pytest.raises(ValueError, match="model.norm.weight trained in full"):
         from_native(model_of("llama"), found)
@@ -395,12 +391,8 @@ def test_weighted_sums_equal_those_of_s2ft(case):
     model.add_weighted_adapter(["a", "b"], [0.7, -0.3], "sum")
     model.set_adapter("sum")
     expected = 0.7 * to_native(model, "a") + -0.3 * to_native(model, "b")
-    found = to_native(model, "sum")
-    assert found.selection == expected.selection and found.deltas.keys() == expected.deltas.keys()
-    assert all(torch.equal(found.deltas[key].values, expected.deltas[key].values) for key in found.deltas)
-    base = model_of(case)
-    s2ft.load_adapter(base, expected)
-    assert torch.equal(output_of(base), output_of(model))
+    assert_same_adapters(to_native(model, "sum"), expected)
+    assert torch.equal(output_of(with_loaded(model_of(case), expected)), output_of(model))
 
 
 def test_a_sum_keeps_modules_to_save_of_one_adapter():
@@ -429,10 +421,8 @@ def test_every_row_of_a_mixed_batch_has_its_own_adapter(case, grad):
             expected.append(model(row[None]).logits)
     with torch.set_grad_enabled(grad):
         got = model(tokens, adapter_names=MIX).logits
-    assert relative_difference(got, torch.cat(expected)) < LOGITS
-    assert got.requires_grad is grad
-    with torch.no_grad():
-        assert torch.equal(model(tokens).logits, model(tokens).logits)  # the names are removed
+    assert relative_difference(got, torch.cat(expected)) < LOGITS and got.requires_grad is grad
+    assert torch.equal(model(tokens).logits, model(tokens).logits)  # the names are removed
 
 
 def encoder_decoder():
@@ -468,7 +458,6 @@ def test_generate_mixed(make, modules_to_save, num_beams):
     expected = []
     for row, name in zip(tokens, MIX):
         model.set_adapter("a" if name == "__base__" else name)
-        runs = make() if name == "__base__" else model
-        expected.append(runs.generate(input_ids=row[None], **settings)[0])
+        expected.append((make() if name == "__base__" else model).generate(input_ids=row[None], **settings)[0])
     got = model.generate(input_ids=tokens, adapter_names=MIX, **settings)
     assert torch.equal(got, torch.stack(expected)) and len({tuple(row.tolist()) for row in got}) == 4

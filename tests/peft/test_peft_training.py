@@ -6,6 +6,7 @@ import pytest
 import torch
 from adapter.test_pretrained import trainer
 from peft import PeftModel, get_peft_model
+from support.states import same
 from support.trl_trainers import ROWS, trl_trainer
 from train.tiny import tiny_model
 
@@ -23,12 +24,8 @@ def deltas_of(model, name="default"):
     }
 
 
-def assert_equal(ours, theirs):
-    assert ours and ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
-
-
 def moved(deltas):
-    return all((delta != 0).any() for delta in deltas.values())
+    return bool(deltas) and all((delta != 0).any() for delta in deltas.values())
 
 
 # ---- transformers' Trainer -------------------------------------------------------------------------------
@@ -47,10 +44,8 @@ def test_resumed_training_equals_uninterrupted_training_bit_for_bit(reentrant, t
     assert (tmp_path / "through/checkpoint-4/adapter_model.safetensors").exists()
     assert not (tmp_path / "through/checkpoint-4/model.safetensors").exists()
     how = dict(gradient_checkpointing=True, gradient_checkpointing_kwargs=dict(use_reentrant=reentrant))
-    run = trainer(resumed, tmp_path / "resumed", **how)
-    run.train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
-    assert_equal(deltas_of(resumed), deltas_of(model))
-    assert_equal(dict(model.unload().state_dict()), dict(tiny_model().state_dict()))
+    trainer(resumed, tmp_path / "resumed", **how).train(resume_from_checkpoint=str(tmp_path / "through/checkpoint-4"))
+    assert same(deltas_of(resumed), deltas_of(model)) and same(model.unload(), tiny_model())
 
 
 def test_resuming_with_other_units_is_refused(tmp_path):
@@ -76,16 +71,14 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
     one = model.eval()(tokens).logits
     model.save_pretrained(tmp_path / "one")
     model.set_adapter("two")
-    two = model(tokens).logits
-    assert not torch.equal(one, two) and not torch.equal(one, base)
+    assert not torch.equal(one, model(tokens).logits) and not torch.equal(one, base)
     model.disable_adapters()
     assert torch.allclose(model(tokens).logits, base, rtol=1e-5, atol=1e-6)
     model.enable_adapters()
     loaded = tiny_model()
     loaded.load_adapter(str(tmp_path / "one"), "mine")
     assert torch.equal(loaded.eval()(tokens).logits, one) and loaded.active_adapters() == ["mine"]
-    again = PeftModel.from_pretrained(tiny_model(), tmp_path / "one").eval()
-    assert torch.equal(again(tokens).logits, one)
+    assert torch.equal(PeftModel.from_pretrained(tiny_model(), tmp_path / "one").eval()(tokens).logits, one)
     model.delete_adapter("two")
     assert torch.equal(model(tokens).logits, one)
 
@@ -96,7 +89,6 @@ def test_adapters_of_transformers(tmp_path, monkeypatch):
 @pytest.mark.parametrize("kind", ROWS)
 def test_trl_with_peft_config(kind, tmp_path):
     """TRL trains only the adapter, saves it, and resumes from it."""
-    pytest.importorskip("trl")
     done, resumed = (
         trl_trainer(kind, tiny_model(), tmp_path, beta=0.1, peft_config=S2FTPeftConfig(**CONFIG)) for _ in range(2)
     )
@@ -106,20 +98,16 @@ def test_trl_with_peft_config(kind, tmp_path):
     last = tmp_path / f"checkpoint-{done.state.global_step}"
     assert (last / "adapter_config.json").exists() and not (last / "model.safetensors").exists()
     resumed.train(resume_from_checkpoint=str(last))
-    assert_equal(deltas_of(resumed.model), deltas_of(done.model))
-    assert_equal(dict(done.model.unload().state_dict()), dict(tiny_model().state_dict()))
+    assert same(deltas_of(resumed.model), deltas_of(done.model)) and same(done.model.unload(), tiny_model())
 
 
 def test_dpo_on_an_adapter_that_was_trained_before(tmp_path):
     """TRL copies its deltas by name to a second adapter, the reference; otherwise the reference would be the base."""
-    pytest.importorskip("trl")
-    trained = fresh(init_weights=False)
-    trained.save_pretrained(tmp_path / "sft")
+    fresh(init_weights=False).save_pretrained(tmp_path / "sft")
     model = PeftModel.from_pretrained(tiny_model(), tmp_path / "sft", is_trainable=True)
     before = copy.deepcopy(deltas_of(model))
     done = trl_trainer("dpo", model, tmp_path / "dpo")
-    assert_equal(deltas_of(done.model, "ref"), before)
+    assert same(deltas_of(done.model, "ref"), before)
     assert done.model.peft_config["ref"].units == done.model.peft_config["default"].units
     done.train()
-    assert any(not torch.equal(before[key], value) for key, value in deltas_of(done.model).items())
-    assert_equal(deltas_of(done.model, "ref"), before)
+    assert not same(deltas_of(done.model), before) and same(deltas_of(done.model, "ref"), before)

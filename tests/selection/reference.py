@@ -16,6 +16,7 @@ def by_attention_mask(path, batch):
     return batch.get("attention_mask") if isinstance(batch, dict) else None
 
 
+@torch.no_grad()
 def stored(model, couplings, batch, mask_at):
     """What passes every projection at the positions that count, and how many positions there are, by its name."""
     seen, hooks = {}, []
@@ -32,8 +33,7 @@ def stored(model, couplings, batch, mask_at):
                 seen[p.name] = p, x, len(x)
 
         hooks.append(model.get_submodule(path).register_forward_hook(keep))
-    with torch.no_grad():
-        model(**batch) if isinstance(batch, dict) else model(*batch)
+    model(**batch) if isinstance(batch, dict) else model(*batch)
     for hook in hooks:
         hook.remove()
     return seen

@@ -12,7 +12,6 @@ from s2ft import S2FTConfig
 MODEL = model_of("llama-grouped")
 PROJECTIONS = {p.path: p for p in projections_of(couplings_of(MODEL))}
 COSTS = {path: unit_parameters(MODEL, p) for path, p in PROJECTIONS.items()}
-RATIO = st.one_of(st.just(0.0), st.floats(0.05, 1))
 
 
 def parameters(selection):
@@ -25,7 +24,7 @@ def per_layer(selection, name):
 
 @settings(deadline=None, max_examples=60)
 @given(
-    ratios=st.fixed_dictionaries({f"{key}_ratio": RATIO for key in "qvoud"}),
+    ratios=st.fixed_dictionaries({f"{key}_ratio": st.one_of(st.just(0.0), st.floats(0.05, 1)) for key in "qvoud"}),
     budget=st.integers(1, 30000),
     layers=st.sets(st.integers(0, 2), min_size=1),
     allocation=st.sampled_from(["uniform", "global"]),
@@ -59,14 +58,12 @@ def test_a_budget_keeps_the_proportions_of_the_ratios():
 
 def test_a_budget_as_text_and_as_the_rank_of_a_lora():
     units = 3 * 10 * 24
-    for budget in (units, str(units), "0.72K", "0.00072 m"):
-        assert S2FTConfig(d_ratio=1, budget=budget).budget == units
+    assert {S2FTConfig(d_ratio=1, budget=one).budget for one in (units, str(units), "0.72K", "0.00072 m")} == {units}
     assert S2FTConfig(d_ratio=1, budget="9.2M").budget == 9_200_000
     model = model_of("llama-grouped")
     report = s2ft.attach(model, S2FTConfig(u_ratio=0.1, d_ratio=0.1, match_lora_rank=4))
     lora = 2 * 3 * 4 * (24 + 52)  # two projections in three layers
-    assert lora - 24 < report.trainable <= lora
-    assert report.trainable == parameters(attachment_of(model).selection)
+    assert lora - 24 < report.trainable <= lora and report.trainable == parameters(attachment_of(model).selection)
     assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
 
 
@@ -96,13 +93,11 @@ def test_global_selects_the_best_units_of_all_layers(order):
 
 def test_a_layer_without_selected_units_is_not_mounted():
     model = model_of("llama")
-    with torch.no_grad():
-        for i in (0, 2):
-            model.model.layers[i].mlp.down_proj.weight.mul_(1e-3)
+    for i in (0, 2):
+        model.model.layers[i].mlp.down_proj.weight.data.mul_(1e-3)
     for layout in ("permuted", "indexed"):
         report = s2ft.attach(model, S2FTConfig(d_ratio=0.1, selection="weight", allocation="global", layout=layout))
-        assert list(attachment_of(model).mounts) == ["model.layers.1.mlp.down_proj"]
-        assert report.trainable == 15 * 24
+        assert list(attachment_of(model).mounts) == ["model.layers.1.mlp.down_proj"] and report.trainable == 15 * 24
         s2ft.detach(model)
 
 

@@ -150,10 +150,11 @@ def test_scores_are_those_of_a_simple_computation_and_the_model_does_not_change(
 
 
 WITH_LABELS = [name for name, (case, batches) in CASES.items() if all("labels" in batch for batch in batches)]
-CHECKPOINTING = (None, dict(use_reentrant=False), dict(use_reentrant=True))
 
 
-@pytest.mark.parametrize("name, checkpointing", in_turn(WITH_LABELS, CHECKPOINTING))
+@pytest.mark.parametrize(
+    "name, checkpointing", in_turn(WITH_LABELS, (None, dict(use_reentrant=False), dict(use_reentrant=True)))
+)
 def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointing):
     case, batches = CASES[name]
     model = model_of(case).train()
@@ -238,7 +239,6 @@ ROWS, GRID, SCALE = torch.randn(4, 6), torch.randn(2, 5, 6), torch.rand(4, 10)
 
 
 LOADER = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # its batches are lists
-MASKED = {"x": GRID, "attention_mask": mask_of((5, 2), 5)}
 
 
 @pytest.mark.parametrize(
@@ -247,7 +247,7 @@ MASKED = {"x": GRID, "attention_mask": mask_of((5, 2), 5)}
         (Perceptron, [ROWS], [(ROWS,)]),
         (Perceptron, [GRID], [(GRID,)]),
         (Perceptron, [GRID] * 2, [(GRID,)]),
-        (Perceptron, [MASKED], [(GRID[:1],), (GRID[1:, :2],)]),
+        (Perceptron, [{"x": GRID, "attention_mask": mask_of((5, 2), 5)}], [(GRID[:1],), (GRID[1:, :2],)]),
         (Perceptron, [(ROWS, SCALE)], [(ROWS, SCALE)]),
         (Perceptron, [{"scale": SCALE, "x": ROWS}], [(ROWS, SCALE)]),
         (Perceptron, LOADER, [(ROWS, SCALE)]),

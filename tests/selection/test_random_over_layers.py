@@ -10,12 +10,13 @@ import s2ft
 from s2ft import S2FTConfig
 
 MODEL = model_of("llama")
-COUPLINGS = couplings_of(MODEL)
 DOWN = [f"model.layers.{layer}.mlp.down_proj" for layer in range(3)]  # 52 channels each
 
 
 def units(seed, ratio=0.1, **options):
-    found = select(COUPLINGS, S2FTConfig(d_ratio=ratio, seed=seed, allocation="global", **options), MODEL).units
+    found = select(
+        couplings_of(MODEL), S2FTConfig(d_ratio=ratio, seed=seed, allocation="global", **options), MODEL
+    ).units
     return [(layer, unit) for layer, path in enumerate(DOWN) for unit in found.get(path, torch.tensor([])).tolist()]
 
 

@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings, strategies as st
 from support.inside import AdapterFolderCONFIG as CONFIG, attachment_of, reading
 from support.models import ALL_RATIOS, model_of
+from support.states import with_adapter
 
 import s2ft
 from s2ft import Selection
@@ -30,8 +31,7 @@ def test_round_trip(units, tmp_path_factory):
 
 
 def test_loading_from_an_adapter_folder(tmp_path):
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(**ALL_RATIOS))
+    model = with_adapter(model_of("llama"), s2ft.S2FTConfig(**ALL_RATIOS))
     s2ft.save_adapter(model, tmp_path)
     assert Selection.load(tmp_path) == attachment_of(model).selection
     config = json.loads((tmp_path / "s2ft_config.json").read_text())

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from support.inside import METRICS, attachment_of
-from support.models import ALL_RATIOS, model_of, train
+from support.models import ALL_RATIOS, fit, model_of
+from support.states import with_adapter
 
 import s2ft
 from s2ft import S2FTConfig
@@ -21,8 +22,7 @@ def test_a_second_selection_excludes_the_first(metric, allocation):
     first = s2ft.select(model, S2FTConfig(**options), data)
     second = s2ft.select(model, S2FTConfig(**options, exclude=first), data)
     for path, units in second.units.items():
-        taken = set(first.units.get(path, torch.tensor([])).tolist())
-        assert not taken & set(units.tolist()), path
+        assert not set(first.units.get(path, torch.tensor([])).tolist()) & set(units.tolist()), path
     assert sum(map(len, second.units.values())) == sum(map(len, first.units.values()))
     for i in range(3):  # the producers are still nested
         up, gate = (
@@ -33,9 +33,7 @@ def test_a_second_selection_excludes_the_first(metric, allocation):
 
 
 def test_excluding_an_adapter(tmp_path):
-    model = model_of("llama")
-    s2ft.attach(model, S2FTConfig(**ALL_RATIOS))
-    train(model)
+    model = fit(with_adapter(model_of("llama"), S2FTConfig(**ALL_RATIOS)))
     first = attachment_of(model).selection
     s2ft.save_adapter(model, tmp_path / "first")
     s2ft.detach(model)
@@ -48,4 +46,4 @@ def test_excluding_an_adapter(tmp_path):
     assert all(selection == chosen[0] for selection in chosen)
     s2ft.attach(model, config)
     s2ft.save_adapter(model, tmp_path / "second")
-    assert s2ft.adapter.read_adapter(tmp_path / "second").config == config
+    assert s2ft.read_adapter(tmp_path / "second").config == config

@@ -15,11 +15,12 @@ DEADLINE = 60.0
 
 
 def save_adapters(folder, count, first=0, **changes):
-    """Save adapters a0, a1, ... whose deltas are large enough to change nearly every token."""
+    """Save adapters a0, a1, ... whose deltas are large enough to change nearly every token. Returns the folder."""
     ratios = dict(d_ratio=0.2, o_ratio=0.5, u_ratio=0.1)
     for number in range(first, first + count):
         name = f"a{number}"
         save_random_adapter(folder / name, tiny_model(**changes), 0.3, name, seed=number, **ratios)
+    return folder
 
 
 @torch.no_grad()

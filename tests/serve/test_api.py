@@ -29,8 +29,7 @@ TEMPLATE = (
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Adapters a0, a1 and a2. The last one was trained with a prompt of its own."""
-    folder = tmp_path_factory.mktemp("adapters")
-    save_adapters(folder, 3, **UNTIED)
+    folder = save_adapters(tmp_path_factory.mktemp("adapters"), 3, **UNTIED)
     adapter = s2ft.read_adapter(folder / "a2")
     prompt = {"form": "chat", "template": TEMPLATE, "system": "Be brief."}
     native.write(replace(adapter, info={**adapter.info, "prompt": prompt}), folder / "a2")

@@ -19,8 +19,7 @@ UNTIED = dict(tie_word_embeddings=False)
 @pytest.fixture(scope="module")
 def spare(tmp_path_factory):
     """Adapters a0 and a1 of the base, and a0 of another base in foreign/."""
-    folder = tmp_path_factory.mktemp("spare")
-    save_adapters(folder, 2, **UNTIED)
+    folder = save_adapters(tmp_path_factory.mktemp("spare"), 2, **UNTIED)
     save_adapters(folder / "foreign", 1, seed=5, **UNTIED)
     return folder
 
@@ -53,8 +52,7 @@ def test_runs_adapters_and_directories_are_served_under_their_names(spare, tmp_p
         assert served(url) == [BASE, "chat", "inner", "math", "plain", "seventh", "single"]
         assert [complete(url, name).status_code for name in ("math", "seventh", "inner")] == [200] * 3
         assert complete(url, "checkpoint-4").status_code == 404
-        load = dict(lora_name="old", lora_path="math/checkpoint-4")
-        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=load)
+        answer = httpx.post(f"{url}/v1/load_lora_adapter", json=dict(lora_name="old", lora_path="math/checkpoint-4"))
         assert answer.status_code == 400 and "checkpoint" in answer.json()["error"]["message"]
 
 

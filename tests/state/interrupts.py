@@ -16,11 +16,12 @@ import time
 from collections.abc import Callable
 
 import torch
+from support.states import randomize, with_adapter
 from torch import nn
 
 import s2ft
 from state import REFERENCE
-from state.models import fill_slices, make_adapter, ratios, tiny_model, tokens
+from state.models import make_adapter, ratios, tiny_model, tokens
 from state.plain import describe, detach_if_attached, differences
 
 WIDE = dict(hidden_size=64, intermediate_size=256)  # large enough that products and copies take part of the time
@@ -41,9 +42,7 @@ class Scene:
         self.loaded = copy.deepcopy(self.plain)
         for adapter in self.adapters:
             s2ft.load_adapter(self.loaded, adapter)
-        self.trainable = copy.deepcopy(self.plain)
-        s2ft.attach(self.trainable, self.config)
-        fill_slices(self.trainable, seed=3)
+        self.trainable = randomize(with_adapter(copy.deepcopy(self.plain), self.config), 3, 0.1)
         self.base = describe(self.plain)
 
     def attach_and_detach(self, model: nn.Module) -> None:

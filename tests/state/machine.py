@@ -11,16 +11,16 @@ are left out as long as it fails in the same way.
 
 import argparse
 import copy
-import io
 import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 
 import torch
 from support.inside import S2Layer
+from support.states import saved_and_loaded
 from support.tolerances import GEMM
 from torch import nn
 from transformers.utils import logging
@@ -31,7 +31,6 @@ from state.plain import describe, detach_if_attached, differences, effective_wei
 from state.tracing import RaiseAt
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-CASTS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 PRECISION = {torch.float64: 0, torch.float32: 1, torch.float16: 2, torch.bfloat16: 3}  # a larger number is coarser
 TOKENS = dict(batch=2, length=4)
 SHOWN = 20  # largest number of printed failures
@@ -134,8 +133,7 @@ class State:
         return effective_weights(self.plain, [(self.adapter(name), weight) for name, weight in active.items()])
 
     def tolerance(self) -> float:
-        dtype = max(self.coarsest, next(self.plain.parameters()).dtype, key=PRECISION.get)
-        return GEMM[dtype][0]
+        return GEMM[max(self.coarsest, next(self.plain.parameters()).dtype, key=PRECISION.get)][0]
 
 
 # ---- operations, and the states in which they are possible ---------------------------------------------------
@@ -161,11 +159,11 @@ def freeze(state: State) -> None:
     s2ft.freeze_adapter(state.model)
 
 
+@torch.no_grad()
 def fill(state: State) -> None:
     generator = torch.Generator().manual_seed(state.rng.randrange(1000))
-    with torch.no_grad():
-        for s2 in state.slices.values():
-            s2.copy_(torch.randn(s2.shape, generator=generator) * 0.1)
+    for s2 in state.slices.values():
+        s2.copy_(torch.randn(s2.shape, generator=generator) * 0.1)
 
 
 def detach(state: State) -> None:
@@ -279,8 +277,7 @@ def add_up(state: State) -> None:
     if new not in state.status.adapters:
         return
     sums = effective_weights(state.plain, [(s2ft.get_adapter(state.model, new), 1.0)])
-    parts = effective_weights(state.plain, [(state.adapter(name), 0.5) for name in names])
-    for key, tensor in parts.items():
+    for key, tensor in effective_weights(state.plain, [(state.adapter(name), 0.5) for name in names]).items():
         require(torch.allclose(sums[key], tensor, rtol=state.tolerance(), atol=state.tolerance()), f"sum in {key}")
     state.kept[new] = copy.deepcopy(s2ft.get_adapter(state.model, new))
 
@@ -295,10 +292,6 @@ def arithmetic(state: State) -> None:
         state.pool.append(-(0.5 * adapter))
 
 
-def optimizer_of(state: State) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3)  # float16 can represent this eps
-
-
 def loss_of(state: State, seed: int = 0) -> torch.Tensor:
     ids = tokens(state.model, seed=seed, **TOKENS)
     return state.model(input_ids=ids, labels=ids).loss
@@ -306,7 +299,7 @@ def loss_of(state: State, seed: int = 0) -> torch.Tensor:
 
 def step(state: State) -> None:
     before = {name: s2.detach().clone() for name, s2 in state.slices.items()}
-    optimizer, mode = optimizer_of(state), state.model.training
+    optimizer, mode = torch.optim.AdamW(state.slices.values(), lr=1e-2, eps=1e-3), state.model.training
     state.model.train()
     loss_of(state, state.rng.randrange(100)).backward()
     frozen = [n for n, p in state.model.named_parameters() if p.grad is not None and n not in before]
@@ -338,8 +331,7 @@ def backward(state: State) -> None:
 
 
 def load_own_state(state: State) -> None:
-    own = {name: tensor.clone() for name, tensor in state.model.state_dict().items()}
-    state.model.load_state_dict(own)
+    state.model.load_state_dict({name: tensor.clone() for name, tensor in state.model.state_dict().items()})
 
 
 def load_own_state_into_copy(state: State) -> None:
@@ -350,10 +342,8 @@ def load_own_state_into_copy(state: State) -> None:
 
 def load_base_state(state: State) -> None:
     """Either the numbers do not change, or ValueError is raised."""
-    try:
+    with suppress(ValueError):
         state.model.load_state_dict({k: v.clone() for k, v in state.plain.state_dict().items()}, strict=False)
-    except ValueError:
-        pass
 
 
 def deep_copy(state: State) -> None:
@@ -361,10 +351,7 @@ def deep_copy(state: State) -> None:
 
 
 def save_whole(state: State) -> None:
-    file = io.BytesIO()
-    torch.save(state.model, file)
-    file.seek(0)
-    state.model = torch.load(file, weights_only=False)
+    state.model = saved_and_loaded(state.model)
 
 
 def train_mode(state: State) -> None:
@@ -376,11 +363,10 @@ def evaluation_mode(state: State) -> None:
 
 
 def cast(state: State) -> None:
-    cast_to(state, state.rng.choice(CASTS))
-
-
-def cast_to(state: State, dtype: torch.dtype) -> None:
-    now = next(state.plain.parameters()).dtype
+    dtype, now = (
+        state.rng.choice((torch.float32, torch.float64, torch.bfloat16, torch.float16)),
+        next(state.plain.parameters()).dtype,
+    )
     method = {torch.float16: "half", torch.bfloat16: "bfloat16", torch.float32: "float", torch.float64: "double"}[dtype]
     if state.rng.random() < 0.5:
         state.both(lambda model: getattr(model, method)())
@@ -511,17 +497,17 @@ def require_same_deltas(expected: s2ft.Adapter, found: s2ft.Adapter, what: str) 
         )
 
 
+@torch.no_grad()
 def logits_of(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens(model, **TOKENS)).logits.float()
+    return model(input_ids=tokens(model, **TOKENS)).logits.float()
 
 
+@torch.no_grad()
 def check_output(state: State, active: dict[str, float]) -> None:
     """Compare the output with that of the plain model with the effective weights."""
-    with torch.no_grad():
-        wanted = torch.func.functional_call(
-            state.plain, state.expected_weights(active), kwargs={"input_ids": tokens(state.plain, **TOKENS)}
-        ).logits.float()
+    wanted = torch.func.functional_call(
+        state.plain, state.expected_weights(active), kwargs={"input_ids": tokens(state.plain, **TOKENS)}
+    ).logits.float()
     require_close(state, wanted, logits_of(state.model), f"with {active} active")
 
 
@@ -551,11 +537,6 @@ def check_merged(state: State, active: dict[str, float]) -> None:
     require(not wrong, f"merged with {active}: {wrong[:1]}")
 
 
-def check_loaded(state: State) -> None:
-    for name, adapter in state.kept.items():
-        require_same_deltas(adapter, s2ft.get_adapter(state.model, name), f"adapter {name}")
-
-
 def check_requires_grad(state: State) -> None:
     if state.attached and not state.unfrozen:
         found = {name for name, p in state.model.named_parameters() if p.requires_grad}
@@ -567,7 +548,8 @@ def check(state: State) -> None:
     check_base(state)
     check_output(state, active)
     check_merged(state, active)
-    check_loaded(state)
+    for name, adapter in state.kept.items():
+        require_same_deltas(adapter, s2ft.get_adapter(state.model, name), f"adapter {name}")
     check_requires_grad(state)
 
 
@@ -625,8 +607,7 @@ def run_operation(state: State, operation: Operation) -> None:
     active = dict(state.status.active)
     output = logits_of(state.model) if operation.same_output else None
     operation.run(state)
-    renamed = operation.run is rename or "(rename at" in state.detail
-    if state.status.active != active and not renamed:
+    if state.status.active != active and not (operation.run is rename or "(rename at" in state.detail):
         state.rounded = False
     check(state)
     if output is not None:

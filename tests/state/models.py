@@ -2,6 +2,7 @@
 
 import torch
 from support.models import CASES
+from support.states import randomize, with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
@@ -12,6 +13,7 @@ MODELS = ("llama-grouped", TIED, "llama", "qwen2", "gpt2")
 LAYOUTS = ("permuted", "indexed")
 
 
+@torch.no_grad()
 def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, **changes) -> nn.Module:
     """A model in evaluation mode; every weight, bias and norm is random.
 
@@ -28,9 +30,8 @@ def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, *
         setattr(config, name, value)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=0.2)
+    for parameter in model.parameters():
+        parameter.normal_(mean=0.5 if parameter.dim() == 1 else 0.0, std=0.2)
     return model.to(dtype)
 
 
@@ -40,24 +41,12 @@ def ratios(case: str, ratio: float = 0.5) -> dict[str, float]:
     return {f"{key}_ratio": ratio for key in keys}
 
 
-def fill_slices(model: nn.Module, seed: int, std: float = 0.1) -> None:
-    """Give every trainable slice random values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.rpartition(".")[2] == "s2":
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-
-
 def make_adapter(model: nn.Module, config: s2ft.S2FTConfig, name: str, seed: int) -> s2ft.Adapter:
     """Attach to a plain model, fill the slices, take the adapter out and detach."""
-    s2ft.attach(model, config, name=name)
-    fill_slices(model, seed)
-    adapter = s2ft.get_adapter(model, name)
+    adapter = s2ft.get_adapter(randomize(with_adapter(model, config, name), seed, 0.1), name)
     s2ft.detach(model)
     return adapter
 
 
 def tokens(model: nn.Module, batch: int = 2, length: int = 5, seed: int = 0) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(model.config.vocab_size, (batch, length), generator=generator)
+    return torch.randint(model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(seed))

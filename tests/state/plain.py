@@ -98,8 +98,3 @@ def effective_weights(plain: nn.Module, parts: Iterable[tuple[s2ft.Adapter, floa
         matrix = total.t() if isinstance(plain.get_submodule(key.removesuffix(".weight")), Conv1D) else total
         weights[key] = matrix.to(weights[key].dtype).contiguous()
     return weights
-
-
-def different_weights(expected: dict[str, Tensor], found: dict[str, Tensor]) -> list[str]:
-    """Like :func:`differences`, but for tensors only."""
-    return differences(dict(expected), dict(found))

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from support.states import randomize, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
 from state import REFERENCE
-from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
-from state.plain import describe, detach_if_attached, differences, different_weights, effective_weights, weights_of
+from state.models import LAYOUTS, make_adapter, ratios, tiny_model, tokens
+from state.plain import describe, detach_if_attached, differences, effective_weights, weights_of
 from state.tracing import EVENTS, RaiseAt, moments
 
 SMALL = dict(
@@ -46,15 +47,11 @@ class Sweep:
         self.plain = tiny_model("llama", **SMALL)
         self.a, self.b = (make_adapter(self.plain, config(seed), name, seed) for seed, name in ((1, "a"), (2, "b")))
         self.base, self.tokens = describe(self.plain), tokens(self.plain)
-        self.loaded = copy.deepcopy(self.plain)  # a is active, b is loaded
-        s2ft.load_adapter(self.loaded, self.b)
-        s2ft.load_adapter(self.loaded, self.a)
-        self.trainable = copy.deepcopy(self.plain)  # t is trainable
-        s2ft.attach(self.trainable, self.config, name="t")
-        fill_slices(self.trainable, seed=3)
+        # a is active, b is loaded; t is trainable; a is loaded and active, t is trainable and inactive
+        self.loaded = with_loaded(with_loaded(copy.deepcopy(self.plain), self.b), self.a)
+        self.trainable = randomize(with_adapter(copy.deepcopy(self.plain), self.config, "t"), 3, 0.1)
         self.trainable(input_ids=self.tokens)  # writes them into the weights
-        self.both = copy.deepcopy(self.trainable)  # a is loaded and active, t is trainable and inactive
-        s2ft.load_adapter(self.both, self.a)
+        self.both = with_loaded(copy.deepcopy(self.trainable), self.a)
         self.both_active = copy.deepcopy(self.both)
         s2ft.set_adapter(self.both_active, {"a": 1.0, "t": 1.0})
         self.adapters = {"a": self.a, "b": self.b, "t": s2ft.get_adapter(self.trainable, "t")}
@@ -150,7 +147,7 @@ class Sweep:
             return None
         found = weights_of(s2ft.merge(copy.deepcopy(model)))
         if list(status.active.values()) == [1.0]:
-            wrong = different_weights(expected, found)
+            wrong = differences(dict(expected), dict(found))
         else:  # sums are computed in another order
             wrong = [name for name in expected if not torch.allclose(expected[name], found[name], rtol=1e-5, atol=1e-6)]
         return f"status says {status.active}, but merging gives something else: {wrong[0]}" if wrong else None

@@ -83,6 +83,5 @@ def test_every_moment_is_counted_and_can_be_raised_at():
 
 def test_moments_are_the_first_and_the_last_events_of_every_place():
     a, b = ((code, 0) for code in (attach_under.__code__, moments.__code__))
-    assert moments([a, b, a, a, a], 1) == [1, 2, 5]
-    assert moments([a, b, a, a, a], 2) == [1, 2, 3, 5]
+    assert moments([a, b, a, a, a], 1) == [1, 2, 5] and moments([a, b, a, a, a], 2) == [1, 2, 3, 5]
     assert moments([a, b, a], None) == [1, 2, 3]

@@ -1,7 +1,6 @@
 """Reading an attached model while another thread runs or trains it gives the same values as while nothing runs."""
 
 import copy
-import io
 import os
 import pickle
 import subprocess
@@ -13,40 +12,35 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from support.states import randomize, saved_and_loaded, with_adapter
 from torch import Tensor, nn
 
 import s2ft
 from s2ft.ops import permute_, scatter_add_, swap_
-from state.models import LAYOUTS, fill_slices, make_adapter, ratios, tiny_model, tokens
-from state.plain import different_weights, same_bits, weights_of
+from state.models import LAYOUTS, make_adapter, ratios, tiny_model, tokens
+from state.plain import differences, same_bits, weights_of
 from state.threads import in_child, repeating
 
 READS = 20
-WIDE = dict(hidden_size=128, intermediate_size=512)
 REFUSED = (ValueError, RuntimeError)
 pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning", "ignore:.*not writable.*:UserWarning")
+
+
+def attached_model(layout: str, **changes: int) -> nn.Module:
+    config = s2ft.S2FTConfig(**ratios("llama"), layout=layout)
+    return randomize(with_adapter(tiny_model("llama", **changes), config), 1, 0.1)
 
 
 @pytest.fixture(scope="module", params=LAYOUTS)
 def attached(request) -> tuple[nn.Module, Tensor]:
     """A model with a trainable adapter, and tokens for a forward of a few milliseconds."""
-    model = tiny_model("llama", **WIDE)
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=request.param))
-    fill_slices(model, seed=1)
+    model = attached_model(request.param, hidden_size=128, intermediate_size=512)
     ids = tokens(model, batch=8, length=16)
     model(input_ids=ids)
     return model, ids
 
 
 # ---- readers -----------------------------------------------------------------------------------------
-
-
-def loaded(save) -> object:
-    """What torch.load reads from what was saved."""
-    file = io.BytesIO()
-    torch.save(save, file)
-    file.seek(0)
-    return torch.load(file, weights_only=False)
 
 
 def values(adapter: s2ft.Adapter) -> dict[str, Tensor]:
@@ -67,8 +61,8 @@ READERS = {
 }
 READERS_OF_THE_BASE = {
     "state_dict": lambda model, folder: {name: tensor.clone() for name, tensor in model.state_dict().items()},
-    "saved state_dict": lambda model, folder: loaded(model.state_dict()),
-    "saved whole": lambda model, folder: weights_of(loaded(model)),
+    "saved state_dict": lambda model, folder: saved_and_loaded(model.state_dict()),
+    "saved whole": lambda model, folder: weights_of(saved_and_loaded(model)),
     "pickle": lambda model, folder: weights_of(pickle.loads(pickle.dumps(model))),
     "detached copy": lambda model, folder: weights_of(s2ft.detach(copy.deepcopy(model))),
 }
@@ -91,7 +85,7 @@ def test_reading_while_another_thread_runs_the_model(attached, reader, tmp_path)
         read, run = lambda *given: base(READERS_OF_THE_BASE[reader](*given)), train
     expected = read(model, tmp_path)
     with repeating(run):
-        found = [different_weights(expected, read(model, tmp_path)) for _ in range(READS)]
+        found = [differences(expected, read(model, tmp_path)) for _ in range(READS)]
     wrong = [one for one in found if one]
     assert not wrong, f"{len(wrong)} of {READS} reads were wrong, the first: {wrong[0][0]}"
 
@@ -140,13 +134,6 @@ def test_children_forked_while_another_thread_writes_the_slice(where, one_thread
 # ---- memory that can't be written to -------------------------------------------------------------------
 
 
-def attached_model(layout: str) -> tuple[nn.Module, dict]:
-    model = tiny_model("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(**ratios("llama"), layout=layout))
-    fill_slices(model, seed=1)
-    return model, dict(input_ids=tokens(model))
-
-
 def one_layer(kind: type) -> tuple[nn.Module, dict]:
     layer = kind(16, 16, start=0, end=4)
     layer.s2.data.normal_()
@@ -156,7 +143,10 @@ def one_layer(kind: type) -> tuple[nn.Module, dict]:
 SHARED = {
     "row": lambda: one_layer(s2ft.S2RowLinear),
     "column": lambda: one_layer(s2ft.S2ColumnLinear),
-    **{layout: lambda layout=layout: attached_model(layout) for layout in LAYOUTS},
+    **{
+        layout: lambda layout=layout: (model := attached_model(layout), {"input_ids": tokens(model)})
+        for layout in LAYOUTS
+    },
 }
 
 
@@ -170,15 +160,14 @@ def test_shared_memory_is_refused_before_it_is_written(what, runs_before):
     with pytest.raises(REFUSED, match="shared"):
         model.share_memory()
         model(*inputs.values())
-    assert not different_weights(before, model.state_dict())
+    assert not differences(before, model.state_dict())
 
 
 def test_a_layer_sent_to_a_process_shares_no_weight_that_it_writes_to():
     """A queue or pipe of torch.multiprocessing moves the tensors that it sends to shared memory."""
     layer, _ = one_layer(s2ft.S2RowLinear)
     base = layer.weight.detach().clone()
-    received = pickle.loads(ForkingPickler.dumps(layer))
-    for one in (layer, received):
+    for one in (layer, pickle.loads(ForkingPickler.dumps(layer))):
         if one.weight.is_shared():
             with pytest.raises(REFUSED, match="shared"):
                 one(torch.ones(1, 16))
@@ -214,8 +203,7 @@ def adapter_for(folder: Path, mode: str) -> tuple[nn.Module, s2ft.Adapter]:
 
 
 def attach_to(folder: Path, mode: str, layout: str) -> None:
-    model = model_on(folder, mode)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, layout=layout))
+    model = with_adapter(model_on(folder, mode), s2ft.S2FTConfig(d_ratio=0.2, layout=layout))
     model(input_ids=tokens(model))
 
 
@@ -245,8 +233,7 @@ def test_a_read_only_weight_is_refused(writer, tmp_path):
 def test_a_weight_in_a_private_mapping_works_and_its_file_does_not_change(writer, tmp_path):
     WRITERS[writer](tmp_path, "c")
     content = np.fromfile(tmp_path / "weight.bin", dtype="float32")
-    expected = np.random.default_rng(0).standard_normal(content.shape).astype("float32")
-    assert np.array_equal(content, expected)
+    assert np.array_equal(content, np.random.default_rng(0).standard_normal(content.shape).astype("float32"))
 
 
 # ---- the PyTorch reference -----------------------------------------------------------------------------------
@@ -254,12 +241,10 @@ def test_a_weight_in_a_private_mapping_works_and_its_file_does_not_change(writer
 
 @pytest.mark.slow
 def test_all_of_this_with_the_pytorch_reference():
-    environment = {**os.environ, "S2FT_TEST_KERNELS": "reference"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__]
     process = subprocess.run(
-        command,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__],
         cwd=Path(__file__).parents[2],
-        env=environment,
+        env={**os.environ, "S2FT_TEST_KERNELS": "reference"},
         timeout=600,
         text=True,
         stdout=subprocess.PIPE,

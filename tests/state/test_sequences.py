@@ -8,21 +8,19 @@ import torch
 import s2ft
 from state import machine
 
-COUNT = os.environ.get("S2FT_TEST_SEQUENCES")  # number of sequences, instead of the numbers below
-
 
 @pytest.mark.parametrize("count", [12, pytest.param(2000, marks=pytest.mark.slow)])
 def test_random_sequences(count):
     machine.prepare()
-    failures = machine.run_all(int(COUNT or count))
+    failures = machine.run_all(int(os.environ.get("S2FT_TEST_SEQUENCES") or count))
     shown = "\n".join(str(machine.shorten(failure)) for failure in failures[:3])
     assert not failures, f"{len(failures)} sequences failed:\n{shown}"
 
 
+@torch.no_grad()
 def flip_one_bit(model):
-    with torch.no_grad():
-        weight = next(model.parameters())
-        weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(torch.inf, dtype=weight.dtype))
+    weight = next(model.parameters())
+    weight.view(-1)[0] = torch.nextafter(weight.view(-1)[0], torch.tensor(torch.inf, dtype=weight.dtype))
 
 
 def leave_an_attribute(model):

@@ -4,7 +4,7 @@ import os
 import pickle
 import signal
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 RANK_TIMEOUT = 60  # seconds until a thread counts as deadlocked
@@ -39,26 +39,6 @@ def repeating(function: Callable[[], object]) -> Iterator[None]:
         thread.join(RANK_TIMEOUT)
     assert not thread.is_alive(), "the thread hangs"
     assert not errors, f"the thread raised {errors[0]!r}"
-
-
-def in_threads(functions: Iterable[Callable[[], object]]) -> None:
-    """Run all functions at once, each in a thread. Raises what one of them raised."""
-    errors: list[BaseException] = []
-
-    def call(function: Callable[[], object]) -> None:
-        try:
-            function()
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=call, args=(function,), daemon=True) for function in functions]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(RANK_TIMEOUT)
-    assert not any(thread.is_alive() for thread in threads), "a thread hangs"
-    if errors:
-        raise errors[0]
 
 
 def in_child(function: Callable[[], object], limit: int = CHILD_LIMIT) -> object:

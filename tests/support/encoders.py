@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 
-def save_encoder(folder: Path) -> None:
-    """Write a random BERT of two layers and width 64, whose tokens are bytes."""
+def save_encoder(folder: Path) -> Path:
+    """Write a random BERT of two layers and width 64, whose tokens are bytes. Returns the folder."""
     torch.manual_seed(0)
     tokens = ["<pad>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=[]))
@@ -24,3 +24,4 @@ def save_encoder(folder: Path) -> None:
         initializer_range=0.2,
     )
     BertModel(config).save_pretrained(folder)
+    return folder

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 from torch import Tensor, nn
@@ -134,20 +135,15 @@ class Threads:
 
     def run(self, work) -> list:
         """Call `work(rank)` in a thread for each rank. Returns the results, or the exceptions."""
-        results: list = [None] * self.size
 
         def one(rank):
             try:
-                results[rank] = work(rank)
+                return work(rank)
             except Exception as error:
-                results[rank] = error
+                return error
 
-        threads = [threading.Thread(target=one, args=(rank,)) for rank in range(self.size)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
-        return results
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(one, range(self.size)))
 
 
 class OneThread:

@@ -105,8 +105,7 @@ def example_of(model: PreTrainedModel, known: dict[str, Tensor] | None = None) -
 def flips_of(model_type: str) -> Iterator[Flip]:
     """Iterate over the flips of a type: those of its config, and of the configs inside it."""
     config = model_of(model_type).config
-    inside = {name: getattr(config, name, None) for name in config.sub_configs}
-    for part, one in {"": config, **inside}.items():
+    for part, one in {"": config, **{name: getattr(config, name, None) for name in config.sub_configs}}.items():
         if isinstance(one, PretrainedConfig):
             yield from (Flip(part, key, value) for key, value in _flipped(one))
 

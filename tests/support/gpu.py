@@ -71,17 +71,3 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 def check_frozen(model: nn.Module, before: dict[str, Tensor]) -> None:
     now = dict(model.named_parameters())
     assert before and all(torch.equal(bits(now[name]), old) for name, old in before.items())
-
-
-def train(model: nn.Module, loss_of, count: int = 4) -> list[float]:
-    """`count` steps of AdamW. Returns the losses."""
-    trained = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=trained[0].is_cuda)
-    losses = []
-    for _ in range(count):
-        optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    return losses

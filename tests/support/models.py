@@ -259,19 +259,19 @@ def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return randomized(auto, config).to(dtype)
 
 
+@torch.no_grad()
 def randomized(auto: type, config: PretrainedConfig) -> PreTrainedModel:
     """A model in evaluation mode. Its biases and norms are random too, so that an error in them changes the output."""
     torch.manual_seed(0)
     model = auto.from_config(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.normal_(mean=0.5, std=0.3)
-            elif parameter.dim() > 1:
-                parameter.normal_(std=0.1)  # with the usual 0.02 every block is almost an identity
-        for module in model.modules():
-            if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
-                module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads have weights with two dims
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            parameter.normal_(mean=0.5, std=0.3)
+        elif parameter.dim() > 1:
+            parameter.normal_(std=0.1)  # with the usual 0.02 every block is almost an identity
+    for module in model.modules():
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            module.weight.normal_(mean=0.5, std=0.3)  # norms of single heads have weights with two dims
     return model
 
 
@@ -385,10 +385,13 @@ def loss_of(model: PreTrainedModel) -> torch.Tensor:
     return torch.nn.functional.cross_entropy(output, targets)
 
 
-def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, weight_decay: float = 0.1, loss_of=loss_of) -> list:
-    """Run a few AdamW steps and return their losses. The model is in evaluation mode afterwards."""
+def train(model: nn.Module, steps=3, lr=1e-2, weight_decay=0.1, loss_of=loss_of, optimizer=None) -> list[float]:
+    """Run a few steps, of AdamW if no optimizer is given, and return their losses.
+
+    The model is in evaluation mode afterwards.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
+    optimizer = optimizer or torch.optim.AdamW(trained, lr=lr, weight_decay=weight_decay)
     model.train()
     losses = []
     for _ in range(steps):
@@ -400,3 +403,9 @@ def train(model: nn.Module, steps: int = 3, lr: float = 1e-2, weight_decay: floa
         losses.append(loss.item())
     model.eval()
     return losses
+
+
+def fit(model: nn.Module, *args, **options) -> nn.Module:
+    """Train a model as :func:`train` does, and return it."""
+    train(model, *args, **options)
+    return model

@@ -12,6 +12,7 @@ bnb = pytest.importorskip("bitsandbytes")
 torchao = pytest.importorskip("torchao.quantization")
 
 
+@torch.no_grad()
 def plain(dtype=torch.float32, seed=0):
     """A LLaMA with biases in evaluation mode; its sizes suit all kinds of quantization."""
     torch.manual_seed(seed)
@@ -25,9 +26,8 @@ def plain(dtype=torch.float32, seed=0):
             attention_bias=True,
         )
     ).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.normal_(**(dict(mean=0.5, std=0.3) if parameter.dim() == 1 else dict(std=0.1)))
+    for parameter in model.parameters():
+        parameter.normal_(**(dict(mean=0.5, std=0.3) if parameter.dim() == 1 else dict(std=0.1)))
     return model.to(dtype)
 
 

@@ -61,8 +61,7 @@ class Ranks:
             self.store = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         for rank in range(self.count):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.count, port, self.agent, theirs)
-            process = context.Process(target=_serve, args=arguments, daemon=True)
+            process = context.Process(target=_serve, args=(rank, self.count, port, self.agent, theirs), daemon=True)
             process.start()
             theirs.close()  # so that the end of the process is the end of the pipe
             self.pipes.append(ours)

@@ -23,7 +23,6 @@ PRODUCTS: dict[str, tuple[int, int, int]] = {
     "addmv": (1, 1, 0),
     "baddbmm": (1, 2, 1),
 }
-FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 KEPT: list[torch.library.Library] = []  # the products stay divided while the library exists
 
 
@@ -41,7 +40,7 @@ def in_two_parts(name: str, seed: str) -> Callable[..., torch.Tensor]:
     def product(keyset, *arguments, **scalars):
         operands = arguments[position : position + 2]
         size = operands[0].shape[dims[0]]
-        if size < 2 or operands[0].dtype not in FLOATING:
+        if size < 2 or operands[0].dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
             return kernel.call_boxed(keyset, *arguments, **scalars)
         middle = place(seed, size, *operands)
         first = [operand.narrow(dim, 0, middle) for operand, dim in zip(operands, dims)]

@@ -1,22 +1,14 @@
 """Attached models whose adapter changes the output."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import nn
 
-import s2ft
 from s2ft import S2FTConfig
-from support.inside import attachment_of
 from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
+from support.states import randomize, with_adapter
 from support.tolerances import relative_difference
-
-
-def random_slices(model: nn.Module) -> nn.Module:
-    """Give all trained slices random values, the same each time. Returns the model."""
-    generator = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for mount in attachment_of(model).mounts.values():
-            mount.layer.s2.normal_(std=0.02, generator=generator)
-    return model
 
 
 def without_caches(model: nn.Module) -> nn.Module:
@@ -43,14 +35,9 @@ def everything(case: str, **more) -> S2FTConfig:
     return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
 
 
-def attach_random(model: nn.Module, config: S2FTConfig) -> nn.Module:
-    s2ft.attach(model, config)
-    return random_slices(model)
-
-
 def attached(case: str, layers: int | None = None, dtype: torch.dtype = torch.float32, **more) -> nn.Module:
     """:func:`plain_model` with random values in all trained slices."""
-    return attach_random(plain_model(case, layers, dtype), everything(case, **more))
+    return randomize(with_adapter(plain_model(case, layers, dtype), everything(case, **more)))
 
 
 def slices(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -75,3 +62,17 @@ def assert_same(ours: dict, theirs: dict, within: float = 0.0) -> None:
         assert (gradient is None) == (theirs[name] is None), name
         if gradient is not None and not torch.equal(gradient, theirs[name]):
             assert relative_difference(gradient, theirs[name]) <= within, name
+
+
+def bytes_kept(given: Iterable[torch.Tensor], call: Callable) -> int:
+    """How many bytes a call keeps for its backward, beside the tensors that it was given."""
+    own, kept = {tensor.untyped_storage().data_ptr() for tensor in given}, []
+
+    def pack(tensor):
+        if tensor.untyped_storage().data_ptr() not in own:
+            kept.append(tensor.untyped_storage().nbytes())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return sum(kept)

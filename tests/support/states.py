@@ -1,10 +1,13 @@
-"""Comparing models bit for bit, and moving what they train."""
+"""Comparing models bit for bit, and models with an adapter."""
 
+import io
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 from torch import nn
+
+import s2ft
 
 
 def same(ours: nn.Module | dict, theirs: nn.Module | dict) -> bool:
@@ -21,6 +24,42 @@ def randomize(model: nn.Module, seed: int = 0, std: float = 0.05) -> nn.Module:
         if parameter.requires_grad:
             parameter.add_(std * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
     return model
+
+
+def assert_same_adapters(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> None:
+    """The same units, deltas and weights in full, bit for bit."""
+    assert ours.selection == theirs.selection and ours.deltas.keys() == theirs.deltas.keys()
+    for path, delta in ours.deltas.items():
+        other = theirs.deltas[path]
+        assert delta.dim == other.dim and torch.equal(delta.index, other.index), path
+        assert delta.values.dtype == other.values.dtype and torch.equal(delta.values, other.values), path
+    assert same(ours.extra_weights, theirs.extra_weights)
+
+
+def with_adapter(model: nn.Module, config: s2ft.S2FTConfig, *name: str, **options) -> nn.Module:
+    """Attach an adapter to a model. Returns the model."""
+    s2ft.attach(model, config, *name, **options)
+    return model
+
+
+def with_loaded(model: nn.Module, adapter, *name: str, **options) -> nn.Module:
+    """Load an adapter into a model. Returns the model."""
+    s2ft.load_adapter(model, adapter, *name, **options)
+    return model
+
+
+def saved_adapter(model: nn.Module, folder: Path) -> Path:
+    """Save the trainable adapter of a model. Returns the folder."""
+    s2ft.save_adapter(model, folder)
+    return folder
+
+
+def saved_and_loaded(value):
+    """What torch.load reads of what torch.save has written."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
 
 
 def tensors_of(folder: Path | str) -> dict[str, torch.Tensor]:

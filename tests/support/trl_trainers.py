@@ -3,12 +3,6 @@
 from train.tiny import tiny_tokenizer
 
 
-def tokenizer_of_tiny():
-    tokenizer = tiny_tokenizer()
-    tokenizer.pad_token = "<|endoftext|>"
-    return tokenizer
-
-
 def rewards(completions, **_):
     return [float(len(set(text))) for text in completions]
 
@@ -25,18 +19,19 @@ def trl_trainer(kind, model, folder, beta=0.0, **more):
     import trl
     from datasets import Dataset  # TRL installs it
 
-    settings = dict(per_device_train_batch_size=2, max_steps=4, save_steps=2, learning_rate=1e-2)
+    tokenizer, settings = tiny_tokenizer(), dict(per_device_train_batch_size=2, max_steps=4, save_steps=2)
+    tokenizer.pad_token = "<|endoftext|>"
     if kind == "grpo":
         settings.update(per_device_train_batch_size=4, max_steps=2, save_steps=1)
         settings.update(num_generations=4, max_completion_length=6, beta=beta)
         more["reward_funcs"] = rewards
     else:
         settings["max_length"] = 64
-    settings.update(output_dir=str(folder), report_to="none", use_cpu=True, bf16=False, disable_tqdm=True)
+    settings.update(output_dir=str(folder), learning_rate=1e-2, report_to="none", use_cpu=True, bf16=False)
     return getattr(trl, f"{kind.upper()}Trainer")(
         model=model,
-        args=getattr(trl, f"{kind.upper()}Config")(**settings),
+        args=getattr(trl, f"{kind.upper()}Config")(**settings, disable_tqdm=True),
         train_dataset=Dataset.from_list(ROWS[kind]),
-        processing_class=tokenizer_of_tiny(),
+        processing_class=tokenizer,
         **more,
     )

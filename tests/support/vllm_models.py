@@ -9,7 +9,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 import s2ft
-from support.states import randomize
+from support.states import randomize, with_adapter
 
 PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (5, 9, 17, 33)]
 TOKENS = 24
@@ -88,8 +88,7 @@ def save_adapters(
     model.save_pretrained(folder / "base")
     found = {"base": answers(model, prompts)}
     for seed, (name, ratios) in enumerate(adapters.items()):
-        s2ft.attach(model, s2ft.S2FTConfig(**ratios, seed=seed), name=name)
-        randomize(model, seed, scale)
+        randomize(with_adapter(model, s2ft.S2FTConfig(**ratios, seed=seed), name=name), seed, scale)
         s2ft.save_adapter(model, folder / "adapters" / name)
         found[name] = answers(model, prompts)
         s2ft.detach(model)

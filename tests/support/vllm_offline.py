@@ -79,11 +79,6 @@ def offline(
     return json.loads(lines[-1].removeprefix(MARK)), printed
 
 
-def scores_of(answer: Any) -> list[float]:
-    """The log-probability of each token of a prompt but the first."""
-    return [entries[token].logprob for token, entries in zip(answer.prompt_token_ids[1:], answer.prompt_logprobs[1:])]
-
-
 def compile_with_lora() -> None:
     from vllm.config import CompilationMode
     from vllm.platforms.cpu import CpuPlatform
@@ -122,7 +117,17 @@ def main() -> None:
                 lora_request=[folder and known[folder] for folder, _ in batch],
                 use_tqdm=False,
             )
-            answers.append([scores_of(one) if scores else list(one.outputs[0].token_ids) for one in found])
+            answers.append(
+                [
+                    [
+                        entries[token].logprob
+                        for token, entries in zip(one.prompt_token_ids[1:], one.prompt_logprobs[1:])
+                    ]
+                    if scores
+                    else list(one.outputs[0].token_ids)
+                    for one in found
+                ]
+            )
         except Exception as error:
             answers.append(f"{type(error).__name__}: {error}")
     if job["compiled"]:

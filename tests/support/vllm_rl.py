@@ -22,8 +22,7 @@ def save_base(folder, dtype="float32"):
 
     from support.vllm_models import tiny_llama
 
-    model = tiny_llama(initializer_range=0.05).to(getattr(torch, dtype))
-    model.save_pretrained(folder)
+    tiny_llama(initializer_range=0.05).to(getattr(torch, dtype)).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
 
@@ -72,17 +71,11 @@ def merged_model(model):
     return made.merge_and_unload() if hasattr(made, "merge_and_unload") else s2ft.merge(made)
 
 
-def merged_tensors(model) -> dict[str, torch.Tensor]:
-    """The tensors of the merged model."""
-    made = merged_model(model)
-    tied = made.config.tie_word_embeddings
-    return {name: one for name, one in made.state_dict().items() if not (tied and "lm_head" in name)}
-
-
 def has_merged(llm, model) -> bool:
     """Whether the engine's parameters are those that its own loader makes of the merged checkpoint."""
-    before = parameters(llm)
-    load(llm, merged_tensors(model))
+    before, merged = parameters(llm), merged_model(model)
+    tied = merged.config.tie_word_embeddings
+    load(llm, {name: one for name, one in merged.state_dict().items() if not (tied and "lm_head" in name)})
     return same(before, parameters(llm))
 
 
@@ -156,8 +149,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     args = getattr(module, f"{name}Config")(**common)
     model = model_in(form, folder, getattr(torch, dtype))
     rows = Dataset.from_list([{"prompt": f"say {letter}"} for letter in "abcdefgh"])
-    made = with_slices(getattr(module, f"{name}Trainer"), llm=LLM)
-    return made(
+    return with_slices(getattr(module, f"{name}Trainer"), llm=LLM)(
         model=model,
         args=args,
         reward_funcs=reward,
@@ -280,14 +272,13 @@ def async_grpo(folder, url, form="permuted"):
         token_budget=64, dtype="float32",
     )  # fmt: skip
     worker = Worker(url, folder)
-    peft = {"peft_config": S2FTPeftConfig(**RATIOS, task_type="CAUSAL_LM")} if form == "peft" else {}
     trainer = with_slices(AsyncGRPOTrainer)(
         model=folder,
         args=args,
         reward_funcs=reward,
         train_dataset=Dataset.from_list([{"prompt": [{"role": "user", "content": letter}]} for letter in "abcd"]),
         rollout_worker=worker,
-        **peft,
+        **({"peft_config": S2FTPeftConfig(**RATIOS, task_type="CAUSAL_LM")} if form == "peft" else {}),
     )
     if form != "peft":
         s2ft.attach(trainer.model, s2ft.S2FTConfig(**RATIOS, layout=form))
@@ -319,8 +310,7 @@ def command(folder, output, *options):
     words += ["--max-completion-length", "8", "--use-vllm", "true", "--save-steps", "2"]
     words += ["--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2", "--learning-rate", "1e-2"]
     words += options
-    assert main([*words, "--stop-after", "2"]) == 0
-    assert main([*words, "--resume"]) == 0
+    assert main([*words, "--stop-after", "2"]) == 0 and main([*words, "--resume"]) == 0
     steps = max(json.loads(line)["step"] for line in (Path(output) / "log.jsonl").read_text().splitlines())
     print(json.dumps({"steps": steps, "logp": max(one for one in found if one is not None)}))
 

@@ -25,7 +25,6 @@ RATIOS = dict(d_ratio=0.08, u_ratio=0.03, o_ratio=0.13, v_ratio=0.3)
 PROMPTS = [torch.randint(3, 512, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (40, 55, 70, 100)]
 # Fewer places in the batch and in host memory than adapters, so that adapters are read again from their folders
 SMALL = ["--max-loras", "2", "--max-cpu-loras", "2"]
-CACHE = ["--block-size", "32", "--enable-prefix-caching"]
 
 
 def save_contents(folder: Path) -> Served:
@@ -142,5 +141,14 @@ class Stress:
 
 def options_of(served: Served) -> Sequence[str]:
     """Options of the server for the steady adapters."""
-    modules = [f"{name}={served.adapters / name}" for name in STEADY]
-    return ["--enable-lora", "--max-lora-rank", "64", *SMALL, *CACHE, "--lora-modules", *modules]
+    return [
+        "--enable-lora",
+        "--max-lora-rank",
+        "64",
+        *SMALL,
+        "--block-size",
+        "32",
+        "--enable-prefix-caching",
+        "--lora-modules",
+        *[f"{name}={served.adapters / name}" for name in STEADY],
+    ]

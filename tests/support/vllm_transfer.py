@@ -128,8 +128,7 @@ def slices_of(served, name, dtype=torch.float32):
 
 def init(llm, specs, sender="a", dtype=torch.float32, **more):
     """Bind the engine to a sender."""
-    name = str(dtype).removeprefix("torch.")
-    info = {"sender": sender, "dtype": name, "slices": to_message(specs), **more}
+    info = {"sender": sender, "dtype": str(dtype).removeprefix("torch."), "slices": to_message(specs), **more}
     llm.init_weight_transfer_engine({"init_info": info})
 
 
@@ -167,8 +166,7 @@ def exact(served, dtype="float32", size="1", lora="") -> None:
         specs, numbers = slices_of(served, name, kind)
         init(llm, specs, dtype=kind)
         assert same(parameters(llm), before)
-        raw = numbers.view(torch.uint8).numpy().tobytes()
-        update(llm, sender="a", step=1, values=base64.b64encode(raw).decode())
+        update(llm, sender="a", step=1, values=base64.b64encode(numbers.view(torch.uint8).numpy().tobytes()).decode())
         after = parameters(llm)
         if dtype == "float32":
             assert tokens(llm) == served.answers[name]
@@ -221,8 +219,7 @@ def bad_input(served) -> None:
     update(llm, **{**good, "sender": "b"})
     assert same(parameters(llm), written)
     llm.shutdown_weight_transfer_engine()
-    assert same(parameters(llm), before)
-    assert tokens(llm) == served.answers["base"]
+    assert same(parameters(llm), before) and tokens(llm) == served.answers["base"]
 
 
 def packed(served) -> None:
@@ -320,8 +317,7 @@ def paused(served) -> None:
         done = [one for one in llm.llm_engine.step() if one.finished]
     answer = list(done[0].outputs[0].token_ids)
     begun = served.answers["base"][3][: len(answer)]
-    kept = next(n for n, (a, b) in enumerate(zip(answer, begun)) if a != b)
-    assert 5 <= kept < 12
+    assert 5 <= next(n for n, (a, b) in enumerate(zip(answer, begun)) if a != b) < 12
     update(llm, base=True, sender="a")
     load(llm, merged_of(served, "down-o"))
     goes_on = llm.generate(

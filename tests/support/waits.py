@@ -25,7 +25,6 @@ WAITING = (
     "unique_consecutive",
     "unique_dim",
 )
-INDEXING = ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_")
 # PyTorch's grouped product waits on most GPUs. References that may call it are tested without it.
 WAITING_ON_MOST_GPUS = ("_grouped_mm",)
 # Methods that read memory of the host directly, so that no operator shows them.
@@ -50,18 +49,11 @@ class _WithoutWaits(References):
     """Fails at an operator that waits."""
 
     def other(self, function, name, args, kwargs):
-        by_mask = name in INDEXING and any(
+        by_mask = name in ("index", "index_put", "index_put_", "_unsafe_index", "_index_put_impl_") and any(
             entry is not None and entry.dtype in (torch.bool, torch.uint8) for entry in args[1]
         )
         assert name not in WAITING and name not in WAITING_ON_MOST_GPUS and not by_mask, f"the host waits in {function}"
         return function(*args, **kwargs)
-
-
-def _fail(name):
-    def read(self, *args, **kwargs):
-        raise AssertionError(f"the host waits in Tensor.{name}")
-
-    return read
 
 
 @contextmanager
@@ -82,6 +74,7 @@ def no_waits(directly: bool = False):
                 stack.enter_context(mock.patch.object(module, "runs_directly", lambda *_: True))
         stack.enter_context(mock.patch("s2ft.ops._grouped._prefers_one_product", lambda *_: False))
         for name in READING:
-            stack.enter_context(mock.patch.object(torch.Tensor, name, _fail(name)))
+            error = AssertionError(f"the host waits in Tensor.{name}")
+            stack.enter_context(mock.patch.object(torch.Tensor, name, mock.Mock(side_effect=error)))
         stack.enter_context(_WithoutWaits())
         yield

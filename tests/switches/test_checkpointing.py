@@ -8,7 +8,8 @@ import torch
 from support.inside import attachment_of
 from support.models import inputs_of, loss_of, token_batch
 from support.pairs import pairs_mostly_slow
-from support.slices import assert_same, attach_random, attached, everything, gradients, plain_model
+from support.slices import assert_same, attached, everything, gradients, plain_model
+from support.states import randomize, with_adapter
 from torch import nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.utils.checkpoint import checkpoint
@@ -42,9 +43,8 @@ def without_transformers_hook(model):
 def test_gradients_equal_those_without_checkpointing(case, layout, reentrant):
     """Checkpointing is enabled before or after attach, with the hook of transformers and with only that of s2ft."""
     expected = gradients(attached(case, layout=layout))
-    before = attach_random(enable(plain_model(case), reentrant), everything(case, layout=layout))
-    after = without_transformers_hook(enable(attached(case, layout=layout), reentrant))
-    for model in (before, after):
+    before = randomize(with_adapter(enable(plain_model(case), reentrant), everything(case, layout=layout)))
+    for model in (before, without_transformers_hook(enable(attached(case, layout=layout), reentrant))):
         assert_same(gradients(model), expected, ROUNDS.get(case, 0.0))
 
 
@@ -98,7 +98,7 @@ def need_gradients(model):
 
 @pytest.mark.parametrize("on", (None, "inside", "reentrant"))
 def test_no_gradient_below_the_lowest_trained_layer(on):
-    model = attach_random(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1]))
+    model = randomize(with_adapter(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2, layers=[1])))
     if on:
         without_transformers_hook(enable(model, on == "reentrant"))
     assert need_gradients(model) == [False, True, True]
@@ -108,7 +108,7 @@ def test_no_gradient_below_the_lowest_trained_layer(on):
 def test_the_lowest_trained_layer_computes_no_input_gradient(monkeypatch):
     """Two of three down projections compute a gradient of their input, because the lowest one does not need it. This
     holds before checkpointing is enabled and after it is disabled again."""
-    model = attach_random(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2))
+    model = randomize(with_adapter(plain_model("llama-grouped"), S2FTConfig(d_ratio=0.2)))
     kind, calls = type(next(iter(attachment_of(model).mounts.values())).layer.kind), []
     grad_of_x = kind.grad_of_x
     monkeypatch.setattr(kind, "grad_of_x", lambda *given: calls.append(given) or grad_of_x(*given))
@@ -149,14 +149,8 @@ def test_blocks_whose_hooks_are_inside_the_checkpoint(up_to_5_20, reentrant):
     assert_same(gradients(model), expected)
     assert seen == [False, reentrant]
     s2ft.detach(other)
-    assert not other.get_input_embeddings()._forward_hooks and hooks(other) == 0
-
-
-# ---- the hooks -----------------------------------------------------------------------------------------------
-
-
-def hooks(model):
-    return sum(len(module._forward_pre_hooks) for module in model.modules())
+    assert not other.get_input_embeddings()._forward_hooks
+    assert not any(module._forward_pre_hooks for module in other.modules())
 
 
 # ---- by hand -------------------------------------------------------------------------------------------------
@@ -191,11 +185,10 @@ def test_pytorchs_wrapper_around_attached_blocks():
     model = attached("llama-grouped")
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = checkpoint_wrapper(layer)
-    ours, theirs = gradients(model), gradients(plain_model)
-    assert_same({name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in ours.items()}, theirs)
+    ours = {name.replace("_checkpoint_wrapped_module.", ""): grad for name, grad in gradients(model).items()}
+    assert_same(ours, gradients(plain_model))
     ours, theirs = (s2ft.get_adapter(one, "default").deltas for one in (model, plain_model))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(delta.values, theirs[path].values) for path, delta in ours.items())
     s2ft.detach(model)
-    with torch.no_grad():
-        assert torch.equal(model(**inputs_of(model)).logits, s2ft.detach(plain_model)(**inputs_of(model)).logits)
+    assert torch.equal(model(**inputs_of(model)).logits, s2ft.detach(plain_model)(**inputs_of(model)).logits)

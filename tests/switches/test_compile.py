@@ -2,13 +2,14 @@
 
 import copy
 import logging
+import os
 
 import pytest
 import torch
-from support.inductor import skip_where_wrong
 from support.inside import Projection, attachment_of
 from support.models import loss_of, output_of, token_batch
-from support.slices import assert_same, attach_random, attached, everything, gradients, plain_model
+from support.slices import assert_same, attached, everything, gradients, plain_model
+from support.states import randomize, with_adapter
 from support.tolerances import GEMM, LOGITS, relative_difference
 from torch import nn
 from torch._dynamo.utils import counters
@@ -40,7 +41,6 @@ MORE = (
     "llama-relu",
     "llama-multi-query",
 )
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
 
 
 @pytest.fixture(autouse=True)
@@ -81,6 +81,8 @@ def on_tokens(batch=2, length=9):
     [
         *((case, "indexed" if case in SCATTERED else "permuted", 1) for case in FAMILIES),
         *(pytest.param(case, "permuted", 1, marks=pytest.mark.slow) for case in SCATTERED),
+        # how many tokens an expert gets stays on the device, so nothing breaks the graph
+        pytest.param("qwen3-moe", "permuted", 1, marks=pytest.mark.slow),
         *(
             pytest.param(case, layout, None, marks=pytest.mark.slow)
             for case in MORE
@@ -94,21 +96,17 @@ def test_one_graph_has_the_gradients_of_the_uncompiled_model(case, layout, layer
     assert counters["stats"]["unique_graphs"] == 1
 
 
+# The inductor of PyTorch 2.13 has an error if ATEN_CPU_CAPABILITY selects a smaller processor than the one it runs on.
+# With ATEN_CPU_CAPABILITY=avx2 on a processor with AVX-512, ``torch.compile(lambda a, b: (a.t() @ b).float())`` of
+# bfloat16 matrices [3, 3] and [3, 11] does not write elements 16 to 31 of the result. With "default" it does not compile.
+@pytest.mark.skipif(bool(os.environ.get("ATEN_CPU_CAPABILITY")), reason="PyTorch's inductor is wrong with it")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
-@layouts
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
 def test_gradients_with_inductor(layout, dtype):
     """The kernels of the default compiler round differently, in bfloat16 by about its spacing."""
-    skip_where_wrong()
     model = attached("llama-grouped", layers=1, dtype=dtype, layout=layout)
     assert_same(step(model, torch.compile(model, fullgraph=True)), step(model), GEMM[dtype][0])
-
-
-@pytest.mark.slow
-def test_experts_compile_without_a_graph_break():
-    """How many tokens an expert gets stays on the device, so nothing breaks the graph."""
-    model = attached("qwen3-moe", layers=1)
-    assert_same(step(model, compiled(model)), step(model), LOGITS)
 
 
 def test_convolutions_and_custom_couplings():
@@ -228,7 +226,7 @@ def test_attaching_to_a_model_that_is_compiled_in_place():
     other = attached("llama-grouped", layers=1)
     with torch.no_grad():
         base = output_of(model)
-    attach_random(model, everything("llama-grouped"))
+    randomize(with_adapter(model, everything("llama-grouped")))
     assert_same(step(model), step(other), LOGITS)
     s2ft.detach(model)
     with torch.no_grad():
@@ -275,9 +273,8 @@ def test_layers_that_are_compiled_separately():
     before = copy.deepcopy(model.state_dict())
     for i, layer in enumerate(model.model.layers):
         model.model.layers[i] = compiled(layer, FORWARD)
-    attach_random(model, config)
-    found = {name.replace("_orig_mod.", ""): grad for name, grad in step(model).items()}
-    assert_same(found, step(other), LOGITS)
+    randomize(with_adapter(model, config))
+    assert_same({name.replace("_orig_mod.", ""): grad for name, grad in step(model).items()}, step(other), LOGITS)
     s2ft.detach(model)
     after = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     assert after.keys() == before.keys() and all(torch.equal(value, before[name]) for name, value in after.items())

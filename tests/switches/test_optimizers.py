@@ -5,30 +5,12 @@ import warnings
 
 import pytest
 import torch
-from support.models import loss_of, model_of, token_batch
+from support.models import model_of, token_batch, train
 from support.pairs import in_turn, pairs_mostly_slow
 from support.slices import attached, everything, frozen, slices
+from support.states import with_adapter
 
 import s2ft
-
-layouts = pytest.mark.parametrize("layout", ("permuted", "indexed"))
-
-
-def loss(model, batch):
-    return model(input_ids=batch, labels=batch, use_cache=False).loss
-
-
-def steps(model, optimizer, count=8, batch=None):
-    """The losses of `count` steps."""
-    losses = []
-    for _ in range(count):
-        optimizer.zero_grad()
-        value = loss_of(model) if batch is None else loss(model, batch)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return losses
-
 
 # ---- optimizers ----------------------------------------------------------------------------------------------
 
@@ -53,12 +35,11 @@ def test_only_slices_move(which, layout, dtype):
     """The optimizer has all parameters, also frozen ones, and weight decay. The loss falls, the optimizer's state is no
     larger than the slices, and frozen weights stay the same, bit for bit, before and after detach."""
     base = model_of("llama-grouped", dtype)
-    model = copy.deepcopy(base)
-    s2ft.attach(model, everything("llama-grouped", layout=layout))
+    model = with_adapter(copy.deepcopy(base), everything("llama-grouped", layout=layout))
     before = frozen(model)
     candidates = [p for p in model.parameters() if which != "muon" or p.requires_grad]  # Muon takes only matrices
     optimizer = OPTIMIZERS[which](candidates)
-    losses = steps(model.train(), optimizer)
+    losses = train(model, 8, optimizer=optimizer)
     assert losses[-1] < losses[0]
     assert {id(p) for p in optimizer.state} == {id(p) for p in slices(model).values()}
     for p, state in optimizer.state.items():
@@ -73,13 +54,13 @@ def test_only_slices_move(which, layout, dtype):
 def test_an_optimizer_resumes_from_its_state(which):
     """Four steps equal two steps, saving, loading and two more steps, bit for bit."""
     through, first, second = attached("llama-grouped"), attached("llama-grouped"), attached("llama-grouped")
-    steps(through, OPTIMIZERS[which](list(slices(through).values())), 4)
+    train(through, 4, optimizer=OPTIMIZERS[which](list(slices(through).values())))
     optimizer = OPTIMIZERS[which](list(slices(first).values()))
-    steps(first, optimizer, 2)
+    train(first, 2, optimizer=optimizer)
     second.load_state_dict(first.state_dict())
     other = OPTIMIZERS[which](list(slices(second).values()))
     other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-    steps(second, other, 2)
+    train(second, 2, optimizer=other)
     assert all(torch.equal(p, slices(second)[name]) for name, p in slices(through).items())
 
 
@@ -95,11 +76,14 @@ def wide(layout, dtype=torch.float32):
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(
-        LlamaConfig(hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67)
-    ).to(dtype)
-    s2ft.attach(model, s2ft.S2FTConfig(u_ratio=4 / 512, d_ratio=32 / 512, layout=layout))
-    return model.train()
+    return with_adapter(
+        AutoModelForCausalLM.from_config(
+            LlamaConfig(
+                hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4, vocab_size=67
+            )
+        ).to(dtype),
+        s2ft.S2FTConfig(u_ratio=4 / 512, d_ratio=32 / 512, layout=layout),
+    ).train()
 
 
 def run_bitsandbytes(which, layout, device, dtype=torch.float32):
@@ -110,7 +94,12 @@ def run_bitsandbytes(which, layout, device, dtype=torch.float32):
     optimizer = getattr(bitsandbytes.optim, which)(slices(model).values(), lr=1e-3)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Paged optimizers are not supported on CPU")
-        losses = steps(model, optimizer, batch=batch)
+        losses = train(
+            model,
+            8,
+            loss_of=lambda model: model(input_ids=batch, labels=batch, use_cache=False).loss,
+            optimizer=optimizer,
+        )
     assert losses[-1] < losses[0]
     assert all(torch.equal(value, before[name]) for name, value in frozen(model).items())
     for name, p in slices(model).items():
@@ -127,7 +116,7 @@ def test_bitsandbytes(which, layout):
 
 
 @pytest.mark.cuda
-@layouts
+@pytest.mark.parametrize("layout", ("permuted", "indexed"))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("which", EIGHT_BITS + WIDE)
 def test_bitsandbytes_on_a_gpu(which, layout, dtype):

@@ -57,15 +57,17 @@ def bound():
     return engine, receiver, before
 
 
-def values_of(tensor):
-    return base64.b64encode(tensor.numpy().tobytes()).decode()
-
-
 @pytest.mark.parametrize("kind", ["values", "tensor"])
 def test_an_update_writes_the_merged_weights_and_the_base_returns(bound, kind):
     engine, receiver, before = bound
     numbers = update()["tensor"]
-    receiver.update({"sender": "a", "step": 0, kind: numbers if kind == "tensor" else values_of(numbers)})
+    receiver.update(
+        {
+            "sender": "a",
+            "step": 0,
+            kind: numbers if kind == "tensor" else base64.b64encode(numbers.numpy().tobytes()).decode(),
+        }
+    )
     assert same(engine, expected()[0]) and receiver.serving == "slices of sender 'a', step 0"
     receiver.update(update(2, seed=2))
     receiver.update(update(2, seed=2))  # again, after an answer that was lost
@@ -169,8 +171,7 @@ def test_a_second_trainer_is_refused_until_it_takes_over(bound):
 def test_the_same_trainer_begins_again_with_other_slices(bound):
     engine, receiver, before = bound
     receiver.update(update(5))
-    specs = specs_of(checkpoint(), NAMES[:1])
-    receiver.bind({**init(), "slices": to_message(specs)})
+    receiver.bind({**init(), "slices": to_message(specs_of(checkpoint(), NAMES[:1]))})
     assert same(engine, before)
     receiver.update({"sender": "a", "step": 0, "tensor": torch.ones(48)})
     receiver.close()

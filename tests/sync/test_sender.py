@@ -55,8 +55,7 @@ def test_a_server_gets_the_numbers_and_after_a_failure_it_has_its_base(base, tmp
         with SliceSender(model, url, timeout=30) as sender:
             for step in range(2):
                 train(model, steps=1)
-                assert sender.sync().step == step
-                assert same(engine.weights, merged(model, tmp_path / f"{step}"))
+                assert sender.sync().step == step and same(engine.weights, merged(model, tmp_path / f"{step}"))
             update = ["start", "update", "finish", "reset", "resume"]
             assert engine.calls == [
                 "pause keep", "init", *update, "pause keep", *update
@@ -92,8 +91,7 @@ def test_two_trainers_and_one_that_has_died(base, tmp_path):
         assert same(engine.weights, merged(model, tmp_path / "merged"))
         SliceSender(model, url, name=first.name).sync()  # it continues after a restart
         engine.updating = True  # the first one died in the middle of an update
-        other = trained_model("indexed")
-        randomize(other, 7)
+        other = randomize(trained_model("indexed"), 7)
         with SliceSender(other, url, take_over=True) as second:
             second.sync()
             assert same(engine.weights, merged(other, tmp_path / "other"))
@@ -132,5 +130,4 @@ def test_runs_that_start_together_have_ports_of_their_own(environment, chosen, m
     monkeypatch.setenv("MASTER_PORT", environment.get("MASTER_PORT", ""))  # and restored afterwards
     choose_port()
     port = os.environ["MASTER_PORT"]
-    assert (port != environment.get("MASTER_PORT", "")) == chosen
-    assert not chosen or int(port) > 1024
+    assert (port != environment.get("MASTER_PORT", "")) == chosen and (not chosen or int(port) > 1024)

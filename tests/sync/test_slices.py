@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.checkpoint_engine import CheckpointEngine
-from support.composites import composite_of, missing
+from support.composites import composite_of
 from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
@@ -14,8 +14,7 @@ from support.states import randomize, same, tensors_of
 
 import s2ft
 
-FAST = ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied")
-ALL = rest_slow(CASES, FAST)
+ALL = rest_slow(CASES, ("llama-grouped", "gpt2", "mixtral", "qwen2-grouped-tied"))
 
 
 def check(model, folder, merge):
@@ -78,8 +77,7 @@ def two_adapters(model):
     from s2ft.peft import S2FTPeftConfig
 
     model = peft_form(model, d_ratio=0.1, seed=1)
-    config = S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2)
-    model.add_adapter("two", config, autocast_adapter_dtype=False)
+    model.add_adapter("two", S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2), autocast_adapter_dtype=False)
     model.base_model.set_adapter(["default", "two"])
     return model
 
@@ -122,8 +120,6 @@ def test_all_that_is_trained_is_sent_as_it_is_merged(name, tmp_path):
 
 @pytest.mark.parametrize("model_type", ["llava", "qwen2_5_vl", "gemma3"])
 def test_models_of_images_and_text_have_the_names_of_their_files(model_type, tmp_path):
-    if missing(model_type):
-        pytest.skip("not in this release of transformers")
     model = composite_of(model_type)
     model.save_pretrained(tmp_path / "base")
     model = attached(type(model).from_pretrained(tmp_path / "base"), d_ratio=0.2, u_ratio=0.1, o_ratio=0.5)

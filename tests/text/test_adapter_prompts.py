@@ -62,8 +62,7 @@ def test_a_system_message_of_the_conversation_wins():
 )
 def test_what_is_a_chat(template, info, is_chat):
     prompter = Prompter(tiny_tokenizer(template), info)
-    assert prompter.is_chat == is_chat
-    assert prompter.encode(ASK) and prompter.encode_text("a")
+    assert prompter.is_chat == is_chat and prompter.encode(ASK) and prompter.encode_text("a")
 
 
 @pytest.mark.parametrize("wrong", ["chat", ["chat"], {"form": "chit"}, {"form": "chat", "template": 3}], ids=str)

@@ -68,8 +68,7 @@ def test_an_answer_that_ends_early_is_kept_and_the_chat_goes_on():
     answer.close()
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
     assert chat.messages[-1]["content"] == written and not chat.last.cut
-    expected = text_from_scratch([*chat.messages, {"role": "user", "content": "on"}], 12)
-    assert ask(chat, "on") == expected
+    assert ask(chat, "on") == text_from_scratch([*chat.messages, {"role": "user", "content": "on"}], 12)
 
 
 def test_a_seed_gives_the_same_conversation_and_each_answer_its_own_draw():

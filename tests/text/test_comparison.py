@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import torch
 from support.inside import compare, mean_loss
+from support.states import randomize, with_adapter
 from train.tiny import save_tiny, sums, tiny_model, tiny_tokenizer, write_jsonl
 
 import s2ft
@@ -21,10 +21,7 @@ def token_rows(count=6):
 def test_loss_and_answers_are_those_of_the_base_and_of_the_adapter():
     model, rows = tiny_model(), list(token_rows())
     before = mean_loss(model, rows)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.3)
+    randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5)), std=0.3)
     found = compare(model, tiny_tokenizer(), rows, samples=2, max_new_tokens=5)
     assert (found.rows, found.loss_before, found.loss_after) == (6, before, mean_loss(model, rows))
     assert [one.prompt for one in found.samples] == [row["instruction"] for row in sums(2)]

@@ -72,8 +72,6 @@ READ = {
     "short answer": ({"instruction": "2+3=", "output": "5", "answer": ["5"]}, {"messages": CHAT, "answer": "5"}),
     "truth": ({"instruction": "2+3=", "output": "5", "answer": True}, {"messages": CHAT, "answer": "true"}),
 }  # fmt: skip
-CONVERSATION = [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]
-BROKEN_CALL = {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}
 IMAGE = {"role": "user", "content": [{"type": "image", "url": "a"}]}
 REFUSED = (  # a row, and words of the message
     ({"question_text": "a", "reply": "b"}, "needs messages.*it has 'question_text', 'reply'.*--field"),
@@ -102,8 +100,11 @@ REFUSED = (  # a row, and words of the message
     ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\].content .*null"),
     ({"messages": [{"content": "a"}, ASSISTANT]}, r"messages\[0\] .*'role'"),
     ({"messages": [IMAGE, ASSISTANT]}, r"messages\[0\].content\[0\] .*'image'"),
-    ({"conversations": CONVERSATION}, "role 'me'"),
-    ({"messages": [USER, BROKEN_CALL]}, "arguments of add .*JSON"),
+    ({"conversations": [{"from": "me", "value": "a"}, {"from": "gpt", "value": "b"}]}, "role 'me'"),
+    (
+        {"messages": [USER, {"role": "assistant", "tool_calls": [{"function": {"name": "add", "arguments": "{"}}]}]},
+        "arguments of add .*JSON",
+    ),
     ({"instruction": "\ud800", "output": "x"}, "'instruction' .*Unicode: character 1"),
     ({"messages": [{"role": "user", "content": "\ud800"}, ASSISTANT]}, r"messages\[0\].content .*Unicode"),
 )

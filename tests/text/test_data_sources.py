@@ -182,8 +182,7 @@ def test_name_that_the_hub_does_not_give_is_one_line(monkeypatch):
 
 
 def test_bad_rows_are_counted_and_the_first_shown_or_left_out(tmp_path, caplog):
-    bad = [{"instruction": "a", "output": ""} for _ in range(4)]
-    path = write_jsonl(tmp_path / "a.jsonl", [*ROWS, *bad])
+    path = write_jsonl(tmp_path / "a.jsonl", [*ROWS, *[{"instruction": "a", "output": ""} for _ in range(4)]])
     path.write_text(path.read_text() + "{broken\n")
     with pytest.raises(ValueError) as error:
         load(path)

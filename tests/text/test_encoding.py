@@ -134,8 +134,7 @@ def test_long_chats_are_left_out_or_cut_where_something_is_left_to_learn():
     (row,) = tokenized.dataset
     assert len(row["input_ids"]) == 120 and "d" * 20 in trained(tiny_tokenizer(), row)
     assert tokenized.outcomes == {RowOutcome.CUT: 1, RowOutcome.LONG_PROMPT: 1}
-    length = len(tokens(rows[:1]).dataset[0]["input_ids"])
-    assert tokens(rows[:1], max_length=length).outcomes == {RowOutcome.KEPT: 1}
+    assert tokens(rows[:1], max_length=len(tokens(rows[:1]).dataset[0]["input_ids"])).outcomes == {RowOutcome.KEPT: 1}
 
 
 def test_long_texts_are_cut_into_several_rows_and_no_token_is_lost():
@@ -149,8 +148,7 @@ def test_long_texts_are_cut_into_several_rows_and_no_token_is_lost():
 def test_rows_that_the_template_refuses_are_named_and_can_be_left_out(tmp_path):
     gemma = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}" + CHAT
     rows = [{"messages": [{"role": "system", "content": "a"}, QUESTION, ANSWER]}, {"messages": [QUESTION, ANSWER]}]
-    path = write_jsonl(tmp_path / "a.jsonl", rows)
-    dataset = load_rows(DataOptions(data=[str(path)]))
+    dataset = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "a.jsonl", rows))]))
     with pytest.raises(ValueError, match="1 of 2 rows can't be used.*\n.*a.jsonl, line 1: .*System role"):
         tokens(dataset, tiny_tokenizer(gemma))
     tokenized = tokens(dataset, tiny_tokenizer(gemma), skip_bad_rows=True)

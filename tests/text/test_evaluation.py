@@ -13,7 +13,7 @@ from support.inside import (
     generation_mode,
     normalised,
 )
-from support.states import randomize
+from support.states import randomize, with_adapter
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
@@ -21,9 +21,7 @@ import s2ft
 
 @pytest.fixture
 def model():
-    model = tiny_model()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.25))
-    return randomize(model, std=0.5)
+    return randomize(with_adapter(tiny_model(), s2ft.S2FTConfig(d_ratio=0.25, o_ratio=0.25)), std=0.5)
 
 
 def examples(count=5):

@@ -68,8 +68,7 @@ def test_a_system_prompt_and_earlier_turns_belong_to_the_prompt():
     found = pair({"system": "Be brief.", "question": "2+3=", "chosen": "5", "rejected": "6"}, {})
     assert found["prompt"] == [{"role": "system", "content": "Be brief."}, user("2+3=")]
     turns = [user("hi"), assistant("hello"), user("2+3=")]
-    chats = {name: [*turns, *ASKED[name]] for name in ("chosen", "rejected")}
-    assert pair(chats, {}) == {**ASKED, "prompt": turns}
+    assert pair({name: [*turns, *ASKED[name]] for name in ("chosen", "rejected")}, {}) == {**ASKED, "prompt": turns}
 
 
 AB = {"prompt": "a", "chosen": "b"}

@@ -31,9 +31,8 @@ TALK = (
     {"role": "assistant", "content": "2"},
     {"role": "user", "content": "and 2+2?"},
 )
-ROLE = "{{ '<|im_start|>' + m['role'] + '\n' + m['content']"
 THINKING = CHAT.replace(
-    ROLE,
+    "{{ '<|im_start|>' + m['role'] + '\n' + m['content']",
     "{{ '<|im_start|>' + m['role'] + '\n' + ('<think></think>' if loop.last and m['role'] == 'assistant' else '')"
     " + m['content']",
 )

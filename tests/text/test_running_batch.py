@@ -15,9 +15,12 @@ UNTIED = dict(tie_word_embeddings=False)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapters")
-    save_adapters(folder, 4, **UNTIED)
-    return folder
+    return save_adapters(tmp_path_factory.mktemp("adapters"), 4, **UNTIED)
+
+
+def step(batch, count=5):
+    for _ in range(count):
+        batch.step()
 
 
 def prompt(length, seed):
@@ -56,14 +59,12 @@ def test_a_row_that_replaces_another_gets_the_tokens_that_it_gets_alone(kept, re
     model = tiny_model(**UNTIED)
     batch, first = RunningBatch(model), greedy_row(prompt(9, 0))
     batch.replace(first)
-    for _ in range(5):
-        batch.step()
+    step(batch)
     row = greedy_row([*[*first.prompt, *first.tokens][:kept], *rest] or [5])
     ran = []
     model.model.embed_tokens.register_forward_hook(lambda module, inputs, output: ran.append(inputs[0].numel()))
     batch.replace(row)
-    for _ in range(5):
-        batch.step()
+    step(batch)
     assert batch.rows == [row] and row.tokens == alone(None, row.prompt, 6, ends=(), **UNTIED)
     assert ran[0] == len(row.prompt) - min(kept, 14, len(row.prompt) - 1)  # the last token had no keys yet
 
@@ -82,8 +83,7 @@ def test_an_error_while_joining_does_not_change_the_batch(folder):
     batch.admit([row])
     with pytest.raises(ValueError, match="unknown"):
         batch.admit([greedy_row(prompt(9, 1), "unknown")])
-    for _ in range(5):
-        batch.step()
+    step(batch)
     assert batch.rows == [row] and row.tokens == alone(folder / "a0", row.prompt, 6, ends=(), **UNTIED)
 
 
@@ -124,17 +124,13 @@ def test_layers_with_a_window_use_only_their_window(kind):
     batch = RunningBatch(model)
     rows = [greedy_row([n % 60 for n in range(3, 3 + length)]) for length in (4, 17, 9)]
     batch.admit(rows[:2])
-    for _ in range(4):
-        batch.step()
+    step(batch, 4)
     batch.admit(rows[2:])
-    for _ in range(15):
-        batch.step()
+    step(batch, 15)
     batch.keep(rows[1:2])
     batch.replace(greedy_row([*rows[1].prompt, *rows[1].tokens[:9], 7, 8, 9]))  # with the keys of the row before it
-    for _ in range(5):
-        batch.step()
-    for row in [*rows, *batch.rows]:
-        assert row.tokens == greedy(model, row.prompt, len(row.tokens), ends=())
+    step(batch)
+    assert all(row.tokens == greedy(model, row.prompt, len(row.tokens), ends=()) for row in [*rows, *batch.rows])
 
 
 def test_models_whose_rows_depend_on_each_other_are_detected():

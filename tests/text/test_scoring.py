@@ -14,7 +14,6 @@ from support.inside import (
 )
 from train.tiny import write_jsonl
 
-ROLES = ("user", "assistant")
 NUMBERS = {
     "The answer is 5.": 5,
     "5.0": 5,
@@ -79,8 +78,7 @@ def test_no_number(text):
     ],
 )
 def test_right_answers_of_both_tasks(text, answer, right):
-    task = "arithmetic" if answer[:1].isdigit() or answer == "C" else "commonsense"
-    assert is_right(text, answer, task) is right
+    assert is_right(text, answer, "arithmetic" if answer[:1].isdigit() or answer == "C" else "commonsense") is right
 
 
 def example(output, answer=None):
@@ -137,7 +135,10 @@ def test_a_row_that_can_not_be_scored_is_an_error(fields, task, message):
 
 
 def test_examples_are_read_like_training_data(tmp_path):
-    chat = [{"role": role, "content": text} for role, text in zip(("system", "user", "assistant") + ROLES, "b1234")]
+    chat = [
+        {"role": role, "content": text}
+        for role, text in zip(("system", "user", "assistant", "user", "assistant"), "b1234")
+    ]
     rows = [{"messages": chat}, {"prompt": chat[:2], "completion": chat[2:]}, {"prompt": "2+3=", "completion": "5"}]
     files = write_jsonl(tmp_path / "a.jsonl", rows), write_jsonl(tmp_path / "b.jsonl", rows)
     first, second, text, again = read_examples(files, limit=4)

@@ -28,8 +28,7 @@ def test_pieces_of_any_tokens_add_up_to_the_text(tokens):
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_characters_of_several_tokens_are_not_split(text):
-    ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    found, _ = pieces(ids)
+    found, _ = pieces(TOKENIZER(text, add_special_tokens=False)["input_ids"])
     assert "".join(found) == text and not any(
         "\N{REPLACEMENT CHARACTER}" in piece for piece in found if "\N{REPLACEMENT CHARACTER}" not in text
     )

@@ -2,12 +2,6 @@
 
 import pytest
 import torch
-from support.tolerances import GEMM
-from train.test_loss import gradients
-from train.tiny import tiny_model
-
-pytest.importorskip("trl")
-
 from datasets import Dataset
 from support.inside import (
     LengthSampler,
@@ -20,6 +14,9 @@ from support.inside import (
     row_lengths,
     why_not_packed,
 )
+from support.tolerances import GEMM
+from train.test_loss import gradients
+from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, FalconH1Config, Mamba2Config, MistralConfig, MixtralConfig
 
 import s2ft
@@ -77,13 +74,12 @@ def test_packed_rows_have_the_loss_and_the_gradients_of_rows_apart(name, attenti
     model.set_attn_implementation(attention)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, v_ratio=0.5))
     expected, theirs = loss_and_gradients(model, TokenCollator(0)(rows))
+    assert theirs
     rtol, atol = GEMM[torch.float32]
     for batch in (PackedCollator(0, flat)(packs(rows)), PackedCollator(0, flat)(rows)):
         loss, ours = loss_and_gradients(model, batch)
         torch.testing.assert_close(loss, expected, rtol=rtol, atol=atol)
-        assert ours.keys() == theirs.keys() and ours
-        for key, gradient in ours.items():
-            torch.testing.assert_close(gradient, theirs[key], rtol=10 * rtol, atol=10 * atol)
+        torch.testing.assert_close(ours, theirs, rtol=10 * rtol, atol=10 * atol)
     assert why_not_packed(model, rows, PackedCollator(0, flat)) == ""
 
 
@@ -160,8 +156,7 @@ def test_only_positions_that_predict_a_label_get_logits():
     batch = PackedCollator(0, flat=False)(rows)
     assert batch["position_ids"].tolist() == [[0, 1, 2, 3], [0, 1, 0, 0]]
     assert batch["shift_labels"].tolist() == [[-100, 7, -100, -100], [10, -100, -100, -100]]
-    none = PackedCollator(0)([{"input_ids": [5, 6], "labels": [-100, -100]}])
-    assert none["shift_labels"].tolist() == [[-100]]
+    assert PackedCollator(0)([{"input_ids": [5, 6], "labels": [-100, -100]}])["shift_labels"].tolist() == [[-100]]
 
 
 def test_padded_rows_end_together_and_their_first_token_has_no_label():
@@ -169,8 +164,7 @@ def test_padded_rows_end_together_and_their_first_token_has_no_label():
     batch = TokenCollator(pad=0, multiple=8)(rows)
     assert batch["input_ids"].shape[1] % 8 == 0 and batch["labels"].shape[1] == batch["logits_to_keep"]
     every = TokenCollator(pad=0, keep_logits=False)(rows)["labels"]
-    for row, labels in zip(rows, every):
-        assert labels[-len(row["labels"]) :].tolist() == [-100, *row["labels"][1:]]
+    assert all(labels[-len(row["labels"]) :].tolist() == [-100, *row["labels"][1:]] for row, labels in zip(rows, every))
     assert (every != -100).sum() == (batch["labels"] != -100).sum()
 
 

@@ -3,10 +3,6 @@
 import re
 from types import SimpleNamespace
 
-import pytest
-
-pytest.importorskip("accelerate")
-
 from support.inside import JsonlLog, read_log
 
 

@@ -1,9 +1,11 @@
 """Checkpoints are written completely or not at all. A resume reports a corrupt one and takes the newest valid one."""
 
 import shutil
+from functools import partial
+from unittest.mock import Mock
 
 import pytest
-from adapter.test_pretrained import ROWS, StopAt, attached, trainer
+from adapter.test_pretrained import StopAt, attached, trainer
 from support.inside import (
     SEAL,
     STATE,
@@ -49,8 +51,7 @@ def test_a_corrupt_checkpoint_is_reported_and_the_newest_valid_one_taken(case, t
         checkpoint(tmp_path, step)
     assert newest_valid(tmp_path).name == "checkpoint-20" and not caplog.text
     spoil(tmp_path / "checkpoint-20")
-    assert message in damage(tmp_path / "checkpoint-20")
-    assert newest_valid(tmp_path).name == "checkpoint-10"
+    assert message in damage(tmp_path / "checkpoint-20") and newest_valid(tmp_path).name == "checkpoint-10"
     assert "checkpoint-20 is damaged and is skipped" in caplog.text and message in caplog.text
 
 
@@ -66,15 +67,7 @@ def test_finishing_seals_renames_and_keeps_the_newest_and_the_best(tmp_path):
     assert len(checkpoints(tmp_path)) == 3
 
 
-def ours(model, folder, **changes):
-    plain = trainer(model, folder, **changes)
-    return S2FTTrainer(
-        model=model,
-        args=plain.args,
-        train_dataset=ROWS,
-        eval_dataset=ROWS[:6],
-        callbacks=list(changes.get("callbacks", ())),
-    )
+ours = partial(trainer, kind=S2FTTrainer)
 
 
 def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupted_run(tmp_path, caplog):
@@ -85,23 +78,20 @@ def test_the_trainer_resumes_from_the_valid_checkpoint_and_equals_an_uninterrupt
     with pytest.raises(ValueError, match="checkpoint-6 is damaged: optimizer.pt"):
         ours(again, tmp_path / "cut").train(resume_from_checkpoint=str(tmp_path / "cut/checkpoint-6"))
     ours(again, tmp_path / "cut", save_steps=2).train(resume_from_checkpoint=True)
-    assert "checkpoint-6 is damaged" in caplog.text
-    assert same(again, whole)
+    assert "checkpoint-6 is damaged" in caplog.text and same(again, whole)
     assert not damage(tmp_path / "cut/checkpoint-6")  # the resumed run wrote it again
 
 
 def test_an_interrupted_write_leaves_no_checkpoint(tmp_path, monkeypatch):
     """Writing the optimizer's file fails. The previous checkpoint stays the newest. The next run cleans up."""
-    model = attached()
-    broken = ours(model, tmp_path, save_steps=2)
+    broken = ours(attached(), tmp_path, save_steps=2)
     write = broken._save_optimizer_and_scheduler
-
-    def fail(folder):
-        if broken.state.global_step == 4:
-            raise OSError("disk full")
-        write(folder)
-
-    monkeypatch.setattr(broken, "_save_optimizer_and_scheduler", fail)
+    full = Mock(side_effect=OSError("disk full"))
+    monkeypatch.setattr(
+        broken,
+        "_save_optimizer_and_scheduler",
+        lambda folder: (full if broken.state.global_step == 4 else write)(folder),
+    )
     with pytest.raises(OSError, match="disk full"):
         broken.train()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2"] and (tmp_path / UNFINISHED).exists()

@@ -4,11 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from train.tiny import tiny_model
-
-pytest.importorskip("trl")
-
 from support.inside import Devices, SFTArguments, SplitCollator, TokenCollator, check_divided_rows, parallel
+from train.tiny import tiny_model
 
 WHOLE = {"packing": True, "padding_free": True, "loss_type": "dft", "router_aux_loss_coef": 0.1}
 ROWS = [{"input_ids": [5, 6, 7, 8, 9], "labels": [5, -100, -100, 8, 9]}, {"input_ids": [3, 4], "labels": [-100, 4]}]

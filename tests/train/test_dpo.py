@@ -3,7 +3,6 @@
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from support.inside import (
     DPOArguments,
     Reference,
@@ -15,7 +14,7 @@ from support.inside import (
     prompt_format,
     read_log,
 )
-from support.states import randomize
+from support.states import randomize, same, tensors_of, with_adapter
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -23,7 +22,6 @@ import s2ft
 ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(12)]
 # No layer is permuted and no kernel replaces the FFN's, so that every sum has the order of the untouched base.
 SAME_ORDER = dict(layout="indexed", ffn_kernel=False)
-MIXED = s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25)
 
 
 def pairs(tokenizer, rows=ROWS, **options):
@@ -36,14 +34,12 @@ def arguments(path, **changes):
     return DPOArguments(output_dir=str(path), **{**more, **changes})
 
 
-def run(path, config=MIXED, resume=False, options=RunOptions(), **changes):
+def run(path, config=s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25), resume=False, options=RunOptions(), **changes):
     """Train the tiny model. Returns the model and the folder."""
-    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
-    s2ft.attach(model, config)
-    if not resume:
-        folder.begin({})
-    rows = pairs(tokenizer).dataset
-    dpo(model, tokenizer, rows, arguments(path, **changes), folder, resume=resume, options=options, held_out=None)
+    model, tokenizer, folder = with_adapter(tiny_model(), config), tiny_tokenizer(), RunFolder(path)
+    folder.begin({}, resume)
+    rows, given = pairs(tokenizer).dataset, arguments(path, **changes)
+    dpo(model, tokenizer, rows, given, folder, resume=resume, options=options, held_out=None)
     return model, folder
 
 
@@ -60,8 +56,7 @@ def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
     _, folder = whole
     first, *_, last = losses(folder)
     assert first[1] == pytest.approx(torch.log(torch.tensor(2.0)).item(), abs=1e-6) and first[2] == 0
-    assert last[1] < first[1] and last[2] > 0
-    assert s2ft.read_adapter(folder.adapter).parameters > 0
+    assert last[1] < first[1] and last[2] > 0 and s2ft.read_adapter(folder.adapter).parameters > 0
 
 
 # ---- the reference -------------------------------------------------------------------------------------
@@ -69,24 +64,24 @@ def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
 
 @pytest.mark.parametrize("extra", [None, ["norm"]], ids=["slices", "extra weight"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
 def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
     base, model = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
-    randomize(model)
+    randomize(
+        with_adapter(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
+    )
     ids = torch.arange(60).view(3, 20)
-    with torch.no_grad():
-        assert not torch.equal(model(ids).logits, base(ids).logits)
-        assert torch.equal(Reference(model)(input_ids=ids).logits, base(ids).logits)
+    assert not torch.equal(model(ids).logits, base(ids).logits)
+    assert torch.equal(Reference(model)(input_ids=ids).logits, base(ids).logits)
 
 
 @pytest.mark.parametrize("extra", [None, ["norm", "embed_tokens"]], ids=["slices", "extra weights"])
 def test_the_reference_may_run_between_forward_and_backward(extra):
     """It must not write into weights that the backward pass needs."""
-    model = tiny_model().train()
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
-    randomize(model)
-    ids = torch.arange(60).view(3, 20)
-    found = []
+    model = randomize(
+        with_adapter(tiny_model().train(), s2ft.S2FTConfig(d_ratio=0.1, o_ratio=0.25, modules_to_save=extra))
+    )
+    ids, found = torch.arange(60).view(3, 20), []
     for runs in (False, True):
         loss = model(ids, labels=ids).loss
         if runs:
@@ -104,6 +99,4 @@ def test_the_reference_may_run_between_forward_and_backward(extra):
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, whole):
     run(tmp_path, options=RunOptions(stop_after=2))
     _, folder = run(tmp_path, resume=True)
-    assert losses(folder) == losses(whole[1])
-    one, other = (load_file(found.adapter / "s2ft_adapter.safetensors") for found in (folder, whole[1]))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert losses(folder) == losses(whole[1]) and same(tensors_of(folder.adapter), tensors_of(whole[1].adapter))

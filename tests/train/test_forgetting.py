@@ -4,25 +4,14 @@ import logging
 
 import pytest
 import torch
-from serve.fleet import greedy
-from support.states import randomize
-from text.test_divergence import direct, direct_kl, direct_loss
-from train.test_sft import ARGUMENTS, CONFIG, check_same, deltas, token_rows
-from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
-
-pytest.importorskip("trl")
-
 from peft import LoraConfig, get_peft_model
+from serve.fleet import greedy
 from support.inside import (
     DataOptions,
     Drift,
     ForgettingMeter,
     ForgettingOptions,
-    HeldOut,
-    RunFolder,
-    RunOptions,
     S2FTTrainer,
-    SFTArguments,
     answer_rows,
     mean_loss,
     prompt_rows,
@@ -30,10 +19,13 @@ from support.inside import (
     read_log,
     read_texts,
     row_of_prompt,
-    sft,
     some,
     text_rows,
 )
+from support.states import randomize, with_adapter, with_loaded
+from text.test_divergence import direct, direct_kl, direct_loss
+from train.test_sft import CONFIG, check_same, deltas, run as plain_run, token_rows
+from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
@@ -53,27 +45,11 @@ def other_rows(count=4):
 PROMPTS = prompt_rows(some(token_rows(), 5))
 
 
-def run(path, resume=False, options=None, meter=None, held_out=None, **changes):
-    """Train as in test_sft, with a meter or with the arguments of one."""
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
-    folder = RunFolder(path)
-    folder.begin({}, resume)
-    if isinstance(meter, dict):
+def run(path, meter=None, **changes):
+    """Train as in test_sft, with the arguments of a meter. Returns the meter too."""
+    if meter is not None:
         meter = ForgettingMeter(**{"other": other_rows(), "prompts": PROMPTS, "every": 1, **meter})
-    arguments = SFTArguments(output_dir=str(path), **{**ARGUMENTS, "save_steps": 1, **changes})
-    result = sft(
-        model,
-        tiny_tokenizer(),
-        token_rows(),
-        arguments,
-        folder,
-        options=RunOptions(**(options or {})),
-        resume=resume,
-        held_out=held_out,
-        meter=meter,
-    )
-    return model, folder, result, meter
+    return *plain_run(path, meter=meter, **{"save_steps": 1, **changes}), meter
 
 
 def measured(folder):
@@ -87,9 +63,7 @@ def whole(tmp_path_factory):
 
 
 def adapter_of(folder, step):
-    model = tiny_model()
-    s2ft.load_adapter(model, folder.path / f"checkpoint-{step}")
-    return model
+    return with_loaded(tiny_model(), folder.path / f"checkpoint-{step}")
 
 
 def limit_behind(values, step):
@@ -172,7 +146,7 @@ def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
     values = {step: drift.base_kl for step, drift in whole[3].measured.items()}
     changes = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)
     meter = {"other": None, "stop_at_kl": limit_behind(values, 4)}
-    _, folder, result, _ = run(tmp_path, meter=meter, held_out=HeldOut(token_rows().select(range(3))), **changes)
+    _, folder, result, _ = run(tmp_path, meter=meter, evaluated=3, **changes)
     assert result.stopped_at == 5 and result.best_step == result.kept_step == 4
     check = s2ft.read_adapter(folder.path / "checkpoint-4").deltas
     assert all(
@@ -193,8 +167,7 @@ def rows_for_trainer():
 def trained_by(kind, path):
     """A model, and a Trainer that trains it."""
     if kind == "trl":
-        model = tiny_model()
-        s2ft.attach(model, CONFIG)
+        model = with_adapter(tiny_model(), CONFIG)
         arguments = SFTConfig(str(path), max_length=64, **PLAIN)
         return model, SFTTrainer(model, arguments, train_dataset=token_rows(), processing_class=tiny_tokenizer())
     model = tiny_model()
@@ -203,8 +176,7 @@ def trained_by(kind, path):
     if kind == "peft":
         model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     arguments = TrainingArguments(str(path), **PLAIN)
-    trainer = (S2FTTrainer if kind == "s2ft" else Trainer)(model, arguments, train_dataset=rows_for_trainer())
-    return model, trainer
+    return model, (S2FTTrainer if kind == "s2ft" else Trainer)(model, arguments, train_dataset=rows_for_trainer())
 
 
 @pytest.mark.parametrize("kind", ("s2ft", "trl", "peft", "full"))
@@ -240,8 +212,7 @@ def test_full_fine_tuning_is_resumed_with_the_base_of_its_beginning(tmp_path):
         return meter.measured
 
     first = train()
-    again = train(str(tmp_path / "checkpoint-2"))
-    assert again == {step: first[step] for step in (3, 4)}
+    assert train(str(tmp_path / "checkpoint-2")) == {step: first[step] for step in (3, 4)}
     with pytest.raises(ValueError, match="call meter.add_to"):
         train(str(tmp_path / "checkpoint-2"), add=False)
 
@@ -266,11 +237,9 @@ def test_answers_are_those_of_the_base_one_by_one():
     model, tokenizer = tiny_model(seed=4), tiny_tokenizer()
     prompts = [[5, 6, 7], [8, 9], [10, 11, 12, 13]]
     expected = [[*prompt, *greedy(model, prompt, 6)] for prompt in prompts]
-    s2ft.attach(model, CONFIG)
-    randomize(model, std=1.0)
+    randomize(with_adapter(model, CONFIG), std=1.0)
     rows = answer_rows(model, tokenizer, prompts, 6, 2)
-    assert [row["input_ids"] for row in rows] == expected
-    assert rows[1]["labels"] == [-100, -100, *expected[1][2:]]
+    assert [row["input_ids"] for row in rows] == expected and rows[1]["labels"] == [-100, -100, *expected[1][2:]]
 
 
 @pytest.mark.parametrize(

@@ -1,9 +1,7 @@
 """GRPO: answers are generated with the adapter, one model is in memory, and a resumed run is exact."""
 
 import pytest
-import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from support.inside import (
     GRPOArguments,
     GRPORunTrainer,
@@ -17,7 +15,7 @@ from support.inside import (
     scored_prompt,
     with_columns,
 )
-from support.states import same
+from support.states import same, tensors_of, with_adapter
 from train.tiny import tiny_model, tiny_tokenizer
 from trl.trainer import grpo_trainer
 
@@ -47,13 +45,10 @@ def arguments(path, **changes):
 
 def run(path, resume=False, options=RunOptions(), rewards=REWARDS, **changes):
     """Train the tiny model; 8 prompts are 4 updates, so 6 updates reach the second epoch."""
-    model, tokenizer, folder = tiny_model(), tiny_tokenizer(), RunFolder(path)
-    s2ft.attach(model, CONFIG)
-    if not resume:
-        folder.begin({})
-    rows = prompts(tokenizer)
-    result = grpo(model, tokenizer, rows, rewards, arguments(path, **changes), folder, resume=resume, options=options)
-    return model, folder, result
+    model, tokenizer, folder = with_adapter(tiny_model(), CONFIG), tiny_tokenizer(), RunFolder(path)
+    folder.begin({}, resume)
+    given = prompts(tokenizer), rewards, arguments(path, **changes), folder
+    return model, folder, grpo(model, tokenizer, *given, resume=resume, options=options)
 
 
 def logged(folder):
@@ -71,14 +66,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one(changes, tmp_path):
     run(tmp_path / "half", options=RunOptions(stop_after=4), **changes)
     _, half, _ = run(tmp_path / "half", resume=True, **changes)
     assert logged(half) == logged(whole) and result.reward is not None
-    one, other = (load_file(found.adapter / "s2ft_adapter.safetensors") for found in (half, whole))
-    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert same(tensors_of(half.adapter), tensors_of(whole.adapter))
 
 
 def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(grpo_trainer, "create_model_from_path", None)
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    s2ft.attach(model, CONFIG)
+    model, tokenizer = with_adapter(tiny_model(), CONFIG), tiny_tokenizer()
     config = dict(vars(model.generation_config))
     options = arguments(tmp_path, beta=0.1, max_steps=2, save_steps=0)
     trainer = GRPORunTrainer(model, REWARDS, options, prompts(tokenizer), tokenizer=tokenizer)
@@ -90,8 +83,7 @@ def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypat
 
 
 def test_answers_are_generated_for_the_prompts(tmp_path, monkeypatch):
-    model, tokenizer = tiny_model(), tiny_tokenizer()
-    s2ft.attach(model, CONFIG)
+    model, tokenizer = with_adapter(tiny_model(), CONFIG), tiny_tokenizer()
     trainer = GRPORunTrainer(
         model, REWARDS, arguments(tmp_path, max_steps=1, save_steps=0), prompts(tokenizer), tokenizer=tokenizer
     )
@@ -127,8 +119,7 @@ def test_an_attached_model_that_would_be_sent_whole_is_refused_before_vllm_start
     class Mine(AdapterCheckpoints, GRPOTrainer):
         pass
 
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(tiny_model(), CONFIG)
     options = GRPOConfig(str(tmp_path), use_vllm=True, use_cpu=True, bf16=False)
     with pytest.raises(ValueError, match=r"use s2ft.sync.with_slices\(Mine\), which sends the trained slices"):
         Mine(model, short, args=options, train_dataset=prompts(tiny_tokenizer()))

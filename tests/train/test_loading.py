@@ -5,15 +5,12 @@ import shutil
 
 import pytest
 import torch
-from support.inside import ModelOptions, fit_layout, load_base, quantization_config
+from support.inside import ModelOptions, SFTArguments, fit_layout, load_base, quantization_config
 from train.tiny import save_tiny
 
 import s2ft
 
-pytest.importorskip("trl")
-from support.inside import SFTArguments
-
-needs_bitsandbytes = pytest.mark.skipif(
+NEEDS_BITSANDBYTES = pytest.mark.skipif(
     importlib.util.find_spec("bitsandbytes") is None, reason="bitsandbytes is not installed"
 )
 
@@ -53,13 +50,12 @@ def test_every_option_reaches_the_loader(given, tmp_path, monkeypatch):
     assert seen["words"][0] == "name" and {name: seen[name] for name in WORDS[given]} == WORDS[given]
 
 
-@needs_bitsandbytes
+@NEEDS_BITSANDBYTES
 @pytest.mark.parametrize("bits", [4, 8])
 def test_a_base_that_is_quantized_while_it_is_loaded_trains_in_place(bits, tiny, tmp_path, caplog):
     caplog.set_level("INFO")
     model, _ = load_base(ModelOptions(tiny, **{f"load_in_{bits}bit": True}), arguments(tmp_path))
-    layer = model.model.layers[0].mlp.down_proj
-    assert type(layer).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
+    assert type(model.model.layers[0].mlp.down_proj).__name__ == {4: "Linear4bit", 8: "Linear8bitLt"}[bits]
     config = fit_layout(s2ft.S2FTConfig(d_ratio=0.2), model, chosen=False)
     assert config.layout == "indexed" and "layout indexed" in caplog.text
     s2ft.attach(model, config)
@@ -70,7 +66,7 @@ def test_a_base_that_is_quantized_while_it_is_loaded_trains_in_place(bits, tiny,
     assert fit_layout(chosen, model, chosen=True) is chosen  # attach explains why this cannot work
 
 
-@needs_bitsandbytes
+@NEEDS_BITSANDBYTES
 def test_the_options_of_bitsandbytes_have_trls_names():
     options = ModelOptions("m", load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True,
                            bnb_4bit_quant_storage="bfloat16")  # fmt: skip

@@ -35,9 +35,9 @@ def test_a_second_process_is_refused_and_changes_nothing_until_the_first_has_end
     process, finish = holder
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     for how in ({}, {"resume": True}, {"overwrite": True}):
-        with pytest.raises(FileExistsError, match="output folder .*out is in use"):
-            with RunFolder(tmp_path / "out").reserved(**how):
-                raise AssertionError
+        taken = pytest.raises(FileExistsError, match="output folder .*out is in use")
+        with taken, RunFolder(tmp_path / "out").reserved(**how):
+            raise AssertionError
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     process.kill() if end == "kill" else finish.set()
     process.join()
@@ -49,12 +49,10 @@ def test_a_second_process_is_refused_and_changes_nothing_until_the_first_has_end
 
 
 def test_a_new_folder_is_locked_before_the_run_begins_and_removed_if_it_does_not_begin(tmp_path):
-    with pytest.raises(ZeroDivisionError):
-        with RunFolder(tmp_path / "a/b").reserved():
-            with pytest.raises(FileExistsError, match="is in use"):
-                with RunFolder(tmp_path / "a/b").reserved():
-                    raise AssertionError
-            1 / 0
+    with pytest.raises(ZeroDivisionError), RunFolder(tmp_path / "a/b").reserved():
+        with pytest.raises(FileExistsError, match="is in use"), RunFolder(tmp_path / "a/b").reserved():
+            raise AssertionError
+        1 / 0
     assert not any(tmp_path.iterdir())
 
 

@@ -5,6 +5,7 @@ import torch
 from support.inside import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
 from support.models import CASES, inputs_of, model_of
 from support.pairs import in_turn
+from support.states import with_adapter
 from support.tolerances import GEMM
 from train.tiny import tiny_model
 
@@ -17,7 +18,6 @@ NOT = {
     "bert": "does not use the standard loss",
     "roberta": "does not use the standard loss",
 }
-CAUSAL = [case for case in CASES if not case.startswith(("vit", "clip", "t5", "whisper"))]
 
 
 def batch_of(model):
@@ -34,7 +34,14 @@ def gradients(model, batch, **options):
     return loss.detach(), found
 
 
-@pytest.mark.parametrize("case, dtype", in_turn(CAUSAL, (torch.float32, torch.bfloat16)), ids=str)
+@pytest.mark.parametrize(
+    "case, dtype",
+    in_turn(
+        [case for case in CASES if not case.startswith(("vit", "clip", "t5", "whisper"))],
+        (torch.float32, torch.bfloat16),
+    ),
+    ids=str,
+)
 def test_loss_and_gradients_equal_the_models_own_or_it_is_refused(case, dtype):
     model = model_of(case, dtype)
     batch = batch_of(model)
@@ -121,8 +128,7 @@ def test_evaluation_and_a_forward_without_labels_have_the_models_own_loss_and_lo
 
 def test_the_logits_are_not_kept(monkeypatch):
     monkeypatch.setitem(CHUNK, "cpu", 2**16)
-    model = tiny_model(vocab_size=5000)
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+    model = with_adapter(tiny_model(vocab_size=5000), s2ft.S2FTConfig(d_ratio=0.1))
     model.train()
     ids = torch.randint(3, 200, (4, 64))
 

@@ -3,13 +3,9 @@
 import json
 
 import pytest
-
-pytest.importorskip("matplotlib")
-
 from support.inside import loss_figure, plot_loss
 
 STEPS = [{"step": step, "loss": 3 - step / 9, "learning_rate": 1e-4} for step in range(1, 10)]
-MORE = [*STEPS, {"step": 9, "eval_loss": 4.0, "eval_accuracy": 0.5, "forgetting": 0.1}]
 
 
 @pytest.fixture(autouse=True)
@@ -19,7 +15,14 @@ def real_plots(monkeypatch):
 
 @pytest.mark.parametrize(
     "lines, labels",
-    [([], ["loss"]), (STEPS, ["loss", "learning rate"]), (MORE, ["loss", "learning rate", "accuracy", "nats"])],
+    [
+        ([], ["loss"]),
+        (STEPS, ["loss", "learning rate"]),
+        (
+            [*STEPS, {"step": 9, "eval_loss": 4.0, "eval_accuracy": 0.5, "forgetting": 0.1}],
+            ["loss", "learning rate", "accuracy", "nats"],
+        ),
+    ],
 )
 def test_what_was_measured_is_drawn_into_a_file(lines, labels, tmp_path):
     figure = loss_figure(lines, "my-run (llama)")

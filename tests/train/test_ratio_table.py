@@ -29,8 +29,7 @@ def test_a_row_is_what_attach_trains_and_what_a_lora_of_its_rank_has(tmp_path):
     model = tiny_model()
     report = s2ft.attach(model, CONFIG)
     assert (row.trained, row.share) == (report.trainable, report.share)
-    targets = ["down_proj", "up_proj", "o_proj"]
-    lora = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=targets))
+    lora = peft.get_peft_model(tiny_model(), peft.LoraConfig(r=2, target_modules=["down_proj", "up_proj", "o_proj"]))
     assert row.lora_rank * lora.get_nb_trainable_parameters()[0] / 2 == pytest.approx(row.trained)
     s2ft.save_adapter(model, tmp_path / "adapter")
     written = (tmp_path / "adapter/s2ft_adapter.safetensors").stat().st_size

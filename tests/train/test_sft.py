@@ -6,13 +6,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from support.pairs import rest_slow
-from train.tiny import sums, tiny_model, tiny_tokenizer
-
-pytest.importorskip("trl")
-
 from datasets import Dataset
+from safetensors.torch import load_file
 from support.inside import (
     NEEDS,
     SCHEDULES,
@@ -27,6 +22,9 @@ from support.inside import (
     sft,
     trainer_for,
 )
+from support.pairs import rest_slow
+from support.states import same, with_adapter
+from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
 
@@ -55,24 +53,21 @@ def arguments_for(path, **changes):
     return SFTArguments(output_dir=str(path), **{**ARGUMENTS, **changes})
 
 
-def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None, data=None, **changes):
+def run(path, resume=False, config=CONFIG, model=None, evaluated=0, options=None, data=None, meter=None, **changes):
     """Train the tiny model and evaluate on the first `evaluated` rows, or on other rows.
 
     Returns the model, the folder and the result.
     """
     rows = token_rows() if data is None else data
-    model = tiny_model() if model is None else model
-    s2ft.attach(model, config)
+    model = with_adapter(tiny_model() if model is None else model, config)
     folder = RunFolder(path)
     folder.check(resume=resume)
     folder.begin({"learning_rate": changes.get("learning_rate", 0)}, resume)
     held_out = (
         HeldOut(rows.select(range(evaluated)) if isinstance(evaluated, int) else evaluated) if evaluated else None
     )
-    arguments = arguments_for(path, **changes)
-    options = RunOptions(**(options or {}))
-    result = sft(model, tiny_tokenizer(), rows, arguments, folder, options=options, resume=resume, held_out=held_out)
-    return model, folder, result
+    how = dict(options=RunOptions(**(options or {})), resume=resume, held_out=held_out, meter=meter)
+    return model, folder, sft(model, tiny_tokenizer(), rows, arguments_for(path, **changes), folder, **how)
 
 
 def evaluations(folder):
@@ -92,8 +87,7 @@ def losses(folder):
 
 
 def check_same(ours, theirs):
-    assert losses(ours) == losses(theirs)
-    assert all(torch.equal(value, deltas(theirs)[key]) for key, value in deltas(ours).items())
+    assert losses(ours) == losses(theirs) and same(deltas(ours), deltas(theirs))
 
 
 @pytest.fixture(scope="module")
@@ -106,8 +100,7 @@ def test_loss_falls_and_only_the_slices_move(whole):
     logged = [loss for _, loss, *_ in losses(folder)]
     assert result.steps == 8 == len(logged) and logged[-1] < logged[0]
     base, plain = tiny_model().state_dict(), s2ft.merge(model).state_dict()
-    changed = {key for key in base if not torch.equal(base[key], plain[key])}
-    assert changed == {
+    assert {key for key in base if not torch.equal(base[key], plain[key])} == {
         f"model.layers.{i}.{name}.weight" for i in (0, 1) for name in ("mlp.down_proj", "self_attn.v_proj")
     }
     moved = (base["model.layers.0.mlp.down_proj.weight"] != plain["model.layers.0.mlp.down_proj.weight"]).any(0)
@@ -161,10 +154,7 @@ RESUMED = {
 }
 
 
-QUICK = ("by length", "packed")
-
-
-@pytest.mark.parametrize("case", rest_slow(RESUMED, QUICK))
+@pytest.mark.parametrize("case", rest_slow(RESUMED, ("by length", "packed")))
 def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
     """train(2N) = train(N) + resume(N), bit for bit, with dropout."""
     changes = {"save_steps": 100, **RESUMED[case]}
@@ -187,8 +177,7 @@ def test_resume_with_another_selection_is_an_error(whole, tmp_path):
 def test_accumulation_equals_one_large_batch(whole, tmp_path):
     changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_steps": 0}
     _, folder, _ = run(tmp_path / "out", **changes)
-    for (_, ours, *_), (_, theirs, *_) in zip(losses(folder), losses(whole[1])):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert [row[1] for row in losses(folder)] == pytest.approx([row[1] for row in losses(whole[1])], rel=1e-4)
 
 
 # ---- what TRL changes in a model and does besides ------------------------------------------------------
@@ -196,8 +185,7 @@ def test_accumulation_equals_one_large_batch(whole, tmp_path):
 
 @pytest.mark.parametrize("changes", [{}, {"loss_type": "dft"}, {"neftune_noise_alpha": 5.0}])
 def test_the_model_and_the_tokenizer_are_as_before_after_a_run(changes, tmp_path):
-    tokenizer, model = tiny_tokenizer(), tiny_model()
-    s2ft.attach(model, CONFIG)
+    tokenizer, model = tiny_tokenizer(), with_adapter(tiny_model(), CONFIG)
     hooks = {name: len(module._forward_hooks) for name, module in model.named_modules()}
     before = dict(vars(model.config)), dict(vars(model.generation_config)), set(model.__dict__)
     folder = RunFolder(tmp_path / "out")
@@ -281,8 +269,7 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
 
 def rates(path, schedule, steps, **changes):
     """The learning rates of the trainer of a run, without the training."""
-    model = tiny_model()
-    s2ft.attach(model, CONFIG)
+    model = with_adapter(tiny_model(), CONFIG)
     arguments = arguments_for(path, lr_scheduler_type=schedule, max_steps=steps, **changes)
     trainer = trainer_for(model, tiny_tokenizer(), token_rows(), arguments, RunFolder(path))
     trainer.create_optimizer_and_scheduler(steps)
@@ -361,9 +348,6 @@ def test_an_error_in_the_middle_is_raised(tmp_path, monkeypatch):
     assert not (tmp_path / "out/adapter").exists()
 
 
-LAST = [(2, [2, 4, 6, 8]), (20, [8])]
-
-
 def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_path):
     shutil.copytree(whole[1].path, tmp_path / "again")
     shutil.rmtree(tmp_path / "again/adapter"), (tmp_path / "again/report.json").unlink()
@@ -373,7 +357,8 @@ def test_a_run_that_ended_before_its_adapter_was_saved_is_resumed(whole, tmp_pat
 
 
 @pytest.mark.parametrize(
-    "eval_steps, steps", [(0, [8]), (3, [3, 6, 8]), *(pytest.param(*row, marks=pytest.mark.slow) for row in LAST)]
+    "eval_steps, steps",
+    [(0, [8]), (3, [3, 6, 8]), *(pytest.param(*row, marks=pytest.mark.slow) for row in [(2, [2, 4, 6, 8]), (20, [8])])],
 )
 def test_the_last_step_is_evaluated_once(tmp_path, eval_steps, steps):
     changes = {"eval_strategy": "steps", "eval_steps": eval_steps} if eval_steps else {}

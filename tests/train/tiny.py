@@ -3,7 +3,7 @@
 import json
 
 import torch
-from support.states import randomize
+from support.states import randomize, with_adapter
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -74,8 +74,7 @@ def save_tiny(folder, **changes):
 
 def save_random_adapter(folder, model, std: float = 0.1, name: str = "default", info: dict | None = None, **config):
     """Attach to the model, give the slices random values and save the adapter. Returns the model."""
-    s2ft.attach(model, s2ft.S2FTConfig(**config), name=name)
-    randomize(model, config.get("seed", 1), std)
+    randomize(with_adapter(model, s2ft.S2FTConfig(**config), name=name), config.get("seed", 1), std)
     s2ft.save_adapter(model, folder, info=info)
     return model
 

@@ -11,7 +11,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from support.inside import Location, MissingInVLLM, compatibility, loading, lora_of, native, private, when_imported
-from support.states import randomize
+from support.states import randomize, with_adapter
 from support.vllm_models import tiny_llama
 from support.vllm_modules import MODULES, Layer, PPMissingLayer, Request, engine_of, fake_modules
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -28,8 +28,7 @@ def small_llama(seed=1, **changes):
 
 def saved_adapter(model, folder, **ratios):
     """Attach, fill and save an adapter of a model, which is detached again."""
-    s2ft.attach(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a")
-    randomize(model, 3, 0.02)
+    randomize(with_adapter(model, s2ft.S2FTConfig(**(ratios or RATIOS)), name="a"), 3, 0.02)
     s2ft.save_adapter(model, folder)
     s2ft.detach(model)
 
@@ -88,8 +87,7 @@ def test_names_are_renamed_as_vllm_renames_them(folder):
         f"language_model.{name}": [f"language_model.{part}" for part in parts]
         for name, parts in manager.packed_modules.items()
     }
-    rename = SimpleNamespace(get_rename_mapper=lambda: lambda name: f"language_model.{name}")
-    manager.model.hf_to_vllm_mapper = rename
+    manager.model.hf_to_vllm_mapper = SimpleNamespace(get_rename_mapper=lambda: lambda name: f"language_model.{name}")
     lora = load(engine, folder / "adapter")
     assert "language_model.model.layers.0.self_attn.q_proj" in lora.loras
     assert engine.added(lora, "language_model.model.layers.0.self_attn.qkv_proj").abs().max() > 0
@@ -141,8 +139,7 @@ def test_a_rank_above_the_limit_names_the_module_its_units_and_the_option(folder
 def test_another_base_is_refused(folder, tmp_path, recorded):
     """One number of one weight that the adapter does not even change makes another base, as does another depth."""
     other = small_llama()
-    with torch.no_grad():
-        other.model.layers[1].mlp.gate_proj.weight[3, 5] += 1e-3
+    other.model.layers[1].mlp.gate_proj.weight.data[3, 5] += 1e-3
     saved_adapter(other, tmp_path, o_ratio=0.25)
     part = small_llama()
     part.model.layers = part.model.layers[:1]
@@ -199,8 +196,7 @@ def test_an_adapter_without_locations_of_a_model_that_cannot_be_built_says_the_w
 @pytest.mark.parametrize("rank", [0, 1])
 def test_rows_in_another_order_are_noticed(folder, rank):
     """An engine that keeps the heads in another order would add an adapter to the wrong ones."""
-    order = torch.arange(64).view(4, 16).t().reshape(-1)
-    engine = engine_of(small_llama(), folder / "base", 2, rank, order)
+    engine = engine_of(small_llama(), folder / "base", 2, rank, torch.arange(64).view(4, 16).t().reshape(-1))
     with pytest.raises(ValueError, match="keeps the rows or columns of model.layers.0.self_attn.o_proj in another"):
         load(engine, folder / "adapter")
 
@@ -208,10 +204,9 @@ def test_rows_in_another_order_are_noticed(folder, rank):
 @pytest.mark.parametrize(("size", "rank"), [(1, 0), (2, 1)])
 def test_a_quantized_base_is_compared_by_its_live_layers(folder, tmp_path, size, rank):
     rounded = small_llama()
-    with torch.no_grad():
-        for parameter in rounded.parameters():
-            step = parameter.abs().max() / 7  # four bits
-            parameter.copy_((parameter / step).round() * step)
+    for parameter in rounded.parameters():
+        step = parameter.abs().max() / 7  # four bits
+        parameter.data.copy_((parameter / step).round() * step)
     options = dict(size=size, rank=rank, quantization_config={"quant_method": "other"})
     load(engine_of(rounded, folder / "base", **options), folder / "adapter")
     with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
@@ -223,9 +218,8 @@ def test_a_base_without_readable_files_is_compared_by_its_live_layers(folder, tm
     shutil.copy(folder / "base" / "config.json", tmp_path)
     load(engine_of(small_llama(), tmp_path), folder / "adapter")
     relative = small_llama()
-    with torch.no_grad():
-        for parameter in relative.parameters():
-            parameter.mul_(1.05)
+    for parameter in relative.parameters():
+        parameter.data.mul_(1.05)
     with pytest.raises(ValueError, match="another base than the served one: 2 of 2 layers differ"):
         load(engine_of(relative, tmp_path), folder / "adapter")
 
@@ -307,7 +301,7 @@ def test_registering_never_raises_and_happens_once(monkeypatch, caplog):
     monkeypatch.setattr(
         s2ft.vllm, "FEATURES", {"what is gone": "s2ft_no_such_module", "what is there": "s2ft_test_good"}
     )
-    monkeypatch.setattr(s2ft.vllm, "_registered", False)
+    s2ft.vllm.register.cache_clear()
     with caplog.at_level(logging.WARNING):
         s2ft.vllm.register()
         s2ft.vllm.register()

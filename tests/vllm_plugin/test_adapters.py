@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.inside import native
-from support.states import flip
+from support.states import flip, with_loaded
 from support.vllm_models import ADAPTERS, PROMPTS, TOKENS, save_adapters, tiny_llama
 from support.vllm_server import ROOT, vllm_server
 from transformers import (
@@ -30,7 +30,6 @@ pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 
 LORA = ["--enable-lora", "--max-loras", "4", "--max-cpu-loras", "4", "--max-lora-rank", "256"]
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-RUNTIME = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1"}
 
 
 def damaged(folder, to):
@@ -45,8 +44,7 @@ def refused(served, tmp_path_factory):
     """Folders that must be refused, with a part of the reason."""
     made = tmp_path_factory.mktemp("refused")
     other = tiny_llama()
-    with torch.no_grad():
-        other.model.layers[2].mlp.up_proj.weight[5, 5] += 1e-3
+    other.model.layers[2].mlp.up_proj.weight.data[5, 5] += 1e-3
     save_adapters(other, made / "other", {"another": dict(d_ratio=0.03)})
     adapter = s2ft.read_adapter(served.adapters / "wide")
     native.write(replace(adapter, extra_weights={"model.norm.weight": torch.ones(256)}), made / "extra")
@@ -69,8 +67,7 @@ def test_adapters_on_the_command_line_need_no_variable(served, tmp_path, monkeyp
     modules = [f"{name}={served.adapters / name}" for name in ADAPTERS]
     with vllm_server(served.base, tmp_path / "log", [*LORA, "--lora-modules", *modules]) as server:
         answers = server.answers(ADAPTERS, PROMPTS)
-        for name in ADAPTERS:
-            assert answers[name] == served.answers[name], name
+        assert [name for name in ADAPTERS if answers[name] != served.answers[name]] == []
         assert server.answers(["base"], PROMPTS)["base"] == served.answers["base"]
         assert {model["id"] for model in server.get("v1/models")["data"]} == {"base", *ADAPTERS}
 
@@ -82,7 +79,7 @@ def test_names_in_requests_loading_by_hand_and_refusals(served, refused, tmp_pat
     for name in ADAPTERS:
         shutil.copytree(served.adapters / name, tmp_path / "adapters" / name)
     shutil.copytree(refused["damaged"][0], tmp_path / "adapters" / "damaged")
-    environment = {**RUNTIME, "S2FT_VLLM_ADAPTERS": str(tmp_path / "adapters")}
+    environment = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "S2FT_VLLM_ADAPTERS": str(tmp_path / "adapters")}
     environment["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(rank) for rank in range(size))
     options = [*LORA, "--tensor-parallel-size", str(size)]
     with vllm_server(served.base, tmp_path / "log", options, environment) as server:
@@ -109,10 +106,9 @@ def offline(base, tmp_path, steps, in_process=True, missing=None, prompts=PROMPT
     asked = dict(base=str(base), options=options, steps=steps, prompts=prompts, tokens=TOKENS, missing=missing)
     (tmp_path / "asked").write_text(json.dumps(asked, default=str))
     program = Path(ROOT) / "tests" / "support" / "vllm_steps.py"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))}
     done = subprocess.run(
         [sys.executable, program, tmp_path / "asked", tmp_path / "answers"],
-        env=environment,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -142,17 +138,14 @@ def test_offline_limits_name_the_option(served, tmp_path):
     answers, _ = offline(served.base, tmp_path, [*step(served, "wide", "down-o")], max_lora_rank=32)
     assert "--max-lora-rank is 32: set it to 64 or more" in answers[0]
     assert answers[1] == served.answers["down-o"]
-    targets = ["o_proj"]
     answers, _ = offline(
-        served.base, tmp_path, [*step(served, "down-o")], max_lora_rank=256, lora_target_modules=targets
+        served.base, tmp_path, [*step(served, "down-o")], max_lora_rank=256, lora_target_modules=["o_proj"]
     )
     assert "--lora-target-modules is o_proj. Add down_proj" in answers[0]
 
 
 def test_a_release_without_a_name_says_so_and_serves_exported_adapters(served, tmp_path):
-    model = tiny_llama()
-    s2ft.load_adapter(model, served.adapters / "wide")
-    s2ft.export_lora(model, tmp_path / "exported")
+    s2ft.export_lora(with_loaded(tiny_llama(), served.adapters / "wide"), tmp_path / "exported")
     steps = [["exported", str(tmp_path / "exported")], None]
     missing = ["vllm.lora.utils", "a_name_of_another_release"]
     answers, printed = offline(served.base, tmp_path, steps, missing=missing, max_lora_rank=256)

@@ -134,8 +134,7 @@ def test_vllm_replaces_the_process(work, launched):
     ),
 )
 def test_options_without_meaning_are_refused(work, launched, words, text, capsys):
-    assert serve(work, *words) == 2
-    assert text in capsys.readouterr().err and not launched
+    assert serve(work, *words) == 2 and text in capsys.readouterr().err and not launched
 
 
 def test_adapters_that_cannot_be_served_are_left_out(work, tmp_path, caplog):
@@ -207,5 +206,4 @@ def test_vllm_gets_the_chat_template_that_all_adapters_were_trained_with(tmp_pat
 
 def test_a_missing_vllm_is_named(work, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", None)
-    assert serve(work) == 2
-    assert "pip install vllm, or --engine transformers" in capsys.readouterr().err
+    assert serve(work) == 2 and "pip install vllm, or --engine transformers" in capsys.readouterr().err

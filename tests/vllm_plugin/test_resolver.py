@@ -10,7 +10,8 @@ from unittest.mock import Mock
 
 import pytest
 from support.inside import native, path_of, resolver
-from support.models import model_of, train
+from support.models import fit, model_of
+from support.states import with_adapter
 from support.vllm_modules import fake_modules
 
 import s2ft
@@ -20,9 +21,7 @@ import s2ft
 def adapters(tmp_path_factory):
     """A directory with an adapter, a folder of another format, and an adapter beside the directory."""
     folder = tmp_path_factory.mktemp("adapters")
-    model = model_of("llama")
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="a")
-    train(model, 1)
+    model = fit(with_adapter(model_of("llama"), s2ft.S2FTConfig(d_ratio=0.1), name="a"), 1)
     s2ft.save_adapter(model, folder / "inside" / "math")
     native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "secret")
     native.write(s2ft.read_adapter(folder / "inside" / "math"), folder / "inside" / "run" / "adapter")
@@ -53,23 +52,20 @@ ESCAPES = ("../secret", "..", ".", "", "math/../../secret", "/etc", "..\\secret"
 
 @pytest.mark.parametrize("name", ESCAPES)
 def test_no_name_leads_out_of_the_directory(adapters, name):
-    assert found(name, adapters) is None
-    assert found(str(adapters.parent / "secret"), adapters) is None
+    assert found(name, adapters) is None and found(str(adapters.parent / "secret"), adapters) is None
 
 
 def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
     resolve = Mock(return_value=adapters / "math")
-    monkeypatch.setattr("s2ft.adapter.hub.resolve", resolve)
-    for name in ("org/math", "org/math@v2", "other/one"):
-        assert found(name, None, ("org", "other/one")) == name
-    for name in ("other/two", "evil/org", "org", "org/a/b", "../org/x", "other/one/../two"):
-        assert found(name, None, ("org", "other/one")) is None
-    assert [call.args[0] for call in resolve.call_args_list] == ["org/math", "org/math@v2", "other/one"]
+    monkeypatch.setattr("s2ft.adapter.folders.resolve", resolve)
+    right = ["org/math", "org/math@v2", "other/one"]
+    wrong = ["other/two", "evil/org", "org", "org/a/b", "../org/x", "other/one/../two"]
+    assert [found(name, None, ("org", "other/one")) for name in (*right, *wrong)] == [*right, *[None] * 6]
+    assert [call.args[0] for call in resolve.call_args_list] == right
 
 
 def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tmp_path, caplog):
-    adapter = s2ft.read_adapter(adapters / "math")
-    native.write(replace(adapter, info={"base_model": "org/base"}), tmp_path / "of-org")
+    native.write(replace(s2ft.read_adapter(adapters / "math"), info={"base_model": "org/base"}), tmp_path / "of-org")
     with caplog.at_level(logging.WARNING):
         assert found("of-org", tmp_path, base="org/other") is None
     assert "is an adapter of 'org/base', and this server has org/other" in caplog.text

@@ -18,6 +18,8 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+import s2ft
+
 pytestmark = [pytest.mark.vllm, pytest.mark.slow]
 SLICES = {"S2FT_VLLM_SLICES": "1"}
 NAMES = ("base", "down-o", "wide", "other")
@@ -30,21 +32,25 @@ def requests(served, names=NAMES):
     return asked, [served.answers[name][number] for name, number in pairs]
 
 
-def units_of(served, name):
-    """The most units of an adapter in one projection."""
-    from s2ft import read_adapter
+TWO = {**SLICES, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
+# options, variables, whether the model is compiled, names of adapters, and what is printed
+ENGINES = {
+    "one rank": ({}, SLICES, False, NAMES, "s2ft: 16 layers hold the slices of 4 adapters"),
+    "two ranks": ({"tensor_parallel_size": 2}, TWO, False, NAMES, "s2ft: 16 layers hold the slices of 4 adapters"),
+    # one graph without breaks: torch.compile does not look into the op
+    "compiled": ({"enforce_eager": False}, SLICES, True, NAMES, "graphs: 1, breaks: 0"),
+    # inputs have a dimension for the batch there
+    "from transformers": ({"model_impl": "transformers"}, SLICES, False, ("wide", "base"), ""),
+}
 
-    return max(delta.index.numel() for delta in read_adapter(served.adapters / name).deltas.values())
 
-
-@pytest.mark.parametrize("ranks", (1, 2))
-def test_three_adapters_and_the_base_in_one_batch(served, ranks):
+@pytest.mark.parametrize("name", ENGINES)
+def test_three_adapters_and_the_base_in_one_batch(served, name):
     """Adapters of up to 138 units, on an engine whose LoRA would have rank 1."""
-    asked, expected = requests(served)
-    variables = {**SLICES, **({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if ranks == 2 else {})}
-    (answers,), printed = offline(served.base, [asked], {"tensor_parallel_size": ranks}, variables)
-    assert answers == expected
-    assert "s2ft: 16 layers hold the slices of 4 adapters" in printed
+    options, variables, compiled, names, words = ENGINES[name]
+    asked, expected = requests(served, names)
+    (answers,), printed = offline(served.base, [asked], options, variables, compiled=compiled)
+    assert answers == expected and words in printed
 
 
 def test_adapters_come_and_go(served, tmp_path):
@@ -77,11 +83,28 @@ def test_adapters_come_and_go(served, tmp_path):
     assert "S2FT_VLLM_UNITS=down_proj=60,o_proj=64,qkv_proj=32" in printed
 
 
-def test_more_units_than_any_rank_of_vllm(tmp_path):
-    served = save_adapters(tiny_llama(), tmp_path, {"huge": dict(d_ratio=0.9)})
-    assert units_of(served, "huge") > 512
-    asked, expected = requests(served, ("huge", "base"))
-    (answers,), _ = offline(served.base, [asked], {"max_loras": 1}, {**SLICES, "S2FT_VLLM_UNITS": "700"})
+# the model, the adapter, options and variables, and a number that its units exceed
+SIZES = {
+    "more units than any rank of vLLM": (
+        *({}, dict(d_ratio=0.9), {"max_loras": 1}),
+        *({**SLICES, "S2FT_VLLM_UNITS": "700"}, 512),
+    ),
+    # one key head for two ranks: both have it, and both add its slices
+    "ranks that share a key head": (
+        dict(num_key_value_heads=1, num_hidden_layers=2),
+        dict(k_ratio=1.0, v_ratio=1.0, q_ratio=0.13, d_ratio=0.05),
+        *({"tensor_parallel_size": 2}, TWO, 0),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_other_sizes(name, tmp_path):
+    changes, ratios, options, variables, least = SIZES[name]
+    served = save_adapters(tiny_llama(**changes), tmp_path, {"a": ratios})
+    assert max(len(delta.index) for delta in s2ft.read_adapter(served.adapters / "a").deltas.values()) > least
+    asked, expected = requests(served, ("a", "base"))
+    (answers,), _ = offline(served.base, [asked], options, variables)
     assert answers == expected
 
 
@@ -90,14 +113,6 @@ def test_an_option_without_a_valid_value(served, variable):
     """The engine does not start, and says which option it is."""
     with pytest.raises(RuntimeError, match=f"{variable} (is|has) 'many'"):
         offline(served.base, [], {}, {**SLICES, variable: "many"})
-
-
-def test_a_model_that_vllm_compiles(served):
-    """One graph without breaks: torch.compile does not look into the op."""
-    asked, expected = requests(served)
-    (answers,), printed = offline(served.base, [asked], {"enforce_eager": False}, SLICES, compiled=True)
-    assert answers == expected
-    assert "graphs: 1, breaks: 0" in printed
 
 
 def test_a_base_in_4_bits(tmp_path):
@@ -124,16 +139,6 @@ def scores_by(model, prompt):
 def apart(first, second):
     """The largest difference."""
     return max(abs(one - other) for one, other in zip(first, second, strict=True))
-
-
-def test_ranks_that_share_a_key_head(tmp_path):
-    """One key head for two ranks: both have it, and both add its slices."""
-    model = tiny_llama(num_key_value_heads=1, num_hidden_layers=2)
-    served = save_adapters(model, tmp_path, {"keys": dict(k_ratio=1.0, v_ratio=1.0, q_ratio=0.13, d_ratio=0.05)})
-    asked, expected = requests(served, ("keys", "base"))
-    variables = {**SLICES, "VLLM_CPU_OMP_THREADS_BIND": "0|1"}
-    (answers,), _ = offline(served.base, [asked], {"tensor_parallel_size": 2}, variables)
-    assert answers == expected
 
 
 SHAPE = dict(hidden_size=128, intermediate_size=256, num_hidden_layers=2, num_attention_heads=4)
@@ -166,19 +171,11 @@ def test_other_families(make, tmp_path):
     torch.manual_seed(0)
     model, ratios = make()
     model.generation_config = GenerationConfig()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
-                parameter.normal_(std=0.1)
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            parameter.data.normal_(std=0.1)
     served = save_adapters(model.float().eval(), tmp_path, {"a": ratios}, scale=0.1)
     assert served.answers["a"] != served.answers["base"]
     asked, expected = requests(served, ("a", "base"))
     (answers,), _ = offline(served.base, [asked], {}, SLICES)
-    assert answers == expected
-
-
-def test_a_model_that_vllm_takes_from_transformers(served):
-    """Inputs have a dimension for the batch there."""
-    asked, expected = requests(served, ("wide", "base"))
-    (answers,), _ = offline(served.base, [asked], {"model_impl": "transformers"}, SLICES)
     assert answers == expected

@@ -53,8 +53,7 @@ def test_the_name_of_a_content_follows_the_content(folder, tmp_path):
     replace(folder)
     assert loading.with_version(str(folder)) != first
     (tmp_path / "adapter_config.json").write_text("{}")
-    for path in (tmp_path, tmp_path / "missing", "base#1"):
-        assert loading.with_version(str(path)) is None
+    assert [loading.with_version(str(path)) for path in (tmp_path, tmp_path / "missing", "base#1")] == [None] * 3
     assert loading.split_version("folder#s2ft-1") == ("folder#s2ft-1", None)
 
 

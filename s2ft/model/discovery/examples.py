@@ -15,10 +15,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
-from s2ft.model.modes import evaluation_mode, seeded
-from s2ft.model.outputs import tensors_in
+from s2ft.model.running import evaluation_mode, placed, run_example, seeded, tensors_in
 
 ROWS, LENGTH = 2, 24
 FRAMES = 25  # of a recording
@@ -27,65 +25,6 @@ MOST_GUESSES = 30  # of the number of tokens that stand for an image of one layo
 MEDIA = ("pixel", "patches", "input_features", "input_values")  # words of the names of inputs with images or sound
 PATCH = ("patch_size", "model_patch_size")  # entries of configs
 Media = dict[str, Tensor]
-
-
-# ---- one plain batch of any size --------------------------------------------------------------------------
-
-
-def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = None) -> dict[str, Tensor] | None:
-    """Make a small batch for a transformers model from its config: token ids, pixels or sound.
-
-    Args:
-        model: The model.
-        rows: Number of sequences, images or recordings.
-        length: Number of tokens of a sequence.
-        device: Device of the batch; default: that of the model.
-
-    Returns:
-        The arguments of the model's forward by name, or None if they can't be made.
-    """
-    config, main = getattr(model, "config", None), getattr(model, "main_input_name", None)
-    if config is None or main is None:
-        return None
-    takes = inspect.signature(model.forward).parameters
-    more = {
-        "pixel_values": hasattr(config, "vision_config"),
-        "decoder_input_ids": getattr(config, "is_encoder_decoder", False),
-    }
-    names = dict.fromkeys([main, *(name for name, is_wanted in more.items() if is_wanted and name in takes)])
-    values = {name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in names}
-    return None if any(value is None for value in values.values()) else _placed(model, values, device)
-
-
-def _placed(model: nn.Module, values: dict[str, Tensor], device: Any = None) -> dict[str, Tensor]:
-    """The tensors on a device, by default that of the model, and in the precision of the model."""
-    weight = next(parameter for parameter in model.parameters() if parameter.is_floating_point())
-    return {
-        name: value.to(device or weight.device, weight.dtype if value.is_floating_point() else None)
-        for name, value in values.items()
-    }
-
-
-def _value(name: str, config: Any, rows: int, length: int, generator: torch.Generator) -> Tensor | None:
-    text, vision = getattr(config, "text_config", None) or config, getattr(config, "vision_config", None) or config
-    if name in ("input_ids", "decoder_input_ids") and hasattr(text, "vocab_size"):
-        return torch.randint(text.vocab_size, (rows, length), generator=generator)
-    if name == "pixel_values" and hasattr(vision, "image_size"):
-        size = vision.image_size
-        height, width = size if isinstance(size, (tuple, list)) else (size, size)
-        return torch.randn(rows, getattr(vision, "num_channels", 3), height, width, generator=generator)
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        return torch.randn(rows, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
-    return None
-
-
-# ---- the first batch that runs ----------------------------------------------------------------------------
-
-
-def check_example(example: Any) -> None:
-    """Raise TypeError unless an example is None or has a type of an input of a model."""
-    if example is not None and not isinstance(example, (Tensor, tuple, list, dict)):
-        raise TypeError(f"example must be a tensor, a tuple or a dict, got {type(example).__name__}")
 
 
 def runnable_example(model: nn.Module) -> dict[str, Tensor]:
@@ -108,18 +47,6 @@ def runnable_example(model: nn.Module) -> dict[str, Tensor]:
     raise ValueError(
         f"{type(model).__name__} does not run on any input that s2ft makes. Tried: {tried}. Pass another as example="
     )
-
-
-def run_example(model: nn.Module, example: Any) -> Any:
-    """Run the model on copies of the example, because a model may write into its inputs."""
-    return call(model, tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), example))
-
-
-def call(model: nn.Module, inputs: Any) -> Any:
-    """Run the model on a dict, a tuple or a tensor."""
-    if isinstance(inputs, dict):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, (tuple, list)) else model(inputs)
 
 
 def _failure(model: nn.Module, example: Any) -> str:
@@ -177,7 +104,7 @@ def examples_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
     for example in _candidates(inputs):
         named = {name: value for name, value in example.items() if name in inputs.takes}
         if named:
-            yield _placed(model, named)
+            yield placed(model, named)
 
 
 def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
@@ -277,7 +204,7 @@ def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int | None
     given = {name: value for name, value in values.items() if name in takes}
     try:
         with torch.no_grad(), evaluation_mode(model):
-            found = encode(**_placed(model, given))
+            found = encode(**placed(model, given))
     except Exception:  # another layout may fit
         return None
     features = getattr(found, "pooler_output", None)

@@ -1,5 +1,8 @@
 """Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
 
+Sizes are cut by the names of their keys. What makes the modules differ stays: grouped queries stay grouped, one
+key/value head stays one, and every kind of layer in a list such as `layer_types` keeps at least one layer.
+
 On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
 is a million times smaller than any real change.
 """
@@ -8,7 +11,9 @@ import contextlib
 import copy
 import re
 import warnings
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -16,7 +21,397 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft.distributed import full_shape, full_tensors, is_partitioned, without_zero_init
-from s2ft.model.discovery.tiny_config import DEPTH, Level, config_for, tiny_config
+
+# ---- a small copy of a config ---------------------------------------------------------------------------------------
+
+WIDTH, HEADS, HEAD_DIM = 64, 4, 16
+FFN_WIDTH, EXPERT_WIDTH = 96, 48
+VOCABULARY, POSITIONS = 256, 128
+DEPTH = 3
+SIDE = 8  # patches of an image in a row
+
+
+class Level(IntEnum):
+    """How much of a config is cut. A later level helps where sizes depend on each other in unusual ways."""
+
+    ALL = 0
+    KEEP_HEAD_DIMS = 1
+    DEPTH_AND_VOCABULARY = 2  # depth, vocabulary and number of experts only
+
+
+Size = int | Callable[[int, str, dict], int]  # a size, or a function of the old size, its key and the config
+
+
+def _key_value_heads(old: int, key: str, config: dict) -> int:
+    """As many as heads if they were as many before, one if it was one, else half as many as heads."""
+    prefixes = [key[: key.index("num_")]] if "num_" in key else []
+    names = [prefix + name for prefix in (*prefixes, "") for name in _HEAD_KEYS]
+    heads = next((config[name] for name in names if _is_size(config.get(name))), None)
+    return min(old, HEADS if old == heads else 1 if old == 1 else HEADS // 2)
+
+
+def _at_most(most: int) -> Size:
+    return lambda old, key, config: min(old, most)
+
+
+_HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "encoder_attention_heads")
+
+# Keys without their prefix (text_, vision_, ...) and the size that they get. The first match counts.
+_WIDTHS = {
+    r"hidden_size|d_model|n_embd|embed_dim|model_dim|emb_dim|hidden_dim|embedding_size|embedding_dim|dim_model|width"
+    r"|projection_dim|out_hidden_size|output_dim|output_hidden_size|proj_hidden_size|projection_hidden_size"
+    r"|projector_hidden_size|aligner_hidden_size|backbone_hidden_size|attention_hidden_size|embed_size|embed_dims"
+    r"|cross_attention_hidden_size|text_embed_dim|vision_embed_dim|vision_output_dim|text_dim|vision_dim|kv_dim"
+    r"|lm_hidden_size|input_dim_text|d_embed|lru_width|d_latents|hidden_size_global|moe_hidden_size|ple_embed_dim"
+    r"|adapter_in_dim|adapter_out_dim|adapter_input_size|image_token_embed_dim": WIDTH,
+    # The width, or half of it if embeddings had another width before: then a layer projects them.
+    r"word_embed_proj_dim": lambda old, key, config: WIDTH if old == config.get("hidden_size") else WIDTH // 2,
+    r"base_channels": 32,
+    r"hidden_size_per_layer_input": HEAD_DIM,
+    r"intermediate_size|ffn_dim|d_ff|n_inner|mlp_dim|ffn_hidden_size|dense_intermediate_size|intermediate_dim"
+    r"|linear_units|mlp_hidden_size|dim_ff|block_ff_dim|intermediate_size_mlp|mlp_intermediate_size"
+    r"|abstractor_intermediate_size|feed_forward_size|swiglu_hidden|dim_feedforward|ff_dim|prefix_projection_size"
+    r"|hidden_size_ffn|ffn_embed_dim|dense_ffn_hidden_size": FFN_WIDTH,
+    r"moe_intermediate_size|shared_expert_intermediate_size|shared_intermediate_size|expert_ffn_hidden_size"
+    r"|moe_shared_expert_intermediate_size|moe_ffn_hidden_size|moe_shared_intermediate_size|moe_latent_size"
+    r"|expert_dim": EXPERT_WIDTH,
+    r"mamba_d_ssm": 2 * WIDTH,
+}
+_COUNTS_OF_HEADS = {
+    r"num_attention_heads|n_head|num_heads|n_heads|attention_heads|num_attn_heads|heads|num_query_heads"
+    r"|swa_num_attention_heads|attention_num_heads|linear_num_heads|abstractor_num_heads"
+    r"|resampler_n_heads": _at_most(HEADS),
+    r"num_key_value_heads|num_kv_heads|n_head_kv|multi_query_group_num|swa_num_key_value_heads|kv_heads"
+    r"|num_global_key_value_heads|resampler_n_kv|attention_num_kv_heads": _key_value_heads,
+    r"mamba_n_heads|mamba_num_heads|n_mamba_heads|ssm_num_heads": 8,
+    r"mamba_n_groups|n_groups": _at_most(1),
+    r"linear_num_key_heads": 2,
+    r"linear_num_value_heads|index_n_heads": HEADS,
+}
+_HEAD_DIMS = {
+    r"head_dim|attention_head_dim|d_kv|kv_channels|global_head_dim|attention_head_size|swa_head_dim|head_size"
+    r"|resampler_head_dim|attention_key_size|v_head_dim|swa_v_head_dim|qk_nope_head_dim|mamba_d_head"
+    r"|mamba_head_dim|mamba_headdim|linear_key_head_dim|linear_value_head_dim|index_head_dim": HEAD_DIM,
+    r"qk_rope_head_dim|rotary_dim": HEAD_DIM // 2,
+    r"qk_head_dim": HEAD_DIM + HEAD_DIM // 2,
+}
+_OTHER_SIZES = {
+    r"q_lora_rank|kv_lora_rank|o_lora_rank": WIDTH // 2,
+    r"n_group|topk_group|num_expert_group|num_expert_groups|topk_groups": 1,
+    r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|n_dense_layers|num_hash_layers": _at_most(1),
+    r"max_position_embeddings|n_positions|max_target_positions|max_seq_len|n_ctx|max_sequence_length|seq_length"
+    r"|max_seq_length|context_length|model_max_length|max_text_len": POSITIONS,
+    r"max_source_positions": 64,
+    r"mamba_d_state|state_size|ssm_state_size": 8,
+    r"mamba_dt_rank|time_step_rank": 4,
+    r"mamba_chunk_size|chunk_size": 16,
+    r"index_topk": 16,
+    r"sliding_window|attention_window_size|local_attention|swa_window_size": _at_most(32),
+    r"num_image_tokens|num_latents": 16,
+    r"num_res_blocks": _at_most(1),
+    r"split_ngram_parts": _at_most(4),
+}
+_VOCABULARY_AND_EXPERTS = {
+    r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|moe_n_experts"
+    r"|n_experts": _at_most(8),
+    r"num_experts_per_tok|num_experts_per_token|moe_top_k|moe_topk|moe_k|top_k_experts|num_selected_experts|top_k"
+    r"|experts_per_token|moe_router_topk|num_experts_per_topk|moe_num_active_primary_experts": _at_most(2),
+    r"vocab_size|entity_vocab_size|codebook_size|n_vocab|vocab_size_per_layer_input|num_embeddings"
+    r"|output_vocab_size|unpadded_vocab_size|ngram_vocab_size_base|encoder_hash_byte_group_vocab": VOCABULARY,
+}
+
+
+def _compiled(*tables: dict[str, Size]) -> list[tuple[re.Pattern, Size]]:
+    prefix = r"(?:text_|vision_|audio_|encoder_|decoder_|cross_|num_encoder_|num_decoder_)?"
+    return [(re.compile(f"{prefix}(?:{keys})"), size) for table in tables for keys, size in table.items()]
+
+
+_RULES = {
+    Level.ALL: _compiled(_WIDTHS, _COUNTS_OF_HEADS, _HEAD_DIMS, _OTHER_SIZES, _VOCABULARY_AND_EXPERTS),
+    Level.KEEP_HEAD_DIMS: _compiled(_WIDTHS, _COUNTS_OF_HEADS, _OTHER_SIZES, _VOCABULARY_AND_EXPERTS),
+    Level.DEPTH_AND_VOCABULARY: _compiled(_VOCABULARY_AND_EXPERTS),
+}
+
+_DEPTH = re.compile(
+    r"(text_|vision_|audio_|encoder_|decoder_|vit_)?(num_hidden_layers|n_layer|n_layers|num_layers|layers|num_blocks"
+    r"|depth|num_encoder_layers|num_decoder_layers|num_transformer_layers|num_block|num_conv_pos_layers)"
+)
+_PER_LAYER = re.compile("layer|rope|pattern|type|interval|moe|mlp|block")  # lists with an entry for each layer
+_LAYERS = re.compile(r"layer|block")  # lists with the numbers of layers
+_TOKEN = re.compile(r".*(token_id|token_index|_token|_idx|token_ids|_id)")
+
+# Entries that describe the checkpoint, or that follow from the others.
+_LEFT_OUT = (
+    *("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "transformers_version"),
+    *("_name_or_path", "architectures", "torch_dtype", "dtype", "quantization_config", "per_layer_config_overrides"),
+)
+_AS_IT_IS = ("id2label", "label2id", "quantization_config")
+
+_HALF = HEAD_DIM // 2
+
+# Entries that the rules above get wrong, by model type and dotted key: a value, or a function of the cut config. They
+# are used at levels that cut widths, for a config and for the configs inside it, and only where the key exists.
+EXCEPTIONS: dict[str, dict[str, Any]] = {
+    # The width of a later stage is a multiple of that of the first, and must be divisible by its heads 3, 6, 12, 24.
+    **{name: {"embed_dim": 48} for name in ("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr")},
+    "florence_vision": {
+        "embed_dim": [16, 32, 64, 64],
+        "num_heads": [2, 2, 4, 4],
+        "num_groups": [2, 2, 4, 4],
+        "depths": [1, 1, 2, 1],
+    },
+    "efficientnet": {"width_coefficient": 0.25, "depth_coefficient": 0.3, "image_size": 64},
+    "muse_spark_audio": {"num_hidden_layers": 4, "hidden_sizes": [16, 32, 32, 64]},  # one width for each stage
+    # Attention in its last stage, of 1/32 of the image's side, has more than one token then.
+    "mobilevit": {"image_size": 128},
+    "deepseek_v4": {"compress_rates.heavily_compressed_attention": 8},  # less than the length of an input
+    "mimi": {"upsample_groups": WIDTH},  # one group for each channel
+    "wavtokenizer_encoder": {"codebook_dim": WIDTH},
+    # The tokens of images end where those of sound begin.
+    "apertus1p5": {
+        "image_token_offset": 100,
+        "audio_token_offset": 164,
+        "vision_config.codebook_size": 64,
+        "audio_config.codebook_size": 64,
+    },
+    # State spaces: expansion times width is heads times their width.
+    "mamba2": {"num_heads": 8, "head_dim": HEAD_DIM},
+    "zamba2": {
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+        "kv_channels": HEAD_DIM,
+        "num_query_groups": HEADS,
+        "hybrid_layer_ids": lambda config: [
+            i for i, kind in enumerate(config["layers_block_type"]) if kind == "hybrid"
+        ],
+    },
+    # Layers of a kind are given by a period or by numbers, which a shallow model would not reach.
+    "jamba": {"attn_layer_offset": 2, "attn_layer_period": 4},
+    "qwen4_exp_text": {"indexer_head_dim": HEAD_DIM, "indexer_budget": 16},
+    "zamba": {
+        "attention_hidden_size": 2 * WIDTH,
+        "attention_head_dim": 2 * WIDTH // HEADS,
+        "layers_block_type": ["linear_attention", "hybrid", "linear_attention", "hybrid"],  # the second shares weights
+        "num_hidden_layers": 4,
+    },
+    "bamba": {"attn_layer_indices": [1]},
+    "molmo2_adapter": {"vision_feature_layer": [-1, -2]},
+    "granite4_vision": {"deepstack_layer_map": [[-2, 0]], "spatial_target_layers": [1]},
+    # Its dict names attention and FFN of a layer as two layers.
+    "dory": {
+        "layer_types": ["sliding_attention", "mlp", "full_attention", "mlp", "sliding_attention", "mlp"],
+        "num_hidden_layers": 6,
+        "n_input_layers": 2,
+        "n_recurrent_layers": 2,
+        "n_output_layers": 2,
+    },
+    "hrm_text": {"num_layers_per_stack": 2, "num_hidden_layers": lambda c: 2 * c["H_cycles"] * (c["L_cycles"] + 1)},
+    "blenderbot": {"decoder_layers": 2},  # the cache of its decoder has as many layers as its encoder
+    # Parts that must fit together.
+    "aria": {"projector_patch_to_query_dict": {7**2: 16, SIDE**2: 16}},
+    "dots3_note_text": {"head_dim": HEAD_DIM + _HALF},
+    "mistral4": {"qk_nope_head_dim": _HALF, "qk_head_dim": HEAD_DIM, "head_dim": HEAD_DIM},  # half of a head is rotated
+    "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
+}
+
+
+def tiny_config(config: Any, level: Level = Level.ALL, depth: int = DEPTH) -> Any:
+    """Make a small copy of a config.
+
+    Args:
+        config: A config of transformers.
+        level: How much is cut.
+        depth: Number of layers of each stack, where no list of layers asks for more.
+
+    Returns:
+        A config of the same class.
+    """
+    entries = {key: value for key, value in copy.deepcopy(config.to_dict()).items() if key not in _LEFT_OUT}
+    if level < Level.DEPTH_AND_VOCABULARY:
+        _make_images_small(entries)
+    entries = _cut(entries, level, depth)
+    _renumber_tokens(entries, {})
+    return type(config).from_dict(entries)
+
+
+def config_for(model_class: type, config: Any) -> Any:
+    """The config that a model class takes: the one given, or the one inside it that is of the right class."""
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return next((one for one in inside if isinstance(one, wanted)), config)
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+def _cut(entries: dict, level: Level, depth: int) -> dict:
+    """Cut the sizes of a config given as a dict, and of the configs inside it."""
+    if any(not isinstance(key, str) for key in entries):
+        return entries
+    layers = entries.get("num_hidden_layers")
+    entries = _shallow(copy.deepcopy(entries), depth, level)
+    if entries.get("num_kv_shared_layers") and entries.get("num_hidden_layers") != layers:
+        entries["num_kv_shared_layers"] = 0  # the layers whose keys and values others use may be gone
+    cut = {key: _cut_entry(key, value, entries, level, depth) for key, value in entries.items()}
+    if level < Level.DEPTH_AND_VOCABULARY:
+        _keep_parts_of_heads(entries, cut)
+        for key, value in EXCEPTIONS.get(entries.get("model_type"), {}).items():
+            _set(cut, key, value(cut) if callable(value) else copy.deepcopy(value))
+    return cut
+
+
+def _make_images_small(entries: dict) -> None:
+    """Cut images to SIDE patches a side, in a config or in one inside it, with the numbers of tokens for an image."""
+    inside = [value for value in entries.values() if isinstance(value, dict)]
+    for vision in filter(_can_be_smaller, [entries, *inside]):
+        old, patch = vision["image_size"], vision["patch_size"]
+        whole = old[0] if isinstance(old, list) else old
+        vision["image_size"] = [SIDE * patch] * len(old) if isinstance(old, list) else SIDE * patch
+        if isinstance(entries.get("image_grid_pinpoints"), list):  # sizes of pictures that are cut into images
+            pictures = entries["image_grid_pinpoints"]
+            entries["image_grid_pinpoints"] = [[side * SIDE * patch // whole for side in sides] for sides in pictures]
+        for key in ("mm_tokens_per_image", "image_seq_length", "image_seq_len"):
+            if _is_size(entries.get(key)):
+                entries[key] = max(1, entries[key] * SIDE**2 // (whole // patch) ** 2)
+    for config in inside:
+        _make_images_small(config)
+
+
+def _can_be_smaller(entries: dict) -> bool:
+    """Whether images are cut into one grid of patches: no windows, no stages, no fixed table of another size."""
+    size, patch = entries.get("image_size"), entries.get("patch_size")
+    sides = size if isinstance(size, list) else [size]
+    squares = all(_is_size(side) for side in sides) and len(set(sides)) == 1 and _is_size(patch)
+    stages = any("window" in str(key) or key in ("depths", "num_position_embeddings") for key in entries)
+    return squares and sides[0] > SIDE * patch and not stages
+
+
+def _set(entries: dict, dotted: str, value: Any) -> None:
+    """Set an entry of a config, or of a config inside it, that exists."""
+    *inside, key = dotted.split(".")
+    for name in inside:
+        entries = entries.get(name) or {}
+    if key in entries:
+        entries[key] = value
+
+
+def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) -> Any:
+    if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
+        rotated = HEAD_DIM // 2 if entries.get("kv_lora_rank") else HEAD_DIM
+        return _rope(value, rotated // 2) if level == Level.ALL else value
+    if key in _AS_IT_IS:
+        return value
+    if key == "use_cache":
+        return False  # some caches ask for entries that configs lack, and a forward needs none
+    if isinstance(value, dict):
+        return _cut(value, level, depth)
+    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
+        return [_cut(entry, level, depth) for entry in value]
+    if isinstance(value, list) and "intermediate_size" in key and level < Level.DEPTH_AND_VOCABULARY:
+        return [_cut_entry(key, entry, entries, level, depth) for entry in value]
+    if not _is_size(value):
+        return value
+    size = next((size for keys, size in _RULES[level] if keys.fullmatch(key)), value)
+    return size(value, key, entries) if callable(size) else size
+
+
+def _shallow(entries: dict, depth: int, level: Level) -> dict:
+    """Cut the number of layers, with the lists that have an entry for each layer."""
+    for key in [key for key, value in entries.items() if _DEPTH.fullmatch(key) and _is_size(value)]:
+        count = entries[key]
+        lists = {name: value for name, value in entries.items() if _has_entry_per_layer(name, value, count)}
+        chosen = {name: value for name, value in entries.items() if _names_layers(name, value, count)}
+        if not lists and not chosen:
+            entries[key] = min(count, depth)
+            continue
+        kinds = [*lists.values(), *([layer in value for layer in range(count)] for value in chosen.values())]
+        kept = _layers_of_each_kind(list(zip(*kinds)), min(depth, count))
+        entries |= {name: [value[layer] for layer in kept] for name, value in lists.items()}
+        entries |= {name: [kept.index(one) for one in value if one in kept] for name, value in chosen.items()}
+        if isinstance(layers := entries.get("per_layer_config"), dict):  # they get the new numbers of the layers
+            found = {int(layer): config for layer, config in layers.items() if int(layer) in kept}
+            entries["per_layer_config"] = {kept.index(i): _cut(config, level, DEPTH) for i, config in found.items()}
+        entries[key] = len(kept)
+    return entries
+
+
+def _has_entry_per_layer(name: str, value: Any, count: int) -> bool:
+    if not isinstance(value, (list, tuple)) or len(value) != count or count < 3 or "depths" in name or "mrope" in name:
+        return False
+    return count > 9 or all(isinstance(entry, str) for entry in value) or bool(_PER_LAYER.search(name))
+
+
+def _names_layers(name: str, value: Any, count: int) -> bool:
+    """Whether a list has the numbers of some layers, in ascending order, as in `mlp_only_layers`."""
+    is_list = isinstance(value, (list, tuple)) and 0 < len(value) < count
+    if not is_list or not _LAYERS.search(name) or _DEPTH.fullmatch(name):
+        return False
+    numbers = all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < count for entry in value)
+    return numbers and list(value) == sorted(set(value))
+
+
+def _layers_of_each_kind(kinds: list[tuple], depth: int) -> list[int]:
+    """The first layer of each kind, a second one of the commonest kind, and the first others up to `depth`."""
+    kinds = [tuple(map(str, kind)) for kind in kinds]
+    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
+    kept = set(first.values())
+    commonest = Counter(kinds).most_common(1)[0][0]
+    kept |= set([layer for layer, kind in enumerate(kinds) if kind == commonest][:2])
+    others = [layer for layer in range(len(kinds)) if layer not in kept]
+    return sorted([*kept, *others[: max(depth - len(kept), 0)]])
+
+
+def _rope(entries: dict, frequencies: int) -> dict:
+    """Cut what position embeddings say about the frequencies of a head, and about sections of them."""
+    entries = copy.deepcopy(entries)
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            entries[key] = _rope(value, frequencies)
+        elif key == "mrope_section" and value:
+            entries[key] = _sections(value, round(frequencies * entries.get("partial_rotary_factor", 1)))
+        elif key in ("short_factor", "long_factor") and isinstance(value, list):
+            entries[key] = [1.0] * frequencies
+        elif key == "original_max_position_embeddings" and _is_size(value):
+            entries[key] = POSITIONS // 2
+    return entries
+
+
+def _sections(old: list[int], total: int) -> list[int]:
+    """Sections of about the same shares as before, at least 1 each, with another total."""
+    new = [max(1, total * section // sum(old)) for section in old]
+    new[-1] += total - sum(new)
+    return new
+
+
+def _keep_parts_of_heads(old: dict, new: dict) -> None:
+    """With latent attention, head_dim is the part of a head that is rotated, or the whole."""
+    rotated, rest = old.get("qk_rope_head_dim"), old.get("qk_nope_head_dim")
+    if old.get("kv_lora_rank") and _is_size(rotated) and _is_size(old.get("head_dim")):
+        whole = _is_size(rest) and old["head_dim"] == rotated + rest
+        new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole else 0)
+
+
+def _renumber_tokens(entries: dict, new: dict[int, int]) -> None:
+    """Give tokens outside the small vocabulary ids inside it: one id the same everywhere, two ids different ones."""
+
+    def renumbered(token: int) -> int:
+        return new.setdefault(token, VOCABULARY - 2 - len(new) % 60) if token >= VOCABULARY - 1 else token
+
+    for key, value in entries.items():
+        if isinstance(value, dict):
+            _renumber_tokens(value, new)
+        elif isinstance(key, str) and _TOKEN.fullmatch(key):
+            if isinstance(value, list):
+                entries[key] = [renumbered(token) if _is_size(token) else token for token in value]
+            elif _is_size(value):
+                entries[key] = renumbered(value)
+
+
+# ---- a small copy of a model ----------------------------------------------------------------------------------------
+
 
 MOST = 60_000_000  # parameters of a twin: 0.5 GB
 COPIED_AT_ONCE = 1_000_000  # a model that is this small needs no smaller twin

@@ -22,7 +22,8 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.model.builders import (
+from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.parts import (
     attention,
     ffn,
     get,
@@ -33,7 +34,6 @@ from s2ft.model.builders import (
     packed_attention,
     under_base,
 )
-from s2ft.model.coupling import Coupling, Projection, Vector
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")

@@ -1,0 +1,58 @@
+"""The page "What ran where", made from the results that release/suites.py notes."""
+
+import datetime
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "release"))
+
+from suites import MATRIX, SUITES
+
+STALE = 30  # days
+
+INTRODUCTION = """# What ran where
+
+`make everything` runs every suite, each in the environment that it needs, and notes what came out; `SUITES="vllm peft"`
+names some. This page is made from these notes. A suite that is older than {days} days, or has never run, is *stale*.
+The outputs are in `build/suites`.
+
+| suite | shows | passed, failed | skipped | ran |
+|---|---|---|---|---|
+"""
+
+
+def page(matrix: Path = MATRIX, today: datetime.date | None = None) -> str:
+    """The page, in Markdown."""
+    today = today or datetime.date.today()
+    results = json.loads(matrix.read_text()) if matrix.exists() else {}
+    text = INTRODUCTION.format(days=STALE) + "".join(line(name, results.get(name), today) for name in SUITES)
+    for name in SUITES:
+        if name in results:
+            text += details(name, results[name])
+    return text
+
+
+def line(name: str, result: dict[str, Any] | None, today: datetime.date) -> str:
+    """One line of the table."""
+    if result is None:
+        return f"| `{name}` | {SUITES[name].shows} | | | never: *stale* |\n"
+    age = (today - datetime.date.fromisoformat(result["date"])).days
+    outcome = f"{result['passed']:,}, {result['failed']:,}" + ("" if result["status"] == 0 else ": **red**")
+    when = f"{result['date']} at {result['commit']}, {result['seconds']:,} s" + (", *stale*" if age > STALE else "")
+    return f"| `{name}` | {SUITES[name].shows} | {outcome} | {sum(result.get('skipped', {}).values()):,} | {when} |\n"
+
+
+def details(name: str, result: dict[str, Any]) -> str:
+    """What was skipped and what failed, and where it ran."""
+    found = ", ".join(f"{package} {version}" for package, version in result["versions"].items())
+    text = f"\n## {name}\n\n{result['processor']}, Python {result['python']}; {found}\n"
+    if result["last line"]:
+        text += f"\nThe last line: `{result['last line'].replace('`', '')}`\n"
+    for reason, count in result.get("skipped", {}).items():
+        text += f"\n- {count:,} skipped: `{' '.join(reason.split()).replace('`', '')}`"
+    for failure in result.get("failures", ()):
+        text += f"\n- failed: `{failure}`"
+    return text + "\n"

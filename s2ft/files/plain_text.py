@@ -1,0 +1,73 @@
+"""Plain text: values collected by a key, tables in columns, and YAML. Nothing here imports PyTorch."""
+
+import re
+from collections.abc import Collection, Iterable, Sequence
+from typing import Any, TypeVar
+
+Key, Value = TypeVar("Key"), TypeVar("Value")
+
+
+def by_key(pairs: Iterable[tuple[Key, Value]]) -> dict[Key, list[Value]]:
+    """Collect the values of pairs by their keys, in the order in which they come.
+
+    Example:
+        >>> from s2ft.files.plain_text import by_key
+        >>> by_key([("q", 1), ("k", 2), ("q", 3)])
+        {'q': [1, 3], 'k': [2]}
+    """
+    found: dict[Key, list[Value]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
+
+
+def table(lines: Iterable[Sequence[str]], right: Collection[int] = ()) -> str:
+    """Return lines of cells as text with aligned columns.
+
+    Args:
+        lines: The lines, of one length; the first one may be the headings.
+        right: Columns that are aligned at their right side, counted from 0. All others are aligned at their left side.
+
+    Example:
+        >>> from s2ft.files.plain_text import table
+        >>> print(table([("layer", "units"), ("q_proj", "7")], right={1}))
+        layer   units
+        q_proj      7
+    """
+    lines = list(lines)
+    widths = [max(map(len, column)) for column in zip(*lines)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if i in right else cell.ljust(width) for i, (cell, width) in enumerate(zip(line, widths))
+        ).rstrip()
+        for line in lines
+    )
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML by PyYAML's safe loader, which then also reads 1e-6 as a number, and refuses a key that stands twice.
+
+    Args:
+        text: The text of a file, or of a value.
+
+    Raises:
+        yaml.YAMLError: The text is not YAML, or a key stands twice.
+
+    Example:
+        >>> from s2ft.files.plain_text import parse_yaml
+        >>> parse_yaml("learning_rate: 1e-3")
+        {'learning_rate': 0.001}
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node, deep=False):
+            keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+            twice = [key for place, key in enumerate(keys) if key in keys[:place]]
+            if twice:
+                raise yaml.YAMLError(f"{twice[0]} stands twice, on line {node.start_mark.line + 1} or below")
+            return super().construct_mapping(node, deep)
+
+    number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
+    return yaml.load(text, Loader)
