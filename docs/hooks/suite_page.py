@@ -12,6 +12,7 @@ sys.path.append(str(ROOT / "release"))
 from suites import MATRIX, SUITES
 
 STALE = 30  # days
+REASONS = 8  # of skips that are named
 
 INTRODUCTION = """# What ran where
 
@@ -51,8 +52,11 @@ def details(name: str, result: dict[str, Any]) -> str:
     text = f"\n## {name}\n\n{result['processor']}, Python {result['python']}; {found}\n"
     if result["last line"]:
         text += f"\nThe last line: `{result['last line'].replace('`', '')}`\n"
-    for reason, count in result.get("skipped", {}).items():
+    reasons = list(result.get("skipped", {}).items())
+    others = sum(count for _, count in reasons[REASONS:])
+    for reason, count in reasons[:REASONS]:
         text += f"\n- {count:,} skipped: `{' '.join(reason.split()).replace('`', '')}`"
+    text += f"\n- {others:,} skipped for other reasons" if others else ""
     for failure in result.get("failures", ()):
         text += f"\n- failed: `{failure}`"
     return text + "\n"
