@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments.runner import DONE, ExperimentRun, Results
-from s2ft.files.reading import replace_file
+from s2ft.files.plain_text import replace_file
 from s2ft.packages import MissingPackages, check_packages
 
 logger = logging.getLogger(__name__)

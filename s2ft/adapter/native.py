@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import s2ft
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
+from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import (
     CONFIG,
     FLOATS,
@@ -36,7 +37,6 @@ from s2ft.files.reading import (
     read_folder,
     read_some_tensors,
     read_tensors,
-    replace_file,
     shortened,
 )
 from s2ft.model.coupling import Coupling, checked_couplings, projections_of

@@ -32,7 +32,8 @@ from s2ft.attached.hosts import remove_hooks
 from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.distributed import full_tensors, is_partitioned, ranks_sharing, reshard_all, run_on_first_rank
-from s2ft.files.reading import json_entry, replace_file
+from s2ft.files.plain_text import replace_file
+from s2ft.files.reading import json_entry
 from s2ft.model.weights import Delta
 
 

@@ -188,7 +188,7 @@ def score_by_lm_eval(job: EvalArguments) -> None:
         MissingPackages: The package lm-eval is not installed.
         ValueError: A task is unknown, or the model or the adapter can't be loaded.
     """
-    from s2ft.files.reading import replace_file
+    from s2ft.files.plain_text import replace_file
     from s2ft.packages import check_packages
 
     check_packages("s2ft eval --lm-eval")

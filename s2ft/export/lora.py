@@ -28,7 +28,7 @@ from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Attachment, attachment_of, find_attachment, new_attachment, of_compiled
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import S2FTConfig
-from s2ft.files.plain_text import by_key
+from s2ft.files.plain_text import by_key, replace_file
 from s2ft.files.reading import (
     FLOATS,
     check_adapter_name,
@@ -38,7 +38,6 @@ from s2ft.files.reading import (
     parse_json,
     read_json,
     read_tensors,
-    replace_file,
     shortened,
 )
 from s2ft.layers import kind_of

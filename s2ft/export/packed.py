@@ -30,7 +30,8 @@ from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.export.merged import check_output
-from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, replace_file
+from s2ft.files.plain_text import replace_file
+from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes
 from s2ft.files.streaming import PIECE
 from s2ft.model.fingerprint import SAMPLES, covered, difference
 from s2ft.text.models import hollow_model, locate

@@ -1,4 +1,4 @@
-"""Reading files of unknown origin, and replacing files in one step.
+"""Reading files of unknown origin.
 
 Nothing here runs code of a file, and nothing needs more memory than a few times the size of the file.
 
@@ -13,7 +13,6 @@ import json
 import os
 import re
 import stat
-import tempfile
 from collections.abc import Callable
 from math import prod
 from pathlib import Path
@@ -371,31 +370,3 @@ def _sha256(path: Path) -> str:
         for block in iter(lambda: file.read(1 << 20), b""):
             digest.update(block)
     return digest.hexdigest()
-
-
-# ---- replacing files ------------------------------------------------------------------------------------------------
-
-WRITERS = ("PytorchStreamWriter failed", "unexpected pos", "I/O error")  # in messages of torch and safetensors
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Replace a file in one step: the content is written to a temporary file, which is renamed."""
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
-
-
-def reason_not_written(error: Exception) -> str | None:
-    """Return the system's message if `error` is a file that could not be read or written, else None."""
-    if isinstance(error, OSError):
-        return str(error)
-    text = str(error).strip().split("\n")[0]
-    return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None

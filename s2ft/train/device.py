@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from s2ft.files.reading import reason_not_written
+from s2ft.files.plain_text import reason_not_written
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ import s2ft
 from s2ft.attached.loading import restore_adapter
 from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks
-from s2ft.files.reading import replace_file
+from s2ft.files.plain_text import replace_file
 from s2ft.packages import check_packages
 from s2ft.text.divergence import Drift
 from s2ft.text.evaluation import Comparison, HeldOut

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
 from s2ft.adapter.folders import OPTIONS, RUN
-from s2ft.files.reading import ADAPTER, CONFIG, read_json, replace_file
+from s2ft.files.plain_text import replace_file
+from s2ft.files.reading import ADAPTER, CONFIG, read_json
 
 if TYPE_CHECKING:
     from s2ft.text.evaluation import Comparison
