@@ -18,8 +18,7 @@ from typing import Any
 import torch
 
 from s2ft.config import refuse
-from s2ft.files.plain_text import by_key, table
-from s2ft.files.reading import replace_file
+from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
