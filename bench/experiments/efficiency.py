@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from bench.experiments.memory import PeakMemory, limited
-from bench.experiments.methods import METHODS, prepare, trained_parameters
+from bench.experiments.methods import trained_parameters
 from bench.experiments.models import at_least_one_unit, config_of, random_model
 from bench.experiments.printing import Column, Spread, Table, summary
 from bench.experiments.runner import OOM, ExperimentRun, Results, Stage, check_names
 from s2ft.estimation.devices import size_of
 from s2ft.train.device import gpu_or_cpu
+from s2ft.train.tuners import TUNERS, prepare
 
 KEYS = ("settings", "rows", "batches", "lengths", "rounds", "raise_ratios")
 NEEDED = ("rows", "batches", "lengths", "rounds")
@@ -47,8 +48,8 @@ def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
         raise ValueError(f"lengths must be at most {longest}, the context of the model, got {experiment['lengths']}")
     hollow, rows = random_model(config, settings["dtype"], "meta"), {}
     for name, row in experiment["rows"].items():
-        check_names(f"row {name}, method", [row.get("method")], METHODS)
-        options = {**METHODS[row["method"]].defaults, **row.get("options", {})}
+        check_names(f"row {name}, method", [row.get("method")], TUNERS)
+        options = {**TUNERS[row["method"]].defaults, **row.get("options", {})}
         if row["method"] == "s2ft" and experiment.get("raise_ratios", True):
             options = at_least_one_unit(hollow, options)
         rows[name] = {"method": row["method"], "options": options}

@@ -6,7 +6,7 @@ The settings that are read here, with their meanings:
 |---|---|
 | `model`, `dtype` | the base: a folder, a name on the hub, or a .gguf file; null is the demo's |
 | `prompt` | "chatml", or a chat template: a file, "alpaca"; null is the tokenizer's own |
-| `method`, `options` | a row of methods.py and its options; `selection` may be one of selections.py |
+| `method`, `options` | a row of s2ft/train/tuners.py and its options; `selection` may be one of selections.py |
 | `parameters` | the largest number of trained weights; null leaves the size to the options |
 | `training`, `rate`, `seed` | arguments of the trainer by their names in transformers |
 | `questions` | numbers of examples: train, validation, test |
@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import s2ft
-from bench.experiments.methods import Prepared, matched, prepare
+from bench.experiments.methods import matched
 from bench.experiments.selections import CANDIDATES, choose
 from bench.experiments.tasks import TASKS, Task, texts
 from s2ft.selection.metrics import METRICS
@@ -42,6 +42,7 @@ from s2ft.text.models import load_model
 from s2ft.text.prompts import PromptFormat, pad_id, prompt_format
 from s2ft.train.demo import default_model
 from s2ft.train.device import gpu_or_cpu
+from s2ft.train.tuners import Prepared, prepare
 
 # ChatML without the system prompt that SmolLM2's template adds. All methods and the base get the same prompts.
 CHATML = (

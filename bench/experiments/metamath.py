@@ -24,7 +24,7 @@ from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 import s2ft
 from bench.experiments.memory import size_of_process
-from bench.experiments.methods import METHODS, Prepared, matched, prepare, trained_parameters
+from bench.experiments.methods import matched, trained_parameters
 from bench.experiments.printing import Column, Table, cell_of, failures
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from s2ft.packages import check_packages
@@ -35,6 +35,7 @@ from s2ft.text.evaluation import TOLERANCE, last_number
 from s2ft.text.generation import generation_mode
 from s2ft.text.models import hollow_model, load_model
 from s2ft.train.device import gpu_or_cpu
+from s2ft.train.tuners import TUNERS, Prepared, prepare
 
 logger = logging.getLogger(__name__)
 KEYS = ("settings", "rows", "seeds", "rates", "peft")
@@ -74,7 +75,7 @@ def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
         settings = {**settings, "parameters": trained_parameters(hollow_model(settings["model"]), "lora", options)}
     settings = {**settings, "files": [file_digest(file) for file in files_of(settings.get("data"))]}
     for name, row in rows.items():
-        check_names(f"row {name}, method", [row.get("method")], METHODS)
+        check_names(f"row {name}, method", [row.get("method")], TUNERS)
     rates = {name: row.get("rates") or experiment["rates"] for name, row in rows.items()}
     found = []
     for seed in experiment["seeds"]:

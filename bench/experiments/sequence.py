@@ -17,12 +17,12 @@ from torch import Tensor, nn
 
 import s2ft
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
-from bench.experiments.methods import METHODS, Prepared
 from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.tasks import TASKS, files_of
 from bench.experiments.training import arguments_of, train
 from s2ft.config import S2FTConfig
+from s2ft.train.tuners import TUNERS, Prepared
 
 KEYS = ("settings", "rows", "seeds", "tasks", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
@@ -61,7 +61,7 @@ def runs(experiment: dict[str, Any]) -> list[ExperimentRun]:
 
 def _check(name: str, row: Mapping[str, Any], tasks: int) -> None:
     mode, method = row.get("mode"), row.get("method")
-    check_names(f"row {name}, method", [method], METHODS)
+    check_names(f"row {name}, method", [method], TUNERS)
     if mode not in MODES:
         raise ValueError(f"row {name}: mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode == "on_top" and method != "s2ft":

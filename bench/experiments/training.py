@@ -1,10 +1,9 @@
 """Train any method by the same trainer, on the same batches and with the same loss."""
 
 import copy
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -12,40 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import TrainerCallback
-from transformers.trainer_callback import PrinterCallback
 
 import s2ft
-from bench.experiments.methods import Prepared, prepare
 from bench.experiments.selections import choose
 from s2ft.selection import Selection
-from s2ft.text.evaluation import HeldOut
-from s2ft.text.generation import contiguous_head
-from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
-from s2ft.train.batching import choose_batching, short_row
-from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored, updates
-from s2ft.train.options import RunOptions
-from s2ft.train.output import read_log
-from s2ft.train.trainers import RunMethods, SFTRunTrainer, TokenRowTrainer
-
-
-@dataclass(frozen=True)
-class TrainedRun:
-    """What a training has measured.
-
-    Attributes:
-        losses: The training loss of each logged step.
-        seconds: Time of the training, with its evaluations.
-        seconds_per_step: Median time of an update.
-        tokens_per_second: Tokens without padding, over the whole training.
-        best_step: The step with the smallest loss on the held-out rows, whose parameters the model then has, or None.
-    """
-
-    losses: list[float]
-    seconds: float
-    seconds_per_step: float
-    tokens_per_second: float
-    best_step: int | None = None
+from s2ft.train.trainers import RunMethods
+from s2ft.train.tuners import Prepared, TrainedRun, prepare, train_rows
 
 
 def arguments_of(settings: dict[str, Any], folder: str | Path) -> SFTArguments:
@@ -69,12 +41,10 @@ def train(
     prepared: Prepared, tokenizer: Any, rows: Any, arguments: SFTArguments, *, held_out: Any = None, best: bool = False,
     callbacks: Sequence[TrainerCallback] = (),
 ) -> TrainedRun:  # fmt: skip
-    """Train a prepared model, which keeps what it has learned. Nothing but a log is written.
-
-    S²FT and the methods of PEFT get the same trainer, collator and loss, so that their times and results compare.
+    """Train a prepared model by :func:`s2ft.train.tuners.train_rows`.
 
     Args:
-        prepared: The model, as :func:`bench.experiments.methods.prepare` returns it.
+        prepared: The model, as :func:`s2ft.train.tuners.prepare` returns it.
         tokenizer: The model's tokenizer.
         rows: The token rows, a Dataset with the columns input_ids and labels.
         arguments: The arguments of the run.
@@ -88,52 +58,13 @@ def train(
     Raises:
         ValueError: The arguments do not fit the data or the model.
     """
-    steps = updates(arguments, len(rows))
-    if arguments.warmup_steps > steps:
-        raise ValueError(f"warmup_steps must be at most the number of updates, {steps}, got {arguments.warmup_steps}")
-    base, timer, keeper = prepared.base, _StepTimer(), KeepBest(prepared.model)
-    log = Path(arguments.output_dir) / "log.jsonl"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("")
-    batching = choose_batching(base, pad_id(tokenizer), rows, arguments)
-    kind = SFTRunTrainer if prepared.method == "s2ft" else TokenRowTrainer
-    with (
-        contiguous_head(base),
-        loss_for(base, arguments, RunOptions(), batching.collator([short_row(rows)])),
-        checkpointing(base, arguments),
-    ):
-        trainer = kind(
-            prepared.model,
-            arguments,
-            batching.prepare(rows, arguments),
-            batching,
-            tokenizer=tokenizer,
-            held_out=None if held_out is None else HeldOut(held_out),
-            callbacks=[JsonlLog(log), timer, *([keeper] if best else []), *callbacks],
-        )
-        trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        with restored(prepared.model, trainer):
-            trainer.train()
-        seconds = time.perf_counter() - start
-    if best:
-        keeper.restore()
-    losses = [line["loss"] for line in read_log(log) if "loss" in line]
-    tokens = trainer.state.num_input_tokens_seen / seconds
-    return TrainedRun(losses, seconds, median(timer.times), tokens, keeper.step if best else None)
-
-
-class _StepTimer(TrainerCallback):
-    """Measures the time of each update, without evaluations."""
-
-    def __init__(self) -> None:
-        self.times: list[float] = []
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.began = time.perf_counter()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.times.append(time.perf_counter() - self.began)
+    keeper = KeepBest(prepared.model)
+    callbacks = [*([keeper] if best else []), *callbacks]
+    run = train_rows(prepared, tokenizer, rows, arguments, held_out=held_out, callbacks=callbacks)
+    if not best:
+        return run
+    keeper.restore()
+    return replace(run, best_step=keeper.step)
 
 
 class KeepBest(TrainerCallback):
@@ -216,6 +147,7 @@ def train_in_phases(
         seconds,
         median(part.seconds_per_step for part in parts),
         sum(part.tokens_per_second * part.seconds for part in parts) / seconds,
+        total,
     )
 
 

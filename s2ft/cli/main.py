@@ -18,6 +18,7 @@ COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
     "dpo": "train an adapter on pairs of a better and a worse answer",
     "grpo": "train an adapter by the rewards of its own answers",
+    "compare": "train S²FT and LoRA on your data and compare them",
     "select": "choose units and save them, without training",
     "eval": "score a model, with or without an adapter, on a file of problems, or tasks of lm-eval",
     "generate": "write one answer to a prompt",
@@ -33,7 +34,7 @@ COMMANDS = {
     "couplings": "print which layers of a model share units, and how each weight is trained",
     "demo": "fine-tune a small model from start to finish, without any arguments",
 }
-TRAINING = ("sft", "dpo", "grpo")
+TRAINING = ("sft", "dpo", "grpo", "compare")
 # Commands whose module has another name
 MODULES = {
     "demo": "training",

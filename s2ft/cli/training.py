@@ -1,4 +1,4 @@
-"""s2ft sft, dpo, grpo and demo: the options of a run, from the command line and from a file."""
+"""s2ft sft, dpo, grpo, compare and demo: the options of a run, from the command line and from a file."""
 
 import logging
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from s2ft.cli.parse import OptionParser, OptionTable, command, quiet_transformers, set_environment
 from s2ft.config import S2FTConfig
 from s2ft.text.data.data_options import DataOptions
-from s2ft.train.options import DemoOptions, ForgettingOptions, ModelOptions, RunOptions
+from s2ft.train.options import CompareOptions, DemoOptions, ForgettingOptions, ModelOptions, RunOptions
 
 logger = logging.getLogger(__name__)
 HELP = {
@@ -50,7 +50,18 @@ vLLM generates them, in this process or, with --vllm-mode server, on a server; i
         """  s2ft grpo --model my-model --data problems.jsonl --rewards answer_equal format --output my-run
   s2ft grpo --model my-model --data problems.jsonl --rewards mine.py:short --output my-run --num-generations 4""",
     ),
+    "compare": (
+        """Train S²FT, LoRA and other methods on your data, and compare them on held-out rows.
+
+Each method gets the same rows, updates and loss, at several rates. A run has a process of its own and is a line of
+runs.jsonl: the same command goes on after an interrupt, and makes only what is missing for more rates or seeds.
+The options are those of s2ft sft. LoRA has those of TRL: --lora-r, --lora-alpha, --lora-target-modules, --use-dora.
+Rank 16 on q, k, v, up and down is the default.""",
+        """  s2ft compare --model my-model --data my-data.jsonl --output comparison
+  s2ft compare --model my-model --data my-data.jsonl --output comparison --methods s2ft lora full --seeds 0 1 2""",
+    ),
 }
+LIKE = {"compare": "sft"}  # commands with the rows and the arguments of another one
 WRITTEN = ("learning_rate",)  # always, since without it the rate follows from the model
 # Secrets, and what concerns one call only.
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite", "stop_after")
@@ -92,6 +103,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "too_long": ("", ""),
         "skip_bad_rows": ("", ""),
     },
+    "comparison": {"methods": ("", ""), "rates": ("", ""), "seeds": ("", "")},
     "selection": {
         "selection_seed": ("", "seed of the selection and of the choice of calibration rows (default: --seed, else 0)"),
         "on_top": ("", ""),
@@ -214,6 +226,7 @@ TABLE = OptionTable(
         S2FTConfig: "selection",
         RunOptions: "output",
         ForgettingOptions: "forgetting",
+        CompareOptions: "comparison",
     },
     rest="more options of transformers and TRL",
     renamed={("S2FTConfig", "seed"): "selection_seed"},  # the seed of the run is another one
@@ -229,13 +242,18 @@ def run(command: str, arguments: Sequence[str]) -> None:
     """Run a training command.
 
     Args:
-        command: "sft", "dpo" or "grpo".
+        command: "sft", "dpo", "grpo" or "compare".
         arguments: Words of the command line after the command's name.
     """
     from s2ft.packages import check_packages
 
     check_packages(f"s2ft {command}")
     made = read_run(command, arguments)
+    if command == "compare":
+        from s2ft.train.comparing import compare_tuners
+
+        compare_tuners(made, arguments)
+        return
     from s2ft.train.run import train
 
     train(made, config_text)
@@ -258,17 +276,18 @@ def read_run(command: str, arguments: Sequence[str]):
     quiet_transformers()
     parser = parser_of(command, "--help-all" in arguments)
     given = parser.given(arguments)
-    _take_lora(given, parser)
+    if command != "compare":
+        _take_lora(given, parser)
     filled = {**given, **_evaluation(given, parser)}
     if given.get("dataset_text_field", "text") != "text":  # TRL's name of the field with the text
         filled["field"] = [*given.get("field", []), f"text={given['dataset_text_field']}"]
     if "seed" in given:  # the selection has the seed that the run is given, unless it has its own
         filled.setdefault("selection_seed", given["seed"])
-    model, data, config, trainer, options, forgetting, _ = parser.objects(filled)
+    model, data, config, trainer, options, forgetting, *_ = parser.objects(filled)
     from s2ft.train.methods import METHODS  # after all mistakes in the options, because they import much
     from s2ft.train.run import Run
 
-    return Run(METHODS[command], model, data, config, trainer, options, forgetting, given)
+    return Run(METHODS[LIKE.get(command, command)], model, data, config, trainer, options, forgetting, given)
 
 
 @command(
@@ -288,7 +307,8 @@ def parser_of(command: str, everything: bool = False) -> OptionParser:
     """Return the parser of a training command. With `everything` its help shows all options."""
     from s2ft.train.arguments import ARGUMENTS
 
-    kinds = [ModelOptions, DataOptions, S2FTConfig, ARGUMENTS[command], RunOptions, ForgettingOptions]
+    kinds = [ModelOptions, DataOptions, S2FTConfig, ARGUMENTS[LIKE.get(command, command)], RunOptions]
+    kinds += [ForgettingOptions, *([CompareOptions] if command == "compare" else [])]
     return OptionParser(command, HELP[command][0], [*kinds, _lora_options()], HELP[command][1], TABLE, everything)
 
 

@@ -317,11 +317,22 @@ class Comparison:
             word = "lower" if self.loss_after < self.loss_before else "NOT lower"
             lines = [f"loss on {self.rows} rows: {self.loss_before:.4f} before, {self.loss_after:.4f} after ({word})"]
         for one in self.samples:
-            words = " ".join(one.prompt.split())  # a chat's question is at the end
-            lines += ["", "  " + (words if len(words) <= WIDTH else "…" + words[1 - WIDTH :])]
-            shown = {"right": one.right, "base": one.base, "tuned": one.tuned}
-            lines += [f"    {name + ':':<6} {shorten(text, WIDTH)}" for name, text in shown.items() if text is not None]
+            lines += answer_lines(one.prompt, {"right": one.right, "base": one.base, "tuned": one.tuned})
         return "\n".join(lines)
+
+
+def answer_lines(prompt: str, answers: Mapping[str, str | None]) -> list[str]:
+    """Return a prompt and the answers to it as lines of text.
+
+    Args:
+        prompt: The prompt, of which the end is shown: a chat's question is there.
+        answers: The answers by whose they are. Those that are None are left out.
+    """
+    words = " ".join(prompt.split())
+    shown = {f"{name}:": shorten(text, WIDTH) for name, text in answers.items() if text is not None}
+    width = max(map(len, shown))
+    asked = words if len(words) <= WIDTH else "…" + words[1 - WIDTH :]
+    return ["", f"  {asked}", *(f"    {name:<{width}} {text}" for name, text in shown.items())]
 
 
 def compare(

@@ -4,7 +4,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from s2ft.config import PROJECTIONS, check_fields, option, refuse
+from s2ft.config import LARGEST, PROJECTIONS, check_fields, option, refuse
 from s2ft.text.data.data_options import TASKS
 from s2ft.text.models import DTYPES
 
@@ -240,6 +240,31 @@ class ForgettingOptions:
     def measures(self) -> bool:
         """Whether anything is measured."""
         return bool(self.forgetting_data) or self.measures_kl
+
+
+@dataclass(frozen=True)
+class CompareOptions:
+    """What ``s2ft compare`` compares. Each method is trained at each rate with each seed.
+
+    Raises:
+        ValueError: A list is empty, or a rate or a seed is not allowed. The message names the field.
+    """
+
+    methods: list[str] = option(
+        ["s2ft", "lora"], "s2ft, lora, dora, rslora, shira, miss, full", metavar="NAME", shown="s2ft lora"
+    )
+    rates: list[float] = option(
+        [0.5, 1, 2], "learning rates to try, as multiples of each method's own start rate", shown="0.5 1 2"
+    )
+    seeds: list[int] = option([0], "seeds of the order of the rows and of each method's random choices", shown="0")
+    one_run: list[str] = option([], "method, rate and seed of the run of this process", hidden=True)
+
+    def __post_init__(self) -> None:
+        refuse(
+            *((not getattr(self, name), f"{name} must not be empty") for name in ("methods", "rates", "seeds")),
+            *((not 0 < rate < float("inf"), f"rates must be above 0, got {rate:g}") for rate in self.rates),
+            *((not 0 <= seed <= LARGEST, f"seeds must be from 0 to {LARGEST}, got {seed}") for seed in self.seeds),
+        )
 
 
 def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:

@@ -202,27 +202,36 @@ def train(run: Run, config_text: Any) -> None:
         raise KeyboardInterrupt
 
 
-def _train(run: Run, config_text: Any) -> Finetuned:
-    """Read the data, load the model, attach the adapter, and train it."""
+def load(run: Run) -> tuple[Run, Any, Any, Encoded]:
+    """Read the data, load the model, and encode the rows with its tokenizer.
+
+    Returns:
+        The run with what follows from the model, the model, its tokenizer, and the rows.
+    """
     method, arguments, device = run.method, run.arguments, this_rank().device
-    method.check(run)
     rows, held_out = method.read(run)
     fitting = replace(run.options, batch_size=run.options.batch_size or fitting_batch(run, len(rows)))
-    batches = set_batches(arguments, fitting, run.given)
-    measured, protected = _other_text(run)
-    run.say(batches)
+    run.say(set_batches(arguments, fitting, run.given))
     if run.is_first:
         say_device(device)
     if device.type == "cpu" and run.options.keep_memory:
         keep_freed_memory()
     model, tokenizer = load_base(run.model, arguments)
     run = run.for_model(model)
-    data = method.encode(run, model, tokenizer, rows, held_out)
+    return run, model, tokenizer, method.encode(run, model, tokenizer, rows, held_out)
+
+
+def _train(run: Run, config_text: Any) -> Finetuned:
+    """Read the data, load the model, attach the adapter, and train it."""
+    method, arguments = run.method, run.arguments
+    method.check(run)
+    measured, protected = other_text(run)
+    run, model, tokenizer, data = load(run)
     calibration = method.calibration(run, tokenizer, data)
     if run.is_first and not run.resume:
         method.log_memory(run, model, tokenizer, data)
     with method.base(run, model, tokenizer) as base:
-        meter = _meter(run, measured, model, tokenizer, data)
+        meter = meter_of(run, measured, model, tokenizer, data)
         how = (tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed)
         texts = [] if protected is None else text_rows(protected, *how)
         protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size) if texts else None
@@ -427,7 +436,7 @@ def check_upload(arguments: Any) -> None:
         raise ValueError(f"push_to_hub: the hub does not let you write ({first}): run `hf auth login` first") from error
 
 
-def _other_text(run: Run) -> tuple[Any, Any]:
+def other_text(run: Run) -> tuple[Any, Any]:
     """Read the files of `--forgetting-data` and `--protect`, before a model is loaded."""
     options, data = run.forgetting, run.data
 
@@ -438,7 +447,7 @@ def _other_text(run: Run) -> tuple[Any, Any]:
     return rows(options.forgetting_data, options.meter_rows), rows(options.protect, options.protect_rows)
 
 
-def _meter(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter | None:
+def meter_of(run: Run, other, model, tokenizer, data: Encoded) -> ForgettingMeter | None:
     """Make the meter of a run, or return None if nothing is to be measured."""
     options, seed = run.forgetting, run.config.seed
     if not options.measures:

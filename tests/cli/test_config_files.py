@@ -35,7 +35,7 @@ def message(call, *arguments):
 
 
 def test_every_option_is_reachable_by_its_own_name_and_no_short_name_stands_for_two():
-    parsers = [parser_of(command) for command in ("sft", "dpo", "grpo")]
+    parsers = [parser_of(command) for command in ("sft", "dpo", "grpo", "compare")]
     for parser in parsers:
         names = [short for shorts in parser.short.values() for short in shorts]
         assert len(names) == len(set(names))

@@ -17,7 +17,7 @@ from support.inside import GONE
 import s2ft
 from s2ft.cli.main import COMMANDS, main, set_up_logging
 
-WITH_TRL = ("sft", "dpo", "grpo")  # the help of these lists TRL's options
+WITH_TRL = ("sft", "dpo", "grpo", "compare")  # the help of these lists TRL's options
 
 
 def test_version_and_help_list_every_command(capsys):

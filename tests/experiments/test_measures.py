@@ -5,13 +5,14 @@ import signal
 
 import pytest
 import torch
+from support.inside import TUNERS, prepare
 from support.models import model_of
 from train.tiny import tiny_model
 
 import s2ft
 from bench.experiments import memory, metamath, serving
 from bench.experiments.learning import base_of
-from bench.experiments.methods import METHODS, matched, prepare, trained_parameters
+from bench.experiments.methods import matched, trained_parameters
 from bench.experiments.smoke import smoke_data, smoke_model
 from bench.experiments.tasks import TASKS
 
@@ -36,7 +37,7 @@ def test_the_number_of_parameters_is_known_before_and_can_be_matched(method, opt
     with torch.device("meta"):
         hollow = type(model_of("llama"))(model_of("llama").config)
     assert trained_parameters(hollow, method, options) == prepare(model_of("llama"), method, options).trainable
-    if METHODS[method].size:
+    if TUNERS[method].size:
         found = matched(hollow, method, 2500, options)
         assert 1200 < prepare(model_of("llama"), method, found).trainable <= 2500
         assert "lora_alpha" not in found or found["lora_alpha"] == found["r"] * 32 / 4

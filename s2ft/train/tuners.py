@@ -1,0 +1,278 @@
+"""Ways to fine-tune: S²FT by s2ft, others as PEFT makes them, and full fine-tuning, all trained by one trainer.
+
+The table is for comparisons: `s2ft compare` and the experiments of bench/ give each the same rows, batches and loss.
+"""
+
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+
+import s2ft
+from s2ft.config import S2FTConfig
+from s2ft.packages import check_packages
+from s2ft.text.evaluation import HeldOut
+from s2ft.text.generation import contiguous_head
+from s2ft.text.prompts import pad_id
+from s2ft.train.arguments import SFTArguments
+from s2ft.train.batching import choose_batching, short_row
+from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored, updates
+from s2ft.train.options import RunOptions
+from s2ft.train.output import read_log
+from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
+
+# The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
+TARGETS = ("q_proj", "k_proj", "v_proj", "up_proj", "down_proj")
+
+
+@dataclass(frozen=True)
+class Tuner:
+    """A way to fine-tune a model.
+
+    Attributes:
+        title: Its name in tables.
+        config: Name of its configuration class in PEFT, or None if PEFT does not have the method.
+        defaults: Options of that class.
+        size: The option that sets the number of trained parameters, or None if nothing sets it.
+        rate: Peak learning rate at a width of 576, the best one of those measured on SmolLM2-135M (docs/evidence.md).
+            It falls with the width, see :func:`default_rate`.
+    """
+
+    title: str
+    config: str | None = None
+    defaults: dict[str, Any] = field(default_factory=dict)
+    size: str | None = None
+    rate: float = 1e-3
+
+
+def _lora(**options: Any) -> dict[str, Any]:
+    return {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS, **options}
+
+
+TUNERS: dict[str, Tuner] = {
+    "s2ft": Tuner("S²FT", defaults={"d_ratio": 0.03}, size="budget"),
+    "lora": Tuner("LoRA", "LoraConfig", _lora(), "r"),
+    "dora": Tuner("DoRA", "LoraConfig", _lora(use_dora=True), "r", 2e-3),
+    "rslora": Tuner("rsLoRA", "LoraConfig", _lora(use_rslora=True), "r"),
+    "shira": Tuner("SHiRA", "ShiraConfig", {"r": 16, "target_modules": TARGETS}, "r", 2e-3),
+    "miss": Tuner("MiSS", "MissConfig", {"r": 16, "target_modules": TARGETS}, "r", 5e-4),
+    "full": Tuner("full fine-tuning", rate=3e-5),
+}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A model that is ready to be trained by one method.
+
+    Attributes:
+        model: The model to run. For a method of PEFT it is a PeftModel around the base.
+        base: The model that was given, whose layers the method has changed.
+        method: Name of the method.
+        options: All options of the method, JSON values.
+        trainable: Number of trained parameters.
+        report: What is trained, as text.
+    """
+
+    model: nn.Module
+    base: nn.Module
+    method: str
+    options: dict[str, Any]
+    trainable: int
+    report: str
+
+
+def default_rate(method: str, width: int) -> float:
+    """Return the peak learning rate from which a search for a method can start.
+
+    Args:
+        method: A name of :data:`TUNERS`.
+        width: Width of the model. The rate is proportional to 1 / width, as that of `s2ft sft` is.
+    """
+    return TUNERS[method].rate * 576 / width
+
+
+def prepare(
+    model: nn.Module,
+    method: str,
+    options: dict[str, Any] | None = None,
+    *,
+    seed: int = 0,
+    calibration: Iterable[Any] | None = None,
+    **more: Any,
+) -> Prepared:
+    """Give a model the trainable parameters of a method, in place.
+
+    The random choices of a method (which units, which weights, how an adapter begins) follow from the seed.
+
+    Args:
+        model: A causal language model of transformers, without adapters.
+        method: A name of :data:`TUNERS`.
+        options: Options of the method that differ from its defaults: fields of S2FTConfig for "s2ft", else arguments
+            of PEFT's configuration class. `autocast_adapter_dtype` is the argument of PEFT's get_peft_model: True
+            keeps the adapters of a bfloat16 model in float32, which is PEFT's default.
+        seed: Seed of the method.
+        calibration: Batches for selections of S²FT that need data.
+        **more: More arguments of :func:`s2ft.attach`.
+
+    Returns:
+        The model, ready to train.
+
+    Raises:
+        ValueError: There is no such method, or it does not take an option.
+        MissingPackages: PEFT is needed and not installed.
+    """
+    check_tuner(method)
+    options = {**TUNERS[method].defaults, **(options or {})}
+    if method == "s2ft":
+        config = s2ft_config({"seed": seed, **options})
+        report = s2ft.attach(model, config, calibration=calibration, **more)
+        return Prepared(model, model, method, options, report.trainable, str(report))
+    if method == "full":
+        check_no_options(options)
+        wrapped = model.requires_grad_(True)
+    else:
+        wrapped = with_peft(model, method, options, seed)
+    trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    total = sum(p.numel() for p in wrapped.parameters())
+    title = TUNERS[method].title
+    report = f"{title}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})"
+    return Prepared(wrapped, model, method, options, trainable, report)
+
+
+def check_tuner(method: str) -> None:
+    if method not in TUNERS:
+        raise ValueError(f"method must be one of {', '.join(TUNERS)}, got {method!r}")
+
+
+def check_no_options(options: dict[str, Any]) -> None:
+    if options:
+        raise ValueError(f"full fine-tuning takes no options, got {', '.join(options)}")
+
+
+def s2ft_config(options: dict[str, Any]) -> S2FTConfig:
+    try:
+        return S2FTConfig(**options)
+    except TypeError as error:
+        raise ValueError(f"an option of method s2ft is no field of S2FTConfig: {error}") from None
+
+
+def with_peft(model: nn.Module, method: str, options: dict[str, Any], seed: int, meta: bool = False):
+    check_packages("s2ft.peft")
+    import peft
+
+    options = dict(options)
+    autocast = options.pop("autocast_adapter_dtype", True)
+    if method == "shira":
+        options.setdefault("random_seed", seed)
+    if not isinstance(options["target_modules"], str):  # "all-linear" is one, or a regular expression
+        options["target_modules"] = list(options["target_modules"])
+    try:
+        config = getattr(peft, TUNERS[method].config)(task_type="CAUSAL_LM", **options)
+    except TypeError as error:
+        raise ValueError(f"method {method} does not take an option: {error}") from None
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(seed)
+        return peft.get_peft_model(model, config, autocast_adapter_dtype=autocast, low_cpu_mem_usage=meta)
+
+
+# ---- training --------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a training has measured.
+
+    Attributes:
+        losses: The training loss of each logged step.
+        seconds: Time of the training, with its evaluations.
+        seconds_per_step: Median time of an update.
+        tokens_per_second: Tokens without padding, over the whole training.
+        updates: Number of updates.
+        best_step: The step with the smallest loss on the held-out rows, whose parameters the model then has, or None.
+    """
+
+    losses: list[float]
+    seconds: float
+    seconds_per_step: float
+    tokens_per_second: float
+    updates: int
+    best_step: int | None = None
+
+
+def train_rows(
+    prepared: Prepared,
+    tokenizer: Any,
+    rows: Any,
+    arguments: SFTArguments,
+    *,
+    held_out: Any = None,
+    callbacks: Sequence[TrainerCallback] = (),
+) -> TrainedRun:
+    """Train a prepared model, which keeps what it has learned. Nothing but a log is written.
+
+    All tuners get the same trainer, collator and loss, so that their times and results compare.
+
+    Args:
+        prepared: The model, as :func:`prepare` returns it.
+        tokenizer: The model's tokenizer.
+        rows: The token rows, a Dataset with the columns input_ids and labels.
+        arguments: The arguments of the run.
+        held_out: Token rows to evaluate on while training, or None.
+        callbacks: More callbacks of the Trainer.
+
+    Returns:
+        Times and losses.
+
+    Raises:
+        ValueError: The arguments do not fit the data or the model.
+    """
+    steps = updates(arguments, len(rows))
+    if (warmup := arguments.get_warmup_steps(steps)) > steps:
+        raise ValueError(f"warmup_steps must be at most the number of updates, {steps}, got {warmup}")
+    base, timer, log = prepared.base, _StepTimer(), Path(arguments.output_dir) / "log.jsonl"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    log.write_text("")
+    batching = choose_batching(base, pad_id(tokenizer), rows, arguments)
+    kind = SFTRunTrainer if prepared.method == "s2ft" else TokenRowTrainer
+    with (
+        contiguous_head(base),
+        loss_for(base, arguments, RunOptions(), batching.collator([short_row(rows)])),
+        checkpointing(base, arguments),
+    ):
+        trainer = kind(
+            prepared.model,
+            arguments,
+            batching.prepare(rows, arguments),
+            batching,
+            tokenizer=tokenizer,
+            held_out=None if held_out is None else HeldOut(held_out),
+            callbacks=[JsonlLog(log), timer, *callbacks],
+        )
+        trainer.remove_callback(PrinterCallback)
+        start = time.perf_counter()
+        with restored(prepared.model, trainer):
+            trainer.train()
+        seconds = time.perf_counter() - start
+    losses = [line["loss"] for line in read_log(log) if "loss" in line]
+    speed = trainer.state.num_input_tokens_seen / seconds
+    return TrainedRun(losses, seconds, median(timer.times), speed, len(timer.times))
+
+
+class _StepTimer(TrainerCallback):
+    """Measures the time of each update, without evaluations."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.began = time.perf_counter()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.times.append(time.perf_counter() - self.began)
