@@ -1,6 +1,6 @@
 """A Trainer of transformers whose checkpoints are safe against interrupts.
 
-The Trainers of transformers and TRL can save and resume attached models, see s2ft/adapter/pretrained.py.
+The Trainers of transformers and TRL can save and resume attached models, see s2ft/attached/saving.py.
 :class:`AdapterCheckpoints` adds three things: a checkpoint is written to a temporary folder and renamed, its files are
 checked before a run resumes from it, and a damaged checkpoint is skipped in favour of the newest valid one.
 """
