@@ -40,8 +40,9 @@ void write_slices(std::vector<Tensor> weight, std::vector<Tensor> base, std::vec
     base[j] = aten::dense(base[j]);
     delta[j] = aten::dense(delta[j]);
     const int64_t length = delta[j].size(dim[j]), limit = weight[j].size(dim[j]);
-    Units units{nullptr,          start[j],           limit,              delta[j].size(0),
-                delta[j].size(1), weight[j].stride(0), weight[j].stride(1), dim[j] == 0};
+    Units units{
+        nullptr,    start[j], limit, delta[j].size(0), delta[j].size(1), weight[j].stride(0), weight[j].stride(1),
+        dim[j] == 0};
     if (index[j]) {
       check_index_tensor(*index[j], length, weight[j], op, "index");
       index[j] = aten::dense(*index[j]);
