@@ -85,7 +85,7 @@ SUITES = {
         f"integrations-{program}": Suite(
             f"a run of {program}, compared with s2ft sft", f"make test-integrations PROGRAMS={program}", 30
         )
-        for program in ("trl", "axolotl", "ms-swift", "llamafactory")
+        for program in ("trl", "axolotl", "ms-swift", "llamafactory", "llamafactory-v1")
     },
     **{
         f"processors-{name}": Suite(f"all tests with {settings}", f"make test-processors PROCESSORS={settings}", 60)
