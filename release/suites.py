@@ -218,16 +218,19 @@ def main() -> int:
         if not found:
             parser.error(f"no suite {name!r}; there are {', '.join(SUITES)}")
     chosen = list(chain.from_iterable(named.values())) or SUITES
-    matrix = json.loads(MATRIX.read_text()) if MATRIX.exists() else {}
     lock = Lock()
 
+    def noted() -> dict[str, Any]:
+        """Read again each time, because another run of other suites may have noted its own."""
+        return json.loads(MATRIX.read_text()) if MATRIX.exists() else {}
+
     def run_and_note(name: str) -> bool:
-        if is_done(matrix.get(name)) and not options.again:
+        if is_done(noted().get(name)) and not options.again:
             print(f"{name}: passed at this commit", flush=True)
             return True
         result = run(name, SUITES[name])
         with lock:
-            matrix[name] = result
+            matrix = {**noted(), name: result}
             MATRIX.write_text(json.dumps({one: matrix[one] for one in SUITES if one in matrix}, indent=1) + "\n")
             skipped = sum(result.get("skipped", {}).values())
             print(
