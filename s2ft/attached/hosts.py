@@ -255,7 +255,7 @@ class _BaseOrder:
         layer = self.layers.get(id(tensor))
         copy = (tensor if layer is None else layer.base_weight()).detach().clone()
         for moving in self.moves.get(id(tensor), ()):
-            (moving.permute_shard if is_dtensor(copy) else moving.permute)(copy)
+            moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
             if not entry.is_local and handle.tensor is tensor:
