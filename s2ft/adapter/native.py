@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import s2ft
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
-from s2ft.files.plain_text import replace_file
+from s2ft.files.plain_text import check_adapter_name, replace_file
 from s2ft.files.reading import (
     CONFIG,
     FLOATS,
@@ -27,7 +27,6 @@ from s2ft.files.reading import (
     MAX_CONFIG,
     PENDING,
     TENSORS,
-    check_adapter_name,
     check_finite,
     check_parameter,
     check_projection,

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.active import activate, deactivate, names_of_modules, place_loaded, switch, unfreeze, write_slices
-from s2ft.attached.arrival import after_apply, after_load, before_forward, expect_weights, mark_layers
 from s2ft.attached.checks import (
     check_can_move,
     check_gradients_pass,
@@ -29,12 +28,19 @@ from s2ft.attached.checks import (
     style_of,
 )
 from s2ft.attached.hosts import (
+    add_to_host,
+    after_apply,
+    after_load,
     allow_training,
+    before_forward,
     check_is_base,
     close_blocks,
+    expect_weights,
     experts_modules,
+    mark_layers,
     open_blocks,
     put_in_order,
+    remove_from_host,
     remove_hooks,
     replace_forward,
     restore_forwards,
@@ -50,7 +56,6 @@ from s2ft.attached.record import (
     find_attachment,
     set_attachment,
 )
-from s2ft.attached.saving import add_to_host, remove_from_host
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (

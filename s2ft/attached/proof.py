@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
-from s2ft.attached.arrival import not_awaiting
+from s2ft.attached.hosts import not_awaiting
 from s2ft.attached.mounting import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig

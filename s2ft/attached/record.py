@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig
 from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
-from s2ft.files.reading import check_adapter_name
+from s2ft.files.plain_text import check_adapter_name
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint

@@ -1,4 +1,4 @@
-"""Plain text: values by a key, tables in columns, YAML, files replaced in one step. Nothing here imports PyTorch."""
+"""Plain text: values by a key, tables, YAML, names, files replaced in one step. Nothing here imports PyTorch."""
 
 import os
 import re
@@ -74,6 +74,41 @@ def parse_yaml(text: str) -> Any:
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
     return yaml.load(text, Loader)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+MAX_NAME = 500  # characters
+
+
+def check_adapter_name(name: Any, where: str = "name") -> None:
+    """Check an adapter's name. Arguments and files are checked by this one rule.
+
+    Args:
+        name: The name to check.
+        where: The start of the message: the argument, or the file that has the name.
+
+    Raises:
+        ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
+    """
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= MAX_NAME
+        or not name.isprintable()
+        or name.startswith(".")
+        or "/" in name
+        or "\\" in name
+    ):
+        raise ValueError(
+            f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
+            f"at most {MAX_NAME} printable characters, and no dot in front"
+        )
+
+
+def shortened(value: Any) -> str:
+    """The value in quotes, at most about 100 characters long and without control characters for a terminal."""
+    text = ascii(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 # ---- replacing files ------------------------------------------------------------------------------------------------

@@ -23,8 +23,7 @@ from s2ft.attached.record import attachment_of
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig
 from s2ft.distributed import check_all_ranks_agree
-from s2ft.files.plain_text import replace_file
-from s2ft.files.reading import check_adapter_name
+from s2ft.files.plain_text import check_adapter_name, replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of
