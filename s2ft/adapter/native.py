@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
-from s2ft.config import S2FTConfig
-from s2ft.files.plain_text import check_adapter_name, replace_file
+from s2ft.config import S2FTConfig, check_adapter_name
+from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import (
     CONFIG,
     FLOATS,

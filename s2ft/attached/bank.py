@@ -26,7 +26,8 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapters_in
 from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, find_attachment, new_attachment, unwrapped
-from s2ft.files.plain_text import by_key, check_adapter_name
+from s2ft.config import check_adapter_name
+from s2ft.files.plain_text import by_key
 from s2ft.files.reading import CONFIG, TENSORS, is_folder, own_folder
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection

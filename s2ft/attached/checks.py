@@ -227,7 +227,8 @@ def _obstacle(found: nn.Module | Tensor, weight: Tensor, is_quantized: bool) -> 
     if kind_of(found) is SPLIT_LINEAR:
         if split_of(weight) is None:
             return f"is replicated by tensor parallelism ({weight.placements}), which s2ft can't train"
-        if style is None and "forward" in found.__dict__ or style is not None and not _is_known(style):
+        is_known = type(style).__name__ in STYLES and type(style).__module__.startswith("transformers.")
+        if style is None and "forward" in found.__dict__ or style is not None and not is_known:
             return f"is split by tensor parallelism, and {_name(found, style)} has replaced its forward"
         return ""
     if style is not None and is_quantized:
@@ -255,10 +256,6 @@ def style_of(module: nn.Module) -> Any:
         return None
     style = inspect.getclosurevars(forward).nonlocals.get("self")
     return style if hasattr(style, "transform_inputs_pre_forward") else None
-
-
-def _is_known(style: Any) -> bool:
-    return type(style).__name__ in STYLES and type(style).__module__.startswith("transformers.")
 
 
 # ---- an adapter and a model -----------------------------------------------------------------------------------------

@@ -158,7 +158,7 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
     # up to 5.20 transformers runs a block's hooks inside its checkpoint
     if any("__call__" in vars(_block_class(block)) for block in blocks):
         for embeddings in _embeddings(model):
-            embeddings.register_forward_hook(_Embeddings(blocks))
+            embeddings.register_forward_hook(partial(_give_gradient, blocks))
     else:
         for block in blocks:
             block.register_forward_pre_hook(_need_gradient)
@@ -168,14 +168,17 @@ def close_blocks(model: nn.Module) -> None:
     """Remove the hooks of :func:`open_blocks`. They are searched for, because an interrupt could lose handles."""
     for module in model.modules():
         remove_hooks(module._forward_pre_hooks, _need_gradient)
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Embeddings)]:
-            module._forward_hooks.pop(key, None)
+        remove_hooks(module._forward_hooks, _give_gradient)
 
 
 def remove_hooks(hooks: dict[int, Callable], *ours: Callable) -> None:
-    """Remove functions from a module's dict of hooks. PyTorch wraps those that run before a state dict is loaded."""
-    for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is one for one in ours)]:
-        hooks.pop(key, None)
+    """Remove functions from a module's dict of hooks, also partial ones.
+
+    PyTorch wraps those that run before a state dict is loaded.
+    """
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "func", getattr(hook, "hook", hook)) in ours:
+            hooks.pop(key, None)
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -205,15 +208,10 @@ def _is_reentrant(block: nn.Module) -> bool:
     return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
 
 
-class _Embeddings:
-    """The hook up to transformers 5.20: the embeddings' output requires a gradient, whichever block trains."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self.blocks = blocks
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        is_needed = isinstance(output, Tensor) and any(map(_is_reentrant, self.blocks)) and not output.requires_grad
-        return output.detach().requires_grad_() if is_needed else None
+def _give_gradient(blocks: list[nn.Module], module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    """Forward hook of embeddings up to transformers 5.20: the output requires a gradient, whichever block trains."""
+    is_needed = isinstance(output, Tensor) and any(map(_is_reentrant, blocks)) and not output.requires_grad
+    return output.detach().requires_grad_() if is_needed else None
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -334,8 +332,8 @@ def put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
         if id(tensor) not in copies:
             copies[id(tensor)] = order.copy_of(tensor, without_written=True)
         state[key] = copies[id(tensor)]
-    replaced = [key for key, mounted in _of_parameters(record, prefix) if not mounted.layer.is_managed]
-    names = {f"{key}.weight": key for key in replaced}
+    replaced = _of_parameters(record, prefix)
+    names = {f"{key}.weight": key for key, mounted in replaced if not mounted.layer.is_managed}
     entries = [(names.get(key, key), value) for key, value in state.items()]
     state.clear()  # in place, and the order stays
     state.update(entries)

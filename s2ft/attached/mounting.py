@@ -16,7 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.active import activate, deactivate, names_of_modules, place_loaded, switch, unfreeze, write_slices
+from s2ft.attached.active import (
+    activate,
+    deactivate,
+    names_of_modules,
+    place_loaded,
+    switch,
+    unfreeze,
+    whole,
+    write_slices,
+)
 from s2ft.attached.checks import (
     check_can_move,
     check_gradients_pass,
@@ -71,7 +80,7 @@ from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.layers.base import CodedSlice
 from s2ft.layers.kind import split_of
-from s2ft.model.coupling import Coupling, Projection, Vector, projections_of
+from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import (
@@ -83,7 +92,6 @@ from s2ft.model.weights import (
     split_of_units,
     stop_packing,
 )
-from s2ft.ops._library import WRITING
 from s2ft.selection import Selection
 
 # ---- training through the codec of a GGUF file ----------------------------------------------------------------------
@@ -432,36 +440,11 @@ def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
         tensor = find(model, vector.path)
         split = split_of(tensor) if is_dtensor(tensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ()) else None
         if split is not None and split.dim == (vector.expert is not None):
-            yield split.owners[_entries(vector, units)].view(coupling.count, -1)
-
-
-def _entries(vector: Vector, units: Tensor) -> Tensor:
-    return Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size).elements(
-        units
-    )
+            side = Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size)
+            yield split.owners[side.elements(units)].view(coupling.count, -1)
 
 
 # ---- whole changes --------------------------------------------------------------------------------------------------
-
-
-def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
-    """Make a change that nothing leaves half done.
-
-    It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
-
-    Args:
-        change: The change. Where `recover` is None it can be called again.
-        recover: What to do after an interrupt, an exception or an out-of-memory error. Default: `change` again.
-
-    Returns:
-        What `change` returns.
-    """
-    with WRITING:
-        try:
-            return change()
-        except BaseException:  # a model in between would compute something else
-            (recover or change)()
-            raise
 
 
 @contextmanager

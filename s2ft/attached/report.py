@@ -11,7 +11,7 @@ from torch import nn
 
 from s2ft.attached.active import extra_parameters, names_of_modules
 from s2ft.attached.checks import coupled_names
-from s2ft.attached.record import Attachment, Mount, State, attachment_of, find_attachment, of_compiled
+from s2ft.attached.record import Attachment, State, attachment_of, find_attachment, of_compiled
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
@@ -98,12 +98,7 @@ class Report:
         if record.name is None:
             raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         parts = [
-            Trained(
-                part.projection,
-                part.elements.numel() // part.projection.unit,
-                _row_size(mount) * part.elements.numel(),
-                mount.layer.s2.dtype,
-            )
+            _trained(model, part.projection, record.selection, mount.layer.s2.dtype)
             for mount, part in record.parts.values()
         ]
         total = count_parameters(model) - sum(part.parameters for part in parts)
@@ -144,18 +139,11 @@ class Report:
             is_custom: Whether the couplings are those of no known family.
             weights: What discovery found about every weight of the blocks.
         """
-        parts = []
-        for projection in projections_of(couplings):
-            if projection.name in selection:
-                units = selection[projection.name].numel()
-                parts.append(
-                    Trained(
-                        projection,
-                        units,
-                        units * unit_parameters(model, projection),
-                        config.delta_dtype_for(weight_at(model, projection).tensor.dtype),
-                    )
-                )
+        parts = [
+            _trained(model, one, selection, config.delta_dtype_for(weight_at(model, one).tensor.dtype))
+            for one in projections_of(couplings)
+            if one.name in selection
+        ]
         parameters = dict(model.named_parameters())
         extra_weights = {
             name: full_shape(parameters[name]).numel()
@@ -213,10 +201,9 @@ class Report:
             yield f"{what}: {', '.join(counts)}"
 
 
-def _row_size(mount: Mount) -> int:
-    """The number of parameters that a layer trains for each trained row or column of its weight."""
-    shape = full_shape(mount.layer.s2)
-    return shape.numel() // shape[mount.layer.dim]
+def _trained(model: nn.Module, projection: Projection, selection: Selection, dtype: torch.dtype) -> Trained:
+    units = selection[projection.name].numel()
+    return Trained(projection, units, units * unit_parameters(model, projection), dtype)
 
 
 def _rows(parts: list[Trained]) -> list[Row]:

@@ -16,9 +16,8 @@ from s2ft.distributed import (
     all_ranks,
     decide,
     full_values,
-    is_dtensor,
     is_partitioned,
-    own_shard,
+    own_shards,
     reshard_all,
     run_on_first_rank,
     run_on_ranks,
@@ -212,17 +211,8 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
         if name in changed or tensor.is_meta or name not in weights:
             continue
         stored = weights.read(name)
-        if is_partitioned(tensor):
-            part = tensor.ds_tensor.detach().flatten()
-            first = part.numel() * dist.get_rank(tensor.ds_process_group)
-            stored = stored.flatten()[first : first + part.numel()]
-            part = part[: stored.numel()]
-        elif is_dtensor(tensor):
-            shard = own_shard(tensor)
-            part, stored = shard.tensor, shard.cut(stored)
-        else:
-            part = tensor.detach()
-        if not torch.equal(part.cpu(), stored):
+        stored = stored.flatten(2) if is_partitioned(tensor) and stored.dim() > 2 else stored  # as its blocks are cut
+        if not all(torch.equal(shard.tensor.cpu(), shard.cut(stored)) for shard in own_shards(tensor)):
             return f"{name} differs"
     return ""
 

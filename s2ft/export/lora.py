@@ -27,8 +27,8 @@ from s2ft.attached.checks import check_fits
 from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Attachment, attachment_of, find_attachment, new_attachment, of_compiled
 from s2ft.attached.saving import get_adapter, model_info
-from s2ft.config import S2FTConfig
-from s2ft.files.plain_text import by_key, check_adapter_name, replace_file
+from s2ft.config import S2FTConfig, check_adapter_name
+from s2ft.files.plain_text import by_key, replace_file
 from s2ft.files.reading import (
     FLOATS,
     check_finite,

@@ -81,30 +81,6 @@ def parse_yaml(text: str) -> Any:
 MAX_NAME = 500  # characters
 
 
-def check_adapter_name(name: Any, where: str = "name") -> None:
-    """Check an adapter's name. Arguments and files are checked by this one rule.
-
-    Args:
-        name: The name to check.
-        where: The start of the message: the argument, or the file that has the name.
-
-    Raises:
-        ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
-    """
-    if (
-        not isinstance(name, str)
-        or not 0 < len(name) <= MAX_NAME
-        or not name.isprintable()
-        or name.startswith(".")
-        or "/" in name
-        or "\\" in name
-    ):
-        raise ValueError(
-            f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
-            f"at most {MAX_NAME} printable characters, and no dot in front"
-        )
-
-
 def shortened(value: Any) -> str:
     """The value in quotes, at most about 100 characters long and without control characters for a terminal."""
     text = ascii(value)
