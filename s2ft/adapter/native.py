@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -184,10 +185,7 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
     extra_weights = _extra_weights(header, path)
 
     indices = {f"{name}.index" for name in projections}
-
-    def check(entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        _check_entries(entries, projections, extra_weights, tensors_path)
-
+    check = partial(_check_entries, projections=projections, extra_weights=extra_weights, path=tensors_path)
     if with_values:
         tensors, blob = read_tensors(tensors_path, check)
     else:

@@ -423,9 +423,7 @@ class Status:
     def _line(self, name: str) -> tuple[str, ...]:
         """One adapter: name, projections, units of each kind of projection, parameters, flags."""
         rows = [row for row in self.rows if row.adapter == name]
-        units: dict[str, int] = {}
-        for row in rows:
-            units[row.units] = units.get(row.units, 0) + 1
+        units = Counter(row.units for row in rows)
         shown = [f"{count} × {text}" for text, count in list(units.items())[:2]]
         more = [f"and {len(units) - 2} more"] if len(units) > 2 else []
         flags = next((row.flags for row in rows), "")

@@ -462,11 +462,8 @@ class Coupling:
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f", expert {self.expert}"
-        if self.is_one_sided:
-            parts = f"{SIDES[self.main.dim]} of {self.main.name}"
-        else:
-            parts = f"{', '.join(projection.name for projection in self.producers)} to {self.main.name}"
-        return f"the {self.kind} coupling of layer {self.layer}{expert} ({parts})"
+        of = f"{SIDES[self.main.dim]} of" if self.is_one_sided else f"{', '.join(p.name for p in self.producers)} to"
+        return f"the {self.kind} coupling of layer {self.layer}{expert} ({of} {self.main.name})"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON.
