@@ -356,20 +356,23 @@ class S2FTConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.align is not None and self.allocation != "uniform":
-            raise ValueError(
+        defaults = {f.name: f.default for f in fields(self)}
+        needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
+        refuse(
+            (
+                self.align is not None and self.allocation != "uniform",
                 f"align={self.align} needs allocation='uniform': with {self.allocation!r} the scores decide how many "
-                "units a layer gets"
-            )
-        if self.budget is not None and self.match_lora_rank is not None:
-            raise ValueError("budget and match_lora_rank exclude each other: both set how much is trained")
-        if self.units is not None:
-            defaults = {f.name: f.default for f in fields(self)}
-            needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
-            if needless:
-                raise ValueError(
-                    f"units lists the units to train, so nothing is left for {', '.join(needless)} to choose"
-                )
+                "units a layer gets",
+            ),
+            (
+                self.budget is not None and self.match_lora_rank is not None,
+                "budget and match_lora_rank exclude each other: both set how much is trained",
+            ),
+            (
+                self.units is not None and needless,
+                f"units lists the units to train, so nothing is left for {', '.join(needless)} to choose",
+            ),
+        )
 
     def _check_ratio(self, name: str) -> None:
         value = getattr(self, name)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
-from s2ft.config import S2FTConfig, check_adapter_name
+from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import (
     CONFIG,
@@ -88,10 +88,16 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
         check_parameter(name, "save")
-        if value.dtype not in DTYPES:
-            raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
-        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
+        refuse(
+            (
+                value.dtype not in DTYPES,
+                f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}",
+            ),
+            (
+                value.numel() == 0 or not bool(torch.isfinite(value).all()),
+                f"{name}: the weight is empty or not finite, so it is not saved",
+            ),
+        )
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {
@@ -217,13 +223,17 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
 def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise ValueError(f"{path} is not an S²FT adapter config: it has no schema number")
-    if schema != SCHEMA:
-        raise ValueError(
+    refuse(
+        (
+            not isinstance(schema, int) or isinstance(schema, bool) or schema < 1,
+            f"{path} is not an S²FT adapter config: it has no schema number",
+        ),
+        (
+            schema != SCHEMA,
             f"{path} has schema {shortened(schema)}, and this version of s2ft reads schema {SCHEMA}: use the version "
-            "that saved it, or train and save the adapter again"
-        )
+            "that saved it, or train and save the adapter again",
+        ),
+    )
     foreign = sorted(header.keys() - FIELDS)
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
@@ -347,10 +357,11 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
         structure = _read_structure(_field(header, "structure", dict, path))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: structure can't be read: {error}") from None
-    if structure.locations.keys() != header["projections"].keys():
-        raise ValueError(f"{path}: structure must have one location for each projection")
-    if structure.base_weights.keys() != header["base_fingerprint"]["layers"].keys():
-        raise ValueError(f"{path}: structure must have the layers of base_fingerprint")
+    others, layers = header["projections"].keys(), header["base_fingerprint"]["layers"].keys()
+    refuse(
+        (structure.locations.keys() != others, f"{path}: structure must have one location for each projection"),
+        (structure.base_weights.keys() != layers, f"{path}: structure must have the layers of base_fingerprint"),
+    )
     for name, location in structure.locations.items():
         check_projection(location.path, "structure")
         if header["projections"][name]["units"][-1] >= location.size:

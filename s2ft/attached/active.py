@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import check_extra_apart
 from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_names
 from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import (
     full_shape,
     full_tensors,
@@ -397,13 +397,17 @@ def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Seque
             )
         found = [known[id(parameter)] for path in paths for parameter in model.get_submodule(path).parameters()]
         inside = next((name for name in found if name in coupled), None)
-        if inside is not None:
-            raise ValueError(
+        refuse(
+            (
+                inside is not None,
                 f"modules_to_save names {asked!r}, which holds {inside}, a weight whose units are trained "
-                "as slices: name modules outside the couplings, and train more units by the ratios"
-            )
-        if not found or not all(parameters[name].is_floating_point() for name in found):
-            raise ValueError(f"modules_to_save names {asked!r}, which has no floating-point weights to train")
+                "as slices: name modules outside the couplings, and train more units by the ratios",
+            ),
+            (
+                not found or not all(parameters[name].is_floating_point() for name in found),
+                f"modules_to_save names {asked!r}, which has no floating-point weights to train",
+            ),
+        )
         names += found
     return list(dict.fromkeys(names))
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from s2ft.attached.active import extra_values, mounted_deltas, write_slices
 from s2ft.attached.checks import check_can_merge, coupled_names
 from s2ft.attached.record import Attachment, attachment_of, of_compiled
+from s2ft.config import refuse
 from s2ft.distributed import (
     all_ranks,
     decide,
@@ -109,13 +110,14 @@ def save_merged(
 
 def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | None) -> None:
     """Raise ValueError if the adapters can't be merged."""
-    if not is_of_transformers(model):
-        raise ValueError(
+    refuse(
+        (
+            not is_of_transformers(model),
             f"save_merged writes checkpoints of transformers, and {type(model).__name__} is no model of it: call "
-            "s2ft.merge, and save the state_dict"
-        )
-    if not record.active:
-        raise ValueError("no adapter is active, so there is nothing to merge: call s2ft.set_adapter first")
+            "s2ft.merge, and save the state_dict",
+        ),
+        (not record.active, "no adapter is active, so there is nothing to merge: call s2ft.set_adapter first"),
+    )
     if record.name in record.active:
         check_can_merge(record)
     if isinstance(max_shard_size, str):
