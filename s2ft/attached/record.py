@@ -15,6 +15,7 @@ from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
+from s2ft.model.parts import outermost
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Rest
@@ -79,10 +80,7 @@ def transformer_in(model: nn.Module) -> nn.Module:
     """
     from transformers import PreTrainedModel  # not at the top, where it would load transformers with every import
 
-    found: dict[str, nn.Module] = {}
-    for path, module in model.named_modules():
-        if isinstance(module, PreTrainedModel) and not any(path.startswith(f"{outer}.") for outer in found):
-            found[path] = module
+    found = outermost(model, lambda module: isinstance(module, PreTrainedModel))
     if len(found) == 1:
         return next(iter(found.values()))
     kinds = ", ".join(type(module).__name__ for module in model.children())

@@ -17,7 +17,7 @@ from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.discovery import STATUSES
-from s2ft.model.parts import tower_of
+from s2ft.model.parts import outermost, tower_of
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection, span, unit_parameters
 
@@ -303,17 +303,12 @@ def _language_parameters(model: nn.Module) -> set:
 
 def _not_loaded(model: nn.Module) -> list[str]:
     """Return the paths of the topmost modules whose parameters were in no checkpoint."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        parameters = list(module.parameters())
-        if (
-            path
-            and parameters
-            and not any(path.startswith(f"{above}.") for above in found)
-            and not any(getattr(parameter, LOADED, False) for parameter in parameters)
-        ):
-            found.append(path)
-    return found
+
+    def is_new(module: nn.Module) -> bool:
+        loaded = [getattr(parameter, LOADED, False) for parameter in module.parameters()]
+        return bool(loaded) and not any(loaded)
+
+    return [path for path in outermost(model, is_new) if path]
 
 
 def _beside(model: nn.Module, prefix: str) -> list[str]:

@@ -3,7 +3,7 @@
 The configs inside a transformers model's config say in which tower a module is. Where they don't, its name decides.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -205,6 +205,15 @@ def get(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
+
+
+def outermost(model: nn.Module, fits: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The modules that fit, by path, without those inside another one of them."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if not any(path.startswith(f"{outer}.") for outer in found) and fits(module):
+            found[path] = module
+    return found
 
 
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -253,10 +253,8 @@ class Move:
         self.recover(model)
         if self.is_done == done:
             return
-        kept = []
-        for moving in self._moving(model, done):
-            with WRITING:
-                kept.append(_keep(moving))
+        with WRITING:
+            kept = [_keep(moving) for moving in self._moving(model, done)]
         self._state = (not done, kept)
         for moving in self._moving(model, done):
             moving.permute(moving.tensor)

@@ -22,7 +22,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.proposals import LayerMap
 from s2ft.model.families import decoders, named
-from s2ft.model.parts import get, in_one_weight, tower_of, trained_towers
+from s2ft.model.parts import get, in_one_weight, outermost, tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
 
 # ---- families: which function lists the couplings of which model type ----------------------------------------------
@@ -160,13 +160,12 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Iterate over path and module of the models in a model, the language model first."""
     from transformers import PreTrainedModel
 
-    parts = []
-    for path, module in model.named_modules():
-        inside = any(path.startswith(f"{outer}.") for outer, _ in parts)
+    def is_part(module: nn.Module) -> bool:
         own = isinstance(module, PreTrainedModel) and type(module.config) is not type(model.config)
-        if own and not inside and any(isinstance(child, nn.Linear) for child in module.modules()):
-            parts.append((path, module))
+        return own and any(isinstance(child, nn.Linear) for child in module.modules())
+
     language = model.config.get_text_config(decoder=True).model_type
+    parts = outermost(model, is_part).items()
     return iter(sorted(parts, key=lambda part: part[1].config.model_type != language))
 
 
