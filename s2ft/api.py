@@ -10,15 +10,15 @@ from s2ft.attached.checks import check_can_merge, check_not_in_engine, check_one
 from s2ft.attached.mounting import adapters_off, merge_active, mount, remove_all, touched
 from s2ft.attached.proof import proved
 from s2ft.attached.record import (
-    Attachment,
     attachment_of,
     check_new_name,
     check_parallelism,
+    check_rest_frozen,
     check_unattached,
     find_attachment,
     new_attachment,
     of_compiled,
-    with_rest_frozen,
+    unwrapped,
 )
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
@@ -31,8 +31,6 @@ from s2ft.selection import Selection, select as select_units, with_protect_ratio
 # ---- attach ----------------------------------------------------------------------------------------
 
 
-@with_rest_frozen
-@of_compiled
 def attach(
     model: nn.Module,
     config: S2FTConfig,
@@ -101,8 +99,17 @@ def attach(
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
     if not isinstance(on_top, bool):
         raise TypeError(f"on_top must be True or False, got {on_top!r}")
+    check_rest_frozen(model)
+    model = unwrapped(model)
     config = with_protect_ratio(config, protect is not None)  # so that the adapter's file has the share
-    record = _record_for(model, config, couplings, name, example)
+    record = find_attachment(model)
+    if record is not None and record.name is not None:
+        check_unattached(model)
+    check_new_name(record, name)
+    if record is None:
+        record = new_attachment(model, couplings, example, config)
+    elif couplings is not None and list(couplings) != record.couplings:
+        raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
@@ -120,21 +127,6 @@ def attach(
             switch(model, record, {**active, name: 1.0})
             record.add_info({ON_TOP_OF: active})
     return Report.of(model)
-
-
-def _record_for(
-    model: nn.Module, config: S2FTConfig, couplings: Sequence[Coupling] | None, name: str, example: Any
-) -> Attachment:
-    """Return the record of a model that has loaded adapters only, or a new one."""
-    record = find_attachment(model)
-    if record is not None and record.name is not None:
-        check_unattached(model)
-    check_new_name(record, name)
-    if record is None:
-        return new_attachment(model, couplings, example, config)
-    if couplings is not None and list(couplings) != record.couplings:
-        raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
-    return record
 
 
 @of_compiled

@@ -7,6 +7,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
+from s2ft.files.plain_text import MAX_NAME, shortened
+
 if TYPE_CHECKING:
     import torch
 
@@ -31,6 +33,11 @@ CHOICES = {
     "layout": ("permuted", "indexed"),
     "codec": ("none", "auto"),
     "delta_dtype": (None, "float32", "bfloat16", "float16", "float64"),
+}
+LISTS: dict[str, tuple[str, Callable[[Any], bool]]] = {  # what a list has, and the check of one of them
+    "layers": ("the numbers of layers from 0", lambda one: type(one) is int and one >= 0),
+    "towers": (", ".join(TOWERS), TOWERS.__contains__),
+    "modules_to_save": ("the names of modules, such as ['classifier']", lambda one: isinstance(one, str) and one != ""),
 }
 CHOOSING = (
     *(f"{key}_ratio" for key in PROJECTIONS),
@@ -125,6 +132,30 @@ def check_whole(name: str, value: Any, least: int = 1) -> None:
     """Raise ValueError unless the value is a whole number, and not below the least one."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name} must be a whole number of at least {least}, got {value!r}")
+
+
+def check_adapter_name(name: Any, where: str = "name") -> None:
+    """Check an adapter's name. Arguments and files are checked by this one rule.
+
+    Args:
+        name: The name to check.
+        where: The start of the message: the argument, or the file that has the name.
+
+    Raises:
+        ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
+    """
+    if (
+        not isinstance(name, str)
+        or not 0 < len(name) <= MAX_NAME
+        or not name.isprintable()
+        or name.startswith(".")
+        or "/" in name
+        or "\\" in name
+    ):
+        raise ValueError(
+            f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
+            f"at most {MAX_NAME} printable characters, and no dot in front"
+        )
 
 
 def _list(name: str, value: Any, what: str, is_one: Callable[[Any], bool]) -> list[Any]:
@@ -309,23 +340,14 @@ class S2FTConfig:
         if not isinstance(self.ffn_kernel, bool):
             raise ValueError(f"ffn_kernel must be True or False, got {self.ffn_kernel!r}")
         check_whole("seed", self.seed, 0)
-        if self.layers is not None:
-            what = "the numbers of layers from 0"
-            self.layers = _list("layers", self.layers, what, lambda one: type(one) is int and one >= 0)
-        if self.towers is not None:
-            self.towers = _list("towers", self.towers, ", ".join(TOWERS), TOWERS.__contains__)
-        if self.modules_to_save is not None:
-            what = "the names of modules, such as ['classifier']"
-            names = _list("modules_to_save", self.modules_to_save, what, lambda one: isinstance(one, str) and one != "")
-            self.modules_to_save = names
+        for name, (what, is_one) in LISTS.items():
+            if getattr(self, name) is not None:
+                setattr(self, name, _list(name, getattr(self, name), what, is_one))
         if self.budget is not None:
             self.budget = _parameters(self.budget)
-        if self.match_lora_rank is not None:
-            check_whole("match_lora_rank", self.match_lora_rank)
-        if self.align is not None:
-            check_whole("align", self.align)
-        if self.group is not None:
-            check_whole("group", self.group)
+        for name in ("match_lora_rank", "align", "group"):
+            if getattr(self, name) is not None:
+                check_whole(name, getattr(self, name))
         if self.protect_ratio is not None:
             self._check_ratio("protect_ratio")
             if not 0 < self.protect_ratio < 1:
@@ -334,20 +356,23 @@ class S2FTConfig:
         self._check_together()
 
     def _check_together(self) -> None:
-        if self.align is not None and self.allocation != "uniform":
-            raise ValueError(
+        defaults = {f.name: f.default for f in fields(self)}
+        needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
+        refuse(
+            (
+                self.align is not None and self.allocation != "uniform",
                 f"align={self.align} needs allocation='uniform': with {self.allocation!r} the scores decide how many "
-                "units a layer gets"
-            )
-        if self.budget is not None and self.match_lora_rank is not None:
-            raise ValueError("budget and match_lora_rank exclude each other: both set how much is trained")
-        if self.units is not None:
-            defaults = {f.name: f.default for f in fields(self)}
-            needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
-            if needless:
-                raise ValueError(
-                    f"units lists the units to train, so nothing is left for {', '.join(needless)} to choose"
-                )
+                "units a layer gets",
+            ),
+            (
+                self.budget is not None and self.match_lora_rank is not None,
+                "budget and match_lora_rank exclude each other: both set how much is trained",
+            ),
+            (
+                self.units is not None and needless,
+                f"units lists the units to train, so nothing is left for {', '.join(needless)} to choose",
+            ),
+        )
 
     def _check_ratio(self, name: str) -> None:
         value = getattr(self, name)

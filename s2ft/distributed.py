@@ -97,9 +97,9 @@ def check_all_ranks_agree(what: str, value: str) -> None:
     Raises:
         RuntimeError: The values differ. It is raised on every rank.
     """
-    if not is_distributed():
+    ranks = all_ranks()
+    if ranks is None:
         return
-    ranks = list(range(dist.get_world_size()))
     key = wait_for_ranks(f"comparison of {what}", ranks, value)
     values = [_store().get(f"{key}/{rank}").decode() for rank in ranks]
     if len(set(values)) > 1:
@@ -180,18 +180,15 @@ def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[
         Exception: Any exception of `act`, on the rank that ran it.
         RuntimeError: `act` failed on another rank, or a rank has ended or did not call in time.
     """
-    if ranks is None:
-        if runs:
-            act()
-        return
     try:
         if runs:
             act()
     except BaseException as error:
-        wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
+        if ranks is not None:
+            wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
         raise
-    key = wait_for_ranks(what, ranks)
-    for rank in ranks:
+    key = None if ranks is None else wait_for_ranks(what, ranks)
+    for rank in ranks or ():
         failure = _store().get(f"{key}/{rank}").decode()
         if failure:
             raise RuntimeError(f"rank {rank} failed: {failure}")
@@ -333,11 +330,9 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
         yield tensor._s2ft_values().detach()
     elif is_dtensor(tensor):
         yield full_tensor(tensor)
-    elif is_partitioned(tensor):
+    else:
         with gathered_parameter(tensor, read_only=True):
             yield tensor.detach()
-    else:
-        yield tensor.detach()
 
 
 @contextmanager
@@ -392,11 +387,9 @@ def reads_weights() -> bool:
 
 def reshard_all(model: nn.Module) -> None:
     """Make FSDP2 free the full parameters that it kept after a forward, so that the trained shards are used again."""
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    if fsdp is None or not dist.is_initialized():
-        return
-    for module in model.modules():
-        if isinstance(module, fsdp.FSDPModule):
+    kind = fsdp_modules()
+    for module in model.modules() if kind else ():
+        if isinstance(module, kind):
             module.reshard()
 
 
@@ -549,7 +542,7 @@ class Shard:
         return local[inside], values
 
     def find(self, index: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-        """Find rows or columns of the full tensor in this shard, which is not the full tensor.
+        """Find rows or columns of the full tensor in this shard.
 
         Args:
             index: Rows or columns of the full tensor, shape [n], int64.
@@ -558,7 +551,7 @@ class Shard:
         Returns:
             The index within the shard, [n] int64, and which of its entries are in the shard, [n] bool.
         """
-        start, size = self.start[dim], self.tensor.shape[dim]
+        start, size = 0 if self.is_full else self.start[dim], self.tensor.shape[dim]
         if not isinstance(start, Tensor):
             return index - start, (index >= start) & (index < start + size)
         local = torch.searchsorted(start, index.contiguous()).clamp(max=max(0, size - 1))
@@ -673,26 +666,24 @@ def stays_in_blocks(tensor: Tensor, dim: int, order: Tensor) -> bool:
     return torch.equal(order // size, torch.arange(order.numel()) // size)
 
 
-def _own_part(full: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
-    """Cut a tensor that every rank has as a DTensor is cut, without communication.
+def _own_part(full: Tensor, like: Tensor, dim: int) -> Tensor:
+    """Cut a tensor that every rank has as a DTensor is cut along a dimension, without communication.
 
     Args:
-        full: Tensor of the shape of `like`; with `dim`, one of its size along that dimension.
+        full: Tensor [size of `like` along `dim`].
         like: The DTensor.
-        dim: Dimension of `like` that `full` stands for.
+        dim: The dimension of `like` that `full` stands for.
     """
     from torch.distributed.tensor import Replicate, Shard as Cut, distribute_tensor
     from torch.distributed.tensor.placement_types import _StridedShard
 
-    placements = list(like.placements)
-    if dim is not None:
-        for axis, placement in enumerate(placements):
-            if not is_cut(placement, dim):
-                placements[axis] = Replicate()
-            elif hasattr(placement, "split_factor"):
-                placements[axis] = _StridedShard(0, split_factor=placement.split_factor)
-            else:
-                placements[axis] = Cut(0)
+    def along(placement: Any) -> Any:
+        if not is_cut(placement, dim):
+            return Replicate()
+        is_strided = hasattr(placement, "split_factor")
+        return _StridedShard(0, split_factor=placement.split_factor) if is_strided else Cut(0)
+
+    placements = list(map(along, like.placements))
     return distribute_tensor(full, like.device_mesh, placements, src_data_rank=None).to_local()
 
 
@@ -737,14 +728,6 @@ def elements_of(tensor: Tensor, positions: Tensor) -> Tensor:
     return sum_over_shards(values, tensor)
 
 
-def write_full_values(tensor: Tensor, full: Tensor) -> None:
-    """Write the complete values, which every rank has, into a tensor or this rank's shard of it, in place."""
-    if is_dtensor(tensor):
-        tensor.detach().to_local().copy_(_own_part(full, tensor))
-    else:
-        tensor.detach().copy_(full)
-
-
 # ---- FSDP2 that was applied before an adapter was attached ----------------------------------------------------------
 
 Place = tuple[nn.Module, str]  # a module and the name that its parameter has there
@@ -770,8 +753,7 @@ def _groups(model: nn.Module) -> list[Any]:
 
 def check_can_follow(model: nn.Module) -> None:
     """Raise RuntimeError if this version of PyTorch has other private names than this file needs."""
-    kind = fsdp_modules()
-    if not kind or not any(isinstance(module, kind) for module in model.modules()):
+    if not any(isinstance(module, fsdp_modules()) for module in model.modules()):
         return
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo  # noqa: F401

@@ -19,7 +19,7 @@ def everything(model):
 
 
 @pytest.mark.parametrize(
-    "model_type", rest_slow(composite.MODEL_TYPES, ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl"))
+    "model_type", rest_slow(composite.PROJECTORS, ("gemma4", "idefics2", "llava_next", "qwen2_audio", "qwen3_vl"))
 )
 def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type):
     model = composite_of(model_type)

@@ -21,7 +21,7 @@ FAST = {
 def known(types):
     """The types that this version of transformers has."""
     lacks = {True: composites.missing, False: missing}
-    return [one for one in types if not lacks[one in composite.MODEL_TYPES](one)]
+    return [one for one in types if not lacks[one in composite.PROJECTORS](one)]
 
 
 @pytest.mark.parametrize("model_type", known(FAST))
@@ -39,7 +39,7 @@ def test_a_flag_that_a_declaration_does_not_know_is_found(monkeypatch):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "model_type", sorted(known({*(make().model_type for make in CASES.values()), *ROWS, *composite.MODEL_TYPES}))
+    "model_type", sorted(known({*(make().model_type for make in CASES.values()), *ROWS, *composite.PROJECTORS}))
 )
 def test_every_flip_is_right(model_type):
     found = {str(flip): one for flip, one in outcomes_of(model_type).items()}

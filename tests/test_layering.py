@@ -11,7 +11,8 @@ parse = functools.cache(ast.parse)  # most tests read all files
 
 # The lowest rank is first. Folders and modules of one line do not import each other.
 RANKS = [
-    ["packages", "config", "distributed", "files"],
+    ["packages", "files"],
+    ["config", "distributed"],
     ["codecs", "ops"],
     ["layers"],
     ["model"],

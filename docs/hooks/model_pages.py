@@ -85,8 +85,8 @@ def row(model_type: str, cases: dict[str, list], tests: str) -> str:
         cases: The couplings of its tested configurations, by case.
         tests: The tests that run it.
     """
-    from s2ft.model.families import FAMILIES
     from s2ft.model.families.decoders import BY_FUNCTION
+    from s2ft.model.registry import FAMILIES
 
     base, declare = min(cases, key=len), FAMILIES[model_type]
     found = {

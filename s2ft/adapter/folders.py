@@ -9,8 +9,9 @@ from typing import Any
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import ADAPTER_FORMATS
+from s2ft.config import check_adapter_name
 from s2ft.files.plain_text import by_key, replace_file
-from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, check_adapter_name, is_folder, own_folder
+from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, is_folder, own_folder
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files

@@ -8,6 +8,7 @@ import json
 import math
 import os
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import (
     CONFIG,
@@ -27,7 +28,6 @@ from s2ft.files.reading import (
     MAX_CONFIG,
     PENDING,
     TENSORS,
-    check_adapter_name,
     check_finite,
     check_parameter,
     check_projection,
@@ -88,10 +88,16 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
         check_parameter(name, "save")
-        if value.dtype not in DTYPES:
-            raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
-        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
+        refuse(
+            (
+                value.dtype not in DTYPES,
+                f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}",
+            ),
+            (
+                value.numel() == 0 or not bool(torch.isfinite(value).all()),
+                f"{name}: the weight is empty or not finite, so it is not saved",
+            ),
+        )
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {
@@ -185,10 +191,7 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
     extra_weights = _extra_weights(header, path)
 
     indices = {f"{name}.index" for name in projections}
-
-    def check(entries: dict[str, tuple[str, tuple[int, ...]]]) -> None:
-        _check_entries(entries, projections, extra_weights, tensors_path)
-
+    check = partial(_check_entries, projections=projections, extra_weights=extra_weights, path=tensors_path)
     if with_values:
         tensors, blob = read_tensors(tensors_path, check)
     else:
@@ -350,10 +353,11 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
         structure = _read_structure(_field(header, "structure", dict, path))
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: structure can't be read: {error}") from None
-    if structure.locations.keys() != header["projections"].keys():
-        raise ValueError(f"{path}: structure must have one location for each projection")
-    if structure.base_weights.keys() != header["base_fingerprint"]["layers"].keys():
-        raise ValueError(f"{path}: structure must have the layers of base_fingerprint")
+    others, layers = header["projections"].keys(), header["base_fingerprint"]["layers"].keys()
+    refuse(
+        (structure.locations.keys() != others, f"{path}: structure must have one location for each projection"),
+        (structure.base_weights.keys() != layers, f"{path}: structure must have the layers of base_fingerprint"),
+    )
     for name, location in structure.locations.items():
         check_projection(location.path, "structure")
         if header["projections"][name]["units"][-1] >= location.size:

@@ -9,9 +9,11 @@ and writing a recorded value twice changes nothing: after an interrupt at any mo
 base.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import check_extra_apart
 from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_names
 from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import (
     full_shape,
     full_tensors,
@@ -38,6 +40,26 @@ from s2ft.ops._library import WRITING, check_private
 from s2ft.selection import unit_tensors
 
 # ---- which adapters are active -------------------------------------------------------------------------
+
+
+def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
+    """Make a change that nothing leaves half done.
+
+    It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
+
+    Args:
+        change: The change. Where `recover` is None it can be called again.
+        recover: What to do after an interrupt, an exception or an out-of-memory error. Default: `change` again.
+
+    Returns:
+        What `change` returns.
+    """
+    with WRITING:
+        try:
+            return change()
+        except BaseException:  # a model in between would compute something else
+            (recover or change)()
+            raise
 
 
 def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> None:
@@ -72,11 +94,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
 
 def deactivate(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active: the weights hold the base, bit for bit."""
-    try:
-        _restore_base(model, record)
-    except BaseException:  # an interrupt: finish what it cut short
-        _restore_base(model, record)
-        raise
+    whole(partial(_restore_base, model, record))  # an interrupt: finish what it cut short
 
 
 def _restore_base(model: nn.Module, record: Attachment) -> None:
@@ -334,36 +352,14 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, mount.layer, "enabled", True)
             mount.layer.enabled = False
             mount.layer.unfuse()
-        stack.enter_context(_base_of_extra_weights(model, record))
+        base = record.extra.base.items()  # of the extra weights: other parameters take their places
+        known = {id(model.get_parameter(name)): nn.Parameter(value, requires_grad=False) for name, value in base}
+        for module in model.modules() if known else ():
+            for name, parameter in list(module._parameters.items()):
+                if id(parameter) in known:
+                    stack.callback(module._parameters.__setitem__, name, parameter)
+                    module._parameters[name] = known[id(parameter)]
         yield
-
-
-@contextmanager
-def _base_of_extra_weights(model: nn.Module, record: Attachment) -> Iterator[None]:
-    """Put other parameters in the place of the extra weights, with the values from before the training."""
-    places = _places_of_extra(model, record.extra.base)
-    try:
-        for module, name, _, base in places:
-            module._parameters[name] = base
-        yield
-    finally:
-        for module, name, trained, _ in places:
-            module._parameters[name] = trained
-
-
-def _places_of_extra(
-    model: nn.Module, base: dict[str, Tensor]
-) -> list[tuple[nn.Module, str, nn.Parameter, nn.Parameter]]:
-    """Return each module and name under which an extra weight is registered, its parameter, and one of the base."""
-    if not base:
-        return []
-    known = {id(model.get_parameter(name)): nn.Parameter(value, requires_grad=False) for name, value in base.items()}
-    return [
-        (module, name, parameter, known[id(parameter)])
-        for module in model.modules()
-        for name, parameter in module._parameters.items()
-        if id(parameter) in known
-    ]
 
 
 # ---- extra weights --------------------------------------------------------------------------------------------------
@@ -401,13 +397,17 @@ def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Seque
             )
         found = [known[id(parameter)] for path in paths for parameter in model.get_submodule(path).parameters()]
         inside = next((name for name in found if name in coupled), None)
-        if inside is not None:
-            raise ValueError(
+        refuse(
+            (
+                inside is not None,
                 f"modules_to_save names {asked!r}, which holds {inside}, a weight whose units are trained "
-                "as slices: name modules outside the couplings, and train more units by the ratios"
-            )
-        if not found or not all(parameters[name].is_floating_point() for name in found):
-            raise ValueError(f"modules_to_save names {asked!r}, which has no floating-point weights to train")
+                "as slices: name modules outside the couplings, and train more units by the ratios",
+            ),
+            (
+                not found or not all(parameters[name].is_floating_point() for name in found),
+                f"modules_to_save names {asked!r}, which has no floating-point weights to train",
+            ),
+        )
         names += found
     return list(dict.fromkeys(names))
 

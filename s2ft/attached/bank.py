@@ -26,8 +26,9 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapters_in
 from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, find_attachment, new_attachment, unwrapped
+from s2ft.config import check_adapter_name, refuse
 from s2ft.files.plain_text import by_key
-from s2ft.files.reading import CONFIG, TENSORS, check_adapter_name, is_folder, own_folder
+from s2ft.files.reading import CONFIG, TENSORS, is_folder, own_folder
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import Delta, find
@@ -77,10 +78,16 @@ class AdapterBank:
         limit_bytes: int | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        if limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1):
-            raise ValueError(f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}")
-        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-            raise ValueError(f"dtype must be a floating-point dtype, or None, got {dtype!r}")
+        refuse(
+            (
+                limit_bytes is not None and (not isinstance(limit_bytes, int) or limit_bytes < 1),
+                f"limit_bytes must be a whole number above 0, or None, got {limit_bytes!r}",
+            ),
+            (
+                dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point),
+                f"dtype must be a floating-point dtype, or None, got {dtype!r}",
+            ),
+        )
         if directory is not None and not Path(directory).is_dir():
             raise NotADirectoryError(f"{directory} is not a folder of adapters")
         model = unwrapped(model)
@@ -526,16 +533,17 @@ def _forwards_replaced(layers) -> Iterator[None]:
 def check_plain(model: nn.Module) -> None:
     """Raise ValueError if the model's weights are not those of the base in its own order."""
     record = find_attachment(model)
-    if record is None:
-        return
-    if record.active:
-        raise ValueError(
-            f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the base: call "
-            "set_adapter(model, None) first, or detach"
-        )
-    if record.moves:
-        raise ValueError(
-            "the model's units have moved (layout='permuted'), and a bank needs the base's own order: detach first"
+    if record is not None:
+        refuse(
+            (
+                record.active,
+                f"{', '.join(record.active)} is active on the model, and a bank adds its own adapters to the base: "
+                "call set_adapter(model, None) first, or detach",
+            ),
+            (
+                record.moves,
+                "the model's units have moved (layout='permuted'), and a bank needs the base's own order: detach first",
+            ),
         )
 
 

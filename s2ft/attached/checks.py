@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.record import WITHOUT, Attachment
+from s2ft.config import refuse
 from s2ft.distributed import (
     check_can_follow,
     full_shape,
@@ -123,16 +124,18 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
         handle = weight_at(model, projection)
         names = [name for name, module in model.named_modules(remove_duplicate=False) if module is handle.holder]
         tied = owners.get(id(handle.tensor), [])
-        if counts[id(handle.holder)] > 1:
-            raise ValueError(
+        refuse(
+            (
+                counts[id(handle.holder)] > 1,
                 f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own, "
-                "or leave its layer out"
-            )
-        if len(tied) > 1:
-            raise ValueError(
+                "or leave its layer out",
+            ),
+            (
+                len(tied) > 1,
                 f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
-                "gradients of the others: give each place a weight of its own, or leave its layer out"
-            )
+                "gradients of the others: give each place a weight of its own, or leave its layer out",
+            ),
+        )
 
 
 def check_memory(model: nn.Module, projections: list[Projection]) -> None:
@@ -227,7 +230,8 @@ def _obstacle(found: nn.Module | Tensor, weight: Tensor, is_quantized: bool) -> 
     if kind_of(found) is SPLIT_LINEAR:
         if split_of(weight) is None:
             return f"is replicated by tensor parallelism ({weight.placements}), which s2ft can't train"
-        if style is None and "forward" in found.__dict__ or style is not None and not _is_known(style):
+        is_known = type(style).__name__ in STYLES and type(style).__module__.startswith("transformers.")
+        if style is None and "forward" in found.__dict__ or style is not None and not is_known:
             return f"is split by tensor parallelism, and {_name(found, style)} has replaced its forward"
         return ""
     if style is not None and is_quantized:
@@ -255,10 +259,6 @@ def style_of(module: nn.Module) -> Any:
         return None
     style = inspect.getclosurevars(forward).nonlocals.get("self")
     return style if hasattr(style, "transform_inputs_pre_forward") else None
-
-
-def _is_known(style: Any) -> bool:
-    return type(style).__name__ in STYLES and type(style).__module__.startswith("transformers.")
 
 
 # ---- an adapter and a model -----------------------------------------------------------------------------------------
@@ -291,15 +291,17 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     for path, delta in adapter.deltas.items():
         projection, units = known[path], adapter.selection[path]
         last = int(units.max())
-        if last >= projection.count:  # in a weight of several projections, the element may belong to another one
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}"
-            )
-        if not torch.equal(projection.elements(units), delta.index):
-            raise ValueError(
+        refuse(
+            (
+                last >= projection.count,  # in a weight of several projections, the element may belong to another one
+                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}",
+            ),
+            (
+                not torch.equal(projection.elements(units), delta.index),
                 f"adapter {adapter.name!r}: {path}.index does not name the selected units, each of {projection.unit} "
-                "elements"
-            )
+                "elements",
+            ),
+        )
 
 
 def coupled_names(couplings: list[Coupling]) -> set[str]:

@@ -1,4 +1,4 @@
-"""What an attached model changes around its layers, for transformers, checkpointing, quantizers and state dicts.
+"""What an attached model changes around its layers: for transformers, quantizers, state dicts, weights that arrive.
 
 A gated FFN runs in one op, and experts by grouped products. The forwards are partial objects: torch.load could not
 make a bound method of a module that it is still loading.
@@ -17,26 +17,73 @@ units selected. ``load_state_dict`` accepts only the base, in either order: the 
 changes nothing, and anything else is an error. Loaded adapters that are active stay in the copies, as they are in
 the weights.
 
+While a model of transformers trains an adapter, save_pretrained writes the adapter alone. The Trainers of transformers
+and TRL can resume from these checkpoints without changes.
+
 Weights that FSDP2 or ZeRO-3 has sharded stay in their order, because no rank has all the units that would move, and
 under the name in their layer, by which FSDP looks for them. Under tensor parallelism each rank puts its own units in
 order. Packed weights are gathered for that, so every rank must call ``state_dict()`` if there are any.
+
+Under FSDP2 with cpu_ram_efficient_loading only the first rank of a machine reads the base. On the other ranks the model
+is on the meta device while the trainable layers are mounted, and the weights arrive when it has been sharded: by
+load_state_dict, in the base's order. Until then the record waits for them, the units have not moved, and the trainable
+layers refuse to run. When the weights are there, on all ranks together: they are compared with the base's fingerprint,
+the base of the extra weights is kept, and the units move on the shards.
+
+A layer that runs writes its own slice if s2 has changed. A hook of the model does it for all layers first: for code
+that reads a weight past its layer, and for weights that are spread over ranks, where each rank writes what it owns.
 """
 
+import json
+import logging
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch._dynamo.eval_frame import skip_code
 
-from s2ft.attached.active import keep_unfrozen
-from s2ft.attached.record import Attachment, Mount, attachment_of
-from s2ft.distributed import is_dtensor, is_sharded, managed_by_fsdp
+from s2ft.adapter import native
+from s2ft.adapter.folders import write_card
+from s2ft.attached.active import (
+    check_same_extra,
+    extra_parameters,
+    full_copies,
+    keep_unfrozen,
+    record_unfrozen,
+    set_extra,
+    set_mounted_deltas,
+    write_slices,
+)
+from s2ft.attached.checks import check_extra_fits
+from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
+from s2ft.attached.report import print_trainable_parameters
+from s2ft.attached.saving import save_adapter
+from s2ft.distributed import (
+    fsdp_modules,
+    is_dtensor,
+    is_partitioned,
+    is_sharded,
+    managed_by_fsdp,
+    ranks_sharing,
+    reshard_all,
+    wait_for_ranks,
+    will_be_loaded_again,
+)
+from s2ft.files.plain_text import replace_file
+from s2ft.files.reading import json_entry
 from s2ft.layers import act_mul_of, forward_of, is_intercepted, kind_of
+from s2ft.model.checkpoint import INDEX, WEIGHTS
 from s2ft.model.coupling import Coupling
+from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.permutation import restoring_moves
-from s2ft.model.weights import tensors_of, weight_at
+from s2ft.model.weights import Delta, tensors_of, weight_at
 from s2ft.ops import act_mul, swap_
+from s2ft.ops._library import transforms_active
 
 # ---- forwards -------------------------------------------------------------------------------------------------------
 
@@ -111,7 +158,7 @@ def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
     # up to 5.20 transformers runs a block's hooks inside its checkpoint
     if any("__call__" in vars(_block_class(block)) for block in blocks):
         for embeddings in _embeddings(model):
-            embeddings.register_forward_hook(_Embeddings(blocks))
+            embeddings.register_forward_hook(partial(_give_gradient, blocks))
     else:
         for block in blocks:
             block.register_forward_pre_hook(_need_gradient)
@@ -121,14 +168,17 @@ def close_blocks(model: nn.Module) -> None:
     """Remove the hooks of :func:`open_blocks`. They are searched for, because an interrupt could lose handles."""
     for module in model.modules():
         remove_hooks(module._forward_pre_hooks, _need_gradient)
-        for key in [key for key, hook in module._forward_hooks.items() if isinstance(hook, _Embeddings)]:
-            module._forward_hooks.pop(key, None)
+        remove_hooks(module._forward_hooks, _give_gradient)
 
 
 def remove_hooks(hooks: dict[int, Callable], *ours: Callable) -> None:
-    """Remove functions from a module's dict of hooks. PyTorch wraps those that run before a state dict is loaded."""
-    for key in [key for key, hook in hooks.items() if any(getattr(hook, "hook", hook) is one for one in ours)]:
-        hooks.pop(key, None)
+    """Remove functions from a module's dict of hooks, also partial ones.
+
+    PyTorch wraps those that run before a state dict is loaded.
+    """
+    for key, hook in list(hooks.items()):
+        if getattr(hook, "func", getattr(hook, "hook", hook)) in ours:
+            hooks.pop(key, None)
 
 
 def _parents(path: str) -> Iterator[str]:
@@ -158,15 +208,10 @@ def _is_reentrant(block: nn.Module) -> bool:
     return getattr(block._gradient_checkpointing_func, "keywords", {}).get("use_reentrant") is not False
 
 
-class _Embeddings:
-    """The hook up to transformers 5.20: the embeddings' output requires a gradient, whichever block trains."""
-
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self.blocks = blocks
-
-    def __call__(self, module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
-        is_needed = isinstance(output, Tensor) and any(map(_is_reentrant, self.blocks)) and not output.requires_grad
-        return output.detach().requires_grad_() if is_needed else None
+def _give_gradient(blocks: list[nn.Module], module: nn.Module, inputs: tuple, output: Tensor) -> Tensor | None:
+    """Forward hook of embeddings up to transformers 5.20: the output requires a gradient, whichever block trains."""
+    is_needed = isinstance(output, Tensor) and any(map(_is_reentrant, blocks)) and not output.requires_grad
+    return output.detach().requires_grad_() if is_needed else None
 
 
 def _embeddings(model: nn.Module) -> list[nn.Module]:
@@ -255,7 +300,7 @@ class _BaseOrder:
         layer = self.layers.get(id(tensor))
         copy = (tensor if layer is None else layer.base_weight()).detach().clone()
         for moving in self.moves.get(id(tensor), ()):
-            (moving.permute_shard if is_dtensor(copy) else moving.permute)(copy)
+            moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
             if not entry.is_local and handle.tensor is tensor:
@@ -287,8 +332,8 @@ def put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
         if id(tensor) not in copies:
             copies[id(tensor)] = order.copy_of(tensor, without_written=True)
         state[key] = copies[id(tensor)]
-    replaced = [key for key, mounted in _of_parameters(record, prefix) if not mounted.layer.is_managed]
-    names = {f"{key}.weight": key for key in replaced}
+    replaced = _of_parameters(record, prefix)
+    names = {f"{key}.weight": key for key, mounted in replaced if not mounted.layer.is_managed}
     entries = [(names.get(key, key), value) for key, value in state.items()]
     state.clear()  # in place, and the order stays
     state.update(entries)
@@ -315,7 +360,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         if key in state:
             state[f"{key}.weight"] = state.pop(key)
     if record.awaits_weights:
-        return  # weights that arrive are checked when they are complete, see s2ft.attached.arrival
+        return  # weights that arrive are checked when they are complete, see `take_up`
     order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
@@ -347,3 +392,361 @@ def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
         or torch.equal(found, order.copy_of(tensor))
         or (bool(order.record.written) and torch.equal(found, order.copy_of(tensor, without_written=True)))
     )
+
+
+# ---- a model of transformers while it trains an adapter -------------------------------------------------------------
+
+logger = logging.getLogger(__name__)
+ATTRIBUTES = ("save_pretrained", "print_trainable_parameters", "_keys_to_ignore_on_save")
+NOT_GATHERED = (
+    "%s gets no adapter: ZeRO-3 has spread it over the ranks, and this rank saves alone. DeepSpeed's own checkpoint "
+    "there has it, with the base. Use S2FTTrainer, call s2ft.save_adapter(model, folder) on every rank after the "
+    "training, or set stage3_gather_16bit_weights_on_model_save, which gathers the base too"
+)
+WHOLE_MODELS = (WEIGHTS, "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+def save_pretrained(
+    self: nn.Module,
+    save_directory,
+    is_main_process: bool = True,
+    state_dict=None,
+    push_to_hub: bool = False,
+    **options: Any,
+) -> None:
+    """Save the trainable adapter, not the model: the model's weights alone would be a checkpoint of the base.
+
+    To save the whole model, call :func:`s2ft.merge` first.
+
+    Args:
+        self: Model with a trainable adapter.
+        save_directory: Folder to write to, created if needed.
+        is_main_process: Whether this rank writes.
+        state_dict: A gathered state_dict. Default: the model's own.
+        push_to_hub: Must be False: :func:`s2ft.push_to_hub` uploads adapters.
+        options: Further options of transformers, which are ignored.
+
+    Raises:
+        ValueError: `push_to_hub` is True, or the folder contains a whole model.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> model.save_pretrained("checkpoint")
+        >>> s2ft.read_adapter("checkpoint").name
+        'default'
+    """
+    if push_to_hub:
+        raise ValueError("push_to_hub must be False while an adapter is trained: use s2ft.push_to_hub(model, repo_id)")
+    if not is_main_process:
+        return
+    directory, record = Path(save_directory), attachment_of(self)
+    if state_dict == {} and any(map(is_partitioned, record.slices.values())):  # the plain Trainer, which did not gather
+        logger.warning(NOT_GATHERED, directory)
+        return
+    _check_no_model(directory)
+    save_adapter(self, directory, record.name, state=state_dict)
+    write_card(native.read(directory), directory)
+    layers = dict.fromkeys([*record.slices, *extra_parameters(self, record)], native.TENSORS)
+    replace_file(
+        directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode()
+    )
+
+
+def _check_no_model(directory: Path) -> None:
+    """Check that the folder has no model, which would load with random weights after its index was replaced.
+
+    Raises:
+        ValueError: The folder contains a whole model's weights, or an index that s2ft did not write.
+    """
+    found = [name for name in WHOLE_MODELS if (directory / name).exists()]
+    if (directory / INDEX).exists() and json_entry(directory / INDEX, "metadata", "format") != "s2ft":
+        found.append(INDEX)
+    if found:
+        raise ValueError(
+            f"save_directory {directory} holds another model ({found[0]}), which would load with random "
+            "weights after an adapter was saved there: give another folder, or call s2ft.merge first to save the whole "
+            "model"
+        )
+
+
+def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    """Pre-hook of load_state_dict: copy the tensors of an adapter's file into the trainable layers.
+
+    Raises:
+        ValueError: They are of another selection. Nothing has changed.
+    """
+    record = attachment_of(model)
+    marked = prefix + native.EXTRA
+    found = {
+        key.removeprefix(prefix).rpartition(".")[0]
+        for key in state
+        if key.startswith(prefix) and key.endswith(".delta") and not key.startswith(marked)
+    }
+    if not found:
+        return  # the state has the layers' s2, not the tensors of an adapter's file
+    if found != record.parts.keys():
+        raise ValueError(
+            "the adapter to load trains other projections than this model: "
+            f"{', '.join(sorted(found ^ record.parts.keys())[:3])}"
+        )
+    deltas = {name: _delta(record, name, state, prefix + name) for name in found}
+    values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
+    check_same_extra(model, record, values)
+    check_extra_fits(model, record, record.name, values)
+    reshard_all(model)
+    set_mounted_deltas(record, deltas)
+    set_extra(model, record, values)
+    for name in found:
+        del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
+    for name in values:
+        del state[marked + name]
+    _ignore_base_weights(model, values)
+
+
+def _ignore_base_weights(model: nn.Module, extra_names: Iterable[str]) -> None:
+    """List the base's weights as not saved, so that Trainer does not warn that a checkpoint lacks them."""
+    model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_names}
+
+
+def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) -> Delta:
+    """Check and return the delta of one projection from the tensors of an adapter's file."""
+    mount, part = record.parts[name]
+    index, values = state.get(f"{key}.index"), state[f"{key}.delta"]
+    if index is None or not torch.equal(index.long().cpu(), part.elements):
+        raise ValueError(f"the adapter to load has other units of {name} than the ones this model trains")
+    shape = list(mount.layer.s2.shape)
+    shape[mount.layer.dim] = part.elements.numel()
+    if list(values.shape) != shape:
+        raise ValueError(f"the adapter to load has shape {tuple(values.shape)} for {name}, expected {tuple(shape)}")
+    return Delta(mount.layer.dim, part.elements, values)
+
+
+def add_to_host(model: nn.Module, record: Attachment) -> None:
+    """Give a model of transformers the functions that save and load its trainable adapter."""
+    if not hasattr(type(model), "save_pretrained"):
+        return
+    record.replaced_attributes = {name: model.__dict__[name] for name in ATTRIBUTES if name in model.__dict__}
+    # partial objects: torch.load could not make bound methods of a model that it is still loading
+    model.save_pretrained = partial(save_pretrained, model)
+    model.print_trainable_parameters = partial(print_trainable_parameters, model)
+    _ignore_base_weights(model, ())
+    model.register_load_state_dict_pre_hook(_load_deltas)
+
+
+def remove_from_host(model: nn.Module, record: Attachment) -> None:
+    """Undo :func:`add_to_host`, whether all, some or none of it was done."""
+    remove_hooks(model._load_state_dict_pre_hooks, _load_deltas)
+    for name in ATTRIBUTES if record.replaced_attributes is not None else ():
+        model.__dict__.pop(name, None)
+    model.__dict__.update(record.replaced_attributes or {})
+
+
+# ---- weights that arrive after an adapter was attached, on ranks that started without them --------------------------
+
+
+def expect_weights(model: nn.Module, record: Attachment) -> None:
+    """Make the record wait for the weights if they are on the meta device, or will be sent there to be sharded."""
+    record.awaits_weights = _any_on_meta(model, record) or will_be_loaded_again()
+
+
+def expect_none(record: Attachment) -> None:
+    """Make the model run as it is: it is a copy without numbers, for which no weights will arrive."""
+    record.awaits_weights, record.has_taken_up = False, True
+    for mount in record.mounts.values():
+        mount.layer.awaits_order = False
+
+
+def after_apply(model: nn.Module, record: Attachment) -> None:
+    """Make the record wait for the weights if the model has been moved to the meta device."""
+    if record.mounts and _any_on_meta(model, record):
+        for move in record.moves:
+            move.forget(model)
+        record.awaits_weights = True
+        mark_layers(record)
+
+
+def mark_layers(record: Attachment) -> None:
+    """Tell each trainable layer whether its units have yet to move, and what its states contain until then."""
+    waiting = {projection.path for move in record.moves if move.is_pending for projection in move.coupling.projections}
+    for path, mount in record.mounts.items():
+        mount.layer.awaits_order = path in waiting
+        if record.awaits_weights:
+            mount.layer.leave_units_out_of_states()
+
+
+def _any_on_meta(model: nn.Module, record: Attachment) -> bool:
+    return any(tensor.is_meta for coupling in record.couplings for tensor in tensors_of(model, coupling))
+
+
+@contextmanager
+def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Inside, a model whose weights are here, and will be loaded again, runs with its units in the new order."""
+    if not record.awaits_weights:
+        yield
+        return
+    record.awaits_weights = False
+    try:
+        for move in record.moves:
+            move.finish(model)
+        mark_layers(record)
+        yield
+    finally:
+        for move in record.moves:
+            move.postpone(model)
+        record.awaits_weights = True
+        mark_layers(record)
+
+
+def after_load(model: nn.Module, *_: Any) -> None:
+    """Post-hook of load_state_dict: take up weights that were loaded."""
+    if not take_up(model):
+        _reorder_if_base_was_loaded(model)
+
+
+def _reorder_if_base_was_loaded(model: nn.Module) -> None:
+    """Reorder the shards of FSDP2 again if a state has brought them in the base's order.
+
+    The state of a sharded model has the model's own order, and a checkpoint of the base has the base's. Nothing but the
+    fingerprint tells one from the other. Every rank loads a state of a sharded model, so every rank calls this.
+    """
+    record = find_attachment(model)
+    if record is None or record.awaits_weights or record.written or not any(move.is_done for move in record.moves):
+        return
+    if not any(isinstance(module, fsdp_modules()) for module in model.modules()):
+        return
+    reshard_all(model)
+    if difference(fingerprint(model, record.couplings), record.fingerprint):
+        return
+    for move in record.moves:
+        move.start_again()
+    mark_layers(record)
+    for move in record.moves:
+        move.finish(model)
+    mark_layers(record)
+
+
+def take_up(model: nn.Module) -> bool:
+    """Take up weights that have arrived since the last call. Every rank of a sharded model calls this.
+
+    Returns:
+        Whether any have arrived.
+
+    Raises:
+        RuntimeError: They are not those of the base. The units have not moved.
+    """
+    record = find_attachment(model)
+    if record is None or not record.mounts or not _has_to_take_up(model, record):
+        return False
+    reshard_all(model)
+    if _any_on_meta(model, record):
+        return False
+    for move in record.moves:
+        move.start_again()  # what was loaded is in the base's order
+    mark_layers(record)
+    _check_arrived(model, record)
+    for mount in record.mounts.values():
+        if mount.layer.s2.is_meta:
+            raise RuntimeError(
+                "the weights were loaded, and the slices (s2) are still on the meta device: call model.to_empty(device="
+                "...) before you load the state of the base, or load a state that has the slices"
+            )
+    try:
+        for move in record.moves:
+            move.finish(model)
+        _keep_extra_base(model, record)
+        record.awaits_weights, record.has_taken_up = False, True
+    except BaseException:  # an interrupt: the next call starts from the base's order again
+        for move in record.moves:
+            move.postpone(model)
+        raise
+    for mount in record.mounts.values():
+        mount.layer.forget_first_values()
+    mark_layers(record)
+    values, record.extra.arriving = record.extra.arriving, {}
+    set_extra(model, record, values)
+    return True
+
+
+def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
+    """Whether this rank, or another rank with a shard of the same weights, waits for them."""
+    if record.awaits_weights:
+        return True
+    if record.has_taken_up or not record.base.key:
+        return False
+    if not isinstance(model, fsdp_modules()) and not any(is_sharded(m.layer.weight) for m in record.mounts.values()):
+        return False
+    record.has_taken_up = not record.base.is_for_others
+    return not record.has_taken_up
+
+
+def _check_arrived(model: nn.Module, record: Attachment) -> None:
+    found = fingerprint(model, record.couplings)
+    record.expect_base(found)
+    differing = difference(found, record.fingerprint)
+    if differing:
+        raise RuntimeError(
+            f"the weights that were loaded are not those of the base that {record.name!r} belongs to: {differing}. "
+            "Load the base's own state, in its own order of units"
+        )
+
+
+def _keep_extra_base(model: nn.Module, record: Attachment) -> None:
+    """Keep the base of the extra weights, which this rank may not have had."""
+    names = list(record.extra.base)
+    if names:
+        parameters = {name: model.get_parameter(name) for name in names}
+        source = _rank_that_has(record, ranks_sharing(parameters.values()))
+        if source is None:
+            record.extra.base = full_copies(parameters)
+        else:
+            record.extra.base = {name: _sent(record, name, parameters[name], source) for name in names}
+
+
+def _rank_that_has(record: Attachment, ranks: list[int] | None) -> int | None:
+    """The first rank that has the base of the extra weights; None if none has, or if the weights are whole here."""
+    if ranks is None:
+        return None
+    has = not any(value.is_meta for value in record.extra.base.values())
+    key = wait_for_ranks("who has the base of the extra weights", ranks, str(int(has)))
+    store = dist.distributed_c10d._get_default_store()
+    return next((rank for rank in ranks if store.get(f"{key}/{rank}") == b"1"), None)
+
+
+def _sent(record: Attachment, name: str, parameter: Tensor, source: int) -> Tensor:
+    """Send the base of an extra weight from one rank to all."""
+    value = record.extra.base[name].detach()
+    device = parameter.device_mesh.device_type
+    value = value.new_empty(parameter.shape, device=device) if value.is_meta else value.to(device)
+    dist.broadcast(value, source)
+    return value.to(parameter.device)
+
+
+# ---- before a forward -----------------------------------------------------------------------------------------------
+
+
+def before_forward(model: nn.Module, *_: Any) -> None:
+    """Forward pre-hook of a model with adapters.
+
+    Weights that have arrived are taken up, the base of weights that were unfrozen by hand is recorded, and changed
+    slices are written.
+
+    Raises:
+        RuntimeError: A weight or bias of a coupling was unfrozen, which would get no gradient, or the weights that have
+            arrived are not the base's.
+    """
+    if torch.compiler.is_compiling() or transforms_active():
+        return  # in another function's graph each layer checks what its weight holds; torch.func runs them on copies
+    record, hooks = attachment_of(model), model._forward_pre_hooks
+    is_first = next(iter(hooks.values())) is before_forward
+    if not is_first:  # FSDP2 was applied since
+        hooks.move_to_end(next(key for key, hook in hooks.items() if hook is before_forward), last=False)
+    is_gathered = not is_first and isinstance(model, fsdp_modules())  # by the hook of FSDP2, which came first
+    if take_up(model) and is_gathered:
+        model.unshard()  # again
+    if model.training and torch.is_grad_enabled() and record.rest is None:  # a proof unfreezes weights for its time
+        record_unfrozen(model, record)
+    if not is_gathered:  # else layers compute with copies, this once
+        write_slices(model, record)
+
+
+skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of the graph: this one as it is

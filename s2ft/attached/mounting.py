@@ -16,8 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.active import activate, deactivate, names_of_modules, place_loaded, switch, unfreeze, write_slices
-from s2ft.attached.arrival import after_apply, after_load, before_forward, expect_weights, mark_layers
+from s2ft.attached.active import (
+    activate,
+    deactivate,
+    names_of_modules,
+    place_loaded,
+    switch,
+    unfreeze,
+    whole,
+    write_slices,
+)
 from s2ft.attached.checks import (
     check_can_move,
     check_gradients_pass,
@@ -29,12 +37,19 @@ from s2ft.attached.checks import (
     style_of,
 )
 from s2ft.attached.hosts import (
+    add_to_host,
+    after_apply,
+    after_load,
     allow_training,
+    before_forward,
     check_is_base,
     close_blocks,
+    expect_weights,
     experts_modules,
+    mark_layers,
     open_blocks,
     put_in_order,
+    remove_from_host,
     remove_hooks,
     replace_forward,
     restore_forwards,
@@ -50,7 +65,6 @@ from s2ft.attached.record import (
     find_attachment,
     set_attachment,
 )
-from s2ft.attached.saving import add_to_host, remove_from_host
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
@@ -66,7 +80,7 @@ from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.layers.base import CodedSlice
 from s2ft.layers.kind import split_of
-from s2ft.model.coupling import Coupling, Projection, Vector, projections_of
+from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import (
@@ -78,7 +92,6 @@ from s2ft.model.weights import (
     split_of_units,
     stop_packing,
 )
-from s2ft.ops._library import WRITING
 from s2ft.selection import Selection
 
 # ---- training through the codec of a GGUF file ----------------------------------------------------------------------
@@ -427,36 +440,11 @@ def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
         tensor = find(model, vector.path)
         split = split_of(tensor) if is_dtensor(tensor) and "tp" in (tensor.device_mesh.mesh_dim_names or ()) else None
         if split is not None and split.dim == (vector.expert is not None):
-            yield split.owners[_entries(vector, units)].view(coupling.count, -1)
-
-
-def _entries(vector: Vector, units: Tensor) -> Tensor:
-    return Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size).elements(
-        units
-    )
+            side = Projection("u", vector.path, len(units), vector.unit, 0, start=vector.start, size=vector.size)
+            yield split.owners[side.elements(units)].view(coupling.count, -1)
 
 
 # ---- whole changes --------------------------------------------------------------------------------------------------
-
-
-def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
-    """Make a change that nothing leaves half done.
-
-    It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
-
-    Args:
-        change: The change. Where `recover` is None it can be called again.
-        recover: What to do after an interrupt, an exception or an out-of-memory error. Default: `change` again.
-
-    Returns:
-        What `change` returns.
-    """
-    with WRITING:
-        try:
-            return change()
-        except BaseException:  # a model in between would compute something else
-            (recover or change)()
-            raise
 
 
 @contextmanager

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
-from s2ft.attached.arrival import not_awaiting
+from s2ft.attached.hosts import not_awaiting
 from s2ft.attached.mounting import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
@@ -90,11 +90,13 @@ def proved(
         yield
         return
     proof, able = Proof(model, record, couplings, verify or example is not None), can_run(model)
-
-    def run_plain() -> bool:
-        return proof.run_plain(example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection))
-
-    decision = decide("what the base computes", able, run_plain)
+    decision = decide(
+        "what the base computes",
+        able,
+        lambda: proof.run_plain(
+            example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection)
+        ),
+    )
     if decision.value is None:
         proof.notes.append("nothing was proved, because the weights are not here yet")
         if verify:
@@ -112,8 +114,8 @@ class Proof:
     def __init__(self, model: nn.Module, record: Attachment, couplings: list[Coupling], demanded: bool) -> None:
         self.model, self.record, self.couplings, self.demanded = model, record, couplings, demanded
         self.is_sharded = any(map(is_sharded, model.parameters()))
-        self.places = {} if self.is_sharded else {one.place: one for one in reversed(couplings)}
-        self.blocks = {} if self.is_sharded else {c.block: c for c in couplings if c.activation and c.block}
+        blocks = {one.block: one for one in couplings if one.activation and one.block}
+        self.places = {} if self.is_sharded else {**blocks, **{one.place: one for one in reversed(couplings)}}
         self.notes: list[str] = []  # what was not proved
         self.deltas: dict[str, Delta] = {}
         self.evaluated: list[Tensor] = []  # outputs in evaluation mode
@@ -195,7 +197,7 @@ class Proof:
         self.notes.append("training mode was not proved, because the model's outputs are random there")
 
     def _run_recorded(self, training: bool) -> list[Tensor]:
-        passed = self.passed[training] = {path: [] for path in (*self.places, *self.blocks)}
+        passed = self.passed[training] = {path: [] for path in self.places}
         return self._run(training, hook=lambda path, number, output: passed[path].append(output.detach().clone()))
 
     # ---- the attached model --------------------------------------------------------------------------
@@ -224,7 +226,13 @@ class Proof:
             if not self.is_sharded:
                 with self._weights_with_gradients() as weights:
                     self._check_blocks(training, backward=True)
-                    self._refuse_readers(weights)
+                    read = [path for path, weight in weights.items() if weight.grad is not None]
+                if read:  # some code reads it without running its layer
+                    raise ValueError(
+                        f"the model computes with the weight of {read[0]} without running that layer, so that its "
+                        "slice would get a part of its gradient only. Some code reads the weight itself, such as a "
+                        "helper or a penalty: train other layers"
+                    )
             missed = [path for path, s2 in slices.items() if s2.grad is None and self.has_backward]
             outputs = self._run(False)
             if self._differs(outputs, self.evaluated, OF_MODEL):
@@ -282,7 +290,7 @@ class Proof:
         then = passed[path][number % len(passed[path])]  # a checkpoint runs its block again, in the backward
         change = float(changes(output, then).max())
         if number < len(passed[path]) and not found and not change <= self._allowed(then, OF_BLOCK):
-            coupling = self.places.get(path) or self.blocks[path]
+            coupling = self.places[path]
             found.append(
                 f"the output of {path} changes by {change:.2g} of its size, in {coupling}, of {coupling.count} units. "
                 "Is a module, a norm or bias (vectors), or the unit wrong, or does the block compute more than s2ft "
@@ -293,16 +301,6 @@ class Proof:
     def _raise(self, training: bool, what: str) -> None:
         mode = "training" if training else "evaluation"
         raise ValueError(f"attach would change what the model computes: in {mode} mode {what}? {TRY_INSTEAD}")
-
-    def _refuse_readers(self, weights: dict[str, Tensor]) -> None:
-        """Raise ValueError for a weight that gets a gradient: some code reads it without running its layer."""
-        read = [path for path, weight in weights.items() if weight.grad is not None]
-        if read:
-            raise ValueError(
-                f"the model computes with the weight of {read[0]} without running that layer, so that its slice would "
-                "get a part of its gradient only. Some code reads the weight itself, such as a helper or a penalty: "
-                "train other layers"
-            )
 
     def _check_reached(self, missed: list[str]) -> None:
         """Name the layers that get no gradient, apart from experts, which may get no token."""
@@ -340,7 +338,7 @@ class Proof:
         record.rest = Rest(model, {mount.layer for mount in record.mounts.values()}, others)
         try:
             with ExitStack() as stack:
-                for path in {**self.places, **self.blocks} if hook else ():
+                for path in self.places if hook else ():
                     at_place = partial(_call_with_first, partial(hook, path), [0])
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
                 if "torch._dynamo" in sys.modules:
@@ -383,12 +381,8 @@ class Proof:
         dtypes = {tensor.dtype for tensor in (*self.model.parameters(), *self.evaluated, *passed)}
         return not all(dtype.is_complex or dtype in OF_BLOCK for dtype in dtypes)
 
-    @cached_property
-    def _in_double(self) -> bool:
-        return all(parameter.dtype in (torch.float64, torch.complex128) for parameter in self.model.parameters())
-
     def _allowed(self, tensor: Tensor, tolerance: Tolerance) -> float:
-        exact = self._in_double and tensor.dtype in (torch.float64, torch.complex128)
+        exact = all(one.dtype in (torch.float64, torch.complex128) for one in (tensor, *self.model.parameters()))
         return tolerance[None if self._in_half else torch.float64 if exact else torch.float32]
 
     def _differs(self, now: list[Tensor], then: list[Tensor], tolerance: Tolerance) -> bool:

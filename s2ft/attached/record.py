@@ -1,6 +1,6 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property, partial, wraps
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, check_adapter_name
 from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
-from s2ft.files.reading import check_adapter_name
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
+from s2ft.model.parts import outermost
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Rest
@@ -78,7 +78,9 @@ def transformer_in(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: There is none, or more than one.
     """
-    found = dict(_transformers(model))
+    from transformers import PreTrainedModel  # not at the top, where it would load transformers with every import
+
+    found = outermost(model, lambda module: isinstance(module, PreTrainedModel))
     if len(found) == 1:
         return next(iter(found.values()))
     kinds = ", ".join(type(module).__name__ for module in model.children())
@@ -86,21 +88,6 @@ def transformer_in(model: nn.Module) -> nn.Module:
         f"{type(model).__name__} must have one model of transformers inside, and it has "
         + (f"{len(found)}, at {', '.join(found)}: pass one of these modules" if found else f"none (modules: {kinds})")
     )
-
-
-def _transformers(module: nn.Module, path: str = "", seen: set[int] | None = None) -> Iterator[tuple[str, nn.Module]]:
-    """Yield (path, module) of the outermost models of transformers, each once."""
-    from transformers import PreTrainedModel  # not at the top, where it would load transformers with every import
-
-    seen = set() if seen is None else seen
-    if id(module) in seen:
-        return
-    seen.add(id(module))
-    if isinstance(module, PreTrainedModel):
-        yield path, module
-        return
-    for name, child in module.named_children():
-        yield from _transformers(child, f"{path}.{name}" if path else name, seen)
 
 
 def check_rest_frozen(model: nn.Module) -> None:
@@ -122,17 +109,6 @@ def check_rest_frozen(model: nn.Module) -> None:
             f"model of transformers only: freeze the module by model[{first}].requires_grad_(False), or, to train it "
             "too, attach to model.transformers_model and save the whole model after s2ft.merge"
         )
-
-
-def with_rest_frozen(function: Function) -> Function:
-    """Decorator: call :func:`check_rest_frozen` with the model before the function."""
-
-    @wraps(function)
-    def call(model: nn.Module, *args, **options):
-        check_rest_frozen(model)
-        return function(model, *args, **options)
-
-    return cast(Function, call)
 
 
 # ---- what is recorded -----------------------------------------------------------------------------------------------

@@ -11,13 +11,13 @@ from torch import nn
 
 from s2ft.attached.active import extra_parameters, names_of_modules
 from s2ft.attached.checks import coupled_names
-from s2ft.attached.record import Attachment, Mount, State, attachment_of, find_attachment, of_compiled
+from s2ft.attached.record import Attachment, State, attachment_of, find_attachment, of_compiled
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.discovery import STATUSES
-from s2ft.model.parts import tower_of
+from s2ft.model.parts import outermost, tower_of
 from s2ft.model.weights import count_parameters, weight_at
 from s2ft.selection import Selection, span, unit_parameters
 
@@ -98,12 +98,7 @@ class Report:
         if record.name is None:
             raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         parts = [
-            Trained(
-                part.projection,
-                part.elements.numel() // part.projection.unit,
-                _row_size(mount) * part.elements.numel(),
-                mount.layer.s2.dtype,
-            )
+            _trained(model, part.projection, record.selection, mount.layer.s2.dtype)
             for mount, part in record.parts.values()
         ]
         total = count_parameters(model) - sum(part.parameters for part in parts)
@@ -144,18 +139,11 @@ class Report:
             is_custom: Whether the couplings are those of no known family.
             weights: What discovery found about every weight of the blocks.
         """
-        parts = []
-        for projection in projections_of(couplings):
-            if projection.name in selection:
-                units = selection[projection.name].numel()
-                parts.append(
-                    Trained(
-                        projection,
-                        units,
-                        units * unit_parameters(model, projection),
-                        config.delta_dtype_for(weight_at(model, projection).tensor.dtype),
-                    )
-                )
+        parts = [
+            _trained(model, one, selection, config.delta_dtype_for(weight_at(model, one).tensor.dtype))
+            for one in projections_of(couplings)
+            if one.name in selection
+        ]
         parameters = dict(model.named_parameters())
         extra_weights = {
             name: full_shape(parameters[name]).numel()
@@ -213,10 +201,9 @@ class Report:
             yield f"{what}: {', '.join(counts)}"
 
 
-def _row_size(mount: Mount) -> int:
-    """The number of parameters that a layer trains for each trained row or column of its weight."""
-    shape = full_shape(mount.layer.s2)
-    return shape.numel() // shape[mount.layer.dim]
+def _trained(model: nn.Module, projection: Projection, selection: Selection, dtype: torch.dtype) -> Trained:
+    units = selection[projection.name].numel()
+    return Trained(projection, units, units * unit_parameters(model, projection), dtype)
 
 
 def _rows(parts: list[Trained]) -> list[Row]:
@@ -316,17 +303,12 @@ def _language_parameters(model: nn.Module) -> set:
 
 def _not_loaded(model: nn.Module) -> list[str]:
     """Return the paths of the topmost modules whose parameters were in no checkpoint."""
-    found: list[str] = []
-    for path, module in model.named_modules():
-        parameters = list(module.parameters())
-        if (
-            path
-            and parameters
-            and not any(path.startswith(f"{above}.") for above in found)
-            and not any(getattr(parameter, LOADED, False) for parameter in parameters)
-        ):
-            found.append(path)
-    return found
+
+    def is_new(module: nn.Module) -> bool:
+        loaded = [getattr(parameter, LOADED, False) for parameter in module.parameters()]
+        return bool(loaded) and not any(loaded)
+
+    return [path for path in outermost(model, is_new) if path]
 
 
 def _beside(model: nn.Module, prefix: str) -> list[str]:
@@ -436,9 +418,7 @@ class Status:
     def _line(self, name: str) -> tuple[str, ...]:
         """One adapter: name, projections, units of each kind of projection, parameters, flags."""
         rows = [row for row in self.rows if row.adapter == name]
-        units: dict[str, int] = {}
-        for row in rows:
-            units[row.units] = units.get(row.units, 0) + 1
+        units = Counter(row.units for row in rows)
         shown = [f"{count} × {text}" for text, count in list(units.items())[:2]]
         more = [f"and {len(units) - 2} more"] if len(units) > 2 else []
         flags = next((row.flags for row in rows), "")

@@ -167,7 +167,7 @@ def combine(folders: list[str], weights: list[float] | None, name: str | None, o
     from s2ft.adapter import native
     from s2ft.adapter.adapter import overlap, weighted_sum
     from s2ft.attached.loading import read_adapter
-    from s2ft.files.reading import check_adapter_name
+    from s2ft.config import check_adapter_name
 
     weights = [1.0] * len(folders) if weights is None else weights
     if len(weights) != len(folders):

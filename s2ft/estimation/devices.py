@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.config import check_whole
+from s2ft.config import check_whole, refuse
 from s2ft.files.plain_text import table
 
 # ---- the result -----------------------------------------------------------------------------------------------------
@@ -282,12 +282,15 @@ class Strategy:
     reduce_bucket_size: int = 500_000_000
 
     def __post_init__(self) -> None:
-        if self.name not in STRATEGIES:
-            raise ValueError(f"strategy must be one of {', '.join(STRATEGIES)}, got {self.name!r}")
         allowed = OFFLOADS.get(self.name, ())
-        if self.offload is not None and self.offload not in allowed:
-            choices = " or ".join(map(repr, allowed)) or "None: it has no offload"
-            raise ValueError(f"offload of {self.name} must be {choices}, got {self.offload!r}")
+        choices = " or ".join(map(repr, allowed)) or "None: it has no offload"
+        refuse(
+            (self.name not in STRATEGIES, f"strategy must be one of {', '.join(STRATEGIES)}, got {self.name!r}"),
+            (
+                self.offload is not None and self.offload not in allowed,
+                f"offload of {self.name} must be {choices}, got {self.offload!r}",
+            ),
+        )
         if not isinstance(self.reshard_after_forward, bool):
             raise TypeError(f"reshard_after_forward must be True or False, got {self.reshard_after_forward!r}")
         check_whole("reduce_bucket_size", self.reduce_bucket_size)

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from s2ft.attached.arrival import expect_none
+from s2ft.attached.hosts import expect_none
 from s2ft.attached.mounting import claim, mount
 from s2ft.attached.record import Attachment, check_unattached
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import is_sharded
 from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
@@ -144,10 +144,16 @@ def _checkpoint(shadow: nn.Module, kind: Any) -> None:
     Raises:
         ValueError: `kind` is unknown, or the model does not support checkpointing.
     """
-    if kind not in (True, "reentrant", "non-reentrant"):
-        raise ValueError(f"gradient_checkpointing must be True, False, 'reentrant' or 'non-reentrant', got {kind!r}")
-    if not getattr(shadow, "supports_gradient_checkpointing", False):
-        raise ValueError(f"gradient_checkpointing: {type(shadow).__name__} does not support it")
+    refuse(
+        (
+            kind not in (True, "reentrant", "non-reentrant"),
+            f"gradient_checkpointing must be True, False, 'reentrant' or 'non-reentrant', got {kind!r}",
+        ),
+        (
+            not getattr(shadow, "supports_gradient_checkpointing", False),
+            f"gradient_checkpointing: {type(shadow).__name__} does not support it",
+        ),
+    )
     name = "activation" if hasattr(shadow, "activation_checkpointing_enable") else "gradient"  # transformers 5.2x
     options = {"use_reentrant": kind == "reentrant", "preserve_rng_state": False}
     getattr(shadow, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})
@@ -170,10 +176,13 @@ def made_inputs(
         raise ValueError(f"length must be given for {type(shadow).__name__}, which takes tokens, got None")
     takes = inspect.signature(shadow.forward).parameters
     if logits is not None:
-        if "logits_to_keep" not in takes:
-            raise ValueError(f"logits={logits}: {type(shadow).__name__} can't compute logits for some positions only")
-        if logits > length:
-            raise ValueError(f"logits must be at most length, {length}, got {logits}")
+        refuse(
+            (
+                "logits_to_keep" not in takes,
+                f"logits={logits}: {type(shadow).__name__} can't compute logits for some positions only",
+            ),
+            (length is not None and logits > length, f"logits must be at most length, {length}, got {logits}"),
+        )
         inputs["logits_to_keep"] = logits
     if "labels" in takes and "decoder_input_ids" in inputs:
         inputs["labels"] = inputs.pop("decoder_input_ids")  # the model makes the decoder inputs from its labels

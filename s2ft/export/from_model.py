@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from s2ft.attached.active import extra_values, mounted_deltas, write_slices
 from s2ft.attached.checks import check_can_merge, coupled_names
 from s2ft.attached.record import Attachment, attachment_of, of_compiled
+from s2ft.config import refuse
 from s2ft.distributed import (
     all_ranks,
     decide,
     full_values,
-    is_dtensor,
     is_partitioned,
-    own_shard,
+    own_shards,
     reshard_all,
     run_on_first_rank,
     run_on_ranks,
@@ -110,13 +110,14 @@ def save_merged(
 
 def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | None) -> None:
     """Raise ValueError if the adapters can't be merged."""
-    if not is_of_transformers(model):
-        raise ValueError(
+    refuse(
+        (
+            not is_of_transformers(model),
             f"save_merged writes checkpoints of transformers, and {type(model).__name__} is no model of it: call "
-            "s2ft.merge, and save the state_dict"
-        )
-    if not record.active:
-        raise ValueError("no adapter is active, so there is nothing to merge: call s2ft.set_adapter first")
+            "s2ft.merge, and save the state_dict",
+        ),
+        (not record.active, "no adapter is active, so there is nothing to merge: call s2ft.set_adapter first"),
+    )
     if record.name in record.active:
         check_can_merge(record)
     if isinstance(max_shard_size, str):
@@ -212,17 +213,8 @@ def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWei
         if name in changed or tensor.is_meta or name not in weights:
             continue
         stored = weights.read(name)
-        if is_partitioned(tensor):
-            part = tensor.ds_tensor.detach().flatten()
-            first = part.numel() * dist.get_rank(tensor.ds_process_group)
-            stored = stored.flatten()[first : first + part.numel()]
-            part = part[: stored.numel()]
-        elif is_dtensor(tensor):
-            shard = own_shard(tensor)
-            part, stored = shard.tensor, shard.cut(stored)
-        else:
-            part = tensor.detach()
-        if not torch.equal(part.cpu(), stored):
+        stored = stored.flatten(2) if is_partitioned(tensor) and stored.dim() > 2 else stored  # as its blocks are cut
+        if not all(torch.equal(shard.tensor.cpu(), shard.cut(stored)) for shard in own_shards(tensor)):
             return f"{name} differs"
     return ""
 

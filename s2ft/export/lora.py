@@ -27,11 +27,10 @@ from s2ft.attached.checks import check_fits
 from s2ft.attached.loading import load_adapter
 from s2ft.attached.record import Attachment, attachment_of, find_attachment, new_attachment, of_compiled
 from s2ft.attached.saving import get_adapter, model_info
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import by_key, replace_file
 from s2ft.files.reading import (
     FLOATS,
-    check_adapter_name,
     check_finite,
     json_entry,
     open_file,
@@ -177,12 +176,17 @@ def _factors(delta: Delta, shape: Sequence[int]) -> Sides:
 
 def _rank(needed: int, asked: int | None, rank_pattern: bool) -> int:
     """The highest rank of the LoRA."""
-    if asked is not None:
-        if isinstance(asked, bool) or not isinstance(asked, int) or asked < needed:
-            raise ValueError(f"rank must be at least {needed}, the rank of the widest slice, got {asked!r}")
-        if rank_pattern:
-            raise ValueError("rank and rank_pattern exclude each other: a pattern gives each module its own rank")
     highest = needed if asked is None else asked
+    refuse(
+        (
+            isinstance(highest, bool) or not isinstance(highest, int) or highest < needed,
+            f"rank must be at least {needed}, the rank of the widest slice, got {asked!r}",
+        ),
+        (
+            asked is not None and rank_pattern,
+            "rank and rank_pattern exclude each other: a pattern gives each module its own rank",
+        ),
+    )
     if vllm_rank(highest) is None:
         warnings.warn(
             f"the widest slice needs rank {highest}, and vLLM's max_lora_rank is {VLLM_RANKS[-1]} at most: PEFT reads "

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from s2ft.files.plain_text import by_key
 from s2ft.files.streaming import StoredTensor, checksum, lay_out
 from s2ft.model.checkpoint import INDEX, CannotStream, Group, StoredWeights, open_checkpoint, saving_groups, tied_names
 from s2ft.model.coupling import Projection
@@ -122,10 +123,11 @@ class MergedWeights:
         """
         self.source = source
         self.state = model.state_dict(keep_vars=True)
-        self._deltas: dict[int, list[tuple[WeightHandle, int, list[Sum]]]] = {}
-        for name, passes in changes.passes.items():
-            handle = weight_at(model, changes.projections[name])
-            self._deltas.setdefault(id(handle.tensor), []).append((handle, changes.projections[name].dim, passes))
+        handles = {name: weight_at(model, changes.projections[name]) for name in changes.passes}
+        self._deltas: dict[int, list[tuple[WeightHandle, int, list[Sum]]]] = by_key(
+            (id(handles[name].tensor), (handles[name], changes.projections[name].dim, passes))
+            for name, passes in changes.passes.items()
+        )
         self._extra = {id(self.state[name]): value for name, value in changes.extra.items()}
 
     def __contains__(self, name: str) -> bool:

@@ -1,4 +1,4 @@
-"""Plain text: values by a key, tables in columns, YAML, files replaced in one step. Nothing here imports PyTorch."""
+"""Plain text: values by a key, tables, YAML, names, files replaced in one step. Nothing here imports PyTorch."""
 
 import os
 import re
@@ -74,6 +74,17 @@ def parse_yaml(text: str) -> Any:
     number = re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, [*"-+0123456789"])
     return yaml.load(text, Loader)
+
+
+# ---- names ----------------------------------------------------------------------------------------------------------
+
+MAX_NAME = 500  # characters
+
+
+def shortened(value: Any) -> str:
+    """The value in quotes, at most about 100 characters long and without control characters for a terminal."""
+    text = ascii(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 # ---- replacing files ------------------------------------------------------------------------------------------------

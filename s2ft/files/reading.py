@@ -23,10 +23,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
+from s2ft.files.plain_text import MAX_NAME, shortened
+
 MAX_CONFIG = 64 * 2**20  # bytes; mixtures of 256 experts in 60 layers need about 10 MiB
 MAX_HEADER = 32 * 2**20  # bytes of a safetensors header; the same mixtures need about 13 MiB
 MAX_TENSORS = 64 * 2**30  # bytes of a safetensors file
-MAX_NAME = 500  # characters
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # reading such files can run code
 TYPES = {
     "F64": torch.float64,
@@ -162,36 +163,6 @@ def check_parameter(name: Any, where: str) -> None:
     """Raise ValueError unless `name` is a parameter's name: words separated by dots."""
     if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(rf"{WORD}(?:\.{WORD})*", name):
         raise ValueError(f"{where}: {shortened(name)} is not the name of a parameter")
-
-
-def check_adapter_name(name: Any, where: str = "name") -> None:
-    """Check an adapter's name. Arguments and files are checked by this one rule.
-
-    Args:
-        name: The name to check.
-        where: The start of the message: the argument, or the file that has the name.
-
-    Raises:
-        ValueError: It is not a printable word of at most MAX_NAME characters, has a slash, or begins with a dot.
-    """
-    if (
-        not isinstance(name, str)
-        or not 0 < len(name) <= MAX_NAME
-        or not name.isprintable()
-        or name.startswith(".")
-        or "/" in name
-        or "\\" in name
-    ):
-        raise ValueError(
-            f"{where}: an adapter's name must be a word without slashes, got {shortened(name)}: give "
-            f"at most {MAX_NAME} printable characters, and no dot in front"
-        )
-
-
-def shortened(value: Any) -> str:
-    """The value in quotes, at most about 100 characters long and without control characters for a terminal."""
-    text = ascii(value)
-    return text if len(text) <= 100 else f"{text[:100]}…"
 
 
 # ---- safetensors ---------------------------------------------------------------------------------------

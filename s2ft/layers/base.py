@@ -32,7 +32,6 @@ from s2ft.distributed import (
     ranks_sharing,
     reads_weights,
     release_gathered,
-    write_full_values,
 )
 from s2ft.layers.kind import Kind
 from s2ft.ops import Slice, effective_units, write_slices_
@@ -74,19 +73,6 @@ def stamp(tensor: Tensor) -> tuple[int, Any]:
     return tensor._version, ref(tensor.untyped_storage())
 
 
-def watch(layer: Any, s2: Tensor) -> None:
-    """Write a layer again after a step of an optimizer that has its s2.
-
-    Args:
-        layer: The layer (S2Layer).
-        s2: What this process has of its s2.
-    """
-    if not _OptimizerSteps.is_watched:
-        _OptimizerSteps.is_watched = True
-        register_optimizer_step_post_hook(_OptimizerSteps.note)
-    _holding[s2.untyped_storage()._cdata] = layer
-
-
 def note_written(device: torch.device) -> None:
     """Remember that weights on a device have been written, so that other streams wait for it."""
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
@@ -111,25 +97,25 @@ def wait_for_write(weight: Tensor) -> None:
             stream.wait_event(last[1])
 
 
-class _OptimizerSteps:
-    """Writes the slices that an optimizer has changed, so that whoever reads a weight finds base + s2 after the step.
+@cache  # once a process
+def _watch_optimizers() -> None:
+    register_optimizer_step_post_hook(_write_stepped)
+
+
+@torch.compiler.disable
+def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+    """Write the slices that an optimizer has changed, so that whoever reads a weight finds base + s2 after the step.
 
     An optimizer may change s2 without PyTorch counting it. What an engine manages has its new values later, so that it
     is written before the next forward.
     """
-
-    is_watched = False
-
-    @staticmethod
-    @torch.compiler.disable
-    def note(optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-        changed = [layer for layer in set(_holding.values()) if layer.fused]
-        changed = [layer for layer in changed if id(layer.s2) in stepped or layer.is_managed]
-        changed = [layer for layer in changed if layer.after_step()]
-        write_all(changed)
-        for layer in changed:
-            layer.expect_change()
+    stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
+    changed = [layer for layer in set(_holding.values()) if layer.fused]
+    changed = [layer for layer in changed if id(layer.s2) in stepped or layer.is_managed]
+    changed = [layer for layer in changed if layer.after_step()]
+    write_all(changed)
+    for layer in changed:
+        layer.expect_change()
 
 
 def _check_held(s2: Tensor, trains: bool) -> None:
@@ -468,7 +454,8 @@ class S2Layer(nn.Module):
         # An optimizer or code of others may change s2 next without telling: see expect_change
         state = {"_written": stamps, "_whole": stamps[1][1], "_is_current": True, "_may_have_changed": False}
         self.__dict__.update(state)
-        watch(self, local_part(self.s2))
+        _watch_optimizers()
+        _holding[local_part(self.s2).untyped_storage()._cdata] = self
 
     def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
         """Keep the base's values of a whole weight. Since they were kept, others may have been loaded into it."""
@@ -696,10 +683,8 @@ class S2Layer(nn.Module):
 
     def start_s2(self) -> None:
         """Give s2, which was on the meta device, the values that training starts from."""
-        if self._first_values is None:
-            own_shard(self.s2).tensor.zero_()
-        else:
-            write_full_values(self.s2, self._first_values.to(self.s2.dtype))
+        shard = own_shard(self.s2)
+        shard.tensor.copy_(shard.tensor.new_zeros(()) if self._first_values is None else shard.cut(self._first_values))
 
     def forget_first_values(self) -> None:
         """Free what was kept for an s2 on the meta device."""
@@ -824,15 +809,12 @@ class CodedSlice:
     def __call__(self, s2: Tensor) -> Tensor:
         """The values of the units nearest to base + s2, in the order of s2, float32. Gradients flow to s2 unchanged."""
         if self.base.device != s2.device:
-            self._to(s2.device)
+            codes, scales = self.blocks
+            self.blocks = Blocks(codes.to(s2.device), tuple(scale.to(s2.device) for scale in scales))
+            self.positions, self.base = self.positions.to(s2.device), self.base.to(s2.device)
         with torch.no_grad():
             wanted = self.base + s2.index_select(self.dim, self.positions).float()
             coded = self.codec.values(self.codec.nearest(wanted, self.blocks)).float()
             coded = torch.where(wanted.isfinite(), coded, wanted)  # so that a loss of NaN is seen
             coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
         return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
-
-    def _to(self, device: torch.device) -> None:
-        codes, scales = self.blocks
-        self.blocks = Blocks(codes.to(device), tuple(scale.to(device) for scale in scales))
-        self.positions, self.base = self.positions.to(device), self.base.to(device)

@@ -276,8 +276,14 @@ def experts_forward(
     count = _stored(getattr(self, first)).shape[0]
     numbers = torch.arange(count, device=experts.device)  # nothing waits for a GPU
     offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # the row where each expert ends
-    keep = _Here(self, experts, count)
-    rows = (offsets, keep.experts, tokens)
+    # Experts of other devices have the numbers after those of this device, and their rows are zero here. transformers
+    # says whether there are any; a class without its flag may have them.
+    others = (experts >= count)[:, None] if getattr(self, "_is_expert_parallel", True) else None
+
+    def keep(rows: Tensor) -> Tensor:
+        return rows if others is None else rows.masked_fill(others, 0.0)
+
+    rows = (offsets, experts if others is None else experts.clamp(max=count - 1), tokens)
     inner = keep(_project(self, first, keep(x), *rows))
     outer = keep(_project(self, "down_proj", act(inner), *rows))
     if getattr(self, "has_post_expert_norm", False):
@@ -285,18 +291,6 @@ def experts_forward(
     weighted = outer * top_k_weights.reshape(-1)[order, None]
     places = torch.empty_like(order).scatter_(0, order, torch.arange(order.shape[0], device=order.device))
     return weighted[places].view(-1, k, outer.shape[1]).sum(1).to(hidden_states.dtype)
-
-
-class _Here:
-    """Sets the rows of experts of other devices to zero. Such experts have the numbers after those of this device."""
-
-    def __init__(self, owner: nn.Module, experts: Tensor, count: int) -> None:
-        # transformers says whether there are any; a class without its flag may have them.
-        self.others = (experts >= count)[:, None] if getattr(owner, "_is_expert_parallel", True) else None
-        self.experts = experts if self.others is None else experts.clamp(max=count - 1)
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        return rows if self.others is None else rows.masked_fill(self.others, 0.0)
 
 
 def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Tensor, tokens: Tensor) -> Tensor:

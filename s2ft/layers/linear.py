@@ -69,7 +69,11 @@ class S2Linear(S2Layer):
         self.weight = nn.Parameter(
             torch.empty(out_features, in_features, device=device, dtype=dtype), requires_grad=False
         )
-        self._add_bias(bias)
+        if isinstance(bias, Tensor) and bias.shape != (out_features,):
+            raise ValueError(f"bias must have shape ({out_features},), got {tuple(bias.shape)}")
+        has_bias = bias is not None and bias is not False
+        made = nn.Parameter(self.weight.new_empty(out_features), requires_grad=False) if has_bias else None
+        self.register_parameter("bias", made)
         self._set_units(start, end, index, delta_dtype)
         if self.weight.is_meta:  # only an attached layer needs s2 elsewhere
             self.s2 = nn.Parameter(self.s2.to("meta"))
@@ -88,14 +92,6 @@ class S2Linear(S2Layer):
         if type(module) is not nn.Linear:  # other modules may read the settings of a derived class
             own = {name: value for name, value in vars(module).items() if not name.startswith("_")}
             self.__dict__.update({name: value for name, value in own.items() if name not in vars(self)})
-
-    def _add_bias(self, bias) -> None:
-        if isinstance(bias, Tensor) and bias.shape != (self.out_features,):
-            raise ValueError(f"bias must have shape ({self.out_features},), got {tuple(bias.shape)}")
-        if bias is None or bias is False:
-            self.register_parameter("bias", None)
-        else:
-            self.bias = nn.Parameter(self.weight.new_empty(self.out_features), requires_grad=False)
 
     def reset_parameters(self) -> None:
         """Initialise weight and bias as nn.Linear does, and `s2` with zeros."""

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2ft.config import check_whole
+from s2ft.config import check_whole, refuse
 from s2ft.files.plain_text import by_key
 
 PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l")  # u, g, d: up, gate, down; l: linear layer in no coupling
@@ -462,11 +462,8 @@ class Coupling:
 
     def __str__(self) -> str:
         expert = "" if self.expert is None else f", expert {self.expert}"
-        if self.is_one_sided:
-            parts = f"{SIDES[self.main.dim]} of {self.main.name}"
-        else:
-            parts = f"{', '.join(projection.name for projection in self.producers)} to {self.main.name}"
-        return f"the {self.kind} coupling of layer {self.layer}{expert} ({parts})"
+        of = f"{SIDES[self.main.dim]} of" if self.is_one_sided else f"{', '.join(p.name for p in self.producers)} to"
+        return f"the {self.kind} coupling of layer {self.layer}{expert} ({of} {self.main.name})"
 
     def to_dict(self) -> dict[str, Any]:
         """Convert to a dict for JSON.
@@ -582,15 +579,17 @@ def _checked(coupling: Any, where: str) -> Coupling:
         raise TypeError(f"{where}: kind must be a str and fixed a bool, got {coupling.kind!r} and {coupling.fixed!r}")
     _check_numbers(coupling, where, "", layer=0)
     coupling = replace(coupling, producers=tuple(coupling.producers), vectors=tuple(coupling.vectors))
-    if coupling.is_one_sided and len(list(coupling.projections)) != 1:
-        raise ValueError(
+    refuse(
+        (
+            coupling.is_one_sided and len(list(coupling.projections)) != 1,
             f"{where}: a coupling must have producers and a consumer, or, if its layer shares units with no other, "
-            f"exactly one projection; got {len(coupling.producers)} producers and no consumer"
-        )
-    if coupling.is_one_sided and coupling.vectors:
-        raise ValueError(
-            f"{where}: vectors are reordered with the units, and nothing of a one-sided coupling is: leave them out"
-        )
+            f"exactly one projection; got {len(coupling.producers)} producers and no consumer",
+        ),
+        (
+            coupling.is_one_sided and coupling.vectors,
+            f"{where}: vectors are reordered with the units, and nothing of a one-sided coupling is: leave them out",
+        ),
+    )
     for projection in coupling.projections:
         _check_projection(projection, int(projection is coupling.consumer), where, coupling.is_one_sided)
     for vector in coupling.vectors:
@@ -606,31 +605,35 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
             f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}"
         )
     keys = "l" if is_one_sided else ("qkvug", "od")[dim]
-    if projection.key not in PROJECTIONS or projection.key not in keys:
-        place = "in a one-sided coupling" if is_one_sided else "on this side"
-        raise ValueError(
-            f"{where}: the key of {projection.path} must be one of {', '.join(keys)} {place}, got {projection.key!r}"
-        )
-    if projection.dim != dim:
-        raise ValueError(
-            f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), got {projection.dim!r}"
-        )
+    place = "in a one-sided coupling" if is_one_sided else "on this side"
+    refuse(
+        (
+            projection.key not in PROJECTIONS or projection.key not in keys,
+            f"{where}: the key of {projection.path} must be one of {', '.join(keys)} {place}, got {projection.key!r}",
+        ),
+        (
+            projection.dim != dim,
+            f"{where}: {projection.path} must have dim {dim} ({('producer', 'consumer')[dim]}), got {projection.dim!r}",
+        ),
+    )
     _check_numbers(projection, where, f" of {projection.path}", count=1, unit=1, start=0, stride=1, size=1, expert=0)
-    if not isinstance(projection.transposed, bool) or projection.transposed and projection.expert is None:
-        raise ValueError(
-            f"{where}: transposed of {projection.path} must be a bool, and can be True for an expert only, got "
-            f"{projection.transposed!r}"
-        )
-    if projection.size is None and (projection.start or projection.stride is not None):
-        raise ValueError(
-            f"{where}: {projection.path} must have size, the number of all elements of dim {dim}, with start or stride"
-        )
     last = int(projection.elements(torch.tensor([projection.count - 1])).max())
-    if last >= projection.extent:
-        raise ValueError(
+    refuse(
+        (
+            not isinstance(projection.transposed, bool) or projection.transposed and projection.expert is None,
+            f"{where}: transposed of {projection.path} must be a bool, and can be True for an expert only, got "
+            f"{projection.transposed!r}",
+        ),
+        (
+            projection.size is None and (projection.start or projection.stride is not None),
+            f"{where}: {projection.path} must have size, the number of all elements of dim {dim}, with start or stride",
+        ),
+        (
+            last >= projection.extent,
             f"{where}: the last unit of {projection.path} must end within size {projection.size}, and it ends at "
-            f"element {last}"
-        )
+            f"element {last}",
+        ),
+    )
 
 
 def _check_numbers(thing: Any, where: str, of: str, **least: int) -> None:

@@ -251,12 +251,11 @@ def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[st
         KeyError: A name is not one of a projection of the couplings.
     """
     known = {projection.name: projection for projection in projections_of(couplings)}
-    locations = {}
-    for name in names:
-        projection, handle = known[name], weight_at(model, known[name])
-        locations[name] = Location(
-            projection.path, projection.extent, _storage(handle.kind), projection.size is not None, projection.expert
-        )
+    chosen = {name: known[name] for name in names}
+    locations = {
+        name: Location(one.path, one.extent, _storage(weight_at(model, one).kind), one.size is not None, one.expert)
+        for name, one in chosen.items()
+    }
     return Structure(locations, _base_weights(model, couplings))
 
 

@@ -3,7 +3,7 @@
 The configs inside a transformers model's config say in which tower a module is. Where they don't, its name decides.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -154,7 +154,10 @@ def activation_of(model: nn.Module, mlp: str) -> str | None:
     block = model.get_submodule(mlp)
     act = getattr(block, "act_fn", None)
     untouched = name in HIDDEN_ACTS and type(act) is type(ACT2FN[name]) and "forward" not in vars(act)
-    return HIDDEN_ACTS[name] if untouched and is_gated_mlp(type(block)) else None
+    # The same instructions: nothing that computes more is taken for it, as a derived class, or a forward put in later.
+    code = getattr(type(block).forward, "__code__", None)
+    is_gated = code is not None and (code.co_code, code.co_names) in GATED
+    return HIDDEN_ACTS[name] if untouched and is_gated else None
 
 
 def _gated(self, x):
@@ -172,15 +175,6 @@ def _gated_with_gate(self, x):
 
 
 GATED = [(one.__code__.co_code, one.__code__.co_names) for one in (_gated, _gated_with_result, _gated_with_gate)]
-
-
-def is_gated_mlp(block_class: type[nn.Module]) -> bool:
-    """Whether the forward of a class has the same instructions as :func:`_gated`, in one of the ways to write it.
-
-    So nothing that computes more is taken for it: a derived class, or a forward that someone has put in the class.
-    """
-    code = getattr(block_class.forward, "__code__", None)
-    return code is not None and (code.co_code, code.co_names) in GATED
 
 
 def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -> dict[str, int]:
@@ -211,6 +205,15 @@ def get(module: nn.Module, path: str) -> Any:
     for name in path.split("."):
         module = getattr(module, name, None)
     return module
+
+
+def outermost(model: nn.Module, fits: Callable[[nn.Module], bool]) -> dict[str, nn.Module]:
+    """The modules that fit, by path, without those inside another one of them."""
+    found: dict[str, nn.Module] = {}
+    for path, module in model.named_modules():
+        if not any(path.startswith(f"{outer}.") for outer in found) and fits(module):
+            found[path] = module
+    return found
 
 
 def layers_of(model: nn.Module, name: str) -> Iterator[tuple[str, nn.Module]]:

@@ -113,36 +113,31 @@ class MovingTensor(NamedTuple):
 
     Attributes:
         tensor: The parameter or buffer as it is stored.
-        elements: Order of the elements along `dim` of its view, int64; position i gets element elements[i].
-        dim: Dimension of the view.
-        stored_dim: Dimension of the stored tensor that `dim` is.
-        expert: Number of the expert whose part of the tensor is viewed; None: all of the tensor is viewed.
-        view_of: Function of a tensor of the stored shape and the number of an expert, which returns the view.
+        elements: Order of the elements along `dim`, int64; position i gets element elements[i].
+        dim: Dimension of the tensor.
+        expert: Number of the expert whose part of the tensor is reordered; None: all of the tensor is.
     """
 
     tensor: Tensor
     elements: Tensor
     dim: int
-    stored_dim: int
-    expert: int | None
-    view_of: Callable[[Tensor, int | None], Tensor]
-
-    def view(self, tensor: Tensor) -> Tensor:
-        """View a tensor of the stored shape so that it can be reordered along `dim`."""
-        return self.view_of(tensor, self.expert)
+    expert: int | None = None
 
     def changing(self) -> Tensor:
         """The positions that get another element, [n] int64."""
         return (self.elements != torch.arange(self.elements.numel())).nonzero().squeeze(1)
 
-    def permute_shard(self, tensor: Tensor) -> None:
-        """Reorder a DTensor of the stored shape in place. Every rank that has a shard must call this."""
-        _permute(self._replace(tensor=tensor))
-
     def permute(self, tensor: Tensor) -> None:
-        """Reorder a tensor of the stored shape, in place."""
-        view = self.view(tensor.detach())
-        permute_(view, self.elements.to(view.device), self.dim)
+        """Reorder a tensor of the stored shape, in place. Every rank that has a shard of it must call this."""
+        moving = self._replace(tensor=tensor)
+        if is_dtensor(tensor):
+            _permute_shard(moving)
+            return
+        with gathered_parameter(tensor):
+            part = _OwnShard.of(moving)
+            shape = part.tensor.shape  # of a convolution it has the taps in one dimension or more
+            whole = part.tensor if len(shape) <= 3 else part.tensor.view(*shape[:2], -1)
+            permute_(whole, self.elements.to(whole.device), part.dim)
 
 
 def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Iterator[MovingTensor]:
@@ -157,20 +152,14 @@ def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Itera
     for projections in by_weight.values():
         first, elements = projections[0], element_order(projections, order)
         handle = weight_at(model, first)
-        stored = 1 - first.dim if handle.kind.transposed else first.dim
-        stored += first.expert is not None
-        yield MovingTensor(handle.tensor, elements, first.dim, stored, first.expert, handle.kind.view)
+        dim = 1 - first.dim if handle.kind.transposed else first.dim
+        yield MovingTensor(handle.tensor, elements, dim + (first.expert is not None), first.expert)
         if first.dim == 0 and handle.bias is not None:
-            yield MovingTensor(handle.bias, elements, 0, 0, None, lambda bias, _: bias)
+            yield MovingTensor(handle.bias, elements, 0)
     for vector in coupling.vectors:
         moved = Projection("u", vector.path, order.numel(), vector.unit, 0, start=vector.start, size=vector.size)
-        elements, stored = element_order([moved], order), int(vector.expert is not None)
-        yield MovingTensor(find(model, vector.path), elements, 0, stored, vector.expert, _as_rows)
-
-
-def _as_rows(tensor: Tensor, expert: int | None) -> Tensor:
-    rows = tensor if expert is None else tensor[expert]
-    return rows.view(rows.shape[0], -1)
+        dim = int(vector.expert is not None)
+        yield MovingTensor(find(model, vector.path), element_order([moved], order), dim, vector.expert)
 
 
 class Move:
@@ -264,13 +253,11 @@ class Move:
         self.recover(model)
         if self.is_done == done:
             return
-        kept = []
-        for moving in self._moving(model, done):
-            with WRITING:
-                kept.append(_keep(moving))
+        with WRITING:
+            kept = [_keep(moving) for moving in self._moving(model, done)]
         self._state = (not done, kept)
         for moving in self._moving(model, done):
-            _permute(moving)
+            moving.permute(moving.tensor)
         self._state = (done, None)
 
     def _moving(self, model: nn.Module, done: bool) -> Iterator[MovingTensor]:
@@ -292,40 +279,18 @@ def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[M
 
 def _keep(moving: MovingTensor) -> Tensor:
     """Copy the values of a tensor on this rank that a change will overwrite."""
-    tensor = moving.tensor
-    if is_partitioned(tensor):
-        return tensor.ds_tensor.detach().clone()
-    if is_dtensor(tensor):
-        part = _OwnShard.of(moving)
-        return torch.empty(0) if part is None else part.read(part.own(moving.changing()))
-    view = moving.view(tensor.detach())
-    return view.index_select(moving.dim, moving.changing().to(view.device))
+    if is_partitioned(moving.tensor):
+        return moving.tensor.ds_tensor.detach().clone()
+    part = _OwnShard.of(moving)
+    return torch.empty(0) if part is None else part.read(part.own(moving.changing()))
 
 
 def _put_back(moving: MovingTensor, values: Tensor) -> None:
     """Write what :func:`_keep` returned. No other rank takes part."""
-    tensor = moving.tensor
-    if is_partitioned(tensor):
-        tensor.ds_tensor.detach().copy_(values)
-    elif is_dtensor(tensor):
-        part = _OwnShard.of(moving)
-        if part is not None:
-            part.write(part.own(moving.changing()), values)
-    else:
-        target = moving.view(tensor.detach()).transpose(0, moving.dim)
-        target[moving.changing().to(target.device)] = values.to(target).transpose(0, moving.dim)
-
-
-def _permute(moving: MovingTensor) -> None:
-    """Reorder a tensor. If it is spread over ranks, every one of them calls this and writes its own shard."""
-    tensor = moving.tensor
-    if is_partitioned(tensor):
-        with gathered_parameter(tensor):
-            moving.permute(tensor)
-    elif is_dtensor(tensor):
-        _permute_shard(moving)
-    else:
-        moving.permute(tensor)
+    if is_partitioned(moving.tensor):
+        moving.tensor.ds_tensor.detach().copy_(values)
+    elif (part := _OwnShard.of(moving)) is not None:
+        part.write(part.own(moving.changing()), values)
 
 
 def _permute_shard(moving: MovingTensor) -> None:
@@ -336,17 +301,17 @@ def _permute_shard(moving: MovingTensor) -> None:
     sources = moving.elements[changing]
     values = part.empty(changing.numel())
     values.index_copy_(part.dim, part.places(sources).to(values.device), part.read(part.own(sources)))
-    if not stays_in_blocks(moving.tensor, moving.stored_dim, moving.elements):
-        values = sum_over_shards(values, moving.tensor, moving.stored_dim)
+    if not stays_in_blocks(moving.tensor, moving.dim, moving.elements):
+        values = sum_over_shards(values, moving.tensor, moving.dim)
     values = values.index_select(part.dim, part.places(changing).to(values.device))
     part.write(part.own(changing), values)
 
 
 class _OwnShard(NamedTuple):
-    """This rank's shard of a DTensor that is reordered, or of the expert in it.
+    """What this rank has of a tensor that is reordered, or of the expert in it.
 
     Attributes:
-        tensor: The shard, in its own memory.
+        tensor: The shard of a DTensor, or a whole tensor, in its own memory.
         dim: Its dimension that is reordered.
         find: Function of elements [n], which returns their places in the part and which of them are in it, see
             :meth:`s2ft.distributed.Shard.find`.
@@ -360,10 +325,10 @@ class _OwnShard(NamedTuple):
     def of(cls, moving: MovingTensor) -> "_OwnShard | None":
         """Return this rank's part; None if the expert is on other ranks."""
         shard = own_shard(moving.tensor)
-        dim, find = moving.stored_dim, partial(shard.find, dim=moving.stored_dim)
+        dim, find = moving.dim, partial(shard.find, dim=moving.dim)
         if moving.expert is None:
             return cls(shard.tensor, dim, find)
-        number = moving.expert - shard.start[0]
+        number = moving.expert - (0 if shard.is_full else shard.start[0])
         return cls(shard.tensor[number], dim - 1, find) if 0 <= number < shard.tensor.shape[0] else None
 
     def places(self, elements: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ that run the model come before the engine. They run it inside :func:`gathered_fo
 
 import inspect
 import random
-import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
+import numpy
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
@@ -120,20 +120,17 @@ def _public(module: nn.Module) -> dict[str, Any]:
 @contextmanager
 def seeded(model: nn.Module, seed: int) -> Iterator[None]:
     """Inside, all random numbers start from a seed; afterwards the random states are as before."""
-    numpy: Any = sys.modules.get("numpy")
-    states = random.getstate(), None if numpy is None else numpy.random.get_state()
+    states = random.getstate(), numpy.random.get_state()
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers()) if tensor.is_cuda}
     try:
         with torch.random.fork_rng(sorted(devices, key=str)):
             torch.manual_seed(seed)
             random.seed(seed)
-            if numpy is not None:
-                numpy.random.seed(seed)
+            numpy.random.seed(seed)
             yield
     finally:
         random.setstate(states[0])
-        if numpy is not None:
-            numpy.random.set_state(states[1])
+        numpy.random.set_state(states[1])
 
 
 # ---- the tensors in what a model returns, and by how much two of them differ ----------------------------------------

@@ -19,7 +19,6 @@ from s2ft.distributed import (
     gathered_parameter,
     has_numbers,
     is_dtensor,
-    is_partitioned,
     is_sharded,
     own_shard,
     reads_weights,
@@ -119,22 +118,16 @@ class WeightHandle:
         """
         return nullcontext(self.matrix) if self.read_only else full_values(self.tensor)
 
-    def shard(self) -> AbstractContextManager[Shard]:
+    @contextmanager
+    def shard(self) -> Iterator[Shard]:
         """Open the part of :attr:`matrix` that this rank can write, in the weight's own memory.
 
         That is the full matrix, unless FSDP2 shards it. Under ZeRO-3 every rank must call this and write the same
         values.
         """
         weight = self.tensor
-        if is_partitioned(weight):
-            return self._gathered()
-        own = self.kind.shard(own_shard(weight), self.expert) if is_dtensor(weight) else Shard(self.matrix)
-        return nullcontext(own)
-
-    @contextmanager
-    def _gathered(self) -> Iterator[Shard]:
-        with gathered_parameter(self.tensor):
-            yield Shard(self.matrix)
+        with gathered_parameter(weight):
+            yield self.kind.shard(own_shard(weight), self.expert) if is_dtensor(weight) else Shard(self.matrix)
 
 
 def weight_at(model: nn.Module, projection: Projection) -> WeightHandle:

@@ -196,55 +196,48 @@ grouped_outer = define(
 # ---- the units of a slice ---------------------------------------------------------------------------------
 
 
-class _Table(NamedTuple):
-    """The units of each group, with as many places for every group.
+def _table(index: Tensor, most: int, groups: int, size: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """Make a table of the units of each group, with as many places for every group. Nothing waits for the device.
 
-    Attributes:
-        units: [groups, places] int64. A place without a unit has unit 0.
-        places: Place of each entry of the index, counted through all groups, [n] int64; None if no place is empty.
-    """
+    Rows of `width` elements start at multiples of 16 bytes, as the grouped product needs it.
 
-    units: Tensor
-    places: Tensor | None
-
-
-def _table(index: Tensor, most: int, groups: int, size: int, dtype: torch.dtype) -> _Table:
-    """Make the table. Rows of `width` elements start at multiples of 16 bytes, as the grouped product needs it.
-
-    Nothing here waits for the device.
+    Returns:
+        The units [groups, places] int64, 0 in a place without a unit, and the place of each entry of the index, counted
+        through all groups, [n] int64; None if no place is empty.
     """
     step = ALIGNMENT // dtype.itemsize
     width = -(-most // step) * step
     units = index % size
     if index.shape[0] == groups * width:
-        return _Table(units.view(groups, width), None)
+        return units.view(groups, width), None
     group = index // size
     first = torch.searchsorted(group, torch.arange(groups, device=index.device))
     places = group * width + torch.arange(index.shape[0], device=index.device) - first[group]
     table = index.new_zeros(groups * width).index_copy(0, places, units)
-    return _Table(table.view(groups, width), places)
+    return table.view(groups, width), places
 
 
-def _columns(x: Tensor, table: _Table, offsets: Tensor) -> Tensor:
+def _columns(x: Tensor, units: Tensor, offsets: Tensor) -> Tensor:
     """The entries of x [T, size] at the units of each row's group: [T, places]."""
     rows = torch.arange(x.shape[0], device=x.device, dtype=torch.int32)
     group = torch.searchsorted(offsets, rows, right=True).clamp_(max=offsets.shape[0] - 1)
-    places = rows.long()[:, None] * x.shape[1] + table.units[group]
+    places = rows.long()[:, None] * x.shape[1] + units[group]
     return x.flatten().index_select(0, places.flatten()).view(places.shape)  # a gather keeps all of x for its backward
 
 
 def columns_to_keep(x: Tensor, weight: Tensor, index: Tensor, most: int, offsets: Tensor) -> Tensor:
     """Copy the selected columns of x, which is all that the gradient of a delta of dim 1 needs of x."""
-    return _columns(x, _table(index, most, weight.shape[0], weight.shape[2], x.dtype), offsets)
+    units, _ = _table(index, most, weight.shape[0], weight.shape[2], x.dtype)
+    return _columns(x, units, offsets)
 
 
 def delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, index, most, offsets, dim, groups, size) -> Tensor:
     """The gradient of delta. `kept` is all of x for dim 0, and its selected columns for dim 1."""
-    table = _table(index, most, groups, size, grad.dtype)
+    units, places = _table(index, most, groups, size, grad.dtype)
     if dim == 0:
-        sums = grouped_outer(_columns(grad, table, offsets), kept, offsets).flatten(0, 1)
+        sums = grouped_outer(_columns(grad, units, offsets), kept, offsets).flatten(0, 1)
     else:
         sums = grouped_outer(grad, kept, offsets).transpose(0, 1).flatten(1)
-    if table.places is not None:
-        sums = sums.index_select(dim, table.places)
+    if places is not None:
+        sums = sums.index_select(dim, places)
     return sums.to(delta.dtype)

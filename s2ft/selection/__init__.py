@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.config import PROTECTED, S2FTConfig
+from s2ft.config import PROTECTED, S2FTConfig, refuse
 from s2ft.distributed import decide, is_distributed
 from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_folder
@@ -604,12 +604,16 @@ def _select(
     couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None, calibration: Any, protect: Any
 ) -> Selection:
     metric = METRICS[config.selection]
-    if calibration is None and metric.calibrated:
-        raise ValueError(
-            f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of batches"
-        )
-    if calibration is not None and not metric.calibrated:
-        raise ValueError(f"selection={config.selection!r} takes no calibration data: leave out calibration")
+    refuse(
+        (
+            calibration is None and metric.calibrated,
+            f"selection={config.selection!r} needs calibration data: pass calibration, an iterable of batches",
+        ),
+        (
+            calibration is not None and not metric.calibrated,
+            f"selection={config.selection!r} takes no calibration data: leave out calibration",
+        ),
+    )
     requested, layers = requested_projections(couplings, config), requested_layers(couplings, config)
     request = Request([coupling for coupling in couplings if coupling.layer in layers], config, model)
     allowed = allowed_units(couplings, requested, config.exclude)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import following, full_values, is_dtensor, reshard_all
 from s2ft.files.plain_text import by_key
 from s2ft.layers import ObservedExperts, forward_of, kind_of
@@ -237,17 +237,19 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
         labels[:, 1:].masked_fill_(mask[:, :-1] == 0, IGNORED)  # padding predicts nothing
         return labels
     takes = inspect.signature(model.forward).parameters
-    if "labels" in takes:
-        raise ValueError(
+    refuse(
+        (
+            "labels" in takes,
             f"selection='gradient' needs labels in every calibration batch: {type(model).__name__} is not a "
-            "causal language model, which could use its tokens as labels"
-        )
-    if "return_loss" in takes:
-        raise ValueError(
+            "causal language model, which could use its tokens as labels",
+        ),
+        (
+            "return_loss" in takes,
             "selection='gradient' computes the loss of one sequence at a time, and the contrastive loss of "
             f"{type(model).__name__} compares the pairs of a batch, so one pair has none. Use "
-            "selection='activation' or 'product'"
-        )
+            "selection='activation' or 'product'",
+        ),
+    )
     return None
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from s2ft.adapter.folders import STATE, grouped, some, source_of
 from s2ft.attached.loading import read_adapter
-from s2ft.config import refuse
-from s2ft.files.reading import ADAPTER, CONFIG, check_adapter_name, stamp_of
+from s2ft.config import check_adapter_name, refuse
+from s2ft.files.reading import ADAPTER, CONFIG, stamp_of
 from s2ft.serve.schemas import ApiError, unknown_model
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import PromptFormat

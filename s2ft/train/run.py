@@ -21,10 +21,9 @@ from s2ft.adapter.folders import write_card
 from s2ft.attached.loading import read_adapter
 from s2ft.attached.record import attachment_of
 from s2ft.attached.saving import add_info, push_to_hub
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, check_adapter_name
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import replace_file
-from s2ft.files.reading import check_adapter_name
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of

@@ -65,17 +65,17 @@ def recovered(rank):
     model = cut(model_of("llama-grouped"), CUTS["first"])
     base = {name: tensor.to_local().clone() for name, tensor in model.named_parameters()}
     coupling = next(coupling for coupling in find_couplings(model).couplings if coupling.movable)
-    move, permute, seen = Move(coupling, orders_of([coupling])[0]), permutation._permute, []
+    move, permute, seen = Move(coupling, orders_of([coupling])[0]), permutation.MovingTensor.permute, []
     for count in range(len(tensors_of(model, coupling))):
         seen.clear()
 
-        def stop(moving, count=count):
-            permute(moving)
+        def stop(moving, tensor, count=count):
+            permute(moving, tensor)
             seen.append(moving)
             if len(seen) > count:
                 raise KeyboardInterrupt
 
-        with mock.patch.object(permutation, "_permute", stop), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(permutation.MovingTensor, "permute", stop), pytest.raises(KeyboardInterrupt):
             move.do(model)
         move.recover(model)
         if move.is_done or any(not torch.equal(t.to_local(), base[name]) for name, t in model.named_parameters()):

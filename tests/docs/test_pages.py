@@ -27,7 +27,7 @@ def test_every_command_has_its_options(commands):
 
 def check_types(listed):
     known = {model_type for model_type in known_architectures() if not missing(model_type)}
-    assert listed <= known and known - listed <= {*composite.MODEL_TYPES, *part_types()}
+    assert listed <= known and known - listed <= {*composite.PROJECTORS, *part_types()}
 
 
 def check_llama(row):

@@ -84,7 +84,7 @@ def _class_of(model_type: str) -> str | None:
 
 def part_types() -> set[str]:
     """The model types of the parts of all composite types."""
-    return {part for model_type in composite.MODEL_TYPES if not missing(model_type) for part in _parts_of(model_type)}
+    return {part for model_type in composite.PROJECTORS if not missing(model_type) for part in _parts_of(model_type)}
 
 
 def _parts_of(model_type: str) -> list[str]:

@@ -78,7 +78,7 @@ def options_of(model_type: str) -> dict[str, Any]:
 def model_of(model_type: str, flip: Flip = Flip()) -> PreTrainedModel:
     """The smallest model of a type with a flip."""
     entries = {flip.key: flip.value, **(NEEDED.get(flip.key, {}) if flip.value else {})} if flip.key else {}
-    if model_type in composite.MODEL_TYPES:
+    if model_type in composite.PROJECTORS:
         return composites.composite_of(model_type, {flip.part: entries} if flip.part else entries)
     options = options_of(model_type)
     options.update({flip.part: {**(options.get(flip.part) or {}), **entries}} if flip.part else entries)
@@ -87,7 +87,7 @@ def model_of(model_type: str, flip: Flip = Flip()) -> PreTrainedModel:
 
 def example_of(model: PreTrainedModel, known: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     """An input that the model runs on: the known one, the one of the other tests, or any."""
-    make = composites.example_for if model.config.model_type in composite.MODEL_TYPES else inputs_of
+    make = composites.example_for if model.config.model_type in composite.PROJECTORS else inputs_of
     for given in (known, None) if known else (None,):
         try:
             found = given or make(model)

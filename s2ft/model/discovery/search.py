@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from s2ft.config import refuse
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -68,12 +69,14 @@ class Trial:
         self.called: dict[str, int] = {}
         self.structure = LayerMap(twin, self.called)
         self.before = self._run(count=True)
-        if not self.before[""]:
-            raise ValueError("the model returns no floating-point tensor")
-        if any(bool(torch.isnan(tensor).any()) for tensor in self.before[""]):
-            raise ValueError("the model's output has NaN")
-        if self._differs(self._run(seed=1), [""]):
-            raise ValueError("the model's output is random in evaluation mode: two runs differ")
+        refuse(
+            (not self.before[""], "the model returns no floating-point tensor"),
+            (any(bool(torch.isnan(tensor).any()) for tensor in self.before[""]), "the model's output has NaN"),
+            (
+                self._differs(self._run(seed=1), [""]),
+                "the model's output is random in evaluation mode: two runs differ",
+            ),
+        )
 
     # ---- trials --------------------------------------------------------------------------------------
 

@@ -52,10 +52,10 @@ heads of a self-attention can't be reordered. Cross-attention has no table.
 **XLM and FlauBERT**: attentions and FFNs are in two lists, with biases in all layers.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import partial
-from itertools import accumulate
+from functools import partial, wraps
+from itertools import accumulate, chain
 
 from torch import nn
 
@@ -202,13 +202,30 @@ FFNS = (
 )
 
 
-def couplings(model: nn.Module) -> list[Coupling]:
-    found = []
-    for i, (path, layer) in enumerate(layers_of(model, "layers")):
-        for name, describe in PARTS.items():
-            if getattr(layer, name, None) is not None:
-                found += describe(model, i, f"{path}.{name}")
-    return found
+def of_layers(*stacks: str) -> Callable:
+    """Decorate a function that lists the couplings of one layer, so that it lists those of a model.
+
+    Args:
+        *stacks: Lists of layers in the base model. The function gets the model, and the number, the path and the module
+            of each layer.
+    """
+
+    def decorate(of_one: Callable[[nn.Module, int, str, nn.Module], Iterator[Coupling]]) -> Callable:
+        @wraps(of_one)
+        def of_all(model: nn.Module) -> list[Coupling]:
+            layers = chain.from_iterable(layers_of(model, stack) for stack in stacks)
+            return [one for i, (path, layer) in enumerate(layers) for one in of_one(model, i, path, layer)]
+
+        return of_all
+
+    return decorate
+
+
+@of_layers("layers")
+def couplings(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
+    for name, describe in PARTS.items():
+        if getattr(layer, name, None) is not None:
+            yield from describe(model, i, f"{path}.{name}")
 
 
 # ---- feed-forward blocks -------------------------------------------------------------------------------
@@ -446,22 +463,17 @@ HEAD_BIASES = ("pos_bias_u", "pos_bias_v", "bias_u", "bias_v")
 NORMS = ("batch_norm", "depthwise_layer_norm", "norm")
 
 
-def conformer(model: nn.Module) -> list[Coupling]:
+@of_layers("encoder.layers")
+def conformer(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
     (up, down), names, positions = CONFORMERS[model.config.model_type]
-    found = []
-    for i, (path, layer) in enumerate(layers_of(model, "encoder.layers")):
-        found += [
-            ffn(model, i, f"{path}.{name}.{up}", f"{path}.{name}.{down}")
-            for name in CONFORMER_FFNS
-            if hasattr(layer, name)
-        ]
-        block, paths = layer.self_attn, [f"{path}.self_attn.{name}" for name in names]
-        more = {f"{path}.self_attn.{positions}": "k"} if hasattr(block, positions) else {}
-        moving = {f"{path}.self_attn.{name}": 1 for name in HEAD_BIASES if hasattr(block, name)}
-        heads = heads_in(model, f"{path}.self_attn")
-        found.append(attention(model, i, **dict(zip("qkvo", paths)), heads=heads, more=more, moving=moving))
-        found += [_convolution(model, i, f"{path}.{name}") for name in CONVOLUTIONS if hasattr(layer, name)]
-    return found
+    ffns = [f"{path}.{name}" for name in CONFORMER_FFNS if hasattr(layer, name)]
+    yield from (ffn(model, i, f"{block}.{up}", f"{block}.{down}") for block in ffns)
+    block, paths = layer.self_attn, [f"{path}.self_attn.{name}" for name in names]
+    more = {f"{path}.self_attn.{positions}": "k"} if hasattr(block, positions) else {}
+    moving = {f"{path}.self_attn.{name}": 1 for name in HEAD_BIASES if hasattr(block, name)}
+    heads = heads_in(model, f"{path}.self_attn")
+    yield attention(model, i, **dict(zip("qkvo", paths)), heads=heads, more=more, moving=moving)
+    yield from (_convolution(model, i, f"{path}.{name}") for name in CONVOLUTIONS if hasattr(layer, name))
 
 
 def _convolution(model: nn.Module, layer: int, path: str) -> Coupling:
@@ -482,45 +494,38 @@ def _convolution(model: nn.Module, layer: int, path: str) -> Coupling:
 # ---- Gemma 3n and 4 ------------------------------------------------------------------------------------
 
 
-def gemma(model: nn.Module) -> list[Coupling]:
-    found, heads = [], model.config.num_attention_heads
-    shared = bool(getattr(model.config, "num_kv_shared_layers", 0))
-    for i, (path, layer) in enumerate(layers_of(model, "layers")):
-        found.append(dense(model, i, f"{path}.mlp"))
-        if getattr(layer, "enable_moe_block", False):
-            found += experts(model, i, f"{path}.experts")
-        block, unit = layer.self_attn, layer.self_attn.head_dim
-        own = [
-            (key, f"{path}.self_attn.{key}_proj") for key in "qkv" if getattr(block, f"{key}_proj", None) is not None
-        ]
-        producers = tuple(Projection(key, name, outputs_of(model, name) // unit, unit, 0) for key, name in own)
-        o = Projection("o", f"{path}.self_attn.o_proj", heads, unit, 1)
-        found.append(Coupling("attention", i, producers, o, fixed=shared))
-        if hasattr(layer, "laurel"):
-            laurel = f"{path}.laurel"
-            found.append(ffn(model, i, f"{laurel}.linear_left", f"{laurel}.linear_right", kind="laurel"))
-        if hasattr(layer, "per_layer_projection"):
-            sides = f"{path}.per_layer_input_gate", f"{path}.per_layer_projection"
-            found.append(replace(ffn(model, i, *sides, kind="per-layer-input"), fixed=True))
-    return found
+@of_layers("layers")
+def gemma(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
+    yield dense(model, i, f"{path}.mlp")
+    if getattr(layer, "enable_moe_block", False):
+        yield from experts(model, i, f"{path}.experts")
+    block, unit = layer.self_attn, layer.self_attn.head_dim
+    own = [(key, f"{path}.self_attn.{key}_proj") for key in "qkv" if getattr(block, f"{key}_proj", None) is not None]
+    producers = tuple(Projection(key, name, outputs_of(model, name) // unit, unit, 0) for key, name in own)
+    o = Projection("o", f"{path}.self_attn.o_proj", model.config.num_attention_heads, unit, 1)
+    yield Coupling("attention", i, producers, o, fixed=bool(getattr(model.config, "num_kv_shared_layers", 0)))
+    if hasattr(layer, "laurel"):
+        yield ffn(model, i, f"{path}.laurel.linear_left", f"{path}.laurel.linear_right", kind="laurel")
+    if hasattr(layer, "per_layer_projection"):
+        sides = f"{path}.per_layer_input_gate", f"{path}.per_layer_projection"
+        yield replace(ffn(model, i, *sides, kind="per-layer-input"), fixed=True)
 
 
 # ---- JetMoE --------------------------------------------------------------------------------------------
 
 
-def jetmoe(model: nn.Module) -> list[Coupling]:
-    found, heads, size = [], model.config.num_key_value_heads, model.config.kv_channels
-    for i, (path, layer) in enumerate(layers_of(model, "layers")):
-        count, _, channels = full_shape(layer.mlp.output_linear.weight)
-        sides = {"gate_up": f"{path}.mlp.input_linear.weight", "down": f"{path}.mlp.output_linear.weight"}
-        found += Coupling.experts(i, **sides, channels=channels, experts=count)
-        around = f"{path}.self_attention"
-        found.append(Coupling("attention", i, in_one_weight(f"{around}.kv_proj", "kv", heads, size), None))
-        for expert in range(model.config.num_local_experts):
-            q = Projection("q", f"{around}.experts.input_linear.weight", heads, size, 0, expert=expert)
-            o = Projection("o", f"{around}.experts.output_linear.weight", heads, size, 1, expert=expert)
-            found.append(Coupling("attention experts", i, (q,), o, fixed=True))
-    return found
+@of_layers("layers")
+def jetmoe(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
+    heads, size = model.config.num_key_value_heads, model.config.kv_channels
+    count, _, channels = full_shape(layer.mlp.output_linear.weight)
+    sides = {"gate_up": f"{path}.mlp.input_linear.weight", "down": f"{path}.mlp.output_linear.weight"}
+    yield from Coupling.experts(i, **sides, channels=channels, experts=count)
+    around = f"{path}.self_attention"
+    yield Coupling("attention", i, in_one_weight(f"{around}.kv_proj", "kv", heads, size), None)
+    for expert in range(model.config.num_local_experts):
+        q = Projection("q", f"{around}.experts.input_linear.weight", heads, size, 0, expert=expert)
+        o = Projection("o", f"{around}.experts.output_linear.weight", heads, size, 1, expert=expert)
+        yield Coupling("attention experts", i, (q,), o, fixed=True)
 
 
 # ---- CodeGen and Falcon --------------------------------------------------------------------------------
@@ -532,21 +537,20 @@ LAYERS = {  # model type → up, down; qkv and o
 CODEGEN_PARTS = 4  # transformers has this number in the code of CodeGen's attention
 
 
-def packed(model: nn.Module) -> list[Coupling]:
-    config, found = model.config, []
-    for i, (path, _) in enumerate(layers_of(model, "h")):
-        up, down, qkv, o = (f"{path}.{name}" for name in LAYERS[config.model_type])
-        found.append(ffn(model, i, up, down))
-        if config.model_type == "codegen":
-            found.append(_in_turn(i, qkv, o, CODEGEN_PARTS, dict.fromkeys("qvk", inputs_of(model, o) // CODEGEN_PARTS)))
-        elif config.new_decoder_architecture:
-            heads, size = config.num_kv_heads, config.head_dim
-            widths = {"q": config.num_attention_heads // heads * size, "k": size, "v": size}
-            found.append(replace(_in_turn(i, qkv, o, heads, widths), fixed=config.alibi))
-        else:
-            whole = packed_attention(model, i, qkv, o, config.num_attention_heads, not config.multi_query)
-            found.append(replace(whole, fixed=config.alibi))
-    return found
+@of_layers("h")
+def packed(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
+    config = model.config
+    up, down, qkv, o = (f"{path}.{name}" for name in LAYERS[config.model_type])
+    yield ffn(model, i, up, down)
+    if config.model_type == "codegen":
+        yield _in_turn(i, qkv, o, CODEGEN_PARTS, dict.fromkeys("qvk", inputs_of(model, o) // CODEGEN_PARTS))
+    elif config.new_decoder_architecture:
+        heads, size = config.num_kv_heads, config.head_dim
+        widths = {"q": config.num_attention_heads // heads * size, "k": size, "v": size}
+        yield replace(_in_turn(i, qkv, o, heads, widths), fixed=config.alibi)
+    else:
+        whole = packed_attention(model, i, qkv, o, config.num_attention_heads, not config.multi_query)
+        yield replace(whole, fixed=config.alibi)
 
 
 def _in_turn(layer: int, qkv: str, o: str, units: int, widths: dict[str, int]) -> Coupling:
@@ -565,19 +569,17 @@ def _in_turn(layer: int, qkv: str, o: str, units: int, widths: dict[str, int]) -
 SELF_ATTENTIONS = ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
 
 
-def t5(model: nn.Module) -> list[Coupling]:
-    config, found = model.config, []
-    sizes = {"heads": config.num_heads, "head_dim": config.d_kv}
-    for i, (path, block) in enumerate([*layers_of(model, "encoder.block"), *layers_of(model, "decoder.block")]):
-        name = next(name for name in SELF_ATTENTIONS if hasattr(block.layer[0], name))
-        found.append(Coupling.attention(i, **attention_paths(f"{path}.layer.0.{name}", *"qkvo"), **sizes, fixed=True))
-        dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
-        up, gate = (f"{dense}.wi_1", f"{dense}.wi_0") if config.is_gated_act else (f"{dense}.wi", None)
-        found.append(ffn(model, i, up, f"{dense}.wo", gate))
-        if block.is_decoder:
-            paths = attention_paths(f"{path}.layer.1.EncDecAttention", *"qkvo")
-            found.append(Coupling.attention(i, **paths, **sizes, kind="cross-attention"))
-    return found
+@of_layers("encoder.block", "decoder.block")
+def t5(model: nn.Module, i: int, path: str, block: nn.Module) -> Iterator[Coupling]:
+    sizes = {"heads": model.config.num_heads, "head_dim": model.config.d_kv}
+    name = next(name for name in SELF_ATTENTIONS if hasattr(block.layer[0], name))
+    yield Coupling.attention(i, **attention_paths(f"{path}.layer.0.{name}", *"qkvo"), **sizes, fixed=True)
+    dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
+    up, gate = (f"{dense}.wi_1", f"{dense}.wi_0") if model.config.is_gated_act else (f"{dense}.wi", None)
+    yield ffn(model, i, up, f"{dense}.wo", gate)
+    if block.is_decoder:
+        paths = attention_paths(f"{path}.layer.1.EncDecAttention", *"qkvo")
+        yield Coupling.attention(i, **paths, **sizes, kind="cross-attention")
 
 
 # ---- XLM -----------------------------------------------------------------------------------------------
