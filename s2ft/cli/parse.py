@@ -265,8 +265,7 @@ class OptionParser(argparse.ArgumentParser):
                 continue
             action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
             if action is None or action.dest not in self.options:
-                said = self.unknown(str(key)).replace(str(key), repr(str(key)), 1)
-                head, _, nearest = said.partition(";")
+                head, _, nearest = self.unknown(str(key)).replace(str(key), repr(str(key)), 1).partition(";")
                 nearest = nearest.replace("--", "").replace("-", "_")
                 self.error(f"config {path}: {head}{';' * bool(nearest)}{nearest}")
             if action.dest in found:

@@ -315,9 +315,10 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     say_device(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
     longest = min(job.max_length, context_length(model) or job.max_length)
-    how = (tokenizer, longest, job.protect_rows, config.seed)
-    texts = [] if protected is None else text_rows(protected, *how)
-    protect = batches_of(texts, tokenizer, job.batch_size) if texts else None
+    protect = None
+    if protected is not None:
+        texts = text_rows(protected, tokenizer, longest, job.protect_rows, config.seed)
+        protect = batches_of(texts, tokenizer, job.batch_size)
     return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 

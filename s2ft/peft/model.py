@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -260,7 +259,8 @@ class S2FTPeftModel(BaseTuner):
         once = set() if encoder in (None, self.model) else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_names, names if module in once else repeated), with_kwargs=True
+                lambda module, args, kwargs: (args, {**kwargs, "adapter_names": names if module in once else repeated}),
+                with_kwargs=True,
             )
             for module in self.model.modules()
             if isinstance(module, (S2FTPeftLayer, AuxiliaryTrainingWrapper))
@@ -324,7 +324,3 @@ class S2FTPeftModel(BaseTuner):
             if not torch.equal(mapped[f"{key}index"].cpu(), delta.index.cpu()):
                 raise ValueError(f"the weights of adapter {adapter_name!r} have other units than its config: {key}")
         return mapped
-
-
-def _pass_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    return args, {**kwargs, "adapter_names": names}

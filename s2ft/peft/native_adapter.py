@@ -92,8 +92,8 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         found = find_targets(config, model, couplings)
         check_shapes(model, found.targets)
         if not found.targets and not (config.target_modules is None and config.target_parameters is None):
-            selected = replace(config)
-            selected.module_units = {}  # PEFT raises the error that names the pattern without a match
+            selected = replace(config)  # PEFT raises the error that names the pattern without a match
+            selected.module_units = {}
             return selected
         selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
     found.warn()

@@ -157,7 +157,13 @@ def prompt_format(
     name = "the tokenizer's chat template" if chat_template is None else f"chat_template {given}"
     template = _checked(tokenizer, template, name)
     if system is not None:
-        _check_system(tokenizer, template, system, name)
+        messages = [{"role": "system", "content": system}, *PROBE[:1]]
+        try:
+            text = render(tokenizer, messages, template, prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"{name} takes no system prompt: {error}") from None
+        if system.strip() not in text:
+            raise ValueError(f"{name} leaves out the system prompt: give another one with chat_template")
     return PromptFormat("chat", template, system)
 
 
@@ -266,16 +272,6 @@ def _checked(tokenizer, template: str, name: str) -> str:
         )
         return marked
     return template
-
-
-def _check_system(tokenizer, template: str, system: str, name: str) -> None:
-    messages = [{"role": "system", "content": system}, *PROBE[:1]]
-    try:
-        text = render(tokenizer, messages, template, prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"{name} takes no system prompt: {error}") from None
-    if system.strip() not in text:
-        raise ValueError(f"{name} leaves out the system prompt: give another one with chat_template")
 
 
 def prompt_text(tokenizer, conversation: Conversation | str, tools: list | None = None) -> str:

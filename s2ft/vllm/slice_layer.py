@@ -246,7 +246,12 @@ class SliceLayer:
         """
         parts = parts_of(lora_a, lora_b)
         if not all(part is None or is_slices(part[0]) for part in parts):
-            self._set_warm_up(index, parts)
+            # vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can.
+            if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
+                raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
+            for bank in self.banks:
+                zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
+                bank.put(index, torch.arange(bank.capacity), zeros)
             return
         for bank in self.banks:
             units, rows = [bank.index[:0]], [bank.values[:0]]
@@ -259,14 +264,6 @@ class SliceLayer:
                     units.append(where[where >= 0].to(bank.index.device))
                     rows.append(values.to(bank.values))
             bank.put(index, torch.cat(units), torch.cat(rows))
-
-    def _set_warm_up(self, index: int, parts: Sequence[Part]) -> None:
-        """vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can."""
-        if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
-            raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
-        for bank in self.banks:
-            zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
-            bank.put(index, torch.arange(bank.capacity), zeros)
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         """Take the object that knows the slot of each token."""

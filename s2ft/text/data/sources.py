@@ -310,7 +310,12 @@ def scratch_folder() -> Path:
         True
     """
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}") if fcntl else ():
-        _remove_if_abandoned(lock)
+        try:
+            with lock.open("r+") as file:  # of a process that has ended: nobody holds its lock
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:  # it is in use, of another user, or was removed just now
+            pass
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(_remove, folder, os.getpid())
     if fcntl:
@@ -323,13 +328,3 @@ def scratch_folder() -> Path:
 def _remove(folder: Path, process: int) -> None:
     if process == os.getpid():  # a forked process must not remove the folder of its parent
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_if_abandoned(lock: Path) -> None:
-    """Remove a folder whose lock nobody holds."""
-    try:
-        with lock.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    except OSError:  # it is in use, of another user, or was removed just now
-        pass
