@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
+from s2ft.config import refuse
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
 from s2ft.model.weights import Delta
@@ -202,9 +203,9 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
         hook = getattr(self.base_layer, "_hf_hook", None)
+        in_place = hook is None and not self.kind.read_only and not torch.compiler.is_compiling()
         # A view is memory of FSDP version 1, which gathers it again for the backward.
-        is_writable = not self.kind.read_only and not self.base_layer.weight._is_view()
-        if hook is None and is_writable and not torch.compiler.is_compiling():
+        if in_place and not self.base_layer.weight._is_view():
             return self._trainable("", names).forward(*args, **kwargs)
         delta, run = self.sum_of("", names), self.kind.forward
         if hook is None or self.kind.read_only:
@@ -275,15 +276,17 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _row_names(self, args: tuple, names: list[str]) -> list[str]:
         """The adapter's name of each row. Errors have PEFT's wording, which users search for."""
         x = args[0]
-        if not names or len(x) % len(names):
-            raise ValueError(
+        refuse(
+            (
+                not names or len(x) % len(names),
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(x)}"
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+                f"{len(names)} and {len(x)}",
+            ),
+            (
+                self.merged,
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.",
+            ),
+        )
         return [name for name in names for _ in range(len(x) // len(names))]
 
     def _mixed(self, args: tuple, adapter_names: list[str], here: list[str]) -> Any:
@@ -409,18 +412,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             The deltas.
         """
         return {"": self.s2ft_delta[adapter]}
-
-    def set_sum(self, adapter: str, names: Sequence[str], factors: Sequence[float]) -> None:
-        """Make the deltas of an adapter the sums of others. They have the units of any of them, and are not trainable.
-
-        Args:
-            adapter: Name of the adapter.
-            names: Names of other adapters, with and without a delta here.
-            factors: A factor for each.
-        """
-        for weight, delta in self.deltas_of(adapter).items():
-            total = self.sum_of(weight, names, factors).values.detach().clone()
-            delta.values = nn.Parameter(total, requires_grad=False)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return an adapter's delta as a dense tensor.

@@ -196,7 +196,9 @@ class S2FTPeftModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
-            layer.set_sum(adapter_name, adapters, list(map(float, weights)))
+            for weight, delta in layer.deltas_of(adapter_name).items():
+                total = layer.sum_of(weight, adapters, list(map(float, weights)))
+                delta.values = nn.Parameter(total.values.detach().clone(), requires_grad=False)
         for module in self.model.modules():  # the sum gets the modules_to_save of its parts
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):

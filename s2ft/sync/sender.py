@@ -50,9 +50,6 @@ class ReceivingEngine(ABC):
         is_local: Whether each rank of the trainer has an engine of its own.
     """
 
-    name: str
-    is_local: bool
-
     @abstractmethod
     def dtype(self) -> torch.dtype | None:
         """The dtype of its weights; None if it does not say so.

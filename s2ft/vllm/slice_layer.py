@@ -126,13 +126,10 @@ class SliceLayer:
     """What the classes have in common. It stands before a LoRA layer of vLLM in the order of classes.
 
     Attributes:
+        budget: The :class:`Budget` of the class.
         banks: The slices of all slots: of outputs, of inputs, both, or none.
-        batch: The slot of each token.
+        batch: The :class:`~s2ft.vllm.slice_bank.SlotBatch` that has the slot of each token.
     """
-
-    budget: Budget
-    banks: tuple[SliceBank, ...]
-    batch: SlotBatch
 
     @classmethod
     def can_replace_layer(

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from s2ft.config import refuse
 from s2ft.text.data.forms import FIELDS, BadRow
 
 KINDS = {  # endings of files, and what reads them
@@ -137,10 +138,7 @@ def _files(paths: Iterable[Path], kind: str | None = None) -> Rows:
 def _file(path: Path, kind: str | None) -> Rows:
     if not path.exists():
         raise FileNotFoundError(f"data file {path} doesn't exist")
-    if not path.is_file():
-        raise ValueError(f"data file {path} is not a file")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
+    refuse((not path.is_file(), f"data file {path} is not a file"), (not path.stat().st_size, f"{path} is empty"))
     kind = kind or _kind(path)
     if kind is None and path.suffix == ".txt":
         raise ValueError(f'{path} is plain text: write JSON lines such as {{"text": "..."}}')
