@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 from pathlib import Path
 
@@ -90,19 +91,7 @@ def test_no_import_cycles_inside_a_room():
     for path in ROOT.rglob("*.py"):
         me = module_of(path)
         graph[me] = {other for other in imported(parse(path.read_text())) if rank_of(other) == rank_of(me)} - {me}
-    done, under_way = set(), []
-
-    def visit(module):
-        assert module not in under_way, " imports ".join([*under_way[under_way.index(module) :], module])
-        if module not in done:
-            under_way.append(module)
-            for other in graph.get(module, ()):
-                visit(other)
-            done.add(under_way.pop())
-
-    for module in graph:
-        if module != "__init__":
-            visit(module)
+    graphlib.TopologicalSorter(graph).prepare()  # CycleError names a cycle
 
 
 def test_the_check_of_imports_can_fail():
@@ -151,27 +140,3 @@ def test_only_attached_changes_a_record():
 def test_only_the_record_knows_the_name_of_its_attribute():
     name = re.search(r'^_ATTRIBUTE = "(\w+)"', RECORD_FILE.read_text(), re.MULTILINE)[1]
     assert [path for path in ROOT.rglob("*.py") if re.search(rf"\b{name}\b", path.read_text())] == [RECORD_FILE]
-
-
-# ---- size ----------------------------------------------------------------------------------------------
-
-LONGEST = 52  # lines of a function without its docstring: one screen
-
-
-def too_long(text):
-    for node in ast.walk(parse(text)):
-        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-            after = node.body[0].end_lineno if ast.get_docstring(node) is not None else node.lineno
-            if node.end_lineno - after >= LONGEST:
-                yield node.name
-
-
-def test_functions_fit_on_a_screen():
-    assert [(str(path), name) for path in ROOT.rglob("*.py") for name in too_long(path.read_text())] == []
-    assert list(too_long("def f():\n    'Text.'\n" + "    x = 1\n" * LONGEST)) == ["f"]
-
-
-def test_the_root_holds_at_most_seven_files():
-    """Other files belong in a room. Files that the build writes are not counted."""
-    built = [*ROOT.glob("_C.*"), ROOT / "_build.json"]
-    assert len([path for path in ROOT.iterdir() if path.is_file() and path not in built]) <= 7

@@ -313,7 +313,7 @@ COMMANDS = [
     (command(SFT + " {bad}", bad='{"messages": "hello"}\n'), "messages"),
     (command(SFT + " {bad}", bad="[1, 2]\n"), "row 1 int"),
     (command(SFT.replace("{model}", "./nowhere") + " {data}"), "nowhere"),
-    (command(SFT.replace("{model}", "{adapter}") + " {data}"), "config.json"),
+    (command(SFT.replace("{model}", "{adapter}") + " {data}"), "an adapter --adapter"),
     (command(EVAL + " nowhere.jsonl"), "nowhere.jsonl"),
     (command(EVAL + " {data} --adapter {root}/nowhere"), "nowhere"),
     (command(EVAL + " {bad}", bad='{"instruction": "a", "output": "b"}\n'), "number"),

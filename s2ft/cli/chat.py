@@ -260,7 +260,7 @@ def load(job: ChatArguments) -> ChatAdapters:
     folders = {name: resolve(source) for name, source in adapters_by_name(job.adapter or []).items()}
     first = next(iter(folders.values()), None)
     dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
-    model, tokenizer = load_model(base_name(job.model, first and str(first)), dtype)
+    model, tokenizer = load_model(base_name(job.model, first), dtype)
     return ChatAdapters(model.to(gpu_or_cpu()), tokenizer, folders)
 
 

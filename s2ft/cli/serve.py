@@ -4,13 +4,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from s2ft.cli.parse import MODEL, parse, quiet_transformers
+from s2ft.cli.parse import BASE_MODEL, parse, quiet_transformers
 from s2ft.config import option, refuse
 from s2ft.packages import check_packages
 from s2ft.serve.server_options import ServerOptions, key_of, served_name, warn_if_open
 from s2ft.text.models import DTYPES
 
-EXAMPLE = """  s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs
+EXAMPLE = """  s2ft serve --adapters runs
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs math=old-runs/7 --check
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --host 0.0.0.0 --port 80 --api-key SECRET
   s2ft serve --model meta-llama/Llama-3.2-1B --adapters runs --engine vllm -- --tensor-parallel-size 2"""
@@ -34,7 +34,7 @@ ONLY_VLLM = ("slices", "slice_units")
 
 @dataclass(frozen=True, kw_only=True)
 class ServeArguments(ServerOptions):
-    model: str = option(text=MODEL)
+    model: str | None = option(None, **BASE_MODEL)
     adapters: list[str] = option(
         [],
         "directories of adapters or of output folders of s2ft sft, or single ones, also as NAME=DIR; clients name an "
@@ -86,13 +86,16 @@ def run_serve(arguments: list[str]) -> None:
     )
     quiet_transformers()
     from s2ft.adapter.folders import source_of
+    from s2ft.text.adapter_prompts import base_name
 
     by_vllm = job.engine == "vllm" and not job.check
     _check_engine(job, given, options)
     needs = ("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     check_packages(*(needs if by_vllm else ("s2ft serve",)))
-    for adapters in job.adapters:  # before the model is loaded, which can take minutes
-        source_of(adapters)
+    sources = [source_of(adapters) for adapters in job.adapters]  # before the model is loaded, which can take minutes
+    if job.model is None:
+        folders = (folder for source in sources for folder in source.folders().values())
+        job = replace(job, model=base_name(None, next(folders, None)))
     if job.check and not job.adapters:
         raise ValueError("--check checks adapters: give --adapters")
     if by_vllm:

@@ -10,6 +10,7 @@ import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import s2ft
@@ -124,7 +125,7 @@ class Prompter:
         return encode_prompt(self.tokenizer, text)
 
 
-def base_name(model: str | None, adapter: str | None) -> str:
+def base_name(model: str | None, adapter: str | Path | None) -> str:
     """Return the base that a command loads: the one that is named, or else the one that its adapter records.
 
     Args:
@@ -137,7 +138,7 @@ def base_name(model: str | None, adapter: str | None) -> str:
     if model is not None:
         return model
     if adapter is None:
-        raise ValueError("missing: --model, or --adapter, which records its base")
+        raise ValueError("missing: --model, or an adapter, which records its base")
     recorded = s2ft.read_adapter(adapter).info.get("base_model")
     if not recorded:
         raise ValueError(f"missing: --model. The adapter {adapter} does not record which base it was trained on")

@@ -243,6 +243,8 @@ def dtype_of_base(adapter, dtype: str = "auto") -> str:
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
     """Return the name or path for `from_pretrained`, and the option that it needs for a GGUF file."""
+    from s2ft.files.reading import is_folder, own_folder
+
     path = Path(name).expanduser()
     if path.is_file():
         if path.suffix != ".gguf":
@@ -259,6 +261,8 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
             if packed
             else "neither config.json nor a .gguf file"
         )
+        if is_folder(own_folder(path)) or (path / "adapter_config.json").is_file():
+            found = "an adapter, and no base: give it to --adapter"
         raise ValueError(f"model folder {name} has {found}")
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:
         raise FileNotFoundError(f"model {name} doesn't exist")

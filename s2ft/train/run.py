@@ -48,6 +48,7 @@ from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spr
 
 logger = logging.getLogger(__name__)
 FEWEST_UPDATES = 32  # that a run should make
+RISEN = 5  # times the first loss, of which a run warns
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",
                 "vllm_server_", "vllm_take_over", "vllm_group_port")  # fmt: skip # prefixes of names
@@ -313,6 +314,14 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
         f"{steps}, {result.seconds:.0f} s, {result.tokens_per_second:,.0f} tokens/s, {quality} "
         "(mean of the last tenth of the logged steps)"
     )
+    first = next((line["loss"] for line in read_log(folder.log) if "loss" in line), result.loss)
+    if result.reward is None and not result.loss <= RISEN * first:  # NaN has risen too
+        logger.warning(
+            "warning: the loss has risen from %.4f to %.4f: lower --learning-rate, which was %g",
+            first,
+            result.loss,
+            arguments.learning_rate,
+        )
     if result.drift is not None:
         where = "" if result.kept_step is None else f", step {result.kept_step} of the {result.stopped_at} trained"
         print(f"{result.drift}{where}")

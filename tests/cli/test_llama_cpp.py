@@ -70,7 +70,7 @@ def test_tools_are_found_by_the_option_the_variable_and_the_path(work, tmp_path,
             assert find_tools() == named
 
 
-@pytest.mark.parametrize("base", ("model", "base.gguf"))
+@pytest.mark.parametrize("base", ("model", pytest.param("base.gguf", marks=pytest.mark.slow)))
 def test_the_converter_writes_the_merged_model(base, work, tmp_path, capsys):
     assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", base=base) == 0
     assert "F32, written by llama.cpp's convert_hf_to_gguf.py, loaded again and compared" in capsys.readouterr().out
@@ -81,6 +81,7 @@ def test_the_converter_writes_the_merged_model(base, work, tmp_path, capsys):
     assert tokenizer.chat_template.endswith("{{ 1 }}")  # of the training
 
 
+@pytest.mark.slow
 def test_the_quantizer_is_used_and_compared(work, tmp_path, capsys):
     assert export(work, tmp_path, "--llama-cpp", work / "llama.cpp", "--quantization", "q4_k_m") == 0
     printed = capsys.readouterr().out

@@ -79,6 +79,7 @@ def test_importing_a_module_without_its_package(module, package):
     )
 
 
+@pytest.mark.slow
 def test_a_run_without_any_optional_package_but_those_of_training(work, tmp_path):
     line = [
         "sft",

@@ -53,6 +53,12 @@ def plain(work):
     return deltas(work / "plain")
 
 
+def test_a_loss_that_rises_is_a_warning(work, caplog, monkeypatch):
+    monkeypatch.setattr("s2ft.train.run.RISEN", 0.5)  # the loss of a random model can't rise much
+    assert sft(work, work / "risen") == 0
+    assert "the loss has risen from" in caplog.text and "which was 0.01" in caplog.text
+
+
 SLOW = pytest.mark.slow
 # The largest difference of trained values from those of a plain run, relative to the largest value, or the mean
 # difference relative to the mean value. None: the option changes the training.

@@ -26,11 +26,18 @@ def shell(workplace, tmp_path, monkeypatch):
     shell.stop()
 
 
-def names(paths):
-    return [pytest.param(path, id=str(path.relative_to(ROOT))) for path in paths]
+# Pages whose blocks take from 4 to 20 seconds. What they show has tests of its own.
+LONG = {"any-model.md", "data.md", "evaluate.md", "forgetting.md", "install.md", "many-adapters.md", "options.md"}
 
 
-@pytest.mark.parametrize("page", names(page for page in pages() if None in reasons(page)))
+def names(paths, long=()):
+    return [
+        pytest.param(path, id=str(path.relative_to(ROOT)), marks=[pytest.mark.slow] if path.name in long else [])
+        for path in paths
+    ]
+
+
+@pytest.mark.parametrize("page", names((page for page in pages() if None in reasons(page)), LONG))
 def test_the_blocks_of_a_page_run(page, shell):
     if page.name == "images.md":
         pytest.importorskip("torchvision", reason="torchvision is not installed")

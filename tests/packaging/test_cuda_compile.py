@@ -36,18 +36,10 @@ def test_no_macro_that_pytorch_2_11_lacks():
     assert not [source for source in sources if "STABLE_TORCH_ERROR_CODE_CHECK" in source]
 
 
-LONG = ("units.cu", "scatter_add.cu")  # five to ten seconds each; the wheel's build and disassembly.py check them too
-
-
-def compiled():
-    for source in SOURCES:
-        for arch in (75, 80, 90, 100, 120):
-            marks = [pytest.mark.slow] if arch != 120 or source.name in LONG else []
-            yield pytest.param(source, arch, marks=marks, id=f"{source.name}-{arch}")
-
-
+@pytest.mark.slow
 @needs_nvcc
-@pytest.mark.parametrize("source, arch", compiled())
+@pytest.mark.parametrize("arch", (75, 80, 90, 100, 120))
+@pytest.mark.parametrize("source", SOURCES, ids=lambda source: source.name)
 def test_compiles_without_warnings_and_spills(source, arch, tmp_path):
     command = [
         str(NVCC),

@@ -53,7 +53,8 @@ class Stream(threading.Thread):
         return json.loads(self.events[-2])
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_running_requests_finish_after_a_signal(model, adapters, number):
     with served("--model", model, "--adapters", adapters) as server:
         stream = Stream(server.url, 300)

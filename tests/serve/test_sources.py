@@ -8,7 +8,7 @@ import pytest
 from serve.fleet import BASE, running, save_adapters
 from serve.test_api import damaged
 from support.inside import native, source_of
-from train.tiny import save_tiny, tiny_model
+from train.tiny import save_random_adapter, save_tiny, tiny_model
 
 import s2ft
 from s2ft.cli.main import main
@@ -116,9 +116,17 @@ def test_the_check_reads_every_adapter_and_does_not_serve(spare, tmp_path, capsy
     for name in ("good", "flipped"):
         shutil.copytree(spare / "a0", tmp_path / "adapters" / name)
     command = ["serve", "--model", str(tmp_path / "model"), "--adapters", str(tmp_path / "adapters"), "--check"]
-    with caplog.at_level("INFO"):
-        assert main(command) == 0
+    caplog.set_level("INFO")
+    assert main(command) == 0
     assert "serving" not in caplog.text and "checked 2 adapters: flipped, good" in caplog.text
+    # without --model the base is the one that an adapter records; these record none
+    without = ["serve", *command[3:]]
+    assert main(without) == 2 and "does not record which base" in capsys.readouterr().err
+    save_random_adapter(
+        tmp_path / "own", tiny_model(**UNTIED), info={"base_model": str(tmp_path / "model")}, d_ratio=0.25
+    )
+    caplog.clear()
+    assert main(["serve", "--adapters", str(tmp_path / "own"), "--check"]) == 0 and "checked 1 adapter" in caplog.text
     shutil.rmtree(tmp_path / "adapters" / "flipped")
     damaged(spare, "flipped")
     shutil.move(spare / "flipped", tmp_path / "adapters")

@@ -319,8 +319,9 @@ def backward(state: State) -> None:
         torch.manual_seed(0)  # of dropout
         loss = loss_of(state)
         if runs_between:
-            # A switch of loaded adapters changes weights that autograd has saved, and it says so.
-            is_alone = set(s2ft.status(state.model).active) == {state.trainable}
+            # A switch of loaded adapters, or of weights trained in full, changes weights that autograd has saved, and it
+            # says so.
+            is_alone = set(s2ft.status(state.model).active) == {state.trainable} and not state.unfrozen
             with s2ft.disable_adapters(state.model) if is_alone else nullcontext():
                 logits_of(state.model)
             logits_of(state.model)

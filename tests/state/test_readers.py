@@ -3,8 +3,6 @@
 import copy
 import os
 import pickle
-import subprocess
-import sys
 from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
@@ -88,47 +86,6 @@ def test_reading_while_another_thread_runs_the_model(attached, reader, tmp_path)
         found = [differences(expected, read(model, tmp_path)) for _ in range(READS)]
     wrong = [one for one in found if one]
     assert not wrong, f"{len(wrong)} of {READS} reads were wrong, the first: {wrong[0][0]}"
-
-
-# ---- fork ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def one_thread():
-    """Use one thread, because threads of PyTorch do not survive a fork, not even in nn.Linear."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("where", ["slice", "index"])
-def test_children_forked_while_another_thread_writes_the_slice(where, one_thread):
-    units = dict(start=0, end=64) if where == "slice" else dict(index=torch.arange(0, 128, 2))
-    layer = s2ft.S2RowLinear(1024, 1024, bias=False, **units)
-    layer.s2.data.normal_()
-    base, x, whole = layer.weight.detach().clone(), torch.randn(256, 1024), []
-
-    def write() -> None:
-        layer.s2.data.neg_()
-        layer.fuse()
-
-    for _ in range(2):
-        write()
-        whole.append(layer.weight.detach().clone())
-
-    def child() -> str:
-        if not any(same_bits(layer.weight, one) for one in whole):
-            return "the weight holds a part of the slice"
-        layer(x[:1])
-        write()
-        layer.unfuse()
-        return "fine" if same_bits(layer.weight, base) else "the child has another base"
-
-    with repeating(lambda: (write(), layer(x))):
-        assert [in_child(child) for _ in range(5)] == ["fine"] * 5
-    assert same_bits(layer.base_weight(), base)
 
 
 # ---- memory that can't be written to -------------------------------------------------------------------
@@ -234,20 +191,3 @@ def test_a_weight_in_a_private_mapping_works_and_its_file_does_not_change(writer
     WRITERS[writer](tmp_path, "c")
     content = np.fromfile(tmp_path / "weight.bin", dtype="float32")
     assert np.array_equal(content, np.random.default_rng(0).standard_normal(content.shape).astype("float32"))
-
-
-# ---- the PyTorch reference -----------------------------------------------------------------------------------
-
-
-@pytest.mark.slow
-def test_all_of_this_with_the_pytorch_reference():
-    process = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", __file__],
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "S2FT_TEST_KERNELS": "reference"},
-        timeout=600,
-        text=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-    )
-    assert process.returncode == 0, process.stdout

@@ -211,6 +211,9 @@ BAD_FILES = {  # content, and words of the message
     "not-packed.csv.gz": (CSV.encode(), "can't be read as csv"),
     "cut.jsonl.gz": (gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
     "a.txt": (b"plain", "plain text: write JSON lines"),
+    "a.xlsx": (b"PK\x03\x04\xc0", "a spreadsheet: save it as CSV"),
+    "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1.*first line"),
+    "control.jsonl": (b'{"question": "a\x01b", "answer": "c"}', "control character .character 16"),
 }
 
 
@@ -218,8 +221,20 @@ BAD_FILES = {  # content, and words of the message
 def test_file_that_can_not_be_read_is_named(tmp_path, name):
     content, message = BAD_FILES[name]
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(ValueError, match=f"{name}.*{message}"):
+    with pytest.raises(ValueError, match=f"(?s){name}.*{message}"):
         load(tmp_path / name)
+
+
+def test_the_semicolons_of_a_spreadsheet_divide_its_fields(tmp_path):
+    (tmp_path / "a.csv").write_text("question;answer\n2,5 + 1;3,5\n")
+    assert load(tmp_path / "a.csv")[0]["messages"][1]["content"] == "3,5"
+
+
+def test_what_is_read_as_a_word_or_left_out_is_said(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("question,answer,note\n1,NaN,a\n2,3,b\n")
+    (tmp_path / "b.xlsx").write_bytes(b"PK")
+    assert len(load(tmp_path)) == 2
+    assert "'answer' say NaN" in caplog.text and "b.xlsx" in caplog.text and "note" not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ if TYPE_CHECKING:  # only the commands that read data import datasets
 logger = logging.getLogger(__name__)
 
 SHOWN = 3  # bad rows that a message shows
-SKIP = "skip_bad_rows (--skip-bad-rows)"
+SKIP = "--skip-bad-rows"
 FEW = 1000  # rows that are read from a file at once
 
 
@@ -241,6 +241,8 @@ class Problems:
         of = f"{self.count} of {self.count + good} row{'s' * (self.count + good != 1)}"
         listed = "".join(f"\n  {problem}" for problem in self.shown)
         more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
+        if not good and name.endswith((".csv", ".tsv")):
+            more += "\nThe first line of such a file names its fields."
         refuse(
             (not self.skip, f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{more}"),
             (not good, f"none of {self.count} rows can be used:{listed}{more}"),

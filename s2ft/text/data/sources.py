@@ -35,6 +35,11 @@ KINDS = {  # endings of files, and what reads them
 INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
+OTHERS = {  # endings of files that are not read, and what to do
+    ".txt": 'is plain text: write JSON lines such as {"text": "..."}',
+    **dict.fromkeys((".xlsx", ".xls", ".ods"), "is a spreadsheet: save it as CSV"),
+}
+logger = logging.getLogger(__name__)
 
 Rows = Iterator[tuple[str, object]]
 
@@ -140,8 +145,8 @@ def _file(path: Path, kind: str | None) -> Rows:
         raise FileNotFoundError(f"data file {path} doesn't exist")
     refuse((not path.is_file(), f"data file {path} is not a file"), (not path.stat().st_size, f"{path} is empty"))
     kind = kind or _kind(path)
-    if kind is None and path.suffix == ".txt":
-        raise ValueError(f'{path} is plain text: write JSON lines such as {{"text": "..."}}')
+    if kind is None and path.suffix in OTHERS:
+        raise ValueError(f"{path} {OTHERS[path.suffix]}")
     return _json(path) if kind in (None, "json") else _table(path, kind)
 
 
@@ -153,8 +158,12 @@ def _table(path: Path, kind: str) -> Rows:
     try:
         if kind in ("csv", "tsv"):
             separator = "\t" if kind == "tsv" else ","
-            parts = pandas.read_csv(path, chunksize=10_000, sep=separator, dtype=str, keep_default_na=False)
-            rows = (row for part in parts for row in part.to_dict("records"))
+            options = {"dtype": str, "keep_default_na": False}
+            names = pandas.read_csv(path, sep=separator, nrows=0, **options).columns
+            if len(names) == 1 and ";" in names[0]:  # as spreadsheets save CSV where a comma is the decimal sign
+                separator = ";"
+            parts = pandas.read_csv(path, chunksize=10_000, sep=separator, **options)
+            rows = (row for part in parts for row in _told_of_missing(path, part).to_dict("records"))
         else:
             lock_files = str(scratch_folder())  # in place of the user's cache
             how = {"split": "train", "streaming": True, "cache_dir": lock_files}
@@ -162,6 +171,15 @@ def _table(path: Path, kind: str) -> Rows:
         yield from _numbered(path, rows)
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
+
+
+def _told_of_missing(path: Path, part: Any) -> Any:
+    """Return a part of a table. Warn of cells that a program wrote for a missing value and that are read as text."""
+    missing = part.isin(["NaN", "nan"]).any()
+    if missing.any():
+        names = ", ".join(map(repr, part.columns[missing]))
+        logger.warning("%s: cells of %s say NaN, and are read as this word: leave a missing cell empty", path, names)
+    return part
 
 
 def _reason(error: BaseException) -> str:
@@ -206,7 +224,7 @@ def _decoded(text: str) -> object:
 
 def _problem(error: RecursionError | ValueError) -> str:
     if isinstance(error, json.JSONDecodeError):
-        return f"not JSON: {error.msg} (character {error.colno})"
+        return f"not JSON: {error.msg.removesuffix(' at')} (character {error.colno})"
     return "it is nested too deeply" if isinstance(error, RecursionError) else f"a number is too long ({error})"
 
 
@@ -265,6 +283,8 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
     found = {name: names for name, names in found.items() if names}
     if not found:
         raise ValueError(f"data folder {path} has no file of the kinds {', '.join(KINDS)}")
+    if skipped := [file.name for file in path.iterdir() if file.suffix in OTHERS]:
+        logger.warning("data folder %s: %s: not read", path, ", ".join(sorted(skipped)))
     return _files(_split_of(found, split, f"data folder {path}"))
 
 
