@@ -30,9 +30,12 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for ratio in self.ratios or ():
-            if not 0 < ratio <= 1:
-                raise ValueError(f"ratios must be above 0 and at most 1, got {ratio:g}")
+        refuse(
+            *(
+                (not 0 < ratio <= 1, f"ratios must be above 0 and at most 1, got {ratio:g}")
+                for ratio in self.ratios or ()
+            )
+        )
 
     def model_and_rows(self, config: S2FTConfig):
         """Return a model without data, and the rows of the table."""

@@ -8,8 +8,10 @@ import logging
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from s2ft.config import refuse
 from s2ft.text.data import DataOptions, form_of
 from s2ft.text.templates import (
     Conversation,
@@ -62,12 +64,12 @@ class PromptFormat:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        for name in ("template", "system"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} must be text, got {type(value).__name__}")
+        template, system = self.template, self.system
+        refuse(
+            (self.form not in FORMS, f"form must be one of {', '.join(FORMS)}, got {self.form!r}"),
+            (not isinstance(template, (str, NoneType)), f"template must be text, got {type(template).__name__}"),
+            (not isinstance(system, (str, NoneType)), f"system must be text, got {type(system).__name__}"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name.
