@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight
 from s2ft.attached.checks import check_gradients_pass
+from s2ft.config import refuse
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
@@ -215,16 +216,20 @@ class S2FTPeftModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
             check_weight(name, weight)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
+        refuse(
+            (
+                adapter_name in self.peft_config,
+                f"there is an adapter called {adapter_name!r} already: give the sum another name",
+            ),
+            (
+                combination_type != "linear",
+                f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}",
+            ),
+        )
         with_tokens = [name for name in adapters if self.peft_config[name].trainable_token_indices is not None]
         if with_tokens:
             raise ValueError(
                 f"adapter {with_tokens[0]!r} has trainable_token_indices, and embeddings of tokens can't be added up"
-            )
-        if combination_type != "linear":
-            raise ValueError(
-                f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}"
             )
         clashes = [
             path
