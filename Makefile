@@ -22,20 +22,9 @@ test: $(VENV)/.installed $(VENV)/.quantized
 test-all: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
 
-# Run the tests with the instructions of smaller processors, with two threads, and with products that round differently
-# for every layout of their operands (tests/support/rounding.py). A test fails here if its numbers are equal on one
-# processor only. The tests of builds and of the CUDA kernels on the CPU are left out, because they use no products of
-# PyTorch. PROCESSORS=S2FT_TEST_ROUNDING=1 runs one of them.
-PROCESSORS := ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16 \
-	ONEDNN_MAX_CPU_ISA=AVX512_CORE,ATEN_CPU_CAPABILITY=default \
-	ONEDNN_MAX_CPU_ISA=AVX2,ATEN_CPU_CAPABILITY=avx2,MKL_ENABLE_INSTRUCTIONS=AVX2 \
-	S2FT_TEST_THREADS=2 \
-	S2FT_TEST_ROUNDING=1
-comma := ,
-
-test-processors: $(VENV)/.installed $(VENV)/.quantized
-	$(foreach settings,$(PROCESSORS),env $(subst $(comma), ,$(settings)) $(BIN)/python -m pytest -n auto \
-		-m "not slow" --ignore tests/packaging --ignore tests/cuda_on_cpu &&) true
+# Run the tests with the settings of other processors. `make everything SUITES=processors-avx2` runs one of them.
+test-processors: $(VENV)/.quantized
+	$(BIN)/python release/suites.py --again processors
 
 # Run PEFT's own tests on S²FT. They are in the source distribution of the installed version of PEFT.
 test-peft: $(VENV)/.installed
@@ -47,11 +36,9 @@ test-integrations: $(VENV)/.installed
 	$(BIN)/python tests/integrations/run.py $(PROGRAMS)
 
 # Run the tables of model types with older releases of transformers, each in an environment that takes all other packages
-# from $(VENV). RELEASES="5.9.0 5.24.0" names other releases.
-RELEASES ?= 5.0.0 5.6.0 5.12.0
-
-test-transformers: $(VENV)/.installed
-	$(foreach release,$(RELEASES),$(BIN)/python tests/support/releases.py $(release) &&) true
+# from $(VENV). `python tests/support/releases.py 5.9.0` runs another one.
+test-transformers: $(VENV)/.quantized
+	$(BIN)/python release/suites.py --again transformers
 
 # Run the tests that need DeepSpeed, in an environment that has it and takes all other packages from $(VENV). With
 # ARGUMENTS="tests/distributed/test_deepspeed.py -x" pytest runs these. It takes about 15 minutes.

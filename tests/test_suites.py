@@ -29,7 +29,7 @@ def test_a_run_is_counted_and_shown(outputs, monkeypatch, capsys):
     some = {
         "tests": suites.Suite("some tests", command, 5),
         "fine": suites.Suite("a command", "echo well", 5),
-        "endless": suites.Suite("a command", "sleep 60", 1 / 600),
+        "end-less": suites.Suite("a command", "sleep 60", 1 / 600),
     }
     for module in (suites, suite_page):
         monkeypatch.setattr(module, "SUITES", some)
@@ -38,7 +38,7 @@ def test_a_run_is_counted_and_shown(outputs, monkeypatch, capsys):
     found = json.loads(suites.MATRIX.read_text())
     assert [found["tests"][key] for key in ("passed", "failed", "skipped")] == [1, 1, {"needs a | card": 1}]
     assert found["fine"]["passed"] == 1 and found["fine"]["last line"] == "well"
-    assert found["endless"]["failed"] == 1 and "stopped after" in found["endless"]["last line"]
+    assert found["end-less"]["failed"] == 1 and "stopped after" in found["end-less"]["last line"]
     assert "tests: 1 passed, 1 failed, 1 skipped" in capsys.readouterr().out
 
     page = suite_page.page(suites.MATRIX)
@@ -48,6 +48,8 @@ def test_a_run_is_counted_and_shown(outputs, monkeypatch, capsys):
 
     assert suites.main() == 1  # what passed at this commit is not run again
     assert "fine: passed at this commit" in capsys.readouterr().out
+    monkeypatch.setattr("sys.argv", ["suites.py", "end"])  # the first word of a suite
+    assert suites.main() == 1 and capsys.readouterr().out.startswith("end-less: 0 passed")
 
 
 def test_a_suite_that_never_ran_is_stale(outputs):

@@ -3,8 +3,10 @@
 A model with towers for images or sound is loaded whole.
 """
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +76,17 @@ def load_model(
         dtype = "float32" if dtype == "auto" else dtype
     options = {**options, **_remote(revision, trust_remote_code)}
     _check_hub(name, source, options.get("revision"))
-    tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
     if is_gguf:  # plain weights, where transformers would keep GGUF blocks if it has kernels for them
         kind = getattr(transformers, "GgufConfig", None)  # transformers 5.0 always unpacks
         quantization = kind and kind(dequantize=True)
     wanted = {**options, "dtype": dtype, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
-    config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
-    auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
-    model = _from_pretrained(auto, MODEL, name, source, wanted)
+    with _parsed_once() if is_gguf else nullcontext():
+        tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
+        config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+        auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
+        model = _from_pretrained(auto, MODEL, name, source, wanted)
     if is_gguf:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
@@ -91,6 +94,19 @@ def load_model(
             del model.config.quantization_config
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _parsed_once() -> Iterator[None]:
+    """Let transformers parse a GGUF file once. It parses it for the tokenizer, the config and the weights, 3 s each."""
+    import gguf
+
+    reader = gguf.GGUFReader
+    gguf.GGUFReader = functools.cache(reader)
+    try:
+        yield
+    finally:
+        gguf.GGUFReader = reader
 
 
 def _remote(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:

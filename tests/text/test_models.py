@@ -3,6 +3,7 @@
 import json
 from unittest.mock import Mock
 
+import gguf
 import pytest
 import torch
 from cli.test_export import base_of
@@ -35,6 +36,13 @@ def test_gguf_is_loaded_as_a_plain_model_that_saves_and_reloads_bit_for_bit(gguf
     assert reloaded(text)["input_ids"] == tokenizer(text)["input_ids"]
     assert reloaded.special_tokens_map == tokenizer.special_tokens_map
     assert reloaded.chat_template == tokenizer.chat_template
+
+
+def test_the_file_is_parsed_once(gguf_file, monkeypatch):
+    parsed = Mock(wraps=gguf.GGUFReader)
+    monkeypatch.setattr("gguf.GGUFReader", parsed)
+    load_model(str(gguf_file))
+    assert parsed.call_count == 1 and gguf.GGUFReader is parsed
 
 
 def test_gguf_in_a_folder_is_found_and_loaded_in_the_dtype_of_the_caller(gguf_file):
