@@ -75,20 +75,20 @@ lint: $(VENV)/.torch
 # All benchmarks except bench/vllm_layers.py, bench/slice_sync.py and bench/grpo_cost.py, which need vLLM.
 bench: $(VENV)/.installed
 	$(BIN)/python bench/train_step.py
-	$(BIN)/python bench/experts.py
+	$(BIN)/python bench/expert_steps.py
 	$(BIN)/python bench/finetune.py
 	$(BIN)/python bench/estimate.py
 	$(BIN)/python bench/convert.py
 	$(BIN)/python bench/attach.py
 	$(BIN)/python bench/merge.py
 	$(BIN)/python bench/switch.py
-	$(BIN)/python bench/serve.py
+	$(BIN)/python bench/serving_speed.py
 	$(BIN)/python bench/selection.py
-	$(BIN)/python bench/bank.py
+	$(BIN)/python bench/mixed_batches.py
 	$(BIN)/python bench/discovery.py
 	$(BIN)/python bench/strategies.py
 	$(BIN)/python bench/estimate_ranks.py
-	$(BIN)/python bench/ops/run.py
+	$(BIN)/python bench/ops/time_ops.py
 
 # Say whether s2ft is right and fast on this machine's GPU; the guide is docs/gpu.md. It uses the environment as it is and
 # downloads nothing. CPU=1 runs every stage without a GPU, at tiny sizes.
@@ -97,7 +97,7 @@ OUT ?= build/gpu-report
 SECONDS ?= 570
 
 gpu:
-	$(GPU_PYTHON) bench/gpu/run.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
+	$(GPU_PYTHON) bench/gpu/check_gpu.py --out $(OUT) --seconds $(SECONDS) $(if $(CPU),--cpu)
 
 # Compare S²FT with LoRA, DoRA, rsLoRA, SHiRA, MiSS and full fine-tuning on SmolLM2-135M. It takes at most 2 hours on two
 # cores, and can be interrupted and started again. `python -m bench.experiments --list` has the other experiments. The

@@ -1,8 +1,9 @@
 """What to train: one validated dataclass. A new option is one new field, and the command line gets it from there."""
 
+import difflib
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -104,6 +105,12 @@ def check_fields(options: Any) -> None:
             raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
         if choices is not None and value not in choices:
             raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
+
+
+def did_you_mean(word: str, names: Iterable[str]) -> str:
+    """Return "; did you mean ...?" with the closest of the names, or "" if none is close."""
+    close = difflib.get_close_matches(word, list(names), 1)
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def refuse(*mistakes: tuple[Any, str]) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.experiments import runner
-from bench.experiments.methods import trained_parameters
+from bench.experiments.matched_methods import trained_parameters
 from bench.experiments.printing import Column, Table, save_figures
 from bench.experiments.runner import check_names
 from s2ft.files.plain_text import parse_yaml
@@ -27,7 +27,7 @@ RECIPES = Path(__file__).parent / "recipes"
 ABOUT = ("kind", "title", "repeats", "needs", "only", "published", "smoke")  # keys of every recipe
 # The modules of this folder that make the runs of a kind, and that print them
 KINDS = {
-    "comparison": ("comparison", "report"),
+    "comparison": ("comparison", "comparison_report"),
     "sequence": ("sequence", "sequence"),
     "fusion": ("fusion", "fusion"),
     "efficiency": ("efficiency", "efficiency"),

@@ -15,13 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import s2ft
+from bench.experiments.any_method import arguments_of, evaluating, train, train_in_phases
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
+from bench.experiments.matched_methods import trained_parameters
 from bench.experiments.memory import PeakMemory
-from bench.experiments.methods import trained_parameters
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
-from bench.experiments.training import arguments_of, evaluating, train, train_in_phases
 from s2ft.text.divergence import mean_loss
 from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
+from bench.experiments.matched_methods import trained_parameters
 from bench.experiments.memory import PeakMemory, limited
-from bench.experiments.methods import trained_parameters
-from bench.experiments.models import at_least_one_unit, config_of, random_model
 from bench.experiments.printing import Column, Spread, Table, summary
+from bench.experiments.random_models import at_least_one_unit, config_of, random_model
 from bench.experiments.runner import OOM, ExperimentRun, Results, Stage, check_names
 from s2ft.estimation.devices import size_of
 from s2ft.train.device import gpu_or_cpu

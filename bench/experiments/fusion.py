@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import s2ft
+from bench.experiments.any_method import arguments_of, train
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.tasks import TASKS, files_of
-from bench.experiments.training import arguments_of, train
 from s2ft.adapter.adapter import overlap
 from s2ft.packages import check_packages
 

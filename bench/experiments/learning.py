@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 import s2ft
-from bench.experiments.methods import matched
+from bench.experiments.matched_methods import matched
 from bench.experiments.selections import CANDIDATES, choose
 from bench.experiments.tasks import TASKS, Task, texts
 from s2ft.selection.metrics import METRICS
@@ -266,7 +266,7 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
         **more: More arguments of :func:`s2ft.attach`.
     """
     method, options, seed = settings["method"], dict(settings.get("options", {})), settings["seed"]
-    if method == "full":  # see bench.experiments.training.arguments_of
+    if method == "full":  # see bench.experiments.any_method.arguments_of
         return prepare(model.float() if settings["dtype"] == "bfloat16" else model, method)
     if settings.get("parameters") is not None:
         options = matched(model, method, settings["parameters"], options)

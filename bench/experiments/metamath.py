@@ -23,8 +23,8 @@ from torch import Tensor
 from transformers import GenerationConfig, get_cosine_schedule_with_warmup
 
 import s2ft
+from bench.experiments.matched_methods import matched, trained_parameters
 from bench.experiments.memory import size_of_process
-from bench.experiments.methods import matched, trained_parameters
 from bench.experiments.printing import Column, Table, cell_of, failures
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from s2ft.packages import check_packages

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import s2ft
+from bench.experiments.any_method import arguments_of, train
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.printing import Column, Table, summary
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.tasks import TASKS, files_of
-from bench.experiments.training import arguments_of, train
 from s2ft.config import S2FTConfig
 from s2ft.train.tuners import TUNERS, Prepared
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 import s2ft
-from bench.experiments.models import config_of, random_model
 from bench.experiments.printing import Column, Table, summary
+from bench.experiments.random_models import config_of, random_model
 from bench.experiments.runner import ExperimentRun, Results, Stage
 from bench.harness import interleaved, median_ratio
 from s2ft.adapter import native

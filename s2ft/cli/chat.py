@@ -291,7 +291,12 @@ class Talk:
             ValueError: A line of a script is wrong. In a terminal the chat goes on.
         """
         if self.is_terminal:
-            self._greet()
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  # gives input() a history and editing
+
+            if self.adapters.folders:
+                say(str(self.adapters))
+            say("/help lists the commands, Ctrl-D ends the chat")
         for line in self._lines():
             try:
                 if line.startswith("/") and not line.startswith("//"):
@@ -303,14 +308,6 @@ class Talk:
                 if not self.is_terminal:
                     raise
                 say(f"error: {error}")
-
-    def _greet(self) -> None:
-        with contextlib.suppress(ImportError):
-            import readline  # noqa: F401  # gives input() a history and editing
-
-        if self.adapters.folders:
-            say(str(self.adapters))
-        say("/help lists the commands, Ctrl-D ends the chat")
 
     def _lines(self) -> Iterator[str]:
         """The lines of the input. A line that ends with a backslash is joined with the next one."""

@@ -265,8 +265,7 @@ class OptionParser(argparse.ArgumentParser):
                 continue
             action = self._option_string_actions.get(f"--{str(key).replace('-', '_')}")
             if action is None or action.dest not in self.options:
-                said = self.unknown(str(key)).replace(str(key), repr(str(key)), 1)
-                head, _, nearest = said.partition(";")
+                head, _, nearest = self.unknown(str(key)).replace(str(key), repr(str(key)), 1).partition(";")
                 nearest = nearest.replace("--", "").replace("-", "_")
                 self.error(f"config {path}: {head}{';' * bool(nearest)}{nearest}")
             if action.dest in found:
@@ -329,7 +328,7 @@ def parse(
     arguments: list[str],
     example: str = "",
     groups: Mapping[type, str] | None = None,
-) -> list:
+) -> tuple[list, dict[str, Any]]:
     """Read the options of a command.
 
     Args:
@@ -341,23 +340,19 @@ def parse(
         groups: Headings of the help by dataclass, for the fields that name none.
 
     Returns:
-        One object of each dataclass.
+        One object of each dataclass, and the options that were given, by the names of their fields.
 
     Raises:
         UsageError: An option is unknown, missing, or has a wrong value.
         SystemExit: The help was asked for and printed.
     """
     parser = OptionParser(command, description, kinds, example, OptionTable(groups=groups or {}))
-    return parser.objects(parser.given(arguments))
+    given = parser.given(arguments)
+    return parser.objects(given), given
 
 
-class Given(frozenset[str]):
-    """The names of the options that a command line has, as the fields are called."""
-
-
-def given_options(words: Sequence[str]) -> Given:
-    """Return the names of the options among the words of a command line."""
-    return Given(word[2:].partition("=")[0].replace("-", "_").removeprefix("no_") for word in words if word[:2] == "--")
+class Given(dict[str, Any]):
+    """The options that a command line has, by the names of their fields."""
 
 
 def command(description: str, example: str = "", groups: Mapping[type, str] | None = None, quiet: bool = True):
@@ -378,10 +373,12 @@ def command(description: str, example: str = "", groups: Mapping[type, str] | No
 
         @functools.wraps(function)
         def run(arguments: list[str]) -> None:
-            made = parse(function.__name__.removeprefix("run_"), description, options, arguments, example, groups)
+            made, given = parse(
+                function.__name__.removeprefix("run_"), description, options, arguments, example, groups
+            )
             if quiet:
                 quiet_transformers()
-            function(*made, *([given_options(arguments)] if len(kinds) > len(options) else []))
+            function(*made, *([Given(given)] if len(kinds) > len(options) else []))
 
         return run
 

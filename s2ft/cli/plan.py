@@ -30,9 +30,12 @@ class PlanArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for ratio in self.ratios or ():
-            if not 0 < ratio <= 1:
-                raise ValueError(f"ratios must be above 0 and at most 1, got {ratio:g}")
+        refuse(
+            *(
+                (not 0 < ratio <= 1, f"ratios must be above 0 and at most 1, got {ratio:g}")
+                for ratio in self.ratios or ()
+            )
+        )
 
     def model_and_rows(self, config: S2FTConfig):
         """Return a model without data, and the rows of the table."""
@@ -315,9 +318,10 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     say_device(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
     longest = min(job.max_length, context_length(model) or job.max_length)
-    how = (tokenizer, longest, job.protect_rows, config.seed)
-    texts = [] if protected is None else text_rows(protected, *how)
-    protect = batches_of(texts, tokenizer, job.batch_size) if texts else None
+    protect = None
+    if protected is not None:
+        texts = text_rows(protected, tokenizer, longest, job.protect_rows, config.seed)
+        protect = batches_of(texts, tokenizer, job.batch_size)
     return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 

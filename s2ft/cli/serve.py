@@ -1,8 +1,10 @@
 """s2ft serve: answer over HTTP with a base model and its adapters."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from s2ft.cli.parse import BASE_MODEL, given_options, parse, quiet_transformers
+from s2ft.cli.parse import BASE_MODEL, parse, quiet_transformers
 from s2ft.config import option, refuse
 from s2ft.packages import check_packages
 from s2ft.serve.server_options import ServerOptions, key_of, served_name, warn_if_open
@@ -74,7 +76,7 @@ class ServeArguments(ServerOptions):
 def run_serve(arguments: list[str]) -> None:
     at = arguments.index("--") if "--" in arguments else len(arguments)
     words, options = arguments[:at], arguments[at + 1 :]  # the options after the first -- are vLLM's
-    (job,) = parse(
+    (job,), given = parse(
         "serve",
         "Answer over HTTP with a base model and its adapters. The API is like OpenAI's; a request's `model` names the\n"
         "adapter.",
@@ -87,7 +89,7 @@ def run_serve(arguments: list[str]) -> None:
     from s2ft.text.adapter_prompts import base_name
 
     by_vllm = job.engine == "vllm" and not job.check
-    _check_engine(job, words, options)
+    _check_engine(job, given, options)
     needs = ("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     check_packages(*(needs if by_vllm else ("s2ft serve",)))
     sources = [source_of(adapters) for adapters in job.adapters]  # before the model is loaded, which can take minutes
@@ -102,25 +104,24 @@ def run_serve(arguments: list[str]) -> None:
         serve_here(job)
 
 
-def _check_engine(job: ServeArguments, words: list[str], options: list[str]) -> None:
+def _check_engine(job: ServeArguments, given: Mapping[str, Any], options: list[str]) -> None:
     """Refuse options that the engine does not have.
 
     Args:
         job: The options.
-        words: The words of the command line that are options of this command.
+        given: The options that the command line has.
         options: The words for vLLM.
 
     Raises:
         ValueError: An option has no meaning for the engine. The message says what the engine has in its place.
     """
-    given = given_options(words)
     if job.engine == "vllm":
-        for name in sorted(given & ONLY_BUILT_IN.keys()):
+        for name in sorted(given.keys() & ONLY_BUILT_IN.keys()):
             raise ValueError(
                 f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {ONLY_BUILT_IN[name]}"
             )
         return
-    for name in sorted(given & {*ONLY_VLLM}):
+    for name in sorted(given.keys() & {*ONLY_VLLM}):
         raise ValueError(f"--{name.replace('_', '-')} is for --engine vllm")
     if options:
         raise ValueError(f"options after -- are vLLM's, and the engine is {job.engine}: give --engine vllm")

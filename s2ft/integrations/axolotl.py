@@ -18,6 +18,7 @@ from axolotl.integrations.base import AdapterCapabilities, BasePlugin
 from peft import PeftModel, get_peft_model
 from pydantic import BaseModel, Field, model_validator
 
+from s2ft.config import refuse
 from s2ft.integrations.settings import config_from
 from s2ft.peft import S2FTPeftConfig
 
@@ -42,14 +43,20 @@ class S2FTArgs(BaseModel):
                 raise ValueError(f"s2ft says what S²FT trains, but adapter is {data.get('adapter')!r}: adapter: s2ft")
             return data
         _config(data)
-        for quantized in ("load_in_4bit", "load_in_8bit", "gptq"):
-            if data.get(quantized):
-                raise ValueError(
+        refuse(
+            *(
+                (
+                    data.get(quantized),
                     f"{quantized} and adapter: s2ft exclude each other, because Axolotl loads quantized models only "
-                    "for its own adapters: remove it, or train with s2ft sft --load-in-4bit"
+                    "for its own adapters: remove it, or train with s2ft sft --load-in-4bit",
                 )
-        if data.get("merge_method") == "memory_efficient":
-            raise ValueError("merge_method: memory_efficient merges LoRA only: write merge_method: legacy")
+                for quantized in ("load_in_4bit", "load_in_8bit", "gptq")
+            ),
+            (
+                data.get("merge_method") == "memory_efficient",
+                "merge_method: memory_efficient merges LoRA only: write merge_method: legacy",
+            ),
+        )
         data["merge_method"] = "legacy"
         return data
 

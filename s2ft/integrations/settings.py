@@ -1,10 +1,10 @@
 """The settings of an adapter as the configuration files of other programs have them."""
 
-import difflib
 from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
+from s2ft.config import did_you_mean
 from s2ft.peft import S2FTPeftConfig
 
 # Fields that the injection writes, that the program knows itself, or that hold no value of a configuration file.
@@ -38,8 +38,7 @@ def config_from(settings: Any, where: str, **defaults: Any) -> S2FTPeftConfig:
     known = [one.name for one in fields(S2FTPeftConfig) if one.init and one.name not in NOT_SETTINGS]
     for name in settings:
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            nearest = f"; the nearest one is {close[0]}" if close else f"; there are {', '.join(sorted(known))}"
+            nearest = did_you_mean(str(name), known) or f"; there are {', '.join(sorted(known))}"
             raise ValueError(f"{where} has no setting {name!r}{nearest}")
     given = {**defaults, **{name: value for name, value in settings.items() if value is not None}}
     try:

@@ -23,8 +23,8 @@ import trl
 from trl.cli.commands import get_commands
 from trl.cli.commands.training import TrainingCommand
 
+from s2ft.config import did_you_mean
 from s2ft.integrations.settings import config_from
-from s2ft.train.rewards import closest
 
 HELP = "what S²FT trains: fields of s2ft.peft.S2FTPeftConfig, in YAML or as JSON, for example {d_ratio: 0.03}"
 
@@ -57,7 +57,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     commands = [command.name for command in get_commands() if isinstance(command, TrainingCommand)]
     if name not in commands:
         raise SystemExit(
-            f"usage: python -m s2ft.integrations.trl {{{','.join(commands)}}} [TRL's options]{closest(name, commands)}"
+            f"usage: python -m s2ft.integrations.trl {{{','.join(commands)}}} [TRL's options]"
+            f"{did_you_mean(name, commands)}"
         )
     script = import_module(f"trl.scripts.{name}")
     parser = trl.TrlParser((*script.make_parser().dataclass_types, S2FTOptions), prog=f"s2ft.integrations.trl {name}")

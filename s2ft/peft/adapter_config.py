@@ -170,10 +170,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         )
         if self.ratio is not None:
             self._check_ratio("ratio")
-        self._check_way()
-
-    def _check_way(self) -> None:
-        """Check that the fields define what is trained in exactly one of the three ways."""
+        # What is trained must be defined in exactly one of the three ways.
         named = [f"{key}_ratio" for key in self.ratios]
         is_targeted = self.target_modules is not None or self.target_parameters is not None
         refuse(
@@ -241,14 +238,11 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         Returns:
             The copy.
         """
-        if self.units is not None:
-            by, chosen_by = {}, self.chosen_by
-        else:
+        by, defaults = self.chosen_by, {}
+        if self.units is None:
             defaults = {f.name: f.default for f in fields(self) if f.name in (*CHOOSING, "ratio")}
-            by = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
-            chosen_by = {name: value for name, value in by.items() if not isinstance(value, dict)}
-            chosen_by["seed"] = self.seed
-            by = {name: defaults[name] for name in by}
+            given = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}
+            by = {**{name: value for name, value in given.items() if not isinstance(value, dict)}, "seed": self.seed}
         targets = paths or None if self.target_modules is None or skipped else self.target_modules
         return replace(
             self,
@@ -256,10 +250,10 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             target_modules=targets,
             target_parameters=parameters or None,
             base_fingerprint=fingerprint,
-            chosen_by=chosen_by,
+            chosen_by=by,
             uncoupled=sorted(uncoupled),
             skipped=sorted(skipped) or self.skipped,
-            **by,
+            **defaults,
         )
 
     def as_created(self) -> "S2FTPeftConfig":
@@ -281,12 +275,10 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             This config; or a copy, if this config already names other units for another adapter.
         """
         kept = ("units", "base_fingerprint", "chosen_by")
-        same = all(getattr(self, name) == getattr(selected, name) for name in kept)
-        updated = self if self.module_units is None or same else replace(selected)
-        for name in {f.name for f in fields(self)}:
-            setattr(updated, name, getattr(selected, name))
-        updated.module_units = selected.module_units
-        return updated
+        if self.module_units is not None and any(getattr(self, name) != getattr(selected, name) for name in kept):
+            return selected
+        vars(self).update(vars(selected))
+        return self
 
     def remember_created(self, created: "S2FTPeftConfig") -> None:
         """Record which fields the injection has changed, for :meth:`as_created`.

@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
+from s2ft.config import refuse
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
 from s2ft.model.weights import Delta
@@ -53,15 +54,6 @@ class AdapterDelta(nn.Module):
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
 
 
-def hooks_of(module: nn.Module) -> dict[str, Any]:
-    """The hooks of a module that run on its wrapper instead, because the wrapper calls only the module's forward."""
-    return {
-        key: value
-        for key, value in module.__dict__.items()
-        if "_hook" in key and "state_dict" not in key and key != "_hf_hook"
-    }
-
-
 class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     """A base layer with the deltas of all its adapters. PEFT creates it when an adapter is injected.
 
@@ -96,7 +88,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         self, base_layer: nn.Module, adapter_name: str, units: dict[str, Any], init_weights: bool = True
     ) -> None:
         super().__init__()
-        self.__dict__.update(hooks_of(base_layer))
+        # Hooks of the base layer run on this one instead, which calls only its forward.
+        for key, value in vars(base_layer).items():
+            if "_hook" in key and "state_dict" not in key and key != "_hf_hook":
+                self.__dict__[key] = value
         self.base_layer, self.s2ft_delta = base_layer, nn.ModuleDict()
         self.dims: dict[str, int] = {}  # by weight
         self.transposed: dict[str, bool] = {}  # whether a weight of stacked experts is [experts, inputs, outputs]
@@ -208,7 +203,9 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _run(self, names: list[str], args: tuple, kwargs: dict[str, Any]) -> Any:
         """Run the base layer on its weight plus the deltas of adapters."""
         hook = getattr(self.base_layer, "_hf_hook", None)
-        if hook is None and not self.kind.read_only and self._is_writable():
+        in_place = hook is None and not self.kind.read_only and not torch.compiler.is_compiling()
+        # A view is memory of FSDP version 1, which gathers it again for the backward.
+        if in_place and not self.base_layer.weight._is_view():
             return self._trainable("", names).forward(*args, **kwargs)
         delta, run = self.sum_of("", names), self.kind.forward
         if hook is None or self.kind.read_only:
@@ -216,10 +213,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         (x,), _ = hook.pre_forward(self.base_layer, args[0])  # accelerate's hook loads weights that are offloaded
         values, index = delta.values.to(x.device), delta.index.to(x.device)
         return hook.post_forward(self.base_layer, run(self.base_layer, x, values, index, self.dim))
-
-    def _is_writable(self) -> bool:
-        # A view is memory of FSDP version 1, which gathers it again for the backward.
-        return not torch.compiler.is_compiling() and not self.base_layer.weight._is_view()
 
     # ---- base + delta in the weight, from the forward to the step of the optimizer -----------------------
 
@@ -283,15 +276,17 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _row_names(self, args: tuple, names: list[str]) -> list[str]:
         """The adapter's name of each row. Errors have PEFT's wording, which users search for."""
         x = args[0]
-        if not names or len(x) % len(names):
-            raise ValueError(
+        refuse(
+            (
+                not names or len(x) % len(names),
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(x)}"
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
+                f"{len(names)} and {len(x)}",
+            ),
+            (
+                self.merged,
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first.",
+            ),
+        )
         return [name for name in names for _ in range(len(x) // len(names))]
 
     def _mixed(self, args: tuple, adapter_names: list[str], here: list[str]) -> Any:
@@ -418,18 +413,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """
         return {"": self.s2ft_delta[adapter]}
 
-    def set_sum(self, adapter: str, names: Sequence[str], factors: Sequence[float]) -> None:
-        """Make the deltas of an adapter the sums of others. They have the units of any of them, and are not trainable.
-
-        Args:
-            adapter: Name of the adapter.
-            names: Names of other adapters, with and without a delta here.
-            factors: A factor for each.
-        """
-        for weight, delta in self.deltas_of(adapter).items():
-            total = self.sum_of(weight, names, factors).values.detach().clone()
-            delta.values = nn.Parameter(total, requires_grad=False)
-
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return an adapter's delta as a dense tensor.
 
@@ -441,8 +424,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """
         delta = self.s2ft_delta[adapter]
         dense = torch.zeros(self.base_layer.weight.shape, dtype=delta.values.dtype, device=delta.values.device)
-        matrix = self.kind.view(dense)
-        matrix.transpose(0, self.dim)[delta.index] = delta.values.detach().transpose(0, self.dim)
+        self.kind.view(dense).transpose(0, self.dim)[delta.index] = delta.values.detach().transpose(0, self.dim)
         return dense
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:

@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight
 from s2ft.attached.checks import check_gradients_pass
+from s2ft.config import refuse
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
@@ -197,7 +197,9 @@ class S2FTPeftModel(BaseTuner):
         )
         self.inject_adapter(self.model, adapter_name)
         for layer in self._layers(adapter_name):
-            layer.set_sum(adapter_name, adapters, list(map(float, weights)))
+            for weight, delta in layer.deltas_of(adapter_name).items():
+                total = layer.sum_of(weight, adapters, list(map(float, weights)))
+                delta.values = nn.Parameter(total.values.detach().clone(), requires_grad=False)
         for module in self.model.modules():  # the sum gets the modules_to_save of its parts
             if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
                 for name in set(adapters) & set(module.modules_to_save):
@@ -214,16 +216,20 @@ class S2FTPeftModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
             check_weight(name, weight)
-        if adapter_name in self.peft_config:
-            raise ValueError(f"there is an adapter called {adapter_name!r} already: give the sum another name")
+        refuse(
+            (
+                adapter_name in self.peft_config,
+                f"there is an adapter called {adapter_name!r} already: give the sum another name",
+            ),
+            (
+                combination_type != "linear",
+                f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}",
+            ),
+        )
         with_tokens = [name for name in adapters if self.peft_config[name].trainable_token_indices is not None]
         if with_tokens:
             raise ValueError(
                 f"adapter {with_tokens[0]!r} has trainable_token_indices, and embeddings of tokens can't be added up"
-            )
-        if combination_type != "linear":
-            raise ValueError(
-                f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}"
             )
         clashes = [
             path
@@ -260,7 +266,8 @@ class S2FTPeftModel(BaseTuner):
         once = set() if encoder in (None, self.model) else set(encoder.modules())
         handles = [
             module.register_forward_pre_hook(
-                partial(_pass_names, names if module in once else repeated), with_kwargs=True
+                lambda module, args, kwargs: (args, {**kwargs, "adapter_names": names if module in once else repeated}),
+                with_kwargs=True,
             )
             for module in self.model.modules()
             if isinstance(module, (S2FTPeftLayer, AuxiliaryTrainingWrapper))
@@ -324,7 +331,3 @@ class S2FTPeftModel(BaseTuner):
             if not torch.equal(mapped[f"{key}index"].cpu(), delta.index.cpu()):
                 raise ValueError(f"the weights of adapter {adapter_name!r} have other units than its config: {key}")
         return mapped
-
-
-def _pass_names(names: list[str], module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple | None:
-    return args, {**kwargs, "adapter_names": names}

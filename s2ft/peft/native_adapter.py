@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import read_adapter
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
@@ -92,8 +92,8 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         found = find_targets(config, model, couplings)
         check_shapes(model, found.targets)
         if not found.targets and not (config.target_modules is None and config.target_parameters is None):
-            selected = replace(config)
-            selected.module_units = {}  # PEFT raises the error that names the pattern without a match
+            selected = replace(config)  # PEFT raises the error that names the pattern without a match
+            selected.module_units = {}
             return selected
         selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
     found.warn()
@@ -248,16 +248,18 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
     if adapter_name not in model.peft_config:
         raise ValueError(f"no adapter is called {adapter_name!r}; there are {', '.join(model.peft_config)}")
     config, base = model.peft_config[adapter_name], model.get_base_model()
-    if config.base_fingerprint is None:
-        raise ValueError(
+    refuse(
+        (
+            config.base_fingerprint is None,
             f"adapter {adapter_name!r} has no fingerprint of its base: {type(base).__name__} does not belong to a "
-            "model family that s2ft knows, or its weights are sharded"
-        )
-    if config.trainable_token_indices is not None:
-        raise ValueError(
+            "model family that s2ft knows, or its weights are sharded",
+        ),
+        (
+            config.trainable_token_indices is not None,
             f"adapter {adapter_name!r} has embeddings of single tokens (trainable_token_indices), which an adapter of "
-            "s2ft can't hold: keep it in PEFT's form, or merge it"
-        )
+            "s2ft can't hold: keep it in PEFT's form, or merge it",
+        ),
+    )
     deltas = {}
     for units, values in _values(base, config, adapter_name):
         deltas.update(units.split(values.detach().cpu()))

@@ -171,8 +171,8 @@ def _saves_heads(model: nn.Module) -> bool:
 def _obstacle(model: nn.Module, path: str, owners: Counter) -> str | None:
     """Why a linear layer can't be trained, as a sentence without its subject; None if it can."""
     module = model.get_submodule(path)
-    parent, _, name = path.rpartition(".")
     kind = kind_of(module)
+    parent, _, name = path.rpartition(".")
     if kind.layers is None:
         return f"of type {type(module).__name__}" if kind is OTHER else f"of the kind {kind.name}"
     if owners[id(module)] > 1 or owners[id(module.weight)] > 1:
@@ -201,15 +201,14 @@ def _only_reads_weight(parent: type, name: str) -> bool:
 
 def _is_trained(config: S2FTPeftConfig, names: dict[str, Tensor] | None, projection: Projection) -> bool:
     if names is not None:
-        trained = projection.name in names
-    elif projection.expert is not None and not config.ratios:
-        trained = _is_target_parameter(config, projection.path)
-    elif config.target_modules is not None or config.target_parameters is not None:
-        trained = projection.expert is None and _is_target(config, projection.path)
-    else:  # PEFT's other fields, such as layers_to_transform, restrict the ratios
-        last = SimpleNamespace(**{**vars(config), "target_modules": [projection.path.rpartition(".")[2]]})
-        trained = projection.key in config.ratios and _is_target(last, projection.path)
-    return trained
+        return projection.name in names
+    if projection.expert is not None and not config.ratios:
+        return _is_target_parameter(config, projection.path)
+    if config.target_modules is not None or config.target_parameters is not None:
+        return projection.expert is None and _is_target(config, projection.path)
+    # PEFT's other fields, such as layers_to_transform, restrict the ratios
+    last = SimpleNamespace(**{**vars(config), "target_modules": [projection.path.rpartition(".")[2]]})
+    return projection.key in config.ratios and _is_target(last, projection.path)
 
 
 def _is_target(config, path: str) -> bool:

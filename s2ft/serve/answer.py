@@ -170,7 +170,8 @@ class Answer:
         self, service: Service, body: Sampled, request: Request, record: RequestRecord, arrived: float
     ) -> None:
         self.service, self.record, self.arrived = service, record, arrived
-        self._chat, self._with_usage = isinstance(body, ChatRequest), body.with_usage
+        self._chat = isinstance(body, ChatRequest)
+        self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         name = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._fields = {"id": name, "object": "text_completion", "created": int(time.time()), "model": body.model}
         self.job: Job | None = None

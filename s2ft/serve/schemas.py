@@ -163,11 +163,6 @@ class Sampled(Strict):
         """The stop strings as a list."""
         return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
-    @property
-    def with_usage(self) -> bool:
-        """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
-
 
 class CompletionRequest(Sampled):
     """Body of /v1/completions.

@@ -171,12 +171,13 @@ def serve(
     app, _ = build_app(model, tokenizer, base, adapters, options)
     warn_if_open(options.host, options.api_key)
     listener = listen(options.host, options.port)
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end are said below
-    server = Server(config_of(app))
+    host, port = listener.getsockname()[:2]  # the port that was chosen if the option is 0
+    logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its lines about start and end
     # uvicorn raises the signal again after the shutdown, when nothing is left to do
     before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        server.run(sockets=[listener])
+        uvicorn.Server(config_of(app)).run(sockets=[listener])
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -232,19 +233,6 @@ class Connection(H11Protocol):
         elif self._header_timer is not None:
             self._header_timer.cancel()
             self._header_timer = None
-
-
-class Server(uvicorn.Server):
-    """A server of uvicorn that logs its address."""
-
-    async def startup(self, sockets=None) -> None:
-        """Start, and log the address."""
-        await super().startup(sockets)
-        if self.started:
-            for listener in self.servers:
-                for one in listener.sockets:
-                    host, port = one.getsockname()[:2]  # the port that was chosen if the option is 0
-                    logger.info("serving on http://%s:%d", f"[{host}]" if ":" in host else host, port)
 
 
 # ---- the routes ----------------------------------------------------------------------------------------
@@ -378,14 +366,13 @@ def model_routes(service: Service) -> APIRouter:
 
 
 def _model(service: Service, name: str) -> dict:
-    parent = None if name == service.base else service.base
     return {
         "id": name,
         "object": "model",
         "created": service.created,
         "owned_by": "s2ft",
         "root": service.base,
-        "parent": parent,
+        "parent": None if name == service.base else service.base,
         "max_model_len": service.context,
     }
 

@@ -9,6 +9,7 @@ import urllib.request
 import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -49,9 +50,6 @@ class ReceivingEngine(ABC):
         is_local: Whether each rank of the trainer has an engine of its own.
     """
 
-    name: str
-    is_local: bool
-
     @abstractmethod
     def dtype(self) -> torch.dtype | None:
         """The dtype of its weights; None if it does not say so.
@@ -71,10 +69,6 @@ class ReceivingEngine(ABC):
         Raises:
             EngineError: The engine refused, failed, or did not answer.
         """
-
-    def init(self, info: dict[str, Any]) -> None:
-        """Announce slices."""
-        self.call("init_weight_transfer_engine", {"init_info": info})
 
     def send(self, flat: Tensor, info: dict[str, Any]) -> None:
         """Send numbers: in the message as base64, unless the engine takes a tensor."""
@@ -253,7 +247,7 @@ class Sent(NamedTuple):
     seconds: float
 
 
-class SliceSender:
+class SliceSender(AbstractContextManager):
     """Sends the trained slices of a model to an engine, which generates with the merged weights from then on.
 
     Only the slices are sent: absolute numbers in the engine's dtype, the same that merging writes. The engine keeps the
@@ -338,9 +332,6 @@ class SliceSender:
         """
         run_on_ranks("restoring the engine", all_ranks(), self._sends(), self._restore)
 
-    def __enter__(self) -> "SliceSender":
-        return self
-
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         try:
             self.restore()
@@ -372,7 +363,8 @@ class SliceSender:
         """Send a buffer. After a failure the engine has its base again, or the error says that it does not."""
         if not self._is_bound:
             dtype, slices = _name(self.slices.dtype), to_message(self.slices.specs)
-            self._engine.init({"sender": self.name, "dtype": dtype, "slices": slices, "take_over": self._take_over})
+            info = {"sender": self.name, "dtype": dtype, "slices": slices, "take_over": self._take_over}
+            self._engine.call("init_weight_transfer_engine", {"init_info": info})
             self._is_bound, self._take_over = True, False
         step = self.step + 1
         try:

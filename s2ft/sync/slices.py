@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from s2ft.distributed import without_zero_init
 from s2ft.export.streamed import saved_names
 from s2ft.model.checkpoint import Group, is_of_transformers, saving_groups, tied_names
-from s2ft.sync.trained import AttachedSource, PeftSource, TrainedWeight, source_of
+from s2ft.sync.trained import AttachedSource, PeftSource, source_of
 from s2ft.sync.wire import DTYPES, SliceSpec, hashes_of
 
 
@@ -294,11 +294,20 @@ class TrainedSlices:
                         f"{piece.name}: slices of both dimensions are trained, and one of them can be sent"
                     )
                 others.append((number, piece))
+        bases = [one.base for one in source.trained]
         for name, found in shares.items():
-            self._add_slice(name, found)
+            index, order = torch.cat([piece.index for _, piece in found]).sort()
+            if (index.diff() == 0).any():
+                raise ValueError(f"{name}: a unit is trained by two slices, and an engine can hold one of them")
+            entry = _Entry(tuple(found), None if bool((order.diff() == 1).all()) else order)
+            self._add(name, found[0][1].shape, found[0][1].dim, index, entry, bases)
         for number, one in enumerate(source.trained):
             if one.dim is None:
-                self._add_whole(number, one)
+                if not one.base.dim():
+                    raise ValueError(f"{one.weight} is a single number that is trained, which can't be sent: freeze it")
+                for name, value in names.whole(one.weight, one.base).items():
+                    index = torch.arange(value.shape[0])
+                    self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), bases)
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> "TrainedSlices":
@@ -360,21 +369,6 @@ class TrainedSlices:
         return flat
 
     # ---- making the specs ----------------------------------------------------------------------------
-
-    def _add_slice(self, name: str, shares: list[tuple[int, Piece]]) -> None:
-        first = shares[0][1]
-        index, order = torch.cat([piece.index for _, piece in shares]).sort()
-        if (index.diff() == 0).any():
-            raise ValueError(f"{name}: a unit is trained by two slices, and an engine can hold one of them")
-        entry = _Entry(tuple(shares), None if bool((order.diff() == 1).all()) else order)
-        self._add(name, first.shape, first.dim, index, entry, [one.base for one in self._source.trained])
-
-    def _add_whole(self, number: int, one: TrainedWeight) -> None:
-        if not one.base.dim():
-            raise ValueError(f"{one.weight} is a single number that is trained, which can't be sent: freeze it")
-        for name, value in self._names.whole(one.weight, one.base).items():
-            index = torch.arange(value.shape[0])
-            self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), {number: one.base})
 
     def _add(self, name: str, shape: tuple, dim: int, index: Tensor, entry: _Entry, bases) -> None:
         base = self._numbers(entry, dim, bases).to(self.dtype)

@@ -186,7 +186,9 @@ class PeftSource:
         _check_accounted(model, self._known())
         reshard_all(model)
         self.trained = [one for path, layer in self._layers.items() for one in self._slices(path, layer)]
-        self.trained += list(self._in_full())
+        for (module, _), path in zip(self._in_use(), self._saved):
+            for name, value in full_tensors(dict(module.original_module.named_parameters())).items():
+                self.trained.append(TrainedWeight(f"{path}.{name}", value.shape, value.clone()))
         if not self.trained:
             raise ValueError(f"the PeftModel trains nothing with its active adapters ({', '.join(self.names)})")
 
@@ -242,11 +244,6 @@ class PeftSource:
                     matrix = matrix.t() if expert is not None and transposed else matrix
                     base, units = matrix.index_select(dim, units.to(stored.device)).clone(), units.cpu()
                     yield TrainedWeight(f"{path}.{name}", full_shape(weight), base, dim, units, expert, transposed)
-
-    def _in_full(self) -> Iterator[TrainedWeight]:
-        for (module, _), path in zip(self._in_use(), self._saved):
-            for name, base in full_tensors(dict(module.original_module.named_parameters())).items():
-                yield TrainedWeight(f"{path}.{name}", base.shape, base.clone())
 
     def _known(self) -> set[int]:
         trained = [layer.s2ft_delta[name] for layer in self._layers.values() for name in layer.s2ft_delta]

@@ -475,8 +475,7 @@ class DriftMeter:
         if other is None and prompts is None:
             raise ValueError("nothing is measured: give other, prompts, or both")
         self._other, self._batch_size = other, batch_size
-        switch = base_switch(model) or contextlib.nullcontext
-        with switch():
+        with (base_switch(model) or contextlib.nullcontext)():
             self.base_loss = None if other is None else mean_loss(model, other, batch_size)
         self.distributions = None if prompts is None else BaseDistributions.of(model, prompts, batch_size)
 

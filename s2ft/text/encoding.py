@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from s2ft.config import refuse
 from s2ft.selection.batches import IGNORED
 from s2ft.text.data.rows import Problems
 from s2ft.text.prompts import PromptFormat
@@ -228,9 +229,10 @@ def tokenize_rows(
         >>> print(tokenized)
         1 token row, 6 tokens; the loss falls on 2 of them (33.3%): all answers of the assistant
     """
-    for name, value, choices in (("loss_on", loss_on, LOSS_ON), ("too_long", too_long or "cut", TOO_LONG)):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+    refuse(
+        (loss_on not in LOSS_ON, f"loss_on must be one of {', '.join(LOSS_ON)}, got {loss_on!r}"),
+        (too_long not in (None, *TOO_LONG), f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}"),
+    )
     job = RowEncoder(tokenizer, prompt, max_length, too_long, loss_on, completion_only)
     rows, outcomes = encoded_rows(dataset, job, ROW, skip_bad_rows, processes)
     if not len(rows):

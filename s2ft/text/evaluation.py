@@ -12,6 +12,7 @@ from functools import partial
 from itertools import takewhile
 from typing import Any
 
+from s2ft.config import refuse
 from s2ft.text.data import DataOptions, load_rows
 from s2ft.text.data.data_options import TASKS
 from s2ft.text.divergence import base_switch, mean_loss, prompts_of, some
@@ -252,9 +253,11 @@ def evaluate(
         >>> print(evaluate(model, tokenizer, examples, "arithmetic", max_new_tokens=4))
         0.0% right (0 of 1, ... s)
     """
-    for name, value in {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "num_beams": num_beams}.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
+    refuse(
+        (batch_size < 1, f"batch_size must be at least 1, got {batch_size}"),
+        (max_new_tokens < 1, f"max_new_tokens must be at least 1, got {max_new_tokens}"),
+        (num_beams < 1, f"num_beams must be at least 1, got {num_beams}"),
+    )
     answers = [right_answer(example, task) for example in examples]
     room = (context_length(model) or 1 << 30) - max_new_tokens
     prompts = encode_prompts(tokenizer, examples, room, prompt)

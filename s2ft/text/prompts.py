@@ -8,8 +8,10 @@ import logging
 import secrets
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from types import NoneType
 from typing import TYPE_CHECKING, Any
 
+from s2ft.config import refuse
 from s2ft.text.data import DataOptions, form_of
 from s2ft.text.templates import (
     Conversation,
@@ -62,12 +64,12 @@ class PromptFormat:
     system: str | None = None
 
     def __post_init__(self) -> None:
-        if self.form not in FORMS:
-            raise ValueError(f"form must be one of {', '.join(FORMS)}, got {self.form!r}")
-        for name in ("template", "system"):
-            value = getattr(self, name)
-            if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} must be text, got {type(value).__name__}")
+        template, system = self.template, self.system
+        refuse(
+            (self.form not in FORMS, f"form must be one of {', '.join(FORMS)}, got {self.form!r}"),
+            (not isinstance(template, (str, NoneType)), f"template must be text, got {type(template).__name__}"),
+            (not isinstance(system, (str, NoneType)), f"system must be text, got {type(system).__name__}"),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields by name.
@@ -157,7 +159,13 @@ def prompt_format(
     name = "the tokenizer's chat template" if chat_template is None else f"chat_template {given}"
     template = _checked(tokenizer, template, name)
     if system is not None:
-        _check_system(tokenizer, template, system, name)
+        messages = [{"role": "system", "content": system}, *PROBE[:1]]
+        try:
+            text = render(tokenizer, messages, template, prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"{name} takes no system prompt: {error}") from None
+        if system.strip() not in text:
+            raise ValueError(f"{name} leaves out the system prompt: give another one with chat_template")
     return PromptFormat("chat", template, system)
 
 
@@ -266,16 +274,6 @@ def _checked(tokenizer, template: str, name: str) -> str:
         )
         return marked
     return template
-
-
-def _check_system(tokenizer, template: str, system: str, name: str) -> None:
-    messages = [{"role": "system", "content": system}, *PROBE[:1]]
-    try:
-        text = render(tokenizer, messages, template, prompt=True)
-    except TemplateError as error:
-        raise ValueError(f"{name} takes no system prompt: {error}") from None
-    if system.strip() not in text:
-        raise ValueError(f"{name} leaves out the system prompt: give another one with chat_template")
 
 
 def prompt_text(tokenizer, conversation: Conversation | str, tools: list | None = None) -> str:

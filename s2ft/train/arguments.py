@@ -290,12 +290,8 @@ class GRPOArguments(RLArguments, GRPOConfig):
                     f"{total} answers are generated at once, which is no multiple of {name}, {number}: the nearest "
                     f"number is {max(1, round(total / number)) * number}; set batch_size to it"
                 )
-        self._check_saving()
-
-    def _check_saving(self) -> None:
         cycle = self.updates_per_generation
-        writes = str(getattr(self.save_strategy, "value", self.save_strategy)) == "steps"
-        if writes and self.save_steps >= 1 and self.save_steps % cycle:
+        if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % cycle:
             below, above = self.save_steps // cycle * cycle, -(-self.save_steps // cycle) * cycle
             nearest = f"{below:g} or {above:g}" if below else f"{above:g}"
             raise ValueError(
@@ -326,21 +322,19 @@ def _check(arguments: Any) -> None:
         value = getattr(arguments, one.name)
         if isinstance(value, int) and not isinstance(value, bool) and value > LARGEST:
             raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
-    strategy = str(getattr(arguments.hub_strategy, "value", arguments.hub_strategy))
-    optimizer = str(getattr(arguments.optim, "value", arguments.optim))
     refuse(
         *(
             (getattr(arguments, name, None), f"{name} does not work here: {reason}")
             for name, reason in arguments.refused.items()
         ),
         (
-            strategy not in ("end", "every_save"),
-            f"hub_strategy {strategy!r} does not work here: the adapter is uploaded once, at the end",
+            arguments.hub_strategy not in ("end", "every_save"),
+            f"hub_strategy {arguments.hub_strategy!r} does not work here: the adapter is uploaded once, at the end",
         ),
         (
-            optimizer.startswith(("galore", "apollo")),
-            f"optim {optimizer!r} works on the gradients of whole weights, which s2ft does not train: choose another "
-            "one, such as adamw_torch_fused",
+            arguments.optim.startswith(("galore", "apollo")),
+            f"optim {arguments.optim!r} works on the gradients of whole weights, which s2ft does not train: choose "
+            "another one, such as adamw_torch_fused",
         ),
     )
 

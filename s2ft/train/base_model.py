@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -188,22 +187,12 @@ def apply_kernels(model, name: str) -> None:
     before = {module.__name__: dict(vars(module)) for module in modules}
     _apply_liger_kernel_to_instance(model=model, **dict.fromkeys(LEFT_TO_S2FT, False))
     for module in modules:
-        _keep_functions_only(module, before[module.__name__])
-
-
-def _keep_functions_only(module: ModuleType, before: dict[str, object]) -> None:
-    """Restore the classes that were replaced in a module: the model has its norms, and later models are loaded plain.
-
-    A replaced function stays, since the model's attention finds it by its name.
-    """
-    for name, original in before.items():
-        new = getattr(module, name, original)
-        if new is original:
-            continue
-        if isinstance(original, type):
-            setattr(module, name, original)
-        else:
-            _replaced[module.__name__, name] = original, new
+        for name, original in before[module.__name__].items():
+            new = getattr(module, name, original)
+            if isinstance(original, type):  # the model has its norms, and later models are loaded plain
+                setattr(module, name, original)
+            elif new is not original:  # it stays, since the model's attention finds it by its name
+                _replaced[module.__name__, name] = original, new
 
 
 @contextmanager

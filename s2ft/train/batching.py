@@ -102,8 +102,8 @@ def choose_batching(
     keep = takes(model, "logits_to_keep") and not all_logits
     devices = devices_of(arguments)
     if devices.splits_rows:
-        collator = SplitCollator(pad, math.lcm(multiple, 2 * devices.context))
-        return Batching(collator, False, by_length, f"padded, each row divided among {devices.context} devices")
+        why = f"padded, each row divided among {devices.context} devices"
+        return Batching(SplitCollator(pad, math.lcm(multiple, 2 * devices.context)), False, by_length, why)
     asked = "packing" if arguments.packing else "padding_free" if arguments.padding_free else ""
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
     reason, because = None, ""  # not tried
@@ -118,10 +118,8 @@ def choose_batching(
         return Batching(packed, False, by_length, f"without padding, {_attention(model)} keeps rows apart")
     if reason:
         because = f" ({_attention(model)} would mix up rows without padding: {reason})"
-    padded = TokenCollator(pad, keep, multiple)
-    if by_length:
-        return Batching(padded, False, True, f"padded, rows of similar length{because}")
-    return Batching(padded, False, False, f"padded, rows in {arguments.train_sampling_strategy} order{because}")
+    order = "of similar length" if by_length else f"in {arguments.train_sampling_strategy} order"
+    return Batching(TokenCollator(pad, keep, multiple), False, by_length, f"padded, rows {order}{because}")
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -105,6 +105,7 @@ def run_demo(options: DemoOptions) -> dict:
 
 
 def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
+    from s2ft.train.arguments import SFTArguments
     from s2ft.train.fit import sft
 
     seconds: dict[str, float] = {}
@@ -131,8 +132,17 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
+    arguments = SFTArguments(
+        output_dir=options.output,
+        learning_rate=options.learning_rate,
+        max_steps=options.steps,
+        per_device_train_batch_size=options.batch_size,
+        warmup_steps=options.steps // 10,
+        save_steps=0,
+        seed=options.seed,
+    )
     with phase("training"):
-        training = sft(model, tokenizer, rows, _arguments(options), folder)
+        training = sft(model, tokenizer, rows, arguments, folder)
     after = score("tuned")
     print(f"tuned: {after}")
     report = {
@@ -161,20 +171,6 @@ def _phase(seconds: dict[str, float], name: str) -> Iterator[None]:
     start = time.perf_counter()
     yield
     seconds[name] = round(time.perf_counter() - start, 1)
-
-
-def _arguments(options: DemoOptions):
-    from s2ft.train.arguments import SFTArguments
-
-    return SFTArguments(
-        output_dir=options.output,
-        learning_rate=options.learning_rate,
-        max_steps=options.steps,
-        per_device_train_batch_size=options.batch_size,
-        warmup_steps=options.steps // 10,
-        save_steps=0,
-        seed=options.seed,
-    )
 
 
 def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFolder) -> str:

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import Trainer
 
 import s2ft
+from s2ft.config import refuse
 from s2ft.distributed import without_zero_init
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
@@ -194,9 +195,9 @@ class RL(Method):
 
     def check(self, run: Run) -> None:
         refuse_sharding(run.arguments, f"s2ft {self.name}")
-        for name, value in (("eval_task", run.options.eval_task), ("last_answer_only", run.data.last_answer_only)):
-            if value:
-                raise ValueError(f"{name} {FOR_SFT}")
+        refuse(
+            (run.options.eval_task, f"eval_task {FOR_SFT}"), (run.data.last_answer_only, f"last_answer_only {FOR_SFT}")
+        )
 
     def prompt(self, run: Run, model, tokenizer, rows):
         """Return the format of the prompts of rows, and set its template in the tokenizer."""

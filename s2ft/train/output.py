@@ -140,8 +140,8 @@ class RunFolder:
         if resume:
             earlier = self.options()
             free = {GROUPS, *DIVISION} if earlier.get(GROUPS) != options.get(GROUPS) else set()
-            changed = [key for key in {**earlier, **options} if earlier.get(key) != options.get(key)]
-            different = [key for key in changed if key not in free]
+            names = [key for key in {**earlier, **options} if key not in free]
+            different = [key for key in names if earlier.get(key) != options.get(key)]
             if different:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "
@@ -429,7 +429,9 @@ def report_page(
         parts.append(f"<p class=loss>loss {before:.3f} → <b>{after:.3f}</b></p>")
         parts.append(f"<p>on {comparison.rows} rows that were not trained on, before and after</p>")
     if figure is not None:
-        parts.append(_picture(figure))
+        image = io.StringIO()
+        figure.savefig(image, format="svg", transparent=True)
+        parts.append(image.getvalue()[image.getvalue().index("<svg") :])  # without the head of a file
     for one in comparison.samples if comparison is not None else ():
         rows = {"right": one.right, "base": one.base, "tuned": one.tuned}
         parts.append(f"<h2>{escape(one.prompt[-300:])}</h2>{_html_table(rows)}")
@@ -443,9 +445,3 @@ def report_page(
 def _html_table(rows: Mapping[str, Any]) -> str:
     cells = (f"<tr><td>{escape(name)}</td><td>{escape(str(value))}</td></tr>" for name, value in rows.items())
     return f"<table>{''.join(cells)}</table>"
-
-
-def _picture(figure: Any) -> str:
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True)
-    return text.getvalue().partition("?>")[2].partition("<svg")[1] + text.getvalue().partition("<svg")[2]

@@ -176,19 +176,16 @@ def strategy_of_run(arguments: Any):
     if devices.count == 1:
         return None
     if deepspeed is not None and deepspeed.zero_stage:
-        return Strategy(f"zero{deepspeed.zero_stage}", offload=_offload(deepspeed))
+        kept = {"all": "offload_param", "optimizer": "offload_optimizer"}  # in the memory of the host
+        value = deepspeed.hf_ds_config.get_value
+        places = {name: value(f"zero_optimization.{key}.device") for name, key in kept.items()}
+        offload = next((name for name, place in places.items() if place not in (None, "none")), None)
+        return Strategy(f"zero{deepspeed.zero_stage}", offload=offload)
     if loading_config(arguments):
         if devices.tensor == 1:
             return Strategy("fsdp2")
         return Strategy("tp") if devices.groups == 1 else Strategy("tp+fsdp2", tp_size=devices.tensor)
     return Strategy("fsdp2" if _uses_fsdp(arguments) else "ddp")
-
-
-def _offload(deepspeed: Any) -> str | None:
-    """Return what DeepSpeed keeps in the memory of the host, as a Strategy names it."""
-    names = {"all": "offload_param", "optimizer": "offload_optimizer"}
-    places = {name: deepspeed.hf_ds_config.get_value(f"zero_optimization.{key}.device") for name, key in names.items()}
-    return next((name for name, place in places.items() if place not in (None, "none")), None)
 
 
 def check_can_shard(arguments: Any) -> None:

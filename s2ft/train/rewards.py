@@ -12,11 +12,11 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from difflib import get_close_matches
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from s2ft.config import did_you_mean
 from s2ft.text.data.forms import GIVEN
 
 Reward = Callable[..., Any]
@@ -258,7 +258,7 @@ def load_rewards(names: Iterable[str]) -> list[Reward]:
             found.append(checked(_named(module, importlib.import_module(module), function), name))
         else:
             raise ValueError(
-                f"rewards: there is no built-in reward {name!r}{closest(name, list(BUILT_IN))}; the built-in ones are "
+                f"rewards: there is no built-in reward {name!r}{did_you_mean(name, BUILT_IN)}; the built-in ones are "
                 f"{', '.join(BUILT_IN)}, and others are given as FILE.py, FILE.py:NAME or MODULE.NAME"
             )
     if not found:
@@ -297,7 +297,7 @@ def _of_file(path: Path, wanted: str) -> list[Reward]:
 def _named(where: object, module: Any, name: str) -> Reward:
     function = getattr(module, name, None)
     if function is None:
-        raise ValueError(f"rewards: {where} has no function {name!r}{closest(name, dir(module))}")
+        raise ValueError(f"rewards: {where} has no function {name!r}{did_you_mean(name, dir(module))}")
     if not callable(function):
         raise ValueError(f"rewards: {name} in {where} is no function but {type(function).__name__}")
     if "completions" not in _parameters(function) and not _takes_all(function):
@@ -326,7 +326,7 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
         if missing:
             raise ValueError(
                 f"reward {reward.title} needs a column {missing[0]!r} of the data, which has {', '.join(columns)}"
-                f"{closest(missing[0], columns)}"
+                f"{did_you_mean(missing[0], columns)}"
             )
         if not _takes_all(reward):
             raise ValueError(f"reward {reward.title} must end its parameters with **_: TRL gives it all columns")
@@ -373,12 +373,6 @@ def _check_result(result: Any, count: int, title: str) -> list:
     if wrong:
         raise RewardError(f"reward {title} returned {wrong[0]}: return a finite number, or None for no reward")
     return rewards
-
-
-def closest(name: str, known: Sequence[str]) -> str:
-    """Return "; did you mean ...?" with the closest of the known names, or an empty text."""
-    found = get_close_matches(name, known, 1)
-    return f"; did you mean {found[0]}?" if found else ""
 
 
 def _parameters(function: Reward) -> dict[str, inspect.Parameter]:

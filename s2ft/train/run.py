@@ -182,8 +182,8 @@ def train(run: Run, config_text: Any) -> None:
         OSError: A file can't be written. The message names what is kept.
         KeyboardInterrupt: Ctrl-C ended the run, after a checkpoint.
     """
-    config = with_protect_ratio(with_default_ratio(run.config, run.given), bool(run.forgetting.protect))
-    run = replace(run, config=config)
+    config = with_default_ratio(run.config, run.given)
+    run = replace(run, config=with_protect_ratio(config, bool(run.forgetting.protect)))
     arguments, options, folder = run.arguments, run.options, run.folder
     check_can_shard(arguments)
     check_packages_of_run(arguments)
@@ -232,9 +232,12 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         method.log_memory(run, model, tokenizer, data)
     with method.base(run, model, tokenizer) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
-        how = (tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed)
-        texts = [] if protected is None else text_rows(protected, *how)
-        protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size) if texts else None
+        protect = None
+        if protected is not None:
+            texts = text_rows(
+                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
+            )
+            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):

@@ -131,8 +131,7 @@ def prepare(
     check_tuner(method)
     options = {**TUNERS[method].defaults, **(options or {})}
     if method == "s2ft":
-        config = s2ft_config({"seed": seed, **options})
-        report = s2ft.attach(model, config, calibration=calibration, **more)
+        report = s2ft.attach(model, s2ft_config({"seed": seed, **options}), calibration=calibration, **more)
         return Prepared(model, model, method, options, report.trainable, str(report))
     if method == "full":
         check_no_options(options)

@@ -88,7 +88,16 @@ def _change_workers(budget: Budget) -> None:
     @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
     def __init__(make: Any, self: Any, *args: Any, **options: Any) -> None:
         make(self, *args, **options)
-        _report(self)
+        layers = [layer for _, layer in _slice_layers(self)]
+        units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
+        logger.info(
+            "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
+            len(layers),
+            self.lora_slots,
+            sum(bank.nbytes for layer in layers for bank in layer.banks) / 1e6,
+            OPTION,
+            ",".join(f"{key}={count}" for key, count in sorted(units.items())),
+        )
 
     @in_place_of(WORKERS, "WorkerLoRAManager._load_adapter")
     def _load_adapter(load: Any, self: Any, lora_request: Any) -> Any:
@@ -112,21 +121,6 @@ def _change_hash(budget: Budget) -> None:
     @in_place_of("vllm.config.lora", "LoRAConfig.compute_hash")
     def changed(compute_hash: Any, self: Any) -> str:
         return f"{compute_hash(self)} s2ft {__version__} slices {budget}"
-
-
-def _report(manager: Any) -> None:
-    """Print the memory of the layers that vLLM's LoRAModelManager has made."""
-    layers = [layer for _, layer in _slice_layers(manager)]
-    total = sum(bank.nbytes for layer in layers for bank in layer.banks)
-    units = {name: count for layer in layers for name, count in map(layer.room, (0, 1)) if count}
-    logger.info(
-        "s2ft: %d layers hold the slices of %d adapters in %.1f MB; %s=%s. vLLM serves S²FT adapters alone.",
-        len(layers),
-        manager.lora_slots,
-        total / 1e6,
-        OPTION,
-        ",".join(f"{key}={count}" for key, count in sorted(units.items())),
-    )
 
 
 def _slice_layers(manager: Any) -> Iterator[tuple[str, SliceLayer]]:

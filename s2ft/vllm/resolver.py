@@ -14,6 +14,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
+from s2ft.config import refuse
 from s2ft.files.reading import shortened
 from s2ft.vllm.compatibility import in_place_of, private, when_imported
 from s2ft.vllm.lora_requests import folder_of
@@ -25,6 +26,7 @@ NAME = "S²FT"
 DIRECTORY, HUB, ALLOWED = "S2FT_VLLM_ADAPTERS", "S2FT_VLLM_HUB", "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 SERVING = "vllm.entrypoints.openai.models.serving"
 # No separator and no leading dot: the name can't lead out of the directory. Longer ones no file system has.
+ENTRY = re.compile(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?")  # an owner, or a repository
 FOLDER = re.compile(r"\w[\w.\- ]{0,199}")
 
 
@@ -48,9 +50,15 @@ def install() -> None:
 def _entries(text: str) -> frozenset[str]:
     """The owners and repositories of a list with commas."""
     entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    for entry in entries:
-        if not re.fullmatch(r"[A-Za-z0-9][\w.\-]*(/[A-Za-z0-9][\w.\-]*)?", entry):
-            raise ValueError(f"{HUB} must list owners and repositories, such as org or org/name, got {entry!r}")
+    refuse(
+        *(
+            (
+                not ENTRY.fullmatch(entry),
+                f"{HUB} must list owners and repositories, such as org or org/name, got {entry!r}",
+            )
+            for entry in entries
+        )
+    )
     return frozenset(entries)
 
 
@@ -67,9 +75,12 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
     Raises:
         ValueError: A directory does not exist.
     """
-    for directory in directories:
-        if not directory.is_dir():
-            raise ValueError(f"{DIRECTORY} must name directories of adapters, and {directory} is none")
+    refuse(
+        *(
+            (not one.is_dir(), f"{DIRECTORY} must name directories of adapters, and {one} is none")
+            for one in directories
+        )
+    )
     request = private("vllm.lora.request", "LoRARequest")
 
     class S2FTResolver(private("vllm.lora.resolver", "LoRAResolver")):

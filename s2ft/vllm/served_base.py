@@ -202,13 +202,11 @@ class ServedBase:
         for way in (self._by_name, self._by_model):
             try:
                 checkpoint = self.checkpoint()
-                files = None if checkpoint is None else way(checkpoint, adapter, dtype)
-                found = None if files is None else read(files)
+                files = checkpoint and way(checkpoint, adapter, dtype)
+                if files:
+                    yield read(files)
             except (KeyError, OSError, ValueError) as error:  # CannotStream is a ValueError
                 logger.info("s2ft: the base's files are not compared in this way: %s", error)
-                continue
-            if found is not None:
-                yield found
 
     def checkpoint(self) -> Checkpoint | None:
         """The files with the weights; None if they are quantized or of another format."""
@@ -280,8 +278,7 @@ def live_columns(layer: nn.Module, target: Target, columns: Tensor) -> Columns |
         rows = _take(layer, "slice_lora_b", rows, slot, count)
     if slot is not None:
         first = sum(part_of(layer, "output_slices")[:slot])
-    device = part_of(layer, "device")
-    y = base.quant_method.apply(base, x.to(device, part_of(base, "params_dtype")), None)
+    y = base.quant_method.apply(base, x.to(part_of(layer, "device"), part_of(base, "params_dtype")), None)
     rows = rows[:, 0]
     return rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu()
 
@@ -448,7 +445,14 @@ def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]
                 )
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled() and rank > config.max_lora_rank:
-            raise ValueError(_too_wide(path, adapter, names, rank, config.max_lora_rank))
+            units = sum(adapter.selection[name].numel() for name in names)
+            ranks = private("vllm.config.lora", "MaxLoRARanks").__args__
+            enough = next((allowed for allowed in ranks if allowed >= rank), None)
+            raise ValueError(
+                f"{path} trains {rank} rows or columns ({units} units), and --max-lora-rank is {config.max_lora_rank}: "
+                + ("no rank of vLLM is enough, so s" if enough is None else f"set it to {enough} or more, or s")
+                + "tart the server with S2FT_VLLM_SLICES=1, where adapters have no rank"
+            )
         a, b = _factors(deltas, whole, config.lora_dtype)
         found[target.name] = private("vllm.lora.lora_weights", "LoRALayerWeights")(
             target.name, rank, rank, a, b, scaling=1
@@ -466,17 +470,6 @@ def _sizes_of(path: str, deltas: list[Delta], location: Location) -> tuple[int, 
     if len(across) != 1 or any(delta.dim != dim for delta in deltas) or last >= location.size:
         raise ValueError(f"{path}: its slices do not fit a weight of {location.size} {('outputs', 'inputs')[dim]}")
     return (location.size, across.pop()) if dim == 0 else (across.pop(), location.size)
-
-
-def _too_wide(path: str, adapter: Adapter, names: list[str], rank: int, limit: int) -> str:
-    units = sum(adapter.selection[name].numel() for name in names)
-    ranks = private("vllm.config.lora", "MaxLoRARanks").__args__
-    enough = next((allowed for allowed in ranks if allowed >= rank), None)
-    return (
-        f"{path} trains {rank} rows or columns ({units} units), and --max-lora-rank is {limit}: "
-        + ("no rank of vLLM is enough, so s" if enough is None else f"set it to {enough} or more, or s")
-        + "tart the server with S2FT_VLLM_SLICES=1, where adapters have no rank"
-    )
 
 
 def _factors(deltas: list[Delta], whole: tuple[int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -126,13 +126,10 @@ class SliceLayer:
     """What the classes have in common. It stands before a LoRA layer of vLLM in the order of classes.
 
     Attributes:
+        budget: The :class:`Budget` of the class.
         banks: The slices of all slots: of outputs, of inputs, both, or none.
-        batch: The slot of each token.
+        batch: The :class:`~s2ft.vllm.slice_bank.SlotBatch` that has the slot of each token.
     """
-
-    budget: Budget
-    banks: tuple[SliceBank, ...]
-    batch: SlotBatch
 
     @classmethod
     def can_replace_layer(
@@ -246,7 +243,12 @@ class SliceLayer:
         """
         parts = parts_of(lora_a, lora_b)
         if not all(part is None or is_slices(part[0]) for part in parts):
-            self._set_warm_up(index, parts)
+            # vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can.
+            if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
+                raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
+            for bank in self.banks:
+                zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
+                bank.put(index, torch.arange(bank.capacity), zeros)
             return
         for bank in self.banks:
             units, rows = [bank.index[:0]], [bank.values[:0]]
@@ -259,14 +261,6 @@ class SliceLayer:
                     units.append(where[where >= 0].to(bank.index.device))
                     rows.append(values.to(bank.values))
             bank.put(index, torch.cat(units), torch.cat(rows))
-
-    def _set_warm_up(self, index: int, parts: Sequence[Part]) -> None:
-        """vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can."""
-        if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
-            raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
-        for bank in self.banks:
-            zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
-            bank.put(index, torch.arange(bank.capacity), zeros)
 
     def set_mapping(self, punica_wrapper: Any) -> None:
         """Take the object that knows the slot of each token."""

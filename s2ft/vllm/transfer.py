@@ -65,7 +65,10 @@ def _guarded_call(
             "an engine with data parallel replicas takes slices while it is paused: pause it first (POST "
             "/pause?mode=keep) and resume it afterwards (POST /resume)"
         )
-    idle = is_idle(core)
+    if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
+        raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
+    # No request is in the middle of its answer: none runs, or generation is paused.
+    idle = not core.scheduler.has_unfinished_requests() and not core.batch_queue
     name = {INIT: "init_info", UPDATE: "update_info"}.get(method)
     if name is not None and name not in kwargs and args:
         kwargs[name], args = args[0], args[1:]
@@ -80,7 +83,14 @@ def _guarded_call(
     if failed:
         raise ValueError(failed[0])
     if method in (INIT, UPDATE, SHUTDOWN) and idle:
-        _forget_caches(core)
+        # Keys and values of the former weights are forgotten. Paused requests compute theirs again.
+        if not core.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
+            raise RuntimeError(
+                "the weights are changed, but the prefix cache could not be reset, so that answers may mix old and new "
+                "weights: call reset_prefix_cache"
+            )
+        core.scheduler.reset_encoder_cache()
+        core.model_executor.reset_encoder_cache()
     return [None for _ in answers]
 
 
@@ -88,28 +98,6 @@ def _with(info: Any, idle: bool) -> Any:
     if isinstance(info, Mapping):
         return {**info, "idle": idle}
     return [_with(one, idle) for one in info] if isinstance(info, Sequence) and not isinstance(info, str) else info
-
-
-def is_idle(core: Any) -> bool:
-    """Whether no request is in the middle of its answer: none runs, or generation is paused.
-
-    Raises:
-        RuntimeError: The weights are asleep.
-    """
-    if "weights" in getattr(core.model_executor, "sleeping_tags", ()):
-        raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
-    return not core.scheduler.has_unfinished_requests() and not core.batch_queue
-
-
-def _forget_caches(core: Any) -> None:
-    """Forget keys and values of the former weights. Paused requests compute theirs again when they are resumed."""
-    if not core.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
-        raise RuntimeError(
-            "the weights are changed, but the prefix cache could not be reset, so that answers may mix old and new "
-            "weights: call reset_prefix_cache"
-        )
-    core.scheduler.reset_encoder_cache()
-    core.model_executor.reset_encoder_cache()
 
 
 def on_worker(worker: Any, method: str, args: tuple, kwargs: dict[str, Any]) -> str | None:

@@ -12,7 +12,7 @@ from train.tiny import tiny_model
 import s2ft
 from bench.experiments import memory, metamath, serving
 from bench.experiments.learning import base_of
-from bench.experiments.methods import matched, trained_parameters
+from bench.experiments.matched_methods import matched, trained_parameters
 from bench.experiments.smoke import smoke_data, smoke_model
 from bench.experiments.tasks import TASKS
 

@@ -11,11 +11,11 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
+from gpu_report import FAILED, NOT_RUN, PASSED, GpuReport, GpuStage, acceptance
 from kernel_driver import SCHEDULES, build_for_cpu, runs_on_cpu
 from limited import LEAST, Done, run_limited
-from report import FAILED, NOT_RUN, PASSED, GpuReport, GpuStage, acceptance
 
-RUN = Path(__file__).parents[2] / "bench" / "gpu" / "run.py"
+RUN = Path(__file__).parents[2] / "bench" / "gpu" / "check_gpu.py"
 
 
 # ---- limits of time ------------------------------------------------------------------------------------
@@ -105,7 +105,7 @@ def test_the_report_is_written_after_each_stage(tmp_path):
 
 @pytest.fixture(scope="module")
 def gpu_run():
-    """The module bench/gpu/run.py. Other folders of tests have a run.py too."""
+    """The module bench/gpu/check_gpu.py."""
     spec = importlib.util.spec_from_file_location("gpu_run", RUN)
     module = importlib.util.module_from_spec(spec)
     sys.modules["gpu_run"] = module  # for its dataclasses

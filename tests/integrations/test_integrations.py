@@ -85,7 +85,7 @@ def test_a_folder_of_peft_becomes_an_adapter_of_s2ft_and_back(tmp_path):
         (None, "s2ft must say what is trained, for example s2ft: {d_ratio: 0.03}, got None"),
         ({}, "s2ft must say what is trained"),
         ("d_ratio", "got 'd_ratio'"),
-        ({"d_ratoi": 0.1}, "s2ft has no setting 'd_ratoi'; the nearest one is d_ratio"),
+        ({"d_ratoi": 0.1}, "s2ft has no setting 'd_ratoi'; did you mean d_ratio"),
         ({"layout": "permuted"}, "s2ft has no setting 'layout'"),
         ({"d_ratio": 2}, "s2ft: d_ratio must be a number from 0 to 1, got 2"),
         ({"seed": 3}, "s2ft: nothing is selected"),
@@ -123,7 +123,7 @@ def test_trl_trains_the_adapter_that_an_attached_model_gets_in_its_trainer(tmp_p
         "gradient_checkpointing": False,
     }
     theirs = {"model_name_or_path": ".", "dataset_name": "data", "output_dir": "out", "s2ft": SETTINGS}
-    with pytest.raises(ValueError, match="the nearest one is d_ratio"):
+    with pytest.raises(ValueError, match="did you mean d_ratio"):
         main(
             ["sft", "--model_name_or_path", "none", "--output_dir", "wrong", "--use_cpu", "--s2ft", '{"d_raito": 0.1}']
         )
@@ -272,7 +272,7 @@ def test_llamafactory_trains_what_its_file_says_and_runs_other_commands_and_file
     [
         ({"finetuning_type": "lora", "s2ft": SETTINGS}, "finetuning_type is 'lora'"),
         ({"finetuning_type": "s2ft", "do_train": True}, "s2ft must say what is trained"),
-        ({"finetuning_type": "s2ft", "s2ft": {"d_rati": 1}}, "the nearest one is d_ratio"),
+        ({"finetuning_type": "s2ft", "s2ft": {"d_rati": 1}}, "did you mean d_ratio"),
     ],
 )
 def test_llamafactory_refuses_wrong_files_before_it_loads_a_model(llamafactory, given, message):

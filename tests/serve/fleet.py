@@ -5,7 +5,8 @@ import time
 from contextlib import contextmanager
 
 import torch
-from support.inside import Row, RunningBatch, Sampler, Server, ServerOptions, build_app, config_of, listen
+import uvicorn
+from support.inside import Row, RunningBatch, Sampler, ServerOptions, build_app, config_of, listen
 from train.tiny import save_random_adapter, tiny_model, tiny_tokenizer
 
 import s2ft
@@ -60,7 +61,7 @@ def running(adapters, model=None, **options):
     app, service = build_app(model, tiny_tokenizer(), BASE, sources, options)
     config = config_of(app)
     config.timeout_graceful_shutdown = 1
-    server = Server(config)
+    server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listen(options.host, 0)],))
     thread.start()
     try:

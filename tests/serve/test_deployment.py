@@ -39,5 +39,5 @@ def command_lines():
 @pytest.mark.parametrize("line", list(command_lines()))
 def test_the_options_of_the_examples_exist(line):
     command, *arguments = shlex.split(line)
-    (job,) = parse(command, "", [ServeArguments], arguments)
+    (job,), _ = parse(command, "", [ServeArguments], arguments)
     assert command in COMMANDS and job.adapters and job.access_log in ("text", "json")

@@ -78,7 +78,7 @@ MODULES = {
     "serve.schemas": "ApiError",
     "serve.server_options": "ServerOptions",
     "serve.served_adapters": "Adapters",
-    "serve.server": "Server build_app config_of listen",
+    "serve.server": "build_app config_of listen",
     "sync": "EngineError SliceSender TrainedSlices with_slices",
     "sync.places": "NoPlace check_base parts_of places regions",
     "sync.receiver": "Receiver",

@@ -20,6 +20,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from s2ft.config import refuse
 from s2ft.text.data.forms import FIELDS, BadRow
 
 KINDS = {  # endings of files, and what reads them
@@ -142,10 +143,7 @@ def _files(paths: Iterable[Path], kind: str | None = None) -> Rows:
 def _file(path: Path, kind: str | None) -> Rows:
     if not path.exists():
         raise FileNotFoundError(f"data file {path} doesn't exist")
-    if not path.is_file():
-        raise ValueError(f"data file {path} is not a file")
-    if not path.stat().st_size:
-        raise ValueError(f"{path} is empty")
+    refuse((not path.is_file(), f"data file {path} is not a file"), (not path.stat().st_size, f"{path} is empty"))
     kind = kind or _kind(path)
     if kind is None and path.suffix in OTHERS:
         raise ValueError(f"{path} {OTHERS[path.suffix]}")
@@ -330,7 +328,12 @@ def scratch_folder() -> Path:
         True
     """
     for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}") if fcntl else ():
-        _remove_if_abandoned(lock)
+        try:
+            with lock.open("r+") as file:  # of a process that has ended: nobody holds its lock
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(lock.parent, ignore_errors=True)
+        except OSError:  # it is in use, of another user, or was removed just now
+            pass
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     atexit.register(_remove, folder, os.getpid())
     if fcntl:
@@ -343,13 +346,3 @@ def scratch_folder() -> Path:
 def _remove(folder: Path, process: int) -> None:
     if process == os.getpid():  # a forked process must not remove the folder of its parent
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def _remove_if_abandoned(lock: Path) -> None:
-    """Remove a folder whose lock nobody holds."""
-    try:
-        with lock.open("r+") as file:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(lock.parent, ignore_errors=True)
-    except OSError:  # it is in use, of another user, or was removed just now
-        pass

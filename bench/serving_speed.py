@@ -1,11 +1,12 @@
 """The HTTP server with many adapters under load: tokens a second and latencies by the number of clients.
 
-    python bench/serve.py [--model FOLDER_OR_GGUF] [--adapters 16] [--clients 1 8 32] [--tokens 32] [--rounds 3]
+    python bench/serving_speed.py [--model FOLDER_OR_GGUF] [--adapters 16] [--clients 1 8 32] [--tokens 32] [--rounds 3]
 
-The adapters are those of bench/bank.py: random, with d_ratio 0.03 of every down_proj, saved on disk. The server runs as
-a process of its own with `s2ft serve`. Each client sends its requests one after the other, for greedy answers of equal
-length. There are three loads: all requests for the base, each for a random adapter, and the same with sampling (top_p,
-top_k). The loads take turns. The report also has the seconds that the start takes for the adapters' checks.
+The adapters are those of bench/mixed_batches.py: random, with d_ratio 0.03 of every down_proj, saved on disk. The
+server runs as a process of its own with `s2ft serve`. Each client sends its requests one after the other, for greedy
+answers of equal length. There are three loads: all requests for the base, each for a random adapter, and the same with
+sampling (top_p, top_k). The loads take turns. The report also has the seconds that the start takes for the adapters'
+checks.
 """
 
 import argparse
@@ -20,8 +21,8 @@ import time
 from pathlib import Path
 
 import httpx
-from bank import BEGINNINGS, write_adapters
 from harness import save
+from mixed_batches import BEGINNINGS, write_adapters
 
 from s2ft.serve.server import adapters_of
 from s2ft.text.models import load_model

@@ -1,6 +1,6 @@
 """A batch with many adapters (AdapterBank) against switching between them, the base, and PEFT's mixed batches.
 
-    python bench/bank.py [--model FOLDER_OR_GGUF | --shape llama-3.2-1b] [--tokens 32] [--rounds 5]
+    python bench/mixed_batches.py [--model FOLDER_OR_GGUF | --shape llama-3.2-1b] [--tokens 32] [--rounds 5]
 
 The adapters are random, have d_ratio 0.03 of every down_proj, and are saved on disk. Every method generates the same
 number of tokens greedily in float32. There are three comparisons:
@@ -34,7 +34,7 @@ from s2ft.attached.record import new_attachment
 from s2ft.model.coupling import projections_of
 from s2ft.model.weights import Delta, weight_at
 
-RESULTS = Path(__file__).parent / "results" / "bank.json"
+RESULTS = Path(__file__).parent / "results" / "mixed_batches.json"
 RATIO, STD = 0.03, 3e-2
 TOLERANCE = 1e-4  # of the logits, relative to the largest, in float32
 BEGINNINGS = (

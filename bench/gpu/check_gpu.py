@@ -1,7 +1,7 @@
 """One command that says whether s2ft is right and fast on this GPU. It writes report.md and report.json.
 
     make gpu                                                    # or, with any Python that has PyTorch for CUDA:
-    python bench/gpu/run.py [--out build/gpu-report] [--seconds 570] [--only build tests ...] [--cpu]
+    python bench/gpu/check_gpu.py [--out build/gpu-report] [--seconds 570] [--only build tests ...] [--cpu]
 
 Stages, each in processes of their own:
 
@@ -37,9 +37,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_report import FAILED, NOT_RUN, PARTLY, PASSED, GpuReport, GpuStage, about_machine
 from kernel_driver import SCHEDULES, TOOLS, KernelRun, build_for_cpu, build_for_gpu, find_tool, runs_on_cpu, runs_on_gpu
 from limited import LEAST, Done, run_limited
-from report import FAILED, NOT_RUN, PARTLY, PASSED, GpuReport, GpuStage, about_machine
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -301,7 +301,7 @@ def mixtures(work: Work) -> GpuStage:
 def bank(work: Work) -> GpuStage:
     output = work.folder / "bank.json"
     sizes = ["--shape", "tiny", "--tokens", "2"] if work.cpu else ["--shape", "llama-3.2-1b", "--tokens", "16"]
-    command = script("bank.py", *sizes, "--rounds", "3", "--device", work.device, "--output", str(output))
+    command = script("mixed_batches.py", *sizes, "--rounds", "3", "--device", work.device, "--output", str(output))
     return with_results("bank", work, command, 90, output)
 
 

@@ -1,4 +1,4 @@
-"""The report of bench/gpu/run.py: stages, acceptance lines, and the files that are rewritten after each stage."""
+"""The report of bench/gpu/check_gpu.py: stages, acceptance lines, and the files that are rewritten after each stage."""
 
 import json
 import os

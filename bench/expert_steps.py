@@ -1,6 +1,6 @@
 """A training step of a mixture of experts: S²FT against the frozen model and LoRA, in one process, steps in turn.
 
-    python bench/experts.py [--experts 32 128] [--dtype float32 bfloat16] [--rounds 15]
+    python bench/expert_steps.py [--experts 32 128] [--dtype float32 bfloat16] [--rounds 15]
 
 The model is a Qwen3-MoE of 4 layers, width 256, with 4 experts of width 256 for each token. "frozen" is the floor: the
 forward by transformers' grouped_mm and the gradients down to the inputs. LoRA's adapters are in the base's dtype, or in
@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import s2ft
 
-RESULTS = Path(__file__).parent / "results" / "experts.json"
+RESULTS = Path(__file__).parent / "results" / "expert_steps.json"
 # Both are of rank 8 on gate_up and down.
 LORA, LORA_OF_PEFT = "LoRA, base's dtype", "LoRA, as PEFT makes it"
 VIEWS = (

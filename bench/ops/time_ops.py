@@ -1,6 +1,6 @@
 """Every op against PyTorch's operators, LoRA's operators and the floor, in one run with the steps in turn.
 
-    python bench/ops/run.py [op ...] [--seconds 1.0] [--output FILE]
+    python bench/ops/time_ops.py [op ...] [--seconds 1.0] [--output FILE]
 
 "1.50 × floor": s2ft takes 1.5 times as long as the necessary work alone, a copy of as many bytes or the matrix product.
 "2.00 ×" after a rival: s2ft is twice as fast. Times are medians. On a GPU they are taken by device events, and the
@@ -40,7 +40,7 @@ def main() -> None:
     torch.manual_seed(0)
     results = []
     for op in args.ops or OPS:
-        for case in importlib.import_module(op).cases(device):
+        for case in importlib.import_module(f"{op.rstrip('_')}_times").cases(device):
             results.append(measure(case, device, args.seconds))
             print(line_of(results[-1]), flush=True)
     output = args.output or (None if args.ops else RESULTS / f"ops_{'gpu' if device == 'cuda' else 'cpu'}.json")
