@@ -3,7 +3,7 @@
 import difflib
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -107,10 +107,20 @@ def check_fields(options: Any) -> None:
             raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
-def did_you_mean(word: str, names: Iterable[str]) -> str:
-    """Return "; did you mean ...?" with the closest of the names, or "" if none is close."""
-    close = difflib.get_close_matches(word, list(names), 1)
-    return f"; did you mean {close[0]}?" if close else ""
+def did_you_mean(word: str, names: Iterable[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
+    """Return "; did you mean ...?" with the closest name, or "" if none is close.
+
+    Args:
+        word: The unknown word.
+        names: The known words.
+        others: Other names of known words, separated by blanks, by the known word. More text may follow that word.
+        prefix: Text before the name in the answer.
+    """
+    names = list(names)
+    own = [name for name, elsewhere in (others or {}).items() if word in elsewhere.split() and name.split()[0] in names]
+    begun = [name for name in names if len(word) > 2 and name.startswith(word)]
+    close = own or begun[:1] or difflib.get_close_matches(word, names, 1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def refuse(*mistakes: tuple[Any, str]) -> None:

@@ -87,6 +87,15 @@ class Adapter:
             extra_weights={name: value.to(device) for name, value in self.extra_weights.items()},
         )
 
+    def check_base(self, fingerprint: dict[str, Any]) -> None:
+        """Raise ValueError if the adapter was trained on another base than the one with this fingerprint."""
+        other_base = difference(fingerprint, self.fingerprint)
+        if other_base:
+            base = self.info.get("base_model")
+            raise ValueError(
+                f"adapter {self.name!r} was trained on another base{f', {base}' if base else ''}: {other_base}"
+            )
+
     def beside(self, devices: Mapping[str, torch.device]) -> "Adapter":
         """Copy the adapter with each delta and extra weight on a device of its own.
 

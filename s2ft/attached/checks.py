@@ -29,7 +29,6 @@ from s2ft.files.plain_text import by_key
 from s2ft.layers import SPLIT_LINEAR, kind_of
 from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.fingerprint import difference
 from s2ft.model.weights import Delta, tensors_of, weight_at
 from s2ft.ops._library import check_private
 from s2ft.selection import Selection
@@ -284,9 +283,8 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"outside the weight's 0..{size - 1}"
             )
     # without a fingerprint the weights are compared when they arrive
-    other_base = difference(record.fingerprint, adapter.fingerprint) if record.fingerprint is not None else ""
-    if other_base:
-        raise ValueError(f"adapter {adapter.name!r} was trained on another base: {other_base}")
+    if record.fingerprint is not None:
+        adapter.check_base(record.fingerprint)
     check_extra_fits(model, record, adapter.name, adapter.extra_weights)
     for path, delta in adapter.deltas.items():
         projection, units = known[path], adapter.selection[path]

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, command, did_you_mean
-from s2ft.config import check_fields, option, refuse
+from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, command
+from s2ft.config import check_fields, did_you_mean, option, refuse
 from s2ft.text.models import DTYPES
 from s2ft.train.options import Options
 

@@ -10,7 +10,7 @@ import threading
 import warnings
 from typing import Any
 
-from s2ft.cli.parse import did_you_mean
+from s2ft.config import did_you_mean
 from s2ft.files.plain_text import reason_not_written
 from s2ft.train.device import OutOfMemory, first_line, is_out_of_memory
 

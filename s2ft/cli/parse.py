@@ -22,6 +22,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from s2ft.config import did_you_mean
 from s2ft.files.plain_text import parse_yaml
 
 MANY = 8  # so many choices of an option stand in its help text, fewer ones behind its name
@@ -558,21 +559,6 @@ def choice(choices: Sequence[str]) -> Callable[[str], str]:
         return value
 
     return read
-
-
-def did_you_mean(word: str, names: Sequence[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
-    """Return "; did you mean ...?" with the closest name, or "" if none is close.
-
-    Args:
-        word: The unknown word.
-        names: The known words.
-        others: Other names of known words, separated by blanks, by the known word. More text may follow that word.
-        prefix: Text before the name in the answer.
-    """
-    own = [name for name, elsewhere in (others or {}).items() if word in elsewhere.split() and name.split()[0] in names]
-    begun = [name for name in names if len(word) > 2 and name.startswith(word)]
-    close = own or begun[:1] or difflib.get_close_matches(word, names, 1)
-    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def new_file(name: str | None) -> Path | None:

@@ -33,7 +33,7 @@ from s2ft.export.merged import check_output
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes
 from s2ft.files.streaming import PIECE
-from s2ft.model.fingerprint import SAMPLES, covered, difference
+from s2ft.model.fingerprint import SAMPLES, covered
 from s2ft.text.models import hollow_model, locate
 
 STRING = 8  # type of a value in the metadata of GGUF
@@ -107,9 +107,7 @@ class PackedMerge:
                     places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
                     samples[layer] += self.file.elements(projection.path, part, tensor.shape, places)
         ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
-        other_base = difference({"dtype": "of a file", "layers": ours}, self.adapter.fingerprint)
-        if other_base:
-            raise ValueError(f"adapter {self.adapter.name!r} was trained on another base: {other_base}")
+        self.adapter.check_base({"dtype": "of a file", "layers": ours})
 
     def changes(self) -> Iterator[Change]:
         """Make the new blocks of one weight after the other."""

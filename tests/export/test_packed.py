@@ -97,7 +97,7 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
 @pytest.mark.parametrize(
     ("mistake", "error", "words"),
     [
-        ("another base", ValueError, "trained on another base: 2 of 2 layers differ"),
+        ("another base", ValueError, "trained on another base, .*model.gguf: 2 of 2 layers differ"),
         ("float32", ValueError, "has the type F32, and there are codecs for Q4_0, Q4_1"),
         ("in full", ValueError, "trains model.norm.weight in full"),
         ("no gguf", ValueError, "s2ft export --format gguf"),
