@@ -88,7 +88,19 @@ class Adapter:
         )
 
     def check_base(self, fingerprint: dict[str, Any]) -> None:
-        """Raise ValueError if the adapter was trained on another base than the one with this fingerprint."""
+        """Check that the adapter was trained on a base.
+
+        Args:
+            fingerprint: The fingerprint of the base.
+
+        Raises:
+            ValueError: It was trained on another one. The message has its name, if that was recorded.
+
+        Example:
+            >>> report = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+            >>> adapter = s2ft.get_adapter(model, "default")
+            >>> adapter.check_base(adapter.fingerprint)
+        """
         other_base = difference(fingerprint, self.fingerprint)
         if other_base:
             base = self.info.get("base_model")

@@ -10,7 +10,7 @@ from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.config import check_adapter_name
-from s2ft.files.plain_text import by_key, replace_file
+from s2ft.files.plain_text import by_key, first_line, replace_file
 from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, is_folder, own_folder
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
@@ -206,10 +206,9 @@ def resolve(directory_or_repo, **options) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision or None, allow_patterns=FILES, **options))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors: no such repository, no network
-        first = str(error).strip().split("\n")[0]
         raise FileNotFoundError(
             f"adapter {directory_or_repo} doesn't exist as a folder, and the hub gives no adapter of this name: "
-            f"{first or type(error).__name__}"
+            f"{first_line(error)}"
         ) from error
 
 

@@ -424,13 +424,6 @@ class Status:
         flags = next((row.flags for row in rows), "")
         return name, str(len(rows)), ", ".join(shown + more), f"{self.parameters[name]:,}", flags
 
-    @property
-    def details(self) -> str:
-        """A table with one line for each projection of each adapter."""
-        lines = [("projection", "adapter", "units", "flags")]
-        lines += [(row.path, row.adapter, row.units, row.flags) for row in self.rows]
-        return table(lines)
-
 
 @of_compiled
 def status(model: nn.Module) -> Status:
@@ -440,7 +433,7 @@ def status(model: nn.Module) -> Status:
         model: Any model. One without adapters has an empty status.
 
     Returns:
-        The status. It prints as a table with one line an adapter; its `details` list every projection.
+        The status. It prints as a table with one line an adapter; its `rows` have every projection.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")

@@ -12,7 +12,7 @@ from typing import Any
 
 from s2ft.config import did_you_mean
 from s2ft.files.plain_text import reason_not_written
-from s2ft.train.device import OutOfMemory, first_line, is_out_of_memory
+from s2ft.train.device import OutOfMemory, is_out_of_memory, words_of_allocator
 
 COMMANDS = {
     "sft": "train an adapter on your data; s2ft finetune is the same",
@@ -156,7 +156,7 @@ def main(arguments: list[str] | None = None) -> int:
             raise
         if is_out_of_memory(error):
             hint = "; a smaller --dtype, such as bfloat16, needs less" if name in UNCOUNTED else ""
-            said = str(error) if isinstance(error, OutOfMemory) else f"out of memory: {first_line(error)}{hint}"
+            said = str(error) if isinstance(error, OutOfMemory) else f"out of memory: {words_of_allocator(error)}{hint}"
             say_error(f"s2ft {name}", *said.split("\n"))
             return 1
         reason = reason_not_written(error)

@@ -30,7 +30,7 @@ from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.export.merged import check_output
-from s2ft.files.plain_text import replace_file
+from s2ft.files.plain_text import replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes
 from s2ft.files.streaming import PIECE
 from s2ft.model.fingerprint import SAMPLES, covered
@@ -190,11 +190,8 @@ def gguf_path(model_name: str) -> Path:
 def _copy(base: GgufFile, file: BinaryIO, values: dict[str, str]) -> int:
     """Copy a GGUF file with more strings in its metadata, and the sha256 of the base. Returns how far data moves."""
     reader, data = base.reader, base.reader.data
-    digest = hashlib.sha256()
-    for first in range(0, len(data), PIECE):
-        digest.update(data[first : first + PIECE])
     number = next(one for one in count() if f"s2ft.merged.{one}.base" not in reader.fields)  # merges before this one
-    values = {f"s2ft.merged.{number}.{key}": text for key, text in {**values, "sha256": digest.hexdigest()}.items()}
+    values = {f"s2ft.merged.{number}.{key}": text for key, text in {**values, "sha256": sha256_of(base.path)}.items()}
     more = b"".join(_string(key) + STRING.to_bytes(4, "little") + _string(text) for key, text in values.items())
     first, last = (tensor.field for tensor in (reader.tensors[0], reader.tensors[-1]))
     end = last.offset + sum(part.nbytes for part in last.parts)

@@ -1,5 +1,6 @@
 """Plain text: values by a key, tables, YAML, names, files replaced in one step. Nothing here imports PyTorch."""
 
+import hashlib
 import os
 import re
 import tempfile
@@ -107,9 +108,23 @@ def replace_file(path: Path, content: bytes) -> None:
         raise
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, or the name of its class if it has none."""
+    return str(error).strip().split("\n")[0] or type(error).__name__
+
+
 def reason_not_written(error: Exception) -> str | None:
     """Return the system's message if `error` is a file that could not be read or written, else None."""
     if isinstance(error, OSError):
         return str(error)
-    text = str(error).strip().split("\n")[0]
+    text = first_line(error)
     return f"a file could not be written ({text})" if any(word in text for word in WRITERS) else None
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            digest.update(block)
+    return digest.hexdigest()

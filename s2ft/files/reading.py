@@ -8,7 +8,6 @@ the moment from which the folder holds the new adapter. A reader takes the confi
 the tensors file. A writer that is stopped at any point leaves the old adapter or the new one.
 """
 
-import hashlib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load
 from torch import Tensor
 
-from s2ft.files.plain_text import MAX_NAME, shortened
+from s2ft.files.plain_text import MAX_NAME, sha256_of, shortened
 
 MAX_CONFIG = 64 * 2**20  # bytes; mixtures of 256 experts in 60 layers need about 10 MiB
 MAX_HEADER = 32 * 2**20  # bytes of a safetensors header; the same mixtures need about 13 MiB
@@ -332,12 +331,4 @@ def _config_name(directory: Path) -> str:
     if not (directory / CONFIG).exists():
         return PENDING
     expected = json_entry(directory / PENDING, "tensors_sha256")
-    return PENDING if _sha256(open_file(directory, TENSORS, KIND)) == expected else CONFIG
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open_regular(path) as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
+    return PENDING if sha256_of(open_file(directory, TENSORS, KIND)) == expected else CONFIG

@@ -10,6 +10,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
+from s2ft.files.plain_text import first_line
 from s2ft.packages import check_packages
 
 # Modules that import torch are imported in functions: the options of the command line need this module.
@@ -300,10 +301,9 @@ def _check_hub(name: str, source: str, revision: str | None) -> None:
             f"there is no folder {name} here, and no such model on the hub{where}; a private one needs `hf auth login`"
         ) from error
     except Exception as error:  # each network error has a class of its own
-        first = str(error).strip().split("\n")[0] or type(error).__name__
         raise ValueError(
-            f"there is no folder {name} here, and the hub can't be reached ({first}); HF_HUB_OFFLINE=1 uses only "
-            "models that were downloaded before"
+            f"there is no folder {name} here, and the hub can't be reached ({first_line(error)}); HF_HUB_OFFLINE=1 "
+            "uses only models that were downloaded before"
         ) from error
 
 
@@ -320,7 +320,7 @@ def _from_pretrained(kind, what: str, name: str, source: str, options: dict):
     try:
         return kind.from_pretrained(source, **options)
     except Exception as error:  # a broken file can raise any error; tokenizers raises a plain Exception
-        first = str(error).strip().split("\n")[0] or type(error).__name__
+        first = first_line(error)
         if "custom code" in str(error):
             first = "it brings Python code along, which runs only with trust_remote_code (--trust-remote-code)"
         where = "" if Path(source).exists() else " (no such folder here, so it was looked for on the hub)"

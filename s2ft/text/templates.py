@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from s2ft.files.plain_text import first_line
 from s2ft.packages import is_installed
 from s2ft.selection.batches import IGNORED
 
@@ -103,11 +104,12 @@ def render(tokenizer, messages: Conversation, template: str, *, tools: list | No
     try:
         return tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template can raise any error of Jinja and of Python
-        raise TemplateError(f"the chat template can't render the messages: {_reason(error)}") from error
+        raise _not_rendered(error) from error
 
 
-def _reason(error: Exception) -> str:
-    return (f"line {error.lineno}: " if hasattr(error, "lineno") else "") + str(error).strip().split("\n")[0]
+def _not_rendered(error: Exception) -> TemplateError:
+    where = f"line {error.lineno}: " if hasattr(error, "lineno") else ""
+    return TemplateError(f"the chat template can't render the messages: {where}{first_line(error)}")
 
 
 def as_template_takes(tokenizer, messages: Conversation, template: str) -> list[dict[str, Any]]:
@@ -174,7 +176,7 @@ def _render_marked(tokenizer, messages: Conversation, template: str, tools: list
             **tokenizer.special_tokens_map,
         )
     except Exception as error:
-        raise TemplateError(f"the chat template can't render the messages: {_reason(error)}") from error
+        raise _not_rendered(error) from error
     return texts[0], [tuple(span) for span in spans[0]]
 
 

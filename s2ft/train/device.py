@@ -8,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from s2ft.files.plain_text import reason_not_written
+from s2ft.files.plain_text import first_line, reason_not_written
 
 logger = logging.getLogger(__name__)
 
@@ -78,12 +78,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, RuntimeError) and any(words in str(error) for words in MESSAGES)
 
 
-def first_line(error: BaseException) -> str:
+def words_of_allocator(error: BaseException) -> str:
     """Return the first sentence of an allocator's message, which goes on with statistics and settings.
 
     The CPU allocator begins with the place in PyTorch's source, which is left out.
     """
-    text = str(error).strip().split("\n")[0]
+    text = first_line(error)
     text = text[text.index("DefaultCPUAllocator") :] if "DefaultCPUAllocator" in text else text
     return text.split(" GPU ")[0].strip().rstrip(".") or type(error).__name__
 
@@ -118,7 +118,7 @@ def explain_out_of_memory(switch: str, kept: Callable[[], str] = str) -> Iterato
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         free = free_memory(device)
         room = "" if free is None else f"; {size(free)} are free on {device}"
-        lines = (f"out of memory: {first_line(error)}{room}; {switch} needs less", kept())
+        lines = (f"out of memory: {words_of_allocator(error)}{room}; {switch} needs less", kept())
         raise OutOfMemory("\n".join(filter(None, lines))) from error
 
 

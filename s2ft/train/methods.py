@@ -16,6 +16,7 @@ from transformers import Trainer
 import s2ft
 from s2ft.config import refuse
 from s2ft.distributed import without_zero_init
+from s2ft.files.plain_text import first_line
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
 from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
@@ -348,7 +349,7 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, sh
             devices=None if strategy is None else devices_of(arguments).count,
         )
     except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
-        logger.info("memory was not estimated: %s", str(error).split("\n")[0] or type(error).__name__)
+        logger.info("memory was not estimated: %s", first_line(error))
         return
     logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
 

@@ -1,7 +1,6 @@
 """The output folder of a run: its files, its checkpoints, its report, and which process may write into it."""
 
 import contextlib
-import hashlib
 import io
 import json
 import logging
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
 from s2ft.adapter.folders import OPTIONS, RUN
-from s2ft.files.plain_text import replace_file
+from s2ft.files.plain_text import first_line, replace_file, sha256_of
 from s2ft.files.reading import ADAPTER, CONFIG, read_json
 
 if TYPE_CHECKING:
@@ -160,8 +159,9 @@ class RunFolder:
 
 def log_failure(what: str, error: Exception) -> None:
     """Log a warning about an optional part that failed, with the traceback under --traceback."""
-    reason = str(error).strip().split("\n")[0] or type(error).__name__
-    logger.warning("warning: %s: %s", what, reason, exc_info=error if logger.isEnabledFor(logging.DEBUG) else None)
+    logger.warning(
+        "warning: %s: %s", what, first_line(error), exc_info=error if logger.isEnabledFor(logging.DEBUG) else None
+    )
 
 
 def write_json(path: Path, value: object) -> None:
@@ -291,7 +291,7 @@ STATE = "trainer_state.json"  # transformers writes it last, so it marks a compl
 def seal(checkpoint: Path) -> None:
     """Write the size and the SHA-256 of each file of a checkpoint to its seal."""
     files = {
-        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": _sum(path)}
+        str(path.relative_to(checkpoint)): {"bytes": path.stat().st_size, "sha256": sha256_of(path)}
         for path in sorted(checkpoint.rglob("*"))
         if path.is_file() and path.name != SEAL
     }
@@ -318,7 +318,7 @@ def damage(checkpoint: Path) -> str:
             (
                 f"{name} was changed after it was written"
                 for name, file in files.items()
-                if (checkpoint / name).stat().st_size != file["bytes"] or _sum(checkpoint / name) != file["sha256"]
+                if (checkpoint / name).stat().st_size != file["bytes"] or sha256_of(checkpoint / name) != file["sha256"]
             ),
             "",
         )
@@ -367,14 +367,6 @@ def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None
     removable = [path for path in found if path not in (place, best)]
     for old in removable[: len(found) - keep] if keep and len(found) > keep else []:
         shutil.rmtree(old, ignore_errors=True)
-
-
-def _sum(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        for block in iter(lambda: file.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # ---- report.html ---------------------------------------------------------------------------------------

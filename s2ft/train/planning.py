@@ -30,6 +30,7 @@ import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.estimation.devices import Estimate, size
 from s2ft.files import plain_text as tables
+from s2ft.files.plain_text import first_line
 from s2ft.model.coupling import projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
@@ -89,7 +90,7 @@ def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATI
         try:
             rows.append(planned(model, with_ratio(config, ratio), ratio))
         except ValueError as error:
-            rows.append(Planned(ratio, refused=str(error).split("\n")[0]))
+            rows.append(Planned(ratio, refused=first_line(error)))
     return sorted(rows, key=lambda row: (row.ratio is not None, row.ratio or 0.0))
 
 

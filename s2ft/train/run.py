@@ -23,7 +23,7 @@ from s2ft.attached.record import attachment_of
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, check_adapter_name
 from s2ft.distributed import check_all_ranks_agree
-from s2ft.files.plain_text import replace_file
+from s2ft.files.plain_text import first_line, replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of
@@ -443,7 +443,7 @@ def check_upload(arguments: Any) -> None:
     try:
         HfApi(token=arguments.hub_token).whoami()
     except Exception as error:  # each error of the network has a class of its own
-        first = str(error).strip().split("\n")[0].split(". ")[0] or type(error).__name__
+        first = first_line(error).split(". ")[0]
         raise ValueError(f"push_to_hub: the hub does not let you write ({first}): run `hf auth login` first") from error
 
 

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.inside import explain_out_of_memory, first_line, is_out_of_memory, smaller_step
+from support.inside import explain_out_of_memory, is_out_of_memory, smaller_step, words_of_allocator
 
 from s2ft.cli.main import main
 
@@ -74,6 +74,8 @@ def test_errors_of_all_allocators_are_known_and_shown_without_statistics():
     assert not is_out_of_memory(ValueError("out of memory"))
     with pytest.raises(RuntimeError, match="^shape"), explain_out_of_memory("--less"):
         raise RuntimeError("shape '[2]' is invalid")
-    assert first_line(GPU) == "CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert first_line(ON_CPU).startswith("DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes")
-    assert first_line(MemoryError()) == "MemoryError"
+    assert words_of_allocator(GPU) == "CUDA out of memory. Tried to allocate 2.00 GiB"
+    assert words_of_allocator(ON_CPU).startswith(
+        "DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes"
+    )
+    assert words_of_allocator(MemoryError()) == "MemoryError"

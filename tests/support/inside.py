@@ -112,7 +112,7 @@ MODULES = {
     "train.output": "SEAL STATE UNFINISHED checkpoints damage move_into_place newest_valid seal LOCK:LockLOCK RunFolder loss_figure only_run_in plot_loss read_log",
     "train.comparing": "best_rate report",
     "train.demo": "PROBLEMS problem_set",
-    "train.device": "explain_out_of_memory first_line is_out_of_memory keep_freed_memory",
+    "train.device": "explain_out_of_memory words_of_allocator is_out_of_memory keep_freed_memory",
     "train.forgetting": "ForgettingMeter",
     "train.base_model": "apply_kernels fit_layout load_base plain_kernels quantization_config",
     "train.loss": ("CHUNK ChunkedLoss IGNORED chunk_of chunked_loss loss_in_chunks sum_of_losses why_not_chunked"),

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.config import refuse
+from s2ft.files.plain_text import first_line
 from s2ft.text.data.forms import FIELDS, BadRow
 
 KINDS = {  # endings of files, and what reads them
@@ -186,7 +187,7 @@ def _reason(error: BaseException) -> str:
     """Return the first line of the innermost reason of an error."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).split("\n")[0]
+    return first_line(error)
 
 
 # ---- JSON ----------------------------------------------------------------------------------------------
