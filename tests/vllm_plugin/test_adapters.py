@@ -108,7 +108,11 @@ def offline(base, tmp_path, steps, in_process=True, missing=None, prompts=PROMPT
     program = Path(ROOT) / "tests" / "support" / "vllm_steps.py"
     done = subprocess.run(
         [sys.executable, program, tmp_path / "asked", tmp_path / "answers"],
-        env={**os.environ, "PYTHONPATH": str(ROOT), "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process))},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}:{ROOT}/tests",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(not in_process)),
+        },
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
