@@ -280,7 +280,7 @@ def test_a_search_is_done_once_for_models_that_are_alike(monkeypatch):
 
 BAD = {
     "no example": (Net, None, ValueError, "pass example="),
-    "an example that does not run": (Net, torch.randn(2, 7, 5), ValueError, "mat1 and mat2"),
+    "an example that does not run": (Net, torch.randn(2, 7, 5), ValueError, "mat1 and mat2|must match the size"),
     "an example of another type": (Net, "text", TypeError, "example must be a tensor"),
     "random outputs": (
         lambda: Net(lambda outputs: outputs[-1] + torch.randn_like(outputs[-1])),

@@ -9,6 +9,7 @@ import torch
 from runs import EXTRA, attached, base_is, check_same_files, config_for, files, logits, sharded, train
 from support.inside import attachment_of
 from support.models import model_of
+from support.tolerances import GEMM
 
 import s2ft
 
@@ -29,7 +30,8 @@ def load_states(rank):
     model.load_state_dict(model.state_dict())
     same.append(torch.equal(logits(model), before))
     s2ft.set_adapter(model, None)
-    return *same, torch.equal(logits(model), logits(sharded(model_of("llama", torch.bfloat16))))
+    expected = logits(sharded(model_of("llama", torch.bfloat16)))  # its units are in another order
+    return *same, torch.allclose(logits(model), expected, *GEMM[torch.bfloat16])
 
 
 def test_a_state_in_the_bases_order_is_loaded_into_a_sharded_model(ranks):
