@@ -107,35 +107,6 @@ def test_the_check_of_imports_can_fail():
 # ---- attached/ is the only owner of an attached model's state ------------------------------------------
 
 RECORD_FILE = ROOT / "attached" / "record.py"
-CHANGING = {
-    *("append", "extend", "insert", "remove", "pop", "clear", "sort", "reverse"),
-    *("update", "setdefault", "popitem", "add", "discard", "__setitem__", "__setattr__"),
-}
-
-
-def changes_of_records(text):
-    """Lines that assign a field of a `record`, or of an object in it, or call a method that changes one in place.
-
-    The code calls a model's record `record` everywhere; in the server this is a line of its log. Other modules call methods of the record to change it.
-    """
-    for node in ast.walk(parse(text)):
-        targets = getattr(node, "targets", [getattr(node, "target", None)])
-        changed = [part for target in targets for part in getattr(target, "elts", [target])]
-        if isinstance(node, ast.Call):
-            by_method = isinstance(node.func, ast.Attribute) and node.func.attr in CHANGING
-            by_name = getattr(node.func, "id", "") in ("setattr", "delattr")
-            changed = [node.func.value] if by_method else [ast.Attribute(node.args[0], "name")] if by_name else []
-        parts = [part for part in changed if isinstance(part, (ast.Attribute, ast.Subscript))]
-        if any(re.match(r"record\b", ast.unparse(part)) for part in parts):
-            yield node.lineno
-
-
-def test_only_attached_changes_a_record():
-    outside = [path for path in ROOT.rglob("*.py") if path.parent.name != "serve" and "attached" not in path.parts]
-    assert [(path.name, line) for path in outside for line in changes_of_records(path.read_text())] == []
-    changing = "record.a = 1; record.b['c'] = 1; record.d.e.append(1); record.f, g = 1, 2; setattr(record, 'h', 1)"
-    reading = "g = dict(record.a); g.clear(); record.load(g); g['a'] = record.b; recorded.a = 1; record = 1"
-    assert (len(list(changes_of_records(changing))), list(changes_of_records(reading))) == (5, [])
 
 
 def test_only_the_record_knows_the_name_of_its_attribute():

@@ -100,11 +100,6 @@ def test_a_file_that_is_not_a_module_falls_back(run, tmp_path):
 # ---- the compiled module: one build for every Python, and a lock that an interrupt cannot leave behind ----
 
 
-def run_with_s2ft(run_script, script):
-    found = run_script(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{script}", ROOT)
-    return found.stdout.split()
-
-
 @pytest.mark.skipif(_build.load() is None, reason="no compiled kernels")
 def test_what_the_module_offers():
     module = _build.load()
