@@ -213,7 +213,10 @@ def main() -> int:
     if options.list:
         print(json.dumps(list(SUITES)))
         return 0
-    named = {name: [one for one in SUITES if one == name or one.startswith(f"{name}-")] for name in options.names}
+    named = {
+        name: [name] if name in SUITES else [one for one in SUITES if one.startswith(f"{name}-")]
+        for name in options.names
+    }
     for name, found in named.items():
         if not found:
             parser.error(f"no suite {name!r}; there are {', '.join(SUITES)}")

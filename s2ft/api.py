@@ -11,6 +11,7 @@ from s2ft.attached.mounting import adapters_off, merge_active, mount, remove_all
 from s2ft.attached.proof import proved
 from s2ft.attached.record import (
     attachment_of,
+    check_has_arrived,
     check_new_name,
     check_parallelism,
     check_rest_frozen,
@@ -64,12 +65,13 @@ def attach(
             it, see `s2ft couplings`. Their layers are nn.Linear, Conv1D of transformers,
             nn.Conv1d to nn.Conv3d with one group, or expert stacks; each layer is in one coupling. The adapter stores
             them, so that loading needs none.
-        verify: Whether attach proves itself: it runs the model on `example` before and after, in evaluation and in
-            training mode, where all outputs must be the same; and attached with random slices and merged, where they
-            must be the same too. Default: where there is an example; the report tells what was not proved. True makes
-            it an error that something can't be. False saves the time of a few forwards of some tokens, and loses the
-            only check of the couplings on the model itself: a model whose code differs from what its family or the
-            search expects would compute something else, silently.
+        verify: Whether attach proves itself: it runs the plain model on `example` with random values written into the
+            selected units, and the attached model with the same values in its slices. The outputs must be the same
+            up to rounding, in evaluation and in training mode, and each slice must get a gradient. Default: where
+            there is an example; the report tells what was not proved. True makes it an error that something can't be.
+            False saves the time of a few forwards of some tokens, and loses the only check of the couplings on the
+            model itself: a model whose code differs from what its family or the search expects would compute
+            something else, silently.
         example: Input for `verify`, and for the search for couplings: a tensor, a tuple of arguments, or a dict of
             them. Couplings that it does not reach are an error. Default: made from the config of a transformers model.
         protect: Batches of data, as for `calibration`, whose text the base must not forget, see :func:`select`.
@@ -95,13 +97,13 @@ def attach(
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    if verify not in (None, True, False):
+    if verify is not None and not isinstance(verify, bool):
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
     if not isinstance(on_top, bool):
         raise TypeError(f"on_top must be True or False, got {on_top!r}")
-    check_rest_frozen(model)
+    check_rest_frozen(getattr(model, "_orig_mod", model))  # of a compiled model, the one inside
     model = unwrapped(model)
-    config = with_protect_ratio(config, protect is not None)  # so that the adapter's file has the share
+    config = with_protect_ratio(config, protect is not None)  # save_adapter saves the config
     record = find_attachment(model)
     if record is not None and record.name is not None:
         check_unattached(model)
@@ -116,7 +118,7 @@ def attach(
     couplings = couplings_in_towers(model, record.couplings, config)
     active, selection = {}, None
     if on_top and record.active:
-        active, config = dict(record.active), apart_from_active(record, config)
+        active, config = dict(record.active), apart_from_active(record, config, couplings)
         selection = select_units(couplings, config, model, calibration, protect)
     with adapters_off(model, record):
         if selection is None:
@@ -152,8 +154,8 @@ def select(
             other models need them.
         couplings: As for :func:`attach`.
         example: As for :func:`attach`. Nothing but the search for couplings uses it.
-        protect: Batches of data, as for `calibration`, whose text the base must not forget. The share `protect_ratio`
-            of each projection's units that the base needs most there is never chosen.
+        protect: Batches of data, as for `calibration`, whose text the base must not forget. Of each projection's
+            units, the share `protect_ratio` that the base needs most on these data is never chosen.
 
     Returns:
         The selection. It prints as a table, and has `save` and `load`.
@@ -289,6 +291,8 @@ def merge(model: nn.Module) -> nn.Module:
     check_not_in_engine(model, "merge", removes=True)
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
+    if record.awaits_weights:
+        check_has_arrived(record)
     if record.trains:
         check_can_merge(record)
     return merge_active(model, record)

@@ -118,6 +118,13 @@ def wrap_a_layer(layers):
     layers[1].mlp.up_proj = nn.Sequential(layers[1].mlp.up_proj)
 
 
+def merge_without_weights(world):
+    with torch.device("meta"):
+        model = tiny_model()
+    s2ft.attach(model, S2FTConfig(d_ratio=0.1))
+    s2ft.merge(model)
+
+
 def plain_net():
     return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
 
@@ -136,6 +143,8 @@ ATTACHING = [
     (attach(), ValueError, "selected ratio"),
     (attach(d_ratio=0.1, layers=[9]), ValueError, "9"),
     (attach(d_ratio=0.1, verify="yes"), TypeError, "verify 'yes'"),
+    (attach(d_ratio=0.1, verify=0), TypeError, "verify 0"),
+    (merge_without_weights, ValueError, "meta device prepare"),
     (attach(d_ratio=0.1, on_top="yes"), TypeError, "on_top 'yes'"),
     (attach(d_ratio=0.1, name="a/b"), ValueError, "name a/b"),
     (attach(d_ratio=0.1, name=""), ValueError, "name"),

@@ -97,8 +97,11 @@ def test_a_cross_encoder_is_attached(folder):
 def test_a_trainable_layer_outside_is_refused_until_it_is_frozen(folder, tmp_path):
     model = encoder(folder)
     model.append(Dense(64, 16))
-    with pytest.raises(ValueError, match=r"would also train 2\.linear\.weight.*model\[2\]\.requires_grad_\(False\)"):
-        s2ft.attach(model, CONFIG)
+    for one in (model, torch.compile(model)):
+        with pytest.raises(
+            ValueError, match=r"would also train 2\.linear\.weight.*model\[2\]\.requires_grad_\(False\)"
+        ):
+            s2ft.attach(one, CONFIG)
     assert all(parameter.requires_grad for parameter in model.parameters())  # nothing has changed
     model[2].requires_grad_(False)
     s2ft.attach(model, CONFIG)

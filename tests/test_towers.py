@@ -156,6 +156,15 @@ def test_only_slices_of_the_chosen_towers_are_trained(choice, tmp_path):
     assert {name for name, p in other.named_parameters() if p.requires_grad} == set(trained)
 
 
+def test_a_tower_is_trained_on_top_of_another():
+    model = llava()
+    for tower in (VISION, LANGUAGE):
+        config = S2FTConfig(d_ratio=0.25, towers=[tower])
+        s2ft.attach(model, config, tower, couplings=couplings(), example=inputs(), on_top=True)
+        s2ft.freeze_adapter(model)
+    assert s2ft.status(model).active == {VISION: 1.0, LANGUAGE: 1.0}
+
+
 def test_an_example_of_text_reaches_the_language_model():
     """Couplings of frozen towers are not tried out."""
     example = {"input_ids": torch.tensor([[5, 7, 8]])}

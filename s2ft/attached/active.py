@@ -33,7 +33,7 @@ from s2ft.distributed import (
     write_units,
 )
 from s2ft.layers.base import write_all
-from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
 from s2ft.ops._library import WRITING, check_private
@@ -264,12 +264,13 @@ def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
 ON_TOP_OF = "on_top_of"  # key in the info of an adapter: weights by name of the adapters that it was trained on top of
 
 
-def apart_from_active(record: Attachment, config: S2FTConfig) -> S2FTConfig:
+def apart_from_active(record: Attachment, config: S2FTConfig, couplings: Sequence[Coupling]) -> S2FTConfig:
     """Return a config that chooses no unit that an active adapter trains.
 
     Args:
         record: Record of a model without a trainable adapter.
         config: Config of the new adapter.
+        couplings: The couplings among which it chooses. The active adapters may also have units of other towers.
 
     Returns:
         A copy of the config, with the units of the active adapters in its `exclude`.
@@ -281,11 +282,12 @@ def apart_from_active(record: Attachment, config: S2FTConfig) -> S2FTConfig:
         _check_apart(record, unit_tensors(config.units, "units"))
         return config
     taken = [unit_tensors(config.exclude, "exclude")] if config.exclude is not None else []
-    taken += [record.loaded[name].selection.units for name in record.active]
+    known = {projection.name for projection in projections_of(couplings)}
+    of_active = (record.loaded[name].selection.units for name in record.active)
+    taken += [{path: chosen for path, chosen in units.items() if path in known} for units in of_active]
     paths = dict.fromkeys(path for units in taken for path in units)
-    return replace(
-        config, exclude={path: torch.cat([units[path] for units in taken if path in units]).unique() for path in paths}
-    )
+    exclude = {path: torch.cat([units[path] for units in taken if path in units]).unique() for path in paths}
+    return replace(config, exclude=exclude or None)
 
 
 def _check_apart(record: Attachment, units: dict[str, Tensor]) -> None:

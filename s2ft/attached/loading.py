@@ -80,9 +80,10 @@ def load_adapter(
     """Load an adapter into a model and make it the active one.
 
     With ``trainable=False`` the deltas are written into the weights, and the base values that they replace are kept:
-    the adapter can be switched off or exchanged for another. All parameters are frozen. With ``trainable=True`` the
-    layers, the selection and the layout of its training are set up again, so that training can go on. A model can have
-    one trainable adapter and any number of others.
+    the adapter can be switched off or exchanged for another. A model without adapters is frozen. With
+    ``trainable=True`` the layers, the selection and the layout of its training are set up again, so that training can
+    go on, and other adapters are switched off: after loading one that was trained on top of others, make those active
+    by :func:`s2ft.set_adapter`. A model can have one trainable adapter and any number of others.
 
     A model without adapters needs no :func:`s2ft.attach` before. Couplings that were given to `attach` are in the
     adapter.

@@ -2,8 +2,7 @@
 
 An interrupt, an exception or an out-of-memory error can come at any moment. So the record of a change is on the model
 before anything changes, and each step that takes a change back works whether the change was made, half made, or taken
-back already. :func:`unmount` and :func:`release` can be called at any time. No step runs under torch.no_grad, because
-an interrupt can leave it switched on.
+back already. :func:`unmount` and :func:`release` can be called at any time.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -175,7 +174,7 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers. All checks come first.
+    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers. A failure takes everything back.
 
     Args:
         model: Model that has the record, with the base in its weights.
@@ -220,22 +219,22 @@ def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
     return [coupling for coupling in couplings if any(one.name in selection for one in coupling.projections)]
 
 
-def _make_layers(model: nn.Module, record: Attachment, touched: list[Coupling], moves: dict[Coupling, Move]) -> None:
+def _make_layers(model: nn.Module, record: Attachment, trained: list[Coupling], moves: dict[Coupling, Move]) -> None:
     """Record the moves and the trainable layers of a new adapter. The model does not change yet."""
     expect_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
     record.moves += moves.values()
     parts: dict[str, list[Part]] = {}
-    for coupling in touched:
+    for coupling in trained:
         order = None
         if coupling.movable and record.config.layout == "permuted":
-            # The order of s2 follows from it, also where tensor parallelism needs another order of the weights. So s2
-            # and its optimizer's state have the same order on any number of ranks.
+            # s2 has this order also where tensor parallelism orders the weights in another way. So s2 and its
+            # optimizer's state have the same order on any number of ranks.
             order = coupling_order(coupling.count, *_selected(coupling, record.selection))
         for projection in coupling.projections:
             if projection.name in record.selection:
                 units = record.selection[projection.name]
-                # Positions are those in the whole weight, if its units have `order`.
+                # First the positions in the whole weight, if its units have `order`. The layer makes them those in s2.
                 positions = projection.elements(units if order is None else inverse(order)[units])
                 part = Part(projection, positions, projection.elements(units))
                 parts.setdefault(projection.path, []).append(part)
@@ -344,12 +343,12 @@ def _number_positions(parts: list[Part]) -> None:
         first += part.elements.numel()
 
 
-def _moves(model: nn.Module, touched: list[Coupling], selection: Selection) -> dict[Coupling, Move]:
+def _moves(model: nn.Module, trained: list[Coupling], selection: Selection) -> dict[Coupling, Move]:
     """Make the moves that bring selected units together, after checks. With tensor parallelism no unit changes ranks.
 
     A coupling without a move is trained in place: its units can't move, or no rank has them whole.
     """
-    movable = [coupling for coupling in touched if coupling.movable]
+    movable = [coupling for coupling in trained if coupling.movable]
     check_can_move(model, movable)
     blocks = {coupling: unit_blocks(model, coupling) for coupling in movable}
     return {

@@ -5,9 +5,9 @@ a tiny example, plain and attached, with the same random values added to the sel
 the plain model, and in the slices of the attached one. Moved units, replaced forwards and weights that are read past
 their layers all show in the outputs. Afterwards the weights are the base's and the slices are zeros.
 
-In evaluation mode the model runs without a hook of ours on its modules, because some code asks for hooks. In training
-mode hooks compare what each consumer and each replaced forward returns, and pass on what the plain model returned. So
-rounding errors of one block do not reach the next, and the first block that differs is known.
+The outputs in evaluation mode are compared without hooks of ours, because some models ask whether a module has hooks.
+Elsewhere hooks compare what each consumer and each replaced forward returns, and pass on what the plain model returned.
+So rounding errors of one block do not reach the next, and the first block that differs is known.
 """
 
 import inspect
@@ -103,7 +103,8 @@ def proved(
             raise ValueError("verify=True runs the model, and its weights are on the meta device: load them first")
     yield
     if decision.value:
-        # With the number of the first decision, because ranks on which the body fails do not come here.
+        # Ranks pair their decisions by name and count. One whose body has failed skips this call, so the name has the
+        # number of the first decision.
         decide(f"the proof of attach {decision.key.rpartition('/')[2]}".rstrip(), able, proof.check)
     record.unproved = "; ".join(proof.notes)
 
@@ -182,7 +183,7 @@ class Proof:
         return ""
 
     def _run_plain_in_training(self) -> None:
-        """Run in training mode, without dropout if there is any: the attached model would drop other units."""
+        """Run in training mode. If the outputs differ from evaluation, run without dropout, which would drop others."""
         for self.without_dropout in (nullcontext, _WithoutDropout):
             found = self._run_recorded(True)
             if largest_change(found, self.evaluated) == 0:

@@ -122,7 +122,7 @@ class State(Enum):
     Attributes:
         BASE: No adapter is active.
         WRITTEN: The active adapters are written into the weights. None of them gets gradients.
-        TRAINING: So is the trainable adapter, which gets gradients.
+        TRAINING: The trainable adapter is active with weight 1 and gets gradients. Others may be written too.
     """
 
     BASE = "base"

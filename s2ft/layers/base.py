@@ -3,7 +3,7 @@
 An optimizer's step changes s2, and the slices are written right after it. A layer also writes its own before it runs,
 if s2 has changed since.
 
-The gradient of the slice is that of the values which are multiplied (straight-through).
+The gradient ignores the rounding of base + s2 (straight-through).
 """
 
 import copy
@@ -65,7 +65,7 @@ def write_all(layers: Sequence[Any]) -> None:
 
 
 def stamp(tensor: Tensor) -> tuple[int, Any]:
-    """Tell the present values of a slice, or of a weight, from earlier ones. It keeps no memory alive.
+    """Return the version and a weak reference to the storage. If both are equal, no change that counts was made.
 
     It changes with every change in place that PyTorch counts, and with another memory. It does not change when other
     code writes into ``s2.data``. Steps of optimizers, some of which write in this way, are noted apart.
@@ -384,10 +384,10 @@ class S2Layer(nn.Module):
         return self.is_held(self.weight, self.s2) and not self._may_have_changed
 
     def expect_change(self) -> None:
-        """Write the slice again at the next forward: s2 has got a gradient, or an optimizer has made a step.
+        """Make the next forward write the slice, because ``s2.data`` may change without a version.
 
-        Code of others then changes ``s2.data``, which has no version: a loop in place of an optimizer, or an average of
-        earlier values that is put in its place for an evaluation.
+        It is called when s2 has got a gradient or an optimizer has made a step: a loop in place of an optimizer may
+        follow, or an average of earlier values that is put in its place for an evaluation.
         """
         self.__dict__["_may_have_changed"] = not isinstance(self.base, list)  # by nn.Module it takes 4 µs
 
@@ -415,7 +415,7 @@ class S2Layer(nn.Module):
         write_all([self])
 
     def _write_again(self, weight: Tensor) -> None:
-        """Write the slice once more if only values that no stamp tells may be others: write_all takes 70 µs more."""
+        """Write again where ``s2.data`` may have changed without a version. write_all takes 70 µs more."""
         with WRITING:
             for one in self._slices(weight.data, self.full_s2().detach()):
                 write_slice(one)
@@ -458,14 +458,14 @@ class S2Layer(nn.Module):
         _holding[local_part(self.s2).untyped_storage()._cdata] = self
 
     def _keep_base(self, weight: Tensor, s2: Tensor, stamps: tuple) -> None:
-        """Keep the base's values of a whole weight. Since they were kept, others may have been loaded into it."""
+        """Keep the base's values of a whole weight. If other values were loaded into it since, keep those."""
         if self.base is None:
             self.base = self._units(weight).clone(memory_format=torch.contiguous_format)
         elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
             self.base = self.base.to(now)
             is_ours = torch.equal(now, self._effective_units(self.base, s2))  # for instance in other memory
-            # An average of models changes both in place, and keeps what the weight holds.
+            # AveragedModel averages weight and s2 in place: `base` stays valid.
             both_changed = self._written[1][1] == stamps[1][1] and self._written[0] != stamps[0]
             if not (is_ours or both_changed):
                 self.base = now.clone()
@@ -473,7 +473,8 @@ class S2Layer(nn.Module):
     def fuse(self) -> None:
         """Write base + s2 into `weight` now, as the next forward would do if s2 has changed.
 
-        Call it after other code has written into ``s2.data``, which a forward does not notice.
+        It is needed only where other code has written into ``s2.data`` and neither a backward nor an optimizer's step
+        came after it. A forward of the whole model with gradients writes anyway, unless the weights are sharded.
 
         Raises:
             RuntimeError: The adapter is off, or the weight is quantized.

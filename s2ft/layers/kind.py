@@ -345,7 +345,7 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product. A copy that is kept of x is a second output of the node: second derivatives reach x through it."""
+    """The product. Columns of x that are copied are a second output, so that a double backward reaches x through it."""
 
     @staticmethod
     def forward(ctx, layer, x, weight, s2, bias, call, is_held):

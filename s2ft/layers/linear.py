@@ -117,7 +117,8 @@ class S2Linear(S2Layer):
 class S2ColumnLinear(S2Linear):
     """Linear layer that trains outputs (q, k, v, up, gate): `s2` is added to ``weight[start:end, :]``.
 
-    `s2` is [end - start, in_features], or [n, in_features] with an index of n units.
+    The name is that of the authors' code, and follows ColumnParallelLinear: it is about outputs, which are the rows of
+    PyTorch's weight. `s2` is [end - start, in_features], or [n, in_features] with an index of n rows.
 
     Example:
         >>> layer = s2ft.S2ColumnLinear(8, 16, start=4, end=8)
@@ -134,8 +135,9 @@ class S2ColumnLinear(S2Linear):
 class S2RowLinear(S2Linear):
     """Linear layer that trains inputs (o, down): `s2` is added to ``weight[:, start:end]``.
 
-    `s2` is [out_features, end - start], or [out_features, n] with an index of n units. For the backward the layer keeps
-    the selected part of its input, not the whole input.
+    The name is that of the authors' code, and follows RowParallelLinear: it is about inputs, which are the columns of
+    PyTorch's weight. `s2` is [out_features, end - start], or [out_features, n] with an index of n columns. For the
+    backward the layer keeps the selected part of its input, not the whole input.
 
     Example:
         >>> layer = s2ft.S2RowLinear(8, 16, index=torch.tensor([0, 3, 5]))

@@ -124,8 +124,8 @@ def below_autograd(op: Callable, *args) -> Tensor:
 def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
     """Return x in the dtype of the product: autocast's dtype if autocast is on, otherwise the weight's.
 
-    The weight keeps its dtype. base + delta is summed in the weight's dtype and rounded once inside the op. Casting
-    both before the sum would lose every update that is smaller than a step of the low-precision dtype.
+    The weight keeps its dtype. base + delta is summed in the wider of their dtypes, and rounded once to the weight's
+    dtype. Casting both before the sum would lose every update that is smaller than a step of the low-precision dtype.
 
     Raises:
         TypeError: x and weight differ in dtype, and autocast is off.

@@ -457,8 +457,9 @@ def random_scores(request: Request) -> Units:
     """Return a seeded random ranking of the units of each projection. The first unit drawn has the highest score.
 
     Producers with the same units share a ranking. Their selections are therefore nested and contiguous after
-    co-permutation. The consumer has a ranking of its own. The seed of a draw contains the coupling and the side, so the
-    units of a layer do not depend on the other layers and projections that are trained.
+    co-permutation. The consumer has a ranking of its own. The seed of a draw contains the kind of coupling,
+    the layer, the side and the number of units. So the units of a layer do not depend on the other layers and
+    projections that are trained, and two such couplings of one layer draw the same units.
 
     With allocation "global", scores are compared between layers. Each unit then gets a random number between 0 and 1 of
     its own. The units with the highest ones are a draw from all units of all layers, without replacement.
