@@ -119,8 +119,7 @@ def wrap_a_layer(layers):
 
 
 def merge_without_weights(world):
-    with torch.device("meta"):
-        model = tiny_model()
+    model = tiny_model().to("meta")
     s2ft.attach(model, S2FTConfig(d_ratio=0.1))
     s2ft.merge(model)
 

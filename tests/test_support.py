@@ -61,13 +61,6 @@ def test_products_that_round_by_layout():
     assert process.exitcode == 0
 
 
-def test_names_of_test_files_are_unique():
-    """pytest imports test files of folders without __init__.py by their names alone."""
-    files = [path for path in Path(__file__).parent.rglob("test_*.py") if not (path.parent / "__init__.py").exists()]
-    names = [path.name for path in files]
-    assert [name for name in names if names.count(name) > 1] == []
-
-
 def test_tests_reach_internals_through_support_inside_alone():
     """So that what moves in s2ft changes one line, and no test."""
     public = {"s2ft", "s2ft.ops", "s2ft.peft", "s2ft.vllm", "s2ft.cli.main"}

@@ -159,8 +159,14 @@ def test_only_slices_of_the_chosen_towers_are_trained(choice, tmp_path):
 def test_a_tower_is_trained_on_top_of_another():
     model = llava()
     for tower in (VISION, LANGUAGE):
-        config = S2FTConfig(d_ratio=0.25, towers=[tower])
-        s2ft.attach(model, config, tower, couplings=couplings(), example=inputs(), on_top=True)
+        s2ft.attach(
+            model,
+            S2FTConfig(d_ratio=0.25, towers=[tower]),
+            name=tower,
+            couplings=couplings(),
+            example=inputs(),
+            on_top=True,
+        )
         s2ft.freeze_adapter(model)
     assert s2ft.status(model).active == {VISION: 1.0, LANGUAGE: 1.0}
 

@@ -71,15 +71,14 @@ def signal_at(step, log, number, times=1):
     threading.Thread(target=send, daemon=True).start()
 
 
-def run_until(step, log, arguments):
-    signal_at(step, log, signal.SIGKILL)
-    main(arguments)
-
-
 def kill_at(step, work, output, *more):
     """Run in another process until the log contains `step`. Returns the last step in the log."""
-    arguments = (step, output / "log.jsonl", command(work, output, *more))
-    process = get_context("fork").Process(target=run_until, args=arguments)  # a fork imports nothing again
+
+    def run():
+        signal_at(step, output / "log.jsonl", signal.SIGKILL)
+        main(command(work, output, *more))
+
+    process = get_context("fork").Process(target=run)  # a fork imports nothing again
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

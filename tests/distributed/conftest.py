@@ -16,8 +16,7 @@ def ranks_of(count):
     return processes
 
 
-ranks, four_ranks = ranks_of(2), ranks_of(4)
-one_rank = ranks_of(1)  # the only rank of its group, for what needs a group
+one_rank, ranks, four_ranks = map(ranks_of, (1, 2, 4))  # one rank is for what needs a group
 
 
 @pytest.fixture(scope="session")

@@ -120,8 +120,7 @@ def test_the_check_reads_every_adapter_and_does_not_serve(spare, tmp_path, capsy
     assert main(command) == 0
     assert "serving" not in caplog.text and "checked 2 adapters: flipped, good" in caplog.text
     # without --model the base is the one that an adapter records; these record none
-    without = ["serve", *command[3:]]
-    assert main(without) == 2 and "does not record which base" in capsys.readouterr().err
+    assert main(["serve", *command[3:]]) == 2 and "does not record which base" in capsys.readouterr().err
     save_random_adapter(
         tmp_path / "own", tiny_model(**UNTIED), info={"base_model": str(tmp_path / "model")}, d_ratio=0.25
     )

@@ -154,9 +154,8 @@ def model_on(folder: Path, mode: str) -> nn.Module:
     return model
 
 
-def adapter_for(folder: Path, mode: str) -> tuple[nn.Module, s2ft.Adapter]:
-    model = model_on(folder, mode)
-    return model, make_adapter(copy.deepcopy(model), s2ft.S2FTConfig(d_ratio=0.2), "a", seed=1)
+def load_into(model: nn.Module) -> None:
+    s2ft.load_adapter(model, make_adapter(copy.deepcopy(model), s2ft.S2FTConfig(d_ratio=0.2), "a", seed=1))
 
 
 def attach_to(folder: Path, mode: str, layout: str) -> None:
@@ -172,7 +171,7 @@ WRITERS = {
     ),
     "attach, permuted": lambda folder, mode: attach_to(folder, mode, "permuted"),
     "attach, indexed": lambda folder, mode: attach_to(folder, mode, "indexed"),
-    "load_adapter": lambda folder, mode: s2ft.load_adapter(*adapter_for(folder, mode)),
+    "load_adapter": lambda folder, mode: load_into(model_on(folder, mode)),
     "swap_": lambda folder, mode: swap_(mapped(folder, mode), INDEX, ONES.clone(), 1),
     "permute_": lambda folder, mode: permute_(mapped(folder, mode), torch.arange(16).flip(0), 1),
     "scatter_add_": lambda folder, mode: scatter_add_(mapped(folder, mode), [INDEX], [ONES], 1, [1.0]),
