@@ -48,7 +48,7 @@ first, again, other = list(products(b)), list(products(b)), list(products(b.t().
 for i, (one, two) in enumerate(zip(first, whole)):
     torch.testing.assert_close(one, two, msg=f"product {i}")
 assert all(map(torch.equal, first, again))
-assert not any(map(torch.equal, first, other))
+assert sum(map(torch.equal, first, other)) <= 1   # a single number may round to the same
 assert torch.equal(torch.eye(9) @ torch.full((9, 5), 0.1), torch.full((9, 5), 0.1))   # nothing to round
 assert torch.equal(torch.ones(2, 3, dtype=torch.int64) @ torch.ones(3, 4, dtype=torch.int64), torch.full((2, 4), 3))
 """
