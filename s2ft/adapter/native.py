@@ -370,16 +370,8 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
 
 def _check_size(projection) -> None:
     """Check the counts in the file before lists of that size are created."""
-    numbers = [
-        projection.count,
-        projection.unit,
-        projection.start,
-        projection.stride,
-        projection.size,
-        projection.expert,
-    ]
     if (
-        any(isinstance(n, int) and n > MAX_ELEMENTS for n in numbers)
+        any(isinstance(n, int) and n > MAX_ELEMENTS for n in vars(projection).values())
         or isinstance(projection.count, int)
         and isinstance(projection.unit, int)
         and projection.count * projection.unit > MAX_ELEMENTS

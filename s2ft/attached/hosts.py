@@ -36,7 +36,7 @@ that reads a weight past its layer, and for weights that are spread over ranks, 
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -151,10 +151,13 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
 # ---- gradients through checkpointed blocks whose inputs are frozen --------------------------------------------------
 
 
-def open_blocks(model: nn.Module, trained: Iterable[str]) -> None:
+def open_blocks(model: nn.Module, trained: Collection[str]) -> None:
     """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
-    around = {parent for path in trained for parent in _parents(path)}
-    blocks = [module for path, module in model.named_modules() if path in around and _block_class(module)]
+    blocks = [
+        module
+        for path, module in model.named_modules()
+        if _block_class(module) and any(one.startswith(f"{path}.") for one in trained)
+    ]
     # up to 5.20 transformers runs a block's hooks inside its checkpoint
     if any("__call__" in vars(_block_class(block)) for block in blocks):
         for embeddings in _embeddings(model):
@@ -179,12 +182,6 @@ def remove_hooks(hooks: dict[int, Callable], *ours: Callable) -> None:
     for key, hook in list(hooks.items()):
         if getattr(hook, "func", getattr(hook, "hook", hook)) in ours:
             hooks.pop(key, None)
-
-
-def _parents(path: str) -> Iterator[str]:
-    """Yield the paths of the modules that contain the module at `path`."""
-    while path := path.rpartition(".")[0]:
-        yield path
 
 
 def _block_class(module: nn.Module) -> type | None:
@@ -308,6 +305,13 @@ class _BaseOrder:
                 swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
 
+    def versions_of(self, tensor: Tensor) -> Iterator[Tensor]:
+        """Yield the values that a state of this model may have: the present ones, in either order, and the base's."""
+        yield tensor
+        yield self.copy_of(tensor)
+        if self.record.written:
+            yield self.copy_of(tensor, without_written=True)
+
 
 def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
     """Yield (key in a state dict, tensor) for parameters and buffers; a tied tensor under each of its names."""
@@ -361,37 +365,23 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
             state[f"{key}.weight"] = state.pop(key)
     if record.awaits_weights:
         return  # weights that arrive are checked when they are complete, see `take_up`
-    order, frozen, same = _BaseOrder(model, record), _coupled(model, record), {}
+    # The couplings' tensors, except those of quantized layers, which load them themselves
+    frozen = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
+    read_only = (module for module in model.modules() if kind_of(module).read_only)
+    frozen -= {id(parameter) for module in read_only for parameter in module.parameters()}
+    order, same = _BaseOrder(model, record), {}
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
         if id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
                 continue  # PyTorch raises an error that names what does not fit
-            if not _is_same(order, tensor, found):
+            if not any(torch.equal(found.to(tensor), one) for one in order.versions_of(tensor)):
                 raise ValueError(
                     f"{key} is not the weight of the base that this model's adapters belong to: call "
                     "s2ft.detach(model) first, load the state, and attach again or load the adapter again"
                 )
             same[key] = tensor
     state.update(same)  # load_state_dict then copies each onto itself
-
-
-def _coupled(model: nn.Module, record: Attachment) -> set:
-    """Return the ids of the couplings' tensors, except those of quantized layers, which load them themselves."""
-    found = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
-    return found - {
-        id(parameter) for module in model.modules() if kind_of(module).read_only for parameter in module.parameters()
-    }
-
-
-def _is_same(order: _BaseOrder, tensor: Tensor, found: Tensor) -> bool:
-    """Whether `found` is the base of `tensor` in original order, or the present value of `tensor` in either order."""
-    found = found.to(tensor)
-    return (
-        torch.equal(found, tensor)
-        or torch.equal(found, order.copy_of(tensor))
-        or (bool(order.record.written) and torch.equal(found, order.copy_of(tensor, without_written=True)))
-    )
 
 
 # ---- a model of transformers while it trains an adapter -------------------------------------------------------------

@@ -205,8 +205,9 @@ class Grid:
         self.sorted, self.code_of = levels[order], order.to(torch.uint8)
         count = torch.arange(order.numel(), device=levels.device)
         # Whole numbers from the first level on need no tables.
-        self.is_even = torch.equal(self.sorted, count + self.sorted[0])
-        self.is_even &= torch.equal(self.code_of, (count + order[0]).to(torch.uint8))
+        self.is_even = torch.equal(self.sorted, count + self.sorted[0]) and torch.equal(
+            self.code_of, (count + order[0]).to(torch.uint8)
+        )
         self.first, self.first_code = float(self.sorted[0]), int(order[0])
 
     def below(self, wanted: Tensor) -> Tensor:

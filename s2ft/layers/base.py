@@ -212,7 +212,8 @@ class S2Layer(nn.Module):
         # Hooks registered on the module keep working, because both share the dicts of hooks.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
         self._copy_settings(module)
-        self.weight, self.bias = module.weight, module.bias
+        self.weight = module.weight
+        self.register_parameter("bias", module.bias)  # also None: see `tensors`
         self._check_memory(self.weight)
         self._set_units(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
@@ -417,7 +418,7 @@ class S2Layer(nn.Module):
     def _write_again(self, weight: Tensor) -> None:
         """Write again where ``s2.data`` may have changed without a version. write_all takes 70 µs more."""
         with WRITING:
-            for one in self._slices(weight.data, self.full_s2().detach()):
+            for one in self._slices(weight.data, self.full_s2()):
                 write_slice(one)
             self.__dict__["_may_have_changed"] = False
             note_written(weight.device)
@@ -430,13 +431,13 @@ class S2Layer(nn.Module):
         """
         weight, s2 = self.weight, self.s2
         if isinstance(self.base, Tensor) and self.is_held(weight, s2):  # only values that no stamp tells may be others
-            return self._written, self._slices(weight.data, self.full_s2().detach())
+            return self._written, self._slices(weight.data, self.full_s2())
         self._check_same_weight()
         self._check_memory(weight)
         # Before the values are read: if another thread changes them, they are written again.
         stamps = stamp(local_part(s2)), stamp(local_part(weight))
         self.__dict__.update(_is_current=False, _base_of=id(weight))  # by nn.Module each takes 4 µs
-        values = self.full_s2().detach()
+        values = self.full_s2()
         if is_sharded(weight):
             if self.codec is not None:
                 raise RuntimeError("a codec needs whole weights, and this one is spread over ranks: set codec='none'")
@@ -663,7 +664,9 @@ class S2Layer(nn.Module):
             if self._buffers[name] is not numbers:
                 self._buffers[name] = beside(numbers, self._buffers[name])
         if not self.s2.is_meta and before.tensor.is_meta:
-            self.start_s2()
+            # Give s2, which was on the meta device, the values that training starts from.
+            shard, first = own_shard(self.s2), self._first_values
+            shard.tensor.copy_(shard.tensor.new_zeros(()) if first is None else shard.cut(first))
         elif not self.s2.is_meta and not weight_was_here:
             own_shard(self.s2).tensor.copy_(before.tensor)
         elif self.s2.is_meta and not before.tensor.is_meta:
@@ -681,11 +684,6 @@ class S2Layer(nn.Module):
         for name in UNITS:
             if self._buffers.get(name) is not None:
                 self._buffers[name] = self._buffers[name].to("meta")
-
-    def start_s2(self) -> None:
-        """Give s2, which was on the meta device, the values that training starts from."""
-        shard = own_shard(self.s2)
-        shard.tensor.copy_(shard.tensor.new_zeros(()) if self._first_values is None else shard.cut(self._first_values))
 
     def forget_first_values(self) -> None:
         """Free what was kept for an s2 on the meta device."""

@@ -77,8 +77,7 @@ class S2Conv(S2Layer):
             return conv_forward(
                 self, input, lambda x, call: torch.convolution(x, self.weight, self.bias, *call, False, zero, 1)
             )
-        x = autocast_input("this layer", input, self.weight)
-        return conv_forward(self, x, partial(product, self))
+        return conv_forward(self, input, partial(product, self))
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._selected()}"

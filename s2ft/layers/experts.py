@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape
@@ -212,7 +211,7 @@ def activation_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
     if apply_gate is not None:
         return apply_gate
     if type(experts).__name__ == "LigerExperts":  # Liger-Kernel's constructor refuses every other activation
-        return _silu_gate
+        return partial(_act_mul, "silu")
     raise ValueError(
         f"the experts' module must have _apply_gate, which combines gate and up, and {type(experts).__name__} has none"
         ": load the model without kernels that replace the class of its experts"
@@ -244,11 +243,6 @@ def act_mul_of(experts: nn.Module) -> str | None:
 def _act_mul(activation: str, gate_up: Tensor) -> Tensor:
     gate, up = gate_up.chunk(2, dim=-1)
     return act_mul(gate.contiguous(), up.contiguous(), activation)
-
-
-def _silu_gate(gate_up: Tensor) -> Tensor:
-    gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
 
 
 def experts_forward(

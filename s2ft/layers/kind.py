@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import Shard, full_shape, is_dtensor
 from s2ft.ops import effective_units
-from s2ft.ops._library import is_dynamo_compiling, runs_directly, transforms_active
+from s2ft.ops._library import autocast_input, is_dynamo_compiling, runs_directly, transforms_active
 
 # ---- how tensor parallelism splits a weight -------------------------------------------------------------------------
 
@@ -52,14 +52,6 @@ class Split:
             owners[part] = rank
         return owners
 
-    @cached_property
-    def _places(self) -> Tensor:
-        """The place of each element in the part of its rank, [extent] int64."""
-        places = torch.empty_like(self.owners)
-        for part in self.elements:
-            places[part] = torch.arange(part.numel())
-        return places
-
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum a tensor over the ranks of the group. Each of them must call this."""
         total = tensor.to(self.mesh.device_type, copy=True)
@@ -75,8 +67,10 @@ class Split:
         Returns:
             Which of them the rank has, as positions in `elements` [m] int64, and their places in its part [m] int64.
         """
-        mine = (self.owners[elements] == self.rank).nonzero().squeeze(1)
-        return mine, self._places[elements[mine]]
+        places = torch.full_like(self.owners, -1)
+        places[self.own_elements] = torch.arange(self.own_elements.numel())
+        places = places[elements]
+        return (places >= 0).nonzero().squeeze(1), places[places >= 0]
 
 
 def split_of(tensor: Tensor) -> Split | None:
@@ -325,13 +319,17 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
 
     Args:
         layer: The layer.
-        x: Its input, in the dtype of the product.
+        x: Its input. Under autocast it is cast to autocast's dtype.
         call: What else the formulas of its kind need to know of this call.
 
     Returns:
         The output. Gradients of any order flow to x, s2 and the bias.
+
+    Raises:
+        TypeError: x and the weight differ in dtype outside autocast.
     """
     weight, bias, s2 = layer.tensors()
+    x = autocast_input("this layer", x, weight)
     # torch.func can't look into the function below, and an exported program has no layers that write their slices.
     if transforms_active() or torch.compiler.is_exporting():
         return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
@@ -379,7 +377,10 @@ class _Product(torch.autograd.Function):
             if of_bias:
                 grad_bias = kind.grad_of_bias(grad).to(ctx.bias_dtype)
         if grad_kept is not None and of_x:
-            through_kept = _through_copy(layer, grad_kept, ctx.shape, ctx.call)
+            with torch.enable_grad():  # the copy is linear in x
+                x = grad_kept.new_zeros(ctx.shape, requires_grad=True)
+                kept = kind.keep(layer, x, ctx.call)
+                through_kept = torch.autograd.grad(kept, x, grad_kept, create_graph=True)[0]
             grad_x = through_kept if grad_x is None else grad_x + through_kept
         return None, grad_x, None, grad_s2, grad_bias, None, None
 
@@ -393,10 +394,3 @@ def _check_held(s2: Tensor, trains: bool) -> bool:
 def _multiplied(layer: Any, weight: Tensor, s2: Tensor, is_held: bool) -> Tensor:
     """The effective weight in a forward: the layer's own, or a copy if it does not hold base + s2."""
     return weight if is_held else layer.effective_weight(s2, weight).detach()
-
-
-def _through_copy(layer: Any, grad: Tensor, shape: torch.Size, call: Any) -> Tensor:
-    """The part of the gradient of x that comes through the copy of its units, which is linear in x."""
-    with torch.enable_grad():
-        x = grad.new_zeros(shape, requires_grad=True)
-        return torch.autograd.grad(layer.kind.keep(layer, x, call), x, grad, create_graph=True)[0]

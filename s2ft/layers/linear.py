@@ -21,7 +21,7 @@ from s2ft.distributed import is_dtensor, local_part
 from s2ft.layers.base import S2Layer, stamp
 from s2ft.layers.kind import Kind, Split, product, split_of
 from s2ft.ops import indexed_linear
-from s2ft.ops._library import autocast_input, own_output
+from s2ft.ops._library import own_output
 from s2ft.ops.sliced import columns_to_keep, delta_gradient
 
 
@@ -105,7 +105,7 @@ class S2Linear(S2Layer):
         """Run the layer: input [..., in_features] → output [..., out_features]."""
         if not self.enabled:
             return F.linear(input, self.kind.view(self.weight), self.bias)
-        return product(self, autocast_input("this layer", input, self.tensors()[0]))
+        return product(self, input)
 
     def extra_repr(self) -> str:
         return (
@@ -283,14 +283,14 @@ class S2SplitLinear(S2Linear):
         return DTensor.from_local(output, self.split.mesh, [layout], run_check=False, shape=shape, stride=stride)
 
     def _run(self, x: Tensor) -> Tensor:
-        weight, bias, _ = self.tensors()  # the outputs of split inputs are summed over ranks: the bias counts once
         if not self.enabled:
-            return F.linear(x, weight, bias)
-        return product(self, autocast_input("this layer", x, weight))
+            return F.linear(x, *self.tensors()[:2])
+        return product(self, x)
 
     # ---- this rank's block of the weight -------------------------------------------------------------
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
+        # The outputs of split inputs are summed over ranks, so the bias counts once.
         bias = None if self.bias is None or self.split.dim == 1 and self.split.rank > 0 else local_part(self.bias)
         return local_part(self.weight), bias, self.s2
 

@@ -1,7 +1,6 @@
 """Loads the compiled kernels and reports the build. Importing :mod:`s2ft` works without compiled kernels."""
 
 import importlib
-import json
 import re
 import warnings
 from collections.abc import Sequence
@@ -10,8 +9,10 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from packaging.version import Version
 
 from s2ft import __version__
+from s2ft.files.reading import json_entry
 
 # ---- which GPUs the kernels of a build run on: from plain numbers, so that every case can be tested without a GPU ----
 
@@ -90,34 +91,12 @@ _cuda_registered = False
 _silent = False  # no warning about missing CUDA kernels is due: the user chose this, or has been warned
 
 
-def _read_record() -> dict[str, Any]:
-    """Read setup.py's record. Returns an empty dict if there is none or it can't be read."""
-    try:
-        record = json.loads(RECORD.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
-
-
-def _torch_version() -> tuple:
-    parts = torch.__version__.split("+")[0].split(".")[:2]
-    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)
-
-
-def _import_module() -> ModuleType:
-    if _torch_version() < TORCH_FLOOR:
-        raise ImportError(
-            f"the compiled kernels need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, this is {torch.__version__}"
-        )
-    return importlib.import_module("s2ft._C")
-
-
 def load() -> ModuleType | None:
     """Load the compiled kernels once. Returns None without them, and warns if the build should have made them."""
     global _module, _reason, _silent
     if _reason is not None:
         return _module
-    record, files = _read_record(), sorted(RECORD.parent.glob("_C.*"))
+    record, files = json_entry(RECORD) or {}, sorted(RECORD.parent.glob("_C.*"))
     files = [path.name for path in files if path.suffix in (".so", ".pyd")]
     wanted = record.get("mode") != "none"
     if record and not record.get("compiled"):
@@ -131,7 +110,11 @@ def load() -> ModuleType | None:
         )
     else:
         try:
-            _module = _import_module()
+            if Version(torch.__version__).release < TORCH_FLOOR:
+                raise ImportError(
+                    f"they need PyTorch {TORCH_FLOOR[0]}.{TORCH_FLOOR[1]} or later, this is {torch.__version__}"
+                )
+            _module = importlib.import_module("s2ft._C")
             _reason = str(record.get("reason") or "the compiled kernels are loaded")
         except Exception as error:  # a wrong ABI raises ImportError, OSError or RuntimeError
             found = f" (found {', '.join(files)})" if isinstance(error, ModuleNotFoundError) else ""

@@ -259,8 +259,7 @@ def _client_class(client: type) -> type:
         def init_communicator(self, device: Any = None) -> None:
             """Nothing: SliceSender connects at the first sync, and says so if the server takes no slices."""
 
-        def close_communicator(self) -> None:
-            """Nothing."""
+        close_communicator = init_communicator
 
     return SliceClient
 

@@ -422,14 +422,10 @@ class TextStream:
         if found:
             self.stopped, self._held = True, ""
             return text[: min(found)]
-        hold = max((_overlap(text, stop) for stop in self._stop), default=0)
+        starts = (stop[:length] for stop in self._stop for length in range(1, len(stop)))
+        hold = max((len(start) for start in starts if text.endswith(start)), default=0)
         self._held = text[len(text) - hold :]
         return text[: len(text) - hold]
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest beginning of `stop` that `text` ends with."""
-    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
 
 
 # ---- the next token -------------------------------------------------------------------------------------

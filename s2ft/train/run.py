@@ -255,7 +255,8 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: st
     report = s2ft.attach(model, run.config, options.name, calibration, **how)
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
-    check_ranks_agree(model)
+    # Statistics may round differently on different devices.
+    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
     if run.is_first:
         run.folder.begin(run.determining(), bool(run.resume), config_text)
         print(report, flush=True)
@@ -502,15 +503,6 @@ def this_rank():
     from accelerate import PartialState
 
     return PartialState(cpu=not torch.accelerator.is_available())
-
-
-def check_ranks_agree(model) -> None:
-    """Check that all ranks train the same units, since statistics may round differently on different devices.
-
-    Raises:
-        RuntimeError: The ranks have selected different units. It is raised on each rank.
-    """
-    check_all_ranks_agree("selection", attachment_of(model).selection.digest)
 
 
 def smaller_step(arguments) -> str:

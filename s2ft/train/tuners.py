@@ -52,15 +52,12 @@ class Tuner:
     rate: float = 1e-3
 
 
-def _lora(**options: Any) -> dict[str, Any]:
-    return {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS, **options}
-
-
+LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS}
 TUNERS: dict[str, Tuner] = {
     "s2ft": Tuner("S²FT", defaults={"d_ratio": 0.03}, size="budget"),
-    "lora": Tuner("LoRA", "LoraConfig", _lora(), "r"),
-    "dora": Tuner("DoRA", "LoraConfig", _lora(use_dora=True), "r", 2e-3),
-    "rslora": Tuner("rsLoRA", "LoraConfig", _lora(use_rslora=True), "r"),
+    "lora": Tuner("LoRA", "LoraConfig", LORA, "r"),
+    "dora": Tuner("DoRA", "LoraConfig", {**LORA, "use_dora": True}, "r", 2e-3),
+    "rslora": Tuner("rsLoRA", "LoraConfig", {**LORA, "use_rslora": True}, "r"),
     "shira": Tuner("SHiRA", "ShiraConfig", {"r": 16, "target_modules": TARGETS}, "r", 2e-3),
     "miss": Tuner("MiSS", "MissConfig", {"r": 16, "target_modules": TARGETS}, "r", 5e-4),
     "full": Tuner("full fine-tuning", rate=3e-5),

@@ -72,7 +72,7 @@ def test_without_a_module_the_import_warns_once_or_is_silent(case, fresh, monkey
     if error or version:
         (folder / "_C.so").write_text("")
     if error:
-        monkeypatch.setattr(_build, "_import_module", Mock(side_effect=error))
+        monkeypatch.setattr(_build.importlib, "import_module", Mock(side_effect=error))
     monkeypatch.setattr(torch, "__version__", version or torch.__version__)
     module, messages = load()
     assert module is None and len(messages) == bool(words) and all(words in message for message in messages)

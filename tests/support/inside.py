@@ -120,7 +120,7 @@ MODULES = {
     "train.parallel": "Devices check_divided_rows",
     "train.planning": "planned rows_of saved_by_bits",
     "train.rewards": "RewardError answer_equal answer_format check_columns checked is_equal load_rewards numbers",
-    "train.run": "check_ranks_agree fitting_batch set_batches smaller_step",
+    "train.run": "fitting_batch set_batches smaller_step",
     "train.tuners": "TUNERS prepare",
     "train.trainers": "DPORunTrainer GRPORunTrainer Reference SFTRunTrainer TokenRowTrainer",
     "train.fit": "JsonlLog check_packages_of_run dpo grpo log_length sft trainer_for",

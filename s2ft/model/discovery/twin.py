@@ -371,19 +371,15 @@ def _rope(entries: dict, frequencies: int) -> dict:
         if isinstance(value, dict):
             entries[key] = _rope(value, frequencies)
         elif key == "mrope_section" and value:
-            entries[key] = _sections(value, round(frequencies * entries.get("partial_rotary_factor", 1)))
+            # About the same shares as before, at least 1 each
+            total = round(frequencies * entries.get("partial_rotary_factor", 1))
+            entries[key] = [max(1, total * section // sum(value)) for section in value]
+            entries[key][-1] += total - sum(entries[key])
         elif key in ("short_factor", "long_factor") and isinstance(value, list):
             entries[key] = [1.0] * frequencies
         elif key == "original_max_position_embeddings" and _is_size(value):
             entries[key] = POSITIONS // 2
     return entries
-
-
-def _sections(old: list[int], total: int) -> list[int]:
-    """Sections of about the same shares as before, at least 1 each, with another total."""
-    new = [max(1, total * section // sum(old)) for section in old]
-    new[-1] += total - sum(new)
-    return new
 
 
 def _keep_parts_of_heads(old: dict, new: dict) -> None:
