@@ -15,6 +15,8 @@ from s2ft.packages import MissingPackages, check_packages
 logger = logging.getLogger(__name__)
 FORMS = ("png", "svg")
 WIDTH = 7.0  # of a figure, in inches
+GREY = "#808080"
+HUES = {"#0d9488": ("S²FT",), "#d97706": ("LoRA", "DoRA", "rsLoRA")}  # of the methods whose titles begin so
 
 
 @dataclass(frozen=True)
@@ -182,7 +184,7 @@ class Series:
     """Points of one colour.
 
     Attributes:
-        label: Its name in the legend.
+        label: Its name, beside its last point.
         x: Positions.
         y: Values.
         error: Length of the error bar on each side of a value, or None.
@@ -233,11 +235,11 @@ def save_figures(figures: Sequence[Figure], folder: Path, prefix: str = "") -> N
     for figure in figures:
         drawn = draw(figure)
         for form in FORMS:
-            drawn.savefig(folder / f"{prefix}{figure.name}.{form}", dpi=150)
+            drawn.savefig(folder / f"{prefix}{figure.name}.{form}", dpi=150, transparent=True)
 
 
 def draw(figure: Figure):
-    """Return a figure as a matplotlib Figure, which belongs to no window."""
+    """Return a figure as a matplotlib Figure, which belongs to no window. It is readable on white and on black."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as Canvas
 
@@ -246,14 +248,35 @@ def draw(figure: Figure):
     axes = canvas.subplots()
     for number, series in enumerate(figure.series):
         marker = "osD^vP*Xh<>p"[number % 12]  # so that series can be told apart without colours
-        how = {"label": series.label, "linestyle": figure.line, "marker": marker, "capsize": 3}
+        how = {"color": hue_of(series.label), "linestyle": figure.line, "marker": marker, "capsize": 3}
         axes.errorbar(series.x, series.y, yerr=series.error, **how)
-    axes.set(title=figure.title, xlabel=figure.x, ylabel=figure.y)
-    axes.title.set_size("medium")
+    axes.set_title(figure.title, size="medium", color=GREY)
+    axes.set_xlabel(figure.x, color=GREY)
+    axes.set_ylabel(figure.y, color=GREY)
+    axes.tick_params(colors=GREY)
+    axes.spines[:].set_color(GREY)
     axes.grid(alpha=0.3)
     axes.set_axisbelow(True)
-    longest = max(len(series.label) for series in figure.series)
-    fit = int(WIDTH / (0.6 + 0.08 * longest))  # inches of a marker and of a letter
-    columns = max(1, min(4, len(figure.series), fit))
-    canvas.legend(loc="outside lower center", ncols=columns, frameon=False)
+    left, right = axes.get_xlim()
+    axes.set_xlim(left, right + 0.3 * (right - left))  # room for labels
+    canvas.draw_without_rendering()  # so that the labels know where the points are
+    label_ends(axes, figure.series)
     return canvas
+
+
+def hue_of(label: str) -> str:
+    """The colour of a method in all figures: one for S²FT, one for LoRA and its variants, grey for others."""
+    return next((hue for hue, names in HUES.items() if label.startswith(names)), GREY)
+
+
+def label_ends(axes, series: Sequence[Series]) -> None:
+    """Write each label beside the last point of its series, above the labels that are in its way."""
+    taken: list[tuple[float, float, float]] = []
+    ends = [(*axes.transData.transform((one.x[-1], one.y[-1])), one) for one in series if len(one.y)]
+    for x, y, one in sorted(ends, key=lambda end: end[1]):
+        left, right, place = x + 8, x + 8 + 7 * len(one.label), y - 4
+        while any(first < right and left < last and abs(place - other) < 12 for first, last, other in taken):
+            place += 1
+        taken.append((left, right, place))
+        where = {"xytext": (8 * 72 / 100, (place - y) * 72 / 100), "textcoords": "offset points"}
+        axes.annotate(one.label, (one.x[-1], one.y[-1]), color=hue_of(one.label), size="small", **where)
