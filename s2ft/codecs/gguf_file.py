@@ -4,7 +4,7 @@ The file is mapped into memory copy-on-write: what is written here never reaches
 """
 
 from collections.abc import Mapping
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +15,23 @@ from torch import Tensor
 from s2ft.codecs.codec import Codec
 from s2ft.codecs.gguf_types import TYPES
 from s2ft.packages import check_packages
+
+
+@cache
+def reader_class() -> type:
+    """The GGUFReader of gguf, with the file as a plain array, whose slices take a third of the time of a memmap's."""
+    import gguf
+
+    class Reader(gguf.GGUFReader):
+        @property
+        def data(self) -> numpy.ndarray:
+            return self._plain
+
+        @data.setter
+        def data(self, mapped: numpy.memmap) -> None:
+            self._plain = mapped.view(numpy.ndarray)
+
+    return Reader
 
 
 class PackedPart(NamedTuple):
@@ -51,11 +68,9 @@ class GgufFile:
             MissingPackages: The package gguf is not installed.
         """
         check_packages("a model in a .gguf file")
-        import gguf
-
         self.path = path
         try:
-            self.reader = gguf.GGUFReader(path, "c")
+            self.reader = reader_class()(path, "c")
             self.architecture = self.value("architecture", "general.")
             self.tensors: Mapping[str, Any] = {tensor.name: tensor for tensor in self.reader.tensors}
         except (ValueError, KeyError, IndexError, TypeError, UnicodeDecodeError) as error:

@@ -99,15 +99,21 @@ def load_model(
 
 @contextmanager
 def _parsed_once() -> Iterator[None]:
-    """Let transformers parse a GGUF file once. It parses it for the tokenizer, the config and the weights, 3 s each."""
+    """Let transformers parse a GGUF file once, and make the map of names once.
+
+    It parses the file for the tokenizer, the config and the weights, 3 s each, and makes the map for every module.
+    """
     import gguf
 
-    reader = gguf.GGUFReader
-    gguf.GGUFReader = functools.cache(reader)
+    from s2ft.codecs.gguf_file import reader_class
+
+    before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
+    faster = {**before, "GGUFReader": reader_class()}
+    vars(gguf).update({name: functools.cache(found) for name, found in faster.items()})
     try:
         yield
     finally:
-        gguf.GGUFReader = reader
+        vars(gguf).update(before)
 
 
 def _remote(revision: str | None, trust_remote_code: bool) -> dict[str, Any]:
