@@ -10,6 +10,7 @@ import threading
 from multiprocessing import get_context
 
 import pytest
+import torch
 from support.inside import checkpoints, newest_valid, read_log
 from support.states import same, tensors_of
 from train.tiny import save_tiny
@@ -71,14 +72,17 @@ def signal_at(step, log, number, times=1):
     threading.Thread(target=send, daemon=True).start()
 
 
+def run_until(step, log, words, threads):
+    torch.set_num_threads(threads)
+    signal_at(step, log, signal.SIGKILL)
+    main(words)
+
+
 def kill_at(step, work, output, *more):
     """Run in another process until the log contains `step`. Returns the last step in the log."""
-
-    def run():
-        signal_at(step, output / "log.jsonl", signal.SIGKILL)
-        main(command(work, output, *more))
-
-    process = get_context("fork").Process(target=run)  # a fork imports nothing again
+    how = "fork" if torch.get_num_threads() == 1 else "spawn"  # a fork imports nothing again, and has no OpenMP
+    words = step, output / "log.jsonl", command(work, output, *more), torch.get_num_threads()
+    process = get_context(how).Process(target=run_until, args=words)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
@@ -87,8 +91,7 @@ def kill_at(step, work, output, *more):
 
 @pytest.mark.parametrize("kills", [1, pytest.param(10, marks=pytest.mark.slow)])
 def test_a_run_that_was_killed_and_resumed_equals_an_uninterrupted_one(work, tmp_path, kills, caplog):
-    output, moments = tmp_path / "out", random.Random(kills)
-    done = 0
+    output, moments, done = tmp_path / "out", random.Random(kills), 0
     for number in range(kills):
         step = min(STEPS - 2, done + moments.randint(1, STEPS // kills - 1))
         done = kill_at(step, work, output, *(["--resume"] if number else []))

@@ -60,8 +60,7 @@ def test_a_later_stage_depends_on_results_and_a_limit_or_a_part_leaves_runs_out(
 def test_a_process_that_ends_is_a_failed_run_and_the_others_go_on(tmp_path, monkeypatch, fresh):
     """The processes are forks, which import nothing again."""
     monkeypatch.setattr(runner, "measured", measured_in_a_process)
-    fork = multiprocessing.get_context("fork")
-    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda how: fork)
+    monkeypatch.setattr(runner.multiprocessing, "get_context", lambda how, get=multiprocessing.get_context: get("fork"))
     runs, results = [run_of(0), run_of(1), run_of(2)], Results(tmp_path / "mine.jsonl")
     make("mine", [Stage(lambda _: runs, alone=True, fresh=fresh)], results, show=lambda text: None)
     assert [results.line(run)["status"] for run in runs] == [FAILED, DONE, DONE]
