@@ -5,6 +5,7 @@ import importlib
 import logging
 import os
 import re
+import signal
 import sys
 import threading
 import warnings
@@ -138,14 +139,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_up_logging(traceback)
     sys.unraisablehook = _interrupt_again
     try:
-        command = SAME.get(name, name)
-        if command in TRAINING:
-            from s2ft.cli.training import run
-
-            run(command, rest)
-        else:
-            module = importlib.import_module(f"s2ft.cli.{MODULES.get(command, command)}")  # only the chosen one
-            getattr(module, f"run_{command}")(rest)
+        _run(SAME.get(name, name), rest)
     except MISTAKES as error:
         if traceback:
             raise
@@ -168,6 +162,31 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"s2ft {name}: interrupted", file=sys.stderr)
         return 130
     return 0
+
+
+def entry() -> None:
+    """Run the command of this process. While Python ends after it, Ctrl-C ends the process without a traceback."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    sys.exit(status)
+
+
+def _run(command: str, words: list[str]) -> None:
+    try:
+        if command in TRAINING:
+            from s2ft.cli.training import run
+
+            run(command, words)
+        else:
+            module = importlib.import_module(f"s2ft.cli.{MODULES.get(command, command)}")  # only the chosen one
+            getattr(module, f"run_{command}")(words)
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, KeyboardInterrupt):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise KeyboardInterrupt from error  # Ctrl-C in the middle of an import can come out as another error
 
 
 def _interrupt_again(unraisable: Any, earlier: Any = sys.unraisablehook) -> None:

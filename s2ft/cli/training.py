@@ -107,6 +107,7 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
     "selection": {
         "selection_seed": ("", "seed of the selection and of the choice of calibration rows (default: --seed, else 0)"),
         "on_top": ("", ""),
+        "init_adapter": ("", ""),
     },
     "training": {
         "num_train_epochs": ("epochs num-epochs", "passes over the data"),

@@ -34,7 +34,7 @@ from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepar
 logger = logging.getLogger(__name__)
 RUNS, REPORT, FIGURE = "runs.jsonl", "compare.json", "compare.png"
 OF_COMMAND = ("output_dir", "overwrite", "methods", "rates", "seeds", "one_run")  # options that no run depends on
-REFUSED = ("resume_from_checkpoint", "on_top", "protect", "push_to_hub", "load_best_model_at_end", "stop_after",
+REFUSED = ("resume_from_checkpoint", "on_top", "init_adapter", "protect", "push_to_hub", "load_best_model_at_end", "stop_after",
            "early_stopping_patience", "stop_at_forgetting", "stop_at_kl")  # fmt: skip
 OF_PEFT = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
            "lora_modules_to_save": "modules_to_save",

@@ -133,6 +133,11 @@ class RunOptions(Options):
         "outputs of runs",
         metavar="ADAPTER",
     )
+    init_adapter: str | None = option(
+        None,
+        "begin with the values of this adapter, and train its units: an adapter folder, or the output of a run",
+        metavar="ADAPTER",
+    )
     batch_size: int | None = option(
         None,
         "rows of one update, over all devices; replaces --per-device-train-batch-size and "

@@ -145,6 +145,8 @@ class RunFolder:
                 raise ValueError(
                     f"the run in {self.path} was started with other options: "
                     + "; ".join(f"{key} was {earlier.get(key)!r}, is {options.get(key)!r}" for key in different)
+                    + f". To train its adapter further, leave out --resume, and give --init-adapter {self.path} and "
+                    "another --output"
                 )
             return
         for path in (self.adapter, self.path / UNFINISHED, *checkpoints(self.path)):

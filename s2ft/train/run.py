@@ -20,8 +20,9 @@ import s2ft
 from s2ft.adapter.folders import write_card
 from s2ft.attached.loading import read_adapter
 from s2ft.attached.record import attachment_of
+from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
-from s2ft.config import S2FTConfig, check_adapter_name
+from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import first_line, replace_file
 from s2ft.packages import check_packages, is_installed
@@ -182,8 +183,7 @@ def train(run: Run, config_text: Any) -> None:
         OSError: A file can't be written. The message names what is kept.
         KeyboardInterrupt: Ctrl-C ended the run, after a checkpoint.
     """
-    config = with_default_ratio(run.config, run.given)
-    run = replace(run, config=with_protect_ratio(config, bool(run.forgetting.protect)))
+    run = replace(run, config=config_of(run))
     arguments, options, folder = run.arguments, run.options, run.folder
     check_can_shard(arguments)
     check_packages_of_run(arguments)
@@ -200,6 +200,27 @@ def train(run: Run, config_text: Any) -> None:
             _finish(run, result, uploads)
     if result.interrupted:
         raise KeyboardInterrupt
+
+
+def config_of(run: Run) -> S2FTConfig:
+    """Return what a run trains: what the options say, or what the adapter was trained with that it begins with.
+
+    Raises:
+        FileNotFoundError: There is no such adapter.
+        ValueError: The options say it too, or the adapter is in the folder that the run writes.
+    """
+    folder = run.options.init_adapter
+    if folder is None:
+        config = with_default_ratio(run.config, run.given)
+        return with_protect_ratio(config, bool(run.forgetting.protect))
+    chosen = [one.name for one in fields(S2FTConfig) if one.name in run.given and one.name != "seed"]
+    more = ["protect"] * bool(run.forgetting.protect) + ["on_top"] * bool(run.options.on_top)
+    refuse(
+        (chosen + more, f"init_adapter trains the units of an adapter: leave out {', '.join(chosen + more)}"),
+        (run.folder.path.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents),
+         f"init_adapter {folder} is in the output folder: choose another --output"),
+    )  # fmt: skip
+    return read_adapter(folder).config
 
 
 def load(run: Run) -> tuple[Run, Any, Any, Encoded]:
@@ -227,7 +248,7 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     method.check(run)
     measured, protected = other_text(run)
     run, model, tokenizer, data = load(run)
-    calibration = method.calibration(run, tokenizer, data)
+    calibration = None if run.options.init_adapter else method.calibration(run, tokenizer, data)
     if run.is_first and not run.resume:
         method.log_memory(run, model, tokenizer, data)
     with method.base(run, model, tokenizer) as base:
@@ -251,8 +272,12 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: st
     if (calibration is not None or protect is not None) and not placed:
         model.to(ranks.device)
     load_below(model, options.on_top, options.name)
-    how = {"protect": protect, "on_top": bool(options.on_top)}
-    report = s2ft.attach(model, run.config, options.name, calibration, **how)
+    if options.init_adapter is None:
+        how = {"protect": protect, "on_top": bool(options.on_top)}
+        report = s2ft.attach(model, run.config, options.name, calibration, **how)
+    else:
+        s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
+        report = Report.of(model)
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
     # Statistics may round differently on different devices.

@@ -1,4 +1,9 @@
-"""s2ft sft --on-top trains a task on top of the adapters of earlier runs, on units that none of them trains."""
+"""s2ft sft --on-top trains a task on top of the adapters of earlier runs, on units that none of them trains.
+
+--init-adapter trains the units of an earlier adapter further.
+"""
+
+from functools import partial
 
 import pytest
 from cli.test_training_options import deltas, sft
@@ -37,3 +42,14 @@ def test_equal_names_become_those_of_the_folders(work, tmp_path):
     sft(work, tmp_path / "a", "--seed", 1)
     sft(work, tmp_path / "b", "--on-top", tmp_path / "a")
     assert s2ft.read_adapter(tmp_path / "b").info["on_top_of"] == {"a": 1.0}
+
+
+def test_an_adapter_is_trained_further_from_its_values_on_its_units(runs, work, tmp_path, capsys):
+    further = partial(sft, work, trained=("--init-adapter", runs[0]))
+    assert further(tmp_path / "still", rate=1e-30) == 0 == further(tmp_path / "on")
+    assert same(deltas(tmp_path / "still"), deltas(runs[0])) and not same(deltas(tmp_path / "on"), deltas(runs[0]))
+    assert further(tmp_path / "cut", "--stop-after", 2) == 0 == further(tmp_path / "cut", "--resume")
+    assert same(deltas(tmp_path / "cut"), deltas(tmp_path / "on"))
+    assert further(tmp_path / "no", "--d-ratio", 0.1, "--on-top", runs[1]) == 2
+    assert "leave out d_ratio, on_top" in capsys.readouterr().err
+    assert further(runs[0], "--overwrite") == 2 and "another --output" in capsys.readouterr().err

@@ -13,7 +13,7 @@ from s2ft import read_adapter
 from s2ft.cli.main import main
 
 
-def sft(work, output, *more, steps=4):
+def sft(work, output, *more, steps=4, trained=("--d-ratio", "0.1"), rate="1e-2"):
     arguments = [
         "sft",
         "--model",
@@ -29,11 +29,10 @@ def sft(work, output, *more, steps=4):
         "--micro-batch-size",
         2,
         "--learning-rate",
-        "1e-2",
+        rate,
         "--save-steps",
         2,
-        "--d-ratio",
-        "0.1",
+        *trained,
         *more,
     ]
     return main([str(argument) for argument in arguments])
