@@ -229,10 +229,6 @@ def patched_class(model, monkeypatch):
     monkeypatch.setattr(LlamaMLP, "forward", wraps(plain)(lambda self, x: plain(self, x) + x))
 
 
-def hook_on(name):
-    return lambda model, _: model.model.layers[1].mlp.get_submodule(name).register_forward_hook(doubled)
-
-
 def other_activation(model, monkeypatch):
     model.model.layers[1].mlp.act_fn = nn.Tanh()
 
@@ -252,7 +248,12 @@ CHANGES = {
     "a derived class": derived,
     "a function put in the class": patched_class,
     "another activation": other_activation,
-    **{f"a hook on {name}": hook_on(name) for name in ("act_fn", "gate_proj", "up_proj")},
+    **{
+        f"a hook on {name}": lambda model, _, name=name: model.get_submodule(
+            f"model.layers.1.mlp.{name}"
+        ).register_forward_hook(doubled)
+        for name in ("act_fn", "gate_proj", "up_proj")
+    },
 }
 
 

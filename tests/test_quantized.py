@@ -18,9 +18,9 @@ from support.quantized import (
     contents,
     dense_reference,
     forward,
-    four_bits,
     is_projection,
     linears,
+    low_bits,
     plain,
     quantized,
     torchao,
@@ -154,7 +154,7 @@ def with_down_proj(make):
 
 def on_meta(linear):
     with torch.device("meta"):
-        return four_bits("nf4")(linear)
+        return low_bits(quant_type="nf4")(linear)
 
 
 def dynamic(name):
@@ -183,7 +183,7 @@ REFUSED = {
     "dynamic int8": (lambda: dynamic("Int8DynamicActivationInt8WeightConfig"), attach(), "layers.1.self_attn.o_proj"),
     "dynamic intx": (lambda: dynamic("Int8DynamicActivationIntxWeightConfig"), attach(), "layers.1.self_attn.o_proj"),
     "weights train": (lambda: with_down_proj(lambda linear: bnb.nn.Linear8bitLt(128, 64, False)), attach(), "8bit"),
-    "not quantized yet": (lambda: with_down_proj(four_bits("nf4")), attach(), "move"),
+    "not quantized yet": (lambda: with_down_proj(low_bits(quant_type="nf4")), attach(), "move"),
     "no values": (lambda: with_down_proj(on_meta), attach(), "meta"),
 }
 

@@ -34,8 +34,8 @@ from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepar
 logger = logging.getLogger(__name__)
 RUNS, REPORT, FIGURE = "runs.jsonl", "compare.json", "compare.png"
 OF_COMMAND = ("output_dir", "overwrite", "methods", "rates", "seeds", "one_run")  # options that no run depends on
-REFUSED = ("resume_from_checkpoint", "on_top", "init_adapter", "protect", "push_to_hub", "load_best_model_at_end", "stop_after",
-           "early_stopping_patience", "stop_at_forgetting", "stop_at_kl")  # fmt: skip
+REFUSED = ("resume_from_checkpoint", "on_top", "init_adapter", "protect", "push_to_hub", "load_best_model_at_end",
+           "stop_after", "early_stopping_patience", "stop_at_forgetting", "stop_at_kl")  # fmt: skip
 OF_PEFT = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
            "lora_modules_to_save": "modules_to_save",
            **{name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}}  # fmt: skip # by TRL's

@@ -126,10 +126,6 @@ def test_a_second_ctrl_c_ends_the_run_at_once(work, tmp_path, capsys, monkeypatc
     assert capsys.readouterr().err.splitlines()[-1] == "s2ft sft: interrupted" and not checkpoints(tmp_path / "out")
 
 
-def interrupt(*_):
-    signal.raise_signal(signal.SIGINT)
-
-
 HIDING = {"__del__": lambda kind: kind(), "__set_name__": lambda kind: type("Made", (), {"field": kind()})}
 
 
@@ -138,7 +134,7 @@ def test_ctrl_c_inside_a_method_that_hides_it_is_not_lost(monkeypatch, method):
     """Python can't raise it in a finalizer, and makes another error of it in a class that is being made."""
 
     def run(_):
-        HIDING[method](type("Field", (), {method: interrupt}))
+        HIDING[method](type("Field", (), {method: lambda *_: signal.raise_signal(signal.SIGINT)}))
         threading.Event().wait(10)
 
     monkeypatch.setattr("s2ft.cli.plan.run_plan", run)

@@ -4,6 +4,8 @@ torch divides the rows and computes ring attention by kernels of GPUs only. Afte
 gets the attention kernel of CPUs. Everything else is torch's own.
 """
 
+from functools import partial
+
 import torch
 from torch.nn import functional as F
 
@@ -40,7 +42,8 @@ class RingAttention(torch.autograd.Function):
     def forward(ctx, q, k, v, group, scale):
         from torch.distributed.tensor.experimental._context_parallel import _attention as ring
 
-        out, logsumexp = ring._templated_ring_attention(group, 2, _forward, q, k, v, is_causal=True, scale=scale)
+        kernel = partial(aten._scaled_dot_product_flash_attention_for_cpu, dropout_p=0.0)
+        out, logsumexp = ring._templated_ring_attention(group, 2, kernel, q, k, v, is_causal=True, scale=scale)
         ctx.save_for_backward(q, k, v, out, logsumexp)
         ctx.group, ctx.scale = group, scale
         return out
@@ -65,10 +68,6 @@ class RingAttention(torch.autograd.Function):
             scale=ctx.scale,
         )
         return (*grads[:3], None, None)
-
-
-def _forward(q, k, v, is_causal, scale):
-    return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
 
 
 def _backward(grad_out, query, key, value, out, logsumexp, is_causal, scale):

@@ -63,16 +63,13 @@ class Engine(nn.Module):
         """Copy the tensors of a checkpoint to where they belong."""
         done = set()
         for name, tensor in tensors:
-            if name == "lm_head.weight" or (self.stage is not None and self._elsewhere(name)):
+            if name == "lm_head.weight" or (self.stage is not None and ("norm" in name) == (self.stage == 0)):
                 continue
             if name not in SHAPES:
                 raise KeyError(name)
             self._load(name, tensor)
             done.add(name)
         return done
-
-    def _elsewhere(self, name: str) -> bool:
-        return ("norm" in name) == (self.stage == 0)
 
     def _load(self, name: str, tensor: Tensor) -> None:
         short = name.removeprefix("model.layers.0.").removeprefix("model.")

@@ -31,14 +31,8 @@ def plain(dtype=torch.float32, seed=0):
     return model.to(dtype)
 
 
-def four_bits(quant_type, **options):
-    return lambda linear: bnb.nn.Linear4bit(
-        linear.in_features, linear.out_features, linear.bias is not None, quant_type=quant_type, **options
-    )
-
-
-def eight_bits(linear):
-    return bnb.nn.Linear8bitLt(linear.in_features, linear.out_features, linear.bias is not None, has_fp16_weights=False)
+def low_bits(kind=bnb.nn.Linear4bit, **options):
+    return lambda linear: kind(linear.in_features, linear.out_features, linear.bias is not None, **options)
 
 
 def by_bitsandbytes(make, linear):
@@ -54,10 +48,10 @@ def by_torchao(config, linear):
 
 
 KINDS = {
-    "nf4": lambda linear: by_bitsandbytes(four_bits("nf4"), linear),
-    "fp4": lambda linear: by_bitsandbytes(four_bits("fp4", compress_statistics=False), linear),
-    "nf4-bfloat16": lambda linear: by_bitsandbytes(four_bits("nf4", compute_dtype=torch.bfloat16), linear),
-    "8bit": lambda linear: by_bitsandbytes(eight_bits, linear),
+    "nf4": lambda linear: by_bitsandbytes(low_bits(quant_type="nf4"), linear),
+    "fp4": lambda linear: by_bitsandbytes(low_bits(quant_type="fp4", compress_statistics=False), linear),
+    "nf4-bfloat16": lambda linear: by_bitsandbytes(low_bits(quant_type="nf4", compute_dtype=torch.bfloat16), linear),
+    "8bit": lambda linear: by_bitsandbytes(low_bits(kind=bnb.nn.Linear8bitLt, has_fp16_weights=False), linear),
     "torchao-int8": lambda linear: by_torchao(torchao.Int8WeightOnlyConfig(), linear),
     "torchao-float8": lambda linear: by_torchao(torchao.Float8WeightOnlyConfig(), linear),
     "torchao-int4": lambda linear: by_torchao(torchao.IntxWeightOnlyConfig(weight_dtype=torch.int4), linear),
