@@ -212,6 +212,7 @@ BAD_FILES = {  # content, and words of the message
     "cut.jsonl.gz": (gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
     "a.txt": (b"plain", "plain text: write JSON lines"),
     "a.xlsx": (b"PK\x03\x04\xc0", "a spreadsheet: save it as CSV"),
+    "long.csv.gz": (gzip.compress(b"question,answer\n1,2\n" + b"3," * 2**25 + b"4", 1), "line 3 has more than 64 MiB"),
     "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1.*first line"),
     "control.jsonl": (b'{"question": "a\x01b", "answer": "c"}', "control character .character 16"),
 }

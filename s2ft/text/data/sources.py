@@ -33,6 +33,7 @@ KINDS = {  # endings of files, and what reads them
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+LONGEST_LINE = 64 * 2**20  # bytes of a line of CSV
 INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -158,6 +159,7 @@ def _table(path: Path, kind: str) -> Rows:
 
     try:
         if kind in ("csv", "tsv"):
+            _check_lines(path)
             separator = "\t" if kind == "tsv" else ","
             options = {"dtype": str, "keep_default_na": False}
             names = pandas.read_csv(path, sep=separator, nrows=0, **options).columns
@@ -172,6 +174,23 @@ def _table(path: Path, kind: str) -> Rows:
         yield from _numbered(path, rows)
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
+
+
+def _check_lines(path: Path) -> None:
+    """Find a line that no row needs, for which pandas would take several times its memory.
+
+    Raises:
+        ValueError: There is one.
+    """
+    import fsspec
+
+    length = number = 0
+    with fsspec.open(path, "rb", compression="infer") as file:
+        while block := file.read(2**20):
+            number += block.count(b"\n")
+            length = len(block) - block.rfind(b"\n") - 1 if b"\n" in block else length + len(block)
+            if length > LONGEST_LINE:
+                raise ValueError(f"line {number + 1} has more than {LONGEST_LINE >> 20} MiB: is a line break missing?")
 
 
 def _told_of_missing(path: Path, part: Any) -> Any:
