@@ -17,6 +17,7 @@ from torch.utils.benchmark import Timer
 import s2ft
 from s2ft.attached.saving import add_info
 from s2ft.config import S2FTConfig
+from s2ft.export import packed
 from s2ft.packages import check_packages
 from s2ft.text.encoding import tokenize_rows
 from s2ft.text.evaluation import Evaluation, Example, evaluate
@@ -37,6 +38,8 @@ HUB = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ASK = " Let's think step by step."
 SHOWN, WIDTH = 3, 160  # answers in the summary, and characters of each
 MAX_LENGTH = 1024
+TUNED = "tuned.gguf"
+GROUP = 32  # inputs with a scale of their own in the package's file
 
 
 def default_model() -> str:
@@ -96,10 +99,13 @@ def run_demo(options: DemoOptions) -> dict:
 
     Raises:
         FileExistsError: The output folder holds something else than a demo.
+        ValueError: The base can't be kept quantized.
         MissingPackages: A package that the demo needs is not installed.
     """
     check_packages("s2ft demo")
     folder, name = RunFolder(options.output), options.model or default_model()
+    if options.keep_quantized:
+        packed.gguf_path(name)  # an error says that it is no such file
     with folder.reserved(overwrite=folder.run.is_file() and "demo" in folder.options()):
         return _run_demo(options, folder, name)
 
@@ -128,7 +134,9 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     before = score("base")
     print(f"base: {before}")
     rows = token_rows(tokenizer, train, prompt)
-    attached = s2ft.attach(model, S2FTConfig(d_ratio=options.d_ratio, o_ratio=options.o_ratio, seed=options.seed))
+    coded = {"codec": "auto", "group": GROUP} if options.keep_quantized else {}
+    config = S2FTConfig(d_ratio=options.d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded)
+    attached = s2ft.attach(model, config)
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
@@ -143,6 +151,11 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     )
     with phase("training"):
         training = sft(model, tokenizer, rows, arguments, folder)
+    if options.keep_quantized:
+        tuned = folder.path / TUNED
+        tuned.unlink(missing_ok=True)
+        with phase("file"):
+            print(packed.export(name, folder.adapter, tuned))
     after = score("tuned")
     print(f"tuned: {after}")
     report = {
@@ -181,7 +194,8 @@ def summary(report: dict, before: Evaluation, after: Evaluation, folder: RunFold
         for old, new in list(zip(before.records, after.records))[:SHOWN]
     )
     phases = ", ".join(f"{name} {seconds:.0f}" for name, seconds in report["seconds"].items())
-    written = ", ".join(str(file) for file in (folder.log, folder.plot, folder.report) if file.is_file())
+    files = (folder.path / TUNED, folder.log, folder.plot, folder.report)
+    written = ", ".join(str(file) for file in files if file.is_file())
     return "\n".join(
         [
             "\nexamples:",

@@ -325,5 +325,6 @@ class DemoOptions(Options):
     dtype: str = option(
         "auto", "dtype of the model's weights; auto: whichever of float32 and bfloat16 is faster here", choices=DTYPES
     )
+    keep_quantized: bool = option(False, "train what the base's .gguf file can hold, and write tuned.gguf")
     seed: int = option(0, "seed of the selection and of the order of the rows", least=0)
     keep_memory: bool = option(True, **KEEP_MEMORY)

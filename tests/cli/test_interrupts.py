@@ -80,9 +80,9 @@ def run_until(step, log, words, threads):
 
 def kill_at(step, work, output, *more):
     """Run in another process until the log contains `step`. Returns the last step in the log."""
-    how = "fork" if torch.get_num_threads() == 1 else "spawn"  # a fork imports nothing again, and has no OpenMP
     words = step, output / "log.jsonl", command(work, output, *more), torch.get_num_threads()
-    process = get_context(how).Process(target=run_until, args=words)
+    # A fork imports nothing again, and has no OpenMP.
+    process = get_context("fork" if words[-1] == 1 else "spawn").Process(target=run_until, args=words)
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL

@@ -13,6 +13,7 @@ from support.tolerances import GEMM
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.cli.main import main
 
 TOKENS = torch.arange(24).view(2, 12) + 5
 
@@ -112,3 +113,10 @@ def test_a_diverged_slice_is_seen(small):
     model = attached(small, "float32")
     torch.nn.init.constant_(model.model.layers[0].mlp.down_proj.s2, float("nan"))
     assert model(input_ids=TOKENS).logits.isnan().all()
+
+
+def test_the_demo_ends_in_a_file(tmp_path):
+    base = make_base(tmp_path, "q4_1", max_position_embeddings=1024)
+    demo = "--steps 2 --batch-size 2 --held-out 1 --max-new-tokens 2 --d-ratio 0.5 --o-ratio 0.5 --keep-quantized"
+    assert main(["demo", "--model", str(base), "--output", str(tmp_path / "demo"), *demo.split()]) == 0
+    assert (tmp_path / "demo/tuned.gguf").read_bytes() != base.read_bytes()

@@ -12,10 +12,6 @@ def norms(matrix, projection):
     return torch.stack([matrix[projection.elements(torch.tensor([unit]))].norm() for unit in range(projection.count)])
 
 
-def by_attention_mask(path, batch):
-    return batch.get("attention_mask") if isinstance(batch, dict) else None
-
-
 @torch.no_grad()
 def stored(model, couplings, batch, mask_at):
     """What passes every projection at the positions that count, and how many positions there are, by its name."""
@@ -74,7 +70,13 @@ def gradients(model, couplings, batches):
     return {name: torch.stack(found).mean(0).sqrt() for name, found in squares.items()}
 
 
-def scores(model, metric, batches, mask_at=by_attention_mask, couplings=None):
+def scores(
+    model,
+    metric,
+    batches,
+    mask_at=lambda path, batch: batch.get("attention_mask") if isinstance(batch, dict) else None,
+    couplings=None,
+):
     """The scores of all units by the name of the projection."""
     couplings = couplings_of(model, couplings)
     if metric == "gradient":
