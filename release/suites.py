@@ -79,7 +79,7 @@ SUITES = {
         60,
         "releases/deepspeed",
     ),
-    "vllm": Suite("the plugin of vLLM and slice sync", in_release("vllm"), 60, "releases/vllm"),
+    "vllm": Suite("the plugin of vLLM and slice sync", in_release("vllm"), 120, "releases/vllm"),
     "lm-eval": Suite("lm-eval's tasks", in_release("lm-eval"), 30, "releases/lm-eval"),
     **{
         f"transformers-{release}": Suite(
