@@ -435,6 +435,8 @@ def set_batches(arguments: Any, options: RunOptions, given: Mapping[str, Any]) -
 def fitting_batch(run: Run, rows: int) -> int | None:
     """Return the rows of an update for data that would make too few updates of the default; None for the default.
 
+    If that is not enough, the run also gets more epochs, unless the user has set their number.
+
     Args:
         run: The options. A run that names the rows of an update or of a forward pass has none of its own.
         rows: Number of training rows.
@@ -449,9 +451,13 @@ def fitting_batch(run: Run, rows: int) -> int | None:
     devices = devices_of(arguments).groups
     size = max(4 * devices, 2 ** int(math.log2(max(most, 1))) // devices * devices)
     if arguments.max_steps <= 0:
+        if "num_train_epochs" not in run.given and passed < size * FEWEST_UPDATES:
+            arguments.num_train_epochs = math.ceil(size * FEWEST_UPDATES / rows)
+        epochs = arguments.num_train_epochs
         run.say(
             f"{DEFAULT_BATCH} rows an update would make {passed / DEFAULT_BATCH:.0f} updates of {rows} rows, which are "
-            f"few: {size} make {passed / size:.0f}; --batch-size sets another number"
+            f"few: {size} rows and {epochs:g} epochs make {rows * epochs / size:.0f}; --batch-size and --epochs set "
+            "other numbers"
         )
     return size
 

@@ -280,17 +280,18 @@ def test_rows_of_an_update_are_divided_among_devices_and_passes(case):
 @pytest.mark.parametrize(
     "rows, changes, expected",
     [
-        (67, {}, 4),  # 50 updates, not 3
-        (400, {}, 32),
-        (1000, {}, None),
-        (2, {}, 4),
-        (40, {"max_steps": 9}, 32),  # no more than there are rows
-        (67, {"num_train_epochs": 40}, None),
+        (67, {}, (4, 3)),  # 50 updates, not 3
+        (400, {}, (32, 3)),
+        (1000, {}, (None, 3)),
+        (8, {}, (4, 16)),
+        (8, {"num_train_epochs": 2}, (4, 2)),
+        (40, {"max_steps": 9}, (32, 3)),  # no more than there are rows
+        (67, {"num_train_epochs": 40}, (None, 40)),
     ],
 )
-def test_few_rows_make_smaller_updates(rows, changes, expected):
+def test_few_rows_make_smaller_updates_and_more_epochs(rows, changes, expected):
     arguments = SimpleNamespace(**{"num_train_epochs": 3, "max_steps": -1, "world_size": 1, **changes})
-    run = SimpleNamespace(arguments=arguments, given={}, say=str, method=SimpleNamespace(fits_batch=True))
-    assert fitting_batch(run, rows) == expected
+    run = SimpleNamespace(arguments=arguments, given=changes, say=str, method=SimpleNamespace(fits_batch=True))
+    assert (fitting_batch(run, rows), arguments.num_train_epochs) == expected
     run.given = {"gradient_accumulation_steps": 2}
     assert fitting_batch(run, rows) is None
