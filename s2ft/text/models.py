@@ -105,10 +105,10 @@ def _parsed_once() -> Iterator[None]:
     """
     import gguf
 
-    from s2ft.codecs.gguf_file import reader_class
+    from s2ft.codecs import gguf_file
 
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    faster = {**before, "GGUFReader": reader_class()}
+    faster = {**before, "GGUFReader": gguf_file.reader_class()}
     vars(gguf).update({name: functools.cache(found) for name, found in faster.items()})
     try:
         yield

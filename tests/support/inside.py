@@ -25,7 +25,7 @@ MODULES = {
     "cli.serve": "ServeArguments",
     "cli.training": "config_text parser_of read_run",
     "codecs.compressed": "codec_of Nf4",
-    "codecs.gguf_file": "GgufFile",
+    "codecs.gguf_file": "GgufFile reader_class",
     "codecs.gguf_types": "TYPES:TYPES_OF_GGUF",
     "distributed": "full_tensors",
     "estimation": "devices:strategy MemoryPart OPTIMIZERS",
