@@ -136,16 +136,16 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--layout", choices=("permuted", "indexed"), default="permuted")
     parser.add_argument("--loop", help="only this one")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background processes ignore Ctrl-C
     torch.set_num_threads(1)
     sys.setswitchinterval(1e-4)  # so that a signal also arrives between two calls of torch
     scene, generator, failed = Scene(options.layout), random.Random(options.seed), False
-    kernels = "reference" if REFERENCE else "compiled"
     for name, (start, loop) in scene.loops().items():
         if options.loop in (None, name):
             cut, problems = run_loop(start, loop, scene.base, options.count, generator)
-            failed = failed or bool(problems)
+            failed = failed or bool(problems) or not cut  # a run that nothing cuts short shows nothing
             print(
-                f"{name:<22} {options.layout}, {kernels}: {options.count} runs, {cut} cut short, "
+                f"{name:<22} {options.layout}, {'reference' if REFERENCE else 'compiled'}: {options.count} runs, {cut} cut short, "
                 f"{len(problems)} failures",
                 *problems[:3],
                 sep="\n    ",
