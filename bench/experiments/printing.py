@@ -11,12 +11,12 @@ from typing import Any
 from bench.experiments.runner import DONE, ExperimentRun, Results
 from s2ft.files.plain_text import replace_file
 from s2ft.packages import MissingPackages, check_packages
+from s2ft.train.comparing import GREY, HUES
+from s2ft.train.tuners import TUNERS
 
 logger = logging.getLogger(__name__)
 FORMS = ("png", "svg")
 WIDTH = 7.0  # of a figure, in inches
-GREY = "#808080"
-HUES = {"#0d9488": ("S²FT",), "#d97706": ("LoRA", "DoRA", "rsLoRA")}  # of the methods whose titles begin so
 
 
 @dataclass(frozen=True)
@@ -265,8 +265,8 @@ def draw(figure: Figure):
 
 
 def hue_of(label: str) -> str:
-    """The colour of a method in all figures: one for S²FT, one for LoRA and its variants, grey for others."""
-    return next((hue for hue, names in HUES.items() if label.startswith(names)), GREY)
+    """The colour of a method, whose title the label begins with, as in the figure of `s2ft compare`."""
+    return next((hue for name, hue in HUES.items() if label.startswith(TUNERS[name].title)), GREY)
 
 
 def label_ends(axes, series: Sequence[Series]) -> None:

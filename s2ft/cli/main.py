@@ -183,7 +183,7 @@ def _run(command: str, words: list[str]) -> None:
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, KeyboardInterrupt):
-            cause = cause.__cause__ or cause.__context__
+            cause = cause.__cause__
         if cause is None:
             raise
         raise KeyboardInterrupt from error  # Ctrl-C in the middle of an import can come out as another error

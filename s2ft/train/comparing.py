@@ -39,7 +39,9 @@ REFUSED = ("resume_from_checkpoint", "on_top", "init_adapter", "protect", "push_
 OF_PEFT = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
            "lora_modules_to_save": "modules_to_save",
            **{name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}}  # fmt: skip # by TRL's
-HUES, GREY = {"s2ft": "#0d9488", "lora": "#d97706"}, "#808080"  # grey is for all other methods, and for text
+# One hue for S²FT and one for LoRA and its variants. Grey is for all other methods, and for text.
+HUES = {"s2ft": "#0d9488", **dict.fromkeys(("lora", "dora", "rslora"), "#d97706")}
+GREY = "#808080"
 SHOWN = 2  # answers side by side
 
 

@@ -151,9 +151,9 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     )
     with phase("training"):
         training = sft(model, tokenizer, rows, arguments, folder)
+    tuned = folder.path / TUNED
+    tuned.unlink(missing_ok=True)  # of an earlier demo
     if options.keep_quantized:
-        tuned = folder.path / TUNED
-        tuned.unlink(missing_ok=True)
         with phase("file"):
             print(packed.export(name, folder.adapter, tuned))
     after = score("tuned")

@@ -213,10 +213,11 @@ def config_of(run: Run) -> S2FTConfig:
     if folder is None:
         config = with_default_ratio(run.config, run.given)
         return with_protect_ratio(config, bool(run.forgetting.protect))
-    chosen = [one.name for one in fields(S2FTConfig) if one.name in run.given and one.name != "seed"]
-    more = ["protect"] * bool(run.forgetting.protect) + ["on_top"] * bool(run.options.on_top)
+    choosing = {one.name for one in fields(S2FTConfig)} - {"seed"}  # that of the run; the config's is selection_seed
+    choosing |= {"selection_seed", "calibration_examples", "protect", "on_top"}
+    given = sorted(choosing & run.given.keys())
     refuse(
-        (chosen + more, f"init_adapter trains the units of an adapter: leave out {', '.join(chosen + more)}"),
+        (given, f"init_adapter trains the units of an adapter: leave out {', '.join(given)}"),
         (run.folder.path.resolve() in (Path(folder).resolve(), *Path(folder).resolve().parents),
          f"init_adapter {folder} is in the output folder: choose another --output"),
     )  # fmt: skip

@@ -50,6 +50,6 @@ def test_an_adapter_is_trained_further_from_its_values_on_its_units(runs, work, 
     assert same(deltas(tmp_path / "still"), deltas(runs[0])) and not same(deltas(tmp_path / "on"), deltas(runs[0]))
     assert further(tmp_path / "cut", "--stop-after", 2) == 0 == further(tmp_path / "cut", "--resume")
     assert same(deltas(tmp_path / "cut"), deltas(tmp_path / "on"))
-    assert further(tmp_path / "no", "--d-ratio", 0.1, "--on-top", runs[1]) == 2
-    assert "leave out d_ratio, on_top" in capsys.readouterr().err
+    assert further(tmp_path / "no", "--d-ratio", 0.1, "--selection-seed", 3, "--on-top", runs[1]) == 2
+    assert "leave out d_ratio, on_top, selection_seed" in capsys.readouterr().err
     assert further(runs[0], "--overwrite") == 2 and "another --output" in capsys.readouterr().err
