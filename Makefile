@@ -148,7 +148,8 @@ $(VENV)/.installed: $(VENV)/.demo
 # can't be installed. They are not in the extra `test`, because transformers imports them wherever they are installed,
 # and because a torchvision belongs to one torch.
 $(VENV)/.quantized: $(VENV)/.installed
-	$(BIN)/pip install --quiet bitsandbytes torchao || echo "no bitsandbytes or torchao: quantized bases are not tested"
+	$(BIN)/pip install --quiet bitsandbytes compressed-tensors torchao \
+		|| echo "no bitsandbytes, compressed-tensors or torchao: quantized bases are not tested"
 	$(BIN)/pip install --quiet torchvision "torch==$$($(BIN)/python -c 'import torch; print(torch.__version__)')" \
 		|| echo "no torchvision for this torch: training with images is not tested"
 	touch $@

@@ -34,6 +34,7 @@ NEEDS = {
     "s2ft eval --lm-eval": ("lm-eval",),
     "s2ft export --format gguf": ("gguf",),
     "a model in a .gguf file": ("gguf",),
+    "a model of compressed-tensors": ("compressed-tensors",),
     "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),
     "loss.png": ("matplotlib",),

@@ -8,7 +8,6 @@ back already. :func:`unmount` and :func:`release` can be called at any time.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -65,6 +64,7 @@ from s2ft.attached.record import (
     set_attachment,
 )
 from s2ft.codecs.gguf_file import GgufFile
+from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     Place,
@@ -79,6 +79,7 @@ from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
 from s2ft.layers.base import CodedSlice
 from s2ft.layers.kind import split_of
+from s2ft.model.checkpoint import is_here, packed_base
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
@@ -93,23 +94,25 @@ from s2ft.model.weights import (
 )
 from s2ft.selection import Selection
 
-# ---- training through the codec of a GGUF file ----------------------------------------------------------------------
+# ---- training through the codec of a packed base --------------------------------------------------------------------
 
 
 def set_codecs(model: nn.Module, record: Attachment) -> None:
-    """Let each mounted layer compute with what the base's file can hold, if the config says so and the base is a file.
+    """Let each mounted layer compute with what the base's files can hold, if the config says so and they are packed.
 
     Raises:
-        ValueError: A weight is not that of the file, its type has no codec, or something spreads or shares it.
+        ValueError: A weight is not that of the files, its type has no codec, or something spreads or shares it.
     """
+    if record.config.codec == "none":
+        return
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    if record.config.codec == "none" or not name.endswith(".gguf"):
+    base = packed_base(name) if is_here(name) else None
+    if base is None:
         return
     if record.awaits_weights:
         raise ValueError(f"codec={record.config.codec!r} needs the weights of {name}: load them before attach")
-    file = GgufFile(Path(name).expanduser())
     for path, mount in record.mounts.items():
-        mount.layer.codec = _coded(file, path, mount)
+        mount.layer.codec = _coded(base, path, mount)
 
 
 @contextmanager
@@ -126,17 +129,15 @@ def without_codecs(record: Attachment) -> Iterator[None]:
             layer.codec = codec
 
 
-def _coded(file: GgufFile, path: str, mount: Mount) -> CodedSlice:
+def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> CodedSlice:
     if len(mount.parts) > 1 or mount.original is None or mount.layer.kind.transposed or mount.layer.is_managed:
-        raise ValueError(f"codec: {path} is not one plain weight of a GGUF file on one device")
-    (part,), layer, codec = mount.parts, mount.layer, file.codec(path)
-    found = file.part(path, part.elements, layer.dim)
-    blocks = codec.unpack(found.packed.flatten(-2)).take(found.index, layer.dim)
-    coded = CodedSlice(codec, blocks, part.positions, layer.dim)
+        raise ValueError(f"codec: {path} is not one plain weight of {base.path} on one device")
+    (part,), layer = mount.parts, mount.layer
+    coded = CodedSlice(*base.unit_blocks(path, part.elements, layer.dim), part.positions, layer.dim)
     units = layer.selected_units().to(layer.weight.device)[part.positions.to(layer.weight.device)]
-    now = layer.matrix.detach().index_select(layer.dim, units).cpu()
+    now = layer.kind.matrix(layer).detach().index_select(layer.dim, units).cpu()
     if not torch.equal(coded.base.to(now.dtype), now):
-        raise ValueError(f"codec: the weight of {path} is not that of {file.path}, which may have been replaced")
+        raise ValueError(f"codec: the weight of {path} is not that of {base.path}, which may have been replaced")
     return coded
 
 

@@ -281,21 +281,32 @@ class MergeArguments(Options):
 @command(
     "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
     "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
-    "file can be written as one: only the blocks of trained units change.",
+    "file can be written as one, and a base of compressed-tensors or in NF4 is, unless --dtype is given: only the "
+    "blocks of trained units change.",
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:
     from s2ft.text.adapter_prompts import base_name
 
     base = base_name(job.model, job.adapter)
-    if job.output.endswith(".gguf"):
-        if job.dtype != "auto" or job.max_shard_size is not None:
-            raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
+    plain = job.dtype != "auto" or job.max_shard_size is not None
+    if job.output.endswith(".gguf") and plain:
+        raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
+    if job.output.endswith(".gguf") or not plain and _is_packed_folder(base):
         from s2ft.export import packed
 
         print(packed.export(base, job.adapter, job.output))
         return
     print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
+
+
+def _is_packed_folder(base: str) -> bool:
+    from s2ft.codecs.packed_folder import PackedFolder
+    from s2ft.model.checkpoint import packed_base
+    from s2ft.text.models import locate
+
+    source, options = locate(base)
+    return not options and isinstance(packed_base(source), PackedFolder)
 
 
 # ---- s2ft patch ----------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from s2ft.codecs.codec import Codec
+from s2ft.codecs.codec import Blocks, Codec
 from s2ft.codecs.gguf_types import TYPES
 from s2ft.packages import check_packages
 
@@ -136,6 +136,10 @@ class GgufFile:
             )
         return TYPES[kind]
 
+    def check(self, path: str) -> None:
+        """Raise ValueError if the blocks of a weight can't be changed one by one."""
+        self.codec(path), self.rows(path)
+
     def blocks(self, path: str) -> numpy.ndarray:
         """The bytes of a weight with a codec, [outputs, blocks of bytes of an output, bytes of a block]."""
         data = self.tensors[self.name(path)].data
@@ -162,6 +166,11 @@ class GgufFile:
             index = torch.searchsorted(blocks, index // size) * size + index % size
         packed = torch.from_numpy(numpy.ascontiguousarray(data[numpy.ix_(rows.numpy(), blocks.numpy())]))
         return PackedPart(rows, blocks, packed, index)
+
+    def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:
+        """The codec of a weight, and the blocks of some rows or columns; arguments and errors as of :meth:`part`."""
+        found, codec = self.part(path, index, dim), self.codec(path)
+        return codec, codec.unpack(found.packed.flatten(-2)).take(found.index, dim)
 
     def elements(self, path: str, part: str, shape: torch.Size, positions: Tensor) -> list[float]:
         """Some values of a parameter.

@@ -1,4 +1,4 @@
-"""An adapter merged into the blocks of a quantized file, in a new file or in place.
+"""An adapter merged into the blocks of a quantized file or folder, in a new one or, for a file, in place.
 
 The new file has the base's bytes everywhere else. Its metadata has the base's name and hash besides.
 
@@ -10,10 +10,12 @@ bytes can be put back; and the next switch to the same adapter computes nothing.
 import errno
 import fcntl
 import hashlib
+import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -23,20 +25,24 @@ import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from torch import Tensor
 
 import s2ft
 from s2ft.adapter.folders import resolve
 from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
-from s2ft.export.merged import check_output
+from s2ft.codecs.packed_folder import PackedFolder
+from s2ft.export.merged import check_output, temporary_folder
 from s2ft.files.plain_text import replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes
-from s2ft.files.streaming import PIECE
+from s2ft.files.streaming import PIECE, StoredTensor, as_bytes
+from s2ft.model.checkpoint import packed_base
 from s2ft.model.fingerprint import SAMPLES, covered
 from s2ft.text.models import hollow_model, locate
 
 STRING = 8  # type of a value in the metadata of GGUF
+MERGED = "s2ft_merged.json"  # in a folder: the base, and the sha256 of its files
 
 
 @dataclass
@@ -72,10 +78,10 @@ class Change:
 
 
 class PackedMerge:
-    """What an adapter changes in a GGUF file."""
+    """What an adapter changes in a packed base."""
 
-    def __init__(self, file: GgufFile, adapter: s2ft.Adapter) -> None:
-        """Check that the adapter is of this file and that the file's types have codecs.
+    def __init__(self, file: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> None:
+        """Check that the adapter is of this base and that the base's types have codecs.
 
         Raises:
             ValueError: One of them is not so.
@@ -95,7 +101,7 @@ class PackedMerge:
             projection = record.projections[name]
             if projection.size is not None or projection.expert is not None:
                 raise ValueError(f"{name} shares its weight with other projections, which a file can't be patched for")
-            file.codec(projection.path), file.rows(projection.path)
+            file.check(projection.path)
             self.paths[name] = projection.path
 
     def _check_base(self, model: torch.nn.Module, record: Attachment) -> None:
@@ -109,8 +115,18 @@ class PackedMerge:
         ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
         self.adapter.check_base({"dtype": "of a file", "layers": ours})
 
+    def new_tensors(self) -> Iterator[tuple[StoredTensor, Tensor, Tensor]]:
+        """Make the new tensors of one weight of a folder after the other: place, before, after."""
+        for name, path in self.paths.items():
+            delta, old = self.adapter.deltas[name], self.file.packed(path)
+            check_finite(f"the delta of {name}", delta.values)
+            new = self.file.codec(path, old).added(old, delta.index, delta.dim, delta.values)
+            yield from (
+                (self.file.place(path, part), old[part], new[part]) for part in new if new[part] is not old[part]
+            )
+
     def changes(self) -> Iterator[Change]:
-        """Make the new blocks of one weight after the other."""
+        """Make the new blocks of one weight of a file after the other."""
         for name, path in self.paths.items():
             delta, tensor = self.adapter.deltas[name], self.file.tensors[self.file.name(path)]
             check_finite(f"the delta of {name}", delta.values)
@@ -122,12 +138,12 @@ class PackedMerge:
 
 
 def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
-    """Merge an adapter into a GGUF file. The base is copied in pieces, and only the blocks of trained units change.
+    """Merge an adapter into a packed base. It is copied in pieces, and only the blocks of trained units change.
 
     Args:
-        model_name: The adapter's base, a .gguf file, or a folder with one.
+        model_name: The adapter's base: a .gguf file, or a checkpoint of compressed-tensors or in NF4.
         adapter: The adapter's folder, or the output folder of a run.
-        output: The file to write; it must not exist.
+        output: The file or the folder to write; it must not exist.
 
     Returns:
         A sentence about the output.
@@ -135,12 +151,14 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     Raises:
         FileExistsError: The output exists.
         FileNotFoundError: The base or the adapter does not exist.
-        ValueError: The base is no GGUF file, it is not that of the adapter, or a weight's type has no codec. Nothing is
+        ValueError: The base has no codec, it is not that of the adapter, or a weight's type has no codec. Nothing is
             left in any of these cases.
     """
-    output, path = Path(output), gguf_path(model_name)
+    output = Path(output)
     check_output(output)
-    saved = s2ft.read_adapter(adapter)
+    if output.suffix != ".gguf":
+        return _export_folder(model_name, s2ft.read_adapter(adapter), output)
+    path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
     base = GgufFile(path)
     merge, temporary = PackedMerge(base, saved), output.absolute().parent / f".{output.name}.{uuid4().hex}"
     try:
@@ -166,6 +184,30 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     return (
         f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(merge.paths)} weights have changed, and no other "
         "byte of a weight; read again and compared"
+    )
+
+
+def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
+    base = packed_base(model_name)
+    if not isinstance(base, PackedFolder):
+        raise ValueError(f"{model_name} is no checkpoint of compressed-tensors or in NF4")
+    merge, changed = PackedMerge(base, adapter), 0
+    with temporary_folder(output) as folder:
+        shutil.copytree(base.path, folder, dirs_exist_ok=True)
+        for place, old, new in merge.new_tensors():
+            changed += int((as_bytes(old) != as_bytes(new)).sum())
+            replace(place, file=folder / place.file.name).write([new])
+        files = sorted({stored.file for stored in base.tensors.values()})
+        pairs = [
+            [numpy.memmap(where / file.name, numpy.uint8, "r") for where in (file.parent, folder)] for file in files
+        ]
+        if sum(_different(*pair) for pair in pairs) != changed:
+            raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
+        merged = {"base": model_name, "adapter": adapter.name, "sha256": {one.name: sha256_of(one) for one in files}}
+        (folder / MERGED).write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+    return (
+        f"{output}: {changed:,} bytes of {len(merge.paths)} weights have changed, and no other byte of a weight; read "
+        "again and compared"
     )
 
 

@@ -8,7 +8,7 @@ The gradient ignores the rounding of base + s2 (straight-through).
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from typing import Any, ClassVar
 from weakref import WeakValueDictionary, ref
@@ -158,12 +158,12 @@ class S2Layer(nn.Module):
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
         kind: What S²FT knows about the plain layer.
-        codec: Gives the values of the selected units that the base's file can hold, for an s2; None: base + s2.
+        codec: What the base's file can hold of the selected units; None: all of base + s2.
     """
 
     dim: ClassVar[int]
     kind: Kind
-    codec: Callable[[Tensor], Tensor] | None = None
+    codec: "CodedSlice | None" = None
     base: Tensor | list[Tensor] | None = None
     _looked_at: Any = None  # memory of the weight that has been checked
     _written: tuple | None = None  # stamps of s2 and of the weight when base + s2 was written last
@@ -817,3 +817,8 @@ class CodedSlice:
             coded = torch.where(wanted.isfinite(), coded, wanted)  # so that a loss of NaN is seen
             coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
         return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
+
+    def delta(self, s2: Tensor) -> Tensor:
+        """What the values of a call add to the base, for a layer whose weight stays packed."""
+        coded = self(s2)
+        return coded - torch.empty_like(self.base).index_copy_(self.dim, self.positions, self.base)

@@ -82,11 +82,10 @@ class S2QuantizedLinear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
-        return (
-            quantized_forward(self.linear, input, self.s2, self.selected_units(), self.dim)
-            if self.enabled
-            else self.linear.forward(input)
-        )
+        if not self.enabled:
+            return self.linear.forward(input)
+        delta = self.s2 if self.codec is None else self.codec.delta(self.s2)
+        return quantized_forward(self.linear, input, delta, self.selected_units(), self.dim)
 
     def write(self) -> None:
         """Raise RuntimeError: a quantized weight can't be written."""

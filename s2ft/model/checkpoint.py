@@ -9,7 +9,7 @@ promise of stability: :func:`_loading` is the only place that knows their names.
 
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from s2ft.codecs.gguf_file import GgufFile
+from s2ft.codecs.packed_folder import PackedFolder, has_codecs
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key
 from s2ft.files.reading import read_json
@@ -275,6 +277,35 @@ def open_checkpoint(source: str | os.PathLike) -> Checkpoint:
     if lost:
         raise ValueError(f"{index} names {lost[0]}, which is not in {where[lost[0]]}")
     return Checkpoint(index.parent, tensors)
+
+
+def packed_base(source: str) -> GgufFile | PackedFolder | None:
+    """Open the files of a base whose weights are packed; None if they are not, or in a format without codecs.
+
+    Args:
+        source: A .gguf file, a folder, or a name on the hub, whose files are downloaded if they are not in the cache.
+
+    Raises:
+        FileNotFoundError: The base does not exist.
+        ValueError: A file is damaged.
+    """
+    if source.endswith(".gguf"):
+        return GgufFile(Path(source).expanduser())
+    config = _find(source, "config.json")
+    settings = None if config is None else read_json(config).get("quantization_config")
+    return PackedFolder(config.parent, open_checkpoint(source).tensors, settings) if has_codecs(settings) else None
+
+
+def is_here(source: str) -> bool:
+    """Whether a file, a folder or a name on the hub can be opened without a network."""
+    if Path(source).expanduser().exists():
+        return bool(source)
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
+    with suppress(HFValidationError):  # no name on the hub
+        return isinstance(try_to_load_from_cache(source, "config.json"), str)
+    return False
 
 
 def _find(source: str | os.PathLike, name: str) -> Path | None:

@@ -4,6 +4,7 @@ A model with towers for images or sound is loaded whole.
 """
 
 import functools
+import inspect
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -66,6 +67,8 @@ def load_model(
     """
     import transformers
 
+    from s2ft.codecs.packed_folder import COMPRESSED
+
     if dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     source, options = locate(name)
@@ -86,15 +89,30 @@ def load_model(
     with _parsed_once() if is_gguf else nullcontext():
         tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
         config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
+        settings = getattr(config, "quantization_config", None) or {}
+        is_compressed = settings.get("quant_method") == COMPRESSED
+        if is_compressed:
+            check_packages("a model of compressed-tensors")
+            wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
         model = _from_pretrained(auto, MODEL, name, source, wanted)
-    if is_gguf:
+    if is_gguf or is_compressed:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
         if hasattr(model.config, "quantization_config"):
             del model.config.quantization_config
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+def _unpacking(config):
+    """The config of a checkpoint of compressed-tensors, by which transformers unpacks the weights."""
+    from transformers import CompressedTensorsConfig
+
+    arguments = inspect.signature(CompressedTensorsConfig).parameters
+    option = {"dequantize": True} if "dequantize" in arguments else {"run_compressed": False}  # transformers below 5.24
+    config.quantization_config = {**config.quantization_config, **option}
+    return config
 
 
 @contextmanager

@@ -1,0 +1,162 @@
+"""An adapter in the weights of a checkpoint of compressed-tensors or in NF4, and training through the codec."""
+
+import json
+from functools import partial
+
+import pytest
+import torch
+from export.test_packed import WIDE
+from safetensors.torch import load_file
+from support import models
+from support.inside import export_packed, load_model
+from support.packed_folders import compress, to_nf4
+from support.states import with_adapter
+from train.tiny import save_tiny, with_merges
+
+import s2ft
+from s2ft import S2FTConfig
+from s2ft.cli.main import main
+
+TOKENS = torch.arange(24).view(2, 12) + 5
+WEIGHTS = ("q_proj", "o_proj", "up_proj", "down_proj")
+RATIOS = {"q_ratio": 0.5, "o_ratio": 0.5, "u_ratio": 0.25, "d_ratio": 0.25}
+FORMATS = {
+    "int4": partial(compress, num_bits=4, type="int", strategy="group", group_size=32),
+    "int4 with zeros": partial(compress, num_bits=4, type="int", strategy="group", group_size=32, symmetric=False),
+    "int8": partial(compress, num_bits=8, type="int", strategy="channel"),
+    "fp8": partial(compress, num_bits=8, type="float", strategy="tensor"),
+    "fp8 by channel": partial(compress, num_bits=8, type="float", strategy="channel"),
+    "fp8 by block": partial(compress, num_bits=8, type="float", strategy="block", block_structure=[64, 64]),
+    "nvfp4": partial(
+        compress,
+        num_bits=4,
+        type="float",
+        strategy="tensor_group",
+        group_size=16,
+        scale_dtype=torch.float8_e4m3fn,
+        zp_dtype=torch.float8_e4m3fn,
+    ),
+    "nf4": partial(to_nf4, nested=False),
+    "nf4 nested": partial(to_nf4, nested=True),
+}
+
+train = partial(models.train, lr=0.02, loss_of=lambda model: model(input_ids=TOKENS, labels=TOKENS).loss)
+
+
+def make_base(folder, form):
+    save_tiny(folder / "checkpoint", **WIDE)
+    with_merges().save_pretrained(folder / "checkpoint")
+    return FORMATS[form](folder / "checkpoint", folder / "base")
+
+
+@pytest.fixture(scope="module", params=FORMATS)
+def base(request, tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"), request.param)
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("int8"), "int8")
+
+
+def trained(base, **changes):
+    model = load_model(str(base), "bfloat16")[0]
+    group = 64 if "nf4" in str(json.loads((base / "config.json").read_text())["quantization_config"]) else 32
+    model = with_adapter(
+        model, S2FTConfig(**{**RATIOS, "codec": "auto", "group": group, "layout": "indexed", **changes})
+    )
+    losses = train(model)
+    assert losses[-1] < losses[0]
+    return model
+
+
+def computed_with(model, path):
+    """The weight of a layer that the forward multiplies by."""
+    layer = model.get_submodule(path)
+    if not hasattr(layer, "linear"):
+        return layer.weight.detach().clone()
+    weight = layer.kind.matrix(layer).float()
+    return weight.index_add(layer.dim, layer.selected_units(), layer.codec.delta(layer.s2).detach())
+
+
+def plain_weights(base):
+    """The weights of a checkpoint by the paths of their modules, as its library unpacks them."""
+    model = load_model(str(base), "bfloat16")[0]
+    kinds = [(path, layer) for path, layer in model.named_modules() if path.endswith(WEIGHTS)]
+    return {path: s2ft.layers.kind_of(layer).matrix(layer).detach() for path, layer in kinds}
+
+
+def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
+    model = trained(base)
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    said = export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
+    assert "and no other byte of a weight" in said
+    before, after = plain_weights(base), plain_weights(tmp_path / "tuned")
+    for path, value in after.items():
+        assert torch.equal(value.float(), computed_with(model, path).float()), path
+    assert sum(not torch.equal(value, before[path]) for path, value in after.items()) > 4
+    old, new = load_file(base / "model.safetensors"), load_file(tmp_path / "tuned/model.safetensors")
+    changed = {
+        name.rpartition(".weight")[0]
+        for name in old
+        if not torch.equal(*(one[name].view(torch.uint8) for one in (old, new)))
+    }
+    assert all(path.endswith(WEIGHTS) for path in changed)
+    merged = json.loads((tmp_path / "tuned/s2ft_merged.json").read_text())
+    assert merged["base"] == str(base) and merged["adapter"] == "default"
+
+
+def test_scales_that_others_share_stay(base, tmp_path):
+    s2ft.save_adapter(trained(base, codec="none"), tmp_path / "adapter")
+    export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
+    old, new = (load_file(folder / "model.safetensors") for folder in (base, tmp_path / "tuned"))
+    shared = ("weight_global_scale", "weight_zero_point", "nested_absmax", "quant_map")
+    assert all(
+        torch.equal(old[name].view(torch.uint8), new[name].view(torch.uint8)) for name in old if name.endswith(shared)
+    )
+    before, after, adapter = (
+        plain_weights(base),
+        plain_weights(tmp_path / "tuned"),
+        s2ft.read_adapter(tmp_path / "adapter"),
+    )
+    for path, delta in adapter.deltas.items():
+        others = torch.ones(before[path].shape[delta.dim], dtype=torch.bool)
+        others[delta.index] = False
+        left = others.nonzero().squeeze(1)
+        assert torch.equal(before[path].index_select(delta.dim, left), after[path].index_select(delta.dim, left))
+
+
+def test_merge_keeps_the_format_unless_a_dtype_is_given(int8, tmp_path, capsys):
+    s2ft.save_adapter(trained(int8), tmp_path / "adapter")
+    words = ["merge", "--model", str(int8), "--adapter", str(tmp_path / "adapter")]
+    assert main([*words, "--output", str(tmp_path / "packed")]) == 0
+    assert "no other byte of a weight" in capsys.readouterr().out
+    assert main([*words, "--output", str(tmp_path / "plain"), "--dtype", "bfloat16"]) == 0
+    assert "quantization_config" not in json.loads((tmp_path / "plain/config.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("mistake", "words"),
+    [
+        ("another base", "trained on another base"),
+        ("no codec", "no checkpoint of compressed-tensors or in NF4"),
+        ("replaced", "may have been replaced"),
+    ],
+)
+def test_bad_input_leaves_nothing(int8, tmp_path, mistake, words):
+    with pytest.raises(ValueError, match=words):
+        if mistake == "replaced":
+            model = load_model(str(int8), "bfloat16")[0]
+            model.model.layers[0].mlp.down_proj.weight.data += 1
+            s2ft.attach(model, S2FTConfig(d_ratio=1.0, codec="auto"))
+        s2ft.save_adapter(trained(int8), tmp_path / "adapter")
+        other = compress if mistake == "another base" else None
+        save_tiny(tmp_path / "other", seed=1, **WIDE)
+        with_merges().save_pretrained(tmp_path / "other")
+        base = (
+            other(tmp_path / "other", tmp_path / "base", num_bits=8, type="int", strategy="channel")
+            if other
+            else tmp_path / "other"
+        )
+        export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
+    assert not (tmp_path / "tuned").exists()
