@@ -291,8 +291,7 @@ def merge(model: nn.Module) -> nn.Module:
     check_not_in_engine(model, "merge", removes=True)
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
-    if record.awaits_weights:
-        check_has_arrived(record)
+    check_has_arrived(record, in_weights=True)
     if record.trains:
         check_can_merge(record)
     return merge_active(model, record)

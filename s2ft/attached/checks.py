@@ -121,20 +121,18 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
         if projection.name not in selection:
             continue
         handle = weight_at(model, projection)
-        names = [name for name, module in model.named_modules(remove_duplicate=False) if module is handle.holder]
         tied = owners.get(id(handle.tensor), [])
-        refuse(
-            (
-                counts[id(handle.holder)] > 1,
+        if counts[id(handle.holder)] > 1:
+            names = [name for name, module in model.named_modules(remove_duplicate=False) if module is handle.holder]
+            raise ValueError(
                 f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own, "
-                "or leave its layer out",
-            ),
-            (
-                len(tied) > 1,
+                "or leave its layer out"
+            )
+        if len(tied) > 1:
+            raise ValueError(
                 f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
-                "gradients of the others: give each place a weight of its own, or leave its layer out",
-            ),
-        )
+                "gradients of the others: give each place a weight of its own, or leave its layer out"
+            )
 
 
 def check_memory(model: nn.Module, projections: list[Projection]) -> None:

@@ -129,6 +129,8 @@ def load_adapter(
             adapter = replace(adapter.to(device), device=torch.device(device))
         load(model, record, adapter, active)
         return
+    if device is not None:
+        raise ValueError("device is for an adapter that is not trainable: a trainable one is where the weights are")
     if record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
     trained = touched(record.couplings, adapter.selection)
@@ -181,7 +183,7 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
     """Make one adapter active, or several in a weighted sum, or none.
 
     The base is restored bit for bit. The time that this takes does not depend on the number of loaded adapters. The
-    trainable adapter gets gradients if its weight is 1: the forward then adds it, on top of the others.
+    trainable adapter gets gradients if its weight is 1.
 
     Args:
         model: Model with adapters.
@@ -333,7 +335,7 @@ def freeze_adapter(model: nn.Module) -> None:
     """End the training of the trainable adapter: it becomes a loaded one, and the model can train another.
 
     The model computes what it computed before, with the same bits: an adapter that was active is active again, with its
-    weight. Its slice is written into the weights, where training added it in the forward. All parameters are frozen.
+    weight. All parameters are frozen.
     :func:`s2ft.attach` with ``on_top=True`` then trains the next adapter on top of it.
 
     Args:

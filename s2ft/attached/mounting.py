@@ -193,7 +193,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     trained = touched(record.couplings, selection)
     check_split_layers(model, trained)
     check_one_place(model, trained, selection)
-    moves = _moves(model, trained, selection) if config.layout == "permuted" else {}
+    moves = _moves(model, trained, selection) if config.layout == "permuted" else []
     check_gradients_pass(model)
     check_shards(model, trained)
     check_memory(model, list(projections_of(trained)))
@@ -209,6 +209,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         record.structure = structure_of(model, record.couplings, selection.units)
         _make_layers(model, record, trained, moves)
         install(model, record, extra_names)
+        set_codecs(model, record)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
@@ -220,11 +221,11 @@ def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
     return [coupling for coupling in couplings if any(one.name in selection for one in coupling.projections)]
 
 
-def _make_layers(model: nn.Module, record: Attachment, trained: list[Coupling], moves: dict[Coupling, Move]) -> None:
-    """Record the moves and the trainable layers of a new adapter. The model does not change yet."""
+def _make_layers(model: nn.Module, record: Attachment, trained: list[Coupling], moves: list[Move]) -> None:
+    """Record the moves and the trainable layers of a new adapter. No layer is replaced yet."""
     expect_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
-    record.moves += moves.values()
+    record.moves += moves
     parts: dict[str, list[Part]] = {}
     for coupling in trained:
         order = None
@@ -266,7 +267,6 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         if mounted.original is not None:
             mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
-    set_codecs(model, record)
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
@@ -344,19 +344,19 @@ def _number_positions(parts: list[Part]) -> None:
         first += part.elements.numel()
 
 
-def _moves(model: nn.Module, trained: list[Coupling], selection: Selection) -> dict[Coupling, Move]:
+def _moves(model: nn.Module, trained: list[Coupling], selection: Selection) -> list[Move]:
     """Make the moves that bring selected units together, after checks. With tensor parallelism no unit changes ranks.
 
     A coupling without a move is trained in place: its units can't move, or no rank has them whole.
     """
     movable = [coupling for coupling in trained if coupling.movable]
     check_can_move(model, movable)
-    blocks = {coupling: unit_blocks(model, coupling) for coupling in movable}
-    return {
-        coupling: Move(coupling, order_in_blocks(found, *_selected(coupling, selection)))
-        for coupling, found in blocks.items()
+    blocks = [(coupling, unit_blocks(model, coupling)) for coupling in movable]
+    return [
+        Move(coupling, order_in_blocks(found, *_selected(coupling, selection)))
+        for coupling, found in blocks
         if found is not None
-    }
+    ]
 
 
 def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], Tensor | None]:
@@ -472,7 +472,7 @@ def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
 
 
 def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
-    """Add a loaded adapter, and make it the active one if `active`. A failure removes it again.
+    """Add a loaded adapter, and make it the active one if `active`. After a failure everything is as before.
 
     Args:
         model: A model that has this record, or that has none yet.
@@ -480,7 +480,7 @@ def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -
         adapter: Adapter that fits the model, under a new name.
         active: Whether it becomes the active adapter.
     """
-    is_new = find_attachment(model) is None
+    is_new, before = find_attachment(model) is None, dict(record.active)
 
     def change() -> None:
         if is_new:
@@ -497,6 +497,7 @@ def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -
             release(model, record)
         else:
             record.drop(adapter.name)
+            switch(model, record, before)
 
     whole(change, recover)
 

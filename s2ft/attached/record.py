@@ -537,9 +537,10 @@ def check_known(record: Attachment, name: str) -> None:
         raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
 
 
-def check_has_arrived(record: Attachment) -> None:
-    """Raise ValueError if the model is still on the meta device."""
-    if record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values()):
+def check_has_arrived(record: Attachment, *, in_weights: bool = False) -> None:
+    """Raise ValueError if the slices can't be read yet, or with `in_weights` if they can't be written into weights."""
+    missing = record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values())
+    if missing or in_weights and record.awaits_weights:
         raise ValueError(
             "the weights of this model have not arrived on this rank (it is on the meta device): prepare the model "
             "with accelerate, or load its weights, before you read, save or switch its adapters"

@@ -316,11 +316,11 @@ class Kept:
         """Whether the old bytes are those of the file."""
         return all(numpy.array_equal(change.read(data), old) for change, old in zip(self.changes, self.old))
 
-    def put_back(self, data: numpy.ndarray) -> bool:
-        """Write the old bytes into those of the file. Returns whether all of the new ones were there.
+    def is_whole(self, data: numpy.ndarray) -> bool:
+        """Whether all of the new bytes are in the file.
 
         Raises:
-            ValueError: The file has bytes that are neither the old nor the new ones. Nothing is written then.
+            ValueError: The file has bytes that are neither the old nor the new ones.
         """
         whole = True
         for change, old in zip(self.changes, self.old):
@@ -335,9 +335,12 @@ class Kept:
                     f"{self.path.name}{SUFFIX} to keep it as it is"
                 )
             whole &= bool(is_new.all())
+        return whole
+
+    def put_back(self, data: numpy.ndarray) -> None:
+        """Write the old bytes into those of the file, for which :meth:`is_whole` raised nothing."""
         for change, old in zip(self.changes, self.old):
             change.write(data, old)
-        return whole
 
     def end(self) -> None:
         """Give the file beside the name by which the next switch to the adapter finds it."""
@@ -375,10 +378,12 @@ def patch(file: str | Path, adapter: str | Path) -> str:
         before = Kept.of(path)
         base = numpy.memmap(path, numpy.uint8, "c")  # as it is without the adapter, in this process alone
         if before is not None:
+            before.is_whole(base)  # raises for another file
             before.put_back(base)
-        made = before if before is not None and before.digest == digest else Kept.of(path, _earlier(digest))
-        if made is None or not made.fits(base):
-            made = _computed(path, folder, digest, base)
+        is_there = before is not None and before.digest == digest
+        made = before if is_there else _of_earlier_switch(path, digest, base)
+        if made is None:
+            made = _computed(path, folder, digest, base, before)
         if before is not None:
             _undo(before, data)
         made.begin()
@@ -389,10 +394,18 @@ def patch(file: str | Path, adapter: str | Path) -> str:
     return f"{path}: {size:,} bytes are those of adapter {made.adapter!r}; s2ft patch --undo puts the base's back"
 
 
-def _computed(path: Path, folder: Path, digest: str, base: numpy.ndarray) -> Kept:
-    """Compute the blocks of an adapter, given the bytes of its base."""
+def _of_earlier_switch(path: Path, digest: str, base: numpy.ndarray) -> Kept | None:
+    """What an earlier switch to an adapter has left; None if there was none, its file is damaged, or the base differs."""
+    with suppress(ValueError, IndexError):
+        kept = Kept.of(path, _earlier(digest))
+        if kept is not None and kept.fits(base):
+            return kept
+    return None
+
+
+def _computed(path: Path, folder: Path, digest: str, base: numpy.ndarray, before: Kept | None) -> Kept:
+    """Compute the blocks of an adapter, given the bytes of its base, and what is in the file now."""
     saved, file = s2ft.read_adapter(folder), GgufFile(path)
-    before = Kept.of(path)
     if before is not None:
         before.put_back(file.reader.data)  # in this process alone
     changes = list(PackedMerge(file, saved).changes())
@@ -437,12 +450,13 @@ def state(file: str | Path) -> str:
     kept = Kept.of(path)
     if kept is None:
         return f"{path} is not patched"
-    whole = kept.put_back(numpy.memmap(path, numpy.uint8, "c"))
+    whole = kept.is_whole(numpy.memmap(path, numpy.uint8, "r"))
     return f"{path} has adapter {kept.adapter!r}" + ("" if whole else ", not all of it: s2ft patch --undo")
 
 
 def _undo(kept: Kept, data: numpy.memmap) -> bool:
-    whole = kept.put_back(data)
+    whole = kept.is_whole(data)
+    kept.put_back(data)
     data.flush()
     kept.end()
     return whole
@@ -457,7 +471,7 @@ def _writable(path: Path) -> Iterator[numpy.memmap]:
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # which Linux gives to the only one that has it open
             fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
         except OSError as error:
-            if error.errno in (errno.EAGAIN, errno.EACCES):
+            if error.errno == errno.EAGAIN:  # another error: the system can't tell, or not this user
                 raise ValueError(f"{path} is open in a program, whose model would change: stop it first") from None
         yield numpy.memmap(file, numpy.uint8, "r+")
 

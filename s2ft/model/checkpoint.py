@@ -287,10 +287,14 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
 
     Raises:
         FileNotFoundError: The base does not exist.
-        ValueError: A file is damaged.
+        ValueError: A file is damaged, or a folder has several GGUF files.
     """
-    if source.endswith(".gguf"):
-        return GgufFile(Path(source).expanduser())
+    path = Path(source).expanduser()
+    files = [path] if path.suffix == ".gguf" else [] if (path / "config.json").is_file() else [*path.glob("*.gguf")]
+    if len(files) > 1:
+        raise ValueError(f"{source} has several GGUF files: load the model by the path of one of them")
+    if files:
+        return GgufFile(files[0])
     config = _find(source, "config.json")
     settings = None if config is None else read_json(config).get("quantization_config")
     return PackedFolder(config.parent, open_checkpoint(source).tensors, settings) if has_codecs(settings) else None

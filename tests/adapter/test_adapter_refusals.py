@@ -146,6 +146,7 @@ REFUSED = {
         lambda model, saved, new: restore_adapter(model, saved),
         "selection",
     ),
+    "a device of a trainable one": (llama, load(trainable=True, device="cpu"), "device"),
     "no units": (loaded, lambda model, *_: s2ft.attach(model, S2FTConfig(o_ratio=0.01), name="new"), "o_ratio"),
     "units by hand of an active one": (stacked, taken, "'b'"),
     "too few units beside active ones": (stacked, on_top(d_ratio=0.9), "exclude"),

@@ -1,13 +1,15 @@
 """Training through the codec: the file holds, bit for bit, what the model has computed with."""
 
 import copy
+import shutil
 from functools import partial
+from unittest import mock
 
 import pytest
 import torch
 from export.test_packed import KINDS, RATIOS, make_base
 from support import models
-from support.inside import export_packed, load_model
+from support.inside import export_packed, load_model, mounting
 from support.states import with_adapter, with_loaded
 from support.tolerances import GEMM
 
@@ -90,6 +92,24 @@ def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
     logits = model(input_ids=TOKENS).logits
     again = with_loaded(load_model(str(small), "bfloat16")[0], tmp_path / "adapter", trainable=True)
     assert torch.equal(again(input_ids=TOKENS).logits, logits)
+    assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
+
+
+def test_a_folder_with_one_file_is_that_file(small, tmp_path):
+    shutil.copy(small, tmp_path / "model.gguf")
+    assert attached(tmp_path, "float32").model.layers[0].mlp.down_proj.codec is not None
+    shutil.copy(small, tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="several GGUF files"):
+        attached(tmp_path, "float32")
+
+
+def test_a_merge_that_is_interrupted_leaves_the_adapter(small, monkeypatch):
+    model, base = attached(small, "float32"), load_model(str(small), "float32")[0].state_dict()
+    train(model, 2)
+    with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
+        context.setattr(mounting, "clear_attachment", mock.Mock(side_effect=KeyboardInterrupt))
+        s2ft.merge(model)
+    assert s2ft.status(model).active == {} and s2ft.list_adapters(model) == ["default"]
     assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
 
 

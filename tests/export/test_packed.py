@@ -1,5 +1,6 @@
 """An adapter in the blocks of a GGUF file: as a new file, and in place."""
 
+import errno
 import hashlib
 import shutil
 
@@ -165,6 +166,26 @@ def test_what_an_earlier_switch_has_left_is_not_used_for_another_file_or_adapter
     except ValueError as error:  # the adapter's fingerprint may have that value
         assert "another base" in str(error)
     assert digest(copy) == before
+
+
+def test_what_an_earlier_switch_has_left_may_be_damaged_or_of_a_longer_file(small, copy):
+    _, math, _ = small
+    patch(copy, math), undo(copy)
+    left = next(copy.parent.glob("*.s2ft-*"))
+    left.write_bytes(left.read_bytes()[:100])
+    assert "are those of adapter 'math'" in patch(copy, math)
+    undo(copy)
+    copy.write_bytes(copy.read_bytes()[:4096])
+    with pytest.raises(ValueError, match="no GGUF file, or it is damaged"):
+        patch(copy, math)
+
+
+def test_a_file_of_another_user_that_may_be_written_is_not_in_use(small, copy, monkeypatch):
+    def refuse(*arguments):
+        raise PermissionError(errno.EACCES, "only the owner may have a lease")
+
+    monkeypatch.setattr("fcntl.fcntl", refuse)
+    assert "are those of adapter 'math'" in patch(copy, small[1])
 
 
 class Stop(BaseException):
