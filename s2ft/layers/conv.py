@@ -73,11 +73,12 @@ class S2Conv(S2Layer):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [N, in_channels, ...] → output [N, out_channels, ...]; N may be missing."""
         if not self.enabled:
-            zero = [0] * (self.weight.dim() - 2)
             return conv_forward(
                 self,
                 input,
-                lambda x, call: torch.convolution(x, self.weight, self.bias, call[0], call[1], call[2], False, zero, 1),
+                lambda x, call: torch.convolution(
+                    x, self.weight, self.bias, call[0], call[1], call[2], False, [0] * len(call[0]), 1
+                ),
             )
         return conv_forward(self, input, partial(product, self))
 

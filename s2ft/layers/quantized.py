@@ -1,7 +1,7 @@
 """Linear layers that train a few outputs or inputs beside a quantized weight, which does not change."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -78,7 +78,7 @@ class S2QuantizedLinear(S2Layer):
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.linear.out_features, self.linear.in_features))
+        return torch.Size((cast(int, self.out_features), cast(int, self.in_features)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
