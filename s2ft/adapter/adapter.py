@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -193,7 +193,7 @@ def weighted_sum(parts: Sequence[tuple[Adapter, float]], name: str) -> Adapter:
     check_extra_apart(of_each, "values can't be added: keep the adapters apart and switch between them")
     extra_weights = {name: value.clone() for adapter, _ in parts for name, value in adapter.extra_weights.items()}
     config = S2FTConfig(
-        units=selection,
+        units=cast(Any, selection),
         layout=first.config.layout,
         delta_dtype=first.config.delta_dtype,
         ffn_kernel=first.config.ffn_kernel,

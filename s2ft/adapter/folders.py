@@ -226,7 +226,7 @@ def card_of(adapter: Adapter) -> str:
 
     base, training = _on_hub(adapter.info.get("base_model")), adapter.info.get("training") or {}
     data = [name for name in training.get("data") or () if _on_hub(name)]
-    metadata = {"library_name": "s2ft", "tags": ["s2ft"], "base_model": base, "datasets": data}
+    metadata: dict[str, Any] = {"library_name": "s2ft", "tags": ["s2ft"], "base_model": base, "datasets": data}
     chosen = ", ".join(f"{key}_ratio {ratio:g}" for key, ratio in adapter.config.ratios.items()) or "units by name"
     whole = f" and {', '.join(adapter.extra_weights)} trained in full" if adapter.extra_weights else ""
     rows = {

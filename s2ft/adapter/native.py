@@ -115,7 +115,7 @@ def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
         "info": adapter.info,
     }
     optional = {
-        "couplings": adapter.couplings and [coupling.to_dict() for coupling in adapter.couplings],
+        "couplings": [coupling.to_dict() for coupling in adapter.couplings or ()],
         "structure": adapter.structure and _structure_values(adapter.structure),
         "extra_weights": {
             name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +73,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     Raises:
         ValueError: An adapter can't be written; nothing has changed.
     """
-    trainable_is_written = weights.get(record.name, 1) != 1
+    trainable_is_written = weights.get(cast(str, record.name), 1) != 1
     if weights == record.active and not trainable_is_written and not record.change_unfinished:
         return  # if the trainable adapter is written, its values may have changed since
     reshard_all(model)
@@ -139,11 +139,11 @@ def activate(
     Raises:
         Exception: Any failure, after which no adapter is active.
     """
-    trains = weights.get(record.name) == 1
+    trains = weights.get(cast(str, record.name)) == 1
     written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
     try:
         record.change_unfinished = True
-        deltas = {name: trained if name == record.name else record.loaded[name].deltas for name in written}
+        deltas = {name: (trained or {}) if name == record.name else record.loaded[name].deltas for name in written}
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             write(model, record, record.projections[path], parts)
@@ -233,7 +233,7 @@ def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None
         s2, dim = slices[f"{part.projection.path}.s2"].detach(), mount.layer.dim
         values = s2.index_select(dim, part.positions.to(s2.device))
         if has_master_copy(mount.layer.s2):  # the optimizer's copy is float32
-            values = values.to(record.config.delta_dtype_for(mount.layer.s2.dtype))
+            values = values.to(cast(S2FTConfig, record.config).delta_dtype_for(mount.layer.s2.dtype))
         deltas[name] = Delta(dim, part.elements.clone(), values)
     return deltas
 
@@ -536,7 +536,7 @@ def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, flo
         if adapter != record.name
         for name, value in record.loaded[adapter].extra_weights.items()
     }
-    trained = extra.trained if weights.get(record.name) == 1 and extra.trained is not None else {}
+    trained = extra.trained if weights.get(cast(str, record.name)) == 1 and extra.trained is not None else {}
     if values or trained:
         parameters = dict(model.named_parameters())
         extra.overwritten = full_copies({name: parameters[name] for name in values})

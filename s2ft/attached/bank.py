@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
 from types import MethodType
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -287,22 +287,22 @@ class AdapterBank:
         """Load the adapters of a batch. The batch keeps them even if they are removed from the bank."""
         with self._lock:  # all names first, so that an unknown name raises before any file is read
             entries = {name: self._entry(name) for name in names}
-            adapters = {name: self._loaded.get(name) for name in names}
+            adapters = {name: self._loaded[name] for name in names if name in self._loaded}
             for name in names:
                 if name in self._loaded:
                     self._loaded.move_to_end(name)
         for name, folder in entries.items():
-            if adapters[name] is None:
+            if name not in adapters:
                 adapters[name] = self._read(name, folder)
                 self._check_limit(adapters.values())
                 self._remember(name, folder, adapters[name], set(names))
         self._check_limit(adapters.values())
-        return adapters
+        return {name: adapters[name] for name in names}
 
-    def _check_limit(self, adapters: Iterable[Optional["_Loaded"]]) -> None:
+    def _check_limit(self, adapters: Iterable["_Loaded"]) -> None:
         if self.limit_bytes is None:
             return
-        total = sum(one.bytes for one in adapters if one is not None)
+        total = sum(one.bytes for one in adapters)
         if total > self.limit_bytes:
             raise ValueError(
                 f"the batch's adapters need at least {total:,} bytes, more than limit_bytes = "
@@ -433,12 +433,13 @@ class _Loaded:
 class _BankLayer:
     """A layer that adapters of the bank change, with the packed adapters of the batch (see multi_adapter_linear)."""
 
-    def __init__(self, path: str, module: nn.Module, dim: int) -> None:
+    def __init__(self, path: str, module: Any, dim: int) -> None:
         self.path, self.module, self.dim = path, module, dim
-        self.values: Tensor | None = None  # [capacity, inputs or outputs]
-        self.index: Tensor | None = None  # [capacity]
-        self.offsets: Tensor | None = None  # [slots + 1]
-        self.adapter: Tensor | None = None  # [sequences]
+        # Tensors; None before the first batch
+        self.values: Any = None  # [capacity, inputs or outputs]
+        self.index: Any = None  # [capacity]
+        self.offsets: Any = None  # [slots + 1]
+        self.adapter: Any = None  # [sequences]
         self.used = False  # whether a packed adapter has units here
         self.original_forward: Callable | None = None  # a forward that was set on the module before, not its class's
         self.forward = MethodType(_forward_of(self), module)

@@ -215,7 +215,7 @@ def check_split_layers(model: nn.Module, couplings: list[Coupling]) -> None:
             raise ValueError(f"{path} {obstacle}: train other projections, or {WITHOUT}")
 
 
-def _obstacle(found: nn.Module | Tensor, weight: Tensor, is_quantized: bool) -> str:
+def _obstacle(found: nn.Module | Tensor, weight: Any, is_quantized: bool) -> str:
     """The reason why a layer can't be trained under tensor parallelism, in words; an empty string if it can."""
     names = weight.device_mesh.mesh_dim_names if is_dtensor(weight) else None
     is_split = bool({"tp", "ep"} & set(names or ()))  # as transformers and accelerate name them

@@ -40,7 +40,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -63,6 +63,7 @@ from s2ft.attached.checks import check_extra_fits
 from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.attached.saving import save_adapter
+from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     fsdp_modules,
     is_dtensor,
@@ -88,7 +89,7 @@ from s2ft.ops._library import transforms_active
 # ---- forwards -------------------------------------------------------------------------------------------------------
 
 
-def gated_forward(block: nn.Module, x: Tensor, activation: str, act_class: type) -> Tensor:
+def gated_forward(block: Any, x: Tensor, activation: str, act_class: type[Any]) -> Tensor:
     """The forward of a gated FFN, x [..., width] → [..., width].
 
     For the backward it keeps the outputs of gate and up, and of their product only what the down projection keeps. The
@@ -111,7 +112,7 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
     for path in experts_modules(coupling):
         block = model.get_submodule(path)
         if "forward" not in block.__dict__:
-            activation = act_mul_of(block) if record.config.ffn_kernel else None
+            activation = act_mul_of(block) if cast(S2FTConfig, record.config).ffn_kernel else None
             act_class = type(getattr(block, "act_fn", None))
             options = {} if activation is None else {"activation": activation, "act_class": act_class}
             _put(block, path, partial(forward_of(block), block, **options), record)
@@ -122,7 +123,7 @@ def replace_forward(model: nn.Module, coupling: Coupling, record: Attachment) ->
                 f"the forward of {path} has been replaced by {name}, which can't run "
                 "trainable experts: leave the experts out of what replaces it, for Liger-Kernel with swiglu=False"
             )
-    if coupling.activation is not None and record.config.ffn_kernel:
+    if coupling.activation is not None and coupling.block is not None and cast(S2FTConfig, record.config).ffn_kernel:
         block = model.get_submodule(coupling.block)
         if "forward" not in block.__dict__:
             forward = partial(gated_forward, block, activation=coupling.activation, act_class=type(block.act_fn))
@@ -216,7 +217,7 @@ def _embeddings(model: nn.Module) -> list[nn.Module]:
     found = {}
     for module in model.modules():
         try:
-            embeddings = module.get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
+            embeddings = cast(Any, module).get_input_embeddings() if hasattr(module, "get_input_embeddings") else None
         except NotImplementedError:
             continue
         if isinstance(embeddings, nn.Module):
@@ -233,18 +234,18 @@ def allow_training(model: nn.Module) -> None:
     """Make the model's quantizer, if it has one, report that the model can be trained."""
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and quantizer.quantization_config.quant_method in KNOWN:
-        quantizer.__class__ = _trainable_class(type(quantizer))
+        quantizer.__class__ = _trainable_class(quantizer.__class__)
 
 
 def restore_quantizer(model: nn.Module) -> None:
     """Undo :func:`allow_training`."""
     quantizer = getattr(model, "hf_quantizer", None)
-    if hasattr(quantizer, "s2ft_original"):
+    if quantizer is not None and hasattr(quantizer, "s2ft_original"):
         quantizer.__class__ = quantizer.s2ft_original
 
 
 @cache
-def _trainable_class(kind: type) -> type:
+def _trainable_class(kind: type) -> Any:
     """Return a subclass of a quantizer's class that reports that the model can be trained."""
     if hasattr(kind, "s2ft_original"):
         return kind
@@ -360,7 +361,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     """
     record = attachment_of(model)
     keep_unfrozen(model, record)
-    for key, _ in _of_parameters(record, prefix):
+    for key in dict(_of_parameters(record, prefix)):
         if key in state:
             state[f"{key}.weight"] = state.pop(key)
     if record.awaits_weights:
@@ -482,7 +483,7 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
     check_same_extra(model, record, values)
-    check_extra_fits(model, record, record.name, values)
+    check_extra_fits(model, record, cast(str, record.name), values)
     reshard_all(model)
     set_mounted_deltas(record, deltas)
     set_extra(model, record, values)
@@ -493,7 +494,7 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
     _ignore_base_weights(model, values)
 
 
-def _ignore_base_weights(model: nn.Module, extra_names: Iterable[str]) -> None:
+def _ignore_base_weights(model: Any, extra_names: Iterable[str]) -> None:
     """List the base's weights as not saved, so that Trainer does not warn that a checkpoint lacks them."""
     model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_names}
 
@@ -511,7 +512,7 @@ def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) ->
     return Delta(mount.layer.dim, part.elements, values)
 
 
-def add_to_host(model: nn.Module, record: Attachment) -> None:
+def add_to_host(model: Any, record: Attachment) -> None:
     """Give a model of transformers the functions that save and load its trainable adapter."""
     if not hasattr(type(model), "save_pretrained"):
         return
@@ -605,7 +606,7 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     if not any(isinstance(module, fsdp_modules()) for module in model.modules()):
         return
     reshard_all(model)
-    if difference(fingerprint(model, record.couplings), record.fingerprint):
+    if difference(fingerprint(model, record.couplings), cast("dict[str, Any]", record.fingerprint)):
         return
     for move in record.moves:
         move.start_again()
@@ -672,7 +673,7 @@ def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
 def _check_arrived(model: nn.Module, record: Attachment) -> None:
     found = fingerprint(model, record.couplings)
     record.expect_base(found)
-    differing = difference(found, record.fingerprint)
+    differing = difference(found, cast("dict[str, Any]", record.fingerprint))
     if differing:
         raise RuntimeError(
             f"the weights that were loaded are not those of the base that {record.name!r} belongs to: {differing}. "
@@ -702,7 +703,7 @@ def _rank_that_has(record: Attachment, ranks: list[int] | None) -> int | None:
     return next((rank for rank in ranks if store.get(f"{key}/{rank}") == b"1"), None)
 
 
-def _sent(record: Attachment, name: str, parameter: Tensor, source: int) -> Tensor:
+def _sent(record: Attachment, name: str, parameter: Any, source: int) -> Tensor:
     """Send the base of an extra weight from one rank to all."""
     value = record.extra.base[name].detach()
     device = parameter.device_mesh.device_type
@@ -714,7 +715,7 @@ def _sent(record: Attachment, name: str, parameter: Tensor, source: int) -> Tens
 # ---- before a forward -----------------------------------------------------------------------------------------------
 
 
-def before_forward(model: nn.Module, *_: Any) -> None:
+def before_forward(model: Any, *_: Any) -> None:
     """Forward pre-hook of a model with adapters.
 
     Weights that have arrived are taken up, the base of weights that were unfrozen by hand is recorded, and changed

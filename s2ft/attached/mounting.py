@@ -8,7 +8,7 @@ back already. :func:`unmount` and :func:`release` can be called at any time.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -97,20 +97,20 @@ from s2ft.selection import Selection
 # ---- training through the codec of a packed base --------------------------------------------------------------------
 
 
-def set_codecs(model: nn.Module, record: Attachment) -> None:
+def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None:
     """Let each mounted layer compute with what the base's files can hold, if the config says so and they are packed.
 
     Raises:
         ValueError: A weight is not that of the files, its type has no codec, or something spreads or shares it.
     """
-    if record.config.codec == "none":
+    if config.codec == "none":
         return
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     base = packed_base(name) if is_here(name) else None
     if base is None:
         return
     if record.awaits_weights:
-        raise ValueError(f"codec={record.config.codec!r} needs the weights of {name}: load them before attach")
+        raise ValueError(f"codec={config.codec!r} needs the weights of {name}: load them before attach")
     for path, mount in record.mounts.items():
         mount.layer.codec = _coded(base, path, mount)
 
@@ -147,7 +147,7 @@ def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> CodedSlice
 def claim(model: nn.Module, record: Attachment) -> None:
     """Give the model its record. This comes before anything changes."""
     set_attachment(model, record)
-    model._apply = partial(_apply_to_all, model)
+    model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)
     model.register_forward_pre_hook(before_forward, prepend=True)
     model.register_state_dict_post_hook(put_in_order)
@@ -207,9 +207,9 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     try:
         record.name, record.config, record.selection = name, config, selection
         record.structure = structure_of(model, record.couplings, selection.units)
-        _make_layers(model, record, trained, moves)
+        _make_layers(model, record, trained, moves, config, selection)
         install(model, record, extra_names)
-        set_codecs(model, record)
+        set_codecs(model, record, config)
         record.active = {name: 1.0}
     except BaseException:  # out of memory, an interrupt: leave no half-converted model
         unmount(model, record)
@@ -221,7 +221,14 @@ def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
     return [coupling for coupling in couplings if any(one.name in selection for one in coupling.projections)]
 
 
-def _make_layers(model: nn.Module, record: Attachment, trained: list[Coupling], moves: list[Move]) -> None:
+def _make_layers(
+    model: nn.Module,
+    record: Attachment,
+    trained: list[Coupling],
+    moves: list[Move],
+    config: S2FTConfig,
+    selection: Selection,
+) -> None:
     """Record the moves and the trainable layers of a new adapter. No layer is replaced yet."""
     expect_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
@@ -229,13 +236,13 @@ def _make_layers(model: nn.Module, record: Attachment, trained: list[Coupling], 
     parts: dict[str, list[Part]] = {}
     for coupling in trained:
         order = None
-        if coupling.movable and record.config.layout == "permuted":
+        if coupling.movable and config.layout == "permuted":
             # s2 has this order also where tensor parallelism orders the weights in another way. So s2 and its
             # optimizer's state have the same order on any number of ranks.
-            order = coupling_order(coupling.count, *_selected(coupling, record.selection))
+            order = coupling_order(coupling.count, *_selected(coupling, selection))
         for projection in coupling.projections:
-            if projection.name in record.selection:
-                units = record.selection[projection.name]
+            if projection.name in selection:
+                units = selection[projection.name]
                 # First the positions in the whole weight, if its units have `order`. The layer makes them those in s2.
                 positions = projection.elements(units if order is None else inverse(order)[units])
                 part = Part(projection, positions, projection.elements(units))
@@ -243,10 +250,10 @@ def _make_layers(model: nn.Module, record: Attachment, trained: list[Coupling], 
     for path, parts_here in parts.items():
         found = find(model, path)
         if isinstance(found, nn.Parameter):
-            layer, position = _stack(found, parts_here, record.config), parameter_position(model, path)
+            layer, position = _stack(found, parts_here, config), parameter_position(model, path)
             record.mounts[path] = Mount(None, layer, parts_here, position)
         else:
-            record.mounts[path] = Mount(found, _layer(found, parts_here, record), parts_here)
+            record.mounts[path] = Mount(found, _layer(found, parts_here, record, config), parts_here)
 
 
 def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) -> None:
@@ -270,7 +277,7 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
-    for coupling in touched(record.couplings, record.selection):
+    for coupling in touched(record.couplings, cast(Selection, record.selection)):
         replace_forward(model, coupling, record)
     close_blocks(model)
     open_blocks(model, record.mounts)
@@ -281,7 +288,7 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
 
 def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
     """Where FSDP2 finds each parameter without the trainable layers, and with them."""
-    found = []
+    found: list[tuple[Place, Place]] = []
     for path, mounted in record.mounts.items():
         if mounted.original is None:
             owner, _, name = path.rpartition(".")
@@ -291,13 +298,13 @@ def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
     return found
 
 
-def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Layer:
+def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTConfig) -> S2Layer:
     """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
     dim = parts[0].projection.dim
     places = torch.cat([part.positions for part in parts])
     found = contiguous_range(places)
     if found is not None:
-        where = {"start": found[0], "end": found[1]}
+        where: dict[str, Any] = {"start": found[0], "end": found[1]}
         for part in parts:
             part.positions = part.positions - found[0]
     else:
@@ -306,8 +313,8 @@ def _layer(original: nn.Module, parts: list[Part], record: Attachment) -> S2Laye
     kind, current = kind_of(original), _current_index(parts, record)
     if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
         where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
-    delta_dtype = record.config.delta_dtype_for(original.weight.dtype)
-    layer = kind.layers[dim].from_module(original, **where, delta_dtype=delta_dtype)
+    delta_dtype = config.delta_dtype_for(original.weight.dtype)
+    layer = cast("tuple[type[Any], ...]", kind.layers)[dim].from_module(original, **where, delta_dtype=delta_dtype)
     style = style_of(original)
     if style is not None:  # transformers' tensor parallelism runs the layer by it
         layer.install(style)
@@ -325,8 +332,8 @@ def _current_index(parts: list[Part], record: Attachment) -> Tensor:
 
 def _stack(original: nn.Parameter, parts: list[Part], config: S2FTConfig) -> S2Layer:
     """Make the layer of an expert stack."""
-    parts.sort(key=lambda part: part.projection.expert)
-    index = by_key((part.projection.expert, part.positions) for part in parts)
+    parts.sort(key=lambda part: cast(int, part.projection.expert))
+    index = by_key((cast(int, part.projection.expert), part.positions) for part in parts)
     _number_positions(parts)
     return EXPERTS.layers[parts[0].projection.dim](
         original,
@@ -361,8 +368,11 @@ def _moves(model: nn.Module, trained: list[Coupling], selection: Selection) -> l
 
 def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], Tensor | None]:
     """The selected units of the producers and of the consumer."""
-    producers = [selection[p.name] for p in coupling.producers if p.name in selection]
-    return producers, selection[coupling.consumer.name] if coupling.consumer.name in selection else None
+    consumer = coupling.consumer
+    return (
+        [selection[p.name] for p in coupling.producers if p.name in selection],
+        selection[consumer.name] if consumer is not None and consumer.name in selection else None,
+    )
 
 
 # ---- unmounting ----------------------------------------------------------------------------------------
@@ -383,7 +393,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     release_slices(model, [mounted.layer for mounted in record.mounts.values()])
     for path, mounted in sorted(record.mounts.items(), key=lambda item: item[1].position or 0):
         if mounted.original is None:
-            put(model, path, mounted.layer.weight, mounted.position)
+            put(model, path, cast(nn.Parameter, mounted.layer.weight), mounted.position)
         else:
             mounted.layer.give_back(mounted.original)
             mounted.original.train(mounted.layer.training)

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -269,7 +269,7 @@ class Proof:
         """Compare what each block returns for the same inputs, and the outputs of the model."""
         found: list[str] = []
         counts: dict[str, int] = {}
-        passed, expected = self.passed[training], self.trained if training else self.evaluated
+        passed, expected = self.passed[training], cast("list[Tensor]", self.trained) if training else self.evaluated
         outputs = self._run(training, partial(self._compare, found, counts, passed), backward)
         short = [path for path, tensors in passed.items() if counts.get(path, 0) < len(tensors)]
         if not found and short:
@@ -340,7 +340,7 @@ class Proof:
         try:
             with ExitStack() as stack:
                 for path in self.places if hook else ():
-                    at_place = partial(_call_with_first, partial(hook, path), [0])
+                    at_place = partial(_call_with_first, partial(cast(Callable, hook), path), [0])
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
                 if "torch._dynamo" in sys.modules:
                     stack.enter_context(torch.compiler.set_stance("force_eager"))

@@ -45,7 +45,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def uncompiled(model: nn.Module) -> nn.Module:
     """Return the model that torch.compile has wrapped. Any other model is returned unchanged."""
     while "_orig_mod" in getattr(model, "_modules", ()):
-        model = model._modules["_orig_mod"]
+        model = cast(nn.Module, model._modules["_orig_mod"])
     return model
 
 
@@ -282,7 +282,7 @@ class Attachment:
         """
         if not self.active:
             return State.BASE
-        return State.TRAINING if self.active.get(self.name) == 1 else State.WRITTEN
+        return State.TRAINING if self.active.get(cast(str, self.name)) == 1 else State.WRITTEN
 
     @property
     def trains(self) -> bool:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from math import prod
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -98,7 +98,7 @@ class Report:
         if record.name is None:
             raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
         parts = [
-            _trained(model, part.projection, record.selection, mount.layer.s2.dtype)
+            _trained(model, part.projection, cast(Selection, record.selection), mount.layer.s2.dtype)
             for mount, part in record.parts.values()
         ]
         total = count_parameters(model) - sum(part.parameters for part in parts)
@@ -107,7 +107,7 @@ class Report:
         }
         return cls(
             name=record.name,
-            layout=record.config.layout,
+            layout=cast(S2FTConfig, record.config).layout,
             rows=_rows(parts),
             trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
             total=total,
@@ -415,7 +415,7 @@ class Status:
         lines += [self._line(name) for name in self.adapters]
         return f"{title}\n{table(lines, right={1, 3})}"
 
-    def _line(self, name: str) -> tuple[str, ...]:
+    def _line(self, name: str) -> tuple[str, str, str, str, str]:
         """One adapter: name, projections, units of each kind of projection, parameters, flags."""
         rows = [row for row in self.rows if row.adapter == name]
         units = Counter(row.units for row in rows)
@@ -462,10 +462,10 @@ def status(model: nn.Module) -> Status:
 
 
 def _trainable_rows(record: Attachment) -> Iterator[StatusRow]:
-    weight = record.active.get(record.name, 0.0)
+    name, selection = cast(str, record.name), cast(Selection, record.selection)
     for path, (mount, part) in record.parts.items():
-        units = units_of(part.projection, record.selection[path].numel())
-        yield StatusRow(path, record.name, units, part.elements.numel(), weight, mount.layer.s2.requires_grad)
+        units, weight = units_of(part.projection, selection[path].numel()), record.active.get(name, 0.0)
+        yield StatusRow(path, name, units, part.elements.numel(), weight, mount.layer.s2.requires_grad)
 
 
 def _loaded_rows(record: Attachment) -> Iterator[StatusRow]:

@@ -5,7 +5,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -14,7 +14,9 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import CARD, adapter_folder, card_of
 from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
 from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled
+from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
+from s2ft.selection import Selection
 
 
 @of_compiled
@@ -49,9 +51,9 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
     deltas = mounted_deltas(record, state)
     return Adapter(
         name,
-        record.config,
-        record.selection,
-        record.fingerprint,
+        cast(S2FTConfig, record.config),
+        cast(Selection, record.selection),
+        cast("dict[str, Any]", record.fingerprint),
         deltas,
         dict(record.info),
         couplings=record.custom_couplings,

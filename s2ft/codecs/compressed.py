@@ -149,7 +149,7 @@ def codec_of(weights: dict[str, Any]) -> Codec:
     whole = strategy in ("tensor", "channel")
     if not weights.get("actorder"):
         if kind == "float" and bits == 8 and (whole or strategy == "block" and tile):
-            return Float8(None if whole else (tile[0], tile[1]))
+            return Float8((tile[0], tile[1]) if tile and not whole else None)
         if kind == "float" and bits == 4 and strategy == "tensor_group" and group == Nvfp4.block:
             return Nvfp4()
         if kind == "int" and bits in (4, 8) and (whole or strategy == "group" and group):

@@ -23,7 +23,7 @@ def reader_class() -> type:
     import gguf
 
     class Reader(gguf.GGUFReader):
-        @property
+        @property  # type: ignore[override]  # a plain attribute of GGUFReader
         def data(self) -> numpy.ndarray:
             return self._plain
 
@@ -47,7 +47,7 @@ class PackedPart(NamedTuple):
     rows: Tensor
     blocks: Tensor
     packed: Tensor
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple has a method of this name
 
 
 class GgufFile:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from inspect import signature
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ def estimate(
         if strategy is not None and strategy.is_tensor_parallel:
             check_plan(shadow)
         forget_data(shadow, record, kernels, gradient_checkpointing)
-        inputs = made_inputs(shadow, batch, length, logits, kernels) if example is None else example
+        inputs = made_inputs(shadow, cast(int, batch), length, logits, kernels) if example is None else example
         if use_cache is not None and isinstance(inputs, dict) and "use_cache" in signature(shadow.forward).parameters:
             inputs = {**inputs, "use_cache": use_cache}
         complete = example is not None or loss is not None

@@ -191,8 +191,8 @@ class Estimate:
 
     def __str__(self) -> str:
         head = ("part", "parameters", "trained", "gradients", "optimizer", "kept for backward")
-        rows = [(name, *_columns(part)) for name, part in (*_folded(self.parts), ("total", self))]
-        text = table([head, *rows], right=range(1, len(head)))
+        rows = [(name, *_columns(part)) for name, part in _folded(self.parts)]
+        text = table([head, *rows, ("total", *_columns(self))], right=range(1, len(head)))
         return "\n".join([text, self.summary(), *(f"note: {note}" for note in self.notes)])
 
 
@@ -248,8 +248,13 @@ def size_of(value: int | str | None, name: str) -> int | None:
 
 
 STRATEGIES = ("ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2")
-OFFLOADS = {"fsdp2": ("all",), "tp+fsdp2": ("all",), "zero1": ("optimizer",), "zero2": ("optimizer",)}
-OFFLOADS["zero3"] = ("optimizer", "all")
+OFFLOADS: dict[str, tuple[str, ...]] = {
+    "fsdp2": ("all",),
+    "tp+fsdp2": ("all",),
+    "zero1": ("optimizer",),
+    "zero2": ("optimizer",),
+    "zero3": ("optimizer", "all"),
+}
 
 
 @dataclass(frozen=True)
@@ -347,7 +352,7 @@ MOST = 1024  # devices that are tried
 FLOAT = 4  # bytes of a float32, in which ZeRO's optimizer works
 LIVE = 1_000_000_000  # gathered elements that ZeRO-3 keeps by default
 DIVIDES = ("colwise", "packed_colwise", "rowwise", "packed_rowwise")  # styles whose layers have parts of activations
-GATHERS = ("colwise_gather_output", "colwise_rep", "rowwise_rep", "rowwise_split_input")
+GATHERS: tuple[str, ...] = ("colwise_gather_output", "colwise_rep", "rowwise_rep", "rowwise_split_input")
 GATHERS += ("embedding_rowwise", "embedding_colwise")
 WHOLE = ("replicated_with_grad_allreduce", "replicate", None)
 
@@ -471,7 +476,7 @@ def _style(model: nn.Module, name: str) -> str | None:
     return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
 
 
-def _check_heads(model: nn.Module, size: int) -> None:
+def _check_heads(model: Any, size: int) -> None:
     config = model.config.get_text_config() if size > 1 else None
     for name in ("num_attention_heads", "num_key_value_heads"):
         heads = getattr(config, name, None)

@@ -85,7 +85,7 @@ def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return nn.Parameter(made, requires_grad=False) if isinstance(tensor, nn.Parameter) else made
 
 
-def _wanted_dtypes(model: nn.Module, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
+def _wanted_dtypes(model: Any, dtype: torch.dtype | None) -> dict[int, torch.dtype]:
     """Return the dtypes of the weights after loading in `dtype`, by id. A model may keep some weights in float32."""
     if dtype is None:
         return {}
@@ -107,7 +107,7 @@ def forget_data(shadow: nn.Module, record: Attachment, device: torch.device, che
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     made: dict[int, tuple[Tensor, Tensor]] = {}  # with the old tensor, so that its id is not used again
 
-    def fake(tensor: Tensor) -> Tensor:
+    def fake(tensor: Tensor) -> Any:
         if id(tensor) not in made:
             made[id(tensor)] = (_fake(tensor, mode, device), tensor)
         return made[id(tensor)][0]
@@ -163,10 +163,10 @@ LOSSES = ("labels", "return_loss")  # inputs that make a model compute its loss
 
 
 def made_inputs(
-    shadow: nn.Module, batch: int, length: int | None, logits: int | None, device: torch.device
+    shadow: Any, batch: int, length: int | None, logits: int | None, device: torch.device
 ) -> dict[str, Any]:
     """Make inputs according to the model's config, with labels if these are tokens."""
-    inputs = example_of(shadow, batch, length or 1, device)
+    inputs: dict[str, Any] | None = example_of(shadow, batch, length or 1, device)
     if inputs is None:
         raise ValueError(
             f"{type(shadow).__name__} is not a model of transformers whose inputs s2ft can make: pass example"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,8 @@ class Memory(TorchDispatchMode):
 
     def __init__(self, shadow: nn.Module, device: torch.device) -> None:
         super().__init__()
-        self.device, self.phase, self.alive, self.peaks = device, "", 0, Counter()
+        self.device, self.phase, self.alive = device, "", 0
+        self.peaks: Counter = Counter()
         of_model = (storage for tensor in [*shadow.parameters(), *shadow.buffers()] for storage in storages(tensor))
         self._of_model = {storage._cdata: storage for storage in of_model}  # held, so that they stay alive
         self._seen: dict[str, set[int]] = {"alive": set(), "saved": set()}
@@ -108,7 +109,9 @@ def _numbered(indices: Any) -> Any:
 
 def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any) -> Tensor:
     """Return an empty result of a grouped product. A side has shape [groups, ...], or its groups in one dimension."""
-    groups = [offs.numel()] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() == 3 else []
+    groups = (
+        [cast(Tensor, offs).numel()] if a.dim() == b.dim() == 2 else [a.shape[0]] if a.dim() == b.dim() == 3 else []
+    )
     return a.new_empty(*groups, a.shape[-2], b.shape[-1])
 
 
@@ -349,7 +352,7 @@ class ShadowStep:
             for phase, alive in self.memory.peaks.items()
             if phase  # not the dry run
         }
-        phase = max(most, key=most.get)
+        phase = max(most, key=most.__getitem__)
         return self.weights.total() + most[phase], phase
 
     def _weights(self) -> Counter:
@@ -395,9 +398,7 @@ def _autocast(device: torch.device, dtype: torch.dtype | None) -> Callable:
     return partial(torch.autocast, device.type, dtype)
 
 
-def _spread_tokens(
-    device: torch.device, experts: nn.Module, inputs: tuple, named: dict[str, Any]
-) -> tuple[tuple, dict]:
+def _spread_tokens(device: torch.device, experts: Any, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
     """Give every expert the same number of tokens.
 
     The router's choice depends on weights, and the memory depends only on the number of all tokens.

@@ -4,6 +4,7 @@ import logging
 import os
 from copy import deepcopy
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -85,7 +86,7 @@ def save_merged(
     obstacle = decide("the base to merge into", is_first, choose).value
 
     def write(source: BaseSource, changes: Changes) -> None:
-        with temporary_folder(directory) as folder:
+        with temporary_folder(Path(directory)) as folder:
             compare = write_weights(folder, plain, source, changes, max_shard_size)
             write_config(folder, plain)
             compare()
@@ -124,9 +125,10 @@ def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | Non
         check_size(max_shard_size)
 
 
-def _plain(model: nn.Module) -> nn.Module:
+def _plain(model: Any) -> nn.Module:
     """A model of the same class and dtypes without adapters, on the meta device."""
-    own = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))  # FSDP2 derives a class
+    # FSDP2 derives a class
+    own: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     with torch.device("meta"):
         plain = own._from_config(deepcopy(model.config), dtype=model.dtype)
     tensors = _tensors(model)
@@ -154,14 +156,14 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
     deltas = {name: record.loaded[name].deltas for name in record.active if name != record.name}
     extra = {k: v for name in deltas for k, v in record.loaded[name].extra_weights.items()}
     if record.name in record.active:
-        deltas[record.name] = mounted_deltas(record)
+        deltas[cast(str, record.name)] = mounted_deltas(record)
         extra.update(extra_values(model, record))
     passes: dict[str, list[Sum]] = {}
     written = {name: weight for name, weight in record.active.items() if not (name == record.name and record.trains)}
     for path in dict.fromkeys(path for name in written for path in deltas[name]):
         passes[path] = [[(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]]
     if record.trains:  # merging writes it on top of what is written, as the forward adds it
-        for path, delta in deltas[record.name].items():
+        for path, delta in deltas[cast(str, record.name)].items():
             passes.setdefault(path, []).append([(delta, 1.0)])
     return Changes(record.projections, passes, extra)
 
@@ -194,7 +196,7 @@ def _find_base(
         weights = StoredWeights(plain, open_checkpoint(source))
         DiskSource(weights)  # raises for tied weights that differ
         with read_from(plain, weights):
-            other = difference(record.fingerprint, fingerprint(plain, record.couplings))
+            other = difference(cast("dict[str, Any]", record.fingerprint), fingerprint(plain, record.couplings))
         other = other or _difference_outside(model, record, weights)
         if other:
             raise ValueError(f"{source} has other weights than the base of this model: {other}")

@@ -9,7 +9,7 @@ import subprocess
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 
@@ -120,16 +120,16 @@ def _check_tools(kind: str | None, tools: Tools) -> None:
 
 def _write(folder: Path, kind: str, tools: Tools, model, tokenizer) -> str:
     """Write the file, through a plain one if only llama-quantize has the type. Returns the names of the programs."""
-    checkpoint, file, names = folder / "checkpoint", folder / FILE, tools.converter.name
+    checkpoint, file, names = folder / "checkpoint", folder / FILE, cast(Path, tools.converter).name
     first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", kind_of_dtype(model.dtype))
     model.save_pretrained(checkpoint), tokenizer.save_pretrained(checkpoint)
     script = [sys.executable, str(tools.converter), str(checkpoint)]
     _run([*script, "--outfile", str(first), "--outtype", by_converter.lower()], names, first)
     shutil.rmtree(checkpoint)
     if first != file:
-        _run([str(tools.quantizer), str(first), str(file), kind], tools.quantizer.name, file)
+        _run([str(tools.quantizer), str(first), str(file), kind], cast(Path, tools.quantizer).name, file)
         first.unlink()
-        names += f" and {tools.quantizer.name}"
+        names += f" and {cast(Path, tools.quantizer).name}"
     return names
 
 

@@ -15,7 +15,7 @@ import re
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import safe_open
@@ -109,7 +109,7 @@ def write(
     Warns:
         UserWarning: A module needs a higher rank than vLLM can be set to.
     """
-    record = _record(model, folder)
+    model, record = _record(model, folder)
     check_fits(adapter, model, record)
     if adapter.extra_weights:
         raise ValueError(
@@ -137,14 +137,16 @@ def write(
     replace_file(folder / CONFIG, json.dumps(config, indent=2).encode())
 
 
-def _record(model: nn.Module | None, folder, couplings: Sequence[Coupling] | None = None) -> Attachment:
-    """The record of the model, or a temporary one for a model without adapters."""
+def _record(
+    model: nn.Module | None, folder, couplings: Sequence[Coupling] | None = None
+) -> tuple[nn.Module, Attachment]:
+    """The model, which must be given, and its record, or a temporary one for a model without adapters."""
     if model is None:
         raise ValueError(
             f"{folder} is a LoRA, which is read and written together with its base model: use s2ft.import_lora, "
             "s2ft.export_lora or s2ft export"
         )
-    return find_attachment(model) or new_attachment(model, couplings)
+    return model, find_attachment(model) or new_attachment(model, couplings)
 
 
 def _sides(adapter: Adapter, model: nn.Module, record: Attachment) -> dict[str, Sides]:
@@ -286,7 +288,7 @@ def read(
     config_path, tensors_path = (open_file(folder, file, KIND) for file in (CONFIG, TENSORS))
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
-    record = _record(model, folder, couplings)
+    model, record = _record(model, folder, couplings)
     projections = by_key((projection.path, projection) for projection in projections_of(record.couplings))
     deltas, units = {}, {}
     for path in sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}):
@@ -310,7 +312,7 @@ def read(
         name,
         S2FTConfig(units=selection.to_dict(), layout="indexed"),
         selection,
-        record.fingerprint,
+        cast("dict[str, Any]", record.fingerprint),
         deltas,
         info,
         record.custom_couplings,

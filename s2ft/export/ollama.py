@@ -44,7 +44,9 @@ def export(
         model, tokenizer = write_checkpoint(folder, model_name, adapter, dtype, save_jinja_files=False)
         words = [tokenizer.convert_ids_to_tokens(token) for token in end_ids(tokenizer, model.generation_config)]
         context = num_ctx or min(getattr(model.config, "max_position_embeddings", None) or LONGEST, LONGEST)
-        text = modelfile(context, words, form and form.system, form is not None and form.form == "text")
+        text = modelfile(
+            context, words, None if form is None else form.system, form is not None and form.form == "text"
+        )
         (folder / MODELFILE).write_text(text, encoding="utf-8")
     place = Path(output)
     return f"merged checkpoint and Modelfile for Ollama: ollama create {place.name} -f {place / MODELFILE}"

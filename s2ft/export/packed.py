@@ -25,7 +25,6 @@ import numpy
 import torch
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
-from torch import Tensor
 
 import s2ft
 from s2ft.adapter.folders import resolve
@@ -36,7 +35,7 @@ from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.export.merged import check_output, temporary_folder
 from s2ft.files.plain_text import replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes
-from s2ft.files.streaming import PIECE, StoredTensor, as_bytes
+from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
 from s2ft.model.fingerprint import SAMPLES, covered
 from s2ft.text.models import hollow_model, locate
@@ -77,64 +76,53 @@ class Change:
         return data[self.start : self.start + rows * row].reshape(rows, row // size, size)
 
 
-class PackedMerge:
-    """What an adapter changes in a packed base."""
+def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[str, str]:
+    """Check that an adapter is of a base, whose weights have codecs. Returns the module's path of each delta by name.
 
-    def __init__(self, file: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> None:
-        """Check that the adapter is of this base and that the base's types have codecs.
+    Raises:
+        ValueError: The adapter can't be merged into the base.
+    """
+    model = hollow_model(str(base.path))
+    record = new_attachment(model, adapter.couplings)
+    check_fits(adapter, model, record)
+    _check_base(base, adapter, model, record)
+    if adapter.extra_weights:
+        raise ValueError(
+            f"adapter {adapter.name!r} trains {next(iter(adapter.extra_weights))} in full, which has no place in the "
+            "blocks of a file: merge it into a checkpoint"
+        )
+    for name, delta in adapter.deltas.items():
+        projection = record.projections[name]
+        if projection.size is not None or projection.expert is not None:
+            raise ValueError(f"{name} shares its weight with other projections, which a file can't be patched for")
+        base.check(projection.path)
+        check_finite(f"the delta of {name}", delta.values)
+    return {name: record.projections[name].path for name in adapter.deltas}
 
-        Raises:
-            ValueError: One of them is not so.
-        """
-        self.file, self.adapter = file, adapter
-        model = hollow_model(str(file.path))
-        record = new_attachment(model, adapter.couplings)
-        check_fits(adapter, model, record)
-        self._check_base(model, record)
-        if adapter.extra_weights:
-            raise ValueError(
-                f"adapter {adapter.name!r} trains {next(iter(adapter.extra_weights))} in full, which has no place in "
-                "the blocks of a file: merge it into a checkpoint"
-            )
-        self.paths = {}
-        for name in adapter.deltas:
-            projection = record.projections[name]
-            if projection.size is not None or projection.expert is not None:
-                raise ValueError(f"{name} shares its weight with other projections, which a file can't be patched for")
-            file.check(projection.path)
-            self.paths[name] = projection.path
 
-    def _check_base(self, model: torch.nn.Module, record: Attachment) -> None:
-        """Compare values of every weight with those in the adapter's fingerprint."""
-        samples: dict[str, list[float]] = {str(coupling.layer): [] for coupling in record.couplings}
-        for layer, projection, handle in covered(model, record.couplings):
-            for part, tensor in (("weight", handle.tensor), ("bias", handle.bias)):
-                if tensor is not None:
-                    places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
-                    samples[layer] += self.file.elements(projection.path, part, tensor.shape, places)
-        ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
-        self.adapter.check_base({"dtype": "of a file", "layers": ours})
+def _check_base(
+    base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: torch.nn.Module, record: Attachment
+) -> None:
+    """Compare values of every weight with those in the adapter's fingerprint."""
+    samples: dict[str, list[float]] = {str(coupling.layer): [] for coupling in record.couplings}
+    for layer, projection, handle in covered(model, record.couplings):
+        for part, tensor in (("weight", handle.tensor), ("bias", handle.bias)):
+            if tensor is not None:
+                places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
+                samples[layer] += base.elements(projection.path, part, tensor.shape, places)
+    ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
+    adapter.check_base({"dtype": "of a file", "layers": ours})  # no dtype has this name: samples are compared
 
-    def new_tensors(self) -> Iterator[tuple[StoredTensor, Tensor, Tensor]]:
-        """Make the new tensors of one weight of a folder after the other: place, before, after."""
-        for name, path in self.paths.items():
-            delta, old = self.adapter.deltas[name], self.file.packed(path)
-            check_finite(f"the delta of {name}", delta.values)
-            new = self.file.codec(path, old).added(old, delta.index, delta.dim, delta.values)
-            yield from (
-                (self.file.place(path, part), old[part], new[part]) for part in new if new[part] is not old[part]
-            )
 
-    def changes(self) -> Iterator[Change]:
-        """Make the new blocks of one weight of a file after the other."""
-        for name, path in self.paths.items():
-            delta, tensor = self.adapter.deltas[name], self.file.tensors[self.file.name(path)]
-            check_finite(f"the delta of {name}", delta.values)
-            part = self.file.part(path, delta.index, delta.dim)
-            new = self.file.codec(path).added(part.packed.flatten(-2), part.index, delta.dim, delta.values)
-            steps = tensor.data.strides[0], part.packed.shape[-1]
-            content = new.view(part.packed.shape).numpy()
-            yield Change(int(tensor.data_offset), steps, part.rows.numpy(), part.blocks.numpy(), content)
+def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> Iterator[Change]:
+    """Make the new blocks of one weight of a file after the other, given :func:`merged_paths`."""
+    for name, path in paths.items():
+        delta, tensor = adapter.deltas[name], file.tensors[file.name(path)]
+        part = file.part(path, delta.index, delta.dim)
+        new = file.codec(path).added(part.packed.flatten(-2), part.index, delta.dim, delta.values)
+        steps = tensor.data.strides[0], part.packed.shape[-1]
+        content = new.view(part.packed.shape).numpy()
+        yield Change(int(tensor.data_offset), steps, part.rows.numpy(), part.blocks.numpy(), content)
 
 
 def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
@@ -160,13 +148,13 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
     base = GgufFile(path)
-    merge, temporary = PackedMerge(base, saved), output.absolute().parent / f".{output.name}.{uuid4().hex}"
+    paths, temporary = merged_paths(base, saved), output.absolute().parent / f".{output.name}.{uuid4().hex}"
     try:
         with open(temporary, "xb") as file:
             shift = _copy(base, file, {"base": path.name, "adapter": saved.name})
         data = numpy.memmap(temporary, numpy.uint8, "r+")
         changed = blocks = 0
-        for change in merge.changes():
+        for change in new_blocks(base, saved, paths):
             change.start += shift
             changed += int((change.read(data) != change.new).sum())
             blocks += change.rows.size * change.blocks.size
@@ -182,7 +170,7 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
             os.unlink(temporary)
         raise
     return (
-        f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(merge.paths)} weights have changed, and no other "
+        f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(paths)} weights have changed, and no other "
         "byte of a weight; read again and compared"
     )
 
@@ -191,12 +179,16 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
     base = packed_base(model_name)
     if not isinstance(base, PackedFolder):
         raise ValueError(f"{model_name} is no checkpoint of compressed-tensors or in NF4")
-    merge, changed = PackedMerge(base, adapter), 0
+    paths, changed = merged_paths(base, adapter), 0
     with temporary_folder(output) as folder:
         shutil.copytree(base.path, folder, dirs_exist_ok=True)
-        for place, old, new in merge.new_tensors():
-            changed += int((as_bytes(old) != as_bytes(new)).sum())
-            replace(place, file=folder / place.file.name).write([new])
+        for name, path in paths.items():
+            delta, old = adapter.deltas[name], base.packed(path)
+            new = base.codec(path, old).added(old, delta.index, delta.dim, delta.values)
+            for part in (part for part in new if new[part] is not old[part]):
+                changed += int((as_bytes(old[part]) != as_bytes(new[part])).sum())
+                place = base.place(path, part)
+                replace(place, file=folder / place.file.name).write([new[part]])
         files = sorted({stored.file for stored in base.tensors.values()})
         pairs = [
             [numpy.memmap(where / file.name, numpy.uint8, "r") for where in (file.parent, folder)] for file in files
@@ -206,7 +198,7 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         merged = {"base": model_name, "adapter": adapter.name, "sha256": {one.name: sha256_of(one) for one in files}}
         (folder / MERGED).write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
     return (
-        f"{output}: {changed:,} bytes of {len(merge.paths)} weights have changed, and no other byte of a weight; read "
+        f"{output}: {changed:,} bytes of {len(paths)} weights have changed, and no other byte of a weight; read "
         "again and compared"
     )
 
@@ -395,7 +387,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
 
 
 def _of_earlier_switch(path: Path, digest: str, base: numpy.ndarray) -> Kept | None:
-    """What an earlier switch to an adapter has left; None if there was none, its file is damaged, or the base differs."""
+    """What an earlier switch to an adapter has left; None if there is nothing, or it is damaged or of another base."""
     with suppress(ValueError, IndexError):
         kept = Kept.of(path, _earlier(digest))
         if kept is not None and kept.fits(base):
@@ -408,7 +400,7 @@ def _computed(path: Path, folder: Path, digest: str, base: numpy.ndarray, before
     saved, file = s2ft.read_adapter(folder), GgufFile(path)
     if before is not None:
         before.put_back(file.reader.data)  # in this process alone
-    changes = list(PackedMerge(file, saved).changes())
+    changes = list(new_blocks(file, saved, merged_paths(file, saved)))
     path.with_name(path.name + _earlier(digest)).unlink(missing_ok=True)  # of another base
     return Kept(path, changes, [change.read(base) for change in changes], saved.name, digest)
 

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -77,7 +78,7 @@ class DiskSource(BaseSource):
         self.weights, self.transforms = weights, weights.transforms
         for names in tied_names(weights.model):
             stored = [self._plain(name) for name in names if name in weights and weights.name(name) == name]
-            if len(stored) > 1 and (None in stored or len({(one.dtype, one.checksum()) for one in stored}) > 1):
+            if len(stored) > 1 and (None in stored or len({(one.dtype, one.checksum()) for one in stored if one}) > 1):
                 raise CannotStream(f"{' and '.join(names)} are one weight by its config and differ in the checkpoint")
 
     def __contains__(self, name: str) -> bool:
@@ -162,7 +163,7 @@ def saved_names(model: nn.Module) -> list[str]:
         return list(state)
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-    return list(remove_tied_weights_from_state_dict(state, model))
+    return list(remove_tied_weights_from_state_dict(state, cast(Any, model)))
 
 
 def write_weights(
@@ -261,7 +262,7 @@ def _compare(
         raise RuntimeError(f"the saved checkpoint is not the merged model: {', '.join(different[:5])} differ")
 
 
-def give_generation_config(model: nn.Module, source: str) -> None:
+def give_generation_config(model: Any, source: str) -> None:
     """Give a model on the meta device the generation settings that its base has, as `from_pretrained` does.
 
     Args:
@@ -275,7 +276,7 @@ def give_generation_config(model: nn.Module, source: str) -> None:
             model.generation_config = GenerationConfig.from_pretrained(source)
 
 
-def write_config(folder: Path, model: nn.Module) -> None:
+def write_config(folder: Path, model: Any) -> None:
     """Write the config and the generation settings of a model, as `save_pretrained` writes them."""
     model.config.dtype = str(model.dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]

@@ -303,7 +303,7 @@ def _stamp(path: Path) -> tuple[int, int] | None:
     return (found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
 
 
-def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:
+def read_folder(directory: Path, read: Callable[[Path], Read]) -> Read:  # type: ignore[return]  # the last attempt ends
     """Call `read` with the config file that belongs to the folder's tensors, and return its result.
 
     Args:

@@ -99,7 +99,7 @@ class StoredTensor:
         with open(self.file, "r+b", buffering=0) as file:
             file.seek(self.start)
             for piece in pieces:
-                content = memoryview(as_bytes(piece.to(self.dtype)).numpy())
+                content = as_bytes(piece.to(self.dtype)).numpy().data
                 total, written = zlib.crc32(content, total), written + len(content)
                 while content:
                     content = content[file.write(content) :]
@@ -111,7 +111,7 @@ class StoredTensor:
         """The sum of its bytes in the file, as :meth:`write` returns it."""
         total = 0
         for piece in self.pieces():
-            total = zlib.crc32(as_bytes(piece).numpy(), total)
+            total = zlib.crc32(as_bytes(piece).numpy().data, total)
         return total
 
 
@@ -122,12 +122,12 @@ def as_bytes(tensor: Tensor) -> Tensor:
 
 def checksum(tensor: Tensor) -> int:
     """The sum of a tensor's bytes, as :meth:`StoredTensor.checksum` has it."""
-    return zlib.crc32(as_bytes(tensor).numpy())
+    return zlib.crc32(as_bytes(tensor).numpy().data)
 
 
 def _read_into(file, start: int, content: Tensor, path: Path) -> None:
     """Fill the bytes [n] uint8 of `content` from a file that was opened for reading."""
-    view, position = memoryview(content.numpy()), start
+    view, position = content.numpy().data, start
     file.seek(position)
     while view:
         count = file.readinto(view)  # the system may read less than the rest at once

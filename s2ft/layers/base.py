@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Iterator, Sequence
 from functools import cache
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 from weakref import WeakValueDictionary, ref
 
 import numpy
@@ -157,16 +157,17 @@ class S2Layer(nn.Module):
             has, in a list. None while the weight holds the base.
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
-        kind: What S²FT knows about the plain layer.
         codec: What the base's file can hold of the selected units; None: all of base + s2.
     """
 
     dim: ClassVar[int]
-    kind: Kind
+    weight: Tensor
+    bias: Tensor | None
+    index: Tensor | None
     codec: "CodedSlice | None" = None
     base: Tensor | list[Tensor] | None = None
     _looked_at: Any = None  # memory of the weight that has been checked
-    _written: tuple | None = None  # stamps of s2 and of the weight when base + s2 was written last
+    _written: Any = None  # a tuple, the stamps of s2 and of the weight when base + s2 was written last
     _is_current = False  # whether the weight holds what was written then
     _may_have_changed = False  # whether s2 may have been changed since in a way that its stamp does not tell
     _base_of = 0  # id of the weight that `base` belongs to
@@ -212,8 +213,8 @@ class S2Layer(nn.Module):
         # Hooks registered on the module keep working, because both share the dicts of hooks.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
         self._copy_settings(module)
-        self.weight = module.weight
-        self.register_parameter("bias", module.bias)  # also None: see `tensors`
+        self.weight = cast(nn.Parameter, module.weight)
+        self.register_parameter("bias", cast("nn.Parameter | None", module.bias))  # also None: see `tensors`
         self._check_memory(self.weight)
         self._set_units(start, end, index, delta_dtype)
         self.weight.requires_grad_(False)
@@ -233,16 +234,21 @@ class S2Layer(nn.Module):
     def _copy_settings(self, module: nn.Module) -> None:
         """Copy the attributes of the plain layer that the forward needs, besides weight and bias."""
 
-    def take_over(self, module: nn.Module) -> None:
+    def take_over(self, module: Any) -> None:
         """Remove the weight and bias from the plain layer that this layer replaces in a model.
 
         Only this layer keeps them: a second owner would keep them whole where this layer's are sharded or moved.
         """
         module.weight = module.bias = None
 
-    def give_back(self, module: nn.Module) -> None:
+    def give_back(self, module: Any) -> None:
         """Undo :meth:`take_over`: the plain layer gets the weight and bias as they are now."""
         module.weight, module.bias = self.weight, self.bias
+
+    @property
+    def kind(self) -> Kind:
+        """What S²FT knows about the plain layer."""
+        raise NotImplementedError
 
     @property
     def matrix(self) -> Tensor:
@@ -299,7 +305,7 @@ class S2Layer(nn.Module):
 
     def tensors(self) -> tuple[Tensor, Tensor | None, Tensor]:
         """The weight, bias and s2. As attributes, each takes an exception inside nn.Module, 0.6 µs."""
-        parameters = self._parameters
+        parameters: dict[str, Any] = self._parameters
         try:
             return parameters["weight"], parameters["bias"], parameters["s2"]
         except KeyError:  # something else holds them, such as a parametrization
@@ -464,7 +470,7 @@ class S2Layer(nn.Module):
             self.base = self._units(weight).clone(memory_format=torch.contiguous_format)
         elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
-            self.base = self.base.to(now)
+            self.base = cast(Tensor, self.base).to(now)
             is_ours = torch.equal(now, self._effective_units(self.base, s2))  # for instance in other memory
             # AveragedModel averages weight and s2 in place: `base` stays valid.
             both_changed = self._written[1][1] == stamps[1][1] and self._written[0] != stamps[0]
@@ -512,10 +518,11 @@ class S2Layer(nn.Module):
                 self._put_own_base(self.weight)
                 release_gathered(self.weight)
             else:
-                self.write_units_of(self.weight.data, self.base)  # data: as in begin_write
+                base = cast(Tensor, self.base)  # of a whole weight
+                self.write_units_of(self.weight.data, base)  # data: as in begin_write
                 note_written(self.weight.device)
-                if self.base.is_cuda:  # another stream may have made it, and would use its memory again at once
-                    self.base.record_stream(torch.cuda.current_stream(self.base.device))
+                if base.is_cuda:  # another stream may have made it, and would use its memory again at once
+                    base.record_stream(torch.cuda.current_stream(base.device))
             self.base = None
 
     fuse_s2_weight, unfuse_s2_weight = fuse, unfuse  # the reference code's names
@@ -564,7 +571,7 @@ class S2Layer(nn.Module):
                 self._keep_own()
                 self._put_own_base(copied)
             else:
-                self.write_units_of(copied, self.base)
+                self.write_units_of(copied, cast(Tensor, self.base))
         return copied
 
     # ---- the selected units of a whole weight --------------------------------------------------------
@@ -581,7 +588,7 @@ class S2Layer(nn.Module):
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
-        base, units = self.base, self.start if self.index is None else self.index
+        base, units = cast(Tensor, self.base), self.start if self.index is None else self.index
         if self.codec is not None:
             base, s2 = torch.full_like(base, -0.0), self.codec(s2)  # -0.0 + x is x for every x
         return as_slices(self.kind.view(weight), base, s2, units, self.dim)
@@ -637,12 +644,12 @@ class S2Layer(nn.Module):
             self.base = [matrix.index_select(self.dim, index) for matrix, index, _ in self._own_parts(weight)]
 
     def _put_own_base(self, weight: Tensor) -> None:
-        for (matrix, index, _), base in zip(self._own_parts(weight), self.base):
+        for (matrix, index, _), base in zip(self._own_parts(weight), cast("list[Tensor]", self.base)):
             _put(matrix, index, base, self.dim)
 
     def _own_slices(self, s2: Tensor) -> list[Slice]:
         """What to write into what this process owns."""
-        parts = zip(self._own_parts(self.weight, s2), self.base)
+        parts = zip(self._own_parts(self.weight, s2), cast("list[Tensor]", self.base))
         return [
             one
             for (matrix, index, here), base in parts
@@ -681,9 +688,9 @@ class S2Layer(nn.Module):
     def drop_data(self) -> None:
         """Send s2 and the selected units to the meta device too, for a model that never gets any data."""
         self.s2 = nn.Parameter(self.s2.to("meta"))
-        for name in UNITS:
-            if self._buffers.get(name) is not None:
-                self._buffers[name] = self._buffers[name].to("meta")
+        for name, buffer in self._buffers.items():
+            if name in UNITS and buffer is not None:
+                self._buffers[name] = buffer.to("meta")
 
     def forget_first_values(self) -> None:
         """Free what was kept for an s2 on the meta device."""
@@ -717,7 +724,7 @@ class S2Layer(nn.Module):
             weight.data = weight.data.clone()  # torch.multiprocessing sends tensors in shared memory
         if weight is not None:
             self._whole = stamp(local_part(weight))[1]
-        if isinstance(self.base, Tensor):
+        if isinstance(self.base, Tensor) and weight is not None:
             self._written = (
                 stamp(self.s2),
                 stamp(weight),
@@ -742,7 +749,7 @@ class S2Layer(nn.Module):
         Raises:
             ValueError: They are other units.
         """
-        if "index" in self._non_persistent_buffers_set:
+        if self.index is not None and "index" in self._non_persistent_buffers_set:
             found = state_dict.pop(prefix + "index", None)
             if found is not None and not torch.equal(found.to(self.index), self.index):
                 raise ValueError(f"{prefix}index: the state is of other units than those that this layer trains")
@@ -779,9 +786,9 @@ def _put(matrix: Tensor, index: Tensor, values: Tensor, dim: int) -> None:
 
 @cache  # once a process
 def _warn_about_cast(made: torch.dtype, now: torch.dtype) -> None:
-    made, now = (str(dtype).removeprefix("torch.") for dtype in (made, now))
+    old, new = (str(dtype).removeprefix("torch.") for dtype in (made, now))
     warnings.warn(
-        f"s2 was made as {made} and is {now} now, as by model.to: updates that are smaller than the step of {now} are "
+        f"s2 was made as {old} and is {new} now, as by model.to: updates that are smaller than the step of {new} are "
         "lost. Load the base in the dtype that you want before you attach, or use torch.autocast",
         stacklevel=3,
     )

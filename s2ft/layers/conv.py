@@ -14,7 +14,7 @@ from s2ft.ops._library import autocast_input, own_output
 
 
 def conv_forward(
-    module: nn.Module,  # nn.Conv1d to Conv3d of one group, or S2Conv
+    module: Any,  # nn.Conv1d to Conv3d of one group, or S2Conv
     x: Tensor,  # [N, in_channels, ...] or without N
     run: Callable[[Tensor, list], Tensor],  # of x with N, padded where it needs it, and the geometry that is left
 ) -> Tensor:  # [N, out_channels, ...]
@@ -25,7 +25,7 @@ def conv_forward(
     return y if batched else y.squeeze(0)
 
 
-def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
+def _padded(module: Any, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """Pad x where PyTorch pads before the convolution: with sides that differ (padding="same") or no zeros.
 
     Returns:
@@ -37,7 +37,7 @@ def _padded(module: nn.Module, x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     return F.pad(x, list(module._reversed_padding_repeated_twice), mode=mode), (0,) * len(module.stride)
 
 
-def _gradients(grad, x, weight, stride, padding, dilation, which: int) -> Tensor:
+def _gradients(which: int, grad, x, weight, stride, padding, dilation) -> Tensor:
     """Return the gradient of a convolution with respect to x (which = 0) or weight (which = 1).
 
     Of the one that is asked for, only the shape is used. x and weight may have some of the inputs and outputs only.
@@ -73,9 +73,12 @@ class S2Conv(S2Layer):
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [N, in_channels, ...] → output [N, out_channels, ...]; N may be missing."""
         if not self.enabled:
-            zero = [0] * len(self.stride)
             return conv_forward(
-                self, input, lambda x, call: torch.convolution(x, self.weight, self.bias, *call, False, zero, 1)
+                self,
+                input,
+                lambda x, call: torch.convolution(
+                    x, self.weight, self.bias, call[0], call[1], call[2], False, [0] * len(call[0]), 1
+                ),
             )
         return conv_forward(self, input, partial(product, self))
 
@@ -105,7 +108,7 @@ class ConvolutionKind(Kind):
     def matches(self, found: Any) -> bool:
         return type(found) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and found.groups == 1
 
-    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    def forward(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         weight = self.with_delta(module.weight, delta, index, dim)
         x = autocast_input(self.name, x, weight)
         return conv_forward(module, x, lambda x, call: self.run(x, weight, module.bias, call))
@@ -114,22 +117,22 @@ class ConvolutionKind(Kind):
         bias, zero = None if bias is None else bias.to(x.dtype), [0] * len(call[0])
         return own_output(torch.ops.aten.convolution(x, weight.to(x.dtype), bias, *call, False, zero, 1))
 
-    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
         return x if layer.dim == 0 else x.index_select(1, layer.selected_units())
 
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
-        return _gradients(grad, grad.new_empty(1).expand(shape), weight.to(grad.dtype), *call, 0)
+        return _gradients(0, grad, grad.new_empty(1).expand(shape), weight.to(grad.dtype), *call)
 
-    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         outputs = grad.index_select(1, layer.selected_units()) if layer.dim == 0 else grad
         weight = grad.new_empty(1).expand(*s2.shape[:2], *layer.weight.shape[2:])
-        gradient = _gradients(outputs, kept, weight, *call, 1)
+        gradient = _gradients(1, outputs, kept, weight, *call)
         return gradient.to(s2.dtype).reshape(s2.shape)
 
     def grad_of_bias(self, grad: Tensor) -> Tensor:
         return grad.transpose(0, 1).flatten(1).sum(1)
 
-    def features_last(self, module: nn.Module, x: Tensor) -> Tensor:
+    def features_last(self, module: Any, x: Tensor) -> Tensor:
         return x.movedim(1 if x.dim() == module.weight.dim() else 0, -1)  # [N, channels, ...] or [channels, ...]
 
 

@@ -5,7 +5,7 @@ parent is. Every other class runs its own forward on the effective weight.
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -144,7 +144,9 @@ class S2OwnForward(S2Layer):
                 "itself: rename it in the class"
             )
         for name, parameter in module._parameters.items():
-            self.register_parameter(name, None if parameter is None else parameter.requires_grad_(False))
+            self.register_parameter(
+                name, None if parameter is None else cast(nn.Parameter, parameter.requires_grad_(False))
+            )
         for name, buffer in module._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
         for name, child in module._modules.items():
@@ -176,7 +178,7 @@ class S2OwnForward(S2Layer):
             is_held = not is_traced and self.hold(weight, s2)
             if not is_held or s2.requires_grad and torch.is_grad_enabled():
                 weight = self.effective_weight(s2, weight)
-        parameters = {name: self._parameters[name] for name in self.plain._parameters}
+        parameters: dict[str, Tensor | None] = {name: self._parameters[name] for name in self.plain._parameters}
         buffers = {name: self._buffers[name] for name in self.plain._buffers}
         parameters["weight"] = weight
         return run_on(self.plain, parameters, buffers, args, kwargs, training=self.training, _modules=self._modules)
@@ -239,10 +241,10 @@ class OwnForwardKind(Kind):
         is_derived = is_conv1d(found) if self.transposed else isinstance(found, nn.Linear)
         return is_derived and _can_add(found)
 
-    def forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        x, delta, index, dim, *args = args
+    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+        x, delta, index, dim, *rest = args
         weight = self.with_delta(module.weight, delta, index, dim)
-        return run_on(module, {"weight": weight}, {}, (x, *args), kwargs)
+        return run_on(module, {"weight": weight}, {}, (x, *rest), kwargs)
 
     def features_last(self, module: nn.Module, x: Any) -> Tensor:
         if not isinstance(x, Tensor):

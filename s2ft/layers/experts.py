@@ -6,10 +6,10 @@ of this file becomes the forward of the module. Tokens are sorted by expert, and
 in transformers' own `grouped_mm`. The host never waits for the routing.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ class S2Experts(S2Layer):
     the experts one after the other along `dim`: [n, inputs] or [outputs, n]. `index` [n] has the units in the same
     order, `counts` the number of units of each expert.
     """
+
+    index: Tensor
+    first: Tensor
 
     def __init__(
         self,
@@ -100,7 +103,7 @@ class S2Experts(S2Layer):
         return stack_of(experts, self.transposed)
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
-        pieces = zip(self._pieces(s2), self._pieces(self.base))
+        pieces = zip(self._pieces(s2), self._pieces(cast(Tensor, self.base)))
         return [
             Slice(self.kind.view(weight, expert), base, values, units, self.dim)
             for (expert, units, values), (*_, base) in pieces
@@ -184,10 +187,9 @@ def forward_of(experts: nn.Module) -> Callable[..., Tensor]:
         ValueError: The class of the module does not define how its experts compute, or has another forward than the
             one that is known: a derived class may add something, or someone has put a function in the class.
     """
-    found, where = experts_forward, ("transformers.integrations.moe", "liger_kernel.")
-    if type(experts).__name__ in _FORWARDS:  # these compute without _apply_gate and act_fn
-        found, where = _FORWARDS[type(experts).__name__], "transformers.models."
-    else:
+    found = _FORWARDS.get(type(experts).__name__)  # these compute without _apply_gate and act_fn
+    where = ("transformers.integrations.moe", "liger_kernel.") if found is None else ("transformers.models.",)
+    if found is None:
         activation_of(experts)
     forward = type(experts).forward
     module = getattr(forward, "__globals__", {}).get("__name__", "an unknown module")
@@ -196,10 +198,10 @@ def forward_of(experts: nn.Module) -> Callable[..., Tensor]:
             f"the forward of {type(experts).__name__} is a function of {module}, which can't run trainable experts: "
             "put that of transformers' use_experts_implementation in the class, or train other layers by couplings="
         )
-    return found
+    return found or experts_forward
 
 
-def activation_of(experts: nn.Module) -> Callable[[Tensor], Tensor]:
+def activation_of(experts: Any) -> Callable[[Tensor], Tensor]:
     """Find what a module of experts computes between its two products: mostly act(gate) * up.
 
     Raises:
@@ -246,7 +248,7 @@ def _act_mul(activation: str, gate_up: Tensor) -> Tensor:
 
 
 def experts_forward(
-    self: nn.Module,
+    self: Any,
     hidden_states: Tensor,  # [tokens, width]
     top_k_index: Tensor,  # [tokens, k] int64
     top_k_weights: Tensor,  # [tokens, k]
@@ -292,11 +294,11 @@ def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Te
     return y + getattr(self, f"{name}_bias")[experts] if getattr(self, "has_bias", False) else y
 
 
-def _stored(weights: Tensor | nn.Module) -> Tensor:
-    return weights.weight if isinstance(weights, nn.Module) else weights
+def _stored(weights: Any) -> Tensor:
+    return weights if isinstance(weights, Tensor) else weights.weight
 
 
-def _batched_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
+def _batched_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Llama 4: every expert gets every token, already weighted. hidden_states is [experts * tokens, width]."""
     count = _stored(self.gate_up_proj).shape[0]
     each = hidden_states.shape[0] // count
@@ -306,13 +308,16 @@ def _batched_forward(self: nn.Module, hidden_states: Tensor) -> Tensor:
     return project(self.down_proj, up * self.act_fn(gate), offsets, True, tokens)
 
 
-def _sorted_forward(self: nn.Module, inputs: Tensor, expert_size: list[int]) -> Tensor:
+def _sorted_forward(self: Any, inputs: Tensor, expert_size: list[int]) -> Tensor:
     """JetMoE: one product of all experts. `inputs` [rows, width] are sorted, with expert_size rows for each."""
     offsets = torch.tensor(expert_size, device=inputs.device).cumsum(0, dtype=torch.int32)
     return project(self.weight, inputs, offsets)
 
 
-_FORWARDS = {"Llama4TextExperts": _batched_forward, "JetMoeParallelExperts": _sorted_forward}
+_FORWARDS: dict[str, Callable[..., Tensor]] = {
+    "Llama4TextExperts": _batched_forward,
+    "JetMoeParallelExperts": _sorted_forward,
+}
 
 
 # ---- the kind --------------------------------------------------------------------------------------------
@@ -331,16 +336,16 @@ class ExpertsKind(Kind):
     def matches(self, found: Any) -> bool:
         return isinstance(found, Tensor)
 
-    def weight(self, holder: nn.Module | Tensor) -> Tensor:
-        return holder.weight if isinstance(holder, nn.Module) else holder
+    def weight(self, holder: Any) -> Tensor:
+        return holder if isinstance(holder, Tensor) else holder.weight
 
     def view(self, tensor: Tensor, expert: int | None = None) -> Tensor:
         return tensor[expert].t() if self.transposed else tensor[expert]
 
-    def run(self, x: Tensor, weight: Tensor, bias: None, call: Tensor) -> Tensor:
+    def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Tensor) -> Tensor:
         return grouped_mm(x, stack_of(weight, self.transposed).transpose(1, 2), call)
 
-    def keep(self, layer: nn.Module, x: Tensor, call: Tensor) -> Tensor:
+    def keep(self, layer: Any, x: Tensor, call: Tensor) -> Tensor:
         if layer.dim == 0:
             return x
         stack = stack_of(layer.weight, self.transposed)
@@ -349,14 +354,14 @@ class ExpertsKind(Kind):
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Tensor) -> Tensor:
         return grouped_mm(grad, stack_of(weight, self.transposed), call)
 
-    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Tensor, plain: bool) -> Tensor:
+    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Tensor, plain: bool) -> Tensor:
         stack, index = stack_of(layer.weight, self.transposed), layer.index + layer.first
         sizes = stack.shape[0], stack.shape[1 + layer.dim]
         return delta_gradient(grad, kept, s2, index, max(layer.counts), call, layer.dim, *sizes)
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
-        weights, start = shard.tensor, shard.start
-        number = expert - start[0]
+        weights, start = shard.tensor, cast("Sequence[Any]", shard.start)  # of a weight that is spread
+        number = cast(int, expert) - start[0]
         is_here = 0 <= number < weights.shape[0]
         matrix = weights[number] if is_here else weights.new_empty(0, *weights.shape[2:])
         start = start[1:]

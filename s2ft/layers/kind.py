@@ -5,9 +5,10 @@ s2. Numbers are those of the merged model, bit for bit, because the same functio
 gradient of the slice needs is kept of x (S²FT paper, section 3.3).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -129,7 +130,7 @@ class Kind:
 
     name = "no layer that S²FT trains"
     classes: tuple[str, ...] = ("Linear",)
-    layers: tuple[type[nn.Module], type[nn.Module]] | None = None
+    layers: tuple[type[Any], type[Any]] | None = None
     is_linear = False
     transposed = False
     read_only: str | None = None
@@ -144,11 +145,11 @@ class Kind:
 
     # ---- the weight ------------------------------------------------------------------------------
 
-    def weight(self, holder: nn.Module | Tensor) -> Tensor:
+    def weight(self, holder: Any) -> Tensor:
         """The parameter as it is stored."""
         return holder.weight
 
-    def bias(self, holder: nn.Module | Tensor) -> Tensor | None:
+    def bias(self, holder: Any) -> Tensor | None:
         """The bias [outputs], or None. It is reordered with the outputs."""
         return getattr(holder, "bias", None)
 
@@ -163,11 +164,11 @@ class Kind:
             return tensor.t()
         return tensor.view(*tensor.shape[:2], -1) if tensor.dim() > 2 else tensor
 
-    def matrix(self, holder: nn.Module | Tensor, expert: int | None = None) -> Tensor:
+    def matrix(self, holder: Any, expert: int | None = None) -> Tensor:
         """The weight as outputs × inputs (× taps), detached: a view, or for a quantized weight a dequantized copy."""
         return self.view(self.weight(holder).detach(), expert)
 
-    def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
+    def shape(self, holder: Any, expert: int | None = None) -> torch.Size:
         """The shape of :meth:`matrix`, without reading the weight."""
         shape = full_shape(self.weight(holder))
         return self.view(torch.empty(shape, device="meta"), expert).shape
@@ -179,7 +180,7 @@ class Kind:
             shard: This rank's part of the weight as it is stored.
             expert: Number of the expert, for weights of several experts.
         """
-        matrix, start = shard.tensor, shard.start
+        matrix, start = shard.tensor, cast("Sequence[int | Tensor]", shard.start)  # of a weight that is spread
         if matrix.numel():
             matrix = self.view(matrix)
         elif self.transposed:
@@ -188,7 +189,7 @@ class Kind:
             return Shard(matrix, start[1::-1])
         return Shard(matrix, start if len(start) == matrix.dim() else start[:2])
 
-    def split(self, holder: nn.Module | Tensor) -> Split | None:
+    def split(self, holder: Any) -> Split | None:
         """How tensor parallelism has split the weight over ranks; None if it has not."""
         return None
 
@@ -200,7 +201,7 @@ class Kind:
         """The weight's dtype in words, as fingerprints and messages have it."""
         return str(self.weight(module).dtype).removeprefix("torch.")
 
-    def delta_dtype(self, module: nn.Module) -> torch.dtype:
+    def delta_dtype(self, module: Any) -> torch.dtype:
         """The dtype of a delta that is trained at the weight's own precision."""
         return module.weight.dtype
 
@@ -252,7 +253,7 @@ class Kind:
         """
         raise NotImplementedError(self.name)
 
-    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
         """What the gradient of s2 needs of x: x itself where outputs are trained, a copy of a part where inputs are."""
         raise NotImplementedError(self.name)
 
@@ -267,7 +268,7 @@ class Kind:
         """
         raise NotImplementedError(self.name)
 
-    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         """The gradient of s2, given that of the output. If `plain`, autograd casts it to the dtype of s2."""
         raise NotImplementedError(self.name)
 

@@ -10,7 +10,7 @@ and the hooks of torch's `parallelize_module` stay, because both layers share th
 """
 
 import math
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -78,9 +78,9 @@ class S2Linear(S2Layer):
         if self.weight.is_meta:  # only an attached layer needs s2 elsewhere
             self.s2 = nn.Parameter(self.s2.to("meta"))
         self.reset_parameters()
-        if isinstance(bias, Tensor):
+        if made is not None and isinstance(bias, Tensor):
             with torch.no_grad():
-                self.bias.copy_(bias)
+                made.copy_(bias)
 
     @property
     def kind(self) -> Kind:
@@ -157,7 +157,7 @@ def is_intercepted(module: nn.Module) -> bool:
     return "forward" in own or own.get("_compiled_call_impl") is not None or any(own[name] for name in hooks)
 
 
-def _units(layer: nn.Module) -> int | Tensor:
+def _units(layer: Any) -> int | Tensor:
     """The selected units as the functions of a slice need them: the first one, or an index."""
     index = layer._buffers["index"]
     return layer.start if index is None else index
@@ -167,13 +167,13 @@ class LinearKind(Kind):
     """nn.Linear."""
 
     name = "nn.Linear"
-    layers = (S2ColumnLinear, S2RowLinear)
+    layers: tuple[type[S2Linear], type[S2Linear]] = (S2ColumnLinear, S2RowLinear)
     is_linear = True
 
     def matches(self, found: Any) -> bool:
         return type(found) is nn.Linear
 
-    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    def forward(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:
@@ -184,13 +184,13 @@ class LinearKind(Kind):
             bias = bias.to(x.dtype)
         return own_output(F.linear(x.contiguous(), weight, bias))
 
-    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
         return x if layer.dim == 0 else columns_to_keep(x, _units(layer), layer.s2.shape[1])
 
     def grad_of_x(self, grad: Tensor, weight: Tensor, shape: torch.Size, call: Any) -> Tensor:
         return grad.contiguous() @ (weight.t() if self.transposed else weight).to(grad.dtype)
 
-    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         return delta_gradient(grad, kept, s2, _units(layer), layer.dim, plain)
 
 
@@ -229,6 +229,8 @@ class S2SplitLinear(S2Linear):
     """
 
     style: Any = None
+    own: Tensor
+    places: Tensor | None
 
     @property
     def kind(self) -> "SplitLinearKind":
@@ -236,7 +238,7 @@ class S2SplitLinear(S2Linear):
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
         super()._set_units(start, end, index, delta_dtype)
-        self.split = split_of(self.weight)
+        self.split = cast(Split, split_of(self.weight))
         units = torch.arange(self.start, self.end) if self.index is None else self.index.cpu()
         if self.split.dim == self.dim:
             mine, places = self.split.local_places(units)
@@ -246,7 +248,7 @@ class S2SplitLinear(S2Linear):
             mine, places = self.split.own_elements, units
         device = self.weight.device
         is_range = places.numel() and torch.equal(places, torch.arange(places.numel()) + places[0])
-        self.first = int(places[0]) if is_range else None
+        self.first: Any = int(places[0]) if is_range else None
         self.register_buffer("own", mine.to(device), persistent=False)
         self.register_buffer("places", None if is_range else places.to(device), persistent=False)
 
@@ -278,7 +280,7 @@ class S2SplitLinear(S2Linear):
         splits_outputs = self.split.dim == 0  # then the gradient of x is partial, else the output
         output = self._run(input.to_local(grad_placements=[Partial()] if splits_outputs else input.placements))
         layout = Shard(output.dim() - 1) if splits_outputs else Partial()
-        shape = (*output.shape[:-1], self.out_features)
+        shape = torch.Size((*output.shape[:-1], self.out_features))
         stride = torch.empty(shape, device="meta").stride()
         return DTensor.from_local(output, self.split.mesh, [layout], run_check=False, shape=shape, stride=stride)
 
@@ -322,7 +324,7 @@ class S2SplitLinear(S2Linear):
 
     # ---- copies: an installed forward belongs to one layer -----------------------------------------
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "S2SplitLinear":
+    def __deepcopy__(self, memo: dict[int, Any]) -> S2Layer:
         made = super().__deepcopy__({**memo, id(self.split): self.split, id(self.style): self.style})
         memo[id(self)] = made
         return made
@@ -375,10 +377,10 @@ class SplitLinearKind(LinearKind):
         # transformers replaces the forward of a layer that tensor parallelism runs, torch marks the layer
         return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
 
-    def keep(self, layer: nn.Module, x: Tensor, call: Any) -> Tensor:
+    def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
         return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer._own_places().numel())
 
-    def grad_of_s2(self, layer: nn.Module, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
+    def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
         split, whole = layer.split, torch.zeros_like(s2)
         if layer.own.numel():
@@ -388,7 +390,7 @@ class SplitLinearKind(LinearKind):
         dist.all_reduce(whole, group=split.mesh.get_group())
         return whole
 
-    def split(self, holder: nn.Module | Tensor) -> Split | None:
+    def split(self, holder: Any) -> Split | None:
         return holder.split if isinstance(holder, S2SplitLinear) else split_of(holder.weight)
 
 

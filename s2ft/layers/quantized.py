@@ -1,7 +1,7 @@
 """Linear layers that train a few outputs or inputs beside a quantized weight, which does not change."""
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ NO_FUSE = (
 
 
 def quantized_forward(
-    module: nn.Module,  # the quantized layer
+    module: Any,  # the quantized layer
     x: Tensor,  # [..., I]
     delta: Tensor,  # [n, I] if dim == 0 else [O, n]
     index: Tensor,  # [n] int64
@@ -37,14 +37,14 @@ class S2QuantizedLinear(S2Layer):
     The layer computes with the dequantized weight plus `s2` in the selected units. `linear` is the quantized layer.
     """
 
+    linear: Any
+
     @property
     def kind(self) -> Kind:
         return next(kind for kind in QUANTIZED if kind.matches(self.linear))
 
     @classmethod
-    def from_module(
-        cls, module: nn.Module, start=None, end=None, *, index=None, delta_dtype=None
-    ) -> "S2QuantizedLinear":
+    def from_module(cls, module: Any, start=None, end=None, *, index=None, delta_dtype=None) -> "S2QuantizedLinear":
         """Make a trainable layer around a quantized one, which is frozen; arguments as in :class:`S2Layer`.
 
         The default of `delta_dtype` is float32.
@@ -68,17 +68,17 @@ class S2QuantizedLinear(S2Layer):
         """Change nothing."""
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """The quantized weight."""
         return self.linear.weight
 
     @property
-    def bias(self) -> Tensor:
+    def bias(self) -> Tensor | None:  # type: ignore[override]
         return self.linear.bias
 
     @property
     def shape(self) -> torch.Size:
-        return torch.Size((self.out_features, self.in_features))
+        return torch.Size((cast(int, self.out_features), cast(int, self.in_features)))
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
@@ -114,17 +114,17 @@ class QuantizedKind(Kind):
     is_linear = True
     read_only = NO_FUSE
 
-    def shape(self, holder: nn.Module | Tensor, expert: int | None = None) -> torch.Size:
+    def shape(self, holder: Any, expert: int | None = None) -> torch.Size:
         return torch.Size((holder.out_features, holder.in_features))
 
-    def matrix(self, holder: nn.Module | Tensor, expert: int | None = None) -> Tensor:
+    def matrix(self, holder: Any, expert: int | None = None) -> Tensor:
         return self.dequantized(plain_of(holder)).detach()
 
-    def dequantized(self, module: nn.Module) -> Tensor:
+    def dequantized(self, module: Any) -> Tensor:
         """A copy of the weight in floating point, [outputs, inputs]."""
         raise NotImplementedError
 
-    def parameters(self, module: nn.Module) -> int | None:
+    def parameters(self, module: Any) -> int | None:
         return module.in_features * module.out_features
 
     def dtype_name(self, module: nn.Module) -> str:
@@ -137,7 +137,7 @@ class QuantizedKind(Kind):
         return quantized_forward(module, x, delta, index, dim)
 
 
-def plain_of(module: nn.Module) -> nn.Module:
+def plain_of(module: nn.Module) -> Any:
     """Return the quantized layer, given it or the trainable layer around it."""
     return module.linear if isinstance(module, S2QuantizedLinear) else module
 
@@ -160,7 +160,7 @@ class Linear4bitKind(QuantizedKind):
     def matches(self, found: Any) -> bool:
         return _is_of_bitsandbytes(found, "Linear4bit")
 
-    def dequantized(self, module: nn.Module) -> Tensor:
+    def dequantized(self, module: Any) -> Tensor:
         from bitsandbytes.functional import dequantize_4bit  # installed, because the layer is of that package
 
         if module.weight.quant_state is None:
@@ -171,7 +171,7 @@ class Linear4bitKind(QuantizedKind):
     def can_pack(self, module: nn.Module) -> bool:
         return getattr(module, "support_avx512bf16_for_cpu", False)
 
-    def stop_packing(self, module: nn.Module) -> None:
+    def stop_packing(self, module: Any) -> None:
         module = plain_of(module)
         module.support_avx512bf16_for_cpu = False
         if _is_packed(module):
@@ -191,11 +191,11 @@ class Linear4bitKind(QuantizedKind):
         return [tensor for state in states for tensor in vars(state).values() if isinstance(tensor, Tensor)]
 
 
-def _is_packed(module: nn.Module) -> bool:
+def _is_packed(module: Any) -> bool:
     return getattr(module.weight.quant_state, "packing_format_for_cpu", False)
 
 
-def _unpacked(module: nn.Module) -> tuple[Tensor, Any]:
+def _unpacked(module: Any) -> tuple[Tensor, Any]:
     """The bytes and the quant_state of a packed Linear4bit before it was packed, with scales rounded to bfloat16."""
     from bitsandbytes.functional import _convert_weight_packed_for_cpu_inverse as unpack
 
@@ -217,7 +217,7 @@ class Linear8bitKind(QuantizedKind):
     def matches(self, found: Any) -> bool:
         return _is_of_bitsandbytes(found, "Linear8bitLt") and not found.state.has_fp16_weights
 
-    def dequantized(self, module: nn.Module) -> Tensor:
+    def dequantized(self, module: Any) -> Tensor:
         scale = module.state.SCB if module.weight.SCB is None else module.weight.SCB  # the first forward moves it
         if scale is None:
             raise ValueError("a Linear8bitLt is not quantized yet: move the model to its device first")
@@ -242,13 +242,13 @@ class TorchaoKind(QuantizedKind):
     def matches(self, found: Any) -> bool:
         return type(found) is nn.Linear and type(found.weight.data).__module__.startswith("torchao.")
 
-    def dequantized(self, module: nn.Module) -> Tensor:
+    def dequantized(self, module: Any) -> Tensor:
         return module.weight.data.dequantize()
 
     def dtype_name(self, module: nn.Module) -> str:
         return f"quantized {type(module.weight).__name__}"
 
-    def passes_gradient(self, module: nn.Module) -> bool:
+    def passes_gradient(self, module: Any) -> bool:
         # A layer that quantizes its input too passes none, and PyTorch gives no error.
         weight = module.weight
         x = torch.zeros(1, module.in_features, dtype=weight.dtype, device=weight.device, requires_grad=True)

@@ -296,8 +296,9 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
     if files:
         return GgufFile(files[0])
     config = _find(source, "config.json")
-    settings = None if config is None else read_json(config).get("quantization_config")
-    return PackedFolder(config.parent, open_checkpoint(source).tensors, settings) if has_codecs(settings) else None
+    if config is None or not has_codecs(settings := read_json(config).get("quantization_config")):
+        return None
+    return PackedFolder(config.parent, open_checkpoint(source).tensors, settings)
 
 
 def is_here(source: str) -> bool:

@@ -7,7 +7,7 @@ A linear layer that shares its units with no other layer is a one-sided coupling
 """
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -264,16 +264,19 @@ class Coupling:
         """
         if (gate_up is None) == (up is None):
             raise TypeError(f"experts needs gate_up or up, and not both, got gate_up={gate_up!r} and up={up!r}")
-        both = {"size": 2 * channels, "stride": 2 if interleaved else None}
-        sides = [("u", gate_up, {"start": 1 if interleaved else channels, **both}), ("g", gate_up, both)]
-        vectors = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
+        both: dict[str, Any] = {"size": 2 * channels, "stride": 2 if interleaved else None}
+        sides: list[tuple[str, Any, dict[str, Any]]] = [
+            ("u", gate_up, {"start": 1 if interleaved else channels, **both}),
+            ("g", gate_up, both),
+        ]
+        vectors: list[dict[str, Any]] = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
         if up is not None:
             sides, vectors = [("u", up, {})], [{"unit": 1}]
         elif interleaved:
             vectors = [{"unit": 2}]
 
         def coupling(expert: int) -> "Coupling":
-            where = {"expert": expert, "transposed": transposed}
+            where: dict[str, Any] = {"expert": expert, "transposed": transposed}
             producers = tuple(Projection(key, path, channels, 1, 0, **more, **where) for key, path, more in sides)
             moving = tuple(Vector(bias, expert=expert, **more) for more in vectors) if bias is not None else ()
             return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, **where), moving)
@@ -363,7 +366,7 @@ class Coupling:
             ['h.0.qkv.q', 'h.0.qkv.k', 'h.0.qkv.v', 'h.0.out']
         """
         counts = (heads, kv_heads or heads, kv_heads or heads)
-        where = {"size": sum(counts) * head_dim, "stride": 3 * head_dim if interleaved else None}
+        where: dict[str, Any] = {"size": sum(counts) * head_dim, "stride": 3 * head_dim if interleaved else None}
         starts = [head_dim * (i if interleaved else sum(counts[:i])) for i in range(3)]
         producers = tuple(
             Projection(key, qkv, n, head_dim, 0, start=start, **where) for key, n, start in zip("qkv", counts, starts)
@@ -515,7 +518,7 @@ def unit_name(projection: Projection) -> str:
     return "channels" if projection.key in "ugd" else "heads"
 
 
-def projections_of(couplings: list[Coupling]) -> Iterator[Projection]:
+def projections_of(couplings: Iterable[Coupling]) -> Iterator[Projection]:
     """Iterate over the projections of all couplings, in their order."""
     for coupling in couplings:
         yield from coupling.projections

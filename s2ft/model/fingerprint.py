@@ -85,7 +85,8 @@ class LayerPrint:
     """The fingerprint of one layer, which grows by one weight after the other."""
 
     def __init__(self) -> None:
-        self._digest, self._samples = hashlib.sha256(), []
+        self._digest = hashlib.sha256()
+        self._samples: list[float] = []
 
     def add(self, weight: WeightPrint) -> None:
         """Add the next weight or bias."""
@@ -230,10 +231,10 @@ class Structure:
 
 def union(parts: Iterable[Structure | None]) -> Structure | None:
     """Join the structures of adapters of one base; None if one of them is not known."""
-    known = list(parts)
-    if any(part is None for part in known):
-        return None
-    return Structure({name: one for part in known for name, one in part.locations.items()}, known[0].base_weights)
+    found = list(parts)
+    known = [part for part in found if part is not None]
+    locations = {name: one for part in known for name, one in part.locations.items()}
+    return Structure(locations, known[0].base_weights) if len(known) == len(found) else None
 
 
 def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[str]) -> Structure:

@@ -5,7 +5,7 @@ The configs inside a transformers model's config say in which tower a module is.
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -25,15 +25,20 @@ def attention_paths(block: str, q: str = "q_proj", k: str = "k_proj", v: str = "
     return {"q": f"{block}.{q}", "k": f"{block}.{k}", "v": f"{block}.{v}", "o": f"{block}.{o}"}
 
 
+def config_of(model: nn.Module) -> Any:
+    """The config of a transformers model."""
+    return model.config
+
+
 def inputs_of(model: nn.Module, path: str) -> int:
     """The number of inputs of a linear layer."""
-    layer = model.get_submodule(path)
+    layer: Any = model.get_submodule(path)
     return layer.nx if hasattr(layer, "nx") else layer.in_features
 
 
 def outputs_of(model: nn.Module, path: str) -> int:
     """The number of outputs of a linear layer."""
-    layer = model.get_submodule(path)
+    layer: Any = model.get_submodule(path)
     return layer.nf if hasattr(layer, "nf") else layer.out_features
 
 
@@ -93,11 +98,11 @@ def packed_attention(model: nn.Module, layer: int, qkv: str, o: str, heads: int,
     """
     head_dim = inputs_of(model, o) // heads
     kv_heads = (outputs_of(model, qkv) // head_dim - heads) // 2
-    sizes = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
+    sizes: dict[str, Any] = {"heads": heads, "head_dim": head_dim, "kv_heads": kv_heads}
     return Coupling.packed_attention(layer, qkv=qkv, o=o, **sizes, interleaved=interleaved and kv_heads == heads)
 
 
-def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = None, kind: str = "ffn") -> Coupling:
+def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = None, *, kind: str = "ffn") -> Coupling:
     """Describe a feed-forward block with the sizes of its layers: packed if `up` also computes the gate."""
     channels = inputs_of(model, down)
     if gate is not None:
@@ -107,13 +112,13 @@ def ffn(model: nn.Module, layer: int, up: str, down: str, gate: str | None = Non
     return Coupling.ffn(layer, up=up, down=down, channels=channels, kind=kind)
 
 
-def heads_in(model: nn.Module, block: str) -> int:
+def heads_in(model: nn.Module, path: str) -> int:
     """The number of query heads of an attention block, by its module or the module inside, else by its config."""
-    block = model.get_submodule(block)
+    block = model.get_submodule(path)
     names = ("num_heads", "num_attention_heads", "n_heads", "nh", "n_head")
     found = (getattr(module, name, None) for module in (block, *block.children()) for name in names)
     heads = next((heads for heads in found if isinstance(heads, int)), None)
-    return getattr(block, "config", model.config).num_attention_heads if heads is None else heads
+    return getattr(block, "config", config_of(model)).num_attention_heads if heads is None else heads
 
 
 def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
@@ -121,7 +126,7 @@ def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
 
     The module says how it stores them: transposed, gate and up in turn, with biases, without a gate.
     """
-    block = model.get_submodule(path)
+    block: Any = model.get_submodule(path)
     transposed = getattr(block, "is_transposed", type(block).__name__ == "Llama4TextExperts")
     first = "gate_up_proj" if getattr(block, "has_gate", True) else "up_proj"
     return Coupling.experts(
@@ -138,7 +143,7 @@ def experts(model: nn.Module, layer: int, path: str) -> list[Coupling]:
 
 def gated_mlp(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Coupling:
     """The block of llama and similar families: ``down_proj(act_fn(gate_proj(x)) * up_proj(x))``."""
-    found = ffn(model, layer, f"{path}.up_proj", f"{path}.down_proj", f"{path}.gate_proj", kind)
+    found = ffn(model, layer, f"{path}.up_proj", f"{path}.down_proj", f"{path}.gate_proj", kind=kind)
     return replace(found, block=path, activation=activation_of(model, path))
 
 
@@ -150,7 +155,7 @@ def activation_of(model: nn.Module, mlp: str) -> str | None:
     from transformers.activations import ACT2FN  # not at the top, where it would load transformers with every import
 
     # gemma has both attributes, and uses the first
-    name = getattr(model.config, "hidden_activation", None) or model.config.hidden_act
+    name = getattr(config_of(model), "hidden_activation", None) or config_of(model).hidden_act
     block = model.get_submodule(mlp)
     act = getattr(block, "act_fn", None)
     untouched = name in HIDDEN_ACTS and type(act) is type(ACT2FN[name]) and "forward" not in vars(act)
@@ -182,7 +187,7 @@ def moving_with_heads(model: nn.Module, block: str, heads: int, head_dim: int) -
 
     A norm with `head_dim` entries is shared by all heads, and is left out. A weight may also be [heads, head_dim].
     """
-    attention, found = model.get_submodule(block), {}
+    attention, found = cast(Any, model.get_submodule(block)), {}
     for name in ("q_norm", "k_norm"):
         weight = getattr(getattr(attention, name, None), "weight", None)
         shape = () if weight is None else full_shape(weight)
@@ -200,7 +205,7 @@ def under_base(model: nn.Module, name: str) -> str:
     return f"{prefix}.{name}" if prefix and hasattr(model, prefix) else name
 
 
-def get(module: nn.Module, path: str) -> Any:
+def get(module: Any, path: str) -> Any:
     """What has this path in a module, or None."""
     for name in path.split("."):
         module = getattr(module, name, None)
@@ -264,8 +269,9 @@ def tower_of(model: nn.Module, path: str) -> str:
     """
     if has_one_tower(model):
         return _tower_of_inputs(model) or "language"
-    config = getattr(model, "config", None)
-    configs, tower, module, in_layers = _configs(config), None, model, False
+    config, in_layers = getattr(model, "config", None), False
+    configs, module = _configs(config), cast("nn.Module | None", model)
+    tower: str | None = None
     for name in path.split("."):
         module = None if module is None else module._modules.get(name)
         in_layers = in_layers or name.isdigit()
@@ -374,7 +380,7 @@ def _tower_of_inputs(module: nn.Module | None) -> str | None:
 
 def _configs(config: Any) -> dict[str, Any]:
     """The configs inside a config, by name, also those of a config inside that is itself composite."""
-    found = {}
+    found: dict[str, Any] = {}
     for key in getattr(config, "sub_configs", None) or ():
         inside = getattr(config, key, None)
         found.update({key: inside} if inside is None else _configs(inside) or {key: inside})

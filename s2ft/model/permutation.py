@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +65,7 @@ def order_in_blocks(blocks: Tensor, producers: Sequence[Tensor], consumer: Tenso
             None if chosen is None else torch.isin(units, chosen).nonzero().squeeze(1)
             for chosen in (consumer, *producers)
         ]
-        order[units] = units[coupling_order(units.numel(), others, inside)]
+        order[units] = units[coupling_order(units.numel(), cast("list[Tensor]", others), inside)]
     return order
 
 
@@ -134,7 +134,7 @@ class MovingTensor(NamedTuple):
             _permute_shard(moving)
             return
         with gathered_parameter(tensor):
-            part = _OwnShard.of(moving)
+            part = cast(_OwnShard, _OwnShard.of(moving))  # a whole tensor has every expert
             shape = part.tensor.shape  # of a convolution it has the taps in one dimension or more
             whole = part.tensor if len(shape) <= 3 else part.tensor.view(*shape[:2], -1)
             permute_(whole, self.elements.to(whole.device), part.dim)
@@ -328,7 +328,7 @@ class _OwnShard(NamedTuple):
         dim, find = moving.dim, partial(shard.find, dim=moving.dim)
         if moving.expert is None:
             return cls(shard.tensor, dim, find)
-        number = moving.expert - (0 if shard.is_full else shard.start[0])
+        number = moving.expert - (0 if shard.start is None else shard.start[0])
         return cls(shard.tensor[number], dim - 1, find) if 0 <= number < shard.tensor.shape[0] else None
 
     def places(self, elements: Tensor) -> Tensor:

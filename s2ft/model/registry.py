@@ -10,7 +10,7 @@ those after the last `vision_feature_layer`, and a pooling head.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from packaging.version import Version
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.proposals import LayerMap
 from s2ft.model.families import decoders, named
-from s2ft.model.parts import get, in_one_weight, outermost, tower_of, trained_towers
+from s2ft.model.parts import config_of, get, in_one_weight, inputs_of, outermost, tower_of, trained_towers
 from s2ft.model.weights import find, weight_at
 
 # ---- families: which function lists the couplings of which model type ----------------------------------------------
@@ -133,7 +133,7 @@ def _couplings_of_parts(model: nn.Module) -> list[Coupling]:
     """The couplings of a model of several parts: those of its parts, and the FFN of its projector."""
     found, layer = [], 0
     for path, part in _parts(model):
-        kind = part_type(model.config, part.config)
+        kind = part_type(config_of(model), config_of(part))
         check_release(kind)
         own = named.couplings(part, kind) if kind in named.BY_TYPE else FAMILIES[kind](part)
         used = [coupling for coupling in own if coupling.layer < _layers_used(model, part)]
@@ -144,7 +144,7 @@ def _couplings_of_parts(model: nn.Module) -> list[Coupling]:
 
 def undeclared_parts(model: nn.Module) -> list[str]:
     """The model types without a declaration among the parts of a model of several parts."""
-    kinds = [part_type(model.config, part.config) for _, part in _parts(model)]
+    kinds = [part_type(config_of(model), config_of(part)) for _, part in _parts(model)]
     return [kind for kind in kinds if kind not in FAMILIES]
 
 
@@ -161,20 +161,20 @@ def _parts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     from transformers import PreTrainedModel
 
     def is_part(module: nn.Module) -> bool:
-        own = isinstance(module, PreTrainedModel) and type(module.config) is not type(model.config)
+        own = isinstance(module, PreTrainedModel) and type(module.config) is not type(config_of(model))
         return own and any(isinstance(child, nn.Linear) for child in module.modules())
 
-    language = model.config.get_text_config(decoder=True).model_type
+    language = config_of(model).get_text_config(decoder=True).model_type
     parts = outermost(model, is_part).items()
-    return iter(sorted(parts, key=lambda part: part[1].config.model_type != language))
+    return iter(sorted(parts, key=lambda part: config_of(part[1]).model_type != language))
 
 
 def _layers_used(model: nn.Module, part: nn.Module) -> int | float:
     """The number of layers of a part whose outputs the model uses."""
-    older = getattr(model.config, "vision_feature_layers", None)  # VipLLaVA's name in older releases
-    chosen = getattr(model.config, "vision_feature_layer", older)
-    vision = getattr(model.config, "vision_config", None)
-    if chosen is None or vision is None or part.config.model_type != vision.model_type:
+    older = getattr(config_of(model), "vision_feature_layers", None)  # VipLLaVA's name in older releases
+    chosen = getattr(config_of(model), "vision_feature_layer", older)
+    vision = getattr(config_of(model), "vision_config", None)
+    if chosen is None or vision is None or config_of(part).model_type != vision.model_type:
         return float("inf")
     depth = vision.num_hidden_layers
     return max(
@@ -183,18 +183,18 @@ def _layers_used(model: nn.Module, part: nn.Module) -> int | float:
 
 
 def _projector(model: nn.Module, layer: int) -> list[Coupling]:
-    row = PROJECTORS[model.config.model_type]
+    row = PROJECTORS[config_of(model).model_type]
     if row is None:
         return []
     path, names = row
-    build = _halved if model.config.model_type in HALVED else named.ffn_of
+    build = _halved if config_of(model).model_type in HALVED else named.ffn_of
     return [build(model, layer, projector, names, kind="projector") for projector in named.modules_of(model, path)]
 
 
-def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, str], kind: str) -> Coupling:
+def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kind: str) -> Coupling:
     """A gated FFN whose first layer computes the values, then the gate."""
     up, down = (f"{path}.{name}" for name in names)
-    channels = model.get_submodule(down).in_features
+    channels = inputs_of(model, down)
     return Coupling(kind, layer, in_one_weight(up, "ug", channels), Projection("d", down, channels, 1, 1))
 
 
@@ -310,7 +310,7 @@ def find_couplings(
         found = FoundCouplings(checked_couplings(custom), is_custom=True)
     elif is_known(model):
         declared = _declared(model)
-        trained = trained_towers(model, config.towers) if modules else ()
+        trained = trained_towers(model, config.towers) if config is not None and modules else ()
         couplings = [c for c in declared if _is_outside(c, modules) or tower_of(model, c.main.path) in trained]
         found = FoundCouplings(couplings, is_custom=len(couplings) < len(declared))
     else:
@@ -337,7 +337,7 @@ def explain(model: nn.Module, example: Any = None) -> Discovery:
     found = find_couplings(model, example=example)
     if found.weights:
         return Discovery(found.couplings, list(found.weights))
-    family = f"declared for model type {model.config.model_type}"
+    family = f"declared for model type {config_of(model).model_type}"
     rows = {p.path: WeightRow(p.path, c.status, family, c) for c in found.couplings for p in c.projections}
     structure = LayerMap(model)
     for path in filter(structure.block_of, structure.layers):
@@ -358,19 +358,18 @@ def _is_free(path: str, modules: Sequence[str]) -> bool:
 
 
 def _declaration(model: nn.Module) -> Declaration | None:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
     return _REGISTERED.get(model_type) or FAMILIES.get(model_type)
 
 
 def _declared(model: nn.Module) -> list[Coupling]:
-    model_type = model.config.model_type
+    model_type = config_of(model).model_type
     if model_type not in _REGISTERED:
         check_release(model_type)
-    couplings = _declaration(model)(model)
+    couplings = cast(Declaration, _declaration(model))(model)
     if not couplings:
         raise ValueError(
-            f"{type(model).__name__}: s2ft finds no layers of model type {model.config.model_type!r} under their usual "
-            "names"
+            f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names"
         )
     return couplings
 

@@ -9,7 +9,7 @@ import random
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -288,7 +288,7 @@ class Gathered:
     def before(self, owners: list[nn.Module], module: nn.Module, inputs: Any) -> None:
         """Forward pre-hook: gather the parameters of these modules, unless they are gathered already."""
         self.replaced.append([])
-        found: dict[int, Tensor] = {}  # a tied weight is gathered once
+        found: dict[int, Any] = {}  # a tied weight is gathered once
         for owner in owners:
             for name, parameter in list(owner._parameters.items()):
                 if parameter is not None and is_partitioned(parameter):
@@ -299,7 +299,7 @@ class Gathered:
 
     def after(self, module: nn.Module | None = None, inputs: Any = None, output: Any = None) -> None:
         """Forward hook: put the parameters back, and free what was gathered."""
-        freed = {}
+        freed: dict[int, Any] = {}
         for owner, name, parameter in self.replaced.pop() if self.replaced else ():
             freed[id(parameter)] = owner._parameters[name]
             owner._parameters[name] = parameter
@@ -314,7 +314,7 @@ class Gathered:
     def full(self, parameter: nn.Parameter) -> Tensor:
         """Gather a parameter into a tensor of its own, whose gradient goes to the parameter's leaf if it wants one."""
         full = _gather(parameter)
-        self.by_storage[full.untyped_storage().data_ptr()] = parameter, full.storage_offset()
+        self.by_storage[full.untyped_storage().data_ptr()] = parameter, cast(int, full.storage_offset())
         leaf = self.leaves.get(id(parameter))
         if leaf is None or not leaf.requires_grad:
             return nn.Parameter(full, requires_grad=False)
@@ -336,7 +336,7 @@ class Gathered:
         return full.as_strided(size, stride, full.storage_offset() + offset)
 
 
-def _gather(parameter: nn.Parameter) -> Tensor:
+def _gather(parameter: Any) -> Tensor:
     parameter.all_gather([parameter])
     full = parameter.data
     parameter.partition([parameter])  # frees nothing as long as `full` is used
@@ -379,7 +379,9 @@ def example_of(model: nn.Module, rows: int = 2, length: int = 8, device: Any = N
         "decoder_input_ids": getattr(config, "is_encoder_decoder", False),
     }
     names = dict.fromkeys([main, *(name for name, is_wanted in more.items() if is_wanted and name in takes)])
-    values = {name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in names}
+    values: dict[str, Any] = {
+        name: _value(name, config, rows, length, torch.Generator().manual_seed(0)) for name in names
+    }
     return None if any(value is None for value in values.values()) else placed(model, values, device)
 
 

@@ -28,7 +28,7 @@ from s2ft.layers.kind import Split
 from s2ft.model.coupling import Coupling, Projection
 
 
-def find(model: nn.Module, path: str) -> nn.Module | Tensor:
+def find(model: nn.Module, path: str) -> Any:
     """Find what has this name in a model.
 
     Returns:
@@ -37,7 +37,7 @@ def find(model: nn.Module, path: str) -> nn.Module | Tensor:
     Raises:
         AttributeError: Nothing has this name.
     """
-    module = model
+    module: Any = model
     for name in path.split("."):  # faster than get_submodule: a switch of adapters looks up every layer
         module = module._modules.get(name)
         if module is None:
@@ -63,7 +63,7 @@ class WeightHandle:
     """
 
     path: str
-    holder: nn.Module | Tensor
+    holder: Any
     kind: Kind
     expert: int | None = None
 
@@ -239,7 +239,7 @@ class Positions(NamedTuple):
 
     move: Any
     size: int
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # tuple has a method of this name
 
 
 @dataclass

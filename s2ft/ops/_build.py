@@ -84,7 +84,7 @@ TORCH_FLOOR = (2, 11)
 RECORD = Path(__file__).parents[1] / "_build.json"  # written by setup.py: the result of the build and the reason
 DEVICES = ("CPU", "CUDA")
 
-_module: ModuleType | None = None
+_module: Any = None  # s2ft._C, once load() has imported it
 _reason: str | None = None  # None until load() has run
 _cuda_reason = ""  # which implementation CUDA tensors use, and why
 _cuda_registered = False
@@ -96,8 +96,8 @@ def load() -> ModuleType | None:
     global _module, _reason, _silent
     if _reason is not None:
         return _module
-    record, files = json_entry(RECORD) or {}, sorted(RECORD.parent.glob("_C.*"))
-    files = [path.name for path in files if path.suffix in (".so", ".pyd")]
+    record = json_entry(RECORD) or {}
+    files = [path.name for path in sorted(RECORD.parent.glob("_C.*")) if path.suffix in (".so", ".pyd")]
     wanted = record.get("mode") != "none"
     if record and not record.get("compiled"):
         _reason = str(record.get("reason", "the compiled kernels were not built"))
@@ -227,7 +227,7 @@ def build_info() -> dict[str, Any]:
         "compiler": built.get("compiler"),
         "cuda": built.get("with_cuda", False),
         "archs": _archs(built),
-        "cuda_version": version(module.cuda_versions()[1]) if built.get("with_cuda") else None,
+        "cuda_version": version(module.cuda_versions()[1]) if module is not None and built.get("with_cuda") else None,
         "cuda_reason": _cuda_reason,
         "cuda_ops": on_cuda if torch.cuda.is_initialized() else {},  # it is not decided before
         "ops": kernels,

@@ -59,9 +59,9 @@ def without_waiting(
             _add(out, x, values[some], at[some], mine, dim)
         return out
     for one in range(x.shape[0]):
-        some = (begin[one] + number[:most]).clamp(0, units - 1)
-        mine = (number[:most] < end[one] - begin[one]) & known[one] & fits[some]
-        _add(out[one : one + 1], x[one : one + 1], values[some], at[some], mine[None], dim)
+        chosen = (begin[one] + number[:most]).clamp(0, units - 1)
+        mine = (number[:most] < end[one] - begin[one]) & known[one] & fits[chosen]
+        _add(out[one : one + 1], x[one : one + 1], values[chosen], at[chosen], mine[None], dim)
     return out
 
 

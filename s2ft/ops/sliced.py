@@ -5,6 +5,8 @@ start of the slice or the index. The layers of an attached model have weights th
 what is here for the gradient of the delta.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -294,7 +296,7 @@ def delta_gradient(grad: Tensor, kept: Tensor, delta: Tensor, units: Units, dim:
         start, width = 0, grad.shape[-1]
     if kept.dim() != 2:
         kept = kept.reshape(-1, kept.shape[-1])
-    options = {"out_dtype": delta.dtype} if _can_widen(kept, delta.dtype) else {}
+    options: dict[str, Any] = {"out_dtype": delta.dtype} if _can_widen(kept, delta.dtype) else {}
     gradient = torch.mm(_transposed(grad, start, width, plain), kept, **options)
     if gradient.shape[dim] != length:
         gradient = gradient.narrow(dim, 0, length)

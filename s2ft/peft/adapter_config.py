@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from peft import PeftType
 from peft.config import PeftConfig
@@ -84,12 +84,12 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         >>> peft_model.save_pretrained("math")
     """
 
-    layout: ClassVar[str] = "indexed"  # the only layout here: units stay where they are
-    ffn_kernel: ClassVar[bool] = False
-    delta_dtype: ClassVar[None] = None
+    layout: ClassVar[str] = "indexed"  # type: ignore[misc]  # the only layout here: units stay where they are
+    ffn_kernel: ClassVar[bool] = False  # type: ignore[misc]
+    delta_dtype: ClassVar[None] = None  # type: ignore[misc]
     # ModuleUnits by module and weight, after the injection: "" is the weight of a layer, others are of stacked experts
-    module_units: ClassVar[dict[str, dict[str, Any]] | None] = None
-    changed_fields: ClassVar[dict[str, tuple] | None] = None  # (value at creation, value after the injection) by field
+    module_units = cast("dict[str, dict[str, Any]] | None", None)
+    changed_fields = cast("dict[str, tuple] | None", None)  # (value at creation, value after the injection) by field
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to train: ends of their names, a regular expression, or all-linear"}
@@ -238,7 +238,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         Returns:
             The copy.
         """
-        by, defaults = self.chosen_by, {}
+        by, defaults = self.chosen_by, cast("dict[str, Any]", {})
         if self.units is None:
             defaults = {f.name: f.default for f in fields(self) if f.name in (*CHOOSING, "ratio")}
             given = {name: getattr(self, name) for name in defaults if getattr(self, name) != defaults[name]}

@@ -8,7 +8,7 @@ product.
 import copy
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -34,6 +34,8 @@ class AdapterDelta(nn.Module):
             convolution have the kernel's dimensions behind.
         index: The outputs (dim 0) or inputs (dim 1) to which the values are added, [n] int64, ascending.
     """
+
+    index: Tensor
 
     def __init__(self, values: Tensor, index: Tensor) -> None:
         super().__init__()
@@ -84,15 +86,13 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     adapter_layer_names = ("s2ft_delta",)
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, units: dict[str, Any], init_weights: bool = True
-    ) -> None:
+    def __init__(self, base_layer: Any, adapter_name: str, units: dict[str, Any], init_weights: bool = True) -> None:
         super().__init__()
         # Hooks of the base layer run on this one instead, which calls only its forward.
         for key, value in vars(base_layer).items():
             if "_hook" in key and "state_dict" not in key and key != "_hf_hook":
                 self.__dict__[key] = value
-        self.base_layer, self.s2ft_delta = base_layer, nn.ModuleDict()
+        self.base_layer, self.s2ft_delta = base_layer, cast(Any, nn.ModuleDict())
         self.dims: dict[str, int] = {}  # by weight
         self.transposed: dict[str, bool] = {}  # whether a weight of stacked experts is [experts, inputs, outputs]
         self._replaced: dict[str, tuple[Tensor, Tensor]] = {}  # index and base values by weight, while merged
@@ -224,17 +224,17 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         """
         delta = self.sum_of(weight, names)
         key = [self.deltas_of(name).get(weight) for name in names if name in self.s2ft_delta]
-        known, layer = self._running.get(weight, (None, None))
+        known, layer = cast("tuple[Any, Any]", self._running.get(weight, (None, None)))
         if known != key:
             self.put_base_back()
             layer = self._new_layer(weight, delta.index.clone())
-            layer.after_step = layer.unfuse
+            layer.after_step = layer.unfuse  # type: ignore[method-assign, assignment]
             self._running[weight] = key, layer
         layer._parameters.update(self._parameters_of(weight), s2=delta.values)
         return layer.train(self.training)
 
     def _new_layer(self, weight: str, index: Tensor) -> S2Layer:
-        return self.kind.layers[self.dim].from_module(self.base_layer, index=index)
+        return cast(Any, self.kind.layers)[self.dim].from_module(self.base_layer, index=index)
 
     def _parameters_of(self, weight: str) -> dict[str, nn.Parameter | None]:
         return self.base_layer._parameters

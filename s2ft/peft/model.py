@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import init_empty_weights
@@ -47,7 +47,7 @@ class S2FTPeftModel(BaseTuner):
         Raises:
             ValueError: As :func:`.select_units`, or another adapter trains the other dim of a module.
         """
-        given = self.peft_config[adapter_name]
+        given: Any = self.peft_config[adapter_name]
         created = given.as_created()
         config = given.updated_to(select_units(created, model))
         config.remember_created(created)
@@ -65,18 +65,18 @@ class S2FTPeftModel(BaseTuner):
         config.remember_created(created)  # once more, because PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
 
-    def _prepare_adapter_config(self, peft_config: S2FTPeftConfig, model_config: dict) -> S2FTPeftConfig:
+    def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:
         return peft_config
 
     @staticmethod
-    def _check_target_module_exists(peft_config: S2FTPeftConfig, key: str):
+    def _check_target_module_exists(peft_config: Any, key: str):
         """A target is a module of which units are selected. The selection has applied PEFT's rules already."""
         found = BaseTuner._check_target_module_exists(peft_config, key)
         return found if not found or peft_config.module_units is None else "" in peft_config.module_units.get(key, ())
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
-        peft_config: S2FTPeftConfig,
+        peft_config: Any,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -90,7 +90,7 @@ class S2FTPeftModel(BaseTuner):
         self._wrap(peft_config, adapter_name, parent, target_name, target, units)
 
     def _inject_parameters(
-        self, peft_config: S2FTPeftConfig, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
+        self, peft_config: Any, model: nn.Module, adapter_name: str, low_cpu_mem_usage: bool
     ) -> list[str]:
         """Wrap the modules with stacked experts. PEFT calls this for a config with `target_parameters`.
 
@@ -127,7 +127,7 @@ class S2FTPeftModel(BaseTuner):
         """Replace a module. PEFT's own step also assigns the old module's weight, which not every module has."""
         setattr(parent, child_name, new_module)
 
-    def _add_modules_to_save_to_tie(self, peft_config: S2FTPeftConfig, tied_weight_keys: list[str]) -> None:
+    def _add_modules_to_save_to_tie(self, peft_config: Any, tied_weight_keys: list[str]) -> None:
         """Train the input embedding and the weights that are tied to it as one weight. PEFT ties `modules_to_tie`."""
         embedding = self.model.get_input_embeddings()
         name = next(path for path, module in self.model.named_modules() if module is embedding)
@@ -144,8 +144,8 @@ class S2FTPeftModel(BaseTuner):
                 module.unmerge()
         return super().unload()
 
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
         allow_packing(model, self.__dict__.pop("_unpacked", []))
         return model
 
@@ -175,7 +175,7 @@ class S2FTPeftModel(BaseTuner):
             >>> peft_model.set_adapter("both")
         """
         self._check_weighted(adapters, weights, adapter_name, combination_type)
-        configs = [self.peft_config[name] for name in adapters]
+        configs: list[Any] = [self.peft_config[name] for name in adapters]
         units: dict[str, list[int]] = {}
         for config in configs:
             for name, numbers in config.units.items():
@@ -226,7 +226,9 @@ class S2FTPeftModel(BaseTuner):
                 f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}",
             ),
         )
-        with_tokens = [name for name in adapters if self.peft_config[name].trainable_token_indices is not None]
+        with_tokens = [
+            name for name in adapters if cast(Any, self.peft_config[name]).trainable_token_indices is not None
+        ]
         if with_tokens:
             raise ValueError(
                 f"adapter {with_tokens[0]!r} has trainable_token_indices, and embeddings of tokens can't be added up"
@@ -307,7 +309,7 @@ class S2FTPeftModel(BaseTuner):
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
-        cls, model: nn.Module, config: S2FTPeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """Map the names of saved weights as PEFT does, and check them before anything is loaded.
 

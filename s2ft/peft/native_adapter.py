@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import Any, cast
 
 import torch
 from peft import PeftModel, get_peft_model
@@ -21,7 +22,7 @@ from s2ft.model.registry import check_shapes, couplings_of, known_architectures
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
-from s2ft.peft.targets import Targets, find_targets
+from s2ft.peft.targets import find_targets
 from s2ft.selection import Selection, select, unit_tensors
 
 # ---- units ----------------------------------------------------------------------------------------------------------
@@ -112,7 +113,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
     return selected
 
 
-def _by_path(targets: list[Targets], selection: Selection) -> dict[str, dict[str, ModuleUnits]]:
+def _by_path(targets: list[Any], selection: Selection) -> dict[str, dict[str, ModuleUnits]]:
     """The selected units by module and weight; "" is the weight of a layer, others are those of stacked experts."""
     chosen = (one for one in projections_of(targets) if one.name in selection)
     parts = by_key((one.path, (one, selection[one.name])) for one in chosen)
@@ -188,11 +189,11 @@ def _check_base(config: S2FTPeftConfig, base: dict | None) -> None:
 # ---- the selection -------------------------------------------------------------------------------------
 
 
-def _selection_config(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> S2FTConfig:
+def _selection_config(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Any]) -> S2FTConfig:
     """The options of the selection as an S2FTConfig."""
     if config.units is not None:
         return S2FTConfig(units=config.units)
-    ratios = config.ratios
+    ratios: dict[str, Any] = config.ratios
     if config.ratio is not None:
         ratios = {projection.key: config.ratio for projection in projections_of(targets)}
     return S2FTConfig(
@@ -203,12 +204,12 @@ def _selection_config(config: S2FTPeftConfig, couplings: list[Coupling], targets
         budget=config.budget,
         seed=config.seed,
         match_lora_rank=config.match_lora_rank,
-        exclude=_exclude(config, couplings, targets),
+        exclude=cast(Any, _exclude(config, couplings, targets)),
         layers=config.layers,
     )
 
 
-def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> dict[str, Tensor] | None:
+def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Any]) -> dict[str, Tensor] | None:
     """The excluded units of the targets. An adapter that is excluded may have other projections too."""
     if config.exclude is None:
         return None
@@ -247,7 +248,7 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
     """
     if adapter_name not in model.peft_config:
         raise ValueError(f"no adapter is called {adapter_name!r}; there are {', '.join(model.peft_config)}")
-    config, base = model.peft_config[adapter_name], model.get_base_model()
+    config, base = cast(Any, model.peft_config[adapter_name]), model.get_base_model()
     refuse(
         (
             config.base_fingerprint is None,
@@ -282,10 +283,10 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
     )
 
 
-def _values(base: nn.Module, config: S2FTPeftConfig, adapter_name: str) -> Iterator[tuple[ModuleUnits, Tensor]]:
+def _values(base: nn.Module, config: Any, adapter_name: str) -> Iterator[tuple[ModuleUnits, Tensor]]:
     """The units and the values of an adapter's delta on each weight."""
     for path, units in config.module_units.items():
-        deltas = base.get_submodule(path).deltas_of(adapter_name)
+        deltas = cast(S2FTPeftLayer, base.get_submodule(path)).deltas_of(adapter_name)
         yield from ((one, deltas[weight].values) for weight, one in units.items())
 
 
@@ -327,7 +328,7 @@ def from_native(
         "info": adapter.info or None,
         **config,
     }
-    settings = S2FTPeftConfig(units=adapter.selection, **config)
+    settings = S2FTPeftConfig(units=cast(Any, adapter.selection), **config)
     if isinstance(model, PeftModel):
         model.add_adapter(adapter_name, settings)
     else:

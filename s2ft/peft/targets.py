@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
 from types import SimpleNamespace
+from typing import Any, cast
 
 from peft.tuners.tuners_utils import _maybe_include_all_linear_layers, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
@@ -49,13 +50,13 @@ class Found:
 
     Attributes:
         config: The config, with the names of the modules in place of "all-linear".
-        targets: The projections from which units are selected.
+        targets: The projections from which units are selected, as :class:`Targets`.
         uncoupled: Paths of the modules that are in no coupling. Their units are single inputs or outputs.
         skipped: Why modules or projections that the config asks for are not trained, by name.
     """
 
     config: S2FTPeftConfig
-    targets: list[Targets]
+    targets: list[Any]
     uncoupled: list[str]
     skipped: dict[str, str]
 
@@ -97,7 +98,7 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         couplings = [one for one in couplings if not any(projection.path in apart for projection in one.projections)]
     if config.ratios:
         couplings = couplings_in_towers(model, couplings, config)
-    targets = []
+    targets: list[Any] = []  # Targets
     for coupling in couplings:
         trained = tuple(projection for projection in coupling.projections if _is_trained(config, names, projection))
         if trained:
@@ -117,8 +118,8 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
     targets = _large_enough(config, targets, skipped)
     if names is not None:
         _check_units(config, names, model, targets)
-    trained = {projection.path for projection in projections_of(targets)}
-    return Found(config, targets, [path for path in uncoupled if path in trained], skipped)
+    paths = {projection.path for projection in projections_of(targets)}
+    return Found(config, targets, [path for path in uncoupled if path in paths], skipped)
 
 
 # ---- all-linear ----------------------------------------------------------------------------------------
@@ -132,9 +133,9 @@ def _named_linears(config: S2FTPeftConfig, model: nn.Module) -> tuple[S2FTPeftCo
     """
     if not isinstance(config.target_modules, str) or config.target_modules.lower() != ALL_LINEAR:
         return config, {}
-    named = _maybe_include_all_linear_layers(replace(config), model)
+    named: Any = _maybe_include_all_linear_layers(replace(config), model)
     inside = tuple(f"{path}." for path, one in model.named_modules() if isinstance(one, AuxiliaryTrainingWrapper))
-    heads = HEADS.get(config.task_type, ())
+    heads = HEADS.get(cast(str, config.task_type), ())
     named.target_modules = {
         path for path in named.target_modules if not path.startswith(inside) and path.partition(".")[0] not in heads
     }
@@ -177,7 +178,7 @@ def _obstacle(model: nn.Module, path: str, owners: Counter) -> str | None:
         return f"of type {type(module).__name__}" if kind is OTHER else f"of the kind {kind.name}"
     if owners[id(module)] > 1 or owners[id(module.weight)] > 1:
         return "with a weight that other modules use too"
-    if _only_reads_weight(type(model.get_submodule(parent)), name):
+    if _only_reads_weight(type(model.get_submodule(parent)), name):  # type: ignore[arg-type]
         return "whose weight is used without running the layer"
     return None
 
@@ -246,7 +247,7 @@ def _uncoupled_stack(config: S2FTPeftConfig, model: nn.Module, path: str) -> Tar
     return Targets(f"experts {path}", 0, tuple(parts))
 
 
-def _large_enough(config: S2FTPeftConfig, targets: list[Targets], skipped: dict[str, str]) -> list[Targets]:
+def _large_enough(config: S2FTPeftConfig, targets: list[Any], skipped: dict[str, str]) -> list[Any]:
     """The targets that have a unit to train at the config's ratio. The others are added to `skipped`.
 
     Raises:
@@ -273,7 +274,7 @@ def _large_enough(config: S2FTPeftConfig, targets: list[Targets], skipped: dict[
 # ---- checks --------------------------------------------------------------------------------------------
 
 
-def _check_coupled(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Targets]) -> None:
+def _check_coupled(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Any]) -> None:
     """Check the fields that concern modules in couplings."""
     left = {projection.key for projection in projections_of(targets)}
     for key in {projection.key for projection in projections_of(couplings)} & config.ratios.keys() - left:
@@ -288,7 +289,7 @@ def _check_coupled(config: S2FTPeftConfig, couplings: list[Coupling], targets: l
             )
 
 
-def _check_units(config: S2FTPeftConfig, names: dict[str, Tensor], model: nn.Module, targets: list[Targets]) -> None:
+def _check_units(config: S2FTPeftConfig, names: dict[str, Tensor], model: nn.Module, targets: list[Any]) -> None:
     """Check that all named units exist, and that they belong to the target modules."""
     missing = names.keys() - {projection.name for projection in projections_of(targets)}
     if missing:

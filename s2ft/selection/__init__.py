@@ -14,7 +14,7 @@ from functools import cached_property
 from itertools import accumulate
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -256,9 +256,9 @@ def units_per_projection(
             return _units_over_layers(requested, config.ratios)
         return _aligned({p.name: _units(p, config.ratios[p.key]) for p in requested}, config.align)
     free = {p.name: p.count if free is None else free.get(p.name, p.count) for p in requested}
-    costs = {p.name: unit_parameters(model, p) for p in requested}
+    costs = {p.name: unit_parameters(cast(nn.Module, model), p) for p in requested}
     shares = {p.name: config.ratios[p.key] * p.count for p in requested}
-    total, what = _budget(config, model, requested)
+    total, what = _budget(config, cast(nn.Module, model), requested)
     most = sum(free[path] * costs[path] for path in free)
     if total > most:
         taken = "" if config.protect_ratio is None else f" with protect_ratio={config.protect_ratio:g}"
@@ -370,7 +370,7 @@ def _budget(config: S2FTConfig, model: nn.Module, requested: list[Projection]) -
     """Return the number of parameters, and the option for messages."""
     if config.budget is not None:
         return config.budget, f"budget={config.budget:,}"
-    rank = config.match_lora_rank
+    rank = cast(int, config.match_lora_rank)
     shapes = {p.weight_key: weight_at(model, p).shape for p in requested}  # LoRA has one pair of factors per weight
     total = sum(rank * (shape[0] + shape[1:].numel()) for shape in shapes.values())
     return total, f"match_lora_rank={rank}, {total:,} parameters,"
@@ -493,7 +493,7 @@ class Groups:
         """
         self.sizes: dict[str, int] = {}  # units of a group, by projection
         self.couplings = [
-            replace(coupling, consumer=self._grouped(coupling.consumer, config.group))
+            replace(coupling, consumer=self._grouped(coupling.consumer, cast(int, config.group)))
             if coupling.consumer is not None and coupling.consumer.key in config.ratios
             else coupling
             for coupling in couplings
@@ -615,7 +615,7 @@ def _select(
         ),
     )
     requested, layers = requested_projections(couplings, config), requested_layers(couplings, config)
-    request = Request([coupling for coupling in couplings if coupling.layer in layers], config, model)
+    request = Request([coupling for coupling in couplings if coupling.layer in layers], config, cast(nn.Module, model))
     allowed = allowed_units(couplings, requested, config.exclude)
     if protect is not None:
         if model is None:
@@ -627,7 +627,7 @@ def _select(
     free = {path: int(units.sum()) for path, units in allowed.items()}
     budget = units_per_projection(couplings, config, model, free)
     if metric.calibrated:
-        request = replace(request, calibration=Calibration(calibration, next(model.parameters()).device))
+        request = replace(request, calibration=Calibration(calibration, next(request.model.parameters()).device))
     scores = metric.score(request)
     check_finite(f"selection={config.selection!r}", scores)
     smallest = metric.ordered and config.order == "smallest"
@@ -729,7 +729,7 @@ def allowed_without_protected(request: Request, allowed: Units, budget: dict[str
     Raises:
         ValueError: Too few units are left, or the data are unusable.
     """
-    protected = {p.name: int(request.config.protect_ratio * p.count + 1e-9) for p in request.projections}
+    protected = {p.name: int(cast(float, request.config.protect_ratio) * p.count + 1e-9) for p in request.projections}
     if budget is not None:  # whichever units are protected, enough must be left
         uniform = request.config.allocation == "uniform"
         groups = by_key(

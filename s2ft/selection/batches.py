@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -151,7 +151,7 @@ def _masks(batch: Batch, encoder_decoder: bool) -> dict[str, Tensor]:
     """Return a mask for each kind of positions with padding: True for those that count, shape [sequences, length]."""
     get = batch.named.get
     if encoder_decoder:
-        masks = {"encoder": get("attention_mask"), "decoder": get("decoder_attention_mask")}
+        masks: dict[str, Any] = {"encoder": get("attention_mask"), "decoder": get("decoder_attention_mask")}
         labels = get("labels")
         if masks["decoder"] is None and isinstance(labels, Tensor) and labels.dim() == 2:
             masks["decoder"] = labels != IGNORED
@@ -226,10 +226,10 @@ def has_decoder_inputs(named: dict[str, Any]) -> bool:
     return any(named.get(name) is not None for name in ("decoder_input_ids", "decoder_inputs_embeds"))
 
 
-def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iterator[tuple]:
+def _expected_shapes(named: dict[str, Any], size: int, model: Any) -> Iterator[tuple]:
     """Yield the name of an input, the shape it must start with, and the name of the input that this follows from."""
     main, ids = model.main_input_name, named.get("input_ids")
-    labels = (size,), main
+    labels: tuple[tuple, str] = (size,), main
     if is_encoder_decoder(model):
         if named.get("decoder_input_ids") is not None:
             yield "decoder_input_ids", (size,), main
@@ -239,7 +239,7 @@ def _expected_shapes(named: dict[str, Any], size: int, model: nn.Module) -> Iter
             yield "decoder_attention_mask", _shape(named["labels"]), "labels"
     elif main == "input_ids" and model.get_output_embeddings() is not None:  # a label for every token
         kept = named.get("logits_to_keep")  # s2ft's collator makes labels for the kept logits only
-        labels = (size, kept if isinstance(kept, int) and kept else ids.shape[1]), main
+        labels = (size, kept if isinstance(kept, int) and kept else named["input_ids"].shape[1]), main
     yield "attention_mask", *(((size,), main) if ids is None else (tuple(ids.shape), "input_ids"))
     yield "labels", *labels
 
@@ -260,5 +260,5 @@ def is_causal_lm(model: nn.Module) -> bool:
     return (
         getattr(model, "main_input_name", None) == "input_ids"
         and not is_encoder_decoder(model)
-        and model.can_generate()
+        and cast(Any, model).can_generate()
     )

@@ -12,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from types import MethodType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -48,8 +48,8 @@ class Request:
 
     couplings: list[Coupling]  # couplings of the requested layers
     config: S2FTConfig
-    model: nn.Module | None = None
-    calibration: Calibration | None = None
+    model: nn.Module  # None where the metric does not read it
+    calibration: Calibration = None  # type: ignore[assignment]  # None where the metric needs no data
 
     @property
     def projections(self) -> Iterator[Projection]:
@@ -266,13 +266,13 @@ def keep_checkpointing(model: nn.Module) -> list:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [block for block in blocks if isinstance(block, GradientCheckpointingLayer)]
-    hooks = []
+    hooks: list[Any] = []
     for block in layers or blocks:  # without such layers, the model's own modules test the flag
         block.training = True
         if hasattr(block, "_gradient_checkpointing_func"):
             hooks.append(_EvaluatedInside(block))
     hooks.append(model.register_forward_pre_hook(_with_gradients, with_kwargs=True))
-    embeddings = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    embeddings = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embeddings is not None:
         hooks.append(embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)))
     return hooks
@@ -281,7 +281,7 @@ def keep_checkpointing(model: nn.Module) -> list:
 class _EvaluatedInside:
     """Switches a block's training flag off inside its checkpoint, where it would switch dropout on."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Any) -> None:
         self.block, self.checkpoint = block, block._gradient_checkpointing_func
         block._gradient_checkpointing_func = self
 
@@ -391,7 +391,8 @@ class _Sums:
         x, offsets, tokens = inputs
         ends = [0, *offsets.tolist()]
         for projection in projections:
-            rows = slice(ends[projection.expert], ends[projection.expert + 1])
+            expert = cast(int, projection.expert)
+            rows = slice(ends[expert], ends[expert + 1])
             values = (output if projection.dim == 0 else x).detach()[rows]
             here = None if tokens is None else tokens[rows]
             positions = self.positions[projection.name]
@@ -584,7 +585,7 @@ def _collect(
     weight: nn.Parameter,
 ) -> None:
     """Add the squares of a weight's units to `sums`, and delete the gradient."""
-    with full_values(weight.grad) as gradient:
+    with full_values(cast(Tensor, weight.grad)) as gradient:
         for projection in projections:
             found = squares(weight_at(model, projection).view(gradient), projection)
             sums[projection.name] = sums[projection.name] + found if projection.name in sums else found

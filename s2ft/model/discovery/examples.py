@@ -227,7 +227,7 @@ def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
     tiles = next((value.shape[1] for value in values.values() if value.dim() == 5), 1)
     likely = [hint * tiles for hint in hints if isinstance(hint, int) and hint * tiles < 600]
     if known:
-        guesses = [[medium.tokens for medium in media]]
+        guesses = [[medium.tokens or 0 for medium in media]]
     else:
         guesses = [[count] * len(media) for count in (*likely, *_GUESSES)]
     if None in ids and "image_embeds_position_mask" not in inputs.takes:
@@ -356,9 +356,9 @@ def _sounds(inputs: _Inputs) -> Iterator[Media]:
             yield from ({"input_features": inputs.normal(ROWS, *shape), **more} for more in (*alone, masks, {}))
     strides = _first(audio, ("conv_stride",), whole=False)
     samples = FRAMES * (math.prod(strides) if isinstance(strides, (list, tuple)) else 320)
-    for shape in ((samples,), (1, samples)):
-        yield {"input_values": inputs.normal(ROWS, *shape)}
-        yield {"input_values": inputs.normal(ROWS, *shape), "padding_mask": torch.ones(ROWS, samples).bool()}
+    for sizes in ((samples,), (1, samples)):
+        yield {"input_values": inputs.normal(ROWS, *sizes)}
+        yield {"input_values": inputs.normal(ROWS, *sizes), "padding_mask": torch.ones(ROWS, samples).bool()}
 
 
 # ---- reading configs --------------------------------------------------------------------------------------

@@ -123,7 +123,7 @@ class LayerMap:
     def place(self) -> dict[str, tuple[int, int]]:
         """A sort key by path: layers in the order of their calls, after those that the run did not call."""
         numbers = {path: self.call(path) for path in self.layers}
-        return {path: (-1 if numbers[path] is None else numbers[path], i) for i, path in enumerate(self.layers)}
+        return {path: (-1 if number is None else number, i) for i, (path, number) in enumerate(numbers.items())}
 
     def is_called(self, path: str) -> bool:
         """Whether the run called a module of this pattern."""
@@ -139,7 +139,8 @@ class LayerMap:
     def is_read_past(self, path: str) -> bool:
         """Whether the block around a layer, or a parameter of experts, may use the weight without running the layer."""
         around, _, name = path.rpartition(".")
-        return path in self.layers and name in _read_past(type(self.modules[around]))
+        # mypy does not count every class as hashable.
+        return path in self.layers and name in _read_past(type(self.modules[around]))  # type: ignore[arg-type]
 
     # ---- numbers -------------------------------------------------------------------------------------
 
@@ -157,7 +158,8 @@ class LayerMap:
         """Positions of the components that number layers of a stack, at most two (stage and block), and of experts."""
         if path in self._found_digits:
             return self._found_digits[path]
-        parts, stacks, experts = path.split("."), [], []
+        parts, experts = path.split("."), []
+        stacks: list[int] = []
         for i, part in enumerate(parts):
             around = self.modules.get(".".join(parts[:i]))
             if not part.isdigit() or not isinstance(around, (nn.ModuleList, nn.ModuleDict, nn.Sequential)):
@@ -262,7 +264,7 @@ class Block:
     key: str
     proposals: tuple[Proposal, ...]
 
-    def of(self, label: str) -> Proposal | None:
+    def of(self, label: str | None) -> Proposal | None:
         """The proposal with a label, if there is one."""
         return next((proposal for proposal in self.proposals if proposal.label == label), None)
 
@@ -349,28 +351,28 @@ def attention_blocks(structure: LayerMap) -> Iterator[Block]:
         for around in dict.fromkeys((root, parent_of(root))):
             free = [path for path in structure.inside(around) if path not in structure.taken and path not in paths]
             outs = [path for path in free if OUT.search(name_and_owner(path)[0]) or OUT.search(path.rpartition(".")[2])]
-            outs.sort(key=structure.place.get)
+            outs.sort(key=structure.place.__getitem__)
             proposals = [one for out in outs for one in _attention_proposals(structure, paths, root, out, around)]
             if proposals:
                 kinds = type(structure.modules[root]).__name__, type(structure.modules[around]).__name__
                 own = (name for name, _ in structure.modules[root].named_parameters(recurse=False))
                 names = ", ".join([*map(structure.pattern, paths), *own])  # some blocks of a stack have sinks
                 # Many heads first: halves of heads can't move, but pairs of heads can where single heads can.
-                proposals.sort(key=lambda proposal: -proposal.couplings[0].consumer.count)
+                proposals.sort(key=lambda proposal: -proposal.couplings[0].main.count)
                 yield Block(f"attention of {names} ({', '.join(kinds)})", tuple(proposals))
                 break
 
 
 def _inputs_of(here: dict[str, str]) -> list[tuple[str, ...]]:
     """The paths of q, k and v among the layers of one module, by name: three, or q and one for both, or one for all."""
-    three = []
+    three: list[tuple[str, ...]] = []
     for name, (query, words) in product(here, KEY_AND_VALUE.items()):
         key, value = (_renamed(name, query, to) for to in words)
         if key != name and key in here and value in here:
             three.append((here[name], here[key], here[value]))
     queries = [name for name in here if ONE_Q.search(name)]
     both = {name: [here[other] for other in here if other != name and ONE_KV.search(other)] for name in queries}
-    two = [(here[name], others[0]) for name, others in both.items() if others]
+    two: list[tuple[str, ...]] = [(here[name], others[0]) for name, others in both.items() if others]
     return three or two or [(here[name],) for name in here if ONE_QKV.search(name) and not queries]
 
 
@@ -488,10 +490,10 @@ def _with_gates(
 ) -> Iterator[tuple[str, Coupling]]:
     """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
     yield "", bare
-    count, width = bare.consumer.count, bare.consumer.extent
+    count, width = bare.main.count, bare.main.extent
     for path in structure.inside(around):
         name, owner = name_and_owner(path)
-        near = owner in (root, around) and path not in paths and path != bare.consumer.path
+        near = owner in (root, around) and path not in paths and path != bare.main.path
         if near and OUTPUT_GATE.search(name) and structure.outputs[path] in (count, width):
             gate = Projection("q", path, count, structure.outputs[path] // count, 0)
             yield f", gate {structure.pattern(path)}", replace(bare, producers=(*bare.producers, gate))
@@ -507,10 +509,10 @@ def stack_blocks(structure: LayerMap) -> Iterator[Block]:
     """Propose couplings for every module with the stacked weights of experts that S²FT can run."""
     for path, module in structure.modules.items():
         for up, down in PAIRS:
-            found = _stack(module, up), _stack(module, down)
-            if None in found or not _runs(module, up) or f"{path}.{up}" in structure.shared:
+            first, last = _stack(module, up), _stack(module, down)
+            if first is None or last is None or not _runs(module, up) or f"{path}.{up}" in structure.shared:
                 continue
-            proposals = tuple(_stack_proposals(structure, path, up, down, *found))
+            proposals = tuple(_stack_proposals(structure, path, up, down, first, last))
             if proposals:
                 yield Block(f"experts of {structure.pattern(path)} ({type(module).__name__})", proposals)
             break
@@ -575,7 +577,7 @@ def ffn_blocks(structure: LayerMap) -> Iterator[Block]:
 
     Layers of a block that is not refused are taken: no other block is proposed for them.
     """
-    for down in sorted(structure.layers, key=structure.place.get, reverse=True):  # consumers run last
+    for down in sorted(structure.layers, key=structure.place.__getitem__, reverse=True):  # consumers run last
         if down in structure.taken or not may_be_coupled(structure, down):
             continue
         found = _find_ups(structure, down)
@@ -623,7 +625,7 @@ def _find_ups(structure: LayerMap, down: str) -> tuple[str, list[str]] | None:
             for fits in (True, False):  # layers whose inputs have the size of down's outputs come first
                 ups = [p for p in near if structure.outputs[p] == count and (structure.inputs[p] == width or not fits)]
                 if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
-                    ups.sort(key=structure.place.get)
+                    ups.sort(key=structure.place.__getitem__)
                     return around, [p for p in ups if structure.inputs[p] == structure.inputs[ups[-1]]][-2:]
     return None
 
@@ -650,9 +652,9 @@ def _sides(
             yield f"gate and up in turn in {name}", (replace(in_turn, key="u", start=1), in_turn)
         return
     if len(ups) == 2:
-        gate = next((path for path in ups if GATE.search(path[len(around) :])), ups[0])
-        up = next(path for path in ups if path != gate)
-        pair = Projection("u", up, channels, 1, 0), Projection("g", gate, channels, 1, 0)
-        yield f"up {structure.pattern(up)}, gate {structure.pattern(gate)}", pair
+        gated = next((path for path in ups if GATE.search(path[len(around) :])), ups[0])
+        up = next(path for path in ups if path != gated)
+        pair = Projection("u", up, channels, 1, 0), Projection("g", gated, channels, 1, 0)
+        yield f"up {structure.pattern(up)}, gate {structure.pattern(gated)}", pair
     for path in reversed(ups):
         yield f"up {structure.pattern(path)}", (Projection("u", path, channels, 1, 0),)

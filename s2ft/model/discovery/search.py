@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -134,8 +134,12 @@ class Trial:
                 tensors = [tensor for tensor in logits or tensors_in(output) if tensor.requires_grad]
                 if not tensors:
                     return set()
-                loss = sum(
-                    (tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum() for tensor in tensors
+                loss = cast(
+                    Tensor,
+                    sum(
+                        (tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum()
+                        for tensor in tensors
+                    ),
                 )
                 found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
         except Exception as error:  # the model's own backward refuses
@@ -224,7 +228,7 @@ def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
 
     vectors = (replace(one, unit=find(twin, one.path).shape[0] // least) for one in coupling.vectors)
     producers = tuple(map(grown, coupling.producers))
-    return Shuffle(replace(coupling, producers=producers, consumer=grown(coupling.consumer), vectors=tuple(vectors)))
+    return Shuffle(replace(coupling, producers=producers, consumer=grown(coupling.main), vectors=tuple(vectors)))
 
 
 def within_groups(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
@@ -233,7 +237,7 @@ def within_groups(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
     Heads of a group have the same keys and values, so they may change place. This tells where one head ends.
     """
     least = min(projection.count for projection in coupling.projections)
-    many = coupling.consumer.count
+    many = coupling.main.count
     if many == least:
         return None
     producers = tuple(projection for projection in coupling.producers if projection.count == many)
@@ -244,7 +248,7 @@ def within_groups(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
 def within_heads(coupling: Coupling) -> Shuffle | None:
     """The elements of every head's values: they may change place even where heads can't. None if that can't be said."""
     v = next((projection for projection in coupling.producers if projection.key == "v"), None)
-    o = coupling.consumer
+    o = coupling.main
     if v is None or v.unit == 1 or v.unit * v.count * (o.count // v.count) != o.extent or o.count % v.count:
         return None
     first, *others = _each_head(o)
@@ -302,7 +306,7 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
     if not any(trial.structure.is_called(one.place) for one in first.proposals[0].couplings):
         return _not_reached(first)
     idle, tried = None, set()
-    for proposal in sorted(first.proposals, key=lambda one: -one.couplings[0].consumer.count):
+    for proposal in sorted(first.proposals, key=lambda one: -one.couplings[0].main.count):
         couplings = _all_couplings(blocks, proposal)
         if not couplings or couplings in tried:
             continue
@@ -317,11 +321,11 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
         else f"with its units in another order the output changes, in each of {len(tried)} ways to read the block"
     )
     # Attention whose heads can't move is trained in place if the elements of every head's values can move.
-    for proposal in sorted(first.proposals, key=lambda one: one.couplings[0].consumer.count):
+    for proposal in sorted(first.proposals, key=lambda one: one.couplings[0].main.count):
         bare = proposal.couplings[0]
-        if bare.consumer.key != "o" or bare.vectors or len(bare.producers) != 3:
+        if bare.main.key != "o" or bare.vectors or len(bare.producers) != 3:
             continue
-        shuffles = [within_heads(one) for one in _all_couplings(blocks, proposal)]
+        shuffles: list[Any] = [within_heads(one) for one in _all_couplings(blocks, proposal)]
         if shuffles and None not in shuffles and trial.holds(shuffles) and trial.idle_side(shuffles) is None:
             return Outcome("in place", proposal.label, f"{why}; the elements within each head can")
     return Outcome(None, None, why)
@@ -343,7 +347,8 @@ def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
     """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer."""
     whole = [whole_units(trial.twin, coupling) for coupling in couplings]
     grouped = [within_groups(trial.twin, coupling) for coupling in couplings]
-    single = [within_heads(one) for one, shuffle in zip(couplings, whole) if shuffle is None]  # all of them must hold
+    # All of the last ones must hold.
+    single: list[Any] = [within_heads(one) for one, shuffle in zip(couplings, whole) if shuffle is None]
     trials = [[shuffle for shuffle in some if shuffle is not None] for some in (whole, grouped)] + [single]
     trials = [shuffles for shuffles in trials if shuffles]
     if None in single or not trials or not all(map(trial.holds, trials)):
@@ -364,13 +369,13 @@ def _not_reached(block: Block) -> Outcome:
 
 def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:
     """The couplings of all blocks, read in the same way; none if one of them can't be."""
-    same = [block.of(proposal.label) for block in blocks]
+    same: list[Any] = [block.of(proposal.label) for block in blocks]
     return () if None in same else tuple(one for read in same for one in read.couplings)
 
 
 def _moved_words(coupling: Coupling, blocks: int) -> str:
     least = min(projection.count for projection in coupling.projections)
-    what = "units" if coupling.consumer.count == least else "groups of heads" if least > 1 else "heads"
+    what = "units" if coupling.main.count == least else "groups of heads" if least > 1 else "heads"
     times = f", in {blocks} blocks at once" if blocks > 1 else ""
     return f"on the twin, its {what} in another order give the same output{times}"
 
@@ -457,7 +462,7 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
         TypeError: The example is of another type.
     """
     key = _key(model) if example is None else None
-    found = _FOUND.get(key) or search(model, trial_of(model, example))
+    found = (_FOUND.get(key) if key is not None else None) or search(model, trial_of(model, example))
     if key is not None:
         _FOUND[key] = found
         for old in list(_FOUND)[:-REMEMBERED]:
@@ -467,7 +472,7 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
 
 def _key(model: nn.Module) -> tuple | None:
     """What decides the result of a search without an example: the classes and sizes of all modules, and the config."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(config, "to_json_string"):
         return None
     modules = tuple((path, type(module)) for path, module in model.named_modules())
@@ -497,7 +502,8 @@ def search(model: nn.Module, trial: Trial) -> Discovery:
 
 def _settled(trial: Trial, propose: Callable[[LayerMap], Iterator[Block]]) -> dict[str, Outcome]:
     """The outcomes of the twin's blocks by key. Layers of couplings are not proposed again, and those of others are."""
-    structure, taken, outcomes = trial.structure, set(trial.structure.taken), {}
+    structure, taken = trial.structure, set(trial.structure.taken)
+    outcomes: dict[str, Outcome] = {}
     while True:
         blocks = by_key((block.key, block) for block in propose(structure))
         found = {key: settle(trial, alike) for key, alike in blocks.items() if key not in outcomes}
@@ -599,7 +605,7 @@ class Findings:
         if paths - self._dead:
             self._couplings.extend(found)
             self.structure.taken |= paths
-            status, reason, coupling = outcome.status, outcome.reason, found[0]
+            status, reason, coupling = cast(str, outcome.status), outcome.reason, found[0]
         self._rows.update({path: WeightRow(path, status, reason, coupling) for path in sorted(paths)})
 
     def add_one_sided(self) -> None:

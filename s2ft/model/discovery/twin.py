@@ -57,7 +57,7 @@ def _at_most(most: int) -> Size:
 _HEAD_KEYS = ("num_attention_heads", "n_head", "num_heads", "n_heads", "attention_heads", "encoder_attention_heads")
 
 # Keys without their prefix (text_, vision_, ...) and the size that they get. The first match counts.
-_WIDTHS = {
+_WIDTHS: dict[str, Size] = {
     r"hidden_size|d_model|n_embd|embed_dim|model_dim|emb_dim|hidden_dim|embedding_size|embedding_dim|dim_model|width"
     r"|projection_dim|out_hidden_size|output_dim|output_hidden_size|proj_hidden_size|projection_hidden_size"
     r"|projector_hidden_size|aligner_hidden_size|backbone_hidden_size|attention_hidden_size|embed_size|embed_dims"
@@ -77,7 +77,7 @@ _WIDTHS = {
     r"|expert_dim": EXPERT_WIDTH,
     r"mamba_d_ssm": 2 * WIDTH,
 }
-_COUNTS_OF_HEADS = {
+_COUNTS_OF_HEADS: dict[str, Size] = {
     r"num_attention_heads|n_head|num_heads|n_heads|attention_heads|num_attn_heads|heads|num_query_heads"
     r"|swa_num_attention_heads|attention_num_heads|linear_num_heads|abstractor_num_heads"
     r"|resampler_n_heads": _at_most(HEADS),
@@ -88,14 +88,14 @@ _COUNTS_OF_HEADS = {
     r"linear_num_key_heads": 2,
     r"linear_num_value_heads|index_n_heads": HEADS,
 }
-_HEAD_DIMS = {
+_HEAD_DIMS: dict[str, Size] = {
     r"head_dim|attention_head_dim|d_kv|kv_channels|global_head_dim|attention_head_size|swa_head_dim|head_size"
     r"|resampler_head_dim|attention_key_size|v_head_dim|swa_v_head_dim|qk_nope_head_dim|mamba_d_head"
     r"|mamba_head_dim|mamba_headdim|linear_key_head_dim|linear_value_head_dim|index_head_dim": HEAD_DIM,
     r"qk_rope_head_dim|rotary_dim": HEAD_DIM // 2,
     r"qk_head_dim": HEAD_DIM + HEAD_DIM // 2,
 }
-_OTHER_SIZES = {
+_OTHER_SIZES: dict[str, Size] = {
     r"q_lora_rank|kv_lora_rank|o_lora_rank": WIDTH // 2,
     r"n_group|topk_group|num_expert_group|num_expert_groups|topk_groups": 1,
     r"first_k_dense_replace|num_dense_layers|moe_layer_start_index|n_dense_layers|num_hash_layers": _at_most(1),
@@ -111,7 +111,7 @@ _OTHER_SIZES = {
     r"num_res_blocks": _at_most(1),
     r"split_ngram_parts": _at_most(4),
 }
-_VOCABULARY_AND_EXPERTS = {
+_VOCABULARY_AND_EXPERTS: dict[str, Size] = {
     r"num_experts|num_local_experts|n_routed_experts|moe_num_experts|num_routed_experts|moe_n_experts"
     r"|n_experts": _at_most(8),
     r"num_experts_per_tok|num_experts_per_token|moe_top_k|moe_topk|moe_k|top_k_experts|num_selected_experts|top_k"
@@ -258,7 +258,7 @@ def _cut(entries: dict, level: Level, depth: int) -> dict:
     cut = {key: _cut_entry(key, value, entries, level, depth) for key, value in entries.items()}
     if level < Level.DEPTH_AND_VOCABULARY:
         _keep_parts_of_heads(entries, cut)
-        for key, value in EXCEPTIONS.get(entries.get("model_type"), {}).items():
+        for key, value in EXCEPTIONS.get(entries.get("model_type", ""), {}).items():
             _set(cut, key, value(cut) if callable(value) else copy.deepcopy(value))
     return cut
 
@@ -282,7 +282,7 @@ def _make_images_small(entries: dict) -> None:
 
 def _can_be_smaller(entries: dict) -> bool:
     """Whether images are cut into one grid of patches: no windows, no stages, no fixed table of another size."""
-    size, patch = entries.get("image_size"), entries.get("patch_size")
+    size, patch = entries.get("image_size", 0), entries.get("patch_size", 0)
     sides = size if isinstance(size, list) else [size]
     squares = all(_is_size(side) for side in sides) and len(set(sides)) == 1 and _is_size(patch)
     stages = any("window" in str(key) or key in ("depths", "num_position_embeddings") for key in entries)
@@ -384,7 +384,7 @@ def _rope(entries: dict, frequencies: int) -> dict:
 
 def _keep_parts_of_heads(old: dict, new: dict) -> None:
     """With latent attention, head_dim is the part of a head that is rotated, or the whole."""
-    rotated, rest = old.get("qk_rope_head_dim"), old.get("qk_nope_head_dim")
+    rotated, rest = old.get("qk_rope_head_dim", 0), old.get("qk_nope_head_dim", 0)
     if old.get("kv_lora_rank") and _is_size(rotated) and _is_size(old.get("head_dim")):
         whole = _is_size(rest) and old["head_dim"] == rotated + rest
         new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole else 0)
@@ -491,7 +491,7 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
     return _prepared(model, dtype)
 
 
-def _from_config(model_class: type, config: Any, dtype: torch.dtype) -> nn.Module:
+def _from_config(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     with without_zero_init():
         of_transformers = hasattr(model_class, "_from_config")
         return model_class._from_config(config, dtype=dtype) if of_transformers else model_class(config)
@@ -512,7 +512,7 @@ def copied(model: nn.Module) -> nn.Module:
     return _prepared(twin, torch.float64)
 
 
-def _prepared(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def _prepared(model: Any, dtype: torch.dtype) -> nn.Module:
     # The `to` of a module would drop the imaginary parts of complex tensors.
     model = model._apply(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
     model = model._apply(lambda tensor: tensor.to(dtype.to_complex()) if tensor.is_complex() else tensor)

@@ -56,6 +56,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial, wraps
 from itertools import accumulate, chain
+from typing import Any, cast
 
 from torch import nn
 
@@ -64,6 +65,7 @@ from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.parts import (
     attention,
     attention_paths,
+    config_of,
     experts,
     ffn,
     gated_mlp,
@@ -210,7 +212,7 @@ def of_layers(*stacks: str) -> Callable:
             of each layer.
     """
 
-    def decorate(of_one: Callable[[nn.Module, int, str, nn.Module], Iterator[Coupling]]) -> Callable:
+    def decorate(of_one: Callable[[nn.Module, int, str, Any], Iterator[Coupling]]) -> Callable:
         @wraps(of_one)
         def of_all(model: nn.Module) -> list[Coupling]:
             layers = chain.from_iterable(layers_of(model, stack) for stack in stacks)
@@ -258,7 +260,7 @@ def dense(model: nn.Module, layer: int, path: str, kind: str = "ffn") -> Couplin
 
 def self_attention(model: nn.Module, layer: int, path: str, kind: str = "attention") -> list[Coupling]:
     """Describe an attention with separate q, k and v, and with what moves with its heads."""
-    block, heads, config = model.get_submodule(path), heads_in(model, path), model.config
+    block, heads, config = model.get_submodule(path), heads_in(model, path), config_of(model)
     paths = attention_paths(path, o="o_proj" if hasattr(block, "o_proj") else "out_proj")
     moving = moving_with_heads(model, path, heads, inputs_of(model, paths["o"]) // heads)
     more = {f"{path}.{name}": "q" for name in GATES if getattr(block, name, None) is not None}
@@ -271,7 +273,7 @@ def latent_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     block, heads = model.get_submodule(path), heads_in(model, path)
     q = f"{path}.q_b_proj" if getattr(block, "q_b_proj", None) is not None else f"{path}.q_proj"
     value, both = inputs_of(model, f"{path}.o_proj") // heads, outputs_of(model, f"{path}.kv_b_proj") // heads
-    kv = dict(stride=both, size=heads * both)
+    kv: dict[str, Any] = dict(stride=both, size=heads * both)
     gates = [f"{path}.{name}" for name in GATES if getattr(block, name, None) is not None]
     producers = (
         Projection("q", q, heads, outputs_of(model, q) // heads, 0),
@@ -292,7 +294,7 @@ def delta_net(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     One depthwise convolution runs over all of q, k and v, so its weight moves in three parts. Each head also has
     entries of the decay (A_log, dt_bias), and outputs of the layers that compute decay, step and gate.
     """
-    block = model.get_submodule(path)
+    block: Any = model.get_submodule(path)
     heads, values = block.num_k_heads, block.num_v_heads // block.num_k_heads
     key, value = block.head_k_dim, values * block.head_v_dim
     size = 2 * block.key_dim + block.value_dim
@@ -308,13 +310,13 @@ def delta_net(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     return [Coupling("linear-attention", layer, tuple(producers), consumer, tuple(vectors))]
 
 
-def _delta_producers(model, path: str, block: nn.Module, heads: int, parts: tuple, values: int) -> list[Projection]:
+def _delta_producers(model, path: str, block: Any, heads: int, parts: tuple, values: int) -> list[Projection]:
     if hasattr(block, "in_proj_qkvz"):  # q, k, v and the gate of each key head in turn
         keys, value = block.head_k_dim, values * block.head_v_dim
-        where = {"stride": 2 * (keys + value), "size": outputs_of(model, f"{path}.in_proj_qkvz")}
+        where: dict[str, Any] = {"stride": 2 * (keys + value), "size": outputs_of(model, f"{path}.in_proj_qkvz")}
         sides = (("q", keys, 0), ("k", keys, keys), ("v", 2 * value, 2 * keys))  # the gate is beside v
         found = [Projection(key, f"{path}.in_proj_qkvz", heads, u, 0, start=start, **where) for key, u, start in sides]
-        others = ("in_proj_ba",)
+        others: tuple[str, ...] = ("in_proj_ba",)
     elif hasattr(block, "in_proj_qkv"):
         size = outputs_of(model, f"{path}.in_proj_qkv")
         found = [Projection(key, f"{path}.in_proj_qkv", heads, u, 0, start=start, size=size) for key, start, u in parts]
@@ -330,7 +332,7 @@ def _delta_producers(model, path: str, block: nn.Module, heads: int, parts: tupl
 
 def delta_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """The heads of Kimi Delta Attention. They stay, for A_log, [1, 1, heads, 1], can't be reordered."""
-    block = model.get_submodule(path)
+    block: Any = model.get_submodule(path)
     gates = ("forget_gate.f_b_proj", "forget_gate.f_proj", "b_proj", "g_b_proj", "g_proj")
     more = {f"{path}.{name}": "q" for name in gates if get(block, name) is not None}
     return [attention(model, layer, **attention_paths(path), heads=block.num_heads, more=more, fixed=True)]
@@ -338,9 +340,9 @@ def delta_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
 
 def lightning_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """The heads of MiniMax's lightning attention. They stay, for their decay is computed from their numbers."""
-    heads = model.get_submodule(path).num_attention_heads
+    heads = cast(int, model.get_submodule(path).num_attention_heads)
     packed = packed_attention(model, layer, f"{path}.qkv_proj", f"{path}.out_proj", heads, interleaved=True)
-    gate = replace(packed.consumer, key="q", path=f"{path}.output_gate", dim=0)
+    gate = replace(packed.main, key="q", path=f"{path}.output_gate", dim=0)
     return [replace(packed, kind="linear-attention", producers=(*packed.producers, gate), fixed=True)]
 
 
@@ -353,7 +355,7 @@ def mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     In training, the kernels of mamba_ssm read the weights of the other layers past their forward, so a slice in one
     of these would change nothing and get no gradient. Jamba's run as layers.
     """
-    if model.config.model_type == "jamba":
+    if config_of(model).model_type == "jamba":
         return _jamba_mamba(model, layer, path)
     path = f"{path}.in_proj"
     return [Coupling.one_sided(layer, path=path, count=outputs_of(model, path), side="outputs", kind="state-space")]
@@ -374,8 +376,8 @@ def _jamba_mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
 
 def rg_lru(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     """The blocks of RecurrentGemma's recurrent layer, with their gates and a depthwise convolution."""
-    heads, width = model.get_submodule(f"{path}.rg_lru").num_attention_heads, inputs_of(model, f"{path}.linear_out")
-    unit = width // heads
+    heads = cast(int, model.get_submodule(f"{path}.rg_lru").num_attention_heads)
+    unit = inputs_of(model, f"{path}.linear_out") // heads
     producers = (
         Projection("v", f"{path}.linear_x", heads, unit, 0),
         Projection("q", f"{path}.linear_y", heads, unit, 0),
@@ -465,20 +467,20 @@ NORMS = ("batch_norm", "depthwise_layer_norm", "norm")
 
 @of_layers("encoder.layers")
 def conformer(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
-    (up, down), names, positions = CONFORMERS[model.config.model_type]
+    (up, down), names, positions = CONFORMERS[config_of(model).model_type]
     ffns = [f"{path}.{name}" for name in CONFORMER_FFNS if hasattr(layer, name)]
     yield from (ffn(model, i, f"{block}.{up}", f"{block}.{down}") for block in ffns)
-    block, paths = layer.self_attn, [f"{path}.self_attn.{name}" for name in names]
+    block, paths = layer.self_attn, attention_paths(f"{path}.self_attn", *names)
     more = {f"{path}.self_attn.{positions}": "k"} if hasattr(block, positions) else {}
     moving = {f"{path}.self_attn.{name}": 1 for name in HEAD_BIASES if hasattr(block, name)}
     heads = heads_in(model, f"{path}.self_attn")
-    yield attention(model, i, **dict(zip("qkvo", paths)), heads=heads, more=more, moving=moving)
+    yield attention(model, i, **paths, heads=heads, more=more, moving=moving)
     yield from (_convolution(model, i, f"{path}.{name}") for name in CONVOLUTIONS if hasattr(layer, name))
 
 
 def _convolution(model: nn.Module, layer: int, path: str) -> Coupling:
     """Two pointwise convolutions, the first with a gate (GLU), and a depthwise one between them."""
-    block = model.get_submodule(path)
+    block: Any = model.get_submodule(path)
     down, channels = f"{path}.pointwise_conv2", block.pointwise_conv2.in_channels
     between = [name for name in ("depthwise_conv", *NORMS) if hasattr(block, name)]
     vectors = tuple(
@@ -495,15 +497,15 @@ def _convolution(model: nn.Module, layer: int, path: str) -> Coupling:
 
 
 @of_layers("layers")
-def gemma(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
+def gemma(model: nn.Module, i: int, path: str, layer: Any) -> Iterator[Coupling]:
     yield dense(model, i, f"{path}.mlp")
     if getattr(layer, "enable_moe_block", False):
         yield from experts(model, i, f"{path}.experts")
     block, unit = layer.self_attn, layer.self_attn.head_dim
     own = [(key, f"{path}.self_attn.{key}_proj") for key in "qkv" if getattr(block, f"{key}_proj", None) is not None]
     producers = tuple(Projection(key, name, outputs_of(model, name) // unit, unit, 0) for key, name in own)
-    o = Projection("o", f"{path}.self_attn.o_proj", model.config.num_attention_heads, unit, 1)
-    yield Coupling("attention", i, producers, o, fixed=bool(getattr(model.config, "num_kv_shared_layers", 0)))
+    o = Projection("o", f"{path}.self_attn.o_proj", config_of(model).num_attention_heads, unit, 1)
+    yield Coupling("attention", i, producers, o, fixed=bool(getattr(config_of(model), "num_kv_shared_layers", 0)))
     if hasattr(layer, "laurel"):
         yield ffn(model, i, f"{path}.laurel.linear_left", f"{path}.laurel.linear_right", kind="laurel")
     if hasattr(layer, "per_layer_projection"):
@@ -515,14 +517,14 @@ def gemma(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Cou
 
 
 @of_layers("layers")
-def jetmoe(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
-    heads, size = model.config.num_key_value_heads, model.config.kv_channels
+def jetmoe(model: nn.Module, i: int, path: str, layer: Any) -> Iterator[Coupling]:
+    heads, size = config_of(model).num_key_value_heads, config_of(model).kv_channels
     count, _, channels = full_shape(layer.mlp.output_linear.weight)
-    sides = {"gate_up": f"{path}.mlp.input_linear.weight", "down": f"{path}.mlp.output_linear.weight"}
+    sides: dict[str, Any] = {"gate_up": f"{path}.mlp.input_linear.weight", "down": f"{path}.mlp.output_linear.weight"}
     yield from Coupling.experts(i, **sides, channels=channels, experts=count)
     around = f"{path}.self_attention"
     yield Coupling("attention", i, in_one_weight(f"{around}.kv_proj", "kv", heads, size), None)
-    for expert in range(model.config.num_local_experts):
+    for expert in range(config_of(model).num_local_experts):
         q = Projection("q", f"{around}.experts.input_linear.weight", heads, size, 0, expert=expert)
         o = Projection("o", f"{around}.experts.output_linear.weight", heads, size, 1, expert=expert)
         yield Coupling("attention experts", i, (q,), o, fixed=True)
@@ -539,7 +541,7 @@ CODEGEN_PARTS = 4  # transformers has this number in the code of CodeGen's atten
 
 @of_layers("h")
 def packed(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Coupling]:
-    config = model.config
+    config = config_of(model)
     up, down, qkv, o = (f"{path}.{name}" for name in LAYERS[config.model_type])
     yield ffn(model, i, up, down)
     if config.model_type == "codegen":
@@ -570,12 +572,12 @@ SELF_ATTENTIONS = ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAt
 
 
 @of_layers("encoder.block", "decoder.block")
-def t5(model: nn.Module, i: int, path: str, block: nn.Module) -> Iterator[Coupling]:
-    sizes = {"heads": model.config.num_heads, "head_dim": model.config.d_kv}
+def t5(model: nn.Module, i: int, path: str, block: Any) -> Iterator[Coupling]:
+    sizes: dict[str, Any] = {"heads": config_of(model).num_heads, "head_dim": config_of(model).d_kv}
     name = next(name for name in SELF_ATTENTIONS if hasattr(block.layer[0], name))
     yield Coupling.attention(i, **attention_paths(f"{path}.layer.0.{name}", *"qkvo"), **sizes, fixed=True)
     dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
-    up, gate = (f"{dense}.wi_1", f"{dense}.wi_0") if model.config.is_gated_act else (f"{dense}.wi", None)
+    up, gate = (f"{dense}.wi_1", f"{dense}.wi_0") if config_of(model).is_gated_act else (f"{dense}.wi", None)
     yield ffn(model, i, up, f"{dense}.wo", gate)
     if block.is_decoder:
         paths = attention_paths(f"{path}.layer.1.EncDecAttention", *"qkvo")
@@ -587,7 +589,7 @@ def t5(model: nn.Module, i: int, path: str, block: nn.Module) -> Iterator[Coupli
 
 def xlm(model: nn.Module) -> list[Coupling]:
     ffns = [ffn(model, i, f"{path}.lin1", f"{path}.lin2") for i, (path, _) in enumerate(layers_of(model, "ffns"))]
-    names, heads = ("q_lin", "k_lin", "v_lin", "out_lin"), model.config.n_heads
+    names, heads = ("q_lin", "k_lin", "v_lin", "out_lin"), config_of(model).n_heads
     return ffns + [
         attention(model, i, **attention_paths(path, *names), heads=heads)
         for i, (path, _) in enumerate(layers_of(model, "attentions"))

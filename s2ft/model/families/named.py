@@ -25,6 +25,7 @@ from torch import nn
 from s2ft.model.coupling import Coupling, Projection, Vector
 from s2ft.model.parts import (
     attention,
+    config_of,
     ffn,
     get,
     heads_in,
@@ -364,13 +365,13 @@ def couplings(model: nn.Module, model_type: str | None = None) -> list[Coupling]
         model: The model.
         model_type: The type. Default: that of the model's config.
     """
-    model_type = model_type or model.config.model_type
-    stacks = [(names, stack) for names in BY_TYPE[model_type] for stack in names.stacks]
+    known: str = model_type or config_of(model).model_type
+    stacks = [(names, stack) for names in BY_TYPE[known] for stack in names.stacks]
     blocks = [(names, path, block) for names, stack in stacks for path, block in _blocks(model, stack)]
     found = [one for i, (names, path, block) in enumerate(blocks) for one in _block(model, names, i, path, block)]
-    layers = getattr(model.config, "deepstack_visual_indexes", None) or []
-    unused = {f"deepstack_merger_list.{i}" for i, layer in enumerate(layers) if layer >= model.config.depth}
-    rows = [(one, names) for path, names in MERGERS.get(model_type, ()) for one in modules_of(model, path)]
+    layers = getattr(config_of(model), "deepstack_visual_indexes", None) or []
+    unused = {f"deepstack_merger_list.{i}" for i, layer in enumerate(layers) if layer >= config_of(model).depth}
+    rows = [(one, names) for path, names in MERGERS.get(known, ()) for one in modules_of(model, path)]
     mergers = enumerate((row for row in rows if row[0] not in unused), len(blocks))
     return found + [ffn_of(model, layer, path, names) for layer, (path, names) in mergers]
 
@@ -395,21 +396,20 @@ def _blocks(model: nn.Module, stack: str) -> Iterator[tuple[str, nn.Module]]:
         yield from layers_of(model, stack)
         return
     for path, module in _blocks(model, outer):
-        blocks = get(module, inner[1:]) if inner else module
+        blocks: Any = get(module, inner[1:]) if inner else module
         yield from ((f"{path}{inner}.{i}", block) for i, block in enumerate(blocks or ()))
 
 
 def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) -> list[Coupling]:
-    is_gated = names.gated and get(block, names.gated[-1]) is not None
-    layers = names.gated if is_gated else (names.up, names.down, *filter(None, [names.gate]))
+    gated = names.gated if names.gated and get(block, names.gated[-1]) is not None else None
+    layers = gated or (names.up, names.down, *filter(None, [names.gate]))
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
-    paths = (f"{path}.{name}" for name in layers)
-    found = [replace(ffn(model, i, *paths), vectors=vectors, fixed=names.channels_stay)]
-    cross = names.cross if _has_encoder(model.config) else None
+    found = [replace(ffn_of(model, i, path, layers), vectors=vectors, fixed=names.channels_stay)]
+    cross = names.cross if _has_encoder(config_of(model)) else None
     for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
         if name and get(block, name) is not None:
             flags = names.numbered if kind == "attention" else False
-            fixed = flags if isinstance(flags, bool) else any(getattr(model.config, flag) for flag in flags)
+            fixed = flags if isinstance(flags, bool) else any(getattr(config_of(model), flag) for flag in flags)
             found.append(_attention(model, names, i, f"{path}.{name}", fixed=fixed, kind=kind))
     return found
 
@@ -440,5 +440,5 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
         vectors = tuple(Vector(at, unit) for at, unit in moving.items())
         return replace(packed, producers=packed.producers + extra, vectors=vectors, **options)
-    layers = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
+    layers: dict[str, Any] = {key: f"{path}.{name}" for key, name in zip("qkvo", names.layers)}
     return attention(model, layer, **layers, heads=heads, more=more, moving=moving, **options)
