@@ -7,8 +7,8 @@ from torch import nn
 
 from s2ft.attached.active import ON_TOP_OF, apart_from_active, names_of_modules, switch
 from s2ft.attached.checks import check_can_merge, check_not_in_engine, check_one_place
-from s2ft.attached.mounting import adapters_off, merge_active, mount, remove_all, touched
-from s2ft.attached.proof import proved
+from s2ft.attached.mounting import merge_active, mount, remove_all, touched, undone_on_failure
+from s2ft.attached.proof import proving
 from s2ft.attached.record import (
     attachment_of,
     check_has_arrived,
@@ -120,10 +120,10 @@ def attach(
     if on_top and record.active:
         active, config = dict(record.active), apart_from_active(record, config, couplings)
         selection = select_units(couplings, config, model, calibration, protect)
-    with adapters_off(model, record):
+    with undone_on_failure(model, record):
         if selection is None:
             selection = select_units(couplings, config, model, calibration, protect)
-        with proved(model, record, touched(couplings, selection), config, selection, verify, example):
+        with proving(model, record, touched(couplings, selection), config, selection, verify, example):
             mount(model, record, config, selection, name)
         if active:
             switch(model, record, {**active, name: 1.0})

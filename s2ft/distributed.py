@@ -4,6 +4,9 @@ Under DDP every rank has every parameter in full. Under FSDP2 and ZeRO-3 each ra
 ZeRO's optimizer has the only exact copy of trained parameters. A function that reads such parameters gathers them, so
 every rank must call it. Each rank writes its own shard.
 
+FSDP2 shards a tensor, tensor parallelism splits it, ZeRO-3 partitions it. It is spread in each of these cases, which
+:func:`is_sharded` asks for.
+
 FSDP2 keeps a list of the parameters it shards and of the module that has each of them. It puts the shard or the
 gathered parameter into that module whenever it changes between the two. So a trainable layer that takes a frozen weight
 over has to take the module's place in that list. Its s2 has to be on the list too, to be sharded and to get its

@@ -71,7 +71,7 @@ def test_own_forward_runs_on_the_merged_weight_bit_for_bit(cls, dim, units, dtyp
     nn.init.normal_(layer.s2)
     x = torch.randn(3, WIDTH).to(dtype)
     index = units.get("index", torch.arange(1, 4))
-    added = tensors(kind.forward(plain, x, layer.s2, index, dim))
+    added = tensors(kind.run_with_delta(plain, x, layer.s2, index, dim))
     got = tensors(layer(x))
     assert all(torch.equal(one, two) for one, two in zip(got, added))
     matrix = kind.matrix(merged)

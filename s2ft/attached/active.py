@@ -42,13 +42,13 @@ from s2ft.selection import unit_tensors
 # ---- which adapters are active -------------------------------------------------------------------------
 
 
-def whole(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
+def all_or_nothing(change: Callable[[], Any], recover: Callable[[], Any] | None = None) -> Any:
     """Make a change that nothing leaves half done.
 
     It is no context manager: an interrupt in the middle of ``__exit__`` would put the recovery off.
 
     Args:
-        change: The change. Where `recover` is None it can be called again.
+        change: The change. Without `recover` it is called a second time after a failure, so it must be repeatable.
         recover: What to do after an interrupt, an exception or an out-of-memory error. Default: `change` again.
 
     Returns:
@@ -94,7 +94,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
 
 def deactivate(model: nn.Module, record: Attachment) -> None:
     """Make no adapter active: the weights hold the base, bit for bit."""
-    whole(partial(_restore_base, model, record))  # an interrupt: finish what it cut short
+    all_or_nothing(partial(_restore_base, model, record))  # an interrupt: finish what it cut short
 
 
 def _restore_base(model: nn.Module, record: Attachment) -> None:

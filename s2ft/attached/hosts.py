@@ -535,7 +535,7 @@ def remove_from_host(model: nn.Module, record: Attachment) -> None:
 # ---- weights that arrive after an adapter was attached, on ranks that started without them --------------------------
 
 
-def expect_weights(model: nn.Module, record: Attachment) -> None:
+def note_missing_weights(model: nn.Module, record: Attachment) -> None:
     """Make the record wait for the weights if they are on the meta device, or will be sent there to be sharded."""
     record.awaits_weights = _any_on_meta(model, record) or will_be_loaded_again()
 
@@ -662,17 +662,17 @@ def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
     """Whether this rank, or another rank with a shard of the same weights, waits for them."""
     if record.awaits_weights:
         return True
-    if record.has_taken_up or not record.base.key:
+    if record.has_taken_up or not record.fingerprint_decision.key:
         return False
     if not isinstance(model, fsdp_modules()) and not any(is_sharded(m.layer.weight) for m in record.mounts.values()):
         return False
-    record.has_taken_up = not record.base.is_for_others
+    record.has_taken_up = not record.fingerprint_decision.is_for_others
     return not record.has_taken_up
 
 
 def _check_arrived(model: nn.Module, record: Attachment) -> None:
     found = fingerprint(model, record.couplings)
-    record.expect_base(found)
+    record.set_fingerprint_if_unknown(found)
     differing = difference(found, cast("dict[str, Any]", record.fingerprint))
     if differing:
         raise RuntimeError(
@@ -734,7 +734,7 @@ def before_forward(model: Any, *_: Any) -> None:
     is_gathered = not is_first and isinstance(model, fsdp_modules())  # by the hook of FSDP2, which came first
     if take_up(model) and is_gathered:
         model.unshard()  # again
-    if model.training and torch.is_grad_enabled() and record.rest is None:  # a proof unfreezes weights for its time
+    if model.training and torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time
         record_unfrozen(model, record)
     if not is_gathered:  # else layers compute with copies, this once
         write_slices(model, record)

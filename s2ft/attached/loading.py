@@ -21,8 +21,8 @@ from s2ft.attached.active import (
     unfreeze,
 )
 from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
-from s2ft.attached.mounting import adapters_off, end_training, load, mount, remove, touched
-from s2ft.attached.proof import proved
+from s2ft.attached.mounting import end_training, load, mount, remove, touched, undone_on_failure
+from s2ft.attached.proof import proving
 from s2ft.attached.record import (
     Attachment,
     attachment_of,
@@ -120,7 +120,7 @@ def load_adapter(
     if record is None:
         record = new_attachment(model, adapter.couplings)
     check_fits(adapter, model, record)
-    record.expect_base(adapter.fingerprint)
+    record.set_fingerprint_if_unknown(adapter.fingerprint)
     adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
         check_can_write(model, record, adapter.deltas)
@@ -134,8 +134,8 @@ def load_adapter(
     if record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
     trained = touched(record.couplings, adapter.selection)
-    with adapters_off(model, record):
-        with proved(model, record, trained, adapter.config, adapter.selection, verify, example):
+    with undone_on_failure(model, record):
+        with proving(model, record, trained, adapter.config, adapter.selection, verify, example):
             mount(model, record, adapter.config, adapter.selection, adapter.name)
         set_mounted_deltas(record, adapter.deltas)
         unfreeze(model, record, adapter.extra_weights)

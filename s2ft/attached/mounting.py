@@ -16,12 +16,12 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.active import (
     activate,
+    all_or_nothing,
     deactivate,
     names_of_modules,
     place_loaded,
     switch,
     unfreeze,
-    whole,
     write_slices,
 )
 from s2ft.attached.checks import (
@@ -42,9 +42,9 @@ from s2ft.attached.hosts import (
     before_forward,
     check_is_base,
     close_blocks,
-    expect_weights,
     experts_modules,
     mark_layers,
+    note_missing_weights,
     open_blocks,
     put_in_order,
     remove_from_host,
@@ -77,7 +77,7 @@ from s2ft.distributed import (
 )
 from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
-from s2ft.layers.base import CodedSlice
+from s2ft.layers.base import FileRounding
 from s2ft.layers.kind import split_of
 from s2ft.model.checkpoint import is_here, packed_base
 from s2ft.model.coupling import Coupling, Projection, projections_of
@@ -129,11 +129,11 @@ def without_codecs(record: Attachment) -> Iterator[None]:
             layer.codec = codec
 
 
-def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> CodedSlice:
+def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> FileRounding:
     if len(mount.parts) > 1 or mount.original is None or mount.layer.kind.transposed or mount.layer.is_managed:
         raise ValueError(f"codec: {path} is not one plain weight of {base.path} on one device")
     (part,), layer = mount.parts, mount.layer
-    coded = CodedSlice(*base.unit_blocks(path, part.elements, layer.dim), part.positions, layer.dim)
+    coded = FileRounding(*base.unit_blocks(path, part.elements, layer.dim), part.positions, layer.dim)
     units = layer.selected_units().to(layer.weight.device)[part.positions.to(layer.weight.device)]
     now = layer.kind.matrix(layer).detach().index_select(layer.dim, units).cpu()
     if not torch.equal(coded.base.to(now.dtype), now):
@@ -145,7 +145,7 @@ def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> CodedSlice
 
 
 def claim(model: nn.Module, record: Attachment) -> None:
-    """Give the model its record. This comes before anything changes."""
+    """Give the model its record and s2ft's hooks. This comes before anything changes."""
     set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)
@@ -230,7 +230,7 @@ def _make_layers(
     selection: Selection,
 ) -> None:
     """Record the moves and the trainable layers of a new adapter. No layer is replaced yet."""
-    expect_weights(model, record)
+    note_missing_weights(model, record)
     record.packing_stopped = layers_that_pack(model)
     record.moves += moves
     parts: dict[str, list[Part]] = {}
@@ -384,8 +384,8 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     It can be called again if it was interrupted, and does nothing if nothing is mounted. The record still contains
     what was mounted; call :meth:`Attachment.forget_mounts` afterwards if the model keeps the record.
     """
-    if record.rest is not None:  # a proof was interrupted
-        record.rest.restore()
+    if record.snapshot is not None:  # a proof was interrupted
+        record.snapshot.restore()
     remove_from_host(model, record)
     restore_forwards(model, record)
     close_blocks(model)
@@ -458,11 +458,11 @@ def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
 
 
 @contextmanager
-def adapters_off(model: nn.Module, record: Attachment) -> Iterator[None]:
-    """Inside, the model has its record and the base in its weights, so that a trainable adapter can be mounted.
+def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Give the model its record and switch all adapters off, so that the body can mount a trainable one.
 
-    If the body fails, the loaded adapters are there, those that were active are active again, and a model without
-    loaded adapters is plain.
+    If the body fails, everything is as before: the active adapters are active again, and a model that had no adapters
+    is plain. If it succeeds, the adapters stay off.
     """
     active = dict(record.active)
     try:
@@ -509,7 +509,7 @@ def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -
             record.drop(adapter.name)
             switch(model, record, before)
 
-    whole(change, recover)
+    all_or_nothing(change, recover)
 
 
 def remove_all(model: nn.Module, record: Attachment) -> None:
@@ -520,7 +520,7 @@ def remove_all(model: nn.Module, record: Attachment) -> None:
             deactivate(model, record)
             release(model, record)
 
-    whole(change)
+    all_or_nothing(change)
 
 
 def remove(model: nn.Module, record: Attachment, name: str) -> None:
@@ -557,7 +557,7 @@ def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None =
         replace()
         activate(model, record, active)
 
-    whole(change, recover=replace)  # then no adapter is active
+    all_or_nothing(change, recover=replace)  # then no adapter is active
 
 
 def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
@@ -578,4 +578,4 @@ def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
                 install(model, record, record.extra.base)
             deactivate(model, record)
 
-    return whole(change, recover)
+    return all_or_nothing(change, recover)

@@ -32,7 +32,7 @@ from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.discovery.examples import examples_of
 from s2ft.model.parts import tower_of
 from s2ft.model.running import (
-    Rest,
+    Snapshot,
     changes,
     check_example,
     example_of,
@@ -61,7 +61,7 @@ Outputs = dict[str, list[Tensor]]
 
 
 @contextmanager
-def proved(
+def proving(
     model: nn.Module,
     record: Attachment,
     couplings: list[Coupling],
@@ -70,7 +70,9 @@ def proved(
     verify: bool | None,
     example: Any,
 ) -> Iterator[None]:
-    """Prove what the body mounts. A rank whose model is on the meta device waits for those that can run it.
+    """Run the plain model, then the body, which mounts trainable layers; then compare them with the plain model.
+
+    A rank whose model is on the meta device waits for those that can run it.
 
     Args:
         model: The model, with the base in its weights. After the body it has trainable layers with slices of zeros.
@@ -121,7 +123,7 @@ class Proof:
         self.deltas: dict[str, Delta] = {}
         self.evaluated: list[Tensor] = []  # outputs in evaluation mode
         self.trained: list[Tensor] | None = None  # outputs in training mode; None if they are random
-        self.passed: dict[bool, Outputs] = {}  # by training mode: what each place returns, where it may differ
+        self.plain_outputs: dict[bool, Outputs] = {}  # by training mode: what each place returns, where it may differ
         self.has_backward = not self.is_sharded
         self.without_dropout: Callable[[], AbstractContextManager] = nullcontext
 
@@ -177,7 +179,7 @@ class Proof:
         except Exception as error:  # a model may ask for labels, or have other reasons
             self.notes.append(f"training mode was not proved: {type(error).__name__}: {str(error)[:200]}")
         if self.trained is None:
-            self.passed = {}
+            self.plain_outputs = {}
         if self.trained is None or largest_change(self.trained, self.evaluated) != 0:
             self._run_recorded(False)
         return ""
@@ -198,7 +200,7 @@ class Proof:
         self.notes.append("training mode was not proved, because the model's outputs are random there")
 
     def _run_recorded(self, training: bool) -> list[Tensor]:
-        passed = self.passed[training] = {path: [] for path in self.places}
+        passed = self.plain_outputs[training] = {path: [] for path in self.places}
         return self._run(training, hook=lambda path, number, output: passed[path].append(output.detach().clone()))
 
     # ---- the attached model --------------------------------------------------------------------------
@@ -237,7 +239,7 @@ class Proof:
             missed = [path for path, s2 in slices.items() if s2.grad is None and self.has_backward]
             outputs = self._run(False)
             if self._differs(outputs, self.evaluated, OF_MODEL):
-                if False in self.passed:  # which names the block, if it can
+                if False in self.plain_outputs:  # which names the block, if it can
                     self._check_blocks(False)
                 change = f"an output changes by {largest_change(outputs, self.evaluated):.2g} of its size"
                 self._raise(False, f"{change}. Does the model use the number of a unit elsewhere")
@@ -269,7 +271,10 @@ class Proof:
         """Compare what each block returns for the same inputs, and the outputs of the model."""
         found: list[str] = []
         counts: dict[str, int] = {}
-        passed, expected = self.passed[training], cast("list[Tensor]", self.trained) if training else self.evaluated
+        passed, expected = (
+            self.plain_outputs[training],
+            cast("list[Tensor]", self.trained) if training else self.evaluated,
+        )
         outputs = self._run(training, partial(self._compare, found, counts, passed), backward)
         short = [path for path, tensors in passed.items() if counts.get(path, 0) < len(tensors)]
         if not found and short:
@@ -297,7 +302,7 @@ class Proof:
                 "Is a module, a norm or bias (vectors), or the unit wrong, or does the block compute more than s2ft "
                 "knows"
             )
-        return _Passed.apply(output, then) if output.shape == then.shape else None
+        return _WithValueOf.apply(output, then) if output.shape == then.shape else None
 
     def _raise(self, training: bool, what: str) -> None:
         mode = "training" if training else "evaluation"
@@ -336,7 +341,7 @@ class Proof:
         model, record = self.model, self.record
         own = {id(one) for mount in record.mounts.values() for one in (mount.layer.s2, mount.layer.weight)}
         others = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-        record.rest = Rest(model, {mount.layer for mount in record.mounts.values()}, others)
+        record.snapshot = Snapshot(model, {mount.layer for mount in record.mounts.values()}, others)
         try:
             with ExitStack() as stack:
                 for path in self.places if hook else ():
@@ -355,8 +360,8 @@ class Proof:
                 if backward:
                     self._run_backward(output)
         finally:
-            record.rest.restore()
-            record.rest = None
+            record.snapshot.restore()
+            record.snapshot = None
             reshard_all(model)  # so that units move on the shards, not on gathered weights
         return [tensor.detach() for tensor in output]
 
@@ -378,7 +383,7 @@ class Proof:
     @cached_property
     def _in_half(self) -> bool:
         """Whether something is computed in half precision. Layers with quantized weights may do so."""
-        passed = (one for places in self.passed.values() for tensors in places.values() for one in tensors)
+        passed = (one for places in self.plain_outputs.values() for tensors in places.values() for one in tensors)
         dtypes = {tensor.dtype for tensor in (*self.model.parameters(), *self.evaluated, *passed)}
         return not all(dtype.is_complex or dtype in OF_BLOCK for dtype in dtypes)
 
@@ -414,7 +419,7 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _Passed(torch.autograd.Function):
+class _WithValueOf(torch.autograd.Function):
     """Another tensor in place of an output, with the output's gradient."""
 
     @staticmethod

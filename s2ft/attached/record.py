@@ -18,7 +18,7 @@ from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
-from s2ft.model.running import Rest
+from s2ft.model.running import Snapshot
 from s2ft.model.weights import Delta, Positions, have_numbers
 from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
@@ -220,7 +220,7 @@ class Attachment:
         couplings: Couplings of the model.
         fingerprint: Hashes of the base's coupled weights, by layer; None while no rank has the weights.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
-        base: How the ranks have found the fingerprint.
+        fingerprint_decision: How the ranks have found the fingerprint.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
         weights: What discovery says of every weight of the blocks; empty for all other couplings.
         name: Name of the trainable adapter; None if there is none.
@@ -241,14 +241,14 @@ class Attachment:
         awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
         has_taken_up: Whether the weights have arrived on all ranks.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
-        rest: What a forward of a proof that is under way, or was interrupted, may have changed.
+        snapshot: What a forward of a proof that is under way, or was interrupted, may have changed.
         unproved: What the proof of the trainable adapter could not prove, in words.
     """
 
     couplings: list[Coupling]
     fingerprint: dict[str, Any] | None
     required_grad: dict[str, bool]
-    base: Decision = Decision(None, "")
+    fingerprint_decision: Decision = Decision(None, "")
     is_custom: bool = False
     weights: tuple[Any, ...] = ()
     name: str | None = None
@@ -268,7 +268,7 @@ class Attachment:
     awaits_weights: bool = False
     has_taken_up: bool = False
     change_unfinished: bool = False
-    rest: Rest | None = None
+    snapshot: Snapshot | None = None
     unproved: str = ""
 
     # ---- what is there ---------------------------------------------------------------------------
@@ -351,7 +351,7 @@ class Attachment:
 
     # ---- changes of the record alone -------------------------------------------------------------
 
-    def expect_base(self, fingerprint: dict[str, Any]) -> None:
+    def set_fingerprint_if_unknown(self, fingerprint: dict[str, Any]) -> None:
         """Expect weights of this fingerprint to arrive, if no rank has weights yet."""
         if self.fingerprint is None:
             self.fingerprint = fingerprint
@@ -393,7 +393,7 @@ class Attachment:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
         self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
-        self.rest, self.unproved = None, ""
+        self.snapshot, self.unproved = None, ""
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
             collection.clear()
 
@@ -478,14 +478,14 @@ def new_attachment(
     check_not_offloaded(model)
     found = find_couplings(model, couplings, example, config)
     reshard_all(model)
-    base = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))
+    decision = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))
     return Attachment(
         found.couplings,
-        base.value,
+        decision.value,
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
         weights=found.weights,
-        base=base,
+        fingerprint_decision=decision,
     )
 
 

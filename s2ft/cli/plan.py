@@ -329,11 +329,11 @@ def _choose_from_disk(job: SelectArguments, config):
     """Return a selection that needs no data. Weights are read one at a time where that is possible."""
     import s2ft
     from s2ft.model.checkpoint import CannotStream, read_from
-    from s2ft.selection import reads_weights
+    from s2ft.selection import needs_weights
     from s2ft.text.models import load_model, model_on_disk, model_without_values
 
     try:
-        if not reads_weights(config):
+        if not needs_weights(config):
             return s2ft.select(model_without_values(job.model, job.dtype), config)
         model, weights = model_on_disk(job.model, job.dtype)
     except CannotStream as reason:

@@ -96,7 +96,7 @@ class Codec:
         """The values of some levels, as the format's own library computes them."""
         raise NotImplementedError
 
-    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         """The factor and the summand that make a value from a level, within rounding."""
         raise NotImplementedError
 
@@ -172,7 +172,7 @@ class Codec:
 
     def _nearest_codes(self, values: Tensor, scales: Scales, present: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codes under given scales, and the distances. Of codes as near, the present one stays."""
-        grid, (factor, summand) = self._grid(values.device), self.linear(scales)
+        grid, (factor, summand) = self._grid(values.device), self.scale_and_offset(scales)
 
         def distance(levels: Tensor) -> Tensor:
             return self.scaled(levels, scales).float().sub_(values).abs_()

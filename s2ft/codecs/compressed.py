@@ -45,7 +45,7 @@ class Float8(Codec):
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
         return levels.to(scales[0].dtype) * scales[0]
 
-    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         return scales[0].float(), 0.0
 
 
@@ -65,9 +65,9 @@ class Nvfp4(Codec):
         return {**packed, "weight_packed": gather(blocks.codes.flatten(-2), 4, 1), "weight_scale": scale}
 
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
-        return (levels * self.linear(scales)[0]).to(torch.bfloat16)
+        return (levels * self.scale_and_offset(scales)[0]).to(torch.bfloat16)
 
-    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         return scales[0] / scales[1], 0.0
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
@@ -118,7 +118,7 @@ class Integer(Codec):
         levels = levels.to(scale.dtype)
         return (levels - zero[0] if zero else levels) * scale
 
-    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         scale, *zero = (one.float() for one in scales)
         return scale, -zero[0] * scale if zero else 0.0
 
@@ -203,7 +203,7 @@ class Nf4(Codec):
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
         return (levels * scales[0]).to(getattr(torch, self.dtype))
 
-    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         return scales[0], 0.0
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:

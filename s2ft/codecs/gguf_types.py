@@ -57,7 +57,7 @@ class Gguf(Codec):
         scale, *minimum = scales
         return levels * scale + minimum[0] if minimum else levels * scale
 
-    def linear(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
+    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         scale, *minimum = scales
         return scale, minimum[0] if minimum else 0.0
 

@@ -288,7 +288,7 @@ class Kept:
         changes = [Change(start, (row, size), *new) for (start, row, size), (*new, _) in zip(steps, each)]
         return cls(path, changes, [old for *_, old in each], adapter, digest)
 
-    def begin(self) -> None:
+    def save_old_bytes(self) -> None:
         """Write the file beside, in one step, unless an earlier switch to the adapter has left it."""
         beside, earlier = (self.path.with_name(self.path.name + name) for name in (SUFFIX, _earlier(self.digest)))
         if earlier.exists():
@@ -334,7 +334,7 @@ class Kept:
         for change, old in zip(self.changes, self.old):
             change.write(data, old)
 
-    def end(self) -> None:
+    def keep_for_next_switch(self) -> None:
         """Give the file beside the name by which the next switch to the adapter finds it."""
         name = self.path.name
         os.replace(self.path.with_name(name + SUFFIX), self.path.with_name(name + _earlier(self.digest)))
@@ -378,7 +378,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
             made = _computed(path, folder, digest, base, before)
         if before is not None:
             _undo(before, data)
-        made.begin()
+        made.save_old_bytes()
         for change in made.changes:
             change.write(data, change.new)
         data.flush()
@@ -450,7 +450,7 @@ def _undo(kept: Kept, data: numpy.memmap) -> bool:
     whole = kept.is_whole(data)
     kept.put_back(data)
     data.flush()
-    kept.end()
+    kept.keep_for_next_switch()
     return whole
 
 

@@ -115,7 +115,7 @@ def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     changed = [layer for layer in changed if layer.after_step()]
     write_all(changed)
     for layer in changed:
-        layer.expect_change()
+        layer.write_before_next_forward()
 
 
 def _check_held(s2: Tensor, trains: bool) -> None:
@@ -127,7 +127,7 @@ def _check_held(s2: Tensor, trains: bool) -> None:
             "before"
         )
     if trains:
-        layer.expect_change()
+        layer.write_before_next_forward()
 
 
 LIBRARY.define("check_held(Tensor s2, bool trains) -> ()")
@@ -143,6 +143,8 @@ UNITS = ("index", "first")  # buffers that say which units are selected
 
 class S2Layer(nn.Module):
     """A layer with a frozen weight and a trainable slice of it (S²FT paper, section 3.2).
+
+    A unit of a layer is one row or column of its weight: a head, which is a unit of a coupling, has several.
 
     While the layer is switched on, its weight holds base + s2 in the selected units, and the forward is that of the
     plain layer. The base's values of these units are kept beside it. The slice is written again when s2 has changed:
@@ -164,7 +166,7 @@ class S2Layer(nn.Module):
     weight: Tensor
     bias: Tensor | None
     index: Tensor | None
-    codec: "CodedSlice | None" = None
+    codec: "FileRounding | None" = None
     base: Tensor | list[Tensor] | None = None
     _looked_at: Any = None  # memory of the weight that has been checked
     _written: Any = None  # a tuple, the stamps of s2 and of the weight when base + s2 was written last
@@ -390,7 +392,7 @@ class S2Layer(nn.Module):
             return self._is_current and self._written[0] == stamp(local_part(self.s2))
         return self.is_held(self.weight, self.s2) and not self._may_have_changed
 
-    def expect_change(self) -> None:
+    def write_before_next_forward(self) -> None:
         """Make the next forward write the slice, because ``s2.data`` may change without a version.
 
         It is called when s2 has got a gradient or an optimizer has made a step: a loop in place of an optimizer may
@@ -458,7 +460,7 @@ class S2Layer(nn.Module):
         """Note that the weight holds base + s2 with the values of these stamps."""
         if isinstance(self.base, list):
             release_gathered(self.weight)
-        # An optimizer or code of others may change s2 next without telling: see expect_change
+        # An optimizer or code of others may change s2 next without telling: see write_before_next_forward
         state = {"_written": stamps, "_whole": stamps[1][1], "_is_current": True, "_may_have_changed": False}
         self.__dict__.update(state)
         _watch_optimizers()
@@ -495,7 +497,7 @@ class S2Layer(nn.Module):
         """
         if not self.enabled:
             raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
-        self.expect_change()  # after an interrupt below, the next forward writes
+        self.write_before_next_forward()  # after an interrupt below, the next forward writes
         self.write()
 
     def unfuse(self) -> None:
@@ -797,7 +799,7 @@ def _warn_about_cast(made: torch.dtype, now: torch.dtype) -> None:
 # ---- what a layer computes with if its weight has to fit into a quantized file --------------------------------------
 
 
-class CodedSlice:
+class FileRounding:
     """Units of a weight as a quantized file has them."""
 
     def __init__(self, codec: Codec, blocks: Blocks, positions: Tensor, dim: int) -> None:

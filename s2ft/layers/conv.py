@@ -108,7 +108,7 @@ class ConvolutionKind(Kind):
     def matches(self, found: Any) -> bool:
         return type(found) in (nn.Conv1d, nn.Conv2d, nn.Conv3d) and found.groups == 1
 
-    def forward(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         weight = self.with_delta(module.weight, delta, index, dim)
         x = autocast_input(self.name, x, weight)
         return conv_forward(module, x, lambda x, call: self.run(x, weight, module.bias, call))

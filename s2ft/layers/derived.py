@@ -241,7 +241,7 @@ class OwnForwardKind(Kind):
         is_derived = is_conv1d(found) if self.transposed else isinstance(found, nn.Linear)
         return is_derived and _can_add(found)
 
-    def forward(self, module: Any, *args: Any, **kwargs: Any) -> Any:
+    def run_with_delta(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x, delta, index, dim, *rest = args
         weight = self.with_delta(module.weight, delta, index, dim)
         return run_on(module, {"weight": weight}, {}, (x, *rest), kwargs)

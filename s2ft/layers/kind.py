@@ -225,8 +225,8 @@ class Kind:
             return weight.index_copy(1 - dim, index, values.t())
         return self.view(weight).index_copy(dim, index, values).view(weight.shape)
 
-    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
-        """Run a plain layer on its weight with a delta added.
+    def run_with_delta(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+        """Run a plain layer on its weight with a delta added, as PEFT's layers do.
 
         Args:
             module: The plain layer.
@@ -269,7 +269,10 @@ class Kind:
         raise NotImplementedError(self.name)
 
     def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
-        """The gradient of s2, given that of the output. If `plain`, autograd casts it to the dtype of s2."""
+        """The gradient of s2, given that of the output.
+
+        If `plain`, nothing records or traces this call: the result may have the dtype of `grad`, and autograd casts it.
+        """
         raise NotImplementedError(self.name)
 
     def grad_of_bias(self, grad: Tensor) -> Tensor:
@@ -336,7 +339,7 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
         return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
     trains = s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
     trains = trains and torch.is_grad_enabled()
-    is_held = _check_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
+    is_held = _assert_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
     if not trains:
         return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
     outputs = _Product.apply(layer, x, weight, s2, bias, call, is_held)
@@ -344,7 +347,11 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
-    """The product. Columns of x that are copied are a second output, so that a double backward reaches x through it."""
+    """The product.
+
+    The backward reads the columns of x that are kept. They are a second output, which nobody uses: so autograd knows
+    that they depend on x, and second derivatives lack no term.
+    """
 
     @staticmethod
     def forward(ctx, layer, x, weight, s2, bias, call, is_held):
@@ -367,12 +374,12 @@ class _Product(torch.autograd.Function):
             if of_x:
                 # The base may be back in the weight, inside disable_adapters. A second derivative has to see that the
                 # weight depends on s2.
-                is_held = _check_held(s2, True) if is_dynamo_compiling() else not records and layer.is_held(weight, s2)
+                is_held = _assert_held(s2, True) if is_dynamo_compiling() else not records and layer.is_held(weight, s2)
                 multiplied = weight if is_held else layer.effective_weight(s2, weight)
                 grad_x = kind.grad_of_x(grad, multiplied, ctx.shape, ctx.call)
             if of_s2:
                 if not is_dynamo_compiling():  # the forward of a graph has said so
-                    layer.expect_change()
+                    layer.write_before_next_forward()
                 plain = not records and runs_directly(grad, s2)
                 grad_s2 = kind.grad_of_s2(layer, grad, kept, s2, ctx.call, plain)
             if of_bias:
@@ -386,7 +393,7 @@ class _Product(torch.autograd.Function):
         return None, grad_x, None, grad_s2, grad_bias, None, None
 
 
-def _check_held(s2: Tensor, trains: bool) -> bool:
+def _assert_held(s2: Tensor, trains: bool) -> bool:
     """True. A compiled function can't compare versions itself, so the check is an op of its graph, which may raise."""
     torch.ops.s2ft.check_held(s2, trains)
     return True

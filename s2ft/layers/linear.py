@@ -173,7 +173,7 @@ class LinearKind(Kind):
     def matches(self, found: Any) -> bool:
         return type(found) is nn.Linear
 
-    def forward(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
 
     def run(self, x: Tensor, weight: Tensor, bias: Tensor | None, call: Any) -> Tensor:

@@ -133,7 +133,7 @@ class QuantizedKind(Kind):
     def delta_dtype(self, module: nn.Module) -> torch.dtype:
         return torch.float32  # the weight's own dtype is that of bytes, which have no gradient
 
-    def forward(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
+    def run_with_delta(self, module: nn.Module, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return quantized_forward(module, x, delta, index, dim)
 
 

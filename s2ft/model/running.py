@@ -63,7 +63,7 @@ def remove_new_hooks(found: list[tuple[dict, set]]) -> None:
                 hooks.pop(key, None)
 
 
-class Rest:
+class Snapshot:
     """Modes, attributes, buffers and forward hooks of modules, and which parameters train, as when this was made.
 
     :meth:`restore` can be called any number of times, and an interrupt in it does no harm: the next call finishes it.

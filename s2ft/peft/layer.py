@@ -207,7 +207,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         # A view is memory of FSDP version 1, which gathers it again for the backward.
         if in_place and not self.base_layer.weight._is_view():
             return self._trainable("", names).forward(*args, **kwargs)
-        delta, run = self.sum_of("", names), self.kind.forward
+        delta, run = self.sum_of("", names), self.kind.run_with_delta
         if hook is None or self.kind.read_only:
             return run(self.base_layer, args[0], delta.values, delta.index, self.dim)
         (x,), _ = hook.pre_forward(self.base_layer, args[0])  # accelerate's hook loads weights that are offloaded

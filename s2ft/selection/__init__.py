@@ -570,12 +570,12 @@ def select(
             return groups.units_of(select(groups.couplings, groups.config, model, calibration, protect))
         except ValueError as error:
             raise ValueError(f"in groups of {config.group} inputs: {error}") from error
-    if reads_weights(config) and model is not None:  # only some ranks may have them
+    if needs_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, protect)
     return _select(couplings, config, model, calibration, protect)
 
 
-def reads_weights(config: S2FTConfig) -> bool:
+def needs_weights(config: S2FTConfig) -> bool:
     """Whether a selection depends on the values of the weights."""
     return config.units is None and (METRICS[config.selection].ordered or config.protect_ratio is not None)
 

@@ -216,7 +216,13 @@ def interrupt(monkeypatch, step, number):
     monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
 
 
-STEPS = ["write", "before begin", "after begin", "before end", "after end"]
+STEPS = [
+    "write",
+    "before save_old_bytes",
+    "after save_old_bytes",
+    "before keep_for_next_switch",
+    "after keep_for_next_switch",
+]
 
 
 @pytest.mark.parametrize("number", [1, 2, 14, 27])
