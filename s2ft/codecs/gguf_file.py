@@ -167,10 +167,32 @@ class GgufFile:
         packed = torch.from_numpy(numpy.ascontiguousarray(data[numpy.ix_(rows.numpy(), blocks.numpy())]))
         return PackedPart(rows, blocks, packed, index)
 
+    def whole(self, path: str) -> Tensor:
+        """The blocks of all outputs of a weight, in the order of transformers, [outputs, bytes]."""
+        outputs = int(self.tensors[self.name(path)].shape[-1])
+        return self.part(path, torch.arange(outputs), 0).packed.flatten(-2)
+
     def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:
         """The codec of a weight, and the blocks of some rows or columns; arguments and errors as of :meth:`part`."""
         found, codec = self.part(path, index, dim), self.codec(path)
         return codec, codec.unpack(found.packed.flatten(-2)).take(found.index, dim)
+
+    def has_codec(self, path: str) -> bool:
+        """Whether a weight of the file has a codec, and its blocks can be read one by one."""
+        try:
+            self.check(path)
+        except ValueError:
+            return False
+        return True
+
+    def values(self, path: str, part: str = "weight") -> Tensor:
+        """A parameter as transformers loads it, float32."""
+        import gguf
+
+        tensor = self.tensors[self.name(path, part)]
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+        found = numpy.ascontiguousarray(self._processor.process(values, name=tensor.name).weights)
+        return torch.from_numpy(found.copy() if numpy.shares_memory(found, tensor.data) else found)
 
     def elements(self, path: str, part: str, shape: torch.Size, positions: Tensor) -> list[float]:
         """Some values of a parameter.

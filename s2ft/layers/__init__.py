@@ -22,7 +22,7 @@ from s2ft.layers.experts import (
 )
 from s2ft.layers.kind import OTHER, Kind, Split, split_of
 from s2ft.layers.linear import CONV1D, LINEAR, SPLIT_LINEAR, S2ColumnLinear, S2RowLinear, S2SplitLinear, is_intercepted
-from s2ft.layers.quantized import NO_FUSE, QUANTIZED
+from s2ft.layers.quantized import NO_FUSE, QUANTIZED, PackedLinear
 
 __all__ = [
     "EXPERTS",
@@ -32,6 +32,7 @@ __all__ = [
     "OTHER",
     "Kind",
     "ObservedExperts",
+    "PackedLinear",
     "S2ColumnConv",
     "S2ColumnExperts",
     "S2ColumnLinear",

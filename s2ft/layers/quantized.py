@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from s2ft.codecs.codec import Codec
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 
@@ -256,4 +257,70 @@ class TorchaoKind(QuantizedKind):
             return F.linear(x, weight.detach()).requires_grad
 
 
-QUANTIZED = (Linear4bitKind(), Linear8bitKind(), TorchaoKind())
+# ---- blocks of a file -----------------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer with a packed weight. It computes in the dtype of its input.
+
+    Attributes:
+        weight: The blocks of each output, [outputs, bytes] uint8.
+        bias: [outputs], or None.
+    """
+
+    def __init__(self, codec: Codec, weight: Tensor, in_features: int, bias: Tensor | None = None) -> None:
+        """Make a layer.
+
+        Args:
+            codec: The codec of the weight.
+            weight: The blocks of each output, [outputs, bytes] uint8.
+            in_features: Number of inputs.
+            bias: [outputs], or None.
+        """
+        super().__init__()
+        self.codec, self.in_features, self.out_features = codec, in_features, weight.shape[0]
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Run the layer: input [..., in_features] → output [..., out_features]."""
+        return _Product.apply(input, self)
+
+    def unpacked(self, dtype: torch.dtype) -> Tensor:
+        """The weight [outputs, inputs] in a floating-point dtype."""
+        return self.codec.decode(self.weight.detach()).to(dtype)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
+
+
+class _Product(torch.autograd.Function):
+    """A product that keeps neither its input nor the unpacked weight for the backward."""
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        ctx.layer = layer
+        return F.linear(x, layer.unpacked(x.dtype), layer.bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ ctx.layer.unpacked(grad.dtype), None
+
+
+class PackedKind(QuantizedKind):
+    """A linear layer in the blocks of a GGUF file."""
+
+    name = "PackedLinear"
+    classes = ("PackedLinear",)
+
+    def matches(self, found: Any) -> bool:
+        return isinstance(found, PackedLinear)
+
+    def dequantized(self, module: nn.Module) -> Tensor:
+        return plain_of(module).unpacked(torch.float32)
+
+    def dtype_name(self, module: nn.Module) -> str:
+        return f"quantized {plain_of(module).codec.name}"
+
+
+QUANTIZED = (Linear4bitKind(), Linear8bitKind(), TorchaoKind(), PackedKind())

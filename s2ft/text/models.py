@@ -37,6 +37,7 @@ def load_model(
     revision: str | None = None,
     trust_remote_code: bool = False,
     quantization: Any = None,
+    keep_packed: bool = False,
     **model_options: Any,
 ):
     """Load a model and its tokenizer.
@@ -48,6 +49,8 @@ def load_model(
         revision: Branch, tag or commit on the hub, of the model and of the tokenizer; default: the main branch.
         trust_remote_code: Whether code that the model or the tokenizer brings along is run.
         quantization: A quantization config of transformers, to quantize the weights while they are loaded.
+        keep_packed: Whether linear layers of a GGUF file keep its blocks, as :class:`s2ft.layers.PackedLinear`, which
+            unpacks them for each product. Otherwise all weights are unpacked.
         **model_options: More arguments of `from_pretrained` for the model, such as `attn_implementation`.
 
     Returns:
@@ -86,6 +89,8 @@ def load_model(
     wanted = {**options, "dtype": dtype, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
+    if keep_packed and not is_gguf:
+        raise ValueError(f"keep_packed is for a GGUF file, and {name} is none")
     with _parsed_once() if is_gguf else nullcontext():
         tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
         config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
@@ -95,7 +100,8 @@ def load_model(
             check_packages("a model of compressed-tensors")
             wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
-        model = _from_pretrained(auto, MODEL, name, source, wanted)
+        load = _packed_model if keep_packed else _from_pretrained
+        model = load(auto, MODEL, name, source, wanted)
     if is_gguf or is_compressed:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
@@ -103,6 +109,34 @@ def load_model(
             del model.config.quantization_config
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
+
+
+def _packed_model(kind, what: str, name: str, source: str, options: dict):
+    """Load a GGUF file of which linear layers keep the blocks. No more than one weight is unpacked at a time."""
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoConfig
+
+    from s2ft.codecs.gguf_file import GgufFile
+    from s2ft.layers import PackedLinear
+
+    file = GgufFile(Path(source) / options["gguf_file"])
+    dtype, config = getattr(torch, options["dtype"]), AutoConfig.from_pretrained(source, gguf_file=options["gguf_file"])
+    with init_empty_weights(include_buffers=False):
+        model = kind.from_config(config, dtype=dtype)
+    for path, module in list(model.named_modules()):
+        if isinstance(module, torch.nn.Linear) and module.weight.is_meta and file.has_codec(path):
+            bias = None if module.bias is None else file.values(path, "bias").to(dtype)
+            packed = PackedLinear(file.codec(path), file.whole(path), module.in_features, bias)
+            model.set_submodule(path, packed)
+    model.tie_weights()
+    for path, parameter in list(model.named_parameters()):
+        if parameter.is_meta:
+            owner, _, part = path.rpartition(".")
+            values = torch.nn.Parameter(file.values(owner, part).to(dtype), requires_grad=False)
+            setattr(model.get_submodule(owner), part, values)
+    model.tie_weights()
+    return model
 
 
 def _unpacking(config):

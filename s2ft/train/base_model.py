@@ -13,6 +13,7 @@ import torch
 from s2ft.attached.record import unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import reads_weights
+from s2ft.layers import kind_of
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES, load_model, locate
 from s2ft.train.options import KERNELS, ModelOptions
@@ -52,6 +53,7 @@ def load_base(options: ModelOptions, arguments: Any):
         revision=more.pop("revision", options.model_revision),
         trust_remote_code=more.pop("trust_remote_code", getattr(arguments, "trust_remote_code", False)),
         quantization=quantization,
+        keep_packed=options.keep_packed,
         **{key: value for key, value in more.items() if value is not None},
     )
     for name in ("eos_token", "pad_token"):
@@ -106,7 +108,7 @@ def fit_layout(config: S2FTConfig, model: torch.nn.Module, chosen: bool) -> S2FT
     Returns:
         The config, with another layout if the model needs it and the user has not chosen one.
     """
-    if chosen or config.layout == "indexed" or getattr(model, "hf_quantizer", None) is None:
+    if chosen or config.layout == "indexed" or not any(kind_of(module).read_only for module in model.modules()):
         return config
     logger.info("layout indexed: weights that are quantized stay where they are")
     return replace(config, layout="indexed")

@@ -94,6 +94,7 @@ class ModelOptions:
         metavar="NAME",
         shown="transformers' choice",
     )
+    keep_packed: bool = option(False, "keep the blocks of a .gguf file in memory; the layout is then indexed")
     load_in_8bit: bool = option(False, "load the weights in 8 bit by bitsandbytes; the layout is then indexed")
     load_in_4bit: bool = option(False, "load the weights in 4 bit by bitsandbytes; the layout is then indexed")
     bnb_4bit_quant_type: str = option("nf4", "kind of 4-bit numbers", choices=("fp4", "nf4"))

@@ -15,6 +15,7 @@ from support.tolerances import GEMM
 
 import s2ft
 from s2ft import S2FTConfig
+from s2ft.layers import PackedLinear
 from s2ft.cli.main import main
 
 TOKENS = torch.arange(24).view(2, 12) + 5
@@ -93,6 +94,24 @@ def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
     again = with_loaded(load_model(str(small), "bfloat16")[0], tmp_path / "adapter", trainable=True)
     assert torch.equal(again(input_ids=TOKENS).logits, logits)
     assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dtype):
+    one, two = attached(base, dtype, layout="indexed"), load_model(str(base), dtype, keep_packed=True)[0]
+    kept = sum(isinstance(layer, PackedLinear) for layer in two.modules())
+    assert kept >= 14 and s2ft.estimate(two, config_of(two, layout="indexed"), 1, 8).peak
+    two = with_adapter(two, config_of(two, layout="indexed"))
+    ours, theirs = train(two), train(one)
+    assert ours[0] == pytest.approx(theirs[0], rel=1e-2) and ours[-1] < ours[0]
+    s2ft.save_adapter(two, tmp_path / "adapter")
+    export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned.gguf")
+    tuned = load_model(str(tmp_path / "tuned.gguf"), "float32")[0]
+    for path, layer in two.named_modules():
+        if getattr(layer, "codec", None) is not None and hasattr(layer, "s2"):
+            weight = layer.kind.matrix(layer)
+            weight.index_add_(layer.dim, layer.selected_units(), layer.codec.delta(layer.s2).detach())
+            assert torch.equal(weight, tuned.get_submodule(path).weight), path
 
 
 def test_a_folder_with_one_file_is_that_file(small, tmp_path):
