@@ -104,6 +104,16 @@ class Codec:
         """Other scales for these values [outputs, blocks, block], for a format whose scales belong to a block."""
         return iter(())
 
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        """The scales under which some levels are nearest to the values, of those of a block; None if there are none.
+
+        Args:
+            values: The values [outputs, blocks, block].
+            levels: The levels, of the same shape.
+            scales: The scales under which these levels were found.
+        """
+        return None
+
     # ---- the same for all formats ------------------------------------------------------------------
 
     def decode(self, packed: Any) -> Tensor:
@@ -158,10 +168,10 @@ class Codec:
         codes, error = self._nearest_codes(values, blocks.scales, blocks.codes)
         scales = blocks.scales
         if 1 < self.block == values.shape[-1]:
-            total = _sum(error)
-            for other in self.candidates(values, blocks.scales):
+            total = _sum(error.square_())
+            for other in self._trials(values, codes, blocks):
                 its_codes, error = self._nearest_codes(values, other, blocks.codes)
-                its_total = _sum(error)
+                its_total = _sum(error.square_())
                 better = its_total < total
                 total = torch.where(better, its_total, total)
                 codes = torch.where(better, its_codes, codes)
@@ -169,6 +179,18 @@ class Codec:
                     torch.where(better, new, old) if new is not old else old for new, old in zip(other, scales)
                 )
         return Blocks(codes, scales)
+
+    def _trials(self, values: Tensor, codes: Tensor, blocks: Blocks) -> Iterator[Scales]:
+        """The scales that :meth:`nearest` tries: the candidates, and those refitted to the codes of each of them."""
+        grid = self._grid(values.device)
+        starts = [(blocks.scales, codes)]
+        for other in self.candidates(values, blocks.scales):
+            yield other
+            starts.append((other, self._nearest_codes(values, other, blocks.codes)[0]))
+        for found, its_codes in starts:
+            refitted = self.refit(values, grid.levels_of(its_codes), found)
+            if refitted is not None:
+                yield refitted
 
     def _nearest_codes(self, values: Tensor, scales: Scales, present: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codes under given scales, and the distances. Of codes as near, the present one stays."""
@@ -238,9 +260,9 @@ def _look_up(row: Tensor, places: Tensor) -> Tensor:
     return row.index_select(0, places.flatten()).view(places.shape)  # several times as fast as row[places]
 
 
-def _sum(distances: Tensor) -> Tensor:
-    """Sums of squares over blocks. In float64 they are exact but for rare cases, so that no device has another one."""
-    return distances.square().sum(-1, keepdim=True, dtype=torch.float64)
+def _sum(numbers: Tensor) -> Tensor:
+    """Sums over blocks. In float64 they are exact but for rare cases, so that no device has another one."""
+    return numbers.sum(-1, keepdim=True, dtype=torch.float64)
 
 
 # ---- scales that cover a block's values -----------------------------------------------------------------
@@ -250,6 +272,21 @@ def covering_scales(values: Tensor, low: float, high: float, zero: Tensor | floa
     """The smallest positive scales [..., 1] under which the levels from `low` to `high` cover all values of a block."""
     smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
     return torch.maximum(largest / (high - zero), smallest / (low - zero))
+
+
+def fitted_scales(values: Tensor, levels: Tensor) -> Tensor:
+    """The factors [..., 1] by which the levels of a block come nearest to its values; 0 where all levels are 0."""
+    squares = _sum(levels.square())
+    return (_sum(values * levels) / torch.where(squares > 0, squares, 1.0)).float()
+
+
+def fitted_lines(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
+    """The factors and summands [..., 1] by which levels of a block come nearest to its values."""
+    count = values.shape[-1]
+    level, value = _sum(levels) / count, _sum(values) / count
+    spread = _sum(levels.square()) / count - level.square()
+    slope = (_sum(values * levels) / count - level * value) / torch.where(spread > 0, spread, 1.0)
+    return slope.float(), (value - slope * level).float()
 
 
 # ---- bits ----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from s2ft.codecs.codec import Blocks, Codec, Scales, covering_scales, gather, spread
+from s2ft.codecs.codec import Blocks, Codec, Scales, covering_scales, fitted_scales, gather, spread
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the numbers of 4 bits; those with the fourth bit are their negatives
 FLOAT8 = torch.float8_e4m3fn
@@ -71,8 +71,14 @@ class Nvfp4(Codec):
         return scales[0] / scales[1], 0.0
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        scale = values.abs().amax(-1, keepdim=True) / E2M1[-1] * scales[1]
-        yield scale.clamp(max=torch.finfo(FLOAT8).max).to(FLOAT8).to(torch.bfloat16), scales[1]
+        yield self._rounded(values.abs().amax(-1, keepdim=True) / E2M1[-1], scales)
+
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        return self._rounded(fitted_scales(values, levels), scales)
+
+    def _rounded(self, factor: Tensor, scales: Scales) -> Scales:
+        scale = (factor * scales[1]).clamp(0, torch.finfo(FLOAT8).max)
+        return scale.to(FLOAT8).to(torch.bfloat16), scales[1]
 
 
 class Integer(Codec):
@@ -127,6 +133,11 @@ class Integer(Codec):
         low, high = float(self.levels[0]), float(self.levels[-1])
         covering = covering_scales(values, low, high, zero[0].float() if zero else 0.0)
         yield covering.clamp(min=0).to(scale.dtype), *zero
+
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        scale, *zero = scales
+        levels = levels - zero[0].float() if zero else levels
+        return fitted_scales(values, levels).clamp(min=0).to(scale.dtype), *zero
 
 
 def _numbers(packed: Tensor, bits: int) -> Tensor:
@@ -208,3 +219,6 @@ class Nf4(Codec):
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
         yield (values.abs().amax(-1, keepdim=True),)
+
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        return (fitted_scales(values, levels).clamp(min=0),)

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from s2ft.codecs.codec import Blocks, Codec, Scales, covering_scales, gather, spread
+from s2ft.codecs.codec import Blocks, Codec, Scales, covering_scales, fitted_lines, fitted_scales, gather, spread
 
 HALF = 65504.0  # the largest float16
 # See kvalues_iq4nl and kvalues_mxfp4 of llama.cpp: what the codes of 4 bits stand for.
@@ -75,6 +75,9 @@ class Gguf(Codec):
         yield (as_half(covering_scales(values, low, high)),)
         yield (as_half(-covering_scales(-values, low, high)),)
 
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        return (as_half(fitted_scales(values, levels)),)
+
 
 class WithMinimum(Gguf):
     """A type with a scale and a minimum."""
@@ -86,9 +89,16 @@ class WithMinimum(Gguf):
         smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
         yield as_half((largest - smallest) / float(self.levels.max())), as_half(smallest)
 
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        scale, minimum = fitted_lines(values, levels)
+        return as_half(scale), as_half(minimum)
+
 
 class Microscaled(Gguf):
     """MXFP4: a scale is a power of two, of which the file has the exponent."""
+
+    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
+        return None  # both powers of two that can be nearest are candidates
 
     def read_scales(self, data: Tensor) -> Scales:
         return (power(data[..., :1].int()),)

@@ -117,6 +117,7 @@ def check(run: Run, options: CompareOptions) -> None:
         *((run.given.get(name), f"{name} is an option of s2ft sft that s2ft compare does not have: leave it out")
           for name in REFUSED),
         (not alone, "s2ft compare runs on one device: start it without torchrun, accelerate, fsdp and deepspeed"),
+        (run.model.keep_packed, "PEFT has no methods for the blocks of a .gguf file: leave out --keep-packed"),
         ("full" in options.methods and run.model.quantized, "weights in 4 or 8 bit can't be trained in full: leave "
          "out the method full, or the quantization"),
     )  # fmt: skip

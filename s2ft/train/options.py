@@ -94,7 +94,6 @@ class ModelOptions:
         metavar="NAME",
         shown="transformers' choice",
     )
-    keep_packed: bool = option(False, "keep the blocks of a .gguf file in memory; the layout is then indexed")
     load_in_8bit: bool = option(False, "load the weights in 8 bit by bitsandbytes; the layout is then indexed")
     load_in_4bit: bool = option(False, "load the weights in 4 bit by bitsandbytes; the layout is then indexed")
     bnb_4bit_quant_type: str = option("nf4", "kind of 4-bit numbers", choices=("fp4", "nf4"))
@@ -102,6 +101,7 @@ class ModelOptions:
     bnb_4bit_quant_storage: str | None = option(
         None, "dtype in which 4-bit weights are stored", choices=("uint8", "float16", "bfloat16", "float32")
     )
+    keep_packed: bool = option(False, "keep the blocks of a .gguf file in memory; the layout is then indexed")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -361,7 +361,8 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     if result.comparison is not None:
         print(f"\n{result.comparison}")
     path = shlex.quote(str(folder.path))
-    commands = [f"s2ft chat --adapter {path}", f"s2ft merge --adapter {path} --output my-model"]
+    merged = "my-model.gguf" if run.model.model_name_or_path.endswith(".gguf") else "my-model"
+    commands = [f"s2ft chat --adapter {path}", f"s2ft merge --adapter {path} --output {merged}"]
     print("\nnext:", *commands, sep="\n  ")
     with log_errors(f"{folder.page} was not written"):
         write_page(run, result, commands)

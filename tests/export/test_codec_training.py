@@ -15,8 +15,8 @@ from support.tolerances import GEMM
 
 import s2ft
 from s2ft import S2FTConfig
-from s2ft.layers import PackedLinear
 from s2ft.cli.main import main
+from s2ft.layers import PackedLinear
 
 TOKENS = torch.arange(24).view(2, 12) + 5
 

@@ -28,6 +28,7 @@ WORDS = {  # options of the model, arguments of the trainer → what load_model 
     (): {"dtype": "auto", "revision": "main", "trust_remote_code": False, "quantization": None},
     (("model_revision", "v2"), ("dtype", "bfloat16")): {"revision": "v2", "dtype": "bfloat16"},
     (("trust_remote_code", True),): {"trust_remote_code": True},
+    (("keep_packed", True),): {"keep_packed": True},
     (("attn_implementation", "eager"),): {"attn_implementation": "eager"},
     (("model_init_kwargs", '{"dtype": "float16", "rope_theta": 3, "revision": "v3"}'),): {
         "dtype": "float16",
