@@ -92,7 +92,7 @@ SUITES = {
     ),
     "vllm": Suite("the plugin of vLLM and slice sync", in_release("vllm"), 120, "releases/vllm"),
     "llama-cpp": Suite(
-        "tuned GGUF files in llama.cpp", f"{VENV}/bin/python release/llama_cpp.py", 60, "releases/llama-cpp"
+        "tuned GGUF files in llama.cpp", f"{VENV}/bin/python release/check_llama_cpp.py", 60, "releases/llama-cpp"
     ),
     "lm-eval": Suite("lm-eval's tasks", in_release("lm-eval"), 30, "releases/lm-eval"),
     **{

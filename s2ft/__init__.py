@@ -25,6 +25,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
         rename_adapter as rename_adapter,
         set_adapter as set_adapter,
     )
+    from s2ft.attached.mounting import set_rounding as set_rounding
     from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters, status as status
     from s2ft.attached.saving import (
         get_adapter as get_adapter,
@@ -61,6 +62,7 @@ _HOMES = {
     "rename_adapter": "s2ft.attached.loading",
     "save_adapter": "s2ft.attached.saving",
     "set_adapter": "s2ft.attached.loading",
+    "set_rounding": "s2ft.attached.mounting",
     "status": "s2ft.attached.report",
     "attach": "s2ft.api",
     "detach": "s2ft.api",

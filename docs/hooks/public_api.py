@@ -49,8 +49,8 @@ GROUPS = (
     Group("adapters", "Adapters", "Save and load adapters, switch between them, combine them, and give them to other "
           "programs.",
           _of("s2ft", "save_adapter load_adapter read_adapter set_adapter disable_adapters list_adapters get_adapter "
-              "rename_adapter delete_adapter freeze_adapter combine_adapters status Adapter AdapterBank export_lora "
-              "import_lora push_to_hub")),
+              "rename_adapter delete_adapter freeze_adapter combine_adapters set_rounding status Adapter AdapterBank "
+              "export_lora import_lora push_to_hub")),
     Group("selection", "Selection", "Choose the units that are trained.", _of("s2ft", "select Selection")),
     Group("couplings", "Couplings", "Describe a model that s2ft does not know.",
           _of("s2ft", "Coupling register_architecture")),

@@ -61,6 +61,7 @@ from s2ft.attached.record import (
     attachment_of,
     clear_attachment,
     find_attachment,
+    of_compiled,
     set_attachment,
 )
 from s2ft.codecs.gguf_file import GgufFile
@@ -113,6 +114,32 @@ def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None
         raise ValueError(f"codec={config.codec!r} needs the weights of {name}: load them before attach")
     for path, mount in record.mounts.items():
         mount.layer.codec = _coded(base, path, mount)
+
+
+@of_compiled
+def set_rounding(model: nn.Module, share: float) -> None:
+    """Let a model with ``codec="auto"`` compute with weights between base + delta and what the base's file can hold.
+
+    Training learns most if it begins without rounding and ends with it. The trainers of `s2ft.train` go from 0 to 1
+    between 30 % and 70 % of the updates. Without a call the share is 1. A merged file has what share 1 computes with.
+
+    Args:
+        model: Model with a trainable adapter. Nothing changes without a codec.
+        share: 0 for base + delta, 1 for the values of the file.
+
+    Raises:
+        ValueError: The model has no adapters, or the share is not between 0 and 1.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1, codec="auto"))
+        >>> s2ft.set_rounding(model, 0.5)
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share must be between 0 and 1, got {share!r}")
+    for mount in attachment_of(model).mounts.values():
+        if mount.layer.codec is not None and mount.layer.codec.share != share:
+            mount.layer.codec.share = share
+            mount.layer.write_before_next_forward()
 
 
 @contextmanager

@@ -800,7 +800,13 @@ def _warn_about_cast(made: torch.dtype, now: torch.dtype) -> None:
 
 
 class FileRounding:
-    """Units of a weight as a quantized file has them."""
+    """Units of a weight as a quantized file has them.
+
+    Attributes:
+        share: How far values go from base + s2, at 0, to what the file can hold, at 1.
+    """
+
+    share = 1.0
 
     def __init__(self, codec: Codec, blocks: Blocks, positions: Tensor, dim: int) -> None:
         """Keep the codes of some units.
@@ -815,7 +821,7 @@ class FileRounding:
         self.base = codec.values(blocks).float()
 
     def __call__(self, s2: Tensor) -> Tensor:
-        """The values of the units nearest to base + s2, in the order of s2, float32. Gradients flow to s2 unchanged."""
+        """The values of the units, in the order of s2, float32. Gradients flow to s2 unchanged."""
         if self.base.device != s2.device:
             codes, scales = self.blocks
             self.blocks = Blocks(codes.to(s2.device), tuple(scale.to(s2.device) for scale in scales))
@@ -824,6 +830,8 @@ class FileRounding:
             wanted = self.base + s2.index_select(self.dim, self.positions).float()
             coded = self.codec.values(self.codec.nearest(wanted, self.blocks)).float()
             coded = torch.where(wanted.isfinite(), coded, wanted)  # so that a loss of NaN is seen
+            if self.share < 1:
+                coded = wanted.lerp_(coded, self.share)
             coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
         return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
 

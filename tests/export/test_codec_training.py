@@ -10,13 +10,15 @@ import torch
 from export.test_packed import KINDS, RATIOS, make_base
 from support import models
 from support.inside import export_packed, load_model, mounting
-from support.states import with_adapter, with_loaded
+from support.states import same, with_adapter, with_loaded
 from support.tolerances import GEMM
+from transformers import TrainerCallback, TrainingArguments
 
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.cli.main import main
 from s2ft.layers import PackedLinear
+from s2ft.train.trainer import S2FTTrainer
 
 TOKENS = torch.arange(24).view(2, 12) + 5
 
@@ -112,6 +114,34 @@ def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dt
             weight = layer.kind.matrix(layer)
             weight.index_add_(layer.dim, layer.selected_units(), layer.codec.delta(layer.s2).detach())
             assert torch.equal(weight, tuned.get_submodule(path).weight), path
+
+
+def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
+    model, shares = attached(small, "float32"), []
+    rounding = next(layer.codec for layer in model.modules() if hasattr(layer, "s2"))
+
+    class Note(TrainerCallback):
+        def on_step_begin(self, *arguments, **options):
+            shares.append(rounding.share)
+
+        def on_prediction_step(self, *arguments, **options):
+            assert rounding.share == 1
+
+    rows = [{"input_ids": TOKENS[0], "labels": TOKENS[0]}] * 40
+    options = {"use_cpu": True, "report_to": "none", "learning_rate": 0.01, "eval_strategy": "steps", "eval_steps": 5}
+    arguments = TrainingArguments(str(tmp_path / "run"), max_steps=10, **options)
+    trainer = S2FTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2], callbacks=[Note()])
+    trainer.train()
+    assert shares == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]) and rounding.share == 1
+    s2ft.save_adapter(model, tmp_path / "adapter")
+    export_packed(str(small), tmp_path / "adapter", tmp_path / "tuned.gguf")
+    tuned, trained = load_model(str(tmp_path / "tuned.gguf"), "float32")[0], plain(model)
+    assert all(torch.equal(value, trained[name]) for name, value in tuned.state_dict().items())
+    s2ft.set_rounding(model, 0)
+    whole = s2ft.get_adapter(model, "default")
+    assert same(plain(model), s2ft.merge(with_loaded(load_model(str(small), "float32")[0], whole)))
+    with pytest.raises(ValueError, match="share must be between 0 and 1, got 2"):
+        s2ft.set_rounding(model, 2)
 
 
 def test_a_folder_with_one_file_is_that_file(small, tmp_path):

