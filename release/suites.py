@@ -94,6 +94,9 @@ SUITES = {
     "llama-cpp": Suite(
         "tuned GGUF files in llama.cpp", f"{VENV}/bin/python release/check_llama_cpp.py", 60, "releases/llama-cpp"
     ),
+    "vllm-packed": Suite(
+        "a tuned checkpoint in INT4 in vLLM", f"{VENV}/bin/python release/check_vllm_packed.py", 30, "releases/vllm"
+    ),
     "lm-eval": Suite("lm-eval's tasks", in_release("lm-eval"), 30, "releases/lm-eval"),
     **{
         f"transformers-{release}": Suite(

