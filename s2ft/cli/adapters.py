@@ -293,9 +293,11 @@ def run_merge(job: MergeArguments) -> None:
     if job.output.endswith(".gguf") and plain:
         raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
     if job.output.endswith(".gguf") or not plain and _is_packed_folder(base):
-        from s2ft.export import packed
+        from s2ft.export import ollama, packed
 
         print(packed.export(base, job.adapter, job.output))
+        if job.output.endswith(".gguf"):
+            print(ollama.write_modelfile(job.output, job.adapter))
         return
     print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
 

@@ -52,19 +52,40 @@ def export(
     return f"merged checkpoint and Modelfile for Ollama: ollama create {place.name} -f {place / MODELFILE}"
 
 
-def modelfile(context: int, stops: list[str], system: str | None = None, is_text: bool = False) -> str:
-    """Return the text of a Modelfile beside a checkpoint.
+def write_modelfile(file: str | Path, adapter: str | Path) -> str:
+    """Write a Modelfile beside a GGUF file with an adapter in it. Ollama reads the template and the ends from the file.
 
     Args:
-        context: Tokens of the context.
+        file: The GGUF file; `model.gguf` gets `model.Modelfile`.
+        adapter: The adapter's folder, whose system prompt becomes the default one.
+
+    Returns:
+        A sentence about the Modelfile.
+    """
+    file, form = Path(file), recorded_format(read_adapter(adapter).info)
+    place = file.with_suffix(f".{MODELFILE}")
+    text = modelfile(None, [], form and form.system, form is not None and form.form == "text", f"./{file.name}")
+    place.write_text(text, encoding="utf-8")
+    return f"for Ollama: ollama create {file.stem} -f {place}"
+
+
+def modelfile(
+    context: int | None, stops: list[str], system: str | None = None, is_text: bool = False, source: str = "."
+) -> str:
+    """Return the text of a Modelfile.
+
+    Args:
+        context: Tokens of the context; None for Ollama's choice.
         stops: The tokens that end an answer.
         system: The default system prompt.
         is_text: Whether the model continues plain text, so that there is no template.
+        source: The checkpoint's folder or a GGUF file.
     """
-    lines = ["FROM .", *(['TEMPLATE """{{ .Prompt }}"""'] if is_text else [])]
+    lines = [f"FROM {source}", *(['TEMPLATE """{{ .Prompt }}"""'] if is_text else [])]
     if system:
         if QUOTES in system:
             raise ValueError(f"the system prompt has {QUOTES}, which a Modelfile can't hold")
         lines.append(f"SYSTEM {QUOTES}{system}{QUOTES}")
     lines += [f'PARAMETER stop "{word}"' for word in stops if not set(word) & set('"\n\\')]
-    return "\n".join([*lines, f"PARAMETER num_ctx {context}"]) + "\n"
+    lines += [f"PARAMETER num_ctx {context}"] if context else []
+    return "\n".join(lines) + "\n"

@@ -137,3 +137,12 @@ def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(w
         modelfile(256, [], '"""')
     found, merged = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (out, work / "merged"))
     assert all(torch.equal(weight, merged[key]) for key, weight in found.items())
+
+
+def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys):
+    base, adapter = work / "q8.gguf", tmp_path / "adapter"
+    make_adapter(base, adapter, prompt={"form": "chat", "template": "{{ 1 }}", "system": "Be."})
+    words = ["merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "tuned.gguf"]
+    assert main([str(word) for word in words]) == 0
+    assert f"ollama create tuned -f {tmp_path / 'tuned.Modelfile'}" in capsys.readouterr().out
+    assert (tmp_path / "tuned.Modelfile").read_text() == 'FROM ./tuned.gguf\nSYSTEM """Be."""\n'
