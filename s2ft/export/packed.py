@@ -23,6 +23,7 @@ from uuid import uuid4
 
 import numpy
 import torch
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
@@ -34,14 +35,14 @@ from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.export.merged import check_output, temporary_folder
 from s2ft.files.plain_text import replace_file, sha256_of
-from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes
+from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
 from s2ft.model.fingerprint import SAMPLES, covered
 from s2ft.text.models import hollow_model, locate
 
 STRING = 8  # type of a value in the metadata of GGUF
-MERGED = "s2ft_merged.json"  # in a folder: the base, and the sha256 of its files
+MERGED = "s2ft_merged.json"  # in a folder, for each merge: the base, the sha256 of its files, and the adapter
 
 
 @dataclass
@@ -178,10 +179,14 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
 def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
     base = packed_base(model_name)
     if not isinstance(base, PackedFolder):
-        raise ValueError(f"{model_name} is no checkpoint of compressed-tensors or in NF4")
-    paths, changed = merged_paths(base, adapter), 0
+        raise ValueError(
+            f"{model_name} is no checkpoint of compressed-tensors or in NF4; the output of a GGUF file ends in .gguf"
+        )
+    paths, changed, source = merged_paths(base, adapter), 0, base.path
+    if not Path(model_name).expanduser().is_dir():  # the cache of the hub may have some of its files only
+        source = Path(snapshot_download(model_name))
     with temporary_folder(output) as folder:
-        shutil.copytree(base.path, folder, dirs_exist_ok=True)
+        shutil.copytree(source, folder, dirs_exist_ok=True)
         for name, path in paths.items():
             delta, old = adapter.deltas[name], base.packed(path)
             new = base.codec(path, old).added(old, delta.index, delta.dim, delta.values)
@@ -195,8 +200,10 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         ]
         if sum(_different(*pair) for pair in pairs) != changed:
             raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
-        merged = {"base": model_name, "adapter": adapter.name, "sha256": {one.name: sha256_of(one) for one in files}}
-        (folder / MERGED).write_text(json.dumps(merged, indent=2) + "\n", encoding="utf-8")
+        merges = read_json(folder / MERGED) if (folder / MERGED).exists() else []
+        hashes = {file.name: sha256_of(file) for file in files}
+        merges.append({"base": model_name, "adapter": adapter.name, "sha256": hashes})
+        (folder / MERGED).write_text(json.dumps(merges, indent=2) + "\n", encoding="utf-8")
     return (
         f"{output}: {changed:,} bytes of {len(paths)} weights have changed, and no other byte of a weight; read "
         "again and compared"

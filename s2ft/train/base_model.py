@@ -108,7 +108,8 @@ def fit_layout(config: S2FTConfig, model: torch.nn.Module, chosen: bool) -> S2FT
     Returns:
         The config, with another layout if the model needs it and the user has not chosen one.
     """
-    if chosen or config.layout == "indexed" or not any(kind_of(module).read_only for module in model.modules()):
+    is_packed = getattr(model, "hf_quantizer", None) or any(kind_of(module).read_only for module in model.modules())
+    if chosen or config.layout == "indexed" or not is_packed:
         return config
     logger.info("layout indexed: weights that are quantized stay where they are")
     return replace(config, layout="indexed")

@@ -136,6 +136,8 @@ class Run:
     def for_model(self, model) -> "Run":
         """Return the run with the learning rate and the layout that follow from the model, unless the user set them."""
         run = replace(self, config=fit_layout(self.config, model, "layout" in self.given))
+        if self.config.codec == "none" and self.model.model_name_or_path.endswith(".gguf"):
+            self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
         rate = self.method.learning_rate(model)
         if rate is None or "learning_rate" in self.given:
             return run

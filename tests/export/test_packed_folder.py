@@ -103,7 +103,7 @@ def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
     }
     assert all(path.endswith(WEIGHTS) for path in changed)
     merged = json.loads((tmp_path / "tuned/s2ft_merged.json").read_text())
-    assert merged["base"] == str(base) and merged["adapter"] == "default"
+    assert [(one["base"], one["adapter"]) for one in merged] == [(str(base), "default")]
 
 
 def test_scales_that_others_share_stay(base, tmp_path):
