@@ -247,8 +247,9 @@ class S2FTConfig:
         towers: Parts of a model of images or sound and text to train: `language`, `vision`, `audio`, `projector`.
             Default: the language model if there is one, and everything in all other models.
         delta_dtype: Dtype of the slices. Default: the weight's, but at least float32.
-        codec: `auto`: what is trained of a base in a GGUF file has the values that the file can hold, at every step, so
-            that the merged file computes what was trained. `none`: it is rounded when it is merged.
+        codec: `auto`: what is trained of a quantized base (GGUF, compressed-tensors, NF4) ends with values that its
+            files can hold, so that the merged files compute what was trained; see :func:`s2ft.set_rounding`. `none`:
+            it is rounded when it is merged.
         modules_to_save: Modules to train in full and to save with the slices, such as a new head: their paths, or the
             last parts of their paths.
         ffn_kernel: Whether a gated FFN computes act(gate) * up in one op.
@@ -332,7 +333,7 @@ class S2FTConfig:
     )
     codec: str = option(
         "none",
-        "auto: train what a base in a GGUF file can hold, so that s2ft merge changes nothing; none: round at the end",
+        "auto: train what the files of a quantized base can hold; none: s2ft merge rounds at the end",
         choices=CHOICES["codec"],
     )
     modules_to_save: list[str] | None = option(
