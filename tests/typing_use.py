@@ -22,6 +22,7 @@ def one_adapter(model: nn.Module, input_ids: Tensor, folder: Path) -> nn.Module:
     s2ft.set_adapter(model, "again")
     s2ft.set_adapter(model, {"again": 0.5})
     s2ft.set_adapter(model, None)
+    s2ft.set_rounding(model, 0.5)
     with s2ft.disable_adapters(model):
         model(input_ids)
     names: list[str] = s2ft.list_adapters(model)

@@ -167,30 +167,28 @@ class Codec:
         values = values.float().view(blocks.codes.shape)
         codes, error = self._nearest_codes(values, blocks.scales, blocks.codes)
         scales = blocks.scales
-        if 1 < self.block == values.shape[-1]:
-            total = _sum(error.square_())
-            for other in self._trials(values, codes, blocks):
-                its_codes, error = self._nearest_codes(values, other, blocks.codes)
-                its_total = _sum(error.square_())
-                better = its_total < total
-                total = torch.where(better, its_total, total)
-                codes = torch.where(better, its_codes, codes)
-                scales = tuple(
-                    torch.where(better, new, old) if new is not old else old for new, old in zip(other, scales)
-                )
-        return Blocks(codes, scales)
+        if not 1 < self.block == values.shape[-1]:
+            return Blocks(codes, scales)
+        total, grid = _sum(error.square_()), self._grid(values.device)
 
-    def _trials(self, values: Tensor, codes: Tensor, blocks: Blocks) -> Iterator[Scales]:
-        """The scales that :meth:`nearest` tries: the candidates, and those refitted to the codes of each of them."""
-        grid = self._grid(values.device)
+        def consider(other: Scales) -> Tensor:
+            """Take other scales in the blocks where they come nearer. Returns the codes that are nearest under them."""
+            nonlocal codes, scales, total
+            its_codes, error = self._nearest_codes(values, other, blocks.codes)
+            its_total = _sum(error.square_())
+            better = its_total < total
+            total = torch.where(better, its_total, total)
+            codes = torch.where(better, its_codes, codes)
+            scales = tuple(torch.where(better, new, old) if new is not old else old for new, old in zip(other, scales))
+            return its_codes
+
         starts = [(blocks.scales, codes)]
-        for other in self.candidates(values, blocks.scales):
-            yield other
-            starts.append((other, self._nearest_codes(values, other, blocks.codes)[0]))
-        for found, its_codes in starts:
-            refitted = self.refit(values, grid.levels_of(its_codes), found)
+        starts += [(other, consider(other)) for other in self.candidates(values, blocks.scales)]
+        for start, its_codes in starts:
+            refitted = self.refit(values, grid.levels_of(its_codes), start)
             if refitted is not None:
-                yield refitted
+                consider(refitted)
+        return Blocks(codes, scales)
 
     def _nearest_codes(self, values: Tensor, scales: Scales, present: Tensor) -> tuple[Tensor, Tensor]:
         """The nearest codes under given scales, and the distances. Of codes as near, the present one stays."""

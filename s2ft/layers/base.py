@@ -828,10 +828,10 @@ class FileRounding:
             self.positions, self.base = self.positions.to(s2.device), self.base.to(s2.device)
         with torch.no_grad():
             wanted = self.base + s2.index_select(self.dim, self.positions).float()
-            coded = self.codec.values(self.codec.nearest(wanted, self.blocks)).float()
-            coded = torch.where(wanted.isfinite(), coded, wanted)  # so that a loss of NaN is seen
-            if self.share < 1:
-                coded = wanted.lerp_(coded, self.share)
+            coded = wanted
+            if self.share > 0:
+                coded = self.codec.values(self.codec.nearest(wanted, self.blocks)).float()
+                coded = torch.where(wanted.isfinite(), wanted.lerp(coded, self.share), wanted)  # a loss of NaN is seen
             coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
         return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
 

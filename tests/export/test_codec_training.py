@@ -9,7 +9,7 @@ import pytest
 import torch
 from export.test_packed import KINDS, RATIOS, make_base
 from support import models
-from support.inside import export_packed, load_model, mounting
+from support.inside import PackedLinear, S2FTTrainer, export_packed, load_model, mounting
 from support.states import same, with_adapter, with_loaded
 from support.tolerances import GEMM
 from transformers import TrainerCallback, TrainingArguments
@@ -17,8 +17,6 @@ from transformers import TrainerCallback, TrainingArguments
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.cli.main import main
-from s2ft.layers import PackedLinear
-from s2ft.train.trainer import S2FTTrainer
 
 TOKENS = torch.arange(24).view(2, 12) + 5
 

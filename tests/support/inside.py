@@ -43,7 +43,7 @@ MODULES = {
     "integrations.lm_eval": "as_json as_table evaluate",
     "integrations.settings": "config_from",
     "integrations.trl": "main:trl_main",
-    "layers": "EXPERTS kind_of NO_FUSE S2ColumnConv S2ColumnExperts S2Layer S2RowConv S2RowExperts S2RowOwnForward",
+    "layers": "EXPERTS kind_of NO_FUSE PackedLinear S2ColumnConv S2ColumnExperts S2Layer S2RowConv S2RowExperts S2RowOwnForward",
     "layers.base": "_warn_about_cast S2Layer:BaseS2Layer",
     "layers.derived": "computes_linear",
     "layers.experts": "experts_forward project",
