@@ -80,7 +80,8 @@ class AdapterCheckpoints:
                 "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
             )
         check_rest_frozen(model)
-        self.add_callback(GradualRounding(model))
+        if any(mount.layer.codec is not None for mount in attachment_of(unwrapped(model)).mounts.values()):
+            self.add_callback(GradualRounding(model))
         if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys
             model.register_load_state_dict_post_hook(_ignore_missing_base)
 
@@ -245,7 +246,7 @@ class GradualRounding(TrainerCallback):
         self.model = model
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self._set(state.global_step / state.max_steps)
+        self._set(state.global_step / max(1, state.max_steps))
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):  # the step writes the weights of the next forward
         self._set((state.global_step + 1) / state.max_steps)
