@@ -35,6 +35,7 @@ NEEDS = {
     "s2ft export --format gguf": ("gguf",),
     "a model in a .gguf file": ("gguf",),
     "a model of compressed-tensors": ("compressed-tensors",),
+    "keep_packed": ("accelerate",),
     "kernels liger": ("liger-kernel",),
     "a model in 4 or 8 bit": ("bitsandbytes",),
     "loss.png": ("matplotlib",),

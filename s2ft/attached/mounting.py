@@ -107,7 +107,7 @@ def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None
     if config.codec == "none":
         return
     name = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
-    base = packed_base(name) if is_here(name) else None
+    base = packed_base(name) if name.endswith(".gguf") or is_here(name) else None  # a file that is gone is an error
     if base is None:
         return
     if record.awaits_weights:

@@ -113,6 +113,7 @@ def load_model(
 
 def _packed_model(kind, what: str, name: str, source: str, options: dict):
     """Load a GGUF file of which linear layers keep the blocks. No more than one weight is unpacked at a time."""
+    check_packages("keep_packed")
     import torch
     from accelerate import init_empty_weights
     from transformers import AutoConfig
@@ -120,10 +121,12 @@ def _packed_model(kind, what: str, name: str, source: str, options: dict):
     from s2ft.codecs.gguf_file import GgufFile
     from s2ft.layers import PackedLinear
 
+    known = ("gguf_file", "dtype", "quantization_config", "trust_remote_code", "revision")
+    more = {name: value for name, value in options.items() if name not in known}  # such as the attention
     file = GgufFile(Path(source) / options["gguf_file"])
     dtype, config = getattr(torch, options["dtype"]), AutoConfig.from_pretrained(source, gguf_file=options["gguf_file"])
     with init_empty_weights(include_buffers=False):
-        model = kind.from_config(config, dtype=dtype)
+        model = kind.from_config(config, dtype=dtype, **more)
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and module.weight.is_meta and file.has_codec(path):
             bias = None if module.bias is None else file.values(path, "bias").to(dtype)

@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from s2ft.attached.loading import restore_adapter
 from s2ft.attached.mounting import set_rounding
-from s2ft.attached.record import attachment_of, check_rest_frozen, unwrapped
+from s2ft.attached.record import attachment_of, check_rest_frozen, find_attachment, unwrapped
 from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl_trainers import check_sends_slices
@@ -261,8 +261,12 @@ class GradualRounding(TrainerCallback):
 @contextmanager
 def fully_rounded(model: Any) -> Iterator[None]:
     """Inside, a model with a codec computes with what the base's file can hold."""
-    layers = [mount.layer for mount in attachment_of(unwrapped(model)).mounts.values() if mount.layer.codec is not None]
-    share = layers[0].codec.share if layers else 1.0
+    record = find_attachment(unwrapped(model))  # None: it was merged
+    mounts = [] if record is None else record.mounts.values()
+    share = next((mount.layer.codec.share for mount in mounts if mount.layer.codec is not None), 1.0)
+    if share == 1:
+        yield
+        return
     set_rounding(model, 1.0)
     try:
         yield

@@ -100,6 +100,8 @@ def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
 def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dtype):
     one, two = attached(base, dtype, layout="indexed"), load_model(str(base), dtype, keep_packed=True)[0]
     kept = sum(isinstance(layer, PackedLinear) for layer in two.modules())
+    eager = load_model(str(base), dtype, keep_packed=True, attn_implementation="eager")[0]
+    assert eager.config._attn_implementation == "eager"
     assert kept >= 14 and s2ft.estimate(two, config_of(two, layout="indexed"), 1, 8).peak
     two = with_adapter(two, config_of(two, layout="indexed"))
     ours, theirs = train(two), train(one)
@@ -140,6 +142,8 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
     assert same(plain(model), s2ft.merge(with_loaded(load_model(str(small), "float32")[0], whole)))
     with pytest.raises(ValueError, match="share must be between 0 and 1, got 2"):
         s2ft.set_rounding(model, 2)
+    s2ft.merge(model), trainer.remove_callback(Note)
+    assert trainer.evaluate()["eval_loss"] > 0
 
 
 def test_a_folder_with_one_file_is_that_file(small, tmp_path):
@@ -174,6 +178,13 @@ def test_a_base_that_is_not_the_files_is_refused_and_nothing_is_attached(small):
     ):
         s2ft.attach(model, config_of(model))
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_file_that_is_gone_is_an_error(small, tmp_path):
+    model = load_model(shutil.copy(small, tmp_path / "model.gguf").as_posix(), "float32")[0]
+    (tmp_path / "model.gguf").unlink()
+    with pytest.raises(FileNotFoundError):
+        s2ft.attach(model, config_of(model))
 
 
 def test_a_diverged_slice_is_seen(small):
