@@ -34,7 +34,7 @@ def make_adapters(model: str, folder: Path, d_ratio: float) -> list[Path]:
     """Two adapters of random values on other units."""
     base, made = load_model(model, "bfloat16")[0], []
     for seed in (0, 1):
-        s2ft.attach(base, s2ft.S2FTConfig(d_ratio=d_ratio, o_ratio=0.12, seed=seed, layout="indexed"))
+        s2ft.attach(base, s2ft.S2FTConfig(d_ratio=d_ratio, o_ratio=0.12, group=32, seed=seed))
         torch.manual_seed(seed)
         with torch.no_grad():
             for parameter in base.parameters():

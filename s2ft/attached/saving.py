@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -16,6 +17,7 @@ from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
 from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
+from s2ft.files.plain_text import sha256_of
 from s2ft.selection import Selection
 
 
@@ -66,17 +68,22 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
 
 
 def model_info(model: nn.Module) -> dict[str, Any]:
-    """Return what an adapter stores about its base in `info`: name, model type, and dtype.
+    """Return what an adapter stores about its base in `info`: name, model type, dtype, and a GGUF file's hash.
 
     The dtype is the one in which base + delta is rounded, so a merge must use it too.
     """
     config = getattr(model, "config", None)
-    info = {
-        "base_model": getattr(config, "_name_or_path", None) or None,
-        "model_type": getattr(config, "model_type", None),
-    }
+    base = getattr(config, "_name_or_path", None) or None
+    info = {"base_model": base, "model_type": getattr(config, "model_type", None)}
+    if base and base.endswith(".gguf") and os.path.isfile(base):
+        info["base_sha256"] = _sha256(Path(base), os.stat(base).st_mtime_ns)
     dtype = getattr(model, "dtype", None)
     return info if dtype is None else {**info, "base_dtype": str(dtype).removeprefix("torch.")}
+
+
+@cache
+def _sha256(path: Path, changed: int) -> str:  # once for each change of a file of gigabytes
+    return sha256_of(path)
 
 
 @of_compiled

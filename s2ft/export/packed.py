@@ -38,7 +38,7 @@ from s2ft.files.plain_text import replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
-from s2ft.model.fingerprint import SAMPLES, covered
+from s2ft.model.fingerprint import SAMPLES, TOLERANCE, covered
 from s2ft.text.models import hollow_model, locate
 
 STRING = 8  # type of a value in the metadata of GGUF
@@ -106,13 +106,37 @@ def _check_base(
 ) -> None:
     """Compare values of every weight with those in the adapter's fingerprint."""
     samples: dict[str, list[float]] = {str(coupling.layer): [] for coupling in record.couplings}
+    starts = []  # layer, name and first sample of each weight
     for layer, projection, handle in covered(model, record.couplings):
         for part, tensor in (("weight", handle.tensor), ("bias", handle.bias)):
             if tensor is not None:
                 places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
+                starts.append((layer, f"{projection.path}.{part}", len(samples[layer])))
                 samples[layer] += base.elements(projection.path, part, tensor.shape, places)
     ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
-    adapter.check_base({"dtype": "of a file", "layers": ours})  # no dtype has this name: samples are compared
+    try:
+        adapter.check_base({"dtype": "of a file", "layers": ours})  # no dtype has this name: samples are compared
+    except ValueError as error:
+        theirs = adapter.fingerprint["layers"]
+        others = (
+            name
+            for layer, name, start in starts
+            if layer in theirs and not _close(samples[layer], theirs[layer]["samples"], start)
+        )
+        raise ValueError(f"{error}; the first weight is {next(others, starts[0][1])}{_hashes(base, adapter)}") from None
+
+
+def _close(ours: list[float], theirs: list[float], start: int) -> bool:
+    """Whether the samples of one weight, of which the first has a position, are equal but for rounding."""
+    pair = ours[start : start + SAMPLES], theirs[start : start + SAMPLES]
+    return len(pair[0]) == len(pair[1]) and numpy.allclose(*pair, rtol=TOLERANCE)
+
+
+def _hashes(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> str:
+    trained_on = adapter.info.get("base_sha256")  # of a GGUF file
+    if trained_on is None or not isinstance(base, GgufFile):
+        return ""
+    return f". Its base has the sha256 {trained_on}, and {base.path.name} has {sha256_of(base.path)}"
 
 
 def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> Iterator[Change]:
@@ -377,7 +401,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
         before = Kept.of(path)
         base = numpy.memmap(path, numpy.uint8, "c")  # as it is without the adapter, in this process alone
         if before is not None:
-            before.is_whole(base)  # raises for another file
+            before.is_whole(data)  # raises for another file
             before.put_back(base)
         is_there = before is not None and before.digest == digest
         made = before if is_there else _of_earlier_switch(path, digest, base)
@@ -439,7 +463,8 @@ def undo(file: str | Path) -> str:
         kept = Kept.of(path)
         if kept is None:
             raise ValueError(f"{path} is not patched: there is no {path.name}{SUFFIX}")
-        whole = _undo(kept, data)
+        whole = kept.is_whole(data)
+        _undo(kept, data)
     return f"{path}: the base's bytes are back in place of {'' if whole else 'parts of '}adapter {kept.adapter!r}"
 
 
@@ -453,12 +478,11 @@ def state(file: str | Path) -> str:
     return f"{path} has adapter {kept.adapter!r}" + ("" if whole else ", not all of it: s2ft patch --undo")
 
 
-def _undo(kept: Kept, data: numpy.memmap) -> bool:
-    whole = kept.is_whole(data)
+def _undo(kept: Kept, data: numpy.memmap) -> None:
+    """Put the old bytes back, after :meth:`Kept.is_whole`."""
     kept.put_back(data)
     data.flush()
     kept.keep_for_next_switch()
-    return whole
 
 
 @contextmanager

@@ -98,7 +98,8 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
 @pytest.mark.parametrize(
     ("mistake", "error", "words"),
     [
-        ("another base", ValueError, "trained on another base, .*model.gguf: 2 of 2 layers differ"),
+        ("another base", ValueError, "differ.*the first weight is model.layers.0.*sha256 [0-9a-f]{64},.*[0-9a-f]{64}$"),
+        ("another format", ValueError, "another base, .*model.gguf: 2 of 2 layers differ.*sha256"),
         ("float32", ValueError, "has the type F32, and there are codecs for Q4_0, Q4_1"),
         ("in full", ValueError, "trains model.norm.weight in full"),
         ("no gguf", ValueError, "s2ft export --format gguf"),
@@ -112,6 +113,8 @@ def test_bad_input_leaves_nothing(small, tmp_path, mistake, error, words):
     model, output = str(base), tmp_path / "tuned.gguf"
     if mistake == "another base":
         model = str(make_base(tmp_path / "made", "q4_1", seed=1))
+    elif mistake == "another format":  # the same weights, quantized again
+        model = str(make_base(tmp_path / "made", "q4_0"))
     elif mistake == "float32":
         file = make_base(tmp_path / "made", "f32")
         model, folder = str(file), make_adapter(file, tmp_path / "made/adapter")
