@@ -76,12 +76,14 @@ class Codec:
         name: The format's name.
         block: Inputs of one output that have a scale of their own, which :meth:`encode` may change with their codes.
             1 if the scales belong to more weights than that: they never change.
+        rounds: Whether :meth:`scaled` gives fewer bits than float32.
         levels: What each code stands for before it is scaled, [codes] float32; not finite for codes that mean no
             number.
     """
 
     name: str
     block = 1
+    rounds = True
     levels: Tensor
 
     def unpack(self, packed: Any) -> Blocks:
@@ -165,16 +167,18 @@ class Codec:
             The new ones.
         """
         values = values.float().view(blocks.codes.shape)
-        codes, error = self._nearest_codes(values, blocks.scales, blocks.codes)
-        scales = blocks.scales
+        grid, scales = self._grid(values.device), blocks.scales
+        codes, error = self._nearest_codes(values, scales)
+        kept = self._distance(values, grid.levels_of(blocks.codes), scales)
+        codes, error = torch.where(error < kept, codes, blocks.codes), torch.minimum(error, kept)
         if not 1 < self.block == values.shape[-1]:
             return Blocks(codes, scales)
-        total, grid = _sum(error.square_()), self._grid(values.device)
+        total = _sum(error.square_())
 
         def consider(other: Scales) -> Tensor:
             """Take other scales in the blocks where they come nearer. Returns the codes that are nearest under them."""
             nonlocal codes, scales, total
-            its_codes, error = self._nearest_codes(values, other, blocks.codes)
+            its_codes, error = self._nearest_codes(values, other)
             its_total = _sum(error.square_())
             better = its_total < total
             total = torch.where(better, its_total, total)
@@ -190,21 +194,21 @@ class Codec:
                 consider(refitted)
         return Blocks(codes, scales)
 
-    def _nearest_codes(self, values: Tensor, scales: Scales, present: Tensor) -> tuple[Tensor, Tensor]:
-        """The nearest codes under given scales, and the distances. Of codes as near, the present one stays."""
+    def _nearest_codes(self, values: Tensor, scales: Scales) -> tuple[Tensor, Tensor]:
+        """The nearest codes under given scales, and the distances."""
         grid, (factor, summand) = self._grid(values.device), self.scale_and_offset(scales)
+        places = grid.nearest((values - summand).div_(torch.where(factor == 0, 1.0, factor)))
+        distance = self._distance(values, grid.levels(places), scales)
+        if self.rounds:  # a level beside may be nearer once it is rounded
+            for step in (-1, 1):
+                beside = (places + step).clamp_(0, grid.sorted.numel() - 1)
+                its_distance = self._distance(values, grid.levels(beside), scales)
+                places = torch.where(its_distance < distance, beside, places)
+                distance = torch.minimum(its_distance, distance)
+        return grid.codes(places), distance
 
-        def distance(levels: Tensor) -> Tensor:
-            return self.scaled(levels, scales).float().sub_(values).abs_()
-
-        below = grid.below((values - summand).div_(torch.where(factor == 0, 1.0, factor)))
-        low, high = distance(grid.levels(below)), distance(grid.levels(below + 1))
-        new, nearest, now = (
-            grid.codes(below + (high < low)),
-            torch.minimum(low, high),
-            distance(grid.levels_of(present)),
-        )
-        return torch.where(nearest < now, new, present), torch.minimum(nearest, now)
+    def _distance(self, values: Tensor, levels: Tensor, scales: Scales) -> Tensor:
+        return self.scaled(levels, scales).float().sub_(values).abs_()
 
     def _grid(self, device: torch.device) -> "Grid":
         found = self.__dict__.setdefault("_grids", {})
@@ -229,13 +233,13 @@ class Grid:
             self.code_of, (count + order[0]).to(torch.uint8)
         )
         self.first, self.first_code = float(self.sorted[0]), int(order[0])
+        self.middles = (self.sorted[1:] + self.sorted[:-1]) / 2
 
-    def below(self, wanted: Tensor) -> Tensor:
-        """The places of the levels at or below some numbers, so that each has a next level; overwrites the numbers."""
+    def nearest(self, wanted: Tensor) -> Tensor:
+        """The places of the levels that are nearest to some numbers; overwrites the numbers."""
         if self.is_even:
-            return wanted.sub_(self.first).floor_().clamp_(0, self.sorted.numel() - 2)
-        above = torch.bucketize(wanted, self.sorted, out_int32=True, right=True)
-        return above.sub_(1).clamp_(0, self.sorted.numel() - 2)
+            return wanted.sub_(self.first).round_().clamp_(0, self.sorted.numel() - 1)
+        return torch.bucketize(wanted, self.middles, out_int32=True)
 
     def levels(self, places: Tensor) -> Tensor:
         """The levels at some places."""
