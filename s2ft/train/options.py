@@ -318,8 +318,13 @@ class DemoOptions(Options):
     steps: int = option(64, "number of updates", unit="updates", least=1)
     batch_size: int = option(16, "problems of one update", unit="problems", least=1)
     held_out: int = option(96, "held-out problems to score, at most 96", unit="problems", least=1)
-    learning_rate: float = option(2e-3, "peak learning rate")
-    d_ratio: float = option(0.03, "share of the FFN channels of down_proj to train", metavar="RATIO")
+    learning_rate: float | None = option(None, "peak learning rate", shown="2e-3; 4e-3 with --keep-quantized")
+    d_ratio: float | None = option(
+        None,
+        "share of the FFN channels of down_proj to train",
+        metavar="RATIO",
+        shown="0.03; 0.05, which is two blocks of SmolLM2's channels, with --keep-quantized",
+    )
     o_ratio: float = option(0.12, "share of the heads of o_proj to train", metavar="RATIO")
     max_new_tokens: int = option(96, "longest answer, before and after training", unit="tokens", least=1)
     eval_batch_size: int = option(96, "problems that are answered at once", unit="problems", least=1)
