@@ -14,6 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 import s2ft
 from bench.experiments.any_method import arguments_of, evaluating, train, train_in_phases
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
@@ -33,11 +35,12 @@ BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
 ROUNDS = 2  # of each row
 BASE_TOKENS = 160  # the least that the base may write: it writes long answers before it comes to the number
+FACTORS = {"s2ft": "s2", "lora": "lora_B", "rslora": "lora_B", "shira": "shira_weight", "miss": "miss_block"}
 OF_A_ROW = ("method", "options", "parameters", "phases", "protect")  # what a run's numbers depend on
 # The keys of a recipe, those that it must have, those of its settings, and those of a row
 KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
-SETTINGS = (*OF_LEARNING, "best", "save", "judge", "train", "tests", "answers")
+SETTINGS = (*OF_LEARNING, "best", "save", "judge", "train", "tests", "answers", "scales")
 ROW = (*OF_A_ROW, "title", "rates", "rate_of", "tasks", "screened")
 
 
@@ -215,6 +218,8 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     if settings.get("save"):
         _save(prepared, base, folder / "adapter")
     row = _scores(base, prepared, task, settings, folder) if scored else {}
+    if settings.get("scales"):
+        row["scaled"] = _scaled(base, prepared, task, settings)
     known = {one.question.strip() for one in task.train}
     asked = [one.question.strip() for ones in task.tests.values() for one in ones]
     return [{**row, **_of_training(prepared, trained, peak), "trained_on_tests": sum(one in known for one in asked)}]
@@ -232,6 +237,28 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
         found |= base.distance(model, settings)
         if settings.get("judge"):
             answer_questions(base, model, settings, folder)
+    return found
+
+
+@torch.no_grad()
+def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> list[dict[str, float]]:
+    """Measure the trained delta times each of `scales`: the losses of both sets of answers, and the forgetting.
+
+    The delta of each method here is linear in one of its parameters, that of FACTORS.
+    """
+    factors = [
+        (parameter, parameter.clone())
+        for name, parameter in prepared.model.named_parameters()
+        if parameter.requires_grad and FACTORS[settings["method"]] in name
+    ]
+    found, tests = [], [one for ones in task.tests.values() for one in ones]
+    for scale in settings["scales"]:
+        for parameter, trained in factors:
+            parameter.copy_(trained * scale)
+        with evaluating(prepared) as model:
+            losses = [mean_loss(model, base.rows(examples, settings)) for examples in (task.validation, tests)]
+            forgetting = next(iter(base.distance(model, {**settings, "kl_prompts": 0})["forgetting"].values()))
+        found.append({"scale": scale, "validation": losses[0], "test": losses[1], "forgetting": forgetting})
     return found
 
 

@@ -5,6 +5,7 @@ Every run that an experiment asks for has its place in a table, and a missing or
 
 import statistics
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from bench.experiments.comparison import (
@@ -22,6 +23,7 @@ from bench.experiments.printing import Column, Figure, Series, Spread, Table, fa
 from bench.experiments.runner import ExperimentRun, Results
 
 LIMITS = (0.05, 0.1, 0.2)  # of forgetting, in nats a token
+FRONTIER = LIMITS[:2]
 PERCENT, NATS = ".1f", ".3f"
 MEASURES = {
     "test": Column("test", "test %", PERCENT),
@@ -206,6 +208,26 @@ class ExperimentReport:
         title = f"Task {task}: accuracy within a limit of forgetting on the encyclopedia, one seed"
         return Table(f"{self._of(task)}limits", title, [Column("row", "method"), *columns], cells)
 
+    def frontier_table(self, task: str) -> Table:
+        """Make the table of the loss of the answers that each method reaches at a limit of forgetting.
+
+        The scales of a run are points of a curve, which starts at the base and is a line between them. The rate whose
+        curve is lowest at the limit on validation questions counts; the loss is that of the test questions.
+        """
+        cells = []
+        for row in self.full:
+            best: list[list[float]] = [[] for _ in FRONTIER]
+            for seed in self.seeds:
+                runs = [self.results.row(self.run(row, task, rate, seed)) for rate in rates_of(self.experiment, row)]
+                curves = [run["scaled"] for run in runs if run]
+                for found, limit in zip(best, FRONTIER):
+                    at = [(_at(curve, limit, "validation"), _at(curve, limit, "test")) for curve in curves]
+                    found += [min(at)[1]] if at else []
+            cells.append([self.titles[row], *(Spread.of(found) if found else "not run" for found in best)])
+        columns = [Column(f"loss_{limit}", f"test loss, forgetting {limit}", ".4f") for limit in FRONTIER]
+        title = f"Task {task}: loss of the answers at equal forgetting on the encyclopedia, {len(self.seeds)} seeds"
+        return Table(f"{task}-frontier", title, [Column("row", "method"), *columns], cells)
+
     def candidates_table(self) -> Table:
         """Make the table of the selections that were tried, beside the random selection at the same rate."""
         task, rows = self.sweep[0], []
@@ -284,6 +306,16 @@ class ExperimentReport:
         ]  # fmt: skip
 
 
+def _at(curve: list[dict[str, float]], limit: float, name: str) -> float:
+    """The least loss of a curve up to a limit of forgetting, linear between its points."""
+    points = sorted((one["forgetting"], one[name]) for one in curve)
+    within = [loss for forgetting, loss in points if forgetting <= limit]
+    for (x, y), (next_x, next_y) in pairwise(points):
+        if x <= limit < next_x:
+            within.append(y + (next_y - y) * (limit - x) / (next_x - x))
+    return min(within)
+
+
 def forgetting_of(numbers: dict[str, float]) -> float:
     """Return the forgetting on the first of the probes."""
     return next(value for name, value in numbers.items() if name.startswith("forgetting"))
@@ -293,6 +325,8 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     """Return the tables of an experiment."""
     report = ExperimentReport(experiment, results)
     tasks = [report.task_table(task) for task in experiment["tasks"]]
+    if experiment["settings"].get("scales"):
+        return [*(report.frontier_table(task) for task in experiment["tasks"]), *tasks]
     if not report.sweep:
         return [*tasks, *(report.training_table(task) for task in experiment["tasks"])]
     swept = [make(task) for task in report.sweep for make in (report.sweep_table, report.limits_table)]
