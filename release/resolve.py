@@ -1,8 +1,8 @@
 """What pip installs beside s2ft, in an empty environment: python release/resolve.py [--python PYTHON] [NAME ...]
 
-For each line of COMBINATIONS pip resolves the requirements of s2ft and the packages beside it, and installs nothing. The
-table is in bench/results/installs.md, which the page "What ran where" shows. A name runs the lines that have it. The
-status is 1 if a line that must resolve did not.
+For each line of COMBINATIONS pip resolves the requirements of s2ft and the packages beside it, and installs nothing.
+The table is in bench/results/installs.md, which the page "What ran where" shows. A name runs the lines that have it.
+The status is 1 if a line that must resolve did not. It needs Python 3.11.
 """
 
 import argparse
@@ -10,9 +10,9 @@ import json
 import subprocess
 import sys
 import time
-import tomllib
 from pathlib import Path
 
+import tomllib
 from environments import ROOT, environment
 
 TABLE = ROOT / "bench" / "results" / "installs.md"

@@ -127,6 +127,7 @@ SUITES = {
         )
         for layout in ("permuted", "indexed")
     },
+    "installs": Suite("what pip resolves beside s2ft", f"{VENV}/bin/python release/resolve.py", 240),
     "wheel": Suite("the wheel, on four pairs of Python and PyTorch", "make wheel wheel-check", 120),
 }
 

@@ -33,7 +33,8 @@ def page(matrix: Path = MATRIX, today: datetime.date | None = None) -> str:
     for name in SUITES:
         if name in results:
             text += details(name, results[name])
-    return text
+    installs = matrix.with_name("installs.md")
+    return text + (f"\n## What pip installs\n\n{installs.read_text()}" if installs.exists() else "")
 
 
 def line(name: str, result: dict[str, Any] | None, today: datetime.date) -> str:

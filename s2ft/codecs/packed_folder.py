@@ -56,10 +56,9 @@ class PackedFolder:
             raise ValueError(f"{self.path}: the weight of {path} is not packed, or it is not there")
         return {part.removeprefix("weight."): self.tensors[name].read() for part, name in parts.items()}
 
-    def place(self, path: str, part: str) -> StoredTensor:
-        """Where a tensor of :meth:`packed` is."""
-        names = (f"{path}.{part}", f"{path}.weight.{part}")
-        return next(self.tensors[name] for name in names if name in self.tensors)
+    def name(self, path: str, part: str) -> str:
+        """The name of a tensor of :meth:`packed` in the files."""
+        return next(name for name in (f"{path}.{part}", f"{path}.weight.{part}") if name in self.tensors)
 
     def codec(self, path: str, packed: Packed | None = None) -> Codec:
         """The codec of a weight.

@@ -26,6 +26,7 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
+from torch import Tensor
 
 import s2ft
 from s2ft.adapter.folders import resolve
@@ -39,6 +40,7 @@ from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
 from s2ft.model.fingerprint import SAMPLES, TOLERANCE, covered
+from s2ft.model.weights import Delta
 from s2ft.text.models import hollow_model, locate
 
 STRING = 8  # type of a value in the metadata of GGUF
@@ -200,24 +202,27 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     )
 
 
-def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
+def _packed_folder(model_name: str) -> PackedFolder:
     base = packed_base(model_name)
     if not isinstance(base, PackedFolder):
         raise ValueError(
             f"{model_name} is no checkpoint of compressed-tensors or in NF4; the output of a GGUF file ends in .gguf"
         )
+    return base
+
+
+def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
+    base = _packed_folder(model_name)
     paths, changed, source = merged_paths(base, adapter), 0, base.path
     if not Path(model_name).expanduser().is_dir():  # the cache of the hub may have some of its files only
         source = Path(snapshot_download(model_name))
     with temporary_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for name, path in paths.items():
-            delta, old = adapter.deltas[name], base.packed(path)
-            new = base.codec(path, old).added(old, delta.index, delta.dim, delta.values)
-            for part in (part for part in new if new[part] is not old[part]):
-                changed += int((as_bytes(old[part]) != as_bytes(new[part])).sum())
-                place = base.place(path, part)
-                replace(place, file=folder / place.file.name).write([new[part]])
+            for tensor, (old, new) in _changed(base, path, adapter.deltas[name]).items():
+                changed += int((as_bytes(old) != as_bytes(new)).sum())
+                place = base.tensors[tensor]
+                replace(place, file=folder / place.file.name).write([new])
         files = sorted({stored.file for stored in base.tensors.values()})
         pairs = [
             [numpy.memmap(where / file.name, numpy.uint8, "r") for where in (file.parent, folder)] for file in files
@@ -232,6 +237,45 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         f"{output}: {changed:,} bytes of {len(paths)} weights have changed, and no other byte of a weight; read "
         "again and compared"
     )
+
+
+def _changed(base: PackedFolder, path: str, delta: Delta) -> dict[str, tuple[Tensor, Tensor]]:
+    """The tensors of a packed weight that a delta changes, before and after, by their names in the files."""
+    old = base.packed(path)
+    new = base.codec(path, old).added(old, delta.index, delta.dim, delta.values)
+    return {base.name(path, part): (old[part], new[part]) for part in new if new[part] is not old[part]}
+
+
+def tuned_weights(model_name: str, adapter: str | Path | s2ft.Adapter) -> Iterator[tuple[str, Tensor]]:
+    """Iterate over the packed weights of a checkpoint with an adapter merged, for an engine that serves the checkpoint.
+
+    Engines join weights of one module and pack them in their own way. So each module with a trained weight is given
+    whole: the tensors of its weights, by their names in the checkpoint. The others stay as they are.
+
+    Args:
+        model_name: The adapter's base, a checkpoint of compressed-tensors or in NF4.
+        adapter: The adapter, its folder, or the output folder of a run.
+
+    Yields:
+        The name and the new content of a tensor.
+
+    Raises:
+        ValueError: The base has no codec, or it is not that of the adapter.
+
+    Example:
+        >>> from s2ft.export.packed import tuned_weights
+        >>> weights = tuned_weights("llama-w4a16", "tuned")
+        >>> # vLLM in this process: llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
+    """
+    saved = adapter if isinstance(adapter, s2ft.Adapter) else s2ft.read_adapter(adapter)
+    base = _packed_folder(model_name)
+    by_module: dict[str, list[tuple[str, Delta]]] = {}
+    for name, path in merged_paths(base, saved).items():
+        by_module.setdefault(path.rpartition(".")[0], []).append((path, saved.deltas[name]))
+    for module, trained in by_module.items():
+        new = {name: pair[1] for path, delta in trained for name, pair in _changed(base, path, delta).items()}
+        for name in (name for name in base.tensors if name.startswith(f"{module}.")):
+            yield name, new[name] if name in new else base.tensors[name].read()
 
 
 def _different(one: numpy.ndarray, other: numpy.ndarray) -> int:

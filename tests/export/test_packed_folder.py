@@ -8,7 +8,7 @@ import torch
 from export.test_packed import WIDE
 from safetensors.torch import load_file
 from support import models
-from support.inside import export_packed, load_model
+from support.inside import export_packed, load_model, tuned_weights
 from support.packed_folders import compress, to_nf4
 from support.states import with_adapter
 from train.tiny import save_tiny, with_merges
@@ -102,6 +102,10 @@ def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
         if not torch.equal(*(one[name].view(torch.uint8) for one in (old, new)))
     }
     assert all(path.endswith(WEIGHTS) for path in changed)
+    sent = dict(tuned_weights(str(base), tmp_path / "adapter"))
+    assert all(torch.equal(value.view(torch.uint8), new[name].view(torch.uint8)) for name, value in sent.items())
+    modules = {path.rpartition(".")[0] for path in changed}
+    assert sent.keys() == {name for name in new if name.startswith(tuple(f"{module}." for module in modules))}
     merged = json.loads((tmp_path / "tuned/s2ft_merged.json").read_text())
     assert [(one["base"], one["adapter"]) for one in merged] == [(str(base), "default")]
 

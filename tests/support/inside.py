@@ -35,7 +35,7 @@ MODULES = {
     "export.gguf": "find_tools VARIABLE",
     "export.merged": "export temporary_folder write_merged",
     "export.ollama": "modelfile",
-    "export.packed": "Change export:export_packed Kept patch state SUFFIX undo",
+    "export.packed": "Change export:export_packed Kept patch state SUFFIX tuned_weights undo",
     "files": "reading",
     "files.reading": "CONFIG CONFIG:AdapterFolderCONFIG is_folder PENDING stamp_of TENSORS TENSORS:AdapterFolderTENSORS",
     "files.streaming": "lay_out stored_tensors StoredTensor",
