@@ -38,9 +38,8 @@ from s2ft.model.discovery.proposals import (
     stacked_weights,
 )
 from s2ft.model.discovery.twin import copied, twins_of
-from s2ft.model.permutation import Move
 from s2ft.model.running import check_example, evaluation_mode, example_of, run_example, tensors_in
-from s2ft.model.weights import find
+from s2ft.model.weights import Move, find
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
@@ -134,14 +133,8 @@ class Trial:
                 tensors = [tensor for tensor in logits or tensors_in(output) if tensor.requires_grad]
                 if not tensors:
                     return set()
-                loss = cast(
-                    Tensor,
-                    sum(
-                        (tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum()
-                        for tensor in tensors
-                    ),
-                )
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                weights = [torch.randn_like(tensor).masked_fill(~tensor.isfinite(), 0.0) for tensor in tensors]
+                found = torch.autograd.grad(tensors, list(parameters.values()), weights, allow_unused=True)
         except Exception as error:  # the model's own backward refuses
             raise ValueError(
                 f"{type(self.twin).__name__} computes no gradients in evaluation mode, in which s2ft tries couplings "
@@ -311,10 +304,10 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
         if not couplings or couplings in tried:
             continue
         tried.add(couplings)
-        verdict = judge(trial, couplings)
-        if verdict.confirmed:
+        confirmed, free = judge(trial, couplings)
+        if confirmed:
             return Outcome("confirmed", proposal.label, _moved_words(couplings[0], len(blocks)))
-        idle = idle or verdict.idle
+        idle = idle or free
     why = (
         f"to reorder the {NAMES.get(idle, idle)} alone changes nothing, so a trial proves nothing"
         if idle
@@ -331,20 +324,13 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
     return Outcome(None, None, why)
 
 
-class Verdict(NamedTuple):
-    """What a trial of couplings says.
+def judge(trial: Trial, couplings: Sequence[Coupling]) -> tuple[bool, str | None]:
+    """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer.
 
-    Attributes:
-        confirmed: Whether their units can move, and the trial could have told otherwise.
-        idle: The key of a side that can move alone, if the units can move.
+    Returns:
+        Whether their units can move, and the trial could have told otherwise; and the key of a side that can move
+        alone, if the units can move.
     """
-
-    confirmed: bool
-    idle: str | None = None
-
-
-def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
-    """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer."""
     whole = [whole_units(trial.twin, coupling) for coupling in couplings]
     grouped = [within_groups(trial.twin, coupling) for coupling in couplings]
     # All of the last ones must hold.
@@ -352,9 +338,9 @@ def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
     trials = [[shuffle for shuffle in some if shuffle is not None] for some in (whole, grouped)] + [single]
     trials = [shuffles for shuffles in trials if shuffles]
     if None in single or not trials or not all(map(trial.holds, trials)):
-        return Verdict(False)
+        return False, None
     idle = next(filter(None, map(trial.idle_side, trials)), None)
-    return Verdict(idle is None, idle)
+    return idle is None, idle
 
 
 def _not_reached(block: Block) -> Outcome:
@@ -406,15 +392,17 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Discovery:
-    """The couplings that s2ft finds in a model. It prints as a table.
+    """The couplings of a model, and where they are from. It prints as a table.
 
     Attributes:
         couplings: The couplings, those of the first layer first.
-        weights: A row for every weight of the blocks.
+        weights: A row for every weight of the blocks, where trials have found the couplings.
+        is_custom: Whether adapters must store the couplings, because no family has them.
     """
 
     couplings: list[Coupling]
-    weights: list[WeightRow]
+    weights: tuple[WeightRow, ...] = ()
+    is_custom: bool = True
 
     def to_dict(self) -> dict:
         """Convert to a dict for JSON: the couplings, and the rows without them."""
@@ -467,7 +455,7 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
         _FOUND[key] = found
         for old in list(_FOUND)[:-REMEMBERED]:
             del _FOUND[old]
-    return Discovery(list(found.couplings), list(found.weights))
+    return replace(found, couplings=list(found.couplings))
 
 
 def _key(model: nn.Module) -> tuple | None:
@@ -587,7 +575,7 @@ class Findings:
         rows = sorted(
             self._rows.values(), key=lambda row: places.get(row.path, places.get(f"{row.path}.weight", len(places)))
         )
-        return Discovery(sorted(self._couplings, key=lambda coupling: coupling.layer), rows)
+        return Discovery(sorted(self._couplings, key=lambda coupling: coupling.layer), tuple(rows))
 
     def add(self, block: Block, outcome: Outcome) -> None:
         """Add the couplings of a block, or remember why its layers are in none."""
