@@ -281,15 +281,13 @@ class ShadowStep:
 
     def run(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], accumulation: int) -> None:
         """Run forward, backward and the optimizer's step. With accumulation, forward and backward run twice."""
-        forwards = min(accumulation, 2)
         with self.memory:
-            for number in range(forwards):
+            for number in range(min(accumulation, 2)):
                 self.memory.phase = "forward"
                 outputs = self._guarded(partial(self._forward, count=number == 0))
                 self.memory.phase = "backward"
-                ones = [torch.ones_like(output) for output in outputs]
-                self._guarded(partial(torch.autograd.backward, outputs, ones))
-                del outputs, ones
+                self._guarded(partial(torch.autograd.backward, outputs, [torch.ones_like(one) for one in outputs]))
+                del outputs
             self.memory.phase = "optimizer"
             self._guarded(partial(self._update, make))
 

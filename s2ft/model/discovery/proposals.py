@@ -252,9 +252,9 @@ class Block:
     key: str
     proposals: tuple[Proposal, ...]
 
-    def of(self, label: str | None) -> Proposal | None:
-        """The proposal with a label, if there is one."""
-        return next((proposal for proposal in self.proposals if proposal.label == label), None)
+    def of(self, label: str | None) -> tuple[Coupling, ...]:
+        """The couplings of the proposal with a label; none if no proposal has it."""
+        return next((proposal.couplings for proposal in self.proposals if proposal.label == label), ())
 
 
 def vector_choices(

@@ -122,8 +122,7 @@ class Trial:
     def gradients(self) -> set[str]:
         """The names of the twin's parameters that a loss on its outputs gives a gradient other than zero."""
         parameters = {name: one for name, one in self.twin.named_parameters() if one.is_floating_point()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        self.twin.requires_grad_(True)
         try:
             with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
                 torch.manual_seed(0)
@@ -279,7 +278,7 @@ class Outcome:
 
     Attributes:
         status: "confirmed" or "in place"; None if the block's layers are no coupling.
-        label: Label of the proposal that is right.
+        label: Label of the proposal that is right; None if none is.
         reason: Why.
     """
 
@@ -289,8 +288,7 @@ class Outcome:
 
     def couplings(self, block: Block) -> tuple[Coupling, ...]:
         """The couplings of a block with this outcome; none if the block can't be read in the same way."""
-        proposal = block.of(self.label) if self.status else None
-        return tuple(replace(one, fixed=self.status == "in place") for one in (proposal.couplings if proposal else ()))
+        return tuple(replace(one, fixed=self.status == "in place") for one in block.of(self.label))
 
 
 def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
@@ -355,8 +353,8 @@ def _not_reached(block: Block) -> Outcome:
 
 def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:
     """The couplings of all blocks, read in the same way; none if one of them can't be."""
-    same: list[Any] = [block.of(proposal.label) for block in blocks]
-    return () if None in same else tuple(one for read in same for one in read.couplings)
+    same = [block.of(proposal.label) for block in blocks]
+    return tuple(one for read in same for one in read) if all(same) else ()
 
 
 def _moved_words(coupling: Coupling, blocks: int) -> str:

@@ -1,6 +1,7 @@
 """Decoders, and the families whose blocks no row of names describes.
 
-Each part of a layer has its own couplings, by the name of its module in `PARTS`.
+First come the functions that describe a block with the sizes of its layers, which `named.py` uses too. Each part of a
+decoder's layer has its own couplings, by the name of its module in `PARTS`.
 
 **Attention.** Biases of q, k and v are reordered with their rows. Norms of q and k over all heads (OLMo 2, Cohere,
 MiniMax M2) and sinks (Flint) move with the heads; a norm that all heads share stays. A gate of the heads' outputs
