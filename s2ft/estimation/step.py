@@ -363,10 +363,10 @@ class ShadowStep:
     def _count_weights(self) -> None:
         """Count parameters and buffers. A storage is counted once."""
         seen: set[int] = set()
-        for name, tensor in self.shadow.named_parameters():
-            self._sums_of(name)["parameters"] += bytes_of([tensor], seen)
-        for name, tensor in self.shadow.named_buffers():
-            self._sums_of(name)["buffers"] += bytes_of([tensor], seen)
+        for name, parameter in self.shadow.named_parameters():
+            self._sums_of(name)["parameters"] += bytes_of([parameter], seen)
+        for name, buffer in self.shadow.named_buffers():
+            self._sums_of(name)["buffers"] += bytes_of([buffer], seen)
         for name, module in self.shadow.named_modules():
             self.sums[self.part_of[name]]["parameters"] += bytes_of(kind_of(module).scales(module), seen)
 
