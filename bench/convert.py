@@ -15,7 +15,7 @@ from harness import interleaved, median_ratio, save
 
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling, Projection
-from s2ft.model.permutation import coupling_order
+from s2ft.model.weights import coupling_order
 from s2ft.ops import permute_
 from s2ft.selection import select
 

@@ -24,8 +24,9 @@ from s2ft.attached.record import (
 from s2ft.attached.report import Report
 from s2ft.config import S2FTConfig
 from s2ft.model.coupling import Coupling
+from s2ft.model.discovery import Discovery
 from s2ft.model.parts import couplings_in_towers
-from s2ft.model.registry import FoundCouplings, find_couplings
+from s2ft.model.registry import find_couplings
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units, with_protect_ratio
 
@@ -221,7 +222,7 @@ def _chosen(
     couplings: Sequence[Coupling] | None,
     example: Any,
     protect: Iterable[Any] | None,
-) -> tuple[FoundCouplings, Selection]:
+) -> tuple[Discovery, Selection]:
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")

@@ -141,8 +141,8 @@ WRONG = {
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_coupling_is_refused(wrong, olmo_twin):
     trial, found = olmo_twin
-    assert not judge(trial, [WRONG[wrong](found)]).confirmed
-    assert all(judge(trial, [one]).confirmed for (_, layer), one in found.items() if layer == 0)
+    assert not judge(trial, [WRONG[wrong](found)])[0]
+    assert all(judge(trial, [one])[0] for (_, layer), one in found.items() if layer == 0)
 
 
 def test_another_order_of_a_packed_weight_is_refused():
@@ -150,7 +150,7 @@ def test_another_order_of_a_packed_weight_is_refused():
     one = next(c for c in discover(trial.twin).couplings if c.kind == "attention")
     path, o = one.producers[0].path, one.consumer
     apart = Coupling.packed_attention(0, qkv=path, o=o.path, heads=o.count, head_dim=o.unit)
-    assert judge(trial, [one]).confirmed and not judge(trial, [apart]).confirmed
+    assert judge(trial, [one])[0] and not judge(trial, [apart])[0]
 
 
 def test_heads_with_numbers_stay_and_cross_attention_moves():

@@ -81,8 +81,7 @@ from s2ft.layers import act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.permutation import restoring_moves
-from s2ft.model.weights import Delta, tensors_of, weight_at
+from s2ft.model.weights import Delta, restoring_moves, tensors_of, weight_at
 from s2ft.ops import act_mul, swap_
 from s2ft.ops._library import transforms_active
 

@@ -83,11 +83,15 @@ from s2ft.layers.kind import split_of
 from s2ft.model.checkpoint import is_here, packed_base
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest, structure_of
-from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import (
+    Move,
     allow_packing,
+    contiguous_range,
+    coupling_order,
     find,
+    inverse,
     layers_that_pack,
+    order_in_blocks,
     parameter_position,
     put,
     split_of_units,

@@ -16,10 +16,9 @@ from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
-from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Snapshot
-from s2ft.model.weights import Delta, Positions, have_numbers
+from s2ft.model.weights import Delta, Move, Positions, have_numbers
 from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
 

@@ -26,7 +26,6 @@ from s2ft.estimation.devices import (
     on_devices,
     size_of,
     smallest,
-    strategy_of,
 )
 from s2ft.estimation.shadow import forget_data, made_inputs, make_shadow, shape_of
 from s2ft.estimation.step import OPTIMIZERS, Optimizer, ShadowStep, bytes_of, free_memory, maker
@@ -118,7 +117,9 @@ def estimate(
         (..., True)
     """
     _check(config, batch, length, example, accumulation, logits, use_cache, loss)
-    strategy = strategy_of(strategy)
+    strategy = Strategy(strategy) if isinstance(strategy, str) else strategy
+    if not (strategy is None or isinstance(strategy, Strategy)):
+        raise TypeError(f"strategy must be a name, a Strategy or None, got {type(strategy).__name__}")
     check_devices(strategy, devices)
     memory = size_of(memory, "memory")
     make = maker(optimizer)
@@ -143,7 +144,8 @@ def estimate(
     one = Estimate(step.parts(), *shape_of(inputs), str(place), *step.peak(), loaded, room, notes)
     if strategy is None:
         return one
-    count = partial(on_devices, one, step.kept_divided, shadow, strategy)
+    divided = {name: counted["divided"] for name, counted in step.sums.items()}
+    count = partial(on_devices, one, divided, shadow, strategy)
     return smallest(count, strategy) if devices is None else count(devices)
 
 

@@ -317,20 +317,6 @@ class Strategy:
         return self.name not in ("ddp", "zero1", "zero2")
 
 
-def strategy_of(value: Any) -> Strategy | None:
-    """Return the strategy of a name or a Strategy.
-
-    Raises:
-        TypeError: It is neither.
-        ValueError: The name is unknown.
-    """
-    if value is None or isinstance(value, Strategy):
-        return value
-    if not isinstance(value, str):
-        raise TypeError(f"strategy must be a name, a Strategy or None, got {type(value).__name__}")
-    return Strategy(value)
-
-
 def check_devices(strategy: Strategy | None, devices: int | None) -> None:
     """Check that a strategy can use this number of devices.
 
@@ -340,10 +326,11 @@ def check_devices(strategy: Strategy | None, devices: int | None) -> None:
     if devices is None:
         return
     check_whole("devices", devices)
-    if strategy is None and devices > 1:
-        raise ValueError(f"devices={devices} needs a strategy: one of {', '.join(STRATEGIES)}")
-    if strategy is not None and strategy.tp_size is not None and devices % strategy.tp_size:
-        raise ValueError(f"devices must be a multiple of tp_size, {strategy.tp_size}, got {devices}")
+    size = 1 if strategy is None else strategy.tp_size or 1
+    refuse(
+        (strategy is None and devices > 1, f"devices={devices} needs a strategy: one of {', '.join(STRATEGIES)}"),
+        (devices % size, f"devices must be a multiple of tp_size, {size}, got {devices}"),
+    )
 
 
 # ---- by formulas ----------------------------------------------------------------------------------------------
@@ -352,8 +339,10 @@ MOST = 1024  # devices that are tried
 FLOAT = 4  # bytes of a float32, in which ZeRO's optimizer works
 LIVE = 1_000_000_000  # gathered elements that ZeRO-3 keeps by default
 DIVIDES = ("colwise", "packed_colwise", "rowwise", "packed_rowwise")  # styles whose layers have parts of activations
-GATHERS: tuple[str, ...] = ("colwise_gather_output", "colwise_rep", "rowwise_rep", "rowwise_split_input")
-GATHERS += ("embedding_rowwise", "embedding_colwise")
+GATHERS = (
+    *("colwise_gather_output", "colwise_rep", "rowwise_rep", "rowwise_split_input"),
+    *("embedding_rowwise", "embedding_colwise"),
+)
 WHOLE = ("replicated_with_grad_allreduce", "replicate", None)
 
 
@@ -375,7 +364,7 @@ def on_devices(
     tensor = (strategy.tp_size or devices) if strategy.is_tensor_parallel else 1
     _check_heads(model, tensor)
     shards = devices // tensor
-    split = [_split(part, divided.get(part.name, 0), tensor) for part in one.parts]
+    split = [_split(part, divided[part.name], tensor) for part in one.parts]
     note = f"{strategy.name} is counted by formulas, the peak within about 10 %"
     parts = [_shard(part, strategy, shards) for part in split]
     found = replace(one, parts=parts, strategy=strategy.name, devices=devices, notes=(*one.notes, note))

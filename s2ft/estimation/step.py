@@ -98,8 +98,6 @@ class Memory(TorchDispatchMode):
 
 def _numbered(indices: Any) -> Any:
     """Replace real masks by indices. The result's shape depends on their values, which a fake mask does not have."""
-    if not any(type(index) is Tensor and index.dtype == torch.bool for index in indices):
-        return indices
     return [
         one
         for index in indices
@@ -246,10 +244,9 @@ class ShadowStep:
         self.trained = {name: p for name, p in shadow.named_parameters() if p.requires_grad}
         self.part_of = _part_names(shadow)
         self.memory = Memory(shadow, device)
-        self.weights = self._weights()  # before anything runs, because a layer may replace its weights
-        self.states: Counter = Counter()  # bytes of the optimizer's state, by name
-        self.kept: Counter = Counter()  # by part
-        self.kept_divided: Counter = Counter()  # those that tensor parallelism divides
+        # Bytes by part and kind. "divided": those kept that tensor parallelism divides.
+        self.sums: dict[str, Counter] = {part: Counter() for part in self.part_of.values()}
+        self._count_weights()  # before anything runs, because a layer may replace its weights
         self.within: list[tuple[str, bool]] = []  # modules whose forward is running, the innermost last
         self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
@@ -284,29 +281,28 @@ class ShadowStep:
 
     def run(self, make: Callable[[list[Tensor]], torch.optim.Optimizer], accumulation: int) -> None:
         """Run forward, backward and the optimizer's step. With accumulation, forward and backward run twice."""
-        forwards = min(accumulation, 2)
         with self.memory:
-            for number in range(forwards):
+            for number in range(min(accumulation, 2)):
                 self.memory.phase = "forward"
                 outputs = self._guarded(partial(self._forward, count=number == 0))
                 self.memory.phase = "backward"
-                ones = [torch.ones_like(output) for output in outputs]
-                self._guarded(partial(torch.autograd.backward, outputs, ones))
-                del outputs, ones
+                self._guarded(partial(torch.autograd.backward, outputs, [torch.ones_like(one) for one in outputs]))
+                del outputs
             self.memory.phase = "optimizer"
             self._guarded(partial(self._update, make))
 
     def _update(self, make: Callable[[list[Tensor]], torch.optim.Optimizer]) -> None:
-        """Run the optimizer's step and count its state."""
+        """Run the optimizer's step, and count its state and the gradients."""
         optimizer = make(list(self.trained.values()))
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must make a torch.optim.Optimizer, got {type(optimizer).__name__}")
         optimizer.step()
         seen: set[int] = set()
         for name, parameter in self.trained.items():
-            if parameter in optimizer.state:
-                leaves = tree_leaves(dict(optimizer.state[parameter]))
-                self.states[name] = bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
+            counted, leaves = self._sums_of(name), tree_leaves(dict(optimizer.state.get(parameter, {})))
+            counted["trained"] += parameter.numel()
+            counted["gradients"] += 0 if parameter.grad is None else bytes_of([parameter.grad])
+            counted["optimizer"] += bytes_of((leaf for leaf in leaves if isinstance(leaf, Tensor)), seen)
 
     def _forward(self, count: bool) -> list[Tensor]:
         hooks = torch.autograd.graph.saved_tensors_hooks(self._save, lambda tensor: tensor)
@@ -324,8 +320,8 @@ class ShadowStep:
         for storage in storages(tensor):
             if self.memory.is_new(storage, "saved"):
                 part, divided = self.within[-1] if self.within else (OUTSIDE, False)
-                self.kept[part] += storage.nbytes()
-                self.kept_divided[part] += storage.nbytes() * divided
+                self.sums[part]["kept"] += storage.nbytes()
+                self.sums[part]["divided"] += storage.nbytes() * divided
         return tensor
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
@@ -346,47 +342,40 @@ class ShadowStep:
 
     def peak(self) -> tuple[int, str]:
         """Return the peak in bytes and its phase. In every step but the first, the optimizer's state exists already."""
-        states = self.states.total()
+        weights = self.total("parameters") + self.total("buffers")
+        states = self.total("optimizer")
         most = {
-            phase: alive + (0 if phase == "optimizer" else states)
+            phase: weights + alive + (0 if phase == "optimizer" else states)
             for phase, alive in self.memory.peaks.items()
             if phase  # not the dry run
         }
         phase = max(most, key=most.__getitem__)
-        return self.weights.total() + most[phase], phase
+        return most[phase], phase
 
-    def _weights(self) -> Counter:
-        """Return the bytes by ("parameters" or "buffers", part). A storage is counted once."""
-        found: Counter = Counter()
+    def total(self, kind: str) -> int:
+        """Return the bytes of one kind in all parts."""
+        return sum(counted[kind] for counted in self.sums.values())
+
+    def _sums_of(self, name: str) -> Counter:
+        """Return the sums of the part of a parameter or buffer."""
+        return self.sums[self.part_of[name.rpartition(".")[0]]]
+
+    def _count_weights(self) -> None:
+        """Count parameters and buffers. A storage is counted once."""
         seen: set[int] = set()
-        named = {"parameters": self.shadow.named_parameters(), "buffers": self.shadow.named_buffers()}
-        for kind, name, tensor in ((kind, *one) for kind, tensors in named.items() for one in tensors):
-            found[kind, self._part(name)] += bytes_of([tensor], seen)
+        for name, parameter in self.shadow.named_parameters():
+            self._sums_of(name)["parameters"] += bytes_of([parameter], seen)
+        for name, buffer in self.shadow.named_buffers():
+            self._sums_of(name)["buffers"] += bytes_of([buffer], seen)
         for name, module in self.shadow.named_modules():
-            found["parameters", self.part_of[name]] += bytes_of(kind_of(module).scales(module), seen)
-        return found
-
-    def _part(self, name: str) -> str:
-        """Return the part of a parameter or buffer."""
-        return self.part_of[name.rpartition(".")[0]]
+            self.sums[self.part_of[name]]["parameters"] += bytes_of(kind_of(module).scales(module), seen)
 
     def parts(self) -> list[MemoryPart]:
-        """Return the parts in the order of the model."""
-        sums: dict[str, Counter] = {name: Counter() for name in dict.fromkeys(self.part_of.values())}
-        for (kind, part), number in self.weights.items():
-            sums[part][kind] += number
-        for name, parameter in self.trained.items():
-            counted = sums[self._part(name)]
-            counted["trained"] += parameter.numel()
-            counted["gradients"] += 0 if parameter.grad is None else bytes_of([parameter.grad])
-            counted["optimizer"] += self.states[name]
-        for name, kept in self.kept.items():
-            sums[name]["kept"] += kept
-        sums[OUTSIDE] = sums.pop(OUTSIDE)  # last
+        """Return the parts in the order of the model, last what no module of it has."""
         return [
-            MemoryPart(name, *(counted[column] for column in COLUMNS))
-            for name, counted in sums.items()
-            if counted.total()
+            MemoryPart(name, *(self.sums[name][column] for column in COLUMNS))
+            for name in sorted(self.sums, key=lambda name: name == OUTSIDE)
+            if self.sums[name].total()
         ]
 
 

@@ -28,7 +28,7 @@ from s2ft.export.merged import check_output, check_size, temporary_folder
 from s2ft.export.streamed import BaseSource, Changes, DiskSource, Sum, saved_names, write_config, write_weights
 from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.permutation import restoring_moves
+from s2ft.model.weights import restoring_moves
 
 logger = logging.getLogger(__name__)
 

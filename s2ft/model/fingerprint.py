@@ -19,6 +19,10 @@ TOLERANCE = 2**-6  # relative error of samples; rounding to bfloat16 gives 2**-9
 QUANTIZED = "quantized"  # how Kind.dtype_name starts for quantized weights
 QUANTIZATION = 0.5  # mean error / mean value of samples; four bits give about 0.1, two bits 0.35, another model over 1
 
+# What a fingerprint takes of one weight or bias: bytes that depend on its label, its shape and every element, and a few
+# of its values.
+WeightPrint = tuple[bytes, list[float]]
+
 
 def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
     """Compute the fingerprint of a model's coupled weights and biases, whose units are in the base's order.
@@ -37,14 +41,16 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
     Raises:
         ValueError: A weight is on the meta device, and in no file.
     """
-    layers = {str(coupling.layer): LayerPrint() for coupling in couplings}
+    prints: dict[str, list[WeightPrint]] = {str(coupling.layer): [] for coupling in couplings}
     for layer, projection, handle in covered(model, couplings):
-        with _readable(handle.tensor, handle.full) as weight, _readable(handle.bias) as bias:
-            for name, tensor in (("weight", weight), ("bias", bias)):
-                if tensor is not None:
-                    layers[layer].add(read_print(f"{projection.key}.{name}", tensor))
-        del weight, bias, tensor  # before the next one is read
-    return {"dtype": _dtype(model, couplings), "layers": {name: layer.to_dict() for name, layer in layers.items()}}
+        with _readable(handle.tensor, handle.full) as weight:
+            prints[layer].append(read_print(f"{projection.key}.weight", weight))
+        del weight  # before the next one is read
+        if handle.bias is not None:
+            with _readable(handle.bias) as bias:
+                prints[layer].append(read_print(f"{projection.key}.bias", bias))
+    layers = {layer: layer_print(found) for layer, found in prints.items()}
+    return {"dtype": _dtype(model, couplings), "layers": layers}
 
 
 def covered(model: nn.Module, couplings: list[Coupling]) -> Iterator[tuple[str, Projection, WeightHandle]]:
@@ -57,19 +63,6 @@ def covered(model: nn.Module, couplings: list[Coupling]) -> Iterator[tuple[str, 
                 yield str(coupling.layer), projection, weight_at(model, projection)
 
 
-@dataclass(frozen=True)
-class WeightPrint:
-    """What a fingerprint takes of one weight or bias.
-
-    Attributes:
-        content: Bytes that depend on its label, its shape, and every element.
-        samples: A few of its values.
-    """
-
-    content: bytes
-    samples: list[float]
-
-
 def read_print(label: str, tensor: Tensor) -> WeightPrint:
     """Read what the fingerprint takes of one weight or bias.
 
@@ -78,24 +71,16 @@ def read_print(label: str, tensor: Tensor) -> WeightPrint:
         tensor: The weight as it is stored, in the dtype of the fingerprint.
     """
     content = f"{label}{tuple(tensor.shape)}".encode() + _content(tensor)
-    return WeightPrint(content, _every(tensor, SAMPLES).double().tolist())
+    return content, _every(tensor, SAMPLES).double().tolist()
 
 
-class LayerPrint:
-    """The fingerprint of one layer, which grows by one weight after the other."""
-
-    def __init__(self) -> None:
-        self._digest = hashlib.sha256()
-        self._samples: list[float] = []
-
-    def add(self, weight: WeightPrint) -> None:
-        """Add the next weight or bias."""
-        self._digest.update(weight.content)
-        self._samples += weight.samples
-
-    def to_dict(self) -> dict[str, Any]:
-        """The layer's entry in a fingerprint."""
-        return {"digest": self._digest.hexdigest()[:16], "samples": [float(f"{value:.5g}") for value in self._samples]}
+def layer_print(prints: Iterable[WeightPrint]) -> dict[str, Any]:
+    """The entry of a layer in a fingerprint, from those of its weights and biases."""
+    digest, samples = hashlib.sha256(), []
+    for content, values in prints:
+        digest.update(content)
+        samples += [float(f"{value:.5g}") for value in values]
+    return {"digest": digest.hexdigest()[:16], "samples": samples}
 
 
 def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
@@ -106,10 +91,10 @@ def _dtype(model: nn.Module, couplings: list[Coupling]) -> str:
 
 
 def _readable(
-    tensor: Tensor | None, full: Callable[[], AbstractContextManager[Tensor]] | None = None
-) -> AbstractContextManager[Tensor | None]:
+    tensor: Tensor, full: Callable[[], AbstractContextManager[Tensor]] | None = None
+) -> AbstractContextManager[Tensor]:
     """Open a weight or bias in full, but for a DTensor, whose shards are read on each rank."""
-    if tensor is None or is_dtensor(tensor) and not tensor.is_meta:
+    if is_dtensor(tensor) and not tensor.is_meta:
         return nullcontext(tensor)
     return full_values(tensor) if full is None else full()
 

@@ -10,7 +10,7 @@ those after the last `vision_feature_layer`, and a pooling head.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any
 
 from packaging.version import Version
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.proposals import LayerMap
 from s2ft.model.families import decoders, named
-from s2ft.model.parts import config_of, get, in_one_weight, inputs_of, outermost, tower_of, trained_towers
-from s2ft.model.weights import find, weight_at
+from s2ft.model.families.decoders import config_of, in_one_weight, inputs_of
+from s2ft.model.parts import outermost, tower_of, trained_towers
+from s2ft.model.weights import find, get, weight_at
 
 # ---- families: which function lists the couplings of which model type ----------------------------------------------
 
@@ -144,7 +145,7 @@ def _couplings_of_parts(model: nn.Module) -> list[Coupling]:
 
 def undeclared_parts(model: nn.Module) -> list[str]:
     """The model types without a declaration among the parts of a model of several parts."""
-    kinds = [part_type(config_of(model), config_of(part)) for _, part in _parts(model)]
+    kinds = (part_type(config_of(model), config_of(part)) for _, part in _parts(model))
     return [kind for kind in kinds if kind not in FAMILIES]
 
 
@@ -260,22 +261,13 @@ def known_architectures() -> list[str]:
 
 def is_known(model: nn.Module) -> bool:
     """Whether the couplings of a model's type, and of its parts', are declared, by s2ft or by register_architecture."""
-    declaration = _declaration(model)
-    return declaration is not None and not (declaration is _couplings_of_parts and undeclared_parts(model))
+    return _declaration(model) is not None
 
 
-class FoundCouplings(NamedTuple):
-    """The couplings of a model, and where they are from.
-
-    Attributes:
-        couplings: The couplings.
-        is_custom: Whether adapters must store them, because no family has them.
-        weights: What discovery says of every weight of the blocks; empty for all other couplings.
-    """
-
-    couplings: list[Coupling]
-    is_custom: bool
-    weights: tuple[WeightRow, ...] = ()
+def _declaration(model: nn.Module) -> Declaration | None:
+    model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
+    found = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
+    return None if found is _couplings_of_parts and undeclared_parts(model) else found
 
 
 def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None) -> list[Coupling]:
@@ -285,7 +277,7 @@ def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, exa
 
 def find_couplings(
     model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None, config: S2FTConfig | None = None
-) -> FoundCouplings:
+) -> Discovery:
     """Find the couplings of a model and check them against its weights.
 
     Args:
@@ -307,16 +299,16 @@ def find_couplings(
     """
     modules = (config and config.modules_to_save) or ()
     if custom is not None:
-        found = FoundCouplings(checked_couplings(custom), is_custom=True)
-    elif is_known(model):
-        declared = _declared(model)
+        found = Discovery(checked_couplings(custom))
+    elif (declaration := _declaration(model)) is not None:
+        declared = _declared(model, declaration)
         trained = trained_towers(model, config.towers) if config is not None and modules else ()
         couplings = [c for c in declared if _is_outside(c, modules) or tower_of(model, c.main.path) in trained]
-        found = FoundCouplings(couplings, is_custom=len(couplings) < len(declared))
+        found = Discovery(couplings, is_custom=len(couplings) < len(declared))
     else:
-        discovery = discover(model, example)
-        couplings = [coupling for coupling in discovery.couplings if _is_outside(coupling, modules)]
-        found = FoundCouplings(couplings, True, tuple(row for row in discovery.weights if _is_free(row.path, modules)))
+        found = discover(model, example)
+        couplings = [coupling for coupling in found.couplings if _is_outside(coupling, modules)]
+        found = Discovery(couplings, tuple(row for row in found.weights if _is_free(row.path, modules)))
     check_shapes(model, found.couplings)
     return found
 
@@ -336,13 +328,13 @@ def explain(model: nn.Module, example: Any = None) -> Discovery:
     """
     found = find_couplings(model, example=example)
     if found.weights:
-        return Discovery(found.couplings, list(found.weights))
+        return found
     family = f"declared for model type {config_of(model).model_type}"
     rows = {p.path: WeightRow(p.path, c.status, family, c) for c in found.couplings for p in c.projections}
     structure = LayerMap(model)
     for path in filter(structure.block_of, structure.layers):
         rows.setdefault(path, WeightRow(path, "untouched", "in no coupling of its family"))
-    return Discovery(found.couplings, list(rows.values()))
+    return replace(found, weights=tuple(rows.values()))
 
 
 def _is_outside(coupling: Coupling, modules: Sequence[str]) -> bool:
@@ -357,16 +349,11 @@ def _is_free(path: str, modules: Sequence[str]) -> bool:
     return not any(f".{module}." in f".{path}." for module in modules)
 
 
-def _declaration(model: nn.Module) -> Declaration | None:
-    model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
-    return _REGISTERED.get(model_type) or FAMILIES.get(model_type)
-
-
-def _declared(model: nn.Module) -> list[Coupling]:
+def _declared(model: nn.Module, declaration: Declaration) -> list[Coupling]:
     model_type = config_of(model).model_type
     if model_type not in _REGISTERED:
         check_release(model_type)
-    couplings = cast(Declaration, _declaration(model))(model)
+    couplings = declaration(model)
     if not couplings:
         raise ValueError(
             f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names"

@@ -294,10 +294,9 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
             "u_ratio, g_ratio, d_ratio, l_ratio above 0"
         )
     layers = requested_layers(couplings, config)
-    found = {projection.key for projection in projections_of(couplings)}
-    present = [key for key in PROJECTIONS if key in found]
+    present = sorted({projection.key for projection in projections_of(couplings)}, key=PROJECTIONS.index)
     for key in config.ratios:
-        if key not in found:
+        if key not in present:
             raise ValueError(
                 f"{key}_ratio requests a projection that this model does not have: it has {', '.join(present)}, so set "
                 f"{' or '.join(f'{one}_ratio' for one in present)}"
@@ -482,50 +481,47 @@ ALLOCATIONS: dict[str, Allocation] = {"uniform": uniform, "global": over_layers}
 # ---- groups of neighbouring inputs ----------------------------------------------------------------------------------
 
 
-class Groups:
-    """Couplings whose consumers have groups of inputs as their units, and the way back to their own units."""
+def _select_groups(
+    couplings: list[Coupling], config: S2FTConfig, model: nn.Module | None, calibration: Any, protect: Any
+) -> Selection:
+    """Choose groups of `config.group` inputs of every consumer that the config requests. A group counts as a unit.
 
-    def __init__(self, couplings: list[Coupling], config: S2FTConfig) -> None:
-        """Make groups of `config.group` inputs of every projection that the config requests.
+    Raises:
+        ValueError: The inputs of a projection can't be split into groups of whole units, or units into groups.
+    """
+    grouped = [
+        replace(coupling, consumer=_grouped(coupling.consumer, cast(int, config.group)))
+        if coupling.consumer is not None and coupling.consumer.key in config.ratios
+        else coupling
+        for coupling in couplings
+    ]
+    both = zip(projections_of(couplings), projections_of(grouped))
+    sizes = {projection.name: group.unit // projection.unit for projection, group in both}  # units of a group
+    exclude: Any = config.exclude
+    if exclude is not None:
+        named = unit_tensors(exclude, "exclude")
+        exclude = {path: (units // sizes.get(path, 1)).unique().tolist() for path, units in named.items()}
+    try:
+        chosen = select(grouped, replace(config, group=None, exclude=exclude), model, calibration, protect).units
+    except ValueError as error:
+        raise ValueError(f"in groups of {config.group} inputs: {error}") from error
+    return Selection(
+        {path: (groups[:, None] * sizes[path] + torch.arange(sizes[path])).flatten() for path, groups in chosen.items()}
+    )
 
-        Raises:
-            ValueError: The inputs of a projection can't be split into groups of whole units, or units into groups.
-        """
-        self.sizes: dict[str, int] = {}  # units of a group, by projection
-        self.couplings = [
-            replace(coupling, consumer=self._grouped(coupling.consumer, cast(int, config.group)))
-            if coupling.consumer is not None and coupling.consumer.key in config.ratios
-            else coupling
-            for coupling in couplings
-        ]
-        exclude = config.exclude
-        if exclude is not None:
-            exclude = {
-                path: (units // self.sizes.get(path, 1)).unique().tolist()
-                for path, units in unit_tensors(exclude, "exclude").items()
-            }
-        self.config = replace(config, group=None, exclude=exclude)
 
-    def _grouped(self, projection: Projection, group: int) -> Projection:
-        if projection.unit % group == 0:  # a head of whole groups
-            return projection
-        inputs = projection.count * projection.unit
-        if group % projection.unit or inputs % group:
-            raise ValueError(
-                f"group={group}: {projection.name} has {projection.count} {unit_name(projection)}"
-                + (f" of {projection.unit} inputs" if projection.unit > 1 else "")
-                + f", which are no whole groups of {group} inputs: leave out {projection.key}_ratio, or group"
-            )
-        self.sizes[projection.name] = group // projection.unit
-        return replace(projection, count=inputs // group, unit=group)
-
-    def units_of(self, chosen: Selection) -> Selection:
-        """The units of the chosen groups."""
-        found = {}
-        for path, units in chosen.units.items():
-            size = self.sizes.get(path, 1)
-            found[path] = (units[:, None] * size + torch.arange(size)).flatten()
-        return Selection(found)
+def _grouped(projection: Projection, group: int) -> Projection:
+    """The projection with groups of inputs as its units."""
+    if projection.unit % group == 0:  # a head of whole groups
+        return projection
+    inputs = projection.count * projection.unit
+    if group % projection.unit or inputs % group:
+        raise ValueError(
+            f"group={group}: {projection.name} has {projection.count} {unit_name(projection)}"
+            + (f" of {projection.unit} inputs" if projection.unit > 1 else "")
+            + f", which are no whole groups of {group} inputs: leave out {projection.key}_ratio, or group"
+        )
+    return replace(projection, count=inputs // group, unit=group)
 
 
 # ---- choosing -------------------------------------------------------------------------------------------------------
@@ -565,11 +561,7 @@ def select(
             raise ValueError("the config's units are given, so there is nothing to calibrate: leave out calibration")
         return Selection(named_units(couplings, config.units, "units"))
     if config.group is not None:
-        groups = Groups(couplings, config)
-        try:
-            return groups.units_of(select(groups.couplings, groups.config, model, calibration, protect))
-        except ValueError as error:
-            raise ValueError(f"in groups of {config.group} inputs: {error}") from error
+        return _select_groups(couplings, config, model, calibration, protect)
     if needs_weights(config) and model is not None:  # only some ranks may have them
         return _select_where_weights_are(couplings, config, model, calibration, protect)
     return _select(couplings, config, model, calibration, protect)

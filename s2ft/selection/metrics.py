@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import following, full_values, is_dtensor, reshard_all
@@ -148,8 +149,7 @@ def in_evaluation_mode(model: nn.Module) -> Iterator[None]:
     hooks = forward_hooks(model)
     parameters = [(parameter, parameter.requires_grad, parameter.grad) for parameter in model.parameters()]
     try:
-        for parameter, _, _ in parameters:
-            parameter.grad = None
+        model.zero_grad(set_to_none=True)
         with evaluation_mode(model):
             yield
     finally:
@@ -253,60 +253,47 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
     return None
 
 
-def keep_checkpointing(model: nn.Module) -> list:
-    """Keep gradient checkpointing on in evaluation mode, and return the hooks that do so.
+def keep_checkpointing(model: nn.Module, stack: ExitStack) -> None:
+    """Keep gradient checkpointing on in evaluation mode, until the stack is closed.
 
     A block checkpoints only if its training flag is on. The inputs of the first blocks require gradients here, because
     a checkpointed block passes gradients on only if its input requires one.
     """
     blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     if not blocks:
-        return []
+        return
     # Imported here, because it takes seconds.
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [block for block in blocks if isinstance(block, GradientCheckpointingLayer)]
-    hooks: list[Any] = []
-    for block in layers or blocks:  # without such layers, the model's own modules test the flag
+    for block in cast("list[Any]", layers or blocks):  # without such layers, the model's own modules test the flag
         block.training = True
-        if hasattr(block, "_gradient_checkpointing_func"):
-            hooks.append(_EvaluatedInside(block))
-    hooks.append(model.register_forward_pre_hook(_with_gradients, with_kwargs=True))
+        if (checkpoint := getattr(block, "_gradient_checkpointing_func", None)) is not None:
+            stack.callback(setattr, block, "_gradient_checkpointing_func", checkpoint)
+            block._gradient_checkpointing_func = partial(_evaluated_inside, block, checkpoint)
+    stack.callback(model.register_forward_pre_hook(_with_gradients, with_kwargs=True).remove)
     embeddings = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
     if embeddings is not None:
-        hooks.append(embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True)))
-    return hooks
+        hook = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        stack.callback(hook.remove)
 
 
-class _EvaluatedInside:
-    """Switches a block's training flag off inside its checkpoint, where it would switch dropout on."""
+def _evaluated_inside(block: nn.Module, checkpoint: Callable, function: Callable, *inputs: Any, **more: Any) -> Any:
+    """Run a block's checkpoint with its training flag off inside, where the flag would switch dropout on."""
 
-    def __init__(self, block: Any) -> None:
-        self.block, self.checkpoint = block, block._gradient_checkpointing_func
-        block._gradient_checkpointing_func = self
+    def evaluated(*inputs: Any) -> Any:
+        block.training = False
+        try:
+            return function(*inputs)
+        finally:  # a checkpoint may end its second run early, by an exception
+            block.training = True
 
-    def __call__(self, function: Callable, *inputs: Any, **more: Any) -> Any:
-        def evaluated(*inputs: Any) -> Any:
-            self.block.training = False
-            try:
-                return function(*inputs)
-            finally:  # a checkpoint may end its second run early, by an exception
-                self.block.training = True
-
-        return self.checkpoint(evaluated, *inputs, **more)
-
-    def remove(self) -> None:
-        self.block._gradient_checkpointing_func = self.checkpoint
+    return checkpoint(evaluated, *inputs, **more)
 
 
 def _with_gradients(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Make floating-point inputs (pixels and sound, which no embedding table reads) require a gradient."""
-
-    def differentiable(value: Any) -> Any:
-        floating = isinstance(value, Tensor) and value.is_floating_point()
-        return value.detach().requires_grad_(True) if floating else value
-
-    return tuple(map(differentiable, inputs)), {name: differentiable(value) for name, value in named.items()}
+    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), (inputs, named))
 
 
 # ---- activation (S²FT-A in the paper) -------------------------------------------------------------------------------
@@ -549,10 +536,8 @@ def root_mean_squares(request: Request, squares: Callable[[Tensor, Projection], 
         for weight, projections in _weights(request):
             leaf = gathered.leaf(weight).requires_grad_(True)
             collect = partial(_collect, request.model, projections, squares, sums)
-            hook = leaf.register_post_accumulate_grad_hook(collect)
-            stack.callback(hook.remove)
-        for hook in keep_checkpointing(request.model):
-            stack.callback(hook.remove)
+            stack.callback(leaf.register_post_accumulate_grad_hook(collect).remove)
+        keep_checkpointing(request.model, stack)
         for batch in request.calibration.batches(request.model):
             for sequence in single_sequences(request.model, batch):
                 loss_of(request.model, sequence).backward()
@@ -588,7 +573,7 @@ def _collect(
     with full_values(cast(Tensor, weight.grad)) as gradient:
         for projection in projections:
             found = squares(weight_at(model, projection).view(gradient), projection)
-            sums[projection.name] = sums[projection.name] + found if projection.name in sums else found
+            sums[projection.name] = sums.get(projection.name, 0) + found
     weight.grad = None
 
 

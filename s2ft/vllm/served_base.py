@@ -11,6 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,10 @@ from s2ft.model.fingerprint import (
     SAMPLES,
     TOLERANCE,
     TRANSPOSED,
-    LayerPrint,
     Location,
     Structure,
     difference,
+    layer_print,
     read_print,
     structure_of,
 )
@@ -188,11 +189,8 @@ class ServedBase:
             weights = [pair for pairs in names.values() for pair in pairs]
             with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
                 prints = pool.map(lambda pair: read_print(pair[0], read(pair[1])), weights)
-                layers = {layer: LayerPrint() for layer in names}
-                for layer, pairs in names.items():
-                    for _ in pairs:
-                        layers[layer].add(next(prints))
-            self._fingerprints[key] = {"dtype": dtype, "layers": {name: one.to_dict() for name, one in layers.items()}}
+                layers = {layer: layer_print(islice(prints, len(pairs))) for layer, pairs in names.items()}
+            self._fingerprints[key] = {"dtype": dtype, "layers": layers}
         return self._fingerprints[key]
 
     # ---- files -------------------------------------------------------------------------------------

@@ -60,12 +60,12 @@ def test_units_move_on_shards_as_on_whole_weights(ranks, case, way):
 
 def recovered(rank):
     """Interrupt a move after each of its tensors, on this rank only, as a signal may."""
-    from support.inside import permutation
+    from support.inside import MovingTensor
 
     model = cut(model_of("llama-grouped"), CUTS["first"])
     base = {name: tensor.to_local().clone() for name, tensor in model.named_parameters()}
     coupling = next(coupling for coupling in find_couplings(model).couplings if coupling.movable)
-    move, permute, seen = Move(coupling, orders_of([coupling])[0]), permutation.MovingTensor.permute, []
+    move, permute, seen = Move(coupling, orders_of([coupling])[0]), MovingTensor.permute, []
     for count in range(len(tensors_of(model, coupling))):
         seen.clear()
 
@@ -75,7 +75,7 @@ def recovered(rank):
             if len(seen) > count:
                 raise KeyboardInterrupt
 
-        with mock.patch.object(permutation.MovingTensor, "permute", stop), pytest.raises(KeyboardInterrupt):
+        with mock.patch.object(MovingTensor, "permute", stop), pytest.raises(KeyboardInterrupt):
             move.do(model)
         move.recover(model)
         if move.is_done or any(not torch.equal(t.to_local(), base[name]) for name, t in model.named_parameters()):

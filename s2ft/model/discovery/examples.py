@@ -11,7 +11,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -108,24 +108,20 @@ def examples_of(model: nn.Module) -> Iterator[dict[str, Tensor]]:
 
 
 def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
-    images, sounds = _media(inputs, "image", _images), _media(inputs, "audio", _sounds)
+    images = _media(inputs, "get_image_features", _images)
+    sounds = _media(inputs, "get_audio_features", _sounds)
     if "input_ids" in inputs.takes:
-        both = [[image, sound] for image in images for sound in sounds]
-        for media in (*both[:4], *([one] for one in (*images, *sounds))):
+        both = [{"image": image, "audio": sound} for image in images for sound in sounds]
+        alone = [*({"image": image} for image in images), *({"audio": sound} for sound in sounds)]
+        for media in (*both[:4], *alone):
             yield from itertools.islice(_with_text(inputs, media), MOST_GUESSES)
-    for one in (*images, *sounds):
-        yield from _decoded(inputs, one.values)
+    for values, _ in (*images, *sounds):
+        yield from _decoded(inputs, values)
     for length in (LENGTH, 64, 8):
         tokens = inputs.tokens(length)
         masked = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-        boxes = {**masked, "bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64)}
-        for values in (
-            masked,
-            {"input_ids": tokens},
-            boxes,
-            {**masked, "qformer_input_ids": tokens},
-            {"inputs": tokens},
-        ):
+        boxes = {"bbox": torch.zeros(*tokens.shape, 4, dtype=torch.int64), "qformer_input_ids": tokens}
+        for values in (masked, {"input_ids": tokens}, {**masked, **boxes}, {"inputs": tokens}):
             yield from _decoded(inputs, values)
     yield from _codebooks(inputs)
 
@@ -151,16 +147,9 @@ def _codebooks(inputs: _Inputs) -> Iterator[Media]:
 # ---- images and sound -------------------------------------------------------------------------------------
 
 
-@dataclass
-class _Medium:
-    """Images or sound for ROWS rows, with the number of tokens that stand for them in a row, if that is known."""
-
-    kind: str
-    values: Media
-    tokens: int | None
-
-
-_METHODS = {"image": "get_image_features", "audio": "get_audio_features"}
+# Images or sound for ROWS rows, with the number of tokens that stand for them in a row: None if it is not known, 0 if
+# the model refuses to encode them.
+Medium = tuple[Media, int | None]
 _TOKEN_KEYS = {
     "image": (
         "image_token_id",
@@ -186,54 +175,51 @@ _HINTS = (
 _GUESSES = (4, 1, 16, 9, 64, 25, 49, 36, 17, 5, 8, 2, 3, 6, 10, 12, 18, 32, 100, 144, 196, 256)
 
 
-def _media(inputs: _Inputs, kind: str, layouts: Callable[[_Inputs], Iterator[Media]]) -> list[_Medium]:
-    """Images or sound in the layouts that the model encodes; in all layouts if there are none."""
+def _media(inputs: _Inputs, method: str, layouts: Callable[[_Inputs], Iterator[Media]]) -> list[Medium]:
+    """Images or sound in the layouts that the model encodes, by its method; in all layouts if there are none."""
     found = [{name: value for name, value in layout.items() if name in inputs.takes} for layout in layouts(inputs)]
-    encode = next((method for owner in _owners(inputs.model) if (method := getattr(owner, _METHODS[kind], None))), None)
-    media = [_Medium(kind, values, encode and _tokens_for(encode, inputs.model, values)) for values in found if values]
-    return [medium for medium in media if medium.tokens] or media
+    model: Any = inputs.model
+    owners = (model, getattr(model, "model", None), getattr(model, "base_model", None))
+    encode = next((getattr(owner, method) for owner in owners if hasattr(owner, method)), None)
+    media = [(values, encode and _tokens_for(encode, model, values)) for values in found if values]
+    return [(values, tokens) for values, tokens in media if tokens] or media
 
 
-def _owners(model: nn.Module) -> list[Any]:
-    return [model, getattr(model, "model", None), getattr(model, "base_model", None)]
-
-
-def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int | None:
-    """How many tokens a row of images or sound becomes, or None if the model can't encode it."""
+def _tokens_for(encode: Callable, model: nn.Module, values: Media) -> int:
+    """How many tokens a row of images or sound becomes, or 0 if the model can't encode it."""
     takes = {*inspect.signature(encode).parameters, "pixel_values", "input_features", "input_values"}
     given = {name: value for name, value in values.items() if name in takes}
     try:
         with torch.no_grad(), evaluation_mode(model):
             found = encode(**placed(model, given))
     except Exception:  # another layout may fit
-        return None
+        return 0
     features = getattr(found, "pooler_output", None)
     features = found if features is None else features
     while isinstance(features, (tuple, list)) and features and isinstance(features[0], (tuple, list)):
         features = features[0]
     parts = list(features if isinstance(features, (tuple, list)) else [features])
     if not parts or not all(isinstance(part, Tensor) and part.dim() for part in parts):
-        return None
+        return 0
     return sum(part.numel() // part.shape[-1] for part in parts) // ROWS
 
 
-def _with_text(inputs: _Inputs, media: list[_Medium]) -> Iterator[Media]:
+def _with_text(inputs: _Inputs, media: dict[str, Medium]) -> Iterator[Media]:
     """Images and sound with text in which tokens stand for them."""
-    ids = [_first(inputs.configs("text_config"), _TOKEN_KEYS[medium.kind]) for medium in media]
-    values = {name: value for medium in media for name, value in medium.values.items()}
-    known = all(medium.tokens for medium in media)
+    ids = [_first(inputs.configs("text_config"), _TOKEN_KEYS[kind]) for kind in media]
+    values = {name: value for given, _ in media.values() for name, value in given.items()}
+    numbers = [tokens for _, tokens in media.values()]
     configs = inputs.configs("vision_config", "text_config")
     hints = {getattr(config, key, None): None for config in configs for key in _HINTS}
     tiles = next((value.shape[1] for value in values.values() if value.dim() == 5), 1)
     likely = [hint * tiles for hint in hints if isinstance(hint, int) and hint * tiles < 600]
-    if known:
-        guesses = [[medium.tokens or 0 for medium in media]]
-    else:
-        guesses = [[count] * len(media) for count in (*likely, *_GUESSES)]
+    guesses = [[count] * len(media) for count in (*likely, *_GUESSES)]
     if None in ids and "image_embeds_position_mask" not in inputs.takes:
         guesses = [[0] * len(media)]
-    elif not known and any(hasattr(owner, _METHODS[media[0].kind]) for owner in _owners(inputs.model)):
-        guesses = guesses[: max(len(likely), 1)]  # the model has refused this layout
+    elif all(numbers):
+        guesses = [cast("list[int]", numbers)]
+    elif numbers[0] is not None:  # the model has refused a layout
+        guesses = guesses[: max(len(likely), 1)]
     for counts in guesses:
         tokens, kinds = _text_around(inputs, ids, counts)
         extra = {

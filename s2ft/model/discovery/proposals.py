@@ -20,7 +20,8 @@ from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key
 from s2ft.layers import forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, Vector
-from s2ft.model.parts import get, tower_of
+from s2ft.model.parts import tower_of
+from s2ft.model.weights import get
 
 # ---- the layers of a model, their order, numbers and patterns -------------------------------------------------------
 
@@ -55,17 +56,6 @@ def name_and_owner(path: str) -> tuple[str, str]:
     return bare.rpartition(".")[2], parent_of(bare)
 
 
-def _shared_weights(modules: Mapping[str, nn.Module]) -> dict[str, str]:
-    """Paths of the weights that more than one of the modules holds, each with another path of the same weight."""
-    holders = by_key(
-        (id(parameter), path if name == "weight" else f"{path}.{name}")
-        for path, module in modules.items()
-        for name, parameter in module.named_parameters(recurse=False)
-        if parameter.dim() > 1
-    )
-    return {path: paths[path == paths[0]] for paths in holders.values() if len(paths) > 1 for path in paths}
-
-
 class LayerMap:
     """The layers of a model, with the order in which a run calls them.
 
@@ -84,7 +74,13 @@ class LayerMap:
     def __init__(self, model: nn.Module, called: Mapping[str, int] | None = None) -> None:
         self.model = model
         self.modules = dict(model.named_modules())
-        self.shared = _shared_weights(self.modules)
+        holders = by_key(
+            (id(parameter), path if name == "weight" else f"{path}.{name}")
+            for path, module in self.modules.items()
+            for name, parameter in module.named_parameters(recurse=False)
+            if parameter.dim() > 1
+        ).values()
+        self.shared = {path: paths[path == paths[0]] for paths in holders if len(paths) > 1 for path in paths}
         self.layers = {
             path: module
             for path, module in self.modules.items()
@@ -98,19 +94,11 @@ class LayerMap:
         self.outputs = {path: shape[0] for path, shape in shapes.items()}
         self.inputs = {path: shape[1] for path, shape in shapes.items()}
 
-    def inside(self, root: str) -> list[str]:
-        """The paths of the layers inside a module, in the model's order."""
-        return self._inside.get(root, [])
-
     @cached_property
-    def _inside(self) -> dict[str, list[str]]:
-        found: dict[str, list[str]] = {}
-        for path in self.layers:
-            around = path
-            while around:
-                around = parent_of(around)
-                found.setdefault(around, []).append(path)
-        return found
+    def inside(self) -> dict[str, list[str]]:
+        """The paths of the layers inside each module that has any, in the model's order."""
+        names = {path: path.split(".") for path in self.layers}
+        return by_key((".".join(names[path][:depth]), path) for path in names for depth in range(len(names[path])))
 
     # ---- order ---------------------------------------------------------------------------------------
 
@@ -264,9 +252,9 @@ class Block:
     key: str
     proposals: tuple[Proposal, ...]
 
-    def of(self, label: str | None) -> Proposal | None:
-        """The proposal with a label, if there is one."""
-        return next((proposal for proposal in self.proposals if proposal.label == label), None)
+    def of(self, label: str | None) -> tuple[Coupling, ...]:
+        """The couplings of the proposal with a label; none if no proposal has it."""
+        return next((proposal.couplings for proposal in self.proposals if proposal.label == label), ())
 
 
 def vector_choices(
@@ -349,7 +337,7 @@ def attention_blocks(structure: LayerMap) -> Iterator[Block]:
         if structure.taken.intersection(paths):
             continue
         for around in dict.fromkeys((root, parent_of(root))):
-            free = [path for path in structure.inside(around) if path not in structure.taken and path not in paths]
+            free = [path for path in structure.inside[around] if path not in structure.taken and path not in paths]
             outs = [path for path in free if OUT.search(name_and_owner(path)[0]) or OUT.search(path.rpartition(".")[2])]
             outs.sort(key=structure.place.__getitem__)
             proposals = [one for out in outs for one in _attention_proposals(structure, paths, root, out, around)]
@@ -491,7 +479,7 @@ def _with_gates(
     """The coupling, and the coupling with a layer that gates the heads' outputs. It counts to the queries."""
     yield "", bare
     count, width = bare.main.count, bare.main.extent
-    for path in structure.inside(around):
+    for path in structure.inside[around]:
         name, owner = name_and_owner(path)
         near = owner in (root, around) and path not in paths and path != bare.main.path
         if near and OUTPUT_GATE.search(name) and structure.outputs[path] in (count, width):
@@ -613,7 +601,7 @@ def _find_ups(structure: LayerMap, down: str) -> tuple[str, list[str]] | None:
             continue
         near = [
             path
-            for path in structure.inside(around)
+            for path in structure.inside[around]
             if path not in structure.taken
             and structure.block_of(path) == structure.block_of(down)
             and structure.place[path] < structure.place[down]

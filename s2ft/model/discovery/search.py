@@ -38,9 +38,8 @@ from s2ft.model.discovery.proposals import (
     stacked_weights,
 )
 from s2ft.model.discovery.twin import copied, twins_of
-from s2ft.model.permutation import Move
 from s2ft.model.running import check_example, evaluation_mode, example_of, run_example, tensors_in
-from s2ft.model.weights import find
+from s2ft.model.weights import Move, find
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
@@ -123,8 +122,7 @@ class Trial:
     def gradients(self) -> set[str]:
         """The names of the twin's parameters that a loss on its outputs gives a gradient other than zero."""
         parameters = {name: one for name, one in self.twin.named_parameters() if one.is_floating_point()}
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
+        self.twin.requires_grad_(True)
         try:
             with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
                 torch.manual_seed(0)
@@ -134,14 +132,8 @@ class Trial:
                 tensors = [tensor for tensor in logits or tensors_in(output) if tensor.requires_grad]
                 if not tensors:
                     return set()
-                loss = cast(
-                    Tensor,
-                    sum(
-                        (tensor.masked_fill(~tensor.isfinite(), 0.0) * torch.randn_like(tensor)).sum()
-                        for tensor in tensors
-                    ),
-                )
-                found = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+                weights = [torch.randn_like(tensor).masked_fill(~tensor.isfinite(), 0.0) for tensor in tensors]
+                found = torch.autograd.grad(tensors, list(parameters.values()), weights, allow_unused=True)
         except Exception as error:  # the model's own backward refuses
             raise ValueError(
                 f"{type(self.twin).__name__} computes no gradients in evaluation mode, in which s2ft tries couplings "
@@ -286,7 +278,7 @@ class Outcome:
 
     Attributes:
         status: "confirmed" or "in place"; None if the block's layers are no coupling.
-        label: Label of the proposal that is right.
+        label: Label of the proposal that is right; None if none is.
         reason: Why.
     """
 
@@ -296,8 +288,7 @@ class Outcome:
 
     def couplings(self, block: Block) -> tuple[Coupling, ...]:
         """The couplings of a block with this outcome; none if the block can't be read in the same way."""
-        proposal = block.of(self.label) if self.status else None
-        return tuple(replace(one, fixed=self.status == "in place") for one in (proposal.couplings if proposal else ()))
+        return tuple(replace(one, fixed=self.status == "in place") for one in block.of(self.label))
 
 
 def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
@@ -311,10 +302,10 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
         if not couplings or couplings in tried:
             continue
         tried.add(couplings)
-        verdict = judge(trial, couplings)
-        if verdict.confirmed:
+        confirmed, free = judge(trial, couplings)
+        if confirmed:
             return Outcome("confirmed", proposal.label, _moved_words(couplings[0], len(blocks)))
-        idle = idle or verdict.idle
+        idle = idle or free
     why = (
         f"to reorder the {NAMES.get(idle, idle)} alone changes nothing, so a trial proves nothing"
         if idle
@@ -331,20 +322,13 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
     return Outcome(None, None, why)
 
 
-class Verdict(NamedTuple):
-    """What a trial of couplings says.
+def judge(trial: Trial, couplings: Sequence[Coupling]) -> tuple[bool, str | None]:
+    """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer.
 
-    Attributes:
-        confirmed: Whether their units can move, and the trial could have told otherwise.
-        idle: The key of a side that can move alone, if the units can move.
+    Returns:
+        Whether their units can move, and the trial could have told otherwise; and the key of a side that can move
+        alone, if the units can move.
     """
-
-    confirmed: bool
-    idle: str | None = None
-
-
-def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
-    """Try couplings, all at once: alike ones of different blocks, or those of the experts of a layer."""
     whole = [whole_units(trial.twin, coupling) for coupling in couplings]
     grouped = [within_groups(trial.twin, coupling) for coupling in couplings]
     # All of the last ones must hold.
@@ -352,9 +336,9 @@ def judge(trial: Trial, couplings: Sequence[Coupling]) -> Verdict:
     trials = [[shuffle for shuffle in some if shuffle is not None] for some in (whole, grouped)] + [single]
     trials = [shuffles for shuffles in trials if shuffles]
     if None in single or not trials or not all(map(trial.holds, trials)):
-        return Verdict(False)
+        return False, None
     idle = next(filter(None, map(trial.idle_side, trials)), None)
-    return Verdict(idle is None, idle)
+    return idle is None, idle
 
 
 def _not_reached(block: Block) -> Outcome:
@@ -369,8 +353,8 @@ def _not_reached(block: Block) -> Outcome:
 
 def _all_couplings(blocks: Sequence[Block], proposal: Proposal) -> tuple[Coupling, ...]:
     """The couplings of all blocks, read in the same way; none if one of them can't be."""
-    same: list[Any] = [block.of(proposal.label) for block in blocks]
-    return () if None in same else tuple(one for read in same for one in read.couplings)
+    same = [block.of(proposal.label) for block in blocks]
+    return tuple(one for read in same for one in read) if all(same) else ()
 
 
 def _moved_words(coupling: Coupling, blocks: int) -> str:
@@ -406,15 +390,17 @@ class WeightRow:
 
 @dataclass(frozen=True)
 class Discovery:
-    """The couplings that s2ft finds in a model. It prints as a table.
+    """The couplings of a model, and where they are from. It prints as a table.
 
     Attributes:
         couplings: The couplings, those of the first layer first.
-        weights: A row for every weight of the blocks.
+        weights: A row for every weight of the blocks, where trials have found the couplings.
+        is_custom: Whether adapters must store the couplings, because no family has them.
     """
 
     couplings: list[Coupling]
-    weights: list[WeightRow]
+    weights: tuple[WeightRow, ...] = ()
+    is_custom: bool = True
 
     def to_dict(self) -> dict:
         """Convert to a dict for JSON: the couplings, and the rows without them."""
@@ -467,7 +453,7 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
         _FOUND[key] = found
         for old in list(_FOUND)[:-REMEMBERED]:
             del _FOUND[old]
-    return Discovery(list(found.couplings), list(found.weights))
+    return replace(found, couplings=list(found.couplings))
 
 
 def _key(model: nn.Module) -> tuple | None:
@@ -587,7 +573,7 @@ class Findings:
         rows = sorted(
             self._rows.values(), key=lambda row: places.get(row.path, places.get(f"{row.path}.weight", len(places)))
         )
-        return Discovery(sorted(self._couplings, key=lambda coupling: coupling.layer), rows)
+        return Discovery(sorted(self._couplings, key=lambda coupling: coupling.layer), tuple(rows))
 
     def add(self, block: Block, outcome: Outcome) -> None:
         """Add the couplings of a block, or remember why its layers are in none."""

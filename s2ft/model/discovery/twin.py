@@ -7,7 +7,6 @@ On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and n
 is a million times smaller than any real change.
 """
 
-import contextlib
 import copy
 import re
 import warnings
@@ -147,8 +146,6 @@ _LEFT_OUT = (
 )
 _AS_IT_IS = ("id2label", "label2id", "quantization_config")
 
-_HALF = HEAD_DIM // 2
-
 # Entries that the rules above get wrong, by model type and dotted key: a value, or a function of the cut config. They
 # are used at levels that cut widths, for a config and for the configs inside it, and only where the key exists.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
@@ -209,8 +206,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "blenderbot": {"decoder_layers": 2},  # the cache of its decoder has as many layers as its encoder
     # Parts that must fit together.
     "aria": {"projector_patch_to_query_dict": {7**2: 16, SIDE**2: 16}},
-    "dots3_note_text": {"head_dim": HEAD_DIM + _HALF},
-    "mistral4": {"qk_nope_head_dim": _HALF, "qk_head_dim": HEAD_DIM, "head_dim": HEAD_DIM},  # half of a head is rotated
+    "dots3_note_text": {"head_dim": HEAD_DIM + HEAD_DIM // 2},
+    "mistral4": {"qk_nope_head_dim": HEAD_DIM // 2, "qk_head_dim": HEAD_DIM, "head_dim": HEAD_DIM},  # half is rotated
     "fun_asr_nano": {"adaptor_config.intermediate_size": WIDTH // 4},
 }
 
@@ -308,9 +305,8 @@ def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) ->
         return False  # some caches ask for entries that configs lack, and a forward needs none
     if isinstance(value, dict):
         return _cut(value, level, depth)
-    if isinstance(value, list) and value and all(isinstance(entry, dict) for entry in value):
-        return [_cut(entry, level, depth) for entry in value]
-    if isinstance(value, list) and "intermediate_size" in key and level < Level.DEPTH_AND_VOCABULARY:
+    widths = "intermediate_size" in key and level < Level.DEPTH_AND_VOCABULARY
+    if isinstance(value, list) and (widths or all(isinstance(entry, dict) for entry in value)):
         return [_cut_entry(key, entry, entries, level, depth) for entry in value]
     if not _is_size(value):
         return value
@@ -366,7 +362,6 @@ def _layers_of_each_kind(kinds: list[tuple], depth: int) -> list[int]:
 
 def _rope(entries: dict, frequencies: int) -> dict:
     """Cut what position embeddings say about the frequencies of a head, and about sections of them."""
-    entries = copy.deepcopy(entries)
     for key, value in entries.items():
         if isinstance(value, dict):
             entries[key] = _rope(value, frequencies)
@@ -479,7 +474,8 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
         ValueError: The model would have more than 60 million parameters.
     """
     config = config_for(model_class, config)
-    with _fixed_random_numbers(), warnings.catch_warnings():
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        torch.random.default_generator.manual_seed(0)
         warnings.simplefilter("ignore")
         with torch.device("meta"):
             shadow = _from_config(model_class, copy.deepcopy(config), dtype)
@@ -499,7 +495,8 @@ def _from_config(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module
 
 def copied(model: nn.Module) -> nn.Module:
     """A float64 copy of a model. Weights on meta become random ones."""
-    with _fixed_random_numbers():
+    with torch.random.fork_rng(devices=[]):
+        torch.random.default_generator.manual_seed(0)
         if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
             twin = copy.deepcopy(model).to_empty(device="cpu")
             for tensor in (*twin.parameters(), *twin.buffers()):
@@ -529,14 +526,6 @@ def _prepared(model: Any, dtype: torch.dtype) -> nn.Module:
     return model
 
 
-@contextlib.contextmanager
-def _fixed_random_numbers() -> Iterator[None]:
-    """Draw the same random numbers every time, and leave the global generators as they were."""
-    with torch.random.fork_rng(devices=[]):
-        torch.random.default_generator.manual_seed(0)
-        yield
-
-
 # ---- weights of which none is special ---------------------------------------------------------------------
 
 
@@ -547,8 +536,8 @@ def make_general(model: nn.Module) -> None:
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.numel():
                 _make_general(parameter, generator)
-        for path, buffer in model.named_buffers():
-            if _is_trained_buffer(model, path, buffer):
+        for path, buffer in model.state_dict(keep_vars=True).items():
+            if _is_trained_buffer(buffer):
                 buffer += SPREAD * _normal(buffer, generator) * (0.1 if path.endswith("running_var") else 1)
 
 
@@ -571,12 +560,11 @@ def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randn(like.shape, generator=generator, dtype=torch.float32).to(like.dtype)
 
 
-def _is_trained_buffer(model: nn.Module, path: str, buffer: Tensor) -> bool:
-    """Whether a buffer is part of the weights: it is saved, and is a vector of moderate numbers."""
-    owner, _, name = path.rpartition(".")
-    saved = name not in model.get_submodule(owner)._non_persistent_buffers_set
-    vector = buffer.dim() == 1 and buffer.is_floating_point() and buffer.numel() > 0
-    return saved and vector and float(buffer.abs().max()) < 1e3  # NaN is not below
+def _is_trained_buffer(saved: Any) -> bool:
+    """Whether what a model saves is a buffer that counts as a weight: a vector of moderate numbers."""
+    if not isinstance(saved, Tensor) or isinstance(saved, nn.Parameter) or saved.dim() != 1 or not saved.numel():
+        return False
+    return saved.is_floating_point() and float(saved.abs().max()) < 1e3  # NaN is not below
 
 
 # ---- float64 in the forward ---------------------------------------------------------------------------------

@@ -23,11 +23,10 @@ from typing import Any
 from torch import nn
 
 from s2ft.model.coupling import Coupling, Projection, Vector
-from s2ft.model.parts import (
+from s2ft.model.families.decoders import (
     attention,
     config_of,
     ffn,
-    get,
     heads_in,
     in_one_weight,
     layers_of,
@@ -35,6 +34,7 @@ from s2ft.model.parts import (
     packed_attention,
     under_base,
 )
+from s2ft.model.weights import get
 
 QKVO = ("q_proj", "k_proj", "v_proj", "o_proj")
 QKV_OUT = ("q_proj", "k_proj", "v_proj", "out_proj")
