@@ -8,7 +8,7 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import quote
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
@@ -64,10 +64,16 @@ class Metrics:
         self.batch_size = Histogram(
             "s2ft_batch_size", "Sequences per step of the model", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **kind
         )
-        words = "From a request's arrival to the end of its answer"
-        self.latency = Histogram("s2ft_request_seconds", words, ["route"], buckets=SECONDS, **kind)
-        words += ", by model"
-        self.model_latency = Histogram("s2ft_model_request_seconds", words, ["model"], buckets=COARSE, **kind)
+        self.latency = Histogram(
+            "s2ft_request_seconds",
+            "From a request's arrival to the end of its answer",
+            ["route"],
+            buckets=SECONDS,
+            **kind,
+        )
+        self.model_latency = Histogram(
+            "s2ft_model_request_seconds", "The same by model", ["model"], buckets=COARSE, **kind
+        )
         self.first_token = Histogram(
             "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
         )
@@ -93,10 +99,6 @@ class Metrics:
         if len(self._models) < MODELS:
             self._models.add(model)
         return model if model in self._models else OTHERS
-
-    def text(self) -> bytes:
-        """The counters in the text format of Prometheus."""
-        return generate_latest(self.registry)
 
 
 class Access:
@@ -146,6 +148,16 @@ def line_of(kind: str, scope, record: RequestRecord, seconds: float) -> str:
             f"{time.strftime('%H:%M:%S')} {record.id} {client} {request} {record.status} model={model} "
             f"in={record.prompt_tokens} out={record.generated_tokens} {seconds:.3f}s"
         )
-    found = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "id": record.id, "client": client, "request": request}
-    found |= {"status": record.status, "model": record.model, "prompt_tokens": record.prompt_tokens}
-    return json.dumps({**found, "generated_tokens": record.generated_tokens, "seconds": round(seconds, 3)})
+    return json.dumps(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "id": record.id,
+            "client": client,
+            "request": request,
+            "status": record.status,
+            "model": record.model,
+            "prompt_tokens": record.prompt_tokens,
+            "generated_tokens": record.generated_tokens,
+            "seconds": round(seconds, 3),
+        }
+    )

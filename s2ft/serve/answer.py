@@ -2,7 +2,6 @@
 
 import asyncio
 import json
-import logging
 import secrets
 import threading
 import time
@@ -13,7 +12,6 @@ from functools import lru_cache
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from s2ft.adapter.folders import some
 from s2ft.serve.access import RequestRecord
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.schemas import ApiError, ChatRequest, Sampled
@@ -23,7 +21,6 @@ from s2ft.text.encoding import context_length
 from s2ft.text.generation import Sampler, TextStream
 from s2ft.text.prompts import PromptFormat
 
-logger = logging.getLogger(__name__)
 PROMPTERS = 64  # formats of prompts that are kept; most servers have a few
 TOKENS_OF_COMPLETION = 16  # the longest completion if the client asks for no length, as in OpenAI's API
 TOKENS_WITHOUT_A_CONTEXT = 2048  # the longest chat if neither the model nor an option limits it
@@ -77,16 +74,8 @@ class Service:
             length, text = self.answer_length(body, len(ids)), TextStream(self._decoding, body.stops)
             return Job(ids, length, sampler, text, prompter.ends, emit, served)
         except BaseException:
-            if served is not None:
-                self.engine.adapters.release(served)
+            self.engine.adapters.release(served)
             raise
-
-    def log_templates(self) -> None:
-        """Log the adapters that were trained with another chat template than the base's own, which they use."""
-        formats = self.engine.adapters.prompts
-        others = [name for name, found in formats.items() if self.prompter(found).replaces_template]
-        if others:
-            logger.info("chats use the template of the training, not the base's own, with %s", some(others))
 
     def _new_prompter(self, recorded: PromptFormat | None) -> Prompter:
         """The maker of prompts for a recorded format. Adapters of one format share it."""
@@ -169,23 +158,18 @@ class Answer:
     def __init__(
         self, service: Service, body: Sampled, request: Request, record: RequestRecord, arrived: float
     ) -> None:
-        self.service, self.record, self.arrived = service, record, arrived
+        self.service, self.record = service, record
         self._chat = isinstance(body, ChatRequest)
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         name = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._fields = {"id": name, "object": "text_completion", "created": int(time.time()), "model": body.model}
-        self.job: Job | None = None
+        self.job: Job | None = None  # once it is in the queue
         self.ended = False
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         seconds = service.options.timeout
         late = Event(error=ApiError(504, "timeout", f"the answer took more than {seconds:g} seconds"))
         self._timer = self._loop.call_at(arrived + seconds, self._events.put_nowait, late)
         self._watch = self._loop.create_task(self._watch_client(request))
-
-    def start(self, job: Job) -> None:
-        """Queue the job, which emits to :meth:`emit`. Raises ApiError if it is refused."""
-        self.service.engine.submit(job)
-        self.job = job
 
     def emit(self, event: Event) -> None:
         """Take an event of the job from the engine's thread."""
@@ -198,7 +182,6 @@ class Answer:
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield all events. Raises the ApiError of an event, or ClientDisconnect."""
-        first = True
         while not self.ended:
             event = await self._events.get()
             if event is None:
@@ -206,9 +189,6 @@ class Answer:
             self.ended = event.last
             if event.error is not None:
                 raise event.error
-            if first and self.service.engine.metrics:
-                self.service.engine.metrics.first_token.observe(self._loop.time() - self.arrived)
-            first = False
             yield event
 
     def close(self) -> None:

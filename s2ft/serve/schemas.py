@@ -9,10 +9,11 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from s2ft.serve.access import RECORD
 
@@ -75,6 +76,10 @@ def install_handlers(app: FastAPI) -> None:
         code = CODES.get(error.status_code, "http_error")
         answer = ApiError(error.status_code, code, f"{where}: {error.detail}", error.headers)
         return answer.response(request.scope[RECORD].id)
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -14,10 +14,11 @@ from urllib.parse import quote
 
 import torch
 import uvicorn
+from anyio import fail_after
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
@@ -70,7 +71,7 @@ def build_app(
         options: The options of the server. `host` and `port` are not used.
 
     Returns:
-        The app and its service.
+        The app, which starts the engine of its service and stops it, and the service.
 
     Raises:
         NotADirectoryError: A directory does not exist.
@@ -92,8 +93,31 @@ def build_app(
     known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options)
-    service.log_templates()
-    return create_app(service, metrics, options.access_log), service
+
+    @asynccontextmanager
+    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await run_in_threadpool(engine.stop)
+
+    metrics.queue_length.set_function(lambda: engine.waiting)
+    metrics.running.set_function(lambda: engine.running)
+    metrics.adapters.set_function(lambda: len(known.names))
+    metrics.refused.set_function(lambda: len(known.refused))
+    app = FastAPI(
+        title="s2ft",
+        version=s2ft.__version__,
+        lifespan=engine_runs,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    schemas.install_handlers(app)
+    app.add_middleware(Access, metrics=metrics, log=options.access_log)
+    add_state_routes(app, service, metrics)
+    app.include_router(model_routes(service))
+    return app, service
 
 
 def adapters_of(
@@ -246,41 +270,6 @@ BODIES = {
 }
 
 
-def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
-    """Make the ASGI app. It starts the service's engine and stops it.
-
-    Args:
-        service: The model with its adapters.
-        metrics: The counters that /metrics returns.
-        access_log: "text" or "json" for one line a request in the log, or "off".
-    """
-
-    @asynccontextmanager
-    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
-        yield
-        await run_in_threadpool(service.engine.stop)
-
-    metrics.queue_length.set_function(lambda: service.engine.waiting)
-    metrics.running.set_function(lambda: service.engine.running)
-    metrics.adapters.set_function(lambda: len(service.engine.adapters.names))
-    metrics.refused.set_function(lambda: len(service.engine.adapters.refused))
-    app = FastAPI(
-        title="s2ft",
-        version=s2ft.__version__,
-        lifespan=engine_runs,
-        redirect_slashes=False,
-        docs_url=None,
-        redoc_url=None,
-    )
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    schemas.install_handlers(app)
-    app.add_middleware(Access, metrics=metrics, log=access_log)
-    add_state_routes(app, service, metrics)
-    app.include_router(model_routes(service))
-    return app
-
-
 def describe(app: FastAPI) -> dict:
     """Return the description of an app in the format of OpenAPI.
 
@@ -311,7 +300,7 @@ def add_state_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/metrics")
     def counters() -> Response:
         """GET /metrics: the counters for Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -379,26 +368,17 @@ def _model(service: Service, name: str) -> dict:
 
 async def _json(request: Request, service: Service):
     """Read and decode the body. Raises ApiError 400, 408 or 413."""
-    limit, chunks, size = service.options.max_body_bytes, [], 0
-    too_large = ApiError(413, "body_too_large", f"the body has more than {limit:,} bytes", {"Connection": "close"})
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > limit:  # before reading any of it
-        raise too_large
-
-    async def read() -> None:
-        nonlocal size
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
-
+    limit, body = service.options.max_body_bytes, bytearray()
     try:
-        await asyncio.wait_for(read(), service.options.timeout)
-    except asyncio.TimeoutError:
+        with fail_after(service.options.timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    words = f"the body has more than {limit:,} bytes"
+                    raise ApiError(413, "body_too_large", words, {"Connection": "close"})
+        return json.loads(body, parse_constant=no_constant)
+    except TimeoutError:
         raise ApiError(408, "timeout", "the body did not arrive in time", {"Connection": "close"}) from None
-    try:
-        return json.loads(b"".join(chunks), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
 
@@ -406,17 +386,16 @@ async def _json(request: Request, service: Service):
 async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Response:
     arrived, record = asyncio.get_running_loop().time(), request.scope[RECORD]
     ignored: list[str] | None = [] if service.options.ignore_unsupported else None
-    try:
-        body = parse(kind, await _json(request, service), ignored)
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED)
+    body = parse(kind, await _json(request, service), ignored)
     answer = Answer(service, body, request, record, arrived)
     try:
         job = await run_in_threadpool(service.job, body, answer.emit)
         record.model = body.model  # it is served, so that the metrics have a bounded number of names
-        answer.start(job)
+        service.engine.submit(job)
+        answer.job = job
         events = answer.events()
         first = await anext(events)  # an error before the first token has its own status
+        service.engine.metrics.first_token.observe(asyncio.get_running_loop().time() - arrived)
         names = [
             quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]
         ]  # clients can make them up
@@ -427,9 +406,6 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
         answer.close()
         text = "".join(event.text for event in found)
         return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
-    except ClientDisconnect:
-        answer.close()
-        return Response(status_code=CLIENT_CLOSED)
     except BaseException:
         answer.close()
         raise

@@ -144,13 +144,10 @@ def contiguous_head(model) -> Iterator[None]:
         ...     model(input_ids, logits_to_keep=1).logits.shape
         torch.Size([2, 1, 96])
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(
+    with model.get_output_embeddings().register_forward_pre_hook(
         lambda module, inputs: (inputs[0].contiguous(), *inputs[1:])
-    )
-    try:
+    ):
         yield
-    finally:
-        hook.remove()
 
 
 # ---- the running batch: sequences that are generated together, with their keys and values ------------
@@ -203,10 +200,7 @@ class RunningBatch(Generic[R]):
         self.rows: list[R] = []
         self._cache: DynamicCache | None = None
         self._mask: Tensor | None = None  # [rows, columns], 1 for a token, 0 for padding
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._positions = "position_ids" in accepted
-        self._cache_option = "cache" if "cache" in accepted else "past_key_values"  # the name in older models
+        self._accepted = inspect.signature(model.forward).parameters
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -246,8 +240,6 @@ class RunningBatch(Generic[R]):
             >>> batch.replace(first)
             >>> batch.replace(AnswerRow([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
         """
-        if len(self.rows) > 1:
-            raise ValueError(f"the batch must have at most one row, it has {len(self.rows)}")
         same = self._shared_with(row) if self.rows and not rows_interact(self.model.config) else 0
         if not same:
             self.clear()
@@ -303,15 +295,15 @@ class RunningBatch(Generic[R]):
         self, rows: Sequence[R], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
     ) -> Tensor:
         """Return the logits of the last position, [rows, vocabulary] float32."""
-        positions = {"position_ids": position_ids} if self._positions else {}
+        name = "cache" if "cache" in self._accepted else "past_key_values"  # the name in older models
+        options = {"position_ids": position_ids, "logits_to_keep": 1}  # some models take only one of them, or none
         with self.mixing([row.adapter for row in rows]), contiguous_head(self.model):
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=True,
-                **positions,
-                **{self._cache_option: cache},
-                **self._last_only,
+                **{name: cache},
+                **{name: value for name, value in options.items() if name in self._accepted},
             )
         return output.logits[:, -1].float()
 

@@ -10,6 +10,7 @@ import httpx
 import openai
 import pytest
 import torch
+from prometheus_client import generate_latest
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
 from support.inside import Sampler, access, native
 from support.states import flip
@@ -367,7 +368,9 @@ def test_the_number_of_counters_is_bounded(monkeypatch):
     counters = access.Metrics()
     for name in ("a", "b", "c", "d", "a", BASE):
         counters.count("/v1/completions", access.RequestRecord("1", name, 1, 2, 200), 0.1)
-    found = set(re.findall(r's2ft_generated_tokens_total\{model="(.*)"\} (.*)', counters.text().decode()))
+    found = set(
+        re.findall(r's2ft_generated_tokens_total\{model="(.*)"\} (.*)', generate_latest(counters.registry).decode())
+    )
     assert found == {("a", "4.0"), ("b", "2.0"), ("(others)", "6.0")}
 
 
