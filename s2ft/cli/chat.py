@@ -336,7 +336,7 @@ class Talk:
         from s2ft.text.data.forms import check_unicode
 
         check_unicode(message, "message")
-        dropped = self.chat.last.dropped
+        dropped = self.chat.dropped
         written = False
         try:
             with contextlib.closing(self.chat.answer(message)) as pieces:
@@ -347,11 +347,10 @@ class Talk:
             if not self.is_terminal:
                 raise
         print(flush=True)
-        last = self.chat.last
-        if last.cut:
-            say(f"(cut after {last.tokens} tokens)")
-        if last.dropped > dropped:
-            say(f"(the context is full: the model no longer sees the first {last.dropped} messages)")
+        if self.chat.cut:
+            say(f"(cut after {self.chat.tokens} tokens)")
+        if self.chat.dropped > dropped:
+            say(f"(the context is full: the model no longer sees the first {self.chat.dropped} messages)")
         if not written:
             say("(no answer: the message is not kept)")
 

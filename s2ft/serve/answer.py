@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from copy import deepcopy
 from functools import lru_cache
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
@@ -127,25 +128,23 @@ class Service:
         requested = body.max_completion_tokens if is_chat and body.max_completion_tokens else body.max_tokens
         if limit is not None and requested is not None and requested > limit:
             raise ApiError(400, "max_tokens_exceeded", f"{requested} tokens requested, but the limit is {limit}")
-        default = None if is_chat else TOKENS_OF_COMPLETION
-        if self.context is None:
-            return requested or default or limit or TOKENS_WITHOUT_A_CONTEXT
-        room = self.context - prompt
-        if room < (requested or 1):
+        room = (limit or TOKENS_WITHOUT_A_CONTEXT) if self.context is None else self.context - prompt
+        if self.context is not None and room < (requested or 1):
             raise ApiError(
                 400,
                 "context_length_exceeded",
                 f"the model's context is {self.context} tokens; the prompt has {prompt}, and at least "
                 f"{requested or 1} must be generated",
             )
-        return requested or min(room, limit or room, default or room)
+        return requested or min(room, limit or room, room if is_chat else TOKENS_OF_COMPLETION)
 
 
 class Answer:
     """The answer to a request: the events of its job on the event loop, and what the client gets of them.
 
-    The client's disconnection and the timeout are events too. What the client gets has the format of OpenAI's API. An
-    answer must be closed. The job then leaves the queue or the batch, if it is still there.
+    The client's disconnection and the timeout are events too. What the client gets has the format of OpenAI's API. The
+    middleware closes the answer at the end of the request. The job then leaves the queue or the batch, if it is still
+    there.
 
     Args:
         service: The service.
@@ -212,22 +211,22 @@ class Answer:
         message = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
         return {**self._answer("chat.completion", message, finish), "usage": self.usage}
 
-    def opening(self) -> list[dict]:
-        """The chunks before the first text."""
-        delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk(delta, None)] if self._chat else []
+    def opening(self) -> str:
+        """The events before the first text."""
+        return self._event({"delta": {"role": "assistant", "content": ""}}, None) if self._chat else ""
 
-    def chunk(self, event: Event) -> list[dict]:
-        """The chunks of an event. If the stream ends with the token counts, each chunk has the field `usage`."""
+    def chunk(self, event: Event) -> str:
+        """The text of an event as an event of the stream, if it has any."""
         delta = {"delta": {"content": event.text} if event.text else {}} if self._chat else {"text": event.text}
-        return [self._chunk(delta, event.finish)] if event.text or event.finish else []
+        return self._event(delta, event.finish) if event.text or event.finish else ""
 
-    def closing(self) -> list[dict]:
-        """The chunks after the last text."""
-        return [{**self._chunk({}, None), "choices": [], "usage": self.usage}] if self._with_usage else []
+    def closing(self) -> str:
+        """The events after the last text: the token counts, if the client wants them."""
+        return self._event({}, None, choices=[], usage=self.usage) if self._with_usage else ""
 
-    def _chunk(self, text: dict, finish: str | None) -> dict:
-        return {**self._answer("chat.completion.chunk", text, finish), **({"usage": None} if self._with_usage else {})}
+    def _event(self, text: dict, finish: str | None, **others: Any) -> str:
+        usage = {"usage": None} if self._with_usage else {}  # the counts come at the end
+        return server_sent_event({**self._answer("chat.completion.chunk", text, finish), **usage, **others})
 
     def _answer(self, kind: str, text: dict, finish: str | None) -> dict:
         choice = {"index": 0, **text, "logprobs": None, "finish_reason": finish}

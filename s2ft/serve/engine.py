@@ -145,7 +145,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Number of sequences in the batch."""
-        return len(self.batch)
+        return len(self.batch.rows)
 
     def submit(self, job: Job) -> None:
         """Add a job to the queue. If it is refused, its adapter is released.
@@ -160,8 +160,12 @@ class Engine:
             if self._stopped:
                 refused = shutting_down()
             elif len(self._waiting) >= self.queue_size:
-                words = f"all {self.queue_size} places in the queue are taken: try again later"
-                refused = ApiError(429, "queue_full", words, {"Retry-After": "1"})
+                refused = ApiError(
+                    429,
+                    "queue_full",
+                    f"all {self.queue_size} places in the queue are taken: try again later",
+                    {"Retry-After": "1"},
+                )
             else:
                 self._waiting.append(job)
                 self._changed.notify()
@@ -215,7 +219,7 @@ class Engine:
         if self.batch.rows:
             self.batch.step()
             if self.metrics:
-                self.metrics.batch_size.observe(len(self.batch))
+                self.metrics.batch_size.observe(len(self.batch.rows))
             self._deliver(self.batch.rows)
 
     def _next(self) -> list[Job]:

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from s2ft.serve.access import RECORD
+from s2ft.serve.access import CLIENT_CLOSED, RECORD
 
 logger = logging.getLogger(__name__)
 TYPES = {
@@ -26,7 +26,6 @@ TYPES = {
     504: "timeout_error",
 }
 CODES = {404: "not_found", 405: "method_not_allowed"}  # codes of the errors of the router
-CLIENT_CLOSED = 499  # the client does not receive it, but the metrics count it
 
 
 class ApiError(Exception):

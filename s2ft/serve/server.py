@@ -23,7 +23,6 @@ from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import s2ft
 from s2ft.attached.bank import AdapterBank
@@ -33,23 +32,13 @@ from s2ft.serve import schemas
 from s2ft.serve.access import RECORD, Access, Metrics
 from s2ft.serve.answer import DONE, Answer, Service, server_sent_event
 from s2ft.serve.engine import Engine, Event
-from s2ft.serve.schemas import (
-    CLIENT_CLOSED,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    LoadRequest,
-    Sampled,
-    UnloadRequest,
-    parse,
-)
+from s2ft.serve.schemas import ApiError, ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 from s2ft.serve.served_adapters import Adapters
 from s2ft.serve.server_options import ServerOptions, warn_if_open
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
 SHUTDOWN = 10  # seconds to finish running requests after SIGTERM or SIGINT
-HEADER_TIME = 10  # seconds
 MOST_CONNECTIONS = 2048
 
 
@@ -216,47 +205,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def config_of(app: FastAPI) -> uvicorn.Config:
-    """Return uvicorn's options. Half of the process's file descriptors are for connections."""
+    """Return uvicorn's options. At most half of the process's file descriptors are for connections."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 4 * MOST_CONNECTIONS
     return uvicorn.Config(
         app,
-        http=partial(Connection, most=min(descriptors // 2, MOST_CONNECTIONS)),
-        backlog=min(descriptors // 4, MOST_CONNECTIONS),  # asyncio accepts so many before the first of them is counted
+        limit_concurrency=min(descriptors // 2, MOST_CONNECTIONS),  # the others get status 503
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN,
     )
-
-
-class Connection(H11Protocol):
-    """A connection of uvicorn, with a time limit for the header of a request, and a limit of their number."""
-
-    def __init__(self, *args, most: int, **options) -> None:
-        super().__init__(*args, **options)
-        self._most, self._header_timer = most, None
-
-    def connection_made(self, transport) -> None:
-        """Close the connection if there are too many."""
-        super().connection_made(transport)
-        if len(self.connections) > self._most:
-            transport.abort()
-        self._limit_header()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._limit_header()
-
-    def _limit_header(self) -> None:
-        """Start the time for a header if one is awaited, and end it if the header is complete."""
-        if self.cycle is None or self.cycle.response_complete:
-            self._header_timer = self._header_timer or self.loop.call_later(HEADER_TIME, self.transport.abort)
-        elif self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
 
 
 # ---- the routes ----------------------------------------------------------------------------------------
@@ -387,58 +348,33 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
     arrived, record = asyncio.get_running_loop().time(), request.scope[RECORD]
     ignored: list[str] | None = [] if service.options.ignore_unsupported else None
     body = parse(kind, await _json(request, service), ignored)
-    answer = Answer(service, body, request, record, arrived)
-    try:
-        job = await run_in_threadpool(service.job, body, answer.emit)
-        record.model = body.model  # it is served, so that the metrics have a bounded number of names
-        service.engine.submit(job)
-        answer.job = job
-        events = answer.events()
-        first = await anext(events)  # an error before the first token has its own status
-        service.engine.metrics.first_token.observe(asyncio.get_running_loop().time() - arrived)
-        names = [
-            quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]
-        ]  # clients can make them up
-        headers = {"X-Ignored-Parameters": ", ".join(names)} if names else {}
-        if body.stream:
-            return EventStream(_stream(answer, first, events), answer, headers)
-        found = [first, *[event async for event in events]]
-        answer.close()
-        text = "".join(event.text for event in found)
-        return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
-    except BaseException:
-        answer.close()
-        raise
+    answer = record.answer = Answer(service, body, request, record, arrived)
+    job = await run_in_threadpool(service.job, body, answer.emit)
+    record.model = body.model  # it is served, so that the metrics have the names of models only
+    service.engine.submit(job)
+    answer.job = job
+    events = answer.events()
+    first = await anext(events)  # an error before the first token has its own status
+    service.engine.metrics.first_token.observe(asyncio.get_running_loop().time() - arrived)
+    names = [quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]]  # clients can make them up
+    headers = {"X-Ignored-Parameters": ", ".join(names)} if names else {}
+    if body.stream:
+        headers["Cache-Control"] = "no-cache"
+        return StreamingResponse(_stream(answer, first, events), headers=headers, media_type="text/event-stream")
+    found = [first, *[event async for event in events]]
+    text = "".join(event.text for event in found)
+    return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
 
 
 async def _stream(answer: Answer, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
-        for chunk in [*answer.opening(), *answer.chunk(first)]:
-            yield server_sent_event(chunk)
+        yield answer.opening() + answer.chunk(first)
         async for event in events:
-            for chunk in answer.chunk(event):
-                yield server_sent_event(chunk)
-        for chunk in answer.closing():
-            yield server_sent_event(chunk)
+            yield answer.chunk(event)
+        yield answer.closing()
     except ApiError as error:  # the status was sent already
         answer.record.status = error.status
         yield server_sent_event(error.body(answer.record.id))
     except ClientDisconnect:
         return
     yield DONE
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of an answer. The answer is closed at the end, also after an error."""
-
-    def __init__(self, content: AsyncIterator[str], answer: Answer, headers: dict[str, str]) -> None:
-        super().__init__(content, headers={"Cache-Control": "no-cache", **headers}, media_type="text/event-stream")
-        self._answer = answer
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if not self._answer.ended:
-                self._answer.record.status = CLIENT_CLOSED
-            self._answer.close()

@@ -318,8 +318,10 @@ class _Reader:
 
     def hidden(self, batch: _Batch) -> Tensor:
         """Run the body on a batch, and return the output layer's input at the labelled positions, [n, width]."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        self._inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        self._inputs = {
+            "input_ids": batch.input_ids.to(self.device),
+            "attention_mask": batch.attention_mask.to(self.device),
+        }
         self._body_output = self._given = None
         self._run()
         return self._seen.flatten(0, 1)[batch.index.to(self._seen.device)]

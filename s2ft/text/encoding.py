@@ -13,6 +13,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from s2ft.config import refuse
 from s2ft.selection.batches import IGNORED
@@ -315,12 +316,13 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) ->
         >>> batch["position_ids"].tolist()
         [[0, 1, 2], [0, 0, 0]]
     """
-    longest = -(-max(map(len, sequences)) // multiple) * multiple
-    input_ids = torch.full((len(sequences), longest), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(sequences):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, longest - len(ids) :] = 1
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    ones = [torch.ones_like(row) for row in rows]
+    more = -max(map(len, rows)) % multiple
+    input_ids, attention_mask = (
+        nn.functional.pad(nn.utils.rnn.pad_sequence(part, True, value, "left"), (more, 0), value=value)
+        for part, value in ((rows, pad), (ones, 0))
+    )
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 

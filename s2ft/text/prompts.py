@@ -149,9 +149,8 @@ def prompt_format(
         {%- set system = messages | selectattr('
     """
     if form != "chat":
-        if chat_template is not None or system is not None:
-            option = "chat_template" if chat_template is not None else "system"
-            raise ValueError(f"{option} has no effect on plain text: give form='chat', or leave {option} out")
+        way_out = "has no effect on plain text: give form='chat', or leave it out"
+        refuse((chat_template is not None, f"chat_template {way_out}"), (system is not None, f"system {way_out}"))
         return PromptFormat(form)
     template = template_of(tokenizer) if chat_template is None else _read_template(tokenizer, chat_template)
     given = "(given as text)" if "{" in str(chat_template) else chat_template
@@ -226,7 +225,7 @@ def with_columns(rows, prompt: PromptFormat):
     return rows.map(
         spread,
         remove_columns=rows.column_names,
-        features=Features({name: ExactJson() for name in ("prompt", *names)}),
+        features=Features({name: ExactJson("string") for name in ("prompt", *names)}),
         new_fingerprint=secrets.token_hex(8),
     )
 

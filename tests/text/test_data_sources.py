@@ -101,15 +101,12 @@ def calling(**arguments):
 
 
 def test_values_in_tool_calls_are_exact_and_their_own(tmp_path):
-    arguments = {"a": 0.1234567890123456, "b": 2**63, "c": "\u2028 \x00 é", "d": None, "e": 1e-320, "f": "5"}
+    arguments = {"a": 0.1234567890123456, "b": 2**70, "c": "\u2028 \x00 é", "d": None, "e": 1e-320, "f": "5"}
     expected = [arguments, {"g": [2.5]}, arguments]
     rows = load(write_jsonl(tmp_path / "a.jsonl", [calling(**one) for one in expected]))
     for part in (rows, rows.select([2, 1, 0]), rows.train_test_split(1, seed=0)["train"]):
         found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in part]
         assert arguments in found and all(one in expected for one in found)
-    big = write_jsonl(tmp_path / "b.jsonl", [calling(a=2**70)])
-    with pytest.raises(ValueError, match="line 1: a whole number has more than 64 bits"):
-        load(big)
 
 
 def test_limit_counts_over_all_files(tmp_path):

@@ -87,12 +87,10 @@ def question_of(row: Row, name: str) -> list[dict[str, Any]]:
 def text(row: Row, name: str, may_be_empty: bool = False) -> str:
     """Return a field that must be text. A number is converted to text."""
     value = row[name]
-    if isinstance(value, bool):
-        value = str(value).lower()
-    elif isinstance(value, (int, float)):
-        if not math.isfinite(value):
-            raise BadRow(f"field {name!r} must be text, got the number {value}")
-        value = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r} must be text, got the number {value}")
+    if isinstance(value, (bool, int, float)):
+        value = json.dumps(value)
     if not isinstance(value, str):
         raise BadRow(f"field {name!r} must be text, got {type(value).__name__}")
     if not value.strip() and not may_be_empty:

@@ -1,6 +1,7 @@
 """Load normalised rows: read sources, convert their rows, and report the rows that cannot be used."""
 
 import itertools
+import json
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # only the commands that read data import datasets
 logger = logging.getLogger(__name__)
 
 SHOWN = 3  # bad rows that a message shows
-SKIP = "--skip-bad-rows"
 FEW = 1000  # rows that are read from a file at once
 
 
@@ -29,23 +29,17 @@ class Shape:
     """What the normalised rows of a kind of training have.
 
     Attributes:
-        columns: Names of the columns. Each shape has "place", the file and the row.
-        as_json: Columns that can hold any value. The others hold text.
+        columns: Names of the columns, which can hold any value. Each shape has "place", the file and the row.
         normalise: Function that converts a row: of the row, our names of its fields, and whether it is for evaluation.
     """
 
     columns: tuple[str, ...]
-    as_json: tuple[str, ...]
     normalise: Callable[[object, Mapping[str, str], bool], dict[str, Any]]
 
 
-EXAMPLES = Shape(
-    ("messages", "prompt", "completion", "text", "answer", "tools", "place"),
-    ("messages", "prompt", "completion", "tools"),
-    normalised,
-)
-PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), ("prompt", "chosen", "rejected", "tools"), pair)
-PROMPTS = Shape(("prompt", "columns", "place"), ("prompt", "columns"), scored_prompt)
+EXAMPLES = Shape(("messages", "prompt", "completion", "text", "answer", "tools", "place"), normalised)
+PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), pair)
+PROMPTS = Shape(("prompt", "columns", "place"), scored_prompt)
 
 
 def load_rows(
@@ -169,7 +163,7 @@ def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
 
 def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
     """Write the normalised rows of one entry to a temporary file and open it. The rows are never held in memory."""
-    from datasets import Dataset, Features, ReadInstruction, Value
+    from datasets import Dataset, Features, ReadInstruction
     from datasets.arrow_writer import ArrowWriter
 
     from s2ft.text.data.columns import ExactJson
@@ -177,7 +171,7 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
     # Token rows are a second file: whether rows need a chat template is known when all are read, and rows are held
     # out, answered and shown as they are.
     problems: list[str] = []
-    features = Features({name: ExactJson() if name in shape.as_json else Value("string") for name in shape.columns})
+    features = Features({name: ExactJson("string") for name in shape.columns})
     path = str(scratch_folder() / f"{secrets.token_hex(8)}.arrow")
     is_local = entry["path"] in BUILDERS or "*" in entry["path"] or Path(entry["path"]).expanduser().exists()
     sliced = "[" in entry["split"] and is_local  # datasets takes the slice of a data set on the hub
@@ -235,7 +229,7 @@ def check_bad_rows(problems: Sequence[str], good: int, skip: bool, name: str = "
     listed += f"\n  and {bad - SHOWN} more" if bad > SHOWN else ""
     header = "\nThe first line of such a file names its fields." if name.endswith((".csv", ".tsv")) else ""
     refuse(
-        (not skip, f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{header}"),
+        (not skip, f"{of} can't be used; correct them, or leave them out with --skip-bad-rows:{listed}{header}"),
         (not good, f"none of {bad} rows can be used:{listed}{header}"),
     )
     logger.warning("left out %s that can't be used:%s", of, listed)
@@ -245,8 +239,6 @@ def _converted(
     entry: dict[str, Any], options: DataOptions, scored: bool, problems: list[str], shape: Shape, streaming: bool
 ) -> Iterator[dict[str, Any]]:
     """Read the rows of an entry, and yield the good ones in their normalised form."""
-    from s2ft.text.data.columns import as_json
-
     renamed = options.renamed
     arguments = {name: value for name, value in entry.items() if name not in ("fraction", "columns")}
     for place, row in read_rows(**arguments, streaming=streaming):
@@ -256,10 +248,7 @@ def _converted(
             if entry.get("columns") and isinstance(row, Mapping):
                 row = {name: value for name, value in row.items() if name in entry["columns"]}
             found = {**shape.normalise(row, renamed, scored), "place": place}
-            cells = {
-                name: as_json(found.get(name)) if name in shape.as_json else found.get(name) for name in shape.columns
-            }
         except BadRow as error:
             problems.append(f"{place}: {error}" if len(problems) < SHOWN else "")  # there may be millions
         else:
-            yield cells
+            yield {name: json.dumps(found[name]) if name in found else None for name in shape.columns}

@@ -156,9 +156,8 @@ def _table(path: Path, kind: str) -> Rows:
             parts = pandas.read_csv(path, chunksize=10_000, sep=separator, **options)
             rows = (row for part in parts for row in part.to_dict("records"))
         else:
-            lock_files = str(scratch_folder())  # in place of the user's cache
-            how = {"split": "train", "streaming": True, "cache_dir": lock_files}
-            rows = datasets.load_dataset(kind, data_files=[str(path)], **how)
+            cache = str(scratch_folder())  # for files of locks, in place of the user's
+            rows = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
         yield from _numbered(path, rows)
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
