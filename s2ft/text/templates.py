@@ -122,7 +122,7 @@ def as_template_takes(tokenizer, messages: Conversation, template: str) -> list[
     return [{**message, "content": [{"type": "text", "text": plain_text(message)}]} for message in messages]
 
 
-@functools.lru_cache(8)  # it is asked for every text
+@functools.lru_cache(64)  # it is asked for every text
 def _takes_parts(tokenizer, template: str) -> bool:
     parts = [{"type": "text", "text": "text of a message"}]
     return not _keeps_text(tokenizer, template, "text of a message") and _keeps_text(tokenizer, template, parts)
@@ -137,7 +137,7 @@ def _keeps_text(tokenizer, template: str, content: Any) -> bool:
         return False
 
 
-@functools.lru_cache(8)  # TRL renders chats to compare them
+@functools.lru_cache(64)  # TRL renders chats to compare them
 def marked_template(tokenizer, template: str) -> str | None:
     """Return a template that marks the assistant's text: this one, or TRL's version of it. None if there is none."""
     if MARKED.search(template):

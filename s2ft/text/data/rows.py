@@ -227,10 +227,11 @@ def check_bad_rows(problems: Sequence[str], good: int, skip: bool, name: str = "
     of = f"{bad} of {bad + good} row{'s' * (bad + good != 1)}"
     listed = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
     listed += f"\n  and {bad - SHOWN} more" if bad > SHOWN else ""
-    header = "\nThe first line of such a file names its fields." if name.endswith((".csv", ".tsv")) else ""
+    if not good and name.endswith((".csv", ".tsv")):
+        listed += "\nThe first line of such a file names its fields."
     refuse(
-        (not skip, f"{of} can't be used; correct them, or leave them out with --skip-bad-rows:{listed}{header}"),
-        (not good, f"none of {bad} rows can be used:{listed}{header}"),
+        (not skip, f"{of} can't be used; correct them, or leave them out with --skip-bad-rows:{listed}"),
+        (not good, f"none of {bad} rows can be used:{listed}"),
     )
     logger.warning("left out %s that can't be used:%s", of, listed)
 
