@@ -229,7 +229,7 @@ class ChatAdapters:
             ValueError: The name is unknown, or the adapter is not one of this model. The present one stays.
         """
         import s2ft
-        from s2ft.text.adapter_prompts import Prompter, say_which_template
+        from s2ft.text.adapter_prompts import Prompter
 
         if name not in (BASE, *self.folders):
             raise ValueError(f"there is no adapter {name!r}{did_you_mean(name, list(self.folders))}; {self}")
@@ -239,7 +239,6 @@ class ChatAdapters:
             prompter = Prompter(self.tokenizer, info, self.model.generation_config, f"adapter {name!r}")
             if adapter is not None:
                 s2ft.load_adapter(self.model, adapter, name, active=False)
-                say_which_template(prompter, f"adapter {name}")
                 if not prompter.is_chat:
                     say(f"(adapter {name} was trained on plain text; the chat has the template of the base)")
             self._prompters[name] = prompter
@@ -337,7 +336,7 @@ class Talk:
         from s2ft.text.data.forms import check_unicode
 
         check_unicode(message, "message")
-        dropped = self.chat.last.dropped
+        dropped = self.chat.dropped
         written = False
         try:
             with contextlib.closing(self.chat.answer(message)) as pieces:
@@ -348,11 +347,10 @@ class Talk:
             if not self.is_terminal:
                 raise
         print(flush=True)
-        last = self.chat.last
-        if last.cut:
-            say(f"(cut after {last.tokens} tokens)")
-        if last.dropped > dropped:
-            say(f"(the context is full: the model no longer sees the first {last.dropped} messages)")
+        if self.chat.cut:
+            say(f"(cut after {self.chat.tokens} tokens)")
+        if self.chat.dropped > dropped:
+            say(f"(the context is full: the model no longer sees the first {self.chat.dropped} messages)")
         if not written:
             say("(no answer: the message is not kept)")
 

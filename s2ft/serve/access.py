@@ -6,19 +6,19 @@ import re
 import secrets
 import time
 from dataclasses import dataclass, field
+from typing import Any
 from urllib.parse import quote
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 logger = logging.getLogger(__name__)
 HEADER = "x-request-id"
+CLIENT_CLOSED = 499  # the client does not receive it, but the metrics count it
 ID = re.compile(r"[\w.:+/=@-]{1,128}", re.ASCII)  # ids of clients that are safe in a log and in a header
 QUIET = ("/health", "/metrics")  # routes that are not logged if they succeed, since monitors call them all the time
 RECORD = "s2ft_record"  # key in the ASGI scope
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 COARSE = (0.1, 0.5, 1, 2.5, 10, 60, 300)  # by model: there may be hundreds of them
-MODELS = 1000  # models with counters of their own, also those that are no longer served
-OTHERS = "(others)"  # all further models
 
 
 @dataclass
@@ -32,6 +32,7 @@ class RequestRecord:
         generated_tokens: Tokens of the answer.
         status: The HTTP status. It differs from that of the headers if a stream fails.
         started: When the request arrived, in time.perf_counter().
+        answer: The :class:`~s2ft.serve.answer.Answer` that is closed at the end, or None.
     """
 
     id: str
@@ -40,6 +41,7 @@ class RequestRecord:
     generated_tokens: int = 0
     status: int | None = None
     started: float = field(default_factory=time.perf_counter)
+    answer: Any = None
 
 
 class Metrics:
@@ -47,7 +49,6 @@ class Metrics:
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
-        self._models: set[str] = set()
         kind = dict(registry=self.registry)
         self.requests = Counter(
             "s2ft_requests", "Requests by route and status; 499: the client disconnected", ["route", "status"], **kind
@@ -64,10 +65,16 @@ class Metrics:
         self.batch_size = Histogram(
             "s2ft_batch_size", "Sequences per step of the model", buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256), **kind
         )
-        words = "From a request's arrival to the end of its answer"
-        self.latency = Histogram("s2ft_request_seconds", words, ["route"], buckets=SECONDS, **kind)
-        words += ", by model"
-        self.model_latency = Histogram("s2ft_model_request_seconds", words, ["model"], buckets=COARSE, **kind)
+        self.latency = Histogram(
+            "s2ft_request_seconds",
+            "From a request's arrival to the end of its answer",
+            ["route"],
+            buckets=SECONDS,
+            **kind,
+        )
+        self.model_latency = Histogram(
+            "s2ft_model_request_seconds", "The same by model", ["model"], buckets=COARSE, **kind
+        )
         self.first_token = Histogram(
             "s2ft_first_token_seconds", "From a request's arrival to its first token", buckets=SECONDS, **kind
         )
@@ -83,24 +90,14 @@ class Metrics:
         self.requests.labels(route, str(record.status)).inc()
         self.latency.labels(route).observe(seconds)
         if record.model is not None:
-            model = self._label(record.model)
-            self.model_requests.labels(model, str(record.status)).inc()
-            self.prompt_tokens.labels(model).inc(record.prompt_tokens)
-            self.generated_tokens.labels(model).inc(record.generated_tokens)
-            self.model_latency.labels(model).observe(seconds)
-
-    def _label(self, model: str) -> str:
-        if len(self._models) < MODELS:
-            self._models.add(model)
-        return model if model in self._models else OTHERS
-
-    def text(self) -> bytes:
-        """The counters in the text format of Prometheus."""
-        return generate_latest(self.registry)
+            self.model_requests.labels(record.model, str(record.status)).inc()
+            self.prompt_tokens.labels(record.model).inc(record.prompt_tokens)
+            self.generated_tokens.labels(record.model).inc(record.generated_tokens)
+            self.model_latency.labels(record.model).observe(seconds)
 
 
 class Access:
-    """ASGI middleware that gives each request an id, and logs and counts it at its end.
+    """ASGI middleware that gives each request an id, and at its end closes its answer, and logs and counts it.
 
     Args:
         app: The app.
@@ -128,7 +125,10 @@ class Access:
         try:
             await self.app(scope, receive, send_with_id)
         finally:
-            record.status = record.status or sent
+            if record.answer is not None:
+                record.answer.close()
+            left = sent == 200 and record.answer is not None and not record.answer.ended  # in the middle of a stream
+            record.status = record.status or (CLIENT_CLOSED if left else sent)
             # The route and not the path, since clients can make up any number of paths.
             route = getattr(scope.get("route"), "path", "unknown")
             seconds = time.perf_counter() - record.started
@@ -146,6 +146,16 @@ def line_of(kind: str, scope, record: RequestRecord, seconds: float) -> str:
             f"{time.strftime('%H:%M:%S')} {record.id} {client} {request} {record.status} model={model} "
             f"in={record.prompt_tokens} out={record.generated_tokens} {seconds:.3f}s"
         )
-    found = {"time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "id": record.id, "client": client, "request": request}
-    found |= {"status": record.status, "model": record.model, "prompt_tokens": record.prompt_tokens}
-    return json.dumps({**found, "generated_tokens": record.generated_tokens, "seconds": round(seconds, 3)})
+    return json.dumps(
+        {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "id": record.id,
+            "client": client,
+            "request": request,
+            "status": record.status,
+            "model": record.model,
+            "prompt_tokens": record.prompt_tokens,
+            "generated_tokens": record.generated_tokens,
+            "seconds": round(seconds, 3),
+        }
+    )

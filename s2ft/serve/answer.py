@@ -2,18 +2,17 @@
 
 import asyncio
 import json
-import logging
 import secrets
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from copy import deepcopy
 from functools import lru_cache
+from typing import Any
 
 from fastapi import Request
 from starlette.requests import ClientDisconnect
 
-from s2ft.adapter.folders import some
 from s2ft.serve.access import RequestRecord
 from s2ft.serve.engine import Engine, Event, Job
 from s2ft.serve.schemas import ApiError, ChatRequest, Sampled
@@ -23,7 +22,6 @@ from s2ft.text.encoding import context_length
 from s2ft.text.generation import Sampler, TextStream
 from s2ft.text.prompts import PromptFormat
 
-logger = logging.getLogger(__name__)
 PROMPTERS = 64  # formats of prompts that are kept; most servers have a few
 TOKENS_OF_COMPLETION = 16  # the longest completion if the client asks for no length, as in OpenAI's API
 TOKENS_WITHOUT_A_CONTEXT = 2048  # the longest chat if neither the model nor an option limits it
@@ -77,16 +75,8 @@ class Service:
             length, text = self.answer_length(body, len(ids)), TextStream(self._decoding, body.stops)
             return Job(ids, length, sampler, text, prompter.ends, emit, served)
         except BaseException:
-            if served is not None:
-                self.engine.adapters.release(served)
+            self.engine.adapters.release(served)
             raise
-
-    def log_templates(self) -> None:
-        """Log the adapters that were trained with another chat template than the base's own, which they use."""
-        formats = self.engine.adapters.prompts
-        others = [name for name, found in formats.items() if self.prompter(found).replaces_template]
-        if others:
-            logger.info("chats use the template of the training, not the base's own, with %s", some(others))
 
     def _new_prompter(self, recorded: PromptFormat | None) -> Prompter:
         """The maker of prompts for a recorded format. Adapters of one format share it."""
@@ -138,25 +128,23 @@ class Service:
         requested = body.max_completion_tokens if is_chat and body.max_completion_tokens else body.max_tokens
         if limit is not None and requested is not None and requested > limit:
             raise ApiError(400, "max_tokens_exceeded", f"{requested} tokens requested, but the limit is {limit}")
-        default = None if is_chat else TOKENS_OF_COMPLETION
-        if self.context is None:
-            return requested or default or limit or TOKENS_WITHOUT_A_CONTEXT
-        room = self.context - prompt
-        if room < (requested or 1):
+        room = (limit or TOKENS_WITHOUT_A_CONTEXT) if self.context is None else self.context - prompt
+        if self.context is not None and room < (requested or 1):
             raise ApiError(
                 400,
                 "context_length_exceeded",
                 f"the model's context is {self.context} tokens; the prompt has {prompt}, and at least "
                 f"{requested or 1} must be generated",
             )
-        return requested or min(room, limit or room, default or room)
+        return requested or min(room, limit or room, room if is_chat else TOKENS_OF_COMPLETION)
 
 
 class Answer:
     """The answer to a request: the events of its job on the event loop, and what the client gets of them.
 
-    The client's disconnection and the timeout are events too. What the client gets has the format of OpenAI's API. An
-    answer must be closed. The job then leaves the queue or the batch, if it is still there.
+    The client's disconnection and the timeout are events too. What the client gets has the format of OpenAI's API. The
+    middleware closes the answer at the end of the request. The job then leaves the queue or the batch, if it is still
+    there.
 
     Args:
         service: The service.
@@ -169,23 +157,18 @@ class Answer:
     def __init__(
         self, service: Service, body: Sampled, request: Request, record: RequestRecord, arrived: float
     ) -> None:
-        self.service, self.record, self.arrived = service, record, arrived
+        self.service, self.record = service, record
         self._chat = isinstance(body, ChatRequest)
         self._with_usage = body.stream_options is not None and body.stream_options.include_usage
         name = f"{'chatcmpl' if self._chat else 'cmpl'}-{secrets.token_hex(12)}"
         self._fields = {"id": name, "object": "text_completion", "created": int(time.time()), "model": body.model}
-        self.job: Job | None = None
+        self.job: Job | None = None  # once it is in the queue
         self.ended = False
         self._loop, self._events = asyncio.get_running_loop(), asyncio.Queue()
         seconds = service.options.timeout
         late = Event(error=ApiError(504, "timeout", f"the answer took more than {seconds:g} seconds"))
         self._timer = self._loop.call_at(arrived + seconds, self._events.put_nowait, late)
         self._watch = self._loop.create_task(self._watch_client(request))
-
-    def start(self, job: Job) -> None:
-        """Queue the job, which emits to :meth:`emit`. Raises ApiError if it is refused."""
-        self.service.engine.submit(job)
-        self.job = job
 
     def emit(self, event: Event) -> None:
         """Take an event of the job from the engine's thread."""
@@ -198,7 +181,6 @@ class Answer:
 
     async def events(self) -> AsyncIterator[Event]:
         """Yield all events. Raises the ApiError of an event, or ClientDisconnect."""
-        first = True
         while not self.ended:
             event = await self._events.get()
             if event is None:
@@ -206,9 +188,6 @@ class Answer:
             self.ended = event.last
             if event.error is not None:
                 raise event.error
-            if first and self.service.engine.metrics:
-                self.service.engine.metrics.first_token.observe(self._loop.time() - self.arrived)
-            first = False
             yield event
 
     def close(self) -> None:
@@ -232,22 +211,22 @@ class Answer:
         message = {"message": {"role": "assistant", "content": text, "refusal": None}} if self._chat else {"text": text}
         return {**self._answer("chat.completion", message, finish), "usage": self.usage}
 
-    def opening(self) -> list[dict]:
-        """The chunks before the first text."""
-        delta = {"delta": {"role": "assistant", "content": ""}}
-        return [self._chunk(delta, None)] if self._chat else []
+    def opening(self) -> str:
+        """The events before the first text."""
+        return self._event({"delta": {"role": "assistant", "content": ""}}, None) if self._chat else ""
 
-    def chunk(self, event: Event) -> list[dict]:
-        """The chunks of an event. If the stream ends with the token counts, each chunk has the field `usage`."""
+    def chunk(self, event: Event) -> str:
+        """The text of an event as an event of the stream, if it has any."""
         delta = {"delta": {"content": event.text} if event.text else {}} if self._chat else {"text": event.text}
-        return [self._chunk(delta, event.finish)] if event.text or event.finish else []
+        return self._event(delta, event.finish) if event.text or event.finish else ""
 
-    def closing(self) -> list[dict]:
-        """The chunks after the last text."""
-        return [{**self._chunk({}, None), "choices": [], "usage": self.usage}] if self._with_usage else []
+    def closing(self) -> str:
+        """The events after the last text: the token counts, if the client wants them."""
+        return self._event({}, None, choices=[], usage=self.usage) if self._with_usage else ""
 
-    def _chunk(self, text: dict, finish: str | None) -> dict:
-        return {**self._answer("chat.completion.chunk", text, finish), **({"usage": None} if self._with_usage else {})}
+    def _event(self, text: dict, finish: str | None, **others: Any) -> str:
+        usage = {"usage": None} if self._with_usage else {}  # the counts come at the end
+        return server_sent_event({**self._answer("chat.completion.chunk", text, finish), **usage, **others})
 
     def _answer(self, kind: str, text: dict, finish: str | None) -> dict:
         choice = {"index": 0, **text, "logprobs": None, "finish_reason": finish}

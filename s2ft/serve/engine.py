@@ -62,7 +62,7 @@ class Job(AnswerRow):
     ) -> None:
         super().__init__(prompt, sampler, None if served is None else served.bank_name)
         self.max_tokens, self.text, self.ends, self.emit, self.served = max_tokens, text, ends, emit, served
-        self.cancelled = self.released = False
+        self.cancelled = False
 
     def event(self) -> Event:
         """Return the event of the newest token."""
@@ -145,7 +145,7 @@ class Engine:
     @property
     def running(self) -> int:
         """Number of sequences in the batch."""
-        return len(self.batch)
+        return len(self.batch.rows)
 
     def submit(self, job: Job) -> None:
         """Add a job to the queue. If it is refused, its adapter is released.
@@ -157,15 +157,20 @@ class Engine:
             ApiError: 429 if the queue has no room, 503 if the server is shutting down.
         """
         with self._changed:
-            refused = shutting_down() if self._stopped else None
-            if refused is None and len(self._waiting) >= self.queue_size:
-                words = f"all {self.queue_size} places in the queue are taken: try again later"
-                refused = ApiError(429, "queue_full", words, {"Retry-After": "1"})
-            if refused is None:
+            if self._stopped:
+                refused = shutting_down()
+            elif len(self._waiting) >= self.queue_size:
+                refused = ApiError(
+                    429,
+                    "queue_full",
+                    f"all {self.queue_size} places in the queue are taken: try again later",
+                    {"Retry-After": "1"},
+                )
+            else:
                 self._waiting.append(job)
                 self._changed.notify()
                 return
-        self._release(job)
+        self.adapters.release(job.served)
         raise refused
 
     def cancel(self, job: Job) -> None:
@@ -182,7 +187,7 @@ class Engine:
             if waited:
                 self._waiting.remove(job)
         if waited:
-            self._release(job)
+            self.adapters.release(job.served)
 
     # ---- the thread ------------------------------------------------------------------------------
 
@@ -203,8 +208,7 @@ class Engine:
     def _work_to_do(self) -> bool:
         """Wait until there is work. False means that the thread must end."""
         with self._changed:
-            while not (self._stopped or self._waiting or self.batch.rows):
-                self._changed.wait()
+            self._changed.wait_for(lambda: self._stopped or self._waiting or self.batch.rows)
             return not self._stopped
 
     def _advance(self) -> None:
@@ -215,7 +219,7 @@ class Engine:
         if self.batch.rows:
             self.batch.step()
             if self.metrics:
-                self.metrics.batch_size.observe(len(self.batch))
+                self.metrics.batch_size.observe(len(self.batch.rows))
             self._deliver(self.batch.rows)
 
     def _next(self) -> list[Job]:
@@ -296,7 +300,7 @@ class Engine:
         for job in list(jobs):
             if error is not None:
                 self._emit(job, Event(error=error))
-            self._release(job)
+            self.adapters.release(job.served)
 
     def _emit(self, job: Job, event: Event) -> None:
         if job.cancelled:
@@ -305,11 +309,6 @@ class Engine:
             job.emit(event)
         except RuntimeError:  # the event loop is closed
             job.cancelled = True
-
-    def _release(self, job: Job) -> None:
-        if not job.released and job.served is not None:
-            self.adapters.release(job.served)
-        job.released = True
 
 
 def _model_failed(error: Exception) -> ApiError:

@@ -9,12 +9,13 @@ import logging
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
-from s2ft.serve.access import RECORD
+from s2ft.serve.access import CLIENT_CLOSED, RECORD
 
 logger = logging.getLogger(__name__)
 TYPES = {
@@ -25,7 +26,6 @@ TYPES = {
     504: "timeout_error",
 }
 CODES = {404: "not_found", 405: "method_not_allowed"}  # codes of the errors of the router
-CLIENT_CLOSED = 499  # the client does not receive it, but the metrics count it
 
 
 class ApiError(Exception):
@@ -75,6 +75,10 @@ def install_handlers(app: FastAPI) -> None:
         code = CODES.get(error.status_code, "http_error")
         answer = ApiError(error.status_code, code, f"{where}: {error.detail}", error.headers)
         return answer.response(request.scope[RECORD].id)
+
+    @app.exception_handler(ClientDisconnect)
+    async def disconnected(request: Request, error: ClientDisconnect) -> Response:
+        return Response(status_code=CLIENT_CLOSED)
 
     @app.exception_handler(Exception)
     async def unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -97,8 +97,8 @@ class Adapters:
         check_adapter_name(name)
         stamp, prompt = stamp_of(folder), recorded_format(self.bank.check(folder).info)
         with self._lock:
-            if name in self._served:
-                raise _name_taken(name)
+            if name in self.reserved or name in self._served:
+                raise ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")
             bank_name = f"{name}#{self._added}"
             self.bank.add(bank_name, folder)
             self._added += 1
@@ -110,12 +110,6 @@ class Adapters:
         """The names that clients can use, sorted."""
         with self._lock:
             return sorted(self._served)
-
-    @property
-    def prompts(self) -> dict[str, PromptFormat | None]:
-        """The recorded formats of prompts by name."""
-        with self._lock:
-            return {name: served.prompt for name, served in sorted(self._served.items())}
 
     def acquire(self, name: str) -> ServedAdapter:
         """Get an adapter for a request, which must release it.
@@ -140,8 +134,10 @@ class Adapters:
             served.users += 1
             return served
 
-    def release(self, served: ServedAdapter) -> None:
-        """End the use of an adapter by a request."""
+    def release(self, served: ServedAdapter | None) -> None:
+        """End the use of an adapter by a request. None is the base."""
+        if served is None:
+            return
         with self._lock:
             served.users -= 1
             if self._served.get(served.name) is not served and not served.users:  # it was unloaded
@@ -166,8 +162,6 @@ class Adapters:
             check_adapter_name(name)
         except ValueError as error:
             raise ApiError(400, "invalid_name", str(error)) from None
-        if name in self.reserved or name in self.names:
-            raise _name_taken(name)
         folder = _named_by_client(directories, path)
         try:
             read_adapter(folder)  # damage of the values is found now, and not at the first request
@@ -255,18 +249,12 @@ def _inside(directory: Path, path: str) -> Path:
         400, "invalid_path", "lora_path must be a folder inside the directory of adapters, relative to it"
     )
     try:
-        if not path or "\0" in path or Path(path).is_absolute() or ".." in Path(path).parts:
-            raise refused
         folder = (directory / path).resolve()
-    except (OSError, RuntimeError, ValueError):  # circular links, or a name that is too long
+    except (OSError, RuntimeError, ValueError):  # circular links, a name that is too long, or a null character
         raise refused from None
     if directory.resolve() not in folder.parents:
         raise refused
     return folder
-
-
-def _name_taken(name: str) -> ApiError:
-    return ApiError(400, "name_taken", f"there is already a model {name!r}: unload it first")
 
 
 def _invalid(name: str, reason: str) -> ApiError:

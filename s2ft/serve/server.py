@@ -14,15 +14,15 @@ from urllib.parse import quote
 
 import torch
 import uvicorn
+from anyio import fail_after
 from fastapi import APIRouter, Depends, FastAPI, Request, Response
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import JSONResponse, StreamingResponse
-from prometheus_client import CONTENT_TYPE_LATEST
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from pydantic.json_schema import models_json_schema
 from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from uvicorn.protocols.http.h11_impl import H11Protocol
 
 import s2ft
 from s2ft.attached.bank import AdapterBank
@@ -32,23 +32,13 @@ from s2ft.serve import schemas
 from s2ft.serve.access import RECORD, Access, Metrics
 from s2ft.serve.answer import DONE, Answer, Service, server_sent_event
 from s2ft.serve.engine import Engine, Event
-from s2ft.serve.schemas import (
-    CLIENT_CLOSED,
-    ApiError,
-    ChatRequest,
-    CompletionRequest,
-    LoadRequest,
-    Sampled,
-    UnloadRequest,
-    parse,
-)
+from s2ft.serve.schemas import ApiError, ChatRequest, CompletionRequest, LoadRequest, Sampled, UnloadRequest, parse
 from s2ft.serve.served_adapters import Adapters
 from s2ft.serve.server_options import ServerOptions, warn_if_open
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE = 75  # seconds; longer than clients and proxies keep idle connections, which then never meet a closed one
 SHUTDOWN = 10  # seconds to finish running requests after SIGTERM or SIGINT
-HEADER_TIME = 10  # seconds
 MOST_CONNECTIONS = 2048
 
 
@@ -70,7 +60,7 @@ def build_app(
         options: The options of the server. `host` and `port` are not used.
 
     Returns:
-        The app and its service.
+        The app, which starts the engine of its service and stops it, and the service.
 
     Raises:
         NotADirectoryError: A directory does not exist.
@@ -92,8 +82,31 @@ def build_app(
     known.log_adapters()
     engine = Engine(model, known, options.max_batch_size, options.queue_size, options.max_batch_tokens, metrics=metrics)
     service = Service(engine, tokenizer, base, options)
-    service.log_templates()
-    return create_app(service, metrics, options.access_log), service
+
+    @asynccontextmanager
+    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
+        engine.start()
+        yield
+        await run_in_threadpool(engine.stop)
+
+    metrics.queue_length.set_function(lambda: engine.waiting)
+    metrics.running.set_function(lambda: engine.running)
+    metrics.adapters.set_function(lambda: len(known.names))
+    metrics.refused.set_function(lambda: len(known.refused))
+    app = FastAPI(
+        title="s2ft",
+        version=s2ft.__version__,
+        lifespan=engine_runs,
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    app.openapi = partial(describe, app)  # type: ignore[method-assign]
+    schemas.install_handlers(app)
+    app.add_middleware(Access, metrics=metrics, log=options.access_log)
+    add_state_routes(app, service, metrics)
+    app.include_router(model_routes(service))
+    return app, service
 
 
 def adapters_of(
@@ -192,47 +205,19 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def config_of(app: FastAPI) -> uvicorn.Config:
-    """Return uvicorn's options. Half of the process's file descriptors are for connections."""
+    """Return uvicorn's options. At most half of the process's file descriptors are for connections."""
     descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
     if descriptors == resource.RLIM_INFINITY:
         descriptors = 4 * MOST_CONNECTIONS
     return uvicorn.Config(
         app,
-        http=partial(Connection, most=min(descriptors // 2, MOST_CONNECTIONS)),
-        backlog=min(descriptors // 4, MOST_CONNECTIONS),  # asyncio accepts so many before the first of them is counted
+        limit_concurrency=min(descriptors // 2, MOST_CONNECTIONS),  # the others get status 503
         log_config=None,
         access_log=False,
         server_header=False,
         timeout_keep_alive=KEEP_ALIVE,
         timeout_graceful_shutdown=SHUTDOWN,
     )
-
-
-class Connection(H11Protocol):
-    """A connection of uvicorn, with a time limit for the header of a request, and a limit of their number."""
-
-    def __init__(self, *args, most: int, **options) -> None:
-        super().__init__(*args, **options)
-        self._most, self._header_timer = most, None
-
-    def connection_made(self, transport) -> None:
-        """Close the connection if there are too many."""
-        super().connection_made(transport)
-        if len(self.connections) > self._most:
-            transport.abort()
-        self._limit_header()
-
-    def data_received(self, data: bytes) -> None:
-        super().data_received(data)
-        self._limit_header()
-
-    def _limit_header(self) -> None:
-        """Start the time for a header if one is awaited, and end it if the header is complete."""
-        if self.cycle is None or self.cycle.response_complete:
-            self._header_timer = self._header_timer or self.loop.call_later(HEADER_TIME, self.transport.abort)
-        elif self._header_timer is not None:
-            self._header_timer.cancel()
-            self._header_timer = None
 
 
 # ---- the routes ----------------------------------------------------------------------------------------
@@ -244,41 +229,6 @@ BODIES = {
     "/v1/load_lora_adapter": LoadRequest,
     "/v1/unload_lora_adapter": UnloadRequest,
 }
-
-
-def create_app(service: Service, metrics: Metrics, access_log: str = "text") -> FastAPI:
-    """Make the ASGI app. It starts the service's engine and stops it.
-
-    Args:
-        service: The model with its adapters.
-        metrics: The counters that /metrics returns.
-        access_log: "text" or "json" for one line a request in the log, or "off".
-    """
-
-    @asynccontextmanager
-    async def engine_runs(app: FastAPI) -> AsyncIterator[None]:
-        service.engine.start()
-        yield
-        await run_in_threadpool(service.engine.stop)
-
-    metrics.queue_length.set_function(lambda: service.engine.waiting)
-    metrics.running.set_function(lambda: service.engine.running)
-    metrics.adapters.set_function(lambda: len(service.engine.adapters.names))
-    metrics.refused.set_function(lambda: len(service.engine.adapters.refused))
-    app = FastAPI(
-        title="s2ft",
-        version=s2ft.__version__,
-        lifespan=engine_runs,
-        redirect_slashes=False,
-        docs_url=None,
-        redoc_url=None,
-    )
-    app.openapi = partial(describe, app)  # type: ignore[method-assign]
-    schemas.install_handlers(app)
-    app.add_middleware(Access, metrics=metrics, log=access_log)
-    add_state_routes(app, service, metrics)
-    app.include_router(model_routes(service))
-    return app
 
 
 def describe(app: FastAPI) -> dict:
@@ -311,7 +261,7 @@ def add_state_routes(app: FastAPI, service: Service, metrics: Metrics) -> None:
     @app.get("/metrics")
     def counters() -> Response:
         """GET /metrics: the counters for Prometheus."""
-        return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -379,26 +329,17 @@ def _model(service: Service, name: str) -> dict:
 
 async def _json(request: Request, service: Service):
     """Read and decode the body. Raises ApiError 400, 408 or 413."""
-    limit, chunks, size = service.options.max_body_bytes, [], 0
-    too_large = ApiError(413, "body_too_large", f"the body has more than {limit:,} bytes", {"Connection": "close"})
-    length = request.headers.get("content-length", "0")
-    if length.isdecimal() and int(length[:20]) > limit:  # before reading any of it
-        raise too_large
-
-    async def read() -> None:
-        nonlocal size
-        async for chunk in request.stream():
-            size += len(chunk)
-            if size > limit:
-                raise too_large
-            chunks.append(chunk)
-
+    limit, body = service.options.max_body_bytes, bytearray()
     try:
-        await asyncio.wait_for(read(), service.options.timeout)
-    except asyncio.TimeoutError:
+        with fail_after(service.options.timeout):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    words = f"the body has more than {limit:,} bytes"
+                    raise ApiError(413, "body_too_large", words, {"Connection": "close"})
+        return json.loads(body, parse_constant=no_constant)
+    except TimeoutError:
         raise ApiError(408, "timeout", "the body did not arrive in time", {"Connection": "close"}) from None
-    try:
-        return json.loads(b"".join(chunks), parse_constant=no_constant)
     except (ValueError, RecursionError) as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {str(error)[:200]}") from None
 
@@ -406,63 +347,34 @@ async def _json(request: Request, service: Service):
 async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Response:
     arrived, record = asyncio.get_running_loop().time(), request.scope[RECORD]
     ignored: list[str] | None = [] if service.options.ignore_unsupported else None
-    try:
-        body = parse(kind, await _json(request, service), ignored)
-    except ClientDisconnect:
-        return Response(status_code=CLIENT_CLOSED)
-    answer = Answer(service, body, request, record, arrived)
-    try:
-        job = await run_in_threadpool(service.job, body, answer.emit)
-        record.model = body.model  # it is served, so that the metrics have a bounded number of names
-        answer.start(job)
-        events = answer.events()
-        first = await anext(events)  # an error before the first token has its own status
-        names = [
-            quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]
-        ]  # clients can make them up
-        headers = {"X-Ignored-Parameters": ", ".join(names)} if names else {}
-        if body.stream:
-            return EventStream(_stream(answer, first, events), answer, headers)
-        found = [first, *[event async for event in events]]
-        answer.close()
-        text = "".join(event.text for event in found)
-        return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
-    except ClientDisconnect:
-        answer.close()
-        return Response(status_code=CLIENT_CLOSED)
-    except BaseException:
-        answer.close()
-        raise
+    body = parse(kind, await _json(request, service), ignored)
+    answer = record.answer = Answer(service, body, request, record, arrived)
+    job = await run_in_threadpool(service.job, body, answer.emit)
+    record.model = body.model  # it is served, so that the metrics have the names of models only
+    service.engine.submit(job)
+    answer.job = job
+    events = answer.events()
+    first = await anext(events)  # an error before the first token has its own status
+    service.engine.metrics.first_token.observe(asyncio.get_running_loop().time() - arrived)
+    names = [quote(name, safe="", errors="replace")[:100] for name in (ignored or [])[:20]]  # clients can make them up
+    headers = {"X-Ignored-Parameters": ", ".join(names)} if names else {}
+    if body.stream:
+        headers["Cache-Control"] = "no-cache"
+        return StreamingResponse(_stream(answer, first, events), headers=headers, media_type="text/event-stream")
+    found = [first, *[event async for event in events]]
+    text = "".join(event.text for event in found)
+    return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
 
 
 async def _stream(answer: Answer, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:
     try:
-        for chunk in [*answer.opening(), *answer.chunk(first)]:
-            yield server_sent_event(chunk)
+        yield answer.opening() + answer.chunk(first)
         async for event in events:
-            for chunk in answer.chunk(event):
-                yield server_sent_event(chunk)
-        for chunk in answer.closing():
-            yield server_sent_event(chunk)
+            yield answer.chunk(event)
+        yield answer.closing()
     except ApiError as error:  # the status was sent already
         answer.record.status = error.status
         yield server_sent_event(error.body(answer.record.id))
     except ClientDisconnect:
         return
     yield DONE
-
-
-class EventStream(StreamingResponse):
-    """Server-sent events of an answer. The answer is closed at the end, also after an error."""
-
-    def __init__(self, content: AsyncIterator[str], answer: Answer, headers: dict[str, str]) -> None:
-        super().__init__(content, headers={"Cache-Control": "no-cache", **headers}, media_type="text/event-stream")
-        self._answer = answer
-
-    async def __call__(self, scope, receive, send) -> None:
-        try:
-            await super().__call__(scope, receive, send)
-        finally:
-            if not self._answer.ended:
-                self._answer.record.status = CLIENT_CLOSED
-            self._answer.close()

@@ -1,6 +1,5 @@
 """The options of a server. This module imports none of the packages that serving needs."""
 
-import ipaddress
 import logging
 import os
 from dataclasses import dataclass
@@ -78,11 +77,7 @@ class ServerOptions:
 
 def warn_if_open(host: str, key: str | None) -> None:
     """Log a warning if other machines can reach the server and it has no key."""
-    try:
-        is_open = host != "localhost" and not ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        is_open = True
-    if key is None and is_open:
+    if key is None and host not in ("localhost", "127.0.0.1", "::1"):
         logger.warning(
             "warning: %s can be reached from other machines and there is no --api-key: anyone may use this "
             "server, and load and unload its adapters",

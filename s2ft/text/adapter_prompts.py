@@ -71,7 +71,6 @@ class Prompter:
         ends: The tokens that end an answer.
         is_chat: Whether prompts are messages in a template. If not, prompts are plain text: the adapter was trained on
             plain text, or there is no adapter and the base has no template.
-        replaces_template: Whether the base has another template, which the recorded one replaces.
 
     Raises:
         ValueError: The recorded format can't be read.
@@ -88,15 +87,11 @@ class Prompter:
     def __init__(
         self, tokenizer, info: Mapping[str, Any] | None = None, generation_config=None, name: str = "the adapter"
     ) -> None:
-        own = tokenizer.chat_template
-        recorded = recorded_format(info or {}, name)
-        self.format = recorded or PromptFormat("chat", template_of(tokenizer))
+        self.format = recorded_format(info or {}, name) or PromptFormat("chat", template_of(tokenizer))
         self.tokenizer = copy.copy(tokenizer)  # shares the vocabulary, and has a template of its own
         self.format.apply_to(self.tokenizer)
         self.ends = frozenset(end_ids(self.tokenizer, generation_config))
-        self.is_chat = self.format.form == "chat" and (info is not None or bool(own))
-        replaced = template_of(tokenizer) if own and recorded is not None and recorded.template else None
-        self.replaces_template = replaced is not None and replaced != self.format.template
+        self.is_chat = self.format.form == "chat" and (info is not None or bool(tokenizer.chat_template))
 
     def messages(self, conversation: Sequence[Mapping], system: str | None = None) -> list[dict[str, Any]]:
         """Return a conversation with the system prompt, unless it has one.
@@ -169,14 +164,7 @@ def load_with_adapter(model_name: str, adapter_name: str | None, dtype: str = "a
     prompter = Prompter(tokenizer, info, model.generation_config, name)
     if adapter is not None:
         s2ft.load_adapter(model, adapter)
-        say_which_template(prompter, name)
     return model, prompter
-
-
-def say_which_template(prompter: Prompter, name: str) -> None:
-    """Log that the template which an adapter was trained with is used in place of the base's own, if it is another."""
-    if prompter.replaces_template:
-        logger.info("prompts have the chat template that %s was trained with, not the base's own", name)
 
 
 # ---- for other programs --------------------------------------------------------------------------------
@@ -236,13 +224,9 @@ def give_prompt(tokenizer, info: Mapping[str, Any], name: str):
     prompter = Prompter(tokenizer, info, name=name)
     if recorded_format(info) is None or prompter.format.template is None:
         return tokenizer
-    if prompter.replaces_template:
-        logger.info("the chat template is the one that %s was trained with, not the base's own", name)
-    elif not tokenizer.chat_template:
-        logger.info("the base has no chat template, and gets the one that %s was trained with", name)
     tokenizer.chat_template = standalone_template(prompter.format)
-    if prompter.format.system:
-        logger.info("the chat template has the system prompt of the training as its default")
+    default = ", with its system prompt as the default" if prompter.format.system else ""
+    logger.info("the chat template is the one that %s was trained with%s", name, default)
     check_same_prompts(tokenizer, prompter)
     return tokenizer
 

@@ -42,19 +42,15 @@ class TokenCollator:
 
     def __call__(self, rows: Sequence[Mapping[str, Sequence[int]]]) -> dict:
         batch = left_pad([row["input_ids"] for row in rows], self.pad, self.multiple)
-        labels = self._labels(rows, batch["input_ids"].shape[1])
+        own = [torch.tensor([IGNORED, *row["labels"][1:]], dtype=torch.int64) for row in rows]
+        labels = nn.utils.rnn.pad_sequence(own, True, IGNORED, "left")
+        labels = nn.functional.pad(labels, (batch["input_ids"].shape[1] - labels.shape[1], 0), value=IGNORED)
         if not self.keep_logits:
             return {**batch, "labels": labels, "use_cache": False}
         labelled = (labels != IGNORED).any(0)
         first = int(labelled.int().argmax()) if labelled.any() else labels.shape[1]
         keep = labels.shape[1] - max(first - 1, 0)  # the position before the first label predicts it
         return {**batch, "labels": labels[:, -keep:], "logits_to_keep": keep, "use_cache": False}
-
-    @staticmethod
-    def _labels(rows: Sequence[Mapping[str, Sequence[int]]], length: int) -> Tensor:
-        own = [torch.tensor([IGNORED, *row["labels"][1:]], dtype=torch.int64) for row in rows]
-        labels = nn.utils.rnn.pad_sequence(own, True, IGNORED, "left")
-        return nn.functional.pad(labels, (length - labels.shape[1], 0), value=IGNORED)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass
 
 from s2ft.text.adapter_prompts import Prompter
 from s2ft.text.encoding import context_length
@@ -35,21 +34,6 @@ def pieces(batch: RunningBatch, row: AnswerRow, tokenizer, ends: frozenset[int],
     yield text.flush()
 
 
-@dataclass(frozen=True)
-class Turn:
-    """How an answer came about.
-
-    Attributes:
-        tokens: Number of generated tokens.
-        dropped: Number of messages at the beginning that the model did not see, because the context was full.
-        cut: Whether the answer reached the longest length.
-    """
-
-    tokens: int
-    dropped: int
-    cut: bool
-
-
 class Chat:
     """A conversation with a model. Each answer is appended to the messages.
 
@@ -65,7 +49,9 @@ class Chat:
 
     Attributes:
         messages: The messages so far, without the system prompt.
-        last: The :class:`Turn` of the last answer.
+        tokens: Number of tokens of the last answer.
+        dropped: Number of messages at the beginning that the model did not see then, because the context was full.
+        cut: Whether the last answer reached the longest length.
 
     Example:
         >>> from transformers import ByT5Tokenizer
@@ -91,7 +77,7 @@ class Chat:
         self.model, self.prompter, self.new_sampler = model, prompter, new_sampler
         self.max_new_tokens, self.system = max_new_tokens, system
         self.messages: list[dict[str, str]] = []
-        self.last = Turn(0, 0, False)
+        self.tokens, self.dropped, self.cut = 0, 0, False
         self._seeds = random.Random(seed)
         self._batch: RunningBatch[AnswerRow] = RunningBatch(model)
 
@@ -143,8 +129,8 @@ class Chat:
                 self._batch.clear()
             if self.messages is messages:
                 self.messages = [*messages, {"role": "assistant", "content": written}] if written else messages[:-1]
-            cut = done and len(row.tokens) == limit and row.tokens[-1] not in self.prompter.ends
-            self.last = Turn(len(row.tokens), dropped, cut)
+            self.tokens, self.dropped = len(row.tokens), dropped
+            self.cut = done and len(row.tokens) == limit and row.tokens[-1] not in self.prompter.ends
 
     def _prompt(self, messages: Sequence[dict[str, str]]) -> tuple[list[int], int, int]:
         """Return the prompt's tokens, how many of the oldest messages it leaves out, and the longest answer."""

@@ -127,9 +127,9 @@ class BaseDistributions:
             with _reading(model) as reader:
                 hidden = [reader.hidden(batch).cpu() for batch in batches]
         now = _causal_model(model).get_output_embeddings()
-        if head is not None and _is_frozen(now) and type(now).__module__.startswith("torch.nn"):
-            if torch.equal(now.weight, head.keywords["weight"]):  # no adapter changes it, and it will stay so
-                head = None
+        stays = head is not None and _is_frozen(now) and type(now).__module__.startswith("torch.nn")
+        if stays and torch.equal(now.weight, head.keywords["weight"]):  # no adapter changes it
+            head = None
         return cls(batches, hidden, head)
 
     def kl(self, model: Any) -> float:
@@ -310,6 +310,7 @@ class _Reader:
         self.body: nn.Module | None = inner.base_model if inner.base_model is not inner else None
         self.device = inner.get_input_embeddings().weight.device
         self.device = inner.device if self.device.type == "meta" else self.device
+        self._body_forward = inner.base_model.forward
         self._inputs: dict[str, Any] = {}
         self._body_output: Any = None
         self._given: Tensor | None = None  # what the head gets in place of its input
@@ -317,8 +318,10 @@ class _Reader:
 
     def hidden(self, batch: _Batch) -> Tensor:
         """Run the body on a batch, and return the output layer's input at the labelled positions, [n, width]."""
-        inputs = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask}
-        self._inputs = {name: tensor.to(self.device) for name, tensor in inputs.items()}
+        self._inputs = {
+            "input_ids": batch.input_ids.to(self.device),
+            "attention_mask": batch.attention_mask.to(self.device),
+        }
         self._body_output = self._given = None
         self._run()
         return self._seen.flatten(0, 1)[batch.index.to(self._seen.device)]
@@ -355,15 +358,11 @@ class _Reader:
         chosen = self._seen[0, :1] if self._given is None else self._given.to(self._seen.device)
         return (chosen[None], *inputs[1:])
 
-    def once(self, forward: Callable) -> Callable:
-        """Return a forward of the body that runs once for each batch."""
-
-        def run(*args: Any, **options: Any) -> Any:
-            if self._body_output is None:
-                self._body_output = forward(*args, **options)
-            return self._body_output
-
-        return run
+    def once(self, *args: Any, **options: Any) -> Any:
+        """Forward of the body, which runs once for each batch."""
+        if self._body_output is None:
+            self._body_output = self._body_forward(*args, **options)
+        return self._body_output
 
 
 @contextlib.contextmanager
@@ -383,13 +382,10 @@ def _with_forward(module: nn.Module, forward: Callable) -> Iterator[None]:
 def _reading(model) -> Iterator[_Reader]:
     """Yield a reader of a model in evaluation mode without gradients. The model is restored afterwards."""
     reader = _Reader(model)
-    hook, body = reader.head.register_forward_pre_hook(reader.before_head), reader.body
-    try:
-        once = _with_forward(body, reader.once(body.forward)) if body is not None else contextlib.nullcontext()
-        with once, evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
-            yield reader
-    finally:
-        hook.remove()
+    once = contextlib.nullcontext() if reader.body is None else _with_forward(reader.body, reader.once)
+    hook = reader.head.register_forward_pre_hook(reader.before_head)  # removed at the end of the context
+    with hook, once, evaluation_mode(reader.model), torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        yield reader
 
 
 def _copy_of_head(head: nn.Module) -> partial | None:
@@ -496,17 +492,6 @@ class DriftMeter:
 # ---- rows ----------------------------------------------------------------------------------------------
 
 
-def drawn(count: int, most: int, seed: int) -> list[int]:
-    """Draw the numbers of rows, in their order.
-
-    Args:
-        count: Number of rows there are.
-        most: Number of rows to draw. If there are fewer, all are taken.
-        seed: Seed of the draw.
-    """
-    return sorted(random.Random(seed).sample(range(count), min(count, most)))
-
-
 def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
     """Read data and draw rows.
 
@@ -522,7 +507,7 @@ def read_texts(options: DataOptions, most: int = ROWS, seed: int = 0) -> Any:
         ValueError: The data can't be read.
     """
     rows = load_rows(options)
-    return rows.select(drawn(len(rows), most, seed)) if len(rows) > most else rows
+    return rows.select(some(range(len(rows)), most, seed))
 
 
 def longest_other_row(model) -> int:
@@ -564,14 +549,15 @@ def text_rows(rows: Any, tokenizer, longest: int, most: int = ROWS, seed: int = 
 
 
 def some(rows: Any, most: int = ROWS, seed: int = 0) -> list:
-    """Draw rows.
+    """Draw rows, in their order.
 
     Args:
         rows: The rows.
-        most: Number of rows to draw.
+        most: Number of rows to draw. If there are fewer, all are taken.
         seed: Seed of the draw.
     """
-    return [rows[number] for number in drawn(len(rows), most, seed)]
+    numbers = sorted(random.Random(seed).sample(range(len(rows)), min(len(rows), most)))
+    return [rows[number] for number in numbers]
 
 
 def prompt_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:

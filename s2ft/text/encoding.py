@@ -10,13 +10,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from s2ft.config import refuse
 from s2ft.selection.batches import IGNORED
-from s2ft.text.data.rows import Problems
+from s2ft.text.data.rows import check_bad_rows
 from s2ft.text.prompts import PromptFormat
 from s2ft.text.templates import Rendered, TemplateError, begin_ids, encode_rendered, in_common, render_chat, template_of
 
@@ -28,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 LOSS_ON = {"assistant": "all answers of the assistant", "last": "the last answer", "all": "the whole text"}
 TOO_LONG = ("leave_out", "cut")
-ROW = ("input_ids", "labels")  # the columns of token rows
+Labelled = tuple[list[int], list[int]]  # the ids and the labels of a text
 ROWS = 200  # rows that are tokenized at once; more need more memory and are no faster
 
 
@@ -46,15 +47,6 @@ class RowOutcome(IntEnum):
     LONG_PROMPT = 3  # left out, because nothing with a loss fits into the longest row
     LONG_ROW = 4  # left out, because it is too long as a whole
     BAD = 5  # left out, because the template can't render it
-
-
-class TokenRow(NamedTuple):
-    """A row of :func:`tokenize_rows`. One that is left out has no tokens."""
-
-    input_ids: Sequence[int] = ()
-    labels: Sequence[int] = ()
-    outcome: RowOutcome = RowOutcome.KEPT
-    problem: str | None = None
 
 
 @dataclass(frozen=True)
@@ -99,6 +91,7 @@ class RowEncoder:
         too_long: As in :func:`tokenize_rows`.
         loss_on: As in :func:`tokenize_rows`.
         completion_only: As in :func:`tokenize_rows`.
+        columns: The columns with token ids.
     """
 
     tokenizer: Any
@@ -107,41 +100,52 @@ class RowEncoder:
     too_long: str | None = None
     loss_on: str = "assistant"
     completion_only: bool = True
+    columns: tuple[str, ...] = ("input_ids", "labels")
+
+    def __post_init__(self) -> None:
+        loss_on, too_long = self.loss_on, self.too_long
+        refuse(
+            (loss_on not in LOSS_ON, f"loss_on must be one of {', '.join(LOSS_ON)}, got {loss_on!r}"),
+            (too_long not in (None, *TOO_LONG), f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}"),
+        )
 
     def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        rows = rows_of(batch)
-        rendered = [self.rendered(row) for row in rows]
-        encoded = iter(encode_rendered(self.tokenizer, [one for one in rendered if isinstance(one, Rendered)]))
-        found: list[TokenRow] = []
-        for row, one in zip(rows, rendered):
-            if isinstance(one, Rendered):
-                found += self._fitted(*next(encoded), row.get("text") is not None, one.other_prompt)
-            else:
-                found.append(TokenRow(outcome=RowOutcome.BAD, problem=str(one)))
-        return columns_of(TokenRow, found)
+        """Return the columns, and the `outcome` and the `problem` of each row. One that is left out has no tokens."""
+        good: list[tuple[dict[str, Any], list[Rendered]]] = []
+        found: list[dict[str, Any]] = []
+        for values in zip(*batch.values()):
+            row = dict(zip(batch, values))
+            try:
+                good.append((row, self.texts(row)))
+            except TemplateError as error:
+                found.append({"outcome": RowOutcome.BAD, "problem": f"{row.get('place') or 'a row'}: {error}"})
+        encoded = iter(encode_rendered(self.tokenizer, [text for _, texts in good for text in texts]))
+        for row, texts in good:
+            found += self.fitted(row, texts, [next(encoded) for _ in texts])
+        return {name: [one.get(name) for one in found] for name in (*self.columns, "outcome", "problem")}
 
-    def rendered(self, row: dict[str, Any]) -> Rendered | TemplateError:
-        """Return the row's text and spans, or what is wrong with the row."""
-        try:
-            return self._text(row) if row.get("messages") is None else self._chat(row, row["messages"], 0)
-        except TemplateError as error:
-            return TemplateError(f"{row.get('place') or 'a row'}: {error}")
+    def texts(self, row: dict[str, Any]) -> list[Rendered]:
+        """Return what is encoded of a row. Raises TemplateError if the row can't be used."""
+        return [self.rendered(row)]
 
-    def _text(self, row: dict[str, Any]) -> Rendered:
+    def rendered(self, row: dict[str, Any]) -> Rendered:
+        """Return a row's text and spans. Raises TemplateError if the row can't be used."""
         prompt, answer = row.get("prompt"), row.get("completion")
+        if row.get("messages") is not None:
+            return self._chat(row, row["messages"])
         if row.get("text") is not None:
             prompt, answer = "", row["text"]
         elif not isinstance(prompt, str):
             return self._chat(row, [*prompt, *answer], len(prompt) if self.completion_only else 0)
         elif self.prompt.form == "chat":
-            return self._chat(row, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], 0)
+            return self._chat(row, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
         end = self.tokenizer.eos_token or ""
         text = prompt + answer + ("" if end and answer.endswith(end) else end)
         start = len(prompt) if self.completion_only else 0
         cuts = (len(prompt),) if prompt else ()
         return Rendered(text, cuts, ((start, len(text)),), tuple(begin_ids(self.tokenizer)))
 
-    def _chat(self, row: dict[str, Any], messages: list, first: int) -> Rendered:
+    def _chat(self, row: dict[str, Any], messages: list, first: int = 0) -> Rendered:
         if self.prompt.form == "text":
             raise TemplateError("messages need a chat template, but form='text' uses none")
         whole = self.prompt.conversation(messages)
@@ -155,30 +159,28 @@ class RowEncoder:
             first=first + added if first else 0,
         )
 
-    def _fitted(self, ids: list[int], labels: list[int], is_text: bool, other_prompt: bool) -> Iterator[TokenRow]:
-        longest = self.max_length
-        how = self.too_long or ("cut" if is_text else "leave_out")
+    def fitted(self, row: dict[str, Any], texts: list[Rendered], encoded: list[Labelled]) -> Iterator[dict[str, Any]]:
+        """Yield the token rows of a row, which are cut or left out if they are too long.
+
+        Args:
+            row: The row.
+            texts: Its texts.
+            encoded: Ids and labels of its texts.
+        """
+        ((ids, labels),) = encoded
+        longest, is_text = self.max_length, row.get("text") is not None
         if len(ids) <= longest:
-            yield TokenRow(ids, labels, RowOutcome.OTHER_PROMPT if other_prompt else RowOutcome.KEPT)
+            outcome = RowOutcome.OTHER_PROMPT if texts[0].other_prompt else RowOutcome.KEPT
+            yield {"input_ids": ids, "labels": labels, "outcome": outcome}
         elif not _has_loss(labels[:longest]):
-            yield TokenRow(outcome=RowOutcome.LONG_PROMPT)
-        elif how == "leave_out":
-            yield TokenRow(outcome=RowOutcome.LONG_ROW)
+            yield {"outcome": RowOutcome.LONG_PROMPT}
+        elif (self.too_long or ("cut" if is_text else "leave_out")) == "leave_out":
+            yield {"outcome": RowOutcome.LONG_ROW}
         else:
             for start in range(0, len(ids) if is_text else 1, longest):
-                piece = ids[start : start + longest], labels[start : start + longest]
-                if _has_loss(piece[1]):
-                    yield TokenRow(*piece, RowOutcome.KEPT if start else RowOutcome.CUT)
-
-
-def rows_of(batch: Mapping[str, list]) -> list[dict[str, Any]]:
-    """Return the rows of a batch of datasets."""
-    return [dict(zip(batch, values)) for values in zip(*batch.values())]
-
-
-def columns_of(kind: type[NamedTuple], rows: Sequence[NamedTuple]) -> dict[str, list]:
-    """Return rows as a batch of datasets, also if there are none."""
-    return {name: [getattr(row, name) for row in rows] for name in kind._fields}
+                piece = {"input_ids": ids[start : start + longest], "labels": labels[start : start + longest]}
+                if _has_loss(piece["labels"]):
+                    yield {**piece, "outcome": RowOutcome.KEPT if start else RowOutcome.CUT}
 
 
 def _has_loss(labels: Sequence[int]) -> bool:
@@ -229,22 +231,8 @@ def tokenize_rows(
         >>> print(tokenized)
         1 token row, 6 tokens; the loss falls on 2 of them (33.3%): all answers of the assistant
     """
-    refuse(
-        (loss_on not in LOSS_ON, f"loss_on must be one of {', '.join(LOSS_ON)}, got {loss_on!r}"),
-        (too_long not in (None, *TOO_LONG), f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}"),
-    )
     job = RowEncoder(tokenizer, prompt, max_length, too_long, loss_on, completion_only)
-    rows, outcomes = encoded_rows(dataset, job, ROW, skip_bad_rows, processes)
-    if not len(rows):
-        reasons = {
-            RowOutcome.LONG_PROMPT: f"with a prompt of {max_length} tokens or more",
-            RowOutcome.LONG_ROW: "with a prompt and an answer that are longer together",
-            RowOutcome.BAD: "that the chat template can't render",
-        }
-        found = ", ".join(f"{outcomes[outcome]} {reason}" for outcome, reason in reasons.items() if outcomes[outcome])
-        raise ValueError(
-            f"none of {len(dataset)} rows fits: {found or 'all are empty'}; raise max_length, or give too_long='cut'"
-        )
+    rows, outcomes = encoded_rows(dataset, job, skip_bad_rows, processes)
     if outcomes[RowOutcome.OTHER_PROMPT]:
         logger.warning(
             "the chat template writes another prompt when an answer follows it, in %d of %d rows: the model is trained "
@@ -264,23 +252,25 @@ def tokenize_rows(
 
 
 def encoded_rows(
-    dataset: "Dataset", job: Any, columns: Sequence[str], skip_bad_rows: bool, processes: int | None
+    dataset: "Dataset", job: RowEncoder, skip_bad_rows: bool, processes: int | None
 ) -> "tuple[Dataset, Counter[RowOutcome]]":
     """Run an encoder over rows, report the bad ones, and leave out those without tokens.
 
     Args:
         dataset: The normalised rows.
-        job: The encoder: of a batch of rows, it returns the columns, `outcome` and `problem`.
-        columns: The columns with token ids.
+        job: The encoder.
         skip_bad_rows: Whether bad rows are left out. Otherwise they are an error.
         processes: Number of processes. None uses this one.
 
     Returns:
-        The rows with the columns, and the number of rows of each outcome.
+        The rows with the columns of the encoder, and the number of rows of each outcome.
+
+    Raises:
+        ValueError: Rows are bad, or no row is left.
     """
     from datasets import Features, List, Value
 
-    token_lists = {name: List(Value("int32")) for name in columns}
+    token_lists = {name: List(Value("int32")) for name in job.columns}
     rows = dataset.map(
         job,
         batched=True,
@@ -291,13 +281,18 @@ def encoded_rows(
         num_proc=processes,
         desc="tokenizing",
     )
-    outcomes, found = (rows.data.column(name).to_pylist() for name in ("outcome", "problem"))
-    problems = Problems(skip_bad_rows)
-    for problem in filter(None, found):
-        problems.add(problem)
-    problems.check(len(dataset) - problems.count)
+    outcomes, problems = (rows.data.column(name).to_pylist() for name in ("outcome", "problem"))
+    problems = [problem for problem in problems if problem is not None]
+    check_bad_rows(problems, len(dataset) - len(problems), skip_bad_rows)
     kept = [number for number, outcome in enumerate(outcomes) if outcome <= RowOutcome.CUT]
-    rows = rows.select_columns(list(columns))
+    if not kept:
+        long_prompts, long_rows = (outcomes.count(one) for one in (RowOutcome.LONG_PROMPT, RowOutcome.LONG_ROW))
+        raise ValueError(
+            f"none of {len(dataset)} rows fits: {long_prompts} with a prompt of {job.max_length} tokens or more, "
+            f"{long_rows} with a prompt and an answer that are longer together; raise max_length, or give "
+            "too_long='cut'"
+        )
+    rows = rows.select_columns(list(job.columns))
     return rows.select(kept) if len(kept) < len(rows) else rows, Counter(map(RowOutcome, outcomes))
 
 
@@ -321,12 +316,13 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) ->
         >>> batch["position_ids"].tolist()
         [[0, 1, 2], [0, 0, 0]]
     """
-    longest = -(-max(map(len, sequences)) // multiple) * multiple
-    input_ids = torch.full((len(sequences), longest), pad)
-    attention_mask = torch.zeros_like(input_ids)
-    for row, ids in enumerate(sequences):
-        input_ids[row, longest - len(ids) :] = torch.tensor(ids)
-        attention_mask[row, longest - len(ids) :] = 1
+    rows = [torch.tensor(ids, dtype=torch.int64) for ids in sequences]
+    ones = [torch.ones_like(row) for row in rows]
+    more = -max(map(len, rows)) % multiple
+    input_ids, attention_mask = (
+        nn.functional.pad(nn.utils.rnn.pad_sequence(part, True, value, "left"), (more, 0), value=value)
+        for part, value in ((rows, pad), (ones, 0))
+    )
     position_ids = (attention_mask.cumsum(1) - 1).clamp(min=0)
     return {"input_ids": input_ids, "attention_mask": attention_mask, "position_ids": position_ids}
 
@@ -337,53 +333,31 @@ def left_pad(sequences: Sequence[Sequence[int]], pad: int, multiple: int = 1) ->
 IDS = ("prompt_ids", "chosen_ids", "rejected_ids")  # the columns of TRL's DPOTrainer
 
 
-class TokenPair(NamedTuple):
-    """A pair of :func:`encode_pairs`. One that is left out has no tokens."""
-
-    prompt_ids: Sequence[int] = ()
-    chosen_ids: Sequence[int] = ()
-    rejected_ids: Sequence[int] = ()
-    outcome: RowOutcome = RowOutcome.KEPT
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class _PairEncoder:
+class PairEncoder(RowEncoder):
     """Turns normalised pairs into pairs of token rows."""
 
-    rows: RowEncoder
+    def texts(self, row: dict[str, Any]) -> list[Rendered]:
+        """Return the prompt with each of the answers. Raises TemplateError if the row can't be used."""
+        return [self.rendered({**row, "completion": row[answer]}) for answer in ("chosen", "rejected")]
 
-    def __call__(self, batch: Mapping[str, list]) -> dict[str, list]:
-        rows = rows_of(batch)
-        pairs = [
-            [self.rows.rendered({**row, "completion": row[answer]}) for answer in ("chosen", "rejected")]
-            for row in rows
-        ]
-        good = [one for pair in pairs for one in pair if isinstance(one, Rendered)]
-        encoded = iter(encode_rendered(self.rows.tokenizer, good))
-        found = []
-        for row, pair in zip(rows, pairs):
-            tokens = [next(encoded) for one in pair if isinstance(one, Rendered)]
-            wrong = [str(one) for one in pair if not isinstance(one, Rendered)]
-            found.append(TokenPair(outcome=RowOutcome.BAD, problem=wrong[0]) if wrong else self._fitted(row, *tokens))
-        return columns_of(TokenPair, found)
-
-    def _fitted(self, row: Mapping, *answers: tuple[list[int], list[int]]) -> TokenPair:
+    def fitted(self, row: dict[str, Any], texts: list[Rendered], encoded: list[Labelled]) -> Iterator[dict[str, Any]]:
+        """Yield the pair, whose answers are cut or which is left out if it is too long."""
         starts, rows = [], []
-        for ids, labels in answers:
+        for ids, labels in encoded:
             trained = [place for place, label in enumerate(labels) if label != IGNORED]
             starts.append(trained[0] if trained else len(ids))
             rows.append(ids[: trained[-1] + 1] if trained else ids)
         start = min(*starts, in_common(*rows))
-        longest, room = max(map(len, rows)), self.rows.max_length
-        if longest > room and (self.rows.too_long != "cut" or start >= room):
-            return TokenPair(outcome=RowOutcome.LONG_ROW)
-        if rows[0][start:] == rows[1][start:]:
-            return TokenPair(
-                outcome=RowOutcome.BAD, problem=f"{row['place']}: chosen and rejected have the same tokens"
-            )
-        outcome = RowOutcome.CUT if longest > room else RowOutcome.KEPT
-        return TokenPair(rows[0][:start], rows[0][start:], rows[1][start:], outcome)
+        chosen, rejected = rows
+        is_long = max(map(len, rows)) > self.max_length
+        if is_long and (self.too_long != "cut" or start >= self.max_length):
+            yield {"outcome": RowOutcome.LONG_ROW}
+        elif chosen[start:] == rejected[start:]:
+            problem = f"{row['place']}: chosen and rejected have the same tokens"
+            yield {"outcome": RowOutcome.BAD, "problem": problem}
+        else:
+            pair = {"prompt_ids": chosen[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
+            yield {**pair, "outcome": RowOutcome.CUT if is_long else RowOutcome.KEPT}
 
 
 def encode_pairs(
@@ -422,15 +396,8 @@ def encode_pairs(
         >>> encode_pairs(rows, ByT5Tokenizer(), PromptFormat("text"), max_length=20).dataset[0]
         {'prompt_ids': [53, 46, 54, 64], 'chosen_ids': [56, 1], 'rejected_ids': [57, 1]}
     """
-    if too_long not in (None, *TOO_LONG):
-        raise ValueError(f"too_long must be one of {', '.join(TOO_LONG)}, got {too_long!r}")
-    job = _PairEncoder(RowEncoder(tokenizer, prompt, max_length, too_long))
-    rows, outcomes = encoded_rows(dataset, job, IDS, skip_bad_rows, processes)
-    if not len(rows):
-        raise ValueError(
-            f"none of {len(dataset)} pairs can be used: {outcomes[RowOutcome.LONG_ROW]} are longer than max_length "
-            f"{max_length}, {outcomes[RowOutcome.BAD]} are wrong; raise max_length, or shorten the data"
-        )
+    job = PairEncoder(tokenizer, prompt, max_length, too_long, columns=IDS)
+    rows, outcomes = encoded_rows(dataset, job, skip_bad_rows, processes)
     means = (f"{sum(map(len, rows[name])) / len(rows):,.0f}" for name in IDS)
     summary = "{}: {} tokens of prompt, {} of the chosen answer and {} of the rejected one in the mean".format(
         f"{len(rows):,} pair{'s' * (len(rows) != 1)}", *means

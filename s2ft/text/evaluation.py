@@ -274,23 +274,7 @@ def evaluate(
 # ---- an adapter beside its base ------------------------------------------------------------------------
 
 WIDTH = 100  # characters of a text in a line
-
-
-@dataclass(frozen=True)
-class Sample:
-    """A prompt, and what is answered to it.
-
-    Attributes:
-        prompt: The end of the prompt, as text.
-        right: The answer of the data.
-        base: The base's answer; None without an adapter.
-        tuned: The adapter's answer.
-    """
-
-    prompt: str
-    right: str
-    base: str | None
-    tuned: str
+SAMPLE = ("prompt", "right", "base", "tuned")
 
 
 @dataclass(frozen=True)
@@ -301,13 +285,14 @@ class Comparison:
         rows: Number of rows whose loss was computed.
         loss_before: Loss of the base on the answers of these rows, in nats a token; None without an adapter.
         loss_after: Loss with the adapter.
-        samples: Answers of both, of some of the rows.
+        samples: For some of the rows the `prompt` as text, and the answers: `right` is that of the data, `base` that
+            of the base or None without an adapter, `tuned` that of the adapter.
     """
 
     rows: int
     loss_before: float | None
     loss_after: float
-    samples: tuple[Sample, ...] = ()
+    samples: tuple[dict[str, str | None], ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """The comparison as values that JSON can hold."""
@@ -320,11 +305,11 @@ class Comparison:
             word = "lower" if self.loss_after < self.loss_before else "NOT lower"
             lines = [f"loss on {self.rows} rows: {self.loss_before:.4f} before, {self.loss_after:.4f} after ({word})"]
         for one in self.samples:
-            lines += answer_lines(one.prompt, {"right": one.right, "base": one.base, "tuned": one.tuned})
+            lines += answer_lines(**one)
         return "\n".join(lines)
 
 
-def answer_lines(prompt: str, answers: Mapping[str, str | None]) -> list[str]:
+def answer_lines(prompt: str, **answers: str | None) -> list[str]:
     """Return a prompt and the answers to it as lines of text.
 
     Args:
@@ -376,7 +361,7 @@ def compare(
     labels = [list(row["labels"])[len(prompt) :] for row, prompt in zip(answered, prompts)]
     right = [list(takewhile(lambda label: label != IGNORED, answer)) for answer in labels]  # up to the next question
     texts = zip(_texts(tokenizer, prompts), _texts(tokenizer, right), base, tuned)
-    return Comparison(len(drawn), before, after, tuple(Sample(*each) for each in texts))
+    return Comparison(len(drawn), before, after, tuple(dict(zip(SAMPLE, each)) for each in texts))
 
 
 def _texts(tokenizer, rows: Sequence[Sequence[int]]) -> list[str]:
@@ -446,12 +431,9 @@ def right_answer(example: Any, task: str) -> str:
         if number is None:
             raise ValueError(f"{source!r} has no number, which task arithmetic needs")
         return repr(number) if example.answer is None else source
-    if example.answer is not None:
-        first_word("", answer := source.strip().lower())
-        return answer
-    found = re.search(rf"\b(?:{'|'.join(FAMILIES)})\b", example.output.lower())
+    found = re.search(rf"\b(?:{'|'.join(FAMILIES)})\b", source.lower())
     if found is None:
-        raise ValueError(f"{example.output!r} has no answer word, which task commonsense needs")
+        raise ValueError(f"{source!r} has no answer word, which task commonsense needs (true, answer1, ending1 …)")
     return found.group()
 
 

@@ -144,13 +144,10 @@ def contiguous_head(model) -> Iterator[None]:
         ...     model(input_ids, logits_to_keep=1).logits.shape
         torch.Size([2, 1, 96])
     """
-    hook = model.get_output_embeddings().register_forward_pre_hook(
+    with model.get_output_embeddings().register_forward_pre_hook(
         lambda module, inputs: (inputs[0].contiguous(), *inputs[1:])
-    )
-    try:
+    ):
         yield
-    finally:
-        hook.remove()
 
 
 # ---- the running batch: sequences that are generated together, with their keys and values ------------
@@ -203,13 +200,7 @@ class RunningBatch(Generic[R]):
         self.rows: list[R] = []
         self._cache: DynamicCache | None = None
         self._mask: Tensor | None = None  # [rows, columns], 1 for a token, 0 for padding
-        accepted = inspect.signature(model.forward).parameters
-        self._last_only = {"logits_to_keep": 1} if "logits_to_keep" in accepted else {}
-        self._positions = "position_ids" in accepted
-        self._cache_option = "cache" if "cache" in accepted else "past_key_values"  # the name in older models
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        self._accepted = inspect.signature(model.forward).parameters
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[R]) -> None:
@@ -246,9 +237,8 @@ class RunningBatch(Generic[R]):
             >>> batch.replace(first)
             >>> batch.replace(AnswerRow([5, 6, 7, *first.tokens, 8], Sampler()))  # the model runs two tokens
         """
-        if len(self.rows) > 1:
-            raise ValueError(f"the batch must have at most one row, it has {len(self.rows)}")
-        same = self._shared_with(row) if self.rows and not rows_interact(self.model.config) else 0
+        earlier = [token for one in self.rows for token in (*one.prompt, *one.tokens[:-1])]  # the last has no keys
+        same = 0 if rows_interact(self.model.config) else in_common(earlier, row.prompt[:-1])  # at least one is run
         if not same:
             self.clear()
             return self.admit([row])
@@ -259,13 +249,6 @@ class RunningBatch(Generic[R]):
         positions = torch.arange(same, len(row.prompt), device=self.model.device)[None]
         self.rows = [row]
         self._choose(self.rows, self._forward(self.rows, self._cache, rest, self._mask, positions))
-
-    def _shared_with(self, row: R) -> int:
-        """The number of tokens at the beginning of a row whose keys and values the batch has; at least one is run."""
-        if not bool(self._mask.all()):
-            return 0  # columns of padding, from a row that has left the batch
-        earlier = [*self.rows[0].prompt, *self.rows[0].tokens][: self._mask.shape[1]]
-        return in_common(earlier, row.prompt[:-1])
 
     @torch.inference_mode()
     def step(self) -> None:
@@ -303,15 +286,15 @@ class RunningBatch(Generic[R]):
         self, rows: Sequence[R], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
     ) -> Tensor:
         """Return the logits of the last position, [rows, vocabulary] float32."""
-        positions = {"position_ids": position_ids} if self._positions else {}
+        name = "cache" if "cache" in self._accepted else "past_key_values"  # the name in older models
+        options = {"position_ids": position_ids, "logits_to_keep": 1}  # some models take only one of them, or none
         with self.mixing([row.adapter for row in rows]), contiguous_head(self.model):
             output = self.model(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
                 use_cache=True,
-                **positions,
-                **{self._cache_option: cache},
-                **self._last_only,
+                **{name: cache},
+                **{name: value for name, value in options.items() if name in self._accepted},
             )
         return output.logits[:, -1].float()
 
@@ -398,9 +381,7 @@ class TextStream:
         """Return the text that can be shown after a token."""
         self._window.append(token)
         text = self._decode()
-        complete = len(text)
-        while complete > max(0, len(text) - 3) and text[complete - 1] == BROKEN:  # the next token may complete it
-            complete -= 1
+        complete = max(len(text.rstrip(BROKEN)), len(text) - 3)  # the next token may complete a character
         new = text[self._sent : complete]
         self._sent = max(self._sent, complete)
         if complete == len(text) and len(self._window) > WINDOW:
@@ -476,11 +457,10 @@ class Sampler:
         repetition_penalty: float = 1.0,
     ) -> None:
         self.greedy, self.plain = temperature < GREEDY, repetition_penalty == 1
-        self._penalty = None if self.plain else RepetitionPenaltyLogitsProcessor(float(repetition_penalty))
-        self._generator, self._warpers = None, []
+        self._changes: list = [] if self.plain else [RepetitionPenaltyLogitsProcessor(float(repetition_penalty))]
         if not self.greedy:
             self._generator = torch.Generator().manual_seed(secrets.randbits(63) if seed is None else seed)
-            self._warpers = [
+            self._changes += [
                 TemperatureLogitsWarper(float(temperature)),
                 *([TopKLogitsWarper(top_k)] if top_k > 0 else []),
                 *([TopPLogitsWarper(float(top_p))] if top_p < 1 else []),
@@ -504,12 +484,10 @@ class Sampler:
         if self.greedy and self.plain:
             return int(logits.argmax())
         scores, seen = logits.detach().cpu().double()[None], torch.tensor([[*prompt, *tokens]], dtype=torch.int64)
-        if self._penalty is not None and seen.numel():
-            scores = self._penalty(seen, scores)
+        for change in self._changes:
+            scores = change(seen, scores)
         if self.greedy:
             return int(scores.argmax())
-        for warper in self._warpers:
-            scores = warper(seen, scores)
         up_to = scores[0].softmax(0).cumsum(0)
         drawn = torch.rand((), generator=self._generator, dtype=torch.float64) * up_to[-1]
         last = int(torch.searchsorted(up_to, up_to[-1]))  # the last token that was not left out

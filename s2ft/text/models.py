@@ -81,16 +81,16 @@ def load_model(
         if quantization is not None:
             raise ValueError(f"{name} is a GGUF file, which can't be quantized again: give the checkpoint's folder")
         dtype = "float32" if dtype == "auto" else dtype
+        # Plain weights, where transformers would keep GGUF blocks if it has kernels for them; 5.0 always unpacks.
+        kind = getattr(transformers, "GgufConfig", None)
+        quantization = kind and kind(dequantize=True)
+    elif keep_packed:
+        raise ValueError(f"keep_packed is for a GGUF file, and {name} is none")
     options = {**options, **_remote(revision, trust_remote_code)}
     _check_hub(name, source, options.get("revision"))
-    if is_gguf:  # plain weights, where transformers would keep GGUF blocks if it has kernels for them
-        kind = getattr(transformers, "GgufConfig", None)  # transformers 5.0 always unpacks
-        quantization = kind and kind(dequantize=True)
     wanted = {**options, "dtype": dtype, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
-    if keep_packed and not is_gguf:
-        raise ValueError(f"keep_packed is for a GGUF file, and {name} is none")
     with _parsed_once() if is_gguf else nullcontext():
         tokenizer = _from_pretrained(transformers.AutoTokenizer, "a tokenizer", name, source, options)
         config = None if is_gguf else _from_pretrained(transformers.AutoConfig, MODEL, name, source, options)
@@ -105,8 +105,7 @@ def load_model(
     if is_gguf or is_compressed:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
-        if hasattr(model.config, "quantization_config"):
-            del model.config.quantization_config
+        model.config.__dict__.pop("quantization_config", None)
         model.config._name_or_path = model.name_or_path = name
     return model.eval(), tokenizer
 

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 FORMS = ("chat", "text")
-BUILT_IN = {"alpaca": alpaca_template}  # names that --chat-template takes beside files and template text
 PROBE = (
     {"role": "user", "content": "first question"},
     {"role": "assistant", "content": "first answer"},
@@ -150,9 +149,8 @@ def prompt_format(
         {%- set system = messages | selectattr('
     """
     if form != "chat":
-        if chat_template is not None or system is not None:
-            option = "chat_template" if chat_template is not None else "system"
-            raise ValueError(f"{option} has no effect on plain text: give form='chat', or leave {option} out")
+        way_out = "has no effect on plain text: give form='chat', or leave it out"
+        refuse((chat_template is not None, f"chat_template {way_out}"), (system is not None, f"system {way_out}"))
         return PromptFormat(form)
     template = template_of(tokenizer) if chat_template is None else _read_template(tokenizer, chat_template)
     given = "(given as text)" if "{" in str(chat_template) else chat_template
@@ -227,25 +225,20 @@ def with_columns(rows, prompt: PromptFormat):
     return rows.map(
         spread,
         remove_columns=rows.column_names,
-        features=Features({name: ExactJson() for name in ("prompt", *names)}),
+        features=Features({name: ExactJson("string") for name in ("prompt", *names)}),
         new_fingerprint=secrets.token_hex(8),
     )
 
 
 def _read_template(tokenizer, chat_template: str | Path) -> str:
     text = str(chat_template)
-    if text in BUILT_IN:
-        return BUILT_IN[text](tokenizer)
+    if text == "alpaca":
+        return alpaca_template(tokenizer)
     if "{{" in text or "{%" in text:
         return text
     path = Path(text).expanduser()
-    if path.is_dir() and (path / "chat_template.jinja").is_file():
-        path = path / "chat_template.jinja"
     if not path.is_file():
-        raise FileNotFoundError(
-            f"chat_template {text} is no file, no template text, and no name of a built-in template "
-            f"({', '.join(BUILT_IN)})"
-        )
+        raise FileNotFoundError(f"chat_template {text} is no file, no template text, and not the name alpaca")
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -313,21 +306,15 @@ def encode_prompt(
         >>> encode_prompt(tokenizer, [{"role": "user", "content": "2+3="}])
         [53, 46, 54, 64]
     """
-    ((ids, _),) = encode_rendered(tokenizer, [rendered_prompt(tokenizer, conversation, tools)])
-    return ids
-
-
-def rendered_prompt(tokenizer, conversation: Conversation | str, tools: list | None = None) -> Rendered:
-    """Return a prompt as text, with the positions where the answers in it begin."""
     text = prompt_text(tokenizer, conversation, tools)
     if isinstance(conversation, str):
-        return Rendered(text, begin=tuple(begin_ids(tokenizer)))
-    earlier = [
-        prompt_text(tokenizer, conversation[:number], tools)
-        for number, message in enumerate(conversation)
-        if number and message["role"] == "assistant"
-    ]
-    return Rendered(text, tuple(len(prompt) for prompt in earlier if text.startswith(prompt)))
+        rendered = Rendered(text, begin=tuple(begin_ids(tokenizer)))
+    else:
+        answers = (n for n, message in enumerate(conversation) if n and message["role"] == "assistant")
+        earlier = [prompt_text(tokenizer, conversation[:number], tools) for number in answers]
+        rendered = Rendered(text, tuple(len(prompt) for prompt in earlier if text.startswith(prompt)))
+    ((ids, _),) = encode_rendered(tokenizer, [rendered])
+    return ids
 
 
 def end_ids(tokenizer, generation_config=None) -> list[int]:

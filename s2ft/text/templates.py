@@ -5,6 +5,7 @@ such as those of the tests. Where there are marks, the masks are TRL's, to the t
 """
 
 import copy
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from s2ft.files.plain_text import first_line
-from s2ft.packages import is_installed
 from s2ft.selection.batches import IGNORED
 
 PREAMBLE = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -117,16 +117,15 @@ def as_template_takes(tokenizer, messages: Conversation, template: str) -> list[
 
     Templates of models that take images are often of the second kind.
     """
-    if template not in _TAKES_PARTS:
-        _TAKES_PARTS[template] = not _keeps_text(tokenizer, template, "text of a message") and _keeps_text(
-            tokenizer, template, [{"type": "text", "text": "text of a message"}]
-        )
-    if not _TAKES_PARTS[template]:
+    if not _takes_parts(tokenizer, template):
         return [dict(message) for message in messages]
     return [{**message, "content": [{"type": "text", "text": plain_text(message)}]} for message in messages]
 
 
-_TAKES_PARTS: dict[str, bool] = {}
+@functools.lru_cache(64)  # it is asked for every text
+def _takes_parts(tokenizer, template: str) -> bool:
+    parts = [{"type": "text", "text": "text of a message"}]
+    return not _keeps_text(tokenizer, template, "text of a message") and _keeps_text(tokenizer, template, parts)
 
 
 def _keeps_text(tokenizer, template: str, content: Any) -> bool:
@@ -138,28 +137,18 @@ def _keeps_text(tokenizer, template: str, content: Any) -> bool:
         return False
 
 
+@functools.lru_cache(64)  # TRL renders chats to compare them
 def marked_template(tokenizer, template: str) -> str | None:
     """Return a template that marks the assistant's text: this one, or TRL's version of it. None if there is none."""
     if MARKED.search(template):
         return template
-    if template not in _MARKED:
-        _MARKED[template] = _trl_version(tokenizer, template)
-    return _MARKED[template]
-
-
-_MARKED: dict[str, str | None] = {}
-
-
-def _trl_version(tokenizer, template: str) -> str | None:
-    if not is_installed("trl"):
-        return None
-    from trl.chat_template_utils import get_training_chat_template
-
     holder = copy.copy(tokenizer)
     holder.chat_template = template
     try:
+        from trl.chat_template_utils import get_training_chat_template
+
         return get_training_chat_template(holder)
-    except Exception:  # TRL does not know the template, or the template fails on TRL's own messages
+    except Exception:  # TRL is not installed or does not know the template, or it fails on TRL's own messages
         return None
 
 
@@ -327,17 +316,13 @@ def encode_rendered(tokenizer, rendered: Sequence[Rendered]) -> list[tuple[list[
     for one in rendered:
         prompts = ids[at + 1 : at + 1 + len(one.prompts)]
         if any(ids[at][: len(prompt)] != prompt for prompt in prompts):
-            rows.append(_encode_in_parts(tokenizer, one))
+            row, labels = _encode_in_parts(tokenizer, one)
         else:
-            offsets = encoded["offset_mapping"][at] if fast else None
-            labels = _labels_by_prefixes(tokenizer, one, ids[at]) if offsets is None else _labels(one, ids[at], offsets)
-            rows.append(_after_begin(one, ids[at], labels))
+            row, offsets = ids[at], encoded["offset_mapping"][at] if fast else None
+            labels = _labels_by_prefixes(tokenizer, one, row) if offsets is None else _labels(one, row, offsets)
+        rows.append(([*one.begin, *row], [IGNORED] * len(one.begin) + labels))
         at += 1 + len(one.prompts)
     return rows
-
-
-def _after_begin(one: Rendered, ids: list[int], labels: list[int]) -> tuple[list[int], list[int]]:
-    return [*one.begin, *ids], [IGNORED] * len(one.begin) + labels
 
 
 def _labels(one: Rendered, ids: list[int], offsets: Sequence[tuple[int, int]]) -> list[int]:
@@ -366,7 +351,7 @@ def _encode_in_parts(tokenizer, one: Rendered) -> tuple[list[int], list[int]]:
         if whole[: len(head)] != head:
             cuts.append(prompt)
     whole = _encode_parts(tokenizer, one.text, cuts)
-    return _after_begin(one, whole, _labels_by_prefixes(tokenizer, one, whole, cuts))
+    return whole, _labels_by_prefixes(tokenizer, one, whole, cuts)
 
 
 def _encode_parts(tokenizer, text: str, cuts: Sequence[int]) -> list[int]:

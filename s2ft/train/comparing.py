@@ -264,7 +264,7 @@ def report(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str:
         answers = {method: one["samples"][number] for method, one in best.items()}
         base = next((answer["base"] for answer in answers.values() if answer["base"] is not None), None)
         tuned = {names[method]: answer["tuned"] for method, answer in answers.items()}
-        text += answer_lines(asked["prompt"], {"right": asked["right"], "base": base, **tuned})
+        text += answer_lines(asked["prompt"], right=asked["right"], base=base, **tuned)
     return "\n".join(text)
 
 

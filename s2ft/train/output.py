@@ -427,8 +427,8 @@ def report_page(
         figure.savefig(image, format="svg", transparent=True)
         parts.append(image.getvalue()[image.getvalue().index("<svg") :])  # without the head of a file
     for one in comparison.samples if comparison is not None else ():
-        rows = {"right": one.right, "base": one.base, "tuned": one.tuned}
-        parts.append(f"<h2>{escape(one.prompt[-300:])}</h2>{_html_table(rows)}")
+        rows = {name: one[name] for name in ("right", "base", "tuned")}
+        parts.append(f"<h2>{escape(one['prompt'][-300:])}</h2>{_html_table(rows)}")
     parts.append(f"<h2>Next</h2><pre>{escape(chr(10).join(commands))}</pre>")
     versions = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
     machine = f"{platform.machine()}, Python {platform.python_version()}, {versions}"

@@ -89,10 +89,10 @@ def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsy
     assert tokenizer.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True) == PROMPT
     own = [{"role": "system", "content": "No."}, *ASK]
     assert tokenizer.apply_chat_template(own, tokenize=False).startswith("<|endoftext|>system\nNo.<|im_end|>")
-    assert "has the system prompt of the training as its default" in caplog.text
+    assert "with its system prompt as the default" in caplog.text
     s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")  # vLLM reads the template there
     template, tokenizer = (tmp_path / "lora/chat_template.jinja").read_text(), load_model(str(base))[1]
-    assert ("not the base's own" if tokenizer.chat_template else "the base has no chat template") in caplog.text
+    assert "the chat template is the one that" in caplog.text
     text = tokenizer.apply_chat_template(ASK, chat_template=template, tokenize=False, add_generation_prompt=True)
     assert text == PROMPT
 

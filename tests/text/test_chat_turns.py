@@ -48,7 +48,7 @@ def test_the_oldest_turns_are_dropped_when_the_context_is_full():
     for number in range(8):
         text = f"question {number}"
         ask(chat, text)
-        dropped.append(chat.last.dropped)
+        dropped.append(chat.dropped)
         kept = [*chat.messages[dropped[-1] : -2], {"role": "user", "content": text}]
         assert chat.messages[-1]["content"] == text_from_scratch(kept, 12)
     assert dropped[0] == 0 < dropped[-1] and dropped == sorted(dropped) and len(chat.messages) == 16
@@ -67,7 +67,7 @@ def test_an_answer_that_ends_early_is_kept_and_the_chat_goes_on():
     written = "".join(next(answer) for _ in range(6))
     answer.close()
     assert [message["role"] for message in chat.messages] == ["user", "assistant"]
-    assert chat.messages[-1]["content"] == written and not chat.last.cut
+    assert chat.messages[-1]["content"] == written and not chat.cut
     assert ask(chat, "on") == text_from_scratch([*chat.messages, {"role": "user", "content": "on"}], 12)
 
 

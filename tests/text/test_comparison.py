@@ -24,9 +24,9 @@ def test_loss_and_answers_are_those_of_the_base_and_of_the_adapter():
     randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5)), std=0.3)
     found = compare(model, tiny_tokenizer(), rows, samples=2, max_new_tokens=5)
     assert found.rows == 6 and [found.loss_before, found.loss_after] == pytest.approx([before, mean_loss(model, rows)])
-    assert [one.prompt for one in found.samples] == [row["instruction"] for row in sums(2)]
-    assert [one.right for one in found.samples] == [row["output"] for row in sums(2)]
-    assert any(one.base != one.tuned for one in found.samples)
+    assert [one["prompt"] for one in found.samples] == [row["instruction"] for row in sums(2)]
+    assert [one["right"] for one in found.samples] == [row["output"] for row in sums(2)]
+    assert any(one["base"] != one["tuned"] for one in found.samples)
     text = str(found)
     assert f"loss on 6 rows: {before:.4f} before, {found.loss_after:.4f} after (NOT lower)" in text
     assert "base:" in text and "tuned:" in text

@@ -101,15 +101,12 @@ def calling(**arguments):
 
 
 def test_values_in_tool_calls_are_exact_and_their_own(tmp_path):
-    arguments = {"a": 0.1234567890123456, "b": 2**63, "c": "\u2028 \x00 é", "d": None, "e": 1e-320, "f": "5"}
+    arguments = {"a": 0.1234567890123456, "b": 2**70, "c": "\u2028 \x00 é", "d": None, "e": 1e-320, "f": "5"}
     expected = [arguments, {"g": [2.5]}, arguments]
     rows = load(write_jsonl(tmp_path / "a.jsonl", [calling(**one) for one in expected]))
     for part in (rows, rows.select([2, 1, 0]), rows.train_test_split(1, seed=0)["train"]):
         found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in part]
         assert arguments in found and all(one in expected for one in found)
-    big = write_jsonl(tmp_path / "b.jsonl", [calling(a=2**70)])
-    with pytest.raises(ValueError, match="line 1: a whole number has more than 64 bits"):
-        load(big)
 
 
 def test_limit_counts_over_all_files(tmp_path):
@@ -212,7 +209,6 @@ BAD_FILES = {  # content, and words of the message
     "cut.jsonl.gz": (gzip.compress(lines().encode(), mtime=0)[:40], "can't be read"),
     "a.txt": (b"plain", "plain text: write JSON lines"),
     "a.xlsx": (b"PK\x03\x04\xc0", "a spreadsheet: save it as CSV"),
-    "long.csv.gz": (gzip.compress(b"question,answer\n1,2\n" + b"3," * 2**25 + b"4", 1), "line 3 has more than 64 MiB"),
     "no-header.csv": (b"What is 1?,one\nWhat is 2?,two\n", "What is 1.*first line"),
     "control.jsonl": (b'{"question": "a\x01b", "answer": "c"}', "control character .character 16"),
 }
@@ -231,11 +227,10 @@ def test_the_semicolons_of_a_spreadsheet_divide_its_fields(tmp_path):
     assert load(tmp_path / "a.csv")[0]["messages"][1]["content"] == "3,5"
 
 
-def test_what_is_read_as_a_word_or_left_out_is_said(tmp_path, caplog):
-    (tmp_path / "a.csv").write_text("question,answer,note\n1,NaN,a\n2,3,b\n")
+def test_a_file_that_is_left_out_is_said(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("question,answer\n1,NaN\n2,3\n")
     (tmp_path / "b.xlsx").write_bytes(b"PK")
-    assert len(load(tmp_path)) == 2
-    assert "'answer' say NaN" in caplog.text and "b.xlsx" in caplog.text and "note" not in caplog.text
+    assert len(load(tmp_path)) == 2 and "b.xlsx" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -159,5 +159,5 @@ def test_long_pairs_are_left_out_or_cut(tmp_path):
     how = dict(tokenizer=tokenizer, prompt=prompt_format(tokenizer))
     assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long row left out")
     assert len(encode_pairs(rows, max_length=100, too_long="cut", **how).dataset) == 2
-    with pytest.raises(ValueError, match="none of 2 pairs .*: 2 are longer.*max_length 20"):
+    with pytest.raises(ValueError, match="none of 2 rows fits.* 2 with a prompt and an answer"):
         encode_pairs(rows, max_length=20, **how)

@@ -69,13 +69,6 @@ def test_a_row_that_replaces_another_gets_the_tokens_that_it_gets_alone(kept, re
     assert ran[0] == len(row.prompt) - min(kept, 14, len(row.prompt) - 1)  # the last token had no keys yet
 
 
-def test_a_row_never_replaces_several():
-    batch = RunningBatch(tiny_model())
-    batch.admit([greedy_row([5]), greedy_row([6])])
-    with pytest.raises(ValueError, match="at most one row, it has 2"):
-        batch.replace(greedy_row([7]))
-
-
 def test_an_error_while_joining_does_not_change_the_batch(folder):
     model = tiny_model(**UNTIED)
     batch = RunningBatch(model, AdapterBank(model, folder).batch)

@@ -120,7 +120,7 @@ def test_letters_of_aqua(answer):
         ({"output": "no"}, "arithmetic", "no number"),
         ({"output": "5", "answer": "F"}, "arithmetic", "'F' has no number"),
         ({"output": "no"}, "commonsense", "no answer word"),
-        ({"output": "true", "answer": "yes"}, "commonsense", "'yes' is not"),
+        ({"output": "true", "answer": "yes"}, "commonsense", "'yes' has no answer word"),
         ({"output": "5"}, "algebra", "task .*arithmetic"),
     ],
 )

@@ -87,12 +87,10 @@ def question_of(row: Row, name: str) -> list[dict[str, Any]]:
 def text(row: Row, name: str, may_be_empty: bool = False) -> str:
     """Return a field that must be text. A number is converted to text."""
     value = row[name]
-    if isinstance(value, bool):
-        value = str(value).lower()
-    elif isinstance(value, (int, float)):
-        if not math.isfinite(value):
-            raise BadRow(f"field {name!r} must be text, got the number {value}")
-        value = str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise BadRow(f"field {name!r} must be text, got the number {value}")
+    if isinstance(value, (bool, int, float)):
+        value = json.dumps(value)
     if not isinstance(value, str):
         raise BadRow(f"field {name!r} must be text, got {type(value).__name__}")
     if not value.strip() and not may_be_empty:
@@ -120,19 +118,17 @@ def _conversation(field: str, row: Row, _scored: bool) -> dict[str, Any]:
 
 
 def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
-    kinds = [isinstance(row[name], str) for name in ("prompt", "completion")]
-    if kinds[0] != kinds[1] and all(isinstance(row[name], (str, list)) for name in ("prompt", "completion")):
+    if {type(row["prompt"]), type(row["completion"])} == {str, list}:
         raise BadRow("fields 'prompt' and 'completion' must both be text or both be lists of messages")
     if not isinstance(row["prompt"], list):
         return {"prompt": text(row, "prompt", may_be_empty=True), "completion": _answer(row, "completion", scored)}
     prompt, completion = (read_messages(row[name], name) for name in ("prompt", "completion"))
-    if not prompt or not completion:
-        raise BadRow(f"field {'prompt' if not prompt else 'completion'!r} has no messages")
-    check_chat([*prompt, *completion], "completion")
-    last = last_answer(completion)
-    if last < 0:
+    if not prompt:
+        raise BadRow("field 'prompt' has no messages")
+    answers = check_chat([*prompt, *completion], "completion")[len(prompt) :]
+    if not answers:
         raise BadRow("field 'completion' has no message of the assistant")
-    return {"prompt": prompt, "completion": completion[: last + 1]}
+    return {"prompt": prompt, "completion": answers}
 
 
 def _answered(question: str, answer: str, row: Row, scored: bool) -> dict[str, Any]:
@@ -195,7 +191,9 @@ def normalised(row: object, renamed: Mapping[str, str], scored: bool = False) ->
         raise BadRow(_why_no_form(found, present))
     result = FORMS[fitting[0]](found, scored)
     if fitting[0] != ("question", "answer") and "answer" in present:
-        result["answer"] = _short_answer(found["answer"])
+        answer = found["answer"]  # AQuA's is a list of one letter
+        short = answer[0] if isinstance(answer, list) and len(answer) == 1 else answer
+        result["answer"] = text({"answer": short}, "answer", may_be_empty=True)
     if found.get("tools"):
         result["tools"] = tools_of(found)
     return result
@@ -211,14 +209,6 @@ def _why_no_form(row: Row, present: set[str]) -> str:
             how = "is null" if missing[0] in row else "is missing"
             return f"field {missing[0]!r} {how}{options}; it has {listed(row)}"
     return f"needs {KNOWN}; it has {listed(row)}; --field OURS=THEIRS maps other names"
-
-
-def _short_answer(value: object) -> str:
-    if isinstance(value, list) and len(value) == 1:
-        value = value[0]
-    if not isinstance(value, (str, bool, int, float)):
-        raise BadRow(f"field 'answer' must be text or a number, got {type(value).__name__}")
-    return text({"answer": value}, "answer", may_be_empty=True)
 
 
 def tools_of(row: Row) -> list:

@@ -1,6 +1,7 @@
 """Load normalised rows: read sources, convert their rows, and report the rows that cannot be used."""
 
 import itertools
+import json
 import logging
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,6 @@ if TYPE_CHECKING:  # only the commands that read data import datasets
 logger = logging.getLogger(__name__)
 
 SHOWN = 3  # bad rows that a message shows
-SKIP = "--skip-bad-rows"
 FEW = 1000  # rows that are read from a file at once
 
 
@@ -29,23 +29,17 @@ class Shape:
     """What the normalised rows of a kind of training have.
 
     Attributes:
-        columns: Names of the columns. Each shape has "place", the file and the row.
-        as_json: Columns that can hold any value. The others hold text.
+        columns: Names of the columns, which can hold any value. Each shape has "place", the file and the row.
         normalise: Function that converts a row: of the row, our names of its fields, and whether it is for evaluation.
     """
 
     columns: tuple[str, ...]
-    as_json: tuple[str, ...]
     normalise: Callable[[object, Mapping[str, str], bool], dict[str, Any]]
 
 
-EXAMPLES = Shape(
-    ("messages", "prompt", "completion", "text", "answer", "tools", "place"),
-    ("messages", "prompt", "completion", "tools"),
-    normalised,
-)
-PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), ("prompt", "chosen", "rejected", "tools"), pair)
-PROMPTS = Shape(("prompt", "columns", "place"), ("prompt", "columns"), scored_prompt)
+EXAMPLES = Shape(("messages", "prompt", "completion", "text", "answer", "tools", "place"), normalised)
+PAIRS = Shape(("prompt", "chosen", "rejected", "tools", "place"), pair)
+PROMPTS = Shape(("prompt", "columns", "place"), scored_prompt)
 
 
 def load_rows(
@@ -169,15 +163,15 @@ def _fractions(entries: Sequence[dict[str, Any]]) -> list[float] | None:
 
 def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scored: bool, shape: Shape):
     """Write the normalised rows of one entry to a temporary file and open it. The rows are never held in memory."""
-    from datasets import Dataset, Features, ReadInstruction, Value
+    from datasets import Dataset, Features, ReadInstruction
     from datasets.arrow_writer import ArrowWriter
 
     from s2ft.text.data.columns import ExactJson
 
     # Token rows are a second file: whether rows need a chat template is known when all are read, and rows are held
     # out, answered and shown as they are.
-    problems = Problems(options.skip_bad_rows)
-    features = Features({name: ExactJson() if name in shape.as_json else Value("string") for name in shape.columns})
+    problems: list[str] = []
+    features = Features({name: ExactJson("string") for name in shape.columns})
     path = str(scratch_folder() / f"{secrets.token_hex(8)}.arrow")
     is_local = entry["path"] in BUILDERS or "*" in entry["path"] or Path(entry["path"]).expanduser().exists()
     sliced = "[" in entry["split"] and is_local  # datasets takes the slice of a data set on the hub
@@ -187,7 +181,7 @@ def _stored(entry: dict[str, Any], options: DataOptions, limit: int | None, scor
         for row in itertools.islice(rows, None if sliced else limit):
             writer.write(row)
         count, _ = writer.finalize()
-    problems.check(count, entry["path"])
+    check_bad_rows(problems, count, options.skip_bad_rows, entry["path"])
     found = Dataset.from_file(path)
     found.info.features = features
     if not sliced:
@@ -208,65 +202,54 @@ def form_of(rows, options: DataOptions) -> str:
     if options.chat_template is not None or options.system_prompt is not None:
         return "chat"
     cells = rows.select_columns([name for name in ("messages", "prompt") if name in rows.column_names])
-    columns = [column for part in cells.with_format("arrow").iter(FEW) for column in part.columns]
-    chats = sum(str(value).startswith("[") for column in columns for value in column.to_pylist())  # a list as JSON
-    if 0 < chats < len(rows):
-        texts = len(rows) - chats
-        logger.info("%d of %d rows have no messages: their prompts become messages of the user", texts, len(rows))
-    return "chat" if chats else "text"
+    columns = (column for part in cells.with_format("arrow").iter(FEW) for column in part.columns)
+    has_chats = any(str(value).startswith("[") for column in columns for value in column.to_pylist())  # lists as JSON
+    return "chat" if has_chats else "text"
 
 
-class Problems:
-    """The rows of a data set that cannot be used.
+def check_bad_rows(problems: Sequence[str], good: int, skip: bool, name: str = "the data") -> None:
+    """Report the rows of a data set that cannot be used.
 
     Args:
+        problems: What is wrong with each of them.
+        good: Number of the other rows.
         skip: Whether they are left out. Otherwise they are an error.
+        name: The data set, for the message.
+
+    Raises:
+        ValueError: There are bad rows that must not be left out, or there is no good row.
     """
-
-    def __init__(self, skip: bool) -> None:
-        self.skip, self.count, self.shown = skip, 0, []
-
-    def add(self, problem: str) -> None:
-        """Count a bad row, and keep its description if it is among the first."""
-        self.count += 1
-        if len(self.shown) < SHOWN:
-            self.shown.append(problem)
-
-    def check(self, good: int, name: str = "the data") -> None:
-        """Raise ValueError if there are bad rows that must not be left out, or no good row."""
-        if not self.count and not good:
-            raise ValueError(f"{name} has no rows")
-        if not self.count:
-            return
-        of = f"{self.count} of {self.count + good} row{'s' * (self.count + good != 1)}"
-        listed = "".join(f"\n  {problem}" for problem in self.shown)
-        more = f"\n  and {self.count - len(self.shown)} more" if self.count > len(self.shown) else ""
-        if not good and name.endswith((".csv", ".tsv")):
-            more += "\nThe first line of such a file names its fields."
-        refuse(
-            (not self.skip, f"{of} can't be used; correct them, or leave them out with {SKIP}:{listed}{more}"),
-            (not good, f"none of {self.count} rows can be used:{listed}{more}"),
-        )
-        logger.warning("left out %s that can't be used:%s%s", of, listed, more)
+    bad = len(problems)
+    if not bad and not good:
+        raise ValueError(f"{name} has no rows")
+    if not bad:
+        return
+    of = f"{bad} of {bad + good} row{'s' * (bad + good != 1)}"
+    listed = "".join(f"\n  {problem}" for problem in problems[:SHOWN])
+    listed += f"\n  and {bad - SHOWN} more" if bad > SHOWN else ""
+    if not good and name.endswith((".csv", ".tsv")):
+        listed += "\nThe first line of such a file names its fields."
+    refuse(
+        (not skip, f"{of} can't be used; correct them, or leave them out with --skip-bad-rows:{listed}"),
+        (not good, f"none of {bad} rows can be used:{listed}"),
+    )
+    logger.warning("left out %s that can't be used:%s", of, listed)
 
 
 def _converted(
-    entry: dict[str, Any], options: DataOptions, scored: bool, problems: Problems, shape: Shape, streaming: bool
+    entry: dict[str, Any], options: DataOptions, scored: bool, problems: list[str], shape: Shape, streaming: bool
 ) -> Iterator[dict[str, Any]]:
     """Read the rows of an entry, and yield the good ones in their normalised form."""
-    from s2ft.text.data.columns import as_json
-
     renamed = options.renamed
-    arguments = {name: value for name, value in entry.items() if name != "fraction"}
+    arguments = {name: value for name, value in entry.items() if name not in ("fraction", "columns")}
     for place, row in read_rows(**arguments, streaming=streaming):
         try:
             if isinstance(row, BadRow):
                 raise row
+            if entry.get("columns") and isinstance(row, Mapping):
+                row = {name: value for name, value in row.items() if name in entry["columns"]}
             found = {**shape.normalise(row, renamed, scored), "place": place}
-            cells = {
-                name: as_json(found.get(name)) if name in shape.as_json else found.get(name) for name in shape.columns
-            }
         except BadRow as error:
-            problems.add(f"{place}: {error}")
-            continue
-        yield cells
+            problems.append(f"{place}: {error}" if len(problems) < SHOWN else "")  # there may be millions
+        else:
+            yield {name: json.dumps(found[name]) if name in found else None for name in shape.columns}

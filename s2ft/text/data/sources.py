@@ -33,7 +33,6 @@ KINDS = {  # endings of files, and what reads them
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
-LONGEST_LINE = 64 * 2**20  # bytes of a line of CSV
 INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
@@ -54,7 +53,6 @@ def read_rows(
     revision: str | None = None,
     data_dir: str | None = None,
     data_files: Any = None,
-    columns: list[str] | None = None,
     streaming: bool = False,
 ) -> Rows:
     """Find what a path or a name means, and read its rows, one after another.
@@ -66,7 +64,6 @@ def read_rows(
         revision: Branch, tag or commit on the hub.
         data_dir: Folder inside the data set.
         data_files: Files, as for datasets.load_dataset.
-        columns: Fields to keep.
         streaming: Whether a data set of the hub is read without storing it.
 
     Returns:
@@ -84,25 +81,17 @@ def read_rows(
         datasets.disable_progress_bars()
     local = Path(path).expanduser()
     if path in BUILDERS and data_files and not local.exists():
-        rows = _files(_listed(data_files, split, data_dir), path)
-    elif local.is_file():
-        rows = _files([local])
-    elif "*" in path and not local.exists():
-        rows = _files(_listed(path, split, data_dir))
-    elif local.is_dir():
-        rows = _folder(local / data_dir if data_dir else local, split, data_files)
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or _kind(Path(path)):
+        return _files(_listed(data_files, split, data_dir), path)
+    if local.is_file():
+        return _files([local])
+    if "*" in path and not local.exists():
+        return _files(_listed(path, split, data_dir))
+    if local.is_dir():
+        return _folder(local / data_dir if data_dir else local, split, data_files)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or "\\" in path or _kind(Path(path)):
         raise FileNotFoundError(f"data file {path} doesn't exist")
-    else:
-        options = {"split": split, "revision": revision, "data_dir": data_dir, "data_files": data_files}
-        rows = _hub(path, name, **options, streaming=streaming)
-    if not columns:
-        return rows
-    kept = set(columns)
-    return (
-        (place, {key: row[key] for key in row if key in kept} if isinstance(row, Mapping) else row)
-        for place, row in rows
-    )
+    options = {"split": split, "revision": revision, "data_dir": data_dir, "data_files": data_files}
+    return _hub(path, name, **options, streaming=streaming)
 
 
 def _numbered(name: object, rows: Iterable) -> Rows:
@@ -159,47 +148,19 @@ def _table(path: Path, kind: str) -> Rows:
 
     try:
         if kind in ("csv", "tsv"):
-            _check_lines(path)
             separator = "\t" if kind == "tsv" else ","
             options = {"dtype": str, "keep_default_na": False}
             names = pandas.read_csv(path, sep=separator, nrows=0, **options).columns
             if len(names) == 1 and ";" in names[0]:  # as spreadsheets save CSV where a comma is the decimal sign
                 separator = ";"
             parts = pandas.read_csv(path, chunksize=10_000, sep=separator, **options)
-            rows = (row for part in parts for row in _told_of_missing(path, part).to_dict("records"))
+            rows = (row for part in parts for row in part.to_dict("records"))
         else:
-            lock_files = str(scratch_folder())  # in place of the user's cache
-            how = {"split": "train", "streaming": True, "cache_dir": lock_files}
-            rows = datasets.load_dataset(kind, data_files=[str(path)], **how)
+            cache = str(scratch_folder())  # for files of locks, in place of the user's
+            rows = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
         yield from _numbered(path, rows)
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
-
-
-def _check_lines(path: Path) -> None:
-    """Find a line that no row needs, for which pandas would take several times its memory.
-
-    Raises:
-        ValueError: There is one.
-    """
-    import fsspec
-
-    length = number = 0
-    with fsspec.open(path, "rb", compression="infer") as file:
-        while block := file.read(2**20):
-            number += block.count(b"\n")
-            length = len(block) - block.rfind(b"\n") - 1 if b"\n" in block else length + len(block)
-            if length > LONGEST_LINE:
-                raise ValueError(f"line {number + 1} has more than {LONGEST_LINE >> 20} MiB: is a line break missing?")
-
-
-def _told_of_missing(path: Path, part: Any) -> Any:
-    """Return a part of a table. Warn of cells that a program wrote for a missing value and that are read as text."""
-    missing = part.isin(["NaN", "nan"]).any()
-    if missing.any():
-        names = ", ".join(map(repr, part.columns[missing]))
-        logger.warning("%s: cells of %s say NaN, and are read as this word: leave a missing cell empty", path, names)
-    return part
 
 
 def _reason(error: BaseException) -> str:
@@ -221,11 +182,9 @@ def _json(path: Path) -> Rows:
             first = next((line for line in file if line.strip()), "")
             if not first:
                 raise ValueError(f"{path} is empty")
+            is_lines = not first.lstrip().startswith("[") and not isinstance(_decoded(first), BadRow)
             file.seek(0)
-            if not first.lstrip().startswith("[") and not isinstance(_decoded(first), BadRow):
-                yield from _lines(path, file)
-                return
-            rows = _document(path, file.read())
+            rows = None if is_lines else _document(path, file.read())
             file.seek(0)
             yield from _lines(path, file) if rows is None else _numbered(path, rows)
     except UnicodeDecodeError as error:
@@ -267,8 +226,6 @@ def _document(path: Path, text: str) -> list | None:
         line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
         raise ValueError(f"{path}{line}: {_problem(error)}") from error
     rows = found if isinstance(found, list) else _rows_of_object(found)
-    if rows == []:
-        raise ValueError(f"{path} has no rows")
     return [found] if rows is None else rows
 
 
