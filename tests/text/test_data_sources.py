@@ -227,10 +227,11 @@ def test_the_semicolons_of_a_spreadsheet_divide_its_fields(tmp_path):
     assert load(tmp_path / "a.csv")[0]["messages"][1]["content"] == "3,5"
 
 
-def test_a_file_that_is_left_out_is_said(tmp_path, caplog):
-    (tmp_path / "a.csv").write_text("question,answer\n1,NaN\n2,3\n")
+def test_what_is_read_as_a_word_or_left_out_is_said(tmp_path, caplog):
+    (tmp_path / "a.csv").write_text("question,answer,note\n1,NaN,a\n2,3,b\n")
     (tmp_path / "b.xlsx").write_bytes(b"PK")
-    assert len(load(tmp_path)) == 2 and "b.xlsx" in caplog.text
+    assert len(load(tmp_path)) == 2
+    assert "'answer' say NaN" in caplog.text and "b.xlsx" in caplog.text and "note" not in caplog.text
 
 
 @pytest.mark.parametrize(

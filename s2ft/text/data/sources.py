@@ -154,13 +154,22 @@ def _table(path: Path, kind: str) -> Rows:
             if len(names) == 1 and ";" in names[0]:  # as spreadsheets save CSV where a comma is the decimal sign
                 separator = ";"
             parts = pandas.read_csv(path, chunksize=10_000, sep=separator, **options)
-            rows = (row for part in parts for row in part.to_dict("records"))
+            rows = (row for part in parts for row in _told_of_missing(path, part).to_dict("records"))
         else:
             cache = str(scratch_folder())  # for files of locks, in place of the user's
             rows = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
         yield from _numbered(path, rows)
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
+
+
+def _told_of_missing(path: Path, part: Any) -> Any:
+    """Return a part of a table. Warn of cells that a program wrote for a missing value and that are read as text."""
+    missing = part.isin(["NaN", "nan"]).any()
+    if missing.any():
+        names = ", ".join(map(repr, part.columns[missing]))
+        logger.warning("%s: cells of %s say NaN, and are read as this word: leave a missing cell empty", path, names)
+    return part
 
 
 def _reason(error: BaseException) -> str:
