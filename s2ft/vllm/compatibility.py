@@ -154,9 +154,7 @@ class _Waiting(MetaPathFinder):
         changes = self.changes.pop(fullname, None)
         if changes is None:
             return None
-        spec = find_spec(fullname)  # of the other finders
-        if spec is None or spec.loader is None:
-            return spec
+        spec: Any = find_spec(fullname)  # of the other finders; `when_imported` has found that there is one
         self.changes[fullname] = changes
         load = spec.loader.exec_module
 

@@ -32,6 +32,7 @@ import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
@@ -64,11 +65,15 @@ def install() -> None:
     Raises:
         MissingInVLLM: This release of vLLM lacks a module that is changed.
     """
-    when_imported(WORKER, FEATURE, _change_workers)
-    when_imported(EXECUTOR, FEATURE, _change_executors)
-    when_imported(OFFLINE, FEATURE, _change_offline_engine)
-    when_imported(SERVER, FEATURE, _change_server)
-    when_imported(REQUEST, FEATURE, _compare_numbers)
+    changes = {
+        WORKER: _change_workers,
+        EXECUTOR: _change_executors,
+        OFFLINE: _change_offline_engine,
+        SERVER: _change_server,
+        REQUEST: _compare_numbers,
+    }
+    for module, change in changes.items():
+        when_imported(module, FEATURE, change)
     guarded(ON_PROCESSORS, lambda: when_imported(PUNICA, ON_PROCESSORS, _leave_base_out))
 
 
@@ -277,11 +282,7 @@ def _change_server() -> None:
 
 
 def _compare_numbers() -> None:
-    request = private(REQUEST, "LoRARequest")
-
-    def key(one: Any) -> tuple[str, int]:
-        return one.lora_name, one.lora_int_id
-
+    request, key = private(REQUEST, "LoRARequest"), attrgetter("lora_name", "lora_int_id")
     request.__eq__ = lambda self, other: isinstance(other, request) and key(self) == key(other)
     request.__hash__ = lambda self: hash(key(self))
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import refuse
+from s2ft.files.plain_text import by_key
 from s2ft.model.checkpoint import Checkpoint, StoredWeights, open_checkpoint
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import (
@@ -40,7 +41,7 @@ from s2ft.model.registry import couplings_of
 from s2ft.model.weights import Delta
 from s2ft.vllm import layers
 from s2ft.vllm.compatibility import part_of, private
-from s2ft.vllm.layers import MERGED, Target, WrappedLayers, sizes
+from s2ft.vllm.layers import MERGED, Target, WrappedLayers
 from s2ft.vllm.slice_layer import encode
 
 logger = logging.getLogger("vllm.s2ft")
@@ -185,13 +186,12 @@ class ServedBase:
         names, read = files
         key = dtype, str(names)
         if key not in self._fingerprints:
-            weights = [pair for pairs in names.values() for pair in pairs]
+            weights = [(layer, *pair) for layer, pairs in names.items() for pair in pairs]
+            layers = {layer: LayerPrint() for layer in names}
             with ThreadPoolExecutor(min(THREADS, os.cpu_count() or 1)) as pool:
-                prints = pool.map(lambda pair: read_print(pair[0], read(pair[1])), weights)
-                layers = {layer: LayerPrint() for layer in names}
-                for layer, pairs in names.items():
-                    for _ in pairs:
-                        layers[layer].add(next(prints))
+                prints = pool.map(lambda weight: read_print(weight[1], read(weight[2])), weights)
+                for (layer, *_), one in zip(weights, prints):
+                    layers[layer].add(one)
             self._fingerprints[key] = {"dtype": dtype, "layers": {name: one.to_dict() for name, one in layers.items()}}
         return self._fingerprints[key]
 
@@ -254,21 +254,15 @@ Columns = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def live_columns(layer: nn.Module, target: Target, columns: Tensor) -> Columns | None:
+def live_columns(target: Target, columns: Tensor) -> Columns:
     """Read columns of a module of the checkpoint from the layer that computes it.
 
     Args:
-        layer: The layer, which vLLM has wrapped for LoRA.
-        target: Where the module lies in it.
+        target: The layer, which says its sizes.
         columns: Numbers of the columns, [k] int64.
-
-    Returns:
-        The columns; None for a layer that does not say its sizes.
     """
-    outputs, inputs = sizes(layer, target.slot)
-    if outputs is None or inputs is None:
-        return None
-    base, slot = part_of(layer, "base_layer"), target.slot
+    (outputs, inputs), layer, slot = target.sizes, target.layer, target.slot
+    base = part_of(layer, "base_layer")
     x = torch.zeros(columns.numel(), inputs)
     x[torch.arange(columns.numel()), columns] = 1
     rows, first = torch.arange(outputs)[:, None], 0
@@ -338,19 +332,14 @@ def _samples(targets: WrappedLayers, name: str) -> dict[int, float]:
     """The samples of a weight that this rank has, by their number in the fingerprint."""
     path, _, kind = name.rpartition(".")
     try:
-        target = targets.find(path) if kind == "weight" else None
+        target = targets.find(path)
     except ValueError:  # no layer for adapters
         return {}
-    if target is None or not target.is_here:
-        return {}
-    outputs, inputs = sizes(targets.layers[target.layer], target.slot)
-    if outputs is None or inputs is None:
+    outputs, inputs = target.sizes
+    if kind != "weight" or outputs is None or inputs is None:
         return {}
     positions = torch.arange(SAMPLES) * max(1, outputs * inputs // SAMPLES)
-    found = live_columns(targets.layers[target.layer], target, positions % inputs)
-    if found is None:
-        return {}
-    here, present, values = found
+    here, present, values = live_columns(target, positions % inputs)
     place = {int(row): n for n, row in enumerate(here)}
     rows = (positions // inputs).tolist()
     return {n: float(values[place[row], n]) for n, row in enumerate(rows) if row in place and present[n]}
@@ -368,14 +357,11 @@ def has_layout(targets: WrappedLayers, path: str, weight: Tensor) -> bool:
         weight: The checkpoint's weight, [outputs, inputs].
     """
     target = targets.find(path)
-    if not target.is_here:
+    if None in target.sizes:
         return True
     columns = torch.linspace(0, weight.shape[1] - 1, PROBES).long()
-    found = live_columns(targets.layers[target.layer], target, columns)
-    if found is None or not bool(found[1].any()):
-        return True
-    rows, present, values = found
-    return _close(weight[rows][:, columns].float()[:, present], values[:, present])
+    rows, present, values = live_columns(target, columns)
+    return not bool(present.any()) or _close(weight[rows][:, columns].float()[:, present], values[:, present])
 
 
 # ---- an adapter as a LoRA in memory --------------------------------------------------------------------
@@ -421,7 +407,6 @@ def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]
         )
     config, adapter_manager = part_of(manager, "lora_config"), part_of(manager, "_adapter_manager")
     locations, targets = base.structure(adapter).locations, WrappedLayers(adapter_manager)
-    by_path: dict[str, list[str]] = {}
     for name in adapter.deltas:
         location = locations[name]
         is_expert = location.expert is not None or "experts" in location.storage
@@ -430,19 +415,17 @@ def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]
             (is_expert, f"{name} is the weight of experts, which are not served as adapters: {MERGED}"),
             (not is_linear, f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}"),
         )
-        by_path.setdefault(location.path, []).append(name)
     found = {}
-    for path, names in by_path.items():
+    for path, names in by_key((locations[name].path, name) for name in adapter.deltas).items():
         target = targets.find(path)
         deltas = [adapter.deltas[name] for name in names]
         whole = _sizes_of(path, deltas, locations[names[0]])
-        if target.is_here:
-            served = sizes(targets.layers[target.layer], target.slot)
-            if any(other is not None and other != own for own, other in zip(whole, served)):
-                raise ValueError(
-                    f"it is of another base: {path} has {whole[0]} outputs and {whole[1]} inputs there, {served[0]} "
-                    f"and {served[1]} in the served model"
-                )
+        served = target.sizes
+        if any(other is not None and other != own for own, other in zip(whole, served)):
+            raise ValueError(
+                f"it is of another base: {path} has {whole[0]} outputs and {whole[1]} inputs there, {served[0]} "
+                f"and {served[1]} in the served model"
+            )
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled() and rank > config.max_lora_rank:
             units = sum(adapter.selection[name].numel() for name in names)

@@ -5,8 +5,6 @@ and go. The op reads nothing from the device: what decides about a kernel is in 
 into it. In a CUDA graph all decisions are left to the device, because the graph is replayed for other batches.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -89,7 +87,6 @@ class SliceBank:
             self.offsets.copy_(self.bounds, non_blocking=True)
 
 
-@dataclass
 class SlotBatch:
     """Which token has which slot, in buffers whose addresses never change.
 
@@ -102,13 +99,7 @@ class SlotBatch:
         many: Number of tokens from which on a slot has a group of its own.
     """
 
-    names: Tensor
-    order: Tensor
-    groups: Tensor
-    many: int
-
-    @classmethod
-    def of(cls, tokens: int, slots: int, device: torch.device | str = "cpu", many: int | None = None) -> "SlotBatch":
+    def __init__(self, tokens: int, slots: int, device: torch.device | str = "cpu", many: int | None = None) -> None:
         """Make the buffers.
 
         Args:
@@ -117,9 +108,10 @@ class SlotBatch:
             device: Where the buffers are.
             many: Number of tokens from which on a slot has a group of its own. Default: by the device.
         """
-        names = torch.full((tokens,), -1, device=device)
-        many = MANY.get(names.device.type, MANY["other"]) if many is None else many
-        return cls(names, torch.zeros_like(names), torch.zeros(slots + 1, 3, dtype=torch.int64), many)
+        self.names = torch.full((tokens,), -1, device=device)
+        self.order = torch.zeros_like(self.names)
+        self.groups = torch.zeros(slots + 1, 3, dtype=torch.int64)
+        self.many = MANY.get(self.names.device.type, MANY["other"]) if many is None else many
 
     def update(self, token_slots: np.ndarray) -> None:
         """Describe the next batch.
@@ -164,7 +156,7 @@ def add_slices_(y: Tensor, x: Tensor, bank: SliceBank, batch: SlotBatch) -> None
         >>> from s2ft.vllm.slice_bank import SliceBank, SlotBatch, add_slices_
         >>> bank = SliceBank(slots=1, capacity=4, width=2, dim=1)
         >>> bank.put(0, torch.tensor([2]), torch.tensor([[1.0, 10.0]]))
-        >>> batch = SlotBatch.of(tokens=8, slots=1)
+        >>> batch = SlotBatch(tokens=8, slots=1)
         >>> batch.update(np.array([0, -1]))
         >>> x, y = torch.arange(6.0).view(2, 3), torch.zeros(2, 2)
         >>> add_slices_(y, x, bank, batch)

@@ -168,10 +168,9 @@ class SliceLayer:
 
     def _sizes(self, dim: int) -> dict[str, tuple[int, int]]:
         """How many outputs or inputs each projection has, and how many on each rank."""
-        names, layer = getattr(self.base_layer, PARTS, ()), self.base_layer
-        if dim == 1:
-            return dict.fromkeys(names or (self._name(),), (layer.input_size, local_inputs(layer)))
-        found = [(piece.size, piece.local) for piece in pieces(layer, 0)]
+        names = getattr(self.base_layer, PARTS, ()) or (self._name(),)
+        found = [(piece.size, piece.local) for piece in pieces(self.base_layer, 0, dim)]
+        found *= len(names) if dim == 1 else 1
         if len(names) == len(found):
             return dict(zip(names, found))
         return {self._name(): (sum(size for size, _ in found), sum(local for _, local in found))}
@@ -199,16 +198,14 @@ class SliceLayer:
             ValueError: The slices do not fit the layer.
         """
         self._check(parts)
-        found = {0: 0, 1: 0}
+        slices = [(number, *decode(part[0])) for number, part in enumerate(parts) if part is not None]
+        most = {0: 0, 1: 0}
         for rank in range(1 if is_replicated(self.base_layer) else self.tp_size):
-            counts = {0: 0, 1: 0}
-            places = [self._places(dim, len(parts), rank) for dim in (0, 1)]
-            for number, part in enumerate(parts):
-                if part is not None:
-                    dim, index = decode(part[0])
-                    counts[dim] += int((places[dim][number][index] >= 0).sum())
-            found = {dim: max(count, found[dim]) for dim, count in counts.items()}
-        return {dim: count for dim, count in found.items() if count}
+            for dim in most:
+                places = self._places(dim, len(parts), rank)
+                here = (int((places[number][index] >= 0).sum()) for number, one, index in slices if one == dim)
+                most[dim] = max(most[dim], sum(here))
+        return {dim: count for dim, count in most.items() if count}
 
     def _check(self, parts: Sequence[Part]) -> None:
         sizes = [piece.size for piece in pieces(self.base_layer, 0)]
@@ -297,7 +294,7 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
     if found is not None:
         return found
     tokens = part_of(punica_wrapper, "_token_lora_indices")
-    batch = SlotBatch.of(tokens.numel(), slots, tokens.device)
+    batch = SlotBatch(tokens.numel(), slots, tokens.device)
     update = punica_wrapper.update_metadata
 
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:
@@ -317,12 +314,12 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
 
 @dataclass(frozen=True)
 class FusedPiece:
-    """A projection that is fused in a layer, or the layer's only one.
+    """The outputs of a projection that is fused in a layer or is the layer's only one, or the inputs of a layer.
 
     Attributes:
-        size: Its outputs on all ranks.
-        local: Its outputs on this rank.
-        shard: Which part of the outputs this rank has, counted in parts of size `local`.
+        size: How many there are on all ranks.
+        local: How many this rank has.
+        shard: Which part of them this rank has, counted in parts of size `local`.
     """
 
     size: int
@@ -340,16 +337,22 @@ def is_replicated(layer: Any) -> bool:
     return not is_row_parallel(layer) and not hasattr(layer, "gather_output")
 
 
-def pieces(layer: Any, rank: int) -> list[FusedPiece]:
-    """Describe the outputs of a layer.
+def pieces(layer: Any, rank: int, dim: int = 0) -> list[FusedPiece]:
+    """Describe the outputs or the inputs of a layer.
 
     Args:
         layer: A linear layer of vLLM.
         rank: Rank of tensor parallelism.
+        dim: 0 for outputs, 1 for inputs.
 
     Returns:
-        The fused projections in their order; one piece for a layer that is a single projection.
+        The outputs of the fused projections in their order, one piece for a layer that is a single projection; or the
+        inputs, which all of them share.
     """
+    if dim == 1 and is_row_parallel(layer):
+        return [FusedPiece(layer.input_size, layer.input_size_per_partition, rank)]
+    if dim == 1:
+        return [FusedPiece(layer.input_size, layer.input_size, 0)]
     if is_row_parallel(layer):
         return [FusedPiece(layer.output_size, layer.output_size, 0)]
     if is_replicated(layer):
@@ -366,11 +369,6 @@ def pieces(layer: Any, rank: int) -> list[FusedPiece]:
     return [FusedPiece(size, size // layer.tp_size, rank) for size in sizes]
 
 
-def local_inputs(layer: Any) -> int:
-    """The number of a layer's inputs on a rank."""
-    return layer.input_size_per_partition if is_row_parallel(layer) else layer.input_size
-
-
 def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
     """Where the outputs or inputs of each projection are in a rank's part of a layer.
 
@@ -383,12 +381,8 @@ def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
     Returns:
         For each projection, the place of each of its outputs or inputs, int64; -1 for those of other ranks.
     """
-    if dim == 1:
-        fused = [FusedPiece(layer.input_size, local_inputs(layer), rank if is_row_parallel(layer) else 0)]
-    else:
-        fused = pieces(layer, rank)
     found, at = [], 0
-    for piece in fused:
+    for piece in pieces(layer, rank, dim):
         places, first = torch.full((piece.size,), -1), piece.local * piece.shard
         places[first : first + piece.local] = torch.arange(at, at + piece.local)
         found.append(places)

@@ -39,8 +39,7 @@ def install() -> None:
 
 def _register() -> None:
     factory = private(_FACTORY, "WeightTransferEngineFactory")
-    if BACKEND not in private(_FACTORY, "WeightTransferEngineFactory._registry"):
-        factory.register_engine(BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine")
+    factory.register_engine(BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine")
 
 
 # ---- in the engine core ----------------------------------------------------------------------------------

@@ -3,7 +3,6 @@
 import logging
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,34 +20,17 @@ logger = logging.getLogger(__name__)
 _UNQUANTIZED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod")
 
 
-@dataclass
-class S2FTInit(WeightTransferInitInfo):
-    """What a trainer says at the start, see :meth:`s2ft.sync.receiver.Receiver.bind`."""
+class Message(WeightTransferInitInfo, WeightTransferUpdateInfo):
+    """What a trainer says, at the start or in an update. :class:`s2ft.sync.receiver.Receiver` checks it."""
 
-    sender: str = ""
-    dtype: str = ""
-    slices: dict[str, Any] = field(default_factory=dict)
-    take_over: bool = False
-    idle: bool | None = None
-
-
-@dataclass
-class S2FTUpdate(WeightTransferUpdateInfo):
-    """One update, see :meth:`s2ft.sync.receiver.Receiver.update`."""
-
-    sender: str | None = None
-    step: int | None = None
-    values: str | None = None
-    tensor: Any = None
-    base: bool | None = None
-    idle: bool | None = None
+    def __init__(self, **content: Any) -> None:
+        vars(self).update(content)
 
 
 class S2FTWeightTransferEngine(WeightTransferEngine):
     """Writes slices into the weights of one worker."""
 
-    init_info_cls = S2FTInit
-    update_info_cls = S2FTUpdate
+    init_info_cls = update_info_cls = Message
     supports_draft_weight_update = False
 
     def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: nn.Module) -> None:
@@ -56,7 +38,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
         super().__init__(config, vllm_config, device, model)
         self.receiver = Receiver(model, self._load, _gather, self._check)
 
-    def init_transfer_engine(self, init_info: S2FTInit) -> None:
+    def init_transfer_engine(self, init_info: Message) -> None:
         """Bind to a trainer."""
         began = time.perf_counter()
         self.receiver.bind(vars(init_info))
@@ -65,7 +47,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
     def start_weight_update(self) -> None:
         """Nothing: an update is one message."""
 
-    def receive_weights(self, update_info: S2FTUpdate) -> None:
+    def receive_weights(self, update_info: Message) -> None:
         """Write one update."""
         began = time.perf_counter()
         self.receiver.update(vars(update_info))
@@ -84,10 +66,8 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
         with private("vllm.model_executor.model_loader.mtp_validation", "disable_mtp_completeness_check")():
             try:
                 self.model.load_weights(tensors)
-            except NoPlace:
-                raise
             except Exception as error:
-                reason = self._why_not()
+                reason = "" if isinstance(error, NoPlace) else self._why_not()
                 if reason:
                     raise NoPlace(reason) from error
                 raise

@@ -63,7 +63,7 @@ def case(dim, dtype, device, slots, inputs=37, outputs=53, sizes=(7, 0, 20, 5)):
 
 def batch_of(slots, rows=64, many=None, device="cpu"):
     """The batch of an engine that has had another one before."""
-    batch = Batch.of(rows, 4, device, many)
+    batch = Batch(rows, 4, device, many)
     batch.update(np.full(rows, 3))
     batch.update(np.array(slots))
     return batch
@@ -114,7 +114,7 @@ def test_padding_after_the_batch_and_another_dtype_of_the_output():
 def test_torch_compile_does_not_look_into_the_op():
     """One graph for all batches, numbers of tokens and contents of the bank."""
     bank, _, _, _ = case(1, torch.float64, "cpu", [0])
-    batch = Batch.of(64, 4)
+    batch = Batch(64, 4)
     graphs = []
 
     def backend(graph, inputs):
