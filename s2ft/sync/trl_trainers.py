@@ -21,6 +21,7 @@ from torch import nn
 
 from s2ft.attached.record import find_attachment
 from s2ft.sync.sender import SliceSender
+from s2ft.sync.wire import name_of
 
 Trainer = TypeVar("Trainer")
 BACKEND = {"backend": "s2ft"}
@@ -87,11 +88,11 @@ class _Slices:
         try:
             result = super().train(*args, **options)
         except BaseException:
-            self._is_training = False
             if self.slice_sender is not None:
                 self.slice_sender.destroy()  # on this rank alone: others may not have failed
             raise
-        self._is_training = False
+        finally:
+            self._is_training = False
         self.release_engine()
         return result
 
@@ -247,7 +248,7 @@ def _making(trainer: _Slices, own: ModuleType | None, args: tuple, options: dict
 
 def _llm(make: type, trainer: _Slices, *given: Any, **options: Any) -> Any:
     """Make vLLM's LLM with TRL's options, of the model's dtype, for slices."""
-    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    dtype = name_of(next(trainer.model.parameters()).dtype)
     return make(*given, **{"weight_transfer_config": BACKEND, "dtype": dtype, **options, **trainer.llm_options})
 
 

@@ -47,6 +47,11 @@ class SliceSpec:
         return int(np.prod(self.values_shape))
 
 
+def name_of(dtype: torch.dtype | None) -> str:
+    """The name of a dtype in messages, as in :data:`DTYPES`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def hashes_of(values: Tensor, dim: int, weights: Tensor | None = None) -> Tensor:
     """Hash the bits of each row (dim 0) or column (dim 1) of a matrix; of a vector, each number.
 
