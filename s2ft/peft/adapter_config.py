@@ -146,10 +146,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     def __post_init__(self) -> None:
         self.units = _lists(self.units)
         if isinstance(self.modules_to_save, list):  # PEFT adds the head again to that of a loaded config
-            once = [
-                name for number, name in enumerate(self.modules_to_save) if name not in self.modules_to_save[:number]
-            ]
-            self.modules_to_save = once or None
+            self.modules_to_save = list(dict.fromkeys(self.modules_to_save)) or None
         PeftConfig.__post_init__(self)
         S2FTConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)

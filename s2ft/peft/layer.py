@@ -37,20 +37,14 @@ class AdapterDelta(nn.Module):
 
     index: Tensor
 
-    def __init__(self, values: Tensor, index: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values)
-        self.register_buffer("index", index)
-
-    @classmethod
-    def new(
-        cls, shape: list[int], units: Any, weight: Tensor, dtype: torch.dtype, init_weights: bool
-    ) -> "AdapterDelta":
+    def __init__(self, shape: list[int], units: Any, weight: Tensor, dtype: torch.dtype, init_weights: bool) -> None:
         """Make the delta of some units of a weight of this shape, zero or random, on the weight's device."""
+        super().__init__()
         dim, index = units.dim, units.index
         values = torch.zeros(shape[:dim] + [index.numel()] + shape[dim + 1 :], dtype=dtype, device=weight.device)
         where = "cpu" if weight.is_meta else weight.device
-        return cls(values if init_weights else values.normal_(std=0.1), index.to(where, copy=True))
+        self.values = nn.Parameter(values if init_weights else values.normal_(std=0.1))
+        self.register_buffer("index", index.to(where, copy=True))
 
     def extra_repr(self) -> str:
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
@@ -129,7 +123,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         shape, dtype = list(self.kind.shape(self.base_layer)), self.kind.delta_dtype(self.base_layer)
         self.out_features, self.in_features = shape[:2]
         self.dim = self.dims[""] = units[""].dim
-        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, units[""], self.base_layer.weight, dtype, init_weights)
+        self.s2ft_delta[adapter_name] = AdapterDelta(shape, units[""], self.base_layer.weight, dtype, init_weights)
         self.set_adapter(self.active_adapters)
 
     @property
@@ -334,16 +328,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             return
         if self.kind.read_only:
             raise ValueError(self.kind.read_only)
-        before = self.merged_adapters
+        merged = self.merged_adapters + names
         self.restore_base()
         try:
             if safe_merge:
-                self._check_finite(before + names)
-        except ValueError:
-            self.write_sum(before)
-            raise
-        self.merged_adapters = before + names
-        self.write_sum(self.merged_adapters)
+                self._check_finite(merged)
+            self.merged_adapters = merged
+        finally:
+            self.write_sum(self.merged_adapters)
 
     def _check_finite(self, names: list[str]) -> None:
         self.put_base_back()
@@ -439,7 +431,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return self.kind.is_linear and not self.kind.read_only
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}"
+        return ", ".join(f"{name or 'weight'}: dim={dim}" for name, dim in self.dims.items())
 
     def __repr__(self) -> str:
         return "s2ft." + super().__repr__()
@@ -475,7 +467,7 @@ class S2FTPeftExperts(S2FTPeftLayer):
             weight = getattr(self.base_layer, name)
             self.dims[name], self.transposed[name] = one.dim, one.transposed
             shape = list(stack_of(weight, one.transposed).shape[1:])
-            deltas[name] = AdapterDelta.new(shape, one, weight, weight.dtype, init_weights)
+            deltas[name] = AdapterDelta(shape, one, weight, weight.dtype, init_weights)
         self.s2ft_delta[adapter_name] = deltas
         self.set_adapter(self.active_adapters)
 
@@ -542,6 +534,3 @@ class S2FTPeftExperts(S2FTPeftLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Raise ValueError: an adapter has a delta for each of several parameters."""
         raise ValueError("stacked experts have several weights, so PEFT can't get the one of an adapter")
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: dim={dim}" for name, dim in self.dims.items())

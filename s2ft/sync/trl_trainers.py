@@ -13,10 +13,9 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, TypeVar
 
-import torch
 from torch import nn
 
 from s2ft.attached.record import find_attachment
@@ -235,8 +234,6 @@ def _making(trainer: _Slices, own: ModuleType | None, args: tuple, options: dict
     replaced: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
     if hasattr(module, "LLM"):  # not without vLLM, for which TRL has an error
         replaced["LLM"] = partial(_llm, module.LLM, trainer)
-    if own is not None and torch.accelerator.current_accelerator() is None:
-        replaced["torch"] = _OnCpu("torch")
     with _NAMES:
         before = {name: getattr(module, name) for name in replaced}
         vars(module).update(replaced)
@@ -263,15 +260,6 @@ def _client_class(client: type) -> type:
         close_communicator = init_communicator
 
     return SliceClient
-
-
-class _OnCpu(ModuleType):
-    """torch for OnlineDPOTrainer on a machine without an accelerator: it asks for the current one."""
-
-    accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cpu"))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
 
 
 def _module_with(trainer: type, name: str) -> ModuleType | None:

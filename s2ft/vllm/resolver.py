@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.config import refuse
-from s2ft.files.reading import shortened
 from s2ft.vllm.compatibility import in_place_of, private, when_imported
 from s2ft.vllm.lora_requests import folder_of
 
@@ -90,7 +89,7 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
             self.requests: dict[str, Any] = {}
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            path = await asyncio.to_thread(path_of, lora_name, directories, hub, base_model_name)
+            path = await asyncio.to_thread(path_of, lora_name, directories, hub)
             if path is None:
                 return None
             self.requests[lora_name] = request(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id
@@ -99,25 +98,22 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
     return S2FTResolver()
 
 
-def path_of(name: str, directories: Sequence[Path], hub: frozenset[str], base: str) -> str | None:
+def path_of(name: str, directories: Sequence[Path], hub: frozenset[str]) -> str | None:
     """Find the adapter that a client names.
 
     Args:
         name: The name.
         directories: See :func:`make_resolver`.
         hub: See :func:`make_resolver`.
-        base: The served model, as vLLM was started with it.
 
     Returns:
-        A folder or a name on the hub, for vLLM's LoRARequest; None if there is no such adapter, or it says that it is
-        of another base.
+        A folder or a name on the hub, for vLLM's LoRARequest; None if there is no such adapter.
     """
     path = next(filter(None, (_in_directory(name, directory) for directory in directories)), None)
     repository = name.partition("@")[0]
     if path is None and repository.count("/") == 1 and {repository, repository.partition("/")[0]} & hub:
         path = name
-    folder = None if path is None else folder_of(path)
-    return path if folder is not None and _is_of(folder, base) else None
+    return None if path is None or folder_of(path) is None else path
 
 
 def _in_directory(name: str, directory: Path) -> str | None:
@@ -130,23 +126,6 @@ def _in_directory(name: str, directory: Path) -> str | None:
     except OSError:  # a name that is too long in its bytes
         return None
     return str(folder) if inside else None
-
-
-def _is_of(folder: Path, base: str) -> bool:
-    """Whether an adapter may be of a base: both names are on the hub and differ otherwise. The workers compare the
-    weights in any case."""
-    from s2ft.adapter import native
-    from s2ft.adapter.folders import REPOSITORY
-
-    try:
-        recorded = native.read_without_values(folder).info.get("base_model")
-    except (OSError, ValueError):  # the workers say what is wrong
-        return True
-    known = all(isinstance(name, str) and REPOSITORY.fullmatch(name) for name in (recorded, base))
-    if not known or recorded == base or Path(base).exists() or Path(recorded).exists():
-        return True
-    logger.warning("s2ft: %s is an adapter of %s, and this server has %s", folder, shortened(recorded), base)
-    return False
 
 
 # ---- the answer to a client whose adapter does not load --------------------------------------------------

@@ -263,13 +263,10 @@ def live_columns(target: Target, columns: Tensor) -> Columns:
     """
     (outputs, inputs), layer, slot = target.sizes, target.layer, target.slot
     base = part_of(layer, "base_layer")
-    x = torch.zeros(columns.numel(), inputs)
-    x[torch.arange(columns.numel()), columns] = 1
+    x = nn.functional.one_hot(columns, inputs).float()
     rows, first = torch.arange(outputs)[:, None], 0
-    count = 1 if slot is None else part_of(layer, "n_slices")
     if part_of(layer, "tp_size") > 1:  # the rows and columns that vLLM takes of an adapter here
-        x = _take(layer, "slice_lora_a", x, slot, count)
-        rows = _take(layer, "slice_lora_b", rows, slot, count)
+        x, rows = _take(layer, "slice_lora_a", x, slot), _take(layer, "slice_lora_b", rows, slot)
     if slot is not None:
         first = sum(part_of(layer, "output_slices")[:slot])
     y = base.quant_method.apply(base, x.to(part_of(layer, "device"), part_of(base, "params_dtype")), None)
@@ -277,12 +274,12 @@ def live_columns(target: Target, columns: Tensor) -> Columns:
     return rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu()
 
 
-def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None, count: int) -> Tensor:
+def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None) -> Tensor:
     """What vLLM takes of one factor of an adapter on this rank. Layers that shard LoRA take parts of its rank, too."""
     take = next(vars(one)[name] for one in type(layer).__mro__ if name in vars(one) and "Sharded" not in one.__name__)
     if slot is None:
         return take(layer, values)
-    return take(layer, [values if n == slot else None for n in range(count)])[slot]
+    return take(layer, [values if n == slot else None for n in range(part_of(layer, "n_slices"))])[slot]
 
 
 # ---- the same base ------------------------------------------------------------------------------------

@@ -206,21 +206,14 @@ def _add_few(y, x, values, index, offsets, names, order, group, dim) -> None:
 def _add_many(y, x, values, index, order, group, dim) -> None:
     """The tokens of one slot: one product, whose sum with the base's output is rounded once."""
     begin, count, first = group
-    together = first >= 0
-    rows = slice(first, first + count) if together else order[begin : begin + count]
+    rows = slice(first, first + count) if first >= 0 else order[begin : begin + count]
+    part = y[rows]  # of neighbours a view, else a copy
     if dim == 1:
-        taken = x[rows].index_select(1, index)
-        if together:
-            y[rows].addmm_(taken, values)
-        else:
-            y.index_copy_(0, rows, torch.addmm(y[rows], taken, values))
-        return
-    part, tokens = y[rows], x[rows]
-    sums = torch.addmm(part.index_select(1, index), tokens, values.t())
-    if together:
-        part.index_copy_(1, index, sums)
+        part.addmm_(x[rows].index_select(1, index), values)
     else:
-        y.index_copy_(0, rows, part.index_copy_(1, index, sums))
+        part.index_copy_(1, index, torch.addmm(part.index_select(1, index), x[rows], values.t()))
+    if first < 0:
+        y.index_copy_(0, rows, part)
 
 
 def _fake(y, x, values, index, offsets, bounds, names, order, groups, dim):

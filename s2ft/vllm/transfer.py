@@ -68,11 +68,7 @@ def _guarded_call(
         raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
     # No request is in the middle of its answer: none runs, or generation is paused.
     idle = not core.scheduler.has_unfinished_requests() and not core.batch_queue
-    name = {INIT: "init_info", UPDATE: "update_info"}.get(method)
-    if name is not None and name not in kwargs and args:
-        kwargs[name], args = args[0], args[1:]
-    if name is not None and name in kwargs:
-        kwargs[name] = _with(kwargs[name], idle)
+    args, kwargs = tuple(_with(one, idle) for one in args), {name: _with(one, idle) for name, one in kwargs.items()}
     if method in (START, SHUTDOWN) and getattr(core, _OPEN, False):  # an earlier client has died between two calls
         call(on_worker, timeout, (FINISH, (), {}))
     answers = call(on_worker, timeout, (method, args, kwargs))
@@ -94,6 +90,7 @@ def _guarded_call(
 
 
 def _with(info: Any, idle: bool) -> Any:
+    """Tell a message whether the engine is idle. An engine with replicas gets a list of messages."""
     if isinstance(info, Mapping):
         return {**info, "idle": idle}
     return [_with(one, idle) for one in info] if isinstance(info, Sequence) and not isinstance(info, str) else info
