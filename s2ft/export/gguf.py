@@ -23,6 +23,7 @@ CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
 PLACES = (".", "build/bin", "bin", "libexec")  # below the folder, for a built source tree too
 FILE = "model.gguf"
 OUTTYPES = ("F32", "F16", "BF16", "Q8_0")  # what the converter writes itself
+EXACT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # the types that hold a dtype's values
 # The largest error of a tensor, relative to its norm, by the first letters of its type. On normal weights the types
 # stay at a third to two thirds of it.
 LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 5e-3, "Q8": 0.015, "Q6": 0.04, "Q5": 0.08, "Q4": 0.15, "Q3": 0.3}
@@ -61,7 +62,8 @@ def export(
         RuntimeError: The file is not the merged model. Nothing is left in any of these cases.
     """
     check_packages("s2ft export --format gguf")
-    kind, (converter, quantizer) = _known(quantization), find_tools(llama_cpp)
+    kind = None if quantization is None else _known(quantization)
+    converter, quantizer = find_tools(llama_cpp)
     where = f"--llama-cpp DIR or {VARIABLE} names the folder of llama.cpp, of https://github.com/ggml-org/llama.cpp"
     with temporary_folder(output) as folder:
         refuse(
@@ -77,22 +79,15 @@ def export(
             ),
         )
         model, tokenizer = merged_model(model_name, adapter, dtype)
-        kind = kind or kind_of_dtype(model.dtype)
+        kind = kind or EXACT[model.dtype]
         _write(folder, kind, converter, quantizer, model, tokenizer)
         compared = _compare(model, tokenizer, folder / FILE)
     names = CONVERTER if kind in OUTTYPES else f"{CONVERTER} and {QUANTIZER}"
     return f"GGUF of the merged model, {kind}, written by llama.cpp's {names}, {compared}: {Path(output) / FILE}"
 
 
-def kind_of_dtype(dtype: torch.dtype) -> str:
-    """Return the type of weights that holds a dtype's values exactly."""
-    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-
-
-def _known(quantization: str | None) -> str | None:
+def _known(quantization: str) -> str:
     """Return the name in capital letters. Raises ValueError for a type that llama.cpp does not have."""
-    if quantization is None:
-        return None
     import gguf
 
     known = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType][:-1]
@@ -108,7 +103,7 @@ def _known(quantization: str | None) -> str | None:
 def _write(folder: Path, kind: str, converter: Any, quantizer: Any, model, tokenizer) -> None:
     """Write the file, through a plain one if only llama-quantize has the type."""
     checkpoint, file = folder / "checkpoint", folder / FILE
-    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", kind_of_dtype(model.dtype))
+    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", EXACT[model.dtype])
     model.save_pretrained(checkpoint), tokenizer.save_pretrained(checkpoint)
     script = [sys.executable, converter, checkpoint, "--outfile", first, "--outtype", by_converter.lower()]
     _run(script, CONVERTER, first)
@@ -178,9 +173,8 @@ def _compare(model, tokenizer, file: Path) -> str:
         return _only_read(reader, file)
     again, again_tokenizer = load_model(str(file), "float32")
     errors = _errors(again.state_dict(), model.state_dict())
-    used = [kind for kind in kinds.values() if kind not in ("F32", kind_of_dtype(model.dtype))]  # those are exact
-    allowed = (LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used)
-    largest = max(allowed, default=0.0)
+    used = [kind for kind in kinds.values() if kind not in ("F32", EXACT[model.dtype])]  # those are exact
+    largest = max((LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used), default=0.0)
     different = sorted(key for key, error in errors.items() if not error <= largest)
     if different:
         raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")

@@ -56,12 +56,7 @@ Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
 
 def matches(folder: Path) -> bool:
     """Whether the folder has the config of a LoRA."""
-    return has_config(folder, "LORA")
-
-
-def has_config(folder: Path, peft_type: str) -> bool:
-    """Whether the folder has the config of this method of PEFT."""
-    return json_entry(folder / CONFIG, "peft_type") == peft_type
+    return json_entry(folder / CONFIG, "peft_type") == "LORA"
 
 
 def describe(folder: Path) -> str:

@@ -15,14 +15,15 @@ from torch import nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.record import find_attachment
-from s2ft.export.lora import has_config
+from s2ft.export.lora import CONFIG
+from s2ft.files.reading import json_entry
 from s2ft.model.fingerprint import structure_of
 from s2ft.model.registry import couplings_of
 
 
 def matches(folder: Path) -> bool:
     """Whether the folder has the config of an S²FT adapter of PEFT."""
-    return has_config(folder, "S2FT")
+    return json_entry(folder / CONFIG, "peft_type") == "S2FT"
 
 
 def describe(folder: Path) -> str:

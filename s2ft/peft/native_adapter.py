@@ -21,7 +21,7 @@ from s2ft.model.registry import check_shapes, couplings_of, known_architectures
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
-from s2ft.peft.targets import find_targets
+from s2ft.peft.targets import find_targets, warn_of_skipped
 from s2ft.selection import Selection, select, unit_tensors
 
 # ---- units ----------------------------------------------------------------------------------------------------------
@@ -86,22 +86,22 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         couplings, is_known = _couplings(config, model), _is_known(model)
         base = _fingerprint(model, couplings)
         _check_base(config, base)
-        found = find_targets(config, model, couplings)
-        check_shapes(model, found.targets)
-        if not found.targets and not (config.target_modules is None and config.target_parameters is None):
+        named, targets, uncoupled, skipped = find_targets(config, model, couplings)
+        check_shapes(model, targets)
+        if not targets and not (config.target_modules is None and config.target_parameters is None):
             selected = replace(config)  # PEFT raises the error that names the pattern without a match
             selected.module_units = {}
             return selected
-        selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
-    found.warn()
-    modules = _by_path(found.targets, selection)
-    selected = found.config.with_units(
+        selection = select(targets, _selection_config(named, couplings, targets), model)
+    warn_of_skipped(skipped, sum(len(target.projections) for target in targets))
+    modules = _by_path(targets, selection)
+    selected = named.with_units(
         selection,
         sorted(path for path, units in modules.items() if "" in units),
         sorted(f"{path}.{weight}" for path, units in modules.items() for weight in units if weight),
         None if base is None else json.dumps(base),
-        found.uncoupled,
-        list(found.skipped),
+        uncoupled,
+        list(skipped),
     )
     if couplings and not is_known:
         selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again

@@ -99,8 +99,9 @@ def regions(
             except NoPlace:
                 raise
             except Exception as error:
-                words = f"{type(error).__name__}: {error}"
-                raise NoPlace(f"{name}: the model's loader does not take it: {words}") from error
+                raise NoPlace(
+                    f"{name}: the model's loader does not take it: {type(error).__name__}: {error}"
+                ) from error
         raise
 
 

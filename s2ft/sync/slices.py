@@ -119,8 +119,7 @@ class CheckpointNames:
             ValueError: The checkpoint does not hold the weight, or in a form in which slices have no place.
         """
         group = self._group(weight, shape)
-        flat = int(expert is not None)
-        units, across = (flat + (1 - one if transposed else one) for one in (dim, 1 - dim))
+        units, across = (int(expert is not None) + (1 - one if transposed else one) for one in (dim, 1 - dim))
         if group is None or group.transform is None:
             if expert is not None:
                 raise ValueError(
@@ -224,9 +223,8 @@ def _piece(
     if other is None or other_dim == place:
         raise refusal
     chosen = torch.searchsorted(index, line[found])
-    is_all = torch.equal(chosen, torch.arange(index.numel()))
-    is_straight = torch.equal(other, torch.arange(other.numel()))
-    some, part = None if is_all else chosen, None if is_straight else other
+    some = None if torch.equal(chosen, torch.arange(index.numel())) else chosen
+    part = None if torch.equal(other, torch.arange(other.numel())) else other
     return Piece(name, tuple(maps[0].shape), place, found, some, part, flipped=place != dim)
 
 

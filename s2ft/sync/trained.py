@@ -68,7 +68,8 @@ class AttachedSource:
     def __init__(self, model: nn.Module) -> None:
         self.model, self._record = model, attachment_of(model)
         self._check_active()
-        _check_accounted(model, self._known())
+        slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
+        _check_accounted(model, slices | {id(one) for one in extra_parameters(model, self._record).values()})
         reshard_all(model)
         keep_unfrozen(model, self._record)
         self._extra = list(extra_parameters(model, self._record))
@@ -97,10 +98,6 @@ class AttachedSource:
         for one, name in zip(self.trained, slices):
             yield effective_units(one.base, deltas.pop(name).values.to(one.base.device))
         yield from (full_tensors(parameters).values() if parameters else ())
-
-    def _known(self) -> set[int]:
-        slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
-        return slices | {id(one) for one in extra_parameters(self.model, self._record).values()}
 
     def _check_active(self) -> None:
         """Raise ValueError unless the model computes with the trainable adapter alone."""

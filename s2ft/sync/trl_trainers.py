@@ -16,9 +16,6 @@ from functools import cache, partial
 from types import ModuleType
 from typing import Any, TypeVar
 
-from torch import nn
-
-from s2ft.attached.record import find_attachment
 from s2ft.sync.sender import SliceSender
 from s2ft.sync.wire import name_of
 
@@ -116,7 +113,6 @@ class _Generating(_Slices):
         with _making(self, _module_with(type(self), "VLLMClient"), args, options):
             super().__init__(*args, **options)
         if getattr(self, "use_vllm", False):
-            check_has_slices(self.model)
             owner = getattr(self, "vllm_generation", self)
             engine = address_of(self.args) if self.args.vllm_mode == "server" else owner.llm
             self.slice_sender = SliceSender(self.model, engine, **self.sender_options)
@@ -134,12 +130,12 @@ class _Async(_Slices):
         if options.get("weight_transfer") is not None:
             raise ValueError("weight_transfer is what with_slices gives: leave it out, or use AsyncGRPOTrainer itself")
         super().__init__(*args, **{**options, "weight_transfer": _SentByTheTrainer(self)})
-        model = self.accelerator.unwrap_model(self.model)
-        self.slice_sender = SliceSender(model, address_of(self.args), **self.sender_options)
+        self.slice_sender = SliceSender(
+            self.accelerator.unwrap_model(self.model), address_of(self.args), **self.sender_options
+        )
 
     def _sync_weight_merged(self, begin: float) -> tuple[float, float, float]:
         """Send the slices from all ranks. Returns three times, as TRL's method does."""
-        check_has_slices(self.slice_sender.model)
         self.slice_sender.sync()
         if self.accelerator.is_main_process:
             self.model_version += 1
@@ -173,18 +169,6 @@ class _SentByTheTrainer:
 def address_of(args: Any) -> str:
     """The address of the server that a trainer's arguments name."""
     return args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-
-
-def check_has_slices(model: nn.Module) -> None:
-    """Raise ValueError for a model without a trainable adapter of s2ft."""
-    if find_attachment(model) is not None:
-        return
-    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    if getattr(config, "peft_type", None) != "S2FT":
-        raise ValueError(
-            f"{type(model).__name__} has no adapter of s2ft, so there are no slices to send: call s2ft.attach on the "
-            "model first, give the trainer peft_config=S2FTPeftConfig(...), or use TRL's trainer itself"
-        )
 
 
 def uses_vllm(args: tuple, options: Mapping[str, Any]) -> Any:

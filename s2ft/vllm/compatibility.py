@@ -21,7 +21,7 @@ TESTED = ("0.32.0",)  # releases of vLLM that s2ft was tested with
 EXPORT = "use `s2ft export --format lora`, which writes a LoRA folder that vLLM serves without s2ft"
 
 
-class MissingInVLLM(RuntimeError):
+class MissingInVLLM(ValueError):
     """This release of vLLM lacks a name that s2ft needs."""
 
     def __init__(self, module: str, attribute: str = "") -> None:

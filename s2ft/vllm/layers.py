@@ -6,18 +6,16 @@ by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of an adap
 """
 
 import itertools
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from s2ft.vllm.compatibility import in_place_of, part_of, private, when_imported
+from s2ft.vllm.compatibility import in_place_of, logger, part_of, private, when_imported
 from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, pieces, with_slices
-
-logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
 
 FEATURE = "layers that hold slices"
 WORKERS = "vllm.lora.worker_manager"
@@ -32,7 +30,12 @@ LAYERS = (
     "MergedColumnParallelLinearVariableSliceWithLoRA",
 )
 METHODS = ("can_replace_layer", "create_lora_weights", "reset_lora", "set_lora", "set_mapping", "_apply_lora_to_output")
-
+NEEDED = (
+    ("vllm.lora.utils", "_all_lora_classes"),
+    ("vllm.lora.model_manager", "from_layer_logits_processor"),
+    ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata"),
+    (WORKERS, "WorkerLoRAManager._load_adapter"),
+)
 
 _installed = False
 
@@ -58,8 +61,7 @@ def install() -> None:
             raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
         budget = Budget.parse(os.environ.get(OPTION, ""))
     except ValueError as error:
-        message = str(error)
-        when_imported(WORKERS, FEATURE, lambda: _refuse(message))
+        when_imported(WORKERS, FEATURE, partial(_refuse, str(error)))
         return
     when_imported("vllm.config.lora", FEATURE, lambda: _change_hash(budget))
     when_imported(WORKERS, FEATURE, lambda: _change_workers(budget))
@@ -77,13 +79,10 @@ def _change_workers(budget: Budget) -> None:
     All names are looked up before the first change.
     """
     global _installed
-    for name, method in itertools.product(LAYERS, METHODS):
-        private("vllm.lora.layers", f"{name}.{method}")
+    methods = [("vllm.lora.layers", f"{name}.{method}") for name, method in itertools.product(LAYERS, METHODS)]
+    for module, attribute in (*methods, *NEEDED):
+        private(module, attribute)
     made = tuple(with_slices(private("vllm.lora.layers", name), budget) for name in LAYERS)
-    private("vllm.lora.utils", "_all_lora_classes")
-    private("vllm.lora.model_manager", "from_layer_logits_processor")
-    private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
-    private(WORKERS, "WorkerLoRAManager._load_adapter")
 
     @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
     def __init__(make: Any, self: Any, *args: Any, **options: Any) -> None:
@@ -199,7 +198,7 @@ class Target:
         base = getattr(self.layer, "base_layer", None)
         if not hasattr(base, "input_size"):
             return None, None
-        outputs = [piece.size for piece in pieces(base, 0)]
+        outputs = [size for size, _, _ in pieces(base, 0)]
         if self.slot is None:
             return sum(outputs), base.input_size
         return outputs[self.slot] if self.slot < len(outputs) else None, base.input_size

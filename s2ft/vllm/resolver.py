@@ -6,7 +6,6 @@ Without either variable it is not there.
 """
 
 import asyncio
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -15,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.config import refuse
-from s2ft.vllm.compatibility import in_place_of, private, when_imported
+from s2ft.vllm.compatibility import in_place_of, logger, private, when_imported
 from s2ft.vllm.lora_requests import folder_of
-
-logger = logging.getLogger("vllm.s2ft")
 
 FEATURE = "adapters by the name in a request"
 NAME = "S²FT"
@@ -36,29 +33,24 @@ def install() -> None:
         ValueError: S2FT_VLLM_ADAPTERS is no directory, or S2FT_VLLM_HUB has an entry that is no name on the hub.
         MissingInVLLM: This release of vLLM has no resolvers.
     """
-    directories, hub = os.environ.get(DIRECTORY), os.environ.get(HUB)
+    directories = [Path(one) for one in os.environ.get(DIRECTORY, "").split(os.pathsep) if one]
+    hub = frozenset(entry.strip() for entry in os.environ.get(HUB, "").split(",") if entry.strip())
     if not directories and not hub:
         return
-    resolver = make_resolver([Path(one) for one in (directories or "").split(os.pathsep) if one], _entries(hub or ""))
-    private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, resolver)
+    refuse(
+        *(
+            (not one.is_dir(), f"{DIRECTORY} must name directories of adapters, and {one} is none")
+            for one in directories
+        ),
+        *(
+            (not ENTRY.fullmatch(one), f"{HUB} must list owners and repositories, such as org or org/name, got {one!r}")
+            for one in hub
+        ),
+    )
+    private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, make_resolver(directories, hub))
     when_imported(SERVING, FEATURE, _say_why)
     if not private("vllm", "envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         logger.warning("s2ft: %s is set, and vLLM asks for unknown names only with %s=1", DIRECTORY, ALLOWED)
-
-
-def _entries(text: str) -> frozenset[str]:
-    """The owners and repositories of a list with commas."""
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    refuse(
-        *(
-            (
-                not ENTRY.fullmatch(entry),
-                f"{HUB} must list owners and repositories, such as org or org/name, got {entry!r}",
-            )
-            for entry in entries
-        )
-    )
-    return frozenset(entries)
 
 
 def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
@@ -70,16 +62,7 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
 
     Returns:
         A LoRAResolver of vLLM.
-
-    Raises:
-        ValueError: A directory does not exist.
     """
-    refuse(
-        *(
-            (not one.is_dir(), f"{DIRECTORY} must name directories of adapters, and {one} is none")
-            for one in directories
-        )
-    )
     request = private("vllm.lora.request", "LoRARequest")
 
     class S2FTResolver(private("vllm.lora.resolver", "LoRAResolver")):
@@ -145,7 +128,10 @@ def _say_why() -> None:
         try:
             await self.engine_client.add_lora(request)  # once more, to hear the reason
         except Exception as error:
-            reason = f"LoRA adapter '{lora_name}' was found but could not be loaded: {error}"
-            return make_error(message=reason, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
+            return make_error(
+                message=f"LoRA adapter '{lora_name}' was found but could not be loaded: {error}",
+                err_type="BadRequestError",
+                status_code=HTTPStatus.BAD_REQUEST,
+            )
         self.lora_requests[lora_name] = request  # somebody has just replaced a folder that was damaged
         return request

@@ -5,7 +5,6 @@ vLLM has loaded, once for each engine. Where the files can't be read one weight 
 another format), a few numbers of the live layers are compared.
 """
 
-import logging
 import os
 import re
 import time
@@ -40,11 +39,9 @@ from s2ft.model.fingerprint import (
 from s2ft.model.registry import couplings_of
 from s2ft.model.weights import Delta
 from s2ft.vllm import layers
-from s2ft.vllm.compatibility import part_of, private
+from s2ft.vllm.compatibility import logger, part_of, private
 from s2ft.vllm.layers import MERGED, Target, WrappedLayers
 from s2ft.vllm.slice_layer import encode
-
-logger = logging.getLogger("vllm.s2ft")
 
 THREADS = 4  # that read weights
 Names = dict[str, list[tuple[str, str]]]  # by layer: labels in the fingerprint, and names of parameters
@@ -118,9 +115,13 @@ class ServedBase:
         from huggingface_hub import snapshot_download
 
         try:
-            cache = self._config.load_config.download_dir
             return Path(
-                snapshot_download(config.model, revision=config.revision, cache_dir=cache, local_files_only=True)
+                snapshot_download(
+                    config.model,
+                    revision=config.revision,
+                    cache_dir=self._config.load_config.download_dir,
+                    local_files_only=True,
+                )
             )
         except (OSError, ValueError):  # not in the cache: a GGUF file, for instance
             return None
@@ -133,13 +134,11 @@ class ServedBase:
         Raises:
             ValueError: They differ, or vLLM has put rows or columns that the adapter changes in another order.
         """
-        began = time.perf_counter()
         if adapter.fingerprint not in self._compared:
             found = self._difference(adapter)
             if found:
                 raise ValueError(f"it was trained on another base than the served one: {found}")
             self._compared.append(adapter.fingerprint)
-            logger.info("s2ft: compared the base with the adapter's in %.2f s", time.perf_counter() - began)
         self._check_layout(adapter)
 
     def _difference(self, adapter: Adapter) -> str:
@@ -153,14 +152,9 @@ class ServedBase:
                 return ""
         if found is not None:
             return found
-        names = self.structure(adapter).base_weights
-        return live_difference(self._manager, names, theirs, self._is_quantized or is_quantized)
-
-    @property
-    def _is_quantized(self) -> bool:
-        config = self._config.model_config
-        files = getattr(config.hf_config, "quantization_config", None)
-        return files is not None or getattr(config, "quantization", None) is not None
+        names, config = self.structure(adapter).base_weights, self._config.model_config
+        ways = getattr(config.hf_config, "quantization_config", None), getattr(config, "quantization", None)
+        return live_difference(self._manager, names, theirs, is_quantized or ways != (None, None))
 
     def _check_layout(self, adapter: Adapter) -> None:
         """Compare a few columns of the live layers with the files: once for each kind of module, because vLLM loads
@@ -264,11 +258,10 @@ def live_columns(target: Target, columns: Tensor) -> Columns:
     (outputs, inputs), layer, slot = target.sizes, target.layer, target.slot
     base = part_of(layer, "base_layer")
     x = nn.functional.one_hot(columns, inputs).float()
-    rows, first = torch.arange(outputs)[:, None], 0
+    rows = torch.arange(outputs)[:, None]
     if part_of(layer, "tp_size") > 1:  # the rows and columns that vLLM takes of an adapter here
         x, rows = _take(layer, "slice_lora_a", x, slot), _take(layer, "slice_lora_b", rows, slot)
-    if slot is not None:
-        first = sum(part_of(layer, "output_slices")[:slot])
+    first = 0 if slot is None else sum(part_of(layer, "output_slices")[:slot])
     y = base.quant_method.apply(base, x.to(part_of(layer, "device"), part_of(base, "params_dtype")), None)
     rows = rows[:, 0]
     return rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu()

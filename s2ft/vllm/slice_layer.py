@@ -169,7 +169,7 @@ class SliceLayer:
     def _sizes(self, dim: int) -> dict[str, tuple[int, int]]:
         """How many outputs or inputs each projection has, and how many on each rank."""
         names = getattr(self.base_layer, PARTS, ()) or (self._name(),)
-        found = [(piece.size, piece.local) for piece in pieces(self.base_layer, 0, dim)]
+        found = [(size, local) for size, local, _ in pieces(self.base_layer, 0, dim)]
         found *= len(names) if dim == 1 else 1
         if len(names) == len(found):
             return dict(zip(names, found))
@@ -186,18 +186,20 @@ class SliceLayer:
         return name, next((bank.capacity for bank in self.banks if bank.dim == dim), 0)
 
     def needs(self, parts: Sequence[Part]) -> dict[int, int]:
-        """Check the slices of an adapter and count their units.
+        """Count the units of an adapter.
 
         Args:
-            parts: The slices of each projection.
+            parts: The slices of each projection, which have the sizes of the layer.
 
         Returns:
             The units by dim. Of several ranks, the most, so that all ranks decide alike.
 
         Raises:
-            ValueError: The slices do not fit the layer.
+            ValueError: The adapter has another number of projections.
         """
-        self._check(parts)
+        count = len(pieces(self.base_layer, 0))
+        if len(parts) not in (1, count):
+            raise ValueError(f"the layer consists of {count} projections, and the adapter has {len(parts)} for it")
         slices = [(number, *decode(part[0])) for number, part in enumerate(parts) if part is not None]
         most = {0: 0, 1: 0}
         for rank in range(1 if is_replicated(self.base_layer) else self.tp_size):
@@ -206,21 +208,6 @@ class SliceLayer:
                 here = (int((places[number][index] >= 0).sum()) for number, one, index in slices if one == dim)
                 most[dim] = max(most[dim], sum(here))
         return {dim: count for dim, count in most.items() if count}
-
-    def _check(self, parts: Sequence[Part]) -> None:
-        sizes = [piece.size for piece in pieces(self.base_layer, 0)]
-        if len(parts) not in (1, len(sizes)):
-            raise ValueError(f"the layer consists of {len(sizes)} projections, and the adapter has {len(parts)} for it")
-        sizes = [sum(sizes)] if len(parts) == 1 else sizes
-        for part, size in zip(parts, sizes):
-            if part is None:
-                continue
-            dim, index = decode(part[0])
-            count, width = (size, self.base_layer.input_size)[:: 1 if dim == 0 else -1]
-            if part[1].shape != (index.numel(), width):
-                raise ValueError(f"values of shape {tuple(part[1].shape)}, expected ({index.numel()}, {width})")
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
-                raise ValueError(f"{KINDS[dim]} {int(index.min())} to {int(index.max())}, but the layer has {count}")
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -234,15 +221,10 @@ class SliceLayer:
             index: Number of the slot.
             lora_a: What stands for factor A, see :func:`encode`, of one projection or of each that is fused.
             lora_b: The rows of values.
-
-        Raises:
-            ValueError: The factors are those of a LoRA.
         """
         parts = parts_of(lora_a, lora_b)
         if not all(part is None or is_slices(part[0]) for part in parts):
             # vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can.
-            if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
-                raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
             for bank in self.banks:
                 zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
                 bank.put(index, torch.arange(bank.capacity), zeros)
@@ -312,19 +294,9 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
 # The layers are those of vLLM, known by their attributes, so that stand-ins can be tested without vLLM.
 
 
-@dataclass(frozen=True)
-class FusedPiece:
-    """The outputs of a projection that is fused in a layer or is the layer's only one, or the inputs of a layer.
-
-    Attributes:
-        size: How many there are on all ranks.
-        local: How many this rank has.
-        shard: Which part of them this rank has, counted in parts of size `local`.
-    """
-
-    size: int
-    local: int
-    shard: int
+# The outputs of a projection that is fused in a layer or is the layer's only one, or the inputs of a layer: how many
+# there are on all ranks, how many a rank has, and which part of them, counted in parts of that size.
+Piece = tuple[int, int, int]
 
 
 def is_row_parallel(layer: Any) -> bool:
@@ -337,7 +309,7 @@ def is_replicated(layer: Any) -> bool:
     return not is_row_parallel(layer) and not hasattr(layer, "gather_output")
 
 
-def pieces(layer: Any, rank: int, dim: int = 0) -> list[FusedPiece]:
+def pieces(layer: Any, rank: int, dim: int = 0) -> list[Piece]:
     """Describe the outputs or the inputs of a layer.
 
     Args:
@@ -350,23 +322,22 @@ def pieces(layer: Any, rank: int, dim: int = 0) -> list[FusedPiece]:
         inputs, which all of them share.
     """
     if dim == 1 and is_row_parallel(layer):
-        return [FusedPiece(layer.input_size, layer.input_size_per_partition, rank)]
+        return [(layer.input_size, layer.input_size_per_partition, rank)]
     if dim == 1:
-        return [FusedPiece(layer.input_size, layer.input_size, 0)]
+        return [(layer.input_size, layer.input_size, 0)]
     if is_row_parallel(layer):
-        return [FusedPiece(layer.output_size, layer.output_size, 0)]
+        return [(layer.output_size, layer.output_size, 0)]
     if is_replicated(layer):
-        return [FusedPiece(size, size, 0) for size in getattr(layer, "output_sizes", [layer.output_size])]
+        return [(size, size, 0) for size in getattr(layer, "output_sizes", [layer.output_size])]
     if hasattr(layer, "num_kv_head_replicas"):
         keys, values = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
         shard = rank // layer.num_kv_head_replicas  # a key head may be on several ranks
         return [
-            FusedPiece(layer.total_num_heads * keys, layer.num_heads * keys, rank),
-            FusedPiece(layer.total_num_kv_heads * keys, layer.num_kv_heads * keys, shard),
-            FusedPiece(layer.total_num_kv_heads * values, layer.num_kv_heads * values, shard),
+            (layer.total_num_heads * keys, layer.num_heads * keys, rank),
+            (layer.total_num_kv_heads * keys, layer.num_kv_heads * keys, shard),
+            (layer.total_num_kv_heads * values, layer.num_kv_heads * values, shard),
         ]
-    sizes = getattr(layer, "output_sizes", [layer.output_size])
-    return [FusedPiece(size, size // layer.tp_size, rank) for size in sizes]
+    return [(size, size // layer.tp_size, rank) for size in getattr(layer, "output_sizes", [layer.output_size])]
 
 
 def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
@@ -382,11 +353,11 @@ def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
         For each projection, the place of each of its outputs or inputs, int64; -1 for those of other ranks.
     """
     found, at = [], 0
-    for piece in pieces(layer, rank, dim):
-        places, first = torch.full((piece.size,), -1), piece.local * piece.shard
-        places[first : first + piece.local] = torch.arange(at, at + piece.local)
+    for size, local, shard in pieces(layer, rank, dim):
+        places, first = torch.full((size,), -1), local * shard
+        places[first : first + local] = torch.arange(at, at + local)
         found.append(places)
-        at += piece.local
+        at += local
     if dim == 1:
         return found * parts
     return [torch.cat(found)] if parts == 1 else found

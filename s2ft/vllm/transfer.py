@@ -9,15 +9,12 @@ way of each message to the workers, and it forgets the cache after each change.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from s2ft.vllm.compatibility import guarded, in_place_of, private, when_imported
-
-logger = logging.getLogger(__name__)
+from s2ft.vllm.compatibility import guarded, in_place_of, logger, private, when_imported
 
 FEATURE, ON_PROCESSORS = "slices of a training run", "weights that slices can be written into, on processors,"
 BACKEND = "s2ft"
@@ -38,8 +35,9 @@ def install() -> None:
 
 
 def _register() -> None:
-    factory = private(_FACTORY, "WeightTransferEngineFactory")
-    factory.register_engine(BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine")
+    private(_FACTORY, "WeightTransferEngineFactory").register_engine(
+        BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine"
+    )
 
 
 # ---- in the engine core ----------------------------------------------------------------------------------

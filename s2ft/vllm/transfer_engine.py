@@ -1,6 +1,5 @@
 """The weight transfer engine of one worker of vLLM. vLLM imports this module when the backend ``s2ft`` is chosen."""
 
-import logging
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -11,10 +10,8 @@ from vllm.distributed.weight_transfer.base import WeightTransferEngine, WeightTr
 from s2ft.sync.places import NoPlace, Place
 from s2ft.sync.receiver import Receiver
 from s2ft.sync.wire import SliceSpec
-from s2ft.vllm.compatibility import private
+from s2ft.vllm.compatibility import logger, private
 from s2ft.vllm.transfer import BACKEND, is_packed
-
-logger = logging.getLogger(__name__)
 
 _UNQUANTIZED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod")
 
