@@ -137,15 +137,12 @@ class S2FTPeftModel(BaseTuner):
 
     # ---- removing ------------------------------------------------------------------------------------
 
-    def unload(self) -> nn.Module:
-        """Return the base, bit for bit, even if adapters are merged."""
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT does. `unload`, which does not merge, returns the base bit for bit even if adapters are merged."""
         for module in self.model.modules():
-            if isinstance(module, S2FTPeftLayer) and module.merged:
+            if isinstance(module, S2FTPeftLayer) and module.merged and not merge:
                 module.unmerge()
-        return super().unload()
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         allow_packing(model, self.__dict__.pop("_unpacked", []))
         return model
 

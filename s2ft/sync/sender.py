@@ -341,8 +341,7 @@ class SliceSender(AbstractContextManager):
             return
         dtype = self._dtype
         if dtype is None:
-            asked = decide("the engine's dtype", self._sends(), lambda: name_of(self._engine.dtype()))
-            dtype = DTYPES.get(asked.value)
+            dtype = DTYPES.get(decide("the engine's dtype", self._sends(), lambda: name_of(self._engine.dtype())).value)
         self.slices = TrainedSlices.of(self.model, dtype)
 
     def _send(self, flat: Tensor) -> None:

@@ -216,15 +216,14 @@ class PeftSource:
         That is its name, the dim of its units, whether it is stored transposed, the adapters' deltas, and of stacked
         experts the units of one.
         """
-        found = [layer.s2ft_delta[name] for name in self.names if name in layer.s2ft_delta]
-        if "" in layer.dims:  # one weight
-            yield "weight", layer.dim, layer.kind.transposed, found, None
-            return
-        for name, dim in layer.dims.items():
-            deltas = [of_adapter[name] for of_adapter in found if name in of_adapter]
-            size = full_shape(getattr(layer.base_layer, name))[1:]
-            if deltas:
-                yield name, dim, layer.transposed[name], deltas, size[1 - dim if layer.transposed[name] else dim]
+        for name in layer.trained_by(self.names):
+            deltas = [layer.deltas_of(one)[name] for one in self.names if name in layer.deltas_of(one)]
+            if name:
+                dim, transposed = layer.dims[name], layer.transposed[name]
+                size = full_shape(getattr(layer.base_layer, name))[1:]
+                yield name, dim, transposed, deltas, size[1 - dim if transposed else dim]
+            else:  # a layer, which has one weight
+                yield "weight", layer.dim, layer.kind.transposed, deltas, None
 
     def _slices(self, path: str, layer: Any) -> Iterator[TrainedWeight]:
         """Read the base's numbers of what the adapters of a layer train."""

@@ -76,26 +76,23 @@ class _Slices:
     llm_options: Mapping[str, Any] = {}
     sender_options: Mapping[str, Any] = {}
     slice_sender: SliceSender | None = None
-    _is_training = False
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, and restore the engine's base."""
-        self._is_training = True
         try:
             result = super().train(*args, **options)
         except BaseException:
+            self.is_in_train = False
             if self.slice_sender is not None:
                 self.slice_sender.destroy()  # on this rank alone: others may not have failed
             raise
-        finally:
-            self._is_training = False
         self.release_engine()
         return result
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         """Evaluate. After the training, restore the engine's base again."""
         result = super().evaluate(*args, **options)
-        if not self._is_training:
+        if not self.is_in_train:
             self.release_engine()
         return result
 
