@@ -1,6 +1,7 @@
 """The weight transfer engine of one worker of vLLM. vLLM imports this module when the backend ``s2ft`` is chosen."""
 
 from collections.abc import Iterable, Sequence
+from dataclasses import make_dataclass
 from typing import Any
 
 import torch
@@ -16,11 +17,11 @@ from s2ft.vllm.transfer import BACKEND, is_packed
 _UNQUANTIZED = ("UnquantizedLinearMethod", "UnquantizedEmbeddingMethod", "UnquantizedFusedMoEMethod")
 
 
-class Message(WeightTransferInitInfo, WeightTransferUpdateInfo):
-    """What a trainer says, at the start or in an update. :class:`s2ft.sync.receiver.Receiver` checks it."""
-
-    def __init__(self, **content: Any) -> None:
-        vars(self).update(content)
+# What a trainer says, at the start or in an update. `s2ft.sync.receiver.Receiver` checks it; another field is an error.
+FIELDS = ("sender", "dtype", "slices", "take_over", "step", "values", "tensor", "base", "idle")
+Message: Any = make_dataclass(
+    "Message", [(name, Any, None) for name in FIELDS], bases=(WeightTransferInitInfo, WeightTransferUpdateInfo)
+)
 
 
 class S2FTWeightTransferEngine(WeightTransferEngine):
@@ -34,7 +35,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
         super().__init__(config, vllm_config, device, model)
         self.receiver = Receiver(model, self._load, _gather, self._check)
 
-    def init_transfer_engine(self, init_info: Message) -> None:
+    def init_transfer_engine(self, init_info: Any) -> None:
         """Bind to a trainer."""
         self.receiver.bind(vars(init_info))
         logger.info("s2ft: the weights are %s", self.receiver.serving)
@@ -42,7 +43,7 @@ class S2FTWeightTransferEngine(WeightTransferEngine):
     def start_weight_update(self) -> None:
         """Nothing: an update is one message."""
 
-    def receive_weights(self, update_info: Message) -> None:
+    def receive_weights(self, update_info: Any) -> None:
         """Write one update."""
         self.receiver.update(vars(update_info))
         logger.info("s2ft: the weights are %s", self.receiver.serving)
