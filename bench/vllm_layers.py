@@ -199,7 +199,7 @@ def prompt(tokens: int = 512, units: int = 430, inputs: int = 14336, outputs: in
     bank = SliceBank(2, units, outputs, dim=1)
     bank.put(1, torch.randperm(inputs)[:units], torch.randn(units, outputs))
     x, y = torch.randn(tokens, inputs), torch.randn(tokens, outputs)
-    batch, adapters = SlotBatch.of(tokens, 2), torch.full((tokens,), 2)
+    batch, adapters = SlotBatch(tokens, 2), torch.full((tokens,), 2)
     batch.update(np.full(tokens, 1))
     packed = (bank.values, bank.index, bank.offsets)
     steps = {

@@ -77,7 +77,7 @@ def save_merged(
     reshard_all(model)
     plain, ranks, changes = _plain(model), all_ranks(), _changes(model, record)
     is_first = ranks is None or dist.get_rank() == ranks[0]
-    found: list[StoredWeights] = []
+    found: list[DiskSource] = []
 
     def choose() -> str:
         check_output(Path(directory))  # before the base is read, which takes time
@@ -92,7 +92,7 @@ def save_merged(
             compare()
 
     if not obstacle:
-        run_on_first_rank("saving a merged checkpoint", ranks, lambda: write(DiskSource(found[0]), changes))
+        run_on_first_rank("saving a merged checkpoint", ranks, lambda: write(found[0], changes))
         return
     if is_first:
         logger.info("the base is gathered from the model to merge into it, because %s", obstacle)
@@ -147,8 +147,8 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
 def _find(tensors: dict[str, Tensor], name: str) -> Tensor:
     """The tensor that has this name in the plain model."""
     layer, _, last = name.rpartition(".")
-    names = (name, f"{name}.weight", f"{layer}.linear.{last}")  # a replaced parameter, and a layer inside a layer
-    return next(tensors[one] for one in names if one in tensors)
+    # the last two: a replaced parameter, and a layer inside a layer
+    return next(tensors[one] for one in (name, f"{name}.weight", f"{layer}.linear.{last}") if one in tensors)
 
 
 def _changes(model: nn.Module, record: Attachment) -> Changes:
@@ -172,7 +172,7 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
 
 
 def _find_base(
-    base: str | os.PathLike | None, model: nn.Module, record: Attachment, plain: nn.Module, found: list[StoredWeights]
+    base: str | os.PathLike | None, model: nn.Module, record: Attachment, plain: nn.Module, found: list[DiskSource]
 ) -> str:
     """Open the base's checkpoint and check that it is that of the model.
 
@@ -194,7 +194,7 @@ def _find_base(
         if not source:
             return "its config does not say where it was loaded from"
         weights = StoredWeights(plain, open_checkpoint(source))
-        DiskSource(weights)  # raises for tied weights that differ
+        disk = DiskSource(weights)
         with read_from(plain, weights):
             other = difference(cast("dict[str, Any]", record.fingerprint), fingerprint(plain, record.couplings))
         other = other or _difference_outside(model, record, weights)
@@ -204,7 +204,7 @@ def _find_base(
         if base is not None:
             raise
         return str(error)
-    found.append(weights)
+    found.append(disk)
     return ""
 
 

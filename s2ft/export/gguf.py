@@ -9,38 +9,27 @@ import subprocess
 import sys
 from difflib import get_close_matches
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any
 
 import torch
 
+from s2ft.config import refuse
 from s2ft.export.merged import merged_model, temporary_folder
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model
 
 VARIABLE = "LLAMA_CPP_DIR"
-CONVERTER = ("convert_hf_to_gguf.py", "convert-hf-to-gguf.py")
-QUANTIZER = ("llama-quantize", "llama-quantize.exe")
-PLACES = (".", "build/bin", "bin", "build/bin/Release", "libexec")  # below the folder, for a built source tree too
+CONVERTER, QUANTIZER = "convert_hf_to_gguf.py", "llama-quantize"
+PLACES = (".", "build/bin", "bin", "libexec")  # below the folder, for a built source tree too
 FILE = "model.gguf"
 OUTTYPES = ("F32", "F16", "BF16", "Q8_0")  # what the converter writes itself
+EXACT = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}  # the types that hold a dtype's values
 # The largest error of a tensor, relative to its norm, by the first letters of its type. On normal weights the types
 # stay at a third to two thirds of it.
 LARGEST_ERROR = {"F32": 0.0, "F16": 1e-3, "BF16": 5e-3, "Q8": 0.015, "Q6": 0.04, "Q5": 0.08, "Q4": 0.15, "Q3": 0.3}
 OTHERS = 0.7  # of all other types, those of 2 bits and less
 # A text with the cases in which tokenizers differ
 PROBE = "Some text of words, it's (not) so long\n\n  and\tsome signs: äöü 漢字 \U0001f642 <|im_start|>a+b=c"
-
-
-class Tools(NamedTuple):
-    """What was found of llama.cpp.
-
-    Attributes:
-        converter: The script convert_hf_to_gguf.py, or None.
-        quantizer: The program llama-quantize, or None.
-    """
-
-    converter: Path | None
-    quantizer: Path | None
 
 
 def export(
@@ -73,25 +62,32 @@ def export(
         RuntimeError: The file is not the merged model. Nothing is left in any of these cases.
     """
     check_packages("s2ft export --format gguf")
-    kind, tools = _known(quantization), find_tools(llama_cpp)
+    kind = None if quantization is None else _known(quantization)
+    converter, quantizer = find_tools(llama_cpp)
+    where = f"--llama-cpp DIR or {VARIABLE} names the folder of llama.cpp, of https://github.com/ggml-org/llama.cpp"
     with temporary_folder(output) as folder:
-        _check_tools(kind, tools)  # before a model is loaded
+        refuse(
+            (
+                converter is None,
+                f"a GGUF file needs llama.cpp's {CONVERTER}, which is not on the PATH: {where}. --format merged writes "
+                "the checkpoint that it converts, and --format ollama one that Ollama imports itself",
+            ),
+            (
+                kind not in (None, *OUTTYPES) and quantizer is None,
+                f"quantization {quantization} needs llama.cpp's {QUANTIZER}, which is not on the PATH: {where}; "
+                f"without it there are {', '.join(OUTTYPES).lower()}",
+            ),
+        )
         model, tokenizer = merged_model(model_name, adapter, dtype)
-        kind = kind or kind_of_dtype(model.dtype)
-        names = _write(folder, kind, tools, model, tokenizer)
+        kind = kind or EXACT[model.dtype]
+        _write(folder, kind, converter, quantizer, model, tokenizer)
         compared = _compare(model, tokenizer, folder / FILE)
+    names = CONVERTER if kind in OUTTYPES else f"{CONVERTER} and {QUANTIZER}"
     return f"GGUF of the merged model, {kind}, written by llama.cpp's {names}, {compared}: {Path(output) / FILE}"
 
 
-def kind_of_dtype(dtype: torch.dtype) -> str:
-    """Return the type of weights that holds a dtype's values exactly."""
-    return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[dtype]
-
-
-def _known(quantization: str | None) -> str | None:
+def _known(quantization: str) -> str:
     """Return the name in capital letters. Raises ValueError for a type that llama.cpp does not have."""
-    if quantization is None:
-        return None
     import gguf
 
     known = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType][:-1]
@@ -104,68 +100,50 @@ def _known(quantization: str | None) -> str | None:
     return name
 
 
-def _check_tools(kind: str | None, tools: Tools) -> None:
-    where = f"--llama-cpp DIR or {VARIABLE} names the folder of llama.cpp, of https://github.com/ggml-org/llama.cpp"
-    if tools.converter is None:
-        raise ValueError(
-            f"a GGUF file needs llama.cpp's {CONVERTER[0]}, which is not on the PATH: {where}. --format merged writes "
-            "the checkpoint that it converts, and --format ollama one that Ollama imports itself"
-        )
-    if kind is not None and kind not in OUTTYPES and tools.quantizer is None:
-        raise ValueError(
-            f"quantization {kind.lower()} needs llama.cpp's {QUANTIZER[0]}, which is not on the PATH: {where}; without "
-            f"it there are {', '.join(name.lower() for name in OUTTYPES)}"
-        )
-
-
-def _write(folder: Path, kind: str, tools: Tools, model, tokenizer) -> str:
-    """Write the file, through a plain one if only llama-quantize has the type. Returns the names of the programs."""
-    checkpoint, file, names = folder / "checkpoint", folder / FILE, cast(Path, tools.converter).name
-    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", kind_of_dtype(model.dtype))
+def _write(folder: Path, kind: str, converter: Any, quantizer: Any, model, tokenizer) -> None:
+    """Write the file, through a plain one if only llama-quantize has the type."""
+    checkpoint, file = folder / "checkpoint", folder / FILE
+    first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", EXACT[model.dtype])
     model.save_pretrained(checkpoint), tokenizer.save_pretrained(checkpoint)
-    script = [sys.executable, str(tools.converter), str(checkpoint)]
-    _run([*script, "--outfile", str(first), "--outtype", by_converter.lower()], names, first)
+    script = [sys.executable, converter, checkpoint, "--outfile", first, "--outtype", by_converter.lower()]
+    _run(script, CONVERTER, first)
     shutil.rmtree(checkpoint)
     if first != file:
-        _run([str(tools.quantizer), str(first), str(file), kind], cast(Path, tools.quantizer).name, file)
+        _run([quantizer, first, file, kind], QUANTIZER, file)
         first.unlink()
-        names += f" and {cast(Path, tools.quantizer).name}"
-    return names
 
 
 # ---- the tools of llama.cpp -----------------------------------------------------------------------------------
 
 
-def find_tools(folder: str | Path | None = None) -> Tools:
+def find_tools(folder: str | Path | None = None) -> tuple[str | None, str | None]:
     """Look for the tools of llama.cpp.
 
     Args:
         folder: The folder of llama.cpp. Default: that of the variable LLAMA_CPP_DIR, else what is on the PATH.
+
+    Returns:
+        The script that converts checkpoints, which may lack the right to be run, and the program that quantizes; None
+        for one that is missing.
 
     Raises:
         FileNotFoundError: The folder does not exist or has none of the tools.
     """
     named = folder if folder is not None else os.environ.get(VARIABLE) or None
     if named is None:
-        return Tools(_found(CONVERTER), _found(QUANTIZER))
+        return shutil.which(CONVERTER, os.F_OK), shutil.which(QUANTIZER)
     what = f"llama_cpp {named}" if folder is not None else f"{VARIABLE}={named}"
     root = Path(named).expanduser()
     if not root.is_dir():
         raise FileNotFoundError(f"{what} is no folder: name the folder of llama.cpp")
     places = os.pathsep.join(str(root / place) for place in PLACES)
-    found = Tools(_found(CONVERTER, places), _found(QUANTIZER, places))
-    if found == Tools(None, None):
-        raise FileNotFoundError(f"{what} has neither {CONVERTER[0]} nor {QUANTIZER[0]} (nor build/bin/{QUANTIZER[0]})")
-    return found
+    converter, quantizer = (shutil.which(name, os.F_OK, places) for name in (CONVERTER, QUANTIZER))
+    if converter is None and quantizer is None:
+        raise FileNotFoundError(f"{what} has neither {CONVERTER} nor {QUANTIZER} (nor build/bin/{QUANTIZER})")
+    return converter, quantizer
 
 
-def _found(names: tuple[str, ...], places: str | None = None) -> Path | None:
-    """The first file with one of these names in the places, or on the PATH. A script may lack the right to be run."""
-    files = (shutil.which(name, os.F_OK, places) for name in names)
-    return next((Path(file) for file in files if file is not None), None)
-
-
-def _run(command: list[str], name: str, file: Path) -> None:
+def _run(command: list[Any], name: str, file: Path) -> None:
     """Run a program of llama.cpp that writes a file. Raises ValueError with its last line if it fails."""
     try:
         ended = subprocess.run(command, capture_output=True, text=True, errors="replace")
@@ -195,9 +173,8 @@ def _compare(model, tokenizer, file: Path) -> str:
         return _only_read(reader, file)
     again, again_tokenizer = load_model(str(file), "float32")
     errors = _errors(again.state_dict(), model.state_dict())
-    used = [kind for kind in kinds.values() if kind not in ("F32", kind_of_dtype(model.dtype))]  # those are exact
-    allowed = (LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used)
-    largest = max(allowed, default=0.0)
+    used = [kind for kind in kinds.values() if kind not in ("F32", EXACT[model.dtype])]  # those are exact
+    largest = max((LARGEST_ERROR.get(kind, LARGEST_ERROR.get(kind[:2], OTHERS)) for kind in used), default=0.0)
     different = sorted(key for key, error in errors.items() if not error <= largest)
     if different:
         raise RuntimeError(f"the GGUF file is not the merged model: {', '.join(different[:5])} differ")

@@ -47,7 +47,6 @@ from s2ft.selection import Selection
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"
-KIND = "a PEFT LoRA"
 PROMPT = "prompt"  # key of an adapter's info, and of the metadata of the tensors file; PEFT and vLLM ignore it
 PREFIX = "base_model.model."  # PEFT puts it before the names of the base's modules
 VLLM_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # the values that vLLM accepts for --max-lora-rank
@@ -56,12 +55,7 @@ Sides = tuple[Tensor, Tensor]  # B [O, r], A [r, I]
 
 def matches(folder: Path) -> bool:
     """Whether the folder has the config of a LoRA."""
-    return has_config(folder, "LORA")
-
-
-def has_config(folder: Path, peft_type: str) -> bool:
-    """Whether the folder has the config of this method of PEFT."""
-    return json_entry(folder / CONFIG, "peft_type") == peft_type
+    return json_entry(folder / CONFIG, "peft_type") == "LORA"
 
 
 def describe(folder: Path) -> str:
@@ -285,7 +279,7 @@ def read(
     name = "default" if name is None else name
     check_adapter_name(name, "name")
     folder = Path(folder)
-    config_path, tensors_path = (open_file(folder, file, KIND) for file in (CONFIG, TENSORS))
+    config_path, tensors_path = (open_file(folder, file, "a PEFT LoRA") for file in (CONFIG, TENSORS))
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     model, record = _record(model, folder, couplings)

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from uuid import uuid4
@@ -175,11 +175,8 @@ def _locked(folder: Path, at_once: bool = False) -> Iterator[None]:
     """Lock a folder, where its file system can do this. With `at_once`, raise OSError unless nobody holds the lock."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        if at_once:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        else:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        with nullcontext() if at_once else suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if at_once else 0))
         yield
     finally:
         os.close(descriptor)

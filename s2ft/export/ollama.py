@@ -65,8 +65,7 @@ def write_modelfile(file: str | Path, adapter: str | Path) -> str:
     file, form = Path(file), recorded_format(read_adapter(adapter).info)
     place = file.with_suffix(f".{MODELFILE}")
     system, is_text = (None, False) if form is None else (form.system, form.form == "text")
-    text = modelfile(None, [], system, is_text, f"./{file.name}")
-    place.write_text(text, encoding="utf-8")
+    place.write_text(modelfile(None, [], system, is_text, f"./{file.name}"), encoding="utf-8")
     return f"for Ollama: ollama create {file.stem} -f {place}"
 
 

@@ -4,22 +4,26 @@ PEFT reads and writes it, see :mod:`s2ft.peft`. That package is above this one a
 name, and only for such a folder.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.record import find_attachment
-from s2ft.export.lora import has_config
+from s2ft.export.lora import CONFIG
+from s2ft.files.reading import json_entry
 from s2ft.model.fingerprint import structure_of
 from s2ft.model.registry import couplings_of
 
 
 def matches(folder: Path) -> bool:
     """Whether the folder has the config of an S²FT adapter of PEFT."""
-    return has_config(folder, "S2FT")
+    return json_entry(folder / CONFIG, "peft_type") == "S2FT"
 
 
 def describe(folder: Path) -> str:
@@ -46,7 +50,10 @@ def read(folder: Path, model: nn.Module | None = None, name: str | None = None) 
             f"{folder} is an S²FT adapter of PEFT, which is read together with its base: "
             f"s2ft export --from-peft {folder} --model BASE --output ADAPTER makes an adapter of s2ft of it"
         )
-    adapter = import_module("s2ft.peft.native_adapter").read_folder(folder, model, name or "default")
+    peft, name = import_module("s2ft.peft"), name or "default"
+    load = import_module("peft").PeftModel.from_pretrained
+    with _in_peft(model, lambda: load(model, folder, adapter_name=name)) as peft_model:
+        adapter = peft.to_native(peft_model, name)
     return replace(adapter, structure=structure_of(model, couplings_of(model, adapter.couplings), adapter.deltas))
 
 
@@ -63,4 +70,19 @@ def write(adapter: Adapter, folder: Path, model: nn.Module | None = None) -> Non
     """
     if model is None:
         raise ValueError(f"{folder}: an S²FT adapter of PEFT is written together with its base: use s2ft export")
-    import_module("s2ft.peft.native_adapter").write_folder(adapter, folder, model)
+    with _in_peft(model, lambda: import_module("s2ft.peft").from_native(model, adapter)) as peft_model:
+        peft_model.save_pretrained(folder)
+
+
+@contextmanager
+def _in_peft(model: nn.Module, make: Callable[[], Any]) -> Iterator[Any]:
+    """Inside, a base is in the PeftModel that `make` returns. Afterwards it is as before."""
+    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    peft_model = make()
+    try:
+        yield peft_model
+    finally:
+        base = peft_model.unload()
+        for parameter, requires_grad in modes:
+            parameter.requires_grad_(requires_grad)
+        vars(base).pop("peft_config", None)

@@ -159,8 +159,6 @@ def saved_names(model: nn.Module) -> list[str]:
     state = model.state_dict()
     for name in getattr(model, "_keys_to_ignore_on_save", None) or ():
         state.pop(name, None)
-    if not hasattr(model, "config"):
-        return list(state)
     from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
     return list(remove_tied_weights_from_state_dict(state, cast(Any, model)))

@@ -23,7 +23,6 @@ from s2ft.packages import check_packages
 check_packages("s2ft.peft")
 
 from peft import PeftType
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from s2ft.peft.adapter_config import TYPE, S2FTPeftConfig
@@ -53,7 +52,6 @@ def register() -> None:
         type.__setattr__(PeftType, TYPE, member)
         PeftType._member_map_[TYPE] = PeftType._value2member_map_[TYPE] = member
         PeftType._member_names_.append(TYPE)
-    if PeftType(TYPE) not in PEFT_TYPE_TO_CONFIG_MAPPING:
         register_peft_method(name=TYPE.lower(), config_cls=S2FTPeftConfig, model_cls=S2FTPeftModel, prefix=PREFIX)
 
 

@@ -146,10 +146,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     def __post_init__(self) -> None:
         self.units = _lists(self.units)
         if isinstance(self.modules_to_save, list):  # PEFT adds the head again to that of a loaded config
-            once = [
-                name for number, name in enumerate(self.modules_to_save) if name not in self.modules_to_save[:number]
-            ]
-            self.modules_to_save = once or None
+            self.modules_to_save = list(dict.fromkeys(self.modules_to_save)) or None
         PeftConfig.__post_init__(self)
         S2FTConfig.__post_init__(self)
         self.peft_type = PeftType(TYPE)
@@ -281,13 +278,12 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
         return self
 
     def remember_created(self, created: "S2FTPeftConfig") -> None:
-        """Record which fields the injection has changed, for :meth:`as_created`.
+        """Record what the injection has changed, for :meth:`as_created`.
 
         Args:
             created: The config before the injection.
         """
-        changed = {f.name: (getattr(created, f.name), getattr(self, f.name)) for f in fields(self)}
-        self.changed_fields = {name: both for name, both in changed.items() if both[0] != both[1]}
+        self.changed_fields = {f.name: (getattr(created, f.name), getattr(self, f.name)) for f in fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values. The units of a module are one text such as "0,1,2,17".

@@ -20,6 +20,7 @@ from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
 from s2ft.model.weights import Delta
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
+from s2ft.peft.adapter_config import DIMS
 
 BASE = "__base__"  # PEFT's name for rows of a mixed batch without an adapter
 
@@ -37,20 +38,14 @@ class AdapterDelta(nn.Module):
 
     index: Tensor
 
-    def __init__(self, values: Tensor, index: Tensor) -> None:
-        super().__init__()
-        self.values = nn.Parameter(values)
-        self.register_buffer("index", index)
-
-    @classmethod
-    def new(
-        cls, shape: list[int], units: Any, weight: Tensor, dtype: torch.dtype, init_weights: bool
-    ) -> "AdapterDelta":
+    def __init__(self, shape: list[int], units: Any, weight: Tensor, dtype: torch.dtype, init_weights: bool) -> None:
         """Make the delta of some units of a weight of this shape, zero or random, on the weight's device."""
+        super().__init__()
         dim, index = units.dim, units.index
         values = torch.zeros(shape[:dim] + [index.numel()] + shape[dim + 1 :], dtype=dtype, device=weight.device)
         where = "cpu" if weight.is_meta else weight.device
-        return cls(values if init_weights else values.normal_(std=0.1), index.to(where, copy=True))
+        self.values = nn.Parameter(values if init_weights else values.normal_(std=0.1))
+        self.register_buffer("index", index.to(where, copy=True))
 
     def extra_repr(self) -> str:
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
@@ -110,12 +105,11 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: It trains the other dim.
         """
-        sides = ("outputs", "inputs")
         for name, one in units.items():
             if one.dim != self.dims.get(name, one.dim):
                 raise ValueError(
-                    f"adapter {adapter_name!r} trains {sides[one.dim]} of a module, and another adapter trains its "
-                    f"{sides[self.dims[name]]}: give both the same dim"
+                    f"adapter {adapter_name!r} trains {DIMS[one.dim]} of a module, and another adapter trains its "
+                    f"{DIMS[self.dims[name]]}: give both the same dim"
                 )
 
     def update_layer(self, adapter_name: str, units: dict[str, Any], init_weights: bool) -> None:
@@ -129,7 +123,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         shape, dtype = list(self.kind.shape(self.base_layer)), self.kind.delta_dtype(self.base_layer)
         self.out_features, self.in_features = shape[:2]
         self.dim = self.dims[""] = units[""].dim
-        self.s2ft_delta[adapter_name] = AdapterDelta.new(shape, units[""], self.base_layer.weight, dtype, init_weights)
+        self.s2ft_delta[adapter_name] = AdapterDelta(shape, units[""], self.base_layer.weight, dtype, init_weights)
         self.set_adapter(self.active_adapters)
 
     @property
@@ -182,11 +176,10 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         Returns:
             The sum, on the units of any of them. Gradients flow to each delta.
         """
-        deltas = []
-        for name, factor in zip(names, factors or [1.0] * len(names)):
-            found = self.deltas_of(name).get(weight) if name in self.s2ft_delta else None
-            if found is not None:
-                deltas.append((Delta(self.dims[weight], found.index, found.values), factor))
+        found = (
+            (self.deltas_of(name).get(weight), factor) for name, factor in zip(names, factors or [1.0] * len(names))
+        )
+        deltas = [(Delta(self.dims[weight], one.index, one.values), factor) for one, factor in found if one is not None]
         return deltas[0][0] if len(deltas) == 1 and deltas[0][1] == 1 else sum_deltas(deltas)
 
     def trained_by(self, names: Sequence[str]) -> list[str]:
@@ -223,7 +216,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         whenever the weight is merged, saved, copied, or asked for.
         """
         delta = self.sum_of(weight, names)
-        key = [self.deltas_of(name).get(weight) for name in names if name in self.s2ft_delta]
+        key = [self.deltas_of(name).get(weight) for name in names]
         known, layer = cast("tuple[Any, Any]", self._running.get(weight, (None, None)))
         if known != key:
             self.put_base_back()
@@ -334,16 +327,14 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             return
         if self.kind.read_only:
             raise ValueError(self.kind.read_only)
-        before = self.merged_adapters
+        merged = self.merged_adapters + names
         self.restore_base()
         try:
             if safe_merge:
-                self._check_finite(before + names)
-        except ValueError:
-            self.write_sum(before)
-            raise
-        self.merged_adapters = before + names
-        self.write_sum(self.merged_adapters)
+                self._check_finite(merged)
+            self.merged_adapters = merged
+        finally:
+            self.write_sum(self.merged_adapters)
 
     def _check_finite(self, names: list[str]) -> None:
         self.put_base_back()
@@ -409,9 +400,9 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             adapter: Name of the adapter.
 
         Returns:
-            The deltas.
+            The deltas; none if the adapter does not train this module.
         """
-        return {"": self.s2ft_delta[adapter]}
+        return {"": self.s2ft_delta[adapter]} if adapter in self.s2ft_delta else {}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return an adapter's delta as a dense tensor.
@@ -439,10 +430,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
         return self.kind.is_linear and not self.kind.read_only
 
     def extra_repr(self) -> str:
-        return f"dim={self.dim}"
-
-    def __repr__(self) -> str:
-        return "s2ft." + super().__repr__()
+        return ", ".join(f"{name or 'weight'}: dim={dim}" for name, dim in self.dims.items())
 
 
 # ---- stacked experts ----------------------------------------------------------------------------------
@@ -475,7 +463,7 @@ class S2FTPeftExperts(S2FTPeftLayer):
             weight = getattr(self.base_layer, name)
             self.dims[name], self.transposed[name] = one.dim, one.transposed
             shape = list(stack_of(weight, one.transposed).shape[1:])
-            deltas[name] = AdapterDelta.new(shape, one, weight, weight.dtype, init_weights)
+            deltas[name] = AdapterDelta(shape, one, weight, weight.dtype, init_weights)
         self.s2ft_delta[adapter_name] = deltas
         self.set_adapter(self.active_adapters)
 
@@ -506,8 +494,7 @@ class S2FTPeftExperts(S2FTPeftLayer):
     def _new_layer(self, weight: str, index: Tensor) -> S2Layer:
         size, transposed = self._size(weight), self.transposed[weight]
         experts = {e: index[index // size == e] % size for e in (index // size).unique().tolist()}
-        kind = EXPERTS.layers[self.dims[weight]]
-        return kind(getattr(self.base_layer, weight), experts, transposed=transposed)
+        return EXPERTS.layers[self.dims[weight]](getattr(self.base_layer, weight), experts, transposed=transposed)
 
     def _parameters_of(self, weight: str) -> dict[str, nn.Parameter | None]:
         return {"weight": getattr(self.base_layer, weight)}
@@ -537,11 +524,8 @@ class S2FTPeftExperts(S2FTPeftLayer):
         return stack.transpose(1, 1 + self.dims[weight]), (index // size, index % size)
 
     def deltas_of(self, adapter: str) -> dict[str, AdapterDelta]:
-        return dict(self.s2ft_delta[adapter].items())
+        return dict(self.s2ft_delta[adapter].items()) if adapter in self.s2ft_delta else {}
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Raise ValueError: an adapter has a delta for each of several parameters."""
         raise ValueError("stacked experts have several weights, so PEFT can't get the one of an adapter")
-
-    def extra_repr(self) -> str:
-        return ", ".join(f"{name}: dim={dim}" for name, dim in self.dims.items())

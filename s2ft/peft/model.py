@@ -137,15 +137,12 @@ class S2FTPeftModel(BaseTuner):
 
     # ---- removing ------------------------------------------------------------------------------------
 
-    def unload(self) -> nn.Module:
-        """Return the base, bit for bit, even if adapters are merged."""
+    def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> Any:
+        """As PEFT does. `unload`, which does not merge, returns the base bit for bit even if adapters are merged."""
         for module in self.model.modules():
-            if isinstance(module, S2FTPeftLayer) and module.merged:
+            if isinstance(module, S2FTPeftLayer) and module.merged and not merge:
                 module.unmerge()
-        return super().unload()
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> Any:
-        model: Any = super()._unload_and_optionally_merge(*args, **kwargs)
+        model: Any = super()._unload_and_optionally_merge(merge, *args, **kwargs)
         allow_packing(model, self.__dict__.pop("_unpacked", []))
         return model
 
@@ -196,7 +193,7 @@ class S2FTPeftModel(BaseTuner):
             chosen_by={"sum_of": [[name, float(weight)] for name, weight in zip(adapters, weights)]},
         )
         self.inject_adapter(self.model, adapter_name)
-        for layer in self._layers(adapter_name):
+        for layer in (module for module in self.model.modules() if isinstance(module, S2FTPeftLayer)):
             for weight, delta in layer.deltas_of(adapter_name).items():
                 total = layer.sum_of(weight, adapters, list(map(float, weights)))
                 delta.values = nn.Parameter(total.values.detach().clone(), requires_grad=False)
@@ -216,6 +213,10 @@ class S2FTPeftModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"Adapter {name} does not exist")
             check_weight(name, weight)
+            if cast(Any, self.peft_config[name]).trainable_token_indices is not None:
+                raise ValueError(
+                    f"adapter {name!r} has trainable_token_indices, and embeddings of tokens can't be added up"
+                )
         refuse(
             (
                 adapter_name in self.peft_config,
@@ -226,13 +227,6 @@ class S2FTPeftModel(BaseTuner):
                 f"combination_type must be linear, because deltas are added without changes, got {combination_type!r}",
             ),
         )
-        with_tokens = [
-            name for name in adapters if cast(Any, self.peft_config[name]).trainable_token_indices is not None
-        ]
-        if with_tokens:
-            raise ValueError(
-                f"adapter {with_tokens[0]!r} has trainable_token_indices, and embeddings of tokens can't be added up"
-            )
         clashes = [
             path
             for path, module in self.model.named_modules()
@@ -244,13 +238,6 @@ class S2FTPeftModel(BaseTuner):
                 f"found {len(clashes)} such instance(s). They are {', '.join(clashes)}"
             )
 
-    def _layers(self, adapter_name: str) -> list[S2FTPeftLayer]:
-        return [
-            module
-            for module in self.model.modules()
-            if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta
-        ]
-
     # ---- mixed batches -------------------------------------------------------------------------------
 
     @contextmanager
@@ -261,8 +248,7 @@ class S2FTPeftModel(BaseTuner):
             yield
             return
         self._check_mixed(names, args, kwargs)
-        beams = kwargs.get("num_beams") or 1
-        repeated = [name for name in names for _ in range(beams)]
+        repeated = [name for name in names for _ in range(kwargs.get("num_beams") or 1)]
         encoder = self.model.get_encoder() if hasattr(self.model, "get_encoder") else None
         # an encoder runs before the rows are repeated for beams
         once = set() if encoder in (None, self.model) else set(encoder.modules())
@@ -321,7 +307,7 @@ class S2FTPeftModel(BaseTuner):
         layers = {
             f"{path}.s2ft_delta.{adapter_name}.{name and name + '.'}": delta
             for path, module in model.named_modules()
-            if isinstance(module, S2FTPeftLayer) and adapter_name in module.s2ft_delta
+            if isinstance(module, S2FTPeftLayer)
             for name, delta in module.deltas_of(adapter_name).items()
         }
         expected = {f"{key}{part}" for key in layers for part in ("values", "index")}

@@ -1,10 +1,9 @@
-"""Units of PEFT's layers, and adapters of s2ft in the folders of PEFT."""
+"""Units of PEFT's layers, and adapters of s2ft in a PeftModel."""
 
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -22,31 +21,28 @@ from s2ft.model.registry import check_shapes, couplings_of, known_architectures
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
-from s2ft.peft.targets import find_targets
+from s2ft.peft.targets import find_targets, warn_of_skipped
 from s2ft.selection import Selection, select, unit_tensors
 
 # ---- units ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
 class ModuleUnits:
     """The units of one module that an adapter trains.
+
+    Args:
+        parts: The module's projections with their units.
 
     Attributes:
         dim: The dimension of the weight along which the units lie.
         index: The elements of all units along `dim`, [n] int64, ascending. Those of stacked experts are counted
             through: element u of expert e is e times the elements of an expert, plus u.
-        parts: The module's projections with their units.
+        parts: See above.
     """
 
-    dim: int
-    index: Tensor
-    parts: tuple[tuple[Projection, Tensor], ...]
-
-    @classmethod
-    def of(cls, parts: list[tuple[Projection, Tensor]]) -> "ModuleUnits":
+    def __init__(self, parts: list[tuple[Projection, Tensor]]) -> None:
         elements = torch.cat([_counted_through(projection, projection.elements(units)) for projection, units in parts])
-        return cls(parts[0][0].dim, elements.sort().values, tuple(parts))
+        self.dim, self.index, self.parts = parts[0][0].dim, elements.sort().values, parts
 
     @property
     def transposed(self) -> bool:
@@ -90,22 +86,22 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         couplings, is_known = _couplings(config, model), _is_known(model)
         base = _fingerprint(model, couplings)
         _check_base(config, base)
-        found = find_targets(config, model, couplings)
-        check_shapes(model, found.targets)
-        if not found.targets and not (config.target_modules is None and config.target_parameters is None):
+        named, targets, uncoupled, skipped = find_targets(config, model, couplings)
+        check_shapes(model, targets)
+        if not targets and not (config.target_modules is None and config.target_parameters is None):
             selected = replace(config)  # PEFT raises the error that names the pattern without a match
             selected.module_units = {}
             return selected
-        selection = select(found.targets, _selection_config(found.config, couplings, found.targets), model)
-    found.warn()
-    modules = _by_path(found.targets, selection)
-    selected = found.config.with_units(
+        selection = select(targets, _selection_config(named, couplings, targets), model)
+    warn_of_skipped(skipped, sum(len(target.projections) for target in targets))
+    modules = _by_path(targets, selection)
+    selected = named.with_units(
         selection,
         sorted(path for path, units in modules.items() if "" in units),
         sorted(f"{path}.{weight}" for path, units in modules.items() for weight in units if weight),
         None if base is None else json.dumps(base),
-        found.uncoupled,
-        list(found.skipped),
+        uncoupled,
+        list(skipped),
     )
     if couplings and not is_known:
         selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
@@ -120,7 +116,7 @@ def _by_path(targets: list[Any], selection: Selection) -> dict[str, dict[str, Mo
     modules: dict[str, dict[str, ModuleUnits]] = {}
     for path, found in parts.items():
         owner, _, weight = (path, "", "") if found[0][0].expert is None else path.rpartition(".")
-        modules.setdefault(owner, {})[weight] = ModuleUnits.of(found)
+        modules.setdefault(owner, {})[weight] = ModuleUnits(found)
     return modules
 
 
@@ -147,13 +143,13 @@ def _couplings(config: S2FTPeftConfig, model: nn.Module) -> list[Coupling]:
     """
     if config.couplings is not None:
         return [Coupling.from_dict(one) for one in config.couplings]
-    if _is_known(model):
-        return couplings_of(model)
-    if not config.ratios:
+    if not (config.ratios or _is_known(model)):
         return []
     try:
         return couplings_of(model)
     except ValueError as error:
+        if _is_known(model):
+            raise
         raise ValueError(
             f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {error}. Or give target_modules and ratio, for "
             "instance target_modules='all-linear'"
@@ -338,46 +334,3 @@ def from_native(
         for units, values in _values(base, model.peft_config[adapter_name], adapter_name):
             values.copy_(units.join(adapter.deltas))
     return model
-
-
-def read_folder(folder: str | os.PathLike, model: nn.Module, name: str) -> Adapter:
-    """Read a folder that a PeftModel saved as an adapter of s2ft.
-
-    Args:
-        folder: The folder.
-        model: The adapter's base. It gets the adapter for the time of the call.
-        name: Name of the adapter.
-
-    Returns:
-        The adapter.
-    """
-    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    peft_model = PeftModel.from_pretrained(model, os.fspath(folder), adapter_name=name)
-    try:
-        return to_native(peft_model, name)
-    finally:
-        _leave(peft_model, modes)
-
-
-def write_folder(adapter: Adapter, folder: str | os.PathLike, model: nn.Module) -> None:
-    """Save an adapter of s2ft as a PeftModel saves it.
-
-    Args:
-        adapter: The adapter.
-        folder: The folder.
-        model: The adapter's base. It gets the adapter for the time of the call.
-    """
-    modes = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    peft_model = from_native(model, adapter)
-    try:
-        peft_model.save_pretrained(os.fspath(folder))
-    finally:
-        _leave(peft_model, modes)
-
-
-def _leave(peft_model: PeftModel, modes: list[tuple[nn.Parameter, bool]]) -> None:
-    """Take the adapter off the base, which is as before then."""
-    base = peft_model.unload()
-    for parameter, requires_grad in modes:
-        parameter.requires_grad_(requires_grad)
-    vars(base).pop("peft_config", None)

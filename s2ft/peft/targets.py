@@ -44,40 +44,30 @@ class Targets:
         return tuple(projection for projection in self.projections if projection.dim == 0)
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a config trains of a model.
+def warn_of_skipped(skipped: dict[str, str], trained: int) -> None:
+    """Warn about what is not trained, with the count and the first names.
 
-    Attributes:
-        config: The config, with the names of the modules in place of "all-linear".
-        targets: The projections from which units are selected, as :class:`Targets`.
-        uncoupled: Paths of the modules that are in no coupling. Their units are single inputs or outputs.
-        skipped: Why modules or projections that the config asks for are not trained, by name.
+    Args:
+        skipped: Why modules or projections that a config asks for are not trained, by name.
+        trained: How many others are trained.
     """
-
-    config: S2FTPeftConfig
-    targets: list[Any]
-    uncoupled: list[str]
-    skipped: dict[str, str]
-
-    def warn(self) -> None:
-        """Warn about what is not trained, with the count and the first names."""
-        if not self.skipped:
-            return
-        by_reason = by_key((reason, name) for name, reason in self.skipped.items())
-        parts = (
-            f"{len(names)} {reason} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
-            for reason, names in by_reason.items()
-        )
-        trained = sum(len(target.projections) for target in self.targets)
-        warnings.warn(
-            f"{len(self.skipped)} of {len(self.skipped) + trained} layers are not trained: {'; '.join(parts)}. "
-            "config.skipped has their names",
-            stacklevel=2,
-        )
+    if not skipped:
+        return
+    by_reason = by_key((reason, name) for name, reason in skipped.items())
+    parts = (
+        f"{len(names)} {reason} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+        for reason, names in by_reason.items()
+    )
+    warnings.warn(
+        f"{len(skipped)} of {len(skipped) + trained} layers are not trained: {'; '.join(parts)}. "
+        "config.skipped has their names",
+        stacklevel=2,
+    )
 
 
-def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupling]) -> Found:
+def find_targets(
+    config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupling]
+) -> tuple[S2FTPeftConfig, list[Any], list[str], dict[str, str]]:
     """Find what a config trains of a model.
 
     Args:
@@ -86,7 +76,10 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
         couplings: Its couplings.
 
     Returns:
-        The targets.
+        - The config, with the names of the modules in place of "all-linear".
+        - The projections from which units are selected, as :class:`Targets`.
+        - Paths of the modules that are in no coupling. Their units are single inputs or outputs.
+        - Why modules or projections that the config asks for are not trained, by name.
 
     Raises:
         ValueError: Something can't be trained; the message names the field or module.
@@ -119,7 +112,7 @@ def find_targets(config: S2FTPeftConfig, model: nn.Module, couplings: list[Coupl
     if names is not None:
         _check_units(config, names, model, targets)
     paths = {projection.path for projection in projections_of(targets)}
-    return Found(config, targets, [path for path in uncoupled if path in paths], skipped)
+    return config, targets, [path for path in uncoupled if path in paths], skipped
 
 
 # ---- all-linear ----------------------------------------------------------------------------------------
@@ -155,8 +148,7 @@ def _named_linears(config: S2FTPeftConfig, model: nn.Module) -> tuple[S2FTPeftCo
 
 def _owners(model: nn.Module) -> Counter:
     """In how many places each module and parameter is, by its id."""
-    modules = list(model.modules())
-    parts = (part for one in modules for part in (*one._modules.values(), *one._parameters.values()))
+    parts = (part for one in model.modules() for part in (*one._modules.values(), *one._parameters.values()))
     return Counter(id(part) for part in parts)
 
 
@@ -257,11 +249,11 @@ def _large_enough(config: S2FTPeftConfig, targets: list[Any], skipped: dict[str,
         return targets
     found = []
     for target in targets:
-        counts = {one: int(config.ratio * one.count + 0.5) for one in target.projections}
-        small = [one.name for one, count in counts.items() if count == 0]
+        kept = tuple(one for one in target.projections if int(config.ratio * one.count + 0.5))
+        small = [one.name for one in target.projections if one not in kept]
         skipped.update(dict.fromkeys(small, f"with less than one unit at ratio={config.ratio}"))
-        if len(small) < len(counts):
-            found.append(replace(target, projections=tuple(one for one, count in counts.items() if count)))
+        if kept:
+            found.append(replace(target, projections=kept))
     if targets and not found:
         largest = max(projections_of(targets), key=lambda projection: projection.count)
         raise ValueError(

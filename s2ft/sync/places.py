@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from s2ft.sync.wire import DTYPES, SliceSpec, factors, hashes_of
+from s2ft.sync.wire import DTYPES, SliceSpec, factors, hashes_of, name_of
 
 Loader = Callable[[Iterable[tuple[str, Tensor]]], Any]
 _COPY = torch.ops.aten.copy_.default
@@ -31,17 +31,9 @@ class NoPlace(ValueError):
     """A slice can't be written into this engine's weights. The message names the weight and says why."""
 
 
-@dataclass(frozen=True)
-class Region:
-    """A block of a checkpoint's tensor, and the part of a live parameter that holds it.
-
-    Attributes:
-        view: The part of the parameter, with the dimensions of the checkpoint's tensor.
-        starts: Where the block begins in the checkpoint's tensor, by dimension.
-    """
-
-    view: Tensor
-    starts: tuple[int, ...]
+# The part of a live parameter that holds a block of a checkpoint's tensor, with the dimensions of that tensor; and
+# where the block begins in the tensor, by dimension
+Region = tuple[Tensor, tuple[int, ...]]
 
 
 @dataclass
@@ -107,8 +99,9 @@ def regions(
             except NoPlace:
                 raise
             except Exception as error:
-                words = f"{type(error).__name__}: {error}"
-                raise NoPlace(f"{name}: the model's loader does not take it: {words}") from error
+                raise NoPlace(
+                    f"{name}: the model's loader does not take it: {type(error).__name__}: {error}"
+                ) from error
         raise
 
 
@@ -184,26 +177,20 @@ def _region(name: str, destination: Tensor, source: Tensor, carrier: Tensor) -> 
     if not source.numel():
         return None
     by_stride = {stride: dim for dim, (stride, size) in enumerate(zip(carrier.stride(), carrier.shape)) if size > 1}
-    dims = {}  # of the carrier, by dimension of the source
-    for number, (stride, size) in enumerate(zip(source.stride(), source.shape)):
-        if size > 1 and (stride not in by_stride or by_stride[stride] in dims.values()):
+    sizes, strides = [1] * carrier.dim(), [1] * carrier.dim()  # of the part of the parameter
+    for size, stride, live in zip(source.shape, source.stride(), destination.stride()):
+        if size > 1 and stride not in by_stride:
             raise NoPlace(f"{name}: the model's loader {reason}: shape {tuple(source.shape)}, stride {source.stride()}")
         if size > 1:
-            dims[number] = by_stride[stride]
+            dim = by_stride.pop(stride)
+            sizes[dim], strides[dim] = size, live
     starts, rest = [], source.storage_offset()
     for stride in carrier.stride():
         start, rest = divmod(rest, stride)
         starts.append(start)
-    others = [number for number in range(source.dim()) if number not in dims]
-    view = destination.detach().permute(*sorted(dims, key=dims.get), *others)
-    for _ in others:  # dimensions of size 1
-        view = view.squeeze(-1)
-    for dim in range(carrier.dim()):
-        if dim not in dims.values():
-            view = view.unsqueeze(dim)
-    if any(start + size > whole for start, size, whole in zip(starts, view.shape, carrier.shape)):
+    if any(start + size > whole for start, size, whole in zip(starts, sizes, carrier.shape)):
         raise NoPlace(f"{name}: the model's loader {reason}: shape {tuple(source.shape)}")
-    return Region(view, tuple(starts))
+    return destination.detach().as_strided(sizes, strides, destination.storage_offset()), tuple(starts)
 
 
 @contextmanager
@@ -254,50 +241,39 @@ def places(load: Loader, model: nn.Module, specs: Sequence[SliceSpec], dtype: to
     blocks = regions(load, model, [(spec.name, spec.shape) for spec in specs], dtype)
     found = []
     for number, spec in enumerate(specs):
-        for region in blocks[spec.name]:
-            if region.view.dtype not in DTYPES.values():
+        for view, starts in blocks[spec.name]:
+            if view.dtype not in DTYPES.values():
                 raise NoPlace(
-                    f"{spec.name} is {_word(region.view.dtype)} in this engine, which is quantized or packed: "
+                    f"{spec.name} is {name_of(view.dtype)} in this engine, which is quantized or packed: "
                     "serve the base without quantization"
                 )
-            if region.view.dtype != dtype:
+            if view.dtype != dtype:
                 raise NoPlace(
-                    f"{spec.name} is {_word(region.view.dtype)} in this engine, and the slices are sent as "
-                    f"{_word(dtype)}: send them in the engine's dtype"
+                    f"{spec.name} is {name_of(view.dtype)} in this engine, and the slices are sent as "
+                    f"{name_of(dtype)}: send them in the engine's dtype"
                 )
-            place = _place(number, spec, region)
+            place = _place(number, spec, view, starts)
             if place is not None:
                 found.append(place)
     return found
 
 
-def _word(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-def _place(number: int, spec: SliceSpec, region: Region) -> Place | None:
-    start, size = region.starts[spec.dim], region.view.shape[spec.dim]
+def _place(number: int, spec: SliceSpec, view: Tensor, starts: tuple[int, ...]) -> Place | None:
+    start, size = starts[spec.dim], view.shape[spec.dim]
     mine = ((spec.index >= start) & (spec.index < start + size)).nonzero().squeeze(1)
     if not mine.numel():
         return None
-    device = region.view.device
-    here = (spec.index[mine] - start).to(device)
+    here = (spec.index[mine] - start).to(view.device)
     across = tuple(
         slice(None) if dim == spec.dim else slice(first, first + extent)
-        for dim, (first, extent) in enumerate(zip(region.starts, region.view.shape))
+        for dim, (first, extent) in enumerate(zip(starts, view.shape))
     )
-    original = region.view.index_select(spec.dim, here)
-    chosen = None if mine.numel() == spec.index.numel() else mine.to(device)
-    line = _line(region.view, spec.dim, int(here[0]))
-    return Place(number, region.view, spec.dim, here, chosen, across, original, line)
-
-
-def _line(tensor: Tensor, dim: int, position: int) -> Tensor:
-    """Some of the numbers at a position, as a view [k]."""
-    line = tensor.select(dim, position)
+    original = view.index_select(spec.dim, here)
+    chosen = None if mine.numel() == spec.index.numel() else mine.to(view.device)
+    line = view.select(spec.dim, int(here[0]))
     while line.dim() > 1:
         line = line[0]
-    return line if line.dim() else line.unsqueeze(0)
+    return Place(number, view, spec.dim, here, chosen, across, original, torch.atleast_1d(line))
 
 
 # What one rank says about one of its places: the number of the slice, which part it is (parts with the same key on

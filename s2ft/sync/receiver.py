@@ -33,10 +33,6 @@ class _Bound:
     def __post_init__(self) -> None:
         self.originals = self.expected = self.lines()  # of the base, and after the last write
 
-    @property
-    def numel(self) -> int:
-        return sum(spec.numel for spec in self.specs)
-
     def lines(self) -> Tensor:
         """Some numbers of each place as they are now."""
         return torch.cat([place.line for place in self.places]) if self.places else torch.empty(0)
@@ -200,9 +196,10 @@ class Receiver:
         flat = _decoded(content, bound.dtype) if given == ["values"] else content
         if not isinstance(flat, Tensor):
             raise ValueError(f"tensor must be a torch.Tensor in this process, not {type(flat).__name__}")
-        if flat.numel() != bound.numel or flat.dtype != bound.dtype:
+        expected = sum(spec.numel for spec in bound.specs)
+        if flat.numel() != expected or flat.dtype != bound.dtype:
             raise ValueError(
-                f"{flat.numel():,} numbers of {flat.dtype} came, and the slices have {bound.numel:,} of {bound.dtype}"
+                f"{flat.numel():,} numbers of {flat.dtype} came, and the slices have {expected:,} of {bound.dtype}"
             )
         flat = flat.detach().reshape(-1).to(bound.places[0].view.device if bound.places else "cpu")
         if not all(bool(torch.isfinite(one)) for one in torch.aminmax(flat)):  # both are nan with a nan

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from s2ft.distributed import all_ranks, decide, run_on_ranks
 from s2ft.sync.slices import TrainedSlices
-from s2ft.sync.wire import DTYPES, to_message
+from s2ft.sync.wire import DTYPES, name_of, to_message
 
 logger = logging.getLogger(__name__)
 TIMEOUT = 600.0
@@ -81,14 +81,6 @@ class ReceivingEngine(ABC):
         self.call("update_weights", {"update_info": info})
         self.call("finish_weight_update")
         self.call("reset_prefix_cache")
-
-    def pause(self) -> None:
-        """Stop generation. Requests wait and go on afterwards."""
-        self.call("pause?mode=keep")
-
-    def resume(self) -> None:
-        """Let generation go on."""
-        self.call("resume")
 
 
 def engine_of(engine: Any, timeout: float) -> ReceivingEngine:
@@ -210,12 +202,6 @@ class LocalEngine(ReceivingEngine):
         if parallel.world_size > 1 and parallel.distributed_executor_backend != "external_launcher":
             return super().send(flat, info)
         self.update({**info, "tensor": flat})
-
-    def pause(self) -> None:
-        """Nothing: an LLM generates nothing between two calls."""
-
-    def resume(self) -> None:
-        """Nothing."""
 
     def call(self, method: str, body: dict[str, Any] | None = None) -> None:
         try:
@@ -355,14 +341,13 @@ class SliceSender(AbstractContextManager):
             return
         dtype = self._dtype
         if dtype is None:
-            asked = decide("the engine's dtype", self._sends(), lambda: _name(self._engine.dtype()))
-            dtype = DTYPES.get(asked.value)
+            dtype = DTYPES.get(decide("the engine's dtype", self._sends(), lambda: name_of(self._engine.dtype())).value)
         self.slices = TrainedSlices.of(self.model, dtype)
 
     def _send(self, flat: Tensor) -> None:
         """Send a buffer. After a failure the engine has its base again, or the error says that it does not."""
         if not self._is_bound:
-            dtype, slices = _name(self.slices.dtype), to_message(self.slices.specs)
+            dtype, slices = name_of(self.slices.dtype), to_message(self.slices.specs)
             info = {"sender": self.name, "dtype": dtype, "slices": slices, "take_over": self._take_over}
             self._engine.call("init_weight_transfer_engine", {"init_info": info})
             self._is_bound, self._take_over = True, False
@@ -394,23 +379,22 @@ class SliceSender(AbstractContextManager):
         self._is_bound, self.step = False, -1
 
     def _paused(self, act: Callable[[], None]) -> None:
-        """Call a function while generation is paused."""
-        self._engine.pause()
+        """Call a function while generation is paused: requests wait and go on afterwards."""
+        if self._engine.is_local:  # an LLM generates nothing between two calls
+            act()
+            return
+        self._engine.call("pause?mode=keep")
         try:
             act()
         except BaseException:
             try:
-                self._engine.resume()
+                self._engine.call("resume")
             except EngineError as error:  # the failure that is raised matters more
                 logger.warning("generation could not be resumed: %s", error)
             raise
-        self._engine.resume()
+        self._engine.call("resume")
 
     def _sends(self) -> bool:
         """Whether this rank sends: all do if each has an engine of its own, else the first one."""
         ranks = all_ranks()
         return ranks is None or self._engine.is_local or dist.get_rank() == ranks[0]
-
-
-def _name(dtype: torch.dtype | None) -> str:
-    return "" if dtype is None else str(dtype).removeprefix("torch.")

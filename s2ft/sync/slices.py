@@ -1,7 +1,9 @@
 """The trained slices of a model, as an engine needs them: names of the checkpoint, absolute numbers, one buffer."""
 
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -117,8 +119,7 @@ class CheckpointNames:
             ValueError: The checkpoint does not hold the weight, or in a form in which slices have no place.
         """
         group = self._group(weight, shape)
-        flat = int(expert is not None)
-        units, across = (flat + (1 - one if transposed else one) for one in (dim, 1 - dim))
+        units, across = (int(expert is not None) + (1 - one if transposed else one) for one in (dim, 1 - dim))
         if group is None or group.transform is None:
             if expert is not None:
                 raise ValueError(
@@ -222,9 +223,8 @@ def _piece(
     if other is None or other_dim == place:
         raise refusal
     chosen = torch.searchsorted(index, line[found])
-    is_all = torch.equal(chosen, torch.arange(index.numel()))
-    is_straight = torch.equal(other, torch.arange(other.numel()))
-    some, part = None if is_all else chosen, None if is_straight else other
+    some = None if torch.equal(chosen, torch.arange(index.numel())) else chosen
+    part = None if torch.equal(other, torch.arange(other.numel())) else other
     return Piece(name, tuple(maps[0].shape), place, found, some, part, flipped=place != dim)
 
 
@@ -241,21 +241,6 @@ def _line(values: Tensor) -> tuple[Tensor | None, int]:
             return line.long(), dim
         return None, dim
     return None, 0
-
-
-@dataclass(frozen=True)
-class _Entry:
-    """How the numbers of one spec are made.
-
-    Attributes:
-        shares: Shares of slices, each with the number of its slice; empty for a weight in full.
-        order: Order of the joined shares' units, int64 [n]; None if they are in order.
-        whole: Number of the weight in full, and the name of the tensor that is made from it.
-    """
-
-    shares: tuple[tuple[int, Piece], ...] = ()
-    order: Tensor | None = None
-    whole: tuple[int, str] | None = None
 
 
 class TrainedSlices:
@@ -282,7 +267,8 @@ class TrainedSlices:
         self._source, self._names = source, names
         self.dtype = dtype
         self.specs: list[SliceSpec] = []
-        self._entries: list[_Entry] = []
+        # What makes the numbers of each spec of those of everything that is trained
+        self._makers: list[Callable[[Sequence[Tensor]], Tensor]] = []
         shares: dict[str, list[tuple[int, Piece]]] = {}
         for number, one in enumerate(source.trained):
             if one.dim is None:
@@ -294,20 +280,19 @@ class TrainedSlices:
                         f"{piece.name}: slices of both dimensions are trained, and one of them can be sent"
                     )
                 others.append((number, piece))
-        bases = [one.base for one in source.trained]
         for name, found in shares.items():
             index, order = torch.cat([piece.index for _, piece in found]).sort()
             if (index.diff() == 0).any():
                 raise ValueError(f"{name}: a unit is trained by two slices, and an engine can hold one of them")
-            entry = _Entry(tuple(found), None if bool((order.diff() == 1).all()) else order)
-            self._add(name, found[0][1].shape, found[0][1].dim, index, entry, bases)
+            dim, some = found[0][1].dim, None if bool((order.diff() == 1).all()) else order
+            self._add(name, found[0][1].shape, dim, index, partial(self._joined, found, dim, some))
         for number, one in enumerate(source.trained):
             if one.dim is None:
                 if not one.base.dim():
                     raise ValueError(f"{one.weight} is a single number that is trained, which can't be sent: freeze it")
                 for name, value in names.whole(one.weight, one.base).items():
-                    index = torch.arange(value.shape[0])
-                    self._add(name, tuple(value.shape), 0, index, _Entry(whole=(number, name)), bases)
+                    index, make = torch.arange(value.shape[0]), partial(self._whole, number, name)
+                    self._add(name, tuple(value.shape), 0, index, make)
 
     @classmethod
     def of(cls, model: nn.Module, dtype: torch.dtype | None = None) -> "TrainedSlices":
@@ -364,23 +349,25 @@ class TrainedSlices:
         """
         values = list(self._source.values())
         flat = torch.empty(self.numel, dtype=self.dtype, device=self._source.trained[0].base.device)
-        for spec, entry, place in zip(self.specs, self._entries, flat.split([spec.numel for spec in self.specs])):
-            place.view(spec.values_shape).copy_(self._numbers(entry, spec.dim, values))
+        for spec, make, place in zip(self.specs, self._makers, flat.split([spec.numel for spec in self.specs])):
+            place.view(spec.values_shape).copy_(make(values))
         return flat
 
     # ---- making the specs ----------------------------------------------------------------------------
 
-    def _add(self, name: str, shape: tuple, dim: int, index: Tensor, entry: _Entry, bases) -> None:
-        base = self._numbers(entry, dim, bases).to(self.dtype)
+    def _add(self, name: str, shape: tuple, dim: int, index: Tensor, make: Callable[..., Tensor]) -> None:
+        base = make([one.base for one in self._source.trained]).to(self.dtype)
         self.specs.append(SliceSpec(name, shape, dim, index, hashes_of(base, dim).cpu()))
-        self._entries.append(entry)
+        self._makers.append(make)
 
-    def _numbers(self, entry: _Entry, dim: int, values) -> Tensor:
-        """The numbers of a spec from those of all slices and weights in full, in the shape of the spec's values."""
-        trained = self._source.trained
-        if entry.whole is not None:
-            number, name = entry.whole
-            return self._names.whole(trained[number].weight, values[number])[name]
-        found = [piece.of(values[number], trained[number].dim) for number, piece in entry.shares]
+    def _joined(
+        self, shares: list[tuple[int, Piece]], dim: int, order: Tensor | None, values: Sequence[Tensor]
+    ) -> Tensor:
+        """The numbers of shares of slices, each with the number of its slice, joined and put into an order."""
+        found = [piece.of(values[number], self._source.trained[number].dim) for number, piece in shares]
         joint = found[0] if len(found) == 1 else torch.cat([one.to(found[0].device) for one in found], dim)
-        return joint if entry.order is None else joint.index_select(dim, entry.order.to(joint.device))
+        return joint if order is None else joint.index_select(dim, order.to(joint.device))
+
+    def _whole(self, number: int, name: str, values: Sequence[Tensor]) -> Tensor:
+        """The numbers of a tensor that is made from a weight in full."""
+        return self._names.whole(self._source.trained[number].weight, values[number])[name]

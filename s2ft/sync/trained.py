@@ -68,7 +68,8 @@ class AttachedSource:
     def __init__(self, model: nn.Module) -> None:
         self.model, self._record = model, attachment_of(model)
         self._check_active()
-        _check_accounted(model, self._known())
+        slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
+        _check_accounted(model, slices | {id(one) for one in extra_parameters(model, self._record).values()})
         reshard_all(model)
         keep_unfrozen(model, self._record)
         self._extra = list(extra_parameters(model, self._record))
@@ -97,10 +98,6 @@ class AttachedSource:
         for one, name in zip(self.trained, slices):
             yield effective_units(one.base, deltas.pop(name).values.to(one.base.device))
         yield from (full_tensors(parameters).values() if parameters else ())
-
-    def _known(self) -> set[int]:
-        slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
-        return slices | {id(one) for one in extra_parameters(self.model, self._record).values()}
 
     def _check_active(self) -> None:
         """Raise ValueError unless the model computes with the trainable adapter alone."""
@@ -219,15 +216,14 @@ class PeftSource:
         That is its name, the dim of its units, whether it is stored transposed, the adapters' deltas, and of stacked
         experts the units of one.
         """
-        found = [layer.s2ft_delta[name] for name in self.names if name in layer.s2ft_delta]
-        if "" in layer.dims:  # one weight
-            yield "weight", layer.dim, layer.kind.transposed, found, None
-            return
-        for name, dim in layer.dims.items():
-            deltas = [of_adapter[name] for of_adapter in found if name in of_adapter]
-            size = full_shape(getattr(layer.base_layer, name))[1:]
-            if deltas:
-                yield name, dim, layer.transposed[name], deltas, size[1 - dim if layer.transposed[name] else dim]
+        for name in layer.trained_by(self.names):
+            deltas = [layer.deltas_of(one)[name] for one in self.names if name in layer.deltas_of(one)]
+            if name:
+                dim, transposed = layer.dims[name], layer.transposed[name]
+                size = full_shape(getattr(layer.base_layer, name))[1:]
+                yield name, dim, transposed, deltas, size[1 - dim if transposed else dim]
+            else:  # a layer, which has one weight
+                yield "weight", layer.dim, layer.kind.transposed, deltas, None
 
     def _slices(self, path: str, layer: Any) -> Iterator[TrainedWeight]:
         """Read the base's numbers of what the adapters of a layer train."""

@@ -13,14 +13,11 @@ import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache, partial
-from types import ModuleType, SimpleNamespace
+from types import ModuleType
 from typing import Any, TypeVar
 
-import torch
-from torch import nn
-
-from s2ft.attached.record import find_attachment
 from s2ft.sync.sender import SliceSender
+from s2ft.sync.wire import name_of
 
 Trainer = TypeVar("Trainer")
 BACKEND = {"backend": "s2ft"}
@@ -79,26 +76,23 @@ class _Slices:
     llm_options: Mapping[str, Any] = {}
     sender_options: Mapping[str, Any] = {}
     slice_sender: SliceSender | None = None
-    _is_training = False
 
     def train(self, *args: Any, **options: Any) -> Any:
         """Train, and restore the engine's base."""
-        self._is_training = True
         try:
             result = super().train(*args, **options)
         except BaseException:
-            self._is_training = False
+            self.is_in_train = False
             if self.slice_sender is not None:
                 self.slice_sender.destroy()  # on this rank alone: others may not have failed
             raise
-        self._is_training = False
         self.release_engine()
         return result
 
     def evaluate(self, *args: Any, **options: Any) -> Any:
         """Evaluate. After the training, restore the engine's base again."""
         result = super().evaluate(*args, **options)
-        if not self._is_training:
+        if not self.is_in_train:
             self.release_engine()
         return result
 
@@ -116,7 +110,6 @@ class _Generating(_Slices):
         with _making(self, _module_with(type(self), "VLLMClient"), args, options):
             super().__init__(*args, **options)
         if getattr(self, "use_vllm", False):
-            check_has_slices(self.model)
             owner = getattr(self, "vllm_generation", self)
             engine = address_of(self.args) if self.args.vllm_mode == "server" else owner.llm
             self.slice_sender = SliceSender(self.model, engine, **self.sender_options)
@@ -134,12 +127,12 @@ class _Async(_Slices):
         if options.get("weight_transfer") is not None:
             raise ValueError("weight_transfer is what with_slices gives: leave it out, or use AsyncGRPOTrainer itself")
         super().__init__(*args, **{**options, "weight_transfer": _SentByTheTrainer(self)})
-        model = self.accelerator.unwrap_model(self.model)
-        self.slice_sender = SliceSender(model, address_of(self.args), **self.sender_options)
+        self.slice_sender = SliceSender(
+            self.accelerator.unwrap_model(self.model), address_of(self.args), **self.sender_options
+        )
 
     def _sync_weight_merged(self, begin: float) -> tuple[float, float, float]:
         """Send the slices from all ranks. Returns three times, as TRL's method does."""
-        check_has_slices(self.slice_sender.model)
         self.slice_sender.sync()
         if self.accelerator.is_main_process:
             self.model_version += 1
@@ -173,18 +166,6 @@ class _SentByTheTrainer:
 def address_of(args: Any) -> str:
     """The address of the server that a trainer's arguments name."""
     return args.vllm_server_base_url or f"http://{args.vllm_server_host}:{args.vllm_server_port}"
-
-
-def check_has_slices(model: nn.Module) -> None:
-    """Raise ValueError for a model without a trainable adapter of s2ft."""
-    if find_attachment(model) is not None:
-        return
-    config = getattr(model, "peft_config", {}).get(getattr(model, "active_adapter", None))
-    if getattr(config, "peft_type", None) != "S2FT":
-        raise ValueError(
-            f"{type(model).__name__} has no adapter of s2ft, so there are no slices to send: call s2ft.attach on the "
-            "model first, give the trainer peft_config=S2FTPeftConfig(...), or use TRL's trainer itself"
-        )
 
 
 def uses_vllm(args: tuple, options: Mapping[str, Any]) -> Any:
@@ -234,8 +215,6 @@ def _making(trainer: _Slices, own: ModuleType | None, args: tuple, options: dict
     replaced: dict[str, Any] = {"VLLMClient": _client_class(module.VLLMClient)}
     if hasattr(module, "LLM"):  # not without vLLM, for which TRL has an error
         replaced["LLM"] = partial(_llm, module.LLM, trainer)
-    if own is not None and torch.accelerator.current_accelerator() is None:
-        replaced["torch"] = _OnCpu("torch")
     with _NAMES:
         before = {name: getattr(module, name) for name in replaced}
         vars(module).update(replaced)
@@ -247,7 +226,7 @@ def _making(trainer: _Slices, own: ModuleType | None, args: tuple, options: dict
 
 def _llm(make: type, trainer: _Slices, *given: Any, **options: Any) -> Any:
     """Make vLLM's LLM with TRL's options, of the model's dtype, for slices."""
-    dtype = str(next(trainer.model.parameters()).dtype).removeprefix("torch.")
+    dtype = name_of(next(trainer.model.parameters()).dtype)
     return make(*given, **{"weight_transfer_config": BACKEND, "dtype": dtype, **options, **trainer.llm_options})
 
 
@@ -262,15 +241,6 @@ def _client_class(client: type) -> type:
         close_communicator = init_communicator
 
     return SliceClient
-
-
-class _OnCpu(ModuleType):
-    """torch for OnlineDPOTrainer on a machine without an accelerator: it asks for the current one."""
-
-    accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cpu"))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
 
 
 def _module_with(trainer: type, name: str) -> ModuleType | None:

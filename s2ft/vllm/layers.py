@@ -6,18 +6,16 @@ by ``S2FT_VLLM_SLICES=1``. ``S2FT_VLLM_UNITS`` is the budget of units of an adap
 """
 
 import itertools
-import logging
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import nn
 
-from s2ft.vllm.compatibility import in_place_of, part_of, private, when_imported
-from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, with_slices
-
-logger = logging.getLogger("vllm.s2ft")  # vLLM prints what loggers below its own say
+from s2ft.vllm.compatibility import in_place_of, logger, part_of, private, when_imported
+from s2ft.vllm.slice_layer import OPTION, Budget, SliceLayer, is_slices, pieces, with_slices
 
 FEATURE = "layers that hold slices"
 WORKERS = "vllm.lora.worker_manager"
@@ -32,7 +30,12 @@ LAYERS = (
     "MergedColumnParallelLinearVariableSliceWithLoRA",
 )
 METHODS = ("can_replace_layer", "create_lora_weights", "reset_lora", "set_lora", "set_mapping", "_apply_lora_to_output")
-
+NEEDED = (
+    ("vllm.lora.utils", "_all_lora_classes"),
+    ("vllm.lora.model_manager", "from_layer_logits_processor"),
+    ("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata"),
+    (WORKERS, "WorkerLoRAManager._load_adapter"),
+)
 
 _installed = False
 
@@ -58,8 +61,7 @@ def install() -> None:
             raise ValueError(f"{SWITCH} is {value!r}: expected 1 to serve adapters as slices, or 0")
         budget = Budget.parse(os.environ.get(OPTION, ""))
     except ValueError as error:
-        message = str(error)
-        when_imported(WORKERS, FEATURE, lambda: _refuse(message))
+        when_imported(WORKERS, FEATURE, partial(_refuse, str(error)))
         return
     when_imported("vllm.config.lora", FEATURE, lambda: _change_hash(budget))
     when_imported(WORKERS, FEATURE, lambda: _change_workers(budget))
@@ -77,13 +79,10 @@ def _change_workers(budget: Budget) -> None:
     All names are looked up before the first change.
     """
     global _installed
-    for name, method in itertools.product(LAYERS, METHODS):
-        private("vllm.lora.layers", f"{name}.{method}")
+    methods = [("vllm.lora.layers", f"{name}.{method}") for name, method in itertools.product(LAYERS, METHODS)]
+    for module, attribute in (*methods, *NEEDED):
+        private(module, attribute)
     made = tuple(with_slices(private("vllm.lora.layers", name), budget) for name in LAYERS)
-    private("vllm.lora.utils", "_all_lora_classes")
-    private("vllm.lora.model_manager", "from_layer_logits_processor")
-    private("vllm.lora.punica_wrapper.punica_base", "PunicaWrapperBase.update_metadata")
-    private(WORKERS, "WorkerLoRAManager._load_adapter")
 
     @in_place_of("vllm.lora.model_manager", "LoRAModelManager.__init__")
     def __init__(make: Any, self: Any, *args: Any, **options: Any) -> None:
@@ -142,12 +141,15 @@ def admit(manager: Any, lora: Any, name: str) -> None:
         ValueError: It is no S²FT adapter, does not fit the layers, or is too large for their budget.
     """
     left, needs, too_large = dict(lora.loras), {}, ""
+    if not all(is_slices(one.lora_a) for one in left.values()):
+        raise ValueError(
+            f"{name!r} is no S²FT adapter, and vLLM was started with {SWITCH}=1, which has no memory for LoRA: start "
+            f"it without {SWITCH} to serve adapters of both kinds"
+        )
     for path, layer in _slice_layers(manager):
         found = [left.pop(one, None) for one in manager.packed_modules.get(path, [path])]
         if not any(found):
             continue
-        if not all(one is None or is_slices(one.lora_a) for one in found):
-            raise _is_lora(name)
         try:
             counts = layer.needs([one and (one.lora_a, one.lora_b) for one in found])
         except ValueError as error:
@@ -157,9 +159,7 @@ def admit(manager: Any, lora: Any, name: str) -> None:
             needs[key] = max(count, needs.get(key, 0))
             if count > room:
                 too_large = too_large or f"it has {count} units in {path}, whose budget for an adapter is {room}"
-    for path, one in left.items():
-        if not is_slices(one.lora_a):
-            raise _is_lora(name)
+    for path in left:
         if not is_elsewhere(manager.model, path):
             raise ValueError(
                 f"the adapter {name!r} has slices of {path}, which is no linear layer that vLLM serves adapters on: "
@@ -168,13 +168,6 @@ def admit(manager: Any, lora: Any, name: str) -> None:
     if too_large:
         units = ",".join(f"{key}={count}" for key, count in sorted(needs.items()))
         raise ValueError(f"the adapter {name!r} does not fit: {too_large}. Start vLLM with {OPTION}={units}")
-
-
-def _is_lora(name: str) -> ValueError:
-    return ValueError(
-        f"{name!r} is no S²FT adapter, and vLLM was started with {SWITCH}=1, which has no memory for LoRA: start it "
-        f"without {SWITCH} to serve adapters of both kinds"
-    )
 
 
 # ---- which layer computes a projection -----------------------------------------------------------------
@@ -191,15 +184,24 @@ class Target:
 
     Attributes:
         name: Name under which vLLM looks for the adapter's weights.
-        layer: Name of the wrapped layer in vLLM's model; the same, unless the layer is a fused one.
+        layer: The layer, which vLLM has wrapped for LoRA; None if another rank of pipeline parallelism has it.
         slot: Position among the modules that are fused in the layer; None if the layer is this module alone.
-        is_here: Whether this process has the layer. Another rank of pipeline parallelism has it otherwise.
     """
 
     name: str
-    layer: str
+    layer: Any
     slot: int | None = None
-    is_here: bool = True
+
+    @property
+    def sizes(self) -> tuple[int | None, int | None]:
+        """Outputs and inputs of the module on all ranks; None for one that the layer does not say."""
+        base = getattr(self.layer, "base_layer", None)
+        if not hasattr(base, "input_size"):
+            return None, None
+        outputs = [size for size, _, _ in pieces(base, 0)]
+        if self.slot is None:
+            return sum(outputs), base.input_size
+        return outputs[self.slot] if self.slot < len(outputs) else None, base.input_size
 
 
 class WrappedLayers:
@@ -216,14 +218,13 @@ class WrappedLayers:
         """
         self._model: nn.Module = part_of(adapter_manager, "model")
         self._config = part_of(adapter_manager, "lora_config")
-        self.layers: dict[str, nn.Module] = part_of(adapter_manager, "modules")
+        self._layers: dict[str, nn.Module] = part_of(adapter_manager, "modules")
         packed: dict[str, list[str]] = part_of(adapter_manager, "packed_modules")
-        self._fused = {layer for layer in packed if layer in self.layers}
+        self._fused = {layer: names for layer, names in packed.items() if layer in self._layers}
         self._parts = {
-            name: Target(name, layer, slot)
-            for layer, names in packed.items()
+            name: Target(name, self._layers[layer], slot)
+            for layer, names in self._fused.items()
             for slot, name in enumerate(names)
-            if layer in self.layers
         }
         self._is_pooling = getattr(adapter_manager, "is_pooling_model", False)
         mapper = getattr(self._model, "hf_to_vllm_mapper", None)
@@ -239,8 +240,9 @@ class WrappedLayers:
         Raises:
             ValueError: vLLM serves no adapter on this module. The message says what to do.
         """
-        name = self._renamed(path)
-        if self._is_pooling and f"model.{name}" in {*self.layers, *self._parts}:
+        parse = private("vllm.lora.utils", "parse_fine_tuned_lora_name")
+        name = parse(f"base_model.model.{path}.lora_A.weight", self._mapper)[0]  # as vLLM reads that of a LoRA's weight
+        if self._is_pooling and f"model.{name}" in {*self._layers, *self._parts}:
             name = f"model.{name}"  # of embeddings: the model without a head was trained, and vLLM gave it a prefix
         if name in self._parts:
             return self._parts[name]
@@ -248,16 +250,9 @@ class WrappedLayers:
             raise ValueError(
                 f"{path} is one weight in the checkpoint, and vLLM serves adapters of its parts alone: {MERGED}"
             )
-        if name in self.layers:
-            return Target(name, name)
-        if is_elsewhere(self._model, name):
-            return Target(name, name, is_here=False)
+        if name in self._layers or is_elsewhere(self._model, name):
+            return Target(name, self._layers.get(name))
         raise ValueError(self._why_not(path, name))
-
-    def _renamed(self, path: str) -> str:
-        """The name of a module in vLLM's model, as vLLM reads it from the name of a LoRA's weight."""
-        parse = private("vllm.lora.utils", "parse_fine_tuned_lora_name")
-        return parse(f"base_model.model.{path}.lora_A.weight", self._mapper)[0]
 
     def _why_not(self, path: str, name: str) -> str:
         suffix, wanted = name.rpartition(".")[2], self._config.target_modules
@@ -282,26 +277,3 @@ def is_elsewhere(model: Any, path: str) -> bool:
         if isinstance(model, missing):
             return True
     return False
-
-
-def sizes(layer: nn.Module, slot: int | None) -> tuple[int | None, int | None]:
-    """Outputs and inputs of a wrapped layer, or of one module that is fused in it, before tensor parallelism splits it.
-
-    Args:
-        layer: A layer that vLLM has wrapped for LoRA.
-        slot: Position of the module in the layer; None for the whole layer.
-
-    Returns:
-        The numbers; None for one that the layer does not say.
-    """
-    base = getattr(layer, "base_layer", None)
-    inputs = getattr(base, "input_size", None)
-    if hasattr(base, "total_num_kv_heads"):  # output_sizes counts heads twice that several ranks have
-        values = getattr(base, "v_head_size", base.head_size)
-        parts = [base.total_num_heads * base.head_size, base.total_num_kv_heads * base.head_size]
-        parts.append(base.total_num_kv_heads * values)
-    else:
-        parts = getattr(base, "output_sizes", None)
-    if parts is None:
-        return getattr(base, "output_size", None), inputs
-    return (sum(parts) if slot is None else parts[slot] if slot < len(parts) else None), inputs

@@ -25,20 +25,18 @@ import asyncio
 import hashlib
 import inspect
 import itertools
-import logging
 import re
 import shutil
 import tempfile
 from collections import OrderedDict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from operator import attrgetter
 from pathlib import Path
 from typing import IO, Any
 
 from s2ft.files.reading import CONFIG, TENSORS, own_folder, read_folder
-from s2ft.vllm.compatibility import guarded, in_place_of, private, when_imported
-
-logger = logging.getLogger("vllm.s2ft")
+from s2ft.vllm.compatibility import guarded, in_place_of, logger, private, when_imported
 
 FEATURE, ON_PROCESSORS = "S²FT adapters", "answers of the base beside adapters, on processors,"
 WORKER, EXECUTOR, OFFLINE = "vllm.lora.worker_manager", "vllm.v1.executor.abstract", "vllm.v1.engine.llm_engine"
@@ -64,11 +62,15 @@ def install() -> None:
     Raises:
         MissingInVLLM: This release of vLLM lacks a module that is changed.
     """
-    when_imported(WORKER, FEATURE, _change_workers)
-    when_imported(EXECUTOR, FEATURE, _change_executors)
-    when_imported(OFFLINE, FEATURE, _change_offline_engine)
-    when_imported(SERVER, FEATURE, _change_server)
-    when_imported(REQUEST, FEATURE, _compare_numbers)
+    changes = {
+        WORKER: _change_workers,
+        EXECUTOR: _change_executors,
+        OFFLINE: _change_offline_engine,
+        SERVER: _change_server,
+        REQUEST: _compare_numbers,
+    }
+    for module, change in changes.items():
+        when_imported(module, FEATURE, change)
     guarded(ON_PROCESSORS, lambda: when_imported(PUNICA, ON_PROCESSORS, _leave_base_out))
 
 
@@ -81,25 +83,17 @@ def folder_of(path: str) -> Path | None:
     Returns:
         The folder; None if it has no file of an S²FT adapter, or does not exist.
     """
-    given = Path(path).expanduser()
-    if not given.exists():
-        given = _downloaded(path)
-    folder = own_folder(given)
-    return folder if any((folder / name).exists() for name in (CONFIG, TENSORS)) else None
-
-
-def _downloaded(name: str) -> Path:
-    """The folder with the adapter's files of a repository on the hub; the name itself if there is none."""
     from s2ft.adapter.folders import REPOSITORY, resolve
 
-    if not REPOSITORY.fullmatch(name):
-        return Path(name)
-    if private("vllm", "envs").VLLM_USE_MODELSCOPE:
-        return Path(private("vllm.lora.utils", "get_adapter_absolute_path")(name))
-    try:
-        return resolve(name)
-    except FileNotFoundError:  # vLLM's own loader says so
-        return Path(name)
+    given = Path(path).expanduser()
+    is_name = not given.exists() and REPOSITORY.fullmatch(path)
+    if is_name and private("vllm", "envs").VLLM_USE_MODELSCOPE:
+        given = Path(private("vllm.lora.utils", "get_adapter_absolute_path")(path))
+    elif is_name:
+        with suppress(FileNotFoundError):  # vLLM's own loader says so
+            given = resolve(path)
+    folder = own_folder(given)
+    return folder if any((folder / name).exists() for name in (CONFIG, TENSORS)) else None
 
 
 # ---- contents --------------------------------------------------------------------------------------------
@@ -277,11 +271,7 @@ def _change_server() -> None:
 
 
 def _compare_numbers() -> None:
-    request = private(REQUEST, "LoRARequest")
-
-    def key(one: Any) -> tuple[str, int]:
-        return one.lora_name, one.lora_int_id
-
+    request, key = private(REQUEST, "LoRARequest"), attrgetter("lora_name", "lora_int_id")
     request.__eq__ = lambda self, other: isinstance(other, request) and key(self) == key(other)
     request.__hash__ = lambda self: hash(key(self))
 

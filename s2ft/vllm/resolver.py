@@ -6,7 +6,6 @@ Without either variable it is not there.
 """
 
 import asyncio
-import logging
 import os
 import re
 from collections.abc import Sequence
@@ -15,11 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from s2ft.config import refuse
-from s2ft.files.reading import shortened
-from s2ft.vllm.compatibility import in_place_of, private, when_imported
+from s2ft.vllm.compatibility import in_place_of, logger, private, when_imported
 from s2ft.vllm.lora_requests import folder_of
-
-logger = logging.getLogger("vllm.s2ft")
 
 FEATURE = "adapters by the name in a request"
 NAME = "S²FT"
@@ -37,29 +33,24 @@ def install() -> None:
         ValueError: S2FT_VLLM_ADAPTERS is no directory, or S2FT_VLLM_HUB has an entry that is no name on the hub.
         MissingInVLLM: This release of vLLM has no resolvers.
     """
-    directories, hub = os.environ.get(DIRECTORY), os.environ.get(HUB)
+    directories = [Path(one) for one in os.environ.get(DIRECTORY, "").split(os.pathsep) if one]
+    hub = frozenset(entry.strip() for entry in os.environ.get(HUB, "").split(",") if entry.strip())
     if not directories and not hub:
         return
-    resolver = make_resolver([Path(one) for one in (directories or "").split(os.pathsep) if one], _entries(hub or ""))
-    private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, resolver)
+    refuse(
+        *(
+            (not one.is_dir(), f"{DIRECTORY} must name directories of adapters, and {one} is none")
+            for one in directories
+        ),
+        *(
+            (not ENTRY.fullmatch(one), f"{HUB} must list owners and repositories, such as org or org/name, got {one!r}")
+            for one in hub
+        ),
+    )
+    private("vllm.lora.resolver", "LoRAResolverRegistry").register_resolver(NAME, make_resolver(directories, hub))
     when_imported(SERVING, FEATURE, _say_why)
     if not private("vllm", "envs").VLLM_ALLOW_RUNTIME_LORA_UPDATING:
         logger.warning("s2ft: %s is set, and vLLM asks for unknown names only with %s=1", DIRECTORY, ALLOWED)
-
-
-def _entries(text: str) -> frozenset[str]:
-    """The owners and repositories of a list with commas."""
-    entries = [entry.strip() for entry in text.split(",") if entry.strip()]
-    refuse(
-        *(
-            (
-                not ENTRY.fullmatch(entry),
-                f"{HUB} must list owners and repositories, such as org or org/name, got {entry!r}",
-            )
-            for entry in entries
-        )
-    )
-    return frozenset(entries)
 
 
 def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
@@ -71,16 +62,7 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
 
     Returns:
         A LoRAResolver of vLLM.
-
-    Raises:
-        ValueError: A directory does not exist.
     """
-    refuse(
-        *(
-            (not one.is_dir(), f"{DIRECTORY} must name directories of adapters, and {one} is none")
-            for one in directories
-        )
-    )
     request = private("vllm.lora.request", "LoRARequest")
 
     class S2FTResolver(private("vllm.lora.resolver", "LoRAResolver")):
@@ -90,7 +72,7 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
             self.requests: dict[str, Any] = {}
 
         async def resolve_lora(self, base_model_name: str, lora_name: str) -> Any:
-            path = await asyncio.to_thread(path_of, lora_name, directories, hub, base_model_name)
+            path = await asyncio.to_thread(path_of, lora_name, directories, hub)
             if path is None:
                 return None
             self.requests[lora_name] = request(lora_name=lora_name, lora_int_id=1, lora_path=path)  # vLLM sets the id
@@ -99,25 +81,22 @@ def make_resolver(directories: Sequence[Path], hub: frozenset[str]) -> Any:
     return S2FTResolver()
 
 
-def path_of(name: str, directories: Sequence[Path], hub: frozenset[str], base: str) -> str | None:
+def path_of(name: str, directories: Sequence[Path], hub: frozenset[str]) -> str | None:
     """Find the adapter that a client names.
 
     Args:
         name: The name.
         directories: See :func:`make_resolver`.
         hub: See :func:`make_resolver`.
-        base: The served model, as vLLM was started with it.
 
     Returns:
-        A folder or a name on the hub, for vLLM's LoRARequest; None if there is no such adapter, or it says that it is
-        of another base.
+        A folder or a name on the hub, for vLLM's LoRARequest; None if there is no such adapter.
     """
     path = next(filter(None, (_in_directory(name, directory) for directory in directories)), None)
     repository = name.partition("@")[0]
     if path is None and repository.count("/") == 1 and {repository, repository.partition("/")[0]} & hub:
         path = name
-    folder = None if path is None else folder_of(path)
-    return path if folder is not None and _is_of(folder, base) else None
+    return None if path is None or folder_of(path) is None else path
 
 
 def _in_directory(name: str, directory: Path) -> str | None:
@@ -130,23 +109,6 @@ def _in_directory(name: str, directory: Path) -> str | None:
     except OSError:  # a name that is too long in its bytes
         return None
     return str(folder) if inside else None
-
-
-def _is_of(folder: Path, base: str) -> bool:
-    """Whether an adapter may be of a base: both names are on the hub and differ otherwise. The workers compare the
-    weights in any case."""
-    from s2ft.adapter import native
-    from s2ft.adapter.folders import REPOSITORY
-
-    try:
-        recorded = native.read_without_values(folder).info.get("base_model")
-    except (OSError, ValueError):  # the workers say what is wrong
-        return True
-    known = all(isinstance(name, str) and REPOSITORY.fullmatch(name) for name in (recorded, base))
-    if not known or recorded == base or Path(base).exists() or Path(recorded).exists():
-        return True
-    logger.warning("s2ft: %s is an adapter of %s, and this server has %s", folder, shortened(recorded), base)
-    return False
 
 
 # ---- the answer to a client whose adapter does not load --------------------------------------------------
@@ -166,7 +128,10 @@ def _say_why() -> None:
         try:
             await self.engine_client.add_lora(request)  # once more, to hear the reason
         except Exception as error:
-            reason = f"LoRA adapter '{lora_name}' was found but could not be loaded: {error}"
-            return make_error(message=reason, err_type="BadRequestError", status_code=HTTPStatus.BAD_REQUEST)
+            return make_error(
+                message=f"LoRA adapter '{lora_name}' was found but could not be loaded: {error}",
+                err_type="BadRequestError",
+                status_code=HTTPStatus.BAD_REQUEST,
+            )
         self.lora_requests[lora_name] = request  # somebody has just replaced a folder that was damaged
         return request

@@ -5,7 +5,6 @@ vLLM has loaded, once for each engine. Where the files can't be read one weight 
 another format), a few numbers of the live layers are compared.
 """
 
-import logging
 import os
 import re
 import time
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import refuse
+from s2ft.files.plain_text import by_key
 from s2ft.model.checkpoint import Checkpoint, StoredWeights, open_checkpoint
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import (
@@ -40,11 +40,9 @@ from s2ft.model.fingerprint import (
 from s2ft.model.registry import couplings_of
 from s2ft.model.weights import Delta
 from s2ft.vllm import layers
-from s2ft.vllm.compatibility import part_of, private
-from s2ft.vllm.layers import MERGED, Target, WrappedLayers, sizes
+from s2ft.vllm.compatibility import logger, part_of, private
+from s2ft.vllm.layers import MERGED, Target, WrappedLayers
 from s2ft.vllm.slice_layer import encode
-
-logger = logging.getLogger("vllm.s2ft")
 
 THREADS = 4  # that read weights
 Names = dict[str, list[tuple[str, str]]]  # by layer: labels in the fingerprint, and names of parameters
@@ -118,9 +116,13 @@ class ServedBase:
         from huggingface_hub import snapshot_download
 
         try:
-            cache = self._config.load_config.download_dir
             return Path(
-                snapshot_download(config.model, revision=config.revision, cache_dir=cache, local_files_only=True)
+                snapshot_download(
+                    config.model,
+                    revision=config.revision,
+                    cache_dir=self._config.load_config.download_dir,
+                    local_files_only=True,
+                )
             )
         except (OSError, ValueError):  # not in the cache: a GGUF file, for instance
             return None
@@ -133,13 +135,11 @@ class ServedBase:
         Raises:
             ValueError: They differ, or vLLM has put rows or columns that the adapter changes in another order.
         """
-        began = time.perf_counter()
         if adapter.fingerprint not in self._compared:
             found = self._difference(adapter)
             if found:
                 raise ValueError(f"it was trained on another base than the served one: {found}")
             self._compared.append(adapter.fingerprint)
-            logger.info("s2ft: compared the base with the adapter's in %.2f s", time.perf_counter() - began)
         self._check_layout(adapter)
 
     def _difference(self, adapter: Adapter) -> str:
@@ -153,14 +153,9 @@ class ServedBase:
                 return ""
         if found is not None:
             return found
-        names = self.structure(adapter).base_weights
-        return live_difference(self._manager, names, theirs, self._is_quantized or is_quantized)
-
-    @property
-    def _is_quantized(self) -> bool:
-        config = self._config.model_config
-        files = getattr(config.hf_config, "quantization_config", None)
-        return files is not None or getattr(config, "quantization", None) is not None
+        names, config = self.structure(adapter).base_weights, self._config.model_config
+        ways = getattr(config.hf_config, "quantization_config", None), getattr(config, "quantization", None)
+        return live_difference(self._manager, names, theirs, is_quantized or ways != (None, None))
 
     def _check_layout(self, adapter: Adapter) -> None:
         """Compare a few columns of the live layers with the files: once for each kind of module, because vLLM loads
@@ -252,41 +247,31 @@ Columns = tuple[Tensor, Tensor, Tensor]
 
 
 @torch.no_grad()
-def live_columns(layer: nn.Module, target: Target, columns: Tensor) -> Columns | None:
+def live_columns(target: Target, columns: Tensor) -> Columns:
     """Read columns of a module of the checkpoint from the layer that computes it.
 
     Args:
-        layer: The layer, which vLLM has wrapped for LoRA.
-        target: Where the module lies in it.
+        target: The layer, which says its sizes.
         columns: Numbers of the columns, [k] int64.
-
-    Returns:
-        The columns; None for a layer that does not say its sizes.
     """
-    outputs, inputs = sizes(layer, target.slot)
-    if outputs is None or inputs is None:
-        return None
-    base, slot = part_of(layer, "base_layer"), target.slot
-    x = torch.zeros(columns.numel(), inputs)
-    x[torch.arange(columns.numel()), columns] = 1
-    rows, first = torch.arange(outputs)[:, None], 0
-    count = 1 if slot is None else part_of(layer, "n_slices")
+    (outputs, inputs), layer, slot = target.sizes, target.layer, target.slot
+    base = part_of(layer, "base_layer")
+    x = nn.functional.one_hot(columns, inputs).float()
+    rows = torch.arange(outputs)[:, None]
     if part_of(layer, "tp_size") > 1:  # the rows and columns that vLLM takes of an adapter here
-        x = _take(layer, "slice_lora_a", x, slot, count)
-        rows = _take(layer, "slice_lora_b", rows, slot, count)
-    if slot is not None:
-        first = sum(part_of(layer, "output_slices")[:slot])
+        x, rows = _take(layer, "slice_lora_a", x, slot), _take(layer, "slice_lora_b", rows, slot)
+    first = 0 if slot is None else sum(part_of(layer, "output_slices")[:slot])
     y = base.quant_method.apply(base, x.to(part_of(layer, "device"), part_of(base, "params_dtype")), None)
     rows = rows[:, 0]
     return rows, x.any(1), y[:, first : first + rows.numel()].t().float().cpu()
 
 
-def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None, count: int) -> Tensor:
+def _take(layer: nn.Module, name: str, values: Tensor, slot: int | None) -> Tensor:
     """What vLLM takes of one factor of an adapter on this rank. Layers that shard LoRA take parts of its rank, too."""
     take = next(vars(one)[name] for one in type(layer).__mro__ if name in vars(one) and "Sharded" not in one.__name__)
     if slot is None:
         return take(layer, values)
-    return take(layer, [values if n == slot else None for n in range(count)])[slot]
+    return take(layer, [values if n == slot else None for n in range(part_of(layer, "n_slices"))])[slot]
 
 
 # ---- the same base ------------------------------------------------------------------------------------
@@ -336,19 +321,14 @@ def _samples(targets: WrappedLayers, name: str) -> dict[int, float]:
     """The samples of a weight that this rank has, by their number in the fingerprint."""
     path, _, kind = name.rpartition(".")
     try:
-        target = targets.find(path) if kind == "weight" else None
+        target = targets.find(path)
     except ValueError:  # no layer for adapters
         return {}
-    if target is None or not target.is_here:
-        return {}
-    outputs, inputs = sizes(targets.layers[target.layer], target.slot)
-    if outputs is None or inputs is None:
+    outputs, inputs = target.sizes
+    if kind != "weight" or outputs is None or inputs is None:
         return {}
     positions = torch.arange(SAMPLES) * max(1, outputs * inputs // SAMPLES)
-    found = live_columns(targets.layers[target.layer], target, positions % inputs)
-    if found is None:
-        return {}
-    here, present, values = found
+    here, present, values = live_columns(target, positions % inputs)
     place = {int(row): n for n, row in enumerate(here)}
     rows = (positions // inputs).tolist()
     return {n: float(values[place[row], n]) for n, row in enumerate(rows) if row in place and present[n]}
@@ -366,14 +346,11 @@ def has_layout(targets: WrappedLayers, path: str, weight: Tensor) -> bool:
         weight: The checkpoint's weight, [outputs, inputs].
     """
     target = targets.find(path)
-    if not target.is_here:
+    if None in target.sizes:
         return True
     columns = torch.linspace(0, weight.shape[1] - 1, PROBES).long()
-    found = live_columns(targets.layers[target.layer], target, columns)
-    if found is None or not bool(found[1].any()):
-        return True
-    rows, present, values = found
-    return _close(weight[rows][:, columns].float()[:, present], values[:, present])
+    rows, present, values = live_columns(target, columns)
+    return not bool(present.any()) or _close(weight[rows][:, columns].float()[:, present], values[:, present])
 
 
 # ---- an adapter as a LoRA in memory --------------------------------------------------------------------
@@ -419,7 +396,6 @@ def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]
         )
     config, adapter_manager = part_of(manager, "lora_config"), part_of(manager, "_adapter_manager")
     locations, targets = base.structure(adapter).locations, WrappedLayers(adapter_manager)
-    by_path: dict[str, list[str]] = {}
     for name in adapter.deltas:
         location = locations[name]
         is_expert = location.expert is not None or "experts" in location.storage
@@ -428,19 +404,17 @@ def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]
             (is_expert, f"{name} is the weight of experts, which are not served as adapters: {MERGED}"),
             (not is_linear, f"{name} is no linear layer, and vLLM's adapters are of linear layers: {MERGED}"),
         )
-        by_path.setdefault(location.path, []).append(name)
     found = {}
-    for path, names in by_path.items():
+    for path, names in by_key((locations[name].path, name) for name in adapter.deltas).items():
         target = targets.find(path)
         deltas = [adapter.deltas[name] for name in names]
         whole = _sizes_of(path, deltas, locations[names[0]])
-        if target.is_here:
-            served = sizes(targets.layers[target.layer], target.slot)
-            if any(other is not None and other != own for own, other in zip(whole, served)):
-                raise ValueError(
-                    f"it is of another base: {path} has {whole[0]} outputs and {whole[1]} inputs there, {served[0]} "
-                    f"and {served[1]} in the served model"
-                )
+        served = target.sizes
+        if any(other is not None and other != own for own, other in zip(whole, served)):
+            raise ValueError(
+                f"it is of another base: {path} has {whole[0]} outputs and {whole[1]} inputs there, {served[0]} "
+                f"and {served[1]} in the served model"
+            )
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled() and rank > config.max_lora_rank:
             units = sum(adapter.selection[name].numel() for name in names)

@@ -5,8 +5,6 @@ and go. The op reads nothing from the device: what decides about a kernel is in 
 into it. In a CUDA graph all decisions are left to the device, because the graph is replayed for other batches.
 """
 
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -89,7 +87,6 @@ class SliceBank:
             self.offsets.copy_(self.bounds, non_blocking=True)
 
 
-@dataclass
 class SlotBatch:
     """Which token has which slot, in buffers whose addresses never change.
 
@@ -102,13 +99,7 @@ class SlotBatch:
         many: Number of tokens from which on a slot has a group of its own.
     """
 
-    names: Tensor
-    order: Tensor
-    groups: Tensor
-    many: int
-
-    @classmethod
-    def of(cls, tokens: int, slots: int, device: torch.device | str = "cpu", many: int | None = None) -> "SlotBatch":
+    def __init__(self, tokens: int, slots: int, device: torch.device | str = "cpu", many: int | None = None) -> None:
         """Make the buffers.
 
         Args:
@@ -117,9 +108,10 @@ class SlotBatch:
             device: Where the buffers are.
             many: Number of tokens from which on a slot has a group of its own. Default: by the device.
         """
-        names = torch.full((tokens,), -1, device=device)
-        many = MANY.get(names.device.type, MANY["other"]) if many is None else many
-        return cls(names, torch.zeros_like(names), torch.zeros(slots + 1, 3, dtype=torch.int64), many)
+        self.names = torch.full((tokens,), -1, device=device)
+        self.order = torch.zeros_like(self.names)
+        self.groups = torch.zeros(slots + 1, 3, dtype=torch.int64)
+        self.many = MANY.get(self.names.device.type, MANY["other"]) if many is None else many
 
     def update(self, token_slots: np.ndarray) -> None:
         """Describe the next batch.
@@ -164,7 +156,7 @@ def add_slices_(y: Tensor, x: Tensor, bank: SliceBank, batch: SlotBatch) -> None
         >>> from s2ft.vllm.slice_bank import SliceBank, SlotBatch, add_slices_
         >>> bank = SliceBank(slots=1, capacity=4, width=2, dim=1)
         >>> bank.put(0, torch.tensor([2]), torch.tensor([[1.0, 10.0]]))
-        >>> batch = SlotBatch.of(tokens=8, slots=1)
+        >>> batch = SlotBatch(tokens=8, slots=1)
         >>> batch.update(np.array([0, -1]))
         >>> x, y = torch.arange(6.0).view(2, 3), torch.zeros(2, 2)
         >>> add_slices_(y, x, bank, batch)
@@ -214,21 +206,14 @@ def _add_few(y, x, values, index, offsets, names, order, group, dim) -> None:
 def _add_many(y, x, values, index, order, group, dim) -> None:
     """The tokens of one slot: one product, whose sum with the base's output is rounded once."""
     begin, count, first = group
-    together = first >= 0
-    rows = slice(first, first + count) if together else order[begin : begin + count]
+    rows = slice(first, first + count) if first >= 0 else order[begin : begin + count]
+    part = y[rows]  # of neighbours a view, else a copy
     if dim == 1:
-        taken = x[rows].index_select(1, index)
-        if together:
-            y[rows].addmm_(taken, values)
-        else:
-            y.index_copy_(0, rows, torch.addmm(y[rows], taken, values))
-        return
-    part, tokens = y[rows], x[rows]
-    sums = torch.addmm(part.index_select(1, index), tokens, values.t())
-    if together:
-        part.index_copy_(1, index, sums)
+        part.addmm_(x[rows].index_select(1, index), values)
     else:
-        y.index_copy_(0, rows, part.index_copy_(1, index, sums))
+        part.index_copy_(1, index, torch.addmm(part.index_select(1, index), x[rows], values.t()))
+    if first < 0:
+        y.index_copy_(0, rows, part)
 
 
 def _fake(y, x, values, index, offsets, bounds, names, order, groups, dim):

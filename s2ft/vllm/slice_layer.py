@@ -168,10 +168,9 @@ class SliceLayer:
 
     def _sizes(self, dim: int) -> dict[str, tuple[int, int]]:
         """How many outputs or inputs each projection has, and how many on each rank."""
-        names, layer = getattr(self.base_layer, PARTS, ()), self.base_layer
-        if dim == 1:
-            return dict.fromkeys(names or (self._name(),), (layer.input_size, local_inputs(layer)))
-        found = [(piece.size, piece.local) for piece in pieces(layer, 0)]
+        names = getattr(self.base_layer, PARTS, ()) or (self._name(),)
+        found = [(size, local) for size, local, _ in pieces(self.base_layer, 0, dim)]
+        found *= len(names) if dim == 1 else 1
         if len(names) == len(found):
             return dict(zip(names, found))
         return {self._name(): (sum(size for size, _ in found), sum(local for _, local in found))}
@@ -187,43 +186,28 @@ class SliceLayer:
         return name, next((bank.capacity for bank in self.banks if bank.dim == dim), 0)
 
     def needs(self, parts: Sequence[Part]) -> dict[int, int]:
-        """Check the slices of an adapter and count their units.
+        """Count the units of an adapter.
 
         Args:
-            parts: The slices of each projection.
+            parts: The slices of each projection, which have the sizes of the layer.
 
         Returns:
             The units by dim. Of several ranks, the most, so that all ranks decide alike.
 
         Raises:
-            ValueError: The slices do not fit the layer.
+            ValueError: The adapter has another number of projections.
         """
-        self._check(parts)
-        found = {0: 0, 1: 0}
+        count = len(pieces(self.base_layer, 0))
+        if len(parts) not in (1, count):
+            raise ValueError(f"the layer consists of {count} projections, and the adapter has {len(parts)} for it")
+        slices = [(number, *decode(part[0])) for number, part in enumerate(parts) if part is not None]
+        most = {0: 0, 1: 0}
         for rank in range(1 if is_replicated(self.base_layer) else self.tp_size):
-            counts = {0: 0, 1: 0}
-            places = [self._places(dim, len(parts), rank) for dim in (0, 1)]
-            for number, part in enumerate(parts):
-                if part is not None:
-                    dim, index = decode(part[0])
-                    counts[dim] += int((places[dim][number][index] >= 0).sum())
-            found = {dim: max(count, found[dim]) for dim, count in counts.items()}
-        return {dim: count for dim, count in found.items() if count}
-
-    def _check(self, parts: Sequence[Part]) -> None:
-        sizes = [piece.size for piece in pieces(self.base_layer, 0)]
-        if len(parts) not in (1, len(sizes)):
-            raise ValueError(f"the layer consists of {len(sizes)} projections, and the adapter has {len(parts)} for it")
-        sizes = [sum(sizes)] if len(parts) == 1 else sizes
-        for part, size in zip(parts, sizes):
-            if part is None:
-                continue
-            dim, index = decode(part[0])
-            count, width = (size, self.base_layer.input_size)[:: 1 if dim == 0 else -1]
-            if part[1].shape != (index.numel(), width):
-                raise ValueError(f"values of shape {tuple(part[1].shape)}, expected ({index.numel()}, {width})")
-            if index.numel() and not 0 <= int(index.min()) <= int(index.max()) < count:
-                raise ValueError(f"{KINDS[dim]} {int(index.min())} to {int(index.max())}, but the layer has {count}")
+            for dim in most:
+                places = self._places(dim, len(parts), rank)
+                here = (int((places[number][index] >= 0).sum()) for number, one, index in slices if one == dim)
+                most[dim] = max(most[dim], sum(here))
+        return {dim: count for dim, count in most.items() if count}
 
     def reset_lora(self, index: int) -> None:
         """Empty a slot."""
@@ -237,15 +221,10 @@ class SliceLayer:
             index: Number of the slot.
             lora_a: What stands for factor A, see :func:`encode`, of one projection or of each that is fused.
             lora_b: The rows of values.
-
-        Raises:
-            ValueError: The factors are those of a LoRA.
         """
         parts = parts_of(lora_a, lora_b)
         if not all(part is None or is_slices(part[0]) for part in parts):
             # vLLM's warm-up measures memory with LoRA of zeros. A full slot of zeros takes as much as an adapter can.
-            if any(part is not None and (part[0].count_nonzero() or part[1].count_nonzero()) for part in parts):
-                raise ValueError("this vLLM serves S²FT adapters alone, because S2FT_VLLM_SLICES is set")
             for bank in self.banks:
                 zeros = bank.values.new_zeros(1, 1).expand(bank.capacity, bank.values.shape[1])
                 bank.put(index, torch.arange(bank.capacity), zeros)
@@ -297,7 +276,7 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
     if found is not None:
         return found
     tokens = part_of(punica_wrapper, "_token_lora_indices")
-    batch = SlotBatch.of(tokens.numel(), slots, tokens.device)
+    batch = SlotBatch(tokens.numel(), slots, tokens.device)
     update = punica_wrapper.update_metadata
 
     def update_metadata(mapping: Any, lora_index_to_id: list, *args: Any, **options: Any) -> None:
@@ -315,19 +294,9 @@ def batch_of(punica_wrapper: Any, slots: int) -> SlotBatch:
 # The layers are those of vLLM, known by their attributes, so that stand-ins can be tested without vLLM.
 
 
-@dataclass(frozen=True)
-class FusedPiece:
-    """A projection that is fused in a layer, or the layer's only one.
-
-    Attributes:
-        size: Its outputs on all ranks.
-        local: Its outputs on this rank.
-        shard: Which part of the outputs this rank has, counted in parts of size `local`.
-    """
-
-    size: int
-    local: int
-    shard: int
+# The outputs of a projection that is fused in a layer or is the layer's only one, or the inputs of a layer: how many
+# there are on all ranks, how many a rank has, and which part of them, counted in parts of that size.
+Piece = tuple[int, int, int]
 
 
 def is_row_parallel(layer: Any) -> bool:
@@ -340,35 +309,35 @@ def is_replicated(layer: Any) -> bool:
     return not is_row_parallel(layer) and not hasattr(layer, "gather_output")
 
 
-def pieces(layer: Any, rank: int) -> list[FusedPiece]:
-    """Describe the outputs of a layer.
+def pieces(layer: Any, rank: int, dim: int = 0) -> list[Piece]:
+    """Describe the outputs or the inputs of a layer.
 
     Args:
         layer: A linear layer of vLLM.
         rank: Rank of tensor parallelism.
+        dim: 0 for outputs, 1 for inputs.
 
     Returns:
-        The fused projections in their order; one piece for a layer that is a single projection.
+        The outputs of the fused projections in their order, one piece for a layer that is a single projection; or the
+        inputs, which all of them share.
     """
+    if dim == 1 and is_row_parallel(layer):
+        return [(layer.input_size, layer.input_size_per_partition, rank)]
+    if dim == 1:
+        return [(layer.input_size, layer.input_size, 0)]
     if is_row_parallel(layer):
-        return [FusedPiece(layer.output_size, layer.output_size, 0)]
+        return [(layer.output_size, layer.output_size, 0)]
     if is_replicated(layer):
-        return [FusedPiece(size, size, 0) for size in getattr(layer, "output_sizes", [layer.output_size])]
+        return [(size, size, 0) for size in getattr(layer, "output_sizes", [layer.output_size])]
     if hasattr(layer, "num_kv_head_replicas"):
         keys, values = layer.head_size, getattr(layer, "v_head_size", layer.head_size)
         shard = rank // layer.num_kv_head_replicas  # a key head may be on several ranks
         return [
-            FusedPiece(layer.total_num_heads * keys, layer.num_heads * keys, rank),
-            FusedPiece(layer.total_num_kv_heads * keys, layer.num_kv_heads * keys, shard),
-            FusedPiece(layer.total_num_kv_heads * values, layer.num_kv_heads * values, shard),
+            (layer.total_num_heads * keys, layer.num_heads * keys, rank),
+            (layer.total_num_kv_heads * keys, layer.num_kv_heads * keys, shard),
+            (layer.total_num_kv_heads * values, layer.num_kv_heads * values, shard),
         ]
-    sizes = getattr(layer, "output_sizes", [layer.output_size])
-    return [FusedPiece(size, size // layer.tp_size, rank) for size in sizes]
-
-
-def local_inputs(layer: Any) -> int:
-    """The number of a layer's inputs on a rank."""
-    return layer.input_size_per_partition if is_row_parallel(layer) else layer.input_size
+    return [(size, size // layer.tp_size, rank) for size in getattr(layer, "output_sizes", [layer.output_size])]
 
 
 def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
@@ -383,16 +352,12 @@ def places_of(layer: Any, rank: int, dim: int, parts: int) -> list[Tensor]:
     Returns:
         For each projection, the place of each of its outputs or inputs, int64; -1 for those of other ranks.
     """
-    if dim == 1:
-        fused = [FusedPiece(layer.input_size, local_inputs(layer), rank if is_row_parallel(layer) else 0)]
-    else:
-        fused = pieces(layer, rank)
     found, at = [], 0
-    for piece in fused:
-        places, first = torch.full((piece.size,), -1), piece.local * piece.shard
-        places[first : first + piece.local] = torch.arange(at, at + piece.local)
+    for size, local, shard in pieces(layer, rank, dim):
+        places, first = torch.full((size,), -1), local * shard
+        places[first : first + local] = torch.arange(at, at + local)
         found.append(places)
-        at += piece.local
+        at += local
     if dim == 1:
         return found * parts
     return [torch.cat(found)] if parts == 1 else found

@@ -9,15 +9,12 @@ way of each message to the workers, and it forgets the cache after each change.
 """
 
 import functools
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from s2ft.vllm.compatibility import guarded, in_place_of, private, when_imported
-
-logger = logging.getLogger(__name__)
+from s2ft.vllm.compatibility import guarded, in_place_of, logger, private, when_imported
 
 FEATURE, ON_PROCESSORS = "slices of a training run", "weights that slices can be written into, on processors,"
 BACKEND = "s2ft"
@@ -38,9 +35,9 @@ def install() -> None:
 
 
 def _register() -> None:
-    factory = private(_FACTORY, "WeightTransferEngineFactory")
-    if BACKEND not in private(_FACTORY, "WeightTransferEngineFactory._registry"):
-        factory.register_engine(BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine")
+    private(_FACTORY, "WeightTransferEngineFactory").register_engine(
+        BACKEND, "s2ft.vllm.transfer_engine", "S2FTWeightTransferEngine"
+    )
 
 
 # ---- in the engine core ----------------------------------------------------------------------------------
@@ -69,11 +66,7 @@ def _guarded_call(
         raise RuntimeError("the engine's weights are asleep: wake the engine up first (POST /wake_up)")
     # No request is in the middle of its answer: none runs, or generation is paused.
     idle = not core.scheduler.has_unfinished_requests() and not core.batch_queue
-    name = {INIT: "init_info", UPDATE: "update_info"}.get(method)
-    if name is not None and name not in kwargs and args:
-        kwargs[name], args = args[0], args[1:]
-    if name is not None and name in kwargs:
-        kwargs[name] = _with(kwargs[name], idle)
+    args, kwargs = tuple(_with(one, idle) for one in args), {name: _with(one, idle) for name, one in kwargs.items()}
     if method in (START, SHUTDOWN) and getattr(core, _OPEN, False):  # an earlier client has died between two calls
         call(on_worker, timeout, (FINISH, (), {}))
     answers = call(on_worker, timeout, (method, args, kwargs))
@@ -95,6 +88,7 @@ def _guarded_call(
 
 
 def _with(info: Any, idle: bool) -> Any:
+    """Tell a message whether the engine is idle. An engine with replicas gets a list of messages."""
     if isinstance(info, Mapping):
         return {**info, "idle": idle}
     return [_with(one, idle) for one in info] if isinstance(info, Sequence) and not isinstance(info, str) else info

@@ -7,7 +7,7 @@ wrong.
 import json
 import sys
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 
@@ -128,6 +128,15 @@ def reward(completions, **_):
     return [float(len(set(completion))) for completion in completions]
 
 
+class OnCpu(ModuleType):
+    """torch for OnlineDPOTrainer, which asks for the current accelerator. Here there is none."""
+
+    accelerator = SimpleNamespace(current_accelerator=lambda: torch.device("cpu"))
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+
 def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, server: str = ""):
     """A trainer of TRL on the tiny model, with slices."""
     from importlib import import_module
@@ -143,6 +152,7 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     common = dict(per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, report_to="none", logging_steps=1)
     common |= dict(output_dir=output, save_strategy="no", use_cpu=True, bf16=False, use_vllm=True, seed=1, **where)
     if kind == "online_dpo":
+        import_module(f"{TRAINERS[kind][0]}.online_dpo_trainer").torch = OnCpu("torch")
         common |= dict(max_new_tokens=12, max_length=64, missing_eos_penalty=None)
     else:
         common |= dict(num_generations=4, max_completion_length=12)

@@ -1,9 +1,7 @@
 """Names that clients say: which folders and repositories they find, and which they never find. Without vLLM."""
 
 import asyncio
-import logging
 import sys
-from dataclasses import replace
 from http import HTTPStatus
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -36,8 +34,8 @@ def no_network(monkeypatch):
     monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(envs=SimpleNamespace(VLLM_USE_MODELSCOPE=False)))
 
 
-def found(name, adapters, hub=(), base="/models/base"):
-    return path_of(name, [] if adapters is None else [adapters], frozenset(hub), base)
+def found(name, adapters, hub=()):
+    return path_of(name, [] if adapters is None else [adapters], frozenset(hub))
 
 
 def test_folders_of_the_directory_are_found_by_their_names(adapters):
@@ -62,15 +60,6 @@ def test_the_hub_is_asked_for_names_on_the_list_only(adapters, monkeypatch):
     wrong = ["other/two", "evil/org", "org", "org/a/b", "../org/x", "other/one/../two"]
     assert [found(name, None, ("org", "other/one")) for name in (*right, *wrong)] == [*right, *[None] * 6]
     assert [call.args[0] for call in resolve.call_args_list] == right
-
-
-def test_an_adapter_that_names_another_base_of_the_hub_is_not_found(adapters, tmp_path, caplog):
-    native.write(replace(s2ft.read_adapter(adapters / "math"), info={"base_model": "org/base"}), tmp_path / "of-org")
-    with caplog.at_level(logging.WARNING):
-        assert found("of-org", tmp_path, base="org/other") is None
-    assert "is an adapter of 'org/base', and this server has org/other" in caplog.text
-    for base in ("org/base", "/models/base"):  # a folder may hold any base: the weights are compared
-        assert found("of-org", tmp_path, base=base) == str(tmp_path / "of-org")
 
 
 # ---- in vLLM -------------------------------------------------------------------------------------------------
