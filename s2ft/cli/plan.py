@@ -199,8 +199,7 @@ def estimated(job: EstimateArguments, config: S2FTConfig):
         memory=room,
     )
     config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
-    bits = f"{job.bits}bit" if job.bits else None
-    return *with_memory(rows, model, config, step, job.chunked_loss, bits), room
+    return *with_memory(rows, model, config, step, job.chunked_loss, job.bits), room
 
 
 # ---- s2ft couplings ------------------------------------------------------------------------------------

@@ -305,28 +305,26 @@ class GRPOArguments(RLArguments, GRPOConfig):
         return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(arguments: Any) -> None:
-    for name in FINITE:
-        value = getattr(arguments, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    for name in POSITIVE:
-        value = getattr(arguments, name)
-        if not value > 0 and not (name == "num_train_epochs" and arguments.max_steps > 0):
-            raise ValueError(f"{name} must be positive, got {value}")
-    for name, smallest in LEAST.items():
-        value = getattr(arguments, name, None)
-        if value is not None and value < smallest:
-            raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    for one in fields(arguments):
-        value = getattr(arguments, one.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > LARGEST:
-            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
+    given = {one.name: getattr(arguments, one.name) for one in fields(arguments)}
+    refuse(*((not _is_finite(given[name]), f"{name} must be a finite number, got {given[name]!r}") for name in FINITE))
+    positive = [name for name in POSITIVE if name != "num_train_epochs" or arguments.max_steps <= 0]
+    limited = {name: least for name, least in LEAST.items() if given.get(name) is not None}
     refuse(
+        *((not given[name] > 0, f"{name} must be positive, got {given[name]}") for name in positive),
         *(
-            (getattr(arguments, name, None), f"{name} does not work here: {reason}")
-            for name, reason in arguments.refused.items()
+            (given[name] < least, f"{name} must be at least {least}, got {given[name]}")
+            for name, least in limited.items()
         ),
+        *(
+            (type(value) is int and value > LARGEST, f"{name} must be at most {LARGEST}, got {value}")
+            for name, value in given.items()
+        ),
+        *((given.get(name), f"{name} does not work here: {reason}") for name, reason in arguments.refused.items()),
         (
             arguments.hub_strategy not in ("end", "every_save"),
             f"hub_strategy {arguments.hub_strategy!r} does not work here: the adapter is uploaded once, at the end",

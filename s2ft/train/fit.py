@@ -41,7 +41,6 @@ from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, log_failure, newest_valid, plot_loss, read_log, write_json
 from s2ft.train.parallel import check_divided_rows, devices_of, is_spread, rows_of_update, run_where_weights_are
-from s2ft.train.rewards import check_columns
 from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, needs_trl_loss
 
 logger = logging.getLogger(__name__)
@@ -449,8 +448,7 @@ def sft(
         The loss, the time and the folder of the adapter.
 
     Raises:
-        ValueError: The arguments do not fit the data, the model or the installed packages.
-        MissingPackages: A package that the run needs is not installed.
+        ValueError: The arguments do not fit the data or the model.
     """
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([short_row(train)])
@@ -492,9 +490,7 @@ def check_run(model, train, arguments) -> None:
     Raises:
         ValueError: The rows have images, the dtype does not work here, or devices are
             to divide rows that can't be divided.
-        MissingPackages: See :func:`check_packages_of_run`.
     """
-    check_packages_of_run(arguments)
     images = [name for name in OF_IMAGES if name in (train.column_names or ())]
     if images:
         raise ValueError(
@@ -587,10 +583,8 @@ def dpo(
 
     The reference model is the model itself without its adapter: no second model is loaded. The arguments and errors
     are those of :func:`sft`, with DPOArguments. Rows are pairs of token rows, see
-    :func:`s2ft.text.encoding.encode_pairs`.
+    :func:`s2ft.text.encoding.encode_pairs`. The command has checked the dtype and the packages.
     """
-    check_packages_of_run(arguments)
-    check_dtype(model, arguments)
     trainer = DPORunTrainer(
         model,
         arguments,
@@ -633,12 +627,8 @@ def grpo(
         rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
     """
-    check_packages_of_run(arguments)
     check_vllm(arguments, model if base is None else base)
-    check_dtype(model, arguments)
-    check_columns(rewards, train.column_names)
     arguments.set_generation()
-    check_count(arguments, train)
     # The name of the run for a vLLM server. A run that is resumed has the same name, and no other run has it.
     place = f"{socket.gethostname()}:{folder.path.absolute()}"
     trainer = GRPORunTrainer(
@@ -656,20 +646,16 @@ def grpo(
 
 
 def check_vllm(arguments, base) -> None:
-    """Check that vLLM can generate the answers, if the arguments ask for it.
+    """Check that vLLM can load the base, if the arguments ask for it in this process.
 
     Args:
         arguments: The GRPOArguments.
         base: The folder of the base that vLLM loads in this process, or the model that was loaded from it.
 
     Raises:
-        MissingPackages: vLLM is not installed.
         ValueError: vLLM can't load the base.
     """
-    if not arguments.use_vllm:
-        return
-    check_packages("use_vllm", "leave use_vllm out: transformers generates the answers then")
-    if arguments.vllm_mode == "server":
+    if not arguments.use_vllm or arguments.vllm_mode == "server":
         return
     name = base if isinstance(base, str) else base.name_or_path
     if not name or name.endswith(".gguf"):
@@ -698,19 +684,3 @@ def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         yield folder
-
-
-def check_count(arguments, prompts) -> None:
-    """Raise ValueError if there are fewer prompts than one generation takes.
-
-    Args:
-        arguments: The GRPOArguments.
-        prompts: The rows.
-    """
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if len(prompts) < needed:
-        raise ValueError(
-            f"there {'is 1 prompt' if len(prompts) == 1 else f'are {len(prompts)} prompts'}, and each generation takes "
-            f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
-            f"{arguments.num_generations}): lower batch_size or raise num_generations"
-        )

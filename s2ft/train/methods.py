@@ -1,7 +1,6 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
 import contextlib
-import copy
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
@@ -10,12 +9,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer
 
 import s2ft
 from s2ft.config import refuse
-from s2ft.distributed import without_zero_init
 from s2ft.files.plain_text import first_line
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
@@ -24,20 +21,8 @@ from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
 from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows, with_columns
-from s2ft.train.base_model import plain_kernels
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
-from s2ft.train.fit import (
-    Finetuned,
-    base_for_vllm,
-    check_count,
-    check_dtype,
-    check_run,
-    dpo,
-    grpo,
-    is_checkpointed,
-    log_errors,
-    sft,
-)
+from s2ft.train.fit import Finetuned, base_for_vllm, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.output import write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
@@ -168,13 +153,11 @@ class SFT(Method):
 
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         arguments = run.arguments
-        if devices_of(arguments).splits_rows:
-            logger.info("memory was not estimated: each row is divided among devices")
+        if devices_of(arguments).splits_rows or is_spread(model):  # the other devices do not call this
+            logger.info("memory was not estimated: rows or weights are divided among devices; s2ft estimate does it")
             return
-        trl_loss, trial = needs_trl_loss(arguments), why_not_packed
-        if is_spread(model):  # the other devices do not call this, so the model is neither run nor read
-            model, trial = plain_copy(model), lambda *arguments: ""
-        batching = choose_batching(model, pad_id(tokenizer), data.rows, arguments, trl_loss, trial)
+        trl_loss = needs_trl_loss(arguments)
+        batching = choose_batching(model, pad_id(tokenizer), data.rows, arguments, trl_loss, why_not_packed)
         chunked = run.options.chunked_loss and not arguments.torch_compile and not trl_loss
         longest, short = longest_rows(data.rows, arguments, batching), batching.collator([short_row(data.rows)])
         log_memory_of_batch(model, run.config, longest, arguments, chunked, short)
@@ -271,7 +254,13 @@ class GRPO(RL):
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
         check_columns(load_rewards(arguments.rewards), kept.column_names)
-        check_count(arguments, kept)
+        needed = arguments.generation_batch_size // arguments.num_generations
+        if len(kept) < needed:
+            raise ValueError(
+                f"there {'is 1 prompt' if len(kept) == 1 else f'are {len(kept)} prompts'}, and each generation takes "
+                f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
+                f"{arguments.num_generations}): lower batch_size or raise num_generations"
+            )
         return Encoded(prompt, kept, others, longest)
 
     def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
@@ -368,18 +357,6 @@ def longest_rows(train, arguments, batching: Batching) -> dict:
         return batching.collator([{"input_ids": full, "labels": full}] * rows)
     lengths = row_lengths(train)
     return batching.collator([train[row] for row in sorted(range(len(train)), key=lengths.__getitem__)[-rows:]])
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a plain model of the same config and dtype on the meta device.
-
-    Args:
-        model: A model of transformers, attached or not. Its weights may be spread over devices.
-    """
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    with plain_kernels(), torch.device("meta"), without_zero_init():
-        return type(model)._from_config(config).to(model.dtype)
 
 
 def longest_batch(pairs, tokenizer, rows: int) -> dict:

@@ -114,7 +114,7 @@ MODULES = {
     "train.demo": "PROBLEMS problem_set",
     "train.device": "explain_out_of_memory words_of_allocator is_out_of_memory keep_freed_memory",
     "train.forgetting": "ForgettingMeter",
-    "train.base_model": "apply_kernels fit_layout load_base plain_kernels quantization_config",
+    "train.base_model": "apply_kernels check_kernels fit_layout load_base quantization_config",
     "train.loss": ("CHUNK ChunkedLoss IGNORED chunk_of chunked_loss loss_in_chunks sum_of_losses why_not_chunked"),
     "train.options": "ForgettingOptions ModelOptions RunOptions SCHEDULES",
     "train.parallel": "Devices check_divided_rows",
