@@ -1,6 +1,5 @@
 """s2ft eval: score a model, with or without an adapter, on a file of problems, or on tasks of lm-eval."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from s2ft.text.data.data_options import DATA, TASKS, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT
 
-logger = logging.getLogger(__name__)
+ONLY_DATA, ONLY_LM_EVAL = ("data", "task", "kl", "forgetting"), ("lm_eval_path", "num_fewshot", "apply_chat_template")
 EXAMPLE = """\
   s2ft eval --adapter my-run --data my-data.jsonl
   s2ft eval --adapter my-run --data test.jsonl --task arithmetic
@@ -61,25 +60,22 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        way = "data" if self.lm_eval is None else "lm_eval"
         measures = self.forgetting or self.kl
+        ignored = ONLY_DATA if way == "lm_eval" else ONLY_LM_EVAL
         refuse(
             (measures and self.adapter is None, "forgetting and kl compare an adapter with its base: give --adapter"),
             (self.kl and not self.data, "kl needs rows with prompts: give --data"),
+            *((getattr(self, name), f"{name} has no meaning with {way}") for name in ignored),
+            (
+                way == "lm_eval" and self.num_beams > 1,
+                "num_beams has no meaning with lm_eval: its tasks say how they generate",
+            ),
+            (
+                way == "data" and not self.data and (self.task is not None or not measures),
+                "missing: --data FILE_OR_NAME, or --lm-eval",
+            ),
         )
-        if self.lm_eval is not None:
-            self._refuse("lm_eval", ("data", "task", "kl", "forgetting"))
-            if self.num_beams > 1:
-                raise ValueError("num_beams has no meaning with lm_eval: its tasks say how they generate")
-            return
-        self._refuse("data", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
-        if not self.data and (self.task is not None or not measures):
-            raise ValueError("missing: --data FILE_OR_NAME, or --lm-eval")
-
-    def _refuse(self, way: str, names: tuple[str, ...]) -> None:
-        """Refuse options that would be ignored."""
-        given = [name for name in names if getattr(self, name)]
-        if given:
-            raise ValueError(f"{given[0]} has no meaning with {way}")
 
 
 @command("Compare an adapter with its base on your data, or score the answers to each row.", EXAMPLE)

@@ -152,10 +152,29 @@ class EstimateArguments(PlanArguments):
     {S2FTConfig: "selection"},
 )
 def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
-    from s2ft.estimation.devices import size
-    from s2ft.train.planning import table
+    import torch
 
-    rows, found, room = estimated(job, with_default_ratio(config, given))
+    from s2ft.estimation.devices import size, size_of
+    from s2ft.estimation.step import free_memory
+    from s2ft.train.planning import table, with_memory
+
+    config = with_default_ratio(config, given)
+    model, rows = job.model_and_rows(config)
+    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    room = size_of(job.device_memory, "device_memory") or free_memory(device)
+    step = dict(
+        batch=job.batch_size,
+        length=job.max_length,
+        accumulation=job.accumulation,
+        gradient_checkpointing=job.gradient_checkpointing,
+        optimizer=job.optimizer,
+        device=device,
+        strategy=job.spread(),
+        devices=job.devices,
+        memory=room,
+    )
+    config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
+    rows, found = with_memory(rows, model, config, step, job.chunked_loss, job.bits)
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
         shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
@@ -174,32 +193,6 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> No
         print("≤: on the line between the smallest and the largest row, which were counted")
     for note in found.notes:
         print(f"note: {note}")
-
-
-def estimated(job: EstimateArguments, config: S2FTConfig):
-    """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
-    import torch
-
-    from s2ft.estimation.devices import size_of
-    from s2ft.estimation.step import free_memory
-    from s2ft.train.planning import with_memory
-
-    model, rows = job.model_and_rows(config)
-    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    room = size_of(job.device_memory, "device_memory") or free_memory(device)
-    step = dict(
-        batch=job.batch_size,
-        length=job.max_length,
-        accumulation=job.accumulation,
-        gradient_checkpointing=job.gradient_checkpointing,
-        optimizer=job.optimizer,
-        device=device,
-        strategy=job.spread(),
-        devices=job.devices,
-        memory=room,
-    )
-    config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
-    return *with_memory(rows, model, config, step, job.chunked_loss, job.bits), room
 
 
 # ---- s2ft couplings ------------------------------------------------------------------------------------

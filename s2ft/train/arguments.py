@@ -284,12 +284,17 @@ class GRPOArguments(RLArguments, GRPOConfig):
         self.generation_batch_size, self.steps_per_generation = total, max(1, total // at_once)
         if not check:
             return
-        for number, name in ((self.num_generations, "num_generations"), (at_once, "the answers of a forward pass")):
-            if total % number:
-                raise ValueError(
+        divisors = {"num_generations": self.num_generations, "the answers of a forward pass": at_once}
+        refuse(
+            *(
+                (
+                    total % number,
                     f"{total} answers are generated at once, which is no multiple of {name}, {number}: the nearest "
-                    f"number is {max(1, round(total / number)) * number}; set batch_size to it"
+                    f"number is {max(1, round(total / number)) * number}; set batch_size to it",
                 )
+                for name, number in divisors.items()
+            )
+        )
         cycle = self.updates_per_generation
         if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % cycle:
             below, above = self.save_steps // cycle * cycle, -(-self.save_steps // cycle) * cycle

@@ -127,7 +127,7 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
     if trainer.is_world_process_zero():
         with log_errors(f"{folder.plot} was not drawn"):
             check_packages("loss.png")
-            plot_loss(folder.log, folder.plot, folder.title())
+            plot_loss(folder.log, folder.plot, folder.path.absolute().name)
     trainer.accelerator.wait_for_everyone()
     return result
 

@@ -214,9 +214,6 @@ class ForgettingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("forgetting_data", "protect"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or ()))
         limits = {"stop_at_forgetting": self.stop_at_forgetting, "stop_at_kl": self.stop_at_kl}
         refuse(
             *(

@@ -42,8 +42,8 @@ class RunFolder:
         >>> from s2ft.train.output import RunFolder
         >>> folder = RunFolder("my-run")
         >>> folder.begin({"model": "my-model", "adapter.d_ratio": 0.03})
-        >>> folder.title()
-        'my-run (my-model, d_ratio 0.03)'
+        >>> folder.options()["model"]
+        'my-model'
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,13 +106,6 @@ class RunFolder:
         if not isinstance(options, dict):
             raise ValueError(f"{self.run} holds no options of a run")
         return options
-
-    def title(self) -> str:
-        """Return the name of the run with its model and ratios, as far as run.json has them."""
-        options = {key.split(".")[-1]: value for key, value in self.options().items()} if self.run.is_file() else {}
-        known = [Path(str(options["model"])).name] if options.get("model") else []
-        known += [f"{key} {value:g}" for key, value in options.items() if key.endswith("_ratio") and value]
-        return f"{self.path.absolute().name}" + (f" ({', '.join(known)})" if known else "")
 
     def kept(self) -> str:
         """Return a text about what a failed run has left to continue from."""

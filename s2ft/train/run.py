@@ -389,7 +389,9 @@ def write_page(run: Run, result: Finetuned, commands: list[str]) -> None:
         "memory": f"{peak_memory() / 2**20:,.0f} MiB at its peak",
         **({"forgetting": result.drift} if result.drift else {}),
     }
-    replace_file(folder.page, report_page(folder.title(), facts, commands, result.comparison, figure).encode())
+    replace_file(
+        folder.page, report_page(folder.path.absolute().name, facts, commands, result.comparison, figure).encode()
+    )
 
 
 # ---- parts of it ---------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -27,6 +27,8 @@ from s2ft.train.trainer import AdapterCheckpoints
 
 class RunMethods:
     """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged."""
+
+    _tag_names: ClassVar[list[str]] = []  # TRL would add tags to the model
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -79,17 +81,13 @@ class Changed:
         self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
         configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
         self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
-        self.tags = model.__dict__.get("model_tags")
 
     def undo_always(self) -> None:
-        """Undo what no run needs. TRL rounds the trained parameters of a quantized model to bfloat16, and adds tags."""
+        """Undo what no run needs: TRL rounds the trained parameters of a quantized model to bfloat16."""
         for parameter, data in self.trained.items():
             if parameter.dtype != data.dtype:
                 parameter.data = data.to(parameter.device)
         self.trained = {}
-        self.model.__dict__.pop("model_tags", None)
-        if self.tags is not None:
-            self.model.model_tags = self.tags
 
     def undo(self) -> None:
         """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""
@@ -347,15 +345,11 @@ class DPORunTrainer(RLTrainer, DPOTrainer):
         tokenizer: The model's tokenizer.
         held_out: Pairs to evaluate on, or None.
         callbacks: More callbacks.
-
-    Raises:
-        ValueError: The model would be sharded.
     """
 
     def __init__(
         self, model, arguments, pairs, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
     ) -> None:
-        refuse_sharding(arguments, "s2ft dpo")
         super().__init__(
             model,
             ref_model=Reference(model),
@@ -388,9 +382,6 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         callbacks: More callbacks.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
         name: Name of the run for a vLLM server, the same after a resume.
-
-    Raises:
-        ValueError: The model would be sharded.
     """
 
     def __init__(
@@ -406,7 +397,6 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         base: str | None = None,
         name: str | None = None,
     ) -> None:
-        refuse_sharding(arguments, "s2ft grpo")
         if arguments.use_vllm:
             self.sender_options = {"take_over": arguments.vllm_take_over, "name": name}
             # compiling takes longer than it saves on a CPU, where it needs a C++ compiler too
