@@ -274,13 +274,18 @@ class MergeArguments(Options):
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:
+    from s2ft.codecs.packed_folder import PackedFolder
+    from s2ft.model.checkpoint import packed_base
     from s2ft.text.adapter_prompts import base_name
+    from s2ft.text.models import locate
 
     base = base_name(job.model, job.adapter)
     plain = job.dtype != "auto" or job.max_shard_size is not None
     if job.output.endswith(".gguf") and plain:
         raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
-    if job.output.endswith(".gguf") or not plain and _is_packed_folder(base):
+    source, is_gguf = locate(base)
+    is_packed = not plain and not is_gguf and isinstance(packed_base(source), PackedFolder)
+    if job.output.endswith(".gguf") or is_packed:
         from s2ft.export import ollama, packed
 
         print(packed.export(base, job.adapter, job.output))
@@ -288,15 +293,6 @@ def run_merge(job: MergeArguments) -> None:
             print(ollama.write_modelfile(job.output, job.adapter))
         return
     print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
-
-
-def _is_packed_folder(base: str) -> bool:
-    from s2ft.codecs.packed_folder import PackedFolder
-    from s2ft.model.checkpoint import packed_base
-    from s2ft.text.models import locate
-
-    source, options = locate(base)
-    return not options and isinstance(packed_base(source), PackedFolder)
 
 
 # ---- s2ft patch ----------------------------------------------------------------------------------------

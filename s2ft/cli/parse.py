@@ -526,12 +526,10 @@ def _number(kind: type, optional: bool) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if optional and text.lower() in ("none", "null"):
             return None
-        for as_kind in dict.fromkeys((int, kind)):  # a whole number stays one: it is shown and written so
-            try:
-                return as_kind(text)
-            except ValueError:
-                continue
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        try:  # a whole number stays one: it is shown and written so
+            return int(text) if kind is int or re.fullmatch(r"[-+]?\d+", text) else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
 
     return read
 

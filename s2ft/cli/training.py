@@ -336,6 +336,8 @@ def config_text(run) -> str:
     Args:
         run: The :class:`s2ft.train.run.Run`.
     """
+    from importlib.metadata import version
+
     import yaml
 
     defaults = parser_of(run.method.name).defaults
@@ -344,19 +346,8 @@ def config_text(run) -> str:
         for key, value in run.given.items()
         if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key] or key in WRITTEN)
     }
-    return f"# {versions()}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
-
-
-def versions() -> str:
-    """The versions of the packages that determine a run."""
-    from importlib.metadata import version
-
-    from s2ft import __version__
-
-    return ", ".join(
-        [f"s2ft {__version__}"]
-        + [f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "datasets")]
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("s2ft", "torch", "transformers", "trl", "datasets"))
+    return f"# {versions}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
 
 
 # ---- options that follow from others -------------------------------------------------------------------

@@ -1,7 +1,6 @@
 """Arguments of TRL's trainers with the defaults of s2ft. Values that cannot work with S²FT are refused."""
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -37,6 +36,10 @@ REFUSED = {
     "do_predict": "s2ft eval scores answers of a trained model",
     "hub_always_push": "the adapter is uploaded once, at the end",
     "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
+    "sync_ref_model": "the reference is the base, which is never trained; there is no second model that could follow "
+    "the adapter",
+    "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the answers "
+    "are generated in batches by model.generate",
 }
 
 
@@ -75,7 +78,6 @@ class RunArguments:
     )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "turn off the trainer's own progress bar"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "remove columns that the model does not take"})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "keep only the loss of an evaluation"})
     include_num_input_tokens_seen: str | bool = field(
         default="non_padding", metadata={"help": "which tokens are counted: all, non_padding, no"}
     )
@@ -101,8 +103,6 @@ class RunArguments:
         # Without a GPU, accelerate needs this. Otherwise each process of a launcher would have rank 0.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
-        if self.run_name is None and self.output_dir:
-            self.run_name = os.path.basename(os.path.abspath(self.output_dir))
         if self.data_seed is None:
             self.data_seed = self.seed
         super().__post_init__()
@@ -194,11 +194,6 @@ class RLArguments(RunArguments):
     learning_rate: float = field(
         default=1e-5, metadata={"help": "peak learning rate; too high a one makes the model forget to write"}
     )
-    refused: ClassVar[dict[str, str]] = {
-        **REFUSED,
-        "sync_ref_model": "the reference is the base, which is never trained; there is no second model that could "
-        "follow the adapter",
-    }
 
 
 @dataclass
@@ -215,10 +210,7 @@ class DPOArguments(RLArguments, DPOConfig):
         (1e-05, ['sigmoid'])
     """
 
-    refused: ClassVar[dict[str, str]] = {
-        **RLArguments.refused,
-        "padding_free": "TRL's DPOTrainer does not do it at present",
-    }
+    refused: ClassVar[dict[str, str]] = {**REFUSED, "padding_free": "TRL's DPOTrainer does not do it at present"}
 
 
 @dataclass
@@ -235,11 +227,6 @@ class GRPOArguments(RLArguments, GRPOConfig):
         (1, 0.0)
     """
 
-    refused: ClassVar[dict[str, str]] = {
-        **RLArguments.refused,
-        "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the "
-        "answers are generated in batches by model.generate",
-    }
     include_num_input_tokens_seen: str | bool = field(
         default="no", metadata={"help": "not used: TRL counts the tokens of prompts and answers"}
     )

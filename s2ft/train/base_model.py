@@ -2,7 +2,6 @@
 
 import logging
 import os
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -145,8 +144,8 @@ def apply_kernels(model, name: str) -> None:
 
     A model whose couplings are found by trials is attached before, since the trials run on the CPU.
 
-    Liger-Kernel works on a GPU. Its rotary positions replace a function of transformers, so that other models of the
-    same type in this process run on them too; its norms are those of this model only.
+    Liger-Kernel works on a GPU. It replaces norms and rotary positions in transformers' module of this type, so that
+    models of the type that are made later in this process run on them too.
 
     Args:
         model: A model of transformers. Its device is the one to train on, or will be.
@@ -171,13 +170,4 @@ def apply_kernels(model, name: str) -> None:
             f"kernels liger: Liger-Kernel has none for models of type {kind!r}, only for "
             f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}: {WAY_OUT}"
         )
-    names = {type(layer).__module__ for layer in model.modules()}
-    modules = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]
-    before = {module.__name__: dict(vars(module)) for module in modules}
     _apply_liger_kernel_to_instance(model=model, **dict.fromkeys(LEFT_TO_S2FT, False))
-    for module in modules:
-        for name, original in before[module.__name__].items():
-            # The model has its norms, and later models are loaded plain. A function stays replaced, since the model's
-            # attention finds it by its name.
-            if isinstance(original, type):
-                setattr(module, name, original)

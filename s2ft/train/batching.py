@@ -102,11 +102,11 @@ def choose_batching(
     keep = takes(model, "logits_to_keep") and not all_logits
     devices = devices_of(arguments)
     if devices.splits_rows:
-        why = f"padded, each row divided among {devices.context} devices"
-        return Batching(SplitCollator(pad, math.lcm(multiple, 2 * devices.context)), False, by_length, why)
+        collator = SplitCollator(pad, math.lcm(multiple, 2 * devices.context))
+        return Batching(collator, False, by_length, f"padded, each row divided among {devices.context} devices")
     asked = "packing" if arguments.packing else "padding_free" if arguments.padding_free else ""
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
-    reason, because = None, ""  # not tried
+    reason = None  # not tried
     if asked or (arguments.packing is None and by_length and varlen):
         run = partial(trial or why_not_packed, model, rows, packed)
         reason = run() if trial else run_where_weights_are("the trial of packing", model, run)
@@ -116,8 +116,7 @@ def choose_batching(
         return Batching(packed, True, False, f"packed to at most {arguments.max_length:,} tokens")
     if reason == "":
         return Batching(packed, False, by_length, f"without padding, {_attention(model)} keeps rows apart")
-    if reason:
-        because = f" ({_attention(model)} would mix up rows without padding: {reason})"
+    because = f" ({_attention(model)} would mix up rows without padding: {reason})" if reason else ""
     order = "of similar length" if by_length else f"in {arguments.train_sampling_strategy} order"
     return Batching(TokenCollator(pad, keep, multiple), False, by_length, f"padded, rows {order}{because}")
 

@@ -122,7 +122,7 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
     trainer.remove_callback(PrinterCallback)  # JsonlLog shows the same values
     if meter is not None:
         meter.add_to(trainer)
-    with checkpointing(model, arguments), restored(model, trainer):
+    with checkpointing(model, arguments), restored(trainer):
         result = _train_and_save(trainer, model, folder, checkpoint, meter)
     if trainer.is_world_process_zero():
         with log_errors(f"{folder.plot} was not drawn"):
@@ -229,16 +229,12 @@ def log_errors(failure: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def restored(model, trainer) -> Iterator[None]:
-    """Undo at the end what TRL's loss and NEFTune change in the model, after an error too."""
+def restored(trainer) -> Iterator[None]:
+    """Undo at the end what TRL's loss changes in the model, after an error too."""
     try:
         yield
     finally:
         trainer.restore_model()
-        handle = getattr(trainer, "neftune_hook_handle", None)
-        if handle is not None:
-            handle.remove()
-            model.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
 
 
 @contextlib.contextmanager
@@ -516,10 +512,8 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
     Otherwise the model's own loss is used, and the reason is logged. TRL's own loss, if the arguments ask for it,
     replaces both.
     """
-    reason = "this was asked for"
-    if needs_trl_loss(arguments):
-        reason = "TRL computes it"
-    elif options.chunked_loss:
+    reason = "not asked for"
+    if options.chunked_loss and not needs_trl_loss(arguments):
         batch = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
         }
@@ -672,12 +666,13 @@ def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
     Args:
         model: The model, without an adapter.
         tokenizer: Its tokenizer.
-        arguments: The GRPOArguments.
+        arguments: The arguments of the run. Those of GRPO may ask for vLLM.
 
     Yields:
         The folder; None if vLLM is not used in this process, or loads the model from where it was loaded.
     """
-    if not arguments.use_vllm or arguments.vllm_mode == "server" or not model.name_or_path.endswith(".gguf"):
+    is_loaded_here = getattr(arguments, "use_vllm", False) and arguments.vllm_mode != "server"
+    if not is_loaded_here or not model.name_or_path.endswith(".gguf"):
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="s2ft-base-") as folder:

@@ -1,9 +1,7 @@
 """A callback that measures forgetting and divergence while a model is trained, and can end the training."""
 
-import contextlib
 import logging
 import time
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -13,7 +11,7 @@ from transformers import TrainerCallback
 
 from s2ft.attached.record import unwrapped
 from s2ft.config import refuse
-from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
+from s2ft.distributed import full_tensors, reshard_all, write_units
 from s2ft.text.divergence import Drift, DriftMeter, base_switch
 
 logger = logging.getLogger(__name__)
@@ -129,7 +127,8 @@ class ForgettingMeter(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Measure the base of a model without adapters, which a resumed run changes before the training begins."""
         if base_switch(_inner(model)) is None:
-            with _autocast(args):  # the Trainer has not prepared the model yet
+            half = torch.float16 if args.fp16 else torch.bfloat16
+            with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):  # the Trainer has not begun
                 self._meter = self._of_base(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -232,13 +231,6 @@ class _Logging(TrainerCallback):
         self._meter.on_log(args, state, control, logs)
 
 
-def _autocast(args: Any) -> AbstractContextManager:
-    """Return the context in which a Trainer with these arguments runs its model."""
-    if not args.bf16 and not args.fp16:
-        return contextlib.nullcontext()
-    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
-
-
 def _inner(model: Any) -> Any:
     """Return the model inside the wrappers of devices and of torch.compile."""
     return unwrapped(extract_model_from_parallel(model))
@@ -257,8 +249,4 @@ def _restore(model, values: dict[str, Tensor]) -> None:
     reshard_all(model)
     parameters = dict(model.named_parameters())
     for name, value in values.items():
-        parameter = parameters[name]
-        if is_sharded(parameter) or has_master_copy(parameter):
-            write_units(parameter, torch.arange(len(value), device=parameter.device), value, 0)
-        else:
-            parameter.copy_(value)
+        write_units(parameters[name], torch.arange(len(value), device=parameters[name].device), value, 0)

@@ -1,10 +1,8 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
-import contextlib
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -22,7 +20,7 @@ from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token
 from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
 from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows, with_columns
 from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
-from s2ft.train.fit import Finetuned, base_for_vllm, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
+from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.output import write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
@@ -64,8 +62,9 @@ class Method(ABC):
         """
         arguments, options = run.arguments, run.options
         evaluates = options.eval_task is not None or arguments.eval_strategy != "no"
-        how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": options.eval_limit, "shape": self.shape}
-        rows, held_out = load_split(run.data, **how)
+        rows, held_out = load_split(
+            run.data, seed=arguments.seed, evaluates=evaluates, eval_limit=options.eval_limit, shape=self.shape
+        )
         if held_out is None and (evaluates or options.eval_limit is not None):
             name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
             raise ValueError(
@@ -90,10 +89,6 @@ class Method(ABC):
     @abstractmethod
     def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
         """Log the memory that a step on the longest rows takes."""
-
-    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
-        """Write the base to a folder inside the context if something besides the trainer needs it."""
-        return contextlib.nullcontext()
 
     @abstractmethod
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
@@ -280,9 +275,6 @@ class GRPO(RL):
         batch = TokenCollator(0)([row] * run.arguments.per_device_train_batch_size)
         log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
 
-    def base(self, run: Run, model, tokenizer):
-        return base_for_vllm(model, tokenizer, run.arguments)
-
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         rewards = load_rewards(run.arguments.rewards)
         return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
@@ -321,9 +313,8 @@ def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, sh
     """
     try:
         strategy = strategy_of_run(arguments)
-        if strategy is not None and strategy.shards_weights:
-            chunked = False
-        chunked = chunked and not why_not_chunked(model, batch if short is None else short)
+        is_sharded = strategy is not None and strategy.shards_weights
+        chunked = chunked and not is_sharded and not why_not_chunked(model, batch if short is None else short)
         kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
         found = s2ft.estimate(
             model,

@@ -22,10 +22,10 @@ from s2ft.attached.loading import read_adapter
 from s2ft.attached.record import attachment_of
 from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
-from s2ft.config import S2FTConfig, check_adapter_name, refuse
+from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import first_line, replace_file
-from s2ft.packages import check_packages, is_installed
+from s2ft.packages import is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of
 from s2ft.text.data import DataOptions
@@ -33,7 +33,7 @@ from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, pr
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
 from s2ft.train.device import explain_out_of_memory, keep_freed_memory, peak_memory, say_device
-from s2ft.train.fit import Finetuned, check_packages_of_run, is_checkpointed, log_errors
+from s2ft.train.fit import Finetuned, base_for_vllm, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import (
     DEFAULT_BATCH,
@@ -189,9 +189,7 @@ def train(run: Run, config_text: Any) -> None:
     arguments, options, folder = run.arguments, run.options, run.folder
     check_can_shard(arguments)
     check_packages_of_run(arguments)
-    check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
     check_kernels(options.kernels)
-    check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     set_batches(arguments, options, run.given)
     with folder.reserved(bool(run.resume), options.overwrite) if run.is_first else nullcontext():
         check_upload(arguments)
@@ -254,14 +252,13 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     calibration = None if run.options.init_adapter else method.calibration(run, tokenizer, data)
     if run.is_first and not run.resume:
         method.log_memory(run, model, tokenizer, data)
-    with method.base(run, model, tokenizer) as base:
+    with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
         protect = None
         if protected is not None:
-            texts = text_rows(
-                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
-            )
-            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
+            size, longest = arguments.per_device_train_batch_size, longest_other_row(model)
+            texts = text_rows(protected, tokenizer, longest, run.forgetting.protect_rows, run.config.seed)
+            protect = batches_of(texts, tokenizer, size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
@@ -276,8 +273,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: st
         model.to(ranks.device)
     load_below(model, options.on_top, options.name)
     if options.init_adapter is None:
-        how = {"protect": protect, "on_top": bool(options.on_top)}
-        report = s2ft.attach(model, run.config, options.name, calibration, **how)
+        report = s2ft.attach(model, run.config, options.name, calibration, protect=protect, on_top=bool(options.on_top))
     else:
         s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
         report = Report.of(model)
@@ -371,8 +367,14 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     if uploads:
         try:
             repository = arguments.hub_model_id or folder.path.absolute().name
-            how = {"revision": arguments.hub_revision, "private": arguments.hub_private_repo}
-            print(f"uploaded: {push_to_hub(folder.adapter, repository, token=arguments.hub_token, **how)}")
+            place = push_to_hub(
+                folder.adapter,
+                repository,
+                token=arguments.hub_token,
+                revision=arguments.hub_revision,
+                private=arguments.hub_private_repo,
+            )
+            print(f"uploaded: {place}")
         except Exception as error:
             raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error
 

@@ -170,8 +170,7 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         if not self._batching.by_length:
             return super()._get_train_sampler(train_dataset)
         lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = LengthSampler(lengths, rows_of_update(self.args), seed)
+        self._sampler = LengthSampler(lengths, rows_of_update(self.args), self.args.data_seed)
         return self._sampler
 
     def _run_epoch(self, *args, epoch: int, **options):

@@ -253,7 +253,7 @@ def train_rows(
         )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        with restored(prepared.model, trainer):
+        with restored(trainer):
             trainer.train()
         seconds = time.perf_counter() - start
     losses = [line["loss"] for line in read_log(log) if "loss" in line]
