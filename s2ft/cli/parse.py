@@ -99,7 +99,6 @@ class OptionTable:
         groups: Headings by dataclass, for the fields that are in no other place.
         rest: Heading of all other fields. `--help` leaves it out, and `--help-all` shows it.
         renamed: Names of options by the dataclass's name and the field's.
-        own: Fields whose name wins against the same short name of another option.
         required: Names of which one must be given, for each requirement.
     """
 
@@ -107,7 +106,6 @@ class OptionTable:
     groups: Mapping[type, str] = field(default_factory=dict)
     rest: str | None = None
     renamed: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    own: Sequence[str] = ()
     required: Sequence[Sequence[str]] = ()
 
 
@@ -150,8 +148,10 @@ class OptionParser(argparse.ArgumentParser):
             config = "read options from a YAML file"
             self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config)
         known = [(one, kind) for kind in self.kinds for one in fields(kind) if one.init]
-        own = {name for name in self.table.own if any(one.name == name for one, _ in known)}
         entries = {name: entry for options in self.table.options.values() for name, entry in options.items()}
+        own = {
+            one.name for one, _ in known if one.name in entries
+        }  # wins against the same short name of another option
         self.short = {
             name: [short for short in names.split() if short.replace("-", "_") not in own]
             for name, (names, _) in entries.items()

@@ -86,8 +86,8 @@ def run_serve(arguments: list[str]) -> None:
     from s2ft.adapter.folders import source_of
     from s2ft.text.adapter_prompts import base_name
 
-    by_vllm = job.engine == "vllm" and not job.check
     on_vllm = job.engine == "vllm"
+    by_vllm = on_vllm and not job.check
     refuse(
         *(
             (on_vllm and name in given, f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {instead}")
@@ -98,6 +98,7 @@ def run_serve(arguments: list[str]) -> None:
             for name in sorted(ONLY_VLLM)
         ),
         (options and not on_vllm, f"options after -- are vLLM's, and the engine is {job.engine}: give --engine vllm"),
+        (job.check and not job.adapters, "--check checks adapters: give --adapters"),
     )
     needs = ("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     check_packages(*(needs if by_vllm else ("s2ft serve",)))
@@ -105,8 +106,6 @@ def run_serve(arguments: list[str]) -> None:
     if job.model is None:
         folders = (folder for source in sources for folder in source.folders().values())
         job = replace(job, model=base_name(None, next(folders, None)))
-    if job.check and not job.adapters:
-        raise ValueError("--check checks adapters: give --adapters")
     if by_vllm:
         serve_by_vllm(job, options)
     else:

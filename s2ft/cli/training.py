@@ -231,7 +231,6 @@ TABLE = OptionTable(
     },
     rest="more options of transformers and TRL",
     renamed={("S2FTConfig", "seed"): "selection_seed"},  # the seed of the run is another one
-    own=("epsilon",),  # of GRPO; in s2ft sft it is a short name
     required=(("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",)),
 )
 
@@ -317,12 +316,11 @@ def _lora_options() -> type:
     """A dataclass of the options of `trl sft` that S²FT replaces. The help leaves them out."""
     from trl import ModelConfig
 
-    named = [one for one in fields(ModelConfig) if one.name.startswith(("lora_", "use_"))]
     hidden = {"hidden": True}
     taken = [
         (one.name, one.type, field(default=None, metadata=hidden))
-        for one in named
-        if one.name != "use_bnb_nested_quant"
+        for one in fields(ModelConfig)
+        if one.name.startswith(("lora_", "use_")) and one.name != "use_bnb_nested_quant"
     ]
     return make_dataclass("LoraOptions", [*taken, (NOT_USED, bool, field(default=False, metadata=hidden))])
 

@@ -106,10 +106,13 @@ class RunArguments:
         if self.data_seed is None:
             self.data_seed = self.seed
         super().__post_init__()
-        for name in DICTIONARIES:
-            value = getattr(self, name, None)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        dictionaries = {name: getattr(self, name, None) or {} for name in DICTIONARIES}
+        refuse(
+            *(
+                (not isinstance(value, dict), f"{name} must be a dictionary, got {value!r}")
+                for name, value in dictionaries.items()
+            )
+        )
         # One process trains on one device, and torchrun or accelerate start several processes. With several visible
         # devices Trainer would choose nn.DataParallel, which copies modules and loses the adapter's state.
         self._n_gpu = min(self.n_gpu, 1)

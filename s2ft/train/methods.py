@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -18,8 +19,8 @@ from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
-from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows, with_columns
-from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
+from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_for_rows, with_columns
+from s2ft.train.batching import row_lengths, takes
 from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.output import write_json
@@ -40,11 +41,13 @@ class Method(ABC):
     Attributes:
         name: Name of the command.
         fits_batch: Whether fewer rows make an update where there are few of them.
+        answers: Token rows of a batch for each row of the data.
         shape: What the rows of the data have.
     """
 
     name: str
     fits_batch = True
+    answers = 1
     shape: Shape = EXAMPLES
 
     def learning_rate(self, model) -> float | None:
@@ -73,6 +76,13 @@ class Method(ABC):
             )
         return rows, held_out
 
+    def prompt(self, run: Run, model, tokenizer, rows) -> PromptFormat:
+        """Return the format of the prompts of rows, and set its template in the tokenizer."""
+        check_dtype(model, run.arguments)
+        prompt = prompt_for_rows(tokenizer, rows, run.data)
+        prompt.apply_to(tokenizer)
+        return prompt
+
     @abstractmethod
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
         """Choose the prompt's format, set it in the tokenizer, and convert the rows."""
@@ -87,8 +97,39 @@ class Method(ABC):
         return row
 
     @abstractmethod
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        """Log the memory that a step on the longest rows takes."""
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
+        """Return a token row as long as the longest one of the training."""
+
+    def log_memory(self, run: Run, model, data: Encoded) -> None:
+        """Log the memory that a step on the longest rows takes on one device, with a warning if less is free."""
+        arguments = run.arguments
+        if devices_of(arguments).splits_rows or is_spread(model):  # the other devices do not call this
+            logger.info("memory was not estimated: rows or weights are divided among devices; s2ft estimate does it")
+            return
+        try:
+            strategy = strategy_of_run(arguments)
+            whole_logits = needs_trl_loss(arguments) or (strategy is not None and strategy.shards_weights)
+            chunked = run.options.chunked_loss and not arguments.torch_compile and not whole_logits
+            collator = TokenCollator(0, takes(model, "logits_to_keep") and not needs_trl_loss(arguments))
+            row = self.longest_row(run, data)
+            short = {"input_ids": row["input_ids"][:8], "labels": row["input_ids"][:8]}
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+            found = s2ft.estimate(
+                model,
+                run.config,
+                example=collator([row] * arguments.per_device_train_batch_size * self.answers),
+                optimizer=partial(kind, **options),
+                loss=loss_in_chunks if chunked and not why_not_chunked(model, collator([short])) else None,
+                gradient_checkpointing=is_checkpointed(arguments),
+                accumulation=arguments.gradient_accumulation_steps,
+                autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+                strategy=strategy,
+                devices=None if strategy is None else devices_of(arguments).count,
+            )
+        except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
+            logger.info("memory was not estimated: %s", first_line(error))
+            return
+        logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
 
     @abstractmethod
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
@@ -126,8 +167,7 @@ class SFT(Method):
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
         data, arguments, options = run.data, run.arguments, run.options
-        prompt = prompt_for_rows(tokenizer, rows, data)
-        prompt.apply_to(tokenizer)
+        prompt = self.prompt(run, model, tokenizer, rows)
         how = {
             "max_length": _room(run, model),
             "too_long": data.too_long,
@@ -146,16 +186,12 @@ class SFT(Method):
         scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
         return Encoded(prompt, tokens.dataset, scored)
 
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        arguments = run.arguments
-        if devices_of(arguments).splits_rows or is_spread(model):  # the other devices do not call this
-            logger.info("memory was not estimated: rows or weights are divided among devices; s2ft estimate does it")
-            return
-        trl_loss = needs_trl_loss(arguments)
-        batching = choose_batching(model, pad_id(tokenizer), data.rows, arguments, trl_loss, why_not_packed)
-        chunked = run.options.chunked_loss and not arguments.torch_compile and not trl_loss
-        longest, short = longest_rows(data.rows, arguments, batching), batching.collator([short_row(data.rows)])
-        log_memory_of_batch(model, run.config, longest, arguments, chunked, short)
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
+        if run.arguments.packing:
+            full = list(range(run.arguments.max_length))  # the values do not matter
+            return {"input_ids": full, "labels": full}
+        lengths = row_lengths(data.rows)
+        return data.rows[lengths.index(max(lengths))]
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         result = sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
@@ -170,7 +206,7 @@ class SFT(Method):
 
 
 class RL(Method):
-    """What DPO and GRPO share: they need whole models, and a format of prompts instead of rows."""
+    """What DPO and GRPO share: they need whole models."""
 
     def check(self, run: Run) -> None:
         refuse_sharding(run.arguments, f"s2ft {self.name}")
@@ -178,18 +214,12 @@ class RL(Method):
             (run.options.eval_task, f"eval_task {FOR_SFT}"), (run.data.last_answer_only, f"last_answer_only {FOR_SFT}")
         )
 
-    def prompt(self, run: Run, model, tokenizer, rows):
-        """Return the format of the prompts of rows, and set its template in the tokenizer."""
-        check_dtype(model, run.arguments)
-        prompt = prompt_for_rows(tokenizer, rows, run.data)
-        prompt.apply_to(tokenizer)
-        return prompt
-
 
 class DPO(RL):
     """Pairs of a better and a worse answer."""
 
     name = "dpo"
+    answers = 2
     shape = PAIRS
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
@@ -210,9 +240,11 @@ class DPO(RL):
     def token_row(self, tokenizer, row) -> Any:
         return token_row(row, "chosen_ids")
 
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        batch = longest_batch(data.rows, tokenizer, run.arguments.per_device_train_batch_size)
-        log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
+        columns = zip(*(data.rows[name] for name in IDS))
+        lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
+        pair = data.rows[lengths.index(max(lengths))]
+        return token_row(pair, max(IDS[1:], key=lambda name: len(pair[name])))
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
@@ -269,11 +301,9 @@ class GRPO(RL):
     def token_row(self, tokenizer, row) -> Any:
         return row_of_prompt(encode_prompt(tokenizer, row["prompt"]))
 
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
         answer = list(range(run.arguments.max_completion_length))  # the values do not matter
-        row = {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
-        batch = TokenCollator(0)([row] * run.arguments.per_device_train_batch_size)
-        log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
+        return {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         rewards = load_rewards(run.arguments.rewards)
@@ -295,71 +325,3 @@ def _fitting(rows, tokenizer, room: int, run: Run, what: str):
 
 
 METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}
-
-
-# ---- memory ---------------------------------------------------------------------------------------------
-
-
-def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, short: dict | None = None) -> None:
-    """Log the memory that a step on a batch needs on one device, with a warning if it is more than is free.
-
-    Args:
-        model: The model without an adapter.
-        config: The S2FTConfig of the run.
-        batch: The largest batch of the run.
-        arguments: The arguments of the trainer.
-        chunked: Whether the loss is computed without keeping all logits, if the model allows it.
-        short: A batch on which the model is run to find out whether it allows it. None is `batch`.
-    """
-    try:
-        strategy = strategy_of_run(arguments)
-        is_sharded = strategy is not None and strategy.shards_weights
-        chunked = chunked and not is_sharded and not why_not_chunked(model, batch if short is None else short)
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        found = s2ft.estimate(
-            model,
-            config,
-            example=batch,
-            optimizer=partial(kind, **options),
-            loss=loss_in_chunks if chunked else None,
-            gradient_checkpointing=is_checkpointed(arguments),
-            accumulation=arguments.gradient_accumulation_steps,
-            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
-            strategy=strategy,
-            devices=None if strategy is None else devices_of(arguments).count,
-        )
-    except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
-        logger.info("memory was not estimated: %s", first_line(error))
-        return
-    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
-
-
-def longest_rows(train, arguments, batching: Batching) -> dict:
-    """Return the largest batch that the training may have: its longest rows, or full packs of labelled tokens.
-
-    Args:
-        train: The token rows, a Dataset.
-        arguments: The SFTArguments.
-        batching: How rows become batches.
-    """
-    rows = arguments.per_device_train_batch_size
-    if batching.packed:
-        full = list(range(arguments.max_length))  # the values do not matter
-        return batching.collator([{"input_ids": full, "labels": full}] * rows)
-    lengths = row_lengths(train)
-    return batching.collator([train[row] for row in sorted(range(len(train)), key=lengths.__getitem__)[-rows:]])
-
-
-def longest_batch(pairs, tokenizer, rows: int) -> dict:
-    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
-
-    Args:
-        pairs: A Dataset of :func:`s2ft.text.encoding.encode_pairs`.
-        tokenizer: The model's tokenizer.
-        rows: Number of pairs in a batch.
-    """
-    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
-               zip(*(pairs[name] for name in IDS))]  # fmt: skip
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
-    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
-    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])

@@ -105,8 +105,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("load_in_8bit and load_in_4bit exclude each other")
+        refuse((self.load_in_8bit and self.load_in_4bit, "load_in_8bit and load_in_4bit exclude each other"))
 
     @property
     def quantized(self) -> bool:

@@ -251,7 +251,7 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     run, model, tokenizer, data = load(run)
     calibration = None if run.options.init_adapter else method.calibration(run, tokenizer, data)
     if run.is_first and not run.resume:
-        method.log_memory(run, model, tokenizer, data)
+        method.log_memory(run, model, data)
     with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
         protect = None

@@ -26,9 +26,33 @@ from s2ft.train.trainer import AdapterCheckpoints
 
 
 class RunMethods:
-    """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged."""
+    """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged.
+
+    What TRL's constructor changes in a model is undone: at once what no run needs (trained parameters of a quantized
+    model are rounded to bfloat16), and by :meth:`restore_model` what only TRL's own loss needs.
+    """
 
     _tag_names: ClassVar[list[str]] = []  # TRL would add tags to the model
+
+    def __init__(self, model, *args: Any, **options: Any) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+        self._before = [(config, dict(vars(config))) for config in configs if config is not None]
+        self._inner, self._forward = inner, inner.__dict__.get("forward")
+        super().__init__(model, *args, **options)
+        for parameter, data in trained.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and the values of its configs back."""
+        self._inner.__dict__.pop("forward", None)
+        if self._forward is not None:
+            self._inner.forward = self._forward
+        for config, values in self._before:
+            vars(config).clear()
+            vars(config).update(values)
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -70,33 +94,6 @@ class RunMethods:
                 raise
             log_failure(f"the evaluation at step {self.state.global_step} failed", error)
             return {}
-
-
-class Changed:
-    """What TRL's constructor changes in a model, and how it was before."""
-
-    def __init__(self, model) -> None:
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
-        self.forward = self.model.__dict__.get("forward")
-        self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-        self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
-
-    def undo_always(self) -> None:
-        """Undo what no run needs: TRL rounds the trained parameters of a quantized model to bfloat16."""
-        for parameter, data in self.trained.items():
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        self.trained = {}
-
-    def undo(self) -> None:
-        """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""
-        self.model.__dict__.pop("forward", None)
-        if self.forward is not None:
-            self.model.forward = self.forward
-        for config, values in self.configs:
-            vars(config).clear()
-            vars(config).update(values)
 
 
 def without_checkpointing(arguments):
@@ -143,9 +140,8 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         self._devices = devices_of(arguments)
         self._sampler: LengthSampler | None = None
         self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
-        self._changed = Changed(model)
         super().__init__(
-            model=model,
+            model,
             args=_for_trl(arguments, batching),
             train_dataset=rows,
             eval_dataset=held_out.rows if held_out is not None else None,
@@ -153,16 +149,11 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        self._changed.undo_always()
         self.trl_loss = needs_trl_loss(arguments)
         if not self.trl_loss:
             self.restore_model()
             self.aux_loss_enabled = False
         self.processing_class = None  # the Trainer would write the tokenizer's special tokens into the model's config
-
-    def restore_model(self) -> None:
-        """Give the model its own forward and config back, which TRL has changed for its loss."""
-        self._changed.undo()
 
     # ---- batches -----------------------------------------------------------------------------------------
 
@@ -324,13 +315,12 @@ class RLTrainer(AdapterCheckpoints, RunMethods):
     """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
 
     def __init__(self, model, *args: Any, args_of_run, tokenizer, **options: Any) -> None:
-        self._changed, self._given, self._pad_token = Changed(model), tokenizer, tokenizer.pad_token
+        self._given, self._pad_token = tokenizer, tokenizer.pad_token
         super().__init__(model, *args, args=without_checkpointing(args_of_run), processing_class=tokenizer, **options)
-        self._changed.undo_always()
 
     def restore_model(self) -> None:
-        """Give the model its own forward and config back, and the tokenizer its own padding, which TRL has changed."""
-        self._changed.undo()
+        """Give the tokenizer its own padding back too, which TRL has changed."""
+        super().restore_model()
         self._given.pad_token = self._pad_token
 
 
