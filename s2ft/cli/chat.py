@@ -92,8 +92,8 @@ def run_generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(base_name(job.model, job.adapter), job.adapter, job.dtype)
     is_chat = job.chat or job.system is not None or (prompter.is_chat and not job.raw)
-    chat = [{"role": "user", "content": prompt}]
-    ids = prompter.encode(chat, job.system) if is_chat else prompter.encode_text(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    ids = prompter.encode(messages, job.system) if is_chat else prompter.encode_text(prompt)
     room = (context_length(model) or len(ids) + sampling.max_new_tokens) - len(ids)
     if room < 1:
         raise ValueError(f"the model's context is {room + len(ids)} tokens, and the prompt has {len(ids)}: shorten it")

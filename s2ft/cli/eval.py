@@ -140,8 +140,14 @@ def compare_rows(model, prompter, rows: Any, job: EvalArguments):
     prompter.format.apply_to(prompter.tokenizer)
     longest = context_length(model) or 1 << 30
     tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=longest).dataset
-    how = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
-    return compare(model, prompter.tokenizer, tokens, most=len(tokens), **how)
+    return compare(
+        model,
+        prompter.tokenizer,
+        tokens,
+        most=len(tokens),
+        max_new_tokens=min(job.max_new_tokens, 64),
+        batch_size=min(8, job.batch_size),
+    )
 
 
 def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Sequence) -> dict[str, Any]:

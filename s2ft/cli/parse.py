@@ -145,8 +145,9 @@ class OptionParser(argparse.ArgumentParser):
         if self.table.rest is not None:
             self.add_argument("--help", "-h", action="help", help="show the options that are often needed")
             self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
-            config = "read options from a YAML file"
-            self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config)
+            self.add_argument(
+                "--config", metavar="FILE", default=argparse.SUPPRESS, help="read options from a YAML file"
+            )
         known = [(one, kind) for kind in self.kinds for one in fields(kind) if one.init]
         entries = {name: entry for options in self.table.options.values() for name, entry in options.items()}
         own = {
@@ -227,8 +228,8 @@ class OptionParser(argparse.ArgumentParser):
                 self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
         found, unknown = self.parse_known_args(arguments)
         if unknown:
-            option = unknown[0].startswith("-")
-            self.error(self.unknown(unknown[0]) if option else f"unexpected argument {unknown[0]!r}")
+            is_option = unknown[0].startswith("-")
+            self.error(self.unknown(unknown[0]) if is_option else f"unexpected argument {unknown[0]!r}")
         return found
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     from s2ft.text.divergence import read_texts, text_rows
     from s2ft.text.encoding import context_length
     from s2ft.text.models import load_model
-    from s2ft.train.device import say_device
+    from s2ft.train.device import begin_on
 
     calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
@@ -307,7 +307,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     model, tokenizer = load_model(job.model, job.dtype)
     accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     device = accelerator or torch.device("cpu")
-    say_device(device)
+    begin_on(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
     longest = min(job.max_length, context_length(model) or job.max_length)
     protect = None

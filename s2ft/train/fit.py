@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import signal
 import socket
 import tempfile
@@ -36,15 +35,15 @@ from s2ft.text.divergence import Drift
 from s2ft.text.evaluation import Comparison, HeldOut
 from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
+from s2ft.train import output
 from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, log_failure, newest_valid, plot_loss, read_log, write_json
-from s2ft.train.parallel import check_divided_rows, devices_of, is_spread, rows_of_update, run_where_weights_are
+from s2ft.train.output import RunFolder, log_failure, newest_valid, read_log, write_json
+from s2ft.train.parallel import check_divided_rows, is_spread, run_where_weights_are
 from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, needs_trl_loss
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 10  # a warning is logged for a run with fewer updates
 OF_IMAGES = ("image", "images", "pixel_values")
 # Values of DPO, GRPO and the meter that log.jsonl gets too, by the beginning of their names, and those of the progress.
 LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
@@ -127,7 +126,7 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
     if trainer.is_world_process_zero():
         with log_errors(f"{folder.plot} was not drawn"):
             check_packages("loss.png")
-            plot_loss(folder.log, folder.plot, folder.path.absolute().name)
+            output.loss_figure(read_log(folder.log), folder.path.absolute().name).savefig(folder.plot, dpi=120)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -265,7 +264,7 @@ def is_checkpointed(arguments) -> bool:
 
 
 def check_packages_of_run(arguments) -> None:
-    """Check that the packages of a run are installed: those of training, of the optimizer, and of loggers.
+    """Check that the packages of the optimizer and of loggers are installed.
 
     Args:
         arguments: The SFTArguments.
@@ -274,7 +273,6 @@ def check_packages_of_run(arguments) -> None:
         MissingPackages: Names the packages that are missing and the line that installs them.
         ValueError: transformers does not know a logger, or cannot use it here.
     """
-    check_packages("s2ft sft")
     check_packages(f"optimizer {getattr(arguments.optim, 'value', arguments.optim)}")
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
@@ -465,13 +463,17 @@ def trainer_for(
     check_run(model, train, arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
     rows = batching.prepare(train, arguments)
-    callbacks = callbacks_of(arguments, folder, options)
     trainer = SFTRunTrainer(
-        model, arguments, rows, batching, tokenizer=tokenizer, held_out=held_out, callbacks=callbacks
+        model,
+        arguments,
+        rows,
+        batching,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        callbacks=callbacks_of(arguments, folder, options),
     )
     if trainer.is_world_process_zero():
         logger.info(batching.line(len(train), len(rows)))
-        log_length(trainer.args, len(rows))
     return trainer
 
 
@@ -533,31 +535,6 @@ def _why_not_chunked(model, arguments, batch: dict) -> str:
     return run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))
 
 
-def updates(arguments, rows: int) -> int:
-    """Return the number of updates of a run on so many rows or packs."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(rows / (arguments.train_batch_size * devices_of(arguments).groups))
-    each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(each * arguments.num_train_epochs)
-
-
-def log_length(arguments, rows: int) -> None:
-    """Log a warning about a run with few updates."""
-    steps = updates(arguments, rows)
-    if arguments.max_steps <= 0 and steps < FEW_STEPS:
-        logger.warning(
-            "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
-            "anything: lower --batch-size, or raise --epochs",
-            rows,
-            "packs" if getattr(arguments, "packing", False) else "rows",
-            rows_of_update(arguments),
-            arguments.num_train_epochs,
-            steps,
-            "" if steps == 1 else "s",
-        )
-
-
 # ---- DPO ------------------------------------------------------------------------------------------------
 
 
@@ -587,8 +564,6 @@ def dpo(
         held_out=held_out,
         callbacks=callbacks_of(arguments, folder, options),
     )
-    if trainer.is_world_process_zero():
-        log_length(trainer.args, len(train))
     return run_trainer(trainer, model, arguments, folder, resume, meter)
 
 

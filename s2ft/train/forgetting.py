@@ -117,8 +117,9 @@ class ForgettingMeter(TrainerCallback):
         Raises:
             ValueError: The rows can't be measured with the Trainer's model.
         """
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.insert(1, _Logging(self))  # behind the one that decides what happens at a step
+        trainer.callback_handler.callbacks.insert(
+            1, _Logging(self)
+        )  # behind the one that decides what happens at a step
         trainer.add_callback(self)
         self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 

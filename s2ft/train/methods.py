@@ -1,9 +1,9 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
-import dataclasses
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -200,7 +200,7 @@ class SFT(Method):
         with log_errors("the base and the adapter were not compared"):
             size = run.arguments.per_device_train_batch_size
             found = compare(model, tokenizer, data.held_out.rows, batch_size=size)
-            result = dataclasses.replace(result, comparison=found)
+            result = replace(result, comparison=found)
             write_json(run.folder.report, result.to_dict())
         return result
 
@@ -306,8 +306,8 @@ class GRPO(RL):
         return {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        rewards = load_rewards(run.arguments.rewards)
-        return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
+        arguments = run.arguments
+        return grpo(model, tokenizer, data.rows, load_rewards(arguments.rewards), arguments, run.folder, **how)
 
 
 def _fitting(rows, tokenizer, room: int, run: Run, what: str):

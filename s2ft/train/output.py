@@ -236,19 +236,8 @@ CHARTS = {  # below each other, as far as they were measured
 }
 
 
-def plot_loss(log: Path, image: Path, title: str = "") -> None:
-    """Write a PNG file with the loss, the learning rate and the evaluations of a run.
-
-    Args:
-        log: The log.jsonl of the run.
-        image: The file to write.
-        title: Text above the picture.
-    """
-    loss_figure(read_log(log), title).savefig(image, dpi=120)
-
-
 def loss_figure(lines: list[dict], title: str = ""):
-    """Draw the lines of a log as a matplotlib Figure.
+    """Draw the loss, the learning rate and the evaluations of a run as a matplotlib Figure.
 
     Args:
         lines: The lines, as :func:`s2ft.train.output.read_log` returns them.

@@ -32,7 +32,7 @@ from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
-from s2ft.train.device import explain_out_of_memory, keep_freed_memory, peak_memory, say_device
+from s2ft.train.device import begin_on, explain_out_of_memory, peak_memory
 from s2ft.train.fit import Finetuned, base_for_vllm, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import (
@@ -211,8 +211,7 @@ def config_of(run: Run) -> S2FTConfig:
     """
     folder = run.options.init_adapter
     if folder is None:
-        config = with_default_ratio(run.config, run.given)
-        return with_protect_ratio(config, bool(run.forgetting.protect))
+        return with_protect_ratio(with_default_ratio(run.config, run.given), bool(run.forgetting.protect))
     choosing = {one.name for one in fields(S2FTConfig)} - {"seed"}  # that of the run; the config's is selection_seed
     choosing |= {"selection_seed", "calibration_examples", "protect", "on_top"}
     given = sorted(choosing & run.given.keys())
@@ -234,10 +233,7 @@ def load(run: Run) -> tuple[Run, Any, Any, Encoded]:
     rows, held_out = method.read(run)
     fitting = replace(run.options, batch_size=run.options.batch_size or fitting_batch(run, len(rows)))
     run.say(set_batches(arguments, fitting, run.given))
-    if run.is_first:
-        say_device(device)
-    if device.type == "cpu" and run.options.keep_memory:
-        keep_freed_memory()
+    begin_on(device, run.options.keep_memory, run.is_first)
     model, tokenizer = load_base(run.model, arguments)
     run = run.for_model(model)
     return run, model, tokenizer, method.encode(run, model, tokenizer, rows, held_out)

@@ -406,8 +406,10 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         self.ref_model = Reference(model) if self.beta else None
         self.eos_token_ids = end_ids(tokenizer, model.generation_config)
         if self.use_vllm:
-            stops = {"stop_token_ids": self.eos_token_ids}
-            self.vllm_generation.generation_kwargs = {**stops, **self.vllm_generation.generation_kwargs}
+            self.vllm_generation.generation_kwargs = {
+                "stop_token_ids": self.eos_token_ids,
+                **self.vllm_generation.generation_kwargs,
+            }
         else:
             self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
 

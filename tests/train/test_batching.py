@@ -6,6 +6,7 @@ import pytest
 import torch
 from datasets import Dataset
 from support.inside import (
+    TRAINING_METHODS,
     Encoded,
     LengthSampler,
     PackedCollator,

@@ -16,7 +16,6 @@ from support.inside import (
     RunOptions,
     SFTArguments,
     check_packages_of_run,
-    log_length,
     loss_figure,
     read_log,
     sft,
@@ -305,16 +304,6 @@ def test_a_run_of_one_update_trains(tmp_path):
     _, folder, result = run(tmp_path / "out", **changes)
     assert result.steps == 1
     assert all(bool((value != 0).any()) for key, value in deltas(folder).items() if key.endswith("delta"))
-
-
-def test_a_run_of_few_updates_gets_a_warning(tmp_path, caplog):
-    caplog.set_level("INFO")
-    changes = dict(warmup_steps=0, per_device_train_batch_size=8, gradient_accumulation_steps=8)
-    log_length(arguments_for(tmp_path, **changes, max_steps=-1), 1000)
-    log_length(arguments_for(tmp_path, **changes, max_steps=2), 40)  # the user chose max_steps, so there is no warning
-    assert not caplog.text
-    log_length(arguments_for(tmp_path, **changes, max_steps=-1), 48)
-    assert "48 rows at batch size 64 and 3 epochs are 3 updates" in caplog.text and "--batch-size" in caplog.text
 
 
 # ---- an error in an optional part loses no run ---------------------------------------------------------
