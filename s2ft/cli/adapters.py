@@ -183,18 +183,33 @@ EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --
 def run_export(arguments: list[str]) -> None:
     formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
     job = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE).given(arguments)
-    source, given = _check(job)
-    target, dtype = job.get("format", DEFAULT), job.get("dtype", "auto")
+    sources = [name for name in IMPORTS if f"from_{name}" in job]
+    target = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
+    owners = {word: [name for name, one in EXPORTS.items() if word in one.options] for word in job}
+    owners["name"] = [f"from-{name}" for name in IMPORTS]
+    given = {word: value for word, value in job.items() if owners.get(word)}
+    refuse(
+        (
+            ("adapter" in job) == bool(sources) or len(sources) > 1,
+            f"give an ADAPTER to export, or {' or '.join(f'--from-{name}' for name in IMPORTS)} with a folder to "
+            "convert, and not both",
+        ),
+        (sources and "format" in job, f"--{target} writes an adapter, so there is no --format"),
+        *(
+            (target not in kinds, f"--{word.replace('_', '-')} is for {' and '.join(kinds)}, not for {target}")
+            for word, kinds in sorted(owners.items())
+            if word in given
+        ),
+        *(("model" not in job, f"missing: --model, the base of {job[f'from_{name}']}") for name in sources),
+    )
+    dtype = job.get("dtype", "auto")
     check_packages(f"s2ft export --format {target}")
     quiet_transformers()
-    if source is not None:
+    if sources:
         from s2ft.export.adapter_formats import convert
 
-        if "model" not in job:
-            raise ValueError(f"missing: --model, the base of {job[f'from_{source}']}")
-
-        folder, name = job[f"from_{source}"], job.get("name")
-        print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))
+        name, folder = sources[0], job[f"from_{sources[0]}"]
+        print(convert(job["model"], folder, job["output"], dtype, format_name=name, name=job.get("name")))
     else:
         from s2ft.text.adapter_prompts import base_name
 
@@ -222,34 +237,6 @@ def _options() -> type:
     }
     fields = [(name, named.get(name, (str,))[0], one) for name, one in found.items()]
     return make_dataclass("ExportArguments", fields, kw_only=True)
-
-
-def _check(job: dict) -> tuple[str | None, dict]:
-    """Check the options against each other.
-
-    Returns:
-        The format to convert from, or None; and the options that were given for the one format of this call.
-    """
-    sources = [name for name in IMPORTS if f"from_{name}" in job]
-    flags = " or ".join(f"--from-{name}" for name in IMPORTS)
-    kind = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
-    refuse(
-        (
-            ("adapter" in job) == bool(sources) or len(sources) > 1,
-            f"give an ADAPTER to export, or {flags} with a folder to convert, and not both",
-        ),
-        (sources and "format" in job, f"--{kind} writes an adapter, so there is no --format"),
-    )
-    kinds = {word: [name for name, one in EXPORTS.items() if word in one.options] for word in job}
-    kinds["name"] = [f"from-{name}" for name in IMPORTS]
-    given = {word: value for word, value in job.items() if kinds.get(word)}
-    refuse(
-        *(
-            (kind not in kinds[word], f"--{word.replace('_', '-')} is for {' and '.join(kinds[word])}, not for {kind}")
-            for word in sorted(given)
-        )
-    )
-    return (sources[0] if sources else None), given
 
 
 @dataclass

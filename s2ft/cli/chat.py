@@ -1,6 +1,7 @@
 """s2ft generate and chat: one answer in the terminal, or several turns in which adapters can be switched."""
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -42,12 +43,12 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        penalty, infinite = self.repetition_penalty, float("inf")
+        penalty = self.repetition_penalty
         refuse(
-            (not 0 <= self.temperature < infinite, f"temperature must be 0 or above, got {self.temperature}"),
+            (not 0 <= self.temperature < math.inf, f"temperature must be 0 or above, got {self.temperature}"),
             (not 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
             (not 0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}"),
-            (not 0 < penalty < infinite, f"repetition_penalty must be above 0, got {penalty}"),
+            (not 0 < penalty < math.inf, f"repetition_penalty must be above 0, got {penalty}"),
         )
 
     def sampler(self, seed: int | None = None):

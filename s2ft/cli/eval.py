@@ -105,7 +105,8 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     """
     from s2ft.text.data import load_rows
     from s2ft.text.divergence import read_texts
-    from s2ft.text.evaluation import evaluate, read_examples, right_answer
+    from s2ft.text.encoding import context_length, tokenize_rows
+    from s2ft.text.evaluation import compare, evaluate, read_examples, right_answer
     from s2ft.train.output import write_json
 
     output, compares = new_file(job.output), bool(job.data) and job.task is None and not job.kl
@@ -122,7 +123,11 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         how = (job.task, job.batch_size, job.max_new_tokens, "evaluating", prompter.format, job.num_beams)
         result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
         if compares:
-            result = compare_rows(model, prompter, rows, job)
+            prompter.format.apply_to(prompter.tokenizer)
+            room = context_length(model) or 1 << 30
+            tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=room).dataset
+            short = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
+            result = compare(model, prompter.tokenizer, tokens, most=len(tokens), **short)
         if job.forgetting or job.kl:
             found["drift"] = _measure_drift(job, model, prompter, other, examples)
     if result is not None:
@@ -132,51 +137,38 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         write_json(output, found)
 
 
-def compare_rows(model, prompter, rows: Any, job: EvalArguments):
-    """Compare the loaded adapter with its base on rows, or compute the loss of a model without one."""
-    from s2ft.text.encoding import context_length, tokenize_rows
-    from s2ft.text.evaluation import compare
-
-    prompter.format.apply_to(prompter.tokenizer)
-    longest = context_length(model) or 1 << 30
-    tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=longest).dataset
-    return compare(
-        model,
-        prompter.tokenizer,
-        tokens,
-        most=len(tokens),
-        max_new_tokens=min(job.max_new_tokens, 64),
-        batch_size=min(8, job.batch_size),
-    )
-
-
 def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Sequence) -> dict[str, Any]:
     """Measure how far the loaded adapter has moved the model from its base, and print it."""
-    from s2ft.text.divergence import DriftMeter, longest_other_row, text_rows
+    from s2ft.text.divergence import (
+        DriftMeter,
+        answer_rows,
+        longest_other_row,
+        prompt_rows,
+        row_of_prompt,
+        some,
+        text_rows,
+    )
+    from s2ft.text.encoding import context_length
+    from s2ft.text.evaluation import encode_prompts
 
     texts = None if other is None else text_rows(other, prompter.tokenizer, longest_other_row(model), job.meter_rows)
-    prompts = _prompt_rows(job, model, prompter, examples) if job.kl else None
+    prompts = None
+    if job.kl:
+        answers = job.kl_on == "answers"
+        room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
+        encoded = encode_prompts(prompter.tokenizer, some(examples, job.meter_rows), room, prompter.format)
+        asked = [ids for ids in encoded if ids is not None]
+        prompts = (
+            answer_rows(model, prompter.tokenizer, asked, job.max_new_tokens)
+            if answers
+            else prompt_rows([row_of_prompt(ids) for ids in asked])
+        )
     meter = DriftMeter(model, other=texts, prompts=prompts, batch_size=min(8, job.batch_size))
     drift = meter.measure(model)
     print(drift)
     base = {} if meter.base_loss is None else {"base_loss": meter.base_loss}
     on = {"kl_on": job.kl_on, "positions": meter.distributions.positions} if job.kl else {}
     return {**base, **drift.to_dict(), **on}
-
-
-def _prompt_rows(job: EvalArguments, model, prompter, examples: Sequence) -> list[dict[str, Any]]:
-    """Return the rows on which the divergence is measured."""
-    from s2ft.text.divergence import answer_rows, prompt_rows, row_of_prompt, some
-    from s2ft.text.encoding import context_length
-    from s2ft.text.evaluation import encode_prompts
-
-    answers = job.kl_on == "answers"
-    room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
-    chosen = some(examples, job.meter_rows)
-    prompts = [ids for ids in encode_prompts(prompter.tokenizer, chosen, room, prompter.format) if ids is not None]
-    if answers:
-        return answer_rows(model, prompter.tokenizer, prompts, job.max_new_tokens)
-    return prompt_rows([row_of_prompt(ids) for ids in prompts])
 
 
 def score_by_lm_eval(job: EvalArguments) -> None:

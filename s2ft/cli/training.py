@@ -305,24 +305,21 @@ def run_demo(options: DemoOptions) -> None:
 @cache
 def parser_of(command: str, everything: bool = False) -> OptionParser:
     """Return the parser of a training command. With `everything` its help shows all options."""
+    from trl import ModelConfig
+
     from s2ft.train.arguments import ARGUMENTS
 
     kinds = [ModelOptions, DataOptions, S2FTConfig, ARGUMENTS[LIKE.get(command, command)], RunOptions]
     kinds += [ForgettingOptions, *([CompareOptions] if command == "compare" else [])]
-    return OptionParser(command, HELP[command][0], [*kinds, _lora_options()], HELP[command][1], TABLE, everything)
-
-
-def _lora_options() -> type:
-    """A dataclass of the options of `trl sft` that S²FT replaces. The help leaves them out."""
-    from trl import ModelConfig
-
+    # The options of `trl sft` that S²FT replaces. The help leaves them out.
     hidden = {"hidden": True}
     taken = [
         (one.name, one.type, field(default=None, metadata=hidden))
         for one in fields(ModelConfig)
         if one.name.startswith(("lora_", "use_")) and one.name != "use_bnb_nested_quant"
     ]
-    return make_dataclass("LoraOptions", [*taken, (NOT_USED, bool, field(default=False, metadata=hidden))])
+    lora = make_dataclass("LoraOptions", [*taken, (NOT_USED, bool, field(default=False, metadata=hidden))])
+    return OptionParser(command, HELP[command][0], [*kinds, lora], HELP[command][1], TABLE, everything)
 
 
 # ---- config.yaml ---------------------------------------------------------------------------------------

@@ -140,9 +140,17 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         self._devices = devices_of(arguments)
         self._sampler: LengthSampler | None = None
         self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
+        # A copy for TRL, to which the rows are given ready and which need not know why.
+        for_trl = without_checkpointing(arguments)
+        for_trl.dataset_kwargs = {"skip_prepare_dataset": True}
+        for_trl.packing = for_trl.padding_free = for_trl.eval_packing = False
+        for_trl.shuffle_dataset, for_trl.chat_template_path, for_trl.eos_token = False, None, None
+        for_trl.assistant_only_loss = for_trl.completion_only_loss = False
+        if for_trl.train_sampling_strategy == BY_LENGTH and not batching.by_length:
+            for_trl.train_sampling_strategy = "random"
         super().__init__(
             model,
-            args=_for_trl(arguments, batching),
+            args=for_trl,
             train_dataset=rows,
             eval_dataset=held_out.rows if held_out is not None else None,
             data_collator=batching.collator,
@@ -251,18 +259,6 @@ class SFTRunTrainer(AdapterCheckpoints, TokenRowTrainer):
 def needs_trl_loss(arguments) -> bool:
     """Return whether the arguments ask for a loss that only TRL has, which computes logits for every position."""
     return arguments.loss_type == "dft" or bool(arguments.router_aux_loss_coef)
-
-
-def _for_trl(arguments, batching: Batching):
-    """Return a copy of the arguments for TRL, to which the rows are given ready and which need not know why."""
-    arguments = without_checkpointing(arguments)
-    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-    arguments.packing = arguments.padding_free = arguments.eval_packing = False
-    arguments.shuffle_dataset, arguments.chat_template_path, arguments.eos_token = False, None, None
-    arguments.assistant_only_loss = arguments.completion_only_loss = False
-    if arguments.train_sampling_strategy == BY_LENGTH and not batching.by_length:
-        arguments.train_sampling_strategy = "random"
-    return arguments
 
 
 # ---- DPO and GRPO ---------------------------------------------------------------------------------------
