@@ -43,12 +43,14 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        penalty = self.repetition_penalty
         refuse(
             (not 0 <= self.temperature < math.inf, f"temperature must be 0 or above, got {self.temperature}"),
             (not 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
             (not 0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}"),
-            (not 0 < penalty < math.inf, f"repetition_penalty must be above 0, got {penalty}"),
+            (
+                not 0 < self.repetition_penalty < math.inf,
+                f"repetition_penalty must be above 0, got {self.repetition_penalty}",
+            ),
         )
 
     def sampler(self, seed: int | None = None):

@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, replace
 
-from s2ft.cli.parse import MODEL, Given, command, new_file
+from s2ft.cli.parse import MODEL, command, new_file
 from s2ft.config import S2FTConfig, check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
@@ -56,7 +56,7 @@ class PlanArguments:
   s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08""",
     {S2FTConfig: "selection"},
 )
-def run_plan(job: PlanArguments, config: S2FTConfig, given: Given) -> None:
+def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     import s2ft
     from s2ft.train.planning import as_random, suggested_rate, table, width_of
 
@@ -66,12 +66,13 @@ def run_plan(job: PlanArguments, config: S2FTConfig, given: Given) -> None:
     width = width_of(model)
     rate = suggested_rate(width) if width else None
     if job.json:
-        found = {"learning_rate": rate and asdict(rate), "rows": [asdict(row) for row in rows]}
+        found = {"learning_rate": rate, "rows": [asdict(row) for row in rows]}
         print(json.dumps({"model": job.model, **found}, indent=2))
         return
     print(f"{report}\n\n{table(rows)}\n{RANK}")
     if rate:
-        print(f"learning rate: no rule is known for all tasks; start with {rate}")
+        ends = f"{rate['lowest']:g} to {rate['highest']:g}"
+        print(f"learning rate: no rule is known for all tasks; start with {rate['rate']:g}, and a search from {ends}")
 
 
 # ---- s2ft estimate -------------------------------------------------------------------------------------
@@ -151,7 +152,7 @@ class EstimateArguments(PlanArguments):
   s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing""",
     {S2FTConfig: "selection"},
 )
-def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
+def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> None:
     import torch
 
     from s2ft.estimation.devices import size, size_of
@@ -268,7 +269,7 @@ class SelectArguments(Options):
     EXAMPLE_OF_SELECT,
     {S2FTConfig: "selection", ReadingOptions: "model and data"},
 )
-def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: Given) -> None:
+def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: dict) -> None:
     from s2ft.selection import with_protect_ratio
 
     config = with_protect_ratio(with_default_ratio(config, given), bool(job.protect))

@@ -6,7 +6,7 @@ from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any
 
-from s2ft.cli.parse import OptionParser, OptionTable, command, quiet_transformers, set_environment
+from s2ft.cli.parse import OptionParser, command, quiet_transformers, set_environment
 from s2ft.config import S2FTConfig
 from s2ft.text.data.data_options import DataOptions
 from s2ft.train.options import CompareOptions, DemoOptions, ForgettingOptions, ModelOptions, RunOptions
@@ -219,8 +219,8 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "fsdp_config": ("", "an FSDP configuration, a JSON file"),
     },
 }
-TABLE = OptionTable(
-    options=OPTIONS,
+TABLE: dict[str, Any] = dict(
+    table=OPTIONS,
     groups={
         ModelOptions: "model",
         DataOptions: "data",
@@ -319,7 +319,7 @@ def parser_of(command: str, everything: bool = False) -> OptionParser:
         if one.name.startswith(("lora_", "use_")) and one.name != "use_bnb_nested_quant"
     ]
     lora = make_dataclass("LoraOptions", [*taken, (NOT_USED, bool, field(default=False, metadata=hidden))])
-    return OptionParser(command, HELP[command][0], [*kinds, lora], HELP[command][1], TABLE, everything)
+    return OptionParser(command, HELP[command][0], [*kinds, lora], HELP[command][1], **TABLE, everything=everything)
 
 
 # ---- config.yaml ---------------------------------------------------------------------------------------

@@ -148,7 +148,7 @@ class SFT(Method):
 
     def learning_rate(self, model) -> float | None:
         width = width_of(model)
-        return None if width is None else suggested_rate(width).rate
+        return None if width is None else suggested_rate(width)["rate"]
 
     def read(self, run: Run) -> tuple[Any, Any]:
         task, arguments = run.options.eval_task, run.arguments

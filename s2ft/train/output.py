@@ -402,8 +402,10 @@ def report_page(
     parts = []
     if comparison is not None and comparison.loss_before is not None:
         before, after = comparison.loss_before, comparison.loss_after
-        parts.append(f"<p class=loss>loss {before:.3f} → <b>{after:.3f}</b></p>")
-        parts.append(f"<p>on {comparison.rows} rows that were not trained on, before and after</p>")
+        parts += [
+            f"<p class=loss>loss {before:.3f} → <b>{after:.3f}</b></p>",
+            f"<p>on {comparison.rows} rows that were not trained on, before and after</p>",
+        ]
     if figure is not None:
         image = io.StringIO()
         figure.savefig(image, format="svg", transparent=True)

@@ -116,9 +116,12 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
     in_full = sum(report.extra_weights.values())
     values = sum(row.parameters * row.dtype.itemsize for row in report.rows)
     index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 8
-    share = report.trainable / count_parameters(model)
     return Planned(
-        ratio, report.trainable, share, (report.trainable - in_full) / each_rank, values + index + in_full * 4
+        ratio,
+        report.trainable,
+        share=report.trainable / count_parameters(model),
+        lora_rank=(report.trainable - in_full) / each_rank,
+        adapter_bytes=values + index + in_full * 4,
     )
 
 
@@ -214,40 +217,24 @@ NARROWEST = 576  # width of the narrowest model with a known rate
 SPREAD = 5.2  # the good rates lie within this factor of the rule
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A learning rate to start with.
-
-    Attributes:
-        rate: The rate of the rule, with one significant digit.
-        lowest: The lower end of a search.
-        highest: The upper end of a search.
-    """
-
-    rate: float
-    lowest: float
-    highest: float
-
-    def __str__(self) -> str:
-        return f"{self.rate:g}, and a search from {self.lowest:g} to {self.highest:g}"
-
-
-def suggested_rate(width: int) -> Rate:
+def suggested_rate(width: int) -> dict[str, float]:
     """Return a learning rate with which to start a search, for AdamW and S²FT's slices.
 
     Args:
         width: Hidden size of the model.
 
     Returns:
-        The rate, and the range in which the good rates of comparable runs were.
+        The rate with one significant digit, and the ends of the range in which the good rates of comparable runs were,
+        by the names `rate`, `lowest` and `highest`.
 
     Example:
         >>> from s2ft.train.planning import suggested_rate
-        >>> print(suggested_rate(4096))
-        0.0002, and a search from 4e-05 to 0.001
+        >>> suggested_rate(4096)
+        {'rate': 0.0002, 'lowest': 4e-05, 'highest': 0.001}
     """
     rate = FACTOR / max(width, NARROWEST)
-    return Rate(*(float(f"{value:.0e}") for value in (rate, rate / SPREAD, rate * SPREAD)))
+    found = {"rate": rate, "lowest": rate / SPREAD, "highest": rate * SPREAD}
+    return {name: float(f"{value:.0e}") for name, value in found.items()}
 
 
 def width_of(model: Any) -> int | None:

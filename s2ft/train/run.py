@@ -25,7 +25,7 @@ from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import first_line, replace_file
-from s2ft.packages import is_installed
+from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
 from s2ft.text.collator import batches_of
 from s2ft.text.data import DataOptions
@@ -189,6 +189,7 @@ def train(run: Run, config_text: Any) -> None:
     arguments, options, folder = run.arguments, run.options, run.folder
     check_can_shard(arguments)
     check_packages_of_run(arguments)
+    check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
     check_kernels(options.kernels)
     set_batches(arguments, options, run.given)
     with folder.reserved(bool(run.resume), options.overwrite) if run.is_first else nullcontext():

@@ -55,7 +55,6 @@ def liger(monkeypatch):
         module.__spec__ = importlib.util.spec_from_loader(module.__name__, None)
         monkeypatch.setitem(sys.modules, module.__name__, module)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(train_loading, "_replaced", {})
     yield seen
     modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = original, norm
 
