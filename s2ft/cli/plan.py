@@ -306,8 +306,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
         return _choose_from_disk(job, config)
     protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
     model, tokenizer = load_model(job.model, job.dtype)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
     begin_on(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
     longest = min(job.max_length, context_length(model) or job.max_length)

@@ -25,7 +25,6 @@ from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, is_chec
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.output import write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
-from s2ft.train.planning import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Run
 from s2ft.train.trainers import needs_trl_loss, refuse_sharding
@@ -41,18 +40,16 @@ class Method(ABC):
     Attributes:
         name: Name of the command.
         fits_batch: Whether fewer rows make an update where there are few of them.
+        rate_by_width: Whether the learning rate of a run that names none follows from the model's width.
         answers: Token rows of a batch for each row of the data.
         shape: What the rows of the data have.
     """
 
     name: str
     fits_batch = True
+    rate_by_width = False
     answers = 1
     shape: Shape = EXAMPLES
-
-    def learning_rate(self, model) -> float | None:
-        """Return the learning rate of a run that names none, or None for that of the arguments."""
-        return None
 
     def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
         """Check the options before anything is read. Raises ValueError."""
@@ -145,10 +142,7 @@ class SFT(Method):
     """Rows of prompt and answer, whose answers are learned."""
 
     name = "sft"
-
-    def learning_rate(self, model) -> float | None:
-        width = width_of(model)
-        return None if width is None else suggested_rate(width)["rate"]
+    rate_by_width = True
 
     def read(self, run: Run) -> tuple[Any, Any]:
         task, arguments = run.options.eval_task, run.arguments
@@ -264,11 +258,19 @@ class GRPO(RL):
         if arguments.use_vllm:
             check_packages("use_vllm", "leave --use-vllm out: transformers generates the answers then")
         rewards = load_rewards(arguments.rewards)
-        if arguments.reward_weights is not None and len(arguments.reward_weights) != len(rewards):
-            raise ValueError(
-                f"reward_weights has {len(arguments.reward_weights)} numbers for {len(rewards)} rewards "
-                f"({', '.join(reward.title for reward in rewards)}): give one for each"
-            )
+        weights = rewards if arguments.reward_weights is None else arguments.reward_weights
+        refuse(
+            (
+                len(weights) != len(rewards),
+                f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards "
+                f"({', '.join(reward.title for reward in rewards)}): give one for each",
+            ),
+            (
+                run.options.init_adapter is None and needs_calibration(run.config),
+                f"selection {run.config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units "
+                "with s2ft select, and give the file with units",
+            ),
+        )
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
         arguments = run.arguments
@@ -289,14 +291,6 @@ class GRPO(RL):
                 f"{arguments.num_generations}): lower batch_size or raise num_generations"
             )
         return Encoded(prompt, kept, others, longest)
-
-    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
-        if needs_calibration(run.config):
-            raise ValueError(
-                f"selection {run.config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units "
-                "with s2ft select, and give the file with units"
-            )
-        return None
 
     def token_row(self, tokenizer, row) -> Any:
         return row_of_prompt(encode_prompt(tokenizer, row["prompt"]))

@@ -45,6 +45,7 @@ from s2ft.train.options import (
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
+from s2ft.train.planning import suggested_rate, width_of
 
 logger = logging.getLogger(__name__)
 FEWEST_UPDATES = 32  # that a run should make
@@ -138,10 +139,10 @@ class Run:
         run = replace(self, config=fit_layout(self.config, model, "layout" in self.given))
         if self.config.codec == "none" and self.model.model_name_or_path.endswith(".gguf"):
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
-        rate = self.method.learning_rate(model)
-        if rate is None or "learning_rate" in self.given:
+        width = width_of(model)
+        if width is None or not self.method.rate_by_width or "learning_rate" in self.given:
             return run
-        self.arguments.learning_rate = rate
+        rate = self.arguments.learning_rate = suggested_rate(width)["rate"]
         self.say(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
         return replace(run, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
