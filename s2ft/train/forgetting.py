@@ -117,10 +117,8 @@ class ForgettingMeter(TrainerCallback):
         Raises:
             ValueError: The rows can't be measured with the Trainer's model.
         """
-        trainer.callback_handler.callbacks.insert(
-            1, _Logging(self)
-        )  # behind the one that decides what happens at a step
-        trainer.add_callback(self)
+        # Behind the callback that decides what happens at a step, and before those that log.
+        trainer.callback_handler.callbacks.insert(1, self)
         self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
     # ---- events of the Trainer ---------------------------------------------------------------------------
@@ -220,16 +218,6 @@ class ForgettingMeter(TrainerCallback):
             text = f"%s; the values of step {self.kept_step} are kept: {self.measured[self.kept_step]}"
         if state.is_world_process_zero:
             logger.warning(text, why)
-
-
-class _Logging(TrainerCallback):
-    """Adds the values of a meter to the log before the callbacks of loggers get it."""
-
-    def __init__(self, meter: ForgettingMeter) -> None:
-        self._meter = meter
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self._meter.on_log(args, state, control, logs)
 
 
 def _inner(model: Any) -> Any:
