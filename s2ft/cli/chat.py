@@ -364,7 +364,8 @@ class Talk:
             case "/system", text:
                 self.chat.system = "" if text in ('""', "''") else text
             case "/undo", _:
-                refuse((not self.chat.undo(), "there is nothing to undo"))
+                if not self.chat.undo():
+                    raise ValueError("there is nothing to undo")
             case "/reset", _:
                 self.chat.reset()
             case "/save", file:

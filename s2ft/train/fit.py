@@ -596,7 +596,6 @@ def grpo(
         rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
     """
-    check_vllm(arguments, model if base is None else base)
     arguments.set_generation()
     # The name of the run for a vLLM server. A run that is resumed has the same name, and no other run has it.
     place = f"{socket.gethostname()}:{folder.path.absolute()}"
@@ -612,26 +611,6 @@ def grpo(
         name=f"s2ft-{hashlib.sha256(place.encode()).hexdigest()[:16]}",
     )
     return run_trainer(trainer, model, arguments, folder, resume, meter)
-
-
-def check_vllm(arguments, base) -> None:
-    """Check that vLLM can load the base, if the arguments ask for it in this process.
-
-    Args:
-        arguments: The GRPOArguments.
-        base: The folder of the base that vLLM loads in this process, or the model that was loaded from it.
-
-    Raises:
-        ValueError: vLLM can't load the base.
-    """
-    if not arguments.use_vllm or arguments.vllm_mode == "server":
-        return
-    name = base if isinstance(base, str) else base.name_or_path
-    if not name or name.endswith(".gguf"):
-        raise ValueError(
-            f"vLLM can't load the base of this model ({name or 'it was not loaded from a folder'}): save it with "
-            "save_pretrained before the adapter is attached, and give its folder as base"
-        )
 
 
 @contextlib.contextmanager
