@@ -260,7 +260,7 @@ class GRPOArguments(RLArguments, GRPOConfig):
         self.set_generation(check=False)
 
     def set_generation(self, check: bool = True) -> None:
-        """Set how many answers are generated at once. Call it after the rows of an update and of a pass are set.
+        """Set how many answers are generated at once. Call it after the rows of an update or of a pass were changed.
 
         Args:
             check: Whether numbers that do not fit together are an error.

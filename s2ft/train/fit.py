@@ -596,7 +596,6 @@ def grpo(
         rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
     """
-    arguments.set_generation()
     # The name of the run for a vLLM server. A run that is resumed has the same name, and no other run has it.
     place = f"{socket.gethostname()}:{folder.path.absolute()}"
     trainer = GRPORunTrainer(
