@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from s2ft.attached.record import unwrapped
 from s2ft.config import refuse
-from s2ft.distributed import full_tensors, reshard_all, write_units
+from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
 from s2ft.text.divergence import Drift, DriftMeter, base_switch
 
 logger = logging.getLogger(__name__)
@@ -238,4 +238,8 @@ def _restore(model, values: dict[str, Tensor]) -> None:
     reshard_all(model)
     parameters = dict(model.named_parameters())
     for name, value in values.items():
-        write_units(parameters[name], torch.arange(len(value), device=parameters[name].device), value, 0)
+        parameter = parameters[name]
+        if is_sharded(parameter) or has_master_copy(parameter):
+            write_units(parameter, torch.arange(len(value), device=parameter.device), value, 0)
+        else:
+            parameter.copy_(value)
