@@ -153,7 +153,7 @@ def train_in_phases(
 
 def _schedule(arguments: SFTArguments) -> Callable[[int], float]:
     """Return the factor of the learning rate at each update of the whole run."""
-    trainer = RunMethods()
+    trainer = object.__new__(RunMethods)  # its schedule alone is used
     trainer.args, trainer.lr_scheduler = arguments, None
     trainer.optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
     return trainer.create_scheduler(arguments.max_steps).lr_lambdas[0]

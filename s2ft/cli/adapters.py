@@ -7,6 +7,7 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
+from s2ft.config import refuse
 from s2ft.export import EXPORTS, IMPORTS, export
 from s2ft.files.plain_text import table
 from s2ft.packages import check_packages
@@ -144,45 +145,26 @@ class CombineArguments:
     quiet=False,
 )
 def run_combine(job: CombineArguments) -> None:
-    print(combine(job.adapters, job.weights, job.name, Path(job.output)))
-
-
-def combine(folders: list[str], weights: list[float] | None, name: str | None, output: Path) -> str:
-    """Write the weighted sum of adapters.
-
-    Args:
-        folders: Adapter folders.
-        weights: One weight for each adapter, or None for 1 each.
-        name: Name of the new adapter, or None for the name of the output folder.
-        output: Folder to write.
-
-    Returns:
-        A text with the units that the adapters share, and the folder of the new adapter.
-
-    Raises:
-        ValueError: The adapters do not fit together, or the name or the number of weights is wrong.
-        FileNotFoundError: An adapter does not exist.
-        FileExistsError: The output folder exists.
-    """
     from s2ft.adapter import native
     from s2ft.adapter.adapter import overlap, weighted_sum
     from s2ft.attached.loading import read_adapter
     from s2ft.config import check_adapter_name
 
-    weights = [1.0] * len(folders) if weights is None else weights
-    if len(weights) != len(folders):
-        raise ValueError(f"there are {len(folders)} adapters and {len(weights)} weights: give one weight for each")
+    weights = job.weights or [1.0] * len(job.adapters)
+    output = Path(job.output)
+    if len(weights) != len(job.adapters):
+        raise ValueError(f"there are {len(job.adapters)} adapters and {len(weights)} weights: give one weight for each")
     if output.exists():
         raise FileExistsError(f"output {output} exists")
-    name = output.name if name is None else name
+    name = output.name if job.name is None else job.name
     check_adapter_name(name)
-    adapters = [read_adapter(folder) for folder in folders]
+    adapters = [read_adapter(folder) for folder in job.adapters]
     native.write(weighted_sum(list(zip(adapters, weights)), name), output)
-    lines = [str(overlap(adapters))]
+    print(overlap(adapters))
     recorded = [adapter for adapter in adapters if "prompt" in adapter.info]
     if any(adapter.info["prompt"] != recorded[0].info["prompt"] for adapter in recorded):
-        lines.append(f"the adapters were trained with different prompts; the sum records that of {recorded[0].name!r}")
-    return "\n".join([*lines, f"adapter {name!r}: {output}"])
+        print(f"the adapters were trained with different prompts; the sum records that of {recorded[0].name!r}")
+    print(f"adapter {name!r}: {output}")
 
 
 # ---- s2ft export and merge -----------------------------------------------------------------------------
@@ -201,18 +183,33 @@ EXAMPLE = "  s2ft export my-run --model meta-llama/Llama-3.2-1B --format lora --
 def run_export(arguments: list[str]) -> None:
     formats = "\n".join(f"{name:<9}{one.summary}" for name, one in EXPORTS.items())
     job = OptionParser("export", DESCRIPTION.format(formats=formats), [_options()], EXAMPLE).given(arguments)
-    source, given = _check(job)
-    target, dtype = job.get("format", DEFAULT), job.get("dtype", "auto")
+    sources = [name for name in IMPORTS if f"from_{name}" in job]
+    target = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
+    owners = {word: [name for name, one in EXPORTS.items() if word in one.options] for word in job}
+    owners["name"] = [f"from-{name}" for name in IMPORTS]
+    given = {word: value for word, value in job.items() if owners.get(word)}
+    refuse(
+        (
+            ("adapter" in job) == bool(sources) or len(sources) > 1,
+            f"give an ADAPTER to export, or {' or '.join(f'--from-{name}' for name in IMPORTS)} with a folder to "
+            "convert, and not both",
+        ),
+        (sources and "format" in job, f"--{target} writes an adapter, so there is no --format"),
+        *(
+            (target not in kinds, f"--{word.replace('_', '-')} is for {' and '.join(kinds)}, not for {target}")
+            for word, kinds in sorted(owners.items())
+            if word in given
+        ),
+        *(("model" not in job, f"missing: --model, the base of {job[f'from_{name}']}") for name in sources),
+    )
+    dtype = job.get("dtype", "auto")
     check_packages(f"s2ft export --format {target}")
     quiet_transformers()
-    if source is not None:
+    if sources:
         from s2ft.export.adapter_formats import convert
 
-        if "model" not in job:
-            raise ValueError(f"missing: --model, the base of {job[f'from_{source}']}")
-
-        folder, name = job[f"from_{source}"], job.get("name")
-        print(convert(job["model"], folder, job["output"], dtype, format_name=source, name=name))
+        name, folder = sources[0], job[f"from_{sources[0]}"]
+        print(convert(job["model"], folder, job["output"], dtype, format_name=name, name=job.get("name")))
     else:
         from s2ft.text.adapter_prompts import base_name
 
@@ -242,28 +239,6 @@ def _options() -> type:
     return make_dataclass("ExportArguments", fields, kw_only=True)
 
 
-def _check(job: dict) -> tuple[str | None, dict]:
-    """Check the options against each other.
-
-    Returns:
-        The format to convert from, or None; and the options that were given for the one format of this call.
-    """
-    sources = [name for name in IMPORTS if f"from_{name}" in job]
-    if ("adapter" in job) == bool(sources) or len(sources) > 1:
-        flags = " or ".join(f"--from-{name}" for name in IMPORTS)
-        raise ValueError(f"give an ADAPTER to export, or {flags} with a folder to convert, and not both")
-    if sources and "format" in job:
-        raise ValueError(f"--from-{sources[0]} writes an adapter, so there is no --format")
-    kind = f"from-{sources[0]}" if sources else job.get("format", DEFAULT)
-    allowed = {name: set(one.options) for name, one in EXPORTS.items()}
-    allowed |= {f"from-{name}": {"name"} for name in IMPORTS}
-    given = {word: job[word] for options in allowed.values() for word in options if word in job}
-    for word in sorted(given.keys() - allowed[kind]):
-        kinds = " and ".join(name for name, options in allowed.items() if word in options)
-        raise ValueError(f"--{word.replace('_', '-')} is for {kinds}, not for {kind}")
-    return (sources[0] if sources else None), given
-
-
 @dataclass
 class MergeArguments(Options):
     adapter: str = option(text=ADAPTER, metavar="DIR")
@@ -286,13 +261,18 @@ class MergeArguments(Options):
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:
+    from s2ft.codecs.packed_folder import PackedFolder
+    from s2ft.model.checkpoint import packed_base
     from s2ft.text.adapter_prompts import base_name
+    from s2ft.text.models import locate
 
     base = base_name(job.model, job.adapter)
     plain = job.dtype != "auto" or job.max_shard_size is not None
     if job.output.endswith(".gguf") and plain:
         raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
-    if job.output.endswith(".gguf") or not plain and _is_packed_folder(base):
+    source, is_gguf = locate(base)
+    is_packed = not plain and not is_gguf and isinstance(packed_base(source), PackedFolder)
+    if job.output.endswith(".gguf") or is_packed:
         from s2ft.export import ollama, packed
 
         print(packed.export(base, job.adapter, job.output))
@@ -300,15 +280,6 @@ def run_merge(job: MergeArguments) -> None:
             print(ollama.write_modelfile(job.output, job.adapter))
         return
     print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
-
-
-def _is_packed_folder(base: str) -> bool:
-    from s2ft.codecs.packed_folder import PackedFolder
-    from s2ft.model.checkpoint import packed_base
-    from s2ft.text.models import locate
-
-    source, options = locate(base)
-    return not options and isinstance(packed_base(source), PackedFolder)
 
 
 # ---- s2ft patch ----------------------------------------------------------------------------------------

@@ -1,8 +1,9 @@
 """s2ft generate and chat: one answer in the terminal, or several turns in which adapters can be switched."""
 
 import contextlib
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,12 +43,14 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        penalty, infinite = self.repetition_penalty, float("inf")
         refuse(
-            (not 0 <= self.temperature < infinite, f"temperature must be 0 or above, got {self.temperature}"),
+            (not 0 <= self.temperature < math.inf, f"temperature must be 0 or above, got {self.temperature}"),
             (not 0 < self.top_p <= 1, f"top_p must be above 0 and at most 1, got {self.top_p}"),
             (not 0 <= self.min_p <= 1, f"min_p must be from 0 to 1, got {self.min_p}"),
-            (not 0 < penalty < infinite, f"repetition_penalty must be above 0, got {penalty}"),
+            (
+                not 0 < self.repetition_penalty < math.inf,
+                f"repetition_penalty must be above 0, got {self.repetition_penalty}",
+            ),
         )
 
     def sampler(self, seed: int | None = None):
@@ -92,8 +95,8 @@ def run_generate(job: GenerateArguments, sampling: SamplingArguments) -> None:
     prompt = read_prompt(job)
     model, prompter = load_with_adapter(base_name(job.model, job.adapter), job.adapter, job.dtype)
     is_chat = job.chat or job.system is not None or (prompter.is_chat and not job.raw)
-    chat = [{"role": "user", "content": prompt}]
-    ids = prompter.encode(chat, job.system) if is_chat else prompter.encode_text(prompt)
+    messages = [{"role": "user", "content": prompt}]
+    ids = prompter.encode(messages, job.system) if is_chat else prompter.encode_text(prompt)
     room = (context_length(model) or len(ids) + sampling.max_new_tokens) - len(ids)
     if room < 1:
         raise ValueError(f"the model's context is {room + len(ids)} tokens, and the prompt has {len(ids)}: shorten it")
@@ -132,6 +135,7 @@ def read_prompt(job: GenerateArguments) -> str:
 # ---- s2ft chat -----------------------------------------------------------------------------------------
 
 BASE = "base"  # the model without an adapter, in /adapter
+COMMANDS = ("/adapter", "/system", "/undo", "/reset", "/save", "/help", "/exit")
 HELP = """/adapter NAME   go on with another adapter; /adapter base is the model without one; /adapter alone lists them
 /system TEXT    set the system prompt; /system "" removes it; /system alone shows it
 /undo           take back the last message and its answer
@@ -169,7 +173,7 @@ class ChatArguments(Options):
 
 @command(DESCRIPTION, EXAMPLE)
 def run_chat(job: ChatArguments, sampling: SamplingArguments) -> None:
-    Talk(load(job), sampling, job.system).loop()
+    Talk(job, sampling).loop()
 
 
 # ---- adapters by name ----------------------------------------------------------------------------------
@@ -206,21 +210,38 @@ def _named(word: str) -> list[tuple[str, str | Path]]:
     return list(inside.items()) or [(path.parent.name if path.name == ADAPTER and is_one else path.name, word)]
 
 
-class ChatAdapters:
-    """A model and the adapters that it can be switched to. An adapter is read when it is first used.
+# ---- the chat ------------------------------------------------------------------------------------------
+
+
+class Talk:
+    """A chat in the terminal. An adapter is read when it is first used.
+
+    Args:
+        job: The options: the model with its adapters. The chat begins with the first.
+        sampling: How tokens are chosen.
 
     Attributes:
         present: Name of the adapter that the model computes with, or BASE.
     """
 
-    def __init__(self, model, tokenizer, folders: dict[str, Path]) -> None:
-        self.model, self.tokenizer, self.folders = model, tokenizer, folders
-        self.present = BASE
-        self._prompters: dict[str, Any] = {}
+    def __init__(self, job: ChatArguments, sampling: SamplingArguments) -> None:
+        import s2ft
+        from s2ft.adapter.folders import resolve
+        from s2ft.text.adapter_prompts import base_name
+        from s2ft.text.conversation import Chat
+        from s2ft.text.models import dtype_of_base, load_model
+        from s2ft.train.device import gpu_or_cpu
 
-    def __str__(self) -> str:
-        names = [*self.folders, BASE]
-        return "adapters: " + ", ".join(f"{name} (on)" if name == self.present else name for name in names)
+        # The folders are looked up first, so that a wrong one is found at once.
+        self.folders = {name: resolve(source) for name, source in adapters_by_name(job.adapter or []).items()}
+        first = next(iter(self.folders.values()), None)
+        dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
+        self.model, self.tokenizer = load_model(base_name(job.model, first), dtype)
+        self.model.to(gpu_or_cpu())
+        self.is_terminal = sys.stdin.isatty()
+        self._prompters: dict[str, Any] = {}
+        prompter = self.switch(next(iter(self.folders), BASE))
+        self.chat = Chat(self.model, prompter, sampling.sampler, sampling.max_new_tokens, job.system, sampling.seed)
 
     def switch(self, name: str):
         """Switch the model to an adapter, or to BASE. Returns the Prompter of the adapter.
@@ -232,7 +253,7 @@ class ChatAdapters:
         from s2ft.text.adapter_prompts import Prompter
 
         if name not in (BASE, *self.folders):
-            raise ValueError(f"there is no adapter {name!r}{did_you_mean(name, list(self.folders))}; {self}")
+            raise ValueError(f"there is no adapter {name!r}{did_you_mean(name, list(self.folders))}; {self.adapters()}")
         if name not in self._prompters:
             adapter = None if name == BASE else s2ft.read_adapter(self.folders[name])
             info = None if adapter is None else adapter.info
@@ -247,41 +268,10 @@ class ChatAdapters:
         self.present = name
         return self._prompters[name]
 
-
-def load(job: ChatArguments) -> ChatAdapters:
-    """Load the model. The folders of the adapters are looked up first, so that a wrong one is found at once."""
-    import s2ft
-    from s2ft.adapter.folders import resolve
-    from s2ft.text.adapter_prompts import base_name
-    from s2ft.text.models import dtype_of_base, load_model
-    from s2ft.train.device import gpu_or_cpu
-
-    folders = {name: resolve(source) for name, source in adapters_by_name(job.adapter or []).items()}
-    first = next(iter(folders.values()), None)
-    dtype = job.dtype if first is None else dtype_of_base(s2ft.read_adapter(first), job.dtype)
-    model, tokenizer = load_model(base_name(job.model, first), dtype)
-    return ChatAdapters(model.to(gpu_or_cpu()), tokenizer, folders)
-
-
-# ---- the chat ------------------------------------------------------------------------------------------
-
-
-class Talk:
-    """A chat in the terminal.
-
-    Args:
-        adapters: The model with its adapters. The chat begins with the first.
-        sampling: How tokens are chosen.
-        system: System prompt. None is the one that the adapter was trained with.
-    """
-
-    def __init__(self, adapters: ChatAdapters, sampling: SamplingArguments, system: str | None) -> None:
-        from s2ft.text.conversation import Chat
-
-        self.adapters = adapters
-        self.is_terminal = sys.stdin.isatty()
-        prompter = adapters.switch(next(iter(adapters.folders), BASE))
-        self.chat = Chat(adapters.model, prompter, sampling.sampler, sampling.max_new_tokens, system, sampling.seed)
+    def adapters(self) -> str:
+        """Return a line with the names of the adapters."""
+        names = [*self.folders, BASE]
+        return "adapters: " + ", ".join(f"{name} (on)" if name == self.present else name for name in names)
 
     def loop(self) -> None:
         """Answer messages until the input ends.
@@ -293,8 +283,8 @@ class Talk:
             with contextlib.suppress(ImportError):
                 import readline  # noqa: F401  # gives input() a history and editing
 
-            if self.adapters.folders:
-                say(str(self.adapters))
+            if self.folders:
+                say(self.adapters())
             say("/help lists the commands, Ctrl-D ends the chat")
         for line in self._lines():
             try:
@@ -313,7 +303,7 @@ class Talk:
         held = ""
         while True:
             try:
-                line = input(("… " if held else f"{self.adapters.present}> ") if self.is_terminal else "")
+                line = input(("… " if held else f"{self.present}> ") if self.is_terminal else "")
             except EOFError:
                 if held:
                     yield held
@@ -336,13 +326,11 @@ class Talk:
         from s2ft.text.data.forms import check_unicode
 
         check_unicode(message, "message")
-        dropped = self.chat.dropped
-        written = False
+        before, dropped = self.chat.messages, self.chat.dropped
         try:
             with contextlib.closing(self.chat.answer(message)) as pieces:
                 for piece in pieces:
                     print(piece, end="", flush=True)
-                    written = written or bool(piece)
         except KeyboardInterrupt:  # ends the answer in a terminal; the conversation keeps what was written
             if not self.is_terminal:
                 raise
@@ -351,48 +339,39 @@ class Talk:
             say(f"(cut after {self.chat.tokens} tokens)")
         if self.chat.dropped > dropped:
             say(f"(the context is full: the model no longer sees the first {self.chat.dropped} messages)")
-        if not written:
+        if self.chat.messages == before:
             say("(no answer: the message is not kept)")
 
     # ---- commands --------------------------------------------------------------------------------
 
     def _command(self, line: str) -> bool:
         """Run a command of the chat. Returns whether the chat ends."""
-        name, _, rest = line.strip().partition(" ")
-        rest = rest.strip()
-        if name in ("/exit", "/quit"):
-            return True
-        commands: dict[str, Callable[[str], None]] = {
-            "/adapter": self._adapter,
-            "/system": self._system,
-            "/undo": self._undo,
-            "/reset": lambda rest: self.chat.reset(),
-            "/save": self._save,
-            "/help": lambda rest: say(HELP),
-        }
-        if name not in commands:
-            raise ValueError(f"there is no {name}{did_you_mean(name, [*commands, '/exit'])} (see /help)")
-        commands[name](rest)
+        name, _, rest = line.partition(" ")
+        match name, rest.strip():
+            case "/exit" | "/quit", _:
+                return True
+            case "/adapter", "":
+                say(self.adapters())
+            case "/adapter", adapter:
+                self.chat.use(self.switch(adapter))
+                say(f"(adapter {adapter})" if adapter != BASE else "(the model without an adapter)")
+            case "/system", "":
+                systems = [one["content"] for one in self.chat.transcript() if one["role"] == "system"]
+                say(systems[0] if systems else "there is no system prompt")
+            case "/system", text:
+                self.chat.system = "" if text in ('""', "''") else text
+            case "/undo", _:
+                if not self.chat.undo():
+                    raise ValueError("there is nothing to undo")
+            case "/reset", _:
+                self.chat.reset()
+            case "/save", file:
+                self._save(file)
+            case "/help", _:
+                say(HELP)
+            case _:
+                raise ValueError(f"there is no {name}{did_you_mean(name, COMMANDS)} (see /help)")
         return False
-
-    def _adapter(self, name: str) -> None:
-        if name:
-            self.chat.use(self.adapters.switch(name))
-            say(f"(adapter {name})" if name != BASE else "(the model without an adapter)")
-        else:
-            say(str(self.adapters))
-
-    def _system(self, text: str) -> None:
-        if text:
-            self.chat.system = "" if text in ('""', "''") else text
-            return
-        messages = self.chat.transcript()
-        system = messages[0]["content"] if messages and messages[0]["role"] == "system" else None
-        say("there is no system prompt" if system is None else system)
-
-    def _undo(self, rest: str) -> None:
-        if not self.chat.undo():
-            raise ValueError("there is nothing to undo")
 
     def _save(self, name: str) -> None:
         import json

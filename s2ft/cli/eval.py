@@ -1,6 +1,5 @@
 """s2ft eval: score a model, with or without an adapter, on a file of problems, or on tasks of lm-eval."""
 
-import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,7 +11,7 @@ from s2ft.text.data.data_options import DATA, TASKS, ReadingOptions
 from s2ft.text.models import DTYPES
 from s2ft.train.options import KEEP_MEMORY, POSITIONS, POSITIONS_TEXT
 
-logger = logging.getLogger(__name__)
+ONLY_DATA, ONLY_LM_EVAL = ("data", "task", "kl", "forgetting"), ("lm_eval_path", "num_fewshot", "apply_chat_template")
 EXAMPLE = """\
   s2ft eval --adapter my-run --data my-data.jsonl
   s2ft eval --adapter my-run --data test.jsonl --task arithmetic
@@ -61,25 +60,22 @@ class EvalArguments:
 
     def __post_init__(self) -> None:
         check_fields(self)
+        way = "data" if self.lm_eval is None else "lm_eval"
         measures = self.forgetting or self.kl
+        ignored = ONLY_DATA if way == "lm_eval" else ONLY_LM_EVAL
         refuse(
             (measures and self.adapter is None, "forgetting and kl compare an adapter with its base: give --adapter"),
             (self.kl and not self.data, "kl needs rows with prompts: give --data"),
+            *((getattr(self, name), f"{name} has no meaning with {way}") for name in ignored),
+            (
+                way == "lm_eval" and self.num_beams > 1,
+                "num_beams has no meaning with lm_eval: its tasks say how they generate",
+            ),
+            (
+                way == "data" and not self.data and (self.task is not None or not measures),
+                "missing: --data FILE_OR_NAME, or --lm-eval",
+            ),
         )
-        if self.lm_eval is not None:
-            self._refuse("lm_eval", ("data", "task", "kl", "forgetting"))
-            if self.num_beams > 1:
-                raise ValueError("num_beams has no meaning with lm_eval: its tasks say how they generate")
-            return
-        self._refuse("data", ("lm_eval_path", "num_fewshot", "apply_chat_template"))
-        if not self.data and (self.task is not None or not measures):
-            raise ValueError("missing: --data FILE_OR_NAME, or --lm-eval")
-
-    def _refuse(self, way: str, names: tuple[str, ...]) -> None:
-        """Refuse options that would be ignored."""
-        given = [name for name in names if getattr(self, name)]
-        if given:
-            raise ValueError(f"{given[0]} has no meaning with {way}")
 
 
 @command("Compare an adapter with its base on your data, or score the answers to each row.", EXAMPLE)
@@ -109,7 +105,8 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     """
     from s2ft.text.data import load_rows
     from s2ft.text.divergence import read_texts
-    from s2ft.text.evaluation import evaluate, read_examples, right_answer
+    from s2ft.text.encoding import context_length, tokenize_rows
+    from s2ft.text.evaluation import compare, evaluate, read_examples, right_answer
     from s2ft.train.output import write_json
 
     output, compares = new_file(job.output), bool(job.data) and job.task is None and not job.kl
@@ -126,7 +123,11 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         how = (job.task, job.batch_size, job.max_new_tokens, "evaluating", prompter.format, job.num_beams)
         result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
         if compares:
-            result = compare_rows(model, prompter, rows, job)
+            prompter.format.apply_to(prompter.tokenizer)
+            room = context_length(model) or 1 << 30
+            tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=room).dataset
+            short = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
+            result = compare(model, prompter.tokenizer, tokens, most=len(tokens), **short)
         if job.forgetting or job.kl:
             found["drift"] = _measure_drift(job, model, prompter, other, examples)
     if result is not None:
@@ -136,45 +137,38 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         write_json(output, found)
 
 
-def compare_rows(model, prompter, rows: Any, job: EvalArguments):
-    """Compare the loaded adapter with its base on rows, or compute the loss of a model without one."""
-    from s2ft.text.encoding import context_length, tokenize_rows
-    from s2ft.text.evaluation import compare
-
-    prompter.format.apply_to(prompter.tokenizer)
-    longest = context_length(model) or 1 << 30
-    tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=longest).dataset
-    how = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
-    return compare(model, prompter.tokenizer, tokens, most=len(tokens), **how)
-
-
 def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Sequence) -> dict[str, Any]:
     """Measure how far the loaded adapter has moved the model from its base, and print it."""
-    from s2ft.text.divergence import DriftMeter, longest_other_row, text_rows
+    from s2ft.text.divergence import (
+        DriftMeter,
+        answer_rows,
+        longest_other_row,
+        prompt_rows,
+        row_of_prompt,
+        some,
+        text_rows,
+    )
+    from s2ft.text.encoding import context_length
+    from s2ft.text.evaluation import encode_prompts
 
     texts = None if other is None else text_rows(other, prompter.tokenizer, longest_other_row(model), job.meter_rows)
-    prompts = _prompt_rows(job, model, prompter, examples) if job.kl else None
+    prompts = None
+    if job.kl:
+        answers = job.kl_on == "answers"
+        room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
+        encoded = encode_prompts(prompter.tokenizer, some(examples, job.meter_rows), room, prompter.format)
+        asked = [ids for ids in encoded if ids is not None]
+        prompts = (
+            answer_rows(model, prompter.tokenizer, asked, job.max_new_tokens)
+            if answers
+            else prompt_rows([row_of_prompt(ids) for ids in asked])
+        )
     meter = DriftMeter(model, other=texts, prompts=prompts, batch_size=min(8, job.batch_size))
     drift = meter.measure(model)
     print(drift)
     base = {} if meter.base_loss is None else {"base_loss": meter.base_loss}
     on = {"kl_on": job.kl_on, "positions": meter.distributions.positions} if job.kl else {}
     return {**base, **drift.to_dict(), **on}
-
-
-def _prompt_rows(job: EvalArguments, model, prompter, examples: Sequence) -> list[dict[str, Any]]:
-    """Return the rows on which the divergence is measured."""
-    from s2ft.text.divergence import answer_rows, prompt_rows, row_of_prompt, some
-    from s2ft.text.encoding import context_length
-    from s2ft.text.evaluation import encode_prompts
-
-    answers = job.kl_on == "answers"
-    room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
-    chosen = some(examples, job.meter_rows)
-    prompts = [ids for ids in encode_prompts(prompter.tokenizer, chosen, room, prompter.format) if ids is not None]
-    if answers:
-        return answer_rows(model, prompter.tokenizer, prompts, job.max_new_tokens)
-    return prompt_rows([row_of_prompt(ids) for ids in prompts])
 
 
 def score_by_lm_eval(job: EvalArguments) -> None:

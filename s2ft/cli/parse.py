@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, Field, dataclass, field, fields
+from dataclasses import MISSING, Field, fields
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -89,28 +89,6 @@ class Help(argparse.RawDescriptionHelpFormatter):
         return f"{names} {self._format_args(action, action.dest.upper())}" if takes_value else names
 
 
-@dataclass(frozen=True)
-class OptionTable:
-    """What a command says of options besides the fields of its dataclasses.
-
-    Attributes:
-        options: By heading of the help: option → its short names, and a help text that replaces the field's. The help
-            has this order.
-        groups: Headings by dataclass, for the fields that are in no other place.
-        rest: Heading of all other fields. `--help` leaves it out, and `--help-all` shows it.
-        renamed: Names of options by the dataclass's name and the field's.
-        own: Fields whose name wins against the same short name of another option.
-        required: Names of which one must be given, for each requirement.
-    """
-
-    options: Mapping[str, Mapping[str, tuple[str, str]]] = field(default_factory=dict)
-    groups: Mapping[type, str] = field(default_factory=dict)
-    rest: str | None = None
-    renamed: Mapping[tuple[str, str], str] = field(default_factory=dict)
-    own: Sequence[str] = ()
-    required: Sequence[Sequence[str]] = ()
-
-
 class OptionParser(argparse.ArgumentParser):
     """The parser of a command whose options are the fields of dataclasses.
 
@@ -122,8 +100,13 @@ class OptionParser(argparse.ArgumentParser):
         kinds: Dataclasses; see `s2ft.config.option` for the metadata of their fields. Dataclasses that have a field in
             common share the option.
         example: Command lines for the end of the help.
-        table: What else is said of the options.
-        everything: Whether the help shows the options under the table's `rest` too.
+        groups: Headings by dataclass, for the fields that are in no other place.
+        table: By heading of the help: option → its short names, and a help text that replaces the field's. The help
+            has this order.
+        rest: Heading of all other fields. `--help` leaves it out, and `--help-all` shows it.
+        renamed: Names of options by the dataclass's name and the field's.
+        required: Names of which one must be given, for each requirement. Default: the fields without a default.
+        everything: Whether the help shows the options under `rest` too.
     """
 
     def __init__(
@@ -132,63 +115,72 @@ class OptionParser(argparse.ArgumentParser):
         description: str,
         kinds: Sequence[type],
         example: str = "",
-        table: OptionTable | None = None,
+        groups: Mapping[type, str] | None = None,
+        *,
+        table: Mapping[str, Mapping[str, tuple[str, str]]] | None = None,
+        rest: str | None = None,
+        renamed: Mapping[tuple[str, str], str] | None = None,
+        required: Sequence[Sequence[str]] = (),
         everything: bool = False,
     ) -> None:
-        self.kinds, self.table, self.everything = list(kinds), table or OptionTable(), everything
+        self.kinds, self.everything = list(kinds), everything
+        self.groups, self.rest, self.renamed = groups or {}, rest, renamed or {}
         super().__init__(
             prog=f"s2ft {command}",
             description=description,
             formatter_class=Help,
             allow_abbrev=False,
             epilog=f"example:\n{example}" if example else None,
-            add_help=self.table.rest is None,
+            add_help=rest is None,
         )
-        if self.table.rest is not None:
+        if rest is not None:
             self.add_argument("--help", "-h", action="help", help="show the options that are often needed")
             self.add_argument("--help-all", action="help", help="show all options, also TRL's and transformers' others")
-            config = "read options from a YAML file"
-            self.add_argument("--config", metavar="FILE", default=argparse.SUPPRESS, help=config)
+            self.add_argument(
+                "--config", metavar="FILE", default=argparse.SUPPRESS, help="read options from a YAML file"
+            )
         known = [(one, kind) for kind in self.kinds for one in fields(kind) if one.init]
-        own = {name for name in self.table.own if any(one.name == name for one, _ in known)}
-        entries = {name: entry for options in self.table.options.values() for name, entry in options.items()}
+        # By name: heading, short names, help text.
+        self.entries = {
+            name: (heading, *entry) for heading, options in (table or {}).items() for name, entry in options.items()
+        }
+        own = {one.name for one, _ in known if one.name in self.entries}  # is no short name of another option
         self.short = {
             name: [short for short in names.split() if short.replace("-", "_") not in own]
-            for name, (names, _) in entries.items()
+            for name, (_, names, _) in self.entries.items()
         }
         taken = {short.replace("-", "_") for names in self.short.values() for short in names}
-        self.texts = {name: text for name, (_, text) in entries.items() if text}
-        self.group_of = {name: group for group, options in self.table.options.items() for name in options}
         self.options: dict[str, argparse.Action] = {}
         self.hints: dict[str, Any] = {}
         self.defaults: dict[str, Any] = {}
         self.headings: dict[str, Any] = {}
-        places = {name: place for place, name in enumerate(self.group_of)}
+        places = {name: place for place, name in enumerate(self.entries)}
         for one, kind in sorted(known, key=lambda pair: places.get(self.name_of(*pair), len(places))):
             if (name := self.name_of(one, kind)) not in self.options and name not in taken:
                 self._add(name, one, kind)
         needed = [self.options[name] for name, default in self.defaults.items() if default is MISSING]
-        self.required = self.table.required or [(one.dest,) for one in needed if one.option_strings]
+        self.required = required or [(one.dest,) for one in needed if one.option_strings]
         places_first = [one for one in self.options.values() if not one.option_strings]
         words = [
             f"[{one.metavar}]" if one.nargs == "?" else one.metavar + " ..." * (one.nargs == "+")
             for one in places_first
         ]
         words += [f"{self.short_name(names[0])} {self.options[names[0]].metavar}" for names in self.required]
-        words = ["[--config FILE]"] * (self.table.rest is not None) + words
+        words = ["[--config FILE]"] * (rest is not None) + words
         self.usage = " ".join([self.prog, *words, "[options]"])
 
     def name_of(self, one: Field, kind: type) -> str:
         """The name of the option of a field."""
-        return self.table.renamed.get((kind.__name__, one.name), one.name)
+        return self.renamed.get((kind.__name__, one.name), one.name)
 
     def _add(self, name: str, one: Field, kind: type) -> None:
         """Add the option of a field, as --d-ratio and as --d_ratio."""
         hint, metadata = _hints(kind)[one.name], one.metadata
-        heading = self.group_of.get(name) or metadata.get("group") or self.table.groups.get(kind, self.table.rest)
+        heading, _, text = self.entries.get(name, ("", "", ""))
+        heading = heading or metadata.get("group") or self.groups.get(kind, self.rest)
         default = one.default if one.default_factory is MISSING else one.default_factory()
-        hidden = (heading == self.table.rest is not None and not self.everything) or "hidden" in metadata
-        shown = {**metadata, "help": self.texts.get(name) or metadata.get("help", name.replace("_", " "))}
+        hidden = (heading == self.rest is not None and not self.everything) or "hidden" in metadata
+        shown = {**metadata, "help": text or metadata.get("help", name.replace("_", " "))}
         settings = {"default": argparse.SUPPRESS, **_reading(name, hint, metadata)}
         settings["help"] = argparse.SUPPRESS if hidden else help_text(shown, default)
         if default is True and settings.get("const") is True:
@@ -227,8 +219,8 @@ class OptionParser(argparse.ArgumentParser):
                 self.error(f"{spelled[action.dest]} and {plain} are the same option: give one of them")
         found, unknown = self.parse_known_args(arguments)
         if unknown:
-            option = unknown[0].startswith("-")
-            self.error(self.unknown(unknown[0]) if option else f"unexpected argument {unknown[0]!r}")
+            is_option = unknown[0].startswith("-")
+            self.error(self.unknown(unknown[0]) if is_option else f"unexpected argument {unknown[0]!r}")
         return found
 
     def given(self, words: Sequence[str]) -> dict[str, Any]:
@@ -347,19 +339,15 @@ def parse(
         UsageError: An option is unknown, missing, or has a wrong value.
         SystemExit: The help was asked for and printed.
     """
-    parser = OptionParser(command, description, kinds, example, OptionTable(groups=groups or {}))
+    parser = OptionParser(command, description, kinds, example, groups)
     given = parser.given(arguments)
     return parser.objects(given), given
-
-
-class Given(dict[str, Any]):
-    """The options that a command line has, by the names of their fields."""
 
 
 def command(description: str, example: str = "", groups: Mapping[type, str] | None = None, quiet: bool = True):
     """Decorate the function of a command, `run_NAME`, which then takes the words of the command line.
 
-    The types of its parameters are the dataclasses of the options, or `Given`.
+    The types of its parameters are the dataclasses of the options, or `dict` for the options that were given.
 
     Args:
         description: What the command does.
@@ -370,7 +358,7 @@ def command(description: str, example: str = "", groups: Mapping[type, str] | No
 
     def decorate(function: Callable[..., None]) -> Callable[[list[str]], None]:
         kinds = {name: kind for name, kind in get_type_hints(function).items() if name != "return"}
-        options = [kind for kind in kinds.values() if kind is not Given]
+        options = [kind for kind in kinds.values() if kind is not dict]
 
         @functools.wraps(function)
         def run(arguments: list[str]) -> None:
@@ -379,7 +367,7 @@ def command(description: str, example: str = "", groups: Mapping[type, str] | No
             )
             if quiet:
                 quiet_transformers()
-            function(*made, *([Given(given)] if len(kinds) > len(options) else []))
+            function(*made, *([given] if len(kinds) > len(options) else []))
 
         return run
 
@@ -526,12 +514,10 @@ def _number(kind: type, optional: bool) -> Callable[[str], Any]:
     def read(text: str) -> Any:
         if optional and text.lower() in ("none", "null"):
             return None
-        for as_kind in dict.fromkeys((int, kind)):  # a whole number stays one: it is shown and written so
-            try:
-                return as_kind(text)
-            except ValueError:
-                continue
-        raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}")
+        try:  # a whole number stays one: it is shown and written so
+            return int(text) if kind is int or re.fullmatch(r"[-+]?\d+", text) else float(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be {what}, got {text!r}") from None
 
     return read
 

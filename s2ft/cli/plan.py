@@ -7,7 +7,7 @@ import json
 import logging
 from dataclasses import asdict, dataclass, replace
 
-from s2ft.cli.parse import MODEL, Given, command, new_file
+from s2ft.cli.parse import MODEL, command, new_file
 from s2ft.config import S2FTConfig, check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
@@ -56,7 +56,7 @@ class PlanArguments:
   s2ft plan meta-llama/Llama-3.2-1B --d-ratio 0.03 --o-ratio 0.1 --ratios 0.02 0.04 0.08""",
     {S2FTConfig: "selection"},
 )
-def run_plan(job: PlanArguments, config: S2FTConfig, given: Given) -> None:
+def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     import s2ft
     from s2ft.train.planning import as_random, suggested_rate, table, width_of
 
@@ -66,12 +66,13 @@ def run_plan(job: PlanArguments, config: S2FTConfig, given: Given) -> None:
     width = width_of(model)
     rate = suggested_rate(width) if width else None
     if job.json:
-        found = {"learning_rate": rate and asdict(rate), "rows": [asdict(row) for row in rows]}
+        found = {"learning_rate": rate, "rows": [asdict(row) for row in rows]}
         print(json.dumps({"model": job.model, **found}, indent=2))
         return
     print(f"{report}\n\n{table(rows)}\n{RANK}")
     if rate:
-        print(f"learning rate: no rule is known for all tasks; start with {rate}")
+        ends = f"{rate['lowest']:g} to {rate['highest']:g}"
+        print(f"learning rate: no rule is known for all tasks; start with {rate['rate']:g}, and a search from {ends}")
 
 
 # ---- s2ft estimate -------------------------------------------------------------------------------------
@@ -151,11 +152,30 @@ class EstimateArguments(PlanArguments):
   s2ft estimate meta-llama/Llama-3.1-70B --strategy fsdp2 --device-memory 80GB --gradient-checkpointing""",
     {S2FTConfig: "selection"},
 )
-def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> None:
-    from s2ft.estimation.devices import size
-    from s2ft.train.planning import table
+def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> None:
+    import torch
 
-    rows, found, room = estimated(job, with_default_ratio(config, given))
+    from s2ft.estimation.devices import size, size_of
+    from s2ft.estimation.step import free_memory
+    from s2ft.train.planning import table, with_memory
+
+    config = with_default_ratio(config, given)
+    model, rows = job.model_and_rows(config)
+    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    room = size_of(job.device_memory, "device_memory") or free_memory(device)
+    step = dict(
+        batch=job.batch_size,
+        length=job.max_length,
+        accumulation=job.accumulation,
+        gradient_checkpointing=job.gradient_checkpointing,
+        optimizer=job.optimizer,
+        device=device,
+        strategy=job.spread(),
+        devices=job.devices,
+        memory=room,
+    )
+    config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
+    rows, found = with_memory(rows, model, config, step, job.chunked_loss, job.bits)
     if job.json:
         shown = {"model": job.model, "device": found.device, "batch": found.batch, "length": found.length}
         shown |= {"strategy": found.strategy, "devices": found.devices, "host": found.host}
@@ -174,33 +194,6 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: Given) -> No
         print("≤: on the line between the smallest and the largest row, which were counted")
     for note in found.notes:
         print(f"note: {note}")
-
-
-def estimated(job: EstimateArguments, config: S2FTConfig):
-    """Return the rows with their memory, the estimate of the smallest, and the bytes of the device."""
-    import torch
-
-    from s2ft.estimation.devices import size_of
-    from s2ft.estimation.step import free_memory
-    from s2ft.train.planning import with_memory
-
-    model, rows = job.model_and_rows(config)
-    device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    room = size_of(job.device_memory, "device_memory") or free_memory(device)
-    step = dict(
-        batch=job.batch_size,
-        length=job.max_length,
-        accumulation=job.accumulation,
-        gradient_checkpointing=job.gradient_checkpointing,
-        optimizer=job.optimizer,
-        device=device,
-        strategy=job.spread(),
-        devices=job.devices,
-        memory=room,
-    )
-    config = replace(config, layout="indexed") if job.bits else config  # the layout that sft takes for such weights
-    bits = f"{job.bits}bit" if job.bits else None
-    return *with_memory(rows, model, config, step, job.chunked_loss, bits), room
 
 
 # ---- s2ft couplings ------------------------------------------------------------------------------------
@@ -276,7 +269,7 @@ class SelectArguments(Options):
     EXAMPLE_OF_SELECT,
     {S2FTConfig: "selection", ReadingOptions: "model and data"},
 )
-def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: Given) -> None:
+def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: dict) -> None:
     from s2ft.selection import with_protect_ratio
 
     config = with_protect_ratio(with_default_ratio(config, given), bool(job.protect))
@@ -304,7 +297,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     from s2ft.text.divergence import read_texts, text_rows
     from s2ft.text.encoding import context_length
     from s2ft.text.models import load_model
-    from s2ft.train.device import say_device
+    from s2ft.train.device import begin_on
 
     calibrated = needs_calibration(config)
     if bool(job.data) != calibrated:
@@ -313,9 +306,8 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
         return _choose_from_disk(job, config)
     protected = read_texts(reading.of(job.protect, "train"), job.protect_rows, config.seed) if job.protect else None
     model, tokenizer = load_model(job.model, job.dtype)
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator or torch.device("cpu")
-    say_device(device)
+    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+    begin_on(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
     longest = min(job.max_length, context_length(model) or job.max_length)
     protect = None

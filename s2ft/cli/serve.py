@@ -1,8 +1,6 @@
 """s2ft serve: answer over HTTP with a base model and its adapters."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 from s2ft.cli.parse import BASE_MODEL, parse, quiet_transformers
 from s2ft.config import option, refuse
@@ -88,43 +86,30 @@ def run_serve(arguments: list[str]) -> None:
     from s2ft.adapter.folders import source_of
     from s2ft.text.adapter_prompts import base_name
 
-    by_vllm = job.engine == "vllm" and not job.check
-    _check_engine(job, given, options)
+    on_vllm = job.engine == "vllm"
+    by_vllm = on_vllm and not job.check
+    refuse(
+        *(
+            (on_vllm and name in given, f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {instead}")
+            for name, instead in sorted(ONLY_BUILT_IN.items())
+        ),
+        *(
+            (not on_vllm and name in given, f"--{name.replace('_', '-')} is for --engine vllm")
+            for name in sorted(ONLY_VLLM)
+        ),
+        (options and not on_vllm, f"options after -- are vLLM's, and the engine is {job.engine}: give --engine vllm"),
+        (job.check and not job.adapters, "--check checks adapters: give --adapters"),
+    )
     needs = ("s2ft serve --engine vllm", "--engine transformers, which serves without it")
     check_packages(*(needs if by_vllm else ("s2ft serve",)))
     sources = [source_of(adapters) for adapters in job.adapters]  # before the model is loaded, which can take minutes
     if job.model is None:
         folders = (folder for source in sources for folder in source.folders().values())
         job = replace(job, model=base_name(None, next(folders, None)))
-    if job.check and not job.adapters:
-        raise ValueError("--check checks adapters: give --adapters")
     if by_vllm:
         serve_by_vllm(job, options)
     else:
         serve_here(job)
-
-
-def _check_engine(job: ServeArguments, given: Mapping[str, Any], options: list[str]) -> None:
-    """Refuse options that the engine does not have.
-
-    Args:
-        job: The options.
-        given: The options that the command line has.
-        options: The words for vLLM.
-
-    Raises:
-        ValueError: An option has no meaning for the engine. The message says what the engine has in its place.
-    """
-    if job.engine == "vllm":
-        for name in sorted(given.keys() & ONLY_BUILT_IN.keys()):
-            raise ValueError(
-                f"--{name.replace('_', '-')} is for --engine transformers; for vLLM: {ONLY_BUILT_IN[name]}"
-            )
-        return
-    for name in sorted(given.keys() & {*ONLY_VLLM}):
-        raise ValueError(f"--{name.replace('_', '-')} is for --engine vllm")
-    if options:
-        raise ValueError(f"options after -- are vLLM's, and the engine is {job.engine}: give --engine vllm")
 
 
 def serve_here(job: ServeArguments) -> None:

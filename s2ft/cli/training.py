@@ -6,7 +6,7 @@ from dataclasses import field, fields, make_dataclass
 from functools import cache
 from typing import Any
 
-from s2ft.cli.parse import OptionParser, OptionTable, command, quiet_transformers, set_environment
+from s2ft.cli.parse import OptionParser, command, quiet_transformers, set_environment
 from s2ft.config import S2FTConfig
 from s2ft.text.data.data_options import DataOptions
 from s2ft.train.options import CompareOptions, DemoOptions, ForgettingOptions, ModelOptions, RunOptions
@@ -219,8 +219,8 @@ OPTIONS: dict[str, dict[str, tuple[str, str]]] = {
         "fsdp_config": ("", "an FSDP configuration, a JSON file"),
     },
 }
-TABLE = OptionTable(
-    options=OPTIONS,
+TABLE: dict[str, Any] = dict(
+    table=OPTIONS,
     groups={
         ModelOptions: "model",
         DataOptions: "data",
@@ -231,7 +231,6 @@ TABLE = OptionTable(
     },
     rest="more options of transformers and TRL",
     renamed={("S2FTConfig", "seed"): "selection_seed"},  # the seed of the run is another one
-    own=("epsilon",),  # of GRPO; in s2ft sft it is a short name
     required=(("model_name_or_path",), ("data", "dataset_name", "datasets"), ("output_dir",)),
 )
 
@@ -306,25 +305,21 @@ def run_demo(options: DemoOptions) -> None:
 @cache
 def parser_of(command: str, everything: bool = False) -> OptionParser:
     """Return the parser of a training command. With `everything` its help shows all options."""
+    from trl import ModelConfig
+
     from s2ft.train.arguments import ARGUMENTS
 
     kinds = [ModelOptions, DataOptions, S2FTConfig, ARGUMENTS[LIKE.get(command, command)], RunOptions]
     kinds += [ForgettingOptions, *([CompareOptions] if command == "compare" else [])]
-    return OptionParser(command, HELP[command][0], [*kinds, _lora_options()], HELP[command][1], TABLE, everything)
-
-
-def _lora_options() -> type:
-    """A dataclass of the options of `trl sft` that S²FT replaces. The help leaves them out."""
-    from trl import ModelConfig
-
-    named = [one for one in fields(ModelConfig) if one.name.startswith(("lora_", "use_"))]
+    # The options of `trl sft` that S²FT replaces. The help leaves them out.
     hidden = {"hidden": True}
     taken = [
         (one.name, one.type, field(default=None, metadata=hidden))
-        for one in named
-        if one.name != "use_bnb_nested_quant"
+        for one in fields(ModelConfig)
+        if one.name.startswith(("lora_", "use_")) and one.name != "use_bnb_nested_quant"
     ]
-    return make_dataclass("LoraOptions", [*taken, (NOT_USED, bool, field(default=False, metadata=hidden))])
+    lora = make_dataclass("LoraOptions", [*taken, (NOT_USED, bool, field(default=False, metadata=hidden))])
+    return OptionParser(command, HELP[command][0], [*kinds, lora], HELP[command][1], **TABLE, everything=everything)
 
 
 # ---- config.yaml ---------------------------------------------------------------------------------------
@@ -336,6 +331,8 @@ def config_text(run) -> str:
     Args:
         run: The :class:`s2ft.train.run.Run`.
     """
+    from importlib.metadata import version
+
     import yaml
 
     defaults = parser_of(run.method.name).defaults
@@ -344,19 +341,8 @@ def config_text(run) -> str:
         for key, value in run.given.items()
         if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key] or key in WRITTEN)
     }
-    return f"# {versions()}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
-
-
-def versions() -> str:
-    """The versions of the packages that determine a run."""
-    from importlib.metadata import version
-
-    from s2ft import __version__
-
-    return ", ".join(
-        [f"s2ft {__version__}"]
-        + [f"{package} {version(package)}" for package in ("torch", "transformers", "trl", "datasets")]
-    )
+    versions = ", ".join(f"{name} {version(name)}" for name in ("s2ft", "torch", "transformers", "trl", "datasets"))
+    return f"# {versions}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
 
 
 # ---- options that follow from others -------------------------------------------------------------------

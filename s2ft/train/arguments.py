@@ -1,7 +1,6 @@
 """Arguments of TRL's trainers with the defaults of s2ft. Values that cannot work with S²FT are refused."""
 
 import math
-import os
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar
 
@@ -37,6 +36,10 @@ REFUSED = {
     "do_predict": "s2ft eval scores answers of a trained model",
     "hub_always_push": "the adapter is uploaded once, at the end",
     "ignore_data_skip": "a resumed run would train on rows again, so it would not equal an uninterrupted one",
+    "sync_ref_model": "the reference is the base, which is never trained; there is no second model that could follow "
+    "the adapter",
+    "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the answers "
+    "are generated in batches by model.generate",
 }
 
 
@@ -75,7 +78,6 @@ class RunArguments:
     )
     disable_tqdm: bool | None = field(default=True, metadata={"help": "turn off the trainer's own progress bar"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "remove columns that the model does not take"})
-    prediction_loss_only: bool = field(default=True, metadata={"help": "keep only the loss of an evaluation"})
     include_num_input_tokens_seen: str | bool = field(
         default="non_padding", metadata={"help": "which tokens are counted: all, non_padding, no"}
     )
@@ -101,15 +103,16 @@ class RunArguments:
         # Without a GPU, accelerate needs this. Otherwise each process of a launcher would have rank 0.
         self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
         self.dataloader_pin_memory = self.dataloader_pin_memory and not self.use_cpu
-        if self.run_name is None and self.output_dir:
-            self.run_name = os.path.basename(os.path.abspath(self.output_dir))
         if self.data_seed is None:
             self.data_seed = self.seed
         super().__post_init__()
-        for name in DICTIONARIES:
-            value = getattr(self, name, None)
-            if value is not None and not isinstance(value, dict):
-                raise ValueError(f"{name} must be a dictionary, got {value!r}")
+        dictionaries = {name: getattr(self, name, None) or {} for name in DICTIONARIES}
+        refuse(
+            *(
+                (not isinstance(value, dict), f"{name} must be a dictionary, got {value!r}")
+                for name, value in dictionaries.items()
+            )
+        )
         # One process trains on one device, and torchrun or accelerate start several processes. With several visible
         # devices Trainer would choose nn.DataParallel, which copies modules and loses the adapter's state.
         self._n_gpu = min(self.n_gpu, 1)
@@ -194,11 +197,6 @@ class RLArguments(RunArguments):
     learning_rate: float = field(
         default=1e-5, metadata={"help": "peak learning rate; too high a one makes the model forget to write"}
     )
-    refused: ClassVar[dict[str, str]] = {
-        **REFUSED,
-        "sync_ref_model": "the reference is the base, which is never trained; there is no second model that could "
-        "follow the adapter",
-    }
 
 
 @dataclass
@@ -215,10 +213,7 @@ class DPOArguments(RLArguments, DPOConfig):
         (1e-05, ['sigmoid'])
     """
 
-    refused: ClassVar[dict[str, str]] = {
-        **RLArguments.refused,
-        "padding_free": "TRL's DPOTrainer does not do it at present",
-    }
+    refused: ClassVar[dict[str, str]] = {**REFUSED, "padding_free": "TRL's DPOTrainer does not do it at present"}
 
 
 @dataclass
@@ -235,11 +230,6 @@ class GRPOArguments(RLArguments, GRPOConfig):
         (1, 0.0)
     """
 
-    refused: ClassVar[dict[str, str]] = {
-        **RLArguments.refused,
-        "use_transformers_continuous_batching": "it keeps buffers of its own for a model that does not change; the "
-        "answers are generated in batches by model.generate",
-    }
     include_num_input_tokens_seen: str | bool = field(
         default="no", metadata={"help": "not used: TRL counts the tokens of prompts and answers"}
     )
@@ -270,7 +260,7 @@ class GRPOArguments(RLArguments, GRPOConfig):
         self.set_generation(check=False)
 
     def set_generation(self, check: bool = True) -> None:
-        """Set how many answers are generated at once. Call it after the rows of an update and of a pass are set.
+        """Set how many answers are generated at once. Call it after the rows of an update or of a pass were changed.
 
         Args:
             check: Whether numbers that do not fit together are an error.
@@ -284,12 +274,17 @@ class GRPOArguments(RLArguments, GRPOConfig):
         self.generation_batch_size, self.steps_per_generation = total, max(1, total // at_once)
         if not check:
             return
-        for number, name in ((self.num_generations, "num_generations"), (at_once, "the answers of a forward pass")):
-            if total % number:
-                raise ValueError(
+        divisors = {"num_generations": self.num_generations, "the answers of a forward pass": at_once}
+        refuse(
+            *(
+                (
+                    total % number,
                     f"{total} answers are generated at once, which is no multiple of {name}, {number}: the nearest "
-                    f"number is {max(1, round(total / number)) * number}; set batch_size to it"
+                    f"number is {max(1, round(total / number)) * number}; set batch_size to it",
                 )
+                for name, number in divisors.items()
+            )
+        )
         cycle = self.updates_per_generation
         if self.save_strategy == "steps" and self.save_steps >= 1 and self.save_steps % cycle:
             below, above = self.save_steps // cycle * cycle, -(-self.save_steps // cycle) * cycle
@@ -305,28 +300,26 @@ class GRPOArguments(RLArguments, GRPOConfig):
         return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
 
 
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _check(arguments: Any) -> None:
-    for name in FINITE:
-        value = getattr(arguments, name)
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise ValueError(f"{name} must be a finite number, got {value!r}")
-    for name in POSITIVE:
-        value = getattr(arguments, name)
-        if not value > 0 and not (name == "num_train_epochs" and arguments.max_steps > 0):
-            raise ValueError(f"{name} must be positive, got {value}")
-    for name, smallest in LEAST.items():
-        value = getattr(arguments, name, None)
-        if value is not None and value < smallest:
-            raise ValueError(f"{name} must be at least {smallest}, got {value}")
-    for one in fields(arguments):
-        value = getattr(arguments, one.name)
-        if isinstance(value, int) and not isinstance(value, bool) and value > LARGEST:
-            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
+    given = {one.name: getattr(arguments, one.name) for one in fields(arguments)}
+    refuse(*((not _is_finite(given[name]), f"{name} must be a finite number, got {given[name]!r}") for name in FINITE))
+    positive = [name for name in POSITIVE if name != "num_train_epochs" or arguments.max_steps <= 0]
+    limited = {name: least for name, least in LEAST.items() if given.get(name) is not None}
     refuse(
+        *((not given[name] > 0, f"{name} must be positive, got {given[name]}") for name in positive),
         *(
-            (getattr(arguments, name, None), f"{name} does not work here: {reason}")
-            for name, reason in arguments.refused.items()
+            (given[name] < least, f"{name} must be at least {least}, got {given[name]}")
+            for name, least in limited.items()
         ),
+        *(
+            (type(value) is int and value > LARGEST, f"{name} must be at most {LARGEST}, got {value}")
+            for name, value in given.items()
+        ),
+        *((given.get(name), f"{name} does not work here: {reason}") for name, reason in arguments.refused.items()),
         (
             arguments.hub_strategy not in ("end", "every_save"),
             f"hub_strategy {arguments.hub_strategy!r} does not work here: the adapter is uploaded once, at the end",

@@ -2,9 +2,6 @@
 
 import logging
 import os
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,8 +12,8 @@ from s2ft.config import S2FTConfig
 from s2ft.distributed import reads_weights
 from s2ft.layers import kind_of
 from s2ft.packages import check_packages
-from s2ft.text.models import DTYPES, load_model, locate
-from s2ft.train.options import KERNELS, ModelOptions
+from s2ft.text.models import load_model, locate
+from s2ft.train.options import ModelOptions
 from s2ft.train.parallel import loading_config
 
 logger = logging.getLogger(__name__)
@@ -39,8 +36,9 @@ def load_base(options: ModelOptions, arguments: Any):
         MissingPackages: A package that the options need is not installed.
     """
     more = dict(getattr(arguments, "model_init_kwargs", None) or {})
-    dtype = _name(more.pop("dtype", more.pop("torch_dtype", options.dtype)))
-    quantization = more.pop("quantization_config", None) or quantization_config(options, dtype)
+    dtype = more.pop("dtype", more.pop("torch_dtype", options.dtype))
+    options = replace(options, dtype=str(dtype or "auto").removeprefix("torch."))  # which checks it
+    quantization = more.pop("quantization_config", None) or quantization_config(options)
     more.setdefault("attn_implementation", options.attn_implementation)
     more.setdefault("distributed_config", loading_config(arguments))
     if quantization is not None and not arguments.use_cpu:
@@ -49,7 +47,7 @@ def load_base(options: ModelOptions, arguments: Any):
         more.setdefault("device_map", "meta")  # transformers 5.24 would read on every rank
     model, tokenizer = load_model(
         options.model_name_or_path,
-        dtype,
+        options.dtype,
         revision=more.pop("revision", options.model_revision),
         trust_remote_code=more.pop("trust_remote_code", getattr(arguments, "trust_remote_code", False)),
         quantization=quantization,
@@ -65,12 +63,11 @@ def load_base(options: ModelOptions, arguments: Any):
     return model, tokenizer
 
 
-def quantization_config(options: ModelOptions, dtype: str = "auto"):
+def quantization_config(options: ModelOptions):
     """Return the quantization config of transformers for the options, or None.
 
     Args:
-        options: How the model is loaded.
-        dtype: Dtype in which a 4-bit layer multiplies; "auto": bfloat16.
+        options: How the model is loaded. A 4-bit layer multiplies in their dtype; "auto": in bfloat16.
 
     Raises:
         MissingPackages: bitsandbytes is not installed.
@@ -90,7 +87,7 @@ def quantization_config(options: ModelOptions, dtype: str = "auto"):
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(
         load_in_4bit=True,
-        bnb_4bit_compute_dtype=torch.bfloat16 if dtype == "auto" else getattr(torch, dtype),
+        bnb_4bit_compute_dtype=torch.bfloat16 if options.dtype == "auto" else getattr(torch, options.dtype),
         bnb_4bit_quant_type=options.bnb_4bit_quant_type,
         bnb_4bit_use_double_quant=options.use_bnb_nested_quant,
         bnb_4bit_quant_storage=options.bnb_4bit_quant_storage,
@@ -115,35 +112,23 @@ def fit_layout(config: S2FTConfig, model: torch.nn.Module, chosen: bool) -> S2FT
     return replace(config, layout="indexed")
 
 
-def _name(dtype: Any) -> str:
-    """The name of a dtype: torch.bfloat16, "torch.bfloat16" or "bfloat16"."""
-    name = str(dtype or "auto").removeprefix("torch.")
-    if name not in DTYPES:
-        raise ValueError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-    return name
-
-
 # ---- kernels --------------------------------------------------------------------------------------------
 
 
 LEFT_TO_S2FT = ("swiglu", "geglu", "relu_squared", "cross_entropy", "fused_linear_cross_entropy")
 WAY_OUT = "leave out --kernels liger"
-# What Liger-Kernel has replaced in modules of transformers: the original and the new value by module and name.
-_replaced: dict[tuple[str, str], tuple[object, object]] = {}
 
 
 def check_kernels(name: str) -> None:
     """Check that kernels can run here, before a model is loaded.
 
     Args:
-        name: One of KERNELS.
+        name: "s2ft" or "liger".
 
     Raises:
-        ValueError: The name is unknown, or there is no GPU for the kernels.
+        ValueError: There is no GPU for the kernels.
         MissingPackages: Their package is not installed.
     """
-    if name not in KERNELS:
-        raise ValueError(f"kernels must be one of {', '.join(KERNELS)}, got {name!r}")
     if name == "s2ft":
         return
     check_packages("kernels liger", WAY_OUT)
@@ -153,26 +138,26 @@ def check_kernels(name: str) -> None:
 
 
 def apply_kernels(model, name: str) -> None:
-    """Let the frozen layers of a model run on kernels of another package. It may be attached before or after.
+    """Let the frozen layers of a model run on kernels that :func:`check_kernels` allows.
+
+    The model may be attached before or after.
 
     A model whose couplings are found by trials is attached before, since the trials run on the CPU.
 
-    Liger-Kernel works on a GPU. Its rotary positions replace a function of transformers, so that other models of the
-    same type in this process run on them too; its norms are those of this model only.
+    Liger-Kernel works on a GPU. It replaces norms and rotary positions in transformers' module of this type, so that
+    models of the type that are made later in this process run on them too.
 
     Args:
         model: A model of transformers. Its device is the one to train on, or will be.
         name: "s2ft" changes nothing. "liger" takes norms and rotary positions from the package liger-kernel.
 
     Raises:
-        ValueError: The name is unknown, or Liger-Kernel has nothing for this type of model, or there is no GPU.
-        MissingPackages: The package liger-kernel is not installed.
+        ValueError: Liger-Kernel has nothing for this type of model.
 
     Example:
         >>> from s2ft.train.base_model import apply_kernels
         >>> apply_kernels(model, "s2ft")
     """
-    check_kernels(name)
     if name == "s2ft":
         return
     from liger_kernel.transformers import _apply_liger_kernel_to_instance
@@ -185,27 +170,4 @@ def apply_kernels(model, name: str) -> None:
             f"kernels liger: Liger-Kernel has none for models of type {kind!r}, only for "
             f"{', '.join(sorted(MODEL_TYPE_TO_APPLY_LIGER_FN))}: {WAY_OUT}"
         )
-    names = {type(layer).__module__ for layer in model.modules()}
-    modules = [sys.modules[name] for name in sorted(names) if name.startswith("transformers.models.")]
-    before = {module.__name__: dict(vars(module)) for module in modules}
     _apply_liger_kernel_to_instance(model=model, **dict.fromkeys(LEFT_TO_S2FT, False))
-    for module in modules:
-        for name, original in before[module.__name__].items():
-            new = getattr(module, name, original)
-            if isinstance(original, type):  # the model has its norms, and later models are loaded plain
-                setattr(module, name, original)
-            elif new is not original:  # it stays, since the model's attention finds it by its name
-                _replaced[module.__name__, name] = original, new
-
-
-@contextmanager
-def plain_kernels() -> Iterator[None]:
-    """Undo inside the context what Liger-Kernel has replaced in transformers, for models without data such as those of
-    an estimate."""
-    for (module, name), (original, _) in _replaced.items():
-        setattr(sys.modules[module], name, original)
-    try:
-        yield
-    finally:
-        for (module, name), (_, new) in _replaced.items():
-            setattr(sys.modules[module], name, new)

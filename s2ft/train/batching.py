@@ -79,10 +79,8 @@ class Batching:
         return f"batches: {f'{rows:,} rows in {packs:,} packs, ' if self.packed else ''}{self.why}"
 
 
-def choose_batching(
-    model: nn.Module, pad: int, rows, arguments, all_logits: bool = False, trial: Callable[..., str] | None = None
-) -> Batching:
-    """Choose how rows become batches.
+def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: bool = False) -> Batching:
+    """Choose how rows become batches. All devices must call this.
 
     Args:
         model: The model. It is run on two short rows if rows may be packed.
@@ -91,8 +89,6 @@ def choose_batching(
         arguments: The SFTArguments. `packing` None and the default `train_sampling_strategy` leave the choice to this
             function.
         all_logits: Whether batches have labels for all positions, which TRL's own loss needs.
-        trial: Runs :func:`why_not_packed`, with the same arguments. The default runs it on the devices that have the
-            weights, and all devices must call this function.
 
     Raises:
         ValueError: `packing` or `padding_free` is set, and the model mixes up packed rows.
@@ -102,22 +98,20 @@ def choose_batching(
     keep = takes(model, "logits_to_keep") and not all_logits
     devices = devices_of(arguments)
     if devices.splits_rows:
-        why = f"padded, each row divided among {devices.context} devices"
-        return Batching(SplitCollator(pad, math.lcm(multiple, 2 * devices.context)), False, by_length, why)
+        collator = SplitCollator(pad, math.lcm(multiple, 2 * devices.context))
+        return Batching(collator, False, by_length, f"padded, each row divided among {devices.context} devices")
     asked = "packing" if arguments.packing else "padding_free" if arguments.padding_free else ""
     packed = PackedCollator(pad, arguments.padding_free or varlen, keep, multiple)
-    reason, because = None, ""  # not tried
+    reason = None  # not tried
     if asked or (arguments.packing is None and by_length and varlen):
-        run = partial(trial or why_not_packed, model, rows, packed)
-        reason = run() if trial else run_where_weights_are("the trial of packing", model, run)
+        reason = run_where_weights_are("the trial of packing", model, partial(why_not_packed, model, rows, packed))
     if asked and reason:
         raise ValueError(f"{asked} would mix up rows in this model: {reason}; leave {asked} out, rows are then padded")
     if arguments.packing:
         return Batching(packed, True, False, f"packed to at most {arguments.max_length:,} tokens")
     if reason == "":
         return Batching(packed, False, by_length, f"without padding, {_attention(model)} keeps rows apart")
-    if reason:
-        because = f" ({_attention(model)} would mix up rows without padding: {reason})"
+    because = f" ({_attention(model)} would mix up rows without padding: {reason})" if reason else ""
     order = "of similar length" if by_length else f"in {arguments.train_sampling_strategy} order"
     return Batching(TokenCollator(pad, keep, multiple), False, by_length, f"padded, rows {order}{because}")
 

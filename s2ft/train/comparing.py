@@ -66,8 +66,9 @@ def compare_tuners(run: Run, words: Sequence[str]) -> None:
         words: Its command line, which the process of each run has too.
 
     Raises:
-        ValueError: A method is unknown, an option can't be compared, or there are no held-out rows.
-        FileExistsError: The output folder holds something else, or another process uses it.
+        ValueError: A method is unknown, an option can't be compared, there are no held-out rows, or the output folder
+            holds something else.
+        FileExistsError: Another process uses the output folder.
         SystemExit: A run has failed, and its process has said why.
     """
     options = CompareOptions(
@@ -120,9 +121,8 @@ def check(run: Run, options: CompareOptions) -> None:
         (run.model.keep_packed, "PEFT has no methods for the blocks of a .gguf file: leave out --keep-packed"),
         ("full" in options.methods and run.model.quantized, "weights in 4 or 8 bit can't be trained in full: leave "
          "out the method full, or the quantization"),
+        (others, f"output folder {folder} isn't empty and holds no comparison: choose another"),
     )  # fmt: skip
-    if others:
-        raise FileExistsError(f"output folder {folder} isn't empty and holds no comparison: choose another")
     if "learning_rate" in run.given:
         logger.info("learning_rate is not used: each method has a start rate of its own, and --rates multiplies it")
     if run.method.read(run)[1] is None:

@@ -22,18 +22,24 @@ def gpu_or_cpu(keep_memory: bool = False):
     import torch
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    say_device(device)
-    if device.type == "cpu" and keep_memory:
-        keep_freed_memory()
+    begin_on(device, keep_memory)
     return device
 
 
-def say_device(device) -> None:
-    """Log that the command runs on the CPU because PyTorch finds no GPU."""
+def begin_on(device, keep_memory: bool = False, is_first: bool = True) -> None:
+    """Log that the command runs on the CPU, if it does, and let the process keep freed memory there.
+
+    Args:
+        device: The device.
+        keep_memory: Whether a process on the CPU keeps freed memory, see :func:`keep_freed_memory`.
+        is_first: Whether this process is the one that logs.
+    """
     import torch
 
-    if device.type == "cpu":
+    if device.type == "cpu" and is_first:
         logger.info("running on the CPU: PyTorch %s finds no GPU", torch.__version__)
+    if device.type == "cpu" and keep_memory:
+        keep_freed_memory()
 
 
 def peak_memory() -> int:
@@ -73,9 +79,8 @@ class OutOfMemory(MemoryError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Return whether an error says that memory was too small: Python's, or one of PyTorch's allocators."""
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return True
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in MESSAGES)
+    is_said = isinstance(error, RuntimeError) and any(words in str(error) for words in MESSAGES)
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or is_said
 
 
 def words_of_allocator(error: BaseException) -> str:

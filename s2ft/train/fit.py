@@ -7,7 +7,6 @@ import contextlib
 import hashlib
 import json
 import logging
-import math
 import signal
 import socket
 import tempfile
@@ -36,16 +35,15 @@ from s2ft.text.divergence import Drift
 from s2ft.text.evaluation import Comparison, HeldOut
 from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
+from s2ft.train import output
 from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, log_failure, newest_valid, plot_loss, read_log, write_json
-from s2ft.train.parallel import check_divided_rows, devices_of, is_spread, rows_of_update, run_where_weights_are
-from s2ft.train.rewards import check_columns
+from s2ft.train.output import RunFolder, log_failure, newest_valid, read_log, write_json
+from s2ft.train.parallel import check_divided_rows, is_spread, run_where_weights_are
 from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, needs_trl_loss
 
 logger = logging.getLogger(__name__)
-FEW_STEPS = 10  # a warning is logged for a run with fewer updates
 OF_IMAGES = ("image", "images", "pixel_values")
 # Values of DPO, GRPO and the meter that log.jsonl gets too, by the beginning of their names, and those of the progress.
 LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
@@ -123,12 +121,12 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
     trainer.remove_callback(PrinterCallback)  # JsonlLog shows the same values
     if meter is not None:
         meter.add_to(trainer)
-    with checkpointing(model, arguments), restored(model, trainer):
+    with checkpointing(model, arguments), restored(trainer):
         result = _train_and_save(trainer, model, folder, checkpoint, meter)
     if trainer.is_world_process_zero():
         with log_errors(f"{folder.plot} was not drawn"):
             check_packages("loss.png")
-            plot_loss(folder.log, folder.plot, folder.title())
+            output.loss_figure(read_log(folder.log), folder.path.absolute().name).savefig(folder.plot, dpi=120)
     trainer.accelerator.wait_for_everyone()
     return result
 
@@ -230,16 +228,12 @@ def log_errors(failure: str) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def restored(model, trainer) -> Iterator[None]:
-    """Undo at the end what TRL's loss and NEFTune change in the model, after an error too."""
+def restored(trainer) -> Iterator[None]:
+    """Undo at the end what TRL's loss changes in the model, after an error too."""
     try:
         yield
     finally:
         trainer.restore_model()
-        handle = getattr(trainer, "neftune_hook_handle", None)
-        if handle is not None:
-            handle.remove()
-            model.get_input_embeddings().__dict__.pop("neftune_noise_alpha", None)
 
 
 @contextlib.contextmanager
@@ -270,7 +264,7 @@ def is_checkpointed(arguments) -> bool:
 
 
 def check_packages_of_run(arguments) -> None:
-    """Check that the packages of a run are installed: those of training, of the optimizer, and of loggers.
+    """Check that the packages of the optimizer and of loggers are installed.
 
     Args:
         arguments: The SFTArguments.
@@ -279,7 +273,6 @@ def check_packages_of_run(arguments) -> None:
         MissingPackages: Names the packages that are missing and the line that installs them.
         ValueError: transformers does not know a logger, or cannot use it here.
     """
-    check_packages("s2ft sft")
     check_packages(f"optimizer {getattr(arguments.optim, 'value', arguments.optim)}")
     from transformers.integrations import get_available_reporting_integrations, get_reporting_integration_callbacks
 
@@ -449,8 +442,7 @@ def sft(
         The loss, the time and the folder of the adapter.
 
     Raises:
-        ValueError: The arguments do not fit the data, the model or the installed packages.
-        MissingPackages: A package that the run needs is not installed.
+        ValueError: The arguments do not fit the data or the model.
     """
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([short_row(train)])
@@ -471,13 +463,17 @@ def trainer_for(
     check_run(model, train, arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
     rows = batching.prepare(train, arguments)
-    callbacks = callbacks_of(arguments, folder, options)
     trainer = SFTRunTrainer(
-        model, arguments, rows, batching, tokenizer=tokenizer, held_out=held_out, callbacks=callbacks
+        model,
+        arguments,
+        rows,
+        batching,
+        tokenizer=tokenizer,
+        held_out=held_out,
+        callbacks=callbacks_of(arguments, folder, options),
     )
     if trainer.is_world_process_zero():
         logger.info(batching.line(len(train), len(rows)))
-        log_length(trainer.args, len(rows))
     return trainer
 
 
@@ -492,9 +488,7 @@ def check_run(model, train, arguments) -> None:
     Raises:
         ValueError: The rows have images, the dtype does not work here, or devices are
             to divide rows that can't be divided.
-        MissingPackages: See :func:`check_packages_of_run`.
     """
-    check_packages_of_run(arguments)
     images = [name for name in OF_IMAGES if name in (train.column_names or ())]
     if images:
         raise ValueError(
@@ -520,10 +514,8 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
     Otherwise the model's own loss is used, and the reason is logged. TRL's own loss, if the arguments ask for it,
     replaces both.
     """
-    reason = "this was asked for"
-    if needs_trl_loss(arguments):
-        reason = "TRL computes it"
-    elif options.chunked_loss:
+    reason = "not asked for"
+    if options.chunked_loss and not needs_trl_loss(arguments):
         batch = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
         }
@@ -541,31 +533,6 @@ def _why_not_chunked(model, arguments, batch: dict) -> str:
     if is_spread(model):
         return "the weights are spread over the devices"
     return run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))
-
-
-def updates(arguments, rows: int) -> int:
-    """Return the number of updates of a run on so many rows or packs."""
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    batches = math.ceil(rows / (arguments.train_batch_size * devices_of(arguments).groups))
-    each = max(1, math.ceil(batches / arguments.gradient_accumulation_steps))
-    return math.ceil(each * arguments.num_train_epochs)
-
-
-def log_length(arguments, rows: int) -> None:
-    """Log a warning about a run with few updates."""
-    steps = updates(arguments, rows)
-    if arguments.max_steps <= 0 and steps < FEW_STEPS:
-        logger.warning(
-            "warning: %d %s at batch size %d and %g epochs are %d update%s, which may be too few to learn "
-            "anything: lower --batch-size, or raise --epochs",
-            rows,
-            "packs" if getattr(arguments, "packing", False) else "rows",
-            rows_of_update(arguments),
-            arguments.num_train_epochs,
-            steps,
-            "" if steps == 1 else "s",
-        )
 
 
 # ---- DPO ------------------------------------------------------------------------------------------------
@@ -587,10 +554,8 @@ def dpo(
 
     The reference model is the model itself without its adapter: no second model is loaded. The arguments and errors
     are those of :func:`sft`, with DPOArguments. Rows are pairs of token rows, see
-    :func:`s2ft.text.encoding.encode_pairs`.
+    :func:`s2ft.text.encoding.encode_pairs`. The command has checked the dtype and the packages.
     """
-    check_packages_of_run(arguments)
-    check_dtype(model, arguments)
     trainer = DPORunTrainer(
         model,
         arguments,
@@ -599,8 +564,6 @@ def dpo(
         held_out=held_out,
         callbacks=callbacks_of(arguments, folder, options),
     )
-    if trainer.is_world_process_zero():
-        log_length(trainer.args, len(train))
     return run_trainer(trainer, model, arguments, folder, resume, meter)
 
 
@@ -633,12 +596,6 @@ def grpo(
         rewards: Functions with TRL's signature, see :func:`s2ft.train.rewards.load_rewards`.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
     """
-    check_packages_of_run(arguments)
-    check_vllm(arguments, model if base is None else base)
-    check_dtype(model, arguments)
-    check_columns(rewards, train.column_names)
-    arguments.set_generation()
-    check_count(arguments, train)
     # The name of the run for a vLLM server. A run that is resumed has the same name, and no other run has it.
     place = f"{socket.gethostname()}:{folder.path.absolute()}"
     trainer = GRPORunTrainer(
@@ -655,30 +612,6 @@ def grpo(
     return run_trainer(trainer, model, arguments, folder, resume, meter)
 
 
-def check_vllm(arguments, base) -> None:
-    """Check that vLLM can generate the answers, if the arguments ask for it.
-
-    Args:
-        arguments: The GRPOArguments.
-        base: The folder of the base that vLLM loads in this process, or the model that was loaded from it.
-
-    Raises:
-        MissingPackages: vLLM is not installed.
-        ValueError: vLLM can't load the base.
-    """
-    if not arguments.use_vllm:
-        return
-    check_packages("use_vllm", "leave use_vllm out: transformers generates the answers then")
-    if arguments.vllm_mode == "server":
-        return
-    name = base if isinstance(base, str) else base.name_or_path
-    if not name or name.endswith(".gguf"):
-        raise ValueError(
-            f"vLLM can't load the base of this model ({name or 'it was not loaded from a folder'}): save it with "
-            "save_pretrained before the adapter is attached, and give its folder as base"
-        )
-
-
 @contextlib.contextmanager
 def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
     """Write a base that vLLM can't load in its form, such as a .gguf file, to a temporary folder inside the context.
@@ -686,31 +619,16 @@ def base_for_vllm(model, tokenizer, arguments) -> Iterator[str | None]:
     Args:
         model: The model, without an adapter.
         tokenizer: Its tokenizer.
-        arguments: The GRPOArguments.
+        arguments: The arguments of the run. Those of GRPO may ask for vLLM.
 
     Yields:
         The folder; None if vLLM is not used in this process, or loads the model from where it was loaded.
     """
-    if not arguments.use_vllm or arguments.vllm_mode == "server" or not model.name_or_path.endswith(".gguf"):
+    is_loaded_here = getattr(arguments, "use_vllm", False) and arguments.vllm_mode != "server"
+    if not is_loaded_here or not model.name_or_path.endswith(".gguf"):
         yield None
         return
     with tempfile.TemporaryDirectory(prefix="s2ft-base-") as folder:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         yield folder
-
-
-def check_count(arguments, prompts) -> None:
-    """Raise ValueError if there are fewer prompts than one generation takes.
-
-    Args:
-        arguments: The GRPOArguments.
-        prompts: The rows.
-    """
-    needed = arguments.generation_batch_size // arguments.num_generations
-    if len(prompts) < needed:
-        raise ValueError(
-            f"there {'is 1 prompt' if len(prompts) == 1 else f'are {len(prompts)} prompts'}, and each generation takes "
-            f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
-            f"{arguments.num_generations}): lower batch_size or raise num_generations"
-        )

@@ -1,9 +1,7 @@
 """A callback that measures forgetting and divergence while a model is trained, and can end the training."""
 
-import contextlib
 import logging
 import time
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -119,9 +117,8 @@ class ForgettingMeter(TrainerCallback):
         Raises:
             ValueError: The rows can't be measured with the Trainer's model.
         """
-        callbacks = trainer.callback_handler.callbacks
-        callbacks.insert(1, _Logging(self))  # behind the one that decides what happens at a step
-        trainer.add_callback(self)
+        # Behind the callback that decides what happens at a step, and before those that log.
+        trainer.callback_handler.callbacks.insert(1, self)
         self.on_init_end(trainer.args, trainer.state, trainer.control, model=trainer.model)
 
     # ---- events of the Trainer ---------------------------------------------------------------------------
@@ -129,7 +126,8 @@ class ForgettingMeter(TrainerCallback):
     def on_init_end(self, args, state, control, model=None, **kwargs):
         """Measure the base of a model without adapters, which a resumed run changes before the training begins."""
         if base_switch(_inner(model)) is None:
-            with _autocast(args):  # the Trainer has not prepared the model yet
+            half = torch.float16 if args.fp16 else torch.bfloat16
+            with torch.autocast(args.device.type, half, enabled=args.bf16 or args.fp16):  # the Trainer has not begun
                 self._meter = self._of_base(model)
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
@@ -220,23 +218,6 @@ class ForgettingMeter(TrainerCallback):
             text = f"%s; the values of step {self.kept_step} are kept: {self.measured[self.kept_step]}"
         if state.is_world_process_zero:
             logger.warning(text, why)
-
-
-class _Logging(TrainerCallback):
-    """Adds the values of a meter to the log before the callbacks of loggers get it."""
-
-    def __init__(self, meter: ForgettingMeter) -> None:
-        self._meter = meter
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        self._meter.on_log(args, state, control, logs)
-
-
-def _autocast(args: Any) -> AbstractContextManager:
-    """Return the context in which a Trainer with these arguments runs its model."""
-    if not args.bf16 and not args.fp16:
-        return contextlib.nullcontext()
-    return torch.autocast(args.device.type, torch.bfloat16 if args.bf16 else torch.float16)
 
 
 def _inner(model: Any) -> Any:

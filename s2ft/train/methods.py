@@ -1,21 +1,17 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
-import contextlib
-import copy
-import dataclasses
 import logging
 from abc import ABC, abstractmethod
-from contextlib import AbstractContextManager
+from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import Trainer
 
 import s2ft
 from s2ft.config import refuse
-from s2ft.distributed import without_zero_init
 from s2ft.files.plain_text import first_line
 from s2ft.packages import check_packages
 from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
@@ -23,25 +19,12 @@ from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
-from s2ft.text.prompts import encode_prompt, pad_id, prompt_for_rows, with_columns
-from s2ft.train.base_model import plain_kernels
-from s2ft.train.batching import Batching, choose_batching, row_lengths, short_row, why_not_packed
-from s2ft.train.fit import (
-    Finetuned,
-    base_for_vllm,
-    check_count,
-    check_dtype,
-    check_run,
-    dpo,
-    grpo,
-    is_checkpointed,
-    log_errors,
-    sft,
-)
+from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_for_rows, with_columns
+from s2ft.train.batching import row_lengths, takes
+from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
 from s2ft.train.loss import loss_in_chunks, why_not_chunked
 from s2ft.train.output import write_json
 from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
-from s2ft.train.planning import suggested_rate, width_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Run
 from s2ft.train.trainers import needs_trl_loss, refuse_sharding
@@ -57,16 +40,16 @@ class Method(ABC):
     Attributes:
         name: Name of the command.
         fits_batch: Whether fewer rows make an update where there are few of them.
+        rate_by_width: Whether the learning rate of a run that names none follows from the model's width.
+        answers: Token rows of a batch for each row of the data.
         shape: What the rows of the data have.
     """
 
     name: str
     fits_batch = True
+    rate_by_width = False
+    answers = 1
     shape: Shape = EXAMPLES
-
-    def learning_rate(self, model) -> float | None:
-        """Return the learning rate of a run that names none, or None for that of the arguments."""
-        return None
 
     def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
         """Check the options before anything is read. Raises ValueError."""
@@ -79,8 +62,9 @@ class Method(ABC):
         """
         arguments, options = run.arguments, run.options
         evaluates = options.eval_task is not None or arguments.eval_strategy != "no"
-        how = {"seed": arguments.seed, "evaluates": evaluates, "eval_limit": options.eval_limit, "shape": self.shape}
-        rows, held_out = load_split(run.data, **how)
+        rows, held_out = load_split(
+            run.data, seed=arguments.seed, evaluates=evaluates, eval_limit=options.eval_limit, shape=self.shape
+        )
         if held_out is None and (evaluates or options.eval_limit is not None):
             name = "eval_task" if options.eval_task else "eval_limit" if options.eval_limit else "an evaluation"
             raise ValueError(
@@ -88,6 +72,13 @@ class Method(ABC):
                 f"{run.data.dataset_test_split!r}"
             )
         return rows, held_out
+
+    def prompt(self, run: Run, model, tokenizer, rows) -> PromptFormat:
+        """Return the format of the prompts of rows, and set its template in the tokenizer."""
+        check_dtype(model, run.arguments)
+        prompt = prompt_for_rows(tokenizer, rows, run.data)
+        prompt.apply_to(tokenizer)
+        return prompt
 
     @abstractmethod
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
@@ -103,12 +94,39 @@ class Method(ABC):
         return row
 
     @abstractmethod
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        """Log the memory that a step on the longest rows takes."""
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
+        """Return a token row as long as the longest one of the training."""
 
-    def base(self, run: Run, model, tokenizer) -> AbstractContextManager[str | None]:
-        """Write the base to a folder inside the context if something besides the trainer needs it."""
-        return contextlib.nullcontext()
+    def log_memory(self, run: Run, model, data: Encoded) -> None:
+        """Log the memory that a step on the longest rows takes on one device, with a warning if less is free."""
+        arguments = run.arguments
+        if devices_of(arguments).splits_rows or is_spread(model):  # the other devices do not call this
+            logger.info("memory was not estimated: rows or weights are divided among devices; s2ft estimate does it")
+            return
+        try:
+            strategy = strategy_of_run(arguments)
+            whole_logits = needs_trl_loss(arguments) or (strategy is not None and strategy.shards_weights)
+            chunked = run.options.chunked_loss and not arguments.torch_compile and not whole_logits
+            collator = TokenCollator(0, takes(model, "logits_to_keep") and not needs_trl_loss(arguments))
+            row = self.longest_row(run, data)
+            short = {"input_ids": row["input_ids"][:8], "labels": row["input_ids"][:8]}
+            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
+            found = s2ft.estimate(
+                model,
+                run.config,
+                example=collator([row] * arguments.per_device_train_batch_size * self.answers),
+                optimizer=partial(kind, **options),
+                loss=loss_in_chunks if chunked and not why_not_chunked(model, collator([short])) else None,
+                gradient_checkpointing=is_checkpointed(arguments),
+                accumulation=arguments.gradient_accumulation_steps,
+                autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
+                strategy=strategy,
+                devices=None if strategy is None else devices_of(arguments).count,
+            )
+        except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
+            logger.info("memory was not estimated: %s", first_line(error))
+            return
+        logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
 
     @abstractmethod
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
@@ -124,10 +142,7 @@ class SFT(Method):
     """Rows of prompt and answer, whose answers are learned."""
 
     name = "sft"
-
-    def learning_rate(self, model) -> float | None:
-        width = width_of(model)
-        return None if width is None else suggested_rate(width).rate
+    rate_by_width = True
 
     def read(self, run: Run) -> tuple[Any, Any]:
         task, arguments = run.options.eval_task, run.arguments
@@ -146,8 +161,7 @@ class SFT(Method):
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
         data, arguments, options = run.data, run.arguments, run.options
-        prompt = prompt_for_rows(tokenizer, rows, data)
-        prompt.apply_to(tokenizer)
+        prompt = self.prompt(run, model, tokenizer, rows)
         how = {
             "max_length": _room(run, model),
             "too_long": data.too_long,
@@ -166,18 +180,12 @@ class SFT(Method):
         scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
         return Encoded(prompt, tokens.dataset, scored)
 
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        arguments = run.arguments
-        if devices_of(arguments).splits_rows:
-            logger.info("memory was not estimated: each row is divided among devices")
-            return
-        trl_loss, trial = needs_trl_loss(arguments), why_not_packed
-        if is_spread(model):  # the other devices do not call this, so the model is neither run nor read
-            model, trial = plain_copy(model), lambda *arguments: ""
-        batching = choose_batching(model, pad_id(tokenizer), data.rows, arguments, trl_loss, trial)
-        chunked = run.options.chunked_loss and not arguments.torch_compile and not trl_loss
-        longest, short = longest_rows(data.rows, arguments, batching), batching.collator([short_row(data.rows)])
-        log_memory_of_batch(model, run.config, longest, arguments, chunked, short)
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
+        if run.arguments.packing:
+            full = list(range(run.arguments.max_length))  # the values do not matter
+            return {"input_ids": full, "labels": full}
+        lengths = row_lengths(data.rows)
+        return data.rows[lengths.index(max(lengths))]
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         result = sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
@@ -186,13 +194,13 @@ class SFT(Method):
         with log_errors("the base and the adapter were not compared"):
             size = run.arguments.per_device_train_batch_size
             found = compare(model, tokenizer, data.held_out.rows, batch_size=size)
-            result = dataclasses.replace(result, comparison=found)
+            result = replace(result, comparison=found)
             write_json(run.folder.report, result.to_dict())
         return result
 
 
 class RL(Method):
-    """What DPO and GRPO share: they need whole models, and a format of prompts instead of rows."""
+    """What DPO and GRPO share: they need whole models."""
 
     def check(self, run: Run) -> None:
         refuse_sharding(run.arguments, f"s2ft {self.name}")
@@ -200,18 +208,12 @@ class RL(Method):
             (run.options.eval_task, f"eval_task {FOR_SFT}"), (run.data.last_answer_only, f"last_answer_only {FOR_SFT}")
         )
 
-    def prompt(self, run: Run, model, tokenizer, rows):
-        """Return the format of the prompts of rows, and set its template in the tokenizer."""
-        check_dtype(model, run.arguments)
-        prompt = prompt_for_rows(tokenizer, rows, run.data)
-        prompt.apply_to(tokenizer)
-        return prompt
-
 
 class DPO(RL):
     """Pairs of a better and a worse answer."""
 
     name = "dpo"
+    answers = 2
     shape = PAIRS
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
@@ -232,9 +234,11 @@ class DPO(RL):
     def token_row(self, tokenizer, row) -> Any:
         return token_row(row, "chosen_ids")
 
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
-        batch = longest_batch(data.rows, tokenizer, run.arguments.per_device_train_batch_size)
-        log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
+        columns = zip(*(data.rows[name] for name in IDS))
+        lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
+        pair = data.rows[lengths.index(max(lengths))]
+        return token_row(pair, max(IDS[1:], key=lambda name: len(pair[name])))
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
@@ -254,11 +258,19 @@ class GRPO(RL):
         if arguments.use_vllm:
             check_packages("use_vllm", "leave --use-vllm out: transformers generates the answers then")
         rewards = load_rewards(arguments.rewards)
-        if arguments.reward_weights is not None and len(arguments.reward_weights) != len(rewards):
-            raise ValueError(
-                f"reward_weights has {len(arguments.reward_weights)} numbers for {len(rewards)} rewards "
-                f"({', '.join(reward.title for reward in rewards)}): give one for each"
-            )
+        weights = rewards if arguments.reward_weights is None else arguments.reward_weights
+        refuse(
+            (
+                len(weights) != len(rewards),
+                f"reward_weights has {len(weights)} numbers for {len(rewards)} rewards "
+                f"({', '.join(reward.title for reward in rewards)}): give one for each",
+            ),
+            (
+                run.options.init_adapter is None and needs_calibration(run.config),
+                f"selection {run.config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units "
+                "with s2ft select, and give the file with units",
+            ),
+        )
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
         arguments = run.arguments
@@ -271,32 +283,25 @@ class GRPO(RL):
         if arguments.vllm_max_model_length is None:  # vLLM would keep room for the model's whole context
             arguments.vllm_max_model_length = max(longest, other) + arguments.max_completion_length
         check_columns(load_rewards(arguments.rewards), kept.column_names)
-        check_count(arguments, kept)
-        return Encoded(prompt, kept, others, longest)
-
-    def calibration(self, run: Run, tokenizer, data: Encoded) -> Any:
-        if needs_calibration(run.config):
+        needed = arguments.generation_batch_size // arguments.num_generations
+        if len(kept) < needed:
             raise ValueError(
-                f"selection {run.config.selection} needs answers to calibrate on, and s2ft grpo has none: choose units "
-                "with s2ft select, and give the file with units"
+                f"there {'is 1 prompt' if len(kept) == 1 else f'are {len(kept)} prompts'}, and each generation takes "
+                f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
+                f"{arguments.num_generations}): lower batch_size or raise num_generations"
             )
-        return None
+        return Encoded(prompt, kept, others, longest)
 
     def token_row(self, tokenizer, row) -> Any:
         return row_of_prompt(encode_prompt(tokenizer, row["prompt"]))
 
-    def log_memory(self, run: Run, model, tokenizer, data: Encoded) -> None:
+    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
         answer = list(range(run.arguments.max_completion_length))  # the values do not matter
-        row = {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
-        batch = TokenCollator(0)([row] * run.arguments.per_device_train_batch_size)
-        log_memory_of_batch(model, run.config, batch, run.arguments, chunked=True)
-
-    def base(self, run: Run, model, tokenizer):
-        return base_for_vllm(model, tokenizer, run.arguments)
+        return {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
-        rewards = load_rewards(run.arguments.rewards)
-        return grpo(model, tokenizer, data.rows, rewards, run.arguments, run.folder, **how)
+        arguments = run.arguments
+        return grpo(model, tokenizer, data.rows, load_rewards(arguments.rewards), arguments, run.folder, **how)
 
 
 def _fitting(rows, tokenizer, room: int, run: Run, what: str):
@@ -314,84 +319,3 @@ def _fitting(rows, tokenizer, room: int, run: Run, what: str):
 
 
 METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}
-
-
-# ---- memory ---------------------------------------------------------------------------------------------
-
-
-def log_memory_of_batch(model, config, batch: dict, arguments, chunked: bool, short: dict | None = None) -> None:
-    """Log the memory that a step on a batch needs on one device, with a warning if it is more than is free.
-
-    Args:
-        model: The model without an adapter.
-        config: The S2FTConfig of the run.
-        batch: The largest batch of the run.
-        arguments: The arguments of the trainer.
-        chunked: Whether the loss is computed without keeping all logits, if the model allows it.
-        short: A batch on which the model is run to find out whether it allows it. None is `batch`.
-    """
-    try:
-        strategy = strategy_of_run(arguments)
-        if strategy is not None and strategy.shards_weights:
-            chunked = False
-        chunked = chunked and not why_not_chunked(model, batch if short is None else short)
-        kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-        found = s2ft.estimate(
-            model,
-            config,
-            example=batch,
-            optimizer=partial(kind, **options),
-            loss=loss_in_chunks if chunked else None,
-            gradient_checkpointing=is_checkpointed(arguments),
-            accumulation=arguments.gradient_accumulation_steps,
-            autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
-            strategy=strategy,
-            devices=None if strategy is None else devices_of(arguments).count,
-        )
-    except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
-        logger.info("memory was not estimated: %s", first_line(error))
-        return
-    logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
-
-
-def longest_rows(train, arguments, batching: Batching) -> dict:
-    """Return the largest batch that the training may have: its longest rows, or full packs of labelled tokens.
-
-    Args:
-        train: The token rows, a Dataset.
-        arguments: The SFTArguments.
-        batching: How rows become batches.
-    """
-    rows = arguments.per_device_train_batch_size
-    if batching.packed:
-        full = list(range(arguments.max_length))  # the values do not matter
-        return batching.collator([{"input_ids": full, "labels": full}] * rows)
-    lengths = row_lengths(train)
-    return batching.collator([train[row] for row in sorted(range(len(train)), key=lengths.__getitem__)[-rows:]])
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """Return a plain model of the same config and dtype on the meta device.
-
-    Args:
-        model: A model of transformers, attached or not. Its weights may be spread over devices.
-    """
-    config = copy.deepcopy(model.config)
-    config.__dict__.pop("quantization_config", None)
-    with plain_kernels(), torch.device("meta"), without_zero_init():
-        return type(model)._from_config(config).to(model.dtype)
-
-
-def longest_batch(pairs, tokenizer, rows: int) -> dict:
-    """Return the largest batch of token rows that training on pairs has: both answers of the longest pairs.
-
-    Args:
-        pairs: A Dataset of :func:`s2ft.text.encoding.encode_pairs`.
-        tokenizer: The model's tokenizer.
-        rows: Number of pairs in a batch.
-    """
-    lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in
-               zip(*(pairs[name] for name in IDS))]  # fmt: skip
-    longest = sorted(range(len(lengths)), key=lengths.__getitem__)[-rows:]
-    answers = [(pairs[number], answer) for number in longest for answer in IDS[1:]]
-    return TokenCollator(pad_id(tokenizer))([token_row(pair, answer) for pair, answer in answers])

@@ -105,8 +105,7 @@ class ModelOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.load_in_8bit and self.load_in_4bit:
-            raise ValueError("load_in_8bit and load_in_4bit exclude each other")
+        refuse((self.load_in_8bit and self.load_in_4bit, "load_in_8bit and load_in_4bit exclude each other"))
 
     @property
     def quantized(self) -> bool:
@@ -214,9 +213,6 @@ class ForgettingOptions:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        for name in ("forgetting_data", "protect"):
-            value = getattr(self, name)
-            setattr(self, name, [value] if isinstance(value, str) else list(value or ()))
         limits = {"stop_at_forgetting": self.stop_at_forgetting, "stop_at_kl": self.stop_at_kl}
         refuse(
             *(

@@ -42,8 +42,8 @@ class RunFolder:
         >>> from s2ft.train.output import RunFolder
         >>> folder = RunFolder("my-run")
         >>> folder.begin({"model": "my-model", "adapter.d_ratio": 0.03})
-        >>> folder.title()
-        'my-run (my-model, d_ratio 0.03)'
+        >>> folder.options()["model"]
+        'my-model'
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -106,13 +106,6 @@ class RunFolder:
         if not isinstance(options, dict):
             raise ValueError(f"{self.run} holds no options of a run")
         return options
-
-    def title(self) -> str:
-        """Return the name of the run with its model and ratios, as far as run.json has them."""
-        options = {key.split(".")[-1]: value for key, value in self.options().items()} if self.run.is_file() else {}
-        known = [Path(str(options["model"])).name] if options.get("model") else []
-        known += [f"{key} {value:g}" for key, value in options.items() if key.endswith("_ratio") and value]
-        return f"{self.path.absolute().name}" + (f" ({', '.join(known)})" if known else "")
 
     def kept(self) -> str:
         """Return a text about what a failed run has left to continue from."""
@@ -243,19 +236,8 @@ CHARTS = {  # below each other, as far as they were measured
 }
 
 
-def plot_loss(log: Path, image: Path, title: str = "") -> None:
-    """Write a PNG file with the loss, the learning rate and the evaluations of a run.
-
-    Args:
-        log: The log.jsonl of the run.
-        image: The file to write.
-        title: Text above the picture.
-    """
-    loss_figure(read_log(log), title).savefig(image, dpi=120)
-
-
 def loss_figure(lines: list[dict], title: str = ""):
-    """Draw the lines of a log as a matplotlib Figure.
+    """Draw the loss, the learning rate and the evaluations of a run as a matplotlib Figure.
 
     Args:
         lines: The lines, as :func:`s2ft.train.output.read_log` returns them.
@@ -420,8 +402,10 @@ def report_page(
     parts = []
     if comparison is not None and comparison.loss_before is not None:
         before, after = comparison.loss_before, comparison.loss_after
-        parts.append(f"<p class=loss>loss {before:.3f} → <b>{after:.3f}</b></p>")
-        parts.append(f"<p>on {comparison.rows} rows that were not trained on, before and after</p>")
+        parts += [
+            f"<p class=loss>loss {before:.3f} → <b>{after:.3f}</b></p>",
+            f"<p>on {comparison.rows} rows that were not trained on, before and after</p>",
+        ]
     if figure is not None:
         image = io.StringIO()
         figure.savefig(image, format="svg", transparent=True)

@@ -27,18 +27,16 @@ class Devices:
         count: Number of devices.
         tensor: Devices that share each weight matrix and train on the same rows (tensor parallelism).
         context: Devices that share each row (context parallelism).
-        sequence: Devices that share each row by DeepSpeed's sequence parallelism.
     """
 
     count: int
     tensor: int = 1
     context: int = 1
-    sequence: int = 1
 
     @property
     def together(self) -> int:
         """Number of devices that train on the same rows."""
-        return self.tensor * self.context * self.sequence
+        return self.tensor * self.context
 
     @property
     def groups(self) -> int:
@@ -48,12 +46,12 @@ class Devices:
     @property
     def splits_rows(self) -> bool:
         """Whether several devices share each row."""
-        return self.context * self.sequence > 1
+        return self.context > 1
 
     def __str__(self) -> str:
         if self.together == 1:
             return f"{self.count} device{'s' * (self.count != 1)}"
-        kinds = ("tensor", "context", "sequence")
+        kinds = ("tensor", "context")
         how = " × ".join(f"{getattr(self, kind)} {kind} parallel" for kind in kinds if getattr(self, kind) > 1)
         return f"{self.groups} group{'s' * (self.groups != 1)} of {self.together} devices ({how})"
 
@@ -65,7 +63,7 @@ def devices_of(arguments: Any) -> Devices:
         arguments: Arguments of one of TRL's trainers.
 
     Raises:
-        ValueError: The number of devices can't be divided so, or the kinds of parallelism can't be combined.
+        ValueError: The number of devices can't be divided so, or the kinds of parallelism can't be used or combined.
 
     Example:
         >>> from s2ft.train.arguments import SFTArguments
@@ -79,9 +77,13 @@ def devices_of(arguments: Any) -> Devices:
         others = (loading.get("fsdp_size") or 1) * (loading.get("dp_replicate_size") or 1)
         planned = loading.get("tp_plan") is not None  # without a size, transformers takes all devices for the plan
         tensor = loading.get("tp_size") or (arguments.world_size // others if planned else 1)
-    context, sequence = (config.cp_size, config.sp_size) if config is not None else (1, 1)
-    found = Devices(arguments.world_size, tensor, context, sequence)
+    found = Devices(arguments.world_size, tensor, 1 if config is None else config.cp_size)
     refuse(
+        (
+            config is not None and config.sp_size > 1,
+            "DeepSpeed's sequence parallelism (sp_size) shifts the labels itself, which s2ft sft has done already: "
+            "take context parallelism (examples/accelerate/context.yaml), or S2FTTrainer",
+        ),
         (
             tensor > 1 and found.splits_rows,
             "tensor parallelism can't be combined with context or sequence parallelism: transformers splits the "
@@ -231,11 +233,6 @@ def check_divided_rows(model: nn.Module, arguments) -> None:
         ValueError: An option or the model needs whole rows.
     """
     devices = devices_of(arguments)
-    if devices.sequence > 1:
-        raise ValueError(
-            "DeepSpeed's sequence parallelism (sp_size) shifts the labels itself, which s2ft sft has done already: "
-            "take context parallelism (examples/accelerate/context.yaml), or S2FTTrainer"
-        )
     if not devices.splits_rows:
         return
     given = [name for name in ("packing", "padding_free", "router_aux_loss_coef") if getattr(arguments, name)]

@@ -35,11 +35,10 @@ from s2ft.model.coupling import projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import count_parameters, weight_at
-from s2ft.train.base_model import plain_kernels
 from s2ft.train.loss import loss_in_chunks
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
-BITS = {"4bit": 4.5, "8bit": 8.1}  # of one weight in bitsandbytes' blocks, with their scales
+BITS = {4: 4.5, 8: 8.1}  # of one weight in bitsandbytes' blocks, with their scales
 
 
 @dataclass(frozen=True)
@@ -117,9 +116,12 @@ def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planne
     in_full = sum(report.extra_weights.values())
     values = sum(row.parameters * row.dtype.itemsize for row in report.rows)
     index = sum(selection[projection.name].numel() * projection.unit for projection in trained) * 8
-    share = report.trainable / count_parameters(model)
     return Planned(
-        ratio, report.trainable, share, (report.trainable - in_full) / each_rank, values + index + in_full * 4
+        ratio,
+        report.trainable,
+        share=report.trainable / count_parameters(model),
+        lora_rank=(report.trainable - in_full) / each_rank,
+        adapter_bytes=values + index + in_full * 4,
     )
 
 
@@ -129,7 +131,7 @@ def with_memory(
     config: S2FTConfig,
     step: Mapping[str, Any],
     chunked: bool,
-    bits: str | None = None,
+    bits: int | None = None,
 ) -> tuple[list[Planned], Estimate]:
     """Add the memory of a step to the rows.
 
@@ -142,7 +144,7 @@ def with_memory(
         config: The configuration.
         step: Arguments of :func:`s2ft.estimate`. Its `memory` is what the device has.
         chunked: Whether the loss is computed without keeping the logits.
-        bits: "4bit" or "8bit" for a base that will be quantized.
+        bits: 4 or 8 for a base that will be quantized.
 
     Returns:
         The rows, and the estimate of the smallest one.
@@ -155,8 +157,7 @@ def with_memory(
     loss = loss_in_chunks if chunked and not whole_logits else None
     for row in {usable[-1].trained: usable[-1], usable[0].trained: usable[0]}.values():
         wanted = config if row.ratio is None else with_ratio(config, row.ratio)
-        with plain_kernels():
-            found = s2ft.estimate(model, wanted, **step, loss=loss, use_cache=False)
+        found = s2ft.estimate(model, wanted, **step, loss=loss, use_cache=False)
         if strategy is not None:  # the number of devices for the largest row is that of all
             step = {**step, "devices": found.devices}
         ends[row.trained] = (found.kept, found.peak - saved_by_bits(model, bits))
@@ -171,12 +172,12 @@ def with_memory(
     return [row if row.refused else on_line(row) for row in rows], found
 
 
-def saved_by_bits(model: nn.Module, bits: str | None) -> int:
+def saved_by_bits(model: nn.Module, bits: int | None) -> int:
     """Return the bytes that a quantized base saves. The largest weight is unpacked for its product.
 
     Args:
         model: The model without quantization.
-        bits: "4bit" or "8bit", or None.
+        bits: 4 or 8, or None.
     """
     head = model.get_output_embeddings()  # bitsandbytes quantizes all linear layers but this one
     weights = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
@@ -216,52 +217,31 @@ NARROWEST = 576  # width of the narrowest model with a known rate
 SPREAD = 5.2  # the good rates lie within this factor of the rule
 
 
-@dataclass(frozen=True)
-class Rate:
-    """A learning rate to start with.
-
-    Attributes:
-        rate: The rate of the rule, with one significant digit.
-        lowest: The lower end of a search.
-        highest: The upper end of a search.
-    """
-
-    rate: float
-    lowest: float
-    highest: float
-
-    def __str__(self) -> str:
-        return f"{self.rate:g}, and a search from {self.lowest:g} to {self.highest:g}"
-
-
-def suggested_rate(width: int) -> Rate:
+def suggested_rate(width: int) -> dict[str, float]:
     """Return a learning rate with which to start a search, for AdamW and S²FT's slices.
 
     Args:
         width: Hidden size of the model.
 
     Returns:
-        The rate, and the range in which the good rates of comparable runs were.
-
-    Raises:
-        ValueError: The width is not above 0.
+        The rate with one significant digit, and the ends of the range in which the good rates of comparable runs were,
+        by the names `rate`, `lowest` and `highest`.
 
     Example:
         >>> from s2ft.train.planning import suggested_rate
-        >>> print(suggested_rate(4096))
-        0.0002, and a search from 4e-05 to 0.001
+        >>> suggested_rate(4096)
+        {'rate': 0.0002, 'lowest': 4e-05, 'highest': 0.001}
     """
-    if width < 1:
-        raise ValueError(f"width must be above 0, got {width!r}")
     rate = FACTOR / max(width, NARROWEST)
-    return Rate(*(float(f"{value:.0e}") for value in (rate, rate / SPREAD, rate * SPREAD)))
+    found = {"rate": rate, "lowest": rate / SPREAD, "highest": rate * SPREAD}
+    return {name: float(f"{value:.0e}") for name, value in found.items()}
 
 
 def width_of(model: Any) -> int | None:
     """Return the hidden size of a model's language model.
 
     Args:
-        model: A model. One of transformers has a config.
+        model: A model of transformers.
 
     Returns:
         The width, or None if the config does not name one.
@@ -271,8 +251,4 @@ def width_of(model: Any) -> int | None:
         >>> width_of(model)
         64
     """
-    config = getattr(model, "config", None)
-    if hasattr(config, "get_text_config"):
-        config = config.get_text_config()
-    width = getattr(config, "hidden_size", None)
-    return width if isinstance(width, int) else None
+    return getattr(model.config.get_text_config(), "hidden_size", None)

@@ -22,7 +22,7 @@ from s2ft.attached.loading import read_adapter
 from s2ft.attached.record import attachment_of
 from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
-from s2ft.config import S2FTConfig, check_adapter_name, refuse
+from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import first_line, replace_file
 from s2ft.packages import check_packages, is_installed
@@ -32,8 +32,8 @@ from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
-from s2ft.train.device import explain_out_of_memory, keep_freed_memory, peak_memory, say_device
-from s2ft.train.fit import Finetuned, check_packages_of_run, is_checkpointed, log_errors
+from s2ft.train.device import begin_on, explain_out_of_memory, peak_memory
+from s2ft.train.fit import Finetuned, base_for_vllm, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
 from s2ft.train.options import (
     DEFAULT_BATCH,
@@ -45,6 +45,7 @@ from s2ft.train.options import (
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
+from s2ft.train.planning import suggested_rate, width_of
 
 logger = logging.getLogger(__name__)
 FEWEST_UPDATES = 32  # that a run should make
@@ -138,10 +139,10 @@ class Run:
         run = replace(self, config=fit_layout(self.config, model, "layout" in self.given))
         if self.config.codec == "none" and self.model.model_name_or_path.endswith(".gguf"):
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
-        rate = self.method.learning_rate(model)
-        if rate is None or "learning_rate" in self.given:
+        width = width_of(model)
+        if width is None or not self.method.rate_by_width or "learning_rate" in self.given:
             return run
-        self.arguments.learning_rate = rate
+        rate = self.arguments.learning_rate = suggested_rate(width)["rate"]
         self.say(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
         return replace(run, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
@@ -191,7 +192,6 @@ def train(run: Run, config_text: Any) -> None:
     check_packages_of_run(arguments)
     check_packages("a model in 4 or 8 bit" if run.model.quantized else "")
     check_kernels(options.kernels)
-    check_adapter_name(options.name, "name")  # Saving would refuse the name only after the training.
     set_batches(arguments, options, run.given)
     with folder.reserved(bool(run.resume), options.overwrite) if run.is_first else nullcontext():
         check_upload(arguments)
@@ -213,8 +213,7 @@ def config_of(run: Run) -> S2FTConfig:
     """
     folder = run.options.init_adapter
     if folder is None:
-        config = with_default_ratio(run.config, run.given)
-        return with_protect_ratio(config, bool(run.forgetting.protect))
+        return with_protect_ratio(with_default_ratio(run.config, run.given), bool(run.forgetting.protect))
     choosing = {one.name for one in fields(S2FTConfig)} - {"seed"}  # that of the run; the config's is selection_seed
     choosing |= {"selection_seed", "calibration_examples", "protect", "on_top"}
     given = sorted(choosing & run.given.keys())
@@ -236,10 +235,7 @@ def load(run: Run) -> tuple[Run, Any, Any, Encoded]:
     rows, held_out = method.read(run)
     fitting = replace(run.options, batch_size=run.options.batch_size or fitting_batch(run, len(rows)))
     run.say(set_batches(arguments, fitting, run.given))
-    if run.is_first:
-        say_device(device)
-    if device.type == "cpu" and run.options.keep_memory:
-        keep_freed_memory()
+    begin_on(device, run.options.keep_memory, run.is_first)
     model, tokenizer = load_base(run.model, arguments)
     run = run.for_model(model)
     return run, model, tokenizer, method.encode(run, model, tokenizer, rows, held_out)
@@ -253,15 +249,14 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     run, model, tokenizer, data = load(run)
     calibration = None if run.options.init_adapter else method.calibration(run, tokenizer, data)
     if run.is_first and not run.resume:
-        method.log_memory(run, model, tokenizer, data)
-    with method.base(run, model, tokenizer) as base:
+        method.log_memory(run, model, data)
+    with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
         protect = None
         if protected is not None:
-            texts = text_rows(
-                protected, tokenizer, longest_other_row(model), run.forgetting.protect_rows, run.config.seed
-            )
-            protect = batches_of(texts, tokenizer, arguments.per_device_train_batch_size)
+            size, longest = arguments.per_device_train_batch_size, longest_other_row(model)
+            texts = text_rows(protected, tokenizer, longest, run.forgetting.protect_rows, run.config.seed)
+            protect = batches_of(texts, tokenizer, size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
@@ -276,8 +271,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: st
         model.to(ranks.device)
     load_below(model, options.on_top, options.name)
     if options.init_adapter is None:
-        how = {"protect": protect, "on_top": bool(options.on_top)}
-        report = s2ft.attach(model, run.config, options.name, calibration, **how)
+        report = s2ft.attach(model, run.config, options.name, calibration, protect=protect, on_top=bool(options.on_top))
     else:
         s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
         report = Report.of(model)
@@ -371,8 +365,14 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     if uploads:
         try:
             repository = arguments.hub_model_id or folder.path.absolute().name
-            how = {"revision": arguments.hub_revision, "private": arguments.hub_private_repo}
-            print(f"uploaded: {push_to_hub(folder.adapter, repository, token=arguments.hub_token, **how)}")
+            place = push_to_hub(
+                folder.adapter,
+                repository,
+                token=arguments.hub_token,
+                revision=arguments.hub_revision,
+                private=arguments.hub_private_repo,
+            )
+            print(f"uploaded: {place}")
         except Exception as error:
             raise OSError(f"the adapter was not uploaded: {error}; {folder.kept()}") from error
 
@@ -389,7 +389,9 @@ def write_page(run: Run, result: Finetuned, commands: list[str]) -> None:
         "memory": f"{peak_memory() / 2**20:,.0f} MiB at its peak",
         **({"forgetting": result.drift} if result.drift else {}),
     }
-    replace_file(folder.page, report_page(folder.title(), facts, commands, result.comparison, figure).encode())
+    replace_file(
+        folder.page, report_page(folder.path.absolute().name, facts, commands, result.comparison, figure).encode()
+    )
 
 
 # ---- parts of it ---------------------------------------------------------------------------------------

@@ -222,10 +222,7 @@ class AdapterCheckpoints:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_best_model(self):
-        if self._sharded:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
-        else:
-            super()._load_best_model()
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 def _is_split(model: Any) -> bool:

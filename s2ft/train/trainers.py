@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from accelerate.utils import gather_object
@@ -26,7 +26,33 @@ from s2ft.train.trainer import AdapterCheckpoints
 
 
 class RunMethods:
-    """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged."""
+    """Mixin for TRL's Trainers in a run: nothing is sent, no update is wasted, a failed evaluation is logged.
+
+    What TRL's constructor changes in a model is undone: at once what no run needs (trained parameters of a quantized
+    model are rounded to bfloat16), and by :meth:`restore_model` what only TRL's own loss needs.
+    """
+
+    _tag_names: ClassVar[list[str]] = []  # TRL would add tags to the model
+
+    def __init__(self, model, *args: Any, **options: Any) -> None:
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
+        trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
+        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
+        self._before = [(config, dict(vars(config))) for config in configs if config is not None]
+        self._inner, self._forward = inner, inner.__dict__.get("forward")
+        super().__init__(model, *args, **options)
+        for parameter, data in trained.items():
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
+
+    def restore_model(self) -> None:
+        """Give the model its own forward and the values of its configs back."""
+        self._inner.__dict__.pop("forward", None)
+        if self._forward is not None:
+            self._inner.forward = self._forward
+        for config, values in self._before:
+            vars(config).clear()
+            vars(config).update(values)
 
     def _send_telemetry(self) -> None:
         """Send nothing."""
@@ -68,37 +94,6 @@ class RunMethods:
                 raise
             log_failure(f"the evaluation at step {self.state.global_step} failed", error)
             return {}
-
-
-class Changed:
-    """What TRL's constructor changes in a model, and how it was before."""
-
-    def __init__(self, model) -> None:
-        self.model = model.get_base_model() if hasattr(model, "get_base_model") else model  # as TRL does
-        self.forward = self.model.__dict__.get("forward")
-        self.trained = {parameter: parameter.data for parameter in model.parameters() if parameter.requires_grad}
-        configs = (model.config, model.config.get_text_config(), getattr(model, "generation_config", None))
-        self.configs = [(config, dict(vars(config))) for config in configs if config is not None]
-        self.tags = model.__dict__.get("model_tags")
-
-    def undo_always(self) -> None:
-        """Undo what no run needs. TRL rounds the trained parameters of a quantized model to bfloat16, and adds tags."""
-        for parameter, data in self.trained.items():
-            if parameter.dtype != data.dtype:
-                parameter.data = data.to(parameter.device)
-        self.trained = {}
-        self.model.__dict__.pop("model_tags", None)
-        if self.tags is not None:
-            self.model.model_tags = self.tags
-
-    def undo(self) -> None:
-        """Undo the changes that TRL's own loss needs: the model's forward, and values of its configs."""
-        self.model.__dict__.pop("forward", None)
-        if self.forward is not None:
-            self.model.forward = self.forward
-        for config, values in self.configs:
-            vars(config).clear()
-            vars(config).update(values)
 
 
 def without_checkpointing(arguments):
@@ -145,26 +140,28 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         self._devices = devices_of(arguments)
         self._sampler: LengthSampler | None = None
         self._evaluates, self._evaluated = False, torch.zeros(2)  # sum of the loss, number of labels
-        self._changed = Changed(model)
+        # A copy for TRL, to which the rows are given ready and which need not know why.
+        for_trl = without_checkpointing(arguments)
+        for_trl.dataset_kwargs = {"skip_prepare_dataset": True}
+        for_trl.packing = for_trl.padding_free = for_trl.eval_packing = False
+        for_trl.shuffle_dataset, for_trl.chat_template_path, for_trl.eos_token = False, None, None
+        for_trl.assistant_only_loss = for_trl.completion_only_loss = False
+        if for_trl.train_sampling_strategy == BY_LENGTH and not batching.by_length:
+            for_trl.train_sampling_strategy = "random"
         super().__init__(
-            model=model,
-            args=_for_trl(arguments, batching),
+            model,
+            args=for_trl,
             train_dataset=rows,
             eval_dataset=held_out.rows if held_out is not None else None,
             data_collator=batching.collator,
             processing_class=tokenizer,
             callbacks=callbacks,
         )
-        self._changed.undo_always()
         self.trl_loss = needs_trl_loss(arguments)
         if not self.trl_loss:
             self.restore_model()
             self.aux_loss_enabled = False
         self.processing_class = None  # the Trainer would write the tokenizer's special tokens into the model's config
-
-    def restore_model(self) -> None:
-        """Give the model its own forward and config back, which TRL has changed for its loss."""
-        self._changed.undo()
 
     # ---- batches -----------------------------------------------------------------------------------------
 
@@ -172,8 +169,7 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
         if not self._batching.by_length:
             return super()._get_train_sampler(train_dataset)
         lengths = row_lengths(self.train_dataset if train_dataset is None else train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._sampler = LengthSampler(lengths, rows_of_update(self.args), seed)
+        self._sampler = LengthSampler(lengths, rows_of_update(self.args), self.args.data_seed)
         return self._sampler
 
     def _run_epoch(self, *args, epoch: int, **options):
@@ -265,18 +261,6 @@ def needs_trl_loss(arguments) -> bool:
     return arguments.loss_type == "dft" or bool(arguments.router_aux_loss_coef)
 
 
-def _for_trl(arguments, batching: Batching):
-    """Return a copy of the arguments for TRL, to which the rows are given ready and which need not know why."""
-    arguments = without_checkpointing(arguments)
-    arguments.dataset_kwargs = {"skip_prepare_dataset": True}
-    arguments.packing = arguments.padding_free = arguments.eval_packing = False
-    arguments.shuffle_dataset, arguments.chat_template_path, arguments.eos_token = False, None, None
-    arguments.assistant_only_loss = arguments.completion_only_loss = False
-    if arguments.train_sampling_strategy == BY_LENGTH and not batching.by_length:
-        arguments.train_sampling_strategy = "random"
-    return arguments
-
-
 # ---- DPO and GRPO ---------------------------------------------------------------------------------------
 
 
@@ -327,13 +311,12 @@ class RLTrainer(AdapterCheckpoints, RunMethods):
     """What the two Trainers share: they leave the model, the tokenizer and the arguments as they were."""
 
     def __init__(self, model, *args: Any, args_of_run, tokenizer, **options: Any) -> None:
-        self._changed, self._given, self._pad_token = Changed(model), tokenizer, tokenizer.pad_token
+        self._given, self._pad_token = tokenizer, tokenizer.pad_token
         super().__init__(model, *args, args=without_checkpointing(args_of_run), processing_class=tokenizer, **options)
-        self._changed.undo_always()
 
     def restore_model(self) -> None:
-        """Give the model its own forward and config back, and the tokenizer its own padding, which TRL has changed."""
-        self._changed.undo()
+        """Give the tokenizer its own padding back too, which TRL has changed."""
+        super().restore_model()
         self._given.pad_token = self._pad_token
 
 
@@ -347,15 +330,11 @@ class DPORunTrainer(RLTrainer, DPOTrainer):
         tokenizer: The model's tokenizer.
         held_out: Pairs to evaluate on, or None.
         callbacks: More callbacks.
-
-    Raises:
-        ValueError: The model would be sharded.
     """
 
     def __init__(
         self, model, arguments, pairs, *, tokenizer, held_out=None, callbacks: Sequence[Any] | None = None
     ) -> None:
-        refuse_sharding(arguments, "s2ft dpo")
         super().__init__(
             model,
             ref_model=Reference(model),
@@ -388,9 +367,6 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         callbacks: More callbacks.
         base: Folder of the base for vLLM in this process. Default: where the model was loaded from.
         name: Name of the run for a vLLM server, the same after a resume.
-
-    Raises:
-        ValueError: The model would be sharded.
     """
 
     def __init__(
@@ -406,7 +382,6 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         base: str | None = None,
         name: str | None = None,
     ) -> None:
-        refuse_sharding(arguments, "s2ft grpo")
         if arguments.use_vllm:
             self.sender_options = {"take_over": arguments.vllm_take_over, "name": name}
             # compiling takes longer than it saves on a CPU, where it needs a C++ compiler too
@@ -427,8 +402,10 @@ class GRPORunTrainer(RLTrainer, with_slices(GRPOTrainer)):
         self.ref_model = Reference(model) if self.beta else None
         self.eos_token_ids = end_ids(tokenizer, model.generation_config)
         if self.use_vllm:
-            stops = {"stop_token_ids": self.eos_token_ids}
-            self.vllm_generation.generation_kwargs = {**stops, **self.vllm_generation.generation_kwargs}
+            self.vllm_generation.generation_kwargs = {
+                "stop_token_ids": self.eos_token_ids,
+                **self.vllm_generation.generation_kwargs,
+            }
         else:
             self.generation_kwargs["eos_token_id"] = self.generation_config.eos_token_id = self.eos_token_ids
 

@@ -23,7 +23,7 @@ from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching, short_row
-from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored, updates
+from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored
 from s2ft.train.options import RunOptions
 from s2ft.train.output import read_log
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
@@ -229,12 +229,8 @@ def train_rows(
     Raises:
         ValueError: The arguments do not fit the data or the model.
     """
-    steps = updates(arguments, len(rows))
-    if (warmup := arguments.get_warmup_steps(steps)) > steps:
-        raise ValueError(f"warmup_steps must be at most the number of updates, {steps}, got {warmup}")
     base, timer, log = prepared.base, _StepTimer(), Path(arguments.output_dir) / "log.jsonl"
     log.parent.mkdir(parents=True, exist_ok=True)
-    log.write_text("")
     batching = choose_batching(base, pad_id(tokenizer), rows, arguments)
     kind = SFTRunTrainer if prepared.method == "s2ft" else TokenRowTrainer
     with (
@@ -253,7 +249,7 @@ def train_rows(
         )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        with restored(prepared.model, trainer):
+        with restored(trainer):
             trainer.train()
         seconds = time.perf_counter() - start
     losses = [line["loss"] for line in read_log(log) if "loss" in line]

@@ -51,7 +51,7 @@ def test_a_run_writes_every_promised_file_and_info_describes_it(work, capsys):
 
 def test_a_second_run_needs_overwrite_or_resume(work, tmp_path, monkeypatch):
     paths, kept = {"work": work, "out": tmp_path / "out"}, []
-    monkeypatch.setattr("s2ft.train.run.keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("s2ft.train.device.keep_freed_memory", lambda: kept.append(True))
     command(SFT, **paths)
     first = (tmp_path / "out/log.jsonl").read_text()
     command(SFT, 2, **paths)

@@ -44,7 +44,7 @@ def test_every_option_is_reachable_by_its_own_name_and_no_short_name_stands_for_
                 name = parser.name_of(one, kind)
                 assert not one.init or name in parser.options or name.replace("_", "-") in names, name
     known = {name for parser in parsers for name in parser.options}
-    assert {name for name in parsers[0].group_of if name not in known} == set()
+    assert {name for name in parsers[0].entries if name not in known} == set()
 
 
 READ = {  # words → what the run has

@@ -1,16 +1,19 @@
 """Batches: packed rows have the losses of rows that are padded, or packing is refused; rows are grouped by length."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from datasets import Dataset
 from support.inside import (
+    TRAINING_METHODS,
+    Encoded,
     LengthSampler,
     PackedCollator,
     SFTArguments,
     TokenCollator,
     choose_batching,
     chunked_loss,
-    memory_longest_batch as longest_batch,
     row_lengths,
     why_not_packed,
 )
@@ -135,14 +138,13 @@ def test_rows_are_packed_and_counted():
     assert sorted(length for row in packed for length in row["seq_lengths"]) == sorted(row_lengths(rows))
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= 64 for row in packed)
     assert f"12 rows in {len(packed)} packs, packed to at most 64 tokens" in batching.line(len(rows), len(packed))
-    assert longest_batch(rows, arguments, batching)["input_ids"].shape == (8, 64)
 
 
-def test_the_memory_estimate_takes_the_longest_rows():
+def test_the_memory_estimate_takes_the_longest_row():
     rows = Dataset.from_list(token_rows(12))
-    arguments = arguments_for(per_device_train_batch_size=2)
-    batch = longest_batch(rows, arguments, choose_batching(tiny_model(), 0, rows, arguments))
-    assert batch["attention_mask"].sum(1).tolist() == sorted(row_lengths(rows))[-2:]
+    for arguments, length in ((arguments_for(), max(row_lengths(rows))), (arguments_for(packing=True), 64)):
+        run = SimpleNamespace(arguments=arguments)
+        assert len(TRAINING_METHODS["sft"].longest_row(run, Encoded(None, rows))["input_ids"]) == length
 
 
 def test_only_positions_that_predict_a_label_get_logits():

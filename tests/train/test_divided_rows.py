@@ -1,6 +1,7 @@
 """Rows that are divided among devices: batches, and what is refused because it needs whole rows."""
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -71,6 +72,10 @@ def test_other_models_are_taken_and_whole_rows_are_not_checked(tmp_path, monkeyp
     stateful = with_attribute("_is_stateful", True)
     monkeypatch.setattr(parallel, "devices_of", lambda arguments: replace(Devices(2), tensor=2))
     check_divided_rows(stateful, arguments_for(tmp_path, packing=True))
-    monkeypatch.setattr(parallel, "devices_of", lambda arguments: Devices(2, sequence=2))
+
+
+def test_deepspeeds_sequence_parallelism_is_refused(tmp_path, monkeypatch):
+    monkeypatch.undo()
+    monkeypatch.setattr(parallel, "_parallelism", lambda arguments: Mock(cp_size=1, sp_size=2, tp_enabled=False))
     with pytest.raises(ValueError, match="sp_size.*context.yaml"):
-        check_divided_rows(tiny_model(), arguments_for(tmp_path))
+        parallel.devices_of(arguments_for(tmp_path))

@@ -70,8 +70,8 @@ def test_a_base_that_is_quantized_while_it_is_loaded_trains_in_place(bits, tiny,
 @NEEDS_BITSANDBYTES
 def test_the_options_of_bitsandbytes_have_trls_names():
     options = ModelOptions("m", load_in_4bit=True, bnb_4bit_quant_type="fp4", use_bnb_nested_quant=True,
-                           bnb_4bit_quant_storage="bfloat16")  # fmt: skip
-    config = quantization_config(options, "float32")
+                           dtype="float32", bnb_4bit_quant_storage="bfloat16")  # fmt: skip
+    config = quantization_config(options)
     assert config.bnb_4bit_compute_dtype == torch.float32 and config.bnb_4bit_quant_type == "fp4"
     assert config.bnb_4bit_use_double_quant and config.bnb_4bit_quant_storage == torch.bfloat16
 

@@ -74,7 +74,7 @@ def test_a_quantized_base_saves_what_its_linear_layers_save():
     model = tiny_model(tie_word_embeddings=False)
     weights = [layer.weight.numel() for layer in model.model.modules() if type(layer) is torch.nn.Linear]
     assert len(weights) == 14 and saved_by_bits(model, None) == 0  # without the output layer
-    assert saved_by_bits(model, "4bit") == int(sum(weights) * (4 - 4.5 / 8) - 4 * max(weights))
+    assert saved_by_bits(model, 4) == int(sum(weights) * (4 - 4.5 / 8) - 4 * max(weights))
 
 
 @pytest.mark.parametrize("text,expected", (("24GB", 24 << 30), ("80 GiB", 80 << 30), ("1.5g", 3 << 29), ("7", 7)))
