@@ -14,11 +14,11 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
-from s2ft.layers.linear import CONV1D, LINEAR, LinearKind, is_conv1d
+from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
 from s2ft.ops._library import transforms_active
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of a weight to which a delta can be added
-OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "plain")  # of a trainable layer
+OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "kinds", "transposed", "plain")
 SIMPLE = (bool, int, float, str, type(None))  # settings that tell two layers of one class apart
 
 # ---- which classes compute the same as nn.Linear -------------------------------------------------------
@@ -131,10 +131,6 @@ class S2OwnForward(S2Layer):
 
     plain: nn.Module
 
-    @property
-    def kind(self) -> Kind:
-        return OWN_CONV1D if is_conv1d(self.plain) else OWN_LINEAR
-
     def _copy_settings(self, module: nn.Module) -> None:
         names = [*module._parameters, *module._buffers, *module._modules]
         taken = next((name for name in names if name in OWN_NAMES), None)
@@ -152,6 +148,7 @@ class S2OwnForward(S2Layer):
         for name, child in module._modules.items():
             self.add_module(name, None if child is None else child.requires_grad_(False))
         self.__dict__["plain"] = module  # not as a submodule
+        self.transposed = is_conv1d(module)
 
     def __getattr__(self, name: str) -> Any:
         """Find what this layer has not got in the plain one, because other modules may read its settings."""
@@ -234,7 +231,6 @@ class OwnForwardKind(Kind):
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
-        self.classes = CONV1D.classes if transposed else LINEAR.classes
         self.name = f"classes derived from {CONV1D.name if transposed else 'nn.Linear'}, with their own forward"
 
     def matches(self, found: Any) -> bool:
@@ -256,5 +252,5 @@ class OwnForwardKind(Kind):
 
 
 OUT_PROJECTION, SAME_FORWARD = OutProjectionKind(), SameForwardKind()
-OWN_LINEAR, OWN_CONV1D = OwnForwardKind(transposed=False), OwnForwardKind(transposed=True)
+OWN_LINEAR, OWN_CONV1D = S2OwnForward.kinds = OwnForwardKind(transposed=False), OwnForwardKind(transposed=True)
 DERIVED = (OUT_PROJECTION, SAME_FORWARD, OWN_LINEAR, OWN_CONV1D)

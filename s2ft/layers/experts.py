@@ -64,10 +64,6 @@ class S2Experts(S2Layer):
         shape[self.dim] = joined.numel()
         self._make_s2(shape, delta_dtype or weight.dtype)
 
-    @property
-    def kind(self) -> Kind:
-        return TRANSPOSED_EXPERTS if self.transposed else EXPERTS
-
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Run the experts on their effective weights.
 
@@ -326,7 +322,6 @@ _FORWARDS: dict[str, Callable[..., Tensor]] = {
 class ExpertsKind(Kind):
     """The weights of all experts of a layer in one parameter."""
 
-    classes = ("Tensor",)
     layers = (S2ColumnExperts, S2RowExperts)
 
     def __init__(self, transposed: bool = False) -> None:
@@ -368,5 +363,4 @@ class ExpertsKind(Kind):
         return Shard(matrix.t(), start[::-1]) if self.transposed else Shard(matrix, start)
 
 
-EXPERTS = ExpertsKind()
-TRANSPOSED_EXPERTS = ExpertsKind(transposed=True)
+EXPERTS, TRANSPOSED_EXPERTS = S2Experts.kinds = ExpertsKind(), ExpertsKind(transposed=True)

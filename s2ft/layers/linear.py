@@ -32,8 +32,6 @@ class S2Linear(S2Layer):
     `s2` has the shape that it has on an nn.Linear.
     """
 
-    transposed = False  # whether the weight is stored as [in_features, out_features]
-
     def __init__(
         self,
         in_features: int,
@@ -81,10 +79,6 @@ class S2Linear(S2Layer):
         if made is not None and isinstance(bias, Tensor):
             with torch.no_grad():
                 made.copy_(bias)
-
-    @property
-    def kind(self) -> Kind:
-        return CONV1D if self.transposed else LINEAR
 
     def _copy_settings(self, module: nn.Module) -> None:
         self.transposed = CONV1D.matches(module)
@@ -198,7 +192,6 @@ class Conv1DKind(LinearKind):
     """The linear layer of GPT-2, whose weight is stored as [inputs, outputs]."""
 
     name = "transformers' Conv1D"
-    classes = ("Conv1D",)
     transposed = True
 
     def matches(self, found: Any) -> bool:
@@ -211,7 +204,7 @@ def is_conv1d(found: Any, derived: bool = True) -> bool:
     return any(one.__name__ == "Conv1D" and one.__module__ == "transformers.pytorch_utils" for one in classes)
 
 
-LINEAR, CONV1D = LinearKind(), Conv1DKind()
+LINEAR, CONV1D = S2Linear.kinds = LinearKind(), Conv1DKind()
 
 
 # ---- linear layers that tensor parallelism has split over ranks -----------------------------------------------------
@@ -231,10 +224,6 @@ class S2SplitLinear(S2Linear):
     style: Any = None
     own: Tensor
     places: Tensor | None
-
-    @property
-    def kind(self) -> "SplitLinearKind":
-        return SPLIT_LINEAR
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
         super()._set_units(start, end, index, delta_dtype)
@@ -395,3 +384,4 @@ class SplitLinearKind(LinearKind):
 
 
 SPLIT_LINEAR = SplitLinearKind()
+S2SplitLinear.kinds = (SPLIT_LINEAR,)
