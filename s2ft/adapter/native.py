@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
@@ -31,7 +31,6 @@ from s2ft.files.reading import (
     check_finite,
     check_parameter,
     check_projection,
-    is_folder,
     open_file,
     parse_json,
     read_bytes,
@@ -54,25 +53,19 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 MAX_ELEMENTS = 2**24  # of one side of a weight whose size is read from couplings in the file
 
 
-def matches(folder: Path) -> bool:
-    """Whether the folder has the files of a native adapter; they are not read."""
-    return is_folder(folder)
-
-
 def describe(folder: Path) -> str:
     """The adapter's name and size in words."""
     adapter = read(folder)
     return f"adapter {adapter.name!r}, {adapter.parameters:,} parameters"
 
 
-def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
+def write(adapter: Adapter, folder) -> None:
     """Save an adapter.
 
     Args:
         adapter: The adapter.
         folder: The folder, which is created if it is missing. An adapter in it is replaced in one step, see
             :mod:`s2ft.files.reading`.
-        model: Not needed. Other formats need the base model.
 
     Raises:
         ValueError: A tensor is empty (a shard that was not gathered) or not finite, or a name could not be read
