@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
 from s2ft.adapter.folders import resolve
-from s2ft.adapter.formats import ADAPTER_FORMATS, NATIVE
+from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.active import (
     check_can_put_on_extra,
     check_same_extra,
@@ -21,7 +22,7 @@ from s2ft.attached.active import (
     unfreeze,
 )
 from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
-from s2ft.attached.mounting import end_training, load, mount, remove, touched, undone_on_failure
+from s2ft.attached.mounting import end_training, load, mount, remove, set_codecs, touched, undone_on_failure
 from s2ft.attached.proof import proving
 from s2ft.attached.record import (
     Attachment,
@@ -35,6 +36,7 @@ from s2ft.attached.record import (
 from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.distributed import reshard_all
+from s2ft.files.reading import is_folder
 from s2ft.model.fingerprint import structure_of
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -61,8 +63,8 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
         'math'
     """
     folder = resolve(adapter)
-    known = (one.module for one in ADAPTER_FORMATS.values())
-    return next((one for one in known if one.matches(folder)), ADAPTER_FORMATS[NATIVE].module).read(folder)
+    others = () if is_folder(folder) else (one.module for one in ADAPTER_FORMATS.values())
+    return next((one for one in others if one.matches(folder)), native).read(folder)
 
 
 @of_compiled
@@ -137,6 +139,7 @@ def load_adapter(
     with undone_on_failure(model, record):
         with proving(model, record, trained, adapter.config, adapter.selection, verify, example):
             mount(model, record, adapter.config, adapter.selection, adapter.name)
+        set_codecs(model, record, adapter.config)
         set_mounted_deltas(record, adapter.deltas)
         unfreeze(model, record, adapter.extra_weights)
         set_extra(model, record, adapter.extra_weights)

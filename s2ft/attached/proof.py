@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
 from s2ft.attached.hosts import not_awaiting
-from s2ft.attached.mounting import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
@@ -213,7 +213,7 @@ class Proof:
                 block and weight.
         """
         try:
-            with not_awaiting(self.model, self.record), without_codecs(self.record):
+            with not_awaiting(self.model, self.record):
                 self._check()
         except (AttributeError, TypeError) as error:  # replaced layers have no weight
             raise ValueError(
@@ -345,7 +345,7 @@ class Proof:
         try:
             with ExitStack() as stack:
                 for path in self.places if hook else ():
-                    at_place = partial(_call_with_first, partial(cast(Callable, hook), path), [0])
+                    at_place = partial(_call_with_first, partial(cast(Callable, hook), path), count())
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
                 if "torch._dynamo" in sys.modules:
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -432,14 +432,13 @@ class _WithValueOf(torch.autograd.Function):
 
 
 def _call_with_first(
-    hook: Callable[[int, Tensor], Tensor | None], calls: list[int], module: nn.Module, inputs: Any, output: Any
+    hook: Callable[[int, Tensor], Tensor | None], calls: Iterator[int], module: nn.Module, inputs: Any, output: Any
 ) -> Tensor | None:
     """Forward hook: call a function with the number of the call and the first tensor of the output."""
     first = next(tensors_in(output), None)
     if first is None:
         return None
-    calls[0] += 1
-    other = hook(calls[0] - 1, first)
+    other = hook(next(calls), first)
     return other if isinstance(output, Tensor) else None
 
 
