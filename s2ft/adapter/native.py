@@ -311,13 +311,13 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
 
 
 def _structure_values(structure: Structure) -> dict[str, Any]:
-    """A structure as JSON values."""
+    """A structure as values for JSON."""
     return {
         "locations": {
             name: {key: value for key, value in asdict(found).items() if value is not None}
             for name, found in sorted(structure.locations.items())
         },
-        "base_weights": {layer: [list(pair) for pair in pairs] for layer, pairs in structure.base_weights.items()},
+        "base_weights": structure.base_weights,
     }
 
 

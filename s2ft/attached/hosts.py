@@ -300,7 +300,7 @@ class _BaseOrder:
             moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
-            if not entry.is_local and handle.tensor is tensor:
+            if entry.delta is not None and handle.tensor is tensor:
                 view = handle.view(copy)
                 swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy

@@ -168,17 +168,15 @@ class Written:
 
     Attributes:
         projection: Projection whose weight was written.
-        index: Overwritten rows or columns, shape [n], int64: in the base's order, or relative to a shard (`is_local`).
+        index: Overwritten rows or columns, shape [n], int64: in the base's order, or, without a delta, in a shard.
         base: Values that the weight had there before.
-        is_local: Whether the index is relative to this rank's shard.
-        delta: The delta that was written, if the index is its index.
+        delta: The delta whose index it is; None if the index is relative to this rank's shard.
     """
 
     projection: Projection
     index: Tensor
     base: Tensor
-    is_local: bool
-    delta: Delta | None = None
+    delta: Delta | None
 
 
 @dataclass

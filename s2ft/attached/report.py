@@ -234,64 +234,27 @@ LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that it
 
 
 def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
-    """Return the paths of frozen modules that look new.
+    """Return the paths of frozen modules that are not in the checkpoint which from_pretrained has loaded.
 
-    In a model from from_pretrained these are the modules without a parameter in the checkpoint. In any other
-    transformers model they are the modules beside the backbone, and the backbone's pooler. A module that shares a
-    parameter with the embeddings or with a language model's head does not count.
+    A language model's head does not count: most of its rows are old if the vocabulary was resized.
 
     Args:
         model: The model, attached or not.
         record: A record that has the model's couplings.
     """
-    prefix = getattr(model, "base_model_prefix", None)
-    if not hasattr(model, "get_input_embeddings") or not isinstance(prefix, str):
-        return []
-    language = _language_parameters(model)
-    fresh = _not_loaded(model) if any(hasattr(p, LOADED) for p in model.parameters()) else _beside(model, prefix)
-    coupled = coupled_names(record.couplings)
-    return [
-        path
-        for path in fresh
-        if all(
-            id(parameter) not in language and not parameter.requires_grad and f"{path}.{name}" not in coupled
-            for name, parameter in model.get_submodule(path).named_parameters()
-        )
-    ]
-
-
-def _language_parameters(model: nn.Module) -> set:
-    """Return the ids of the parameters of the embeddings and of a language model's head."""
-    found = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(module, nn.Module):
-            found |= {id(parameter) for parameter in module.parameters()}
-    return found
-
-
-def _not_loaded(model: nn.Module) -> list[str]:
-    """Return the paths of the topmost modules whose parameters were in no checkpoint."""
 
     def is_new(module: nn.Module) -> bool:
         loaded = [getattr(parameter, LOADED, False) for parameter in module.parameters()]
         return bool(loaded) and not any(loaded)
 
-    return [path for path in outermost(model, is_new) if path]
-
-
-def _beside(model: nn.Module, prefix: str) -> list[str]:
-    """Return the paths of the modules beside the backbone, and of the backbone's pooler."""
-    backbone = getattr(model, prefix, None)
-    if not prefix or not isinstance(backbone, nn.Module):
-        return []
-    paths = [path for path, module in model.named_children() if module is not backbone]
-    if isinstance(getattr(backbone, "pooler", None), nn.Module):
-        paths.append(f"{prefix}.pooler")
-    return [path for path in paths if any(True for _ in model.get_submodule(path).parameters())]
+    coupled = coupled_names(record.couplings)
+    return [
+        path
+        for path, module in outermost(model, is_new).items()
+        if path
+        and module is not getattr(model, "lm_head", None)  # no path: the model was not loaded at all
+        and not any(one.requires_grad or f"{path}.{name}" in coupled for name, one in module.named_parameters())
+    ]
 
 
 @of_compiled

@@ -217,13 +217,12 @@ class S2SplitLinear(S2Linear):
         split: How the weight is split over the tensor-parallel group.
         style: transformers' parallel style that is installed around the forward; None with torch's hooks.
         own: Positions in s2 along the split dimension that belong to this rank's block, [n] int64.
-        places: Units of the rank's block to which they are added, [n] int64; None if they fill a range from `first`.
-        first: Start of that range.
+        places: Units of the rank's block to which they are added, [n] int64.
     """
 
     style: Any = None
     own: Tensor
-    places: Tensor | None
+    places: Tensor
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
         super()._set_units(start, end, index, delta_dtype)
@@ -235,11 +234,10 @@ class S2SplitLinear(S2Linear):
             mine, places = mine[by_place], places[by_place]
         else:  # the rank's block has all units, of which it has a part each
             mine, places = self.split.own_elements, units
-        device = self.weight.device
         is_range = places.numel() and torch.equal(places, torch.arange(places.numel()) + places[0])
         self.first: Any = int(places[0]) if is_range else None
-        self.register_buffer("own", mine.to(device), persistent=False)
-        self.register_buffer("places", None if is_range else places.to(device), persistent=False)
+        self.register_buffer("own", mine.to(self.weight.device), persistent=False)
+        self.register_buffer("places", places.to(self.weight.device), persistent=False)
 
     def install(self, style: Any) -> None:
         """Install transformers' parallel style around the forward, as it was around that of the plain layer."""
@@ -294,22 +292,17 @@ class S2SplitLinear(S2Linear):
 
     @property
     def own_units(self) -> int | Tensor:
-        """The selected units of the block: the first of a range, or an index."""
-        return self.first if self.places is None else self.places
+        return self.places if self.first is None else self.first
 
     def effective_weight(self, s2: Tensor, weight: Tensor) -> Tensor:
         own = _OwnPart.apply(s2, self.own, self.split.dim, self.split.mesh.get_group())
         return super().effective_weight(own, weight)
 
-    def _own_places(self) -> Tensor:
-        length = self.own.numel() if self.split.dim == self.dim else self.s2.shape[self.dim]
-        return torch.arange(self.first, self.first + length) if self.places is None else self.places
-
     def _units(self, weight: Tensor) -> Tensor:
-        return weight.index_select(self.dim, self._own_places().to(weight.device))
+        return weight.index_select(self.dim, self.places)
 
     def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
-        return weight.index_copy(self.dim, self._own_places().to(weight.device), values)
+        return weight.index_copy(self.dim, self.places, values)
 
     # ---- copies: an installed forward belongs to one layer -----------------------------------------
 
@@ -367,7 +360,7 @@ class SplitLinearKind(LinearKind):
         return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
 
     def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
-        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer._own_places().numel())
+        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer.places.numel())
 
     def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
