@@ -304,7 +304,10 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         couplings = [Coupling.from_dict(entry) for entry in _field(header, "couplings", list, path)]
         for projection in projections_of(couplings):
             check_projection(projection.path, "couplings")
-            _check_size(projection)
+            count, unit = projection.count, projection.unit
+            is_large = isinstance(count, int) and isinstance(unit, int) and count * unit > MAX_ELEMENTS
+            if is_large or any(isinstance(n, int) and n > MAX_ELEMENTS for n in vars(projection).values()):
+                raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")  # no list of that size
         return checked_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
@@ -359,17 +362,6 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
         for _, name in pairs:
             check_parameter(name, "structure")
     return structure
-
-
-def _check_size(projection) -> None:
-    """Check the counts in the file before lists of that size are created."""
-    if (
-        any(isinstance(n, int) and n > MAX_ELEMENTS for n in vars(projection).values())
-        or isinstance(projection.count, int)
-        and isinstance(projection.unit, int)
-        and projection.count * projection.unit > MAX_ELEMENTS
-    ):
-        raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")
 
 
 def _check_entries(

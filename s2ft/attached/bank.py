@@ -297,10 +297,8 @@ class AdapterBank:
         return {name: adapters[name] for name in names}
 
     def _check_limit(self, adapters: Iterable["_Loaded"]) -> None:
-        if self.limit_bytes is None:
-            return
         total = sum(one.bytes for one in adapters)
-        if total > self.limit_bytes:
+        if self.limit_bytes is not None and total > self.limit_bytes:
             raise ValueError(
                 f"the batch's adapters need at least {total:,} bytes, more than limit_bytes = "
                 f"{self.limit_bytes:,}: give smaller batches or a higher limit"

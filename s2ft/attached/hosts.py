@@ -659,8 +659,8 @@ def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
 
 def _check_arrived(model: nn.Module, record: Attachment) -> None:
     found = fingerprint(model, record.couplings)
-    record.set_fingerprint_if_unknown(found)
-    differing = difference(found, cast("dict[str, Any]", record.fingerprint))
+    record.fingerprint = record.fingerprint or found
+    differing = difference(found, record.fingerprint)
     if differing:
         raise RuntimeError(
             f"the weights that were loaded are not those of the base that {record.name!r} belongs to: {differing}. "

@@ -16,13 +16,14 @@ from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.active import (
     check_can_put_on_extra,
     check_same_extra,
+    deactivate,
     set_extra,
     set_mounted_deltas,
     switch,
     unfreeze,
 )
 from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
-from s2ft.attached.mounting import end_training, load, mount, remove, set_codecs, touched, undone_on_failure
+from s2ft.attached.mounting import end_training, load, mount, remove_all, set_codecs, touched, undone_on_failure
 from s2ft.attached.proof import proving
 from s2ft.attached.record import (
     Attachment,
@@ -122,7 +123,7 @@ def load_adapter(
     if record is None:
         record = new_attachment(model, adapter.couplings)
     check_fits(adapter, model, record)
-    record.set_fingerprint_if_unknown(adapter.fingerprint)
+    record.fingerprint = record.fingerprint or adapter.fingerprint  # of the weights that will arrive
     adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
         check_can_write(model, record, adapter.deltas)
@@ -282,7 +283,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     weights = _weights(record, weights)
     check_new_name(record, name)
     adapters = {part: get_adapter(model, part) for part in weights}
-    record.load(weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name))
+    record.loaded[name] = weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name)
     return overlap(list(adapters.values()))
 
 
@@ -330,7 +331,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_known(record, name)
     if name == record.name or len(record.names) == 1:
         check_not_in_engine(model, "deleting the trainable or the last adapter", removes=True)
-    remove(model, record, name)
+    if name in record.active:
+        deactivate(model, record)
+    if record.names == [name]:
+        remove_all(model, record)
+    elif name != record.name:
+        record.drop(name)
+    else:
+        end_training(model, record)
 
 
 @of_compiled

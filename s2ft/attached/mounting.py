@@ -85,7 +85,7 @@ from s2ft.layers.base import FileRounding
 from s2ft.layers.kind import split_of
 from s2ft.model.checkpoint import is_here, packed_base
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.fingerprint import digest
+from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.permutation import Move, contiguous_range, coupling_order, inverse, order_in_blocks
 from s2ft.model.weights import (
     allow_packing,
@@ -223,6 +223,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
     record.name, record.config, record.selection = name, config, selection
+    record.structure = structure_of(model, record.couplings, selection.units)
     _make_layers(model, record, trained, moves, config, selection)
     install(model, record, extra_names)
     record.active = {name: 1.0}
@@ -508,7 +509,7 @@ def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -
         if is_new:
             claim(model, record)
             model.requires_grad_(False)
-        record.load(adapter)
+        record.loaded[adapter.name] = adapter
         place_loaded(model, record, [adapter.name])
         if active:
             switch(model, record, {adapter.name: 1.0})
@@ -535,18 +536,6 @@ def remove_all(model: nn.Module, record: Attachment) -> None:
     all_or_nothing(change)
 
 
-def remove(model: nn.Module, record: Attachment, name: str) -> None:
-    """Remove one adapter; if it is active, no adapter is active afterwards. With the last one the model is plain."""
-    if name in record.active:
-        deactivate(model, record)
-    if record.names == [name]:
-        remove_all(model, record)
-    elif name != record.name:
-        record.drop(name)
-    else:
-        end_training(model, record)
-
-
 def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None = None) -> None:
     """Remove the trainable layers. What was active is active again, with the same bits in the weights.
 
@@ -563,7 +552,7 @@ def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None =
         record.forget_mounts()
         model.requires_grad_(False)
         if adapter is not None:
-            record.load(adapter)
+            record.loaded[adapter.name] = adapter
 
     def change() -> None:
         replace()

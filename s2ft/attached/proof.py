@@ -138,7 +138,7 @@ class Proof:
         Raises:
             ValueError: It does not, and there must be a proof.
         """
-        failed = []
+        failure = ""
         packing = layers_that_pack(self.model)
         stop_packing(self.model, packing)
         try:
@@ -146,34 +146,31 @@ class Proof:
             for name, delta in deltas.items():
                 write(self.model, self.record, self.record.projections[name], [(delta, 1.0)])
             for example in _examples(self.model, self.couplings) if given is None else [given]:
-                failure = self._run_plain_on(example, raises=given is not None)
-                if not failure:
+                try:
+                    self._run_plain_on(example)
                     return True
-                failed.append(failure)
+                except Exception as error:  # models refuse inputs in many ways
+                    if given is not None:
+                        raise
+                    failure = failure or f" ({type(error).__name__}: {str(error)[:200]})"
         finally:
             deactivate(self.model, self.record)
             allow_packing(self.model, packing)
         if self.demanded:
-            tried = f" ({failed[0]})" if failed else ""
-            raise ValueError(f"{NEED_EXAMPLE}{tried}" if given is None else failed[0])
-        why = f"runs on no input that s2ft makes ({failed[0]})" if failed else "has no config to make an input from"
+            raise ValueError(f"{NEED_EXAMPLE}{failure}")
+        why = f"runs on no input that s2ft makes{failure}" if failure else "has no config to make an input from"
         self.notes.append(f"nothing was proved: {type(self.model).__name__} {why}. Pass example=")
         return False
 
-    def _run_plain_on(self, example: Any, raises: bool) -> str:
-        """Run the model on an example. Returns why the example is no good if it is not."""
+    def _run_plain_on(self, example: Any) -> None:
+        """Run the model on an example."""
         self.example = example
-        try:
-            self.evaluated = self._run(False)
-        except Exception as error:  # models refuse inputs in many ways
-            if raises:
-                raise
-            return f"{type(error).__name__}: {str(error)[:200]}"
+        self.evaluated = self._run(False)
         if not any(bool(tensor.isfinite().any()) for tensor in self.evaluated):
-            return "example must give finite numbers, got NaN or infinity at the output"
+            raise ValueError("example must give finite numbers, got NaN or infinity at the output")
         if self.is_sharded:
             self.notes.append("proved without values in the slices, and in evaluation mode only: the model is sharded")
-            return ""
+            return
         try:
             self._run_plain_in_training()
         except Exception as error:  # a model may ask for labels, or have other reasons
@@ -182,7 +179,6 @@ class Proof:
             self.plain_outputs = {}
         if self.trained is None or largest_change(self.trained, self.evaluated) != 0:
             self._run_recorded(False)
-        return ""
 
     def _run_plain_in_training(self) -> None:
         """Run in training mode. If the outputs differ from evaluation, run without dropout, which would drop others."""
@@ -302,7 +298,11 @@ class Proof:
                 "Is a module, a norm or bias (vectors), or the unit wrong, or does the block compute more than s2ft "
                 "knows"
             )
-        return _WithValueOf.apply(output, then) if output.shape == then.shape else None
+        if output.shape != then.shape:
+            return None
+        copied = output.clone()
+        copied.data.copy_(then)  # the gradient stays the output's
+        return copied
 
     def _raise(self, training: bool, what: str) -> None:
         mode = "training" if training else "evaluation"
@@ -417,18 +417,6 @@ class _WithoutDropout(TorchFunctionMode):
         if func is F.multi_head_attention_forward:
             kwargs["training"] = False  # nothing but its dropout asks for it
         return func(*args, **kwargs)
-
-
-class _WithValueOf(torch.autograd.Function):
-    """Another tensor in place of an output, with the output's gradient."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, other: Tensor) -> Tensor:
-        return other.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
 
 
 def _call_with_first(

@@ -14,7 +14,7 @@ from s2ft.config import S2FTConfig, check_adapter_name
 from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.fingerprint import fingerprint
+from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
 from s2ft.model.permutation import Move
 from s2ft.model.registry import find_couplings
@@ -224,6 +224,7 @@ class Attachment:
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
+        structure: Where its slices lie.
         info: JSON values that are saved with the trainable adapter.
         moves: Reorderings of couplings, done or about to be done.
         mounts: Trainable layers by path.
@@ -251,6 +252,7 @@ class Attachment:
     name: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
+    structure: Structure | None = None
     info: dict[str, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
     mounts: dict[str, Mount] = field(default_factory=dict)
@@ -347,15 +349,6 @@ class Attachment:
 
     # ---- changes of the record alone -------------------------------------------------------------
 
-    def set_fingerprint_if_unknown(self, fingerprint: dict[str, Any]) -> None:
-        """Expect weights of this fingerprint to arrive, if no rank has weights yet."""
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint
-
-    def load(self, adapter: Adapter) -> None:
-        """Add a loaded adapter, which is not active."""
-        self.loaded[adapter.name] = adapter
-
     def place(self, name: str, devices: Mapping[str, torch.device]) -> None:
         """Put the deltas of a loaded adapter on the devices of their weights, unless it is kept on a device.
 
@@ -387,7 +380,7 @@ class Attachment:
 
     def forget_mounts(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
-        self.name = self.config = self.selection = self.replaced_attributes = None
+        self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.snapshot, self.unproved = None, ""
         for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):

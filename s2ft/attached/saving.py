@@ -16,7 +16,6 @@ from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
 from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
-from s2ft.model.fingerprint import structure_of
 from s2ft.selection import Selection
 
 
@@ -59,7 +58,7 @@ def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None 
         dict(record.info),
         couplings=record.custom_couplings,
         extra_weights=extra_values(model, record, state),
-        structure=structure_of(model, record.couplings, deltas),
+        structure=record.structure,
     )
 
 

@@ -48,6 +48,5 @@ __all__ = [
     "split_of",
 ]
 
-# The first kind that matches is used: a layer that torchao has quantized is an nn.Linear too, and layers of derived
-# classes are of the last kinds.
-KINDS[:] = (*QUANTIZED, SPLIT_LINEAR, LINEAR, CONV1D, CONVOLUTION, EXPERTS, *DERIVED)
+# The first kind that matches is used. Layers of derived classes are of the last kinds.
+KINDS[:] = (SPLIT_LINEAR, LINEAR, CONV1D, *QUANTIZED, CONVOLUTION, EXPERTS, *DERIVED)

@@ -248,13 +248,8 @@ class S2Layer(TrainableLayer):
         module.weight, module.bias = self.weight, self.bias
 
     @property
-    def matrix(self) -> Tensor:
-        """The weight as outputs × inputs (× taps of a convolution), in the weight's own memory."""
-        return self.kind.view(self.weight)
-
-    @property
     def shape(self) -> torch.Size:
-        """The shape of :attr:`matrix`."""
+        """The shape of the weight as outputs × inputs (× taps of a convolution)."""
         return self.kind.shape(self)
 
     def _set_units(self, start, end, index, delta_dtype) -> None:

@@ -312,6 +312,7 @@ class Kind:
 
 OTHER = Kind()  # of modules that S²FT does not train
 KINDS: list[Kind] = []  # all others, in the order in which they are asked; s2ft/layers/__init__.py has the rows
+CLASSES = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Tensor", "PackedLinear")  # whose objects they may match
 
 
 class TrainableLayer(nn.Module):
@@ -343,7 +344,8 @@ def kind_of(found: Any) -> Kind:
     """
     if isinstance(found, TrainableLayer):
         return found.kind
-    return next((kind for kind in KINDS if kind.matches(found)), OTHER)
+    is_known = any(one.__name__ in CLASSES for one in type(found).__mro__)
+    return next((kind for kind in KINDS if is_known and kind.matches(found)), OTHER)
 
 
 # ---- the product of a trainable layer -------------------------------------------------------------------------------
@@ -368,8 +370,9 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
     # torch.func can't look into the function below, and an exported program has no layers that write their slices.
     if transforms_active() or torch.compiler.is_exporting():
         return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
-    trains = s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
-    trains = trains and torch.is_grad_enabled()
+    trains = torch.is_grad_enabled() and (
+        s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
+    )
     is_held = _assert_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
     if not trains:
         return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)

@@ -165,7 +165,7 @@ class LinearKind(Kind):
     is_linear = True
 
     def matches(self, found: Any) -> bool:
-        return type(found) is nn.Linear
+        return type(found) is nn.Linear and not type(found.weight.data).__module__.startswith("torchao.")
 
     def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
