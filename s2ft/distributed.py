@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -728,12 +729,10 @@ def check_can_follow(model: nn.Module) -> None:
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo  # noqa: F401
 
         for group in _groups(model):
-            for name in ("mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy"):
-                getattr(group, name)
+            attrgetter("mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy")(group)
             for parameter in group.fsdp_params:
-                for name in ("module", "param_name", "shared_modules", "shared_param_names"):
-                    getattr(parameter._module_info, name)
-                getattr(parameter, "_post_load_hook_handle")  # noqa: B009
+                attrgetter("module", "param_name", "shared_modules", "shared_param_names")(parameter._module_info)
+                attrgetter("_post_load_hook_handle")(parameter)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"attaching to a model that FSDP2 has sharded needs names inside PyTorch that {torch.__version__} does not "

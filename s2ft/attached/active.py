@@ -580,24 +580,17 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
     """
     parameters, aside = extra_parameters(model, record), record.extra.trained or {}
     left = {name: parameter for name, parameter in parameters.items() if name not in aside}
-    if state is not None:
-        for name, parameter in left.items():
-            _check_in_state(name, parameter, state)
-        found = {name: state[name].detach().clone() for name in left}
-    else:
-        found = full_copies(left) if left else {}
-    return {name: found[name] if name in found else aside[name].clone() for name in parameters}
-
-
-def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
-    if name not in state:
-        raise ValueError(f"the state given to save has no {name}, which is trained")
-    shape = full_shape(parameter)
-    if state[name].shape != shape:
-        raise ValueError(
-            f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
-            "give a state that was gathered"
-        )
+    state = full_tensors(left) if state is None else state
+    for name, parameter in left.items():
+        if name not in state:
+            raise ValueError(f"the state given to save has no {name}, which is trained")
+        shape = full_shape(parameter)
+        if state[name].shape != shape:
+            raise ValueError(
+                f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
+                "give a state that was gathered"
+            )
+    return {name: (state[name] if name in left else aside[name]).detach().clone() for name in parameters}
 
 
 def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
