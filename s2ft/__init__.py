@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exports a name
     from s2ft import ops as ops
     from s2ft.adapter.adapter import Adapter as Adapter
-    from s2ft.api import attach as attach, detach as detach, merge as merge, plan as plan, select as select
+    from s2ft.api import attach as attach, plan as plan, select as select
     from s2ft.attached.bank import AdapterBank as AdapterBank
     from s2ft.attached.loading import (
         combine_adapters as combine_adapters,
@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # for type checkers, which can't follow __getattr__; `as` exp
         rename_adapter as rename_adapter,
         set_adapter as set_adapter,
     )
-    from s2ft.attached.mounting import set_rounding as set_rounding
+    from s2ft.attached.mounting import detach as detach, merge as merge, set_rounding as set_rounding
     from s2ft.attached.report import print_trainable_parameters as print_trainable_parameters, status as status
     from s2ft.attached.saving import (
         get_adapter as get_adapter,
@@ -62,11 +62,11 @@ _HOMES = {
     "rename_adapter": "s2ft.attached.loading",
     "save_adapter": "s2ft.attached.saving",
     "set_adapter": "s2ft.attached.loading",
+    "detach": "s2ft.attached.mounting",
+    "merge": "s2ft.attached.mounting",
     "set_rounding": "s2ft.attached.mounting",
     "status": "s2ft.attached.report",
     "attach": "s2ft.api",
-    "detach": "s2ft.api",
-    "merge": "s2ft.api",
     "plan": "s2ft.api",
     "select": "s2ft.api",
     "print_trainable_parameters": "s2ft.attached.report",

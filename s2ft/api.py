@@ -1,4 +1,4 @@
-"""attach, detach, merge: make a model train its selected units, and make it plain again."""
+"""attach, select, plan: make a model train its selected units, or say what it would train."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -6,12 +6,10 @@ from typing import Any
 from torch import nn
 
 from s2ft.attached.active import ON_TOP_OF, apart_from_active, names_of_modules, switch
-from s2ft.attached.checks import check_can_merge, check_not_in_engine, check_one_place
-from s2ft.attached.mounting import merge_active, mount, remove_all, touched, undone_on_failure
+from s2ft.attached.checks import check_one_place
+from s2ft.attached.mounting import mount, set_codecs, touched, undone_on_failure
 from s2ft.attached.proof import proving
 from s2ft.attached.record import (
-    attachment_of,
-    check_has_arrived,
     check_new_name,
     check_parallelism,
     check_rest_frozen,
@@ -29,8 +27,6 @@ from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.ops._build import warn_without_cuda_kernels
 from s2ft.selection import Selection, select as select_units, with_protect_ratio
-
-# ---- attach ----------------------------------------------------------------------------------------
 
 
 def attach(
@@ -126,6 +122,7 @@ def attach(
             selection = select_units(couplings, config, model, calibration, protect)
         with proving(model, record, touched(couplings, selection), config, selection, verify, example):
             mount(model, record, config, selection, name)
+        set_codecs(model, record, config)
         if active:
             switch(model, record, {**active, name: 1.0})
             record.add_info({ON_TOP_OF: active})
@@ -234,65 +231,3 @@ def _chosen(
     selection = select_units(trained, config, model, calibration, protect)
     check_one_place(model, trained, selection)
     return found, selection
-
-
-# ---- detach, merge ---------------------------------------------------------------------------------
-
-
-@of_compiled
-def detach(model: nn.Module) -> nn.Module:
-    """Remove every adapter and return the base model, bit for bit as it was before attach.
-
-    It also does this after an earlier call of any function was interrupted.
-
-    Args:
-        model: Model with adapters.
-
-    Returns:
-        The same model.
-
-    Raises:
-        ValueError: The model has no adapters, or ZeRO-3 has sharded it. ``set_adapter(model, None)`` restores the base
-            of such a model.
-
-    Example:
-        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-        >>> s2ft.detach(model) is model
-        True
-    """
-    record = attachment_of(model)
-    check_not_in_engine(model, "detach", removes=True)
-    remove_all(model, record)
-    return model
-
-
-@of_compiled
-def merge(model: nn.Module) -> nn.Module:
-    """Write the active adapters into the weights for good and return the plain model, with units in original order.
-
-    The weights equal those that the adapter was trained with, bit for bit. The base is kept until the end: after an
-    interrupt the adapter is still there, and no adapter is active.
-
-    Args:
-        model: Model with an active adapter.
-
-    Returns:
-        The same model, without adapters.
-
-    Raises:
-        ValueError: No adapter is active, the base is quantized, or ZeRO-3 has sharded the model.
-
-    Example:
-        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
-        >>> s2ft.merge(model).save_pretrained("merged")
-        >>> s2ft.list_adapters(model)
-        []
-    """
-    record = attachment_of(model)
-    check_not_in_engine(model, "merge", removes=True)
-    if not record.active:
-        raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
-    check_has_arrived(record, in_weights=True)
-    if record.trains:
-        check_can_merge(record)
-    return merge_active(model, record)

@@ -25,6 +25,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import attrgetter
 from typing import Any, NamedTuple, TypeGuard, cast
 
 import torch
@@ -390,10 +391,8 @@ def reads_weights() -> bool:
 
 def reshard_all(model: nn.Module) -> None:
     """Make FSDP2 free the full parameters that it kept after a forward, so that the trained shards are used again."""
-    kind = fsdp_modules()
-    for module in model.modules() if kind else ():
-        if isinstance(module, kind):
-            module.reshard()
+    for module in fsdp_modules(model):
+        module.reshard()
 
 
 def ranks_sharing(tensors: Iterable[Tensor]) -> list[int] | None:
@@ -468,25 +467,11 @@ def _write_master_copy(tensor: Tensor, full: Tensor) -> None:
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
     if is_partitioned(tensor):  # by the own part, because DeepSpeed cuts a full value only if all parts are equal
-        safe_set_local_fp32_param(tensor, own_part_of(tensor, full))
+        size = tensor.ds_tensor.numel()  # the last parts are filled up with zeros
+        part = full.flatten()[size * dist.get_rank(tensor.ds_process_group) :][:size]
+        safe_set_local_fp32_param(tensor, torch.cat([part, part.new_zeros(size - part.numel())]))
     else:
         safe_set_full_fp32_param(tensor, full)
-
-
-def own_part_of(tensor: Any, full: Tensor) -> Tensor:
-    """Cut this rank's part out of full values of a parameter that ZeRO-3 has partitioned.
-
-    Args:
-        tensor: The parameter.
-        full: Values of its full shape.
-
-    Returns:
-        The part [n]. All ranks have parts of one size; the last ones are filled up with zeros.
-    """
-    size = tensor.ds_tensor.numel()
-    start = size * dist.get_rank(tensor.ds_process_group)
-    part = full.flatten()[start : start + size]
-    return torch.cat([part, part.new_zeros(size - part.numel())])
 
 
 @contextmanager
@@ -651,24 +636,6 @@ def is_cut(placement: Any, dim: int | None = None) -> bool:
     return cuts and dim in (None, placement.dim)
 
 
-def stays_in_blocks(tensor: Any, dim: int, order: Tensor) -> bool:
-    """Whether an order of a DTensor's elements moves none from one rank's shard to another's.
-
-    Args:
-        tensor: The DTensor.
-        dim: Dimension that is reordered.
-        order: The order, [tensor.shape[dim]] int64.
-    """
-    axes = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
-    if axes and hasattr(tensor.placements[axes[-1]], "split_factor"):
-        return False  # a packed weight: a rank has no single block
-    blocks = math.prod(tensor.device_mesh.size(axis) for axis in axes)
-    if blocks > 1 and order.numel() % blocks:
-        return False
-    size = order.numel() // blocks
-    return torch.equal(order // size, torch.arange(order.numel()) // size)
-
-
 def _own_part(full: Tensor, like: Any, dim: int) -> Tensor:
     """Cut a tensor that every rank has as a DTensor is cut along a dimension, without communication.
 
@@ -736,38 +703,36 @@ def elements_of(tensor: Tensor, positions: Tensor) -> Tensor:
 Place = tuple[nn.Module, str]  # a module and the name that its parameter has there
 
 
-def fsdp_modules() -> type[Any] | tuple[()]:
-    """The class of modules to which FSDP2 was applied, for isinstance; no class if FSDP2 is not in use."""
+def fsdp_modules(model: nn.Module) -> list[Any]:
+    """The modules of a model to which FSDP2 was applied."""
     fsdp = sys.modules.get("torch.distributed.fsdp")
-    return () if fsdp is None or not dist.is_initialized() else fsdp.FSDPModule
+    if fsdp is None or not dist.is_initialized():
+        return []
+    return [module for module in model.modules() if isinstance(module, fsdp.FSDPModule)]
 
 
 def _groups(model: nn.Module) -> list[Any]:
     """Every group of parameters that FSDP2 gathers together."""
     found: dict[int, Any] = {}
-    kind = fsdp_modules()
-    for module in model.modules() if kind else ():
-        if isinstance(module, kind):
-            state = module._get_fsdp_state()
-            groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
-            found.update({id(group): group for group in groups if group is not None})
+    for module in fsdp_modules(model):
+        state = module._get_fsdp_state()
+        groups = state._fsdp_param_groups if hasattr(state, "_fsdp_param_groups") else [state._fsdp_param_group]
+        found.update({id(group): group for group in groups if group is not None})
     return list(found.values())
 
 
 def check_can_follow(model: nn.Module) -> None:
     """Raise RuntimeError if this version of PyTorch has other private names than this file needs."""
-    if not any(isinstance(module, fsdp_modules()) for module in model.modules()):
+    if not fsdp_modules(model):
         return
     try:
         from torch.distributed.fsdp._fully_shard._fsdp_param import FSDPParam, ParamModuleInfo  # noqa: F401
 
         for group in _groups(model):
-            for name in ("mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy"):
-                getattr(group, name)
+            attrgetter("mesh_info", "post_forward_mesh_info", "device", "mp_policy", "offload_policy")(group)
             for parameter in group.fsdp_params:
-                for name in ("module", "param_name", "shared_modules", "shared_param_names"):
-                    getattr(parameter._module_info, name)
-                getattr(parameter, "_post_load_hook_handle")  # noqa: B009
+                attrgetter("module", "param_name", "shared_modules", "shared_param_names")(parameter._module_info)
+                attrgetter("_post_load_hook_handle")(parameter)
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"attaching to a model that FSDP2 has sharded needs names inside PyTorch that {torch.__version__} does not "
@@ -804,16 +769,6 @@ def follow(model: nn.Module, moved: Iterable[tuple[Place, Place]]) -> None:
             for i, (module, name) in enumerate(zip(info.shared_modules, info.shared_param_names)):
                 place = new.get((id(module), name), (module, name))
                 info.shared_modules[i], info.shared_param_names[i] = place
-
-
-@contextmanager
-def following(model: nn.Module, here: Place, there: Place) -> Iterator[None]:
-    """Inside, FSDP2 knows that a parameter is there; before and afterwards it is here."""
-    try:
-        follow(model, [(here, there)])
-        yield
-    finally:
-        follow(model, [(there, here)])
 
 
 def shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:

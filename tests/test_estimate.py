@@ -354,7 +354,7 @@ def test_a_model_on_the_meta_device_is_counted_alike(case, dtype):
 def test_a_model_that_accelerate_will_load_again_is_counted_alike(device, monkeypatch):
     model, config = model_of("llama").to(device), config_for("llama")
     expected = s2ft.estimate(model, config, 2, 9)
-    monkeypatch.setattr("s2ft.attached.hosts.will_be_loaded_again", lambda: True)
+    monkeypatch.setattr("s2ft.attached.mounting.will_be_loaded_again", lambda: True)
     found = s2ft.estimate(model, config, 2, 9)
     assert found.parts == expected.parts and found.peak == expected.peak
 

@@ -39,10 +39,12 @@ def test_elements_of_projections_that_share_a_weight():
     """Two heads of q and k with two elements each, side by side or interleaved by head."""
     q, k = (Projection(key, "qk", 2, 2, 0, start=start, size=8) for key, start in (("q", 0), ("k", 4)))
     assert k.elements(torch.tensor([1])).tolist() == [6, 7] and (q.name, k.name) == ("qk.q", "qk.k")
-    assert element_order([q, k], torch.tensor([1, 0])).tolist() == [2, 3, 0, 1, 6, 7, 4, 5]
+    assert element_order(q, torch.tensor([1, 0])).tolist() == [2, 3, 0, 1, 4, 5, 6, 7]
+    assert element_order(k, torch.tensor([1, 0])).tolist() == [0, 1, 2, 3, 6, 7, 4, 5]
     q, k = (Projection(key, "qk", 2, 2, 0, start=start, stride=4, size=8) for key, start in (("q", 0), ("k", 2)))
     assert k.elements(torch.tensor([0, 1])).tolist() == [2, 3, 6, 7]
-    assert element_order([q, k], torch.tensor([1, 0])).tolist() == [4, 5, 6, 7, 0, 1, 2, 3]
+    assert element_order(q, torch.tensor([1, 0])).tolist() == [4, 5, 2, 3, 0, 1, 6, 7]
+    assert element_order(k, torch.tensor([1, 0])).tolist() == [0, 1, 6, 7, 4, 5, 2, 3]
 
 
 @pytest.mark.parametrize("units,expected", [([3, 2, 4], (2, 5)), ([0], (0, 1)), ([1, 3], None)])

@@ -1,4 +1,4 @@
-"""The formats that adapters are read from and written to. A new format is one module and one row here.
+"""The formats besides our own that adapters are read from and written to. A new format is one module and one row here.
 
 The rows name their modules instead of importing them, so that the command line can list the formats without PyTorch.
 """
@@ -37,9 +37,7 @@ class Format:
         return import_module(self.path)
 
 
-NATIVE = "native"
 ADAPTER_FORMATS = {
-    NATIVE: Format("the format of s2ft.save_adapter", "s2ft.adapter.native"),
     "lora": Format(
         "a folder that PEFT and vLLM load; it adds the same numbers to every weight",
         "s2ft.export.lora",

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 import s2ft
 from s2ft.adapter.adapter import Adapter
@@ -31,7 +31,6 @@ from s2ft.files.reading import (
     check_finite,
     check_parameter,
     check_projection,
-    is_folder,
     open_file,
     parse_json,
     read_bytes,
@@ -54,25 +53,19 @@ DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torc
 MAX_ELEMENTS = 2**24  # of one side of a weight whose size is read from couplings in the file
 
 
-def matches(folder: Path) -> bool:
-    """Whether the folder has the files of a native adapter; they are not read."""
-    return is_folder(folder)
-
-
 def describe(folder: Path) -> str:
     """The adapter's name and size in words."""
     adapter = read(folder)
     return f"adapter {adapter.name!r}, {adapter.parameters:,} parameters"
 
 
-def write(adapter: Adapter, folder, model: nn.Module | None = None) -> None:
+def write(adapter: Adapter, folder) -> None:
     """Save an adapter.
 
     Args:
         adapter: The adapter.
         folder: The folder, which is created if it is missing. An adapter in it is replaced in one step, see
             :mod:`s2ft.files.reading`.
-        model: Not needed. Other formats need the base model.
 
     Raises:
         ValueError: A tensor is empty (a shard that was not gathered) or not finite, or a name could not be read
@@ -311,20 +304,23 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         couplings = [Coupling.from_dict(entry) for entry in _field(header, "couplings", list, path)]
         for projection in projections_of(couplings):
             check_projection(projection.path, "couplings")
-            _check_size(projection)
+            count, unit = projection.count, projection.unit
+            is_large = isinstance(count, int) and isinstance(unit, int) and count * unit > MAX_ELEMENTS
+            if is_large or any(isinstance(n, int) and n > MAX_ELEMENTS for n in vars(projection).values()):
+                raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")  # no list of that size
         return checked_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
 
 
 def _structure_values(structure: Structure) -> dict[str, Any]:
-    """A structure as JSON values."""
+    """A structure as values for JSON."""
     return {
         "locations": {
             name: {key: value for key, value in asdict(found).items() if value is not None}
             for name, found in sorted(structure.locations.items())
         },
-        "base_weights": {layer: [list(pair) for pair in pairs] for layer, pairs in structure.base_weights.items()},
+        "base_weights": structure.base_weights,
     }
 
 
@@ -366,17 +362,6 @@ def _structure(header: dict[str, Any], path: Path) -> Structure:
         for _, name in pairs:
             check_parameter(name, "structure")
     return structure
-
-
-def _check_size(projection) -> None:
-    """Check the counts in the file before lists of that size are created."""
-    if (
-        any(isinstance(n, int) and n > MAX_ELEMENTS for n in vars(projection).values())
-        or isinstance(projection.count, int)
-        and isinstance(projection.unit, int)
-        and projection.count * projection.unit > MAX_ELEMENTS
-    ):
-        raise ValueError(f"{projection.path} has more than {MAX_ELEMENTS:,} elements")
 
 
 def _check_entries(

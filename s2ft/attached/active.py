@@ -108,10 +108,10 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.enabled = False
     for entry in reversed(record.written):
         with weight_at(model, entry.projection).shard() as part:
-            index, base, is_checked = entry.index, entry.base, False
-            if entry.delta is not None and part.is_full:
-                index, is_checked = record.positions_of(entry.projection, entry.delta, part.tensor), True
-            elif not entry.is_local:  # it was written before the model was sharded, if it is sharded
+            index, base, is_checked = entry.index, entry.base, entry.delta is not None and part.is_full
+            if is_checked:
+                index = record.positions_of(entry.projection, cast(Delta, entry.delta), part.tensor)
+            elif entry.delta is not None:  # it was written before the model was sharded
                 index = record.current_positions(entry.projection, index)
                 index, base = part.restrict(index, base, entry.projection.dim)
             if base.numel():
@@ -171,8 +171,8 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
         with WRITING:
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
-            of_whole = (delta.index, base, False, delta)
-            record.written.append(Written(projection, *(of_whole if part.is_full else (here, base, True))))
+            place = (delta.index, base, delta) if part.is_full else (here, base, None)
+            record.written.append(Written(projection, *place))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
             factors = [factor for _, factor in parts]
@@ -580,24 +580,17 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
     """
     parameters, aside = extra_parameters(model, record), record.extra.trained or {}
     left = {name: parameter for name, parameter in parameters.items() if name not in aside}
-    if state is not None:
-        for name, parameter in left.items():
-            _check_in_state(name, parameter, state)
-        found = {name: state[name].detach().clone() for name in left}
-    else:
-        found = full_copies(left) if left else {}
-    return {name: found[name] if name in found else aside[name].clone() for name in parameters}
-
-
-def _check_in_state(name: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
-    if name not in state:
-        raise ValueError(f"the state given to save has no {name}, which is trained")
-    shape = full_shape(parameter)
-    if state[name].shape != shape:
-        raise ValueError(
-            f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
-            "give a state that was gathered"
-        )
+    state = full_tensors(left) if state is None else state
+    for name, parameter in left.items():
+        if name not in state:
+            raise ValueError(f"the state given to save has no {name}, which is trained")
+        shape = full_shape(parameter)
+        if state[name].shape != shape:
+            raise ValueError(
+                f"the state given to save has {name} of shape {tuple(state[name].shape)}, not {tuple(shape)}: "
+                "give a state that was gathered"
+            )
+    return {name: (state[name] if name in left else aside[name]).detach().clone() for name in parameters}
 
 
 def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:

@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from types import MethodType
 from typing import Any
 
 import torch
@@ -33,8 +32,6 @@ from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import Delta, find
 from s2ft.ops import multi_adapter_linear
-
-MARK = "_s2ft_bank"  # attribute of a forward that a bank has put on a module
 
 
 class AdapterBank:
@@ -300,10 +297,8 @@ class AdapterBank:
         return {name: adapters[name] for name in names}
 
     def _check_limit(self, adapters: Iterable["_Loaded"]) -> None:
-        if self.limit_bytes is None:
-            return
         total = sum(one.bytes for one in adapters)
-        if total > self.limit_bytes:
+        if self.limit_bytes is not None and total > self.limit_bytes:
             raise ValueError(
                 f"the batch's adapters need at least {total:,} bytes, more than limit_bytes = "
                 f"{self.limit_bytes:,}: give smaller batches or a higher limit"
@@ -442,7 +437,6 @@ class _BankLayer:
         self.adapter: Any = None  # [sequences]
         self.used = False  # whether a packed adapter has units here
         self.original_forward: Callable | None = None  # a forward that was set on the module before, not its class's
-        self.forward = MethodType(_forward_of(self), module)
 
     def has_buffers(self, dtype: torch.dtype) -> bool:
         """Whether the buffers have this dtype and are on the device of the weight."""
@@ -477,8 +471,10 @@ class _BankLayer:
         self.values = torch.zeros(capacity, width, dtype=dtype, device=device)
         self.index = torch.zeros(capacity, dtype=torch.int64, device=device)
 
-    def add(self, x: Tensor, y: Tensor) -> Tensor:
-        """Add the products of the rows' adapters, for x [rows, ..., inputs], to y [rows, ..., outputs]."""
+    def forward(self, x: Tensor) -> Tensor:
+        """The forward of the module, with the products of the rows' adapters: x [rows, ..., inputs] → outputs."""
+        own = self.original_forward
+        y = type(self.module).forward(self.module, x) if own is None else own(x)
         if not torch.compiler.is_compiling() and not self.used:  # a compiled graph must serve all batches
             return y
         values = self.values if self.values.dtype == y.dtype else self.values.to(y.dtype)  # autocast
@@ -497,21 +493,11 @@ class _BankLayer:
         return self.adapter[:, None].expand(-1, rows // sequences).reshape(-1)
 
 
-def _forward_of(layer: _BankLayer) -> Callable:
-    """A forward for the layer's module that adds the products of the adapters."""
-
-    def forward(module: nn.Module, x: Tensor) -> Tensor:
-        y = type(module).forward(module, x) if layer.original_forward is None else layer.original_forward(x)
-        return layer.add(x, y)
-
-    setattr(forward, MARK, True)
-    return forward
-
-
 @contextmanager
 def _forwards_replaced(layers) -> Iterator[None]:
     """Replace the forwards of the layers' modules inside this context. Nothing of the bank stays on the model."""
-    if any(hasattr(layer.module.__dict__.get("forward"), MARK) for layer in layers):
+    present = (layer.module.__dict__.get("forward") for layer in layers)
+    if any(isinstance(getattr(forward, "__self__", None), _BankLayer) for forward in present):
         raise RuntimeError(
             "a batch of another bank is running on this model, and a model runs one batch at a time: leave that batch "
             "first"

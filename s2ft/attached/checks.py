@@ -179,7 +179,7 @@ def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delt
 
     deltas: by projection.
     """
-    changed = [projection for projection in projections_of(record.couplings) if projection.name in deltas]
+    changed = [record.projections[name] for name in deltas]
     for projection in changed:
         if weight_at(model, projection).read_only:
             raise ValueError(
@@ -263,7 +263,7 @@ def style_of(module: nn.Module) -> Any:
 
 def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
-    known = {projection.name: projection for projection in projections_of(record.couplings)}
+    known = record.projections
     for path, delta in adapter.deltas.items():
         if path not in known:
             raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}")

@@ -60,7 +60,7 @@ from s2ft.attached.active import (
     write_slices,
 )
 from s2ft.attached.checks import check_extra_fits
-from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment
+from s2ft.attached.record import Attachment, attachment_of
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.attached.saving import save_adapter
 from s2ft.config import S2FTConfig
@@ -73,11 +73,10 @@ from s2ft.distributed import (
     ranks_sharing,
     reshard_all,
     wait_for_ranks,
-    will_be_loaded_again,
 )
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import json_entry
-from s2ft.layers import act_mul_of, forward_of, is_intercepted, kind_of
+from s2ft.layers import S2Layer, act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import difference, fingerprint
@@ -300,7 +299,7 @@ class _BaseOrder:
             moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
-            if not entry.is_local and handle.tensor is tensor:
+            if entry.delta is not None and handle.tensor is tensor:
                 view = handle.view(copy)
                 swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
@@ -336,18 +335,16 @@ def put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata:
         if id(tensor) not in copies:
             copies[id(tensor)] = order.copy_of(tensor, without_written=True)
         state[key] = copies[id(tensor)]
-    replaced = _of_parameters(record, prefix)
-    names = {f"{key}.weight": key for key, mounted in replaced if not mounted.layer.is_managed}
+    replaced = _in_place_of_parameters(record, prefix)
+    names = {f"{key}.weight": key for key, layer in replaced.items() if not layer.is_managed}
     entries = [(names.get(key, key), value) for key, value in state.items()]
     state.clear()  # in place, and the order stays
     state.update(entries)
 
 
-def _of_parameters(record: Attachment, prefix: str) -> Iterator[tuple[str, Mount]]:
-    """Yield the trainable layers that have replaced a parameter, with the parameter's key in a state dict."""
-    for path, mounted in record.mounts.items():
-        if mounted.original is None:
-            yield prefix + path, mounted
+def _in_place_of_parameters(record: Attachment, prefix: str) -> dict[str, S2Layer]:
+    """The trainable layers that have replaced a parameter, by the parameter's key in a state dict."""
+    return {prefix + path: mounted.layer for path, mounted in record.mounts.items() if mounted.original is None}
 
 
 def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -360,7 +357,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     """
     record = attachment_of(model)
     keep_unfrozen(model, record)
-    for key in dict(_of_parameters(record, prefix)):
+    for key in _in_place_of_parameters(record, prefix):
         if key in state:
             state[f"{key}.weight"] = state.pop(key)
     if record.awaits_weights:
@@ -534,11 +531,6 @@ def remove_from_host(model: nn.Module, record: Attachment) -> None:
 # ---- weights that arrive after an adapter was attached, on ranks that started without them --------------------------
 
 
-def note_missing_weights(model: nn.Module, record: Attachment) -> None:
-    """Make the record wait for the weights if they are on the meta device, or will be sent there to be sharded."""
-    record.awaits_weights = _any_on_meta(model, record) or will_be_loaded_again()
-
-
 def expect_none(record: Attachment) -> None:
     """Make the model run as it is: it is a copy without numbers, for which no weights will arrive."""
     record.awaits_weights, record.has_taken_up = False, True
@@ -548,7 +540,7 @@ def expect_none(record: Attachment) -> None:
 
 def after_apply(model: nn.Module, record: Attachment) -> None:
     """Make the record wait for the weights if the model has been moved to the meta device."""
-    if record.mounts and _any_on_meta(model, record):
+    if record.mounts and any_on_meta(model, record):
         for move in record.moves:
             move.forget(model)
         record.awaits_weights = True
@@ -564,7 +556,8 @@ def mark_layers(record: Attachment) -> None:
             mount.layer.leave_units_out_of_states()
 
 
-def _any_on_meta(model: nn.Module, record: Attachment) -> bool:
+def any_on_meta(model: nn.Module, record: Attachment) -> bool:
+    """Whether a weight of a coupling is on the meta device."""
     return any(tensor.is_meta for coupling in record.couplings for tensor in tensors_of(model, coupling))
 
 
@@ -599,10 +592,10 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     The state of a sharded model has the model's own order, and a checkpoint of the base has the base's. Nothing but the
     fingerprint tells one from the other. Every rank loads a state of a sharded model, so every rank calls this.
     """
-    record = find_attachment(model)
-    if record is None or record.awaits_weights or record.written or not any(move.is_done for move in record.moves):
+    record = attachment_of(model)
+    if record.awaits_weights or record.written or not any(move.is_done for move in record.moves):
         return
-    if not any(isinstance(module, fsdp_modules()) for module in model.modules()):
+    if not fsdp_modules(model):
         return
     reshard_all(model)
     if difference(fingerprint(model, record.couplings), cast("dict[str, Any]", record.fingerprint)):
@@ -624,22 +617,16 @@ def take_up(model: nn.Module) -> bool:
     Raises:
         RuntimeError: They are not those of the base. The units have not moved.
     """
-    record = find_attachment(model)
-    if record is None or not record.mounts or not _has_to_take_up(model, record):
+    record = attachment_of(model)
+    if not record.mounts or not _has_to_take_up(model, record):
         return False
     reshard_all(model)
-    if _any_on_meta(model, record):
+    if any_on_meta(model, record):
         return False
     for move in record.moves:
         move.start_again()  # what was loaded is in the base's order
     mark_layers(record)
     _check_arrived(model, record)
-    for mount in record.mounts.values():
-        if mount.layer.s2.is_meta:
-            raise RuntimeError(
-                "the weights were loaded, and the slices (s2) are still on the meta device: call model.to_empty(device="
-                "...) before you load the state of the base, or load a state that has the slices"
-            )
     try:
         for move in record.moves:
             move.finish(model)
@@ -650,7 +637,7 @@ def take_up(model: nn.Module) -> bool:
             move.postpone(model)
         raise
     for mount in record.mounts.values():
-        mount.layer.forget_first_values()
+        mount.layer.first_values = None
     mark_layers(record)
     values, record.extra.arriving = record.extra.arriving, {}
     set_extra(model, record, values)
@@ -663,7 +650,7 @@ def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
         return True
     if record.has_taken_up or not record.fingerprint_decision.key:
         return False
-    if not isinstance(model, fsdp_modules()) and not any(is_sharded(m.layer.weight) for m in record.mounts.values()):
+    if model not in fsdp_modules(model) and not any(is_sharded(m.layer.weight) for m in record.mounts.values()):
         return False
     record.has_taken_up = not record.fingerprint_decision.is_for_others
     return not record.has_taken_up
@@ -671,12 +658,17 @@ def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
 
 def _check_arrived(model: nn.Module, record: Attachment) -> None:
     found = fingerprint(model, record.couplings)
-    record.set_fingerprint_if_unknown(found)
-    differing = difference(found, cast("dict[str, Any]", record.fingerprint))
+    record.fingerprint = record.fingerprint or found
+    differing = difference(found, record.fingerprint)
     if differing:
         raise RuntimeError(
             f"the weights that were loaded are not those of the base that {record.name!r} belongs to: {differing}. "
             "Load the base's own state, in its own order of units"
+        )
+    if any(mount.layer.s2.is_meta for mount in record.mounts.values()):
+        raise RuntimeError(
+            "the weights were loaded, and the slices (s2) are still on the meta device: call "
+            "model.to_empty(device=...) before you load the state of the base, or load a state that has the slices"
         )
 
 
@@ -730,7 +722,7 @@ def before_forward(model: Any, *_: Any) -> None:
     is_first = next(iter(hooks.values())) is before_forward
     if not is_first:  # FSDP2 was applied since
         hooks.move_to_end(next(key for key, hook in hooks.items() if hook is before_forward), last=False)
-    is_gathered = not is_first and isinstance(model, fsdp_modules())  # by the hook of FSDP2, which came first
+    is_gathered = not is_first and model in fsdp_modules(model)  # by the hook of FSDP2, which came first
     if take_up(model) and is_gathered:
         model.unshard()  # again
     if model.training and torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time

@@ -9,19 +9,21 @@ from typing import Any
 import torch
 from torch import nn
 
+from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weighted_sum
 from s2ft.adapter.folders import resolve
-from s2ft.adapter.formats import ADAPTER_FORMATS, NATIVE
+from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.active import (
     check_can_put_on_extra,
     check_same_extra,
+    deactivate,
     set_extra,
     set_mounted_deltas,
     switch,
     unfreeze,
 )
 from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
-from s2ft.attached.mounting import end_training, load, mount, remove, touched, undone_on_failure
+from s2ft.attached.mounting import end_training, load, mount, remove_all, set_codecs, touched, undone_on_failure
 from s2ft.attached.proof import proving
 from s2ft.attached.record import (
     Attachment,
@@ -35,6 +37,7 @@ from s2ft.attached.record import (
 from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.distributed import reshard_all
+from s2ft.files.reading import is_folder
 from s2ft.model.fingerprint import structure_of
 
 # ---- loading --------------------------------------------------------------------------------------------------------
@@ -61,8 +64,8 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
         'math'
     """
     folder = resolve(adapter)
-    known = (one.module for one in ADAPTER_FORMATS.values())
-    return next((one for one in known if one.matches(folder)), ADAPTER_FORMATS[NATIVE].module).read(folder)
+    others = () if is_folder(folder) else (one.module for one in ADAPTER_FORMATS.values())
+    return next((one for one in others if one.matches(folder)), native).read(folder)
 
 
 @of_compiled
@@ -120,7 +123,7 @@ def load_adapter(
     if record is None:
         record = new_attachment(model, adapter.couplings)
     check_fits(adapter, model, record)
-    record.set_fingerprint_if_unknown(adapter.fingerprint)
+    record.fingerprint = record.fingerprint or adapter.fingerprint  # of the weights that will arrive
     adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
         check_can_write(model, record, adapter.deltas)
@@ -137,6 +140,7 @@ def load_adapter(
     with undone_on_failure(model, record):
         with proving(model, record, trained, adapter.config, adapter.selection, verify, example):
             mount(model, record, adapter.config, adapter.selection, adapter.name)
+        set_codecs(model, record, adapter.config)
         set_mounted_deltas(record, adapter.deltas)
         unfreeze(model, record, adapter.extra_weights)
         set_extra(model, record, adapter.extra_weights)
@@ -279,7 +283,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     weights = _weights(record, weights)
     check_new_name(record, name)
     adapters = {part: get_adapter(model, part) for part in weights}
-    record.load(weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name))
+    record.loaded[name] = weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name)
     return overlap(list(adapters.values()))
 
 
@@ -327,7 +331,14 @@ def delete_adapter(model: nn.Module, name: str) -> None:
     check_known(record, name)
     if name == record.name or len(record.names) == 1:
         check_not_in_engine(model, "deleting the trainable or the last adapter", removes=True)
-    remove(model, record, name)
+    if name in record.active:
+        deactivate(model, record)
+    if record.names == [name]:
+        remove_all(model, record)
+    elif name != record.name:
+        record.drop(name)
+    else:
+        end_training(model, record)
 
 
 @of_compiled

@@ -25,6 +25,7 @@ from s2ft.attached.active import (
     write_slices,
 )
 from s2ft.attached.checks import (
+    check_can_merge,
     check_can_move,
     check_gradients_pass,
     check_memory,
@@ -39,12 +40,12 @@ from s2ft.attached.hosts import (
     after_apply,
     after_load,
     allow_training,
+    any_on_meta,
     before_forward,
     check_is_base,
     close_blocks,
     experts_modules,
     mark_layers,
-    note_missing_weights,
     open_blocks,
     put_in_order,
     remove_from_host,
@@ -59,6 +60,7 @@ from s2ft.attached.record import (
     Part,
     applied,
     attachment_of,
+    check_has_arrived,
     clear_attachment,
     find_attachment,
     of_compiled,
@@ -75,6 +77,7 @@ from s2ft.distributed import (
     release_slices,
     reshard_all,
     shard_slices,
+    will_be_loaded_again,
 )
 from s2ft.files.plain_text import by_key
 from s2ft.layers import EXPERTS, SPLIT_LINEAR, S2Layer, forward_of, kind_of
@@ -104,6 +107,8 @@ from s2ft.selection import Selection
 
 def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None:
     """Let each mounted layer compute with what the base's files can hold, if the config says so and they are packed.
+
+    This comes after the proof, whose deltas no file could hold.
 
     Raises:
         ValueError: A weight is not that of the files, its type has no codec, or something spreads or shares it.
@@ -144,20 +149,6 @@ def set_rounding(model: nn.Module, share: float) -> None:
         if mount.layer.codec is not None and mount.layer.codec.share != share:
             mount.layer.codec.share = share
             mount.layer.write_before_next_forward()
-
-
-@contextmanager
-def without_codecs(record: Attachment) -> Iterator[None]:
-    """Inside, layers compute with base + s2, for a proof whose deltas no file could hold."""
-    layers = [mount.layer for mount in record.mounts.values()]
-    codecs = [layer.codec for layer in layers]
-    try:
-        for layer in layers:
-            layer.codec = None
-        yield
-    finally:
-        for layer, codec in zip(layers, codecs):
-            layer.codec = codec
 
 
 def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> FileRounding:
@@ -206,7 +197,7 @@ def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args:
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers. A failure takes everything back.
+    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers, inside :func:`undone_on_failure`.
 
     Args:
         model: Model that has the record, with the base in its weights.
@@ -216,7 +207,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
         name: Name of the new adapter.
 
     Raises:
-        ValueError: Something can't be trained. Nothing has changed.
+        ValueError: Something can't be trained.
         RuntimeError: Another rank trains other units or has another base.
     """
     check_not_in_engine(model, "a trainable adapter")
@@ -235,16 +226,11 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
-    try:
-        record.name, record.config, record.selection = name, config, selection
-        record.structure = structure_of(model, record.couplings, selection.units)
-        _make_layers(model, record, trained, moves, config, selection)
-        install(model, record, extra_names)
-        set_codecs(model, record, config)
-        record.active = {name: 1.0}
-    except BaseException:  # out of memory, an interrupt: leave no half-converted model
-        unmount(model, record)
-        raise
+    record.name, record.config, record.selection = name, config, selection
+    record.structure = structure_of(model, record.couplings, selection.units)
+    _make_layers(model, record, trained, moves, config, selection)
+    install(model, record, extra_names)
+    record.active = {name: 1.0}
 
 
 def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
@@ -261,7 +247,7 @@ def _make_layers(
     selection: Selection,
 ) -> None:
     """Record the moves and the trainable layers of a new adapter. No layer is replaced yet."""
-    note_missing_weights(model, record)
+    record.awaits_weights = any_on_meta(model, record) or will_be_loaded_again()
     record.packing_stopped = layers_that_pack(model)
     record.moves += moves
     parts: dict[str, list[Part]] = {}
@@ -527,7 +513,7 @@ def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -
         if is_new:
             claim(model, record)
             model.requires_grad_(False)
-        record.load(adapter)
+        record.loaded[adapter.name] = adapter
         place_loaded(model, record, [adapter.name])
         if active:
             switch(model, record, {adapter.name: 1.0})
@@ -554,18 +540,6 @@ def remove_all(model: nn.Module, record: Attachment) -> None:
     all_or_nothing(change)
 
 
-def remove(model: nn.Module, record: Attachment, name: str) -> None:
-    """Remove one adapter; if it is active, no adapter is active afterwards. With the last one the model is plain."""
-    if name in record.active:
-        deactivate(model, record)
-    if record.names == [name]:
-        remove_all(model, record)
-    elif name != record.name:
-        record.drop(name)
-    else:
-        end_training(model, record)
-
-
 def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None = None) -> None:
     """Remove the trainable layers. What was active is active again, with the same bits in the weights.
 
@@ -582,7 +556,7 @@ def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None =
         record.forget_mounts()
         model.requires_grad_(False)
         if adapter is not None:
-            record.load(adapter)
+            record.loaded[adapter.name] = adapter
 
     def change() -> None:
         replace()
@@ -591,8 +565,62 @@ def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None =
     all_or_nothing(change, recover=replace)  # then no adapter is active
 
 
-def merge_active(model: nn.Module, record: Attachment) -> nn.Module:
-    """Write the active adapters into the weights and return the plain model. A failure leaves the adapter, inactive."""
+@of_compiled
+def detach(model: nn.Module) -> nn.Module:
+    """Remove every adapter and return the base model, bit for bit as it was before attach.
+
+    It also does this after an earlier call of any function was interrupted.
+
+    Args:
+        model: Model with adapters.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: The model has no adapters, or ZeRO-3 has sharded it. ``set_adapter(model, None)`` restores the base
+            of such a model.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.detach(model) is model
+        True
+    """
+    record = attachment_of(model)
+    check_not_in_engine(model, "detach", removes=True)
+    remove_all(model, record)
+    return model
+
+
+@of_compiled
+def merge(model: nn.Module) -> nn.Module:
+    """Write the active adapters into the weights for good and return the plain model, with units in original order.
+
+    The weights equal those that the adapter was trained with, bit for bit. The base is kept until the end: after an
+    interrupt the adapter is still there, and no adapter is active.
+
+    Args:
+        model: Model with an active adapter.
+
+    Returns:
+        The same model, without adapters.
+
+    Raises:
+        ValueError: No adapter is active, the base is quantized, or ZeRO-3 has sharded the model.
+
+    Example:
+        >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
+        >>> s2ft.merge(model).save_pretrained("merged")
+        >>> s2ft.list_adapters(model)
+        []
+    """
+    record = attachment_of(model)
+    check_not_in_engine(model, "merge", removes=True)
+    if not record.active:
+        raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
+    check_has_arrived(record, in_weights=True)
+    if record.trains:
+        check_can_merge(record)
 
     def change() -> nn.Module:
         write_slices(model, record)

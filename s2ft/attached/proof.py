@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property, partial
+from itertools import count
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,6 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
 from s2ft.attached.hosts import not_awaiting
-from s2ft.attached.mounting import without_codecs
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
 from s2ft.distributed import decide, is_sharded, reshard_all
@@ -138,7 +138,7 @@ class Proof:
         Raises:
             ValueError: It does not, and there must be a proof.
         """
-        failed = []
+        failure = ""
         packing = layers_that_pack(self.model)
         stop_packing(self.model, packing)
         try:
@@ -146,34 +146,31 @@ class Proof:
             for name, delta in deltas.items():
                 write(self.model, self.record, self.record.projections[name], [(delta, 1.0)])
             for example in _examples(self.model, self.couplings) if given is None else [given]:
-                failure = self._run_plain_on(example, raises=given is not None)
-                if not failure:
+                try:
+                    self._run_plain_on(example)
                     return True
-                failed.append(failure)
+                except Exception as error:  # models refuse inputs in many ways
+                    if given is not None:
+                        raise
+                    failure = failure or f" ({type(error).__name__}: {str(error)[:200]})"
         finally:
             deactivate(self.model, self.record)
             allow_packing(self.model, packing)
         if self.demanded:
-            tried = f" ({failed[0]})" if failed else ""
-            raise ValueError(f"{NEED_EXAMPLE}{tried}" if given is None else failed[0])
-        why = f"runs on no input that s2ft makes ({failed[0]})" if failed else "has no config to make an input from"
+            raise ValueError(f"{NEED_EXAMPLE}{failure}")
+        why = f"runs on no input that s2ft makes{failure}" if failure else "has no config to make an input from"
         self.notes.append(f"nothing was proved: {type(self.model).__name__} {why}. Pass example=")
         return False
 
-    def _run_plain_on(self, example: Any, raises: bool) -> str:
-        """Run the model on an example. Returns why the example is no good if it is not."""
+    def _run_plain_on(self, example: Any) -> None:
+        """Run the model on an example."""
         self.example = example
-        try:
-            self.evaluated = self._run(False)
-        except Exception as error:  # models refuse inputs in many ways
-            if raises:
-                raise
-            return f"{type(error).__name__}: {str(error)[:200]}"
+        self.evaluated = self._run(False)
         if not any(bool(tensor.isfinite().any()) for tensor in self.evaluated):
-            return "example must give finite numbers, got NaN or infinity at the output"
+            raise ValueError("example must give finite numbers, got NaN or infinity at the output")
         if self.is_sharded:
             self.notes.append("proved without values in the slices, and in evaluation mode only: the model is sharded")
-            return ""
+            return
         try:
             self._run_plain_in_training()
         except Exception as error:  # a model may ask for labels, or have other reasons
@@ -182,7 +179,6 @@ class Proof:
             self.plain_outputs = {}
         if self.trained is None or largest_change(self.trained, self.evaluated) != 0:
             self._run_recorded(False)
-        return ""
 
     def _run_plain_in_training(self) -> None:
         """Run in training mode. If the outputs differ from evaluation, run without dropout, which would drop others."""
@@ -213,7 +209,7 @@ class Proof:
                 block and weight.
         """
         try:
-            with not_awaiting(self.model, self.record), without_codecs(self.record):
+            with not_awaiting(self.model, self.record):
                 self._check()
         except (AttributeError, TypeError) as error:  # replaced layers have no weight
             raise ValueError(
@@ -302,7 +298,11 @@ class Proof:
                 "Is a module, a norm or bias (vectors), or the unit wrong, or does the block compute more than s2ft "
                 "knows"
             )
-        return _WithValueOf.apply(output, then) if output.shape == then.shape else None
+        if output.shape != then.shape:
+            return None
+        copied = output.clone()
+        copied.data.copy_(then)  # the gradient stays the output's
+        return copied
 
     def _raise(self, training: bool, what: str) -> None:
         mode = "training" if training else "evaluation"
@@ -345,7 +345,7 @@ class Proof:
         try:
             with ExitStack() as stack:
                 for path in self.places if hook else ():
-                    at_place = partial(_call_with_first, partial(cast(Callable, hook), path), [0])
+                    at_place = partial(_call_with_first, partial(cast(Callable, hook), path), count())
                     stack.callback(model.get_submodule(path).register_forward_hook(at_place).remove)
                 if "torch._dynamo" in sys.modules:
                     stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -419,27 +419,14 @@ class _WithoutDropout(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-class _WithValueOf(torch.autograd.Function):
-    """Another tensor in place of an output, with the output's gradient."""
-
-    @staticmethod
-    def forward(ctx, output: Tensor, other: Tensor) -> Tensor:
-        return other.clone()
-
-    @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None
-
-
 def _call_with_first(
-    hook: Callable[[int, Tensor], Tensor | None], calls: list[int], module: nn.Module, inputs: Any, output: Any
+    hook: Callable[[int, Tensor], Tensor | None], calls: Iterator[int], module: nn.Module, inputs: Any, output: Any
 ) -> Tensor | None:
     """Forward hook: call a function with the number of the call and the first tensor of the output."""
     first = next(tensors_in(output), None)
     if first is None:
         return None
-    calls[0] += 1
-    other = hook(calls[0] - 1, first)
+    other = hook(next(calls), first)
     return other if isinstance(output, Tensor) else None
 
 

@@ -167,17 +167,15 @@ class Written:
 
     Attributes:
         projection: Projection whose weight was written.
-        index: Overwritten rows or columns, shape [n], int64: in the base's order, or relative to a shard (`is_local`).
+        index: Overwritten rows or columns, shape [n], int64: in the base's order, or, without a delta, in a shard.
         base: Values that the weight had there before.
-        is_local: Whether the index is relative to this rank's shard.
-        delta: The delta that was written, if the index is its index.
+        delta: The delta whose index it is; None if the index is relative to this rank's shard.
     """
 
     projection: Projection
     index: Tensor
     base: Tensor
-    is_local: bool
-    delta: Delta | None = None
+    delta: Delta | None
 
 
 @dataclass
@@ -349,15 +347,6 @@ class Attachment:
         return kept.index
 
     # ---- changes of the record alone -------------------------------------------------------------
-
-    def set_fingerprint_if_unknown(self, fingerprint: dict[str, Any]) -> None:
-        """Expect weights of this fingerprint to arrive, if no rank has weights yet."""
-        if self.fingerprint is None:
-            self.fingerprint = fingerprint
-
-    def load(self, adapter: Adapter) -> None:
-        """Add a loaded adapter, which is not active."""
-        self.loaded[adapter.name] = adapter
 
     def place(self, name: str, devices: Mapping[str, torch.device]) -> None:
         """Put the deltas of a loaded adapter on the devices of their weights, unless it is kept on a device.

@@ -23,23 +23,6 @@ from s2ft.selection import Selection, span, unit_parameters
 
 
 @dataclass(frozen=True)
-class Trained:
-    """What is trained of one projection of one layer.
-
-    Attributes:
-        projection: The projection.
-        units: Number of selected units.
-        parameters: Number of trained parameters.
-        dtype: Dtype of the slice.
-    """
-
-    projection: Projection
-    units: int
-    parameters: int
-    dtype: torch.dtype
-
-
-@dataclass(frozen=True)
 class Row:
     """What is trained of one projection in all layers with the same number of units.
 
@@ -97,23 +80,21 @@ class Report:
         record = attachment_of(model)
         if record.name is None:
             raise ValueError(f"no adapter of {', '.join(record.names)} is trainable: load one with trainable=True")
-        parts = [
-            _trained(model, part.projection, cast(Selection, record.selection), mount.layer.s2.dtype)
-            for mount, part in record.parts.values()
-        ]
-        total = count_parameters(model) - sum(part.parameters for part in parts)
+        dtypes = {part.projection: mount.layer.s2.dtype for mount, part in record.parts.values()}
+        rows = _rows(model, cast(Selection, record.selection), dtypes)
+        in_slices = sum(row.parameters for row in rows)
         extra_weights = {
             name: full_shape(parameter).numel() for name, parameter in extra_parameters(model, record).items()
         }
         return cls(
             name=record.name,
             layout=cast(S2FTConfig, record.config).layout,
-            rows=_rows(parts),
-            trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
-            total=total,
+            rows=rows,
+            trainable=in_slices + sum(extra_weights.values()),
+            total=count_parameters(model) - in_slices,
             extra_weights=extra_weights,
             fresh_heads=tuple(fresh_heads(model, record)),
-            towers=_towers(model, record.couplings, parts, extra_weights),
+            towers=_towers(model, record.couplings, dtypes, extra_weights),
             couplings=_counted(coupling.status for coupling in record.custom_couplings or ()),
             weights=_counted(row.status for row in record.weights),
             unproved=record.unproved,
@@ -139,11 +120,12 @@ class Report:
             is_custom: Whether the couplings are those of no known family.
             weights: What discovery found about every weight of the blocks.
         """
-        parts = [
-            _trained(model, one, selection, config.delta_dtype_for(weight_at(model, one).tensor.dtype))
+        dtypes = {
+            one: config.delta_dtype_for(weight_at(model, one).tensor.dtype)
             for one in projections_of(couplings)
             if one.name in selection
-        ]
+        }
+        rows = _rows(model, selection, dtypes)
         parameters = dict(model.named_parameters())
         extra_weights = {
             name: full_shape(parameters[name]).numel()
@@ -152,11 +134,11 @@ class Report:
         return cls(
             name="planned",
             layout=config.layout,
-            rows=_rows(parts),
-            trainable=sum(part.parameters for part in parts) + sum(extra_weights.values()),
+            rows=rows,
+            trainable=sum(row.parameters for row in rows) + sum(extra_weights.values()),
             total=count_parameters(model),
             extra_weights=extra_weights,
-            towers=_towers(model, couplings, parts, extra_weights),
+            towers=_towers(model, couplings, dtypes, extra_weights),
             couplings=_counted(coupling.status for coupling in (couplings if is_custom else ())),
             weights=_counted(row.status for row in weights),
         )
@@ -201,28 +183,20 @@ class Report:
             yield f"{what}: {', '.join(counts)}"
 
 
-def _trained(model: nn.Module, projection: Projection, selection: Selection, dtype: torch.dtype) -> Trained:
-    units = selection[projection.name].numel()
-    return Trained(projection, units, units * unit_parameters(model, projection), dtype)
-
-
-def _rows(parts: list[Trained]) -> list[Row]:
-    """Group what is trained: one row for each projection and number of units."""
-    groups = by_key(
-        ((_name_in_layer(part.projection), part.projection.key, part.projection.count, part.units), part)
-        for part in parts
-    )
+def _rows(model: nn.Module, selection: Selection, dtypes: dict[Projection, torch.dtype]) -> list[Row]:
+    """Group what is trained: one row for each projection and number of units. dtypes: those of the slices."""
+    groups = by_key(((_name_in_layer(one), one.key, one.count, selection[one.name].numel()), one) for one in dtypes)
     return [
-        Row(shown, *_spread(group), sum(part.parameters for part in group), group[0].dtype)
-        for (shown, *_), group in groups.items()
+        Row(shown, *_spread(group, units), units * sum(unit_parameters(model, one) for one in group), dtypes[group[0]])
+        for (shown, *_, units), group in groups.items()
     ]
 
 
 def _towers(
-    model: nn.Module, couplings: list[Coupling], parts: list[Trained], extra_weights: Iterable[str]
+    model: nn.Module, couplings: list[Coupling], slices: Iterable[Projection], extra_weights: Iterable[str]
 ) -> dict[str, bool]:
     """Whether anything is trained in each tower that has couplings, or in which something is trained in full."""
-    trained = {tower_of(model, path) for path in (*(part.projection.path for part in parts), *extra_weights)}
+    trained = {tower_of(model, path) for path in (*(one.path for one in slices), *extra_weights)}
     present = trained | {tower_of(model, coupling.main.path) for coupling in couplings}
     return {tower: tower in trained for tower in TOWERS if tower in present} if len(present) > 1 else {}
 
@@ -237,15 +211,13 @@ def units_of(projection: Projection, units: int) -> str:
     return f"{units} of {projection.count} {unit_name(projection)}"
 
 
-def _spread(group: list[Trained]) -> tuple[int, str]:
+def _spread(group: list[Projection], units: int) -> tuple[int, str]:
     """Return the number of layers, and the units of each layer in words."""
-    one = group[0]
-    text = units_of(one.projection, one.units)
-    if one.projection.expert is None:
+    text = units_of(group[0], units)
+    if group[0].expert is None:
         return len(group), text
-    layers = len({part.projection.path for part in group})
-    experts = [sum(part.projection.path == path for part in group) for path in {p.projection.path for p in group}]
-    return layers, f"{text}, {span(experts)} experts"
+    experts = Counter(one.path for one in group)
+    return len(experts), f"{text}, {span(list(experts.values()))} experts"
 
 
 def _name_in_layer(projection: Projection) -> str:
@@ -262,64 +234,27 @@ LOADED = "_is_hf_initialized"  # transformers sets it on every parameter that it
 
 
 def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
-    """Return the paths of frozen modules that look new.
+    """Return the paths of frozen modules that are not in the checkpoint which from_pretrained has loaded.
 
-    In a model from from_pretrained these are the modules without a parameter in the checkpoint. In any other
-    transformers model they are the modules beside the backbone, and the backbone's pooler. A module that shares a
-    parameter with the embeddings or with a language model's head does not count.
+    A language model's head does not count: most of its rows are old if the vocabulary was resized.
 
     Args:
         model: The model, attached or not.
         record: A record that has the model's couplings.
     """
-    prefix = getattr(model, "base_model_prefix", None)
-    if not hasattr(model, "get_input_embeddings") or not isinstance(prefix, str):
-        return []
-    language = _language_parameters(model)
-    fresh = _not_loaded(model) if any(hasattr(p, LOADED) for p in model.parameters()) else _beside(model, prefix)
-    coupled = coupled_names(record.couplings)
-    return [
-        path
-        for path in fresh
-        if all(
-            id(parameter) not in language and not parameter.requires_grad and f"{path}.{name}" not in coupled
-            for name, parameter in model.get_submodule(path).named_parameters()
-        )
-    ]
-
-
-def _language_parameters(model: nn.Module) -> set:
-    """Return the ids of the parameters of the embeddings and of a language model's head."""
-    found = set()
-    for getter in ("get_input_embeddings", "get_output_embeddings"):
-        try:
-            module = getattr(model, getter)()
-        except (AttributeError, NotImplementedError):
-            continue
-        if isinstance(module, nn.Module):
-            found |= {id(parameter) for parameter in module.parameters()}
-    return found
-
-
-def _not_loaded(model: nn.Module) -> list[str]:
-    """Return the paths of the topmost modules whose parameters were in no checkpoint."""
 
     def is_new(module: nn.Module) -> bool:
         loaded = [getattr(parameter, LOADED, False) for parameter in module.parameters()]
         return bool(loaded) and not any(loaded)
 
-    return [path for path in outermost(model, is_new) if path]
-
-
-def _beside(model: nn.Module, prefix: str) -> list[str]:
-    """Return the paths of the modules beside the backbone, and of the backbone's pooler."""
-    backbone = getattr(model, prefix, None)
-    if not prefix or not isinstance(backbone, nn.Module):
-        return []
-    paths = [path for path, module in model.named_children() if module is not backbone]
-    if isinstance(getattr(backbone, "pooler", None), nn.Module):
-        paths.append(f"{prefix}.pooler")
-    return [path for path in paths if any(True for _ in model.get_submodule(path).parameters())]
+    coupled = coupled_names(record.couplings)
+    return [
+        path
+        for path, module in outermost(model, is_new).items()
+        if path
+        and module is not getattr(model, "lm_head", None)  # no path: the model was not loaded at all
+        and not any(one.requires_grad or f"{path}.{name}" in coupled for name, one in module.named_parameters())
+    ]
 
 
 @of_compiled
@@ -447,30 +382,22 @@ def status(model: nn.Module) -> Status:
         return Status([], {}, None, [], State.BASE, {})
     trains = any(mount.layer.s2.requires_grad for mount in record.mounts.values())
     parameters = {name: adapter.parameters for name, adapter in record.loaded.items()}
+    selections = {name: adapter.selection for name, adapter in record.loaded.items()}
     if record.name is not None:
+        selections = {record.name: cast(Selection, record.selection), **selections}
         extra = extra_parameters(model, record).values()
         shapes = [full_shape(tensor) for tensor in (*record.slices.values(), *extra)]
         parameters[record.name] = sum(map(prod, shapes))  # the whole shape, also where ZeRO-3 holds a shard
-    return Status(
-        record.names,
-        dict(record.active),
-        record.name if trains else None,
-        [*_trainable_rows(record), *_loaded_rows(record)],
-        record.state,
-        parameters,
-    )
-
-
-def _trainable_rows(record: Attachment) -> Iterator[StatusRow]:
-    name, selection = cast(str, record.name), cast(Selection, record.selection)
-    for path, (mount, part) in record.parts.items():
-        units, weight = units_of(part.projection, selection[path].numel()), record.active.get(name, 0.0)
-        yield StatusRow(path, name, units, part.elements.numel(), weight, mount.layer.s2.requires_grad)
-
-
-def _loaded_rows(record: Attachment) -> Iterator[StatusRow]:
-    for name, adapter in record.loaded.items():
-        weight = record.active.get(name, 0.0)
-        for path, delta in adapter.deltas.items():
-            units = units_of(record.projections[path], adapter.selection[path].numel())
-            yield StatusRow(path, name, units, delta.index.numel(), weight, False)
+    rows = [
+        StatusRow(
+            path,
+            name,
+            units_of(record.projections[path], units.numel()),
+            units.numel() * record.projections[path].unit,
+            record.active.get(name, 0.0),
+            trains and name == record.name,
+        )
+        for name, selection in selections.items()
+        for path, units in selection.units.items()
+    ]
+    return Status(record.names, dict(record.active), record.name if trains else None, rows, record.state, parameters)

@@ -67,7 +67,7 @@ def make_shadow(
     )
     selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
     claim(shadow, record)
-    mount(shadow, record, replace(config, codec="none"), selection, "estimate")  # codes are read from the weights
+    mount(shadow, record, config, selection, "estimate")
     expect_none(record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
@@ -118,7 +118,7 @@ def forget_data(shadow: nn.Module, record: Attachment, device: torch.device, che
             tensors.update({name: fake(tensor) for name, tensor in tensors.items() if isinstance(tensor, Tensor)})
     for mounted in record.mounts.values():
         if mounted.layer.kind.read_only is None:
-            mounted.layer.write()  # the base of the slice is kept from the first step on
+            mounted.layer.fuse()  # the base of the slice is kept from the first step on
 
 
 def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device) -> Tensor:

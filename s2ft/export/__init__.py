@@ -9,11 +9,11 @@ their modules instead of importing them, so that the command line can list the e
 
 from importlib import import_module
 
-from s2ft.adapter.formats import ADAPTER_FORMATS, NATIVE, Format
+from s2ft.adapter.formats import ADAPTER_FORMATS, Format
 
-IMPORTS = [name for name in ADAPTER_FORMATS if name != NATIVE]  # the formats that `s2ft export --from-NAME` reads
+IMPORTS = list(ADAPTER_FORMATS)  # the formats that `s2ft export --from-NAME` reads
 EXPORTS = {
-    **{name: ADAPTER_FORMATS[name] for name in IMPORTS},
+    **ADAPTER_FORMATS,
     "merged": Format(
         "a checkpoint of transformers with tokenizer and generation settings, as s2ft merge writes it",
         "s2ft.export.merged",

@@ -12,8 +12,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import numpy
 import torch
 from torch import Tensor
 
@@ -68,23 +69,19 @@ class StoredTensor:
         Raises:
             ValueError: The file is truncated.
         """
-        content = torch.empty(self.bytes, dtype=torch.uint8)
         with open_regular(self.file) as file:
-            _read_into(file, self.start, content, self.file)
-        return content.view(self.dtype).view(self.shape)
+            return _read_at(file, self.start, self.bytes, self.file).view(self.dtype).view(self.shape)
 
     def pieces(self) -> Iterator[Tensor]:
-        """Read the elements in order, a flat piece at a time. A piece is overwritten by the next one.
+        """Read the elements in order, a flat piece at a time.
 
         Raises:
             ValueError: The file is truncated.
         """
-        buffer = torch.empty(min(PIECE, self.bytes), dtype=torch.uint8)
         with open_regular(self.file) as file:
             for start in range(0, self.bytes, PIECE):
-                piece = buffer[: min(PIECE, self.bytes - start)]
-                _read_into(file, self.start + start, piece, self.file)
-                yield piece.view(self.dtype)
+                size = min(PIECE, self.bytes - start)
+                yield _read_at(file, self.start + start, size, self.file).view(self.dtype)
 
     def write(self, pieces: Iterable[Tensor]) -> int:
         """Write the tensor into its place in a file that :func:`lay_out` has made. Returns the sum of its bytes.
@@ -125,15 +122,13 @@ def checksum(tensor: Tensor) -> int:
     return zlib.crc32(as_bytes(tensor).numpy().data)
 
 
-def _read_into(file, start: int, content: Tensor, path: Path) -> None:
-    """Fill the bytes [n] uint8 of `content` from a file that was opened for reading."""
-    view, position = content.numpy().data, start
-    file.seek(position)
-    while view:
-        count = file.readinto(view)  # the system may read less than the rest at once
-        if not count:
-            raise ValueError(f"{path} is truncated: it ends at byte {position:,}, inside a tensor")
-        view, position = view[count:], position + count
+def _read_at(file: BinaryIO, start: int, size: int, path: Path) -> Tensor:
+    """Read bytes [size] uint8 of a file into memory of their own."""
+    file.seek(start)
+    content = numpy.fromfile(file, numpy.uint8, size)
+    if content.size < size:
+        raise ValueError(f"{path} is truncated: it ends at byte {start + content.size:,}, inside a tensor")
+    return torch.from_numpy(content)
 
 
 def stored_tensors(path: Path) -> dict[str, StoredTensor]:

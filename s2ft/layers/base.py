@@ -33,7 +33,7 @@ from s2ft.distributed import (
     reads_weights,
     release_gathered,
 )
-from s2ft.layers.kind import Kind
+from s2ft.layers.kind import TrainableLayer
 from s2ft.ops import Slice, effective_units, write_slices_
 from s2ft.ops._library import LIBRARY, WRITING, check_private, is_being_captured
 from s2ft.ops.in_place import write_slice
@@ -141,7 +141,7 @@ torch.fx.node.has_side_effect(torch.ops.s2ft.check_held.default)
 UNITS = ("index", "first")  # buffers that say which units are selected
 
 
-class S2Layer(nn.Module):
+class S2Layer(TrainableLayer):
     """A layer with a frozen weight and a trainable slice of it (S²FT paper, section 3.2).
 
     A unit of a layer is one row or column of its weight: a head, which is a unit of a coupling, has several.
@@ -176,7 +176,7 @@ class S2Layer(nn.Module):
     _whole: Any = None  # memory of the weight that this layer was made on, or wrote last
     is_on_trial = False  # whether the weight requires a gradient to find code that reads it past this layer
     awaits_order = False  # whether the units of the weight must be reordered before this layer may run
-    _first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
+    first_values: Tensor | None = None  # of an s2 that is on the meta device, in full; None: zeros
 
     @classmethod
     def from_module(
@@ -248,18 +248,8 @@ class S2Layer(nn.Module):
         module.weight, module.bias = self.weight, self.bias
 
     @property
-    def kind(self) -> Kind:
-        """What S²FT knows about the plain layer."""
-        raise NotImplementedError
-
-    @property
-    def matrix(self) -> Tensor:
-        """The weight as outputs × inputs (× taps of a convolution), in the weight's own memory."""
-        return self.kind.view(self.weight)
-
-    @property
     def shape(self) -> torch.Size:
-        """The shape of :attr:`matrix`."""
+        """The shape of the weight as outputs × inputs (× taps of a convolution)."""
         return self.kind.shape(self)
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
@@ -345,7 +335,7 @@ class S2Layer(nn.Module):
                     "a layer keeps a copy of the base before it writes base + s2, and a CUDA graph would copy it again "
                     "at every replay: run the model once before you capture it"
                 )
-            self.write()
+            write_all([self])
         if weight.is_cuda:
             wait_for_write(weight)
         return True
@@ -418,10 +408,6 @@ class S2Layer(nn.Module):
     def fused(self) -> bool:
         """Whether `weight` holds base + s2, for some values of s2."""
         return self.base is not None
-
-    def write(self) -> None:
-        """Write base + s2 into the weight now, see :func:`s2ft.layers.base.write_all`."""
-        write_all([self])
 
     def _write_again(self, weight: Tensor) -> None:
         """Write again where ``s2.data`` may have changed without a version. write_all takes 70 µs more."""
@@ -498,7 +484,7 @@ class S2Layer(nn.Module):
         if not self.enabled:
             raise RuntimeError("this layer's adapter is off: call s2ft.set_adapter first")
         self.write_before_next_forward()  # after an interrupt below, the next forward writes
-        self.write()
+        write_all([self])
 
     def unfuse(self) -> None:
         """Copy the base's values back into `weight`, bit for bit. The next forward of a layer that is on undoes this.
@@ -674,12 +660,12 @@ class S2Layer(nn.Module):
                 self._buffers[name] = beside(numbers, self._buffers[name])
         if not self.s2.is_meta and before.tensor.is_meta:
             # Give s2, which was on the meta device, the values that training starts from.
-            shard, first = own_shard(self.s2), self._first_values
+            shard, first = own_shard(self.s2), self.first_values
             shard.tensor.copy_(shard.tensor.new_zeros(()) if first is None else shard.cut(first))
         elif not self.s2.is_meta and not weight_was_here:
             own_shard(self.s2).tensor.copy_(before.tensor)
         elif self.s2.is_meta and not before.tensor.is_meta:
-            self._first_values = before.tensor if before.is_full else None
+            self.first_values = before.tensor if before.is_full else None
         return self
 
     def leave_units_out_of_states(self) -> None:
@@ -693,10 +679,6 @@ class S2Layer(nn.Module):
         for name, buffer in self._buffers.items():
             if name in UNITS and buffer is not None:
                 self._buffers[name] = buffer.to("meta")
-
-    def forget_first_values(self) -> None:
-        """Free what was kept for an s2 on the meta device."""
-        self._first_values = None
 
     # ---- copies and states -----------------------------------------------------------------------
 

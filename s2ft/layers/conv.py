@@ -53,10 +53,6 @@ class S2Conv(S2Layer):
     `s2` is [n, in_channels, taps] or [out_channels, n, taps], where taps are all positions of the kernel.
     """
 
-    @property
-    def kind(self) -> Kind:
-        return CONVOLUTION
-
     def _copy_settings(self, module: nn.Module) -> None:
         for name in (
             "in_channels",
@@ -102,7 +98,6 @@ class ConvolutionKind(Kind):
     """Convolutions of one group, over one to three dimensions."""
 
     name = "nn.Conv1d to Conv3d of one group"
-    classes = ("Conv1d", "Conv2d", "Conv3d")
     layers = (S2ColumnConv, S2RowConv)
 
     def matches(self, found: Any) -> bool:
@@ -137,3 +132,4 @@ class ConvolutionKind(Kind):
 
 
 CONVOLUTION = ConvolutionKind()
+S2Conv.kinds = (CONVOLUTION,)

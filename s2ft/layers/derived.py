@@ -1,89 +1,34 @@
 """Linear layers of classes derived from nn.Linear or transformers' Conv1D.
 
-What such a class adds to the forward must not be lost. A class that computes the same as its parent is trained as its
-parent is. Every other class runs its own forward on the effective weight.
+What such a class adds to the forward must not be lost. A class that is known to compute the same as its parent is
+trained as its parent is. Every other class runs its own forward on the effective weight.
 """
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
-from s2ft.layers.linear import CONV1D, LINEAR, LinearKind, is_conv1d
+from s2ft.layers.linear import CONV1D, LinearKind, is_conv1d
 from s2ft.ops._library import transforms_active
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of a weight to which a delta can be added
-OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "plain")  # of a trainable layer
-SIMPLE = (bool, int, float, str, type(None))  # settings that tell two layers of one class apart
-
-# ---- which classes compute the same as nn.Linear -------------------------------------------------------
-
-_proven: dict[tuple, bool] = {}  # by class and settings
+OWN_NAMES = ("s2", "index", "base", "start", "end", "enabled", "dim", "kind", "kinds", "transposed", "plain")
+FALCON = ("FalconLinear", "modeling_falcon")  # its forward computes the same as nn.Linear's, in two steps
 
 
 def computes_linear(module: nn.Module) -> bool:
     """Whether a layer derived from nn.Linear computes ``F.linear(x, weight, bias)`` and nothing else.
 
-    That is certain if it has nn.Linear's forward. Else a small copy of the layer in float64 has to give the same output
-    and the same gradients, in training and in evaluation mode. A layer with further tensors, or with settings that are
-    neither numbers nor strings, is not tried: they may change what it computes.
+    That is known of layers with nn.Linear's forward and no further tensors, and of Falcon's.
     """
     if module._modules or module._buffers.keys() or module._parameters.keys() - {"weight", "bias"}:
         return False
-    if type(module).forward is nn.Linear.forward:
-        return True
-    settings = {
-        name: value
-        for name, value in vars(module).items()
-        if not name.startswith("_") and name not in ("training", "in_features", "out_features")
-    }
-    if not all(isinstance(value, SIMPLE) for value in settings.values()):
-        return False
-    key = (type(module), module.bias is None, repr(sorted(settings.items())))
-    if key not in _proven:
-        _proven[key] = _proves_linear(module)
-    return _proven[key]
-
-
-def _proves_linear(module: nn.Module) -> bool:
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, short, many, deep = (
-        torch.randn(*shape, dtype=torch.float64, generator=generator)
-        for shape in ((3, 5), (3,), (5,), (4, 5), (2, 4, 5))
-    )
-    bias = None if module.bias is None else bias
-    no_hooks = {name: value for name, value in vars(nn.Module()).items() if "_hook" in name}
-
-    def own(x: Tensor, weight: Tensor, training: bool) -> Tensor:
-        attributes = {**no_hooks, "training": training, "in_features": 5, "out_features": 3}
-        return run_on(module, {"weight": weight, "bias": bias}, {}, (x,), **attributes)
-
-    def linear(x: Tensor, weight: Tensor, training: bool) -> Tensor:
-        return F.linear(x, weight, bias)
-
-    for x in (short, 1e3 * many, 1e-3 * deep):
-        for training in (False, True):
-            expected = _with_gradients(linear, x, weight, training)
-            try:
-                found = _with_gradients(own, x, weight, training)
-                torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
-            except Exception:  # a failure of any kind: the forward needs or returns something else
-                return False
-    return True
-
-
-def _with_gradients(function: Callable, x: Tensor, weight: Tensor, training: bool) -> tuple[Tensor, ...]:
-    """Return the output of a function of x and weight, and the gradients of a weighted sum of it."""
-    with torch.enable_grad(), torch.autocast("cpu", enabled=False), torch.random.fork_rng(devices=[]):
-        x, weight = (one.clone().requires_grad_() for one in (x, weight))
-        y = function(x.clone(), weight, training)
-        factors = torch.arange(1.0, y.numel() + 1, dtype=torch.float64).view(*x.shape[:-1], 3)
-        return y, *torch.autograd.grad((y * factors).sum(), (x, weight))
+    found = type(module)
+    return found.forward is nn.Linear.forward or (found.__name__, found.__module__.rpartition(".")[2]) == FALCON
 
 
 # ---- the forward of the class on another weight --------------------------------------------------------
@@ -131,10 +76,6 @@ class S2OwnForward(S2Layer):
 
     plain: nn.Module
 
-    @property
-    def kind(self) -> Kind:
-        return OWN_CONV1D if is_conv1d(self.plain) else OWN_LINEAR
-
     def _copy_settings(self, module: nn.Module) -> None:
         names = [*module._parameters, *module._buffers, *module._modules]
         taken = next((name for name in names if name in OWN_NAMES), None)
@@ -152,6 +93,7 @@ class S2OwnForward(S2Layer):
         for name, child in module._modules.items():
             self.add_module(name, None if child is None else child.requires_grad_(False))
         self.__dict__["plain"] = module  # not as a submodule
+        self.transposed = is_conv1d(module)
 
     def __getattr__(self, name: str) -> Any:
         """Find what this layer has not got in the plain one, because other modules may read its settings."""
@@ -234,7 +176,6 @@ class OwnForwardKind(Kind):
 
     def __init__(self, transposed: bool) -> None:
         self.transposed = transposed
-        self.classes = CONV1D.classes if transposed else LINEAR.classes
         self.name = f"classes derived from {CONV1D.name if transposed else 'nn.Linear'}, with their own forward"
 
     def matches(self, found: Any) -> bool:
@@ -256,5 +197,5 @@ class OwnForwardKind(Kind):
 
 
 OUT_PROJECTION, SAME_FORWARD = OutProjectionKind(), SameForwardKind()
-OWN_LINEAR, OWN_CONV1D = OwnForwardKind(transposed=False), OwnForwardKind(transposed=True)
+OWN_LINEAR, OWN_CONV1D = S2OwnForward.kinds = OwnForwardKind(transposed=False), OwnForwardKind(transposed=True)
 DERIVED = (OUT_PROJECTION, SAME_FORWARD, OWN_LINEAR, OWN_CONV1D)

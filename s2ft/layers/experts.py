@@ -64,10 +64,6 @@ class S2Experts(S2Layer):
         shape[self.dim] = joined.numel()
         self._make_s2(shape, delta_dtype or weight.dtype)
 
-    @property
-    def kind(self) -> Kind:
-        return TRANSPOSED_EXPERTS if self.transposed else EXPERTS
-
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         """Run the experts on their effective weights.
 
@@ -269,7 +265,7 @@ def experts_forward(
     tokens = order // k
     x = hidden_states[tokens]
     first = "gate_up_proj" if getattr(self, "has_gate", True) else "up_proj"
-    count = _stored(getattr(self, first)).shape[0]
+    count = EXPERTS.weight(getattr(self, first)).shape[0]
     numbers = torch.arange(count, device=experts.device)  # nothing waits for a GPU
     offsets = torch.searchsorted(experts, numbers, right=True, out_int32=True)  # the row where each expert ends
     # Experts of other devices have the numbers after those of this device, and their rows are zero here. transformers
@@ -294,13 +290,9 @@ def _project(self: nn.Module, name: str, x: Tensor, offsets: Tensor, experts: Te
     return y + getattr(self, f"{name}_bias")[experts] if getattr(self, "has_bias", False) else y
 
 
-def _stored(weights: Any) -> Tensor:
-    return weights if isinstance(weights, Tensor) else weights.weight
-
-
 def _batched_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Llama 4: every expert gets every token, already weighted. hidden_states is [experts * tokens, width]."""
-    count = _stored(self.gate_up_proj).shape[0]
+    count = EXPERTS.weight(self.gate_up_proj).shape[0]
     each = hidden_states.shape[0] // count
     offsets = torch.arange(each, hidden_states.shape[0] + 1, each, dtype=torch.int32, device=hidden_states.device)
     tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device) % each
@@ -326,7 +318,6 @@ _FORWARDS: dict[str, Callable[..., Tensor]] = {
 class ExpertsKind(Kind):
     """The weights of all experts of a layer in one parameter."""
 
-    classes = ("Tensor",)
     layers = (S2ColumnExperts, S2RowExperts)
 
     def __init__(self, transposed: bool = False) -> None:
@@ -368,5 +359,4 @@ class ExpertsKind(Kind):
         return Shard(matrix.t(), start[::-1]) if self.transposed else Shard(matrix, start)
 
 
-EXPERTS = ExpertsKind()
-TRANSPOSED_EXPERTS = ExpertsKind(transposed=True)
+EXPERTS, TRANSPOSED_EXPERTS = S2Experts.kinds = ExpertsKind(), ExpertsKind(transposed=True)

@@ -8,7 +8,7 @@ gradient of the slice needs is kept of x (S²FT paper, section 3.3).
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.distributed as dist
@@ -120,7 +120,6 @@ class Kind:
 
     Attributes:
         name: Words for messages.
-        classes: Names of classes. Only their objects, and those of derived classes, are asked by :meth:`matches`.
         layers: The classes that train its outputs and its inputs (column, row); None if S²FT has none.
         is_linear: Whether the output is one matrix product (and a bias), so that a second product can be added to it.
         transposed: Whether the weight is stored as [inputs, outputs].
@@ -129,7 +128,6 @@ class Kind:
     """
 
     name = "no layer that S²FT trains"
-    classes: tuple[str, ...] = ("Linear",)
     layers: tuple[type[Any], type[Any]] | None = None
     is_linear = False
     transposed = False
@@ -313,6 +311,41 @@ class Kind:
 
 
 OTHER = Kind()  # of modules that S²FT does not train
+KINDS: list[Kind] = []  # all others, in the order in which they are asked; s2ft/layers/__init__.py has the rows
+CLASSES = ("Linear", "Conv1D", "Conv1d", "Conv2d", "Conv3d", "Tensor", "PackedLinear")  # whose objects they may match
+
+
+class TrainableLayer(nn.Module):
+    """What says the kind of a trainable layer.
+
+    Attributes:
+        kinds: The kind of the plain layer, and that of one whose weight is stored as [inputs, outputs].
+        transposed: Whether the weight is stored so.
+    """
+
+    kinds: ClassVar[tuple[Kind, ...]]
+    transposed = False
+
+    @property
+    def kind(self) -> Kind:
+        """What S²FT knows about the plain layer."""
+        return self.kinds[self.transposed]
+
+
+def kind_of(found: Any) -> Kind:
+    """Find the kind of a module or parameter.
+
+    Args:
+        found: A plain layer, a parameter with the weights of experts, or a trainable layer, which has the kind of the
+            plain layer that it replaces.
+
+    Returns:
+        The kind. For a module that S²FT does not train, its `layers` is None.
+    """
+    if isinstance(found, TrainableLayer):
+        return found.kind
+    is_known = any(one.__name__ in CLASSES for one in type(found).__mro__)
+    return next((kind for kind in KINDS if is_known and kind.matches(found)), OTHER)
 
 
 # ---- the product of a trainable layer -------------------------------------------------------------------------------
@@ -337,8 +370,9 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
     # torch.func can't look into the function below, and an exported program has no layers that write their slices.
     if transforms_active() or torch.compiler.is_exporting():
         return layer.kind.run(x, layer.effective_weight(s2, weight), bias, call)
-    trains = s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
-    trains = trains and torch.is_grad_enabled()
+    trains = torch.is_grad_enabled() and (
+        s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
+    )
     is_held = _assert_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
     if not trains:
         return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)

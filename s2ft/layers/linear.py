@@ -32,8 +32,6 @@ class S2Linear(S2Layer):
     `s2` has the shape that it has on an nn.Linear.
     """
 
-    transposed = False  # whether the weight is stored as [in_features, out_features]
-
     def __init__(
         self,
         in_features: int,
@@ -81,10 +79,6 @@ class S2Linear(S2Layer):
         if made is not None and isinstance(bias, Tensor):
             with torch.no_grad():
                 made.copy_(bias)
-
-    @property
-    def kind(self) -> Kind:
-        return CONV1D if self.transposed else LINEAR
 
     def _copy_settings(self, module: nn.Module) -> None:
         self.transposed = CONV1D.matches(module)
@@ -171,7 +165,7 @@ class LinearKind(Kind):
     is_linear = True
 
     def matches(self, found: Any) -> bool:
-        return type(found) is nn.Linear
+        return type(found) is nn.Linear and not type(found.weight.data).__module__.startswith("torchao.")
 
     def run_with_delta(self, module: Any, x: Tensor, delta: Tensor, index: Tensor, dim: int) -> Tensor:
         return indexed_linear(x, self.view(module.weight), delta, index, dim, module.bias)
@@ -198,7 +192,6 @@ class Conv1DKind(LinearKind):
     """The linear layer of GPT-2, whose weight is stored as [inputs, outputs]."""
 
     name = "transformers' Conv1D"
-    classes = ("Conv1D",)
     transposed = True
 
     def matches(self, found: Any) -> bool:
@@ -211,7 +204,7 @@ def is_conv1d(found: Any, derived: bool = True) -> bool:
     return any(one.__name__ == "Conv1D" and one.__module__ == "transformers.pytorch_utils" for one in classes)
 
 
-LINEAR, CONV1D = LinearKind(), Conv1DKind()
+LINEAR, CONV1D = S2Linear.kinds = LinearKind(), Conv1DKind()
 
 
 # ---- linear layers that tensor parallelism has split over ranks -----------------------------------------------------
@@ -224,17 +217,12 @@ class S2SplitLinear(S2Linear):
         split: How the weight is split over the tensor-parallel group.
         style: transformers' parallel style that is installed around the forward; None with torch's hooks.
         own: Positions in s2 along the split dimension that belong to this rank's block, [n] int64.
-        places: Units of the rank's block to which they are added, [n] int64; None if they fill a range from `first`.
-        first: Start of that range.
+        places: Units of the rank's block to which they are added, [n] int64.
     """
 
     style: Any = None
     own: Tensor
-    places: Tensor | None
-
-    @property
-    def kind(self) -> "SplitLinearKind":
-        return SPLIT_LINEAR
+    places: Tensor
 
     def _set_units(self, start, end, index, delta_dtype) -> None:
         super()._set_units(start, end, index, delta_dtype)
@@ -246,11 +234,10 @@ class S2SplitLinear(S2Linear):
             mine, places = mine[by_place], places[by_place]
         else:  # the rank's block has all units, of which it has a part each
             mine, places = self.split.own_elements, units
-        device = self.weight.device
         is_range = places.numel() and torch.equal(places, torch.arange(places.numel()) + places[0])
         self.first: Any = int(places[0]) if is_range else None
-        self.register_buffer("own", mine.to(device), persistent=False)
-        self.register_buffer("places", None if is_range else places.to(device), persistent=False)
+        self.register_buffer("own", mine.to(self.weight.device), persistent=False)
+        self.register_buffer("places", places.to(self.weight.device), persistent=False)
 
     def install(self, style: Any) -> None:
         """Install transformers' parallel style around the forward, as it was around that of the plain layer."""
@@ -305,22 +292,17 @@ class S2SplitLinear(S2Linear):
 
     @property
     def own_units(self) -> int | Tensor:
-        """The selected units of the block: the first of a range, or an index."""
-        return self.first if self.places is None else self.places
+        return self.places if self.first is None else self.first
 
     def effective_weight(self, s2: Tensor, weight: Tensor) -> Tensor:
         own = _OwnPart.apply(s2, self.own, self.split.dim, self.split.mesh.get_group())
         return super().effective_weight(own, weight)
 
-    def _own_places(self) -> Tensor:
-        length = self.own.numel() if self.split.dim == self.dim else self.s2.shape[self.dim]
-        return torch.arange(self.first, self.first + length) if self.places is None else self.places
-
     def _units(self, weight: Tensor) -> Tensor:
-        return weight.index_select(self.dim, self._own_places().to(weight.device))
+        return weight.index_select(self.dim, self.places)
 
     def _with_units(self, weight: Tensor, values: Tensor) -> Tensor:
-        return weight.index_copy(self.dim, self._own_places().to(weight.device), values)
+        return weight.index_copy(self.dim, self.places, values)
 
     # ---- copies: an installed forward belongs to one layer -----------------------------------------
 
@@ -378,7 +360,7 @@ class SplitLinearKind(LinearKind):
         return "forward" in found.__dict__ or getattr(found, "_distribute_module_applied", False)
 
     def keep(self, layer: Any, x: Tensor, call: Any) -> Tensor:
-        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer._own_places().numel())
+        return x if layer.dim == 0 else columns_to_keep(x, layer.own_units, layer.places.numel())
 
     def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         """The whole gradient, summed over the ranks. Each of them calls this, also one without a unit."""
@@ -395,3 +377,4 @@ class SplitLinearKind(LinearKind):
 
 
 SPLIT_LINEAR = SplitLinearKind()
+S2SplitLinear.kinds = (SPLIT_LINEAR,)

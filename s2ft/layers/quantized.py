@@ -88,7 +88,7 @@ class S2QuantizedLinear(S2Layer):
         delta = self.s2 if self.codec is None else self.codec.delta(self.s2)
         return quantized_forward(self.linear, input, delta, self.selected_units(), self.dim)
 
-    def write(self) -> None:
+    def fuse(self) -> None:
         """Raise RuntimeError: a quantized weight can't be written."""
         raise RuntimeError(NO_FUSE)
 
@@ -156,7 +156,6 @@ class Linear4bitKind(QuantizedKind):
     """
 
     name = "Linear4bit of bitsandbytes"
-    classes = ("Linear4bit",)
 
     def matches(self, found: Any) -> bool:
         return _is_of_bitsandbytes(found, "Linear4bit")
@@ -213,7 +212,6 @@ class Linear8bitKind(QuantizedKind):
     """Linear8bitLt of bitsandbytes with frozen weights (has_fp16_weights=False)."""
 
     name = "Linear8bitLt of bitsandbytes"
-    classes = ("Linear8bitLt",)
 
     def matches(self, found: Any) -> bool:
         return _is_of_bitsandbytes(found, "Linear8bitLt") and not found.state.has_fp16_weights
@@ -311,7 +309,6 @@ class PackedKind(QuantizedKind):
     """A linear layer in the blocks of a GGUF file."""
 
     name = "PackedLinear"
-    classes = ("PackedLinear",)
 
     def matches(self, found: Any) -> bool:
         return isinstance(found, PackedLinear)

@@ -24,7 +24,6 @@ from s2ft.distributed import (
     is_sharded,
     own_shard,
     reads_weights,
-    stays_in_blocks,
     sum_over_shards,
 )
 from s2ft.files.plain_text import by_key
@@ -322,16 +321,15 @@ def contiguous_range(positions: Tensor) -> tuple[int, int] | None:
     return (start, end) if end - start == positions.numel() else None
 
 
-def element_order(projections: Sequence[Projection], order: Tensor) -> Tensor:
-    """The order [extent] of a weight's elements along a dimension, if the units of these projections get `order`.
+def element_order(projection: Projection, order: Tensor) -> Tensor:
+    """The order [extent] of a weight's elements along a dimension, if the units of a projection get `order`.
 
     Args:
-        projections: Projections of one weight and one dimension.
+        projection: The projection. The elements of others in the same weight stay.
         order: Order of the units, [count] int64.
     """
-    elements = torch.arange(projections[0].extent)
-    for projection in projections:
-        elements[projection.elements(torch.arange(projection.count))] = projection.elements(order)
+    elements = torch.arange(projection.extent)
+    elements[projection.elements(torch.arange(projection.count))] = projection.elements(order)
     return elements
 
 
@@ -375,18 +373,16 @@ def moving_tensors(model: nn.Module, coupling: Coupling, order: Tensor) -> Itera
         coupling: The coupling.
         order: Order of its units [count] int64; position i gets unit order[i].
     """
-    for weight in dict.fromkeys((projection.weight_key, projection.dim) for projection in coupling.projections):
-        projections = [one for one in coupling.projections if (one.weight_key, one.dim) == weight]
-        first, elements = projections[0], element_order(projections, order)
-        handle = weight_at(model, first)
-        dim = 1 - first.dim if handle.kind.transposed else first.dim
-        yield MovingTensor(handle.tensor, elements, dim + (first.expert is not None), first.expert)
-        if first.dim == 0 and handle.bias is not None:
+    for projection in coupling.projections:
+        handle, elements = weight_at(model, projection), element_order(projection, order)
+        dim = 1 - projection.dim if handle.kind.transposed else projection.dim
+        yield MovingTensor(handle.tensor, elements, dim + (projection.expert is not None), projection.expert)
+        if projection.dim == 0 and handle.bias is not None:
             yield MovingTensor(handle.bias, elements, 0)
     for vector in coupling.vectors:
         moved = Projection("u", vector.path, order.numel(), vector.unit, 0, start=vector.start, size=vector.size)
         dim = int(vector.expert is not None)
-        yield MovingTensor(find(model, vector.path), element_order([moved], order), dim, vector.expert)
+        yield MovingTensor(find(model, vector.path), element_order(moved, order), dim, vector.expert)
 
 
 class Move:
@@ -422,7 +418,7 @@ class Move:
     def places(self, projection: Projection) -> Tensor:
         """The new positions [extent] int64 of a projection's elements, by their original number."""
         if projection.name not in self._places:
-            self._places[projection.name] = inverse(element_order([projection], self.order))
+            self._places[projection.name] = inverse(element_order(projection, self.order))
         return self._places[projection.name]
 
     def do(self, model: nn.Module, later: bool = False) -> None:
@@ -521,15 +517,14 @@ def _put_back(moving: MovingTensor, values: Tensor) -> None:
 
 
 def _permute_shard(moving: MovingTensor) -> None:
-    """Reorder this rank's shard of a DTensor. Only elements that go from one rank to another are sent."""
+    """Reorder this rank's shard of a DTensor. Only elements that change place are sent to other ranks."""
     part, changing = _OwnShard.of(moving), moving.changing()
     if part is None or not changing.numel():
         return
     sources = moving.elements[changing]
     values = part.empty(changing.numel())
     values.index_copy_(part.dim, part.places(sources).to(values.device), part.read(part.own(sources)))
-    if not stays_in_blocks(moving.tensor, moving.dim, moving.elements):
-        values = sum_over_shards(values, moving.tensor, moving.dim)
+    values = sum_over_shards(values, moving.tensor, moving.dim)
     values = values.index_select(part.dim, part.places(changing).to(values.device))
     part.write(part.own(changing), values)
 

@@ -232,6 +232,3 @@ def build_info() -> dict[str, Any]:
         "cuda_ops": on_cuda if torch.cuda.is_initialized() else {},  # it is not decided before
         "ops": kernels,
     }
-
-
-load()

@@ -187,30 +187,21 @@ if hasattr(os, "register_at_fork"):  # a child has no other thread that would fi
 MAPS = "/proc/self/maps"  # Linux only
 
 
-def check_writable(op: str, weight: Tensor) -> None:
-    """Check that a write to `weight` would not end the process. The compiled kernels have a check of their own.
-
-    Args:
-        op: Name of the operation, for the message.
-        weight: Any tensor. Only CPU memory is checked.
-
-    Raises:
-        ValueError: The tensor is in a read-only mapping.
-    """
-    found = _mapping_of(weight)
-    if found is not None and "w" not in found[0]:
-        raise ValueError(
-            f"{op}: weight is in read-only memory, such as a memmap of mode 'r', and this op writes to it: "
-            "pass a copy, weight.clone()"
-        )
-
-
 def writing(op: str, reference: Callable) -> Callable:
-    """Wrap the reference of an op that writes to its first argument, so that it checks that this is possible."""
+    """Wrap the reference of an op that writes to its first argument.
+
+    It raises ValueError for read-only memory of the CPU, where a write would end the process. The compiled kernels have
+    a check of their own.
+    """
 
     @wraps(reference)
     def run(weight: Tensor, *args) -> None:
-        check_writable(op, weight)
+        found = _mapping_of(weight)
+        if found is not None and "w" not in found[0]:
+            raise ValueError(
+                f"{op}: weight is in read-only memory, such as a memmap of mode 'r', and this op writes to it: "
+                "pass a copy, weight.clone()"
+            )
         reference(weight, *args)
 
     return run

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from s2ft.ops._library import define, host_can_read
+from s2ft.ops._library import below_autograd, define, host_can_read
 
 OP = "multi_adapter_linear"
 
@@ -199,10 +199,7 @@ def multi_adapter_linear(
         raise TypeError(f"{OP}: x is {x.dtype}, y is {y.dtype} and values is {values.dtype}; give all one dtype")
     if values.requires_grad:
         raise ValueError(f"{OP}: values requires a gradient, but a bank is frozen: pass values.detach()")
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() and (x.requires_grad or y.requires_grad):
-        return _op(x, y, values, index, offsets, adapter, dim)
-    with torch._C._AutoDispatchBelowAutograd():  # without a gradient this saves a third of the time of a small call
-        return _op(x, y, values, index, offsets, adapter, dim)
+    return below_autograd(_op, x, y, values, index, offsets, adapter, dim)
 
 
 def pack_adapters(
