@@ -23,7 +23,7 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 import torch
 from harness import save
 from shapes import write_base
-from support.vllm_rl import engine, has_merged, merged_tensors, model_in, save_base
+from support.vllm_rl import engine, has_merged, merged_model, model_in, save_base
 from support.vllm_transfer import parameters, same
 
 from s2ft.sync import SliceSender
@@ -45,7 +45,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = model_in(options.form, folder, dtype, **RATIOS)
     trained = [one for one in model.parameters() if one.requires_grad]
-    whole = sum(one.numel() * dtype.itemsize for one in merged_tensors(model).values())
+    whole = sum(one.numel() * dtype.itemsize for one in merged_model(model).parameters())
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     llm = engine(folder, options.dtype, skip_tokenizer_init=True)
     first, seconds, equal, moved = parameters(llm), [], 0, 0
