@@ -45,8 +45,7 @@ def serve(options: dict[str, Any]) -> None:
     tokens = torch.randint(
         base.config.vocab_size, (args.batch, args.length), generator=torch.Generator().manual_seed(0)
     )
-    timed = getattr(train_step, "TimedMethod", None) or train_step.Method  # its name in older checkouts
-    step = timed(train_step.s2ft_model(base, args.d_ratio), tokens)
+    step = train_step.TimedMethod(train_step.s2ft_model(base, args.d_ratio), tokens)
     step()
     facts = {"MiB kept": step.bytes_kept() / 2**20}
     with Count() as count:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from harness import save
+from shapes import random_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -21,24 +22,7 @@ import s2ft
 
 RESULTS = Path(__file__).parent / "results" / "attach.json"
 CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
-SHAPES = {
-    "SmolLM2-135M": dict(width=576, channels=1536, layers=30, heads=9, groups=3, vocabulary=49152),
-    "Llama-3.2-1B": dict(width=2048, channels=8192, layers=16, heads=32, groups=8, vocabulary=128256),
-}
-
-
-def llama(width: int, channels: int, layers: int, heads: int, groups: int, vocabulary: int, dtype: torch.dtype):
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=width,
-        intermediate_size=channels,
-        num_hidden_layers=layers,
-        num_attention_heads=heads,
-        num_key_value_heads=groups,
-        head_dim=64,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM._from_config(config, dtype=dtype)
+SHAPES = {"SmolLM2-135M": "smollm2-135m", "Llama-3.2-1B": "llama-3.2-1b"}
 
 
 class Counter(TorchDispatchMode):
@@ -52,7 +36,9 @@ class Counter(TorchDispatchMode):
 
 
 def launches(layers: int, verify: bool | None) -> int:
-    model = llama(256, 896, layers, 4, 1, 512, torch.bfloat16)
+    sizes = dict(hidden_size=256, intermediate_size=896, num_attention_heads=4, num_key_value_heads=1, vocab_size=512)
+    config = LlamaConfig(**sizes, num_hidden_layers=layers, tie_word_embeddings=True)
+    model = LlamaForCausalLM._from_config(config, dtype=torch.bfloat16)
     with Counter() as counter:
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.25), verify=verify)
     return counter.count
@@ -67,7 +53,7 @@ def main() -> None:
     results: dict[str, Any] = {}
     for name, shape in SHAPES.items():
         for dtype in (torch.float32, torch.bfloat16):
-            model = llama(**shape, dtype=dtype)
+            model = random_model(shape, dtype)
             seconds: dict[str, list[float]] = {"with": [], "without": []}
             for number in range(options.rounds + 1):
                 for key, verify in (("with", None), ("without", False)):

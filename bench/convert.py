@@ -28,7 +28,6 @@ def main() -> None:
     parser.add_argument("--channels", type=int, default=14336)
     parser.add_argument("--ratio", type=float, default=0.03)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     coupling = Coupling(
         "ffn",
@@ -66,7 +65,7 @@ def main() -> None:
         f"moved {faster:.1f} × faster than by indexing"
     )
     save(
-        args.output,
+        RESULTS,
         {
             "width": args.width,
             "channels": args.channels,

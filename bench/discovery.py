@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from harness import save
+from shapes import random_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
@@ -59,16 +60,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     warnings.simplefilter("ignore")
-    search.discover(_tiny())  # imports of transformers are not counted
+    search.discover(random_model("tiny", torch.float32))  # imports of transformers are not counted
     rows = []
     for name, make in EIGHT_BILLION.items():
         with torch.device("meta"):
             model = make()
         rows.append(_row(f"{name}, plan", model, lambda model: s2ft.plan(model, CONFIG)))
     if options.smollm2:
-        for dtype in (torch.float32, torch.bfloat16):
-            name = f"SmolLM2-135M in {str(dtype).removeprefix('torch.')}, search"
-            rows.append(_row(name, _smollm2(dtype), search.discover))
+        from s2ft.text.models import load_model
+        from s2ft.train.demo import default_model
+
+        for dtype in ("float32", "bfloat16"):
+            model = load_model(default_model(), dtype)[0]
+            rows.append(_row(f"SmolLM2-135M in {dtype}, search", model, search.discover))
     for row in rows:
         print(row, flush=True)
     save(RESULTS, {"rows": rows})
@@ -90,18 +94,6 @@ def _row(name: str, model: nn.Module, run: Callable[[nn.Module], Any]) -> dict[s
             getattr(registry, table_name).update(table)
     seconds = {"seconds": round(wall, 2), "processor_seconds": round(processor, 2)}
     return {"model": name, **seconds, "couplings": len(found), "as_declared": found == declared}
-
-
-def _tiny() -> nn.Module:
-    sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=64)
-    return LlamaForCausalLM(LlamaConfig(**sizes))
-
-
-def _smollm2(dtype: torch.dtype) -> nn.Module:
-    from s2ft.text.models import load_model
-    from s2ft.train.demo import default_model
-
-    return load_model(default_model(), str(dtype).removeprefix("torch."))[0]
 
 
 if __name__ == "__main__":

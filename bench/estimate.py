@@ -13,12 +13,7 @@ the end a model of LLaMA-3-8B's shape is estimated but not measured.
 """
 
 import argparse
-import ctypes
-import gc
 import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -27,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import save
+from experiments.memory import PeakMemory, return_freed_memory, size_of_process
+from harness import in_process, save
+from shapes import random_model, write_base
 from train_step import TimedMethod
 from transformers import (
     AutoConfig,
@@ -41,7 +38,7 @@ from transformers import (
 )
 
 import s2ft
-from s2ft.text.models import load_model, locate
+from s2ft.text.models import locate
 from s2ft.train.demo import default_model
 
 SMOLLM = "SmolLM2-135M"
@@ -54,14 +51,6 @@ CONFIGS: dict[str, Callable[[], PretrainedConfig]] = {  # random weights, at siz
     "phi3": lambda: Phi3Config(**SHAPE, **IDS, num_key_value_heads=4),
     "gpt2": lambda: GPT2Config(bos_token_id=1, eos_token_id=2),  # GPT-2's own 124M, with its dropout
 }
-LLAMA_3_8B = dict(
-    hidden_size=4096,
-    intermediate_size=14336,
-    num_hidden_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=8,
-    vocab_size=128256,
-)
 CONFIG = s2ft.S2FTConfig(d_ratio=0.03, o_ratio=0.1)
 SHOWN = {"kept": "kept for backward", "state": "weights, gradients, states", "peak": "peak of a step"}
 RESULTS = Path(__file__).parent / "results" / "estimate.json"
@@ -104,24 +93,9 @@ def _device() -> str:
 
 
 def measured(name: str, dtype: str, args: argparse.Namespace) -> dict[str, int]:
-    command = [
-        sys.executable,
-        __file__,
-        "--measure",
-        name,
-        "--dtype",
-        dtype,
-        "--batch",
-        str(args.batch),
-        "--length",
-        str(args.length),
-    ]
     # without this setting glibc would keep freed memory, and the measured growth would be too small
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"measuring {name} in {dtype} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+    options = (f"--measure={name}", f"--dtype={dtype}", f"--batch={args.batch}", f"--length={args.length}")
+    return in_process(__file__, *options, MALLOC_MMAP_THRESHOLD_="262144")
 
 
 def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str, int]:
@@ -142,9 +116,11 @@ def measure(name: str, dtype: torch.dtype, batch: int, length: int) -> dict[str,
     state = _used() - before
     method.batch = full_batch
     method()
-    _forget_peak()
+    _used()  # returns freed memory
+    memory = PeakMemory(_device())
+    memory.forget_peak()
     _step(method)
-    return {"state": state, "peak": _most_used() - before, "kept": method.bytes_kept()}
+    return {"state": state, "peak": memory.peak() + memory.before - before, "kept": method.bytes_kept()}
 
 
 @contextmanager
@@ -154,8 +130,7 @@ def _folder(name: str, dtype: torch.dtype) -> Iterator[str | None]:
         yield None
         return
     with tempfile.TemporaryDirectory() as folder:
-        load_model(default_model(), str(dtype).removeprefix("torch."))[0].save_pretrained(folder)
-        yield folder
+        yield write_base(folder, str(dtype).removeprefix("torch."))
 
 
 def _step(method: TimedMethod) -> None:
@@ -172,28 +147,10 @@ def _method(model: torch.nn.Module, batch: int, length: int) -> TimedMethod:
 
 
 def _used() -> int:
-    gc.collect()
+    return_freed_memory()
     if torch.cuda.is_available():
         return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)
-    return _of_process("VmRSS")
-
-
-def _forget_peak() -> None:
-    _used()
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-
-
-def _most_used() -> int:
-    return torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _of_process("VmHWM")
-
-
-def _of_process(field: str) -> int:
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field)))
+    return size_of_process("VmRSS")
 
 
 # ---- all together ----------------------------------------------------------------------------------------
@@ -213,8 +170,7 @@ def row(name: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
 
 def plan_8b() -> dict[str, float]:
     begin = time.perf_counter()
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_3_8B), dtype=torch.bfloat16)
+    model = random_model("llama-3-8b", torch.bfloat16, "meta")
     built = time.perf_counter()
     found = s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.03), 4, 1024)
     seconds = {"building seconds": built - begin, "seconds": time.perf_counter() - built}
@@ -232,7 +188,6 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16", "both"), default="both")
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--measure", choices=(SMOLLM, *CONFIGS), help=argparse.SUPPRESS)  # set in the measuring process
     args = parser.parse_args()
     if args.measure:
@@ -246,7 +201,7 @@ def main() -> None:
     dtypes = ("float32", "bfloat16") if args.dtype == "both" else (args.dtype,)
     results = {name: {dtype: row(name, dtype, args) for dtype in dtypes} for name in args.models}
     save(
-        args.output,
+        RESULTS,
         {
             "batch": args.batch,
             "length": args.length,

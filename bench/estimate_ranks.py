@@ -395,7 +395,6 @@ def main() -> None:
     parser.add_argument("--ranks", nargs="+", type=int, default=[2, 4])
     parser.add_argument("--batch", type=int, default=2)
     parser.add_argument("--length", type=int, default=128)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     # DeepSpeed changes functions of PyTorch under ZeRO-3, so that it comes last
     strategies = [name for name in STRATEGIES if name in args.strategies]
@@ -409,7 +408,7 @@ def main() -> None:
             each = processes(measure, name, strategy, args.batch, args.length)
             results[f"{name}, {strategy}, {ranks} ranks"] = row(name, strategy, ranks, each, args)
         processes.close()
-    save(args.output, {"batch": args.batch, "length": args.length, "results": results})
+    save(RESULTS, {"batch": args.batch, "length": args.length, "results": results})
 
 
 if __name__ == "__main__":

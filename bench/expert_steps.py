@@ -11,16 +11,16 @@ PyTorch dispatches, without views; on a GPU each is at least one launch.
 
 import argparse
 import copy
-import random
 import statistics
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import median_ratio, save
+from harness import interleaved, median_ratio, save
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from train_step import TimedMethod
 
 import s2ft
 
@@ -63,22 +63,13 @@ def base_model(experts: int, dtype: torch.dtype, layers: int) -> nn.Module:
     return Qwen3MoeForCausalLM(config).to(dtype).requires_grad_(False)
 
 
-class ExpertStep:
+class ExpertStep(TimedMethod):
     """Forward and backward of a model, and the step of its optimizer."""
-
-    def __init__(self, model: nn.Module, batch: Tensor) -> None:
-        self.model, self.batch = model.train(), batch
-        self.trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(self.trained, lr=1e-5) if self.trained else None
-
-    def gradients(self) -> None:
-        embedded = self.model.get_input_embeddings()(self.batch).detach().requires_grad_()
-        self.model(inputs_embeds=embedded, labels=self.batch).loss.backward()
 
     def __call__(self) -> tuple[float, float]:
         """Run one step. Returns the process times of forward and backward, and of the whole step."""
         begin = time.process_time()
-        self.gradients()
+        self.loss().backward()
         between = time.process_time()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -87,7 +78,7 @@ class ExpertStep:
 
     def operators(self) -> int:
         with _Count() as count:
-            self.gradients()
+            self.loss().backward()
         return count.operators
 
 
@@ -125,26 +116,14 @@ def steps_of(base: nn.Module, batch: Tensor) -> dict[str, ExpertStep]:
     }
     if base.dtype != torch.float32:  # on a float32 base it would be the same model again
         made[LORA_OF_PEFT] = lora_model(base, "gate_up_proj", "down_proj", float32=True)
-    return {name: ExpertStep(model, batch) for name, model in made.items()}
-
-
-def measure(steps: dict[str, ExpertStep], rounds: int) -> dict[str, list[tuple[float, float]]]:
-    """The two times of every step by round. The order is random in each round."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
-    order = random.Random(0)
-    for i in range(1 + rounds):
-        for name, step in order.sample(list(steps.items()), len(steps)):
-            found = step()
-            if i >= 1:
-                times[name].append(found)
-    return times
+    return {name: ExpertStep(model, batch, inputs_need_grad=True) for name, model in made.items()}
 
 
 def run(experts: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str, Any]:
     base = base_model(experts, dtype, args.layers)
     batch = torch.randint(512, (4, 128), generator=torch.Generator().manual_seed(0))
     steps = steps_of(base, batch)
-    measured = measure(steps, args.rounds)
+    measured = interleaved(steps, args.rounds, warmup=1, timed=ExpertStep.__call__)
     times, updated = ({name: [pair[i] for pair in found] for name, found in measured.items()} for i in (0, 1))
     operators = {name: step.operators() for name, step in steps.items()}
     return {
@@ -156,7 +135,7 @@ def run(experts: int, dtype: torch.dtype, args: argparse.Namespace) -> dict[str,
             "ratio to LoRA, with AdamW": median_ratio(updated, name, LORA),
             "operators": operators[name],
             "operators, ratio to frozen": operators[name] / operators["frozen"],
-            "trained parameters": sum(parameter.numel() for parameter in steps[name].trained),
+            "trained parameters": steps[name].parameters,
             "all seconds": times[name],
         }
         for name in steps
@@ -179,7 +158,6 @@ def main() -> None:
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     results = {}
@@ -188,7 +166,7 @@ def main() -> None:
             title = f"{experts} experts, {dtype}"
             results[title] = run(experts, getattr(torch, dtype), args)
             print(table(title, results[title]), flush=True)
-            save(args.output, {"results": results})
+            save(RESULTS, {"results": results})
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ during training minus its memory when the model was loaded. On a GPU it is devic
 import argparse
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,8 @@ from s2ft.packages import check_packages
 
 check_packages("s2ft finetune")  # before the imports below, which need them
 
-from harness import save
+from experiments.memory import PeakMemory
+from harness import in_process, save
 from shapes import add_model_options, base_name, base_of
 from train_step import LORA_TARGETS, lora_model
 
@@ -56,26 +55,6 @@ METHODS = ("S²FT", "LoRA, our loss", "LoRA", "LoRA, our loss" + OWN, "LoRA" + O
 def methods_for(dtype: str) -> tuple[str, ...]:
     """On a float32 base PEFT's adapters are in the base's dtype in any case."""
     return METHODS if dtype == "bfloat16" else METHODS[:3]
-
-
-class ProcessMemory:
-    """Memory of this process in bytes, or of the GPU if there is one."""
-
-    def __init__(self) -> None:
-        self.cuda = torch.cuda.is_available()
-        self.before = torch.cuda.memory_allocated() if self.cuda else self._status("VmRSS")
-        if self.cuda:
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            Path("/proc/self/clear_refs").write_text("5")  # resets the peak
-
-    def peak(self) -> int:
-        return (torch.cuda.max_memory_allocated() if self.cuda else self._status("VmHWM")) - self.before
-
-    @staticmethod
-    def _status(key: str) -> int:
-        line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(key))
-        return int(line.split()[1]) * 1024
 
 
 def train(method: str, model, tokenizer, rows, arguments: SFTArguments, folder: RunFolder) -> None:
@@ -120,43 +99,31 @@ def child(args: argparse.Namespace) -> None:
             gradient_checkpointing=args.checkpointing,
             train_sampling_strategy="sequential",
         )
-        memory, folder = ProcessMemory(), RunFolder(path)
+        memory, folder = PeakMemory(model.device.type), RunFolder(path)
+        memory.forget_peak()
         train(args.child, model, tokenizer, rows, arguments, folder)
         lines = read_log(folder.log)
-    print(
-        "RESULT"
-        + json.dumps(
-            {
-                "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[2:]),
-                "peak_bytes": memory.peak(),
-                "loss": [line["loss"] for line in lines],
-                "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-            }
-        )
-    )
+    found = {
+        "tokens_per_second": statistics.median(line["tokens_per_second"] for line in lines[2:]),
+        "peak_bytes": memory.peak(),
+        "loss": [line["loss"] for line in lines],
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+    }
+    print(json.dumps(found))
 
 
 def run(method: str, dtype: str, args: argparse.Namespace) -> dict[str, Any]:
-    command = [
-        sys.executable,
+    return in_process(
         __file__,
-        "--child",
-        method,
-        "--dtype",
-        dtype,
-        "--steps",
-        str(args.steps),
-        "--batch",
-        str(args.batch),
-        *(["--model", args.model] if args.model else []),
-        *(["--shape", args.shape] if args.shape else []),
+        f"--child={method}",
+        f"--dtype={dtype}",
+        f"--steps={args.steps}",
+        f"--batch={args.batch}",
+        *([f"--model={args.model}"] if args.model else []),
+        *([f"--shape={args.shape}"] if args.shape else []),
         *(["--checkpointing"] if args.checkpointing else []),
         *(["--keep-memory"] if args.keep_memory else []),
-    ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(f"{method}: {done.stderr[-2000:]}")
-    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("RESULT"))[6:])
+    )
 
 
 def table(title: str, runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -194,7 +161,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--checkpointing", action="store_true", help="use gradient checkpointing for all methods")
     parser.add_argument("--keep-memory", action="store_true", help="keep freed memory of the CPU for the next tensor")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", choices=METHODS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child:
@@ -211,7 +177,7 @@ def main() -> None:
         results[dtype] = table(f"{dtype}, batches of {args.batch}, {args.rounds} rounds of {args.steps} steps", runs)
     options = {"batch": args.batch, "steps": args.steps, "checkpointing": args.checkpointing}
     options["keep_memory"] = args.keep_memory
-    save(args.output, {"base": base_name(args), **options, "results": results})
+    save(RESULTS, {"base": base_name(args), **options, "results": results})
 
 
 if __name__ == "__main__":

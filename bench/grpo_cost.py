@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from harness import save
+from shapes import write_base
 
 VARIABLES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1",
              "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
@@ -274,7 +275,6 @@ def main() -> None:
     parser.add_argument("--answers", type=int, default=32)
     parser.add_argument("--tokens", type=int, default=16)
     parser.add_argument("--steps", type=int, default=6)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--child", choices=WAYS, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -283,22 +283,13 @@ def main() -> None:
     results = {}
     with tempfile.TemporaryDirectory() as root:
         if not options.model:
-            options.model = str(_default_model(Path(root) / "base"))
+            options.model = str(write_base(Path(root) / "base", "float32"))
         for dtype in ("float32", "bfloat16") if options.dtype == "both" else (options.dtype,):
             job = argparse.Namespace(**{**vars(options), "dtype": dtype})
             results[dtype] = measure(job, Path(root))
             show(dtype, results[dtype])
     settings = {name: getattr(options, name) for name in ("answers", "tokens", "steps")}
-    save(options.output, {**settings, "results": results})
-
-
-def _default_model(folder: Path) -> Path:
-    from s2ft.text.models import load_model
-    from s2ft.train.demo import default_model
-
-    for part in load_model(default_model(), "float32"):
-        part.save_pretrained(folder)
-    return folder
+    save(RESULTS, {**settings, "results": results})
 
 
 if __name__ == "__main__":

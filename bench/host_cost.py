@@ -135,12 +135,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--calls", type=int, default=100)
-    parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     torch.set_num_threads(1)
     rows = microseconds(args.rounds, args.calls)
     print(table(rows))
-    save(args.output, {"microseconds": rows})
+    save(RESULTS, {"microseconds": rows})
 
 
 if __name__ == "__main__":

@@ -17,7 +17,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import save
+from experiments.memory import PeakMemory
+from harness import fill_slices, save
 
 RESULTS = Path(__file__).parent / "results" / "merge.json"
 WAYS = ("from disk", "in memory")
@@ -31,7 +32,6 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=0, help="experts of each layer; default: a dense model")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the checkpoints are written; default: the system's own")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--make", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -55,7 +55,6 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         for way in WAYS:
             runs[way].append(json.loads(run([f"--way={way}", f"--folder={folder}"]).splitlines()[-1]))
         files = ["model.safetensors", "config.json"]
-        files = ["model.safetensors", "config.json"]
         different = filecmp.cmpfiles(*(folder / way for way in WAYS), files, shallow=False)
         if different[1] or different[2]:
             raise SystemExit(f"the two ways wrote different files: {different[1] + different[2]}")
@@ -67,7 +66,7 @@ def compare(folder: Path, args: argparse.Namespace) -> None:
         seconds, busy = (min(run[key] for run in runs[way]) for key in ("seconds", "processor seconds"))
         memory = f"{peak / 1e6:>10.1f} MB = {peak / largest:.2f} × the largest tensor"
         print(f"{way:<10}{seconds:>8.1f} s, processor {busy:.1f} s{memory}")
-    save(args.output, {"bytes": total, "largest": largest, "runs": runs})
+    save(RESULTS, {"bytes": total, "largest": largest, "runs": runs})
 
 
 def run(options: list[str]) -> str:
@@ -106,9 +105,7 @@ def make(folder: Path, args: argparse.Namespace) -> None:
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     PreTrainedTokenizerFast(tokenizer_object=words).save_pretrained(folder / "base")
     s2ft.attach(model, s2ft.S2FTConfig(o_ratio=0.03, d_ratio=0.03))
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data.normal_(std=0.01)
+    fill_slices(model, std=0.01)
     s2ft.save_adapter(model, folder / "adapter")
 
 
@@ -131,22 +128,12 @@ def measure(way: str, folder: Path) -> dict[str, float]:
         output = folder / way
         if output.exists():
             subprocess.run(["rm", "-r", output], check=True)
-        before = resident("VmRSS")
-        reset_peak()
+        memory = PeakMemory("cpu")
+        memory.forget_peak()
         begin, of_process = time.perf_counter(), time.process_time()
         merged.export(str(folder / name / "base"), folder / name / "adapter", output)
         seconds, of_process = time.perf_counter() - begin, time.process_time() - of_process
-    return {"seconds": seconds, "processor seconds": of_process, "bytes": resident("VmHWM") - before}
-
-
-def reset_peak() -> None:
-    Path("/proc/self/clear_refs").write_text("5")
-
-
-def resident(field: str) -> int:
-    """A field of this process's memory in bytes. VmRSS is resident now, VmHWM was the most since the last reset."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+    return {"seconds": seconds, "processor seconds": of_process, "bytes": memory.peak()}
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved, median_ratio, save
+from harness import interleaved, loras_of, median_ratio, save
 from shapes import add_model_options, base_name, base_of
 from torch import Tensor, nn
 
@@ -114,16 +114,10 @@ def switching(model: nn.Module, generate: Generation, names: list[str]):
 
 def lora_of(base: nn.Module, names: list[str]) -> nn.Module:
     """A PEFT model with a random LoRA for every name. Each has as many numbers as our adapters, rounded down."""
-    from peft import LoraConfig, get_peft_model
-
     config = base.config
     units = int(RATIO * config.intermediate_size)
     rank = units * config.hidden_size // (config.hidden_size + config.intermediate_size)
-    options = LoraConfig(r=rank, target_modules=["down_proj"], init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(base), options, adapter_name=names[0])
-    for name in names[1:]:
-        model.add_adapter(name, options)
-    return model.eval()
+    return loras_of(base, names, rank)
 
 
 def difference_to_alone(base, switched, bank: AdapterBank, inputs: dict[str, Tensor], names: list[str]) -> float:

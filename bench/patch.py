@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 import torch
-from harness import save
+from harness import fill_slices, save
 
 import s2ft
 from s2ft.export.packed import SUFFIX, patch, undo
@@ -36,10 +36,7 @@ def make_adapters(model: str, folder: Path, d_ratio: float) -> list[Path]:
     for seed in (0, 1):
         s2ft.attach(base, s2ft.S2FTConfig(d_ratio=d_ratio, o_ratio=0.12, group=32, seed=seed))
         torch.manual_seed(seed)
-        with torch.no_grad():
-            for parameter in base.parameters():
-                if parameter.requires_grad:
-                    parameter.normal_(std=0.05)
+        fill_slices(base, std=0.05)
         made.append(folder / f"adapter-{seed}")
         s2ft.save_adapter(base, made[-1])
         s2ft.detach(base)

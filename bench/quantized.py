@@ -25,6 +25,7 @@ from pathlib import Path
 
 import torch
 from harness import interleaved, machine, median_ratio
+from train_step import TimedMethod
 
 import s2ft
 from s2ft.codecs.gguf_file import GgufFile
@@ -113,18 +114,12 @@ class Bench:
         ratios = sorted(a / b for a, b in zip(times["auto"], times["none"]))
         print(f"{kind}: {median_ratio(times, 'auto', 'none'):.3f} ({ratios[0]:.3f} to {ratios[-1]:.3f}) of the time")
 
-    def step(self, kind: str, codec: str):
+    def step(self, kind: str, codec: str) -> TimedMethod:
         self.load(self.base(kind))
         model, rows = self.model, token_rows(self.tokenizer, problem_set(16, False), self.prompt)
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=self.args.d_ratio, o_ratio=0.12, group=32, codec=codec))
-        optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], 1e-3)
         tokens = torch.nn.utils.rnn.pad_sequence([torch.tensor(row["input_ids"]) for row in rows], batch_first=True)
-
-        def run() -> None:
-            model(input_ids=tokens, labels=tokens).loss.backward()
-            optimizer.step(), optimizer.zero_grad()
-
-        return run
+        return TimedMethod(model, tokens)
 
     def of_s2ft(self, kind: str, codec: str, seed: int) -> Path:
         """Train a slice. Returns the tuned file."""

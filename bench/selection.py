@@ -10,14 +10,13 @@ so there is a backward of single sequences too.
 
 import argparse
 import json
-import resource
-import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-from harness import save
+from experiments.memory import PeakMemory
+from harness import in_process, save
 
 import s2ft
 from s2ft.text.models import load_model
@@ -43,7 +42,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--only", choices=RUNS, help=argparse.SUPPRESS)  # set in the process of a run
     args = parser.parse_args()
     if args.only:
@@ -51,17 +49,14 @@ def main() -> None:
         return
     results = {}
     for name, (beside, _) in RUNS.items():
-        done = subprocess.run(
-            [sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True, check=True
-        )
-        results[name] = json.loads(done.stdout.splitlines()[-1])
+        results[name] = in_process(__file__, *sys.argv[1:], "--only", name)
         print(
             f"{name:<30}{results[name]['seconds']:>8.1f} s{results[name]['growth MiB']:>8.0f} MiB"
             + (f"{results[name]['growth MiB'] / results[beside]['growth MiB']:>8.2f} of {beside}" if beside else ""),
             flush=True,
         )
     save(
-        args.output,
+        RESULTS,
         {
             **{key: getattr(args, key) for key in ("sequences", "length", "batch", "dtype")},
             "ratios": RATIOS,
@@ -77,8 +72,8 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     )
     batches = list(ids.split(RUNS[name][1] or args.batch))
     plain = {"forward": forward, "backward": backward, "backward of single sequences": backward}
-    Path("/proc/self/clear_refs").write_text("5")  # resets the peak, which was reached while loading
-    before, start = peak(), time.perf_counter()
+    memory, start = PeakMemory("cpu"), time.perf_counter()
+    memory.forget_peak()  # it was reached while loading
     if name in plain:
         model.requires_grad_(False)
         for batch in batches:
@@ -86,7 +81,7 @@ def measure(name: str, args: argparse.Namespace) -> dict:
     else:
         config = s2ft.S2FTConfig(**RATIOS, selection=name)
         s2ft.select(model, config, None if name == "weight" else batches)
-    return {"seconds": time.perf_counter() - start, "growth MiB": (peak() - before) / 2**20}
+    return {"seconds": time.perf_counter() - start, "growth MiB": memory.peak() / 2**20}
 
 
 def forward(model, batch: torch.Tensor) -> None:
@@ -97,11 +92,6 @@ def forward(model, batch: torch.Tensor) -> None:
 def backward(model, batch: torch.Tensor) -> None:
     embedded = model.get_input_embeddings()(batch).requires_grad_(True)
     model(inputs_embeds=embedded, labels=batch, use_cache=False).loss.backward()
-
-
-def peak() -> int:
-    """The largest resident size in bytes since the last reset."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 if __name__ == "__main__":

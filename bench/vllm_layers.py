@@ -22,7 +22,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from harness import interleaved, save
+from harness import fill_slices, interleaved, save
+from shapes import write_base
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support.vllm_offline import OPTIONS, VARIABLES
@@ -45,7 +46,6 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--servers", nargs="+", default=["no adapters", "LoRA", "slices"], help="of the speed")
     parser.add_argument("--parts", nargs="+", default=["speed", "memory", "prompt"])
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)  # in a process of its own
     args = parser.parse_args()
     if args.measure:
@@ -66,7 +66,7 @@ def main() -> None:
             found["tokens_per_second"] = speed(Path(folder), rank, found["units"], prompts, args)
     if "prompt" in args.parts:
         found["prompt_milliseconds"] = prompt()
-    save(args.output, found)
+    save(RESULTS, found)
 
 
 def release() -> str:
@@ -81,19 +81,13 @@ def release() -> str:
 def prepare(root: Path) -> tuple[list[dict[str, int]], list[list[int]]]:
     """Write the base and the adapters. Returns the units of each adapter by the path of the projection, and prompts."""
     from s2ft.text.models import load_model
-    from s2ft.train.demo import default_model
 
-    units = []
+    units, base = [], write_base(root / "base", "float32")
     for seed, (name, ratios) in enumerate(CONFIGS.items()):
-        model, tokenizer = load_model(default_model(), "float32")
-        if not (root / "base").exists():
-            model.save_pretrained(root / "base")
-            tokenizer.save_pretrained(root / "base")
+        model, tokenizer = load_model(str(base), "float32")
         s2ft.attach(model, s2ft.S2FTConfig(**ratios, seed=seed), name=name)
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(0.01 * torch.randn(parameter.shape, generator=generator))
+        torch.manual_seed(seed)
+        fill_slices(model, std=0.01)
         s2ft.save_adapter(model, root / name)
         deltas = s2ft.get_adapter(model, name).deltas
         units.append({path: delta.index.numel() for path, delta in deltas.items()})

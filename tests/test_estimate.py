@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 from support.inside import OPTIMIZERS, Memory, Projection, chunked_loss, contiguous_head, storages
-from support.models import ALL_RATIOS, AUTO, CASES, inputs_of, model_of, ratios_for, token_batch
+from support.models import AUTO, CASES, inputs_of, model_of, token_batch
 from support.pairs import in_turn, rest_slow
+from support.slices import bytes_kept as kept_by, everything as config_for
 from support.states import with_adapter
 from torch import nn
 from transformers import AutoModelForCausalLM, CLIPConfig, LlamaConfig
@@ -25,21 +26,7 @@ LAYOUTS = ("permuted", "indexed")
 
 
 def bytes_kept(model, run) -> int:
-    """Bytes that autograd saves in a real forward; each storage counts once, as in bench/train_step.py."""
-    own = {storage.data_ptr() for t in [*model.parameters(), *model.buffers()] for storage in storages(t)}
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = run(model)  # stays alive while bytes are counted, so that no address is reused
-    total = sum(kept.values())
-    del output
-    return total
+    return kept_by([*model.parameters(), *model.buffers()], lambda: run(model))
 
 
 def training_inputs(model) -> dict[str, Any]:
@@ -56,10 +43,6 @@ def training_inputs(model) -> dict[str, Any]:
 
 def attached(model, config):
     return with_adapter(copy.deepcopy(model), config).train()
-
-
-def config_for(case, **more):
-    return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
 
 
 def rarely(cases, more):

@@ -45,11 +45,6 @@ def test_the_random_draw_is_pinned():
     assert select([ffn(0)], S2FTConfig(d_ratio=0.1))["0.down"].tolist() == [7, 8, 17, 36]
 
 
-def test_a_missing_projection_is_refused():
-    with pytest.raises(ValueError, match="v_ratio requests a projection"):
-        select(COUPLINGS, S2FTConfig(v_ratio=0.5))
-
-
 def test_the_smallest_ratio_named_selects_one():
     for channels in (3, 7, 9, 41, 14336):
         with pytest.raises(ValueError, match="ratio that selects one is") as error:

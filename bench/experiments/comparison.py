@@ -5,8 +5,6 @@ accuracy on validation examples, with all seeds and on all tasks; rows that are 
 memory of a few updates, if `costs` is set, one run at a time on all cores. Without `sweep` every rate has all seeds.
 """
 
-import ctypes
-import gc
 import json
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +18,7 @@ import s2ft
 from bench.experiments.any_method import arguments_of, evaluating, train, train_in_phases
 from bench.experiments.learning import SETTINGS as OF_LEARNING, Base, base_of, prepared_for
 from bench.experiments.matched_methods import trained_parameters
-from bench.experiments.memory import PeakMemory
+from bench.experiments.memory import PeakMemory, return_freed_memory
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
@@ -196,7 +194,7 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         return [_scores(base, untrained, longer, settings, folder)]
     rows = base.rows(task.train, settings)
     held_out = base.rows(task.validation, settings) if settings.get("best") else None
-    _return_freed_memory()
+    return_freed_memory()
     memory = PeakMemory(base.model.device.type)
     memory.forget_peak()
     model = base.copy()
@@ -281,14 +279,6 @@ def _save(prepared: Prepared, base: Base, folder: Path) -> None:
         s2ft.save_adapter(prepared.model, folder)
     elif prepared.method != "full":
         prepared.model.save_pretrained(folder)
-
-
-def _return_freed_memory() -> None:
-    """Give memory that earlier runs have freed back to the system, so that it does not hide what this run needs."""
-    gc.collect()
-    with_trim = ctypes.CDLL(None)
-    if hasattr(with_trim, "malloc_trim"):
-        with_trim.malloc_trim(0)
 
 
 # ---- answers for a judge ---------------------------------------------------------------------------------

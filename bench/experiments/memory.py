@@ -1,6 +1,8 @@
 """The memory of this process, or of a GPU: its peak, and a limit."""
 
 import contextlib
+import ctypes
+import gc
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +28,14 @@ def size_of_process(key: str) -> int:
 def _kibibytes(path: Path, key: str) -> int:
     line = next(line for line in path.read_text().splitlines() if line.startswith(f"{key}:"))
     return 1024 * int(line.split()[1])
+
+
+def return_freed_memory() -> None:
+    """Give memory that was freed back to the system, so that it does not hide what comes next."""
+    gc.collect()
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 @contextlib.contextmanager

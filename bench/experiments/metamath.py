@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from decimal import Decimal
 from itertools import islice
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -334,7 +335,7 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         "accuracy_of_numbers": sum(map(has_number, answers, right)) / len(right),
         "forgetting": _loss(loaded, prepared) - trainer.before,
         "validation": trainer.validation,
-        "train_loss": _mean(trainer.losses[-settings["eval_steps"] :]),
+        "train_loss": fmean(trainer.losses[-settings["eval_steps"] :]),
         "trained": prepared.trainable,
         "file_bytes": size_of_adapter(prepared),
         "memory_bytes": torch.cuda.max_memory_reserved() if on_gpu else size_of_process("VmHWM") - memory,
@@ -353,11 +354,6 @@ def _prepared(loaded: _LoadedModel, settings: dict[str, Any]) -> Prepared:
     options = matched(loaded.model, method, settings["parameters"], options)
     more = loaded.batches(options) if method == "s2ft" else {}
     return prepare(loaded.model, method, options, seed=settings["seed"], **more)
-
-
-def _mean(values: list[float]) -> float:
-    """Return the mean."""
-    return sum(values) / len(values)
 
 
 def base_values(prepared: Prepared):
@@ -527,9 +523,9 @@ def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
         cells = [method, rate, *(cell_of([row[column.name] for row in shown]) for column in MEASURED)]
         rows.append(cells)
         # the mean of the last quarter of the validations, not of the test
-        last = [_mean(row["validation"][-max(1, len(row["validation"]) // 4) :]) for row in found if row["validation"]]
-        if last and _mean(last) > best.get(method, (-1.0, []))[0]:
-            best[method] = (_mean(last), cells)
+        last = [fmean(row["validation"][-max(1, len(row["validation"]) // 4) :]) for row in found if row["validation"]]
+        if last and fmean(last) > best.get(method, (-1.0, []))[0]:
+            best[method] = (fmean(last), cells)
     columns = [Column("method"), Column("rate", "learning rate"), *MEASURED]
     notes = ["memory: above what the process held before; on a GPU what PyTorch has reserved"]
     title = "Each method at the learning rate with the best validation accuracy"

@@ -20,7 +20,7 @@ import s2ft
 from bench.experiments.printing import Column, Table, summary
 from bench.experiments.random_models import config_of, random_model
 from bench.experiments.runner import ExperimentRun, Results, Stage
-from bench.harness import interleaved, median_ratio
+from bench.harness import drift, fill_slices, interleaved, loras_of, median_ratio, same_bits
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.packages import check_packages
@@ -87,24 +87,11 @@ def random_adapters(base: nn.Module, number: int, channels: int) -> list[Adapter
     for seed in range(number):
         config = s2ft.S2FTConfig(d_ratio=channels / base.config.intermediate_size, layout="indexed", seed=seed)
         s2ft.attach(base, config, name=str(seed))
-        generator = torch.Generator().manual_seed(seed)
-        for parameter in base.parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(STD * torch.randn(parameter.shape, generator=generator))
+        torch.manual_seed(seed)
+        fill_slices(base, STD)
         found.append(s2ft.get_adapter(base, str(seed)))
         s2ft.detach(base)
     return found
-
-
-def lora_of(base: nn.Module, number: int, rank: int) -> nn.Module:
-    """Return a PeftModel on a copy of the base with random LoRAs on down_proj, named by their numbers."""
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(r=rank, target_modules=["down_proj"], init_lora_weights=False, task_type="CAUSAL_LM")
-    model = get_peft_model(copy.deepcopy(base), config, adapter_name="0")
-    for name in range(1, number):
-        model.add_adapter(str(name), config)
-    return model.eval()
 
 
 def _times(steps: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
@@ -126,7 +113,7 @@ def measure_switch(base: nn.Module, adapters: list[Adapter], settings: dict[str,
     Raises:
         RuntimeError: A switch was not exact.
     """
-    model, lora = copy.deepcopy(base), lora_of(base, len(adapters), settings["rank"])
+    model, lora = copy.deepcopy(base), loras_of(base, [one.name for one in adapters], settings["rank"])
     for adapter in adapters:
         s2ft.load_adapter(model, adapter, active=False, device=settings["device"])
     ours, theirs = (itertools.cycle(map(str, range(len(adapters)))) for _ in range(2))
@@ -148,23 +135,7 @@ def measure_switch(base: nn.Module, adapters: list[Adapter], settings: dict[str,
     if not loaded or not same_bits(model, base):
         raise RuntimeError(f"width {settings['width']}: the weights after switching are not those of a fresh load")
     lora.unmerge_adapter()
-    weights = dict(base.named_parameters())
-    drift = max(
-        float(
-            (one.float() - weights[name.removeprefix("base_model.model.").replace(".base_layer", "")].float())
-            .abs()
-            .max()
-        )
-        for name, one in lora.named_parameters()
-        if "lora_" not in name
-    )
-    return {**times, "exact": True, "lora_drift": drift}
-
-
-def same_bits(model: nn.Module, other: nn.Module) -> bool:
-    """Return whether all weights and buffers of two models with the same names are equal."""
-    ours, theirs = model.state_dict(), other.state_dict()
-    return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
+    return {**times, "exact": True, "lora_drift": drift(lora, base)}
 
 
 # ---- one batch for all adapters --------------------------------------------------------------------------
@@ -185,7 +156,7 @@ def measure_parallel(base: nn.Module, adapters: list[Adapter], settings: dict[st
     generator = torch.Generator().manual_seed(0)
     shape = (len(adapters), settings["tokens"])
     ids = torch.randint(base.config.vocab_size, shape, generator=generator).to(settings["device"])
-    lora = lora_of(base, len(adapters), settings["rank"])
+    lora = loras_of(base, names, settings["rank"])
     with tempfile.TemporaryDirectory() as root:
         for adapter in adapters:
             native.write(adapter, Path(root, adapter.name))

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.inside import attachment_of, overlap
 from support.models import fit, model_of, token_batch
-from support.states import same, with_adapter
+from support.states import merged_state as weights, same, with_adapter
 
 import s2ft
 from s2ft import S2FTConfig
@@ -18,11 +18,6 @@ CASE = "llama-grouped"
 
 def config_of(task, layout="permuted", **changes):
     return S2FTConfig(**{**RATIOS, "layout": layout, "seed": TASKS.index(task), **changes})
-
-
-def weights(model):
-    """The plain weights that the model computes with, of a merged copy."""
-    return s2ft.merge(copy.deepcopy(model)).state_dict()
 
 
 def sequence(model, layout="permuted", tasks=TASKS):

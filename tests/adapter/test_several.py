@@ -1,12 +1,10 @@
 """Several adapters on one model are switched, combined, renamed and deleted; the base stays exact."""
 
 import copy
-from unittest import mock
 
 import pytest
 import torch
 from state.models import make_adapter, ratios, tiny_model
-from support.inside import mounting
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
 from support.states import randomize, same, with_adapter, with_loaded
 
@@ -47,24 +45,6 @@ def test_combined_adapters_are_the_sum(tmp_path):
         other = with_loaded(model_of(CASE), tmp_path, trainable=trainable)
         assert torch.allclose(output_of(other), expected, atol=1e-5)
     assert s2ft.read_adapter(tmp_path).info["sum_of"] == [["a", 0.7], ["b", 0.3]]
-
-
-def test_a_load_that_fails_leaves_what_was_active(monkeypatch):
-    model = model_of(CASE)
-    s2ft.load_adapter(model, TWO["a"])
-    expected = output_of(model)
-    with monkeypatch.context() as context, pytest.raises(MemoryError):
-        context.setattr(mounting, "place_loaded", mock.Mock(side_effect=MemoryError))
-        s2ft.load_adapter(model, TWO["b"])
-    assert s2ft.list_adapters(model) == ["a"] and s2ft.status(model).active == {"a": 1.0}
-    assert torch.equal(output_of(model), expected)
-
-
-def test_a_merge_waits_for_the_weights(tmp_path):
-    s2ft.save_adapter(with_loaded(model_of(CASE), TWO["a"], trainable=True), tmp_path)
-    model = with_loaded(model_of(CASE).to("meta"), tmp_path, trainable=True)
-    with pytest.raises(ValueError, match="have not arrived"):
-        s2ft.merge(model)
 
 
 def test_arithmetic():

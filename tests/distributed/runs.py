@@ -8,8 +8,9 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from support.models import ALL_RATIOS, model_of, ratios_for
+from support.models import model_of
 from support.ranks import forget_deepspeed
+from support.slices import everything as config_for
 from support.tolerances import GEMM
 from torch import nn
 
@@ -21,13 +22,9 @@ RANKS = 2
 EXTRA = dict(modules_to_save=["model.norm", "lm_head"])  # weights that are trained in full
 
 
-def config_for(case, layout="permuted", **changes):
-    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
-
-
 def attach_to(model, case, layout="permuted", **changes):
     """Attach with the ratios of a case, and with data if the selection needs some."""
-    config = config_for(case, layout, **changes)
+    config = config_for(case, layout=layout, **changes)
     calibrated = config.selection in ("activation", "product", "gradient")
     s2ft.attach(model, config, calibration=batches(model, 2) if calibrated else None)
     return model

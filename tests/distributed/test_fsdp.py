@@ -138,10 +138,10 @@ def interrupted(rank, error):
     before = logits(model)
     model.reshard()
     with mock.patch.object(mounting, "replace_forward", side_effect=error), pytest.raises(type(error)):
-        s2ft.attach(model, config_for("llama-grouped", "permuted"))
+        s2ft.attach(model, config_for("llama-grouped"))
     same = base_is(model, "llama-grouped") and torch.equal(logits(model), before)
     model.reshard()
-    s2ft.attach(model, config_for("llama-grouped", "permuted"))
+    s2ft.attach(model, config_for("llama-grouped"))
     return same and torch.equal(logits(model), logits(attached("llama-grouped")))
 
 
@@ -156,7 +156,7 @@ def train_in_bfloat16(rank, directory, first):
     policy, model = MixedPrecisionPolicy(torch.bfloat16, torch.float32), model_of("llama-grouped")
     if first == "shard":
         sharded(model, mp_policy=policy)
-    s2ft.attach(model, config_for("llama-grouped", "permuted"))
+    s2ft.attach(model, config_for("llama-grouped"))
     if first == "attach":
         sharded(model, mp_policy=policy)
     train(model, rank)

@@ -160,20 +160,14 @@ def decided(rank, able, fails):
 
 
 @pytest.mark.parametrize(
-    "able, expected",
+    "able, fails, expected",
     [
-        ((True, False), [{"units": [0, 2]}] * 2),
-        ((False, True), [{"units": [1, 2]}] * 2),
-        ((True, True), [{"units": [0, 2]}, {"units": [1, 2]}]),
-        ((False, False), [None, None]),
+        ((True, False), False, [{"units": [0, 2]}] * 2),
+        ((False, True), False, [{"units": [1, 2]}] * 2),
+        ((True, True), False, [{"units": [0, 2]}, {"units": [1, 2]}]),
+        ((False, False), False, [None, None]),
+        ((True, False), True, ["ValueError: no data", "RuntimeError: rank 0 failed: ValueError: no data"]),
     ],
 )
-def test_ranks_without_numbers_get_what_another_rank_decides(ranks, able, expected):
-    assert ranks(decided, able, False) == expected
-
-
-def test_a_decision_that_fails_is_an_error_on_every_rank(ranks):
-    assert ranks(decided, (True, False), True) == [
-        "ValueError: no data",
-        "RuntimeError: rank 0 failed: ValueError: no data",
-    ]
+def test_ranks_without_numbers_get_what_another_rank_decides_or_its_error(ranks, able, fails, expected):
+    assert ranks(decided, able, fails) == expected

@@ -137,7 +137,7 @@ def check_equal_to_one_process(ranks, folder, way, case, config):
     ],
 )
 def test_two_ranks_equal_one_process(ranks, tmp_path, way, case, layout):
-    check_equal_to_one_process(ranks, tmp_path, way, case, config_for(case, layout))
+    check_equal_to_one_process(ranks, tmp_path, way, case, config_for(case, layout=layout))
 
 
 def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
@@ -156,7 +156,7 @@ def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
     ],
 )
 def test_four_ranks_equal_one_process(four_ranks, tmp_path, way, case, layout):
-    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_for(case, layout))
+    check_equal_to_one_process(four_ranks, tmp_path, way, case, config_for(case, layout=layout))
 
 
 # ---- selection and the base ----------------------------------------------------------------------------

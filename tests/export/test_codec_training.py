@@ -1,6 +1,5 @@
 """Training through the codec: the file holds, bit for bit, what the model has computed with."""
 
-import copy
 import shutil
 from functools import partial
 from unittest import mock
@@ -10,7 +9,7 @@ import torch
 from export.test_packed import KINDS, RATIOS, make_base
 from support import models
 from support.inside import PackedLinear, S2FTTrainer, export_packed, load_model, mounting
-from support.states import same, with_adapter, with_loaded
+from support.states import merged_state as plain, same, with_adapter, with_loaded
 from support.tolerances import GEMM
 from transformers import TrainerCallback, TrainingArguments
 
@@ -32,11 +31,6 @@ def attached(file, dtype="bfloat16", **changes):
 
 
 train = partial(models.train, lr=0.02, loss_of=lambda model: model(input_ids=TOKENS, labels=TOKENS).loss)
-
-
-def plain(model):
-    """The weights that the model computes with, in the base's order."""
-    return s2ft.merge(copy.deepcopy(model)).state_dict()
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -66,12 +60,6 @@ def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout):
     torch.testing.assert_close(tuned(input_ids=TOKENS).logits, logits, rtol=rtol, atol=atol)
 
 
-def test_without_an_update_the_base_is_computed_with(small):
-    model, before = attached(small), load_model(str(small), "bfloat16")[0].state_dict()
-    model(input_ids=TOKENS)
-    assert all(torch.equal(value, before[name]) for name, value in plain(model).items())
-
-
 def test_the_gradient_is_that_of_the_multiplied_weight(small):
     """Straight-through: the gradient of s2 is the one that a plain model with the same weights has."""
     model = attached(small, "float32", layout="indexed")
@@ -88,12 +76,14 @@ def test_the_gradient_is_that_of_the_multiplied_weight(small):
 def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
     model = load_model(str(small), "bfloat16")[0]
     base = {name: value.clone() for name, value in model.state_dict().items()}
-    train(with_adapter(model, config_of(model)), 2)
+    with_adapter(model, config_of(model))(input_ids=TOKENS)
+    assert same(plain(model), base)  # without an update the base is computed with
+    train(model, 2)
     s2ft.save_adapter(model, tmp_path / "adapter")
     logits = model(input_ids=TOKENS).logits
     again = with_loaded(load_model(str(small), "bfloat16")[0], tmp_path / "adapter", trainable=True)
     assert torch.equal(again(input_ids=TOKENS).logits, logits)
-    assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
+    assert same(s2ft.detach(model), base)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -169,22 +159,23 @@ def test_auto_is_nothing_for_a_plain_base(small):
     assert all(getattr(module, "codec", None) is None for module in model.modules())
 
 
-def test_a_base_that_is_not_the_files_is_refused_and_nothing_is_attached(small):
-    model = load_model(str(small), "float32")[0]
-    model.model.layers[1].mlp.down_proj.weight.data[3] += 1e-3
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    with pytest.raises(
-        ValueError, match=r"codec: the weight of model.layers.1.mlp.down_proj is not that of .*model.gguf"
-    ):
-        s2ft.attach(model, config_of(model))
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-
-
-def test_a_file_that_is_gone_is_an_error(small, tmp_path):
+@pytest.mark.parametrize(
+    "mistake, error, words",
+    [
+        ("changed", ValueError, "codec: the weight of model.layers.1.mlp.down_proj is not that of .*model.gguf"),
+        ("gone", FileNotFoundError, "model.gguf"),
+    ],
+)
+def test_a_base_that_is_not_the_files_is_refused_and_nothing_is_attached(small, tmp_path, mistake, error, words):
     model = load_model(shutil.copy(small, tmp_path / "model.gguf").as_posix(), "float32")[0]
-    (tmp_path / "model.gguf").unlink()
-    with pytest.raises(FileNotFoundError):
+    if mistake == "changed":
+        model.model.layers[1].mlp.down_proj.weight.data[3] += 1e-3
+    else:
+        (tmp_path / "model.gguf").unlink()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.raises(error, match=words):
         s2ft.attach(model, config_of(model))
+    assert same(model, before)
 
 
 def test_a_diverged_slice_is_seen(small):

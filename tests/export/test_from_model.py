@@ -6,7 +6,8 @@ import pytest
 import torch
 from export.test_streamed import SHARDS, check_equal, without_values
 from support.inside import from_model
-from support.models import ALL_RATIOS, model_of, ratios_for
+from support.models import model_of
+from support.slices import everything as config_of
 from support.states import randomize, same, tensors_of, with_adapter
 from torch import nn
 
@@ -22,13 +23,9 @@ def loaded(case, folder, dtype=torch.bfloat16):
     return type(model).from_pretrained(folder / "base")
 
 
-def config_of(case, layout="permuted", **changes):
-    return s2ft.S2FTConfig(**{**ratios_for(case, ALL_RATIOS), "layout": layout, **changes})
-
-
 def trained(case, folder, layout="permuted", **changes):
     """A base with a trainable adapter, as after training."""
-    return randomize(with_adapter(loaded(case, folder), config_of(case, layout, **changes)))
+    return randomize(with_adapter(loaded(case, folder), config_of(case, layout=layout, **changes)))
 
 
 def with_another(case, folder, layout, weights):
@@ -36,7 +33,7 @@ def with_another(case, folder, layout, weights):
     model = trained(case, folder, layout, seed=3)
     s2ft.save_adapter(model, folder / "a")
     s2ft.load_adapter(s2ft.detach(model), folder / "a", "a")
-    randomize(with_adapter(model, config_of(case, layout), "b"))
+    randomize(with_adapter(model, config_of(case, layout=layout), "b"))
     s2ft.set_adapter(model, weights)
     return model
 

@@ -96,39 +96,40 @@ def test_the_new_file_has_the_metadata_of_the_base_and_names_it(small, tmp_path)
 
 
 @pytest.mark.parametrize(
-    ("mistake", "error", "words"),
+    ("mistake", "made", "error", "words"),
     [
-        ("another base", ValueError, "differ.*the first weight is model.layers.0.*sha256 [0-9a-f]{64},.*[0-9a-f]{64}$"),
-        ("another format", ValueError, "another base, .*model.gguf: 2 of 2 layers differ.*sha256"),
-        ("float32", ValueError, "has the type F32, and there are codecs for Q4_0, Q4_1"),
-        ("in full", ValueError, "trains model.norm.weight in full"),
-        ("no gguf", ValueError, "s2ft export --format gguf"),
-        ("exists", FileExistsError, "exists"),
-        ("damaged", ValueError, "no GGUF file, or it is damaged"),
+        (
+            "base",
+            ("q4_1", 1),
+            ValueError,
+            "differ.*the first weight is model.layers.0.*sha256 [0-9a-f]{64},.*[0-9a-f]{64}$",
+        ),
+        ("quantized again", ("q4_0", 0), ValueError, "another base, .*model.gguf: 2 of 2 layers differ.*sha256"),
+        ("float32", ("f32", 0), ValueError, "has the type F32, and there are codecs for Q4_0, Q4_1"),
+        ("in full", None, ValueError, "trains model.norm.weight in full"),
+        ("no gguf", None, ValueError, "s2ft export --format gguf"),
+        ("exists", None, FileExistsError, "exists"),
+        ("damaged", None, ValueError, "no GGUF file, or it is damaged"),
     ],
 )
-def test_bad_input_leaves_nothing(small, tmp_path, mistake, error, words):
-    base, folder, _ = small
-    (tmp_path / "made").mkdir()
-    model, output = str(base), tmp_path / "tuned.gguf"
-    if mistake == "another base":
-        model = str(make_base(tmp_path / "made", "q4_1", seed=1))
-    elif mistake == "another format":  # the same weights, quantized again
-        model = str(make_base(tmp_path / "made", "q4_0"))
-    elif mistake == "float32":
-        file = make_base(tmp_path / "made", "f32")
-        model, folder = str(file), make_adapter(file, tmp_path / "made/adapter")
+def test_bad_input_leaves_nothing(small, tmp_path, mistake, made, error, words):
+    (model, folder, _), output, place = small, tmp_path / "tuned.gguf", tmp_path / "made"
+    place.mkdir()
+    if made:
+        model = make_base(place, made[0], seed=made[1])
+    if mistake == "float32":
+        folder = make_adapter(model, place / "adapter")
     elif mistake == "in full":
-        folder = make_adapter(base, tmp_path / "made/adapter", modules_to_save=["model.norm"])
+        folder = make_adapter(model, place / "adapter", modules_to_save=["model.norm"])
     elif mistake == "no gguf":
-        model = str(base.parent / "checkpoint")
+        model = model.parent / "checkpoint"
     elif mistake == "exists":
-        output = tmp_path / "made"
-    else:
-        model = str(tmp_path / "made/model.gguf")
-        (tmp_path / "made/model.gguf").write_bytes(base.read_bytes()[:200])
+        output = place
+    elif mistake == "damaged":
+        (place / "model.gguf").write_bytes(model.read_bytes()[:200])
+        model = place / "model.gguf"
     with pytest.raises(error, match=words):
-        export_packed(model, folder, output)
+        export_packed(str(model), folder, output)
     assert [path.name for path in tmp_path.iterdir()] == ["made"]
 
 

@@ -66,6 +66,7 @@ class Sweep:
             Case("load_adapter", self.plain, lambda m: s2ft.load_adapter(m, self.a)),
             Case("load_adapter, trainable", self.plain, lambda m: s2ft.load_adapter(m, self.a, trainable=True)),
             Case("load_adapter beside a trainable one", self.trainable, lambda m: s2ft.load_adapter(m, self.a)),
+            Case("load_adapter beside an active one", self.loaded, lambda m: s2ft.load_adapter(m, self.adapters["t"])),
             Case("set_adapter, another", self.loaded, lambda m: s2ft.set_adapter(m, "b")),
             Case("set_adapter, weighted", self.loaded, lambda m: s2ft.set_adapter(m, weighted)),
             Case("set_adapter, None", self.loaded, lambda m: s2ft.set_adapter(m, None)),

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from s2ft import S2FTConfig
+from support.inside import storages
 from support.models import ALL_RATIOS, loss_of, model_of, ratios_for
 from support.states import randomize, with_adapter
 from support.tolerances import relative_difference
@@ -32,7 +33,7 @@ def plain_model(case: str, layers: int | None = None, dtype: torch.dtype = torch
 
 def everything(case: str, **more) -> S2FTConfig:
     """All ratios of the model, and other options."""
-    return S2FTConfig(**ratios_for(case, ALL_RATIOS), **more)
+    return S2FTConfig(**{**ratios_for(case, ALL_RATIOS), **more})
 
 
 def attached(case: str, layers: int | None = None, dtype: torch.dtype = torch.float32, **more) -> nn.Module:
@@ -65,14 +66,18 @@ def assert_same(ours: dict, theirs: dict, within: float = 0.0) -> None:
 
 
 def bytes_kept(given: Iterable[torch.Tensor], call: Callable) -> int:
-    """How many bytes a call keeps for its backward, beside the tensors that it was given."""
-    own, kept = {tensor.untyped_storage().data_ptr() for tensor in given}, []
+    """How many bytes a call keeps for its backward, beside the tensors that it was given. A storage counts once."""
+    own = {storage.data_ptr() for tensor in given for storage in storages(tensor)}
+    kept: dict[int, int] = {}
 
     def pack(tensor):
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.append(tensor.untyped_storage().nbytes())
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        call()
-    return sum(kept)
+        output = call()  # stays alive while bytes are counted, so that no address is reused
+    total = sum(kept.values())
+    del output
+    return total

@@ -1,5 +1,6 @@
 """Comparing models bit for bit, and models with an adapter."""
 
+import copy
 import io
 from pathlib import Path
 
@@ -34,6 +35,11 @@ def assert_same_adapters(ours: s2ft.Adapter, theirs: s2ft.Adapter) -> None:
         assert delta.dim == other.dim and torch.equal(delta.index, other.index), path
         assert delta.values.dtype == other.values.dtype and torch.equal(delta.values, other.values), path
     assert same(ours.extra_weights, theirs.extra_weights)
+
+
+def merged_state(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The plain weights that a model computes with, in the base's order, of a merged copy."""
+    return s2ft.merge(copy.deepcopy(model)).state_dict()
 
 
 def with_adapter(model: nn.Module, config: s2ft.S2FTConfig, *name: str, **options) -> nn.Module:

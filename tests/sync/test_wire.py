@@ -29,15 +29,19 @@ def test_a_description_comes_back():
     assert spec().values_shape == (4, 2)
 
 
+SENT = to_message([spec()])
+
+
 @pytest.mark.parametrize(
-    "index", [[5, 0], [0, 0], [0, 6], [-1, 0]], ids=["descends", "twice", "too large", "below zero"]
+    "message, words",
+    [
+        *(
+            (to_message([spec(index=torch.tensor(index))]), "a.weight: the positions must ascend")
+            for index in ([5, 0], [0, 0], [0, 6], [-1, 0])  # it descends, twice, too large, below zero
+        ),
+        ({**SENT, "index": SENT["index"][:4] + "AAA="}, "bytes in a list of"),
+    ],
 )
-def test_positions_that_are_not_valid(index):
-    with pytest.raises(ValueError, match="a.weight: the positions must ascend"):
-        from_message(to_message([spec(index=torch.tensor(index))]))
-
-
-def test_a_description_that_is_cut_off():
-    message = to_message([spec()])
-    with pytest.raises(ValueError, match="bytes in a list of"):
-        from_message({**message, "index": message["index"][:4] + "AAA="})
+def test_a_description_that_is_not_valid(message, words):
+    with pytest.raises(ValueError, match=words):
+        from_message(message)
