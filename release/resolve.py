@@ -17,6 +17,7 @@ from environments import ROOT, environment
 
 TABLE = ROOT / "bench" / "results" / "installs.md"
 MINUTES = 15
+LONGEST = 160  # characters of a reason
 SHOWN = ("torch", "transformers", "trl", "peft", "accelerate", "datasets", "vllm")
 COMBINATIONS = (  # extras of s2ft, packages beside it, whether they must resolve
     ("", (), True),
@@ -59,9 +60,9 @@ def resolve(python: Path, wanted: list[str]) -> tuple[bool, str]:
     except subprocess.TimeoutExpired:
         return False, f"pip finds nothing within {MINUTES} minutes"
     if done.returncode:
-        lines = [line.strip() for line in done.stderr.splitlines() if line.strip() and "notice" not in line]
-        reasons = [line for line in lines if " depends on " in line] or [line for line in lines if "ERROR" in line]
-        return False, "; ".join(reasons[:3])
+        lines = [line.strip().removeprefix("ERROR: ") for line in done.stderr.splitlines()]
+        reasons = [line for line in lines if " depends on " in line] or [line for line in lines if "find" in line]
+        return False, "; ".join(line[:LONGEST] for line in reasons[:3])
     chosen = {one["metadata"]["name"].lower(): one["metadata"] for one in json.loads(report.read_text())["install"]}
     names = dict.fromkeys([*(name_of(one) for one in wanted), *SHOWN])
     return True, ", ".join(f"{name} {chosen[name]['version']}" for name in names if name in chosen)
@@ -76,7 +77,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     parser.add_argument("--python", type=Path, default=Path(sys.executable), help="interpreter of the environment")
     args = parser.parse_args()
-    python, wrong = environment("resolve", ("pip",), args.python), 0
+    python, wrong = environment("resolve", ("pip>=25",), args.python), 0
     version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout.strip()
     lines = [f"pip in an empty environment, {version}, {time.strftime('%Y-%m-%d')}.\n"]
     lines += ["| s2ft | beside it | | what pip chooses, or why it can't |", "|---|---|---|---|"]
