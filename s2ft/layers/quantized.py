@@ -282,7 +282,7 @@ class PackedLinear(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
-        return _Product.apply(input, self)
+        return _UnpackedProduct.apply(input, self)
 
     def unpacked(self, dtype: torch.dtype) -> Tensor:
         """The weight [outputs, inputs] in a floating-point dtype."""
@@ -292,7 +292,7 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}, codec={self.codec.name}"
 
 
-class _Product(torch.autograd.Function):
+class _UnpackedProduct(torch.autograd.Function):
     """A product that keeps neither its input nor the unpacked weight for the backward."""
 
     @staticmethod
