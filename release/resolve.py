@@ -61,7 +61,7 @@ def resolve(python: Path, wanted: list[str]) -> tuple[bool, str]:
         return False, f"pip finds nothing within {MINUTES} minutes"
     if done.returncode:
         lines = [line.strip().removeprefix("ERROR: ") for line in done.stderr.splitlines()]
-        reasons = [line for line in lines if " depends on " in line] or [line for line in lines if "find" in line]
+        reasons = [line for line in lines if " depends on " in line] or [line for line in lines if line][-1:]
         return False, "; ".join(line[:LONGEST] for line in reasons[:3])
     chosen = {one["metadata"]["name"].lower(): one["metadata"] for one in json.loads(report.read_text())["install"]}
     names = dict.fromkeys([*(name_of(one) for one in wanted), *SHOWN])
@@ -81,16 +81,18 @@ def main() -> None:
     version = subprocess.run([python, "--version"], capture_output=True, text=True).stdout.strip()
     lines = [f"pip in an empty environment, {version}, {time.strftime('%Y-%m-%d')}.\n"]
     lines += ["| s2ft | beside it | | what pip chooses, or why it can't |", "|---|---|---|---|"]
+    earlier = TABLE.read_text().splitlines() if TABLE.exists() else []
     for extras, beside, must in COMBINATIONS:
         name = f"s2ft[{extras}]" if extras else "s2ft"
-        if args.names and not any(word in f"{name} {' '.join(beside)}" for word in args.names):
+        start = f"| `{name}` | {', '.join(f'`{one}`' for one in beside)} | "
+        if args.names and not any(word in start for word in args.names):
+            lines += [line for line in earlier if line.startswith(start)]
             continue
         done, found = resolve(python, [*requirements(extras), *beside])
         wrong += must and not done
-        lines.append(f"| `{name}` | {', '.join(f'`{one}`' for one in beside)} | {'yes' if done else 'no'} | {found} |")
+        lines.append(f"{start}{'yes' if done else 'no'} | {found} |")
         print(lines[-1], flush=True)
-    if not args.names:
-        TABLE.write_text("\n".join(lines) + "\n")
+    TABLE.write_text("\n".join(lines) + "\n")
     sys.exit(wrong)
 
 
