@@ -6,7 +6,18 @@ from functools import wraps
 import pytest
 import torch
 from support.inside import ACTIVATIONS, HIDDEN_ACTS, attachment_of, couplings_of, projections_of, weight_at
-from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
+from support.models import (
+    ALL_RATIOS,
+    CASES,
+    FIRST,
+    LAYOUTS,
+    block_weights,
+    model_of,
+    output_of,
+    ratios_for,
+    token_batch,
+    train,
+)
 from support.pairs import rest_slow
 from support.states import randomize, with_adapter
 from support.tolerances import LOGITS, relative_difference
@@ -32,7 +43,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import s2ft
 from s2ft import S2FTConfig
 
-LAYOUTS = ("permuted", "indexed")
 # each projection alone, all projections, and the asymmetric pairs of the paper
 REQUESTS = {
     **{key: {key: 0.5} for key in ("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "g_ratio", "d_ratio")},

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.convert_hf_to_gguf import convert
 from support.inside import load_model, lora, native
-from train.tiny import save_random_adapter, save_tiny, tiny_tokenizer, with_merges
+from train.tiny import ASK, OTHER, save_random_adapter, save_tiny, tiny_tokenizer, with_merges
 from transformers import AutoTokenizer
 
 from s2ft import read_adapter
@@ -61,8 +61,6 @@ def test_lora_and_back(work, tmp_path, capsys):
     assert all(torch.equal(delta.values, theirs.deltas[path].values) for path, delta in ours.deltas.items())
 
 
-OTHER = tiny_tokenizer().chat_template.replace("<|im_start|>", "<|endoftext|>")
-ASK = [{"role": "user", "content": "2+3?"}]
 TRAINED = {"form": "chat", "template": OTHER, "system": 'Say "yes".\n'}
 PROMPT = '<|endoftext|>system\nSay "yes".\n<|im_end|>\n<|endoftext|>user\n2+3?<|im_end|>\n<|endoftext|>assistant\n'
 

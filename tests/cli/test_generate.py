@@ -5,13 +5,10 @@ import sys
 
 import pytest
 from support.inside import generate, load_model, native
-from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model, tiny_tokenizer
+from train.tiny import OTHER, UNTIED, save_random_adapter, save_tiny, tiny_model, tiny_tokenizer
 
 import s2ft
 from s2ft.cli.main import main
-
-UNTIED = dict(tie_word_embeddings=False)
-OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from selection import test_calibration_inputs as inputs
 from selection.test_calibration_inputs import CASES, CLASSES, mask_of, pixels, sound, text, tokens
-from selection.test_metrics import CALIBRATED, SCORED, assert_untouched, awkward, batch_of, state
+from selection.test_metrics import CALIBRATED, IDS, SCORED, assert_untouched, awkward, batch_of, state
 from support.inside import METRICS
 from support.models import model_of
 
@@ -91,7 +91,6 @@ def changed(name, **values):
     return CASES[name][0], [{key: value for key, value in batch.items() if value is not None}]
 
 
-IDS = torch.arange(16).view(2, 8)
 BATCHES = [  # case, calibration, key word: for each metric that needs data
     ("llama", [], "empty"),
     ("llama", [{"input_ids": IDS, "attention_mask": IDS * 0}], "no tokens"),

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from support.inside import SliceSpec, hashes_of, to_message
+from support.sources import ROOT
 
-ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 

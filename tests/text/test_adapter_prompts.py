@@ -12,10 +12,8 @@ from support.inside import (
     recorded_format,
     standalone_template,
 )
-from train.tiny import CHAT, tiny_tokenizer
+from train.tiny import ASK, CHAT, OTHER, tiny_tokenizer
 
-OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
-ASK = [{"role": "user", "content": "2+3?"}]
 SYSTEMS = ["Be brief.", 'Say "yes"\n\tor \\n {{ no }} {% raw %} äöü 漢\N{SLIGHTLY SMILING FACE} \u2028 it\'s %}']
 
 

@@ -3,9 +3,7 @@
 import pytest
 from serve.fleet import alone
 from support.inside import Chat, Prompter, Sampler
-from train.tiny import tiny_model, tiny_tokenizer
-
-UNTIED = dict(tie_word_embeddings=False)
+from train.tiny import UNTIED, tiny_model, tiny_tokenizer
 
 
 def chat_of(new=12, system=None, info=None, seed=None, temperature=0.0, **changes):

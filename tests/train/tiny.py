@@ -13,6 +13,9 @@ CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")  # another template
+ASK = [{"role": "user", "content": "2+3?"}]
+UNTIED = dict(tie_word_embeddings=False)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 

@@ -11,11 +11,9 @@ from unittest.mock import Mock
 import pytest
 from serve.fleet import save_adapters
 from support.inside import Budget, PromptFormat, ServeArguments, command as vllm
-from train.tiny import save_tiny
+from train.tiny import UNTIED, save_tiny
 
 from s2ft.cli.main import main
-
-UNTIED = dict(tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
