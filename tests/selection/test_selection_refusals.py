@@ -58,6 +58,13 @@ PLAIN = [  # case, options, arguments, key word
     ("llama-grouped", dict(d_ratio=0.1, budget=3 * 52 * 24 + 1), {}, "3,744"),
     ("llama-grouped", dict(o_ratio=0.1, match_lora_rank=1), {}, "match_lora_rank=1"),
     ("llama-grouped", dict(budget=10), {}, "nothing"),
+    ("llama", dict(d_ratio=0.5, group=5), {}, "52 channels"),
+    ("llama", dict(d_ratio=0.5, group=5), {}, "no whole groups of 5 inputs: leave out d_ratio"),
+    ("llama", dict(o_ratio=0.5, group=9), {}, "heads of"),
+    ("llama", dict(o_ratio=0.5, group=9), {}, "no whole groups of 9 inputs: leave out o_ratio"),
+    ("llama", dict(d_ratio=0.01, group=4), {}, "groups of 4 inputs"),
+    ("llama", dict(d_ratio=0.01, group=4), {}, "smallest ratio"),
+    ("llama", dict(**UNITS, group=4), {}, "group"),
     *(("llama", dict(d_ratio=0.1, selection=metric), {}, "calibration") for metric in CALIBRATED),
     *(
         ("llama", dict(d_ratio=0.1, selection=metric), dict(calibration=[tokens(1, 4)]), "calibration")
