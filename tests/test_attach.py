@@ -18,6 +18,7 @@ from support.models import (
     token_batch,
     train,
 )
+from support.nets import doubled
 from support.pairs import rest_slow
 from support.states import randomize, with_adapter
 from support.tolerances import LOGITS, relative_difference
@@ -219,10 +220,6 @@ def test_a_block_with_another_activation_does_not_use_the_kernel(activation):
     config.hidden_act = activation
     model = with_adapter(AutoModelForCausalLM.from_config(config), S2FTConfig(d_ratio=0.1))
     assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-def doubled(mlp, args, output):
-    return 2 * output
 
 
 class Longer(LlamaMLP):
