@@ -37,13 +37,6 @@ def test_a_tokenizer_with_several_templates_has_the_default_one():
     assert own.encode(ASK) == Prompter(tokenizer).encode(ASK) == Prompter(tiny_tokenizer()).encode(ASK)
 
 
-def test_a_system_message_of_the_conversation_wins():
-    prompter = Prompter(tiny_tokenizer(), info_of(system="Be brief."))
-    own = [{"role": "system", "content": "Be long."}, *ASK]
-    assert prompter.messages(own) == own and prompter.messages(ASK, "") == ASK
-    assert prompter.messages(ASK, "Other.")[0]["content"] == "Other."
-
-
 @pytest.mark.parametrize(
     "template, info, is_chat",
     [

@@ -82,6 +82,14 @@ def save_random_adapter(folder, model, std: float = 0.1, name: str = "default", 
     return model
 
 
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
 def sums(count: int) -> list[dict]:
     return [
         {"instruction": f"{a}+{a % 3}=", "output": f"The answer is {a + a % 3}.", "answer": str(a + a % 3)}

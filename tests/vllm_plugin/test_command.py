@@ -200,8 +200,3 @@ def test_vllm_gets_the_chat_template_that_all_adapters_were_trained_with(tmp_pat
     assert vllm.write_template([*same, served("c", prompt=other, o_proj=1)], tmp_path) is None
     assert "trained with different prompts" in caplog.text
     assert vllm.write_template([served("c", o_proj=1)], tmp_path) is None
-
-
-def test_a_missing_vllm_is_named(work, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    assert serve(work) == 2 and "pip install vllm, or --engine transformers" in capsys.readouterr().err
