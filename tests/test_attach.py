@@ -6,7 +6,19 @@ from functools import wraps
 import pytest
 import torch
 from support.inside import ACTIVATIONS, HIDDEN_ACTS, attachment_of, couplings_of, projections_of, weight_at
-from support.models import ALL_RATIOS, CASES, FIRST, block_weights, model_of, output_of, ratios_for, token_batch, train
+from support.models import (
+    ALL_RATIOS,
+    CASES,
+    FIRST,
+    LAYOUTS,
+    block_weights,
+    model_of,
+    output_of,
+    ratios_for,
+    token_batch,
+    train,
+)
+from support.nets import doubled
 from support.pairs import rest_slow
 from support.states import randomize, with_adapter
 from support.tolerances import LOGITS, relative_difference
@@ -32,7 +44,6 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 import s2ft
 from s2ft import S2FTConfig
 
-LAYOUTS = ("permuted", "indexed")
 # each projection alone, all projections, and the asymmetric pairs of the paper
 REQUESTS = {
     **{key: {key: 0.5} for key in ("q_ratio", "k_ratio", "v_ratio", "o_ratio", "u_ratio", "g_ratio", "d_ratio")},
@@ -209,10 +220,6 @@ def test_a_block_with_another_activation_does_not_use_the_kernel(activation):
     config.hidden_act = activation
     model = with_adapter(AutoModelForCausalLM.from_config(config), S2FTConfig(d_ratio=0.1))
     assert not any("forward" in module.__dict__ for module in model.modules())
-
-
-def doubled(mlp, args, output):
-    return 2 * output
 
 
 class Longer(LlamaMLP):

@@ -7,6 +7,7 @@ import weakref
 import pytest
 import torch
 from export.test_streamed import without_values
+from support.commands import s2ft_command
 from support.inside import SOURCE, StoredTensor, StoredWeights, attachment_of, lay_out, open_checkpoint, stored_tensors
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
@@ -14,7 +15,6 @@ from torch import nn
 
 import s2ft
 from s2ft import Coupling, Selection
-from s2ft.cli.main import main
 
 FAST = ("llama-grouped", "gpt2", "mixtral", "phi3")
 
@@ -186,5 +186,5 @@ def test_select_does_not_load_the_model(metric, stored, tmp_path, monkeypatch):
     monkeypatch.setattr("s2ft.text.models.load_model", None)
     if metric == "random":
         without_files(folder)
-    words = ["select", "--model", str(folder), "--output", str(tmp_path / "units.json"), "--d-ratio", "0.2"]
-    assert main([*words, "--selection", metric]) == 0 and Selection.load(tmp_path / "units.json") == expected
+    words = ("select", "--model", folder, "--output", tmp_path / "units.json", "--d-ratio", 0.2, "--selection", metric)
+    assert s2ft_command(*words) == 0 and Selection.load(tmp_path / "units.json") == expected

@@ -34,15 +34,23 @@ def test_every_coupling_is_confirmed_and_every_slice_gets_a_gradient(model_type)
     assert [name for name, one in slices(model).items() if one.grad is None or not one.grad.any()] == []
 
 
-def test_layers_after_the_last_that_is_used_are_left_out():
-    used = {}
-    for chosen in (-1, -2, [0, 1]):
-        model = composite_of("llava_next")
-        model.config.vision_feature_layer = chosen
-        paths = {c.main.path for c in couplings_of(model) if "vision_tower" in c.main.path}
-        used[str(chosen)] = len({path.split(".layers.")[1].split(".")[0] for path in paths})
-    depth = model.config.vision_config.num_hidden_layers
-    assert used == {"-1": depth, "-2": depth - 1, "[0, 1]": 1}
+@pytest.mark.parametrize(
+    "name, chosen, end",
+    [
+        ("vision_feature_layer", -1, None),
+        ("vision_feature_layer", -2, -1),
+        ("vision_feature_layer", [0, 1], 1),
+        ("vision_feature_layers", -2, -1),  # the older name, VipLLaVA's in transformers 5.0
+    ],
+    ids=str,
+)
+def test_layers_after_the_last_that_is_used_are_left_out(name, chosen, end):
+    model = composite_of("llava_next")
+    model.config.__dict__.pop("vision_feature_layer")
+    setattr(model.config, name, chosen)
+    paths = {c.main.path for c in couplings_of(model) if "vision_tower" in c.main.path}
+    used = {path.split(".layers.")[1].split(".")[0] for path in paths}
+    assert used == {str(layer) for layer in range(model.config.vision_config.num_hidden_layers)[:end]}
 
 
 def test_layers_are_counted_through_the_language_model_then_the_tower_then_the_projector():
@@ -75,12 +83,3 @@ def test_a_vision_tower_whose_config_has_no_type_of_its_own_is_found(older):
     expected = couplings_of(model)
     model.model.visual.config.model_type = older
     assert couplings_of(model) == expected and any("visual" in coupling.main.path for coupling in expected)
-
-
-def test_the_layers_used_are_read_under_their_older_name():
-    model = composite_of("llava_next")
-    model.config.vision_feature_layers = model.config.__dict__.pop(
-        "vision_feature_layer"
-    )  # VipLLaVA's in transformers 5.0
-    depth = model.config.vision_config.num_hidden_layers
-    assert sum("vision_tower" in coupling.main.path for coupling in couplings_of(model)) == 2 * (depth - 1)

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.inside import Projection, Vector, attachment_of
-from support.models import ALL_RATIOS
+from support.models import ALL_RATIOS, LAYOUTS
 from support.states import same
 from test_life_cycle import Subject, live_natively
 from torch import nn
@@ -15,7 +15,6 @@ from transformers.pytorch_utils import Conv1D
 import s2ft
 from s2ft import Coupling, S2FTConfig
 
-LAYOUTS = ("permuted", "indexed")
 HEADS, WIDTH, CHANNELS = 4, 5, 30  # heads of five elements, in a model of twelve
 
 

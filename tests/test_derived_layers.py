@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.inside import S2Layer, S2RowOwnForward, computes_linear, kind_of
+from support.peft_modules import Router
 from support.states import randomize, saved_and_loaded, with_adapter
 from torch import nn
 from transformers.models.falcon.modeling_falcon import FalconLinear
@@ -35,14 +36,6 @@ class Scaled(nn.Linear):
     def forward(self, x, plus=0.0):
         self.seen.add_(1)
         return self.more(super().forward(x)) * self.scale * self.factor + self.shift + plus
-
-
-class Router(nn.Linear):
-    """Returns more than one tensor, as routers do."""
-
-    def forward(self, x):
-        logits = super().forward(x)
-        return logits, logits.softmax(-1)
 
 
 class Flipped(Conv1D):

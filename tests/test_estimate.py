@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from support.inside import OPTIMIZERS, Memory, Projection, chunked_loss, contiguous_head, storages
-from support.models import AUTO, CASES, inputs_of, model_of, token_batch
+from support.models import AUTO, CASES, LAYOUTS, inputs_of, model_of, token_batch
 from support.pairs import in_turn, rest_slow
 from support.slices import bytes_kept as kept_by, everything as config_for
 from support.states import with_adapter
@@ -19,7 +19,6 @@ from s2ft import Coupling, S2FTConfig
 
 KEPT = 0.05  # largest relative error of the bytes kept for backward; without randomness they are equal
 ROUTED = ("mixtral", "qwen2-moe", "qwen3-moe", "deepseek")  # the router gives the experts other tokens
-LAYOUTS = ("permuted", "indexed")
 
 
 # ---- measuring a real model --------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ import torch
 from support.aliases import alias_of
 from support.inside import experts_forward
 from support.models import ALL_RATIOS, SHAPE, fit, model_of, output_of, randomized, ratios_for, train
+from support.nets import doubled
 from support.states import with_adapter
 from support.tolerances import relative_difference
 from torch import nn
@@ -160,10 +161,6 @@ def test_experts_that_would_compute_something_else_are_refused(kind, words, ffn_
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=ffn_kernel))
     assert s2ft.status(model).adapters == [] and all(parameter.requires_grad for parameter in model.parameters())
     assert all(torch.equal(value, base[key]) for key, value in model.state_dict().items())
-
-
-def doubled(module, inputs, output):
-    return 2 * output
 
 
 @pytest.mark.parametrize("hook", (True, False))

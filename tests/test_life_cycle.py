@@ -16,7 +16,7 @@ import torch
 from adapter import test_extra_weights as classifiers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support.inside import couplings_of, projections_of, weight_at
-from support.models import ALL_RATIOS, CASES, FIRST, inputs_of, model_of, output_of, ratios_for, train
+from support.models import ALL_RATIOS, CASES, FIRST, LAYOUTS, inputs_of, model_of, output_of, ratios_for, train
 from support.pairs import in_turn, pairs, pairs_mostly_slow, rest_slow
 from support.peft_modules import MODULES, net_of
 from support.quantized import KINDS, RARE, contents, forward, quantized
@@ -27,7 +27,7 @@ from torch import nn
 import s2ft
 from s2ft.peft import S2FTPeftConfig
 
-DTYPES, LAYOUTS = (torch.float32, torch.bfloat16), ("permuted", "indexed")
+DTYPES = (torch.float32, torch.bfloat16)
 RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
@@ -256,8 +256,11 @@ def test_a_head_that_is_trained_in_full(layout, dtype, tmp_path):
     live_natively(Subject(make, config, lambda model: model(classifiers.IDS).logits), tmp_path)
 
 
-QUANTIZED = dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
-QUANTIZED.update(layout="indexed", ffn_kernel=False)  # the kernel rounds differently
+QUANTIZED = dict(
+    **dict(q_ratio=0.5, k_ratio=0.25, v_ratio=0.5, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15),
+    layout="indexed",
+    ffn_kernel=False,  # the kernel rounds differently
+)
 
 
 @pytest.mark.parametrize("kind, dtype", in_turn(KINDS, DTYPES), ids=str)

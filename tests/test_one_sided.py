@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 from support.inside import CONFIG, attachment_of, describe
-from support.models import inputs_of, model_of, train as fit
+from support.models import LAYOUTS, inputs_of, model_of, train as fit
 from support.pairs import pairs
 from support.states import same
 from support.tolerances import relative_difference
@@ -15,7 +15,6 @@ from torch import nn
 import s2ft
 from s2ft import Coupling, S2FTConfig
 
-LAYOUTS = ("permuted", "indexed")
 SIDES = ("inputs", "outputs")
 
 

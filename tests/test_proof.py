@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from support.aliases import ROWS, model_with
 from support.inside import attachment_of, copied, couplings_of, examples_examples_of as examples_of, tiny_config
 from support.models import model_of
-from support.states import with_adapter
+from support.states import same, with_adapter
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from transformers import CONFIG_MAPPING, LlamaConfig, LlamaForCausalLM
+from transformers import CONFIG_MAPPING, LlamaConfig
 
 import s2ft
 from s2ft import Coupling, S2FTConfig
@@ -182,11 +182,6 @@ READS = {
 }
 
 
-def states_equal(one, other):
-    one, other = one.state_dict(), other.state_dict()
-    return list(one) == list(other) and all(torch.equal(one[key], other[key]) for key in one)
-
-
 def steps(net):
     net.train()
     optimizer = torch.optim.SGD([p for p in net.parameters() if p.requires_grad], lr=0.1)
@@ -224,7 +219,7 @@ def test_channels_that_have_numbers_may_not_move(name):
     before = copy.deepcopy(net)
     with pytest.raises(ValueError, match=r"attach would change what the model computes: in (training|evaluation) mode"):
         attach(net)
-    assert states_equal(net, before) and s2ft.list_adapters(net) == []
+    assert same(net, before) and s2ft.list_adapters(net) == []
     attach(net, "indexed")
     check_trained_is_merged(net, before)
 
@@ -237,7 +232,7 @@ def test_a_weight_that_is_read_past_its_layer_is_refused(name, layout):
     words = r"computes with the weight of blocks\.0\.(up|down) without running|Does it keep a layer in a list"
     with pytest.raises(ValueError, match=words):
         attach(net, layout)
-    assert states_equal(net, before) and s2ft.list_adapters(net) == []
+    assert same(net, before) and s2ft.list_adapters(net) == []
 
 
 @pytest.mark.parametrize("name", READS)
@@ -271,7 +266,7 @@ def test_discovery_of_odd_modules_is_never_wrong():
             keys = {p.key for coupling in couplings_of(net, example=x) for p in coupling.projections}
             s2ft.attach(net, S2FTConfig(**{f"{key}_ratio": 0.3 for key in keys}), example=x)
         except ValueError:
-            assert states_equal(net, base), name
+            assert same(net, base), name
             continue
         for mode in (True, False):
             torch.testing.assert_close(net.train(mode)(x), base.train(mode)(x), rtol=1e-4, atol=1e-4, msg=name)
@@ -292,12 +287,6 @@ def test_a_fast_path_reads_the_trained_weights(layout):
         torch.testing.assert_close(net(x), s2ft.merge(copy.deepcopy(net))(x))
 
 
-def llama(**options):
-    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4, vocab_size=50)
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**{**shape, **options}))
-
-
 class Numbered(nn.Module):
     """A foreign module with the names of a declared family, whose channels are numbered."""
 
@@ -312,12 +301,12 @@ class Numbered(nn.Module):
 
 @pytest.mark.parametrize("ffn_kernel", (True, False))
 def test_a_declared_family_with_a_foreign_module_is_refused(ffn_kernel):
-    model = llama()
-    model.model.layers[1].mlp = Numbered(32, 48)
+    model = model_of("llama")
+    model.model.layers[1].mlp = Numbered(24, 52)
     before = copy.deepcopy(model)
     with pytest.raises(ValueError, match=r"the output of model\.layers\.1\.mlp.*ffn coupling of layer 1"):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2, ffn_kernel=ffn_kernel))
-    assert states_equal(model, before) and "forward" not in vars(model.model.layers[1].mlp)
+    assert same(model, before) and "forward" not in vars(model.model.layers[1].mlp)
 
 
 @pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16), ids=str)
@@ -330,8 +319,8 @@ def test_rounding_is_no_difference(case, dtype):
 def test_offloaded_weights_are_refused():
     import accelerate
 
-    adapter = s2ft.get_adapter(with_adapter(llama(), S2FTConfig(d_ratio=0.2)), "default")
-    model = accelerate.cpu_offload(llama(), torch.device("cpu"))
+    adapter = s2ft.get_adapter(with_adapter(model_of("llama"), S2FTConfig(d_ratio=0.2)), "default")
+    model = accelerate.cpu_offload(model_of("llama"), torch.device("cpu"))
     for act in (lambda: s2ft.attach(model, S2FTConfig(d_ratio=0.2)), lambda: s2ft.load_adapter(model, adapter)):
         with pytest.raises(ValueError, match="accelerate keeps the weights of .* elsewhere.*remove_hook_from_module"):
             act()
@@ -391,7 +380,7 @@ def test_loading_an_adapter_to_train_it_proves_it_too():
 
 
 def test_four_runs_prove_a_language_model_and_nothing_is_kept():
-    model, calls = llama(), []
+    model, calls = model_of("llama").train(), []
     model.register_forward_hook(lambda *_: calls.append(model.training))
     state = torch.get_rng_state()
     s2ft.attach(model, S2FTConfig(d_ratio=0.2))
@@ -437,7 +426,7 @@ def test_an_interrupt_in_any_run_leaves_the_model_as_it_was():
         assert not hasattr(net.blocks[0], "last") and random.getstate() == state
         if ended:
             s2ft.detach(net)
-        assert states_equal(net, before) and all(p.requires_grad for p in net.parameters())
+        assert same(net, before) and all(p.requires_grad for p in net.parameters())
         assert [module.training for module in net.modules()] == modes
         assert not any(m._forward_hooks for m in net.modules())
     assert ended and 10 <= Normed.runs < 20
@@ -474,4 +463,4 @@ def test_models_of_images_of_other_packages(package, name):
     keys = {p.key for coupling in couplings_of(net, example=x) for p in coupling.projections}
     s2ft.attach(net, S2FTConfig(**{f"{key}_ratio": 0.3 for key in keys}), example=x, verify=True)
     torch.testing.assert_close(net.eval()(x), base.eval()(x), rtol=1e-3, atol=1e-3)
-    assert states_equal(s2ft.detach(net), base)
+    assert same(s2ft.detach(net), base)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from support.models import ALL_RATIOS, fit, model_of, output_of, ratios_for
+from support.models import ALL_RATIOS, LAYOUTS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
 from support.states import same, with_adapter
 from torch.nn.utils import prune, weight_norm
@@ -13,7 +13,6 @@ import s2ft
 from s2ft import S2FTConfig
 
 CASES = ("llama-grouped", "gpt2", "phi3", "mixtral")
-LAYOUTS = ("permuted", "indexed")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 
 

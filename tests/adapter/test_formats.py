@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.hub import fake_hub, uploaded
 from support.inside import add_info, hub, lora, native
-from support.models import ALL_RATIOS, fit, model_of, output_of, ratios_for
+from support.models import ALL_RATIOS, LAYOUTS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
 from support.states import assert_same_adapters, randomize, same, with_adapter
 from torch import nn
@@ -45,9 +45,6 @@ FAMILIES = (
     "whisper",
     "clip",
 )
-
-
-LAYOUTS = ("permuted", "indexed")
 
 
 def trained(case, layout="permuted", steps=2, dtype=torch.float32, delta_dtype=None, **ratios):

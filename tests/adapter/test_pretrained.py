@@ -6,6 +6,7 @@ import pytest
 import torch
 from support import trl_trainers
 from support.inside import INDEX, mounted_deltas
+from support.models import LAYOUTS
 from support.states import same, with_adapter, with_loaded
 from train.tiny import tiny_model
 from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
@@ -17,7 +18,6 @@ ROWS = [
     {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
     for ids in torch.randint(3, 250, (24, 12), generator=torch.Generator().manual_seed(0))
 ]
-LAYOUTS = ("permuted", "indexed")
 
 
 def attached(layout="permuted", seed=0, dtype=torch.float32, **changes):

@@ -6,11 +6,11 @@ import sys
 
 import pytest
 from cli.test_generate import OTHER, UNTIED, answer
+from support.commands import s2ft_command
 from support.inside import Chat, Sampler, chat as command, load_with_adapter, native
 from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model
 
 import s2ft
-from s2ft.cli.main import main
 
 SHORT = ("--max-new-tokens", 9)
 
@@ -36,7 +36,7 @@ def chat(work, monkeypatch, capsys):
         stdin = io.StringIO("".join(f"{line}\n" for line in lines))
         stdin.isatty = lambda: terminal
         monkeypatch.setattr(sys, "stdin", stdin)
-        return main([*map(str, ["chat", "--model", work / "model", *SHORT, *arguments])]), *capsys.readouterr()
+        return s2ft_command("chat", "--model", work / "model", *SHORT, *arguments), *capsys.readouterr()
 
     return run
 

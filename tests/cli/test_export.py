@@ -5,19 +5,15 @@ import re
 
 import pytest
 import torch
+from support.commands import s2ft_command
 from support.convert_hf_to_gguf import convert
 from support.inside import load_model, lora, native
-from train.tiny import save_random_adapter, save_tiny, tiny_tokenizer, with_merges
+from train.tiny import ASK, OTHER, save_random_adapter, save_tiny, tiny_tokenizer, with_merges
 from transformers import AutoTokenizer
 
 from s2ft import read_adapter
-from s2ft.cli.main import main
 
 RATIOS = dict(q_ratio=0.5, v_ratio=0.5, o_ratio=0.25, u_ratio=0.1, d_ratio=0.2)
-
-
-def s2ft_command(*arguments):
-    assert main([str(argument) for argument in arguments]) == 0
 
 
 def make_adapter(model_folder, folder, **info):
@@ -33,36 +29,40 @@ def work(tmp_path_factory):
 
 
 def test_lora_and_back(work, tmp_path, capsys):
-    s2ft_command(
-        "export",
-        work / "adapter",
-        "--model",
-        work / "model",
-        "--format",
-        "lora",
-        "--no-rank-pattern",
-        "--output",
-        tmp_path / "lora",
+    assert (
+        s2ft_command(
+            "export",
+            work / "adapter",
+            "--model",
+            work / "model",
+            "--format",
+            "lora",
+            "--no-rank-pattern",
+            "--output",
+            tmp_path / "lora",
+        )
+        == 0
     )
     assert "LoRA of rank 16 (vLLM" in capsys.readouterr().out
-    s2ft_command(
-        "export",
-        "--from-lora",
-        tmp_path / "lora",
-        "--model",
-        work / "model",
-        "--name",
-        "back",
-        "--output",
-        tmp_path / "adapter",
+    assert (
+        s2ft_command(
+            "export",
+            "--from-lora",
+            tmp_path / "lora",
+            "--model",
+            work / "model",
+            "--name",
+            "back",
+            "--output",
+            tmp_path / "adapter",
+        )
+        == 0
     )
     ours, theirs = read_adapter(work / "adapter"), read_adapter(tmp_path / "adapter")
     assert theirs.name == "back" and theirs.selection == ours.selection and theirs.info["base_dtype"] == "float32"
     assert all(torch.equal(delta.values, theirs.deltas[path].values) for path, delta in ours.deltas.items())
 
 
-OTHER = tiny_tokenizer().chat_template.replace("<|im_start|>", "<|endoftext|>")
-ASK = [{"role": "user", "content": "2+3?"}]
 TRAINED = {"form": "chat", "template": OTHER, "system": 'Say "yes".\n'}
 PROMPT = '<|endoftext|>system\nSay "yes".\n<|im_end|>\n<|endoftext|>user\n2+3?<|im_end|>\n<|endoftext|>assistant\n'
 
@@ -84,13 +84,14 @@ def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsy
     """The template is the adapter's, not the base's, and its system prompt is the default."""
     caplog.set_level("INFO")
     base, adapter = prompted
-    s2ft_command("export", adapter, "--model", base, "--format", "merged", "--output", tmp_path / "out")
+    assert s2ft_command("export", adapter, "--model", base, "--format", "merged", "--output", tmp_path / "out") == 0
     _, tokenizer = load_model(str(tmp_path / "out"))
     assert tokenizer.apply_chat_template(ASK, tokenize=False, add_generation_prompt=True) == PROMPT
     own = [{"role": "system", "content": "No."}, *ASK]
     assert tokenizer.apply_chat_template(own, tokenize=False).startswith("<|endoftext|>system\nNo.<|im_end|>")
     assert "with its system prompt as the default" in caplog.text
-    s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora")  # vLLM reads the template there
+    assert s2ft_command("export", adapter, "--model", base, "--output", tmp_path / "lora") == 0
+    # vLLM reads the template there
     template, tokenizer = (tmp_path / "lora/chat_template.jinja").read_text(), load_model(str(base))[1]
     assert "the chat template is the one that" in caplog.text
     text = tokenizer.apply_chat_template(ASK, chat_template=template, tokenize=False, add_generation_prompt=True)
@@ -99,9 +100,14 @@ def test_other_programs_get_the_prompt_of_the_training(prompted, tmp_path, capsy
 
 def test_an_adapter_of_plain_text_leaves_the_template_of_the_base(work, tmp_path):
     make_adapter(work / "model", tmp_path / "adapter", prompt={"form": "text", "template": None, "system": None})
-    s2ft_command("merge", "--model", work / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out")
+    assert (
+        s2ft_command(
+            "merge", "--model", work / "model", "--adapter", tmp_path / "adapter", "--output", tmp_path / "out"
+        )
+        == 0
+    )
     assert AutoTokenizer.from_pretrained(tmp_path / "out").chat_template == tiny_tokenizer().chat_template
-    s2ft_command("export", tmp_path / "adapter", "--model", work / "model", "--output", tmp_path / "lora")
+    assert s2ft_command("export", tmp_path / "adapter", "--model", work / "model", "--output", tmp_path / "lora") == 0
     assert not (tmp_path / "lora/chat_template.jinja").exists()
 
 
@@ -116,7 +122,7 @@ def base_of(folder):
 
 
 def test_info_prints_everything(work, capsys):
-    s2ft_command("info", work / "adapter")
+    assert s2ft_command("info", work / "adapter") == 0
     printed = capsys.readouterr().out
     adapter = read_adapter(work / "adapter")
     size = sum(path.stat().st_size for path in (work / "adapter").iterdir())
@@ -130,7 +136,7 @@ def test_info_describes_the_prompt_and_the_training_and_escapes_control_characte
     training = {"method": "sft", "data": [], "epochs": 2}
     adapter.info = {"prompt": TRAINED, "training": training, "note\x1b[2J": "first\nadapter 'other'\x07"}
     native.write(adapter, tmp_path)
-    s2ft_command("info", tmp_path)
+    assert s2ft_command("info", tmp_path) == 0
     printed = capsys.readouterr().out
     for words in (
         f"prompt: chat, template of {len(OTHER)} characters, system prompt 'Say \"yes\".\\\\n'",
@@ -142,4 +148,4 @@ def test_info_describes_the_prompt_and_the_training_and_escapes_control_characte
 
 def test_info_of_a_lora_names_the_option_that_imports_it(tmp_path, capsys):
     (tmp_path / lora.CONFIG).write_text(json.dumps({"peft_type": "LORA"}))
-    assert main(["info", str(tmp_path)]) == 2 and "--from-lora" in capsys.readouterr().err
+    assert s2ft_command("info", tmp_path) == 2 and "--from-lora" in capsys.readouterr().err

@@ -3,12 +3,12 @@
 from pathlib import Path
 
 import pytest
+from support.commands import s2ft_command
 from support.inside import adapters_in
 from support.states import with_adapter
 from train.tiny import tiny_model
 
 import s2ft
-from s2ft.cli.main import main
 
 
 def save_run(folder, seed=0, finished=True):
@@ -68,7 +68,7 @@ NAMES = list(commands(Path(), "", ""))
 @pytest.mark.parametrize("command", NAMES)
 def test_every_command_takes_the_output_of_a_run_and_info_a_checkpoint(work, tmp_path, command):
     adapter = work / ("stopped/checkpoint-12" if command == "info" else "runs/math")
-    assert main([str(word) for word in commands(work, adapter, tmp_path / "out")[command]]) == 0
+    assert s2ft_command(*commands(work, adapter, tmp_path / "out")[command]) == 0
 
 
 @pytest.mark.parametrize("command", NAMES)
@@ -77,8 +77,7 @@ def test_every_command_takes_the_output_of_a_run_and_info_a_checkpoint(work, tmp
     [("stopped", "stopped is the output of a run that has saved no adapter yet"), ("nosuch", "nosuch doesn't exist")],
 )
 def test_every_command_names_the_fault_of_a_folder(work, tmp_path, capsys, command, adapter, message):
-    line = commands(work, work / adapter, tmp_path / "out")[command]
-    assert main([str(word) for word in line]) == 2
+    assert s2ft_command(*commands(work, work / adapter, tmp_path / "out")[command]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 

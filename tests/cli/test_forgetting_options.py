@@ -3,12 +3,12 @@
 import json
 
 import pytest
+from support.commands import s2ft_command
 from support.inside import read_log
 from text.test_divergence import direct, direct_kl
 from train.tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
 
 import s2ft
-from s2ft.cli.main import main
 
 TEXTS = ["A heron stands in the water and waits.", "Iron rusts where salt and rain meet it.", "The hill is steep."]
 
@@ -22,7 +22,7 @@ def work(work):
 def sft(work, output, *words, status=0):
     options = ["--batch-size", "2", "--max-steps", "4", "--save-steps", "2", "--lr", "1e-2", "--d-ratio", "0.1"]
     files = ["--model", work / "model", "--data", work / "data.jsonl", "--output", output]
-    assert main(["sft", *map(str, [*files, *options, *words])]) == status
+    assert s2ft_command("sft", *files, *options, *words) == status
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +46,8 @@ def test_sft_writes_the_values_into_its_log_and_its_report_and_records_protect(w
 
 def test_eval_measures_the_adapter_against_its_base_on_text_prompts_and_answers(work, measured, tmp_path, capsys):
     def evaluate(*words):
-        command = ["eval", "--model", work / "model", "--adapter", measured, "--output", tmp_path / "out.json", *words]
-        assert main([*map(str, command)]) == 0
+        models = ("--model", work / "model", "--adapter", measured)
+        assert s2ft_command("eval", *models, "--output", tmp_path / "out.json", *words) == 0
         found = json.loads((tmp_path / "out.json").read_text())
         (tmp_path / "out.json").unlink()
         return found, capsys.readouterr().out
@@ -73,7 +73,6 @@ def test_select_protects(work, tmp_path):
     selections = []
     for words in ([], ["--protect", work / "other.jsonl", "--protect-rows", 2, "--protect-ratio", "0.9"]):
         file = tmp_path / f"{len(words)}.json"
-        command = ["select", "--model", work / "model", "--d-ratio", "0.1", "--output", file, *words]
-        assert main([*map(str, command)]) == 0
+        assert s2ft_command("select", "--model", work / "model", "--d-ratio", 0.1, "--output", file, *words) == 0
         selections.append(s2ft.Selection.load(file))
     assert selections[0] != selections[1] and [len(units) for units in selections[1].units.values()] == [6, 6]

@@ -4,14 +4,11 @@ import io
 import sys
 
 import pytest
+from support.commands import s2ft_command
 from support.inside import generate, load_model, native
-from train.tiny import CHAT, save_random_adapter, save_tiny, tiny_model, tiny_tokenizer
+from train.tiny import OTHER, UNTIED, save_random_adapter, save_tiny, tiny_model, tiny_tokenizer
 
 import s2ft
-from s2ft.cli.main import main
-
-UNTIED = dict(tie_word_embeddings=False)
-OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +21,7 @@ def work(tmp_path_factory):
 
 
 def answer(capsys, work, *arguments):
-    assert main(["generate", "--model", str(work / "model"), *map(str, arguments)]) == 0
+    assert s2ft_command("generate", "--model", work / "model", *arguments) == 0
     return capsys.readouterr().out
 
 

@@ -14,11 +14,11 @@ import pytest
 import torch
 from cli.test_export import base_of, make_adapter
 from support import convert_hf_to_gguf
+from support.commands import s2ft_command
 from support.inside import VARIABLE, find_tools, gguf, load_model, modelfile
 from transformers import AutoModelForCausalLM
 
 import s2ft
-from s2ft.cli.main import main
 
 QUANTIZER = """#!{python}
 import shutil, sys
@@ -55,8 +55,9 @@ def no_other_tools(monkeypatch, tmp_path):
 
 
 def export(work, tmp_path, *options, base="model", form="gguf"):
-    words = ["export", work / "adapter", "--model", work / base, "--format", form, "--output", tmp_path / "out"]
-    return main([str(word) for word in (*words, *options)])
+    return s2ft_command(
+        "export", work / "adapter", "--model", work / base, "--format", form, "--output", tmp_path / "out", *options
+    )
 
 
 def test_tools_are_found_by_the_option_the_variable_and_the_path(work, tmp_path, monkeypatch):
@@ -143,7 +144,6 @@ def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(w
 def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys):
     base, adapter = work / "q8.gguf", tmp_path / "adapter"
     make_adapter(base, adapter, prompt={"form": "chat", "template": "{{ 1 }}", "system": "Be."})
-    words = ["merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "tuned.gguf"]
-    assert main([str(word) for word in words]) == 0
+    assert s2ft_command("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "tuned.gguf") == 0
     assert f"ollama create tuned -f {tmp_path / 'tuned.Modelfile'}" in capsys.readouterr().out
     assert (tmp_path / "tuned.Modelfile").read_text() == 'FROM ./tuned.gguf\nSYSTEM """Be."""\n'

@@ -5,9 +5,8 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from support.commands import s2ft_command
 from support.inside import explain_out_of_memory, is_out_of_memory, smaller_step, words_of_allocator
-
-from s2ft.cli.main import main
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.")
 ON_CPU = RuntimeError(
@@ -32,9 +31,8 @@ def fails_at(step):
 
 def test_training(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("s2ft.train.trainers.SFTRunTrainer.training_step", fails_at(1))
-    options = ["--batch-size", "4", "--max-steps", "3", "--save-steps", "1", "--max-length", "200"]
-    command = ["sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run", *options]
-    assert main([str(word) for word in command]) == 1
+    files = ("--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run")
+    assert s2ft_command("sft", *files, *"--batch-size 4 --max-steps 3 --save-steps 1 --max-length 200".split()) == 1
     printed = capsys.readouterr().err
     error = printed[printed.index("s2ft sft: error: ") :].splitlines()
     assert error[0].startswith("s2ft sft: error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; ")
@@ -46,8 +44,7 @@ def test_training(work, tmp_path, monkeypatch, capsys):
 def test_answers(command, work, monkeypatch, capsys):
     monkeypatch.setattr("transformers.LlamaForCausalLM.forward", Mock(side_effect=GPU))
     options = {"generate": ["--prompt", "2+3="], "eval": ["--data", work / "data.jsonl", "--task", "arithmetic"]}
-    words = [command, "--model", work / "model", "--max-new-tokens", 64, *options[command]]
-    assert main([str(word) for word in words]) == 1
+    assert s2ft_command(command, "--model", work / "model", "--max-new-tokens", 64, *options[command]) == 1
     printed = capsys.readouterr().err
     error = printed[printed.index(f"s2ft {command}: error: ") :].splitlines()
     assert "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; " in error[0]

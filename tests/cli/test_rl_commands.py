@@ -4,6 +4,7 @@ import json
 
 import pytest
 import yaml
+from support.commands import s2ft_command
 from support.inside import read_log
 from support.states import same, tensors_of
 from train.tiny import write_jsonl
@@ -33,8 +34,8 @@ def _there(work, monkeypatch):
 def run(command, output, *more):
     data = "pairs.jsonl" if command == "dpo" else "tasks.jsonl"
     own = ["--rewards", "mine.py:short", "--num-generations", 4, "--max-completion-length", 8]
-    arguments = [command, "--model", "model", "--data", data, "--output", output, "--max-steps", 2, "--batch-size", 4]
-    return main([str(word) for word in [*arguments, "--lr", 1e-2, *(own if command == "grpo" else []), *more]])
+    steps = ("--max-steps", 2, "--batch-size", 4, "--lr", 1e-2, *(own if command == "grpo" else []))
+    return s2ft_command(command, "--model", "model", "--data", data, "--output", output, *steps, *more)
 
 
 RUNS = {  # options, what is printed, names in the log, values of config.yaml

@@ -1,16 +1,12 @@
 """s2ft select and the selection options of s2ft sft."""
 
 import pytest
+from support.commands import s2ft_command
 from support.inside import calibration_for
 
 import s2ft
-from s2ft.cli.main import main
 
 RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
-
-
-def command(*arguments):
-    return main([str(argument) for argument in arguments])
 
 
 @pytest.mark.parametrize("metric", ("activation", "product", "gradient"))
@@ -28,7 +24,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
         "6",
     ]
     assert (
-        command(
+        s2ft_command(
             "select",
             "--model",
             work / "model",
@@ -44,7 +40,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
     )
     assert "down_proj" in capsys.readouterr().out
     assert (
-        command(
+        s2ft_command(
             "sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out", *choice, *RUN
         )
         == 0
@@ -69,13 +65,13 @@ def test_a_calibrated_run_resumes(work, tmp_path):
         "activation",
         *RUN,
     ]
-    assert command(*arguments, "--save-steps", 1) == 0 and command(*arguments, "--resume") == 0
-    assert command(*arguments, "--resume", "--calibration-examples", 2) == 2
+    assert s2ft_command(*arguments, "--save-steps", 1) == 0 and s2ft_command(*arguments, "--resume") == 0
+    assert s2ft_command(*arguments, "--resume", "--calibration-examples", 2) == 2
 
 
 def test_budget_exclude_and_units(work, tmp_path, capsys):
     def select(name, *options):
-        assert command("select", "--model", work / "model", "--output", tmp_path / name, *options) == 0
+        assert s2ft_command("select", "--model", work / "model", "--output", tmp_path / name, *options) == 0
         return s2ft.Selection.load(tmp_path / name)
 
     assert select("plain.json")["model.layers.0.mlp.down_proj"].numel() == 2  # the paper's ratio
@@ -95,7 +91,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
     assert sum(map(len, second.units.values())) == 2 * 2 * (32 + 64) // 32
     assert not any(set(units.tolist()) & set(first[path].tolist()) for path, units in second.units.items())
     assert (
-        command(
+        s2ft_command(
             "sft",
             "--model",
             work / "model",
@@ -110,7 +106,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         == 0
     )
     assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
-    assert command("info", tmp_path / "out") == 0 and "units: given by the user" in capsys.readouterr().out
+    assert s2ft_command("info", tmp_path / "out") == 0 and "units: given by the user" in capsys.readouterr().out
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 

@@ -5,16 +5,16 @@ import importlib
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.commands import s2ft_command
 from support.inside import load_model, read_log
 from train.test_loading import NEEDS_BITSANDBYTES
 from train.tiny import write_jsonl
 
 from s2ft import read_adapter
-from s2ft.cli.main import main
 
 
 def sft(work, output, *more, steps=4, trained=("--d-ratio", "0.1"), rate="1e-2"):
-    arguments = [
+    return s2ft_command(
         "sft",
         "--model",
         work / "model",
@@ -34,8 +34,7 @@ def sft(work, output, *more, steps=4, trained=("--d-ratio", "0.1"), rate="1e-2")
         2,
         *trained,
         *more,
-    ]
-    return main([str(argument) for argument in arguments])
+    )
 
 
 def deltas(output):
@@ -116,8 +115,10 @@ def test_evaluation_while_training_does_not_change_what_is_trained(work, plain, 
 
 def test_texts_train_without_a_template_and_the_adapter_says_so(work, tmp_path):
     data = write_jsonl(tmp_path / "a.jsonl", [{"text": "Lima is in Peru."}, {"prompt": "2+3=", "completion": "5"}])
-    words = ["sft", "--model", work / "model", "--data", data, "--output", tmp_path / "out", "--max-steps", 1]
-    assert main([str(word) for word in words]) == 0
+    assert (
+        s2ft_command("sft", "--model", work / "model", "--data", data, "--output", tmp_path / "out", "--max-steps", 1)
+        == 0
+    )
     adapter = read_adapter(tmp_path / "out/adapter")
     assert adapter.info["prompt"]["form"] == "text" and adapter.config.ratios == {"d": 0.03}  # the paper's ratio
 
@@ -150,6 +151,8 @@ def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):
         assert not torch.equal(found[name], base.get_parameter(name))
         torch.testing.assert_close(found[name], value, rtol=1e-3, atol=1e-3)
     assert "trained in full: model.embed_tokens.weight, model.norm.weight" in capsys.readouterr().out
-    paths = ["--model", str(work / "model"), "--adapter", str(tmp_path / "out/adapter")]
-    assert main(["merge", *paths, "--output", str(tmp_path / "merged")]) == 0
+    assert (
+        s2ft_command("merge", "--model", work / "model", "--adapter", tmp_path / "out", "--output", tmp_path / "merged")
+        == 0
+    )
     assert torch.equal(load_model(str(tmp_path / "merged"))[0].model.norm.weight, found["model.norm.weight"])

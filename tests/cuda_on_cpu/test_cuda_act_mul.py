@@ -2,10 +2,10 @@
 
 import pytest
 import torch
+from ops.cases import DTYPES
 from support.inside import ACTIVATIONS, reference, reference_backward
 from support.tolerances import GEMM
 
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 SIZES = (0, 1, 8, 37, 256 * 8 + 5, 3000)  # packs of 16 bytes, remainders, and more than one block of both
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 

@@ -4,12 +4,13 @@ import itertools
 
 import pytest
 import torch
-from ops.cases import scattered
+from ops.cases import DTYPES, scattered
 from support.pairs import in_turn
 
 CASES = [(shape, dim) for shape in ((9,), (5, 7), (24, 40), (3, 5, 7), (4, 8, 16)) for dim in range(len(shape))]
-DTYPES = (torch.uint8, torch.bfloat16, torch.float32, torch.float64)
-each_case_with_a_dtype = pytest.mark.parametrize("case, dtype", in_turn(CASES, DTYPES), ids=str)
+each_case_with_a_dtype = pytest.mark.parametrize(
+    "case, dtype", in_turn(CASES, (torch.uint8, torch.bfloat16, torch.float32, torch.float64)), ids=str
+)
 
 
 def strided(values, step):
@@ -72,10 +73,7 @@ def test_permute_and_back(runner, case, dtype):
         assert torch.equal(weight, original)
 
 
-FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
-
-@pytest.mark.parametrize("dtypes, case", in_turn(itertools.product(FLOATS, FLOATS), CASES), ids=str)
+@pytest.mark.parametrize("dtypes, case", in_turn(itertools.product(DTYPES, DTYPES), CASES), ids=str)
 def test_scatter_add(runner, dtypes, case):
     """Several parts share units. They are added in their order, and the sum is rounded once, under every schedule."""
     (shape, dim), n = case, case[0][case[1]]

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
+from ops.cases import DTYPES
 from support.inside import multi_adapter_linear_reference as reference
 from support.tolerances import GEMM
 
 from s2ft.ops import pack_adapters
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def bank_of(dim, dtype, inputs, outputs, sizes):

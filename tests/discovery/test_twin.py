@@ -173,8 +173,7 @@ def test_too_large_a_model_that_no_config_builds_is_refused_with_what_was_tried(
         def to_dict(self):
             raise RuntimeError("no dict of this one")
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**LLAMA_8B))
+    model = on_meta(LlamaConfig(**LLAMA_8B))
     model.config = Broken()
     with pytest.raises(ValueError, match=r"LlamaForCausalLM: no small copy.*no dict of this one.*too many"):
         trial_of(model)

@@ -8,7 +8,8 @@ from runs import check_same_files, reset, unchanged_environment
 from support.context_on_cpu import allow as allow_context
 from support.fsdp_on_cpu import allow
 from support.inside import HeldOut, RunFolder, RunOptions, SFTArguments, read_log, sft
-from train.test_sft import CONFIG, deltas, token_rows
+from support.states import tensors_of
+from train.test_sft import CONFIG, token_rows
 from train.tiny import tiny_model, tiny_tokenizer
 
 import s2ft
@@ -70,7 +71,7 @@ def test_two_devices_share_each_row(ranks, by_one, tmp_path, layout, chunked, ch
 
 
 def check_same_deltas(ours, theirs):
-    found, expected = (deltas(RunFolder(folder.parent)) for folder in (ours, theirs))
+    found, expected = (tensors_of(folder) for folder in (ours, theirs))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 

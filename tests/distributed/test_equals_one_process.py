@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from runs import EXTRA, attach_to, base_is, check_same_files, logits, sharded, train
-from support.models import model_of
+from support.models import LAYOUTS, model_of
 from support.pairs import in_turn
 from torch.nn.parallel import DistributedDataParallel
 
 import s2ft
 
-LAYOUTS = ("permuted", "indexed")
 CASES = ("llama-grouped", "qwen2-grouped-tied", "gpt2", "mixtral", "phi3")
 DDP = {"plain": {}, "static": {"static_graph": True}, "views": {"gradient_as_bucket_view": True}}
 FSDP = {

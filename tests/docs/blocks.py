@@ -16,13 +16,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from unittest import SkipTest
 
+from support.sources import ROOT
 from sybil import Document, Example
 from sybil.evaluators.skip import Skipper
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser, SkipParser
 
 from .shell import Shell
 
-ROOT = Path(__file__).parents[2]
 RUN = ("python", "bash")
 SHOWN = ("bibtex", "c", "cpp", "csv", "diff", "json", "jsonl", "text", "toml", "yaml")  # languages that are not run
 PACKAGE = re.compile(r'<!---? *skip: next "needs (\w+)" *-+>')

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from selection.reference import norms
+from selection.test_calibration_inputs import RATIOS
 from support.inside import Calibration, Request, couplings_of, projections_of, weight_at
 from support.models import model_of
 
@@ -11,7 +12,6 @@ from bench.experiments import selections
 from bench.experiments.selections import CANDIDATES, KEPT, ProtectedRequest, choose
 
 CASES = ("llama-grouped", "mixtral")
-ALL = dict(q_ratio=1.0, k_ratio=1.0, v_ratio=1.0, o_ratio=1.0, u_ratio=1.0, g_ratio=1.0, d_ratio=1.0)
 
 
 def rows_of(model, seed, rows=3):
@@ -27,7 +27,7 @@ def scores_of(model, name):
 
 def config_of(model):
     keys = {projection.key for projection in projections_of(couplings_of(model))}
-    return s2ft.S2FTConfig(**{option: share for option, share in ALL.items() if option[0] in keys})
+    return s2ft.S2FTConfig(**{option: share for option, share in RATIOS.items() if option[0] in keys})
 
 
 # ---- direct computations ---------------------------------------------------------------------------------

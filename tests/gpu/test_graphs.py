@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.gpu import bits, check_frozen, frozen, small_model
 from support.models import train
+from support.waits import no_waits_on_gpu
 
 from s2ft.ops import multi_adapter_linear, pack_adapters
 
@@ -85,29 +86,12 @@ def test_compiled_training_is_eager_training(mode):
     check_frozen(model, before)
 
 
-@pytest.fixture
-def no_waits():
-    """A context in which every wait of the host for the GPU raises."""
-    from contextlib import contextmanager
-
-    @contextmanager
-    def forbidden():
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            yield
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-
-    return forbidden
-
-
-def test_the_check_for_waits_sees_a_wait(no_waits):
-    with pytest.raises(RuntimeError), no_waits():
+def test_the_check_for_waits_sees_a_wait():
+    with pytest.raises(RuntimeError), no_waits_on_gpu():
         torch.ones(1, device=D).item()
 
 
-def test_no_wait_in_forward_backward_and_step(no_waits):
+def test_no_wait_in_forward_backward_and_step():
     model, ids = small_model(D)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3, fused=True)
 
@@ -117,15 +101,15 @@ def test_no_wait_in_forward_backward_and_step(no_waits):
         optimizer.zero_grad()
 
     step()  # what only the first step does may wait
-    with no_waits():
+    with no_waits_on_gpu():
         step()
 
 
 @pytest.mark.parametrize("dim", (0, 1))
-def test_no_wait_in_the_bank(dim, no_waits):
+def test_no_wait_in_the_bank(dim):
     x, y, bank, names = bank_of(8, 1, dim)
     multi_adapter_linear(x, y, *bank, names, dim)
-    with no_waits():
+    with no_waits_on_gpu():
         multi_adapter_linear(x, y, *bank, names, dim)
 
 

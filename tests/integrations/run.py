@@ -30,18 +30,12 @@ from s2ft import S2FTConfig
 from tests.support.inside import RunFolder, RunOptions, SFTArguments, sft
 from tests.support.releases import environment as packages_beside
 from tests.support.states import same, tensors_of, with_loaded
-from tests.train.tiny import save_tiny, write_jsonl
+from tests.train.tiny import MARKED, save_tiny, write_jsonl
 
 TABLE = (Path(__file__).parent / "programs.yaml").read_text()
 KNOWN = yaml.safe_load(TABLE)
 ROUNDING = 1e-6  # of deltas of about 6 steps at a rate of 0.002, in float32
 LENGTH = 64  # tokens of every chat, so that no program pads a batch in its own way
-# The template of tests/train/tiny.py with the marks of the answers, which TRL's loss on answers needs.
-TEMPLATE = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}"
-    "{% endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 
 
 def lay_out(name: str, folder: Path) -> dict:
@@ -50,7 +44,7 @@ def lay_out(name: str, folder: Path) -> dict:
     text = TABLE.replace("FOLDER", str(folder)).replace("PROGRAMS", str(installed)).replace("ROOT", str(ROOT))
     program = yaml.safe_load(text)["programs"][name]
     save_tiny(folder / "base", tie_word_embeddings=False)
-    (folder / "base" / "chat_template.jinja").write_text(TEMPLATE)
+    (folder / "base" / "chat_template.jinja").write_text(MARKED)
     (folder / "data").mkdir(), (folder / "sharegpt").mkdir()
     chats = [(f"{10 + a}+{a % 7}=", f"The answer is {10 + a + a % 7}.".ljust(LENGTH - 26, ".")) for a in range(24)]
     turns = [[{"role": "user", "content": q}, {"role": "assistant", "content": a}] for q, a in chats]

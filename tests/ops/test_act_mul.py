@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from ops.cases import DTYPES
 from support.inside import ACTIVATIONS, reference, reference_backward
 
 from s2ft.ops import act_mul
-
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
 act_mul_backward = torch.ops.s2ft.act_mul_backward

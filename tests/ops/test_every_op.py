@@ -5,11 +5,10 @@ from contextlib import nullcontext
 import pytest
 import torch
 from ops.cases import ALL, DIFFERENTIABLE, DTYPES, LINEAR, REGISTERED, SMALL, TRAINED, upstream_of
+from support.gpu import DEVICES
 from support.slices import bytes_kept
 from support.tolerances import GEMM
 from support.waits import References
-
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
 
 
 def named(table):

@@ -10,7 +10,7 @@ import torch
 from ops.cases import ALL, DTYPES, OTHER, SMALL, permuted
 from support.inside import REFERENCES, _grouped
 from support.tolerances import GEMM
-from support.waits import no_waits
+from support.waits import no_waits, no_waits_on_gpu
 
 from s2ft import ops
 
@@ -53,14 +53,10 @@ def test_no_op_waits_on_a_gpu_or_in_a_graph(name, dtype):
     check(case.results(device="cuda"), expected)
     if not name.startswith(CHECKED):
         inputs = [t.detach().cuda().requires_grad_(t.requires_grad) for t in case.tensors]
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits_on_gpu():
             out = case.run(*inputs)
             if out.requires_grad:
                 out.sum().backward()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
     inputs = [t.detach().cuda() for t in case.tensors]
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

@@ -13,8 +13,6 @@ from support.inside import _build
 
 import s2ft
 
-ROOT = Path(__file__).resolve().parents[2]
-
 
 @pytest.fixture
 def fresh(monkeypatch, tmp_path):

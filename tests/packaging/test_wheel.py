@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.inside import _build
+from support.sources import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "release"))
 
 import check_wheel

@@ -6,15 +6,12 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.models import model_of, output_of
+from support.peft_modules import Router, layers_of
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import HubertConfig, HubertForCTC
 
-from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer
-
-
-def layers_of(model):
-    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
+from s2ft.peft import S2FTPeftConfig
 
 
 def injected(model, **config):
@@ -102,12 +99,6 @@ def test_all_linear_leaves_out_what_could_not_be_trained_or_merged():
         ValueError, match="attention.out_proj is a NonDynamicallyQuantizableLinear, out_proj of nn.Multi"
     ):
         injected(Net(), target_modules=["out_proj"], ratio=0.5)
-
-
-class Router(nn.Linear):
-    def forward(self, x):
-        logits = super().forward(x)
-        return logits, logits.softmax(-1)
 
 
 class Routed(nn.Module):

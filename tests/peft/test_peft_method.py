@@ -7,13 +7,14 @@ import torch
 from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from support.models import ALL_RATIOS, T5, model_of, output_of, ratios_for
 from support.pairs import in_turn
+from support.peft_modules import layers_of
 from support.states import assert_same_adapters, same, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 from transformers import AutoModelForSeq2SeqLM, T5Config
 
 import s2ft
-from s2ft.peft import S2FTPeftConfig, S2FTPeftLayer, from_native, to_native
+from s2ft.peft import S2FTPeftConfig, from_native, to_native
 
 DENSE = ("llama-grouped", "llama-biased", "phi3-grouped", "gpt2", "gpt-neox", "qwen2-grouped-tied", "bert", "t5", "opt")
 RATIOS = dict(o_ratio=0.5, u_ratio=0.1, d_ratio=0.1)
@@ -37,10 +38,6 @@ def two_of(case="llama-grouped", dtype=torch.float32, **config):
     model = peft_of(case, dtype, "a", **config)
     model.add_adapter("b", S2FTPeftConfig(**config, init_weights=False, seed=5))
     return model
-
-
-def layers_of(model):
-    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}
 
 
 # ---- choosing ------------------------------------------------------------------------------------------

@@ -57,20 +57,3 @@ def test_a_head_of_whole_groups_is_a_unit_and_heads_make_a_group():
 def test_a_plan_counts_groups():
     report = s2ft.plan(MODEL, S2FTConfig(d_ratio=0.25, group=4))
     assert report.trainable == s2ft.attach(model_of("llama"), S2FTConfig(d_ratio=0.25, group=4)).trainable
-
-
-@pytest.mark.parametrize(
-    ("config", "words"),
-    [
-        ({"d_ratio": 0.5, "group": 5}, ["group=5", f"{CHANNELS} channels", "leave out d_ratio"]),
-        ({"o_ratio": 0.5, "group": 9}, ["group=9", "heads of", "inputs", "leave out o_ratio"]),
-        ({"d_ratio": 0.01, "group": 4}, ["groups of 4 inputs", "smallest ratio"]),
-        ({"units": {DOWN.format(0): [0]}, "group": 4}, ["group", "units"]),
-        ({"d_ratio": 0.5, "group": 0}, ["group", "at least 1"]),
-    ],
-    ids=str,
-)
-def test_what_is_impossible_is_said(config, words):
-    with pytest.raises(ValueError) as error:
-        s2ft.select(MODEL, S2FTConfig(**config))
-    assert all(word in str(error.value) for word in words)

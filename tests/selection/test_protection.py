@@ -5,22 +5,14 @@ import itertools
 import pytest
 import torch
 from selection.test_metrics import batch_of
-from support.inside import (
-    METRICS,
-    Calibration,
-    Request,
-    attachment_of,
-    couplings_of,
-    projections_of,
-    shared_by_producers,
-)
-from support.models import ALL_RATIOS, model_of
+from support.inside import METRICS, Calibration, Request, attachment_of, couplings_of, shared_by_producers
+from support.models import ALL_RATIOS, model_of, ratios_for
 from support.pairs import in_turn
 
 import s2ft
 from s2ft import S2FTConfig
 
-RATIOS = {**ALL_RATIOS, "q_ratio": 0.25, "k_ratio": 0.25, "v_ratio": 0.25, "o_ratio": 0.25}
+RATIOS = {**ALL_RATIOS, "q_ratio": 0.25, "k_ratio": 0.0, "v_ratio": 0.25, "o_ratio": 0.25}
 CASES = ("llama", "llama-grouped", "phi3-grouped", "gpt2", "mixtral", "deepseek-v3")
 
 
@@ -40,11 +32,6 @@ def needed(model, ratio, ratios):
     return found
 
 
-def ratios_of(model):
-    keys = {projection.key for projection in projections_of(couplings_of(model))}
-    return {name: value for name, value in RATIOS.items() if name[0] in keys}
-
-
 CHOICES = tuple(itertools.product(METRICS, ("uniform", "global"), ("smallest", "largest")))
 
 
@@ -54,8 +41,7 @@ def test_protected_units_are_never_chosen(case, choice):
     if metric == "random":
         allocation, order = "uniform", "largest"
     model = model_of(case)
-    ratios = {**ratios_of(model), "k_ratio": 0.0} if "k_ratio" in ratios_of(model) else ratios_of(model)
-    config = S2FTConfig(**ratios, selection=metric, allocation=allocation, order=order)
+    config = S2FTConfig(**ratios_for(case, RATIOS), selection=metric, allocation=allocation, order=order)
     calibration = [batch_of(model)] if METRICS[metric].calibrated else None
     try:
         free = s2ft.select(model, config, calibration)

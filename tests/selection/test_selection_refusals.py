@@ -6,7 +6,7 @@ import pytest
 import torch
 from selection import test_calibration_inputs as inputs
 from selection.test_calibration_inputs import CASES, CLASSES, mask_of, pixels, sound, text, tokens
-from selection.test_metrics import CALIBRATED, SCORED, assert_untouched, awkward, batch_of, state
+from selection.test_metrics import CALIBRATED, IDS, SCORED, assert_untouched, awkward, batch_of, state
 from support.inside import METRICS
 from support.models import model_of
 
@@ -58,6 +58,13 @@ PLAIN = [  # case, options, arguments, key word
     ("llama-grouped", dict(d_ratio=0.1, budget=3 * 52 * 24 + 1), {}, "3,744"),
     ("llama-grouped", dict(o_ratio=0.1, match_lora_rank=1), {}, "match_lora_rank=1"),
     ("llama-grouped", dict(budget=10), {}, "nothing"),
+    ("llama", dict(d_ratio=0.5, group=5), {}, "52 channels"),
+    ("llama", dict(d_ratio=0.5, group=5), {}, "no whole groups of 5 inputs: leave out d_ratio"),
+    ("llama", dict(o_ratio=0.5, group=9), {}, "heads of"),
+    ("llama", dict(o_ratio=0.5, group=9), {}, "no whole groups of 9 inputs: leave out o_ratio"),
+    ("llama", dict(d_ratio=0.01, group=4), {}, "groups of 4 inputs"),
+    ("llama", dict(d_ratio=0.01, group=4), {}, "smallest ratio"),
+    ("llama", dict(**UNITS, group=4), {}, "group"),
     *(("llama", dict(d_ratio=0.1, selection=metric), {}, "calibration") for metric in CALIBRATED),
     *(
         ("llama", dict(d_ratio=0.1, selection=metric), dict(calibration=[tokens(1, 4)]), "calibration")
@@ -91,7 +98,6 @@ def changed(name, **values):
     return CASES[name][0], [{key: value for key, value in batch.items() if value is not None}]
 
 
-IDS = torch.arange(16).view(2, 8)
 BATCHES = [  # case, calibration, key word: for each metric that needs data
     ("llama", [], "empty"),
     ("llama", [{"input_ids": IDS, "attention_mask": IDS * 0}], "no tokens"),

@@ -13,11 +13,10 @@ import torch
 from serve.fleet import BASE, alone, eventually, running, save_adapters, text_of
 from support.inside import Sampler, native
 from support.states import flip
-from train.tiny import tiny_model, tiny_tokenizer
+from train.tiny import UNTIED, tiny_model, tiny_tokenizer
 
 import s2ft
 
-UNTIED = dict(tie_word_embeddings=False)
 TOKENIZER = tiny_tokenizer()
 OWN = "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n"  # the tokenizer's prompt of CHAT
 CHAT = [{"role": "user", "content": [{"type": "text", "text": "hi"}]}]

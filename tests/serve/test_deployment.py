@@ -2,14 +2,13 @@
 
 import re
 import shlex
-from pathlib import Path
 
 import pytest
 from support.inside import ServeArguments, parse
+from support.sources import ROOT
 
 from s2ft.cli.main import COMMANDS
 
-ROOT = Path(__file__).parents[2]
 tomllib = pytest.importorskip("tomllib")  # Python 3.11 and later
 
 

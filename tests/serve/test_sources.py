@@ -8,12 +8,10 @@ import pytest
 from serve.fleet import BASE, running, save_adapters
 from serve.test_api import damaged
 from support.inside import native, source_of
-from train.tiny import save_random_adapter, save_tiny, tiny_model
+from train.tiny import UNTIED, save_random_adapter, save_tiny, tiny_model
 
 import s2ft
 from s2ft.cli.main import main
-
-UNTIED = dict(tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")

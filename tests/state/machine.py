@@ -20,13 +20,14 @@ from dataclasses import dataclass
 
 import torch
 from support.inside import S2Layer
+from support.models import LAYOUTS
 from support.states import saved_and_loaded
 from support.tolerances import GEMM
 from torch import nn
 from transformers.utils import logging
 
 import s2ft
-from state.models import LAYOUTS, MODELS, make_adapter, ratios, tiny_model, tokens
+from state.models import MODELS, make_adapter, ratios, tiny_model, tokens
 from state.plain import describe, detach_if_attached, differences, effective_weights, same_bits, weights_of
 from state.tracing import RaiseAt
 

@@ -10,7 +10,6 @@ import s2ft
 
 TIED = "llama-tied"
 MODELS = ("llama-grouped", TIED, "llama", "qwen2", "gpt2")
-LAYOUTS = ("permuted", "indexed")
 
 
 @torch.no_grad()

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from support.models import LAYOUTS
 from support.states import randomize, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
 from state import REFERENCE
-from state.models import LAYOUTS, make_adapter, ratios, tiny_model, tokens
+from state.models import make_adapter, ratios, tiny_model, tokens
 from state.plain import describe, detach_if_attached, differences, effective_weights, weights_of
 from state.tracing import EVENTS, RaiseAt, moments
 

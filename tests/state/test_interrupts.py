@@ -6,16 +6,16 @@ The model also agrees with s2ft.status. A tracer raises it, or a real signal.
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from support.models import LAYOUTS
+from support.sources import ROOT
 
 import s2ft
 from state import sweep
-from state.models import LAYOUTS, ratios, tiny_model
+from state.models import ratios, tiny_model
 from state.tracing import RaiseAt, moments
 
-ROOT = Path(__file__).parents[2]
 SLOW = [
     *((kernels, "--layout", layout) for kernels in ("compiled", "reference") for layout in LAYOUTS),
     *(("compiled", "--layout", layout, "--events", "line", "--twice") for layout in LAYOUTS),

@@ -10,12 +10,13 @@ import numpy as np
 import pytest
 import torch
 import torch.multiprocessing
+from support.models import LAYOUTS
 from support.states import randomize, saved_and_loaded, with_adapter
 from torch import Tensor, nn
 
 import s2ft
 from s2ft.ops import permute_, scatter_add_, swap_
-from state.models import LAYOUTS, make_adapter, ratios, tiny_model, tokens
+from state.models import make_adapter, ratios, tiny_model, tokens
 from state.plain import differences, same_bits, weights_of
 from state.threads import in_child, repeating
 

@@ -54,6 +54,7 @@ from transformers.pytorch_utils import Conv1D
 
 from support.inside import couplings_of, is_too_old, projections_of
 
+LAYOUTS = ("permuted", "indexed")
 SHAPE = dict(hidden_size=24, intermediate_size=52, num_hidden_layers=3, num_attention_heads=4, vocab_size=67)
 ODD = {**SHAPE, "hidden_size": 30, "intermediate_size": 41, "num_attention_heads": 3}
 ROTARY = {**SHAPE, "hidden_size": 32}  # only a part of each head is rotated, and its size must be even

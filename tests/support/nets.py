@@ -45,3 +45,8 @@ class Net(nn.Module):
 
 def batch():
     return torch.randn(2, 7, 24, generator=torch.Generator().manual_seed(1))
+
+
+def doubled(module, inputs, output):
+    """A forward hook."""
+    return 2 * output

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from s2ft.peft import S2FTPeftLayer
+
 MODULES = {  # a module and an input
     "linear": lambda: (nn.Linear(9, 11), torch.randn(4, 3, 9)),
     "linear-unbiased": lambda: (nn.Linear(9, 11, bias=False), torch.randn(4, 9)),
@@ -21,3 +23,16 @@ def net_of(kind, dtype=torch.float32):
     """A net of the module and an activation; the same each time."""
     torch.manual_seed(0)
     return nn.Sequential(MODULES[kind]()[0], nn.Tanh()).to(dtype).eval()
+
+
+class Router(nn.Linear):
+    """Returns more than one tensor, as routers do."""
+
+    def forward(self, x):
+        logits = super().forward(x)
+        return logits, logits.softmax(-1)
+
+
+def layers_of(model):
+    """The layers that s2ft trains in a PEFT model, by path."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, S2FTPeftLayer)}

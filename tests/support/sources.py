@@ -1,4 +1,4 @@
-"""Copies of the source tree, in which a test can build."""
+"""The source tree, and copies of it in which a test can build."""
 
 import shutil
 from pathlib import Path

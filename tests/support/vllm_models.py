@@ -35,9 +35,9 @@ class Served:
     adapters: Path
     answers: dict[str, list[list[int]]]
 
-    def merged(self, name: str) -> PreTrainedModel:
-        """Return transformers' model with an adapter merged."""
-        model = type_of(self.base).from_pretrained(self.base, dtype=torch.float32)
+    def merged(self, name: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+        """Return transformers' model of the dtype with an adapter merged."""
+        model = type_of(self.base).from_pretrained(self.base, dtype=dtype)
         s2ft.load_adapter(model, self.adapters / name)
         return s2ft.merge(model)
 

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from support.inside import SliceSpec, hashes_of, to_message
+from support.sources import ROOT
 
-ROOT = Path(__file__).parents[2]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1"}
 
 
@@ -104,12 +104,7 @@ def base_of(served, dtype=torch.float32) -> dict[str, torch.Tensor]:
 
 def merged_of(served, name, dtype=torch.float32) -> dict[str, torch.Tensor]:
     """The tensors with an adapter merged, in a model of the dtype."""
-    import s2ft
-    from support.vllm_models import type_of
-
-    model = type_of(served.base).from_pretrained(served.base, dtype=dtype)
-    s2ft.load_adapter(model, served.adapters / name)
-    found = s2ft.merge(model).state_dict()
+    found = served.merged(name, dtype).state_dict()
     return {key: found[key].contiguous() for key in base_of(served) if key in found}  # experts have other names there
 
 

@@ -78,3 +78,14 @@ def no_waits(directly: bool = False):
             stack.enter_context(mock.patch.object(torch.Tensor, name, mock.Mock(side_effect=error)))
         stack.enter_context(_WithoutWaits())
         yield
+
+
+@contextmanager
+def no_waits_on_gpu():
+    """PyTorch raises where the host waits for the GPU."""
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from support.inside import attachment_of, mounted_deltas, weight_at
-from support.models import loss_of
+from support.models import LAYOUTS, loss_of
 from support.pairs import pairs_mostly_slow
 from support.slices import attached, gradients, slices
 from support.tolerances import GEMM
@@ -15,7 +15,6 @@ from s2ft import S2ColumnLinear, S2RowLinear
 
 HALVES = (torch.bfloat16, torch.float16)
 halves = pytest.mark.parametrize("half", HALVES, ids=str)
-LAYOUTS = ("permuted", "indexed")
 layouts = pytest.mark.parametrize("layout", LAYOUTS)
 # Without relu: its gradient jumps where rounding changes a sign.
 CASES = ("llama-grouped", "phi3", "gpt2", "bert", "t5-gated", "qwen3-moe")

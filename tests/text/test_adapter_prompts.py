@@ -12,10 +12,8 @@ from support.inside import (
     recorded_format,
     standalone_template,
 )
-from train.tiny import CHAT, tiny_tokenizer
+from train.tiny import ASK, CHAT, OTHER, tiny_tokenizer
 
-OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")
-ASK = [{"role": "user", "content": "2+3?"}]
 SYSTEMS = ["Be brief.", 'Say "yes"\n\tor \\n {{ no }} {% raw %} äöü 漢\N{SLIGHTLY SMILING FACE} \u2028 it\'s %}']
 
 
@@ -37,13 +35,6 @@ def test_a_tokenizer_with_several_templates_has_the_default_one():
     tokenizer.chat_template = {"default": CHAT, "tool_use": OTHER}
     own = Prompter(tokenizer, info_of(CHAT))
     assert own.encode(ASK) == Prompter(tokenizer).encode(ASK) == Prompter(tiny_tokenizer()).encode(ASK)
-
-
-def test_a_system_message_of_the_conversation_wins():
-    prompter = Prompter(tiny_tokenizer(), info_of(system="Be brief."))
-    own = [{"role": "system", "content": "Be long."}, *ASK]
-    assert prompter.messages(own) == own and prompter.messages(ASK, "") == ASK
-    assert prompter.messages(ASK, "Other.")[0]["content"] == "Other."
 
 
 @pytest.mark.parametrize(

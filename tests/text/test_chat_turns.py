@@ -1,11 +1,9 @@
 """A chat answers as the model does that runs the whole prompt, whatever it keeps of earlier turns."""
 
 import pytest
-from serve.fleet import alone
+from serve.fleet import alone, text_of
 from support.inside import Chat, Prompter, Sampler
-from train.tiny import tiny_model, tiny_tokenizer
-
-UNTIED = dict(tie_word_embeddings=False)
+from train.tiny import UNTIED, tiny_model, tiny_tokenizer
 
 
 def chat_of(new=12, system=None, info=None, seed=None, temperature=0.0, **changes):
@@ -21,8 +19,7 @@ def ask(chat, text):
 def text_from_scratch(messages, new):
     """The answer of a model that runs the prompt as a whole."""
     ids = tiny_tokenizer().apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
-    tokens = alone(None, ids, new, **UNTIED)
-    return tiny_tokenizer().decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    return text_of(alone(None, ids, new, **UNTIED))
 
 
 def test_every_turn_is_answered_as_from_scratch():

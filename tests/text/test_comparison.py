@@ -5,26 +5,20 @@ import json
 import pytest
 from support.inside import compare, mean_loss
 from support.states import randomize, with_adapter
+from train.test_sft import token_rows
 from train.tiny import save_tiny, sums, tiny_model, tiny_tokenizer, write_jsonl
 
 import s2ft
 from s2ft.cli.main import main
 
 
-def token_rows(count=6):
-    tokenizer = tiny_tokenizer()
-    for row in sums(count):
-        question, answer = tokenizer(row["instruction"])["input_ids"], tokenizer(row["output"])["input_ids"]
-        yield {"input_ids": question + answer, "labels": [-100] * len(question) + answer}
-
-
 def test_loss_and_answers_are_those_of_the_base_and_of_the_adapter():
-    model, rows = tiny_model(), list(token_rows())
+    model, rows = tiny_model(), list(token_rows(6))
     before = mean_loss(model, rows)
     randomize(with_adapter(model, s2ft.S2FTConfig(d_ratio=0.5, o_ratio=0.5)), std=0.3)
     found = compare(model, tiny_tokenizer(), rows, samples=2, max_new_tokens=5)
     assert found.rows == 6 and [found.loss_before, found.loss_after] == pytest.approx([before, mean_loss(model, rows)])
-    assert [one["prompt"] for one in found.samples] == [row["instruction"] for row in sums(2)]
+    assert [one["prompt"] for one in found.samples] == ["0+0=", "1+1=1+1="]
     assert [one["right"] for one in found.samples] == [row["output"] for row in sums(2)]
     assert any(one["base"] != one["tuned"] for one in found.samples)
     text = str(found)

@@ -16,13 +16,8 @@ from support.inside import (
     tokenize_rows,
 )
 from text.merging_tokenizers import TOKENIZERS
-from train.tiny import CHAT, tiny_model, tiny_tokenizer, write_jsonl
+from train.tiny import CHAT, MARKED, tiny_model, tiny_tokenizer, write_jsonl
 
-MARKED = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
-    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 QUESTION, ANSWER = {"role": "user", "content": "2+3="}, {"role": "assistant", "content": "5"}
 PAIR = {"prompt": "[2+3] ", "completion": "The sum is 5"}
 LISTS = {"prompt": [QUESTION, ANSWER, QUESTION], "completion": [ANSWER]}

@@ -19,16 +19,7 @@ from support.inside import (
     token_row,
     with_columns,
 )
-from train.tiny import tiny_tokenizer, write_jsonl
-
-
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
+from train.tiny import assistant, tiny_tokenizer, user, write_jsonl
 
 CHAT = [user("2+3="), assistant("5")]
 ASKED = {"prompt": [user("2+3=")], "chosen": [assistant("5")], "rejected": [assistant("6")]}

@@ -19,7 +19,7 @@ from support.inside import (
 )
 from text.merging_tokenizers import TOKENIZERS
 from tokenizers.processors import TemplateProcessing
-from train.tiny import CHAT, tiny_tokenizer
+from train.tiny import CHAT, assistant, tiny_tokenizer
 from transformers import GenerationConfig
 from trl.chat_template_utils import get_training_chat_template
 
@@ -56,10 +56,6 @@ def encoded(tokenizer, *messages, loss_on="assistant"):
     return encode_rendered(tokenizer, [render_chat(tokenizer, messages, template_of(tokenizer), loss_on=loss_on)])[0]
 
 
-def answer(text):
-    return {"role": "assistant", "content": text}
-
-
 def trained_text(tokenizer, labels):
     return tokenizer.decode([label for label in labels if label >= 0])
 
@@ -69,12 +65,12 @@ def trained_text(tokenizer, labels):
 @pytest.mark.parametrize("text", ["The answer is 4.", " The answer is 4.", "\n\nThe answer"])
 def test_training_begins_with_the_tokens_of_generation(name, kind, text):
     tokenizer = TOKENIZERS[kind](TEMPLATES[name])
-    ids, labels = encoded(tokenizer, *TALK, answer(text), loss_on="last")
+    ids, labels = encoded(tokenizer, *TALK, assistant(text), loss_on="last")
     prompt = encode_prompt(tokenizer, TALK)
     assert ids[: len(prompt)] == prompt and set(labels[: len(prompt)]) == {-100}
     assert labels[len(prompt) :] == ids[len(prompt) :] and ids[-1] == tokenizer.eos_token_id
     assert text.strip() in trained_text(tokenizer, labels)
-    written = render_chat(tokenizer, [*TALK, answer(text)], template_of(tokenizer), loss_on="last").text
+    written = render_chat(tokenizer, [*TALK, assistant(text)], template_of(tokenizer), loss_on="last").text
     assert tokenizer.decode(ids) == written
 
 
@@ -82,7 +78,7 @@ def test_training_begins_with_the_tokens_of_generation(name, kind, text):
 @pytest.mark.parametrize("name", STABLE)
 def test_each_turn_of_a_chat_begins_with_the_tokens_of_generation(name, kind):
     tokenizer = TOKENIZERS[kind](STABLE[name])
-    chat = [ASK, answer(" The first"), ASK, answer("\n\nThe second"), ASK, answer("The third")]
+    chat = [ASK, assistant(" The first"), ASK, assistant("\n\nThe second"), ASK, assistant("The third")]
     ids, labels = encoded(tokenizer, *chat)
     for number in (1, 3, 5):
         prompt = encode_prompt(tokenizer, chat[:number])
@@ -92,20 +88,22 @@ def test_each_turn_of_a_chat_begins_with_the_tokens_of_generation(name, kind):
 
 def test_answers_end_with_the_end_of_turn_and_nothing_else_is_trained():
     tokenizer = tiny_tokenizer()
-    ids, labels = encoded(tokenizer, *TALK, answer("4"))
+    ids, labels = encoded(tokenizer, *TALK, assistant("4"))
     assert trained_text(tokenizer, labels) == "2<|im_end|>4<|im_end|>"
-    whole = tokenizer.apply_chat_template([*TALK, answer("4")], tokenize=False)
+    whole = tokenizer.apply_chat_template([*TALK, assistant("4")], tokenize=False)
     assert tokenizer.decode(ids) + "\n" == whole
-    assert trained_text(tokenizer, encoded(tokenizer, *TALK, answer("4"), loss_on="all")[1]) == whole[:-1]
+    assert trained_text(tokenizer, encoded(tokenizer, *TALK, assistant("4"), loss_on="all")[1]) == whole[:-1]
 
 
 def test_earlier_answers_that_a_template_changes_or_drops_are_refused():
     tokenizer = tiny_tokenizer(THINKING)
-    assert trained_text(tokenizer, encoded(tokenizer, *TALK, answer("4"), loss_on="last")[1]).startswith("<think></th")
+    assert trained_text(tokenizer, encoded(tokenizer, *TALK, assistant("4"), loss_on="last")[1]).startswith(
+        "<think></th"
+    )
     with pytest.raises(TemplateError, match='answer "4" differently .*loss_on="last"'):
-        encoded(tokenizer, ASK, answer("4"), ASK, answer("5"))
+        encoded(tokenizer, ASK, assistant("4"), ASK, assistant("5"))
     with pytest.raises(TemplateError, match='leaves out .* "the first one"'):
-        encoded(tiny_tokenizer(REWRITING), ASK, answer("the first one"), ASK, answer("5"))
+        encoded(tiny_tokenizer(REWRITING), ASK, assistant("the first one"), ASK, assistant("5"))
 
 
 def test_tool_calls_are_trained_and_a_template_that_drops_them_is_refused():
@@ -119,7 +117,7 @@ def test_tool_calls_are_trained_and_a_template_that_drops_them_is_refused():
 
 def test_chat_that_begins_with_the_assistant():
     tokenizer = tiny_tokenizer()
-    _, labels = encoded(tokenizer, answer("Hello!"), ASK, answer("2"))
+    _, labels = encoded(tokenizer, assistant("Hello!"), ASK, assistant("2"))
     assert trained_text(tokenizer, labels) == "Hello!<|im_end|>2<|im_end|>"
 
 
@@ -127,7 +125,7 @@ def test_chat_that_begins_with_the_assistant():
 def test_templates_of_trl_have_its_assistant_masks_and_the_prompts_of_generation(name):
     tokenizer = tiny_tokenizer((OF_TRL / f"{name}.jinja").read_text())
     prompt_format(tokenizer).apply_to(tokenizer)
-    chat = [ASK, answer("It is 2."), {"role": "user", "content": "And 7-2?"}, answer("Five,\n\nof course.")]
+    chat = [ASK, assistant("It is 2."), {"role": "user", "content": "And 7-2?"}, assistant("Five,\n\nof course.")]
     rendered = render_chat(tokenizer, chat, tokenizer.chat_template)
     ((ids, labels),) = encode_rendered(tokenizer, [rendered])
     assert trained_text(tokenizer, labels).count("It is 2.") == 1 and "1+1" not in trained_text(tokenizer, labels)
@@ -178,7 +176,7 @@ def test_the_tokenizers_first_token_is_kept_and_an_end_token_is_dropped():
 def test_tokenizer_without_end_and_padding_tokens(template):
     tokenizer = tiny_tokenizer(template)
     tokenizer.eos_token = None
-    _, labels = encoded(tokenizer, *TALK, answer("4"))
+    _, labels = encoded(tokenizer, *TALK, assistant("4"))
     assert "4" in trained_text(tokenizer, labels) and "None" not in trained_text(tokenizer, labels)
     assert pad_id(tokenizer) == 0
 
@@ -197,9 +195,6 @@ def test_template_is_a_file_a_text_or_a_name(tmp_path):
         assert prompt_format(tokenizer, chat_template=given) == PromptFormat("chat", TRIMMING)
     assert "### Response" in prompt_format(tokenizer, chat_template="alpaca").template
     assert prompt_format(tokenizer).template == tokenizer.chat_template == CHAT
-    several = tiny_tokenizer()
-    several.chat_template = {"tool_use": TRIMMING, "default": CHAT}
-    assert prompt_format(several).template == CHAT
 
 
 @pytest.mark.parametrize(

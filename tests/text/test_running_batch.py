@@ -6,11 +6,9 @@ import pytest
 import torch
 from serve.fleet import RunningBatch, alone, greedy, greedy_row, save_adapters
 from support.inside import rows_interact
-from train.tiny import tiny_model
+from train.tiny import UNTIED, tiny_model
 
 from s2ft import AdapterBank
-
-UNTIED = dict(tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,9 @@ from support.inside import (
     some,
     text_rows,
 )
-from support.states import randomize, with_adapter, with_loaded
+from support.states import randomize, tensors_of, with_adapter, with_loaded
 from text.test_divergence import direct, direct_kl, direct_loss
-from train.test_sft import CONFIG, check_same, deltas, run as plain_run, token_rows
+from train.test_sft import CONFIG, check_same, run as plain_run, token_rows
 from train.tiny import tiny_model, tiny_tokenizer, write_jsonl
 from transformers import Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
@@ -133,7 +133,7 @@ def test_a_run_that_is_beyond_its_limit_at_once_keeps_its_values_and_says_so(tmp
     model, folder, result, _ = run(tmp_path, meter={"stop_at_kl": 1e-9})
     assert (result.steps, result.kept_step) == (1, 1)
     assert "no measurement was within the limits before, so the values of this step are kept" in caplog.text
-    assert any(value.abs().max() > 0 for value in deltas(folder).values())
+    assert any(value.abs().max() > 0 for value in tensors_of(folder.adapter).values())
 
 
 def test_values_that_are_no_numbers_are_beyond_every_limit(tmp_path, monkeypatch, caplog):

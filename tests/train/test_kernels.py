@@ -14,12 +14,13 @@ from support.inside import MissingPackages, RunOptions, apply_kernels, check_ker
 from support.models import model_of
 from support.tolerances import relative_difference
 from torch import nn
+from train.test_loss import gradients
 from train.tiny import tiny_model
 from transformers.models.llama import modeling_llama
 
 import s2ft
 
-IDS = torch.arange(16).view(2, 8) + 5
+BATCH = dict.fromkeys(("input_ids", "labels"), torch.arange(16).view(2, 8) + 5)
 
 
 class FasterNorm(nn.Module):
@@ -59,13 +60,6 @@ def liger(monkeypatch):
     modeling_llama.apply_rotary_pos_emb, modeling_llama.LlamaRMSNorm = original, norm
 
 
-def step_of(model):
-    """The loss of a model and the gradients of its trained parameters."""
-    loss = model(IDS, labels=IDS).loss
-    loss.backward()
-    return loss.detach(), [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
-
-
 @pytest.mark.parametrize("attach_first", (False, True))
 def test_an_attached_model_trains_on_the_other_kernels(liger, attach_first):
     config = s2ft.S2FTConfig(d_ratio=0.2, u_ratio=0.1, q_ratio=0.5)
@@ -75,11 +69,13 @@ def test_an_attached_model_trains_on_the_other_kernels(liger, attach_first):
     steps = [lambda: s2ft.attach(model, config), lambda: apply_kernels(model, "liger")]
     for step in steps if attach_first else reversed(steps):
         step()
-    (expected, gradients), called = step_of(plain), FasterNorm.calls
-    found, others = step_of(model)
+    (expected, theirs), called = gradients(plain, BATCH), FasterNorm.calls
+    found, ours = gradients(model, BATCH)
     assert FasterNorm.calls > called and liger.rotated  # the model really runs on them
     assert relative_difference(found, expected) <= 1e-6
-    assert all(relative_difference(one, other) <= 1e-4 for one, other in zip(others, gradients, strict=True))
+    assert ours.keys() == theirs.keys() and all(
+        relative_difference(gradient, theirs[name]) <= 1e-4 for name, gradient in ours.items()
+    )
     s2ft.detach(model)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
 

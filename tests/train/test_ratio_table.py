@@ -5,11 +5,11 @@ import json
 import peft
 import pytest
 import torch
+from support.commands import s2ft_command
 from support.inside import loss_in_chunks, planned, rows_of, saved_by_bits, size_of
 from train.tiny import save_tiny, tiny_model
 
 import s2ft
-from s2ft.cli.main import main
 
 CONFIG = s2ft.S2FTConfig(d_ratio=0.25, u_ratio=0.25, o_ratio=0.25)
 
@@ -20,7 +20,7 @@ def folder(tmp_path_factory):
 
 
 def printed(capsys, *words):
-    assert main([str(word) for word in words]) == 0
+    assert s2ft_command(*words) == 0
     return capsys.readouterr().out
 
 

@@ -7,7 +7,6 @@ from unittest.mock import Mock
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
 from support.inside import (
     NEEDS,
     SCHEDULES,
@@ -22,7 +21,7 @@ from support.inside import (
     trainer_for,
 )
 from support.pairs import rest_slow
-from support.states import same, with_adapter
+from support.states import same, tensors_of, with_adapter
 from train.tiny import sums, tiny_model, tiny_tokenizer
 
 import s2ft
@@ -73,10 +72,6 @@ def evaluations(folder):
     return [line["step"] for line in read_log(folder.log) if "eval_loss" in line]
 
 
-def deltas(folder):
-    return load_file(folder.adapter / "s2ft_adapter.safetensors")
-
-
 def losses(folder):
     return [
         (line["step"], line["loss"], line["learning_rate"], line["grad_norm"])
@@ -86,7 +81,7 @@ def losses(folder):
 
 
 def check_same(ours, theirs):
-    assert losses(ours) == losses(theirs) and same(deltas(ours), deltas(theirs))
+    assert losses(ours) == losses(theirs) and same(tensors_of(ours.adapter), tensors_of(theirs.adapter))
 
 
 @pytest.fixture(scope="module")
@@ -254,8 +249,8 @@ def test_the_best_adapter_is_saved_and_an_early_stop_is_resumed(tmp_path, caplog
     best = min(found, key=found.__getitem__)
     assert result.finished and result.best_step == best < result.steps < 20 and max(found) == best + 6
     assert f"the adapter is that of the best evaluation, step {best}" in caplog.text
-    saved = load_file(folder.path / f"checkpoint-{best}" / "s2ft_adapter.safetensors")
-    assert all(torch.equal(value, saved[key]) for key, value in deltas(folder).items())
+    saved = tensors_of(folder.path / f"checkpoint-{best}")
+    assert all(torch.equal(value, saved[key]) for key, value in tensors_of(folder.adapter).items())
     options = {"early_stopping_patience": 3}
     run(tmp_path / "cut", evaluated=other_rows(), options={**options, "stop_after": best + 3}, **BEST)
     _, again, resumed = run(tmp_path / "cut", resume=True, evaluated=other_rows(), options=options, **BEST)
@@ -303,7 +298,7 @@ def test_a_run_of_one_update_trains(tmp_path):
     changes = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, gradient_accumulation_steps=8)
     _, folder, result = run(tmp_path / "out", **changes)
     assert result.steps == 1
-    assert all(bool((value != 0).any()) for key, value in deltas(folder).items() if key.endswith("delta"))
+    assert all(bool((value != 0).any()) for key, value in tensors_of(folder.adapter).items() if key.endswith("delta"))
 
 
 # ---- an error in an optional part loses no run ---------------------------------------------------------
@@ -320,14 +315,14 @@ FAILING = {  # what fails, and what is said
 def test_an_optional_part_that_fails_leaves_the_adapter_saved(what, tmp_path, caplog, monkeypatch):
     monkeypatch.setattr(what, lambda *args, **options: 1 / 0)
     _, folder, result = run(tmp_path / "out", evaluated=3, eval_strategy="steps", eval_steps=3, save_steps=0)
-    assert result.finished and result.steps == 8 and deltas(folder) and FAILING[what] in caplog.text
+    assert result.finished and result.steps == 8 and tensors_of(folder.adapter) and FAILING[what] in caplog.text
 
 
 def test_an_interrupt_in_the_last_evaluation_leaves_the_adapter_saved(tmp_path, monkeypatch):
     monkeypatch.setattr("trl.SFTTrainer.evaluation_loop", Mock(side_effect=KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         run(tmp_path / "out", evaluated=3, save_steps=0)
-    assert deltas(RunFolder(tmp_path / "out"))
+    assert tensors_of(RunFolder(tmp_path / "out").adapter)
 
 
 def test_an_error_in_the_middle_is_raised(tmp_path, monkeypatch):

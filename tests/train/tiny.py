@@ -13,6 +13,15 @@ CHAT = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+# CHAT with the marks of the answers, which TRL's loss on answers needs.
+MARKED = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] + '<|im_end|>' }}{% endgeneration %}{{ '\n' }}{% else %}{{ m['content'] + '<|im_end|>\n' }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+OTHER = CHAT.replace("<|im_start|>", "<|endoftext|>")  # another template
+ASK = [{"role": "user", "content": "2+3?"}]
+UNTIED = dict(tie_word_embeddings=False)
 SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
@@ -77,6 +86,14 @@ def save_random_adapter(folder, model, std: float = 0.1, name: str = "default", 
     randomize(with_adapter(model, s2ft.S2FTConfig(**config), name=name), config.get("seed", 1), std)
     s2ft.save_adapter(model, folder, info=info)
     return model
+
+
+def user(text: str) -> dict:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict:
+    return {"role": "assistant", "content": text}
 
 
 def sums(count: int) -> list[dict]:

@@ -11,11 +11,9 @@ from unittest.mock import Mock
 import pytest
 from serve.fleet import save_adapters
 from support.inside import Budget, PromptFormat, ServeArguments, command as vllm
-from train.tiny import save_tiny
+from train.tiny import UNTIED, save_tiny
 
 from s2ft.cli.main import main
-
-UNTIED = dict(tie_word_embeddings=False)
 
 
 @pytest.fixture(scope="module")
@@ -202,8 +200,3 @@ def test_vllm_gets_the_chat_template_that_all_adapters_were_trained_with(tmp_pat
     assert vllm.write_template([*same, served("c", prompt=other, o_proj=1)], tmp_path) is None
     assert "trained with different prompts" in caplog.text
     assert vllm.write_template([served("c", o_proj=1)], tmp_path) is None
-
-
-def test_a_missing_vllm_is_named(work, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "vllm", None)
-    assert serve(work) == 2 and "pip install vllm, or --engine transformers" in capsys.readouterr().err

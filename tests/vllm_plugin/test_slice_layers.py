@@ -6,6 +6,8 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
+from ops.cases import DTYPES
+from support.gpu import DEVICES
 from support.inside import (
     Batch,
     Budget,
@@ -21,10 +23,6 @@ from support.pairs import pairs
 from support.tolerances import GEMM
 from support.vllm_layers import QKV, Column, Linear, LoRALayer, Punica, Row, lora_config
 from torch import nn
-
-DEVICES = ("cpu", pytest.param("cuda", marks=pytest.mark.cuda))
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
-
 
 # ---- banks -----------------------------------------------------------------------------------------------
 

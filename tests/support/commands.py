@@ -1,0 +1,8 @@
+"""The command line in this process."""
+
+from s2ft.cli.main import main
+
+
+def s2ft_command(*words) -> int:
+    """Run s2ft with these words, of any type. Returns the exit status."""
+    return main([str(word) for word in words])
