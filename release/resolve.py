@@ -61,8 +61,8 @@ def resolve(python: Path, wanted: list[str]) -> tuple[bool, str]:
         return False, f"pip finds nothing within {MINUTES} minutes"
     if done.returncode:
         lines = [line.strip().removeprefix("ERROR: ") for line in done.stderr.splitlines()]
-        reasons = [line for line in lines if " depends on " in line] or [line for line in lines if line][-1:]
-        return False, "; ".join(line[:LONGEST] for line in reasons[:3])
+        reasons = [line for line in lines if line.startswith("Cannot install")] or [line for line in lines if line][-1:]
+        return False, "".join(line[:LONGEST] + " …" for line in reasons)
     chosen = {one["metadata"]["name"].lower(): one["metadata"] for one in json.loads(report.read_text())["install"]}
     names = dict.fromkeys([*(name_of(one) for one in wanted), *SHOWN])
     return True, ", ".join(f"{name} {chosen[name]['version']}" for name in names if name in chosen)
