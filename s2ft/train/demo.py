@@ -137,14 +137,16 @@ def _run_demo(options: DemoOptions, folder: RunFolder, name: str) -> dict:
     coded, rate, d_ratio = {}, 2e-3, 0.03
     if options.keep_quantized:
         coded, rate, d_ratio = {"codec": "auto", "group": GROUP}, 4e-3, 0.05
-    config = S2FTConfig(d_ratio=options.d_ratio or d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded)
+    rate = rate if options.learning_rate is None else options.learning_rate
+    d_ratio = d_ratio if options.d_ratio is None else options.d_ratio  # 0 trains no channels
+    config = S2FTConfig(d_ratio=d_ratio, o_ratio=options.o_ratio, seed=options.seed, **coded)
     attached = s2ft.attach(model, config)
     add_info(model, {"prompt": prompt.to_dict()})
     print(attached)
     folder.begin({"demo": True, **asdict(options)})
     arguments = SFTArguments(
         output_dir=options.output,
-        learning_rate=options.learning_rate or rate,
+        learning_rate=rate,
         max_steps=options.steps,
         per_device_train_batch_size=options.batch_size,
         warmup_steps=options.steps // 10,

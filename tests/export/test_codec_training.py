@@ -186,6 +186,8 @@ def test_a_diverged_slice_is_seen(small):
 
 def test_the_demo_ends_in_a_file(tmp_path):
     base = make_base(tmp_path, "q4_1", max_position_embeddings=1024)
-    demo = "--steps 2 --batch-size 2 --held-out 1 --max-new-tokens 2 --d-ratio 0.5 --o-ratio 0.5 --keep-quantized"
+    demo = "--steps 2 --batch-size 2 --held-out 1 --max-new-tokens 2 --d-ratio 0 --o-ratio 0.5 --keep-quantized"
     assert main(["demo", "--model", str(base), "--output", str(tmp_path / "demo"), *demo.split()]) == 0
     assert (tmp_path / "demo/tuned.gguf").read_bytes() != base.read_bytes()
+    deltas = s2ft.read_adapter(tmp_path / "demo").deltas
+    assert deltas and all(name.endswith("o_proj") for name in deltas)  # a ratio of 0 is no default
