@@ -215,9 +215,10 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         model.to(dtype)
     if settings.get("save"):
         _save(prepared, base, folder / "adapter")
-    row = _scores(base, prepared, task, settings, folder) if scored else {}
     if settings.get("scales"):
-        row["scaled"] = _scaled(base, prepared, task, settings)
+        row = {"scaled": _scaled(base, prepared, task, settings)}
+    else:
+        row = _scores(base, prepared, task, settings, folder) if scored else {}
     known = {one.question.strip() for one in task.train}
     asked = [one.question.strip() for ones in task.tests.values() for one in ones]
     return [{**row, **_of_training(prepared, trained, peak), "trained_on_tests": sum(one in known for one in asked)}]
@@ -240,7 +241,7 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 
 @torch.no_grad()
 def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> list[dict[str, float]]:
-    """Measure the trained delta times each of `scales`: the losses of both sets of answers, and the forgetting.
+    """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting.
 
     The delta of each method here is linear in one of its parameters, that of FACTORS.
     """
@@ -249,14 +250,13 @@ def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
         for name, parameter in prepared.model.named_parameters()
         if parameter.requires_grad and FACTORS[settings["method"]] in name
     ]
-    found, tests = [], [one for ones in task.tests.values() for one in ones]
+    found = [{"scale": 0.0, "forgetting": 0.0, **base.base_losses(settings)}]
     for scale in settings["scales"]:
         for parameter, trained in factors:
             parameter.copy_(trained * scale)
         with evaluating(prepared) as model:
-            losses = [mean_loss(model, base.rows(examples, settings)) for examples in (task.validation, tests)]
-            forgetting = next(iter(base.distance(model, {**settings, "kl_prompts": 0})["forgetting"].values()))
-        found.append({"scale": scale, "validation": losses[0], "test": losses[1], "forgetting": forgetting})
+            forgetting = next(iter(base.distance(model, settings)["forgetting"].values()))
+            found.append({"scale": scale, "forgetting": forgetting, **base.losses(model, task, settings)})
     return found
 
 

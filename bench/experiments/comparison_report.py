@@ -211,7 +211,7 @@ class ExperimentReport:
     def frontier_table(self, task: str) -> Table:
         """Make the table of the loss of the answers that each method reaches at a limit of forgetting.
 
-        The scales of a run are points of a curve, which starts at the base and is a line between them. The rate whose
+        The scales of a run are points of a curve from the base on, with lines between them. The rate whose
         curve is lowest at the limit on validation questions counts; the loss is that of the test questions.
         """
         cells = []
@@ -324,9 +324,9 @@ def forgetting_of(numbers: dict[str, float]) -> float:
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     """Return the tables of an experiment."""
     report = ExperimentReport(experiment, results)
-    tasks = [report.task_table(task) for task in experiment["tasks"]]
     if experiment["settings"].get("scales"):
-        return [*(report.frontier_table(task) for task in experiment["tasks"]), *tasks]
+        return [report.frontier_table(task) for task in experiment["tasks"]]
+    tasks = [report.task_table(task) for task in experiment["tasks"]]
     if not report.sweep:
         return [*tasks, *(report.training_table(task) for task in experiment["tasks"])]
     swept = [make(task) for task in report.sweep for make in (report.sweep_table, report.limits_table)]

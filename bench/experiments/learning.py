@@ -214,6 +214,16 @@ class Base:
             name: score(examples=ones, file=folder and folder / f"{name}.jsonl") for name, ones in task.tests.items()
         }
 
+    def losses(self, model: Any, task: Task, settings: dict[str, Any]) -> dict[str, float]:
+        """Return the losses of the answers to validation and to test questions, in nats a token."""
+        sets = {"validation": task.validation, "test": [one for ones in task.tests.values() for one in ones]}
+        return {name: mean_loss(model, self.rows(ones, settings)) for name, ones in sets.items()}
+
+    def base_losses(self, settings: dict[str, Any]) -> dict[str, float]:
+        """Return what :meth:`losses` says of the base."""
+        key = settings["task"], settings["questions"]
+        return self._once(lambda: self.losses(self.model, self.task(settings), settings), "losses", *key)
+
     def distance(self, model: Any, settings: dict[str, Any]) -> dict[str, Any]:
         """Return how far a model is from its base: the rise of its loss on texts, and KL(base‖model)."""
         probes, count = settings.get("probes", ()), settings.get("probe_texts", 24)
@@ -230,6 +240,8 @@ class Base:
         """Measure the base before it is changed, as far as :meth:`distance` needs it."""
         for name in settings.get("probes", ()):
             self.loss(name, settings.get("probe_texts", 24))
+        if settings.get("scales"):
+            self.base_losses(settings)
         if settings.get("kl_prompts") or settings.get("kl_texts"):
             self.divergence(settings)
 
