@@ -7,6 +7,7 @@ The settings that are read here, with their meanings:
 | `model`, `dtype` | the base: a folder, a name on the hub, or a .gguf file; null is the demo's |
 | `prompt` | "chatml", or a chat template: a file, "alpaca"; null is the tokenizer's own |
 | `method`, `options` | a row of s2ft/train/tuners.py and its options; `selection` may be one of selections.py |
+| `inputs` | names of linear layers of which S²FT trains inputs, each by itself; `l_ratio` is their share |
 | `parameters` | the largest number of trained weights; null leaves the size to the options |
 | `training`, `rate`, `seed` | arguments of the trainer by their names in transformers |
 | `questions` | numbers of examples: train, validation, test |
@@ -284,6 +285,8 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
         options = matched(model, method, settings["parameters"], options)
     if method != "s2ft":
         return prepare(model, method, options, seed=seed)
+    if settings.get("inputs"):
+        more["couplings"] = _of_inputs(model, settings["inputs"])
     options = {"d_ratio": 0.0, **options} if any(name.endswith("_ratio") for name in options) else options
     name = options.get("selection", "random")
     needs = options.get("protect_ratio") is not None or name in CANDIDATES
@@ -299,3 +302,10 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
         return prepare(model, method, {"d_ratio": 0.0, "units": units.to_dict()}, seed=seed)
     needed = needed if METRICS[name].calibrated else None
     return prepare(model, method, options, seed=seed, calibration=needed, protect=protect, **more)
+
+
+def _of_inputs(model: Any, names: list[str]) -> list[s2ft.Coupling]:
+    found = [(path, one) for path, one in model.named_modules() if path.rpartition(".")[2] in names]
+    return [
+        s2ft.Coupling.one_sided(int(path.split(".")[2]), path=path, count=layer.in_features) for path, layer in found
+    ]
