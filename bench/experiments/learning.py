@@ -281,13 +281,14 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
     method, options, seed = settings["method"], dict(settings.get("options", {})), settings["seed"]
     if method == "full":  # see bench.experiments.any_method.arguments_of
         return prepare(model.float() if settings["dtype"] == "bfloat16" else model, method)
+    if method == "s2ft" and any(name.endswith("_ratio") for name in options):
+        options = {"d_ratio": 0.0, **options}  # in place of the method's default
     if settings.get("parameters") is not None:
         options = matched(model, method, settings["parameters"], options)
     if method != "s2ft":
         return prepare(model, method, options, seed=seed)
     if settings.get("inputs"):
         more["couplings"] = _of_inputs(model, settings["inputs"])
-    options = {"d_ratio": 0.0, **options} if any(name.endswith("_ratio") for name in options) else options
     name = options.get("selection", "random")
     needs = options.get("protect_ratio") is not None or name in CANDIDATES
     protect = (
