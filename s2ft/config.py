@@ -13,7 +13,7 @@ from s2ft.files.plain_text import MAX_NAME, shortened
 if TYPE_CHECKING:
     import torch
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l")  # as in s2ft.model.coupling, which imports PyTorch
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l", "i")  # as in s2ft.model.coupling, which imports PyTorch
 TOWERS = ("language", "vision", "audio", "projector")  # the parts of a model that takes images or sound besides text
 METRICS = {  # a metric is a row here and in s2ft/selection/metrics.py
     "random": "at random",
@@ -55,7 +55,7 @@ CHOOSING = (
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
 # Fields that adapter files have only if they are set
-LATER = ("l_ratio", "align", "group", "codec", "towers", "modules_to_save", "protect_ratio")
+LATER = ("l_ratio", "i_ratio", "align", "group", "codec", "towers", "modules_to_save", "protect_ratio")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -222,6 +222,8 @@ class S2FTConfig:
         g_ratio: Share of the FFN channels of gate_proj.
         d_ratio: Share of the FFN channels of down_proj.
         l_ratio: Share of the inputs or outputs of linear layers that are in no coupling of several layers.
+        i_ratio: Share of the inputs of every layer that the other ratios are for. Each layer has inputs of its own, and
+            they stay where they are. It goes with none of the other ratios.
         selection: How units are chosen: `random`, or by the norm of `weight`, `activation`, their `product`, or
             `gradient` (S²FT paper, section 3.1). The last three need calibration data.
         order: Which end of the ranking is chosen: `largest` or `smallest`.
@@ -271,6 +273,7 @@ class S2FTConfig:
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
     l_ratio: float = _ratio("the inputs or outputs of linear layers that are in no coupling of several layers")
+    i_ratio: float = _ratio("the inputs of every layer that the other ratios are for, each layer by itself,")
     selection: str = option("random", "how units are chosen: " + _listed(METRICS), choices=CHOICES["selection"])
     order: str = option(
         "largest",
@@ -375,6 +378,10 @@ class S2FTConfig:
         needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
         refuse(
             (
+                self.i_ratio and len(self.ratios) > 1,
+                "i_ratio trains inputs of every layer that the other ratios are for: set it, or the others, not both",
+            ),
+            (
                 self.align is not None and self.allocation != "uniform",
                 f"align={self.align} needs allocation='uniform': with {self.allocation!r} the scores decide how many "
                 "units a layer gets",
@@ -397,7 +404,7 @@ class S2FTConfig:
 
     @property
     def ratios(self) -> dict[str, float]:
-        """Ratios above 0, by the projection's key: q, k, v, o, u, g, d or l."""
+        """Ratios above 0, by the projection's key: q, k, v, o, u, g, d, l or i."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
 
     def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":

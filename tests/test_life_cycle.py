@@ -189,7 +189,7 @@ def live_natively(subject, folder):
 def assert_only_trained_units_moved(merged, base, adapter):
     """Frozen entries never move, and no trained one is lost."""
     moved = {name: weight != base.get_parameter(name) for name, weight in merged.named_parameters()}
-    for p in projections_of(couplings_of(base)):
+    for p in projections_of(adapter.couplings or couplings_of(base)):
         if p.name in adapter.deltas:
             change, delta = moved[p.path if p.path in moved else f"{p.path}.weight"], adapter.deltas[p.name]
             by_element = weight_at(base, p).view(change).transpose(0, p.dim)
@@ -210,6 +210,18 @@ def test_every_family(case, layout, dtype, tmp_path):
     attach = dict(verify=True, example=inputs_of(model_of(case, dtype)) if "cross-attention" in case else None)
     merged = live_natively(Subject(partial(model_of, case, dtype), config, attach=attach), tmp_path)
     assert_only_trained_units_moved(merged, model_of(case, dtype), s2ft.read_adapter(tmp_path))
+
+
+@pytest.mark.parametrize("case, layout, dtype", pairs_mostly_slow(FIRST, LAYOUTS, DTYPES), ids=str)
+def test_inputs_of_every_layer(case, layout, dtype, tmp_path):
+    """Each layer of the couplings has inputs of its own, also in fused weights, convolutions and stacked experts."""
+    config = dict(i_ratio=0.1, layout=layout)
+    attach = dict(verify=True, example=inputs_of(model_of(case, dtype)) if "cross-attention" in case else None)
+    base = model_of(case, dtype)
+    merged = live_natively(Subject(partial(model_of, case, dtype), config, attach=attach), tmp_path)
+    assert_only_trained_units_moved(merged, base, adapter := s2ft.read_adapter(tmp_path))
+    weights = {(one.path, one.expert) for one in projections_of(couplings_of(base))}
+    assert {(one.path, one.expert) for one in projections_of(adapter.couplings)} == weights
 
 
 OWN_FORWARD = Subject(

@@ -42,6 +42,7 @@ from s2ft.files.reading import (
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import structure_of
+from s2ft.model.registry import input_couplings
 from s2ft.model.weights import Delta, find, weight_at
 from s2ft.selection import Selection
 
@@ -103,7 +104,7 @@ def write(
     Warns:
         UserWarning: A module needs a higher rank than vLLM can be set to.
     """
-    model, record = _record(model, folder)
+    model, record = _record(model, folder, adapter.couplings)
     check_fits(adapter, model, record)
     if adapter.extra_weights:
         raise ValueError(
@@ -283,6 +284,8 @@ def read(
     config = _checked_config(read_json(config_path), config_path)
     tensors, _ = read_tensors(tensors_path, lambda entries: _check_entries(entries, tensors_path))
     model, record = _record(model, folder, couplings)
+    if couplings is None and _takes_inputs(tensors, record):
+        record = new_attachment(model, input_couplings(model, record.couplings))
     projections = by_key((projection.path, projection) for projection in projections_of(record.couplings))
     deltas, units = {}, {}
     for path in sorted({key.removeprefix(PREFIX).rsplit(".", 2)[0] for key in tensors}):
@@ -312,6 +315,12 @@ def read(
         record.custom_couplings,
         structure=structure_of(model, record.couplings, deltas),
     )
+
+
+def _takes_inputs(tensors: dict[str, Tensor], record: Attachment) -> bool:
+    """Whether the ranks of a layer whose units are outputs take an input each, as those of `i_ratio` do."""
+    found = (tensors.get(f"{PREFIX}{one.path}.lora_A.weight") for one in projections_of(record.couplings) if not one.dim)
+    return any(a is not None and bool((a.count_nonzero(1) <= 1).all()) for a in found)
 
 
 def _checked_config(config: Any, path: Path) -> dict[str, Any]:

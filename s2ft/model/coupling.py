@@ -18,7 +18,8 @@ from torch import Tensor
 from s2ft.config import check_whole, refuse
 from s2ft.files.plain_text import by_key
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l")  # u, g, d: up, gate, down; l: linear layer in no coupling
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l", "i")  # u, g, d: up, gate, down
+ONE_SIDED = "li"  # l: a layer in no coupling of several layers; i: the inputs of any layer, see i_ratio
 SIDES = ("outputs", "inputs")  # names of a weight's dim 0 and 1
 
 
@@ -35,7 +36,8 @@ class Projection:
         path: Path of the layer in the model; for experts, of the parameter with the weights of all of them.
         count: Number of units.
         unit: Elements of one unit.
-        dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer, either for key "l".
+        dim: Dimension of the weight: 0 (outputs) for producers, 1 (inputs) for the consumer, either for key "l", 1 for
+            key "i".
         start: First element of the first unit.
         stride: Elements from the start of one unit to the start of the next; default: `unit`.
         size: All elements of the dimension, if there are more than those of the units.
@@ -56,11 +58,11 @@ class Projection:
 
     @cached_property
     def name(self) -> str:
-        """The name in selections and adapters: the path, then [expert], then the key if it shares its weight."""
+        """The name in selections and adapters: the path, then [expert], then the key if the path may mean others."""
         return (
             self.path
             + ("" if self.expert is None else f"[{self.expert}]")
-            + ("" if self.size is None else f".{self.key}")
+            + ("" if self.size is None and self.key != "i" else f".{self.key}")
         )
 
     @property
@@ -512,7 +514,7 @@ class Coupling:
 
 def unit_name(projection: Projection) -> str:
     """Return the word for a projection's units."""
-    if projection.key == "l":
+    if projection.key in ONE_SIDED:
         side = SIDES[projection.dim]
         return side if projection.unit == 1 else f"groups of {projection.unit} {side}"
     return "channels" if projection.key in "ugd" else "heads"
@@ -607,7 +609,7 @@ def _check_projection(projection: Any, dim: int, where: str, is_one_sided: bool)
         raise TypeError(
             f"{where}: producers and consumer must be Projection of s2ft.model.coupling, got {projection!r}"
         )
-    keys = "l" if is_one_sided else ("qkvug", "od")[dim]
+    keys = ("l", ONE_SIDED)[dim] if is_one_sided else ("qkvug", "od")[dim]
     place = "in a one-sided coupling" if is_one_sided else "on this side"
     refuse(
         (

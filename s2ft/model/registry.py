@@ -286,7 +286,7 @@ def find_couplings(
             they are found by trials on a small copy of the model.
         example: Input for the trials: a tensor, a tuple of arguments or a dict of them. A transformers model needs
             none.
-        config: What will be trained. Couplings in its `modules_to_save` are left out where trials found them, or where
+        config: What will be trained: with `i_ratio`, inputs in place of couplings. Couplings in its `modules_to_save` are left out where trials found them, or where
             their tower is frozen. Default: no module is trained in full.
 
     Returns:
@@ -310,7 +310,20 @@ def find_couplings(
         couplings = [coupling for coupling in found.couplings if _is_outside(coupling, modules)]
         found = Discovery(couplings, tuple(row for row in found.weights if _is_free(row.path, modules)))
     check_shapes(model, found.couplings)
+    if config is not None and config.i_ratio:
+        return replace(found, couplings=input_couplings(model, found.couplings), is_custom=True)
     return found
+
+
+def input_couplings(model: nn.Module, couplings: list[Coupling]) -> list[Coupling]:
+    """Return a coupling for each weight of some couplings, of its inputs alone, as `i_ratio` trains them."""
+    found = {}
+    for coupling in couplings:
+        for one in coupling.projections:
+            where: dict[str, Any] = {"expert": one.expert, "transposed": one.transposed}
+            inputs = Projection("i", one.path, weight_at(model, one).shape[1], 1, 1, **where)
+            found[one.weight_key] = Coupling(coupling.kind, coupling.layer, (), inputs)
+    return list(found.values())
 
 
 def explain(model: nn.Module, example: Any = None) -> Discovery:

@@ -17,7 +17,7 @@ from s2ft.config import S2FTConfig, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.registry import check_shapes, couplings_of, known_architectures
+from s2ft.model.registry import check_shapes, couplings_of, input_couplings, known_architectures
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
@@ -103,7 +103,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         uncoupled,
         list(skipped),
     )
-    if couplings and not is_known:
+    if couplings and (config.i_ratio or not is_known):
         selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
     selected.module_units = modules
     return selected
@@ -146,7 +146,8 @@ def _couplings(config: S2FTPeftConfig, model: nn.Module) -> list[Coupling]:
     if not (config.ratios or _is_known(model)):
         return []
     try:
-        return couplings_of(model)
+        found = couplings_of(model)
+        return input_couplings(model, found) if config.i_ratio else found
     except ValueError as error:
         if _is_known(model):
             raise

@@ -23,7 +23,7 @@ from s2ft.config import PROTECTED, S2FTConfig, refuse
 from s2ft.distributed import decide, is_distributed
 from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_folder
-from s2ft.model.coupling import PROJECTIONS, Coupling, Projection, projections_of, unit_name
+from s2ft.model.coupling import ONE_SIDED, PROJECTIONS, Coupling, Projection, projections_of, unit_name
 from s2ft.model.weights import can_run, have_numbers, weight_at
 from s2ft.selection.batches import Calibration
 from s2ft.selection.metrics import (
@@ -291,7 +291,7 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
     if not config.ratios:
         raise ValueError(
             "nothing is selected: set at least one of q_ratio, k_ratio, v_ratio, o_ratio, "
-            "u_ratio, g_ratio, d_ratio, l_ratio above 0"
+            "u_ratio, g_ratio, d_ratio, l_ratio, i_ratio above 0"
         )
     layers = requested_layers(couplings, config)
     present = sorted({projection.key for projection in projections_of(couplings)}, key=PROJECTIONS.index)
@@ -327,7 +327,7 @@ def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
 
 def _units(projection: Projection, ratio: float) -> int:
     units = int(ratio * projection.count + 0.5)
-    if projection.key == "l":  # layers of very different sizes share this ratio
+    if projection.key in ONE_SIDED:  # layers of very different sizes share this ratio
         return max(1, units)
     if units == 0:
         raise ValueError(

@@ -23,7 +23,7 @@ from s2ft.distributed import follow, full_values, is_dtensor, reshard_all
 from s2ft.files.plain_text import by_key
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.layers.kind import Split
-from s2ft.model.coupling import Coupling, Projection
+from s2ft.model.coupling import ONE_SIDED, Coupling, Projection
 from s2ft.model.running import evaluation_mode, forward_hooks, gathered_forwards, remove_new_hooks
 from s2ft.model.weights import find, parameter_position, put, split_of_units, weight_at
 from s2ft.selection.batches import (
@@ -461,7 +461,7 @@ def random_scores(request: Request) -> Units:
                 side, count = ("producers", "consumer")[projection.dim], projection.count
                 purpose = f"{request.config.seed}/{coupling.kind}/{coupling.layer}/{side}/{count}"
                 purpose += "" if projection.expert is None else f"/{projection.expert}"
-                purpose += f"/{projection.path}" if projection.key == "l" else ""  # a layer has many of one kind
+                purpose += f"/{projection.path}" if projection.key in ONE_SIDED else ""  # a layer has many of one kind
                 purpose += "/global" if over_layers else ""
                 seed = int.from_bytes(hashlib.sha256(purpose.encode()).digest()[:8], "little") >> 1
                 generator = torch.Generator().manual_seed(seed)
