@@ -159,9 +159,6 @@ def _checkpoint(shadow: nn.Module, kind: Any) -> None:
     getattr(shadow, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})
 
 
-LOSSES = ("labels", "return_loss")  # inputs that make a model compute its loss
-
-
 def made_inputs(
     shadow: Any, batch: int, length: int | None, logits: int | None, device: torch.device
 ) -> dict[str, Any]:
@@ -191,16 +188,6 @@ def made_inputs(
     elif "return_loss" in takes:
         inputs["return_loss"] = True
     return inputs
-
-
-def labelled(inputs: dict[str, Any], output: Any) -> dict[str, Any]:
-    """Add labels to the inputs if the logits are classes of a row or of a token."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.dim() not in (2, 3):
-        return inputs
-    dtype = logits.dtype if logits.shape[-1] == 1 else torch.int64  # a single value is a regression
-    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-    return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=dtype, device=device)}
 
 
 def shape_of(inputs: Any) -> tuple[int, int | None]:
