@@ -59,19 +59,21 @@ def make_shadow(
     shadow = copy.deepcopy(model, memo)
     # with the fingerprint of no base, so that nothing is compared
     record = Attachment(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
-    allocation = config.allocation if config.selection == "random" else "uniform"
-    plain = (
-        config
-        if config.units is not None
-        else replace(config, selection="random", order="largest", allocation=allocation, protect_ratio=None)
-    )
-    selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
+    selection = select(couplings_in_towers(shadow, found.couplings, config), as_random(config), shadow)
     claim(shadow, record)
     mount(shadow, record, config, selection, "estimate")
     expect_none(record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
     return shadow, record
+
+
+def as_random(config: S2FTConfig) -> S2FTConfig:
+    """Return a configuration that trains as many units and chooses them without data."""
+    if config.units is not None:
+        return config
+    allocation = config.allocation if config.selection == "random" else "uniform"
+    return replace(config, selection="random", allocation=allocation, order="largest", protect_ratio=None)
 
 
 def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -27,7 +27,7 @@ from s2ft.distributed import check_all_ranks_agree
 from s2ft.files.plain_text import replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
-from s2ft.text.collator import batches_of
+from s2ft.text.collator import text_batches
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
@@ -251,11 +251,8 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         method.log_memory(run, model, data)
     with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
-        protect = None
-        if protected is not None:
-            size, longest = arguments.per_device_train_batch_size, longest_other_row(model)
-            texts = text_rows(protected, tokenizer, longest, run.forgetting.protect_rows, run.config.seed)
-            protect = batches_of(texts, tokenizer, size)
+        size, most = arguments.per_device_train_batch_size, run.forgetting.protect_rows
+        protect = text_batches(protected, tokenizer, longest_other_row(model), most, run.config.seed, size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
