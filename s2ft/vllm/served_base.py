@@ -47,17 +47,6 @@ THREADS = 4  # that read weights
 Names = dict[str, list[tuple[str, str]]]  # by layer: labels in the fingerprint, and names of parameters
 
 
-def served_base(manager: Any) -> "ServedBase":
-    """Return the base of an engine; it is made at the first adapter.
-
-    Args:
-        manager: vLLM's WorkerLoRAManager.
-    """
-    if not hasattr(manager, "s2ft_base"):
-        manager.s2ft_base = ServedBase(part_of(manager, "s2ft_vllm_config"), part_of(manager, "_adapter_manager"))
-    return manager.s2ft_base
-
-
 class ServedBase:
     """The model that a vLLM engine was started with."""
 
@@ -354,7 +343,9 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
     try:
         adapter = native.read(folder)
         loras = _weights(adapter, manager)
-        served_base(manager).check(adapter)
+        if not hasattr(manager, "s2ft_base"):  # one for each engine
+            manager.s2ft_base = ServedBase(part_of(manager, "s2ft_vllm_config"), part_of(manager, "_adapter_manager"))
+        manager.s2ft_base.check(adapter)
     except (OSError, ValueError) as error:
         words = str(error).replace(str(folder), request.lora_path)  # the folder may be a copy
         raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {words}") from error
