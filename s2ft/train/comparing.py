@@ -244,7 +244,7 @@ def report(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str:
         cells = [shown(name, one[name]) + more for name, more in zip(kinds, spread)]
         rows.append([names[method], f"{one['rate']:.2g}", *cells])
     before = f"{lines[0]['loss_before']:.4f} before training, on {lines[0]['rows']} held-out rows"
-    text = [f"\nloss {before}; {lines[0]['updates']} updates\n", table(rows, right=range(1, len(rows[0])))]
+    text = [f"\nloss {before}; {lines[0]['updates']} updates\n", table(rows, right=range(1, len(rows[0]))), ""]
     for method, one in best.items():
         losses = ", ".join(f"{loss:.4f} at {rate:.2g}" for rate, loss in one["losses"].items())
         text.append(f"{names[method]} by rate: loss {losses}")
