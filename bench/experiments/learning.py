@@ -148,7 +148,7 @@ class Base:
 
         def make() -> BaseDistributions:
             asked = [one for ones in task.tests.values() for one in ones][: settings["kl_prompts"]]
-            prompts = encode_prompts(self.tokenizer, asked, self.room(task), self.prompt)
+            prompts = list(encode_prompts(self.tokenizer, asked, self.room(task), self.prompt).values())
             answers = generate(self.model, self.tokenizer, prompts, 64, task.max_new_tokens)
             ends = [
                 self.tokenizer(text, add_special_tokens=False)["input_ids"] + [self.tokenizer.eos_token_id]
@@ -178,14 +178,13 @@ class Base:
         """
         how = (settings.get("answer_batch", 64), task.max_new_tokens, "answering", settings.get("beams", 1))
         prompts = encode_prompts(self.tokenizer, examples, self.room(task), self.prompt)
-        kept = [number for number, prompt in enumerate(prompts) if prompt is not None]  # the others do not fit
-        answers = generate(model, self.tokenizer, [prompts[number] for number in kept], *how)
-        right = [task.right(examples[number], text) for number, text in zip(kept, answers)]
+        answers = generate(model, self.tokenizer, list(prompts.values()), *how)
+        right = [task.right(examples[number], text) for number, text in zip(prompts, answers)]
         if file is not None:
             file.parent.mkdir(parents=True, exist_ok=True)
             lines = [
                 {"question": examples[n].question, "generated": text, "right": is_right}
-                for n, text, is_right in zip(kept, answers, right)
+                for n, text, is_right in zip(prompts, answers, right)
             ]
             file.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8")
         return sum(right) / len(right)
@@ -195,7 +194,8 @@ class Base:
         """Return the share of examples whose right answer is the likeliest of the task's choices."""
         right = 0
         prompts = encode_prompts(self.tokenizer, examples, self.room(task), self.prompt)
-        for one, prompt in zip(examples, prompts):
+        for number, prompt in prompts.items():
+            one = examples[number]
             choices = task.choices(one)
             ends = [self.tokenizer(choice, add_special_tokens=False)["input_ids"] for choice in choices]
             batch = self.batches([self._row(prompt, end) for end in ends], len(ends))[0]

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import s2ft
-from s2ft.train.planning import as_random
+from s2ft.estimation.shadow import as_random
 from s2ft.train.tuners import TUNERS, check_no_options, check_tuner, s2ft_config, with_peft
 
 

@@ -11,12 +11,14 @@ from typing import Any
 from bench.experiments.runner import DONE, ExperimentRun, Results
 from s2ft.files.plain_text import replace_file
 from s2ft.packages import MissingPackages, check_packages
-from s2ft.train.comparing import GREY, HUES
 from s2ft.train.tuners import TUNERS
 
 logger = logging.getLogger(__name__)
 FORMS = ("png", "svg")
 WIDTH = 7.0  # of a figure, in inches
+# One hue for S²FT and one for LoRA and its variants. Grey is for all other methods, and for text.
+HUES = {"s2ft": "#0d9488", **dict.fromkeys(("lora", "dora", "rslora"), "#d97706")}
+GREY = "#808080"
 
 
 @dataclass(frozen=True)
@@ -265,7 +267,7 @@ def draw(figure: Figure):
 
 
 def hue_of(label: str) -> str:
-    """The colour of a method, whose title the label begins with, as in the figure of `s2ft compare`."""
+    """The colour of a method, whose title the label begins with."""
     return next((hue for name, hue in HUES.items() if label.startswith(TUNERS[name].title)), GREY)
 
 

@@ -156,8 +156,8 @@ def _measure_drift(job: EvalArguments, model, prompter, other: Any, examples: Se
     if job.kl:
         answers = job.kl_on == "answers"
         room = (context_length(model) or 1 << 30) - (job.max_new_tokens if answers else 1)
-        encoded = encode_prompts(prompter.tokenizer, some(examples, job.meter_rows), room, prompter.format)
-        asked = [ids for ids in encoded if ids is not None]
+        drawn = some(examples, job.meter_rows)
+        asked = list(encode_prompts(prompter.tokenizer, drawn, room, prompter.format).values())
         prompts = (
             answer_rows(model, prompter.tokenizer, asked, job.max_new_tokens)
             if answers

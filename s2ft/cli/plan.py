@@ -58,7 +58,8 @@ class PlanArguments:
 )
 def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     import s2ft
-    from s2ft.train.planning import as_random, suggested_rate, table, width_of
+    from s2ft.estimation.shadow import as_random
+    from s2ft.train.planning import suggested_rate, table, width_of
 
     config = with_default_ratio(config, given)
     model, rows = job.model_and_rows(config)
@@ -137,13 +138,11 @@ class EstimateArguments(PlanArguments):
 
     def spread(self):
         """Return how training is spread over devices, an s2ft.Strategy, or None for one device."""
-        from s2ft.estimation.devices import Strategy, check_devices
+        from s2ft.estimation.devices import Strategy
 
         if self.strategy is None:
             return None
-        made = Strategy(self.strategy, self.offload, self.tp_size, reshard_after_forward=self.reshard_after_forward)
-        check_devices(made, self.devices)
-        return made
+        return Strategy(self.strategy, self.offload, self.tp_size, reshard_after_forward=self.reshard_after_forward)
 
 
 @command(
@@ -293,8 +292,8 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     import torch
 
     import s2ft
-    from s2ft.text.collator import batches_of, needs_calibration
-    from s2ft.text.divergence import read_texts, text_rows
+    from s2ft.text.collator import needs_calibration, text_batches
+    from s2ft.text.divergence import read_texts
     from s2ft.text.encoding import context_length
     from s2ft.text.models import load_model
     from s2ft.train.device import begin_on
@@ -310,10 +309,7 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     begin_on(device)
     calibration = _calibration(job, config, reading, model, tokenizer) if calibrated else None
     longest = min(job.max_length, context_length(model) or job.max_length)
-    protect = None
-    if protected is not None:
-        texts = text_rows(protected, tokenizer, longest, job.protect_rows, config.seed)
-        protect = batches_of(texts, tokenizer, job.batch_size)
+    protect = text_batches(protected, tokenizer, longest, job.protect_rows, config.seed, job.batch_size)
     return s2ft.select(model.to(device), config, calibration, protect=protect)
 
 

@@ -87,7 +87,7 @@ def estimate(
         example: A tensor, a tuple of arguments or a dict of arguments, with labels, to run the model on instead of
             inputs made from its config, `batch` and `length`. Only the values of masks and labels matter.
         loss: Function of (model, inputs) that returns what to differentiate. Default: the model's own loss if it
-            returns one, otherwise all its outputs. Inputs that s2ft makes have labels if the model takes them.
+            returns one, otherwise all its outputs. Inputs that s2ft makes have labels if the model predicts tokens.
         couplings: The model's couplings, as for :func:`attach`.
         strategy: "ddp", "fsdp2", "zero1", "zero2", "zero3", "tp", "tp+fsdp2", or a :class:`Strategy` with further
             settings. Default: one device.
@@ -135,8 +135,7 @@ def estimate(
         inputs = made_inputs(shadow, cast(int, batch), length, logits, kernels) if example is None else example
         if use_cache is not None and isinstance(inputs, dict) and "use_cache" in signature(shadow.forward).parameters:
             inputs = {**inputs, "use_cache": use_cache}
-        complete = example is not None or loss is not None
-        step = ShadowStep(shadow.train(), record, inputs, loss, kernels, autocast, complete)
+        step = ShadowStep(shadow.train(), record, inputs, loss, kernels, autocast)
         step.run(make, accumulation)
     here = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.device.type == place.type]
     loaded = bytes_of(here) if dtype is None and memory is None else 0

@@ -59,19 +59,21 @@ def make_shadow(
     shadow = copy.deepcopy(model, memo)
     # with the fingerprint of no base, so that nothing is compared
     record = Attachment(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
-    allocation = config.allocation if config.selection == "random" else "uniform"
-    plain = (
-        config
-        if config.units is not None
-        else replace(config, selection="random", order="largest", allocation=allocation, protect_ratio=None)
-    )
-    selection = select(couplings_in_towers(shadow, found.couplings, config), plain, shadow)
+    selection = select(couplings_in_towers(shadow, found.couplings, config), as_random(config), shadow)
     claim(shadow, record)
     mount(shadow, record, config, selection, "estimate")
     expect_none(record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
     return shadow, record
+
+
+def as_random(config: S2FTConfig) -> S2FTConfig:
+    """Return a configuration that trains as many units and chooses them without data."""
+    if config.units is not None:
+        return config
+    allocation = config.allocation if config.selection == "random" else "uniform"
+    return replace(config, selection="random", allocation=allocation, order="largest", protect_ratio=None)
 
 
 def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -159,9 +161,6 @@ def _checkpoint(shadow: nn.Module, kind: Any) -> None:
     getattr(shadow, f"{name}_checkpointing_enable")(**{f"{name}_checkpointing_kwargs": options})
 
 
-LOSSES = ("labels", "return_loss")  # inputs that make a model compute its loss
-
-
 def made_inputs(
     shadow: Any, batch: int, length: int | None, logits: int | None, device: torch.device
 ) -> dict[str, Any]:
@@ -191,16 +190,6 @@ def made_inputs(
     elif "return_loss" in takes:
         inputs["return_loss"] = True
     return inputs
-
-
-def labelled(inputs: dict[str, Any], output: Any) -> dict[str, Any]:
-    """Add labels to the inputs if the logits are classes of a row or of a token."""
-    logits = getattr(output, "logits", None)
-    if logits is None or logits.dim() not in (2, 3):
-        return inputs
-    dtype = logits.dtype if logits.shape[-1] == 1 else torch.int64  # a single value is a regression
-    device = next(value.device for value in inputs.values() if isinstance(value, Tensor))
-    return {**inputs, "labels": torch.zeros(logits.shape[:-1], dtype=dtype, device=device)}
 
 
 def shape_of(inputs: Any) -> tuple[int, int | None]:

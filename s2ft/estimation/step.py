@@ -1,6 +1,5 @@
 """The memory of a training step, by running one on a shadow of the model."""
 
-import inspect
 import re
 import weakref
 from collections import Counter
@@ -22,7 +21,6 @@ from torch.utils._pytree import tree_leaves
 
 from s2ft.attached.record import Attachment
 from s2ft.estimation.devices import MemoryPart, with_parts
-from s2ft.estimation.shadow import LOSSES, labelled
 from s2ft.layers import kind_of
 from s2ft.model.running import call_model
 from s2ft.packages import MissingPackages, is_installed
@@ -226,7 +224,6 @@ class ShadowStep:
         loss: Function of (shadow, inputs). Default: the model's own loss, or all its outputs.
         device: Device whose kernels are counted.
         autocast: Dtype of autocast, or None.
-        complete: True if no labels may be added to the inputs.
     """
 
     def __init__(
@@ -237,7 +234,6 @@ class ShadowStep:
         loss: Callable | None,
         device: torch.device,
         autocast: torch.dtype | None,
-        complete: bool,
     ) -> None:
         self.shadow, self.inputs, self.loss = shadow, inputs, loss
         self.autocast = _autocast(device, autocast)
@@ -250,11 +246,6 @@ class ShadowStep:
         self.within: list[tuple[str, bool]] = []  # modules whose forward is running, the innermost last
         self.broken: str | None = None  # the innermost part that raised an error
         self._hook(record, device)
-        takes = inspect.signature(shadow.forward).parameters
-        if not complete and "labels" in takes and not any(name in inputs for name in LOSSES):
-            with torch.no_grad(), self.memory, self.autocast():
-                output = self._guarded(partial(call_model, shadow, inputs))
-            self.inputs = labelled(inputs, output)
 
     def _hook(self, record: Attachment, device: torch.device) -> None:
         divided = with_parts(self.shadow)
@@ -347,7 +338,6 @@ class ShadowStep:
         most = {
             phase: weights + alive + (0 if phase == "optimizer" else states)
             for phase, alive in self.memory.peaks.items()
-            if phase  # not the dry run
         }
         phase = max(most, key=most.__getitem__)
         return most[phase], phase

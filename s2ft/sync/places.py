@@ -45,7 +45,7 @@ class Place:
         view: Part of the live parameter, with the dimensions of the checkpoint's tensor.
         dim: Dimension of the slice's positions.
         here: Positions in `view`, int64 [m].
-        mine: Numbers of these positions in the slice; None for all of them.
+        mine: Numbers of these positions in the slice, int64 [m].
         across: The part of each dimension of the slice's values; the whole one for `dim`.
         original: The numbers that were there, [m] along `dim`.
         line: Some of the numbers at the first position, a view of the live parameter, [k].
@@ -55,16 +55,14 @@ class Place:
     view: Tensor
     dim: int
     here: Tensor
-    mine: Tensor | None
+    mine: Tensor
     across: tuple[slice, ...]
     original: Tensor
     line: Tensor
 
     def write(self, values: Tensor) -> None:
         """Write this part of a slice's values, in the parameter's dtype."""
-        part = values[self.across]
-        part = part if self.mine is None else part.index_select(self.dim, self.mine)
-        self.view.index_copy_(self.dim, self.here, part)
+        self.view.index_copy_(self.dim, self.here, values[self.across].index_select(self.dim, self.mine))
 
     def restore(self) -> None:
         """Write back the original numbers."""
@@ -269,17 +267,16 @@ def _place(number: int, spec: SliceSpec, view: Tensor, starts: tuple[int, ...]) 
         for dim, (first, extent) in enumerate(zip(starts, view.shape))
     )
     original = view.index_select(spec.dim, here)
-    chosen = None if mine.numel() == spec.index.numel() else mine.to(view.device)
     line = view.select(spec.dim, int(here[0]))
     while line.dim() > 1:
         line = line[0]
-    return Place(number, view, spec.dim, here, chosen, across, original, torch.atleast_1d(line))
+    return Place(number, view, spec.dim, here, mine.to(view.device), across, original, torch.atleast_1d(line))
 
 
 # What one rank says about one of its places: the number of the slice, which part it is (parts with the same key on
-# several ranks are copies of each other), the numbers of its positions in the slice (None for all of them), how many
-# numbers it holds of each unit, and the hash of each of its units' parts.
-Part = tuple[int, tuple, Tensor | None, int, Tensor]
+# several ranks are copies of each other), the numbers of its positions in the slice, how many numbers it holds of each
+# unit, and the hash of each of its units' parts.
+Part = tuple[int, tuple, Tensor, int, Tensor]
 
 
 def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec]) -> list[Part]:
@@ -294,9 +291,8 @@ def parts_of(found: Iterable[Place], specs: Sequence[SliceSpec]) -> list[Part]:
         others = [size for dim, size in enumerate(specs[place.slice_number].shape) if dim != place.dim]
         across = tuple(one for dim, one in enumerate(place.across) if dim != place.dim)
         hashes = hashes_of(place.original, place.dim, factors(math.prod(others)).reshape(others)[across])
-        mine = None if place.mine is None else place.mine.cpu()
-        units = None if mine is None else (int(mine[0]), int(mine[-1]))
-        key = units, tuple((one.start, one.stop) for one in across)
+        mine = place.mine.cpu()
+        key = int(mine[0]), int(mine[-1]), *((one.start, one.stop) for one in across)
         parts.append((place.slice_number, key, mine, place.original.numel() // place.here.numel(), hashes.cpu()))
     return parts
 
@@ -321,9 +317,8 @@ def check_base(parts: Iterable[Part], specs: Sequence[SliceSpec]) -> None:
             if not torch.equal(first, hashes):
                 raise ValueError(f"{specs[number].name}: two ranks of this engine hold different numbers")
             continue
-        some = slice(None) if mine is None else mine
-        sums[number][some] += hashes
-        counts[number][some] += numbers
+        sums[number][mine] += hashes
+        counts[number][mine] += numbers
     for spec, count in zip(specs, counts):
         if bool((count != spec.numel // spec.index.numel()).any()):
             held = "no place" if not bool(count.any()) else "no place for all of it"

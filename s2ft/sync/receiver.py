@@ -175,32 +175,35 @@ class Receiver:
     def _content(self, message: Mapping[str, Any]) -> Tensor | None:
         """The numbers of an update, checked, on this rank's device; None for the base."""
         given = [name for name in ("values", "tensor", "base") if message.get(name) is not None]
-        if len(given) != 1:
-            raise ValueError(f"an update has one of values, tensor and base, not {' and '.join(given) or 'none'}")
+        refuse((len(given) != 1, f"an update has one of values, tensor and base, not {' and '.join(given) or 'none'}"))
         content, bound, step = message[given[0]], self._bound, message.get("step")
+        is_base = given == ["base"]
         _check_idle(message)
-        if given == ["base"] and content is not True:
-            raise ValueError(f"base must be true, not {content!r}")
-        if bound is None:
-            if content is True:
-                return None
-            raise RuntimeError(f"an update of sender {message.get('sender')!r} before init: this engine has the base")
-        self._check_sender(message.get("sender"))
-        if content is True:
+        refuse((is_base and content is not True, f"base must be true, not {content!r}"))
+        if bound is not None:
+            self._check_sender(message.get("sender"))
+        if is_base:
             return None
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise ValueError(f"step must be a whole number, not {step!r}")
-        if bound.step is not None and step < bound.step:
-            raise ValueError(f"step {step} of {bound.sender!r} is older than step {bound.step}, which is written")
+        if bound is None:
+            raise RuntimeError(f"an update of sender {message.get('sender')!r} before init: this engine has the base")
+        is_number, newest = type(step) is int, bound.step
+        refuse(
+            (not is_number, f"step must be a whole number, not {step!r}"),
+            (
+                is_number and newest is not None and step < newest,
+                f"step {step} of {bound.sender!r} is older than step {newest}, which is written",
+            ),
+        )
         _check_untouched(self.model, bound)
         flat = _decoded(content, bound.dtype) if given == ["values"] else content
-        if not isinstance(flat, Tensor):
-            raise ValueError(f"tensor must be a torch.Tensor in this process, not {type(flat).__name__}")
+        refuse((not isinstance(flat, Tensor), f"tensor must be a torch.Tensor here, not {type(flat).__name__}"))
         expected = sum(spec.numel for spec in bound.specs)
-        if flat.numel() != expected or flat.dtype != bound.dtype:
-            raise ValueError(
-                f"{flat.numel():,} numbers of {flat.dtype} came, and the slices have {expected:,} of {bound.dtype}"
+        refuse(
+            (
+                flat.numel() != expected or flat.dtype != bound.dtype,
+                f"{flat.numel():,} numbers of {flat.dtype} came, and the slices have {expected:,} of {bound.dtype}",
             )
+        )
         flat = flat.detach().reshape(-1).to(bound.places[0].view.device if bound.places else "cpu")
         if not all(bool(torch.isfinite(one)) for one in torch.aminmax(flat)):  # both are nan with a nan
             parts = zip(bound.specs, flat.split([spec.numel for spec in bound.specs]))

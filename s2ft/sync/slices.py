@@ -24,8 +24,8 @@ class Piece:
         shape: Its shape.
         dim: Its dimension along which the slice is taken.
         index: Positions along `dim`, ascending, int64 [n].
-        units: Which units of the slice these are, int64 [n]; None for all.
-        across: Which positions of the slice's other dimension the tensor holds, int64; None for all.
+        units: Which units of the slice these are, int64 [n].
+        across: Which positions of the slice's other dimension the tensor holds, int64.
         flipped: Whether the tensor has inputs first, where the slice has outputs first.
     """
 
@@ -33,14 +33,14 @@ class Piece:
     shape: tuple[int, ...]
     dim: int
     index: Tensor
-    units: Tensor | None = None
-    across: Tensor | None = None
-    flipped: bool = False
+    units: Tensor
+    across: Tensor
+    flipped: bool
 
     @property
     def count(self) -> int:
         """How many numbers it holds."""
-        return self.index.numel() * (self.shape[1 - self.dim] if self.across is None else self.across.numel())
+        return self.index.numel() * self.across.numel()
 
     def of(self, values: Tensor, dim: int) -> Tensor:
         """Cut this share out of a slice.
@@ -52,12 +52,9 @@ class Piece:
         Returns:
             The numbers, in the shape of the tensor with n in place of `dim`.
         """
-        if self.units is not None:
-            values = values.index_select(dim, self.units.to(values.device))
-        if self.across is not None:
-            values = values.index_select(1 - dim, self.across.to(values.device))
-        if self.flipped:
-            values = values.transpose(0, 1)
+        units, across = self.units.to(values.device), self.across.to(values.device)
+        values = values.index_select(dim, units).index_select(1 - dim, across)
+        values = values.transpose(0, 1) if self.flipped else values
         return values.reshape(*self.shape[: self.dim], self.index.numel(), *self.shape[self.dim + 1 :])
 
 
@@ -126,7 +123,8 @@ class CheckpointNames:
                     f"{weight}: its checkpoint has the experts in one tensor, of which slices can't be sent: train "
                     "other projections, or send the merged weights"
                 )
-            return [Piece(weight if group is None else group.name, tuple(shape), units, index, flipped=transposed)]
+            every = torch.arange(index.numel()), torch.arange(shape[across])
+            return [Piece(weight if group is None else group.name, tuple(shape), units, index, *every, transposed)]
         pieces = (_piece(name, maps, (units, across), dim, index, expert)
                   for name, maps in self._maps(weight, shape, group).items())  # fmt: skip
         found = [piece for piece in pieces if piece is not None]
@@ -223,9 +221,7 @@ def _piece(
     if other is None or other_dim == place:
         raise refusal
     chosen = torch.searchsorted(index, line[found])
-    some = None if torch.equal(chosen, torch.arange(index.numel())) else chosen
-    part = None if torch.equal(other, torch.arange(other.numel())) else other
-    return Piece(name, tuple(maps[0].shape), place, found, some, part, flipped=place != dim)
+    return Piece(name, tuple(maps[0].shape), place, found, chosen, other, flipped=place != dim)
 
 
 def _line(values: Tensor) -> tuple[Tensor | None, int]:

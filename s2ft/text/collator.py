@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from s2ft.selection.batches import IGNORED
 from s2ft.selection.metrics import METRICS
+from s2ft.text.divergence import text_rows
 from s2ft.text.encoding import left_pad
 from s2ft.text.prompts import pad_id
 
@@ -213,3 +214,19 @@ def batches_of(rows: Sequence, tokenizer, batch_size: int) -> Iterator[dict]:
     """
     collate = TokenCollator(pad_id(tokenizer))
     return (collate(rows[start : start + batch_size]) for start in range(0, len(rows), batch_size))
+
+
+def text_batches(rows, tokenizer, longest: int, most: int, seed: int, batch_size: int) -> Iterator[dict] | None:
+    """Collate the text whose most important units are protected; None without any.
+
+    Args:
+        rows: The rows, as :func:`s2ft.text.divergence.read_texts` returns them, or None.
+        tokenizer: The model's tokenizer.
+        longest: Longest token row.
+        most: Number of token rows to draw.
+        seed: Seed of the draw.
+        batch_size: Rows in a batch.
+    """
+    if rows is None:
+        return None
+    return batches_of(text_rows(rows, tokenizer, longest, most, seed), tokenizer, batch_size)

@@ -184,10 +184,31 @@ class Evaluation:
         return text + (f"; {self.left_out} rows left out as too long" if self.left_out else "")
 
 
+def fitting(lengths: Sequence[int], room: int) -> list[int]:
+    """Return the numbers of the prompts that fit, and log a warning with the number of the others.
+
+    Args:
+        lengths: Tokens of each prompt.
+        room: Longest prompt in tokens.
+
+    Raises:
+        ValueError: No prompt fits.
+    """
+    kept = [number for number, length in enumerate(lengths) if length <= room]
+    left_out, count = len(lengths) - len(kept), len(lengths)
+    if not kept:
+        raise ValueError(
+            f"none of {count} prompts fits into the {room} tokens that the model's context leaves for the prompt"
+        )
+    if left_out:
+        logger.warning("left out %d of %d rows: the prompt is longer than %d tokens", left_out, count, room)
+    return kept
+
+
 def encode_prompts(
     tokenizer, examples: Sequence[Example], room: int, prompt: PromptFormat | None = None
-) -> list[list[int] | None]:
-    """Encode the prompts of examples, and log a warning with the number of prompts that are too long.
+) -> dict[int, list[int]]:
+    """Encode the prompts of examples that fit, see :func:`fitting`.
 
     Args:
         tokenizer: The model's tokenizer.
@@ -196,22 +217,14 @@ def encode_prompts(
         prompt: The format of prompts. None uses the tokenizer's chat template.
 
     Returns:
-        Token ids for each example, or None if its prompt is too long.
+        The token ids by the number of the example.
 
     Raises:
         ValueError: No prompt fits.
     """
     form = prompt or PromptFormat()
     prompts = [encode_prompt(tokenizer, example.prompt_for(form), example.tools) for example in examples]
-    fitting = [prompt if len(prompt) <= room else None for prompt in prompts]
-    left_out = fitting.count(None)
-    if left_out == len(prompts):
-        raise ValueError(
-            f"none of {len(prompts)} prompts fits into the {room} tokens that the model's context leaves for the prompt"
-        )
-    if left_out:
-        logger.warning("left out %d of %d rows: the prompt is longer than %d tokens", left_out, len(prompts), room)
-    return fitting
+    return {number: prompts[number] for number in fitting(list(map(len, prompts)), room)}
 
 
 def evaluate(
@@ -261,14 +274,13 @@ def evaluate(
     answers = [right_answer(example, task) for example in examples]
     room = (context_length(model) or 1 << 30) - max_new_tokens
     prompts = encode_prompts(tokenizer, examples, room, prompt)
-    kept = [(number, prompt) for number, prompt in enumerate(prompts) if prompt is not None]
     start = time.perf_counter()
-    texts = generate(model, tokenizer, [prompt for _, prompt in kept], batch_size, max_new_tokens, title, num_beams)
+    texts = generate(model, tokenizer, list(prompts.values()), batch_size, max_new_tokens, title, num_beams)
     records = [
         Record(examples[number].question, text, answers[number], is_right(text, answers[number], task))
-        for (number, _), text in zip(kept, texts)
+        for number, text in zip(prompts, texts)
     ]
-    return Evaluation(task, records, len(prompts) - len(kept), time.perf_counter() - start)
+    return Evaluation(task, records, len(examples) - len(prompts), time.perf_counter() - start)
 
 
 # ---- an adapter beside its base ------------------------------------------------------------------------

@@ -315,11 +315,10 @@ def encode_rendered(tokenizer, rendered: Sequence[Rendered]) -> list[tuple[list[
     rows, at = [], 0
     for one in rendered:
         prompts = ids[at + 1 : at + 1 + len(one.prompts)]
-        if any(ids[at][: len(prompt)] != prompt for prompt in prompts):
+        if not fast or any(ids[at][: len(prompt)] != prompt for prompt in prompts):
             row, labels = _encode_in_parts(tokenizer, one)
         else:
-            row, offsets = ids[at], encoded["offset_mapping"][at] if fast else None
-            labels = _labels_by_prefixes(tokenizer, one, row) if offsets is None else _labels(one, row, offsets)
+            row, labels = ids[at], _labels(one, ids[at], encoded["offset_mapping"][at])
         rows.append(([*one.begin, *row], [IGNORED] * len(one.begin) + labels))
         at += 1 + len(one.prompts)
     return rows
@@ -334,7 +333,7 @@ def _labels(one: Rendered, ids: list[int], offsets: Sequence[tuple[int, int]]) -
     return labels
 
 
-def _labels_by_prefixes(tokenizer, one: Rendered, ids: list[int], cuts: Sequence[int] = ()) -> list[int]:
+def _labels_by_prefixes(tokenizer, one: Rendered, ids: list[int], cuts: Sequence[int]) -> list[int]:
     """Labels for texts in parts, and for tokenizers that do not say where their tokens stand in the text."""
     labels = [IGNORED] * len(ids)
     for span in one.spans:
@@ -344,7 +343,7 @@ def _labels_by_prefixes(tokenizer, one: Rendered, ids: list[int], cuts: Sequence
 
 
 def _encode_in_parts(tokenizer, one: Rendered) -> tuple[list[int], list[int]]:
-    """Encode a text so that it begins with the ids of each of its prompts."""
+    """Encode a text so that it begins with the ids of each of its prompts, also by a tokenizer without offsets."""
     cuts: list[int] = []
     for prompt in one.prompts:
         head, whole = (_encode_parts(tokenizer, text, cuts) for text in (one.text[:prompt], one.text))

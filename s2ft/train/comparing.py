@@ -23,7 +23,6 @@ from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
 from s2ft.train.device import explain_out_of_memory, peak_memory
-from s2ft.train.fit import log_errors
 from s2ft.train.options import CompareOptions, with_default_ratio
 from s2ft.train.output import only_run_in, write_json
 from s2ft.train.parallel import devices_of
@@ -32,16 +31,13 @@ from s2ft.train.run import Run, load, meter_of, other_text, smaller_step
 from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepare, train_rows
 
 logger = logging.getLogger(__name__)
-RUNS, REPORT, FIGURE = "runs.jsonl", "compare.json", "compare.png"
+RUNS, REPORT = "runs.jsonl", "compare.json"
 OF_COMMAND = ("output_dir", "overwrite", "methods", "rates", "seeds", "one_run")  # options that no run depends on
 REFUSED = ("resume_from_checkpoint", "on_top", "init_adapter", "protect", "push_to_hub", "load_best_model_at_end",
            "stop_after", "early_stopping_patience", "stop_at_forgetting", "stop_at_kl")  # fmt: skip
 OF_PEFT = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
            "lora_modules_to_save": "modules_to_save",
            **{name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}}  # fmt: skip # by TRL's
-# One hue for S²FT and one for LoRA and its variants. Grey is for all other methods, and for text.
-HUES = {"s2ft": "#0d9488", **dict.fromkeys(("lora", "dora", "rslora"), "#d97706")}
-GREY = "#808080"
 SHOWN = 2  # answers side by side
 
 
@@ -101,9 +97,6 @@ def compare_tuners(run: Run, words: Sequence[str]) -> None:
         best = {method: best_rate([line for line in lines if line["method"] == method]) for method in options.methods}
         print(report(lines, best))
         write_json(folder / REPORT, {"settings": settings, "best": best, "runs": lines})
-        with log_errors(f"{folder / FIGURE} was not drawn"):
-            check_packages("figures")
-            loss_over_rate(lines).savefig(folder / FIGURE, dpi=150, transparent=True)
 
 
 def check(run: Run, options: CompareOptions) -> None:
@@ -211,7 +204,7 @@ def options_of_peft(run: Run, method: str, model) -> dict[str, Any]:
     return found
 
 
-# ---- what is printed and drawn ---------------------------------------------------------------------------------
+# ---- what is printed --------------------------------------------------------------------------------------------
 
 
 def best_rate(lines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -222,21 +215,21 @@ def best_rate(lines: list[dict[str, Any]]) -> dict[str, Any]:
 
     Returns:
         The means by the names of :data:`MEASURES`, half the range of each under `spread`, the rate, and its place among
-        the rates under `edge`: "smallest", "largest" or "".
+        the rates under `edge`: "smallest", "largest" or "". Under `losses` the mean loss at each rate.
     """
     rates = by_key((line["rate"], line) for line in lines)
-    means = {rate: fmean(line["loss_after"] for line in own) for rate, own in rates.items()}
+    means = {rate: fmean(line["loss_after"] for line in rates[rate]) for rate in sorted(rates)}
     best = min(means, key=lambda rate: means[rate] if math.isfinite(means[rate]) else math.inf)
     ends = {min(rates): "smallest", max(rates): "largest"} if len(rates) > 1 else {}
     own = rates[best]
     values = {name: [line[name] for line in own] for name in MEASURES if name in own[0]}
     spread = {name: (max(found) - min(found)) / 2 for name, found in values.items()}
-    found = {"rate": best, "edge": ends.get(best, ""), "seeds": len(own), "spread": spread}
+    found = {"rate": best, "edge": ends.get(best, ""), "losses": means, "seeds": len(own), "spread": spread}
     return {**found, "samples": own[0]["samples"], **{name: fmean(each) for name, each in values.items()}}
 
 
 def report(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str:
-    """Return the comparison as text: a table, what is better and by how much, what to doubt, and answers.
+    """Return the comparison as text: a table, losses by rate, what is better and by how much, doubts, and answers.
 
     Args:
         lines: The lines of all runs.
@@ -251,7 +244,10 @@ def report(lines: list[dict[str, Any]], best: dict[str, dict[str, Any]]) -> str:
         cells = [shown(name, one[name]) + more for name, more in zip(kinds, spread)]
         rows.append([names[method], f"{one['rate']:.2g}", *cells])
     before = f"{lines[0]['loss_before']:.4f} before training, on {lines[0]['rows']} held-out rows"
-    text = [f"\nloss {before}; {lines[0]['updates']} updates\n", table(rows, right=range(1, len(rows[0])))]
+    text = [f"\nloss {before}; {lines[0]['updates']} updates\n", table(rows, right=range(1, len(rows[0]))), ""]
+    for method, one in best.items():
+        losses = ", ".join(f"{loss:.4f} at {rate:.2g}" for rate, loss in one["losses"].items())
+        text.append(f"{names[method]} by rate: loss {losses}")
     for other in others:
         text += ["", f"{names[first]} against {names[other]}:"]
         text += [f"  {difference(name, best, first, other)}" for name in kinds if name != NEITHER]
@@ -281,30 +277,3 @@ def difference(name: str, best: dict[str, dict[str, Any]], first: str, other: st
 def shown(name: str, value: float) -> str:
     """Return a value of :data:`MEASURES` as text."""
     return format(value, MEASURES[name][1])
-
-
-def loss_over_rate(lines: list[dict[str, Any]]):
-    """Draw the held-out loss of each method over its learning rate, as a matplotlib Figure.
-
-    Args:
-        lines: The lines of all runs.
-    """
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.subplots()
-    for method, own in by_key((line["method"], line) for line in lines).items():
-        losses = by_key((line["rate"], line["loss_after"]) for line in own)
-        points, hue = sorted((rate, fmean(found)) for rate, found in losses.items()), HUES.get(method, GREY)
-        axes.plot(*zip(*points), marker="o", color=hue)
-        for rate, loss in points:
-            title = f"{TUNERS[method].title} " if rate == points[-1][0] else ""
-            place = {"xytext": (0, 6), "textcoords": "offset points", "ha": "center"}
-            axes.annotate(f"{title}{loss:.3f}", (rate, loss), color=hue, **place)
-    axes.set_xscale("log")
-    axes.set_xlabel("learning rate", color=GREY)
-    axes.set_ylabel(f"loss on held-out rows (before: {lines[0]['loss_before']:.3f})", color=GREY)
-    axes.tick_params(which="both", colors=GREY)  # readable on white and on black
-    axes.spines[:].set_color(GREY)
-    axes.margins(x=0.12, y=0.12)
-    return figure

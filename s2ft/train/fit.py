@@ -507,9 +507,8 @@ def check_dtype(model, arguments) -> None:
     arguments.fp16 = arguments.fp16 or half
 
 
-@contextlib.contextmanager
-def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[None]:
-    """Use the chunked loss inside the context if the options ask for it and it equals the model's own loss.
+def loss_for(model, arguments, options: RunOptions, batch: dict) -> contextlib.AbstractContextManager:
+    """Return a context with the chunked loss, if the options ask for it and it equals the model's own loss.
 
     Otherwise the model's own loss is used, and the reason is logged. TRL's own loss, if the arguments ask for it,
     replaces both.
@@ -522,8 +521,7 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> Iterator[Non
         reason = _why_not_chunked(model, arguments, batch)
         if reason and arguments.process_index == 0:
             logger.info("the loss keeps the logits: %s", reason)
-    with contextlib.nullcontext() if reason else chunked_loss(model, in_evaluation=True):
-        yield
+    return contextlib.nullcontext() if reason else chunked_loss(model, in_evaluation=True)
 
 
 def _why_not_chunked(model, arguments, batch: dict) -> str:

@@ -18,7 +18,7 @@ from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
 from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
-from s2ft.text.evaluation import HeldOut, compare, examples_of, right_answer
+from s2ft.text.evaluation import HeldOut, compare, examples_of, fitting, right_answer
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_for_rows, with_columns
 from s2ft.train.batching import row_lengths, takes
 from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
@@ -307,15 +307,9 @@ class GRPO(RL):
 def _fitting(rows, tokenizer, room: int, run: Run, what: str):
     """Leave out rows with a prompt of more than `room` tokens, and return also the tokens of the longest one."""
     lengths = [len(encode_prompt(tokenizer, row["prompt"])) for row in rows]
-    kept = [number for number, length in enumerate(lengths) if length <= room]
-    left = len(rows) - len(kept)
-    if not kept:
-        raise ValueError(
-            f"none of {len(rows)} prompts fits into the {room} tokens that the context leaves for a prompt"
-        )
-    note = f"; {left} left out, longer than the {room} tokens that the context leaves for a prompt" if left else ""
-    run.say(f"{len(kept)} {what}{note}")
-    return rows.select(kept) if left else rows, max(lengths[number] for number in kept)
+    kept = fitting(lengths, room)
+    run.say(f"{len(kept)} {what}")
+    return rows.select(kept), max(lengths[number] for number in kept)
 
 
 METHODS = {method.name: method for method in (SFT(), DPO(), GRPO())}

@@ -29,6 +29,7 @@ from torch import nn
 import s2ft
 from s2ft.config import S2FTConfig
 from s2ft.estimation.devices import Estimate, size
+from s2ft.estimation.shadow import as_random
 from s2ft.files import plain_text as tables
 from s2ft.files.plain_text import first_line
 from s2ft.model.coupling import projections_of
@@ -91,14 +92,6 @@ def rows_of(model: nn.Module, config: S2FTConfig, ratios: Sequence[float] = RATI
         except ValueError as error:
             rows.append(Planned(ratio, refused=first_line(error)))
     return sorted(rows, key=lambda row: (row.ratio is not None, row.ratio or 0.0))
-
-
-def as_random(config: S2FTConfig) -> S2FTConfig:
-    """Return a configuration that trains as many units and chooses them without data."""
-    if config.units is not None:
-        return config
-    allocation = config.allocation if config.selection == "random" else "uniform"
-    return replace(config, selection="random", allocation=allocation, order="largest", protect_ratio=None)
 
 
 def with_ratio(config: S2FTConfig, ratio: float) -> S2FTConfig:

@@ -4,14 +4,13 @@ TRL's accuracy_reward was tried in place of `answer_equal`: it takes LaTeX such 
 reward to right answers in words, in `<answer>`, after `####`, and to letters of choices (32 of 46 cases of the tests).
 """
 
-import contextlib
 import functools
 import importlib.util
 import inspect
 import math
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -334,32 +333,18 @@ def check_columns(rewards: Sequence[Reward], columns: Iterable[str]) -> None:
 
 def checked(function: Reward, title: str) -> Reward:
     """Return a function that calls a reward and checks its result. Errors name `title`."""
-    if inspect.iscoroutinefunction(function):  # TRL awaits those only
 
-        @functools.wraps(function)
-        async def reward(*args: Any, **given: Any) -> list:
-            with _naming(title):
-                result = await function(*args, **given)
-            return _check_result(result, len(given["completions"]), title)
-    else:
-
-        @functools.wraps(function)
-        def reward(*args: Any, **given: Any) -> list:
-            with _naming(title):
-                result = function(*args, **given)
-            return _check_result(result, len(given["completions"]), title)
+    @functools.wraps(function)
+    def reward(*args: Any, **given: Any) -> list:
+        try:
+            result = function(*args, **given)
+        except Exception as error:
+            line = inspect.trace()[-1].lineno
+            raise RewardError(f"reward {title} raised {type(error).__name__} in line {line}: {error}") from error
+        return _check_result(result, len(given["completions"]), title)
 
     reward.title = title
     return reward
-
-
-@contextlib.contextmanager
-def _naming(title: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        line = inspect.trace()[-1].lineno
-        raise RewardError(f"reward {title} raised {type(error).__name__} in line {line}: {error}") from error
 
 
 def _check_result(result: Any, count: int, title: str) -> list:

@@ -24,10 +24,10 @@ from s2ft.attached.report import Report
 from s2ft.attached.saving import add_info, push_to_hub
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import check_all_ranks_agree
-from s2ft.files.plain_text import first_line, replace_file
+from s2ft.files.plain_text import replace_file
 from s2ft.packages import check_packages, is_installed
 from s2ft.selection import with_protect_ratio
-from s2ft.text.collator import batches_of
+from s2ft.text.collator import text_batches
 from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
@@ -194,7 +194,6 @@ def train(run: Run, config_text: Any) -> None:
     check_kernels(options.kernels)
     set_batches(arguments, options, run.given)
     with folder.reserved(bool(run.resume), options.overwrite) if run.is_first else nullcontext():
-        check_upload(arguments)
         # The adapter is uploaded once, at the end. The trainer would upload every checkpoint.
         uploads, arguments.push_to_hub = arguments.push_to_hub, False
         result = _train(run, config_text)
@@ -252,11 +251,8 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         method.log_memory(run, model, data)
     with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
-        protect = None
-        if protected is not None:
-            size, longest = arguments.per_device_train_batch_size, longest_other_row(model)
-            texts = text_rows(protected, tokenizer, longest, run.forgetting.protect_rows, run.config.seed)
-            protect = batches_of(texts, tokenizer, size)
+        size, most = arguments.per_device_train_batch_size, run.forgetting.protect_rows
+        protect = text_batches(protected, tokenizer, longest_other_row(model), most, run.config.seed, size)
         _begin(run, model, data, calibration, protect, config_text(run))
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
@@ -466,23 +462,6 @@ def fitting_batch(run: Run, rows: int) -> int | None:
             "other numbers"
         )
     return size
-
-
-def check_upload(arguments: Any) -> None:
-    """Check before the training that the adapter can be uploaded after it.
-
-    Raises:
-        ValueError: The hub can't be reached, or takes no token.
-    """
-    if not arguments.push_to_hub:
-        return
-    from huggingface_hub import HfApi
-
-    try:
-        HfApi(token=arguments.hub_token).whoami()
-    except Exception as error:  # each error of the network has a class of its own
-        first = first_line(error).split(". ")[0]
-        raise ValueError(f"push_to_hub: the hub does not let you write ({first}): run `hf auth login` first") from error
 
 
 def other_text(run: Run) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions, entry_points
 from pathlib import Path
@@ -19,14 +20,15 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import grouped, source_of
 from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
+from s2ft.config import refuse
 from s2ft.export import lora
 from s2ft.model.checkpoint import weights_on_disk
-from s2ft.model.coupling import Coupling, projections_of
+from s2ft.model.coupling import Coupling
 from s2ft.text.adapter_prompts import recorded_format, standalone_template
 from s2ft.text.models import hollow_model, load_model
 from s2ft.text.prompts import PromptFormat
 from s2ft.vllm.compatibility import EXPORT, TESTED, private
-from s2ft.vllm.layers import SWITCH
+from s2ft.vllm.layers import NO_PLACES, SWITCH
 from s2ft.vllm.lora_requests import NEEDED
 from s2ft.vllm.resolver import ALLOWED, DIRECTORY
 from s2ft.vllm.slice_layer import KINDS, OPTION
@@ -121,12 +123,16 @@ def adapters_of(model_name: str, sources: Sequence[str], revision: str = "main")
 
 def _served(name: str, folder: Path, base: "_Base") -> Served:
     adapter = native.read_without_values(folder)
-    if adapter.extra_weights:
-        raise ValueError(
-            f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
-            "serve the merged model"
-        )
-    paths = base.compare(adapter)
+    refuse(
+        (adapter.structure is None, NO_PLACES),
+        (
+            adapter.extra_weights,
+            f"it has {next(iter(adapter.extra_weights), None)} trained in full, and vLLM's adapters have no whole "
+            "weights: serve the merged model",
+        ),
+    )
+    base.compare(adapter)
+    paths = {name: location.path for name, location in adapter.structure.locations.items()}
     ranks: dict[str, int] = {}
     for projection, delta in adapter.deltas.items():
         ranks[paths[projection]] = ranks.get(paths[projection], 0) + delta.index.numel()
@@ -138,27 +144,14 @@ class _Base:
     """The base without its weights. Those that adapters change are read from its files, once."""
 
     def __init__(self, model_name: str) -> None:
-        self._name, self._record = model_name, functools.cache(self._read)
-        try:
-            self._model, self._error = hollow_model(model_name), None
-        except ValueError as error:  # a model with code of its own, for instance
-            self._model, self._error = None, error
+        self._name, self._record, self._model = model_name, functools.cache(self._read), None
+        with suppress(ValueError):  # a model with code of its own, for instance: the plugin compares
+            self._model = hollow_model(model_name)
 
-    def compare(self, adapter: Adapter) -> dict[str, str]:
-        """Compare an adapter with the base. Returns the module of each projection of the base.
-
-        A base that can't be built here is compared by the plugin. The modules are then those that the adapter records.
-
-        Raises:
-            ValueError: The adapter is of another base, or the base can't be built and the adapter records no modules.
-        """
-        if self._error is not None:
-            if adapter.structure is None:
-                raise self._error
-            return {name: location.path for name, location in adapter.structure.locations.items()}
-        record = self._record(adapter.couplings and tuple(adapter.couplings))
-        check_fits(adapter, self._model, record)
-        return {projection.name: projection.path for projection in projections_of(record.couplings)}
+    def compare(self, adapter: Adapter) -> None:
+        """Raise ValueError if an adapter is of another base."""
+        if self._model is not None:
+            check_fits(adapter, self._model, self._record(adapter.couplings and tuple(adapter.couplings)))
 
     def _read(self, couplings: tuple[Coupling, ...] | None) -> Attachment:
         try:

@@ -176,6 +176,7 @@ def admit(manager: Any, lora: Any, name: str) -> None:
 # into qkv_proj), and serves adapters on the layers that it has wrapped for LoRA alone.
 
 MERGED = "export the model merged (s2ft export --format merged)"  # what always works
+NO_PLACES = "it does not record where its slices lie: load it into its model and save it again"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The base that a vLLM engine serves, as adapters have to know it: its structure and its fingerprint.
+"""The base that a vLLM engine serves, as adapters have to know it: its fingerprint, and the layout of its layers.
 
 An adapter belongs to a base whose weights have the numbers of its fingerprint. They are compared with the files that
 vLLM has loaded, once for each engine. Where the files can't be read one weight at a time (a quantized checkpoint,
@@ -31,7 +31,6 @@ from s2ft.model.fingerprint import (
     TOLERANCE,
     TRANSPOSED,
     Location,
-    Structure,
     difference,
     layer_print,
     read_print,
@@ -41,22 +40,11 @@ from s2ft.model.registry import couplings_of
 from s2ft.model.weights import Delta
 from s2ft.vllm import layers
 from s2ft.vllm.compatibility import logger, part_of, private
-from s2ft.vllm.layers import MERGED, Target, WrappedLayers
+from s2ft.vllm.layers import MERGED, NO_PLACES, Target, WrappedLayers
 from s2ft.vllm.slice_layer import encode
 
 THREADS = 4  # that read weights
 Names = dict[str, list[tuple[str, str]]]  # by layer: labels in the fingerprint, and names of parameters
-
-
-def served_base(manager: Any) -> "ServedBase":
-    """Return the base of an engine; it is made at the first adapter.
-
-    Args:
-        manager: vLLM's WorkerLoRAManager.
-    """
-    if not hasattr(manager, "s2ft_base"):
-        manager.s2ft_base = ServedBase(part_of(manager, "s2ft_vllm_config"), part_of(manager, "_adapter_manager"))
-    return manager.s2ft_base
 
 
 class ServedBase:
@@ -75,21 +63,7 @@ class ServedBase:
         self._compared: list[dict[str, Any]] = []  # fingerprints of adapters of this base
         self._known_layouts: set[tuple[str, str]] = set()  # last words of modules, with their storage
 
-    # ---- structure ---------------------------------------------------------------------------------
-
-    def structure(self, adapter: Adapter) -> Structure:
-        """Return where an adapter's slices lie: what its file says, or what its model's structure says.
-
-        Raises:
-            ValueError: The file does not say it, and the model can't be built, or lacks a projection of the adapter.
-        """
-        if adapter.structure is None:
-            model, couplings = self.model_of(adapter)
-            try:
-                adapter.structure = structure_of(model, couplings, adapter.deltas)
-            except KeyError as error:
-                raise ValueError(f"it is of another base: the served model has no projection {error.args[0]}") from None
-        return adapter.structure
+    # ---- the model ---------------------------------------------------------------------------------
 
     def model_of(self, adapter: Adapter) -> tuple[nn.Module, list[Coupling]]:
         """The served model on the meta device, and the couplings of an adapter in it."""
@@ -98,14 +72,8 @@ class ServedBase:
         key = "" if adapter.couplings is None else repr(adapter.couplings)
         if key not in self._hollow:
             folder = self._folder()
-            try:
-                model = hollow_model(str(self._config.model_config.model if folder is None else folder))
-                self._hollow[key] = model, couplings_of(model, adapter.couplings)
-            except (OSError, ValueError, AttributeError) as error:
-                raise ValueError(
-                    f"it does not record where its slices lie, and the structure of the served model can't be built "
-                    f"({error}): load it into its model and save it again"
-                ) from error
+            model = hollow_model(str(self._config.model_config.model if folder is None else folder))
+            self._hollow[key] = model, couplings_of(model, adapter.couplings)
         return self._hollow[key]
 
     def _folder(self) -> Path | None:
@@ -153,15 +121,15 @@ class ServedBase:
                 return ""
         if found is not None:
             return found
-        names, config = self.structure(adapter).base_weights, self._config.model_config
+        names, config = adapter.structure.base_weights, self._config.model_config
         ways = getattr(config.hf_config, "quantization_config", None), getattr(config, "quantization", None)
         return live_difference(self._manager, names, theirs, is_quantized or ways != (None, None))
 
     def _check_layout(self, adapter: Adapter) -> None:
         """Compare a few columns of the live layers with the files: once for each kind of module, because vLLM loads
         the modules of one name in one way."""
-        targets, locations = WrappedLayers(self._manager), self.structure(adapter).locations
-        for location in locations.values():
+        targets = WrappedLayers(self._manager)
+        for location in adapter.structure.locations.values():
             kind = location.path.rpartition(".")[2], location.storage
             weight = None if kind in self._known_layouts else self._weight(adapter, location)
             if weight is not None and not has_layout(targets, location.path, weight):
@@ -198,7 +166,7 @@ class ServedBase:
                 files = checkpoint and way(checkpoint, adapter, dtype)
                 if files:
                     yield read(files)
-            except (KeyError, OSError, ValueError) as error:  # CannotStream is a ValueError
+            except (AttributeError, KeyError, OSError, ValueError) as error:  # CannotStream is a ValueError
                 logger.info("s2ft: the base's files are not compared in this way: %s", error)
 
     def checkpoint(self) -> Checkpoint | None:
@@ -210,7 +178,7 @@ class ServedBase:
 
     def _by_name(self, checkpoint: Checkpoint, adapter: Adapter, dtype: torch.dtype | None) -> "Files | None":
         """The tensors of the files as they are, where they have the names that the adapter has recorded."""
-        names = self.structure(adapter).base_weights
+        names = adapter.structure.base_weights
         listed = {name for pairs in names.values() for _, name in pairs}
         patterns = {_without_numbers(name) for name in listed} if adapter.couplings is None else set()
         if any(_without_numbers(name) in patterns and name not in listed for name in checkpoint.tensors):
@@ -374,9 +342,10 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
     began = time.perf_counter()
     try:
         adapter = native.read(folder)
-        base = served_base(manager)
-        loras = _weights(adapter, manager, base)
-        base.check(adapter)
+        loras = _weights(adapter, manager)
+        if not hasattr(manager, "s2ft_base"):  # one for each engine
+            manager.s2ft_base = ServedBase(part_of(manager, "s2ft_vllm_config"), part_of(manager, "_adapter_manager"))
+        manager.s2ft_base.check(adapter)
     except (OSError, ValueError) as error:
         words = str(error).replace(str(folder), request.lora_path)  # the folder may be a copy
         raise ValueError(f"S²FT adapter {request.lora_name!r} ({request.lora_path}): {words}") from error
@@ -387,15 +356,18 @@ def lora_of(manager: Any, request: Any, folder: Path) -> Any:
     return lora
 
 
-def _weights(adapter: Adapter, manager: Any, base: ServedBase) -> dict[str, Any]:
+def _weights(adapter: Adapter, manager: Any) -> dict[str, Any]:
     """vLLM's LoRALayerWeights of each module, by the name under which vLLM looks for them."""
-    if adapter.extra_weights:
-        raise ValueError(
-            f"it has {next(iter(adapter.extra_weights))} trained in full, and vLLM's adapters have no whole weights: "
-            f"{MERGED}"
-        )
+    refuse(
+        (adapter.structure is None, NO_PLACES),
+        (
+            adapter.extra_weights,
+            f"it has {next(iter(adapter.extra_weights), None)} trained in full, and vLLM's adapters have no whole "
+            f"weights: {MERGED}",
+        ),
+    )
     config, adapter_manager = part_of(manager, "lora_config"), part_of(manager, "_adapter_manager")
-    locations, targets = base.structure(adapter).locations, WrappedLayers(adapter_manager)
+    locations, targets = adapter.structure.locations, WrappedLayers(adapter_manager)
     for name in adapter.deltas:
         location = locations[name]
         is_expert = location.expert is not None or "experts" in location.storage

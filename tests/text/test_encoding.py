@@ -183,10 +183,9 @@ def test_prompts_have_the_format_and_long_ones_are_left_out(caplog):
     tokenizer, long = tiny_tokenizer(), Example(({"role": "user", "content": "b" * 500},), "4")
     text = Example("2+3=", "5")
     for form, expected in ((PromptFormat("text"), "2+3="), (PromptFormat(system="Be brief."), "system\nBe brief.")):
-        (ids,) = encode_prompts(tokenizer, [text], 150, form)
+        (ids,) = encode_prompts(tokenizer, [text], 150, form).values()
         assert expected in tokenizer.decode(ids)
-    found = encode_prompts(tokenizer, [text, long], room=100)
-    assert found[0] and found[1] is None and "left out 1 of 2 rows" in caplog.text
+    assert [*encode_prompts(tokenizer, [text, long], room=100)] == [0] and "left out 1 of 2 rows" in caplog.text
     with pytest.raises(ValueError, match="none of 1 prompts fits into the 100"):
         encode_prompts(tokenizer, [long], room=100)
 

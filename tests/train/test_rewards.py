@@ -1,7 +1,5 @@
 """Rewards: what the built-in ones read in a text, and how functions of a file are found and checked."""
 
-import asyncio
-
 import pytest
 from support.inside import RewardError, answer_equal, answer_format, check_columns, is_equal, load_rewards, numbers
 
@@ -96,9 +94,6 @@ def right(completions, answer, **_):
 def helper(text):
     return text
 
-async def later(completions, **_):
-    return [1.0 for _ in completions]
-
 def strict(completions):
     return []
 
@@ -121,7 +116,7 @@ def test_functions_of_a_file_are_rewards(file):
 
 
 def test_a_file_without_names_gives_every_function_with_completions(file):
-    assert [reward.__name__ for reward in load_rewards([str(file)])] == ["short", "right", "later", "strict"]
+    assert [reward.__name__ for reward in load_rewards([str(file)])] == ["short", "right", "strict"]
 
 
 def test_a_function_of_a_package_is_a_reward():
@@ -176,8 +171,3 @@ def test_a_reward_that_fails_or_returns_something_else_is_named(result, words, t
     (wrong,) = load_rewards([str(tmp_path / "results.py")])
     with pytest.raises(RewardError, match=f"results.py:wrong.*{words}"):
         wrong(completions=["a"])
-
-
-def test_a_reward_may_be_a_coroutine(file):
-    (later,) = load_rewards([f"{file}:later"])
-    assert asyncio.run(later(completions=["a", "b"])) == [1.0, 1.0]

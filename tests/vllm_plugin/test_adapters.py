@@ -164,14 +164,11 @@ def saved(model, tmp_path, **ratios):
     return save_adapters(model.float().eval(), tmp_path, {"a": ratios}, scale=0.05)
 
 
-@pytest.mark.parametrize("recorded", [True, False])
-def test_several_projections_in_one_weight(tmp_path, recorded):
+def test_several_projections_in_one_weight(tmp_path):
     torch.manual_seed(0)
     model = Phi3ForCausalLM(Phi3Config(**SHAPE, vocab_size=512, max_position_embeddings=1024, pad_token_id=0))
     ratios = dict(d_ratio=0.05, u_ratio=0.03, g_ratio=0.03, q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
     phi = saved(model, tmp_path, **ratios)
-    if not recorded:
-        native.write(replace(s2ft.read_adapter(phi.adapters / "a"), structure=None), phi.adapters / "a")
     answers, _ = offline(phi.base, tmp_path, [*step(phi, "a"), None], max_lora_rank=256)
     assert answers == [phi.answers["a"], phi.answers["base"]]
 

@@ -156,7 +156,7 @@ def test_adapters_that_cannot_be_served_are_left_out(work, tmp_path, caplog):
             vllm.adapters_of(str(model), [str(folder)])
 
 
-def test_a_base_that_cannot_be_built_needs_adapters_that_record_their_modules(work, monkeypatch):
+def test_a_base_that_cannot_be_built_and_an_adapter_that_does_not_record_its_modules(work, monkeypatch):
     expected = {one.name: one.ranks for one in vllm.adapters_of(str(work / "model"), [str(work / "adapters")])}
     monkeypatch.setattr(vllm, "hollow_model", Mock(side_effect=ValueError("the model has code of its own")))
     found = vllm.adapters_of(str(work / "model"), [str(work / "adapters")])
@@ -165,7 +165,7 @@ def test_a_base_that_cannot_be_built_needs_adapters_that_record_their_modules(wo
     monkeypatch.setattr(
         vllm.native, "read_without_values", lambda folder: dataclasses.replace(read(folder), structure=None)
     )
-    with pytest.raises(ValueError, match="'a0' can't be served: the model has code of its own"):
+    with pytest.raises(ValueError, match="'a0' can't be served: it does not record where its slices lie"):
         vllm.adapters_of(str(work / "model"), [str(work / "adapters" / "a0")])
 
 

@@ -296,14 +296,6 @@ def _hub(path: str, *name: str | None, **options: Any) -> Rows:
 # ---- temporary files ------------------------------------------------------------------------------------
 
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks, so folders of killed processes stay there
-    fcntl = None  # type: ignore[assignment]
-
-PREFIX, LOCK = "s2ft-data-", "in-use"
-
-
 @functools.cache
 def scratch_folder() -> Path:
     """Return the temporary folder of this process and of those that it forks. TMPDIR moves it.
@@ -313,19 +305,8 @@ def scratch_folder() -> Path:
         >>> scratch_folder().is_dir()
         True
     """
-    for lock in Path(tempfile.gettempdir()).glob(f"{PREFIX}*/{LOCK}") if fcntl else ():
-        try:
-            with lock.open("r+") as file:  # of a process that has ended: nobody holds its lock
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(lock.parent, ignore_errors=True)
-        except OSError:  # it is in use, of another user, or was removed just now
-            pass
-    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    folder = Path(tempfile.mkdtemp(prefix="s2ft-data-"))
     atexit.register(_remove, folder, os.getpid())
-    if fcntl:
-        held = os.open(folder / "new", os.O_CREAT | os.O_RDWR)  # open as long as the process lives
-        fcntl.flock(held, fcntl.LOCK_EX)
-        (folder / "new").rename(folder / LOCK)  # the lock appears when it is held
     return folder
 
 
