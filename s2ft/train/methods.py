@@ -1,35 +1,25 @@
 """What `s2ft sft`, `s2ft dpo` and `s2ft grpo` do differently from each other."""
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
-import torch
-from transformers import Trainer
-
-import s2ft
 from s2ft.config import refuse
-from s2ft.files.plain_text import first_line
 from s2ft.packages import check_packages
-from s2ft.text.collator import TokenCollator, calibration_for, needs_calibration
+from s2ft.text.collator import calibration_for, needs_calibration
 from s2ft.text.data.rows import EXAMPLES, PAIRS, PROMPTS, Shape, load_split
 from s2ft.text.divergence import row_of_prompt
-from s2ft.text.encoding import IDS, IGNORED, context_length, encode_pairs, token_row, tokenize_rows
+from s2ft.text.encoding import context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, fitting, right_answer
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_for_rows, with_columns
-from s2ft.train.batching import row_lengths, takes
-from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, is_checkpointed, log_errors, sft
-from s2ft.train.loss import loss_in_chunks, why_not_chunked
+from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, log_errors, sft
 from s2ft.train.output import write_json
-from s2ft.train.parallel import devices_of, is_spread, strategy_of_run
+from s2ft.train.parallel import devices_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Run
-from s2ft.train.trainers import needs_trl_loss, refuse_sharding
+from s2ft.train.trainers import refuse_sharding
 
-logger = logging.getLogger(__name__)
 ENOUGH, MOST_HELD_OUT = 100, 64  # rows of which s2ft sft holds some out by itself: a twentieth, at most so many
 FOR_SFT = "is an option of s2ft sft, which this command does not have: leave it out"
 
@@ -41,14 +31,12 @@ class Method(ABC):
         name: Name of the command.
         fits_batch: Whether fewer rows make an update where there are few of them.
         rate_by_width: Whether the learning rate of a run that names none follows from the model's width.
-        answers: Token rows of a batch for each row of the data.
         shape: What the rows of the data have.
     """
 
     name: str
     fits_batch = True
     rate_by_width = False
-    answers = 1
     shape: Shape = EXAMPLES
 
     def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
@@ -92,41 +80,6 @@ class Method(ABC):
     def token_row(self, tokenizer, row) -> Any:
         """Return an encoded row as a token row whose labels are one answer."""
         return row
-
-    @abstractmethod
-    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
-        """Return a token row as long as the longest one of the training."""
-
-    def log_memory(self, run: Run, model, data: Encoded) -> None:
-        """Log the memory that a step on the longest rows takes on one device, with a warning if less is free."""
-        arguments = run.arguments
-        if devices_of(arguments).splits_rows or is_spread(model):  # the other devices do not call this
-            logger.info("memory was not estimated: rows or weights are divided among devices; s2ft estimate does it")
-            return
-        try:
-            strategy = strategy_of_run(arguments)
-            whole_logits = needs_trl_loss(arguments) or (strategy is not None and strategy.shards_weights)
-            chunked = run.options.chunked_loss and not arguments.torch_compile and not whole_logits
-            collator = TokenCollator(0, takes(model, "logits_to_keep") and not needs_trl_loss(arguments))
-            row = self.longest_row(run, data)
-            short = {"input_ids": row["input_ids"][:8], "labels": row["input_ids"][:8]}
-            kind, options = Trainer.get_optimizer_cls_and_kwargs(arguments)
-            found = s2ft.estimate(
-                model,
-                run.config,
-                example=collator([row] * arguments.per_device_train_batch_size * self.answers),
-                optimizer=partial(kind, **options),
-                loss=loss_in_chunks if chunked and not why_not_chunked(model, collator([short])) else None,
-                gradient_checkpointing=is_checkpointed(arguments),
-                accumulation=arguments.gradient_accumulation_steps,
-                autocast=torch.bfloat16 if arguments.bf16 else torch.float16 if arguments.fp16 else None,
-                strategy=strategy,
-                devices=None if strategy is None else devices_of(arguments).count,
-            )
-        except Exception as error:  # a model may fail on tensors without data, and the run does not need the estimate
-            logger.info("memory was not estimated: %s", first_line(error))
-            return
-        logger.log(logging.WARNING if found.fits is False else logging.INFO, "%s", found.lines())
 
     @abstractmethod
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any) -> Finetuned:
@@ -180,13 +133,6 @@ class SFT(Method):
         scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
         return Encoded(prompt, tokens.dataset, scored)
 
-    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
-        if run.arguments.packing:
-            full = list(range(run.arguments.max_length))  # the values do not matter
-            return {"input_ids": full, "labels": full}
-        lengths = row_lengths(data.rows)
-        return data.rows[lengths.index(max(lengths))]
-
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         result = sft(model, tokenizer, data.rows, run.arguments, run.folder, **how)
         if data.held_out is None or not result.finished or devices_of(run.arguments).count > 1:
@@ -213,7 +159,6 @@ class DPO(RL):
     """Pairs of a better and a worse answer."""
 
     name = "dpo"
-    answers = 2
     shape = PAIRS
 
     def encode(self, run: Run, model, tokenizer, rows, held_out) -> Encoded:
@@ -233,12 +178,6 @@ class DPO(RL):
 
     def token_row(self, tokenizer, row) -> Any:
         return token_row(row, "chosen_ids")
-
-    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
-        columns = zip(*(data.rows[name] for name in IDS))
-        lengths = [len(prompt) + max(len(chosen), len(rejected)) for prompt, chosen, rejected in columns]
-        pair = data.rows[lengths.index(max(lengths))]
-        return token_row(pair, max(IDS[1:], key=lambda name: len(pair[name])))
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         return dpo(model, tokenizer, data.rows, run.arguments, run.folder, **how)
@@ -290,14 +229,10 @@ class GRPO(RL):
                 f"{needed} (generation_batch_size {arguments.generation_batch_size} divided by num_generations "
                 f"{arguments.num_generations}): lower batch_size or raise num_generations"
             )
-        return Encoded(prompt, kept, others, longest)
+        return Encoded(prompt, kept, others)
 
     def token_row(self, tokenizer, row) -> Any:
         return row_of_prompt(encode_prompt(tokenizer, row["prompt"]))
-
-    def longest_row(self, run: Run, data: Encoded) -> Mapping[str, Any]:
-        answer = list(range(run.arguments.max_completion_length))  # the values do not matter
-        return {"input_ids": [0] * data.longest + answer, "labels": [IGNORED] * data.longest + answer}
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):
         arguments = run.arguments

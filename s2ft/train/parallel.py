@@ -166,30 +166,6 @@ def is_spread(model: nn.Module) -> bool:
     return any(is_sharded(parameter) for parameter in model.parameters())
 
 
-def strategy_of_run(arguments: Any):
-    """Return how the devices of a run share weights and states, for :func:`s2ft.estimate`; None for one device.
-
-    Args:
-        arguments: Arguments of one of TRL's trainers.
-    """
-    from s2ft.estimation.devices import Strategy
-
-    devices, deepspeed = devices_of(arguments), getattr(arguments, "deepspeed_plugin", None)
-    if devices.count == 1:
-        return None
-    if deepspeed is not None and deepspeed.zero_stage:
-        kept = {"all": "offload_param", "optimizer": "offload_optimizer"}  # in the memory of the host
-        value = deepspeed.hf_ds_config.get_value
-        places = {name: value(f"zero_optimization.{key}.device") for name, key in kept.items()}
-        offload = next((name for name, place in places.items() if place not in (None, "none")), None)
-        return Strategy(f"zero{deepspeed.zero_stage}", offload=offload)
-    if loading_config(arguments):
-        if devices.tensor == 1:
-            return Strategy("fsdp2")
-        return Strategy("tp") if devices.groups == 1 else Strategy("tp+fsdp2", tp_size=devices.tensor)
-    return Strategy("fsdp2" if _uses_fsdp(arguments) else "ddp")
-
-
 def check_can_shard(arguments: Any) -> None:
     """Raise ValueError if accelerate is to share a model between processors: it would use DDP, with hollow models."""
     if arguments.use_cpu and (_uses_fsdp(arguments) or _parallelism(arguments) is not None):

@@ -68,13 +68,11 @@ class Encoded:
         prompt: The format of the prompts, which the tokenizer has.
         rows: The rows to train on.
         held_out: The rows to evaluate on, or None.
-        longest: Tokens of the longest prompt, where a method needs them.
     """
 
     prompt: PromptFormat
     rows: Any
     held_out: Any = None
-    longest: int = 0
 
 
 @dataclass(frozen=True)
@@ -247,8 +245,6 @@ def _train(run: Run, config_text: Any) -> Finetuned:
     measured, protected = other_text(run)
     run, model, tokenizer, data = load(run)
     calibration = None if run.options.init_adapter else method.calibration(run, tokenizer, data)
-    if run.is_first and not run.resume:
-        method.log_memory(run, model, data)
     with base_for_vllm(model, tokenizer, arguments) as base:
         meter = meter_of(run, measured, model, tokenizer, data)
         size, most = arguments.per_device_train_batch_size, run.forgetting.protect_rows

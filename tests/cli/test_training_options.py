@@ -1,7 +1,5 @@
 """Each training option of `s2ft sft` has the promised effect, and impossible values are refused."""
 
-import importlib
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -121,22 +119,6 @@ def test_texts_train_without_a_template_and_the_adapter_says_so(work, tmp_path):
     )
     adapter = read_adapter(tmp_path / "out/adapter")
     assert adapter.info["prompt"]["form"] == "text" and adapter.config.ratios == {"d": 0.03}  # the paper's ratio
-
-
-def test_memory_is_logged_with_a_warning_if_it_does_not_fit_or_can_not_be_estimated(
-    work, tmp_path, caplog, monkeypatch
-):
-    caplog.set_level("INFO")
-    assert sft(work, tmp_path / "out", steps=1) == 0
-    (entry,) = [record for record in caplog.records if "Training takes" in record.message]
-    assert entry.levelname == "INFO" and "kept for backward (batch of 2 ×" in entry.message
-    caplog.clear()
-    monkeypatch.setattr(importlib.import_module("s2ft.estimation"), "free_memory", lambda place: 1000)
-    assert sft(work, tmp_path / "again", steps=1) == 0
-    (entry,) = [record for record in caplog.records if "Training takes" in record.message]
-    assert entry.levelname == "WARNING" and "It will not fit" in entry.message
-    monkeypatch.setattr("s2ft.estimate", lambda *args, **options: 1 / 0)
-    assert sft(work, tmp_path / "third", steps=1) == 0 and "memory was not estimated: division by zero" in caplog.text
 
 
 def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):

@@ -4,10 +4,8 @@ import pytest
 from support.inside import (
     PAIRS,
     PROMPTS,
-    TRAINING_METHODS,
     BadRow,
     DataOptions,
-    Encoded,
     PromptFormat,
     encode_pairs,
     encode_prompt,
@@ -141,8 +139,6 @@ def test_a_pair_has_the_prompt_of_generation_and_ends_after_the_end_of_turn(tmp_
     assert [tokenizer.decode(row[name]) for name in ("chosen_ids", "rejected_ids")] == ["5<|im_end|>", "6<|im_end|>"]
     assert str(found).startswith("1 pair: ")
     assert token_row(found.dataset[0], "chosen_ids")["labels"][-2:] == row["chosen_ids"]
-    longest = TRAINING_METHODS["dpo"].longest_row(None, Encoded(None, found.dataset))
-    assert len(longest["input_ids"]) == len(row["prompt_ids"]) + 2
 
 
 def test_long_pairs_are_left_out_or_cut(tmp_path):

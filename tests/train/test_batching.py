@@ -1,13 +1,9 @@
 """Batches: packed rows have the losses of rows that are padded, or packing is refused; rows are grouped by length."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from datasets import Dataset
 from support.inside import (
-    TRAINING_METHODS,
-    Encoded,
     LengthSampler,
     PackedCollator,
     SFTArguments,
@@ -138,13 +134,6 @@ def test_rows_are_packed_and_counted():
     assert sorted(length for row in packed for length in row["seq_lengths"]) == sorted(row_lengths(rows))
     assert all(sum(row["seq_lengths"]) == len(row["input_ids"]) <= 64 for row in packed)
     assert f"12 rows in {len(packed)} packs, packed to at most 64 tokens" in batching.line(len(rows), len(packed))
-
-
-def test_the_memory_estimate_takes_the_longest_row():
-    rows = Dataset.from_list(token_rows(12))
-    for arguments, length in ((arguments_for(), max(row_lengths(rows))), (arguments_for(packing=True), 64)):
-        run = SimpleNamespace(arguments=arguments)
-        assert len(TRAINING_METHODS["sft"].longest_row(run, Encoded(None, rows))["input_ids"]) == length
 
 
 def test_only_positions_that_predict_a_label_get_logits():
