@@ -100,11 +100,23 @@ class Codec:
 
     def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         """The factor and the summand that make a value from a level, within rounding."""
+        return scales[0].float(), 0.0
+
+    # ---- for a format whose scales belong to a block ---------------------------------------------------
+
+    def shifted(self, levels: Tensor, scales: Scales) -> Tensor:
+        """The levels as they are multiplied by the factor."""
+        return levels
+
+    def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
+        """The scales with another factor [outputs, blocks, 1] for each block, rounded to one that the format has."""
         raise NotImplementedError
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        """Other scales for these values [outputs, blocks, block], for a format whose scales belong to a block."""
-        return iter(())
+        """Other scales for these values [outputs, blocks, block]: the smallest under which the levels cover a block."""
+        low, high = (self.shifted(one, scales) for one in self._grid(values.device).sorted[[0, -1]].split(1))
+        smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        yield self.with_factor(torch.maximum(largest / high, smallest / low), scales)
 
     def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
         """The scales under which some levels are nearest to the values, of those of a block; None if there are none.
@@ -114,7 +126,10 @@ class Codec:
             levels: The levels, of the same shape.
             scales: The scales under which these levels were found.
         """
-        return None
+        levels = self.shifted(levels, scales)
+        squares = _sum(levels.square())
+        factor = _sum(values * levels) / torch.where(squares > 0, squares, 1.0)
+        return self.with_factor(factor.float(), scales)
 
     # ---- the same for all formats ------------------------------------------------------------------
 
@@ -265,21 +280,6 @@ def _look_up(row: Tensor, places: Tensor) -> Tensor:
 def _sum(numbers: Tensor) -> Tensor:
     """Sums over blocks. In float64 they are exact but for rare cases, so that no device has another one."""
     return numbers.sum(-1, keepdim=True, dtype=torch.float64)
-
-
-# ---- scales that cover a block's values -----------------------------------------------------------------
-
-
-def covering_scales(values: Tensor, low: float, high: float, zero: Tensor | float = 0.0) -> Tensor:
-    """The smallest positive scales [..., 1] under which the levels from `low` to `high` cover all values of a block."""
-    smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    return torch.maximum(largest / (high - zero), smallest / (low - zero))
-
-
-def fitted_scales(values: Tensor, levels: Tensor) -> Tensor:
-    """The factors [..., 1] by which the levels of a block come nearest to its values; 0 where all levels are 0."""
-    squares = _sum(levels.square())
-    return (_sum(values * levels) / torch.where(squares > 0, squares, 1.0)).float()
 
 
 def fitted_lines(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:
