@@ -13,7 +13,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
-from s2ft.adapter.folders import grouped
+from s2ft.files.plain_text import by_key
 from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
 from s2ft.model.parts import couplings_in_towers
@@ -27,6 +27,7 @@ HEADS = {  # which PEFT trains in full by itself, by the task
     "TOKEN_CLS": ("classifier", "score"),
     "QUESTION_ANS": ("qa_outputs",),
 }
+SHOWN = 5  # names in a warning
 
 
 @dataclass(frozen=True)
@@ -52,8 +53,13 @@ def warn_of_skipped(skipped: dict[str, str], trained: int) -> None:
     """
     if not skipped:
         return
+    by_reason = by_key((reason, name) for name, reason in skipped.items())
+    parts = (
+        f"{len(names)} {reason} ({', '.join(names[:SHOWN])}{', ...' * (len(names) > SHOWN)})"
+        for reason, names in by_reason.items()
+    )
     warnings.warn(
-        f"{len(skipped)} of {len(skipped) + trained} layers are not trained: {'; '.join(grouped(skipped))}. "
+        f"{len(skipped)} of {len(skipped) + trained} layers are not trained: {'; '.join(parts)}. "
         "config.skipped has their names",
         stacklevel=2,
     )
