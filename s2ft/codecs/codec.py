@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from s2ft.files.reading import check_finite
-
 Scales = tuple[Tensor, ...]
 
 
@@ -74,7 +72,7 @@ class Codec:
 
     Attributes:
         name: The format's name.
-        block: Inputs of one output that have a scale of their own, which :meth:`encode` may change with their codes.
+        block: Inputs of one output that have a scale of their own, which :meth:`nearest` may change with their codes.
             1 if the scales belong to more weights than that: they never change.
         rounds: Whether :meth:`scaled` gives fewer bits than float32.
         levels: What each code stands for before it is scaled, [codes] float32; not finite for codes that mean no
@@ -137,21 +135,6 @@ class Codec:
         """Return the values [outputs, inputs] of a packed matrix, those of the format's own library bit for bit."""
         return self.values(self.unpack(packed))
 
-    def encode(self, values: Tensor, packed: Any) -> Any:
-        """Return a packed matrix with the nearest values that the format has.
-
-        Of several encodings that are as near, the one that the matrix has stays. So ``encode(decode(x), x)`` is x.
-
-        Args:
-            values: The new values [outputs, inputs].
-            packed: The matrix as it is packed now. What several blocks share is taken from it.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
-        check_finite(f"a value for {self.name}", values)
-        return self.pack(self.nearest(values, self.unpack(packed)), packed)
-
     def added(self, packed: Any, index: Tensor, dim: int, delta: Tensor) -> Any:
         """Return a packed matrix with a delta added to some units. Nothing else of it changes.
 
@@ -172,6 +155,7 @@ class Codec:
     def nearest(self, values: Tensor, blocks: Blocks) -> Blocks:
         """Find the codes, and the scales if whole blocks have their own, that are nearest to some values.
 
+        Of several that are as near, the present ones stay: the values that the matrix has are packed as they are.
         The numbers are the same on every device, so that a file holds what training has multiplied by.
 
         Args:
