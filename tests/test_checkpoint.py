@@ -159,14 +159,14 @@ def test_a_checkpoint_that_does_not_fit_is_an_error(change, error, message, stor
 @pytest.mark.parametrize(
     "entry, message",
     [
-        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "lies outside the file"),
-        ({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "lies outside the file"),
-        ({"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}, "lies outside the file"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [0, 12]}, "has no valid place"),
+        ({"dtype": "F32", "shape": [8], "data_offsets": [0, 32]}, "describes other bytes than the file has"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}, "has no valid place"),
         ({"dtype": "F3", "shape": [4], "data_offsets": [0, 16]}, "has dtype 'F3', which s2ft does not read"),
-        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "outside the file"),
-        ({"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}, "has no valid entry"),
-        ({"dtype": "F32", "shape": [4]}, "has no valid entry"),
-        ("F32", "has no valid entry"),
+        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "has no valid shape"),
+        ({"dtype": "F32", "shape": 4, "data_offsets": [0, 16]}, "has no valid shape"),
+        ({"dtype": "F32", "shape": [4]}, "has no valid place"),
+        ("F32", "has dtype None"),
     ],
 )
 def test_a_damaged_header_is_an_error(entry, message, tmp_path):

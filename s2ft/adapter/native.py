@@ -22,8 +22,6 @@ from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import replace_file
 from s2ft.files.reading import (
     CONFIG,
-    FLOATS,
-    INTEGERS,
     KIND,
     MAX_CONFIG,
     PENDING,
@@ -35,10 +33,9 @@ from s2ft.files.reading import (
     parse_json,
     read_bytes,
     read_folder,
-    read_some_tensors,
-    read_tensors,
     shortened,
 )
+from s2ft.files.streaming import FLOATS, INTEGERS, NAMES, Entries, read_some_tensors, read_tensors
 from s2ft.model.coupling import Coupling, checked_couplings, projections_of
 from s2ft.model.fingerprint import Location, Structure
 from s2ft.model.weights import Delta
@@ -49,7 +46,6 @@ EXTRA = "extra_weights/"  # prefix of the extra weights' names among the tensors
 # Fields that config_sha256 covers. The other fields have a digest of their own, or define how the file is read.
 DIGESTED = ("name", "config", "projections", "base_fingerprint", "info", "couplings", "extra_weights", "structure")
 FIELDS = {"schema", "s2ft_version", "selection_digest", "tensors_sha256", "config_sha256", *DIGESTED}
-DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 MAX_ELEMENTS = 2**24  # of one side of a weight whose size is read from couplings in the file
 
 
@@ -83,7 +79,7 @@ def write(adapter: Adapter, folder) -> None:
         check_parameter(name, "save")
         refuse(
             (
-                value.dtype not in DTYPES,
+                NAMES.get(value.dtype) not in FLOATS,
                 f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}",
             ),
             (
@@ -111,7 +107,7 @@ def write(adapter: Adapter, folder) -> None:
         "couplings": [coupling.to_dict() for coupling in adapter.couplings or ()],
         "structure": adapter.structure and _structure_values(adapter.structure),
         "extra_weights": {
-            name: {"dtype": DTYPES[value.dtype], "shape": list(value.shape)}
+            name: {"dtype": NAMES[value.dtype], "shape": list(value.shape)}
             for name, value in sorted(adapter.extra_weights.items())
         },
     }
@@ -324,51 +320,36 @@ def _structure_values(structure: Structure) -> dict[str, Any]:
     }
 
 
-def _read_structure(values: dict[str, Any]) -> Structure:
-    """Read the values of :func:`_structure_values`.
-
-    Raises:
-        TypeError: A field is foreign or missing.
-        KeyError: A part is missing.
-        ValueError: A value is not valid.
-    """
-    if values.keys() != {"locations", "base_weights"}:
-        raise ValueError(f"it must have locations and base_weights, not {', '.join(sorted(values)[:5])}")
-    locations = {name: Location(**fields) for name, fields in values["locations"].items()}
-    for name, found in locations.items():
-        found.check(name)
-    for pair in (pair for pairs in values["base_weights"].values() for pair in pairs):
-        if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError("each of base_weights must be a label and a name")
-    return Structure(locations, {layer: list(map(tuple, pairs)) for layer, pairs in values["base_weights"].items()})
-
-
 def _structure(header: dict[str, Any], path: Path) -> Structure:
     """Where the slices lie: an entry for each projection, with a size that holds its indices and units."""
+    values = _field(header, "structure", dict, path)
     try:
-        structure = _read_structure(_field(header, "structure", dict, path))
+        if values.keys() != {"locations", "base_weights"}:
+            raise ValueError(f"it must have locations and base_weights, not {', '.join(sorted(values)[:5])}")
+        locations = {name: Location(**fields) for name, fields in values["locations"].items()}
+        for name, found in locations.items():
+            found.check(name)
+            check_projection(found.path, name)
+        base_weights = {layer: list(map(tuple, pairs)) for layer, pairs in values["base_weights"].items()}
+        for pair in (pair for pairs in values["base_weights"].values() for pair in pairs):
+            if not isinstance(pair, list) or len(pair) != 2 or not isinstance(pair[0], str):
+                raise ValueError("each of base_weights must be a label and a name")
+            check_parameter(pair[1], "base_weights")
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise ValueError(f"{path}: structure can't be read: {error}") from None
-    others, layers = header["projections"].keys(), header["base_fingerprint"]["layers"].keys()
+    others, layers = header["projections"], header["base_fingerprint"]["layers"]
     refuse(
-        (structure.locations.keys() != others, f"{path}: structure must have one location for each projection"),
-        (structure.base_weights.keys() != layers, f"{path}: structure must have the layers of base_fingerprint"),
+        (locations.keys() != others.keys(), f"{path}: structure must have one location for each projection"),
+        (base_weights.keys() != layers.keys(), f"{path}: structure must have the layers of base_fingerprint"),
     )
-    for name, location in structure.locations.items():
-        check_projection(location.path, "structure")
-        if header["projections"][name]["units"][-1] >= location.size:
+    for name, location in locations.items():
+        if others[name]["units"][-1] >= location.size:
             raise ValueError(f"{path}: {name} has a unit outside the size in structure, {location.size}")
-    for pairs in structure.base_weights.values():
-        for _, name in pairs:
-            check_parameter(name, "structure")
-    return structure
+    return Structure(locations, base_weights)
 
 
 def _check_entries(
-    entries: dict[str, tuple[str, tuple[int, ...]]],
-    projections: dict[str, Any],
-    extra_weights: dict[str, tuple[str, tuple[int, ...]]],
-    path: Path,
+    entries: Entries, projections: dict[str, Any], extra_weights: dict[str, tuple[str, tuple[int, ...]]], path: Path
 ) -> None:
     expected = {f"{name}.{part}" for name in projections for part in ("delta", "index")}
     expected |= {EXTRA + name for name in extra_weights}

@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from s2ft.files.reading import check_finite
-
 Scales = tuple[Tensor, ...]
 
 
@@ -74,7 +72,7 @@ class Codec:
 
     Attributes:
         name: The format's name.
-        block: Inputs of one output that have a scale of their own, which :meth:`encode` may change with their codes.
+        block: Inputs of one output that have a scale of their own, which :meth:`nearest` may change with their codes.
             1 if the scales belong to more weights than that: they never change.
         rounds: Whether :meth:`scaled` gives fewer bits than float32.
         levels: What each code stands for before it is scaled, [codes] float32; not finite for codes that mean no
@@ -100,11 +98,23 @@ class Codec:
 
     def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         """The factor and the summand that make a value from a level, within rounding."""
+        return scales[0].float(), 0.0
+
+    # ---- for a format whose scales belong to a block ---------------------------------------------------
+
+    def shifted(self, levels: Tensor, scales: Scales) -> Tensor:
+        """The levels as they are multiplied by the factor."""
+        return levels
+
+    def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
+        """The scales with another factor [outputs, blocks, 1] for each block, rounded to one that the format has."""
         raise NotImplementedError
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        """Other scales for these values [outputs, blocks, block], for a format whose scales belong to a block."""
-        return iter(())
+        """Other scales for these values [outputs, blocks, block]: the smallest under which the levels cover a block."""
+        low, high = (self.shifted(one, scales) for one in self._grid(values.device).sorted[[0, -1]].split(1))
+        smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
+        yield self.with_factor(torch.maximum(largest / high, smallest / low), scales)
 
     def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
         """The scales under which some levels are nearest to the values, of those of a block; None if there are none.
@@ -114,28 +124,16 @@ class Codec:
             levels: The levels, of the same shape.
             scales: The scales under which these levels were found.
         """
-        return None
+        levels = self.shifted(levels, scales)
+        squares = _sum(levels.square())
+        factor = _sum(values * levels) / torch.where(squares > 0, squares, 1.0)
+        return self.with_factor(factor.float(), scales)
 
     # ---- the same for all formats ------------------------------------------------------------------
 
     def decode(self, packed: Any) -> Tensor:
         """Return the values [outputs, inputs] of a packed matrix, those of the format's own library bit for bit."""
         return self.values(self.unpack(packed))
-
-    def encode(self, values: Tensor, packed: Any) -> Any:
-        """Return a packed matrix with the nearest values that the format has.
-
-        Of several encodings that are as near, the one that the matrix has stays. So ``encode(decode(x), x)`` is x.
-
-        Args:
-            values: The new values [outputs, inputs].
-            packed: The matrix as it is packed now. What several blocks share is taken from it.
-
-        Raises:
-            ValueError: A value is not finite.
-        """
-        check_finite(f"a value for {self.name}", values)
-        return self.pack(self.nearest(values, self.unpack(packed)), packed)
 
     def added(self, packed: Any, index: Tensor, dim: int, delta: Tensor) -> Any:
         """Return a packed matrix with a delta added to some units. Nothing else of it changes.
@@ -157,6 +155,7 @@ class Codec:
     def nearest(self, values: Tensor, blocks: Blocks) -> Blocks:
         """Find the codes, and the scales if whole blocks have their own, that are nearest to some values.
 
+        Of several that are as near, the present ones stay: the values that the matrix has are packed as they are.
         The numbers are the same on every device, so that a file holds what training has multiplied by.
 
         Args:
@@ -265,21 +264,6 @@ def _look_up(row: Tensor, places: Tensor) -> Tensor:
 def _sum(numbers: Tensor) -> Tensor:
     """Sums over blocks. In float64 they are exact but for rare cases, so that no device has another one."""
     return numbers.sum(-1, keepdim=True, dtype=torch.float64)
-
-
-# ---- scales that cover a block's values -----------------------------------------------------------------
-
-
-def covering_scales(values: Tensor, low: float, high: float, zero: Tensor | float = 0.0) -> Tensor:
-    """The smallest positive scales [..., 1] under which the levels from `low` to `high` cover all values of a block."""
-    smallest, largest = values.amin(-1, keepdim=True), values.amax(-1, keepdim=True)
-    return torch.maximum(largest / (high - zero), smallest / (low - zero))
-
-
-def fitted_scales(values: Tensor, levels: Tensor) -> Tensor:
-    """The factors [..., 1] by which the levels of a block come nearest to its values; 0 where all levels are 0."""
-    squares = _sum(levels.square())
-    return (_sum(values * levels) / torch.where(squares > 0, squares, 1.0)).float()
 
 
 def fitted_lines(values: Tensor, levels: Tensor) -> tuple[Tensor, Tensor]:

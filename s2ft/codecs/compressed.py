@@ -8,13 +8,12 @@ are quantized themselves: then they stay.
 """
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from s2ft.codecs.codec import Blocks, Codec, Scales, covering_scales, fitted_scales, gather, spread
+from s2ft.codecs.codec import Blocks, Codec, Scales, gather, spread
 
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # the numbers of 4 bits; those with the fourth bit are their negatives
 FLOAT8 = torch.float8_e4m3fn
@@ -45,9 +44,6 @@ class Float8(Codec):
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
         return levels.to(scales[0].dtype) * scales[0]
 
-    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
-        return scales[0].float(), 0.0
-
 
 class Nvfp4(Codec):
     """NVFP4: 4 bits, an FP8 scale for 16 inputs, and a scale for the weight, by which the others are divided."""
@@ -70,13 +66,7 @@ class Nvfp4(Codec):
     def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         return scales[0] / scales[1], 0.0
 
-    def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        yield self._rounded(values.abs().amax(-1, keepdim=True) / E2M1[-1], scales)
-
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        return self._rounded(fitted_scales(values, levels), scales)
-
-    def _rounded(self, factor: Tensor, scales: Scales) -> Scales:
+    def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
         scale = (factor * scales[1]).clamp(0, torch.finfo(FLOAT8).max)
         return scale.to(FLOAT8).to(torch.bfloat16), scales[1]
 
@@ -120,24 +110,17 @@ class Integer(Codec):
         return {**packed, **made}
 
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
-        scale, *zero = scales
-        levels = levels.to(scale.dtype)
-        return (levels - zero[0] if zero else levels) * scale
+        return self.shifted(levels.to(scales[0].dtype), scales) * scales[0]
 
     def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
         scale, *zero = (one.float() for one in scales)
         return scale, -zero[0] * scale if zero else 0.0
 
-    def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        scale, *zero = scales
-        low, high = float(self.levels[0]), float(self.levels[-1])
-        covering = covering_scales(values, low, high, zero[0].float() if zero else 0.0)
-        yield covering.clamp(min=0).to(scale.dtype), *zero
+    def shifted(self, levels: Tensor, scales: Scales) -> Tensor:
+        return levels - scales[1] if len(scales) > 1 else levels
 
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        scale, *zero = scales
-        levels = levels - zero[0].float() if zero else levels
-        return fitted_scales(values, levels).clamp(min=0).to(scale.dtype), *zero
+    def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
+        return factor.clamp(min=0).to(scales[0].dtype), *scales[1:]
 
 
 def _numbers(packed: Tensor, bits: int) -> Tensor:
@@ -214,11 +197,5 @@ class Nf4(Codec):
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:
         return (levels * scales[0]).to(getattr(torch, self.dtype))
 
-    def scale_and_offset(self, scales: Scales) -> tuple[Tensor, Tensor | float]:
-        return scales[0], 0.0
-
-    def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        yield (values.abs().amax(-1, keepdim=True),)
-
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        return (fitted_scales(values, levels).clamp(min=0),)
+    def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
+        return (factor.clamp(min=0),)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from s2ft.codecs.codec import Blocks, Codec
-from s2ft.codecs.gguf_types import TYPES
+from s2ft.codecs.gguf_types import TYPES, Gguf
 from s2ft.packages import check_packages
 
 
@@ -123,27 +123,19 @@ class GgufFile:
             raise ValueError(f"{self.path}: transformers converts {name}, so its blocks can't be changed one by one")
         return torch.from_numpy(numpy.ascontiguousarray(found[:, 0]))
 
-    def codec(self, path: str) -> Codec:
+    def codec(self, path: str) -> Gguf:
         """The codec of a weight.
 
         Raises:
-            ValueError: There is none for its type.
+            ValueError: There is none for its type, or its blocks can't be changed one by one.
         """
         kind = self.tensors[self.name(path)].tensor_type.name
         if kind not in TYPES:
             raise ValueError(
                 f"{self.path}: {self.name(path)} has the type {kind}, and there are codecs for {', '.join(TYPES)}"
             )
+        self.rows(path)
         return TYPES[kind]
-
-    def check(self, path: str) -> None:
-        """Raise ValueError if the blocks of a weight can't be changed one by one."""
-        self.codec(path), self.rows(path)
-
-    def blocks(self, path: str) -> numpy.ndarray:
-        """The bytes of a weight with a codec, [outputs, blocks of bytes of an output, bytes of a block]."""
-        data = self.tensors[self.name(path)].data
-        return data.reshape(data.shape[0], -1, TYPES[self.tensors[self.name(path)].tensor_type.name].size)
 
     def part(self, path: str, index: Tensor, dim: int) -> PackedPart:
         """Read the blocks that hold some rows or columns of a weight.
@@ -156,12 +148,12 @@ class GgufFile:
         Raises:
             ValueError: There is no codec for its type, or transformers converts it.
         """
-        self.codec(path)
-        data, rows = self.blocks(path), self.rows(path)
+        tensor, rows = self.tensors[self.name(path)], self.rows(path)
+        data = tensor.data.reshape(len(rows), -1, self.codec(path).size)
         if dim == 0:
             rows, blocks, index = rows[index], torch.arange(data.shape[1]), torch.arange(len(index))
         else:
-            size = int(self.tensors[self.name(path)].shape[0]) // data.shape[1]  # inputs of a block of bytes
+            size = int(tensor.shape[0]) // data.shape[1]  # inputs of a block of bytes
             blocks = (index // size).unique()
             index = torch.searchsorted(blocks, index // size) * size + index % size
         packed = torch.from_numpy(numpy.ascontiguousarray(data[numpy.ix_(rows.numpy(), blocks.numpy())]))
@@ -180,7 +172,7 @@ class GgufFile:
     def has_codec(self, path: str) -> bool:
         """Whether a weight of the file has a codec, and its blocks can be read one by one."""
         try:
-            self.check(path)
+            self.codec(path)
         except ValueError:
             return False
         return True

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from s2ft.codecs.codec import Blocks, Codec, Scales, covering_scales, fitted_lines, fitted_scales, gather, spread
+from s2ft.codecs.codec import Blocks, Codec, Scales, fitted_lines, gather, spread
 
 HALF = 65504.0  # the largest float16
 # See kvalues_iq4nl and kvalues_mxfp4 of llama.cpp: what the codes of 4 bits stand for.
@@ -70,13 +70,12 @@ class Gguf(Codec):
         for place, scale in zip((0, 2), scales):
             data[..., place : place + 2] = scale.half().view(torch.uint8)
 
-    def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
-        low, high = float(self.levels.min()), float(self.levels.max())
-        yield (as_half(covering_scales(values, low, high)),)
-        yield (as_half(-covering_scales(-values, low, high)),)
+    def with_factor(self, factor: Tensor, scales: Scales) -> Scales:
+        return (as_half(factor),)
 
-    def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        return (as_half(fitted_scales(values, levels)),)
+    def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
+        yield from super().candidates(values, scales)
+        yield from ((-scale,) for (scale,) in super().candidates(-values, scales))
 
 
 class WithMinimum(Gguf):

@@ -81,10 +81,6 @@ class PackedFolder:
                 return codec_of(group["weights"])
         raise ValueError(f"{self.path}: the weight of {path} is not packed")
 
-    def check(self, path: str) -> None:
-        """Raise ValueError if a weight has no codec."""
-        self.codec(path)
-
     def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:
         """The codec of a weight, and the blocks of some rows or columns.
 

@@ -43,18 +43,9 @@ class Memory(TorchDispatchMode):
         super().__init__()
         self.device, self.phase, self.alive = device, "", 0
         self.peaks: Counter = Counter()
-        of_model = (storage for tensor in [*shadow.parameters(), *shadow.buffers()] for storage in storages(tensor))
-        self._of_model = {storage._cdata: storage for storage in of_model}  # held, so that they stay alive
-        self._seen: dict[str, set[int]] = {"alive": set(), "saved": set()}
-
-    def is_new(self, storage: torch.UntypedStorage, purpose: str) -> bool:
-        """Return True the first time that a storage is seen for a purpose, unless it belongs to the model."""
-        key, seen = storage._cdata, self._seen[purpose]
-        if key in self._of_model or key in seen:
-            return False
-        seen.add(key)
-        weakref.finalize(storage, seen.discard, key)
-        return True
+        self.of_model: set[int] = set()
+        self._held = list(new_storages([*shadow.parameters(), *shadow.buffers()], self.of_model))
+        self._seen = set(self.of_model)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:  # fake tensors call this more often than any other
@@ -84,11 +75,10 @@ class Memory(TorchDispatchMode):
 
     def watch(self, tensor: Tensor) -> None:
         """Count a tensor's storages as long as they live. A storage is counted once."""
-        for storage in storages(tensor):
-            if self.is_new(storage, "alive"):
-                self.alive += storage.nbytes()
-                self.peaks[self.phase] = max(self.peaks[self.phase], self.alive)
-                weakref.finalize(storage, self._gone, storage.nbytes())
+        for storage in new_storages([tensor], self._seen):
+            self.alive += storage.nbytes()
+            self.peaks[self.phase] = max(self.peaks[self.phase], self.alive)
+            weakref.finalize(storage, self._gone, storage.nbytes())
 
     def _gone(self, number: int) -> None:
         self.alive -= number
@@ -122,15 +112,19 @@ def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
         yield tensor.untyped_storage()
 
 
-def bytes_of(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
-    """Return the bytes of the tensors' storages, without those in `seen`. A storage is counted once."""
-    seen, total = set() if seen is None else seen, 0
+def new_storages(tensors: Iterable[Tensor], seen: set[int]) -> Iterator[torch.UntypedStorage]:
+    """Yield the tensors' storages that are not in `seen`, each once. They are in it from then on, while they live."""
     for tensor in tensors:
         for storage in storages(tensor):
             if storage._cdata not in seen:
                 seen.add(storage._cdata)
-                total += storage.nbytes()
-    return total
+                weakref.finalize(storage, seen.discard, storage._cdata)
+                yield storage
+
+
+def bytes_of(tensors: Iterable[Tensor], seen: set[int] | None = None) -> int:
+    """Return the bytes of the tensors' storages, without those in `seen`. A storage is counted once."""
+    return sum(storage.nbytes() for storage in new_storages(tensors, set() if seen is None else seen))
 
 
 # ---- the machine -----------------------------------------------------------------------------------------
@@ -240,6 +234,7 @@ class ShadowStep:
         self.trained = {name: p for name, p in shadow.named_parameters() if p.requires_grad}
         self.part_of = _part_names(shadow)
         self.memory = Memory(shadow, device)
+        self.saved = set(self.memory.of_model)  # storages that autograd has saved, and those of the model
         # Bytes by part and kind. "divided": those kept that tensor parallelism divides.
         self.sums: dict[str, Counter] = {part: Counter() for part in self.part_of.values()}
         self._count_weights()  # before anything runs, because a layer may replace its weights
@@ -308,11 +303,10 @@ class ShadowStep:
         return found
 
     def _save(self, tensor: Tensor) -> Tensor:
-        for storage in storages(tensor):
-            if self.memory.is_new(storage, "saved"):
-                part, divided = self.within[-1] if self.within else (OUTSIDE, False)
-                self.sums[part]["kept"] += storage.nbytes()
-                self.sums[part]["divided"] += storage.nbytes() * divided
+        for storage in new_storages([tensor], self.saved):
+            part, divided = self.within[-1] if self.within else (OUTSIDE, False)
+            self.sums[part]["kept"] += storage.nbytes()
+            self.sums[part]["divided"] += storage.nbytes() * divided
         return tensor
 
     def _guarded(self, run: Callable[[], Any]) -> Any:
@@ -401,18 +395,10 @@ def _part_names(model: nn.Module) -> dict[str, str]:
     of the name that no layer has. For the model itself it is OUTSIDE.
     """
     paths = [name for name, _ in model.named_modules(remove_duplicate=False)]
-    layers = {path: found[0] for path in paths if (found := re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path))}
-    around = {parent for layer in set(layers.values()) for parent in _above(layer)} | {""}
-
-    def part(path: str) -> str:
-        if path in layers:
-            return layers[path]
-        return next((one for one in reversed([path, *_above(path)]) if one not in around), path) or OUTSIDE
-
-    return {path: part(path) for path in paths}
-
-
-def _above(path: str) -> list[str]:
-    """Return the names of a module's parents: for a.b.c they are a.b, a and "", which is the model."""
-    names = path.split(".")
-    return [".".join(names[:i]) for i in range(len(names) - 1, -1, -1)]
+    layers = {found[0] for path in paths if (found := re.match(r"(?:[^.]+\.)*?\d+(?=\.|$)", path))}
+    around = {"", *(layer[: dot.start()] for layer in layers for dot in re.finditer(r"\.", layer))}
+    parts: dict[str, str] = {}
+    for path in paths:  # a module comes before those in it
+        above = path.rpartition(".")[0]
+        parts[path] = path or OUTSIDE if above in around else parts[above]
+    return parts

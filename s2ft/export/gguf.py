@@ -7,13 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from s2ft.config import refuse
+from s2ft.config import did_you_mean, refuse
 from s2ft.export.merged import merged_model, temporary_folder
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model
@@ -90,14 +89,14 @@ def _known(quantization: str) -> str:
     """Return the name in capital letters. Raises ValueError for a type that llama.cpp does not have."""
     import gguf
 
-    known = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_") for kind in gguf.LlamaFileType][:-1]
-    name = quantization.upper()
+    known = [kind.name.removeprefix("MOSTLY_").removeprefix("ALL_").lower() for kind in gguf.LlamaFileType][:-1]
+    name = quantization.lower()
     if name not in known:
-        close = "".join(f"; did you mean {kind.lower()}?" for kind in get_close_matches(name, known, 1))
         raise ValueError(
-            f"quantization must be a type of llama.cpp, such as q8_0 or q4_k_m, got {quantization!r}{close}"
+            "quantization must be a type of llama.cpp, such as q8_0 or q4_k_m, got "
+            f"{quantization!r}{did_you_mean(name, known)}"
         )
-    return name
+    return name.upper()
 
 
 def _write(folder: Path, kind: str, converter: Any, quantizer: Any, model, tokenizer) -> None:

@@ -29,16 +29,8 @@ from s2ft.attached.record import Attachment, attachment_of, find_attachment, new
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import by_key, replace_file
-from s2ft.files.reading import (
-    FLOATS,
-    check_finite,
-    json_entry,
-    open_file,
-    parse_json,
-    read_json,
-    read_tensors,
-    shortened,
-)
+from s2ft.files.reading import check_finite, json_entry, open_file, parse_json, read_json, shortened
+from s2ft.files.streaming import FLOATS, Entries, read_tensors
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import structure_of
@@ -336,7 +328,7 @@ def _checked_config(config: Any, path: Path) -> dict[str, Any]:
     return config
 
 
-def _check_entries(entries: dict[str, tuple[str, tuple[int, ...]]], path: Path) -> None:
+def _check_entries(entries: Entries, path: Path) -> None:
     for name, (dtype, shape) in entries.items():
         found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
         if not found:

@@ -143,9 +143,17 @@ def check_output(output: Path) -> None:
 
 @contextmanager
 def temporary_folder(output: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `output` at the end, or removed if an exception is raised.
+    """Yield an empty folder that is renamed to `output` at the end, see :func:`temporary_place`."""
+    with temporary_place(output) as folder:
+        folder.mkdir()
+        yield folder
 
-    A process that is killed leaves the folder behind; the next one that makes the same output removes it.
+
+@contextmanager
+def temporary_place(output: str | Path) -> Iterator[Path]:
+    """Yield the path of a file or folder to make, which is renamed to `output` at the end, or removed on an exception.
+
+    A process that is killed leaves a hidden folder behind; the next one that makes the same output removes it.
 
     Raises:
         FileExistsError: The output exists.
@@ -163,11 +171,10 @@ def temporary_folder(output: str | Path) -> Iterator[Path]:
             folder.mkdir()
             locks.enter_context(_locked(folder))
         try:
-            yield folder
-            os.rename(folder, output)
-        except BaseException:
+            yield folder / output.name
+            os.rename(folder / output.name, output)
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
-            raise
 
 
 @contextmanager

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -19,7 +20,6 @@ from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
-from uuid import uuid4
 
 import numpy
 import torch
@@ -34,8 +34,8 @@ from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
-from s2ft.export.merged import check_output, temporary_folder
-from s2ft.files.plain_text import replace_file, sha256_of
+from s2ft.export.merged import check_output, temporary_folder, temporary_place
+from s2ft.files.plain_text import by_key, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
@@ -52,17 +52,19 @@ class Change:
     """New blocks of one weight.
 
     Attributes:
-        start: Position of the first changed byte that could be in the file: that of the weight.
-        steps: Bytes from one row to the next, and from one block to the next.
+        start: Position of the weight in the file.
+        row: Bytes from one row of the weight to the next.
         rows: Rows of the weight in the file, [rows] int64.
         blocks: Blocks of bytes in each of the rows, [blocks] int64.
-        new: Their new bytes, [rows, blocks, bytes of a block].
+        old: Their bytes in the base, [rows, blocks, bytes of a block].
+        new: Their new bytes.
     """
 
     start: int
-    steps: tuple[int, int]
+    row: int
     rows: numpy.ndarray
     blocks: numpy.ndarray
+    old: numpy.ndarray
     new: numpy.ndarray
 
     def read(self, data: numpy.ndarray) -> numpy.ndarray:
@@ -74,9 +76,8 @@ class Change:
         self._weight(data)[numpy.ix_(self.rows, self.blocks)] = content
 
     def _weight(self, data: numpy.ndarray) -> numpy.ndarray:
-        row, size = self.steps
-        rows = int(self.rows.max()) + 1
-        return data[self.start : self.start + rows * row].reshape(rows, row // size, size)
+        rows, size = int(self.rows.max()) + 1, self.new.shape[-1]
+        return data[self.start : self.start + rows * self.row].reshape(rows, self.row // size, size)
 
 
 def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[str, str]:
@@ -98,7 +99,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
         projection = record.projections[name]
         if projection.size is not None or projection.expert is not None:
             raise ValueError(f"{name} shares its weight with other projections, which a file can't be patched for")
-        base.check(projection.path)
+        base.codec(projection.path)
         check_finite(f"the delta of {name}", delta.values)
     return {name: record.projections[name].path for name in adapter.deltas}
 
@@ -107,38 +108,33 @@ def _check_base(
     base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: torch.nn.Module, record: Attachment
 ) -> None:
     """Compare values of every weight with those in the adapter's fingerprint."""
-    samples: dict[str, list[float]] = {str(coupling.layer): [] for coupling in record.couplings}
-    starts = []  # layer, name and first sample of each weight
-    for layer, projection, handle in covered(model, record.couplings):
-        for part, tensor in (("weight", handle.tensor), ("bias", handle.bias)):
-            if tensor is not None:
-                places = torch.arange(0, tensor.numel(), max(1, tensor.numel() // SAMPLES))[:SAMPLES]
-                starts.append((layer, f"{projection.path}.{part}", len(samples[layer])))
-                samples[layer] += base.elements(projection.path, part, tensor.shape, places)
-    ours = {layer: {"digest": "", "samples": values} for layer, values in samples.items()}
+    samples = by_key(  # by layer: names of weights, each with a value
+        (layer, (f"{projection.path}.{part}", value))
+        for layer, projection, handle in covered(model, record.couplings)
+        for part, tensor in (("weight", handle.tensor), ("bias", handle.bias))
+        if tensor is not None
+        for value in base.elements(projection.path, part, tensor.shape, _sampled(tensor.numel()))
+    )
+    ours = {layer: {"digest": "", "samples": [value for _, value in found]} for layer, found in samples.items()}
     try:
         adapter.check_base({"dtype": "of a file", "layers": ours})  # no dtype has this name: samples are compared
     except ValueError as error:
-        theirs = adapter.fingerprint["layers"]
-        others = (
+        names = (
             name
-            for layer, name, start in starts
-            if layer in theirs and not _close(samples[layer], theirs[layer]["samples"], start)
+            for layer, theirs in adapter.fingerprint["layers"].items()
+            for (name, value), other in zip(samples.get(layer, ()), theirs["samples"])
+            if not math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=1e-8)
         )
-        raise ValueError(f"{error}; the first weight is {next(others, starts[0][1])}{_hashes(base, adapter)}") from None
+        where = next((f"; the first weight is {name}" for name in names), "")
+        trained_on = adapter.info.get("base_sha256")  # of a GGUF file
+        if trained_on is not None and isinstance(base, GgufFile):
+            where += f". Its base has the sha256 {trained_on}, and {base.path.name} has {sha256_of(base.path)}"
+        raise ValueError(f"{error}{where}") from None
 
 
-def _close(ours: list[float], theirs: list[float], start: int) -> bool:
-    """Whether the samples of one weight, of which the first has a position, are equal but for rounding."""
-    pair = ours[start : start + SAMPLES], theirs[start : start + SAMPLES]
-    return len(pair[0]) == len(pair[1]) and numpy.allclose(*pair, rtol=TOLERANCE)
-
-
-def _hashes(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> str:
-    trained_on = adapter.info.get("base_sha256")  # of a GGUF file
-    if trained_on is None or not isinstance(base, GgufFile):
-        return ""
-    return f". Its base has the sha256 {trained_on}, and {base.path.name} has {sha256_of(base.path)}"
+def _sampled(count: int) -> Tensor:
+    """The positions of the values that a fingerprint has of a weight."""
+    return torch.arange(0, count, max(1, count // SAMPLES))[:SAMPLES]
 
 
 def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> Iterator[Change]:
@@ -147,9 +143,8 @@ def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> 
         delta, tensor = adapter.deltas[name], file.tensors[file.name(path)]
         part = file.part(path, delta.index, delta.dim)
         new = file.codec(path).added(part.packed.flatten(-2), part.index, delta.dim, delta.values)
-        steps = tensor.data.strides[0], part.packed.shape[-1]
-        content = new.view(part.packed.shape).numpy()
-        yield Change(int(tensor.data_offset), steps, part.rows.numpy(), part.blocks.numpy(), content)
+        bytes_of = (one.numpy() for one in (part.rows, part.blocks, part.packed, new.view(part.packed.shape)))
+        yield Change(int(tensor.data_offset), tensor.data.strides[0], *bytes_of)
 
 
 def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
@@ -175,15 +170,15 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
     base = GgufFile(path)
-    paths, temporary = merged_paths(base, saved), output.absolute().parent / f".{output.name}.{uuid4().hex}"
-    try:
+    paths = merged_paths(base, saved)
+    with temporary_place(output) as temporary:
         with open(temporary, "xb") as file:
             shift = _copy(base, file, {"base": path.name, "adapter": saved.name})
         data = numpy.memmap(temporary, numpy.uint8, "r+")
         changed = blocks = 0
         for change in new_blocks(base, saved, paths):
             change.start += shift
-            changed += int((change.read(data) != change.new).sum())
+            changed += int((change.old != change.new).sum())
             blocks += change.rows.size * change.blocks.size
             change.write(data, change.new)
         data.flush()
@@ -191,11 +186,6 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         if _different(base.reader.data[start:], data[start + shift :]) != changed:
             raise RuntimeError(f"{output} is not the base with the adapter: other bytes have changed too")
         GgufFile(temporary)  # an error says what is wrong
-        os.rename(temporary, output)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
     return (
         f"{output}: {changed:,} bytes in {blocks:,} blocks of {len(paths)} weights have changed, and no other "
         "byte of a weight; read again and compared"
@@ -325,19 +315,24 @@ def _string(text: str) -> bytes:
 SUFFIX = ".s2ft-base"  # of the file with the old bytes
 
 
+PARTS = ("rows", "blocks", "old", "new")  # of a change in that file
+
+
+@dataclass
 class Kept:
     """The old and the new bytes of the blocks that an adapter changes in a file.
 
     Attributes:
         path: The file.
         changes: The changes.
-        old: The bytes before each of them.
         adapter: Name of the adapter.
         digest: Hash of its files.
     """
 
-    def __init__(self, path: Path, changes: list[Change], old: list[numpy.ndarray], adapter: str, digest: str) -> None:
-        self.path, self.changes, self.old, self.adapter, self.digest = path, changes, old, adapter, digest
+    path: Path
+    changes: list[Change]
+    adapter: str
+    digest: str
 
     @classmethod
     def of(cls, path: Path, suffix: str = SUFFIX) -> "Kept | None":
@@ -355,13 +350,13 @@ class Kept:
             return None
         try:
             found = load(read_bytes(beside, MAX_TENSORS))
-            steps, parts = found["steps"].tolist(), ("rows", "blocks", "new", "old")
-            each = [[found[f"{number}.{part}"] for part in parts] for number in range(len(steps))]
-            adapter, digest = (bytes(found[name]).decode() for name in ("adapter", "digest"))
+            changes = [
+                Change(*place, *(found[f"{number}.{part}"] for part in PARTS))
+                for number, place in enumerate(found["places"].tolist())
+            ]
+            return cls(path, changes, *(bytes(found[name]).decode() for name in ("adapter", "digest")))
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{beside} is truncated or damaged: {error}") from None
-        changes = [Change(start, (row, size), *new) for (start, row, size), (*new, _) in zip(steps, each)]
-        return cls(path, changes, [old for *_, old in each], adapter, digest)
 
     def save_old_bytes(self) -> None:
         """Write the file beside, in one step, unless an earlier switch to the adapter has left it."""
@@ -369,19 +364,13 @@ class Kept:
         if earlier.exists():
             os.rename(earlier, beside)
         else:
-            steps = [(change.start, *change.steps) for change in self.changes]
             words = {"adapter": self.adapter, "digest": self.digest}
             tensors = {name: numpy.frombuffer(text.encode(), numpy.uint8) for name, text in words.items()}
-            tensors["steps"] = numpy.array(steps)
-            for number, (change, old) in enumerate(zip(self.changes, self.old)):
-                found = {"rows": change.rows, "blocks": change.blocks, "new": change.new, "old": old}
-                tensors.update({f"{number}.{part}": numpy.ascontiguousarray(value) for part, value in found.items()})
+            tensors["places"] = numpy.array([(change.start, change.row) for change in self.changes])
+            for number, change in enumerate(self.changes):
+                tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
             replace_file(beside, save(tensors))
         _synchronize(self.path.parent)
-
-    def fits(self, data: numpy.ndarray) -> bool:
-        """Whether the old bytes are those of the file."""
-        return all(numpy.array_equal(change.read(data), old) for change, old in zip(self.changes, self.old))
 
     def is_whole(self, data: numpy.ndarray) -> bool:
         """Whether all of the new bytes are in the file.
@@ -390,13 +379,13 @@ class Kept:
             ValueError: The file has bytes that are neither the old nor the new ones.
         """
         whole = True
-        for change, old in zip(self.changes, self.old):
+        for change in self.changes:
             try:
                 now = change.read(data)
             except (IndexError, ValueError):  # the file is smaller
                 now = ~change.new
             is_new = now == change.new
-            if not (is_new | (now == old)).all():
+            if not (is_new | (now == change.old)).all():
                 raise ValueError(
                     f"{self.path} is not the file that was patched: it was replaced or changed since. Delete "
                     f"{self.path.name}{SUFFIX} to keep it as it is"
@@ -406,8 +395,8 @@ class Kept:
 
     def put_back(self, data: numpy.ndarray) -> None:
         """Write the old bytes into those of the file, for which :meth:`is_whole` raised nothing."""
-        for change, old in zip(self.changes, self.old):
-            change.write(data, old)
+        for change in self.changes:
+            change.write(data, change.old)
 
     def keep_for_next_switch(self) -> None:
         """Give the file beside the name by which the next switch to the adapter finds it."""
@@ -448,9 +437,8 @@ def patch(file: str | Path, adapter: str | Path) -> str:
             before.is_whole(data)  # raises for another file
             before.put_back(base)
         is_there = before is not None and before.digest == digest
-        made = before if is_there else _of_earlier_switch(path, digest, base)
-        if made is None:
-            made = _computed(path, folder, digest, base, before)
+        known = before if is_there else _of_earlier_switch(path, digest, base)
+        made = known or _computed(path, folder, digest, before)
         if before is not None:
             _undo(before, data)
         made.save_old_bytes()
@@ -465,19 +453,19 @@ def _of_earlier_switch(path: Path, digest: str, base: numpy.ndarray) -> Kept | N
     """What an earlier switch to an adapter has left; None if there is nothing, or it is damaged or of another base."""
     with suppress(ValueError, IndexError):
         kept = Kept.of(path, _earlier(digest))
-        if kept is not None and kept.fits(base):
+        if kept is not None and all(numpy.array_equal(change.read(base), change.old) for change in kept.changes):
             return kept
     return None
 
 
-def _computed(path: Path, folder: Path, digest: str, base: numpy.ndarray, before: Kept | None) -> Kept:
-    """Compute the blocks of an adapter, given the bytes of its base, and what is in the file now."""
+def _computed(path: Path, folder: Path, digest: str, before: Kept | None) -> Kept:
+    """Compute the blocks of an adapter, given what is in the file now."""
     saved, file = s2ft.read_adapter(folder), GgufFile(path)
     if before is not None:
         before.put_back(file.reader.data)  # in this process alone
     changes = list(new_blocks(file, saved, merged_paths(file, saved)))
     path.with_name(path.name + _earlier(digest)).unlink(missing_ok=True)  # of another base
-    return Kept(path, changes, [change.read(base) for change in changes], saved.name, digest)
+    return Kept(path, changes, saved.name, digest)
 
 
 def _digest(folder: Path) -> str:

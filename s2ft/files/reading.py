@@ -13,31 +13,17 @@ import os
 import re
 import stat
 from collections.abc import Callable
-from math import prod
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load
 from torch import Tensor
 
 from s2ft.files.plain_text import MAX_NAME, sha256_of, shortened
 
 MAX_CONFIG = 64 * 2**20  # bytes; mixtures of 256 experts in 60 layers need about 10 MiB
-MAX_HEADER = 32 * 2**20  # bytes of a safetensors header; the same mixtures need about 13 MiB
 MAX_TENSORS = 64 * 2**30  # bytes of a safetensors file
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt", ".npz")  # reading such files can run code
-TYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-}
-FLOATS = ("F64", "F32", "F16", "BF16")
-INTEGERS = ("I64", "I32")
 
 
 def open_file(directory: Path, name: str, kind: str) -> Path:
@@ -78,7 +64,7 @@ def open_file(directory: Path, name: str, kind: str) -> Path:
 def read_bytes(path: Path, limit: int) -> bytes:
     """Return the content of a file. Raises ValueError, before reading, if it has more than `limit` bytes."""
     with open_regular(path) as file:
-        return _read_all(file, path, limit)
+        return read_all(file, path, limit)
 
 
 def open_regular(path: Path) -> BinaryIO:
@@ -95,7 +81,8 @@ def open_regular(path: Path) -> BinaryIO:
     return os.fdopen(descriptor, "rb")
 
 
-def _read_all(file: BinaryIO, path: Path, limit: int) -> bytes:
+def read_all(file: BinaryIO, path: Path, limit: int) -> bytes:
+    """Return the content of an open file from its position on, see :func:`read_bytes`."""
     size = os.fstat(file.fileno()).st_size
     if size > limit:
         raise ValueError(f"{path} has {size:,} bytes; such a file has at most {limit:,}")
@@ -162,101 +149,6 @@ def check_parameter(name: Any, where: str) -> None:
     """Raise ValueError unless `name` is a parameter's name: words separated by dots."""
     if not isinstance(name, str) or len(name) > MAX_NAME or not re.fullmatch(rf"{WORD}(?:\.{WORD})*", name):
         raise ValueError(f"{where}: {shortened(name)} is not the name of a parameter")
-
-
-# ---- safetensors ---------------------------------------------------------------------------------------
-
-
-def read_some_tensors(path: Path, check, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    """Return some tensors of a safetensors file by name. The others are on the meta device and are not read.
-
-    Args:
-        path: The file.
-        check: As for :func:`read_tensors`.
-        wanted: Takes a tensor's name, and returns whether it is read.
-
-    Raises:
-        ValueError: As for :func:`read_tensors`, but damage inside the tensors is not found.
-    """
-    with open_regular(path) as file:
-        entries = _entries(file, path)
-    check(entries)
-    try:
-        with safe_open(path, "pt") as file:
-            return {
-                name: file.get_tensor(name) if wanted(name) else torch.empty(shape, dtype=TYPES[dtype], device="meta")
-                for name, (dtype, shape) in entries.items()
-            }
-    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from None
-
-
-def read_tensors(path: Path, check) -> tuple[dict[str, Tensor], bytes]:
-    """Return all tensors of a safetensors file by name, and the file's bytes.
-
-    Args:
-        path: The file.
-        check: A function that takes the header's entries, {name: (dtype's name, shape)}, and raises ValueError to
-            refuse the file. It is called before the tensors are read.
-
-    Raises:
-        ValueError: The file is truncated, damaged or too big, has another dtype than floats and integers, or `check`
-            refuses it.
-    """
-    with open_regular(path) as file:  # opened once, because another process may replace the file
-        check(_entries(file, path))
-        file.seek(0)
-        blob = _read_all(file, path, MAX_TENSORS)
-    try:
-        return load(blob), blob
-    except (SafetensorError, ValueError, RuntimeError, OverflowError) as error:
-        raise ValueError(f"{path} is truncated or damaged: {error}") from None
-
-
-def read_header(file: BinaryIO, path: Path, limit: int) -> tuple[dict[str, Any], int, int]:
-    """Read the header of a safetensors file.
-
-    Args:
-        file: The file, opened.
-        path: Its path, for messages.
-        limit: Bytes that a header may have.
-
-    Returns:
-        The entries by the tensors' names, the position behind the header, and the file's size.
-
-    Raises:
-        ValueError: The file is truncated or damaged, or the header is too big.
-    """
-    size = os.fstat(file.fileno()).st_size
-    length = int.from_bytes(file.read(8), "little")
-    if size < 8 or length > size - 8:
-        raise ValueError(f"{path} is truncated or damaged: its header ends outside the file")
-    if length > limit:
-        raise ValueError(f"{path} has a header of {length:,} bytes; at most {limit:,} are read")
-    header = parse_json(file.read(length), f"{path} is truncated or damaged: its header")
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is truncated or damaged: its header is no object")
-    header.pop("__metadata__", None)
-    return header, 8 + length, size
-
-
-def _entries(file: BinaryIO, path: Path) -> dict[str, tuple[str, tuple[int, ...]]]:
-    """Dtype and shape by name, after checking the header against the size of the file."""
-    header, start, size = read_header(file, path, MAX_HEADER)
-    entries = {name: _entry(name, entry, path) for name, entry in header.items()}
-    needed = start + sum(TYPES[dtype].itemsize * prod(shape) for dtype, shape in entries.values())
-    if needed != size:
-        raise ValueError(f"{path} is truncated or damaged: its header describes {needed:,} bytes, it has {size:,}")
-    return entries
-
-
-def _entry(name: str, entry: Any, path: Path) -> tuple[str, tuple[int, ...]]:
-    dtype, shape = (entry.get("dtype"), entry.get("shape")) if isinstance(entry, dict) else (None, None)
-    if not isinstance(dtype, str) or dtype not in TYPES:
-        raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}; only {', '.join(TYPES)} are read")
-    if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in shape):
-        raise ValueError(f"{path}: {shortened(name)} has no valid shape, got {shortened(shape)}")
-    return dtype, tuple(shape)
 
 
 def check_finite(name: str, values: Tensor) -> None:

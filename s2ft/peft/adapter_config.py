@@ -207,6 +207,10 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
                 "units=s2ft.select(model, s2ft.S2FTConfig(...), protect=batches)",
             ),
             (
+                self.group is not None,
+                "group: here units are chosen one by one: give units=s2ft.select(model, s2ft.S2FTConfig(...))",
+            ),
+            (
                 METRICS[self.selection].calibrated,
                 f"selection={self.selection!r} needs calibration data, for which PEFT has no argument: give "
                 "units=s2ft.select(model, s2ft.S2FTConfig(...), calibration)",

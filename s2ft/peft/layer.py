@@ -5,7 +5,6 @@ A layer has one weight. The weights of stacked experts are parameters of one mod
 product.
 """
 
-import copy
 import warnings
 from collections.abc import Sequence
 from typing import Any, cast
@@ -254,11 +253,6 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, *args, **kwargs) -> None:
         self.put_base_back()  # the base layer and the units are loaded after this module
         super()._load_from_state_dict(*args, **kwargs)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> "S2FTPeftLayer":
-        made = memo[id(self)] = type(self).__new__(type(self))
-        made.__setstate__(copy.deepcopy(self.__getstate__(), memo))
-        return made
 
     def __getstate__(self) -> dict[str, Any]:
         self.put_base_back()

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import read_adapter
-from s2ft.config import S2FTConfig, refuse
+from s2ft.config import CHOOSING, S2FTConfig, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
@@ -190,20 +190,10 @@ def _selection_config(config: S2FTPeftConfig, couplings: list[Coupling], targets
     """The options of the selection as an S2FTConfig."""
     if config.units is not None:
         return S2FTConfig(units=config.units)
-    ratios: dict[str, Any] = config.ratios
+    options = {name: getattr(config, name) for name in (*CHOOSING, "seed")}
     if config.ratio is not None:
-        ratios = {projection.key: config.ratio for projection in projections_of(targets)}
-    return S2FTConfig(
-        **{f"{key}_ratio": value for key, value in ratios.items()},
-        selection=config.selection,
-        order=config.order,
-        allocation=config.allocation,
-        budget=config.budget,
-        seed=config.seed,
-        match_lora_rank=config.match_lora_rank,
-        exclude=cast(Any, _exclude(config, couplings, targets)),
-        layers=config.layers,
-    )
+        options.update({f"{projection.key}_ratio": config.ratio for projection in projections_of(targets)})
+    return S2FTConfig(**{**options, "exclude": _exclude(config, couplings, targets)})
 
 
 def _exclude(config: S2FTPeftConfig, couplings: list[Coupling], targets: list[Any]) -> dict[str, Tensor] | None:

@@ -223,6 +223,6 @@ def test_the_folder_of_a_killed_process_is_removed_and_that_of_a_running_one_sta
         (tmp_path / name).mkdir()
     output = tmp_path / "out"
     with pytest.raises(OSError), temporary_folder(output) as first, temporary_folder(output) as second:
-        assert {one.name for one in tmp_path.iterdir()} == {".out.settings", first.name, second.name}
+        assert {one.name for one in tmp_path.iterdir()} == {".out.settings", first.parent.name, second.parent.name}
         (second / "a").touch()
     assert {one.name for one in tmp_path.iterdir()} == {".out.settings", "out"}

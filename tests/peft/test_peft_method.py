@@ -43,7 +43,7 @@ def two_of(case="llama-grouped", dtype=torch.float32, **config):
 # ---- choosing ------------------------------------------------------------------------------------------
 
 
-CHOICES = ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000})
+CHOICES = ({}, {"seed": 3}, {"selection": "weight", "order": "smallest"}, {"budget": 9000}, {"align": 4})
 
 
 @pytest.mark.parametrize("case, options", in_turn(DENSE, CHOICES))
@@ -116,6 +116,7 @@ BAD = {
     "pattern alone": (dict(d_ratio=0.1, layers_pattern="layers"), "needs layers_to_transform"),
     "layers and targets": (dict(target_modules=["down_proj"], ratio=0.1, layers=[0]), "give layers_to_transform"),
     "calibration": (dict(d_ratio=0.1, selection="activation"), r"units=s2ft\.select\(model"),
+    "groups": (dict(d_ratio=0.1, group=4), r"one by one: give units=s2ft\.select\(model"),
     "no such order": (dict(d_ratio=0.1, order="best"), "order must be one of"),
     "experts not listed": (dict(target_parameters="block.stack", ratio=0.5), "target_parameters must be a list"),
     "experts without a ratio": (dict(target_parameters=["block.stack"]), "needs ratio"),

@@ -57,7 +57,8 @@ def quantized(values: numpy.ndarray, kind: gguf.GGMLQuantizationType) -> numpy.n
         sizes = {"Q6_K": {208: 1.5e-5}, "IQ4_NL": {0: 5e-4}}.get(kind.name, {0: 6e-5, 2: 5e-4})
         for place, size in sizes.items():
             data[..., place : place + 2] = numpy.array([size], numpy.float16).view(numpy.uint8)
-        return codec.encode(torch.from_numpy(values), torch.from_numpy(data).flatten(-2)).numpy()
+        packed = torch.from_numpy(data).flatten(-2)
+        return codec.pack(codec.nearest(torch.from_numpy(values), codec.unpack(packed)), packed).numpy()
 
 
 if __name__ == "__main__":
