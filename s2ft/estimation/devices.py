@@ -145,26 +145,8 @@ class Estimate:
             >>> s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8).summary()
             'Training takes ... KiB at most: 343.8 KiB of parameters, 6.5 KiB of gradients, ...'
         """
-        return f"{self._peak()}: {', '.join(self._needs())}. {self._verdict()}"
-
-    def lines(self) -> str:
-        """Return the summary with one line per kind of memory.
-
-        Returns:
-            The text, several lines.
-
-        Example:
-            >>> print(s2ft.estimate(model, s2ft.S2FTConfig(d_ratio=0.1), batch=2, length=8).lines())
-            Training takes ... KiB at most:
-              343.8 KiB of parameters
-              ...
-        """
-        needs = "\n".join(f"  {need}" for need in self._needs())
-        return f"{self._peak()}:\n{needs}\n{self._verdict()}"
-
-    def _peak(self) -> str:
         about = "" if self.strategy is None else "about "  # by formulas, see s2ft.estimation.devices
-        return f"Training takes {about}{size(self.peak)} at most"
+        return f"Training takes {about}{size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
 
     def _needs(self) -> list[str]:
         """Return the kinds of memory and their sizes."""
