@@ -46,10 +46,6 @@ heads (new_decoder_architecture), each has its query heads before it. A unit the
 heads. Otherwise a unit is a head: with one key/value head (multi_query) all of q come first, and else q, k and v of
 each head in turn. ALiBi numbers the heads, so that they stay.
 
-**T5, mT5, UMT5, LongT5 and Pop2Piano**: two-layer or gated FFN, no biases. The first layer of the encoder and of the
-decoder has a table of position biases [buckets, heads]. All layers add its values to their heads by number, so the
-heads of a self-attention can't be reordered. Cross-attention has no table.
-
 **XLM and FlauBERT**: attentions and FFNs are in two lists, with biases in all layers.
 """
 
@@ -758,24 +754,6 @@ def _in_turn(layer: int, qkv: str, o: str, units: int, widths: dict[str, int]) -
     return Coupling("attention", layer, producers, Projection("o", o, units, widths["q"], 1))
 
 
-# ---- T5 ------------------------------------------------------------------------------------------------
-
-SELF_ATTENTIONS = ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
-
-
-@of_layers("encoder.block", "decoder.block")
-def t5(model: nn.Module, i: int, path: str, block: Any) -> Iterator[Coupling]:
-    sizes: dict[str, Any] = {"heads": config_of(model).num_heads, "head_dim": config_of(model).d_kv}
-    name = next(name for name in SELF_ATTENTIONS if hasattr(block.layer[0], name))
-    yield Coupling.attention(i, **attention_paths(f"{path}.layer.0.{name}", *"qkvo"), **sizes, fixed=True)
-    dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
-    up, gate = (f"{dense}.wi_1", f"{dense}.wi_0") if config_of(model).is_gated_act else (f"{dense}.wi", None)
-    yield ffn(model, i, up, f"{dense}.wo", gate)
-    if block.is_decoder:
-        paths = attention_paths(f"{path}.layer.1.EncDecAttention", *"qkvo")
-        yield Coupling.attention(i, **paths, **sizes, kind="cross-attention")
-
-
 # ---- XLM -----------------------------------------------------------------------------------------------
 
 
@@ -793,6 +771,5 @@ BY_FUNCTION: dict[str, Callable[[nn.Module], list[Coupling]]] = {
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), gemma),
     "jetmoe": jetmoe,
     **dict.fromkeys(LAYERS, packed),
-    **dict.fromkeys(("longt5", "mt5", "pop2piano", "t5", "umt5"), t5),
     **dict.fromkeys(("flaubert", "xlm"), xlm),
 }
