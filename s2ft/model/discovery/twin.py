@@ -10,7 +10,6 @@ is a million times smaller than any real change.
 import copy
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
 from enum import IntEnum
 from typing import Any
@@ -315,27 +314,23 @@ def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) ->
 
 
 def _shallow(entries: dict, depth: int, level: Level) -> dict:
-    """Cut the number of layers, with the lists that have an entry for each layer."""
+    """Cut the number of layers, with the lists that have an entry for each layer or the numbers of some."""
     for key in [key for key, value in entries.items() if _DEPTH.fullmatch(key) and _is_size(value)]:
         count = entries[key]
-        lists = {name: value for name, value in entries.items() if _has_entry_per_layer(name, value, count)}
-        chosen = {name: value for name, value in entries.items() if _names_layers(name, value, count)}
-        if not lists and not chosen:
-            entries[key] = min(count, depth)
-            continue
-        kinds = [*lists.values(), *([layer in value for layer in range(count)] for value in chosen.values())]
-        kept = _layers_of_each_kind(list(zip(*kinds)), min(depth, count))
-        entries |= {name: [value[layer] for layer in kept] for name, value in lists.items()}
-        entries |= {name: [kept.index(one) for one in value if one in kept] for name, value in chosen.items()}
-        if isinstance(layers := entries.get("per_layer_config"), dict):  # they get the new numbers of the layers
-            found = {int(layer): config for layer, config in layers.items() if int(layer) in kept}
-            entries["per_layer_config"] = {kept.index(i): _cut(config, level, DEPTH) for i, config in found.items()}
-        entries[key] = len(kept)
+        for name, value in entries.items():
+            if _has_entry_per_layer(name, value, count):
+                entries[name] = value[:depth]
+            elif _names_layers(name, value, count):
+                entries[name] = [layer for layer in value if layer < depth]
+        if isinstance(layers := entries.get("per_layer_config"), dict):
+            kept = {i: config for i, config in layers.items() if int(i) < depth}
+            entries["per_layer_config"] = {i: _cut(config, level, DEPTH) for i, config in kept.items()}
+        entries[key] = min(count, depth)
     return entries
 
 
 def _has_entry_per_layer(name: str, value: Any, count: int) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != count or count < 3 or "depths" in name or "mrope" in name:
+    if not isinstance(value, (list, tuple)) or len(value) != count or "depths" in name or "mrope" in name:
         return False
     return count > 9 or all(isinstance(entry, str) for entry in value) or bool(_PER_LAYER.search(name))
 
@@ -347,17 +342,6 @@ def _names_layers(name: str, value: Any, count: int) -> bool:
         return False
     numbers = all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < count for entry in value)
     return numbers and list(value) == sorted(set(value))
-
-
-def _layers_of_each_kind(kinds: list[tuple], depth: int) -> list[int]:
-    """The first layer of each kind, a second one of the commonest kind, and the first others up to `depth`."""
-    kinds = [tuple(map(str, kind)) for kind in kinds]
-    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
-    kept = set(first.values())
-    commonest = Counter(kinds).most_common(1)[0][0]
-    kept |= set([layer for layer, kind in enumerate(kinds) if kind == commonest][:2])
-    others = [layer for layer in range(len(kinds)) if layer not in kept]
-    return sorted([*kept, *others[: max(depth - len(kept), 0)]])
 
 
 def _rope(entries: dict, frequencies: int) -> dict:
@@ -548,12 +532,8 @@ def _make_general(parameter: Tensor, generator: torch.Generator) -> None:
     if parameter.dim() < 2:
         parameter += SPREAD * noise
         return
-    usual = (parameter.numel() // parameter.shape[0]) ** -0.5 if parameter.dim() != 3 else parameter.shape[-1] ** -0.5
-    spread = float(parameter.std(correction=0))
-    if spread < 1e-6:
-        parameter += usual * noise
-    elif spread < usual:
-        parameter *= usual / spread
+    inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter.numel() // parameter.shape[0]
+    parameter.copy_(inputs**-0.5 * noise)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

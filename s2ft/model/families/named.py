@@ -22,13 +22,12 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.coupling import Coupling, Projection, Vector, in_one_weight
 from s2ft.model.families.decoders import (
     attention,
     config_of,
     ffn,
     heads_in,
-    in_one_weight,
     layers_of,
     outputs_of,
     packed_attention,
@@ -457,7 +456,10 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
             # GPT-2's attention to an encoder has k and v in one weight, and q in another.
             q = f"{path}.q_attn"
             unit = outputs_of(model, q) // heads
-            producers = (Projection("q", q, heads, unit, 0), *in_one_weight(qkv, "kv", heads, unit))
+            producers = (
+                Projection("q", q, heads, unit, 0),
+                *in_one_weight(qkv, [("k", heads, unit), ("v", heads, unit)]),
+            )
             return Coupling(layer=layer, producers=producers, consumer=Projection("o", o, heads, unit, 1), **options)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
