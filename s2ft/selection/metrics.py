@@ -182,10 +182,8 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: The model has none.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_labels = any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters)
     try:
-        output = model(*batch.positional, **{**batch.named, **_no_cache(model)}) if takes_labels else None
+        output = model(*batch.positional, **{**batch.named, **_no_cache(model)})
     except TypeError as error:
         if "labels" not in str(error):
             raise

@@ -596,12 +596,13 @@ def _find_ups(structure: LayerMap, down: str) -> tuple[str, list[str]] | None:
             and may_be_coupled(structure, path)
         ]
         channels, width = structure.inputs[down], structure.outputs[down]
-        for count in (channels, 2 * channels):
-            for fits in (True, False):  # layers whose inputs have the size of down's outputs come first
-                ups = [p for p in near if structure.outputs[p] == count and (structure.inputs[p] == width or not fits)]
-                if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
-                    ups.sort(key=structure.place.__getitem__)
-                    return around, [p for p in ups if structure.inputs[p] == structure.inputs[ups[-1]]][-2:]
+        for count, fits in product(
+            (channels, 2 * channels), (True, False)
+        ):  # inputs of the size of down's outputs first
+            ups = [p for p in near if structure.outputs[p] == count and (structure.inputs[p] == width or not fits)]
+            if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
+                ups.sort(key=structure.place.__getitem__)
+                return around, [p for p in ups if structure.inputs[p] == structure.inputs[ups[-1]]][-2:]
     return None
 
 

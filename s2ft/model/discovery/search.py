@@ -38,15 +38,7 @@ from s2ft.model.discovery.proposals import (
     stacked_weights,
 )
 from s2ft.model.discovery.twin import copied, twins_of
-from s2ft.model.running import (
-    check_example,
-    evaluation_mode,
-    example_of,
-    largest_change,
-    run_example,
-    seeded,
-    tensors_in,
-)
+from s2ft.model.running import check_example, evaluation_mode, largest_change, run_example, seeded, tensors_in
 from s2ft.model.weights import Move, find
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
@@ -511,11 +503,10 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
     at_once = example is not None and (own or sum(sizes) <= COPIED_WITH_EXAMPLE)
     tried: list[str] = []
     for twin in () if at_once else twins_of(model, tried):
-        for make in (runnable_example, example_of):
-            try:
-                return Trial(twin, make(twin))
-            except Exception as error:  # models refuse inputs in many ways
-                tried.append(f"{type(error).__name__}: {error}")
+        try:
+            return Trial(twin, runnable_example(twin))
+        except Exception as error:  # models refuse inputs in many ways
+            tried.append(f"{type(error).__name__}: {error}")
     if example is None:
         raise ValueError(
             f"s2ft finds no couplings of {type(model).__name__}: no small copy of it runs. Tried: {'; '.join(tried)}. "
@@ -566,9 +557,9 @@ class Findings:
         paths = {projection.path for projection in projections_of(found)}
         past = next(filter(self.structure.is_read_past, sorted(paths)), None)
         if past is not None:
-            outcome = Outcome(None, None, f"of its block, {past.rpartition('.')[2]} may be used without its layer")
-        used = {projection.path for projection in projections_of(self._couplings)}
-        if not found or past is not None or paths & used:
+            found, name = (), past.rpartition(".")[2]
+            outcome = Outcome(None, None, f"of its block, {name} may be used without its layer")
+        if not found or paths & self._rows.keys():
             for projection in block.proposals[0].couplings[0].projections:
                 self._why.setdefault(projection.path, outcome.reason)
             return
