@@ -99,7 +99,7 @@ def in_one_weight(
     """
     widths = [unit if in_turn else count * unit for _, count, unit in parts]
     size = sum(count * unit for _, count, unit in parts)
-    where = {"stride": sum(widths) if in_turn else None, "size": size} if len(parts) > 1 else {}
+    where: dict[str, Any] = {"stride": sum(widths) if in_turn else None, "size": size} if len(parts) > 1 else {}
     return tuple(
         Projection(key, path, count, unit, 0, start, expert=expert, transposed=transposed, **where)
         for (key, count, unit), start in zip(parts, accumulate(widths, initial=0))
