@@ -151,22 +151,31 @@ def _updated(entries: dict, more: dict) -> dict:
     return entries
 
 
+def config_for(model_class, config):
+    """The config that a model class takes: the one given, or the one inside it that is of the right class."""
+    wanted = getattr(model_class, "config_class", None)
+    if wanted is None or isinstance(config, wanted):
+        return config
+    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return next((one for one in inside if isinstance(one, wanted)), config)
+
+
 def tiny_model_of(model_type: str, dtype=None):
     """A tiny random model of a type, by the first mapping that has the type."""
     import torch
     import transformers
 
-    from s2ft.model.discovery.twin import Level, tiny_config, tiny_model
+    from s2ft.model.discovery.twin import tiny_config, tiny_model
 
     model_class = getattr(transformers, types()[model_type][0][1])
     config, failures = default_config(model_type), []
-    for level in Level:
+    for widths in (True, False):
         try:
-            return tiny_model(model_class, tiny_config(config, level), dtype or torch.float32)
+            return tiny_model(model_class, config_for(model_class, tiny_config(config, widths)), dtype or torch.float32)
         except ImportError:
             raise
         except Exception as error:
-            failures.append(f"{level.name}: {type(error).__name__}: {error}")
+            failures.append(f"{'small' if widths else 'own'} widths: {type(error).__name__}: {error}")
     raise ValueError("can't be built. " + "; ".join(failures))
 
 

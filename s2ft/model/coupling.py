@@ -10,7 +10,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
-from typing import Any
+from itertools import accumulate
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -79,6 +80,32 @@ class Projection:
         """Return the elements [n * unit] int64 along `dim` of units [n]."""
         first = self.start + units * (self.unit if self.stride is None else self.stride)
         return (first[:, None] + torch.arange(self.unit)).reshape(-1)
+
+
+def in_one_weight(
+    path: str,
+    parts: Sequence[tuple[str, int, int]],
+    in_turn: bool = False,
+    expert: int | None = None,
+    transposed: bool = False,
+) -> tuple[Projection, ...]:
+    """Describe producers that fill one weight together, in their order.
+
+    Args:
+        path: Path of the weight's layer.
+        parts: Key, number of units and elements of a unit, of each producer.
+        in_turn: Whether the first units of all come first, then the second ones, and so on. Default: all units of one
+            producer, then those of the next one.
+        expert: As in :class:`Projection`.
+        transposed: As in :class:`Projection`.
+    """
+    widths = [unit if in_turn else count * unit for _, count, unit in parts]
+    size = sum(count * unit for _, count, unit in parts)
+    where: dict[str, Any] = {"stride": sum(widths) if in_turn else None, "size": size} if len(parts) > 1 else {}
+    return tuple(
+        Projection(key, path, count, unit, 0, start, expert=expert, transposed=transposed, **where)
+        for (key, count, unit), start in zip(parts, accumulate(widths, initial=0))
+    )
 
 
 @dataclass(frozen=True)
@@ -215,11 +242,8 @@ class Coupling:
             >>> [projection.name for projection in coupling.producers]
             ['model.layers.0.mlp.gate_up_proj.u', 'model.layers.0.mlp.gate_up_proj.g']
         """
-        producers = (
-            Projection("u", gate_up, channels, 1, 0, start=channels, size=2 * channels, expert=expert),
-            Projection("g", gate_up, channels, 1, 0, size=2 * channels, expert=expert),
-        )
-        return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, expert=expert))
+        gate, up = in_one_weight(gate_up, [("g", channels, 1), ("u", channels, 1)], expert=expert)
+        return cls(kind, layer, (up, gate), Projection("d", down, channels, 1, 1, expert=expert))
 
     @classmethod
     def experts(
@@ -266,22 +290,17 @@ class Coupling:
         """
         if (gate_up is None) == (up is None):
             raise TypeError(f"experts needs gate_up or up, and not both, got gate_up={gate_up!r} and up={up!r}")
-        both: dict[str, Any] = {"size": 2 * channels, "stride": 2 if interleaved else None}
-        sides: list[tuple[str, Any, dict[str, Any]]] = [
-            ("u", gate_up, {"start": 1 if interleaved else channels, **both}),
-            ("g", gate_up, both),
-        ]
-        vectors: list[dict[str, Any]] = [{"unit": 1, "start": start, "size": 2 * channels} for start in (channels, 0)]
-        if up is not None:
-            sides, vectors = [("u", up, {})], [{"unit": 1}]
-        elif interleaved:
-            vectors = [{"unit": 2}]
+        parts = [(key, channels, 1) for key in ("gu" if up is None else "u")]
 
         def coupling(expert: int) -> "Coupling":
-            where: dict[str, Any] = {"expert": expert, "transposed": transposed}
-            producers = tuple(Projection(key, path, channels, 1, 0, **more, **where) for key, path, more in sides)
-            moving = tuple(Vector(bias, expert=expert, **more) for more in vectors) if bias is not None else ()
-            return cls(kind, layer, producers, Projection("d", down, channels, 1, 1, **where), moving)
+            producers = in_one_weight(cast(str, gate_up or up), parts, interleaved, expert, transposed)[::-1]
+            vectors: tuple[Vector, ...] = ()
+            if bias is not None and interleaved and up is None:
+                vectors = (Vector(bias, 2, expert),)
+            elif bias is not None:
+                vectors = tuple(Vector(bias, 1, expert, one.start, one.size) for one in producers)
+            consumer = Projection("d", down, channels, 1, 1, expert=expert, transposed=transposed)
+            return cls(kind, layer, producers, consumer, vectors)
 
         return [coupling(expert) for expert in range(experts)]
 
@@ -368,11 +387,7 @@ class Coupling:
             ['h.0.qkv.q', 'h.0.qkv.k', 'h.0.qkv.v', 'h.0.out']
         """
         counts = (heads, kv_heads or heads, kv_heads or heads)
-        where: dict[str, Any] = {"size": sum(counts) * head_dim, "stride": 3 * head_dim if interleaved else None}
-        starts = [head_dim * (i if interleaved else sum(counts[:i])) for i in range(3)]
-        producers = tuple(
-            Projection(key, qkv, n, head_dim, 0, start=start, **where) for key, n, start in zip("qkv", counts, starts)
-        )
+        producers = in_one_weight(qkv, [(key, n, head_dim) for key, n in zip("qkv", counts)], interleaved)
         return cls(kind, layer, producers, Projection("o", o, heads, head_dim, 1))
 
     @classmethod

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.layers import KINDS, OTHER, S2Layer, kind_of
-from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings
+from s2ft.model.coupling import Coupling, Projection, Vector, checked_couplings, in_one_weight
 from s2ft.model.discovery import Discovery, WeightRow, discover
 from s2ft.model.discovery.proposals import LayerMap
 from s2ft.model.families import decoders, named
-from s2ft.model.families.decoders import config_of, in_one_weight, inputs_of
+from s2ft.model.families.decoders import config_of, inputs_of
 from s2ft.model.parts import outermost, tower_of, trained_towers
 from s2ft.model.weights import find, get, weight_at
 
@@ -196,7 +196,8 @@ def _halved(model: nn.Module, layer: int, path: str, names: tuple[str, ...], kin
     """A gated FFN whose first layer computes the values, then the gate."""
     up, down = (f"{path}.{name}" for name in names)
     channels = inputs_of(model, down)
-    return Coupling(kind, layer, in_one_weight(up, "ug", channels), Projection("d", down, channels, 1, 1))
+    producers = in_one_weight(up, [("u", channels, 1), ("g", channels, 1)])
+    return Coupling(kind, layer, producers, Projection("d", down, channels, 1, 1))
 
 
 def _under(path: str, first: int, coupling: Coupling) -> Coupling:

@@ -16,7 +16,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import follow, full_values, is_dtensor, reshard_all
@@ -183,10 +182,8 @@ def loss_of(model: nn.Module, batch: Batch) -> Tensor:
     Raises:
         ValueError: The model has none.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_labels = any(p.name == "labels" or p.kind is p.VAR_KEYWORD for p in parameters)
     try:
-        output = model(*batch.positional, **{**batch.named, **_no_cache(model)}) if takes_labels else None
+        output = model(*batch.positional, **{**batch.named, **_no_cache(model)})
     except TypeError as error:
         if "labels" not in str(error):
             raise
@@ -251,49 +248,6 @@ def _labels(model: nn.Module, batch: Batch) -> Tensor | None:
         ),
     )
     return None
-
-
-def keep_checkpointing(model: nn.Module, stack: ExitStack) -> None:
-    """Keep gradient checkpointing on in evaluation mode, until the stack is closed.
-
-    A block checkpoints only if its training flag is on. The inputs of the first blocks require gradients here, because
-    a checkpointed block passes gradients on only if its input requires one.
-    """
-    blocks = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
-    if not blocks:
-        return
-    # Imported here, because it takes seconds.
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    layers = [block for block in blocks if isinstance(block, GradientCheckpointingLayer)]
-    for block in cast("list[Any]", layers or blocks):  # without such layers, the model's own modules test the flag
-        block.training = True
-        if (checkpoint := getattr(block, "_gradient_checkpointing_func", None)) is not None:
-            stack.callback(setattr, block, "_gradient_checkpointing_func", checkpoint)
-            block._gradient_checkpointing_func = partial(_evaluated_inside, block, checkpoint)
-    stack.callback(model.register_forward_pre_hook(_with_gradients, with_kwargs=True).remove)
-    embeddings = cast(Any, model).get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
-    if embeddings is not None:
-        hook = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
-        stack.callback(hook.remove)
-
-
-def _evaluated_inside(block: nn.Module, checkpoint: Callable, function: Callable, *inputs: Any, **more: Any) -> Any:
-    """Run a block's checkpoint with its training flag off inside, where the flag would switch dropout on."""
-
-    def evaluated(*inputs: Any) -> Any:
-        block.training = False
-        try:
-            return function(*inputs)
-        finally:  # a checkpoint may end its second run early, by an exception
-            block.training = True
-
-    return checkpoint(evaluated, *inputs, **more)
-
-
-def _with_gradients(module: nn.Module, inputs: tuple, named: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """Make floating-point inputs (pixels and sound, which no embedding table reads) require a gradient."""
-    return tree_map_only(Tensor, lambda x: x.detach().requires_grad_(x.is_floating_point()), (inputs, named))
 
 
 # ---- activation (S²FT-A in the paper) -------------------------------------------------------------------------------
@@ -502,9 +456,8 @@ def gradient_scores(request: Request) -> Units:
     A norm is the L2 norm of the gradient of one sequence's loss with respect to the unit's weights in the projection.
     Sequences (images, recordings) are processed one by one, so that the score does not depend on their batches. Squared
     norms are summed, because a sum of gradients would need a second copy of the weights. Only one weight gradient
-    exists at a time: it is reduced and deleted as soon as the backward has computed it. A model that checkpoints its
-    blocks also does so here. If the model is sharded, every rank runs it on the same sequences, and each gradient of a
-    weight is gathered.
+    exists at a time: it is reduced and deleted as soon as the backward has computed it. If the model is sharded, every
+    rank runs it on the same sequences, and each gradient of a weight is gathered.
     """
     return root_mean_squares(
         request, lambda gradient, projection: squares_by_unit(gradient, projection.dim, projection)
@@ -538,7 +491,6 @@ def root_mean_squares(request: Request, squares: Callable[[Tensor, Projection], 
             leaf = gathered.leaf(weight).requires_grad_(True)
             collect = partial(_collect, request.model, projections, squares, sums)
             stack.callback(leaf.register_post_accumulate_grad_hook(collect).remove)
-        keep_checkpointing(request.model, stack)
         for batch in request.calibration.batches(request.model):
             for sequence in single_sequences(request.model, batch):
                 loss_of(request.model, sequence).backward()

@@ -168,21 +168,6 @@ def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointi
     assert not any(value.requires_grad for batch in batches for value in batch.values())
 
 
-@pytest.mark.parametrize(
-    "case, batches", (("whisper", CASES["whisper, labels"][1]), ("opt", [{**text(8), "labels": tokens(3, 8)}]))
-)
-def test_checkpointing_does_not_turn_dropout_on(case, batches):
-    model = model_of(case)
-    for module in model.modules():
-        if isinstance(getattr(module, "dropout", None), float):
-            module.dropout = 0.5  # used by a function that reads the block's training flag
-    expected = reference.scores(model, "gradient", batches)
-    checkpoint_blocks(model)
-    functions = [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-    assert_scores(scores_of(model, "gradient", batches), expected)
-    assert functions == [getattr(module, "_gradient_checkpointing_func", None) for module in model.modules()]
-
-
 def test_a_batch_may_be_only_the_main_input():
     for case, value in (("vit", pixels(2)), ("clip-vision", pixels(2)), ("bert", tokens(2, 7))):
         model = model_of(case)

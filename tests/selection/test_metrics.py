@@ -1,7 +1,6 @@
 """Every metric equals a simple computation that stores everything, and selecting does not change the model."""
 
 import weakref
-from unittest.mock import Mock
 
 import pytest
 import torch
@@ -98,15 +97,12 @@ def checkpoint_blocks(model, **options):
 # ---- memory ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("checkpointing", (False, True))
-def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
+def test_one_weight_gradient_is_alive_at_a_time(monkeypatch):
     """The test counts them whenever one is reduced. Only gradients of the requested projections are computed."""
     from support.inside import metrics
 
     model = model_of("llama")
     expected = scores_of(model, "gradient", [batch_of(model)], u_ratio=0.0)
-    if checkpointing:
-        checkpoint_blocks(model)
     alive, reduce = [], metrics.squares_by_unit
 
     def count(*args):
@@ -118,15 +114,6 @@ def test_one_weight_gradient_is_alive_at_a_time(checkpointing, monkeypatch):
     assert all(len(names) == 1 for names in alive) and len(alive) == 3 * 6 * 3  # sequences, projections, layers
     assert not any("up_proj" in name or "embed" in name or "norm" in name for names in alive for name in names)
     assert_scores(found, expected)
-
-
-def test_gradient_checkpointing_is_used(monkeypatch):
-    model = model_of("llama")
-    checkpoint_blocks(model)
-    block = model.model.layers[0]
-    block._gradient_checkpointing_func = Mock(wraps=block._gradient_checkpointing_func)
-    scores_of(model, "gradient", [batch_of(model)])
-    assert block._gradient_checkpointing_func.call_count == 3 and not block.training
 
 
 @pytest.mark.parametrize("metric", ("activation", "product"))

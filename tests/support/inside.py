@@ -53,7 +53,7 @@ MODULES = {
     "model.discovery": "discover search",
     "model.discovery.examples": "examples_of:examples_examples_of runnable_example",
     "model.discovery.search": "judge trial_of",
-    "model.discovery.twin": "copied HEADS kinds_of_blocks Level paths_and_classes tiny_config tiny_model twins_of",
+    "model.discovery.twin": "copied HEADS kinds_of_blocks paths_and_classes tiny_config tiny_model twins_of",
     "model.families": "named",
     "model.families.decoders": "HIDDEN_ACTS",
     "model.fingerprint": "fingerprint Location",

@@ -7,7 +7,6 @@ its forward; how many tokens stand for an image is asked from the model itself.
 import inspect
 import itertools
 import math
-import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from s2ft.model.discovery.twin import token_entries
 from s2ft.model.running import evaluation_mode, placed, run_example, seeded, tensors_in
 
 ROWS, LENGTH = 2, 24
@@ -79,7 +79,9 @@ class _Inputs:
     def tokens(self, length: int = LENGTH) -> Tensor:
         """Token ids [ROWS, length] that stand for nothing else in the config."""
         size = _first(self.configs("text_config", "decoder", "text_encoder"), ("vocab_size", "n_vocab")) or 100
-        special = _special_tokens(self.config.to_dict())
+        named = [inside[key] for inside, key in token_entries(self.config.to_dict())]
+        tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
+        special = {token for token in tokens if isinstance(token, int)}
         usual = torch.tensor([token for token in range(size) if token not in special] or [0])
         return usual[torch.randint(len(usual), (ROWS, length), generator=self.generator)]
 
@@ -358,14 +360,3 @@ def _first(configs: list[Any], keys: tuple[str, ...], whole: bool = True) -> Any
             if value is not None and (not whole or (isinstance(value, int) and not isinstance(value, bool))):
                 return value
     return None
-
-
-def _special_tokens(entries: dict) -> set[int]:
-    """Ids of all tokens that a config names."""
-    found: set[int] = set()
-    for key, value in entries.items():
-        if isinstance(value, dict):
-            found |= _special_tokens(value)
-        elif isinstance(key, str) and re.fullmatch(r".*(token_id|token_index|_token|token_ids)", key):
-            found |= {token for token in (value if isinstance(value, list) else [value]) if isinstance(token, int)}
-    return found

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key
 from s2ft.layers import forward_of, kind_of
-from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.coupling import Coupling, Projection, Vector, in_one_weight
 from s2ft.model.parts import tower_of
 from s2ft.model.weights import get
 
@@ -167,38 +167,34 @@ class LayerMap:
         return bool(blocks) and (not nested or name in NESTED_STACKS and alike)
 
     @cached_property
-    def _first_numbers(self) -> dict[str, int]:
-        """The number of the first block of each stack: encoder before decoder, language before other towers."""
-        blocks = filter(None, map(self.block_of, self.modules))
-        stacks = by_key((self._stack_of(block), block) for block in dict.fromkeys(blocks))
+    def _numbers(self) -> dict[tuple[str, tuple[int, ...]], int]:
+        """The number of every block: encoder before decoder, language before other towers."""
+        blocks = {self._stack_and_place(block): block for block in filter(None, map(self.block_of, self.modules))}
+        stacks = by_key((stack, place) for stack, place in blocks)
         ordered = list(stacks)
         if not getattr(getattr(self.model, "config", None), "is_encoder_decoder", False):
-            ordered.sort(key=lambda stack: tower_of(self.model, min(stacks[stack])) != "language")
-        first, numbers = 0, {}
+            ordered.sort(key=lambda stack: tower_of(self.model, blocks[stack, stacks[stack][0]]) != "language")
+        numbers: dict[tuple[str, tuple[int, ...]], int] = {}
         for stack in ordered:
-            numbers[stack] = first
-            first += max(self._number_within(block) for block in stacks[stack]) + 1
+            first = 1 + max(numbers.values(), default=-1)
+            for places in by_key((len(place), place) for place in stacks[stack]).values():  # stages, and blocks in them
+                numbers.update({(stack, place): first + i for i, place in enumerate(sorted(places))})
         return numbers
 
-    def _stack_of(self, block: str) -> str:
-        """A name for the stack of a block: lists of one module (attentions, ffns) are one stack, but not two coders."""
-        around = block.split(".")[: self._digits(block)[0][0]]  # empty if the model is a list of blocks itself
-        return ".".join(around if around and "coder" in around[-1] else around[:-1])
+    def _stack_and_place(self, block: str) -> tuple[str, tuple[int, ...]]:
+        """A name for the stack of a block, and the numbers of the block in it.
 
-    def _number_within(self, block: str) -> int:
+        Lists of one module (attentions, ffns) are one stack, but not two coders.
+        """
         parts, (digits, _) = block.split("."), self._digits(block)
-        if len(digits) == 1:
-            return int(parts[digits[0]])
-        inner = parts[digits[0] + 1 : digits[1]]
-        before = (
-            self.modules.get(".".join([*parts[: digits[0]], str(i), *inner])) for i in range(int(parts[digits[0]]))
-        )
-        return sum(len(list(one.children())) for one in before if one is not None) + int(parts[digits[1]])
+        around = parts[: digits[0]]  # empty if the model is a list of blocks itself
+        name = ".".join(around if around and "coder" in around[-1] else around[:-1])
+        return name, tuple(int(parts[i]) for i in digits)
 
     def layer_number(self, path: str) -> int:
         """The number of the layer that a path is in, counted through the stacks; 0 outside of all."""
         block = self.block_of(path)
-        return self._first_numbers[self._stack_of(block)] + self._number_within(block) if block else 0
+        return self._numbers[self._stack_and_place(block)] if block else 0
 
 
 @cache
@@ -436,13 +432,11 @@ def _two_layers(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int)
     q = Projection("q", q_path, heads, q_size // heads, 0)
     kv = size // 2 // unit
     if kv and size == 2 * kv * unit and heads % kv == 0:
-        k = Projection("k", path, kv, unit, 0, size=size)
-        yield "k, then v", (q, k, replace(k, key="v", start=size // 2)), heads
+        yield "k, then v", (q, *in_one_weight(path, [("k", kv, unit), ("v", kv, unit)])), heads
     key = size // heads - unit
     if size % heads == 0 and key > 0:
-        k = Projection("k", path, heads, key, 0, stride=key + unit, size=size)
-        v = Projection("v", path, heads, unit, 0, start=key, stride=key + unit, size=size)
-        yield "k and v of each head", (q, k, v), heads
+        both = in_one_weight(path, [("k", heads, key), ("v", heads, unit)], in_turn=True)
+        yield "k and v of each head", (q, *both), heads
 
 
 def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> Iterator[tuple]:
@@ -452,22 +446,15 @@ def _packed(paths: tuple[str, ...], sizes: list[int], heads: int, unit: int) -> 
     if size % unit or rest <= 0 or rest % 2 or heads % (rest // 2):
         return
     kv, group = rest // 2, heads // (rest // 2)
-
-    def part(key: str, count: int, width: int, start: int, stride: int | None = None) -> Projection:
-        return Projection(key, path, count, width, 0, start=start, stride=stride, size=size)
-
-    keys = part("k", kv, unit, heads * unit), part("v", kv, unit, (heads + kv) * unit)
-    yield "q, k, v", (part("q", heads, unit, 0), *keys), heads
+    yield "q, k, v", in_one_weight(path, [("q", heads, unit), ("k", kv, unit), ("v", kv, unit)]), heads
     if heads == kv:
-        in_turn, whole = (unit, 3 * unit), (heads * unit, None)  # from q, k or v to the next one, and to the next head
-        for order, (step, stride) in (*product(("qkv", "qvk", "kqv"), [in_turn]), *product(("qvk", "kqv"), [whole])):
-            parts = tuple(part(key, heads, unit, order.index(key) * step, stride) for key in "qkv")
-            yield f"{', '.join(order)}{' of each head' if stride else ''}", parts, heads
+        for order, in_turn in (*product(("qkv", "qvk", "kqv"), [True]), *product(("qvk", "kqv"), [False])):
+            parts = in_one_weight(path, [(key, heads, unit) for key in order], in_turn)
+            in_order = tuple(sorted(parts, key=lambda part: "qkv".index(part.key)))
+            yield f"{', '.join(order)}{' of each head' if in_turn else ''}", in_order, heads
     elif kv > 1:
-        stride = (group + 2) * unit
-        q = part("q", kv, group * unit, 0, stride)
-        k, v = part("k", kv, unit, group * unit, stride), part("v", kv, unit, (group + 1) * unit, stride)
-        yield "q, k, v of each group", (q, k, v), kv
+        groups = [("q", kv, group * unit), ("k", kv, unit), ("v", kv, unit)]
+        yield "q, k, v of each group", in_one_weight(path, groups, in_turn=True), kv
 
 
 LAYOUTS = {1: _packed, 2: _two_layers, 3: _separate}  # by the number of layers
@@ -609,12 +596,13 @@ def _find_ups(structure: LayerMap, down: str) -> tuple[str, list[str]] | None:
             and may_be_coupled(structure, path)
         ]
         channels, width = structure.inputs[down], structure.outputs[down]
-        for count in (channels, 2 * channels):
-            for fits in (True, False):  # layers whose inputs have the size of down's outputs come first
-                ups = [p for p in near if structure.outputs[p] == count and (structure.inputs[p] == width or not fits)]
-                if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
-                    ups.sort(key=structure.place.__getitem__)
-                    return around, [p for p in ups if structure.inputs[p] == structure.inputs[ups[-1]]][-2:]
+        for count, fits in product(
+            (channels, 2 * channels), (True, False)
+        ):  # inputs of the size of down's outputs first
+            ups = [p for p in near if structure.outputs[p] == count and (structure.inputs[p] == width or not fits)]
+            if ups:  # those that run last with the same inputs: an up and a gate, or a single layer
+                ups.sort(key=structure.place.__getitem__)
+                return around, [p for p in ups if structure.inputs[p] == structure.inputs[ups[-1]]][-2:]
     return None
 
 
@@ -634,10 +622,9 @@ def _sides(
     """The producers that the layers may be, with words for them: up and gate, one layer with both, or a single one."""
     if structure.outputs[ups[-1]] == 2 * channels:
         for path in reversed(ups):
-            name, gate = structure.pattern(path), Projection("g", path, channels, 1, 0, size=2 * channels)
-            in_turn = replace(gate, stride=2)
-            yield f"gate, then up in {name}", (replace(gate, key="u", start=channels), gate)
-            yield f"gate and up in turn in {name}", (replace(in_turn, key="u", start=1), in_turn)
+            for words, in_turn in (("gate, then up in", False), ("gate and up in turn in", True)):
+                sides = in_one_weight(path, [("g", channels, 1), ("u", channels, 1)], in_turn)[::-1]
+                yield f"{words} {structure.pattern(path)}", sides
         return
     if len(ups) == 2:
         gated = next((path for path in ups if GATE.search(path[len(around) :])), ups[0])

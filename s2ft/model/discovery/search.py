@@ -38,12 +38,12 @@ from s2ft.model.discovery.proposals import (
     stacked_weights,
 )
 from s2ft.model.discovery.twin import copied, twins_of
-from s2ft.model.running import check_example, evaluation_mode, example_of, run_example, tensors_in
+from s2ft.model.running import check_example, evaluation_mode, largest_change, run_example, seeded, tensors_in
 from s2ft.model.weights import Move, find
 
 # ---- trials ---------------------------------------------------------------------------------------------------------
 
-TOLERANCE = 1e-10  # by how much outputs in float64 may change, relative to the largest
+TOLERANCE = 1e-10  # by how much outputs in float64 may change, see :func:`largest_change`
 
 Outputs = dict[str, list[Tensor]]
 
@@ -67,7 +67,10 @@ class Trial:
         self.twin, self.example = twin, example
         self.called: dict[str, int] = {}
         self.structure = LayerMap(twin, self.called)
-        self.before = self._run(count=True)
+        self.before = self._run()
+        for number, path in enumerate(self.before):
+            self.called.setdefault(path, number)
+            self.called.setdefault(self.structure.pattern(path), number)
         refuse(
             (not self.before[""], "the model returns no floating-point tensor"),
             (any(bool(torch.isnan(tensor).any()) for tensor in self.before[""]), "the model's output has NaN"),
@@ -111,21 +114,15 @@ class Trial:
         return [*dict.fromkeys(shuffle.coupling.place for shuffle in shuffles), ""]
 
     def _differs(self, after: Outputs, places: Iterable[str]) -> bool:
-        return any(
-            _different(now, then)
-            for place in places
-            for now, then in zip(after.get(place, ()), self.before.get(place, ()))
-        )
+        return any(largest_change(after.get(place, ()), self.before.get(place, ())) > TOLERANCE for place in places)
 
     # ---- runs ----------------------------------------------------------------------------------------
 
     def gradients(self) -> set[str]:
         """The names of the twin's parameters that a loss on its outputs gives a gradient other than zero."""
         parameters = {name: one for name, one in self.twin.named_parameters() if one.is_floating_point()}
-        self.twin.requires_grad_(True)
         try:
-            with evaluation_mode(self.twin), torch.random.fork_rng([]), torch.enable_grad():
-                torch.manual_seed(0)
+            with evaluation_mode(self.twin), seeded(self.twin, 0), torch.enable_grad():
                 output = run_example(self.twin, self.example)
                 named = output.items() if isinstance(output, dict) else ()
                 logits = [tensor for name, value in named if "logits" in name for tensor in tensors_in(value)]
@@ -139,42 +136,24 @@ class Trial:
                 f"{type(self.twin).__name__} computes no gradients in evaluation mode, in which s2ft tries couplings "
                 f"out, so describe them in couplings=: {type(error).__name__}: {error}"
             ) from error
-        finally:
-            self.twin.requires_grad_(False)
         return {name for name, gradient in zip(parameters, found) if gradient is not None and bool(gradient.any())}
 
-    def _run(self, seed: int = 0, count: bool = False) -> Outputs:
+    def _run(self, seed: int = 0) -> Outputs:
+        """The outputs of all modules in the order of their ends, and of the model as ""."""
         found: Outputs = {}
 
         def record(path: str, module: nn.Module, inputs: Any, output: Any) -> None:
-            if count:
-                number = len(self.called)
-                self.called.setdefault(path, number)
-                self.called.setdefault(self.structure.pattern(path), number)
             found.setdefault(path, []).extend(tensors_in(output))
 
-        modules = self.structure.modules
-        stacks = {path for path, module in modules.items() if any(p.dim() == 3 for p in module.parameters(False))}
-        watched = filter(None, modules if count else {*self.structure.layers, *stacks})
-        handles = [modules[path].register_forward_hook(partial(record, path)) for path in watched]
+        modules = self.structure.modules.items()
+        handles = [module.register_forward_hook(partial(record, path)) for path, module in modules if path]
         try:
-            with torch.no_grad(), evaluation_mode(self.twin), torch.random.fork_rng([]):
-                torch.manual_seed(seed)
+            with torch.no_grad(), evaluation_mode(self.twin), seeded(self.twin, seed):
                 output = run_example(self.twin, self.example)
         finally:
             for handle in handles:
                 handle.remove()
         return {**found, "": list(tensors_in(output))}
-
-
-def _different(now: Tensor, then: Tensor) -> bool:
-    if now.shape != then.shape:
-        return True
-    finite = torch.isfinite(then)  # classes that can't be chosen may have minus infinity
-    if not finite.any():
-        return False
-    now, then = now[finite], then[finite]
-    return not float((now - then).abs().max()) <= TOLERANCE * float(then.abs().max())
 
 
 # ---- what is moved -----------------------------------------------------------------------------------------------
@@ -297,7 +276,7 @@ def settle(trial: Trial, blocks: Sequence[Block]) -> Outcome:
     if not any(trial.structure.is_called(one.place) for one in first.proposals[0].couplings):
         return _not_reached(first)
     idle, tried = None, set()
-    for proposal in sorted(first.proposals, key=lambda one: -one.couplings[0].main.count):
+    for proposal in first.proposals:
         couplings = _all_couplings(blocks, proposal)
         if not couplings or couplings in tried:
             continue
@@ -427,8 +406,7 @@ class Discovery:
 # ---- the search ------------------------------------------------------------------------------------------------
 
 COPIED_WITH_EXAMPLE = 20_000_000  # parameters up to which a transformers model is tried on the user's own example
-REMEMBERED = 8  # results that are kept, because plan, select and attach often follow each other
-_FOUND: dict[tuple, Discovery] = {}
+_FOUND: dict[tuple, Discovery] = {}  # the last result, because plan, select and attach often follow each other
 PROPOSERS = (attention_blocks, stack_blocks, ffn_blocks)
 
 
@@ -450,9 +428,8 @@ def discover(model: nn.Module, example: Any = None) -> Discovery:
     key = _key(model) if example is None else None
     found = (_FOUND.get(key) if key is not None else None) or search(model, trial_of(model, example))
     if key is not None:
+        _FOUND.clear()
         _FOUND[key] = found
-        for old in list(_FOUND)[:-REMEMBERED]:
-            del _FOUND[old]
     return replace(found, couplings=list(found.couplings))
 
 
@@ -526,11 +503,10 @@ def trial_of(model: nn.Module, example: Any = None) -> Trial:
     at_once = example is not None and (own or sum(sizes) <= COPIED_WITH_EXAMPLE)
     tried: list[str] = []
     for twin in () if at_once else twins_of(model, tried):
-        for make in (runnable_example, example_of):
-            try:
-                return Trial(twin, make(twin))
-            except Exception as error:  # models refuse inputs in many ways
-                tried.append(f"{type(error).__name__}: {error}")
+        try:
+            return Trial(twin, runnable_example(twin))
+        except Exception as error:  # models refuse inputs in many ways
+            tried.append(f"{type(error).__name__}: {error}")
     if example is None:
         raise ValueError(
             f"s2ft finds no couplings of {type(model).__name__}: no small copy of it runs. Tried: {'; '.join(tried)}. "
@@ -581,9 +557,9 @@ class Findings:
         paths = {projection.path for projection in projections_of(found)}
         past = next(filter(self.structure.is_read_past, sorted(paths)), None)
         if past is not None:
-            outcome = Outcome(None, None, f"of its block, {past.rpartition('.')[2]} may be used without its layer")
-        used = {projection.path for projection in projections_of(self._couplings)}
-        if not found or past is not None or paths & used:
+            found, name = (), past.rpartition(".")[2]
+            outcome = Outcome(None, None, f"of its block, {name} may be used without its layer")
+        if not found or paths & self._rows.keys():
             for projection in block.proposals[0].couplings[0].projections:
                 self._why.setdefault(projection.path, outcome.reason)
             return

@@ -1,7 +1,7 @@
 """Builds the twin of a model: a tiny one with the same modules and random float64 weights, to try couplings on.
 
 Sizes are cut by the names of their keys. What makes the modules differ stays: grouped queries stay grouped, one
-key/value head stays one, and every kind of layer in a list such as `layer_types` keeps at least one layer.
+key/value head stays one, and so many layers are kept that every kind of block is there.
 
 On the twin a wrong coupling can't hide: no norm weight is 1, no bias is 0 and no matrix is zero. In float64 rounding
 is a million times smaller than any real change.
@@ -10,9 +10,7 @@ is a million times smaller than any real change.
 import copy
 import re
 import warnings
-from collections import Counter
 from collections.abc import Callable, Iterator
-from enum import IntEnum
 from typing import Any
 
 import torch
@@ -28,14 +26,6 @@ FFN_WIDTH, EXPERT_WIDTH = 96, 48
 VOCABULARY, POSITIONS = 256, 128
 DEPTH = 3
 SIDE = 8  # patches of an image in a row
-
-
-class Level(IntEnum):
-    """How much of a config is cut. A later level helps where sizes depend on each other in unusual ways."""
-
-    ALL = 0
-    KEEP_HEAD_DIMS = 1
-    DEPTH_AND_VOCABULARY = 2  # depth, vocabulary and number of experts only
 
 
 Size = int | Callable[[int, str, dict], int]  # a size, or a function of the old size, its key and the config
@@ -76,7 +66,7 @@ _WIDTHS: dict[str, Size] = {
     r"|expert_dim": EXPERT_WIDTH,
     r"mamba_d_ssm": 2 * WIDTH,
 }
-_COUNTS_OF_HEADS: dict[str, Size] = {
+_HEAD_COUNTS_AND_DIMS: dict[str, Size] = {
     r"num_attention_heads|n_head|num_heads|n_heads|attention_heads|num_attn_heads|heads|num_query_heads"
     r"|swa_num_attention_heads|attention_num_heads|linear_num_heads|abstractor_num_heads"
     r"|resampler_n_heads": _at_most(HEADS),
@@ -86,8 +76,6 @@ _COUNTS_OF_HEADS: dict[str, Size] = {
     r"mamba_n_groups|n_groups": _at_most(1),
     r"linear_num_key_heads": 2,
     r"linear_num_value_heads|index_n_heads": HEADS,
-}
-_HEAD_DIMS: dict[str, Size] = {
     r"head_dim|attention_head_dim|d_kv|kv_channels|global_head_dim|attention_head_size|swa_head_dim|head_size"
     r"|resampler_head_dim|attention_key_size|v_head_dim|swa_v_head_dim|qk_nope_head_dim|mamba_d_head"
     r"|mamba_head_dim|mamba_headdim|linear_key_head_dim|linear_value_head_dim|index_head_dim": HEAD_DIM,
@@ -125,10 +113,9 @@ def _compiled(*tables: dict[str, Size]) -> list[tuple[re.Pattern, Size]]:
     return [(re.compile(f"{prefix}(?:{keys})"), size) for table in tables for keys, size in table.items()]
 
 
-_RULES = {
-    Level.ALL: _compiled(_WIDTHS, _COUNTS_OF_HEADS, _HEAD_DIMS, _OTHER_SIZES, _VOCABULARY_AND_EXPERTS),
-    Level.KEEP_HEAD_DIMS: _compiled(_WIDTHS, _COUNTS_OF_HEADS, _OTHER_SIZES, _VOCABULARY_AND_EXPERTS),
-    Level.DEPTH_AND_VOCABULARY: _compiled(_VOCABULARY_AND_EXPERTS),
+_RULES = {  # by whether widths are cut
+    True: _compiled(_WIDTHS, _HEAD_COUNTS_AND_DIMS, _OTHER_SIZES, _VOCABULARY_AND_EXPERTS),
+    False: _compiled(_VOCABULARY_AND_EXPERTS),
 }
 
 _DEPTH = re.compile(
@@ -144,10 +131,10 @@ _LEFT_OUT = (
     *("stage_names", "out_features", "out_indices", "_out_features", "_out_indices", "transformers_version"),
     *("_name_or_path", "architectures", "torch_dtype", "dtype", "quantization_config", "per_layer_config_overrides"),
 )
-_AS_IT_IS = ("id2label", "label2id", "quantization_config")
+_AS_IT_IS = ("id2label", "label2id")
 
 # Entries that the rules above get wrong, by model type and dotted key: a value, or a function of the cut config. They
-# are used at levels that cut widths, for a config and for the configs inside it, and only where the key exists.
+# are used where widths are cut, for a config and for the configs inside it, and only where the key exists.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     # The width of a later stage is a multiple of that of the first, and must be divisible by its heads 3, 6, 12, 24.
     **{name: {"embed_dim": 48} for name in ("swin", "swinv2", "donut-swin", "maskformer-swin", "swin2sr")},
@@ -212,48 +199,40 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def tiny_config(config: Any, level: Level = Level.ALL, depth: int = DEPTH) -> Any:
+def tiny_config(config: Any, widths: bool = True, depth: int = DEPTH) -> Any:
     """Make a small copy of a config.
 
     Args:
         config: A config of transformers.
-        level: How much is cut.
-        depth: Number of layers of each stack, where no list of layers asks for more.
+        widths: Whether to cut widths and heads too, not only depth, vocabulary and number of experts. Where sizes
+            depend on each other in unusual ways, they have to stay.
+        depth: Number of layers of each stack.
 
     Returns:
         A config of the same class.
     """
     entries = {key: value for key, value in copy.deepcopy(config.to_dict()).items() if key not in _LEFT_OUT}
-    if level < Level.DEPTH_AND_VOCABULARY:
+    if widths:
         _make_images_small(entries)
-    entries = _cut(entries, level, depth)
-    _renumber_tokens(entries, {})
+    entries = _cut(entries, widths, depth)
+    _renumber_tokens(entries)
     return type(config).from_dict(entries)
-
-
-def config_for(model_class: type, config: Any) -> Any:
-    """The config that a model class takes: the one given, or the one inside it that is of the right class."""
-    wanted = getattr(model_class, "config_class", None)
-    if wanted is None or isinstance(config, wanted):
-        return config
-    inside = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
-    return next((one for one in inside if isinstance(one, wanted)), config)
 
 
 def _is_size(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _cut(entries: dict, level: Level, depth: int) -> dict:
+def _cut(entries: dict, widths: bool, depth: int) -> dict:
     """Cut the sizes of a config given as a dict, and of the configs inside it."""
     if any(not isinstance(key, str) for key in entries):
         return entries
     layers = entries.get("num_hidden_layers")
-    entries = _shallow(copy.deepcopy(entries), depth, level)
+    entries = _shallow(copy.deepcopy(entries), depth, widths)
     if entries.get("num_kv_shared_layers") and entries.get("num_hidden_layers") != layers:
         entries["num_kv_shared_layers"] = 0  # the layers whose keys and values others use may be gone
-    cut = {key: _cut_entry(key, value, entries, level, depth) for key, value in entries.items()}
-    if level < Level.DEPTH_AND_VOCABULARY:
+    cut = {key: _cut_entry(key, value, entries, widths, depth) for key, value in entries.items()}
+    if widths:
         _keep_parts_of_heads(entries, cut)
         for key, value in EXCEPTIONS.get(entries.get("model_type", ""), {}).items():
             _set(cut, key, value(cut) if callable(value) else copy.deepcopy(value))
@@ -295,47 +274,43 @@ def _set(entries: dict, dotted: str, value: Any) -> None:
         entries[key] = value
 
 
-def _cut_entry(key: str, value: Any, entries: dict, level: Level, depth: int) -> Any:
+def _cut_entry(key: str, value: Any, entries: dict, widths: bool, depth: int) -> Any:
     if key in ("rope_scaling", "rope_parameters") and isinstance(value, dict):
         rotated = HEAD_DIM // 2 if entries.get("kv_lora_rank") else HEAD_DIM
-        return _rope(value, rotated // 2) if level == Level.ALL else value
+        return _rope(value, rotated // 2) if widths else value
     if key in _AS_IT_IS:
         return value
     if key == "use_cache":
         return False  # some caches ask for entries that configs lack, and a forward needs none
     if isinstance(value, dict):
-        return _cut(value, level, depth)
-    widths = "intermediate_size" in key and level < Level.DEPTH_AND_VOCABULARY
-    if isinstance(value, list) and (widths or all(isinstance(entry, dict) for entry in value)):
-        return [_cut_entry(key, entry, entries, level, depth) for entry in value]
+        return _cut(value, widths, depth)
+    is_list_of_widths = "intermediate_size" in key and widths
+    if isinstance(value, list) and (is_list_of_widths or all(isinstance(entry, dict) for entry in value)):
+        return [_cut_entry(key, entry, entries, widths, depth) for entry in value]
     if not _is_size(value):
         return value
-    size = next((size for keys, size in _RULES[level] if keys.fullmatch(key)), value)
+    size = next((size for keys, size in _RULES[widths] if keys.fullmatch(key)), value)
     return size(value, key, entries) if callable(size) else size
 
 
-def _shallow(entries: dict, depth: int, level: Level) -> dict:
-    """Cut the number of layers, with the lists that have an entry for each layer."""
+def _shallow(entries: dict, depth: int, widths: bool) -> dict:
+    """Cut the number of layers, with the lists that have an entry for each layer or the numbers of some."""
     for key in [key for key, value in entries.items() if _DEPTH.fullmatch(key) and _is_size(value)]:
         count = entries[key]
-        lists = {name: value for name, value in entries.items() if _has_entry_per_layer(name, value, count)}
-        chosen = {name: value for name, value in entries.items() if _names_layers(name, value, count)}
-        if not lists and not chosen:
-            entries[key] = min(count, depth)
-            continue
-        kinds = [*lists.values(), *([layer in value for layer in range(count)] for value in chosen.values())]
-        kept = _layers_of_each_kind(list(zip(*kinds)), min(depth, count))
-        entries |= {name: [value[layer] for layer in kept] for name, value in lists.items()}
-        entries |= {name: [kept.index(one) for one in value if one in kept] for name, value in chosen.items()}
-        if isinstance(layers := entries.get("per_layer_config"), dict):  # they get the new numbers of the layers
-            found = {int(layer): config for layer, config in layers.items() if int(layer) in kept}
-            entries["per_layer_config"] = {kept.index(i): _cut(config, level, DEPTH) for i, config in found.items()}
-        entries[key] = len(kept)
+        for name, value in entries.items():
+            if _has_entry_per_layer(name, value, count):
+                entries[name] = value[:depth]
+            elif _names_layers(name, value, count):
+                entries[name] = [layer for layer in value if layer < depth]
+        if isinstance(layers := entries.get("per_layer_config"), dict):
+            kept = {i: config for i, config in layers.items() if int(i) < depth}
+            entries["per_layer_config"] = {i: _cut(config, widths, DEPTH) for i, config in kept.items()}
+        entries[key] = min(count, depth)
     return entries
 
 
 def _has_entry_per_layer(name: str, value: Any, count: int) -> bool:
-    if not isinstance(value, (list, tuple)) or len(value) != count or count < 3 or "depths" in name or "mrope" in name:
+    if not isinstance(value, (list, tuple)) or len(value) != count or "depths" in name or "mrope" in name:
         return False
     return count > 9 or all(isinstance(entry, str) for entry in value) or bool(_PER_LAYER.search(name))
 
@@ -347,17 +322,6 @@ def _names_layers(name: str, value: Any, count: int) -> bool:
         return False
     numbers = all(isinstance(entry, int) and not isinstance(entry, bool) and 0 <= entry < count for entry in value)
     return numbers and list(value) == sorted(set(value))
-
-
-def _layers_of_each_kind(kinds: list[tuple], depth: int) -> list[int]:
-    """The first layer of each kind, a second one of the commonest kind, and the first others up to `depth`."""
-    kinds = [tuple(map(str, kind)) for kind in kinds]
-    first = {kind: layer for layer, kind in reversed(list(enumerate(kinds)))}
-    kept = set(first.values())
-    commonest = Counter(kinds).most_common(1)[0][0]
-    kept |= set([layer for layer, kind in enumerate(kinds) if kind == commonest][:2])
-    others = [layer for layer in range(len(kinds)) if layer not in kept]
-    return sorted([*kept, *others[: max(depth - len(kept), 0)]])
 
 
 def _rope(entries: dict, frequencies: int) -> dict:
@@ -385,20 +349,26 @@ def _keep_parts_of_heads(old: dict, new: dict) -> None:
         new["head_dim"] = new["qk_rope_head_dim"] + (new["qk_nope_head_dim"] if whole else 0)
 
 
-def _renumber_tokens(entries: dict, new: dict[int, int]) -> None:
-    """Give tokens outside the small vocabulary ids inside it: one id the same everywhere, two ids different ones."""
-
-    def renumbered(token: int) -> int:
-        return new.setdefault(token, VOCABULARY - 2 - len(new) % 60) if token >= VOCABULARY - 1 else token
-
+def token_entries(entries: dict) -> Iterator[tuple[dict, str]]:
+    """Iterate over the tokens, and lists of them, in a config and the configs inside: the dict and the key."""
     for key, value in entries.items():
         if isinstance(value, dict):
-            _renumber_tokens(value, new)
+            yield from token_entries(value)
         elif isinstance(key, str) and _TOKEN.fullmatch(key):
-            if isinstance(value, list):
-                entries[key] = [renumbered(token) if _is_size(token) else token for token in value]
-            elif _is_size(value):
-                entries[key] = renumbered(value)
+            yield entries, key
+
+
+def _renumber_tokens(entries: dict) -> None:
+    """Give tokens outside the small vocabulary ids inside it: one id the same everywhere, two ids different ones."""
+    new: dict[int, int] = {}
+
+    def small(token: Any) -> Any:
+        is_outside = _is_size(token) and token >= VOCABULARY - 1
+        return new.setdefault(token, VOCABULARY - 2 - len(new) % 60) if is_outside else token
+
+    for inside, key in token_entries(entries):
+        value = inside[key]
+        inside[key] = [*map(small, value)] if isinstance(value, list) else small(value)
 
 
 # ---- a small copy of a model ----------------------------------------------------------------------------------------
@@ -428,8 +398,8 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
         return
     wanted, rows = paths_and_classes(model), kinds_of_blocks(model)
     if hasattr(type(model), "_from_config") and getattr(model, "config", None) is not None:
-        for level in Level:
-            twin = _same_at_some_depth(model, level, wanted, rows, tried)
+        for widths in (True, False):
+            twin = _same_at_some_depth(model, widths, wanted, rows, tried)
             if twin is not None:
                 yield twin
     if _is_quantized(model):
@@ -440,18 +410,18 @@ def twins_of(model: nn.Module, tried: list[str]) -> Iterator[nn.Module]:
         yield copied(model)
 
 
-def _same_at_some_depth(model: nn.Module, level: Level, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
+def _same_at_some_depth(model: nn.Module, widths: bool, wanted: set, kinds: set, tried: list[str]) -> nn.Module | None:
     """The twin of the least depth with all kinds of blocks, else of the least with all paths; None if there is none."""
-    second = None
+    second, cut = None, "small widths" if widths else "the widths of the model"
     for depth in DEPTHS:
         try:
-            twin = tiny_model(type(model), tiny_config(model.config, level, depth), torch.float64)
-        except Exception as error:  # configs fail in many ways; every one only rules this level out
-            tried.append(f"{level.name} with {depth} layers: {type(error).__name__}: {str(error)[:200]}")
+            twin = tiny_model(type(model), tiny_config(model.config, widths, depth), torch.float64)
+        except Exception as error:  # configs fail in many ways; every one only rules this cut out
+            tried.append(f"{cut} with {depth} layers: {type(error).__name__}: {str(error)[:200]}")
             continue
         missing = wanted ^ paths_and_classes(twin)
         if missing:
-            tried.append(f"{level.name} with {depth} layers: other modules than the model, such as {min(missing)}")
+            tried.append(f"{cut} with {depth} layers: other modules than the model, such as {min(missing)}")
         elif kinds == kinds_of_blocks(twin):
             return twin
         else:
@@ -473,7 +443,6 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
     Raises:
         ValueError: The model would have more than 60 million parameters.
     """
-    config = config_for(model_class, config)
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         torch.random.default_generator.manual_seed(0)
         warnings.simplefilter("ignore")
@@ -489,8 +458,7 @@ def tiny_model(model_class: type, config: Any, dtype: torch.dtype = torch.float3
 
 def _from_config(model_class: Any, config: Any, dtype: torch.dtype) -> nn.Module:
     with without_zero_init():
-        of_transformers = hasattr(model_class, "_from_config")
-        return model_class._from_config(config, dtype=dtype) if of_transformers else model_class(config)
+        return model_class._from_config(config, dtype=dtype)
 
 
 def copied(model: nn.Module) -> nn.Module:
@@ -548,12 +516,8 @@ def _make_general(parameter: Tensor, generator: torch.Generator) -> None:
     if parameter.dim() < 2:
         parameter += SPREAD * noise
         return
-    usual = (parameter.numel() // parameter.shape[0]) ** -0.5 if parameter.dim() != 3 else parameter.shape[-1] ** -0.5
-    spread = float(parameter.std(correction=0))
-    if spread < 1e-6:
-        parameter += usual * noise
-    elif spread < usual:
-        parameter *= usual / spread
+    inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter.numel() // parameter.shape[0]
+    parameter.copy_(inputs**-0.5 * noise)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:

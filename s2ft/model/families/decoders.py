@@ -46,23 +46,19 @@ heads (new_decoder_architecture), each has its query heads before it. A unit the
 heads. Otherwise a unit is a head: with one key/value head (multi_query) all of q come first, and else q, k and v of
 each head in turn. ALiBi numbers the heads, so that they stay.
 
-**T5, mT5, UMT5, LongT5 and Pop2Piano**: two-layer or gated FFN, no biases. The first layer of the encoder and of the
-decoder has a table of position biases [buckets, heads]. All layers add its values to their heads by number, so the
-heads of a self-attention can't be reordered. Cross-attention has no table.
-
 **XLM and FlauBERT**: attentions and FFNs are in two lists, with biases in all layers.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from functools import partial, wraps
-from itertools import accumulate, chain
+from itertools import chain
 from typing import Any, cast
 
 from torch import nn
 
 from s2ft.distributed import full_shape
-from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.coupling import Coupling, Projection, Vector, in_one_weight
 from s2ft.model.weights import get
 from s2ft.ops.act_mul import ACTIVATIONS
 
@@ -217,14 +213,6 @@ def outputs_of(model: nn.Module, path: str) -> int:
     """The number of outputs of a linear layer."""
     layer: Any = model.get_submodule(path)
     return layer.nf if hasattr(layer, "nf") else layer.out_features
-
-
-def in_one_weight(path: str, keys: str, count: int, unit: int = 1) -> tuple[Projection, ...]:
-    """Producers that fill one weight, one after another in the order of `keys`, with `count` units of `unit` each."""
-    size = count * unit
-    return tuple(
-        Projection(key, path, count, unit, 0, start=i * size, size=len(keys) * size) for i, key in enumerate(keys)
-    )
 
 
 def attention(
@@ -466,12 +454,10 @@ def latent_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     block, heads = model.get_submodule(path), heads_in(model, path)
     q = f"{path}.q_b_proj" if getattr(block, "q_b_proj", None) is not None else f"{path}.q_proj"
     value, both = inputs_of(model, f"{path}.o_proj") // heads, outputs_of(model, f"{path}.kv_b_proj") // heads
-    kv: dict[str, Any] = dict(stride=both, size=heads * both)
     gates = [f"{path}.{name}" for name in GATES if getattr(block, name, None) is not None]
     producers = (
         Projection("q", q, heads, outputs_of(model, q) // heads, 0),
-        Projection("k", f"{path}.kv_b_proj", heads, both - value, 0, **kv),
-        Projection("v", f"{path}.kv_b_proj", heads, value, 0, start=both - value, **kv),
+        *in_one_weight(f"{path}.kv_b_proj", [("k", heads, both - value), ("v", heads, value)], in_turn=True),
         *(Projection("q", gate, heads, outputs_of(model, gate) // heads, 0) for gate in gates),
     )
     vectors = (Vector(f"{path}.sinks", 1),) if getattr(block, "sinks", None) is not None else ()
@@ -490,32 +476,28 @@ def delta_net(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     block: Any = model.get_submodule(path)
     heads, values = block.num_k_heads, block.num_v_heads // block.num_k_heads
     key, value = block.head_k_dim, values * block.head_v_dim
-    size = 2 * block.key_dim + block.value_dim
+    parts = [("q", heads, key), ("k", heads, key), ("v", heads, value)]
     o = f"{path}.out_proj" if hasattr(block, "out_proj") else f"{path}.o_proj"
-    parts = (("q", 0, key), ("k", block.key_dim, key), ("v", 2 * block.key_dim, value))
-    convolved = [name for name in ("weight", "bias") if getattr(block.conv1d, name) is not None]
+    convolved = [f"{path}.conv1d.{name}" for name in ("weight", "bias") if getattr(block.conv1d, name) is not None]
     vectors = [
-        *(Vector(f"{path}.conv1d.{name}", u, start=start, size=size) for name in convolved for _, start, u in parts),
+        *(Vector(p.path, p.unit, None, p.start, p.size) for name in convolved for p in in_one_weight(name, parts)),
         *(Vector(f"{path}.{name}", values) for name in ("A_log", "dt_bias")),
     ]
-    producers = _delta_producers(model, path, block, heads, parts, values)
+    producers = _delta_producers(model, path, block, parts)
     consumer = Projection("o", o, heads, value, 1)
     return [Coupling("linear-attention", layer, tuple(producers), consumer, tuple(vectors))]
 
 
-def _delta_producers(model, path: str, block: Any, heads: int, parts: tuple, values: int) -> list[Projection]:
-    if hasattr(block, "in_proj_qkvz"):  # q, k, v and the gate of each key head in turn
-        keys, value = block.head_k_dim, values * block.head_v_dim
-        where: dict[str, Any] = {"stride": 2 * (keys + value), "size": outputs_of(model, f"{path}.in_proj_qkvz")}
-        sides = (("q", keys, 0), ("k", keys, keys), ("v", 2 * value, 2 * keys))  # the gate is beside v
-        found = [Projection(key, f"{path}.in_proj_qkvz", heads, u, 0, start=start, **where) for key, u, start in sides]
+def _delta_producers(model: nn.Module, path: str, block: Any, parts: list[tuple[str, int, int]]) -> list[Projection]:
+    q, k, (_, heads, value) = parts
+    if hasattr(block, "in_proj_qkvz"):  # q, k, v and the gate of each key head in turn; the gate is beside v
+        found = [*in_one_weight(f"{path}.in_proj_qkvz", [q, k, ("v", heads, 2 * value)], in_turn=True)]
         others: tuple[str, ...] = ("in_proj_ba",)
     elif hasattr(block, "in_proj_qkv"):
-        size = outputs_of(model, f"{path}.in_proj_qkv")
-        found = [Projection(key, f"{path}.in_proj_qkv", heads, u, 0, start=start, size=size) for key, start, u in parts]
+        found = [*in_one_weight(f"{path}.in_proj_qkv", parts)]
         others = ("in_proj_z", "in_proj_b", "in_proj_a")
     else:
-        found = [Projection(key, f"{path}.{key}_proj", heads, u, 0) for key, _, u in parts]
+        found = [Projection(key, f"{path}.{key}_proj", heads, unit, 0) for key, _, unit in parts]
         others = ("g_proj", "b_proj", "a_proj")
     for name in others:
         if getattr(block, name, None) is not None:
@@ -560,7 +542,7 @@ def _jamba_mamba(model: nn.Module, layer: int, path: str) -> list[Coupling]:
     The inputs of x_proj are these channels too, and a coupling has one consumer. x_proj is trained by its outputs.
     """
     channels, x_proj = inputs_of(model, f"{path}.out_proj"), f"{path}.x_proj"
-    producers = in_one_weight(f"{path}.in_proj", "ug", channels)
+    producers = in_one_weight(f"{path}.in_proj", [("u", channels, 1), ("g", channels, 1)])
     return [
         Coupling("state-space", layer, producers, Projection("d", f"{path}.out_proj", channels, 1, 1), fixed=True),
         Coupling.one_sided(layer, path=x_proj, count=outputs_of(model, x_proj), side="outputs", kind="state-space"),
@@ -597,7 +579,7 @@ def short_convolution(model: nn.Module, layer: int, path: str) -> list[Coupling]
     vectors = tuple(
         Vector(f"{path}.conv.{name}", 1) for name in ("weight", "bias") if getattr(block.conv, name) is not None
     )
-    producers = in_one_weight(f"{path}.in_proj", "kqv", channels)
+    producers = in_one_weight(f"{path}.in_proj", [(key, channels, 1) for key in "kqv"])
     return [Coupling("convolution", layer, producers, Projection("o", f"{path}.out_proj", channels, 1, 1), vectors)]
 
 
@@ -681,7 +663,7 @@ def _convolution(model: nn.Module, layer: int, path: str) -> Coupling:
         for tensor in ("weight", "bias", "running_mean", "running_var")
         if getattr(block.get_submodule(name), tensor, None) is not None
     )
-    producers = in_one_weight(f"{path}.pointwise_conv1", "ug", channels)
+    producers = in_one_weight(f"{path}.pointwise_conv1", [("u", channels, 1), ("g", channels, 1)])
     return Coupling("convolution", layer, producers, Projection("d", down, channels, 1, 1), vectors)
 
 
@@ -715,7 +697,7 @@ def jetmoe(model: nn.Module, i: int, path: str, layer: Any) -> Iterator[Coupling
     sides: dict[str, Any] = {"gate_up": f"{path}.mlp.input_linear.weight", "down": f"{path}.mlp.output_linear.weight"}
     yield from Coupling.experts(i, **sides, channels=channels, experts=count)
     around = f"{path}.self_attention"
-    yield Coupling("attention", i, in_one_weight(f"{around}.kv_proj", "kv", heads, size), None)
+    yield Coupling("attention", i, in_one_weight(f"{around}.kv_proj", [("k", heads, size), ("v", heads, size)]), None)
     for expert in range(config_of(model).num_local_experts):
         q = Projection("q", f"{around}.experts.input_linear.weight", heads, size, 0, expert=expert)
         o = Projection("o", f"{around}.experts.output_linear.weight", heads, size, 1, expert=expert)
@@ -737,43 +719,21 @@ def packed(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator[Co
     up, down, qkv, o = (f"{path}.{name}" for name in LAYERS[config.model_type])
     yield ffn(model, i, up, down)
     if config.model_type == "codegen":
-        yield _in_turn(i, qkv, o, CODEGEN_PARTS, dict.fromkeys("qvk", inputs_of(model, o) // CODEGEN_PARTS))
+        size = inputs_of(model, o) // CODEGEN_PARTS
+        yield _in_turn(i, qkv, o, [(key, CODEGEN_PARTS, size) for key in "qvk"])
     elif config.new_decoder_architecture:
         heads, size = config.num_kv_heads, config.head_dim
-        widths = {"q": config.num_attention_heads // heads * size, "k": size, "v": size}
-        yield replace(_in_turn(i, qkv, o, heads, widths), fixed=config.alibi)
+        parts = [("q", heads, config.num_attention_heads // heads * size), ("k", heads, size), ("v", heads, size)]
+        yield replace(_in_turn(i, qkv, o, parts), fixed=config.alibi)
     else:
         whole = packed_attention(model, i, qkv, o, config.num_attention_heads, not config.multi_query)
         yield replace(whole, fixed=config.alibi)
 
 
-def _in_turn(layer: int, qkv: str, o: str, units: int, widths: dict[str, int]) -> Coupling:
-    """Describe a weight that has q, k and v of each unit in turn, with these widths and in this order."""
-    stride = sum(widths.values())
-    starts = dict(zip(widths, accumulate(widths.values(), initial=0)))
-    producers = tuple(
-        Projection(key, qkv, units, widths[key], 0, start=starts[key], stride=stride, size=units * stride)
-        for key in "qkv"
-    )
-    return Coupling("attention", layer, producers, Projection("o", o, units, widths["q"], 1))
-
-
-# ---- T5 ------------------------------------------------------------------------------------------------
-
-SELF_ATTENTIONS = ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
-
-
-@of_layers("encoder.block", "decoder.block")
-def t5(model: nn.Module, i: int, path: str, block: Any) -> Iterator[Coupling]:
-    sizes: dict[str, Any] = {"heads": config_of(model).num_heads, "head_dim": config_of(model).d_kv}
-    name = next(name for name in SELF_ATTENTIONS if hasattr(block.layer[0], name))
-    yield Coupling.attention(i, **attention_paths(f"{path}.layer.0.{name}", *"qkvo"), **sizes, fixed=True)
-    dense = f"{path}.layer.{len(block.layer) - 1}.DenseReluDense"
-    up, gate = (f"{dense}.wi_1", f"{dense}.wi_0") if config_of(model).is_gated_act else (f"{dense}.wi", None)
-    yield ffn(model, i, up, f"{dense}.wo", gate)
-    if block.is_decoder:
-        paths = attention_paths(f"{path}.layer.1.EncDecAttention", *"qkvo")
-        yield Coupling.attention(i, **paths, **sizes, kind="cross-attention")
+def _in_turn(layer: int, qkv: str, o: str, parts: list[tuple[str, int, int]]) -> Coupling:
+    """Describe an attention with q, k and v of each unit in turn in one weight; `parts` starts with q."""
+    producers = sorted(in_one_weight(qkv, parts, in_turn=True), key=lambda one: "qkv".index(one.key))
+    return Coupling("attention", layer, tuple(producers), Projection("o", o, *parts[0][1:], 1))
 
 
 # ---- XLM -----------------------------------------------------------------------------------------------
@@ -793,6 +753,5 @@ BY_FUNCTION: dict[str, Callable[[nn.Module], list[Coupling]]] = {
     **dict.fromkeys(("gemma3n_text", "gemma4_text", "gemma4_unified_text"), gemma),
     "jetmoe": jetmoe,
     **dict.fromkeys(LAYERS, packed),
-    **dict.fromkeys(("longt5", "mt5", "pop2piano", "t5", "umt5"), t5),
     **dict.fromkeys(("flaubert", "xlm"), xlm),
 }

@@ -5,9 +5,9 @@ Most are encoders of text, sound and images, also inside multimodal models, tran
 layer. Layers are counted through the stacks in their order, so first those of an encoder.
 
 Layer scales, norms over the width and tables of positions that are added to the embeddings concern no unit. Position
-biases of single heads (BEiT, MPNet, Swin) and slopes of heads (BLOOM, MPT) do: heads with them stay. So do those of
-Funnel, whose parameters have the heads in their second dimension, and the channels of ConvNeXt V2 with its norm of
-responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
+biases of single heads (BEiT, MPNet, Swin, self-attention of T5) and slopes of heads (BLOOM, MPT) do: heads with them
+stay. So do those of Funnel, whose parameters have the heads in their second dimension, and the channels of ConvNeXt V2
+with its norm of responses. FNet has no attention, and XLNet's has no layers. WavLM multiplies by the weights of its
 attention without its layers, so a slice in a layer would change nothing: only its FFNs are trained. So does SigLIP's
 pooling head, which is left out.
 
@@ -22,13 +22,12 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.model.coupling import Coupling, Projection, Vector
+from s2ft.model.coupling import Coupling, Projection, Vector, in_one_weight
 from s2ft.model.families.decoders import (
     attention,
     config_of,
     ffn,
     heads_in,
-    in_one_weight,
     layers_of,
     outputs_of,
     packed_attention,
@@ -54,7 +53,7 @@ class Names:
         up: Path of the FFN's first layer in its block.
         down: Path of the FFN's last layer.
         gate: Path of the FFN's gate, if it is a layer of its own.
-        attention: Path of the attention; None if no layer of it can be trained.
+        attention: Path of the attention, or paths of which a block has one; None if no layer of it can be trained.
         layers: Paths of q, k, v and o in the attention; or of q, k and v in one layer, and of o.
         interleaved: Whether one layer with q, k and v has those of each head in turn. It has all of q first where heads
             share keys, as in GPT-BigCode with multi_query.
@@ -72,7 +71,7 @@ class Names:
     up: str
     down: str
     gate: str | None = None
-    attention: str | None = "self_attn"
+    attention: str | tuple[str, ...] | None = "self_attn"
     layers: tuple[str, ...] = QKV_OUT
     interleaved: bool = False
     cross: str | None = None
@@ -127,6 +126,17 @@ INTERNVL = Names(
     moves=("q_norm.weight", "k_norm.weight"),
 )
 
+T5 = Names(
+    ("encoder.block",),
+    "layer.1.DenseReluDense.wi",
+    "layer.1.DenseReluDense.wo",
+    attention=tuple(
+        f"layer.0.{name}" for name in ("SelfAttention", "LocalSelfAttention", "TransientGlobalSelfAttention")
+    ),
+    layers=("q", "k", "v", "o"),
+    numbered=True,
+    gated=("layer.1.DenseReluDense.wi_1", "layer.1.DenseReluDense.wo", "layer.1.DenseReluDense.wi_0"),
+)
 NAMES: dict[tuple[str, ...], Names] = {
     ("bart", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp", "pegasus", "plbart", "trocr"): ENCODER_DECODER,
     ("seamless_m4t", "seamless_m4t_v2"): replace(
@@ -326,6 +336,17 @@ SEVERAL: dict[tuple[str, ...], tuple[Names, ...]] = {
         ),
         BART_DECODER,
     ),
+    ("longt5", "mt5", "pop2piano", "t5", "umt5"): (
+        T5,
+        replace(
+            T5,
+            stacks=("decoder.block",),
+            up="layer.2.DenseReluDense.wi",
+            down="layer.2.DenseReluDense.wo",
+            cross="layer.1.EncDecAttention",
+            gated=("layer.2.DenseReluDense.wi_1", "layer.2.DenseReluDense.wo", "layer.2.DenseReluDense.wi_0"),
+        ),
+    ),
     ("mobilebert",): (BERT_LIKE, Names(("encoder.layer.*.ffn",), "intermediate.dense", "output.dense", attention=None)),
     ("prophetnet",): (
         Names(("encoder.layers",), *PROPHETNET_FFN, layers=PROPHETNET),
@@ -406,7 +427,8 @@ def _block(model: nn.Module, names: Names, i: int, path: str, block: nn.Module) 
     vectors = tuple(Vector(f"{path}.{name}", 1) for name in names.channel_moves)
     found = [replace(ffn_of(model, i, path, layers), vectors=vectors, fixed=names.channels_stay)]
     cross = names.cross if _has_encoder(config_of(model)) else None
-    for name, kind in ((names.attention, "attention"), (cross, "cross-attention")):
+    own = names.attention if isinstance(names.attention, tuple) else (names.attention,)
+    for name, kind in (*((one, "attention") for one in own), (cross, "cross-attention")):
         if name and get(block, name) is not None:
             flags = names.numbered if kind == "attention" else False
             fixed = flags if isinstance(flags, bool) else any(getattr(config_of(model), flag) for flag in flags)
@@ -434,7 +456,10 @@ def _attention(model: nn.Module, names: Names, layer: int, path: str, **options)
             # GPT-2's attention to an encoder has k and v in one weight, and q in another.
             q = f"{path}.q_attn"
             unit = outputs_of(model, q) // heads
-            producers = (Projection("q", q, heads, unit, 0), *in_one_weight(qkv, "kv", heads, unit))
+            producers = (
+                Projection("q", q, heads, unit, 0),
+                *in_one_weight(qkv, [("k", heads, unit), ("v", heads, unit)]),
+            )
             return Coupling(layer=layer, producers=producers, consumer=Projection("o", o, heads, unit, 1), **options)
         packed = packed_attention(model, layer, qkv, o, heads, names.interleaved)
         extra = tuple(Projection(key, at, heads, outputs_of(model, at) // heads, 0) for at, key in more.items())
