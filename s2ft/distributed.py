@@ -522,7 +522,7 @@ class Shard:
         """
         if self.start is None:
             return index, values
-        local, is_inside = self.find(index, dim)
+        local, is_inside = self.find(index.cpu(), dim)
         inside = is_inside.nonzero().squeeze(1)
         values = values.index_select(dim, inside.to(values.device))
         for other in (other for other in range(len(self.start)) if other != dim):

@@ -82,7 +82,6 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)
-    place_loaded(model, record, [name for name in names if name != record.name and _has_moved(model, record, name)])
     trained = None
     if record.name in names:  # loaded adapters were checked when they were loaded
         trained = mounted_deltas(record)
@@ -108,17 +107,14 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.enabled = False
     for entry in reversed(record.written):
         with weight_at(model, entry.projection).shard() as part:
-            index, base, is_checked = entry.index, entry.base, entry.delta is not None and part.is_full
-            if is_checked:
-                index = record.positions_of(entry.projection, cast(Delta, entry.delta), part.tensor)
-            elif entry.delta is not None:  # it was written before the model was sharded
-                index = record.current_positions(entry.projection, index)
+            index, base = entry.index, entry.base
+            if index is None:  # the model may have been sharded since
+                index = record.positions_of(entry.projection, entry.delta, part.tensor.device)
                 index, base = part.restrict(index, base, entry.projection.dim)
             if base.numel():
                 # A copy, which swap_ fills with the values that it replaces: the recorded values must stay.
                 base = base.to(device=part.tensor.device, dtype=part.tensor.dtype, copy=True)
-                index = index.to(part.tensor.device)
-                swap_(part.tensor, index, base, entry.projection.dim, is_checked=is_checked)
+                swap_(part.tensor, index.to(part.tensor.device), base, entry.projection.dim, is_checked=True)
     record.written.clear()
     record.change_unfinished = False
 
@@ -162,27 +158,16 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
     """Add a weighted sum of deltas to a weight. What it overwrites is recorded first, for :func:`deactivate`."""
     with weight_at(model, projection).shard() as part:
         weight, dim = part.tensor, projection.dim
-        if part.is_full:
-            found = [(record.positions_of(projection, delta, weight), delta.values) for delta, _ in parts]
-        else:
-            places = [record.current_positions(projection, delta.index) for delta, _ in parts]
-            found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
+        places = [record.positions_of(projection, delta, weight.device) for delta, _ in parts]
+        found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
         with WRITING:
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
-            place = (delta.index, base, delta) if part.is_full else (here, base, None)
-            record.written.append(Written(projection, *place))
+            record.written.append(Written(projection, delta, base, None if part.is_full else here))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
-            factors = [factor for _, factor in parts]
-            scatter_add_(weight, index, values, dim, factors, is_checked=part.is_full)
-
-
-def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
-    """Whether the weights of a loaded adapter are not where its tensors are, judged by the first of them."""
-    path, delta = next(iter(record.loaded[name].deltas.items()))
-    return delta.values.device != weight_at(model, record.projections[path]).tensor.device
+            scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
 
 
 def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
@@ -203,10 +188,10 @@ def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> 
         if adapter.extra_weights:
             parameters = dict(model.named_parameters())
             devices |= {extra: parameters[extra].device for extra in adapter.extra_weights}
-        record.place(name, devices)
+        if adapter.device is None:
+            record.loaded = {**record.loaded, name: adapter.beside(devices)}
         for path, delta in record.loaded[name].deltas.items():
-            if not is_sharded(handles[path].tensor):
-                record.positions_of(record.projections[path], delta, handles[path].matrix)
+            record.positions_of(record.projections[path], delta, devices[path])
 
 
 # ---- deltas of the trainable adapter -------------------------------------------------------------------
@@ -481,15 +466,14 @@ def record_unfrozen(model: nn.Module, record: Attachment) -> None:
     _keep_extra(record, unfrozen)
 
 
-def _trains_more(model: nn.Module, known: set[int]) -> bool:
-    """Whether a parameter with another id requires a gradient. It runs every step; named_parameters is slower."""
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
-                return True
-        modules += [child for child in module._modules.values() if child is not None]
+def _trains_more(module: nn.Module, known: set[int]) -> bool:
+    """Whether a parameter with another id requires a gradient. It runs every step; `parameters` is slower."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+            return True
+    for child in module._modules.values():
+        if child is not None and _trains_more(child, known):
+            return True
     return False
 
 

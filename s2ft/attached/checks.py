@@ -6,7 +6,7 @@ that brings inputs and outputs into the layouts that the split needs. A trainabl
 
 import inspect
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,7 +29,7 @@ from s2ft.files.plain_text import by_key
 from s2ft.layers import SPLIT_LINEAR, kind_of
 from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.weights import Delta, tensors_of, weight_at
+from s2ft.model.weights import tensors_of, weight_at
 from s2ft.ops._library import check_private
 from s2ft.selection import Selection
 
@@ -166,35 +166,15 @@ def check_gradients_pass(model: nn.Module) -> None:
             )
 
 
-def check_can_merge(record: Attachment) -> None:
-    """Raise ValueError if a trainable layer has a quantized weight, or one that another trainable layer has too."""
-    for path, mount in record.mounts.items():
-        if mount.layer.kind.read_only:
-            raise ValueError(f"{path}: {mount.layer.kind.read_only}")
-    _check_apart({path: mount.layer.weight for path, mount in record.mounts.items()})
-
-
-def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
-    """Raise ValueError if a weight that the deltas would change is quantized, or tied to another one of theirs.
-
-    deltas: by projection.
-    """
-    changed = [record.projections[name] for name in deltas]
-    for projection in changed:
-        if weight_at(model, projection).read_only:
-            raise ValueError(
-                f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
-                "trainable=True, which adds it in the forward, or load the base unquantized"
-            )
-    _check_apart({projection.path: weight_at(model, projection).tensor for projection in changed})
-
-
-def _check_apart(weights: dict[str, Tensor]) -> None:
-    """Raise ValueError if two paths have one tied weight. Their updates differ, so that none of them could be kept."""
+def check_can_write(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+    """Raise ValueError if a weight of these projections is quantized, or tied to another one of theirs."""
     paths: dict[int, str] = {}
-    for path, weight in weights.items():
-        other = paths.setdefault(id(weight), path)
-        if other != path:
+    for name in names:
+        handle = weight_at(model, record.projections[name])
+        path, other = handle.path, paths.setdefault(id(handle.tensor), handle.path)
+        if handle.read_only:
+            raise ValueError(f"{path} is quantized: {handle.read_only}")
+        if other != path:  # their updates differ, so that none of them could be kept
             raise ValueError(
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
                 "into it: train one of them only, by couplings= or by the config's layers"

@@ -299,9 +299,9 @@ class _BaseOrder:
             moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
-            if entry.delta is not None and handle.tensor is tensor:
+            if entry.index is None and handle.tensor is tensor:
                 view = handle.view(copy)
-                swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
+                swap_(view, entry.delta.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
 
     def versions_of(self, tensor: Tensor) -> Iterator[Tensor]:

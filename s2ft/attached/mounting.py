@@ -25,8 +25,8 @@ from s2ft.attached.active import (
     write_slices,
 )
 from s2ft.attached.checks import (
-    check_can_merge,
     check_can_move,
+    check_can_write,
     check_gradients_pass,
     check_memory,
     check_not_in_engine,
@@ -620,7 +620,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     check_has_arrived(record, in_weights=True)
     if record.trains:
-        check_can_merge(record)
+        check_can_write(model, record, record.parts)
 
     def change() -> nn.Module:
         write_slices(model, record)

@@ -620,7 +620,7 @@ class S2Layer(TrainableLayer):
         for shard in own_shards(weight):
             for expert, units, part in self._pieces(values):
                 block = self.kind.shard(shard, expert)
-                index, here = block.restrict(units.cpu(), part, self.dim)
+                index, here = block.restrict(units, part, self.dim)
                 yield block.tensor, index.to(block.tensor.device), here
 
     def _keep_own(self) -> None:

@@ -12,9 +12,9 @@ from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 
 NO_FUSE = (
-    "an adapter can't be written into a quantized weight without quantizing it again: load the adapter on the "
-    "unquantized base, or on the dequantized one (bitsandbytes: model.dequantize(), which gives the numbers it was "
-    "trained with), by s2ft.load_adapter, and merge there"
+    "an adapter can't be written into a quantized weight without quantizing it again: load it with trainable=True, which "
+    "adds it in the forward, or load it on the unquantized base, or on the dequantized one (bitsandbytes: "
+    "model.dequantize(), which gives the numbers it was trained with), by s2ft.load_adapter, and merge there"
 )
 
 
