@@ -36,7 +36,7 @@ from s2ft.layers.base import write_all
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
-from s2ft.ops._library import WRITING, check_private
+from s2ft.ops.in_place import WRITING, check_private
 from s2ft.selection import unit_tensors
 
 # ---- which adapters are active -------------------------------------------------------------------------
@@ -173,7 +173,7 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
 def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Make loaded adapters ready, so that a switch sends nothing to a device and waits for nothing.
 
-    Their units are checked. Their tensors go to the devices of the weights, unless an adapter was loaded with a device
+    Their tensors go to the devices of the weights, unless an adapter was loaded with a device
     of its own, or the weights are on the meta device.
 
     Args:
@@ -504,9 +504,9 @@ def take_off_extra(model: nn.Module, record: Attachment) -> None:
     if not extra.base and not extra.overwritten:
         return
     parameters = dict(model.named_parameters())
-    aside = extra.trained or {}
-    if extra.base.keys() - aside.keys():  # parameters that hold trained values
-        extra.trained = {**aside, **full_copies({name: parameters[name] for name in extra.base if name not in aside})}
+    holding = {name: parameters[name] for name in extra.base if name not in extra.trained}  # trained values
+    if holding:
+        extra.trained = {**extra.trained, **full_copies(holding)}
     _write_extra(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
@@ -520,13 +520,13 @@ def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, flo
         if adapter != record.name
         for name, value in record.loaded[adapter].extra_weights.items()
     }
-    trained = extra.trained if weights.get(cast(str, record.name)) == 1 and extra.trained is not None else {}
+    trained = extra.trained if weights.get(cast(str, record.name)) == 1 else {}
     if values or trained:
         parameters = dict(model.named_parameters())
         extra.overwritten = full_copies({name: parameters[name] for name in values})
         _write_extra(parameters, {**values, **trained})
     if record.name in weights:
-        extra.trained = None
+        extra.trained = {}
 
 
 def check_can_put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
@@ -562,7 +562,7 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
     Raises:
         ValueError: The state lacks an extra weight, or has a shard of one.
     """
-    parameters, aside = extra_parameters(model, record), record.extra.trained or {}
+    parameters, aside = extra_parameters(model, record), record.extra.trained
     left = {name: parameter for name, parameter in parameters.items() if name not in aside}
     state = full_tensors(left) if state is None else state
     for name, parameter in left.items():
@@ -577,10 +577,16 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
     return {name: (state[name] if name in left else aside[name]).detach().clone() for name in parameters}
 
 
-def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a saved adapter has other extra weights than this model trains."""
+def set_trained(
+    model: nn.Module, record: Attachment, deltas: dict[str, Delta], extra_weights: Mapping[str, Tensor]
+) -> None:
+    """Give the trainable adapter the values of a saved one of the same selection. Every rank must call this.
+
+    Raises:
+        ValueError: It has other extra weights than this model trains. Nothing has changed.
+    """
     ours = extra_parameters(model, record)
-    more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
+    more, less = sorted(extra_weights.keys() - ours.keys()), sorted(ours.keys() - extra_weights.keys())
     if more:
         raise ValueError(
             f"the adapter to load has {more[0]} trained in full, which is frozen in this model: name its "
@@ -591,6 +597,9 @@ def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, 
             f"this model trains {less[0]} in full, which the adapter to load does not have: freeze it, as "
             "in the run that saved the adapter"
         )
+    reshard_all(model)
+    set_mounted_deltas(record, deltas)
+    set_extra(model, record, extra_weights)
 
 
 def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
@@ -601,7 +610,7 @@ def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]
     if record.awaits_weights:
         record.extra.arriving = {name: value.clone() for name, value in values.items()}
         return
-    if record.extra.trained is not None:  # the adapter is not active
+    if record.extra.trained:  # the adapter is not active
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return
     _write_extra(dict(model.named_parameters()), values)

@@ -5,7 +5,6 @@ that brings inputs and outputs into the layouts that the split needs. A trainabl
 """
 
 import inspect
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -30,7 +29,7 @@ from s2ft.layers import SPLIT_LINEAR, kind_of
 from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import tensors_of, weight_at
-from s2ft.ops._library import check_private
+from s2ft.ops.in_place import check_distinct, check_private
 from s2ft.selection import Selection
 
 # ---- layers and weights --------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def check_can_write_now(model: nn.Module, record: Attachment) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
-    weights = [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
+    weights = [weight_at(model, projection).tensor for projection in record.projections.values()]
     if any(weight.is_meta for weight in weights) or (
         will_be_loaded_again() and not any(is_sharded(weight) for weight in weights)
     ):
@@ -115,23 +114,13 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
     Only one of these places would get a trainable layer, and the others would compute with its slice, whose gradient
     would lack their part.
     """
-    counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    owners = _names_of_parameters(model)
+    names = _names_of_parameters(model)
     for projection in projections_of(couplings):
-        if projection.name not in selection:
-            continue
-        handle = weight_at(model, projection)
-        tied = owners.get(id(handle.tensor), [])
-        if counts[id(handle.holder)] > 1:
-            names = [name for name, module in model.named_modules(remove_duplicate=False) if module is handle.holder]
-            raise ValueError(
-                f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own, "
-                "or leave its layer out"
-            )
-        if len(tied) > 1:
+        tied = names.get(id(weight_at(model, projection).tensor), [])
+        if projection.name in selection and len(tied) > 1:
             raise ValueError(
                 f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
-                "gradients of the others: give each place a weight of its own, or leave its layer out"
+                "gradients of the others: give each place a layer with a weight of its own, or leave its layer out"
             )
 
 
@@ -255,11 +244,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
                 f"{tuple(shape)}"
             )
-        if int(delta.index.max()) >= size:
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
-                f"outside the weight's 0..{size - 1}"
-            )
+        check_distinct(f"adapter {adapter.name!r}", delta.index, size, f"{path}.index")
     # without a fingerprint the weights are compared when they arrive
     if record.fingerprint is not None:
         adapter.check_base(record.fingerprint)

@@ -19,7 +19,6 @@ from s2ft.model.parts import outermost
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Snapshot
 from s2ft.model.weights import Delta, Move, Positions, have_numbers
-from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
 
 # ---- models in a wrapper ----------------------------------------------------------------------------------
@@ -184,13 +183,13 @@ class ExtraWeights:
 
     Attributes:
         base: Values before the trainable adapter's training.
-        trained: Trained values while the parameters hold the base; None while the parameters hold the trained values.
+        trained: Trained values while the parameters hold the base; empty while the parameters hold the trained values.
         overwritten: Base values of the parameters that active loaded adapters have overwritten.
         arriving: Trained values that are written when the weights of the model have arrived.
     """
 
     base: dict[str, Tensor] = field(default_factory=dict)
-    trained: dict[str, Tensor] | None = None
+    trained: dict[str, Tensor] = field(default_factory=dict)
     overwritten: dict[str, Tensor] = field(default_factory=dict)
     arriving: dict[str, Tensor] = field(default_factory=dict)
 
@@ -199,8 +198,7 @@ class ExtraWeights:
         function = partial(applied, function)
         self.base = {name: function(value) for name, value in self.base.items()}
         self.overwritten = {name: function(value) for name, value in self.overwritten.items()}
-        if self.trained is not None:
-            self.trained = {name: function(value) for name, value in self.trained.items()}
+        self.trained = {name: function(value) for name, value in self.trained.items()}
 
 
 def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -327,21 +325,16 @@ class Attachment:
     def positions_of(self, projection: Projection, delta: Delta, device: torch.device) -> Tensor:
         """Return where the elements of a delta are in the whole weight now, shape [n], int64, on a device.
 
-        They are checked and sent to the device once, and kept with the delta. Later calls do not wait for the device.
+        They are sent to the device once, and kept with the delta. Later calls do not wait for the device.
 
         Args:
             projection: Projection of the delta.
             delta: The delta.
             device: Device of the weight.
-
-        Raises:
-            ValueError: The delta has an element twice, or one outside the weight.
         """
-        move, size, kept = self._move_of(projection), projection.extent, delta.positions
-        if kept is None or kept.move is not move or kept.size != size:
-            index = self.current_positions(projection, delta.index.cpu())
-            check_distinct(projection.name, index, size)
-            kept = Positions(move, size, index)
+        move, kept = self._move_of(projection), delta.positions
+        if kept is None or kept.move is not move:
+            kept = Positions(move, self.current_positions(projection, delta.index.cpu()))
         if kept is not delta.positions or kept.index.device != device:
             kept = delta.positions = kept._replace(index=kept.index.to(device))
         return kept.index
