@@ -82,6 +82,7 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     names = [name for name in weights if name != record.name or trainable_is_written]
     if names:
         check_can_write_now(model, record)
+    place_loaded(model, record, [name for name in names if name != record.name and _has_moved(model, record, name)])
     trained = None
     if record.name in names:  # loaded adapters were checked when they were loaded
         trained = mounted_deltas(record)
@@ -168,6 +169,12 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
             scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
+
+
+def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
+    """Whether the weights of a loaded adapter are not where its tensors are, judged by the first of them."""
+    path, delta = next(iter(record.loaded[name].deltas.items()))
+    return delta.values.device != weight_at(model, record.projections[path]).tensor.device
 
 
 def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
