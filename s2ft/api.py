@@ -7,8 +7,8 @@ from torch import nn
 
 from s2ft.attached.active import ON_TOP_OF, apart_from_active, names_of_modules, switch
 from s2ft.attached.checks import check_one_place
-from s2ft.attached.mounting import mount, set_codecs, touched, undone_on_failure
-from s2ft.attached.proof import proving
+from s2ft.attached.mounting import undone_on_failure
+from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     check_new_name,
     check_parallelism,
@@ -120,9 +120,7 @@ def attach(
     with undone_on_failure(model, record):
         if selection is None:
             selection = select_units(couplings, config, model, calibration, protect)
-        with proving(model, record, touched(couplings, selection), config, selection, verify, example):
-            mount(model, record, config, selection, name)
-        set_codecs(model, record, config)
+        mount_proved(model, record, config, selection, name, verify, example)
         if active:
             switch(model, record, {**active, name: 1.0})
             record.add_info({ON_TOP_OF: active})

@@ -522,7 +522,7 @@ class Shard:
         """
         if self.start is None:
             return index, values
-        local, is_inside = self.find(index, dim)
+        local, is_inside = self.find(index.cpu(), dim)
         inside = is_inside.nonzero().squeeze(1)
         values = values.index_select(dim, inside.to(values.device))
         for other in (other for other in range(len(self.start)) if other != dim):
@@ -624,7 +624,9 @@ def _own_start(tensor: Any, dim: int, length: int) -> int | Tensor:
     is_strided = any(hasattr(tensor.placements[axis], "split_factor") for axis in cutting)
     if len(cutting) == 1 and not is_strided:  # equal shares, rounded up; the last ranks have the rest
         return min(size, mesh.get_local_rank(cutting[0]) * -(-size // mesh.size(cutting[0])))
-    own = _own_part(torch.arange(size), tensor, dim)
+    own = torch.arange(size)
+    for axis in cutting:
+        own = cut_by(tensor.placements[axis], own, mesh.size(axis))[mesh.get_local_rank(axis)]
     if own.numel() and not torch.equal(own, torch.arange(int(own[0]), int(own[0]) + length)):
         return own
     return int(own[0]) if own.numel() else size
@@ -636,25 +638,20 @@ def is_cut(placement: Any, dim: int | None = None) -> bool:
     return cuts and dim in (None, placement.dim)
 
 
-def _own_part(full: Tensor, like: Any, dim: int) -> Tensor:
-    """Cut a tensor that every rank has as a DTensor is cut along a dimension, without communication.
+def cut_by(placement: Any, elements: Tensor, ranks: int) -> list[Tensor]:
+    """Cut elements [n] as a placement of a DTensor cuts them along its dimension, into one part for each rank.
 
-    Args:
-        full: Tensor [size of `like` along `dim`].
-        like: The DTensor.
-        dim: The dimension of `like` that `full` stands for.
+    A packed weight (gate and up in one) is cut group by group.
     """
-    from torch.distributed.tensor import Replicate, Shard as Cut, distribute_tensor
-    from torch.distributed.tensor.placement_types import _StridedShard
+    groups = _chunks(elements, getattr(placement, "split_factor", 1))
+    pieces = [_chunks(group, ranks) for group in groups]
+    return [torch.cat([piece[rank] for piece in pieces]) for rank in range(ranks)]
 
-    def along(placement: Any) -> Any:
-        if not is_cut(placement, dim):
-            return Replicate()
-        is_strided = hasattr(placement, "split_factor")
-        return _StridedShard(0, split_factor=placement.split_factor) if is_strided else Cut(0)
 
-    placements = list(map(along, like.placements))
-    return distribute_tensor(full, like.device_mesh, placements, src_data_rank=None).to_local()
+def _chunks(elements: Tensor, count: int) -> list[Tensor]:
+    """Cut into equal chunks, rounded up. The last ones are shorter, or empty."""
+    chunks = list(elements.chunk(count))
+    return chunks + [elements[:0]] * (count - len(chunks))
 
 
 def sum_over_shards(values: Tensor, like: Any, dim: int | None = None) -> Tensor:

@@ -163,8 +163,8 @@ ATTACHING = [
     (attach_units("nowhere.json"), (FileNotFoundError, ValueError), "nowhere.json"),
     (twice, ValueError, "default detach"),
     (with_two(lambda world: s2ft.plan(world.model, S2FTConfig(d_ratio=0.1))), ValueError, "adapter"),
-    (changed(share_a_module), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
-    (changed(share_a_module, s2ft.plan), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one module"),
+    (changed(share_a_module), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one tied weight"),
+    (changed(share_a_module, s2ft.plan), ValueError, "layers.0.mlp.down_proj layers.1.mlp.down_proj one tied weight"),
     (changed(wrap_a_layer), ValueError, "layers.1.mlp.up_proj Sequential"),
     (attach(o_ratio=0.01), ValueError, "none heads"),
     (

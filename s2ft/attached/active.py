@@ -36,7 +36,7 @@ from s2ft.layers.base import write_all
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import Delta, weight_at
 from s2ft.ops import scatter_add_, swap_
-from s2ft.ops._library import WRITING, check_private
+from s2ft.ops.in_place import WRITING, check_private
 from s2ft.selection import unit_tensors
 
 # ---- which adapters are active -------------------------------------------------------------------------
@@ -108,17 +108,14 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
         mounted.layer.enabled = False
     for entry in reversed(record.written):
         with weight_at(model, entry.projection).shard() as part:
-            index, base, is_checked = entry.index, entry.base, entry.delta is not None and part.is_full
-            if is_checked:
-                index = record.positions_of(entry.projection, cast(Delta, entry.delta), part.tensor)
-            elif entry.delta is not None:  # it was written before the model was sharded
-                index = record.current_positions(entry.projection, index)
+            index, base = entry.index, entry.base
+            if index is None:  # the model may have been sharded since
+                index = record.positions_of(entry.projection, entry.delta, part.tensor.device)
                 index, base = part.restrict(index, base, entry.projection.dim)
             if base.numel():
                 # A copy, which swap_ fills with the values that it replaces: the recorded values must stay.
                 base = base.to(device=part.tensor.device, dtype=part.tensor.dtype, copy=True)
-                index = index.to(part.tensor.device)
-                swap_(part.tensor, index, base, entry.projection.dim, is_checked=is_checked)
+                swap_(part.tensor, index.to(part.tensor.device), base, entry.projection.dim, is_checked=True)
     record.written.clear()
     record.change_unfinished = False
 
@@ -162,21 +159,16 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
     """Add a weighted sum of deltas to a weight. What it overwrites is recorded first, for :func:`deactivate`."""
     with weight_at(model, projection).shard() as part:
         weight, dim = part.tensor, projection.dim
-        if part.is_full:
-            found = [(record.positions_of(projection, delta, weight), delta.values) for delta, _ in parts]
-        else:
-            places = [record.current_positions(projection, delta.index) for delta, _ in parts]
-            found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
+        places = [record.positions_of(projection, delta, weight.device) for delta, _ in parts]
+        found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
         with WRITING:
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
-            place = (delta.index, base, delta) if part.is_full else (here, base, None)
-            record.written.append(Written(projection, *place))
+            record.written.append(Written(projection, delta, base, None if part.is_full else here))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
-            factors = [factor for _, factor in parts]
-            scatter_add_(weight, index, values, dim, factors, is_checked=part.is_full)
+            scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
 
 
 def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
@@ -188,7 +180,7 @@ def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
 def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Make loaded adapters ready, so that a switch sends nothing to a device and waits for nothing.
 
-    Their units are checked. Their tensors go to the devices of the weights, unless an adapter was loaded with a device
+    Their tensors go to the devices of the weights, unless an adapter was loaded with a device
     of its own, or the weights are on the meta device.
 
     Args:
@@ -203,10 +195,10 @@ def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> 
         if adapter.extra_weights:
             parameters = dict(model.named_parameters())
             devices |= {extra: parameters[extra].device for extra in adapter.extra_weights}
-        record.place(name, devices)
+        if adapter.device is None:
+            record.loaded = {**record.loaded, name: adapter.beside(devices)}
         for path, delta in record.loaded[name].deltas.items():
-            if not is_sharded(handles[path].tensor):
-                record.positions_of(record.projections[path], delta, handles[path].matrix)
+            record.positions_of(record.projections[path], delta, devices[path])
 
 
 # ---- deltas of the trainable adapter -------------------------------------------------------------------
@@ -481,15 +473,14 @@ def record_unfrozen(model: nn.Module, record: Attachment) -> None:
     _keep_extra(record, unfrozen)
 
 
-def _trains_more(model: nn.Module, known: set[int]) -> bool:
-    """Whether a parameter with another id requires a gradient. It runs every step; named_parameters is slower."""
-    modules = [model]
-    while modules:
-        module = modules.pop()
-        for parameter in module._parameters.values():
-            if parameter is not None and parameter.requires_grad and id(parameter) not in known:
-                return True
-        modules += [child for child in module._modules.values() if child is not None]
+def _trains_more(module: nn.Module, known: set[int]) -> bool:
+    """Whether a parameter with another id requires a gradient. It runs every step; `parameters` is slower."""
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad and id(parameter) not in known:
+            return True
+    for child in module._modules.values():
+        if child is not None and _trains_more(child, known):
+            return True
     return False
 
 
@@ -520,9 +511,9 @@ def take_off_extra(model: nn.Module, record: Attachment) -> None:
     if not extra.base and not extra.overwritten:
         return
     parameters = dict(model.named_parameters())
-    aside = extra.trained or {}
-    if extra.base.keys() - aside.keys():  # parameters that hold trained values
-        extra.trained = {**aside, **full_copies({name: parameters[name] for name in extra.base if name not in aside})}
+    holding = {name: parameters[name] for name in extra.base if name not in extra.trained}  # trained values
+    if holding:
+        extra.trained = {**extra.trained, **full_copies(holding)}
     _write_extra(parameters, {**extra.overwritten, **extra.base})
     extra.overwritten = {}
 
@@ -536,13 +527,13 @@ def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, flo
         if adapter != record.name
         for name, value in record.loaded[adapter].extra_weights.items()
     }
-    trained = extra.trained if weights.get(cast(str, record.name)) == 1 and extra.trained is not None else {}
+    trained = extra.trained if weights.get(cast(str, record.name)) == 1 else {}
     if values or trained:
         parameters = dict(model.named_parameters())
         extra.overwritten = full_copies({name: parameters[name] for name in values})
         _write_extra(parameters, {**values, **trained})
     if record.name in weights:
-        extra.trained = None
+        extra.trained = {}
 
 
 def check_can_put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
@@ -578,7 +569,7 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
     Raises:
         ValueError: The state lacks an extra weight, or has a shard of one.
     """
-    parameters, aside = extra_parameters(model, record), record.extra.trained or {}
+    parameters, aside = extra_parameters(model, record), record.extra.trained
     left = {name: parameter for name, parameter in parameters.items() if name not in aside}
     state = full_tensors(left) if state is None else state
     for name, parameter in left.items():
@@ -593,10 +584,16 @@ def extra_values(model: nn.Module, record: Attachment, state: Mapping[str, Tenso
     return {name: (state[name] if name in left else aside[name]).detach().clone() for name in parameters}
 
 
-def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
-    """Raise ValueError if a saved adapter has other extra weights than this model trains."""
+def set_trained(
+    model: nn.Module, record: Attachment, deltas: dict[str, Delta], extra_weights: Mapping[str, Tensor]
+) -> None:
+    """Give the trainable adapter the values of a saved one of the same selection. Every rank must call this.
+
+    Raises:
+        ValueError: It has other extra weights than this model trains. Nothing has changed.
+    """
     ours = extra_parameters(model, record)
-    more, less = sorted(values.keys() - ours.keys()), sorted(ours.keys() - values.keys())
+    more, less = sorted(extra_weights.keys() - ours.keys()), sorted(ours.keys() - extra_weights.keys())
     if more:
         raise ValueError(
             f"the adapter to load has {more[0]} trained in full, which is frozen in this model: name its "
@@ -607,6 +604,9 @@ def check_same_extra(model: nn.Module, record: Attachment, values: Mapping[str, 
             f"this model trains {less[0]} in full, which the adapter to load does not have: freeze it, as "
             "in the run that saved the adapter"
         )
+    reshard_all(model)
+    set_mounted_deltas(record, deltas)
+    set_extra(model, record, extra_weights)
 
 
 def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]) -> None:
@@ -617,7 +617,7 @@ def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]
     if record.awaits_weights:
         record.extra.arriving = {name: value.clone() for name, value in values.items()}
         return
-    if record.extra.trained is not None:  # the adapter is not active
+    if record.extra.trained:  # the adapter is not active
         record.extra.trained = {**record.extra.trained, **{name: value.clone() for name, value in values.items()}}
         return
     _write_extra(dict(model.named_parameters()), values)

@@ -11,7 +11,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -480,6 +480,12 @@ class _BankLayer:
         values = self.values if self.values.dtype == y.dtype else self.values.to(y.dtype)  # autocast
         return multi_adapter_linear(x, y, values, self.index, self.offsets, self._adapter_of(x.shape[0]), self.dim)
 
+    def put_back(self) -> None:
+        """Give the module the forward that it had."""
+        self.module.__dict__.pop("forward", None)
+        if self.original_forward is not None:
+            self.module.forward = self.original_forward
+
     def _adapter_of(self, rows: int) -> Tensor:
         """The slot of each row, [rows] int64. The rows of one sequence follow each other."""
         sequences = self.adapter.shape[0]
@@ -502,19 +508,12 @@ def _forwards_replaced(layers) -> Iterator[None]:
             "a batch of another bank is running on this model, and a model runs one batch at a time: leave that batch "
             "first"
         )
-    replaced = []
-    try:
+    with ExitStack() as stack:
         for layer in layers:
             layer.original_forward = layer.module.__dict__.get("forward")
+            stack.callback(layer.put_back)
             layer.module.forward = layer.forward
-            replaced.append(layer)
         yield
-    finally:
-        for layer in replaced:
-            if layer.original_forward is None:
-                del layer.module.forward
-            else:
-                layer.module.forward = layer.original_forward
 
 
 def check_plain(model: nn.Module) -> None:

@@ -5,8 +5,7 @@ that brings inputs and outputs into the layouts that the split needs. A trainabl
 """
 
 import inspect
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,8 +28,8 @@ from s2ft.files.plain_text import by_key
 from s2ft.layers import SPLIT_LINEAR, kind_of
 from s2ft.layers.kind import split_of
 from s2ft.model.coupling import Coupling, Projection, projections_of
-from s2ft.model.weights import Delta, tensors_of, weight_at
-from s2ft.ops._library import check_private
+from s2ft.model.weights import tensors_of, weight_at
+from s2ft.ops.in_place import check_distinct, check_private
 from s2ft.selection import Selection
 
 # ---- layers and weights --------------------------------------------------------------------------------
@@ -77,7 +76,7 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def check_can_write_now(model: nn.Module, record: Attachment) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
-    weights = [tensor for coupling in record.couplings for tensor in tensors_of(model, coupling)]
+    weights = [weight_at(model, projection).tensor for projection in record.projections.values()]
     if any(weight.is_meta for weight in weights) or (
         will_be_loaded_again() and not any(is_sharded(weight) for weight in weights)
     ):
@@ -115,23 +114,13 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
     Only one of these places would get a trainable layer, and the others would compute with its slice, whose gradient
     would lack their part.
     """
-    counts = Counter(id(child) for module in model.modules() for child in module._modules.values())
-    owners = _names_of_parameters(model)
+    names = _names_of_parameters(model)
     for projection in projections_of(couplings):
-        if projection.name not in selection:
-            continue
-        handle = weight_at(model, projection)
-        tied = owners.get(id(handle.tensor), [])
-        if counts[id(handle.holder)] > 1:
-            names = [name for name, module in model.named_modules(remove_duplicate=False) if module is handle.holder]
-            raise ValueError(
-                f"{' and '.join(names)} are one module, which can't be trained: give each place a module of its own, "
-                "or leave its layer out"
-            )
-        if len(tied) > 1:
+        tied = names.get(id(weight_at(model, projection).tensor), [])
+        if projection.name in selection and len(tied) > 1:
             raise ValueError(
                 f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
-                "gradients of the others: give each place a weight of its own, or leave its layer out"
+                "gradients of the others: give each place a layer with a weight of its own, or leave its layer out"
             )
 
 
@@ -166,35 +155,15 @@ def check_gradients_pass(model: nn.Module) -> None:
             )
 
 
-def check_can_merge(record: Attachment) -> None:
-    """Raise ValueError if a trainable layer has a quantized weight, or one that another trainable layer has too."""
-    for path, mount in record.mounts.items():
-        if mount.layer.kind.read_only:
-            raise ValueError(f"{path}: {mount.layer.kind.read_only}")
-    _check_apart({path: mount.layer.weight for path, mount in record.mounts.items()})
-
-
-def check_can_write(model: nn.Module, record: Attachment, deltas: dict[str, Delta]) -> None:
-    """Raise ValueError if a weight that the deltas would change is quantized, or tied to another one of theirs.
-
-    deltas: by projection.
-    """
-    changed = [record.projections[name] for name in deltas]
-    for projection in changed:
-        if weight_at(model, projection).read_only:
-            raise ValueError(
-                f"{projection.path} is quantized, and an adapter can't be written into it: load it with "
-                "trainable=True, which adds it in the forward, or load the base unquantized"
-            )
-    _check_apart({projection.path: weight_at(model, projection).tensor for projection in changed})
-
-
-def _check_apart(weights: dict[str, Tensor]) -> None:
-    """Raise ValueError if two paths have one tied weight. Their updates differ, so that none of them could be kept."""
+def check_can_write(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+    """Raise ValueError if a weight of these projections is quantized, or tied to another one of theirs."""
     paths: dict[int, str] = {}
-    for path, weight in weights.items():
-        other = paths.setdefault(id(weight), path)
-        if other != path:
+    for name in names:
+        handle = weight_at(model, record.projections[name])
+        path, other = handle.path, paths.setdefault(id(handle.tensor), handle.path)
+        if handle.read_only:
+            raise ValueError(f"{path} is quantized: {handle.read_only}")
+        if other != path:  # their updates differ, so that none of them could be kept
             raise ValueError(
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
                 "into it: train one of them only, by couplings= or by the config's layers"
@@ -277,11 +246,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
                 f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
                 f"{tuple(shape)}"
             )
-        if int(delta.index.max()) >= size:
-            raise ValueError(
-                f"adapter {adapter.name!r}: {path}.index has {int(delta.index.max())}, "
-                f"outside the weight's 0..{size - 1}"
-            )
+        check_distinct(f"adapter {adapter.name!r}", delta.index, size, f"{path}.index")
     # without a fingerprint the weights are compared when they arrive
     if record.fingerprint is not None:
         adapter.check_base(record.fingerprint)

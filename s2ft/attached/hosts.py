@@ -50,17 +50,17 @@ from torch._dynamo.eval_frame import skip_code
 from s2ft.adapter import native
 from s2ft.adapter.folders import write_card
 from s2ft.attached.active import (
-    check_same_extra,
     extra_parameters,
     full_copies,
     keep_unfrozen,
+    place_loaded,
     record_unfrozen,
     set_extra,
-    set_mounted_deltas,
+    set_trained,
     write_slices,
 )
 from s2ft.attached.checks import check_extra_fits
-from s2ft.attached.record import Attachment, attachment_of
+from s2ft.attached.record import Attachment, applied, attachment_of, clear_attachment, set_attachment
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.attached.saving import save_adapter
 from s2ft.config import S2FTConfig
@@ -80,7 +80,7 @@ from s2ft.layers import S2Layer, act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
 from s2ft.model.coupling import Coupling
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.weights import Delta, restoring_moves, tensors_of, weight_at
+from s2ft.model.weights import Delta, Move, restoring_moves, tensors_of, weight_at
 from s2ft.ops import act_mul, swap_
 from s2ft.ops._library import transforms_active
 
@@ -299,9 +299,9 @@ class _BaseOrder:
             moving.permute(copy)
         for entry in reversed(self.record.written) if without_written else ():
             handle = weight_at(self.model, entry.projection)
-            if entry.delta is not None and handle.tensor is tensor:
+            if entry.index is None and handle.tensor is tensor:
                 view = handle.view(copy)
-                swap_(view, entry.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
+                swap_(view, entry.delta.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
 
     def versions_of(self, tensor: Tensor) -> Iterator[Tensor]:
@@ -478,11 +478,8 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
         )
     deltas = {name: _delta(record, name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
-    check_same_extra(model, record, values)
     check_extra_fits(model, record, cast(str, record.name), values)
-    reshard_all(model)
-    set_mounted_deltas(record, deltas)
-    set_extra(model, record, values)
+    set_trained(model, record, deltas, values)
     for name in found:
         del state[f"{prefix}{name}.delta"], state[f"{prefix}{name}.index"]
     for name in values:
@@ -538,15 +535,6 @@ def expect_none(record: Attachment) -> None:
         mount.layer.awaits_order = False
 
 
-def after_apply(model: nn.Module, record: Attachment) -> None:
-    """Make the record wait for the weights if the model has been moved to the meta device."""
-    if record.mounts and any_on_meta(model, record):
-        for move in record.moves:
-            move.forget(model)
-        record.awaits_weights = True
-        mark_layers(record)
-
-
 def mark_layers(record: Attachment) -> None:
     """Tell each trainable layer whether its units have yet to move, and what its states contain until then."""
     waiting = {projection.path for move in record.moves if move.is_pending for projection in move.coupling.projections}
@@ -554,6 +542,13 @@ def mark_layers(record: Attachment) -> None:
         mount.layer.awaits_order = path in waiting
         if record.awaits_weights:
             mount.layer.leave_units_out_of_states()
+
+
+def _change_moves(record: Attachment, change: Callable[[Move], None]) -> None:
+    """Change all moves, and tell the layers."""
+    for move in record.moves:
+        change(move)
+    mark_layers(record)
 
 
 def any_on_meta(model: nn.Module, record: Attachment) -> bool:
@@ -569,15 +564,11 @@ def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
         return
     record.awaits_weights = False
     try:
-        for move in record.moves:
-            move.finish(model)
-        mark_layers(record)
+        _change_moves(record, lambda move: move.finish(model))
         yield
     finally:
-        for move in record.moves:
-            move.postpone(model)
         record.awaits_weights = True
-        mark_layers(record)
+        _change_moves(record, lambda move: move.postpone(model))
 
 
 def after_load(model: nn.Module, *_: Any) -> None:
@@ -600,12 +591,8 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     reshard_all(model)
     if difference(fingerprint(model, record.couplings), cast("dict[str, Any]", record.fingerprint)):
         return
-    for move in record.moves:
-        move.start_again()
-    mark_layers(record)
-    for move in record.moves:
-        move.finish(model)
-    mark_layers(record)
+    _change_moves(record, Move.start_again)
+    _change_moves(record, lambda move: move.finish(model))
 
 
 def take_up(model: nn.Module) -> bool:
@@ -623,22 +610,17 @@ def take_up(model: nn.Module) -> bool:
     reshard_all(model)
     if any_on_meta(model, record):
         return False
-    for move in record.moves:
-        move.start_again()  # what was loaded is in the base's order
-    mark_layers(record)
+    _change_moves(record, Move.start_again)  # what was loaded is in the base's order
     _check_arrived(model, record)
     try:
-        for move in record.moves:
-            move.finish(model)
+        _change_moves(record, lambda move: move.finish(model))
         _keep_extra_base(model, record)
         record.awaits_weights, record.has_taken_up = False, True
     except BaseException:  # an interrupt: the next call starts from the base's order again
-        for move in record.moves:
-            move.postpone(model)
+        _change_moves(record, lambda move: move.postpone(model))
         raise
     for mount in record.mounts.values():
         mount.layer.first_values = None
-    mark_layers(record)
     values, record.extra.arriving = record.extra.arriving, {}
     set_extra(model, record, values)
     return True
@@ -732,3 +714,45 @@ def before_forward(model: Any, *_: Any) -> None:
 
 
 skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of the graph: this one as it is
+
+
+# ---- the record and the hooks of a model ----------------------------------------------------------------------------
+
+
+def claim(model: nn.Module, record: Attachment) -> None:
+    """Give the model its record and s2ft's hooks. This comes before anything changes."""
+    set_attachment(model, record)
+    model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
+    _remove_hooks(model)
+    model.register_forward_pre_hook(before_forward, prepend=True)
+    model.register_state_dict_post_hook(put_in_order)
+    model.register_load_state_dict_pre_hook(check_is_base)
+    model.register_load_state_dict_post_hook(after_load)
+
+
+def renounce(model: nn.Module) -> None:
+    """Undo :func:`claim`, whether all, some or none of it was done."""
+    _remove_hooks(model)
+    model.__dict__.pop("_apply", None)
+    clear_attachment(model)
+
+
+def _remove_hooks(model: nn.Module) -> None:
+    """Remove the hooks of :func:`claim`, if they are registered."""
+    pre, post = model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks
+    for hooks in (model._forward_pre_hooks, model._state_dict_hooks, pre, post):
+        remove_hooks(hooks, before_forward, put_in_order, check_is_base, after_load)
+
+
+def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
+    """The model's _apply: casts and moves (to, half, cuda) also reach the recorded base, which is in no module."""
+    type(model)._apply(model, function, *args, **options)
+    record = attachment_of(model)
+    for entry in record.written:
+        entry.base = applied(function, entry.base)
+    record.extra.apply(function)
+    place_loaded(model, record, record.loaded)
+    if record.mounts and any_on_meta(model, record):  # the weights have gone, and will arrive again
+        record.awaits_weights = True
+        _change_moves(record, lambda move: move.forget(model))
+    return model

@@ -14,17 +14,20 @@ from s2ft.adapter.adapter import Adapter, Overlap, check_weight, overlap, weight
 from s2ft.adapter.folders import resolve
 from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.active import (
+    all_or_nothing,
     check_can_put_on_extra,
-    check_same_extra,
     deactivate,
+    place_loaded,
     set_extra,
     set_mounted_deltas,
+    set_trained,
     switch,
     unfreeze,
 )
 from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
-from s2ft.attached.mounting import end_training, load, mount, remove_all, set_codecs, touched, undone_on_failure
-from s2ft.attached.proof import proving
+from s2ft.attached.hosts import claim
+from s2ft.attached.mounting import end_training, release, remove_all, undone_on_failure
+from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     Attachment,
     attachment_of,
@@ -36,7 +39,6 @@ from s2ft.attached.record import (
 )
 from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
-from s2ft.distributed import reshard_all
 from s2ft.files.reading import is_folder
 from s2ft.model.fingerprint import structure_of
 
@@ -130,22 +132,43 @@ def load_adapter(
         check_memory(model, [record.projections[path] for path in adapter.deltas])
         if device is not None:
             adapter = replace(adapter.to(device), device=torch.device(device))
-        load(model, record, adapter, active)
+        _load(model, record, adapter, active)
         return
     if device is not None:
         raise ValueError("device is for an adapter that is not trainable: a trainable one is where the weights are")
     if record.name is not None:
         raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
-    trained = touched(record.couplings, adapter.selection)
     with undone_on_failure(model, record):
-        with proving(model, record, trained, adapter.config, adapter.selection, verify, example):
-            mount(model, record, adapter.config, adapter.selection, adapter.name)
-        set_codecs(model, record, adapter.config)
+        mount_proved(model, record, adapter.config, adapter.selection, adapter.name, verify, example)
         set_mounted_deltas(record, adapter.deltas)
         unfreeze(model, record, adapter.extra_weights)
         set_extra(model, record, adapter.extra_weights)
         of_the_base = model_info(model)  # saving writes these values again
         record.add_info({key: value for key, value in adapter.info.items() if key not in of_the_base})
+
+
+def _load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
+    """Add a loaded adapter, and make it the active one if `active`. After a failure everything is as before."""
+    is_new, before = find_attachment(model) is None, dict(record.active)
+
+    def change() -> None:
+        if is_new:
+            claim(model, record)
+            model.requires_grad_(False)
+        record.loaded[adapter.name] = adapter
+        place_loaded(model, record, [adapter.name])
+        if active:
+            switch(model, record, {adapter.name: 1.0})
+
+    def recover() -> None:
+        deactivate(model, record)
+        if is_new:
+            release(model, record)
+        else:
+            record.drop(adapter.name)
+            switch(model, record, before)
+
+    all_or_nothing(change, recover)
 
 
 @of_compiled
@@ -171,10 +194,7 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     check_fits(adapter, model, record)
     if record.selection is None or adapter.selection != record.selection:
         raise ValueError(f"{directory} holds another selection than the one this model trains")
-    check_same_extra(model, record, adapter.extra_weights)
-    reshard_all(model)
-    set_mounted_deltas(record, adapter.deltas)
-    set_extra(model, record, adapter.extra_weights)
+    set_trained(model, record, adapter.deltas, adapter.extra_weights)
 
 
 # ---- switching ------------------------------------------------------------------------------------------------------

@@ -5,28 +5,18 @@ before anything changes, and each step that takes a change back works whether th
 back already. :func:`unmount` and :func:`release` can be called at any time.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.active import (
-    activate,
-    all_or_nothing,
-    deactivate,
-    names_of_modules,
-    place_loaded,
-    switch,
-    unfreeze,
-    write_slices,
-)
+from s2ft.attached.active import activate, all_or_nothing, deactivate, names_of_modules, unfreeze, write_slices
 from s2ft.attached.checks import (
-    check_can_merge,
     check_can_move,
+    check_can_write,
     check_gradients_pass,
     check_memory,
     check_not_in_engine,
@@ -37,35 +27,20 @@ from s2ft.attached.checks import (
 )
 from s2ft.attached.hosts import (
     add_to_host,
-    after_apply,
-    after_load,
     allow_training,
     any_on_meta,
-    before_forward,
-    check_is_base,
+    claim,
     close_blocks,
     experts_modules,
     mark_layers,
     open_blocks,
-    put_in_order,
     remove_from_host,
-    remove_hooks,
+    renounce,
     replace_forward,
     restore_forwards,
     restore_quantizer,
 )
-from s2ft.attached.record import (
-    Attachment,
-    Mount,
-    Part,
-    applied,
-    attachment_of,
-    check_has_arrived,
-    clear_attachment,
-    find_attachment,
-    of_compiled,
-    set_attachment,
-)
+from s2ft.attached.record import Attachment, Mount, Part, attachment_of, check_has_arrived, find_attachment, of_compiled
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
@@ -164,36 +139,6 @@ def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> FileRoundi
 
 
 # ---- mounting ------------------------------------------------------------------------------------------
-
-
-def claim(model: nn.Module, record: Attachment) -> None:
-    """Give the model its record and s2ft's hooks. This comes before anything changes."""
-    set_attachment(model, record)
-    model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
-    _remove_hooks(model)
-    model.register_forward_pre_hook(before_forward, prepend=True)
-    model.register_state_dict_post_hook(put_in_order)
-    model.register_load_state_dict_pre_hook(check_is_base)
-    model.register_load_state_dict_post_hook(after_load)
-
-
-def _remove_hooks(model: nn.Module) -> None:
-    """Remove the hooks of :func:`claim`, if they are registered."""
-    pre, post = model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks
-    for hooks in (model._forward_pre_hooks, model._state_dict_hooks, pre, post):
-        remove_hooks(hooks, before_forward, put_in_order, check_is_base, after_load)
-
-
-def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:
-    """The model's _apply: casts and moves (to, half, cuda) also reach the recorded base, which is in no module."""
-    type(model)._apply(model, function, *args, **options)
-    record = attachment_of(model)
-    for entry in record.written:
-        entry.base = applied(function, entry.base)
-    record.extra.apply(function)
-    place_loaded(model, record, record.loaded)
-    after_apply(model, record)
-    return model
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
@@ -320,16 +265,15 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
     dim = parts[0].projection.dim
     places = torch.cat([part.positions for part in parts])
     found = contiguous_range(places)
-    if found is not None:
-        where: dict[str, Any] = {"start": found[0], "end": found[1]}
+    if found is None:
+        _number_positions(parts)
+    else:
         for part in parts:
             part.positions = part.positions - found[0]
-    else:
-        where = {"index": places}
-        _number_positions(parts)
-    kind, current = kind_of(original), _current_index(parts, record)
-    if kind is SPLIT_LINEAR or not (found is None or torch.equal(current, torch.arange(*found))):
-        where = {"index": current}  # tensor parallelism: units are elsewhere, and s2 has the same order
+    # Under tensor parallelism the units are elsewhere, and s2 has the same order.
+    kind, index = kind_of(original), _current_index(parts, record)
+    is_slice = found is not None and kind is not SPLIT_LINEAR and torch.equal(index, torch.arange(*found))
+    where: dict[str, Any] = {"start": found[0], "end": found[1]} if found and is_slice else {"index": index}
     delta_dtype = config.delta_dtype_for(original.weight.dtype)
     layer = cast("tuple[type[Any], ...]", kind.layers)[dim].from_module(original, **where, delta_dtype=delta_dtype)
     style = style_of(original)
@@ -428,9 +372,7 @@ def release(model: nn.Module, record: Attachment) -> nn.Module:
     unmount(model, record)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
-    _remove_hooks(model)
-    model.__dict__.pop("_apply", None)
-    clear_attachment(model)
+    renounce(model)
     return model
 
 
@@ -496,37 +438,6 @@ def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
         else:
             release(model, record)
         raise
-
-
-def load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
-    """Add a loaded adapter, and make it the active one if `active`. After a failure everything is as before.
-
-    Args:
-        model: A model that has this record, or that has none yet.
-        record: Record that gets the adapter.
-        adapter: Adapter that fits the model, under a new name.
-        active: Whether it becomes the active adapter.
-    """
-    is_new, before = find_attachment(model) is None, dict(record.active)
-
-    def change() -> None:
-        if is_new:
-            claim(model, record)
-            model.requires_grad_(False)
-        record.loaded[adapter.name] = adapter
-        place_loaded(model, record, [adapter.name])
-        if active:
-            switch(model, record, {adapter.name: 1.0})
-
-    def recover() -> None:
-        deactivate(model, record)
-        if is_new:
-            release(model, record)
-        else:
-            record.drop(adapter.name)
-            switch(model, record, before)
-
-    all_or_nothing(change, recover)
 
 
 def remove_all(model: nn.Module, record: Attachment) -> None:
@@ -620,7 +531,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     check_has_arrived(record, in_weights=True)
     if record.trains:
-        check_can_merge(record)
+        check_can_write(model, record, record.parts)
 
     def change() -> nn.Module:
         write_slices(model, record)

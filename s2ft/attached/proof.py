@@ -25,9 +25,10 @@ from torch.overrides import TorchFunctionMode
 
 from s2ft.attached.active import deactivate, set_mounted_deltas, write
 from s2ft.attached.hosts import not_awaiting
+from s2ft.attached.mounting import mount, set_codecs, touched
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.distributed import decide, is_sharded, reshard_all
+from s2ft.distributed import Decision, decide, is_sharded, reshard_all
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.discovery.examples import examples_of
 from s2ft.model.parts import tower_of
@@ -60,55 +61,56 @@ Tolerance = dict[torch.dtype | None, float]
 Outputs = dict[str, list[Tensor]]
 
 
-@contextmanager
-def proving(
+def mount_proved(
     model: nn.Module,
     record: Attachment,
-    couplings: list[Coupling],
     config: S2FTConfig,
     selection: Selection,
+    name: str,
     verify: bool | None,
     example: Any,
-) -> Iterator[None]:
-    """Run the plain model, then the body, which mounts trainable layers; then compare them with the plain model.
+) -> None:
+    """Run the plain model, mount trainable layers, and compare the model with the plain one.
 
     A rank whose model is on the meta device waits for those that can run it.
 
     Args:
-        model: The model, with the base in its weights. After the body it has trainable layers with slices of zeros.
+        model: The model, with the base in its weights.
         record: Its record.
-        couplings: The couplings that have selected units.
         config: The config of the new adapter.
         selection: Its units.
+        name: Its name.
         verify: True if there must be a proof, None if it is made where an input can be made, False for none.
         example: Input of the model: tensor, tuple of arguments or dict of them; default: made from its config.
 
     Raises:
         TypeError: `example` is of another type.
-        ValueError: The mounted model fails or computes something else. Or there must be a proof, and there can be none.
+        ValueError: Something can't be trained. Or the mounted model fails or computes something else. Or there must be
+            a proof, and there can be none.
+        RuntimeError: Another rank trains other units or has another base.
     """
     check_example(example)
-    if verify is False:
-        yield
-        return
+    couplings, decision = touched(record.couplings, selection), Decision(None, "")
     proof, able = Proof(model, record, couplings, verify or example is not None), can_run(model)
-    decision = decide(
-        "what the base computes",
-        able,
-        lambda: proof.run_plain(
-            example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection)
-        ),
-    )
-    if decision.value is None:
-        proof.notes.append("nothing was proved, because the weights are not here yet")
-        if verify:
-            raise ValueError("verify=True runs the model, and its weights are on the meta device: load them first")
-    yield
+    if verify is not False:
+        decision = decide(
+            "what the base computes",
+            able,
+            lambda: proof.run_plain(
+                example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection)
+            ),
+        )
+        if decision.value is None:
+            proof.notes.append("nothing was proved, because the weights are not here yet")
+            if verify:
+                raise ValueError("verify=True runs the model, and its weights are on the meta device: load them first")
+    mount(model, record, config, selection, name)
     if decision.value:
-        # Ranks pair their decisions by name and count. One whose body has failed skips this call, so the name has the
+        # Ranks pair their decisions by name and count. One that could not mount skips this call, so the name has the
         # number of the first decision.
         decide(f"the proof of attach {decision.key.rpartition('/')[2]}".rstrip(), able, proof.check)
     record.unproved = "; ".join(proof.notes)
+    set_codecs(model, record, config)
 
 
 class Proof:
@@ -450,12 +452,9 @@ def _random_deltas(
     """Random values, about as large as usual weights, for all selected units that can be written into the weights."""
     deltas: dict[str, Delta] = {}
     chosen = [one for one in projections_of(couplings) if one.name in selection]
-    first = {id(weight_at(model, one).tensor): one.path for one in reversed(chosen)}
-    tied = {id(weight_at(model, one).tensor) for one in chosen if first[id(weight_at(model, one).tensor)] != one.path}
     for number, projection in enumerate(chosen):
         weight, elements = weight_at(model, projection), projection.elements(selection[projection.name])
-        in_shared_memory = weight.tensor.device.type == "cpu" and weight.tensor.is_shared()
-        if weight.read_only is None and not in_shared_memory and id(weight.tensor) not in tied:
+        if weight.read_only is None:
             shape = list(weight.shape)
             shape[projection.dim] = elements.numel()
             most = torch.Size(weight.shape[1:]).numel() ** -0.5

@@ -1,6 +1,6 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import cached_property, partial, wraps
@@ -19,7 +19,6 @@ from s2ft.model.parts import outermost
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Snapshot
 from s2ft.model.weights import Delta, Move, Positions, have_numbers
-from s2ft.ops._library import check_distinct
 from s2ft.selection import Selection
 
 # ---- models in a wrapper ----------------------------------------------------------------------------------
@@ -167,15 +166,15 @@ class Written:
 
     Attributes:
         projection: Projection whose weight was written.
-        index: Overwritten rows or columns, shape [n], int64: in the base's order, or, without a delta, in a shard.
+        delta: What was written. Its index says which rows or columns were overwritten.
         base: Values that the weight had there before.
-        delta: The delta whose index it is; None if the index is relative to this rank's shard.
+        index: Those of them in this rank's shard, shape [n], int64, as numbers within it; None if the weight was whole.
     """
 
     projection: Projection
-    index: Tensor
+    delta: Delta
     base: Tensor
-    delta: Delta | None
+    index: Tensor | None
 
 
 @dataclass
@@ -184,13 +183,13 @@ class ExtraWeights:
 
     Attributes:
         base: Values before the trainable adapter's training.
-        trained: Trained values while the parameters hold the base; None while the parameters hold the trained values.
+        trained: Trained values while the parameters hold the base; empty while the parameters hold the trained values.
         overwritten: Base values of the parameters that active loaded adapters have overwritten.
         arriving: Trained values that are written when the weights of the model have arrived.
     """
 
     base: dict[str, Tensor] = field(default_factory=dict)
-    trained: dict[str, Tensor] | None = None
+    trained: dict[str, Tensor] = field(default_factory=dict)
     overwritten: dict[str, Tensor] = field(default_factory=dict)
     arriving: dict[str, Tensor] = field(default_factory=dict)
 
@@ -199,8 +198,7 @@ class ExtraWeights:
         function = partial(applied, function)
         self.base = {name: function(value) for name, value in self.base.items()}
         self.overwritten = {name: function(value) for name, value in self.overwritten.items()}
-        if self.trained is not None:
-            self.trained = {name: function(value) for name, value in self.trained.items()}
+        self.trained = {name: function(value) for name, value in self.trained.items()}
 
 
 def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -324,41 +322,24 @@ class Attachment:
     def _move_of(self, projection: Projection) -> Move | None:
         return next((move for move in self.moves if move.is_done and projection in move.coupling.projections), None)
 
-    def positions_of(self, projection: Projection, delta: Delta, weight: Tensor) -> Tensor:
-        """Return where the elements of a delta are in a whole weight now, shape [n], int64, on its device.
+    def positions_of(self, projection: Projection, delta: Delta, device: torch.device) -> Tensor:
+        """Return where the elements of a delta are in the whole weight now, shape [n], int64, on a device.
 
-        They are checked and sent to the device once, and kept with the delta. Later calls do not wait for the device.
+        They are sent to the device once, and kept with the delta. Later calls do not wait for the device.
 
         Args:
             projection: Projection of the delta.
             delta: The delta.
-            weight: The whole matrix.
-
-        Raises:
-            ValueError: The delta has an element twice, or one outside the weight.
+            device: Device of the weight.
         """
-        move, size, kept = self._move_of(projection), weight.shape[delta.dim], delta.positions
-        if kept is None or kept.move is not move or kept.size != size:
-            index = delta.index.cpu() if move is None else move.places(projection)[delta.index.cpu()]
-            check_distinct(projection.name, index, size)
-            kept = delta.positions = Positions(move, size, index.to(weight.device))
-        elif kept.index.device != weight.device:
-            kept = delta.positions = kept._replace(index=kept.index.to(weight.device))
+        move, kept = self._move_of(projection), delta.positions
+        if kept is None or kept.move is not move:
+            kept = Positions(move, self.current_positions(projection, delta.index.cpu()))
+        if kept is not delta.positions or kept.index.device != device:
+            kept = delta.positions = kept._replace(index=kept.index.to(device))
         return kept.index
 
     # ---- changes of the record alone -------------------------------------------------------------
-
-    def place(self, name: str, devices: Mapping[str, torch.device]) -> None:
-        """Put the deltas of a loaded adapter on the devices of their weights, unless it is kept on a device.
-
-        Args:
-            name: Name of the adapter.
-            devices: Devices by projection and by the name of an extra weight.
-        """
-        adapter = self.loaded[name]
-        placed = adapter if adapter.device is not None else adapter.beside(devices)
-        if placed is not adapter:
-            self.loaded = {**self.loaded, name: placed}
 
     def drop(self, name: str) -> None:
         """Remove a loaded adapter, which must not be active; nothing happens if none has this name."""

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from s2ft.attached.hosts import expect_none
-from s2ft.attached.mounting import claim, mount
+from s2ft.attached.hosts import claim, expect_none
+from s2ft.attached.mounting import mount
 from s2ft.attached.record import Attachment, check_unattached
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import is_sharded

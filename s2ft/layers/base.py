@@ -35,8 +35,8 @@ from s2ft.distributed import (
 )
 from s2ft.layers.kind import TrainableLayer
 from s2ft.ops import Slice, effective_units, write_slices_
-from s2ft.ops._library import LIBRARY, WRITING, check_private, is_being_captured
-from s2ft.ops.in_place import write_slice
+from s2ft.ops._library import LIBRARY
+from s2ft.ops.in_place import WRITING, check_distinct, check_private, is_being_captured, write_slice
 
 # ---- when weights get base + s2 -------------------------------------------------------------------------------------
 
@@ -181,7 +181,7 @@ class S2Layer(TrainableLayer):
     @classmethod
     def from_module(
         cls,
-        module: nn.Module,
+        module: Any,
         start: int | None = None,
         end: int | None = None,
         *,
@@ -214,16 +214,18 @@ class S2Layer(TrainableLayer):
         nn.Module.__init__(self)
         # Hooks registered on the module keep working, because both share the dicts of hooks.
         self.__dict__.update({key: value for key, value in module.__dict__.items() if "_hook" in key})
-        self._copy_settings(module)
-        self.weight = cast(nn.Parameter, module.weight)
-        self.register_parameter("bias", cast("nn.Parameter | None", module.bias))  # also None: see `tensors`
-        self._check_memory(self.weight)
-        self._set_units(start, end, index, delta_dtype)
-        self.weight.requires_grad_(False)
-        if self.bias is not None:
-            self.bias.requires_grad_(False)
+        self._share(module)
+        self._set_units(start, end, index, delta_dtype or self.kind.delta_dtype(module))
+        module.requires_grad_(False)
         self.train(module.training)
         return self
+
+    def _share(self, module: Any) -> None:
+        """Take the weight, the bias and all settings of the plain layer that the forward needs."""
+        self._copy_settings(module)
+        self.weight = module.weight
+        self.register_parameter("bias", module.bias)  # also None: see `tensors`
+        self._check_memory(self.weight)
 
     def _check_memory(self, weight: Tensor) -> None:
         """Raise ValueError if the weight is in memory that can't be written, or that other processes have too."""
@@ -256,12 +258,12 @@ class S2Layer(TrainableLayer):
         """Set `start`, `end`, `index` and `s2`."""
         shape = list(self.shape)
         size = shape[self.dim]
-        side = f"the weight's {size} {('outputs', 'inputs')[self.dim]}"
         if index is None:
             start, end = 0 if start is None else int(start), size if end is None else int(end)
             if not 0 <= start < end <= size:
                 raise ValueError(
-                    f"start and end must satisfy 0 <= start < end <= {size} ({side}), got start={start}, end={end}"
+                    f"start and end must satisfy 0 <= start < end <= {size} (the weight's "
+                    f"{('outputs', 'inputs')[self.dim]}), got start={start}, end={end}"
                 )
             length = end - start
         else:
@@ -271,10 +273,7 @@ class S2Layer(TrainableLayer):
             length = index.numel()
             if index.dim() != 1 or length == 0:
                 raise ValueError(f"index must be a list of at least one unit, got shape {tuple(index.shape)}")
-            if int(index.min()) < 0 or int(index.max()) >= size:
-                raise ValueError(f"index must be within {side}, got {int(index.min())} to {int(index.max())}")
-            if index.unique().numel() != length:
-                raise ValueError("index must have each unit once, got a unit twice")
+            check_distinct(type(self).__name__, index, size)
             index = beside(index, self.weight)
         self.start, self.end = start, end
         self.register_buffer("index", index)
@@ -620,7 +619,7 @@ class S2Layer(TrainableLayer):
         for shard in own_shards(weight):
             for expert, units, part in self._pieces(values):
                 block = self.kind.shard(shard, expert)
-                index, here = block.restrict(units.cpu(), part, self.dim)
+                index, here = block.restrict(units, part, self.dim)
                 yield block.tensor, index.to(block.tensor.device), here
 
     def _keep_own(self) -> None:

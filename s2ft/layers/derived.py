@@ -4,7 +4,7 @@ What such a class adds to the forward must not be lost. A class that is known to
 trained as its parent is. Every other class runs its own forward on the effective weight.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +85,11 @@ class S2OwnForward(S2Layer):
                 "itself: rename it in the class"
             )
         for name, parameter in module._parameters.items():
-            self.register_parameter(
-                name, None if parameter is None else cast(nn.Parameter, parameter.requires_grad_(False))
-            )
+            self.register_parameter(name, parameter)
         for name, buffer in module._buffers.items():
             self.register_buffer(name, buffer, persistent=name not in module._non_persistent_buffers_set)
         for name, child in module._modules.items():
-            self.add_module(name, None if child is None else child.requires_grad_(False))
+            self.add_module(name, child)
         self.__dict__["plain"] = module  # not as a submodule
         self.transposed = is_conv1d(module)
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.distributed import Shard, full_shape, is_dtensor
+from s2ft.distributed import Shard, cut_by, full_shape, is_dtensor
 from s2ft.ops import effective_units
 from s2ft.ops._library import autocast_input, is_dynamo_compiling, runs_directly, transforms_active
 
@@ -93,20 +93,7 @@ def split_of(tensor: Tensor) -> Split | None:
     if placement.is_replicate():
         return None
     dim = placement.dim % tensor.dim()
-    parts = _parts(tensor.shape[dim], mesh.size(), getattr(placement, "split_factor", 1))
-    return Split(mesh, dim, parts)
-
-
-def _parts(size: int, ranks: int, groups: int) -> list[Tensor]:
-    """The elements of each rank. A packed weight (gate and up in one) is split group by group."""
-    pieces = [_chunks(group, ranks) for group in _chunks(torch.arange(size), groups)]
-    return [torch.cat([piece[rank] for piece in pieces]) for rank in range(ranks)]
-
-
-def _chunks(elements: Tensor, count: int) -> list[Tensor]:
-    """Cut into equal chunks, rounded up. The last ones are shorter, or empty."""
-    chunks = list(elements.chunk(count))
-    return chunks + [elements[:0]] * (count - len(chunks))
+    return Split(mesh, dim, cut_by(placement, torch.arange(tensor.shape[dim]), mesh.size()))
 
 
 # ---- what S²FT has to know about a kind of layer --------------------------------------------------------------------

@@ -12,9 +12,9 @@ from s2ft.layers.base import S2Layer
 from s2ft.layers.kind import Kind
 
 NO_FUSE = (
-    "an adapter can't be written into a quantized weight without quantizing it again: load the adapter on the "
-    "unquantized base, or on the dequantized one (bitsandbytes: model.dequantize(), which gives the numbers it was "
-    "trained with), by s2ft.load_adapter, and merge there"
+    "an adapter can't be written into a quantized weight without quantizing it again: load it with trainable=True, "
+    "which adds it in the forward, or load it on the unquantized base, or on the dequantized one (bitsandbytes: "
+    "model.dequantize(), which gives the numbers it was trained with), by s2ft.load_adapter, and merge there"
 )
 
 
@@ -44,23 +44,12 @@ class S2QuantizedLinear(S2Layer):
     def kind(self) -> Kind:
         return next(kind for kind in QUANTIZED if kind.matches(self.linear))
 
-    @classmethod
-    def from_module(cls, module: Any, start=None, end=None, *, index=None, delta_dtype=None) -> "S2QuantizedLinear":
-        """Make a trainable layer around a quantized one, which is frozen; arguments as in :class:`S2Layer`.
-
-        The default of `delta_dtype` is float32.
-        """
-        self = cls.__new__(cls)
-        nn.Module.__init__(self)
-        # Hooks registered on the module see this layer's output, because forward runs the module without them.
-        self.__dict__.update(
-            {key: value for key, value in module.__dict__.items() if "_hook" in key and "state_dict" not in key}
-        )
-        self.linear = module.requires_grad_(False)
+    def _share(self, module: Any) -> None:
+        # Hooks registered on the module see this layer's output, because forward runs the module without them. Those of
+        # its state stay with it alone.
+        self.__dict__.update({key: value for key, value in vars(nn.Module()).items() if "state_dict" in key})
+        self.linear = module
         self.in_features, self.out_features = module.in_features, module.out_features
-        self._set_units(start, end, index, delta_dtype or self.kind.delta_dtype(module))
-        self.train(module.training)
-        return self
 
     def take_over(self, module: nn.Module) -> None:
         """Change nothing: this layer runs the quantized one, which keeps its weight and bias."""

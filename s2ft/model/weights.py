@@ -31,7 +31,7 @@ from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_o
 from s2ft.layers.kind import Split
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.ops import permute_
-from s2ft.ops._library import WRITING
+from s2ft.ops.in_place import WRITING
 
 
 def find(model: nn.Module, path: str) -> Any:
@@ -586,12 +586,10 @@ class Positions(NamedTuple):
 
     Attributes:
         move: The reordering of the weight's units for which they hold; None for the base's order.
-        size: Number of elements of the weight along the delta's dimension.
-        index: The elements, [n] int64 on the weight's device. They are in range, and none occurs twice.
+        index: The elements, [n] int64 on the weight's device.
     """
 
     move: Any
-    size: int
     index: Tensor  # type: ignore[assignment]  # tuple has a method of this name
 
 

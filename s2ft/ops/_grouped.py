@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._library import define, host_can_read, is_being_captured
+from s2ft.ops._library import define, host_can_read
+from s2ft.ops.in_place import is_being_captured
 
 ALIGNMENT = 16  # bytes
 

@@ -5,11 +5,7 @@ kernel of a device if there is one, and the reference otherwise. The library the
 compiled module is present, absent or loaded later.
 """
 
-import os
-import sys
-import threading
 from collections.abc import Callable
-from functools import wraps
 
 import torch
 from torch import Tensor
@@ -37,11 +33,6 @@ def host_can_read(tensor: Tensor) -> bool:
     them, so that they never wait and can be captured in a CUDA graph.
     """
     return tensor.device.type == "cpu"
-
-
-def is_being_captured(tensor: Tensor) -> bool:
-    """Whether work on the tensor is recorded in a CUDA graph. The host can't wait then."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def own_output(y: Tensor) -> Tensor:
@@ -136,115 +127,3 @@ def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
     if x.dtype != weight.dtype:
         raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; give both one dtype or use torch.autocast")
     return x
-
-
-def check_index(op: str, index: Tensor, length: int, size: int) -> None:
-    """Check that `index` is int64 of shape [length] with entries from 0 to size - 1.
-
-    The entries are checked on the CPU only. On a GPU the check would wait for the device, and a fake tensor has none.
-
-    Raises:
-        ValueError: It is not.
-    """
-    if index.dtype != torch.int64 or index.shape != (length,):
-        raise ValueError(
-            f"{op}: index must be int64 of shape ({length},), got {index.dtype} of shape {tuple(index.shape)}"
-        )
-    if torch.compiler.is_compiling() or not host_can_read(index) or length == 0 or type(index) is not Tensor:
-        return
-    low, high = torch.aminmax(index)
-    if low < 0 or high >= size:
-        raise ValueError(f"{op}: index has {int(low if low < 0 else high)}, outside 0..{size - 1}")
-
-
-def check_distinct(op: str, index: Tensor, size: int, name: str = "index") -> None:
-    """Check that every entry of `index` is from 0 to size - 1 and none occurs twice. On a GPU this waits for it once.
-
-    Public functions call it for a GPU, and references for the CPU. The compiled CPU kernels have a check of their own.
-    A call that is captured in a CUDA graph can't wait and is not checked.
-
-    Raises:
-        ValueError: An entry is out of range, or occurs twice.
-    """
-    if torch.compiler.is_compiling() or index.numel() == 0 or is_being_captured(index):
-        return
-    ordered = index.sort().values
-    repeats = ordered[1:] == ordered[:-1]
-    low, high, repeated = torch.stack((ordered[0], ordered[-1], repeats.sum())).tolist()  # the only wait
-    if low < 0 or high >= size:
-        raise ValueError(f"{op}: {name} has {low if low < 0 else high}, outside 0..{size - 1}")
-    if repeated:
-        raise ValueError(f"{op}: {name} names unit {int(ordered[1:][repeats][0])} twice")
-
-
-# ---- the memory of a weight -----------------------------------------------------------------------------------------
-
-# Held while weights and what is kept of their base change. The same thread may take it again.
-WRITING = threading.RLock()
-if hasattr(os, "register_at_fork"):  # a child has no other thread that would finish a change and give the lock back
-    os.register_at_fork(before=WRITING.acquire, after_in_parent=WRITING.release, after_in_child=WRITING.release)
-
-MAPS = "/proc/self/maps"  # Linux only
-
-
-def writing(op: str, reference: Callable) -> Callable:
-    """Wrap the reference of an op that writes to its first argument.
-
-    It raises ValueError for read-only memory of the CPU, where a write would end the process. The compiled kernels have
-    a check of their own.
-    """
-
-    @wraps(reference)
-    def run(weight: Tensor, *args) -> None:
-        found = _mapping_of(weight)
-        if found is not None and "w" not in found[0]:
-            raise ValueError(
-                f"{op}: weight is in read-only memory, such as a memmap of mode 'r', and this op writes to it: "
-                "pass a copy, weight.clone()"
-            )
-        reference(weight, *args)
-
-    return run
-
-
-def check_private(what: str, weight: Tensor) -> None:
-    """Check that `weight` is writable and that no other process shares its memory. This takes about 50 µs.
-
-    Args:
-        what: Name of the weight, for the message.
-        weight: Any tensor. Only CPU memory is checked.
-
-    Raises:
-        ValueError: The tensor is in shared memory, a shared mapping of a file, or a read-only mapping.
-    """
-    found = _mapping_of(weight)
-    if found is None:
-        return
-    flags, file = found
-    where = f" ({file})" if file else ""
-    if "w" not in flags:
-        raise ValueError(
-            f"{what} is in read-only memory{where}, and s2ft writes to the weights that it trains: load "
-            "the model without a memory map, or clone the weight"
-        )
-    if "s" in flags:
-        raise ValueError(
-            f"{what} is in memory that is shared with other processes{where}. A weight holds base + delta, and they "
-            "would compute with it too: give every process its own weights (clone them), and share only the trained s2"
-        )
-
-
-def _mapping_of(weight: Tensor) -> tuple[str, str] | None:
-    """Return the flags, such as "rw-p", and the file of a CPU tensor's mapping, or None if they are unknown."""
-    if weight.device.type != "cpu" or weight.numel() == 0:
-        return None
-    if not sys.platform.startswith("linux"):
-        return ("rw-s", "") if weight.is_shared() else None
-    address = weight.data_ptr()
-    with open(MAPS, encoding="utf-8", errors="replace") as maps:
-        for line in maps:
-            span, flags, *_, file = line.rstrip("\n").split(" ", 5)
-            first, last = span.split("-")
-            if int(first, 16) <= address < int(last, 16):
-                return flags, file.strip()
-    return None

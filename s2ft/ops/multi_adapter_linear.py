@@ -16,13 +16,19 @@ def reference(
     check_shapes(x, y, values, index, offsets, adapter, dim)
     if not host_can_read(adapter):
         return without_waiting(x, y, values, index, offsets, adapter, dim)
-    check_entries(x, y, index, offsets, adapter, dim)
-    out = y.clone(memory_format=torch.contiguous_format)
+    out, limit, count = y.clone(memory_format=torch.contiguous_format), (y, x)[dim].shape[-1], offsets.numel() - 1
     for name in adapter.unique().tolist():
-        if name < 0:
+        if not -1 <= name < count:
+            raise ValueError(f"{OP}: adapter has {name}, outside -1..{count - 1}")
+        if name == -1:
             continue
         begin, end = offsets[name].item(), offsets[name + 1].item()
+        if not 0 <= begin <= end <= index.numel():
+            raise ValueError(f"{OP}: offsets of adapter {name} are {begin} and {end}, outside 0..{index.numel()}")
         rows, units = (adapter == name).nonzero().squeeze(1), index[begin:end]
+        wrong = [unit for unit in units.tolist() if not 0 <= unit < limit]
+        if wrong:
+            raise ValueError(f"{OP}: index has {wrong[0]}, outside 0..{limit - 1}")
         if dim == 0:
             products = x[rows] @ values[begin:end].t()
             changed = out[rows].index_add(-1, units, products)
@@ -106,20 +112,6 @@ def check_shapes(
             f"{OP}: adapter must have shape ({x.shape[0]},) and offsets one dimension, "
             f"got {tuple(adapter.shape)} and {tuple(offsets.shape)}"
         )
-
-
-def check_entries(x: Tensor, y: Tensor, index: Tensor, offsets: Tensor, adapter: Tensor, dim: int) -> None:
-    limit, count = (y, x)[dim].shape[-1], offsets.numel() - 1
-    for name in adapter.unique().tolist():
-        if not -1 <= name < count:
-            raise ValueError(f"{OP}: adapter has {name}, outside -1..{count - 1}")
-        if name >= 0:
-            begin, end = offsets[name].item(), offsets[name + 1].item()
-            if not 0 <= begin <= end <= index.numel():
-                raise ValueError(f"{OP}: offsets of adapter {name} are {begin} and {end}, outside 0..{index.numel()}")
-            wrong = [unit for unit in index[begin:end].tolist() if not 0 <= unit < limit]
-            if wrong:
-                raise ValueError(f"{OP}: index has {wrong[0]}, outside 0..{limit - 1}")
 
 
 def fake(x, y, values, index, offsets, adapter, dim):

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from s2ft.ops._library import autocast_input, below_autograd, check_index, define, own_output
-from s2ft.ops.in_place import Slice, Units, write_slices_
+from s2ft.ops._library import autocast_input, below_autograd, define, own_output
+from s2ft.ops.in_place import Slice, Units, check_index, write_slices_
 
 ALIGNMENT = 16  # bytes
 LEAST_PADDED = 128  # columns

@@ -263,8 +263,8 @@ HOSTILE = {
     "dim the other": (entry(dim=0), "do not fit along dim 0"),
     "entry a list": (rewrite(lambda c: c["projections"].update({DOWN: [1]})), "must have dim 0 or 1"),
     # tensors
-    "index out of range": (tensor("index", lambda t: t + 48), "outside the weight's 0..51"),
-    "index far out": (tensor("index", lambda t: t.long() + 2**60), "outside the weight's 0..51"),
+    "index out of range": (tensor("index", lambda t: t + 48), "outside 0..51"),
+    "index far out": (tensor("index", lambda t: t.long() + 2**60), "outside 0..51"),
     "index negative": (tensor("index", lambda t: t - 52), "ascending and not negative"),
     "index repeated": (tensor("index", lambda t: t * 0 + 3), "ascending and not negative"),
     "index of floats": (tensor("index", lambda t: t.float()), "index integers, not F32 and F32"),
