@@ -311,7 +311,9 @@ def read(
 
 def _takes_inputs(tensors: dict[str, Tensor], record: Attachment) -> bool:
     """Whether the ranks of a layer whose units are outputs take an input each, as those of `i_ratio` do."""
-    found = (tensors.get(f"{PREFIX}{one.path}.lora_A.weight") for one in projections_of(record.couplings) if not one.dim)
+    found = (
+        tensors.get(f"{PREFIX}{one.path}.lora_A.weight") for one in projections_of(record.couplings) if not one.dim
+    )
     return any(a is not None and bool((a.count_nonzero(1) <= 1).all()) for a in found)
 
 

@@ -287,8 +287,8 @@ def find_couplings(
             they are found by trials on a small copy of the model.
         example: Input for the trials: a tensor, a tuple of arguments or a dict of them. A transformers model needs
             none.
-        config: What will be trained: with `i_ratio`, inputs in place of couplings. Couplings in its `modules_to_save` are left out where trials found them, or where
-            their tower is frozen. Default: no module is trained in full.
+        config: What will be trained: with `i_ratio`, inputs in place of couplings. Couplings in its `modules_to_save`
+            are left out where trials found them, or where their tower is frozen. Default: no module is trained in full.
 
     Returns:
         The couplings, and where they are from.
