@@ -57,8 +57,6 @@ OTHER_NAMES = {
     "estimate": "memory vram",
     "select": "choose",
 }
-# Commands that there were, and what to use instead.
-GONE = {"reproduce": "the experiments are in a clone of the repository: python -m bench.experiments --list"}
 MISTAKES = (
     ValueError,
     FileNotFoundError,
@@ -133,7 +131,7 @@ def main(arguments: list[str] | None = None) -> int:
     name, *rest = arguments
     if name not in COMMANDS and name not in SAME:
         kind = "option" if name.startswith("-") else "command"
-        hint = f"; {GONE[name]}" if name in GONE else did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
+        hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
     set_up_logging(traceback)

@@ -50,19 +50,6 @@ OTHER_NAMES = {
     "use-cpu": "no-cuda",
     "weight-decay": "wd",
 }
-# Options that there were, and what to use instead.
-GONE = {
-    "suite": "score one file at a time with --data and --task, or public suites with --lm-eval",
-    "scoring": "--lm-eval scores by likelihood",
-    "length-normalized": "--lm-eval scores by likelihood",
-    "answer-form": "--lm-eval scores by likelihood",
-    "skip-missing": "--lm-eval scores suites of tasks",
-    "writer": "llama.cpp's converter writes GGUF files, --llama-cpp DIR says where it is",
-    "grace": "a server that is stopped lets requests go on for 10 seconds",
-    "vllm-transport": "a vLLM server gets the slices in its requests",
-    "effective": "leave it out: weights hold base + delta always",
-    "measure": "`s2ft sft --max-steps 3` prints tokens per second",
-}
 
 # Help texts that several commands share.
 MODEL = "a checkpoint folder, a name on the hub, or a .gguf file"
@@ -290,11 +277,10 @@ class OptionParser(argparse.ArgumentParser):
     # ---- what is said --------------------------------------------------------------------------------------
 
     def unknown(self, name: str) -> str:
-        """Say that there is no such option, and which one is near or has replaced it."""
+        """Say that there is no such option, and which one is near."""
         known = [word[2:] for word in self._option_string_actions if word.startswith("--") and "_" not in word]
         plain = name.lstrip("-").replace("_", "-")
-        instead = f"; {GONE[plain]}" if plain in GONE else did_you_mean(plain, known, OTHER_NAMES, "--")
-        return f"there is no option {name}{instead}"
+        return f"there is no option {name}{did_you_mean(plain, known, OTHER_NAMES, '--')}"
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""

@@ -3,7 +3,6 @@
 The mistakes themselves are in tests/test_mistakes.py.
 """
 
-import importlib
 import json
 import logging
 import os
@@ -12,7 +11,6 @@ import sys
 from unittest.mock import Mock
 
 import pytest
-from support.inside import GONE
 
 import s2ft
 from s2ft.cli.main import COMMANDS, main, set_up_logging
@@ -62,14 +60,6 @@ logging.getLogger("s2ft.train").info("s2ft tells")
         lines = done.stderr.splitlines()
         assert sum(line.endswith(" fails") for line in lines) == 4 and "s2ft tells" in lines
         assert sum(line.endswith(" warns") for line in lines) == warnings and "s2ft.train warns" in lines
-
-
-def test_a_removed_command_and_a_removed_option_name_what_to_use(capsys, monkeypatch):
-    monkeypatch.setitem(importlib.import_module("s2ft.cli.main").GONE, "paint", "a brush paints")
-    monkeypatch.setitem(GONE, "colour", "--dtype has no colours")
-    assert main(["paint"]) == 2 and "'paint'; a brush paints" in capsys.readouterr().err
-    assert main(["info", "a", "--colour", "red"]) == 2
-    assert "no option --colour; --dtype has no colours" in capsys.readouterr().err
 
 
 def test_what_begins_with_dashes_and_has_blanks_is_a_value(capsys):

@@ -21,7 +21,7 @@ MODULES = {
     "cli": "chat main:cli_main plan:cli_plan",
     "cli.chat": "ChatArguments",
     "cli.adapters": "describe",
-    "cli.parse": "GONE UsageError parse",
+    "cli.parse": "UsageError parse",
     "cli.serve": "ServeArguments",
     "cli.training": "config_text parser_of read_run",
     "codecs.compressed": "codec_of Nf4",
