@@ -54,8 +54,6 @@ CHOOSING = (
     "exclude",
     "protect_ratio",
 )  # options that choose units, which have no use if the units are given
-# Fields that adapter files have only if they are set
-LATER = ("l_ratio", "i_ratio", "align", "group", "codec", "towers", "modules_to_save", "protect_ratio")
 PROTECTED = 0.5  # share of the units that protect data protect, as in SSU (arXiv 2512.04844)
 SUFFIXES = {"": 1, "K": 10**3, "M": 10**6, "B": 10**9}
 
@@ -427,7 +425,6 @@ class S2FTConfig:
         """Return the configuration for JSON.
 
         Returns:
-            The fields as JSON values. Some that came later are left out if they have their defaults.
+            The fields as JSON values.
         """
-        defaults = {f.name: f.default for f in fields(self)}
-        return {name: value for name, value in asdict(self).items() if name not in LATER or value != defaults[name]}
+        return asdict(self)

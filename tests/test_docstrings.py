@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import s2ft
 
 PROGRAMS = ("axolotl", "llamafactory", "lm_eval", "ms_swift")  # modules of s2ft.integrations that import these programs
-SKIPPED = ("s2ft._C", "s2ft.__main__", "s2ft.integrations.__main__", "s2ft.vllm.transfer_engine",
+SKIPPED = ("s2ft._C", "s2ft.__main__", "s2ft.vllm.transfer_engine",
            *(f"s2ft.integrations.{name}" for name in PROGRAMS))  # fmt: skip
 MODULES = [found.name for found in pkgutil.walk_packages(s2ft.__path__, "s2ft.") if found.name not in SKIPPED]
 

@@ -105,7 +105,14 @@ def write(adapter: Adapter, folder) -> None:
     }
     optional = {
         "couplings": [coupling.to_dict() for coupling in adapter.couplings or ()],
-        "structure": adapter.structure and _structure_values(adapter.structure),
+        "structure": adapter.structure
+        and {
+            "locations": {
+                name: {key: value for key, value in asdict(found).items() if value is not None}
+                for name, found in sorted(adapter.structure.locations.items())
+            },
+            "base_weights": adapter.structure.base_weights,
+        },
         "extra_weights": {
             name: {"dtype": NAMES[value.dtype], "shape": list(value.shape)}
             for name, value in sorted(adapter.extra_weights.items())
@@ -307,17 +314,6 @@ def _couplings(header: dict[str, Any], path: Path) -> list[Coupling] | None:
         return checked_couplings(couplings)
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{path}: couplings can't be read: {error}") from None
-
-
-def _structure_values(structure: Structure) -> dict[str, Any]:
-    """A structure as values for JSON."""
-    return {
-        "locations": {
-            name: {key: value for key, value in asdict(found).items() if value is not None}
-            for name, found in sorted(structure.locations.items())
-        },
-        "base_weights": structure.base_weights,
-    }
 
 
 def _structure(header: dict[str, Any], path: Path) -> Structure:

@@ -235,7 +235,7 @@ def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
     known = record.projections
     for path, delta in adapter.deltas.items():
         if path not in known:
-            mixed = path.endswith(".i") or any(name.endswith(".i") for name in known)
+            mixed = any(name.endswith(".i") for name in (path, *known))
             hint = ", and adapters of i_ratio and of other ratios do not go into one model" if mixed else ""
             raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}{hint}")
         shape = list(weight_at(model, known[path]).shape)

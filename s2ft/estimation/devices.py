@@ -146,18 +146,13 @@ class Estimate:
             'Training takes ... KiB at most: 343.8 KiB of parameters, 6.5 KiB of gradients, ...'
         """
         about = "" if self.strategy is None else "about "  # by formulas, see s2ft.estimation.devices
-        return f"Training takes {about}{size(self.peak)} at most: {', '.join(self._needs())}. {self._verdict()}"
-
-    def _needs(self) -> list[str]:
-        """Return the kinds of memory and their sizes."""
         inputs = f"{self.batch}" if self.length is None else f"{self.batch} × {self.length} tokens"
-        return [
-            f"{size(self.parameters + self.buffers)} of parameters",
-            f"{size(self.gradients)} of gradients",
-            f"{size(self.optimizer)} of optimizer state",
-            f"{size(self.kept)} kept for backward (batch of {inputs})",
-            f"and the temporary memory of the {self.peak_in}",
-        ]
+        return (
+            f"Training takes {about}{size(self.peak)} at most: {size(self.parameters + self.buffers)} of parameters, "
+            f"{size(self.gradients)} of gradients, {size(self.optimizer)} of optimizer state, "
+            f"{size(self.kept)} kept for backward (batch of {inputs}), and the temporary memory of the {self.peak_in}. "
+            f"{self._verdict()}"
+        )
 
     def _verdict(self) -> str:
         more = f" in addition to the {size(self.resident)} that are loaded" if self.resident else ""

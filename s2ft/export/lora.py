@@ -314,7 +314,7 @@ def _takes_inputs(tensors: dict[str, Tensor], record: Attachment) -> bool:
     found = (
         tensors.get(f"{PREFIX}{one.path}.lora_A.weight") for one in projections_of(record.couplings) if not one.dim
     )
-    return any(a is not None and bool((a.count_nonzero(1) <= 1).all()) for a in found)
+    return any(a is not None and bool(a.any()) and bool((a.count_nonzero(1) <= 1).all()) for a in found)
 
 
 def _checked_config(config: Any, path: Path) -> dict[str, Any]:

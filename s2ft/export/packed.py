@@ -39,7 +39,7 @@ from s2ft.files.plain_text import by_key, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
-from s2ft.model.fingerprint import SAMPLES, TOLERANCE, covered
+from s2ft.model.fingerprint import TOLERANCE, covered, sampled
 from s2ft.model.weights import Delta
 from s2ft.text.models import hollow_model, locate
 
@@ -113,7 +113,7 @@ def _check_base(
         for layer, projection, handle in covered(model, record.couplings)
         for part, tensor in (("weight", handle.tensor), ("bias", handle.bias))
         if tensor is not None
-        for value in base.elements(projection.path, part, tensor.shape, _sampled(tensor.numel()))
+        for value in base.elements(projection.path, part, tensor.shape, sampled(tensor.numel()))
     )
     ours = {layer: {"digest": "", "samples": [value for _, value in found]} for layer, found in samples.items()}
     try:
@@ -130,11 +130,6 @@ def _check_base(
         if trained_on is not None and isinstance(base, GgufFile):
             where += f". Its base has the sha256 {trained_on}, and {base.path.name} has {sha256_of(base.path)}"
         raise ValueError(f"{error}{where}") from None
-
-
-def _sampled(count: int) -> Tensor:
-    """The positions of the values that a fingerprint has of a weight."""
-    return torch.arange(0, count, max(1, count // SAMPLES))[:SAMPLES]
 
 
 def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> Iterator[Change]:

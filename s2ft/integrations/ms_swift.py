@@ -1,10 +1,10 @@
 """`--tuner_type s2ft` in ms-swift.
 
     swift sft --model … --dataset … \
-        --external_plugins "$(python -m s2ft.integrations ms_swift)" \
+        --external_plugins "$(python -c 'import s2ft; print(*s2ft.__path__)')/integrations/ms_swift.py" \
         --tuner_type s2ft --model_kwargs '{"s2ft": {"d_ratio": 0.03, "o_ratio": 0.1}}'
 
-ms-swift loads plugins by the path of their file, which `python -m s2ft.integrations ms_swift` prints.
+ms-swift loads plugins by the path of their file.
 """
 
 import json

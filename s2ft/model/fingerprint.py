@@ -99,8 +99,13 @@ def _readable(
     return full_values(tensor) if full is None else full()
 
 
+def sampled(count: int, samples: int = SAMPLES) -> Tensor:
+    """The positions of the values that a fingerprint has of a weight of so many values."""
+    return torch.arange(0, count, max(1, count // samples))[:samples]
+
+
 def _every(tensor: Tensor, samples: int) -> Tensor:
-    positions = torch.arange(0, tensor.numel(), max(1, tensor.numel() // samples))[:samples]
+    positions = sampled(tensor.numel(), samples)
     if is_dtensor(tensor):
         return elements_of(tensor, positions)
     return tensor.detach().reshape(-1)[positions.to(tensor.device)]

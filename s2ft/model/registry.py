@@ -143,12 +143,6 @@ def _couplings_of_parts(model: nn.Module) -> list[Coupling]:
     return found + _projector(model, layer)
 
 
-def undeclared_parts(model: nn.Module) -> list[str]:
-    """The model types without a declaration among the parts of a model of several parts."""
-    kinds = (part_type(config_of(model), config_of(part)) for _, part in _parts(model))
-    return [kind for kind in kinds if kind not in FAMILIES]
-
-
 def part_type(whole: Any, part: Any) -> str:
     """The model type in the config of a part.
 
@@ -255,11 +249,6 @@ def register_architecture(*model_types: str) -> Callable[[Declaration], Declarat
     return register
 
 
-def known_architectures() -> list[str]:
-    """The model types whose couplings are known."""
-    return sorted({**FAMILIES, **_REGISTERED})
-
-
 def is_known(model: nn.Module) -> bool:
     """Whether the couplings of a model's type, and of its parts', are declared, by s2ft or by register_architecture."""
     return _declaration(model) is not None
@@ -268,7 +257,10 @@ def is_known(model: nn.Module) -> bool:
 def _declaration(model: nn.Module) -> Declaration | None:
     model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
     found = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
-    return None if found is _couplings_of_parts and undeclared_parts(model) else found
+    if found is _couplings_of_parts:
+        kinds = (part_type(config_of(model), config_of(part)) for _, part in _parts(model))
+        return found if all(kind in FAMILIES for kind in kinds) else None
+    return found
 
 
 def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None) -> list[Coupling]:
@@ -321,8 +313,8 @@ def input_couplings(model: nn.Module, couplings: list[Coupling]) -> list[Couplin
     found = {}
     for coupling in couplings:
         for one in coupling.projections:
-            where: dict[str, Any] = {"expert": one.expert, "transposed": one.transposed}
-            inputs = Projection("i", one.path, weight_at(model, one).shape[1], 1, 1, **where)
+            count = weight_at(model, one).shape[1]
+            inputs = replace(one, key="i", count=count, unit=1, dim=1, start=0, stride=None, size=None)
             found[one.weight_key] = Coupling(coupling.kind, coupling.layer, (), inputs)
     return list(found.values())
 

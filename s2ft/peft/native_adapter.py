@@ -17,7 +17,7 @@ from s2ft.config import CHOOSING, S2FTConfig, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.registry import check_shapes, couplings_of, input_couplings, known_architectures
+from s2ft.model.registry import check_shapes, couplings_of, input_couplings, is_known
 from s2ft.model.weights import Delta, put, weight_at
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import S2FTPeftLayer
@@ -83,7 +83,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         ValueError: Something can't be trained, or the base is not the config's; the message names the field or module.
     """
     with without_adapters(model):
-        couplings, is_known = _couplings(config, model), _is_known(model)
+        couplings, has_family = _couplings(config, model), is_known(model)
         base = _fingerprint(model, couplings)
         _check_base(config, base)
         named, targets, uncoupled, skipped = find_targets(config, model, couplings)
@@ -103,7 +103,7 @@ def select_units(config: S2FTPeftConfig, model: nn.Module) -> S2FTPeftConfig:
         uncoupled,
         list(skipped),
     )
-    if couplings and (config.i_ratio or not is_known):
+    if couplings and (config.i_ratio or not has_family):
         selected.couplings = [coupling.to_dict() for coupling in couplings]  # loading finds none again
     selected.module_units = modules
     return selected
@@ -143,22 +143,18 @@ def _couplings(config: S2FTPeftConfig, model: nn.Module) -> list[Coupling]:
     """
     if config.couplings is not None:
         return [Coupling.from_dict(one) for one in config.couplings]
-    if not (config.ratios or _is_known(model)):
+    if not (config.ratios or is_known(model)):
         return []
     try:
         found = couplings_of(model)
         return input_couplings(model, found) if config.i_ratio else found
     except ValueError as error:
-        if _is_known(model):
+        if is_known(model):
             raise
         raise ValueError(
             f"{', '.join(f'{key}_ratio' for key in config.ratios)}: {error}. Or give target_modules and ratio, for "
             "instance target_modules='all-linear'"
         ) from None
-
-
-def _is_known(model: nn.Module) -> bool:
-    return getattr(getattr(model, "config", None), "model_type", None) in known_architectures()
 
 
 # ---- the base ------------------------------------------------------------------------------------------

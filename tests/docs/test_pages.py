@@ -8,7 +8,7 @@ import pytest
 import type_pages
 from support.aliases import missing
 from support.composites import part_types
-from support.inside import composite, known_architectures
+from support.inside import FAMILIES, composite
 
 from .blocks import ROOT
 
@@ -26,7 +26,7 @@ def test_every_command_has_its_options(commands):
 
 
 def check_types(listed):
-    known = {model_type for model_type in known_architectures() if not missing(model_type)}
+    known = {model_type for model_type in FAMILIES if not missing(model_type)}
     assert listed <= known and known - listed <= {*composite.PROJECTORS, *part_types()}
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel, get_peft_model
-from support.inside import ADAPTER_FORMATS, config_from, main as print_path
+from support.inside import ADAPTER_FORMATS, config_from
 from support.states import assert_same_adapters, with_adapter
 from train.tiny import save_tiny, tiny_model, write_jsonl
 
@@ -194,7 +194,7 @@ def test_axolotl_checks_its_file(axolotl):
 # ---- ms-swift ------------------------------------------------------------------------------------------
 
 
-def test_ms_swift_gets_a_tuner_and_finds_the_package_trl(program, capsys, monkeypatch):
+def test_ms_swift_gets_a_tuner_and_finds_the_package_trl(program, monkeypatch):
     """It loads a plugin by its path, and puts its folder, which has a trl.py, first into Python's path."""
     tuners = {}
     module = program("ms_swift", {"swift.tuner_plugin": {"PeftTuner": object, "tuners_map": tuners}})
@@ -206,8 +206,7 @@ def test_ms_swift_gets_a_tuner_and_finds_the_package_trl(program, capsys, monkey
     args.model_kwargs = None
     with pytest.raises(ValueError, match=r'model_kwargs\["s2ft"\] must say what is trained'):
         module.S2FTTuner.prepare_model(args, tiny_model())
-    print_path(["ms_swift"])
-    file = capsys.readouterr().out.strip()
+    file = f"{s2ft.__path__[0]}/integrations/ms_swift.py"
     monkeypatch.setattr(sys, "path", [file.rpartition("/")[0], *sys.path])
     spec = importlib.util.spec_from_file_location("_swift_external", file)
     spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -44,7 +44,7 @@ def test_experts_are_trained_as_by_attach(case):
 
 def test_experts_of_no_known_family(monkeypatch):
     base = model_of("mixtral")
-    monkeypatch.setattr("s2ft.peft.native_adapter.known_architectures", list)
+    monkeypatch.setattr("s2ft.peft.native_adapter.is_known", lambda model: False)
     for dim in (None, "outputs"):
         model = peft_of("mixtral", target_parameters=["experts.down_proj"], ratio=0.25, dim=dim)
         (layer, *_) = experts_of(model).values()

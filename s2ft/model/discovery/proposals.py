@@ -351,18 +351,15 @@ def _inputs_of(here: dict[str, str]) -> list[tuple[str, ...]]:
     """The paths of q, k and v among the layers of one module, by name: three, or q and one for both, or one for all."""
     three: list[tuple[str, ...]] = []
     for name, (query, words) in product(here, KEY_AND_VALUE.items()):
-        key, value = (_renamed(name, query, to) for to in words)
+        # q_proj becomes k_proj and v_proj, wq becomes wk, in_proj_q becomes in_proj_k
+        word = rf"(^|(?<=[_.])|(?<=^w)|(?<=^W)){query}(?![a-z])"
+        key, value = (re.sub(word, to, name, flags=re.I) for to in words)
         if key != name and key in here and value in here:
             three.append((here[name], here[key], here[value]))
     queries = [name for name in here if ONE_Q.search(name)]
     both = {name: [here[other] for other in here if other != name and ONE_KV.search(other)] for name in queries}
     two: list[tuple[str, ...]] = [(here[name], others[0]) for name, others in both.items() if others]
     return three or two or [(here[name],) for name in here if ONE_QKV.search(name) and not queries]
-
-
-def _renamed(name: str, query: str, to: str) -> str:
-    """The name with the word for the queries replaced: q_proj to k_proj, wq to wk, in_proj_q to in_proj_k."""
-    return re.sub(rf"(^|(?<=[_.])|(?<=^w)|(?<=^W)){query}(?![a-z])", to, name, flags=re.I)
 
 
 def _attention_proposals(
