@@ -77,7 +77,7 @@ def interleaved(
     for i in range(warmup + rounds):
         for name, step in order.sample(list(steps.items()), len(steps)):
             if flush and torch.cuda.is_available():
-                _flush_cache()
+                torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()  # nothing is left in the cache
             seconds = timed(step)
             if i >= warmup:
                 times[name].append(seconds)
@@ -107,10 +107,6 @@ def _device_seconds(step: Callable[[], Any]) -> float:
     end.record()
     torch.cuda.synchronize()
     return begin.elapsed_time(end) / 1000
-
-
-def _flush_cache() -> None:
-    torch.empty(256 << 20, dtype=torch.uint8, device="cuda").zero_()
 
 
 def median_ratio(times: dict[str, list[float]], name: str, against: str) -> float:

@@ -271,15 +271,13 @@ def _rounding(model, example, outputs: list) -> float:
     import torch
 
     try:
-        exact = _outputs(copy.deepcopy(model).double(), {name: _in_double(value) for name, value in example.items()})
+        numbers = {name: value for name, value in example.items() if getattr(value, "is_floating_point", bool)()}
+        doubled = {**example, **{name: value.double() for name, value in numbers.items()}}
+        exact = _outputs(copy.deepcopy(model).double(), doubled)
     except Exception:  # many models state a dtype inside
         return 0.0
     pairs = [(a, b) for a, b in zip(outputs, exact) if torch.is_floating_point(b) and b.numel()]
     return max((float(_difference(a, b).max() / (_finite(b).abs().max() + 1e-12)) for a, b in pairs), default=0.0)
-
-
-def _in_double(value):
-    return value.double() if hasattr(value, "is_floating_point") and value.is_floating_point() else value
 
 
 def _finite(tensor):
@@ -333,13 +331,10 @@ def _same(after: list, before: list, exactly: bool = False) -> bool:
         return len(after) == len(before) and all(map(torch.equal, after, before))
     return len(after) == len(before) and all(
         torch.equal(a.isfinite(), b.isfinite())
-        and bool((_difference(a, b) <= _tolerance(b) * _finite(b).abs().max() + 1e-12).all())
+        and bool((_difference(a, b) <= tolerance * _finite(b).abs().max() + 1e-12).all())
         for a, b in zip(after, before)
+        for tolerance in [CLOSE_IN_DOUBLE if b.element_size() == 8 else CLOSE]
     )
-
-
-def _tolerance(tensor) -> float:
-    return CLOSE_IN_DOUBLE if tensor.element_size() == 8 else CLOSE
 
 
 def _word(good: bool) -> str:

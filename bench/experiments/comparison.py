@@ -34,7 +34,7 @@ COSTS = "costs"  # the task of runs that measure time and memory
 ROUNDS = 2  # of each row
 BASE_TOKENS = 160  # the least that the base may write: it writes long answers before it comes to the number
 FACTORS = {"s2ft": "s2", "lora": "lora_B", "rslora": "lora_B", "shira": "shira_weight", "miss": "miss_block"}
-OF_A_ROW = ("method", "options", "parameters", "phases", "protect", "inputs")  # what a run's numbers depend on
+OF_A_ROW = ("method", "options", "parameters", "phases", "protect")  # what a run's numbers depend on
 # The keys of a recipe, those that it must have, those of its settings, and those of a row
 KEYS = ("settings", "rows", "seeds", "tasks", "sweep", "steps", "rates", COSTS, "base", "equal_to")
 NEEDED = ("rows", "seeds", "tasks")
@@ -159,8 +159,7 @@ def stages(experiment: dict[str, Any]) -> list[Stage]:
         check_names(f"row {name}, method", [row.get("method")], TUNERS)
         options = {key: value for key, value in row.get("options", {}).items() if value not in CANDIDATES}
         try:
-            if "inputs" not in row:
-                trained_parameters(hollow, row["method"], options)
+            trained_parameters(hollow, row["method"], options)
         except (ValueError, TypeError) as error:
             raise ValueError(f"row {name}: {error}") from error
         if any(rate <= 0 for rate in rates_of(experiment, name)):

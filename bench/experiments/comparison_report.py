@@ -133,14 +133,13 @@ class ExperimentReport:
         found = [line["rows"][0] for line in self.results.lines.values() if line.get("rows")]
         leaked = max((one.get("trained_on_tests", 0) for one in found), default=0)
         notes += [f"The questions of {leaked} rows of the tests are in the training data."] if leaked else []
-        runs = [] if self.sweep else self._grid(task)
+        grid = [
+            (row, rate, seed) for row in self.full for rate in rates_of(self.experiment, row) for seed in self.seeds
+        ]
+        runs = [] if self.sweep else [self.run(row, task, rate, seed) for row, rate, seed in grid]
         title = f"Task {task}: each method at its learning rate" if self.sweep else self.experiment["title"]
         head = [Column("row", "method"), Column("rate", "rate")]
         return self._table(task, title, head, rows, [*notes, *failures(runs, self.results)])
-
-    def _grid(self, task: str) -> list[ExperimentRun]:
-        rows = [(row, rate) for row in self.full for rate in rates_of(self.experiment, row)]
-        return [self.run(row, task, rate, seed) for row, rate in rows for seed in self.seeds]
 
     def training_table(self, task: str) -> Table:
         """Make the table of sizes, losses and times of an experiment without a sweep."""

@@ -7,7 +7,6 @@ The settings that are read here, with their meanings:
 | `model`, `dtype` | the base: a folder, a name on the hub, or a .gguf file; null is the demo's |
 | `prompt` | "chatml", or a chat template: a file, "alpaca"; null is the tokenizer's own |
 | `method`, `options` | a row of s2ft/train/tuners.py and its options; `selection` may be one of selections.py |
-| `inputs` | names of linear layers of which S²FT trains inputs, each by itself; `l_ratio` is their share |
 | `parameters` | the largest number of trained weights; null leaves the size to the options |
 | `training`, `rate`, `seed` | arguments of the trainer by their names in transformers |
 | `questions` | numbers of examples: train, validation, test |
@@ -125,7 +124,12 @@ class Base:
         """Return examples as token rows to train on, a Dataset."""
         from datasets import Dataset
 
-        rows = [{"messages": [*_messages(one), {"role": "assistant", "content": one.output}]} for one in examples]
+        asked = [
+            [{"role": "user", "content": one.conversation}] if isinstance(one.conversation, str) else one.conversation
+            for one in examples
+        ]
+        answers = [{"role": "assistant", "content": one.output} for one in examples]
+        rows = [{"messages": [*messages, answer]} for messages, answer in zip(asked, answers)]
         return tokenize_rows(
             Dataset.from_list(rows), self.tokenizer, self.prompt, max_length=settings.get("max_length", 512)
         ).dataset
@@ -259,12 +263,6 @@ def base_of(settings: dict[str, Any]) -> Base:
     return BASES[key]
 
 
-def _messages(one: Example) -> list[dict[str, Any]]:
-    return (
-        [{"role": "user", "content": one.conversation}] if isinstance(one.conversation, str) else list(one.conversation)
-    )
-
-
 # ---- a method made ready ---------------------------------------------------------------------------------
 
 
@@ -287,8 +285,6 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
         options = matched(model, method, settings["parameters"], options)
     if method != "s2ft":
         return prepare(model, method, options, seed=seed)
-    if settings.get("inputs"):
-        more["couplings"] = _of_inputs(model, settings["inputs"])
     name = options.get("selection", "random")
     needs = options.get("protect_ratio") is not None or name in CANDIDATES
     protect = (
@@ -303,10 +299,3 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
         return prepare(model, method, {"d_ratio": 0.0, "units": units.to_dict()}, seed=seed)
     needed = needed if METRICS[name].calibrated else None
     return prepare(model, method, options, seed=seed, calibration=needed, protect=protect, **more)
-
-
-def _of_inputs(model: Any, names: list[str]) -> list[s2ft.Coupling]:
-    found = [(path, one) for path, one in model.named_modules() if path.rpartition(".")[2] in names]
-    return [
-        s2ft.Coupling.one_sided(int(path.split(".")[2]), path=path, count=layer.in_features) for path, layer in found
-    ]
