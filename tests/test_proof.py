@@ -334,11 +334,13 @@ def test_a_twin_keeps_imaginary_parts():
     assert torch.equal(twin.blocks[0].phase.imag.float(), torch.linspace(0, 2, CHANNELS))
 
 
-def test_a_twin_has_a_layer_of_each_kind_that_a_list_names():
-    config = LlamaConfig(num_hidden_layers=12)
+@pytest.mark.parametrize(("depth", "odd", "others"), [(3, [], [2]), (12, [7], [2, 7])])
+def test_lists_that_name_layers_are_cut_with_the_layers(depth, odd, others):
+    """A twin that then lacks a kind of block is made again with more layers."""
+    config = LlamaConfig(num_hidden_layers=16)
     config.odd_layers, config.other_blocks, config.widths = [7], [2, 7], [7]
-    tiny = tiny_config(config)
-    assert tiny.num_hidden_layers == 4 and tiny.odd_layers == [3] and tiny.other_blocks == [2, 3] and tiny.widths == [7]
+    tiny = tiny_config(config, True, depth)
+    assert (tiny.num_hidden_layers, tiny.odd_layers, tiny.other_blocks, tiny.widths) == (depth, odd, others, [7])
 
 
 def test_what_the_example_does_not_reach_is_named():

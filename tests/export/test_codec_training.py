@@ -8,7 +8,7 @@ import pytest
 import torch
 from export.test_packed import KINDS, RATIOS, make_base
 from support import models
-from support.inside import PackedLinear, S2FTTrainer, export_packed, load_model, mounting
+from support.inside import PackedLinear, S2FTTrainer, export_packed, forwards, load_model
 from support.states import merged_state as plain, same, with_adapter, with_loaded
 from support.tolerances import GEMM
 from transformers import TrainerCallback, TrainingArguments
@@ -148,7 +148,7 @@ def test_a_merge_that_is_interrupted_leaves_the_adapter(small, monkeypatch):
     model, base = attached(small, "float32"), load_model(str(small), "float32")[0].state_dict()
     train(model, 2)
     with monkeypatch.context() as context, pytest.raises(KeyboardInterrupt):
-        context.setattr(mounting, "clear_attachment", mock.Mock(side_effect=KeyboardInterrupt))
+        context.setattr(forwards, "clear_attachment", mock.Mock(side_effect=KeyboardInterrupt))
         s2ft.merge(model)
     assert s2ft.status(model).active == {} and s2ft.list_adapters(model) == ["default"]
     assert all(torch.equal(value, base[name]) for name, value in s2ft.detach(model).state_dict().items())
