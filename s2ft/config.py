@@ -271,7 +271,9 @@ class S2FTConfig:
     g_ratio: float = _ratio("FFN channels of gate_proj")
     d_ratio: float = _ratio("FFN channels of down_proj")
     l_ratio: float = _ratio("the inputs or outputs of linear layers that are in no coupling of several layers")
-    i_ratio: float = _ratio("the inputs of every layer that the other ratios are for, each layer by itself,")
+    i_ratio: float = option(
+        0.0, "share of the inputs to train of every layer that the other ratios are for, each layer by itself, 0 to 1"
+    )
     selection: str = option("random", "how units are chosen: " + _listed(METRICS), choices=CHOICES["selection"])
     order: str = option(
         "largest",

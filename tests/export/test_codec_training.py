@@ -18,6 +18,7 @@ from s2ft import S2FTConfig
 from s2ft.cli.main import main
 
 TOKENS = torch.arange(24).view(2, 12) + 5
+INPUTS = {f"{key}_ratio": 0.0 for key in "qkvougd"} | {"i_ratio": 0.5}
 
 
 def config_of(model, **changes):
@@ -43,11 +44,11 @@ def small(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("small"), "q4_1")
 
 
-@pytest.mark.parametrize("layout", ["permuted", "indexed"])
-def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout):
+@pytest.mark.parametrize(("layout", "ratios"), [("permuted", {}), ("indexed", {}), ("indexed", INPUTS)])
+def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout, ratios):
     dtype = "float32" if layout == "indexed" else "bfloat16"
     rtol, atol = GEMM[getattr(torch, dtype)]
-    model = attached(base, dtype, layout=layout)
+    model = attached(base, dtype, layout=layout, **ratios)
     losses = train(model)
     assert losses[-1] < losses[0]
     s2ft.save_adapter(model, tmp_path / "adapter")
