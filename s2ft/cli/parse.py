@@ -279,8 +279,7 @@ class OptionParser(argparse.ArgumentParser):
     def unknown(self, name: str) -> str:
         """Say that there is no such option, and which one is near."""
         known = [word[2:] for word in self._option_string_actions if word.startswith("--") and "_" not in word]
-        plain = name.lstrip("-").replace("_", "-")
-        return f"there is no option {name}{did_you_mean(plain, known, OTHER_NAMES, '--')}"
+        return f"there is no option {name}" + did_you_mean(name.lstrip("-").replace("_", "-"), known, OTHER_NAMES, "--")
 
     def error(self, message: str) -> NoReturn:
         """Raise UsageError with one line."""

@@ -257,10 +257,9 @@ def is_known(model: nn.Module) -> bool:
 def _declaration(model: nn.Module) -> Declaration | None:
     model_type: Any = getattr(getattr(model, "config", None), "model_type", None)
     found = _REGISTERED.get(model_type) or FAMILIES.get(model_type)
-    if found is _couplings_of_parts:
-        kinds = (part_type(config_of(model), config_of(part)) for _, part in _parts(model))
-        return found if all(kind in FAMILIES for kind in kinds) else None
-    return found
+    if found is not _couplings_of_parts:
+        return found
+    return found if all(part_type(config_of(model), config_of(part)) in FAMILIES for _, part in _parts(model)) else None
 
 
 def couplings_of(model: nn.Module, custom: Sequence[Coupling] | None = None, example: Any = None) -> list[Coupling]:
@@ -313,9 +312,8 @@ def input_couplings(model: nn.Module, couplings: list[Coupling]) -> list[Couplin
     found = {}
     for coupling in couplings:
         for one in coupling.projections:
-            count = weight_at(model, one).shape[1]
-            inputs = replace(one, key="i", count=count, unit=1, dim=1, start=0, stride=None, size=None)
-            found[one.weight_key] = Coupling(coupling.kind, coupling.layer, (), inputs)
+            side = dict(dim=1, count=weight_at(model, one).shape[1], unit=1, start=0, stride=None, size=None)
+            found[one.weight_key] = Coupling(coupling.kind, coupling.layer, (), replace(one, key="i", **side))
     return list(found.values())
 
 
