@@ -224,7 +224,7 @@ class ExperimentReport:
                     found += [min(at)[1]] if at else []
             cells.append([self.titles[row], *(Spread.of(found) if found else "not run" for found in best)])
         columns = [Column(f"loss_{limit}", f"test loss, forgetting {limit}", ".4f") for limit in FRONTIER]
-        title = f"Task {task}: loss of the answers at equal forgetting on the encyclopedia, {len(self.seeds)} seeds"
+        title = f"Task {task}: loss of the answers at equal forgetting on the encyclopedia, seeds {self.seeds}"
         return Table(f"{task}-frontier", title, [Column("row", "method"), *columns], cells)
 
     def candidates_table(self) -> Table:
