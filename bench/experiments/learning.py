@@ -226,8 +226,12 @@ class Base:
 
     def base_losses(self, settings: dict[str, Any]) -> dict[str, float]:
         """Return what :meth:`losses` says of the base."""
-        key = settings["task"], settings["questions"]
-        return self._once(lambda: self.losses(self.model, self.task(settings), settings), "losses", *key)
+        return self._once(
+            lambda: self.losses(self.model, self.task(settings), settings),
+            "losses",
+            settings["task"],
+            settings["questions"],
+        )
 
     def distance(self, model: Any, settings: dict[str, Any]) -> dict[str, Any]:
         """Return how far a model is from its base: the rise of its loss on texts, and KL(base‖model)."""
