@@ -462,7 +462,6 @@ COMMANDS = [
     (command("generate --model {model} --prompt a\udc80"), "Unicode"),
     (command("eval --model {model}"), "--data"),
     (command("eval --data {data}"), "--model adapter base"),
-    (command("eval --model {model} --suite boolq"), "--suite --lm-eval"),
     (command(EVAL + " {data} --num-fewshot 1"), "num_fewshot data"),
     (command(EVAL + " {data} --num-beams 0"), "num_beams 1"),
     (command(EVAL + " {data} --output {data}"), "exists"),
