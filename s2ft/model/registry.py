@@ -312,8 +312,10 @@ def input_couplings(model: nn.Module, couplings: list[Coupling]) -> list[Couplin
     found = {}
     for coupling in couplings:
         for one in coupling.projections:
-            side = dict(dim=1, count=weight_at(model, one).shape[1], unit=1, start=0, stride=None, size=None)
-            found[one.weight_key] = Coupling(coupling.kind, coupling.layer, (), replace(one, key="i", **side))
+            inputs = Projection(
+                "i", one.path, weight_at(model, one).shape[1], 1, 1, expert=one.expert, transposed=one.transposed
+            )
+            found[one.weight_key] = Coupling(coupling.kind, coupling.layer, (), inputs)
     return list(found.values())
 
 

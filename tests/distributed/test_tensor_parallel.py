@@ -140,6 +140,11 @@ def test_two_ranks_equal_one_process(ranks, tmp_path, way, case, layout):
     check_equal_to_one_process(ranks, tmp_path, way, case, config_for(case, layout=layout))
 
 
+def test_inputs_of_every_layer(ranks, tmp_path):
+    """Those of o and down are split over the ranks, those of the other layers are on both."""
+    check_equal_to_one_process(ranks, tmp_path, "two", "llama", s2ft.S2FTConfig(i_ratio=0.1))
+
+
 def test_attention_beside_split_experts_is_trained(ranks, tmp_path):
     check_equal_to_one_process(ranks, tmp_path, "two", "mixtral", s2ft.S2FTConfig(v_ratio=0.5, o_ratio=0.5))
 
