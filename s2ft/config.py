@@ -291,7 +291,7 @@ class S2FTConfig:
     )
     group: int | None = option(
         None,
-        "choose inputs (of o, d) in groups of this many neighbours: those that share a scale in a quantized file",
+        "choose inputs (of o, d, i) in groups of this many neighbours: those that share a scale in a quantized file",
         metavar="INPUTS",
     )
     budget: int | str | None = option(

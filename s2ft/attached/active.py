@@ -180,8 +180,8 @@ def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
 def place_loaded(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Make loaded adapters ready, so that a switch sends nothing to a device and waits for nothing.
 
-    Their tensors go to the devices of the weights, unless an adapter was loaded with a device
-    of its own, or the weights are on the meta device.
+    Their tensors go to the devices of the weights, unless an adapter was loaded with a device of its own, or the
+    weights are on the meta device.
 
     Args:
         model: Model of the record.
