@@ -49,7 +49,8 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     """Return a run of a row, with everything that its numbers depend on."""
     entry = {"method": BASE} if row == BASE else experiment["rows"][row]
     settings = {**experiment["settings"], **{key: entry[key] for key in OF_A_ROW if key in entry}}
-    settings |= {"task": experiment["sweep"][0] if task == COSTS else task, "rate": rate, "seed": seed}
+    costly = experiment.get("sweep", experiment["tasks"])[0]
+    settings |= {"task": costly if task == COSTS else task, "rate": rate, "seed": seed}
     if task == COSTS:
         settings[COSTS] = True
     if task in experiment.get("steps", {}):
