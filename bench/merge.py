@@ -113,7 +113,7 @@ def measure(way: str, folder: Path) -> dict[str, float]:
     """Merge the tiny model, then the large one. Returns times, and the peak of memory beyond that before."""
     import transformers
 
-    from s2ft.export import merged
+    from s2ft.conversion import merged
     from s2ft.model.checkpoint import CannotStream
 
     transformers.logging.set_verbosity_error()

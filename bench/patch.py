@@ -23,7 +23,7 @@ import torch
 from harness import fill_slices, save
 
 import s2ft
-from s2ft.export.packed import SUFFIX, patch, undo
+from s2ft.conversion.packed import SUFFIX, patch, undo
 from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
 

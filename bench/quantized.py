@@ -29,7 +29,7 @@ from train_step import TimedMethod
 
 import s2ft
 from s2ft.codecs.gguf_file import GgufFile
-from s2ft.export.packed import export
+from s2ft.conversion.packed import export
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import evaluate
 from s2ft.text.models import load_model

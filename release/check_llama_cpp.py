@@ -23,7 +23,7 @@ from environments import ROOT
 
 import s2ft
 from s2ft.codecs.gguf_file import GgufFile
-from s2ft.export.packed import export
+from s2ft.conversion.packed import export
 from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
 

@@ -24,7 +24,7 @@ from environments import ROOT
 from safetensors.torch import save_file
 
 import s2ft
-from s2ft.export.packed import export, tuned_weights
+from s2ft.conversion.packed import export, tuned_weights
 from s2ft.text.models import load_model
 from s2ft.train.demo import default_model
 

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from export.test_streamed import without_values
+from conversion.test_streamed import without_values
 from support.commands import s2ft_command
 from support.inside import SOURCE, StoredTensor, StoredWeights, attachment_of, lay_out, open_checkpoint, stored_tensors
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for

@@ -20,9 +20,10 @@ RANKS = [
     ["adapter"],
     ["attached"],
     ["api"],
-    ["estimation", "text"],
-    ["peft", "export"],
-    ["sync"],
+    ["estimation", "peft", "export"],
+    # ---- so far the library; the guests use it
+    ["text"],
+    ["conversion", "sync"],
     ["train", "vllm"],
     ["serve", "integrations"],
     ["cli"],

@@ -216,10 +216,11 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
         model.to(dtype)
     if settings.get("save"):
         _save(prepared, base, folder / "adapter")
-    if settings.get("scales"):
+    row: dict[str, Any] = {}
+    if scored and settings.get("scales"):
         row = {"scaled": _scaled(base, prepared, task, settings)}
-    else:
-        row = _scores(base, prepared, task, settings, folder) if scored else {}
+    elif scored:
+        row = _scores(base, prepared, task, settings, folder)
     known = {one.question.strip() for one in task.train}
     asked = [one.question.strip() for ones in task.tests.values() for one in ones]
     return [{**row, **_of_training(prepared, trained, peak), "trained_on_tests": sum(one in known for one in asked)}]

@@ -22,7 +22,7 @@ class Format:
     - `write(adapter, folder, model=None, **options)` creates the folder or replaces the adapter in it.
     - `describe(folder)` returns a few words about a folder that `write` wrote.
 
-    The module of any other export has `export`, see :mod:`s2ft.export`.
+    The module of any other export has `export`, see :mod:`s2ft.conversion`.
     """
 
     summary: str  # one line for the help of `s2ft export`

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
 from s2ft.config import refuse
-from s2ft.export import EXPORTS, IMPORTS, export
+from s2ft.conversion import EXPORTS, IMPORTS, export
 from s2ft.files.plain_text import table
 from s2ft.packages import check_packages
 from s2ft.text.models import DTYPES
@@ -206,7 +206,7 @@ def run_export(arguments: list[str]) -> None:
     check_packages(f"s2ft export --format {target}")
     quiet_transformers()
     if sources:
-        from s2ft.export.adapter_formats import convert
+        from s2ft.conversion.adapter_formats import convert
 
         name, folder = sources[0], job[f"from_{sources[0]}"]
         print(convert(job["model"], folder, job["output"], dtype, format_name=name, name=job.get("name")))
@@ -273,7 +273,7 @@ def run_merge(job: MergeArguments) -> None:
     source, is_gguf = locate(base)
     is_packed = not plain and not is_gguf and isinstance(packed_base(source), PackedFolder)
     if job.output.endswith(".gguf") or is_packed:
-        from s2ft.export import ollama, packed
+        from s2ft.conversion import ollama, packed
 
         print(packed.export(base, job.adapter, job.output))
         if job.output.endswith(".gguf"):
@@ -300,6 +300,6 @@ class PatchArguments(Options):
 def run_patch(job: PatchArguments) -> None:
     if job.undo and job.adapter is not None:
         raise ValueError("--undo takes the adapter out, so give no ADAPTER with it")
-    from s2ft.export.packed import patch, state, undo
+    from s2ft.conversion.packed import patch, state, undo
 
     print(undo(job.file) if job.undo else state(job.file) if job.adapter is None else patch(job.file, job.adapter))

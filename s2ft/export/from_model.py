@@ -24,8 +24,18 @@ from s2ft.distributed import (
     run_on_first_rank,
     run_on_ranks,
 )
-from s2ft.export.merged import check_output, check_size, temporary_folder
-from s2ft.export.streamed import BaseSource, Changes, DiskSource, Sum, saved_names, write_config, write_weights
+from s2ft.export.streamed import (
+    BaseSource,
+    Changes,
+    DiskSource,
+    Sum,
+    check_output,
+    check_size,
+    saved_names,
+    temporary_folder,
+    write_config,
+    write_weights,
+)
 from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
 from s2ft.model.weights import restoring_moves

@@ -5,13 +5,19 @@ are added by the op that merges in memory, so the result is the same bit for bit
 in pieces. A plain model on the meta device says which weights there are and how transformers stores them.
 """
 
+import fcntl
+import glob
 import inspect
 import json
-from collections.abc import Callable
-from contextlib import suppress
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -281,3 +287,69 @@ def write_config(folder: Path, model: Any) -> None:
     model.config.save_pretrained(folder)
     if model.can_generate():
         model.generation_config.save_pretrained(folder)
+
+
+# ---- the output ------------------------------------------------------------------------------------------
+
+
+def check_size(size: str) -> None:
+    """Raise ValueError unless the text is a size above 0, such as 2GB."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
+    if not found or float(found[1]) == 0:
+        raise ValueError(f"max_shard_size must be a size above 0, such as 2GB, got {size!r}")
+
+
+def check_output(output: Path) -> None:
+    """Check that a folder can be made, see :func:`temporary_folder`."""
+    if output.exists():
+        raise FileExistsError(f"output {output} exists")
+    if not output.absolute().parent.is_dir():
+        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
+
+
+@contextmanager
+def temporary_folder(output: str | Path) -> Iterator[Path]:
+    """Yield an empty folder that is renamed to `output` at the end, see :func:`temporary_place`."""
+    with temporary_place(output) as folder:
+        folder.mkdir()
+        yield folder
+
+
+@contextmanager
+def temporary_place(output: str | Path) -> Iterator[Path]:
+    """Yield the path of a file or folder to make, which is renamed to `output` at the end, or removed on an exception.
+
+    A process that is killed leaves a hidden folder behind; the next one that makes the same output removes it.
+
+    Raises:
+        FileExistsError: The output exists.
+        FileNotFoundError: The folder that will hold the output does not exist.
+    """
+    output = Path(output)
+    check_output(output)
+    parent, prefix = output.absolute().parent, f".{output.name}.s2ft-"
+    with ExitStack() as locks:
+        with _locked(parent):  # so that no other process takes the new folder for an abandoned one
+            for old in parent.glob(f"{glob.escape(prefix)}*"):
+                with suppress(OSError), _locked(old, at_once=True):  # its process has ended
+                    shutil.rmtree(old, ignore_errors=True)
+            folder = parent / f"{prefix}{uuid4().hex}"
+            folder.mkdir()
+            locks.enter_context(_locked(folder))
+        try:
+            yield folder / output.name
+            os.rename(folder / output.name, output)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, at_once: bool = False) -> Iterator[None]:
+    """Lock a folder, where its file system can do this. With `at_once`, raise OSError unless nobody holds the lock."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with nullcontext() if at_once else suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if at_once else 0))
+        yield
+    finally:
+        os.close(descriptor)

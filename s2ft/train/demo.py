@@ -17,7 +17,7 @@ from torch.utils.benchmark import Timer
 import s2ft
 from s2ft.attached.saving import add_info
 from s2ft.config import S2FTConfig
-from s2ft.export import packed
+from s2ft.conversion import packed
 from s2ft.packages import check_packages
 from s2ft.text.encoding import tokenize_rows
 from s2ft.text.evaluation import Evaluation, Example, evaluate

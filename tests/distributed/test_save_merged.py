@@ -3,7 +3,7 @@
 from unittest import mock
 
 import pytest
-from export.test_streamed import check_equal, randomize
+from conversion.test_streamed import check_equal, randomize
 from runs import base_on, sharded
 from support.models import ALL_RATIOS, model_of, ratios_for
 from support.states import with_adapter

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from export.test_streamed import randomize
+from conversion.test_streamed import randomize
 from runs import base_on, run_on
 from support.checkpoint_engine import CheckpointEngine, app_of, serving, tensors_of
 from support.inside import EngineError, SliceSender

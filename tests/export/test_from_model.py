@@ -4,7 +4,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from export.test_streamed import SHARDS, check_equal, without_values
+from conversion.test_streamed import SHARDS, check_equal, without_values
 from support.inside import from_model
 from support.models import model_of
 from support.slices import everything as config_of

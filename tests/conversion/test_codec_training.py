@@ -6,7 +6,7 @@ from unittest import mock
 
 import pytest
 import torch
-from export.test_packed import KINDS, RATIOS, make_base
+from conversion.test_packed import KINDS, RATIOS, make_base
 from support import models
 from support.inside import PackedLinear, S2FTTrainer, export_packed, forwards, load_model
 from support.states import merged_state as plain, same, with_adapter, with_loaded

@@ -10,7 +10,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.attached.loading import read_adapter
 from s2ft.attached.saving import model_info
-from s2ft.export.merged import temporary_folder
+from s2ft.export.streamed import temporary_folder
 from s2ft.text.adapter_prompts import give_prompt, recorded_format
 from s2ft.text.models import dtype_of_base, load_model
 

@@ -5,8 +5,8 @@ from functools import partial
 
 import pytest
 import torch
-from export.test_codec_training import train
-from export.test_packed import WIDE
+from conversion.test_codec_training import train
+from conversion.test_packed import WIDE
 from safetensors.torch import load_file
 from support.inside import export_packed, load_model, tuned_weights
 from support.packed_folders import compress, to_nf4

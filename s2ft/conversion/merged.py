@@ -1,16 +1,9 @@
 """A checkpoint of transformers with an adapter merged into the base."""
 
-import fcntl
-import glob
 import logging
-import os
-import re
-import shutil
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from uuid import uuid4
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
@@ -18,7 +11,15 @@ from transformers import AutoConfig, AutoTokenizer
 import s2ft
 from s2ft.attached.checks import check_can_write, check_fits
 from s2ft.attached.record import new_attachment
-from s2ft.export.streamed import Changes, DiskSource, give_generation_config, write_config, write_weights
+from s2ft.export.streamed import (
+    Changes,
+    DiskSource,
+    check_size,
+    give_generation_config,
+    temporary_folder,
+    write_config,
+    write_weights,
+)
 from s2ft.model.checkpoint import CannotStream, StoredWeights, read_from
 from s2ft.text.adapter_prompts import give_prompt
 from s2ft.text.models import dtype_of_base, load_model, load_tokenizer, locate, model_on_disk
@@ -114,13 +115,6 @@ def write_merged(
     )
 
 
-def check_size(size: str) -> None:
-    """Raise ValueError unless the text is a size above 0, such as 2GB."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?[KMGT]B", size.strip(), re.IGNORECASE)
-    if not found or float(found[1]) == 0:
-        raise ValueError(f"max_shard_size must be a size above 0, such as 2GB, got {size!r}")
-
-
 def merged_model(model_name: str, adapter: str | Path, dtype: str = "auto"):
     """Load a base and merge an adapter into it.
 
@@ -131,62 +125,6 @@ def merged_model(model_name: str, adapter: str | Path, dtype: str = "auto"):
     model, tokenizer = load_model(model_name, dtype_of_base(saved, dtype))
     s2ft.load_adapter(model, saved)
     return s2ft.merge(model), give_prompt(tokenizer, saved.info, f"adapter {saved.name!r}")
-
-
-def check_output(output: Path) -> None:
-    """Check that a folder can be made, see :func:`temporary_folder`."""
-    if output.exists():
-        raise FileExistsError(f"output {output} exists")
-    if not output.absolute().parent.is_dir():
-        raise FileNotFoundError(f"output {output} is in a folder that doesn't exist")
-
-
-@contextmanager
-def temporary_folder(output: str | Path) -> Iterator[Path]:
-    """Yield an empty folder that is renamed to `output` at the end, see :func:`temporary_place`."""
-    with temporary_place(output) as folder:
-        folder.mkdir()
-        yield folder
-
-
-@contextmanager
-def temporary_place(output: str | Path) -> Iterator[Path]:
-    """Yield the path of a file or folder to make, which is renamed to `output` at the end, or removed on an exception.
-
-    A process that is killed leaves a hidden folder behind; the next one that makes the same output removes it.
-
-    Raises:
-        FileExistsError: The output exists.
-        FileNotFoundError: The folder that will hold the output does not exist.
-    """
-    output = Path(output)
-    check_output(output)
-    parent, prefix = output.absolute().parent, f".{output.name}.s2ft-"
-    with ExitStack() as locks:
-        with _locked(parent):  # so that no other process takes the new folder for an abandoned one
-            for old in parent.glob(f"{glob.escape(prefix)}*"):
-                with suppress(OSError), _locked(old, at_once=True):  # its process has ended
-                    shutil.rmtree(old, ignore_errors=True)
-            folder = parent / f"{prefix}{uuid4().hex}"
-            folder.mkdir()
-            locks.enter_context(_locked(folder))
-        try:
-            yield folder / output.name
-            os.rename(folder / output.name, output)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _locked(folder: Path, at_once: bool = False) -> Iterator[None]:
-    """Lock a folder, where its file system can do this. With `at_once`, raise OSError unless nobody holds the lock."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with nullcontext() if at_once else suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if at_once else 0))
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _compare(model, folder: Path) -> None:

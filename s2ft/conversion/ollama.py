@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from s2ft.attached.loading import read_adapter
-from s2ft.export.merged import temporary_folder, write_checkpoint
+from s2ft.conversion.merged import write_checkpoint
+from s2ft.export.streamed import temporary_folder
 from s2ft.text.adapter_prompts import recorded_format
 from s2ft.text.prompts import end_ids
 

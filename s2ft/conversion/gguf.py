@@ -13,7 +13,8 @@ from typing import Any
 import torch
 
 from s2ft.config import did_you_mean, refuse
-from s2ft.export.merged import merged_model, temporary_folder
+from s2ft.conversion.merged import merged_model
+from s2ft.export.streamed import temporary_folder
 from s2ft.packages import check_packages
 from s2ft.text.models import load_model
 

@@ -34,7 +34,7 @@ from s2ft.attached.checks import check_fits
 from s2ft.attached.record import Attachment, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
-from s2ft.export.merged import check_output, temporary_folder, temporary_place
+from s2ft.export.streamed import check_output, temporary_folder, temporary_place
 from s2ft.files.plain_text import by_key, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
 from s2ft.files.streaming import PIECE, as_bytes
@@ -248,7 +248,7 @@ def tuned_weights(model_name: str, adapter: str | Path | s2ft.Adapter) -> Iterat
         ValueError: The base has no codec, or it is not that of the adapter.
 
     Example:
-        >>> from s2ft.export.packed import tuned_weights
+        >>> from s2ft.conversion.packed import tuned_weights
         >>> weights = tuned_weights("llama-w4a16", "tuned")
         >>> # vLLM in this process: llm.collective_rpc("reload_weights", kwargs={"weights_iterator": weights})
     """
