@@ -22,12 +22,13 @@ from bench.experiments.memory import PeakMemory, return_freed_memory
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
+from s2ft.estimation.shadow import as_random
 from s2ft.text.divergence import mean_loss
 from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model
 from s2ft.text.prompts import encode_prompt
 from s2ft.train.demo import default_model
-from s2ft.train.tuners import TUNERS, Prepared, TrainedRun, default_rate
+from s2ft.train.tuners import TUNERS, Prepared, TrainedRun, default_rate, s2ft_config
 
 BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
@@ -66,8 +67,12 @@ def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
     entry = experiment["rows"][row]
     rates = entry.get("rates", [] if "rate_of" in entry else experiment.get("rates"))
     if rates is None:
-        config = hollow_model(experiment["settings"]["model"] or default_model()).config
-        rates = [default_rate(entry["method"], config.hidden_size)]
+        hollow = hollow_model(experiment["settings"]["model"] or default_model())
+        share = None
+        if entry["method"] == "s2ft":
+            options = {**TUNERS["s2ft"].defaults, **entry.get("options", {})}
+            share = s2ft.plan(hollow, as_random(s2ft_config(options))).share
+        rates = [default_rate(entry["method"], hollow.config.hidden_size, share)]
     return [float(rate) for rate in rates]
 
 

@@ -65,7 +65,7 @@ def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     model, rows = job.model_and_rows(config)
     report = s2ft.plan(model, as_random(config))
     width = width_of(model)
-    rate = suggested_rate(width) if width else None
+    rate = suggested_rate(width, report.share) if width else None
     if job.json:
         found = {"learning_rate": rate, "rows": [asdict(row) for row in rows]}
         print(json.dumps({"model": job.model, **found}, indent=2))

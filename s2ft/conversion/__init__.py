@@ -1,8 +1,8 @@
-"""Exports: what `s2ft export` writes for other programs. A new export is one module and one row here.
+"""Files into files: what `s2ft export`, `s2ft merge` and `s2ft patch` write for other programs.
 
-Its module has `export(model_name, adapter, output, dtype="auto", **options)`, which writes the export, reads it again
-and returns a sentence about the output. It raises FileExistsError if the output exists, and leaves nothing if it
-raises.
+A new export is one module and one row here. Its module has ``export(model_name, adapter, output, dtype="auto",
+**options)``, which writes the export, reads it again and returns a sentence about the output. It raises FileExistsError
+if the output exists, and leaves nothing if it raises.
 An adapter format that other tools read is an export too, and has its row in :mod:`s2ft.adapter.formats`. The rows name
 their modules instead of importing them, so that the command line can list the exports without PyTorch.
 """

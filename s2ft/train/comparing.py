@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from s2ft.attached.report import Report
 from s2ft.config import refuse
 from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.packages import check_packages
@@ -152,12 +153,10 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
         seed: Seed of the order of the rows and of the method's random choices.
     """
     other = other_text(run)[0]
-    given = {**run.given, "learning_rate": None}  # so that none follows from the width
     config = replace(with_default_ratio(run.config, run.given), seed=seed)
-    run, model, tokenizer, data = load(replace(run, given=given, config=config))
+    run, model, tokenizer, data = load(replace(run, config=config))
     arguments, rows, size = run.arguments, data.held_out.rows, run.arguments.per_device_train_batch_size
     arguments.output_dir = str(run.folder.path / "logs" / f"{method}-{multiple:g}-{seed}")
-    arguments.learning_rate = default_rate(method, width_of(model) or 576) * multiple
     arguments.seed = arguments.data_seed = seed
     arguments.save_strategy = arguments.eval_strategy = "no"
     if getattr(model, "hf_quantizer", None) is None:
@@ -169,6 +168,8 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     chosen = run.config.to_dict() if method == "s2ft" else options_of_peft(run, method, model)
     calibration = run.method.calibration(run, tokenizer, data) if method == "s2ft" else None
     prepared = prepare(model, method, chosen, seed=seed, calibration=calibration)
+    share = Report.of(prepared.model).share if method == "s2ft" else None
+    arguments.learning_rate = default_rate(method, width_of(model) or 576, share) * multiple
     if run.forgetting.measures:  # at the end alone
         run = replace(run, forgetting=replace(run.forgetting, meter_steps=1 << 30))
     meter = meter_of(run, other, prepared.model, tokenizer, data)

@@ -30,13 +30,13 @@ class Method(ABC):
     Attributes:
         name: Name of the command.
         fits_batch: Whether fewer rows make an update where there are few of them.
-        rate_by_width: Whether the learning rate of a run that names none follows from the model's width.
+        suggests_rate: Whether the learning rate of a run that names none follows from the model and what is trained.
         shape: What the rows of the data have.
     """
 
     name: str
     fits_batch = True
-    rate_by_width = False
+    suggests_rate = False
     shape: Shape = EXAMPLES
 
     def check(self, run: Run) -> None:  # noqa: B027 - most checks are those of the options
@@ -95,7 +95,7 @@ class SFT(Method):
     """Rows of prompt and answer, whose answers are learned."""
 
     name = "sft"
-    rate_by_width = True
+    suggests_rate = True
 
     def read(self, run: Run) -> tuple[Any, Any]:
         task, arguments = run.options.eval_task, run.arguments

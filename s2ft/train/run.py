@@ -133,16 +133,19 @@ class Run:
         return path
 
     def for_model(self, model) -> "Run":
-        """Return the run with the learning rate and the layout that follow from the model, unless the user set them."""
-        run = replace(self, config=fit_layout(self.config, model, "layout" in self.given))
+        """Return the run with the layout that follows from the model, unless the user set one."""
         if self.config.codec == "none" and self.model.model_name_or_path.endswith(".gguf"):
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
+        return replace(self, config=fit_layout(self.config, model, "layout" in self.given))
+
+    def with_rate(self, model, report: Report) -> "Run":
+        """Return the run with the learning rate for what is trained of a model, unless the user set one."""
         width = width_of(model)
-        if width is None or not self.method.rate_by_width or "learning_rate" in self.given:
-            return run
-        rate = self.arguments.learning_rate = suggested_rate(width)["rate"]
-        self.say(f"learning rate {rate:g}, by the model's width; --learning-rate sets another one")
-        return replace(run, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
+        if width is None or not self.method.suggests_rate or "learning_rate" in self.given:
+            return self
+        rate = self.arguments.learning_rate = suggested_rate(width, report.share)["rate"]
+        self.say(f"learning rate {rate:g}, by the width and the share that is trained; --learning-rate sets another")
+        return replace(self, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
     def determining(self) -> dict[str, Any]:
         """Return the options that a resumed run must have in common with the run that it continues, as JSON values.
@@ -249,13 +252,13 @@ def _train(run: Run, config_text: Any) -> Finetuned:
         meter = meter_of(run, measured, model, tokenizer, data)
         size, most = arguments.per_device_train_batch_size, run.forgetting.protect_rows
         protect = text_batches(protected, tokenizer, longest_other_row(model), most, run.config.seed, size)
-        _begin(run, model, data, calibration, protect, config_text(run))
+        _begin(run, model, data, calibration, protect, config_text)
         how = {"options": run.options, "resume": run.resume, "held_out": data.held_out, "meter": meter}
         with explain_out_of_memory(smaller_step(arguments), run.folder.kept):
             return method.train(run, model, tokenizer, data, **how, **({"base": base} if base else {}))
 
 
-def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: str) -> None:
+def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: Any) -> None:
     """Attach the adapter to the model, record its prompt and training, and write the options into the output folder."""
     options, ranks = run.options, this_rank()
     placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
@@ -267,12 +270,13 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: st
     else:
         s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
         report = Report.of(model)
+    run = run.with_rate(model, report)
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
     # Statistics may round differently on different devices.
     check_all_ranks_agree("selection", attachment_of(model).selection.digest)
     if run.is_first:
-        run.folder.begin(run.determining(), bool(run.resume), config_text)
+        run.folder.begin(run.determining(), bool(run.resume), config_text(run))
         print(report, flush=True)
     ranks.wait_for_everyone()  # The other ranks must not read the folder before it is ready.
 

@@ -26,6 +26,7 @@ from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored
 from s2ft.train.options import RunOptions
 from s2ft.train.output import read_log
+from s2ft.train.planning import suggested_rate
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
 
 # The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
@@ -42,7 +43,7 @@ class Tuner:
         defaults: Options of that class.
         size: The option that sets the number of trained parameters, or None if nothing sets it.
         rate: Peak learning rate at a width of 576, the best one of those measured on SmolLM2-135M (docs/evidence.md).
-            It falls with the width, see :func:`default_rate`.
+            It falls with the width, see :func:`default_rate`, which has that of S²FT.
     """
 
     title: str
@@ -85,14 +86,15 @@ class Prepared:
     report: str
 
 
-def default_rate(method: str, width: int) -> float:
+def default_rate(method: str, width: int, share: float | None = None) -> float:
     """Return the peak learning rate from which a search for a method can start.
 
     Args:
         method: A name of :data:`TUNERS`.
         width: Width of the model. The rate is proportional to 1 / width, as that of `s2ft sft` is.
+        share: Share of the model that S²FT trains; other methods need none.
     """
-    return TUNERS[method].rate * 576 / width
+    return TUNERS[method].rate * 576 / width if share is None else suggested_rate(width, share)["rate"]
 
 
 def prepare(

@@ -3,13 +3,15 @@
 import pytest
 from support.inside import rates
 
+KNOWN = ((576, 0.025, 2e-3), (576, 1.0, 3e-5), (4096, 0.007, 2e-4), (4096, 0.007, 1e-3))
 
-@pytest.mark.parametrize("width, good", ((576, 1e-3), (3072, 3e-4), (4096, 2e-4), (4096, 1e-3)))
-def test_each_known_rate_is_in_the_range(width, good):
-    found = rates.suggested_rate(width)
+
+@pytest.mark.parametrize("width, share, good", KNOWN)
+def test_each_known_rate_is_in_the_range(width, share, good):
+    found = rates.suggested_rate(width, share)
     assert found["lowest"] <= good <= found["highest"] and f"| {good:.0e}".replace("e-0", "e-") in rates.__doc__
 
 
-def test_a_wider_model_gets_a_lower_rate_and_none_gets_more_than_the_narrowest_known_model():
-    found = [rates.suggested_rate(width)["rate"] for width in (32, 576, 2048, 4096, 8192)]
-    assert found == [1e-3, 1e-3, 4e-4, 2e-4, 1e-4]
+def test_a_wider_model_or_a_larger_slice_gets_a_lower_rate():
+    assert [rates.suggested_rate(width, 0.02)["rate"] for width in (32, 576, 2048, 8192)] == [2e-3, 2e-3, 7e-4, 2e-4]
+    assert [rates.suggested_rate(576, share)["rate"] for share in (0.001, 0.006, 0.02, 0.5)] == [1e-2, 8e-3, 2e-3, 1e-4]
