@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from s2ft.attached.active import ON_TOP_OF, apart_from_active, names_of_modules, switch
+from s2ft.attached.active import ON_TOP_OF, apart_from_active, parameters_to_save, switch
 from s2ft.attached.checks import check_one_place
 from s2ft.attached.mounting import undone_on_failure
 from s2ft.attached.proof import mount_proved
@@ -100,10 +100,10 @@ def attach(
         raise TypeError(f"on_top must be True or False, got {on_top!r}")
     check_rest_frozen(getattr(model, "_orig_mod", model))  # of a compiled model, the one inside
     model = unwrapped(model)
-    config = with_protect_ratio(config, protect is not None)  # save_adapter saves the config
+    config = with_protect_ratio(config, protect is not None)  # the adapter stores the share that was used
     record = find_attachment(model)
     if record is not None and record.name is not None:
-        check_unattached(model)
+        check_unattached(model)  # which raises
     check_new_name(record, name)
     if record is None:
         record = new_attachment(model, couplings, example, config)
@@ -111,19 +111,19 @@ def attach(
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
-    names_of_modules(model, record.couplings, config.modules_to_save)  # checked before calibration, which takes time
-    couplings = couplings_in_towers(model, record.couplings, config)
-    active, selection = {}, None
-    if on_top and record.active:
-        active, config = dict(record.active), apart_from_active(record, config, couplings)
-        selection = select_units(couplings, config, model, calibration, protect)
+    parameters_to_save(model, record.couplings, config.modules_to_save)  # raises, before the calibration runs
+    choosable = couplings_in_towers(model, record.couplings, config)
+    below, selection = dict(record.active) if on_top else {}, None
+    if below:  # metrics read the model with the active adapters
+        config = apart_from_active(record, config, choosable)
+        selection = select_units(choosable, config, model, calibration, protect)
     with undone_on_failure(model, record):
-        if selection is None:
-            selection = select_units(couplings, config, model, calibration, protect)
+        if selection is None:  # metrics read the base
+            selection = select_units(choosable, config, model, calibration, protect)
         mount_proved(model, record, config, selection, name, verify, example)
-        if active:
-            switch(model, record, {**active, name: 1.0})
-            record.add_info({ON_TOP_OF: active})
+        if below:
+            switch(model, record, {**below, name: 1.0})
+            record.add_info({ON_TOP_OF: below})
     return Report.of(model)
 
 
@@ -224,7 +224,7 @@ def _chosen(
     check_unattached(model)
     check_parallelism(model)
     found = find_couplings(model, couplings, example, config)
-    names_of_modules(model, found.couplings, config.modules_to_save)  # raises for unknown modules
+    parameters_to_save(model, found.couplings, config.modules_to_save)  # raises for unknown modules
     trained = couplings_in_towers(model, found.couplings, config)
     selection = select_units(trained, config, model, calibration, protect)
     check_one_place(model, trained, selection)

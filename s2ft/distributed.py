@@ -310,7 +310,7 @@ def full_shape(tensor: Tensor) -> torch.Size:
     return getattr(tensor, "ds_shape", tensor.shape)
 
 
-def has_numbers(tensor: Tensor) -> bool:
+def has_values(tensor: Tensor) -> bool:
     """Whether the values of a parameter can be read: here, spread over ranks, or from a file (`_s2ft_values`)."""
     return not tensor.is_meta or hasattr(tensor, "_s2ft_values")
 
@@ -326,7 +326,7 @@ def full_values(tensor: Tensor) -> Iterator[Tensor]:
         ValueError: The tensor is on the meta device, and its values are in no file.
     """
     if tensor.is_meta:
-        if not has_numbers(tensor):
+        if not has_values(tensor):
             raise ValueError(
                 "a weight is on the meta device, so it has no values yet: load the weights first, or call this on all "
                 "ranks, one of which has them"

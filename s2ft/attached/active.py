@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_extra_apart
-from s2ft.attached.checks import check_can_write, check_can_write_now, coupled_names
+from s2ft.attached.checks import check_weights_are_here, check_writable, coupled_names
 from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import (
@@ -73,23 +73,23 @@ def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> N
     Raises:
         ValueError: An adapter can't be written; nothing has changed.
     """
-    trainable_is_written = weights.get(cast(str, record.name), 1) != 1
-    if weights == record.active and not trainable_is_written and not record.change_unfinished:
+    is_scaled = weights.get(cast(str, record.name), 1) != 1
+    if weights == record.active and not is_scaled and not record.change_unfinished:
         return  # if the trainable adapter is written, its values may have changed since
     reshard_all(model)
     if weights:
         check_can_put_on_extra(model, record, weights)
-    names = [name for name in weights if name != record.name or trainable_is_written]
-    if names:
-        check_can_write_now(model, record)
-    place_loaded(model, record, [name for name in names if name != record.name and _has_moved(model, record, name)])
-    trained = None
-    if record.name in names:  # loaded adapters were checked when they were loaded
-        trained = mounted_deltas(record)
-        check_can_write(model, record, trained)
+    written = [name for name in weights if name != record.name or is_scaled]
+    if written:
+        check_weights_are_here(model, record)
+    place_loaded(model, record, [name for name in written if name != record.name and _has_moved(model, record, name)])
+    own_deltas = None
+    if record.name in written:  # loaded adapters were checked when they were loaded
+        own_deltas = mounted_deltas(record)
+        check_writable(model, record, own_deltas)
     with WRITING:
         deactivate(model, record)
-        activate(model, record, weights, trained)
+        activate(model, record, weights, own_deltas)
 
 
 def deactivate(model: nn.Module, record: Attachment) -> None:
@@ -101,27 +101,27 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
     record.change_unfinished, record.active = True, {}
     reshard_all(model)
     take_off_extra(model, record)
-    for move in record.moves:
+    for move in record.moves:  # the units first: the copies below are in the finished order
         move.recover(model)
     for mounted in record.mounts.values():
         mounted.layer.unfuse()
         mounted.layer.enabled = False
     for entry in reversed(record.written):
-        with weight_at(model, entry.projection).shard() as part:
+        with weight_at(model, entry.projection).shard() as shard:
             index, base = entry.index, entry.base
             if index is None:  # the model may have been sharded since
-                index = record.positions_of(entry.projection, entry.delta, part.tensor.device)
-                index, base = part.restrict(index, base, entry.projection.dim)
+                index = record.positions_of(entry.projection, entry.delta, shard.tensor.device)
+                index, base = shard.restrict(index, base, entry.projection.dim)
             if base.numel():
                 # A copy, which swap_ fills with the values that it replaces: the recorded values must stay.
-                base = base.to(device=part.tensor.device, dtype=part.tensor.dtype, copy=True)
-                swap_(part.tensor, index.to(part.tensor.device), base, entry.projection.dim, is_checked=True)
+                base = base.to(device=shard.tensor.device, dtype=shard.tensor.dtype, copy=True)
+                swap_(shard.tensor, index.to(shard.tensor.device), base, entry.projection.dim, is_checked=True)
     record.written.clear()
     record.change_unfinished = False
 
 
 def activate(
-    model: nn.Module, record: Attachment, weights: dict[str, float], trained: dict[str, Delta] | None = None
+    model: nn.Module, record: Attachment, weights: dict[str, float], own_deltas: dict[str, Delta] | None = None
 ) -> None:
     """Make these adapters active. Their weighted sum is written into the model in one pass.
 
@@ -131,7 +131,7 @@ def activate(
         model: Model with the base in its weights and no active adapter.
         record: Record of the model.
         weights: Weights by adapter.
-        trained: Deltas of the trainable adapter by projection, if it has another weight.
+        own_deltas: Deltas of the trainable adapter by projection, if it has another weight.
 
     Raises:
         Exception: Any failure, after which no adapter is active.
@@ -140,14 +140,17 @@ def activate(
     written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
     try:
         record.change_unfinished = True
-        deltas = {name: (trained or {}) if name == record.name else record.loaded[name].deltas for name in written}
+        deltas = {
+            name: cast("dict[str, Delta]", own_deltas) if name == record.name else record.loaded[name].deltas
+            for name in written
+        }
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
             write(model, record, record.projections[path], parts)
         put_on_extra(model, record, weights)
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
-        record.active = dict(weights)
+        record.active = dict(weights)  # write_slices asks for it
         write_slices(model, record)
         record.change_unfinished = False
     except BaseException:
@@ -157,15 +160,15 @@ def activate(
 
 def write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
     """Add a weighted sum of deltas to a weight. What it overwrites is recorded first, for :func:`deactivate`."""
-    with weight_at(model, projection).shard() as part:
-        weight, dim = part.tensor, projection.dim
+    with weight_at(model, projection).shard() as shard:
+        weight, dim = shard.tensor, projection.dim
         places = [record.positions_of(projection, delta, weight.device) for delta, _ in parts]
-        found = [part.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
+        found = [shard.restrict(place, delta.values, dim) for place, (delta, _) in zip(places, parts)]
         index, values = ([one[i].to(weight.device) for one in found] for i in (0, 1))
         with WRITING:
             bases = [weight.index_select(dim, one) for one in index]
         for (delta, _), here, base in zip(parts, index, bases):
-            record.written.append(Written(projection, delta, base, None if part.is_full else here))
+            record.written.append(Written(projection, delta, base, None if shard.is_full else here))
         if weight.numel():  # else all of it is on other ranks
             check_private(projection.path, weight)
             scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
@@ -246,8 +249,9 @@ def _check_is_whole(key: str, mount: Mount, slices: Mapping[str, Tensor]) -> Non
 
 def set_mounted_deltas(record: Attachment, deltas: dict[str, Delta]) -> None:
     """Copy deltas of the same selection into the trainable layers. Every rank with a shard of them must call this."""
+    parts = record.parts
     for name, delta in deltas.items():
-        mount, part = record.parts[name]
+        mount, part = parts[name]
         write_units(mount.layer.s2, part.positions, delta.values, delta.dim)
 
 
@@ -367,7 +371,7 @@ UNFROZEN = (
 # ---- which weights these are ---------------------------------------------------------------------------
 
 
-def names_of_modules(model: nn.Module, couplings: list[Coupling], modules: Sequence[str] | None) -> list[str]:
+def parameters_to_save(model: nn.Module, couplings: list[Coupling], modules: Sequence[str] | None) -> list[str]:
     """Return the names of the parameters that a config's `modules_to_save` asks for.
 
     Args:
@@ -427,7 +431,7 @@ def unfreeze(model: nn.Module, record: Attachment, names: Iterable[str]) -> None
     """Record the values of parameters, then make them require a gradient."""
     parameters = dict(model.named_parameters())
     chosen = {name: parameters[name] for name in names}
-    _keep_extra(record, chosen)
+    _keep_base_of(record, chosen)
     for parameter in chosen.values():
         (_with_address(model, parameter) if parameter.is_meta else parameter).requires_grad_(True)
 
@@ -444,7 +448,7 @@ def _with_address(model: nn.Module, parameter: nn.Parameter) -> nn.Parameter:
     return made
 
 
-def record_unfrozen(model: nn.Module, record: Attachment) -> None:
+def keep_base_before_forward(model: nn.Module, record: Attachment) -> None:
     """Record the values of parameters that were unfrozen by hand. This runs before every training forward.
 
     Raises:
@@ -470,7 +474,7 @@ def record_unfrozen(model: nn.Module, record: Attachment) -> None:
                 f"{name} was unfrozen by hand, and DeepSpeed already holds it, so that its value before "
                 "training can't be kept: name its module in S2FTConfig's modules_to_save instead"
             )
-    _keep_extra(record, unfrozen)
+    _keep_base_of(record, unfrozen)
 
 
 def _trains_more(module: nn.Module, known: set[int]) -> bool:
@@ -484,12 +488,12 @@ def _trains_more(module: nn.Module, known: set[int]) -> bool:
     return False
 
 
-def keep_unfrozen(model: nn.Module, record: Attachment) -> None:
+def keep_base_of_unfrozen(model: nn.Module, record: Attachment) -> None:
     """Record the values of parameters that were unfrozen by hand, before anything but training changes them."""
-    _keep_extra(record, extra_parameters(model, record))
+    _keep_base_of(record, extra_parameters(model, record))
 
 
-def _keep_extra(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
+def _keep_base_of(record: Attachment, parameters: Mapping[str, Tensor]) -> None:
     new = {name: parameter for name, parameter in parameters.items() if name not in record.extra.base}
     if new:
         arrive = record.awaits_weights and not reads_weights()  # the values here are not the base's
@@ -613,7 +617,7 @@ def set_extra(model: nn.Module, record: Attachment, values: Mapping[str, Tensor]
     """Give the trainable adapter these extra weights, after the values before training are recorded."""
     if not values:
         return
-    keep_unfrozen(model, record)
+    keep_base_of_unfrozen(model, record)
     if record.awaits_weights:
         record.extra.arriving = {name: value.clone() for name, value in values.items()}
         return

@@ -74,7 +74,7 @@ def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
                 )
 
 
-def check_can_write_now(model: nn.Module, record: Attachment) -> None:
+def check_weights_are_here(model: nn.Module, record: Attachment) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
     weights = [weight_at(model, projection).tensor for projection in record.projections.values()]
     if any(weight.is_meta for weight in weights) or (
@@ -155,7 +155,7 @@ def check_gradients_pass(model: nn.Module) -> None:
             )
 
 
-def check_can_write(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+def check_writable(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Raise ValueError if a weight of these projections is quantized, or tied to another one of theirs."""
     paths: dict[int, str] = {}
     for name in names:

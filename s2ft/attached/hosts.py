@@ -14,8 +14,8 @@ Trained weights hold base + delta, and in layout `permuted` the units of coupled
 the base. So ``state_dict()`` returns copies of these weights with the base's values in original order. A parameter that
 a trainable layer has replaced keeps its name. The copies load into a plain model of the base, and into one with other
 units selected. ``load_state_dict`` accepts only the base, in either order: the weights are frozen, so loading it
-changes nothing, and anything else is an error. Loaded adapters that are active stay in the copies, as they are in
-the weights.
+changes nothing, and anything else is an error. Loaded adapters that are active are left out of the copies. A model
+without a trainable adapter has its weights in the state as they are.
 
 While a model of transformers trains an adapter, save_pretrained writes the adapter alone. The Trainers of transformers
 and TRL can resume from these checkpoints without changes.
@@ -52,9 +52,9 @@ from s2ft.adapter.folders import write_card
 from s2ft.attached.active import (
     extra_parameters,
     full_copies,
-    keep_unfrozen,
+    keep_base_before_forward,
+    keep_base_of_unfrozen,
     place_loaded,
-    record_unfrozen,
     set_extra,
     set_trained,
     write_slices,
@@ -150,8 +150,9 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
 # ---- gradients through checkpointed blocks whose inputs are frozen --------------------------------------------------
 
 
-def open_blocks(model: nn.Module, trained: Collection[str]) -> None:
+def add_checkpoint_hooks(model: nn.Module, trained: Collection[str]) -> None:
     """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
+    remove_checkpoint_hooks(model)
     blocks = [
         module
         for path, module in model.named_modules()
@@ -166,8 +167,8 @@ def open_blocks(model: nn.Module, trained: Collection[str]) -> None:
             block.register_forward_pre_hook(_need_gradient)
 
 
-def close_blocks(model: nn.Module) -> None:
-    """Remove the hooks of :func:`open_blocks`. They are searched for, because an interrupt could lose handles."""
+def remove_checkpoint_hooks(model: nn.Module) -> None:
+    """Undo :func:`add_checkpoint_hooks`. The hooks are searched for, because an interrupt could lose handles."""
     for module in model.modules():
         remove_hooks(module._forward_pre_hooks, _need_gradient)
         remove_hooks(module._forward_hooks, _give_gradient)
@@ -319,7 +320,7 @@ def _tensors(model: nn.Module, prefix: str) -> Iterator[tuple[str, Tensor]]:
             yield prefix + name, tensor
 
 
-def put_in_order(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
     """Post-hook of state_dict: replace weights that differ from the base by copies in the base's order."""
     record = attachment_of(model)
     if record.awaits_weights or not (record.moves or record.mounts):
@@ -356,12 +357,12 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         ValueError: They are not. Nothing has changed.
     """
     record = attachment_of(model)
-    keep_unfrozen(model, record)
+    keep_base_of_unfrozen(model, record)
     for key in _in_place_of_parameters(record, prefix):
         if key in state:
             state[f"{key}.weight"] = state.pop(key)
     if record.awaits_weights:
-        return  # weights that arrive are checked when they are complete, see `take_up`
+        return  # weights that arrive are checked when they are complete, see `accept_arrived_weights`
     # The couplings' tensors, except those of quantized layers, which load them themselves
     frozen = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     read_only = (module for module in model.modules() if kind_of(module).read_only)
@@ -505,8 +506,9 @@ def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) ->
     return Delta(mount.layer.dim, part.elements, values)
 
 
-def add_to_host(model: Any, record: Attachment) -> None:
+def add_save_functions(model: Any, record: Attachment) -> None:
     """Give a model of transformers the functions that save and load its trainable adapter."""
+    remove_save_functions(model, record)
     if not hasattr(type(model), "save_pretrained"):
         return
     record.replaced_attributes = {name: model.__dict__[name] for name in ATTRIBUTES if name in model.__dict__}
@@ -517,8 +519,8 @@ def add_to_host(model: Any, record: Attachment) -> None:
     model.register_load_state_dict_pre_hook(_load_deltas)
 
 
-def remove_from_host(model: nn.Module, record: Attachment) -> None:
-    """Undo :func:`add_to_host`, whether all, some or none of it was done."""
+def remove_save_functions(model: nn.Module, record: Attachment) -> None:
+    """Undo :func:`add_save_functions`, whether all, some or none of it was done."""
     remove_hooks(model._load_state_dict_pre_hooks, _load_deltas)
     for name in ATTRIBUTES if record.replaced_attributes is not None else ():
         model.__dict__.pop(name, None)
@@ -528,9 +530,9 @@ def remove_from_host(model: nn.Module, record: Attachment) -> None:
 # ---- weights that arrive after an adapter was attached, on ranks that started without them --------------------------
 
 
-def expect_none(record: Attachment) -> None:
+def expect_no_weights(record: Attachment) -> None:
     """Make the model run as it is: it is a copy without numbers, for which no weights will arrive."""
-    record.awaits_weights, record.has_taken_up = False, True
+    record.awaits_weights, record.none_awaited = False, True
     for mount in record.mounts.values():
         mount.layer.awaits_order = False
 
@@ -573,7 +575,7 @@ def not_awaiting(model: nn.Module, record: Attachment) -> Iterator[None]:
 
 def after_load(model: nn.Module, *_: Any) -> None:
     """Post-hook of load_state_dict: take up weights that were loaded."""
-    if not take_up(model):
+    if not accept_arrived_weights(model):
         _reorder_if_base_was_loaded(model)
 
 
@@ -595,7 +597,7 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     _change_moves(record, lambda move: move.finish(model))
 
 
-def take_up(model: nn.Module) -> bool:
+def accept_arrived_weights(model: nn.Module) -> bool:
     """Take up weights that have arrived since the last call. Every rank of a sharded model calls this.
 
     Returns:
@@ -605,7 +607,7 @@ def take_up(model: nn.Module) -> bool:
         RuntimeError: They are not those of the base. The units have not moved.
     """
     record = attachment_of(model)
-    if not record.mounts or not _has_to_take_up(model, record):
+    if not record.mounts or not _has_to_accept(model, record):
         return False
     reshard_all(model)
     if any_on_meta(model, record):
@@ -615,7 +617,7 @@ def take_up(model: nn.Module) -> bool:
     try:
         _change_moves(record, lambda move: move.finish(model))
         _keep_extra_base(model, record)
-        record.awaits_weights, record.has_taken_up = False, True
+        record.awaits_weights, record.none_awaited = False, True
     except BaseException:  # an interrupt: the next call starts from the base's order again
         _change_moves(record, lambda move: move.postpone(model))
         raise
@@ -626,16 +628,16 @@ def take_up(model: nn.Module) -> bool:
     return True
 
 
-def _has_to_take_up(model: nn.Module, record: Attachment) -> bool:
+def _has_to_accept(model: nn.Module, record: Attachment) -> bool:
     """Whether this rank, or another rank with a shard of the same weights, waits for them."""
     if record.awaits_weights:
         return True
-    if record.has_taken_up or not record.fingerprint_decision.key:
+    if record.none_awaited or not record.fingerprint_decision.key:
         return False
     if model not in fsdp_modules(model) and not any(is_sharded(m.layer.weight) for m in record.mounts.values()):
         return False
-    record.has_taken_up = not record.fingerprint_decision.is_for_others
-    return not record.has_taken_up
+    record.none_awaited = not record.fingerprint_decision.is_for_others
+    return not record.none_awaited
 
 
 def _check_arrived(model: nn.Module, record: Attachment) -> None:
@@ -705,10 +707,10 @@ def before_forward(model: Any, *_: Any) -> None:
     if not is_first:  # FSDP2 was applied since
         hooks.move_to_end(next(key for key, hook in hooks.items() if hook is before_forward), last=False)
     is_gathered = not is_first and model in fsdp_modules(model)  # by the hook of FSDP2, which came first
-    if take_up(model) and is_gathered:
+    if accept_arrived_weights(model) and is_gathered:
         model.unshard()  # again
     if model.training and torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time
-        record_unfrozen(model, record)
+        keep_base_before_forward(model, record)
     if not is_gathered:  # else layers compute with copies, this once
         write_slices(model, record)
 
@@ -719,29 +721,29 @@ skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of
 # ---- the record and the hooks of a model ----------------------------------------------------------------------------
 
 
-def claim(model: nn.Module, record: Attachment) -> None:
+def add_record_and_hooks(model: nn.Module, record: Attachment) -> None:
     """Give the model its record and s2ft's hooks. This comes before anything changes."""
     set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)
     model.register_forward_pre_hook(before_forward, prepend=True)
-    model.register_state_dict_post_hook(put_in_order)
+    model.register_state_dict_post_hook(give_base_values)
     model.register_load_state_dict_pre_hook(check_is_base)
     model.register_load_state_dict_post_hook(after_load)
 
 
-def renounce(model: nn.Module) -> None:
-    """Undo :func:`claim`, whether all, some or none of it was done."""
+def remove_record_and_hooks(model: nn.Module) -> None:
+    """Undo :func:`add_record_and_hooks`, whether all, some or none of it was done."""
     _remove_hooks(model)
     model.__dict__.pop("_apply", None)
     clear_attachment(model)
 
 
 def _remove_hooks(model: nn.Module) -> None:
-    """Remove the hooks of :func:`claim`, if they are registered."""
+    """Remove the hooks of :func:`add_record_and_hooks`, if they are registered."""
     pre, post = model._load_state_dict_pre_hooks, model._load_state_dict_post_hooks
     for hooks in (model._forward_pre_hooks, model._state_dict_hooks, pre, post):
-        remove_hooks(hooks, before_forward, put_in_order, check_is_base, after_load)
+        remove_hooks(hooks, before_forward, give_base_values, check_is_base, after_load)
 
 
 def _apply_to_all(model: nn.Module, function: Callable[[Tensor], Tensor], *args: Any, **options: Any) -> nn.Module:

@@ -24,8 +24,8 @@ from s2ft.attached.active import (
     switch,
     unfreeze,
 )
-from s2ft.attached.checks import check_can_write, check_fits, check_memory, check_not_in_engine
-from s2ft.attached.hosts import claim
+from s2ft.attached.checks import check_fits, check_memory, check_not_in_engine, check_writable
+from s2ft.attached.hosts import add_record_and_hooks
 from s2ft.attached.mounting import end_training, release, remove_all, undone_on_failure
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
@@ -128,7 +128,7 @@ def load_adapter(
     record.fingerprint = record.fingerprint or adapter.fingerprint  # of the weights that will arrive
     adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
-        check_can_write(model, record, adapter.deltas)
+        check_writable(model, record, adapter.deltas)
         check_memory(model, [record.projections[path] for path in adapter.deltas])
         if device is not None:
             adapter = replace(adapter.to(device), device=torch.device(device))
@@ -144,7 +144,7 @@ def load_adapter(
         unfreeze(model, record, adapter.extra_weights)
         set_extra(model, record, adapter.extra_weights)
         of_the_base = model_info(model)  # saving writes these values again
-        record.add_info({key: value for key, value in adapter.info.items() if key not in of_the_base})
+        record.add_info({key: value for key, value in adapter.info.items() if of_the_base.get(key) is None})
 
 
 def _load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) -> None:
@@ -153,7 +153,7 @@ def _load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) 
 
     def change() -> None:
         if is_new:
-            claim(model, record)
+            add_record_and_hooks(model, record)
             model.requires_grad_(False)
         record.loaded[adapter.name] = adapter
         place_loaded(model, record, [adapter.name])
@@ -366,7 +366,8 @@ def freeze_adapter(model: nn.Module) -> None:
     """End the training of the trainable adapter: it becomes a loaded one, and the model can train another.
 
     The model computes what it computed before, with the same bits: an adapter that was active is active again, with its
-    weight. All parameters are frozen.
+    weight. Slices that were trained through a codec become what the file will hold, to the last bit of float32. All
+    parameters are frozen.
     :func:`s2ft.attach` with ``on_top=True`` then trains the next adapter on top of it.
 
     Args:
@@ -386,7 +387,12 @@ def freeze_adapter(model: nn.Module) -> None:
         raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: there is nothing to freeze")
     check_not_in_engine(model, "freezing the trainable adapter", removes=True)
     adapter = get_adapter(model, record.name)
-    check_can_write(model, record, adapter.deltas)
+    check_writable(model, record, adapter.deltas)
+    for name, (mount, part) in record.parts.items():
+        if (rounding := mount.layer.rounding) is not None:
+            values = rounding.delta(mount.layer.s2.detach())
+            values = values.index_select(rounding.dim, part.positions.to(values.device))
+            adapter.deltas[name] = replace(adapter.deltas[name], values=values)
     end_training(model, record, adapter)
 
 

@@ -13,29 +13,29 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.active import activate, all_or_nothing, deactivate, names_of_modules, unfreeze, write_slices
+from s2ft.attached.active import activate, all_or_nothing, deactivate, parameters_to_save, unfreeze, write_slices
 from s2ft.attached.checks import (
     check_can_move,
-    check_can_write,
     check_gradients_pass,
     check_memory,
     check_not_in_engine,
     check_one_place,
     check_shards,
     check_split_layers,
+    check_writable,
     style_of,
 )
 from s2ft.attached.hosts import (
-    add_to_host,
+    add_checkpoint_hooks,
+    add_record_and_hooks,
+    add_save_functions,
     allow_training,
     any_on_meta,
-    claim,
-    close_blocks,
     experts_modules,
     mark_layers,
-    open_blocks,
-    remove_from_host,
-    renounce,
+    remove_checkpoint_hooks,
+    remove_record_and_hooks,
+    remove_save_functions,
     replace_forward,
     restore_forwards,
     restore_quantizer,
@@ -97,7 +97,7 @@ def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None
     if record.awaits_weights:
         raise ValueError(f"codec={config.codec!r} needs the weights of {name}: load them before attach")
     for path, mount in record.mounts.items():
-        mount.layer.codec = _coded(base, path, mount)
+        mount.layer.rounding = _rounding_of(base, path, mount)
 
 
 @of_compiled
@@ -121,12 +121,12 @@ def set_rounding(model: nn.Module, share: float) -> None:
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share!r}")
     for mount in attachment_of(model).mounts.values():
-        if mount.layer.codec is not None and mount.layer.codec.share != share:
-            mount.layer.codec.share = share
+        if mount.layer.rounding is not None and mount.layer.rounding.share != share:
+            mount.layer.rounding.share = share
             mount.layer.write_before_next_forward()
 
 
-def _coded(base: GgufFile | PackedFolder, path: str, mount: Mount) -> FileRounding:
+def _rounding_of(base: GgufFile | PackedFolder, path: str, mount: Mount) -> FileRounding:
     if len(mount.parts) > 1 or mount.original is None or mount.layer.kind.transposed or mount.layer.is_managed:
         raise ValueError(f"codec: {path} is not one plain weight of {base.path} on one device")
     (part,), layer = mount.parts, mount.layer
@@ -167,7 +167,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     for coupling in trained:
         for module in experts_modules(coupling):
             forward_of(model.get_submodule(module))
-    extra_names = names_of_modules(model, record.couplings, config.modules_to_save)
+    extra_names = parameters_to_save(model, record.couplings, config.modules_to_save)
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
     )
@@ -241,10 +241,8 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
     mark_layers(record)
     for coupling in touched(record.couplings, cast(Selection, record.selection)):
         replace_forward(model, coupling, record)
-    close_blocks(model)
-    open_blocks(model, record.mounts)
-    remove_from_host(model, record)
-    add_to_host(model, record)
+    add_checkpoint_hooks(model, record.mounts)
+    add_save_functions(model, record)
     unfreeze(model, record, extra_names)
 
 
@@ -347,9 +345,9 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     """
     if record.snapshot is not None:  # a proof was interrupted
         record.snapshot.restore()
-    remove_from_host(model, record)
+    remove_save_functions(model, record)
     restore_forwards(model, record)
-    close_blocks(model)
+    remove_checkpoint_hooks(model)
     reshard_all(model)
     release_slices(model, [mounted.layer for mounted in record.mounts.values()])
     for path, mounted in sorted(record.mounts.items(), key=lambda item: item[1].position or 0):
@@ -372,7 +370,7 @@ def release(model: nn.Module, record: Attachment) -> nn.Module:
     unmount(model, record)
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(record.required_grad.get(key, parameter.requires_grad))
-    renounce(model)
+    remove_record_and_hooks(model)
     return model
 
 
@@ -421,23 +419,28 @@ def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
     """Give the model its record and switch all adapters off, so that the body can mount a trainable one.
 
     If the body fails, everything is as before: the active adapters are active again, and a model that had no adapters
-    is plain. If it succeeds, the adapters stay off.
+    is plain. If it succeeds, the loaded adapters stay off.
     """
     active = dict(record.active)
     try:
-        claim(model, record)
+        add_record_and_hooks(model, record)
         deactivate(model, record)
         yield
     except BaseException:
-        deactivate(model, record)
-        unmount(model, record)
+        _drop_trainable(model, record)
         if record.loaded:
-            record.forget_mounts()
-            model.requires_grad_(False)
             activate(model, record, active)
         else:
             release(model, record)
         raise
+
+
+def _drop_trainable(model: nn.Module, record: Attachment) -> None:
+    """Remove the trainable layers. No adapter is active then, and nothing is trained."""
+    deactivate(model, record)
+    unmount(model, record)
+    record.forget_mounts()
+    model.requires_grad_(False)
 
 
 def remove_all(model: nn.Module, record: Attachment) -> None:
@@ -462,10 +465,7 @@ def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None =
     active = dict(record.active)
 
     def replace() -> None:
-        deactivate(model, record)
-        unmount(model, record)
-        record.forget_mounts()
-        model.requires_grad_(False)
+        _drop_trainable(model, record)
         if adapter is not None:
             record.loaded[adapter.name] = adapter
 
@@ -531,7 +531,7 @@ def merge(model: nn.Module) -> nn.Module:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
     check_has_arrived(record, in_weights=True)
     if record.trains:
-        check_can_write(model, record, record.parts)
+        check_writable(model, record, record.parts)
 
     def change() -> nn.Module:
         write_slices(model, record)
@@ -539,7 +539,7 @@ def merge(model: nn.Module) -> nn.Module:
 
     def recover() -> None:
         if find_attachment(model) is not None:
-            claim(model, record)
+            add_record_and_hooks(model, record)
             for move in record.moves:
                 move.recover(model)
             if record.name is None:

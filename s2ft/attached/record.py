@@ -18,7 +18,7 @@ from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Snapshot
-from s2ft.model.weights import Delta, Move, Positions, have_numbers
+from s2ft.model.weights import Delta, Move, Positions, have_values
 from s2ft.selection import Selection
 
 # ---- models in a wrapper ----------------------------------------------------------------------------------
@@ -215,9 +215,9 @@ class Attachment:
         couplings: Couplings of the model.
         fingerprint: Hashes of the base's coupled weights, by layer; None while no rank has the weights.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
-        fingerprint_decision: How the ranks have found the fingerprint.
+        fingerprint_decision: The decision that found the fingerprint. It tells whether another rank waits for weights.
         is_custom: Whether adapters store the couplings, because no family of s2ft has them.
-        weights: What discovery says of every weight of the blocks; empty for all other couplings.
+        weights: Rows of discovery about each weight of the blocks, for the report; empty for all other couplings.
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
@@ -229,14 +229,14 @@ class Attachment:
         packing_stopped: Paths of the layers that were told to stop packing their weights.
         extra: Values of extra weights.
         loaded: Loaded adapters by name.
-        active: Weights of the active adapters by name. It is cleared before anything is restored and assigned after
-            everything is written, so it never names an adapter that the model does not compute with.
+        active: Weights of the active adapters by name. It is cleared before the weights get the base back, and assigned
+            before the slices are written, because `write_slices` asks for it.
         written: Slices of weights that active adapters have overwritten.
         replaced_attributes: Attributes of the model that others had set before s2ft replaced them; None if it has not.
         awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
-        has_taken_up: Whether the weights have arrived on all ranks.
+        none_awaited: Whether no rank waits for weights any more.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
-        snapshot: What a forward of a proof that is under way, or was interrupted, may have changed.
+        snapshot: What a forward of a proof may have changed; None if no proof runs, as `before_forward` asks.
         unproved: What the proof of the trainable adapter could not prove, in words.
     """
 
@@ -261,7 +261,7 @@ class Attachment:
     written: list[Written] = field(default_factory=list)
     replaced_attributes: dict[str, Any] | None = None
     awaits_weights: bool = False
-    has_taken_up: bool = False
+    none_awaited: bool = False
     change_unfinished: bool = False
     snapshot: Snapshot | None = None
     unproved: str = ""
@@ -273,7 +273,7 @@ class Attachment:
         """What the model computes.
 
         It is computed and not stored: an interrupt between the change of a layer and the assignment of a stored state
-        would leave a state that is wrong. `active` is assigned last and cleared first.
+        would leave a state that is wrong.
         """
         if not self.active:
             return State.BASE
@@ -447,7 +447,7 @@ def new_attachment(
     check_not_offloaded(model)
     found = find_couplings(model, couplings, example, config)
     reshard_all(model)
-    decision = decide("the base", have_numbers(model, found.couplings), lambda: fingerprint(model, found.couplings))
+    decision = decide("the base", have_values(model, found.couplings), lambda: fingerprint(model, found.couplings))
     return Attachment(
         found.couplings,
         decision.value,

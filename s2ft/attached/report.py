@@ -9,7 +9,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from s2ft.attached.active import extra_parameters, names_of_modules
+from s2ft.attached.active import extra_parameters, parameters_to_save
 from s2ft.attached.checks import coupled_names
 from s2ft.attached.record import Attachment, State, attachment_of, find_attachment, of_compiled
 from s2ft.config import TOWERS, S2FTConfig
@@ -129,7 +129,7 @@ class Report:
         parameters = dict(model.named_parameters())
         extra_weights = {
             name: full_shape(parameters[name]).numel()
-            for name in names_of_modules(model, couplings, config.modules_to_save)
+            for name in parameters_to_save(model, couplings, config.modules_to_save)
         }
         return cls(
             name="planned",

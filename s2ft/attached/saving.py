@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -120,7 +121,7 @@ def save_adapter(
     record = attachment_of(model)
     name = record.default_name if name is None else name
     adapter = get_adapter(model, name, state)
-    adapter.info = {**model_info(model), **adapter.info, **(info or {})}
+    adapter = replace(adapter, info={**model_info(model), **adapter.info, **(info or {})})  # the loaded one stays
     ranks = _ranks_to_wait_for(model, record) if name == record.name and state is None else None
     run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
 

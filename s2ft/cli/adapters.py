@@ -256,8 +256,8 @@ class MergeArguments(Options):
 @command(
     "Write base model and adapter as one checkpoint, which transformers loads without s2ft. Weights are read and "
     "written one at a time: a model of any size needs the memory of a few of its tensors. A base that is a GGUF "
-    "file can be written as one, and a base of compressed-tensors or in NF4 is, unless --dtype is given: only the "
-    "blocks of trained units change.",
+    "file can be written as one, and a base of compressed-tensors or in NF4 is, unless --dtype or --max-shard-size "
+    "is given: only the blocks of trained units change.",
     "  s2ft merge --model meta-llama/Llama-3.2-1B --adapter my-run --output my-model",
 )
 def run_merge(job: MergeArguments) -> None:
@@ -268,16 +268,26 @@ def run_merge(job: MergeArguments) -> None:
 
     base = base_name(job.model, job.adapter)
     plain = job.dtype != "auto" or job.max_shard_size is not None
-    if job.output.endswith(".gguf") and plain:
+    to_gguf = job.output.endswith(".gguf")
+    if to_gguf and plain:
         raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
     source, is_gguf = locate(base)
     is_packed = not plain and not is_gguf and isinstance(packed_base(source), PackedFolder)
-    if job.output.endswith(".gguf") or is_packed:
+    if to_gguf:
         from s2ft.conversion import ollama, packed
 
+        file, beside = Path(job.output), Path(job.output).with_suffix(f".{ollama.MODELFILE}")
+        if beside.exists():
+            raise FileExistsError(f"output {beside} exists: choose another")
+        text = ollama.modelfile_of(file, job.adapter)  # before the merge, which takes time
+        print(packed.export(base, job.adapter, file))
+        beside.write_text(text, encoding="utf-8")
+        print(f"for Ollama: ollama create {file.stem} -f {beside}")
+        return
+    if is_packed:
+        from s2ft.conversion import packed
+
         print(packed.export(base, job.adapter, job.output))
-        if job.output.endswith(".gguf"):
-            print(ollama.write_modelfile(job.output, job.adapter))
         return
     print(export("merged", base, job.adapter, job.output, job.dtype, max_shard_size=job.max_shard_size))
 

@@ -11,7 +11,7 @@ from s2ft.cli.parse import MODEL, command, new_file
 from s2ft.config import S2FTConfig, check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, ReadingOptions
 from s2ft.text.models import DTYPES
-from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, with_default_ratio
+from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, check_ratios, with_default_ratio
 
 SHARED = {"group": "model and data"}
 SEVERAL = {"group": "several devices"}
@@ -37,16 +37,18 @@ class PlanArguments:
             )
         )
 
-    def model_and_rows(self, config: S2FTConfig):
-        """Return a model without data, and the rows of the table."""
+    def of_model(self, config: S2FTConfig, given: dict):
+        """Return a model without data, the config with the ratio that it trains, and the rows of the table."""
         import torch
 
         from s2ft.text.models import hollow_model
         from s2ft.train.planning import rows_of
 
+        check_ratios(config, given)
         model = hollow_model(self.model)
         model = model if self.dtype == "auto" else model.to(getattr(torch, self.dtype))
-        return model, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
+        config = with_default_ratio(config, model)
+        return model, config, rows_of(model, config, **({"ratios": self.ratios} if self.ratios else {}))
 
 
 @command(
@@ -61,8 +63,7 @@ def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     from s2ft.estimation.shadow import as_random
     from s2ft.train.planning import suggested_rate, table, width_of
 
-    config = with_default_ratio(config, given)
-    model, rows = job.model_and_rows(config)
+    model, config, rows = job.of_model(config, given)
     report = s2ft.plan(model, as_random(config))
     width = width_of(model)
     rate = suggested_rate(width, report.share) if width else None
@@ -158,8 +159,7 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
     from s2ft.estimation.step import free_memory
     from s2ft.train.planning import table, with_memory
 
-    config = with_default_ratio(config, given)
-    model, rows = job.model_and_rows(config)
+    model, config, rows = job.of_model(config, given)
     device = torch.device(job.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     room = size_of(job.device_memory, "device_memory") or free_memory(device)
     step = dict(
@@ -270,9 +270,11 @@ class SelectArguments(Options):
 )
 def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: dict) -> None:
     from s2ft.selection import with_protect_ratio
+    from s2ft.text.models import hollow_model
 
-    config = with_protect_ratio(with_default_ratio(config, given), bool(job.protect))
+    check_ratios(config, given)
     new_file(job.output)
+    config = with_protect_ratio(with_default_ratio(config, hollow_model(job.model)), bool(job.protect))
     selection = choose(job, config, reading)
     selection.save(job.output)
     print(f"{selection}\nselection: {job.output}")

@@ -91,7 +91,10 @@ class Codec:
         raise NotImplementedError
 
     def pack(self, blocks: Blocks, packed: Any) -> Any:
-        """Return a copy of a packed matrix with these codes, and with these scales where they belong to a block."""
+        """Return a packed matrix with these codes, and with these scales where they belong to a block.
+
+        `packed` does not change. A tensor of it that stays is the same object in the result.
+        """
         raise NotImplementedError
 
     def scaled(self, levels: Tensor, scales: Scales) -> Tensor:

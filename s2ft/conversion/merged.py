@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import s2ft
-from s2ft.attached.checks import check_can_write, check_fits
+from s2ft.attached.checks import check_fits, check_writable
 from s2ft.attached.record import new_attachment
 from s2ft.export.streamed import (
     Changes,
@@ -108,7 +108,7 @@ def write_merged(
     with read_from(model, weights):
         record = new_attachment(model, adapter.couplings)
         check_fits(adapter, model, record)
-    check_can_write(model, record, adapter.deltas)
+    check_writable(model, record, adapter.deltas)
     passes = {name: [[(delta, 1.0)]] for name, delta in adapter.deltas.items()}
     return write_weights(
         folder, model, DiskSource(weights), Changes(record.projections, passes, adapter.extra_weights), max_shard_size

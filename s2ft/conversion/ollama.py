@@ -53,21 +53,14 @@ def export(
     return f"merged checkpoint and Modelfile for Ollama: ollama create {place.name} -f {place / MODELFILE}"
 
 
-def write_modelfile(file: str | Path, adapter: str | Path) -> str:
-    """Write a Modelfile beside a GGUF file with an adapter in it. Ollama reads the template and the ends from the file.
+def modelfile_of(file: Path, adapter: str | Path) -> str:
+    """Return the text of the Modelfile of a GGUF file with an adapter in it, whose system prompt becomes the default.
 
-    Args:
-        file: The GGUF file; `model.gguf` gets `model.Modelfile`.
-        adapter: The adapter's folder, whose system prompt becomes the default one.
-
-    Returns:
-        A sentence about the Modelfile.
+    Ollama reads the template and the ends from the file.
     """
-    file, form = Path(file), recorded_format(read_adapter(adapter).info)
-    place = file.with_suffix(f".{MODELFILE}")
+    form = recorded_format(read_adapter(adapter).info)
     system, is_text = (None, False) if form is None else (form.system, form.form == "text")
-    place.write_text(modelfile(None, [], system, is_text, f"./{file.name}"), encoding="utf-8")
-    return f"for Ollama: ollama create {file.stem} -f {place}"
+    return modelfile(None, [], system, is_text, f"./{file.name}")
 
 
 def modelfile(

@@ -1,6 +1,6 @@
 """An adapter merged into the blocks of a quantized file or folder, in a new one or, for a file, in place.
 
-The new file has the base's bytes everywhere else. Its metadata has the base's name and hash besides.
+The new file has the base's bytes everywhere else. Its metadata names the base with its hash, and the adapter.
 
 Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk before
 the first block is written, and gets another name after the last one is back. So whatever interrupts a change, the old
@@ -88,7 +88,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
     """
     model = hollow_model(str(base.path))
     record = new_attachment(model, adapter.couplings)
-    check_fits(adapter, model, record)
+    check_fits(adapter, model, record)  # the model has no values: the next line compares the base
     _check_base(base, adapter, model, record)
     if adapter.extra_weights:
         raise ValueError(
@@ -99,7 +99,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
         projection = record.projections[name]
         if projection.size is not None or projection.expert is not None:
             raise ValueError(f"{name} shares its weight with other projections, which a file can't be patched for")
-        base.codec(projection.path)
+        base.codec(projection.path)  # raises if there is none
         check_finite(f"the delta of {name}", delta.values)
     return {name: record.projections[name].path for name in adapter.deltas}
 
@@ -160,7 +160,7 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
             left in any of these cases.
     """
     output = Path(output)
-    check_output(output)
+    check_output(output)  # before the files are read
     if output.suffix != ".gguf":
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
@@ -201,6 +201,8 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
     paths, changed, source = merged_paths(base, adapter), 0, base.path
     if not Path(model_name).expanduser().is_dir():  # the cache of the hub may have some of its files only
         source = Path(snapshot_download(model_name))
+    if source.resolve() in output.resolve().parents:
+        raise ValueError(f"output {output} is inside the base's folder, which is copied: choose another place")
     with temporary_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for name, path in paths.items():
@@ -275,9 +277,7 @@ def gguf_path(model_name: str) -> Path:
     """The GGUF file of a model's name. Raises ValueError if it is none."""
     folder, options = locate(model_name)
     if not options:
-        raise ValueError(
-            f"the output is a .gguf file, and {model_name} is none: s2ft export --format gguf converts a checkpoint"
-        )
+        raise ValueError(f"{model_name} is no .gguf file: s2ft export --format gguf makes one of a checkpoint")
     return Path(folder) / options["gguf_file"]
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from s2ft.attached.hosts import claim, expect_none
+from s2ft.attached.hosts import add_record_and_hooks, expect_no_weights
 from s2ft.attached.mounting import mount
 from s2ft.attached.record import Attachment, check_unattached
 from s2ft.config import S2FTConfig, refuse
@@ -60,9 +60,9 @@ def make_shadow(
     # with the fingerprint of no base, so that nothing is compared
     record = Attachment(found.couplings, {"layers": {}}, {}, is_custom=found.is_custom)
     selection = select(couplings_in_towers(shadow, found.couplings, config), as_random(config), shadow)
-    claim(shadow, record)
+    add_record_and_hooks(shadow, record)
     mount(shadow, record, config, selection, "estimate")
-    expect_none(record)
+    expect_no_weights(record)
     for mounted in record.mounts.values():
         mounted.layer.drop_data()
     return shadow, record

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from s2ft.attached.active import extra_values, mounted_deltas, write_slices
-from s2ft.attached.checks import check_can_write, coupled_names
+from s2ft.attached.checks import check_writable, coupled_names
 from s2ft.attached.record import Attachment, attachment_of, of_compiled
 from s2ft.config import refuse
 from s2ft.distributed import (
@@ -130,7 +130,7 @@ def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | Non
         (not record.active, "no adapter is active, so there is nothing to merge: call s2ft.set_adapter first"),
     )
     if record.name in record.active:
-        check_can_write(model, record, record.parts)
+        check_writable(model, record, record.parts)
     if isinstance(max_shard_size, str):
         check_size(max_shard_size)
 

@@ -159,14 +159,14 @@ class S2Layer(TrainableLayer):
             has, in a list. None while the weight holds the base.
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
-        codec: What the base's file can hold of the selected units; None: all of base + s2.
+        rounding: What the base's file can hold of the selected units; None: all of base + s2.
     """
 
     dim: ClassVar[int]
     weight: Tensor
     bias: Tensor | None
     index: Tensor | None
-    codec: "FileRounding | None" = None
+    rounding: "FileRounding | None" = None
     base: Tensor | list[Tensor] | None = None
     _looked_at: Any = None  # memory of the weight that has been checked
     _written: Any = None  # a tuple, the stamps of s2 and of the weight when base + s2 was written last
@@ -432,7 +432,7 @@ class S2Layer(TrainableLayer):
         self.__dict__.update(_is_current=False, _base_of=id(weight))  # by nn.Module each takes 4 µs
         values = self.full_s2()
         if is_sharded(weight):
-            if self.codec is not None:
+            if self.rounding is not None:
                 raise RuntimeError("a codec needs whole weights, and this one is spread over ranks: set codec='none'")
             self._keep_own()
             return stamps, self._own_slices(values)
@@ -576,13 +576,13 @@ class S2Layer(TrainableLayer):
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
         base, units = cast(Tensor, self.base), self.start if self.index is None else self.index
-        if self.codec is not None:
-            base, s2 = torch.full_like(base, -0.0), self.codec(s2)  # -0.0 + x is x for every x
+        if self.rounding is not None:
+            base, s2 = torch.full_like(base, -0.0), self.rounding(s2)  # -0.0 + x is x for every x
         return as_slices(self.kind.view(weight), base, s2, units, self.dim)
 
     def _effective_units(self, base: Tensor, s2: Tensor) -> Tensor:
         """The values that the selected units get, in the dtype of the weight. Gradients flow to s2."""
-        return effective_units(base, s2) if self.codec is None else self.codec(s2).to(base.dtype)
+        return effective_units(base, s2) if self.rounding is None else self.rounding(s2).to(base.dtype)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.

@@ -74,7 +74,7 @@ class S2QuantizedLinear(S2Layer):
         """Run the layer: input [..., in_features] → output [..., out_features]."""
         if not self.enabled:
             return self.linear.forward(input)
-        delta = self.s2 if self.codec is None else self.codec.delta(self.s2)
+        delta = self.s2 if self.rounding is None else self.rounding.delta(self.s2)
         return quantized_forward(self.linear, input, delta, self.selected_units(), self.dim)
 
     def fuse(self) -> None:

@@ -301,6 +301,8 @@ def find_couplings(
         found = discover(model, example)
         couplings = [coupling for coupling in found.couplings if _is_outside(coupling, modules)]
         found = Discovery(couplings, tuple(row for row in found.weights if _is_free(row.path, modules)))
+    if not found.couplings:
+        raise ValueError(f"modules_to_save leaves {type(model).__name__} no coupling to train")
     check_shapes(model, found.couplings)
     if config is not None and config.i_ratio:
         return replace(found, couplings=input_couplings(model, found.couplings), is_custom=True)

@@ -18,7 +18,7 @@ from s2ft.distributed import (
     full_shape,
     full_values,
     gathered_parameter,
-    has_numbers,
+    has_values,
     is_dtensor,
     is_partitioned,
     is_sharded,
@@ -174,10 +174,10 @@ def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
     return tensors
 
 
-def have_numbers(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
+def have_values(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
     """Whether this rank can read all weights, biases and vectors of these couplings."""
     tensors = [tensor for coupling in couplings for tensor in tensors_of(model, coupling)]
-    return all(map(has_numbers, tensors)) and (reads_weights() or any(map(is_sharded, tensors)))
+    return all(map(has_values, tensors)) and (reads_weights() or any(map(is_sharded, tensors)))
 
 
 def can_run(model: nn.Module) -> bool:
@@ -428,7 +428,7 @@ class Move:
             model: The model.
             later: Whether to leave it pending although the weights are here. Weights on the meta device always do.
         """
-        if not self.is_done and (later or self._is_without_numbers(model)):
+        if not self.is_done and (later or self._is_without_values(model)):
             self.is_pending = True
             return
         self._change(model, True)
@@ -451,7 +451,7 @@ class Move:
 
     def forget(self, model: nn.Module) -> None:
         """Make a change pending again, if the reordered weights have gone to the meta device."""
-        if self._is_without_numbers(model):
+        if self._is_without_values(model):
             self.start_again()
 
     def start_again(self) -> None:
@@ -459,7 +459,7 @@ class Move:
         if self.is_done:
             self._state, self.is_pending = (False, None), True
 
-    def _is_without_numbers(self, model: nn.Module) -> bool:
+    def _is_without_values(self, model: nn.Module) -> bool:
         return any(tensor.is_meta for tensor in tensors_of(model, self.coupling))
 
     def recover(self, model: nn.Module) -> None:

@@ -24,7 +24,7 @@ from s2ft.distributed import decide, is_distributed
 from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_folder
 from s2ft.model.coupling import ONE_SIDED, PROJECTIONS, Coupling, Projection, projections_of, unit_name
-from s2ft.model.weights import can_run, have_numbers, weight_at
+from s2ft.model.weights import can_run, have_values, weight_at
 from s2ft.selection.batches import Calibration
 from s2ft.selection.metrics import (
     METRICS,
@@ -577,7 +577,7 @@ def _select_where_weights_are(
 ) -> Selection:
     """Select on the ranks that have the weights. Ranks whose model is on the meta device get the result."""
     runs = METRICS[config.selection].calibrated or protect is not None
-    is_able = can_run(model) if runs else have_numbers(model, couplings)
+    is_able = can_run(model) if runs else have_values(model, couplings)
     units = decide(
         f"selection={config.selection!r}",
         is_able,

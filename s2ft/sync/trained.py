@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import sum_deltas
-from s2ft.attached.active import extra_parameters, keep_unfrozen, mounted_deltas
+from s2ft.attached.active import extra_parameters, keep_base_of_unfrozen, mounted_deltas
 from s2ft.attached.record import Attachment, Mount, attachment_of, find_attachment, unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import full_shape, full_tensors, full_values, reshard_all
@@ -71,7 +71,7 @@ class AttachedSource:
         slices = {id(mount.layer.s2) for mount in self._record.mounts.values()}
         _check_accounted(model, slices | {id(one) for one in extra_parameters(model, self._record).values()})
         reshard_all(model)
-        keep_unfrozen(model, self._record)
+        keep_base_of_unfrozen(model, self._record)
         self._extra = list(extra_parameters(model, self._record))
         bases = self._record.extra.base
         self.trained = [

@@ -24,7 +24,7 @@ from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
 from s2ft.train.device import explain_out_of_memory, peak_memory
-from s2ft.train.options import CompareOptions, with_default_ratio
+from s2ft.train.options import CompareOptions, check_ratios
 from s2ft.train.output import only_run_in, write_json
 from s2ft.train.parallel import devices_of
 from s2ft.train.planning import width_of
@@ -153,8 +153,8 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
         seed: Seed of the order of the rows and of the method's random choices.
     """
     other = other_text(run)[0]
-    config = replace(with_default_ratio(run.config, run.given), seed=seed)
-    run, model, tokenizer, data = load(replace(run, config=config))
+    check_ratios(run.config, run.given)
+    run, model, tokenizer, data = load(replace(run, config=replace(run.config, seed=seed)))
     arguments, rows, size = run.arguments, data.held_out.rows, run.arguments.per_device_train_batch_size
     arguments.output_dir = str(run.folder.path / "logs" / f"{method}-{multiple:g}-{seed}")
     arguments.seed = arguments.data_seed = seed

@@ -21,7 +21,9 @@ SCHEDULES: dict[str, dict[str, Any]] = {
     "constant_with_warmup": {},
 }
 DEFAULT_BATCH, MOST_ROWS = 64, 8  # rows of one update, and of one forward pass on one device, if nothing else is given
-DEFAULT_D_RATIO = 0.03  # the paper's, for a run without any ratio
+# Channels of down_proj that a run without any ratio trains: 0.03 of LLaMA-3-8B's, as in the paper, and as many of a
+# narrow model. Few channels learn less at equal forgetting (docs/evidence.md).
+DEFAULT_CHANNELS, LEAST_RATIO, MOST_RATIO = 430, 0.03, 0.3
 CALIBRATION = {
     "text": "rows of the data for the selections activation, product and gradient",
     "shown": "1 % of the rows, at least 16",
@@ -44,25 +46,31 @@ POSITIONS = {  # where the divergence of a model from its base is measured
 POSITIONS_TEXT = "; ".join(f"{name}: {text}" for name, text in POSITIONS.items())
 
 
-def with_default_ratio(config, given: Collection[str]):
-    """Return an S2FTConfig for a command: without any ratio it trains the default one.
+def check_ratios(config, given: Collection[str]) -> None:
+    """Raise ValueError if ratios were given and all are 0, given an S2FTConfig and the names of the given options."""
+    zeros = [f"{key}_ratio" for key in PROJECTIONS if f"{key}_ratio" in given]
+    if zeros and not config.ratios and config.units is None:
+        raise ValueError(
+            f"nothing is selected: {', '.join(zeros)} must be above 0, got 0; without any ratio, channels of down_proj "
+            "are trained"
+        )
+
+
+def with_default_ratio(config, model):
+    """Return an S2FTConfig with a ratio for a model: without any, it gets the default `d_ratio`.
 
     Args:
         config: The S2FTConfig.
-        given: Names of the options that were given.
-
-    Raises:
-        ValueError: Ratios were given, and all are 0.
+        model: The model, of which the config is read.
     """
     if config.ratios or config.units is not None:
         return config
-    zeros = [f"{key}_ratio" for key in PROJECTIONS if f"{key}_ratio" in given]
-    if zeros:
-        raise ValueError(
-            f"nothing is selected: {', '.join(zeros)} must be above 0, got 0; without any ratio, d_ratio "
-            f"{DEFAULT_D_RATIO} is trained"
-        )
-    return replace(config, d_ratio=DEFAULT_D_RATIO)
+    of_model = model.config.get_text_config()
+    channels = getattr(of_model, "intermediate_size", None)  # in Gemma 3n a list
+    experts = any(name.endswith("experts") and number for name, number in vars(of_model).items())
+    if not isinstance(channels, int) or experts:
+        return replace(config, d_ratio=LEAST_RATIO)
+    return replace(config, d_ratio=min(max(LEAST_RATIO, round(DEFAULT_CHANNELS / channels, 2)), MOST_RATIO))
 
 
 class Options:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from s2ft.config import refuse
-from s2ft.distributed import decide, has_numbers, is_sharded
+from s2ft.distributed import decide, has_values, is_sharded
 from s2ft.model.running import evaluation_mode, gathered_forwards
 from s2ft.text.collator import SplitCollator
 from s2ft.train.loss import has_standard_loss, loss_of_logits
@@ -158,7 +158,7 @@ def run_where_weights_are(what: str, model: nn.Module, run: Callable[[], Any]) -
 
 def has_weights(model: nn.Module) -> bool:
     """Return whether this device can run the model: its weights are here, or spread over the devices."""
-    return all(has_numbers(parameter) for parameter in model.parameters())
+    return all(has_values(parameter) for parameter in model.parameters())
 
 
 def is_spread(model: nn.Module) -> bool:

@@ -40,6 +40,7 @@ from s2ft.train.options import (
     ForgettingOptions,
     ModelOptions,
     RunOptions,
+    check_ratios,
     divide_batch,
     with_default_ratio,
 )
@@ -133,10 +134,11 @@ class Run:
         return path
 
     def for_model(self, model) -> "Run":
-        """Return the run with the layout that follows from the model, unless the user set one."""
+        """Return the run with the ratio and the layout that follow from the model, unless the user set them."""
         if self.config.codec == "none" and self.model.model_name_or_path.endswith(".gguf"):
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
-        return replace(self, config=fit_layout(self.config, model, "layout" in self.given))
+        config = with_default_ratio(self.config, model)
+        return replace(self, config=fit_layout(config, model, "layout" in self.given))
 
     def with_rate(self, model, report: Report) -> "Run":
         """Return the run with the learning rate for what is trained of a model, unless the user set one."""
@@ -213,7 +215,8 @@ def config_of(run: Run) -> S2FTConfig:
     """
     folder = run.options.init_adapter
     if folder is None:
-        return with_protect_ratio(with_default_ratio(run.config, run.given), bool(run.forgetting.protect))
+        check_ratios(run.config, run.given)
+        return with_protect_ratio(run.config, bool(run.forgetting.protect))
     choosing = {one.name for one in fields(S2FTConfig)} - {"seed"}  # that of the run; the config's is selection_seed
     choosing |= {"selection_seed", "calibration_examples", "protect", "on_top"}
     given = sorted(choosing & run.given.keys())

@@ -80,7 +80,7 @@ class AdapterCheckpoints:
                 "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
             )
         check_rest_frozen(model)
-        if any(mount.layer.codec is not None for mount in attachment_of(unwrapped(model)).mounts.values()):
+        if any(mount.layer.rounding is not None for mount in attachment_of(unwrapped(model)).mounts.values()):
             self.add_callback(GradualRounding(model))
         if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys
             model.register_load_state_dict_post_hook(_ignore_missing_base)
@@ -260,7 +260,7 @@ def fully_rounded(model: Any) -> Iterator[None]:
     """Inside, a model with a codec computes with what the base's file can hold."""
     record = find_attachment(unwrapped(model))  # None: it was merged
     mounts = [] if record is None else record.mounts.values()
-    share = next((mount.layer.codec.share for mount in mounts if mount.layer.codec is not None), 1.0)
+    share = next((mount.layer.rounding.share for mount in mounts if mount.layer.rounding is not None), 1.0)
     if share == 1:
         yield
         return

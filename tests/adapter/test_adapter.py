@@ -51,6 +51,9 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
     again = with_loaded(model_of("llama"), tmp_path / "saved", "again", trainable=True)
     s2ft.save_adapter(again, tmp_path / "again")
     assert read_adapter(tmp_path / "again").info == saved
+    s2ft.freeze_adapter(again)
+    s2ft.save_adapter(again, tmp_path / "third", info={"note": 3})
+    assert s2ft.get_adapter(again, "again").info == saved  # what one save adds is in its files alone
     s2ft.attach(s2ft.detach(again), S2FTConfig(d_ratio=0.1))
     assert s2ft.get_adapter(again, "default").info == {}
 

@@ -147,3 +147,9 @@ def test_a_file_that_is_merged_has_a_modelfile_beside_it(work, tmp_path, capsys)
     assert s2ft_command("merge", "--model", base, "--adapter", adapter, "--output", tmp_path / "tuned.gguf") == 0
     assert f"ollama create tuned -f {tmp_path / 'tuned.Modelfile'}" in capsys.readouterr().out
     assert (tmp_path / "tuned.Modelfile").read_text() == 'FROM ./tuned.gguf\nSYSTEM """Be."""\n'
+    again = ("merge", "--model", base, "--adapter", adapter, "--output")
+    (tmp_path / "other.Modelfile").write_text("mine")
+    assert s2ft_command(*again, tmp_path / "other.gguf") == 2 and not (tmp_path / "other.gguf").exists()
+    shutil.rmtree(adapter)
+    make_adapter(base, adapter, prompt={"form": "chat", "template": "{{ 1 }}", "system": '"""'})
+    assert s2ft_command(*again, tmp_path / "third.gguf") == 2 and not (tmp_path / "third.gguf").exists()

@@ -36,7 +36,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):
         "batch_size 4, learning_rate 0.001",
         "system prompt “Add \\| up.”",
     )
-    assert [text for text in (": d_ratio 0.03", *told) if text not in card] == []
+    assert [text for text in (": d_ratio 0.3", *told) if text not in card] == []
     hub().file_exists.return_value = True  # a card by hand, which stays
     assert main(["sft", *words, "--push-to-hub", "--overwrite"]) == 0 and "README.md" not in uploaded(hub)
 

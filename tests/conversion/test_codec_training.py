@@ -101,15 +101,15 @@ def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dt
     export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned.gguf")
     tuned = load_model(str(tmp_path / "tuned.gguf"), "float32")[0]
     for path, layer in two.named_modules():
-        if getattr(layer, "codec", None) is not None and hasattr(layer, "s2"):
+        if getattr(layer, "rounding", None) is not None:
             weight = layer.kind.matrix(layer)
-            weight.index_add_(layer.dim, layer.selected_units(), layer.codec.delta(layer.s2).detach())
+            weight.index_add_(layer.dim, layer.selected_units(), layer.rounding.delta(layer.s2).detach())
             assert torch.equal(weight, tuned.get_submodule(path).weight), path
 
 
 def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
     model, shares = attached(small, "float32"), []
-    rounding = next(layer.codec for layer in model.modules() if hasattr(layer, "s2"))
+    rounding = next(layer.rounding for layer in model.modules() if hasattr(layer, "s2"))
 
     class Note(TrainerCallback):
         def on_step_begin(self, *arguments, **options):
@@ -137,9 +137,17 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
     assert trainer.evaluate()["eval_loss"] > 0
 
 
+def test_an_adapter_that_ends_its_training_computes_what_the_file_holds(small, tmp_path):
+    model = attached(small, "float32")
+    train(model, 2)
+    before = model(TOKENS).logits
+    s2ft.freeze_adapter(model)
+    torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-5, atol=1e-6)
+
+
 def test_a_folder_with_one_file_is_that_file(small, tmp_path):
     shutil.copy(small, tmp_path / "model.gguf")
-    assert attached(tmp_path, "float32").model.layers[0].mlp.down_proj.codec is not None
+    assert attached(tmp_path, "float32").model.layers[0].mlp.down_proj.rounding is not None
     shutil.copy(small, tmp_path / "other.gguf")
     with pytest.raises(ValueError, match="several GGUF files"):
         attached(tmp_path, "float32")

@@ -73,7 +73,7 @@ def computed_with(model, path):
     if not hasattr(layer, "linear"):
         return layer.weight.detach().clone()
     weight = layer.kind.matrix(layer).float()
-    return weight.index_add(layer.dim, layer.selected_units(), layer.codec.delta(layer.s2).detach())
+    return weight.index_add(layer.dim, layer.selected_units(), layer.rounding.delta(layer.s2).detach())
 
 
 def plain_weights(base):
@@ -105,6 +105,8 @@ def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
     assert sent.keys() == {name for name in new if name.startswith(tuple(f"{module}." for module in modules))}
     merged = json.loads((tmp_path / "tuned/s2ft_merged.json").read_text())
     assert [(one["base"], one["adapter"]) for one in merged] == [(str(base), "default")]
+    with pytest.raises(ValueError, match="inside the base's folder"):
+        export_packed(str(base), tmp_path / "adapter", base / "tuned")
 
 
 def test_scales_that_others_share_stay(base, tmp_path):
