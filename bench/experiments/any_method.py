@@ -142,7 +142,7 @@ def train_in_phases(
     every = Selection({name: torch.tensor(sorted(chosen)) for name, chosen in union.items()})
     size = s2ft.plan(model, s2ft.S2FTConfig(units=every)).trainable
     seconds = sum(part.seconds for part in parts)
-    return Prepared(model, model, "s2ft", dict(config.ratios), size, ""), TrainedRun(
+    return Prepared(model, model, "s2ft", dict(config.ratios), size), TrainedRun(
         [loss for part in parts for loss in part.losses],
         seconds,
         median(part.seconds_per_step for part in parts),

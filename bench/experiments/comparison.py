@@ -22,13 +22,12 @@ from bench.experiments.memory import PeakMemory, return_freed_memory
 from bench.experiments.runner import ExperimentRun, Results, Stage, check_names, file_digest
 from bench.experiments.selections import CANDIDATES
 from bench.experiments.tasks import TASKS, Task, files_of
-from s2ft.estimation.shadow import as_random
 from s2ft.text.divergence import mean_loss
 from s2ft.text.generation import generate
 from s2ft.text.models import hollow_model
 from s2ft.text.prompts import encode_prompt
 from s2ft.train.demo import default_model
-from s2ft.train.tuners import TUNERS, Prepared, TrainedRun, default_rate, s2ft_config
+from s2ft.train.tuners import TUNERS, Prepared, TrainedRun, default_rate
 
 BASE = "base"  # the row of the model without training
 COSTS = "costs"  # the task of runs that measure time and memory
@@ -50,8 +49,11 @@ def run_of(experiment: dict[str, Any], row: str, task: str, rate: float, seed: i
     """Return a run of a row, with everything that its numbers depend on."""
     entry = {"method": BASE} if row == BASE else experiment["rows"][row]
     settings = {**experiment["settings"], **{key: entry[key] for key in OF_A_ROW if key in entry}}
-    costly = experiment.get("sweep", experiment["tasks"])[0]
-    settings |= {"task": costly if task == COSTS else task, "rate": rate, "seed": seed}
+    settings |= {
+        "task": experiment.get("sweep", experiment["tasks"])[0] if task == COSTS else task,
+        "rate": rate,
+        "seed": seed,
+    }
     if task == COSTS:
         settings[COSTS] = True
     if task in experiment.get("steps", {}):
@@ -68,11 +70,8 @@ def rates_of(experiment: dict[str, Any], row: str) -> list[float]:
     rates = entry.get("rates", [] if "rate_of" in entry else experiment.get("rates"))
     if rates is None:
         hollow = hollow_model(experiment["settings"]["model"] or default_model())
-        share = None
-        if entry["method"] == "s2ft":
-            options = {**TUNERS["s2ft"].defaults, **entry.get("options", {})}
-            share = s2ft.plan(hollow, as_random(s2ft_config(options))).share
-        rates = [default_rate(entry["method"], hollow.config.hidden_size, share)]
+        trained = trained_parameters(hollow, entry["method"], entry.get("options"))
+        rates = [default_rate(entry["method"], hollow.config.hidden_size, trained / hollow.num_parameters())]
     return [float(rate) for rate in rates]
 
 
@@ -195,7 +194,7 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     if scored:
         base.measure_base(settings)
     if settings["method"] == BASE:
-        untrained = Prepared(base.model, base.model, BASE, {}, 0, "")
+        untrained = Prepared(base.model, base.model, BASE, {}, 0)
         longer = replace(task, max_new_tokens=max(task.max_new_tokens, BASE_TOKENS))
         return [_scores(base, untrained, longer, settings, folder)]
     rows = base.rows(task.train, settings)
@@ -222,10 +221,12 @@ def measure(settings: dict[str, Any], folder: Path) -> list[dict[str, Any]]:
     if settings.get("save"):
         _save(prepared, base, folder / "adapter")
     row: dict[str, Any] = {}
-    if scored and settings.get("scales"):
-        row = {"scaled": _scaled(base, prepared, task, settings)}
-    elif scored:
-        row = _scores(base, prepared, task, settings, folder)
+    if scored:
+        row = (
+            _scaled(base, prepared, task, settings)
+            if settings.get("scales")
+            else _scores(base, prepared, task, settings, folder)
+        )
     known = {one.question.strip() for one in task.train}
     asked = [one.question.strip() for ones in task.tests.values() for one in ones]
     return [{**row, **_of_training(prepared, trained, peak), "trained_on_tests": sum(one in known for one in asked)}]
@@ -247,7 +248,7 @@ def _scores(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
 
 
 @torch.no_grad()
-def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> list[dict[str, float]]:
+def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]) -> dict[str, Any]:
     """Measure the base, and the trained delta times each of `scales`: the losses of the answers, and the forgetting.
 
     The delta of each method here is linear in one of its parameters, that of FACTORS.
@@ -264,7 +265,7 @@ def _scaled(base: Base, prepared: Prepared, task: Task, settings: dict[str, Any]
         with evaluating(prepared) as model:
             forgetting = next(iter(base.distance(model, settings)["forgetting"].values()))
             found.append({"scale": scale, "forgetting": forgetting, **base.losses(model, task, settings)})
-    return found
+    return {"scaled": found}
 
 
 def _of_training(prepared: Prepared, trained: TrainedRun, peak: int) -> dict[str, Any]:

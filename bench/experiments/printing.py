@@ -249,8 +249,12 @@ def draw(figure: Figure):
     FigureCanvasAgg(canvas)
     axes = canvas.subplots()
     for number, series in enumerate(figure.series):
-        marker = "osD^vP*Xh<>p"[number % 12]  # so that series can be told apart without colours
-        how = {"color": hue_of(series.label), "linestyle": figure.line, "marker": marker, "capsize": 3}
+        how = {
+            "color": hue_of(series.label),
+            "linestyle": figure.line,
+            "marker": "osD^vP*Xh<>p"[number % 12],  # so that series can be told apart without colours
+            "capsize": 3,
+        }
         axes.errorbar(series.x, series.y, yerr=series.error, **how)
     axes.set_title(figure.title, size="medium", color=GREY)
     axes.set_xlabel(figure.x, color=GREY)

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from enum import Enum
 from functools import cached_property, partial, wraps
 from typing import Any, TypeVar, cast
 
@@ -112,20 +111,6 @@ def check_rest_frozen(model: nn.Module) -> None:
 # ---- what is recorded -----------------------------------------------------------------------------------------------
 
 _ATTRIBUTE = "_s2ft"  # the attribute of a model that holds its Attachment; no other file knows it
-
-
-class State(Enum):
-    """What a model with adapters computes.
-
-    Attributes:
-        BASE: No adapter is active.
-        WRITTEN: The active adapters are written into the weights. None of them gets gradients.
-        TRAINING: The trainable adapter is active with weight 1 and gets gradients. Others may be written too.
-    """
-
-    BASE = "base"
-    WRITTEN = "written"
-    TRAINING = "training"
 
 
 @dataclass
@@ -269,20 +254,13 @@ class Attachment:
     # ---- what is there ---------------------------------------------------------------------------
 
     @property
-    def state(self) -> State:
-        """What the model computes.
-
-        It is computed and not stored: an interrupt between the change of a layer and the assignment of a stored state
-        would leave a state that is wrong.
-        """
-        if not self.active:
-            return State.BASE
-        return State.TRAINING if self.active.get(cast(str, self.name)) == 1 else State.WRITTEN
-
-    @property
     def trains(self) -> bool:
-        """Whether the trainable adapter is active with weight 1, so that it gets gradients."""
-        return self.state is State.TRAINING
+        """Whether the trainable adapter is active with weight 1, so that it gets gradients.
+
+        It is computed and not stored: an interrupt between the change of a layer and the assignment of a stored value
+        would leave a wrong one.
+        """
+        return self.name is not None and self.active.get(self.name) == 1
 
     @property
     def names(self) -> list[str]:

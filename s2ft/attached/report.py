@@ -11,7 +11,7 @@ from torch import nn
 
 from s2ft.attached.active import extra_parameters, parameters_to_save
 from s2ft.attached.checks import coupled_names
-from s2ft.attached.record import Attachment, State, attachment_of, find_attachment, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, find_attachment, of_compiled
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
@@ -327,7 +327,6 @@ class Status:
         active: Weights of the active adapters by name; empty if the model computes the base.
         trainable: Name of the adapter whose slices require a gradient, or None.
         rows: One row for each projection of each adapter.
-        state: What the model computes: base, written or training.
         parameters: Trained parameters by adapter, with its extra weights.
     """
 
@@ -335,15 +334,11 @@ class Status:
     active: dict[str, float]
     trainable: str | None
     rows: list[StatusRow]
-    state: State
     parameters: dict[str, int]
 
     def __str__(self) -> str:
         active = ", ".join(name if weight == 1 else f"{weight:g} × {name}" for name, weight in self.active.items())
-        title = (
-            f"adapters: {len(self.adapters)}; active: {active or 'none'}; trainable: {self.trainable or 'none'}; "
-            f"state: {self.state.value}"
-        )
+        title = f"adapters: {len(self.adapters)}; active: {active or 'none'}; trainable: {self.trainable or 'none'}"
         if not self.adapters:
             return title
         lines = [("adapter", "projections", "units", "parameters", "flags")]
@@ -373,13 +368,13 @@ def status(model: nn.Module) -> Status:
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
         >>> print(s2ft.status(model))
-        adapters: 1; active: math; trainable: math; state: training
+        adapters: 1; active: math; trainable: math
         adapter  projections  units                   parameters  flags
         math               2  2 × 13 of 128 channels       1,664  active, trainable
     """
     record = find_attachment(model)
     if record is None:
-        return Status([], {}, None, [], State.BASE, {})
+        return Status([], {}, None, [], {})
     trains = any(mount.layer.s2.requires_grad for mount in record.mounts.values())
     parameters = {name: adapter.parameters for name, adapter in record.loaded.items()}
     selections = {name: adapter.selection for name, adapter in record.loaded.items()}
@@ -400,4 +395,4 @@ def status(model: nn.Module) -> Status:
         for name, selection in selections.items()
         for path, units in selection.units.items()
     ]
-    return Status(record.names, dict(record.active), record.name if trains else None, rows, record.state, parameters)
+    return Status(record.names, dict(record.active), record.name if trains else None, rows, parameters)

@@ -31,9 +31,9 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
       of a saved selection. A selection that needs calibration data is passed in this way:
       ``units=s2ft.select(model, config, calibration)``.
 
-    The units are selected when the adapter is injected. The adapter's own config, ``peft_model.peft_config["default"]``,
-    is a copy that names them in `units`; its `chosen_by` has the options by which they were selected. A saved adapter
-    therefore has its units, and loading selects nothing. The given config stays, and can be used again.
+    The units are selected when the adapter is injected. The given config stays as it is. The adapter gets a copy,
+    ``peft_model.peft_config["default"]``, which names them in `units`; its `chosen_by` has the options by which they
+    were selected. A saved adapter therefore has its units, and loading selects nothing.
 
     Deltas have the dtype of their weight. With PEFT's ``autocast_adapter_dtype`` they have float32 on a weight in half
     precision.

@@ -75,7 +75,6 @@ class Prepared:
         method: Name of the method.
         options: All options of the method, JSON values.
         trainable: Number of trained parameters.
-        report: What is trained, as text.
     """
 
     model: nn.Module
@@ -83,18 +82,17 @@ class Prepared:
     method: str
     options: dict[str, Any]
     trainable: int
-    report: str
 
 
-def default_rate(method: str, width: int, share: float | None = None) -> float:
+def default_rate(method: str, width: int, share: float) -> float:
     """Return the peak learning rate from which a search for a method can start.
 
     Args:
         method: A name of :data:`TUNERS`.
         width: Width of the model. The rate is proportional to 1 / width, as that of `s2ft sft` is.
-        share: Share of the model that S²FT trains; other methods need none.
+        share: Share of the model's parameters that is trained. The rate of S²FT falls with it.
     """
-    return TUNERS[method].rate * 576 / width if share is None else suggested_rate(width, share)["rate"]
+    return suggested_rate(width, share)["rate"] if method == "s2ft" else TUNERS[method].rate * 576 / width
 
 
 def prepare(
@@ -131,17 +129,14 @@ def prepare(
     options = {**TUNERS[method].defaults, **(options or {})}
     if method == "s2ft":
         report = s2ft.attach(model, s2ft_config({"seed": seed, **options}), calibration=calibration, **more)
-        return Prepared(model, model, method, options, report.trainable, str(report))
+        return Prepared(model, model, method, options, report.trainable)
     if method == "full":
         check_no_options(options)
         wrapped = model.requires_grad_(True)
     else:
         wrapped = with_peft(model, method, options, seed)
     trainable = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in wrapped.parameters())
-    title = TUNERS[method].title
-    report = f"{title}: {trainable:,} of {total:,} parameters are trained ({trainable / total:.2%})"
-    return Prepared(wrapped, model, method, options, trainable, report)
+    return Prepared(wrapped, model, method, options, trainable)
 
 
 def check_tuner(method: str) -> None:
