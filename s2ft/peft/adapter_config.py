@@ -31,9 +31,10 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
       of a saved selection. A selection that needs calibration data is passed in this way:
       ``units=s2ft.select(model, config, calibration)``.
 
-    The units are selected when the adapter is injected. The given config stays as it is. The adapter gets a copy,
-    ``peft_model.peft_config["default"]``, which names them in `units`; its `chosen_by` has the options by which they
-    were selected. A saved adapter therefore has its units, and loading selects nothing.
+    The units are selected when the adapter is injected. From then on the config names them in `units`, and `chosen_by`
+    has the options by which they were selected. A saved adapter therefore has its units, and loading selects nothing.
+    A config can be used again, for another base or with another seed: the next adapter gets a copy with the original
+    options.
 
     Deltas have the dtype of their weight. With PEFT's ``autocast_adapter_dtype`` they have float32 on a weight in half
     precision.
@@ -88,6 +89,7 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
     delta_dtype: ClassVar[None] = None  # type: ignore[misc]
     # ModuleUnits by module and weight, after the injection: "" is the weight of a layer, others are of stacked experts
     module_units = cast("dict[str, dict[str, Any]] | None", None)
+    changed_fields = cast("dict[str, tuple] | None", None)  # (value at creation, value after the injection) by field
 
     target_modules: list[str] | str | None = field(
         default=None, metadata={"help": "modules to train: ends of their names, a regular expression, or all-linear"}
@@ -254,6 +256,38 @@ class S2FTPeftConfig(PeftConfig, S2FTConfig):
             skipped=sorted(skipped) or self.skipped,
             **defaults,
         )
+
+    def as_created(self) -> "S2FTPeftConfig":
+        """Undo the changes of the injection.
+
+        Returns:
+            A copy with the values before the injection, except for fields that the user has changed since.
+        """
+        before = {name: was for name, (was, now) in (self.changed_fields or {}).items() if getattr(self, name) == now}
+        return replace(self, **before)
+
+    def updated_to(self, selected: "S2FTPeftConfig") -> "S2FTPeftConfig":
+        """Take over all fields of a config with units, because PEFT's users read them in the object that they gave.
+
+        Args:
+            selected: The config with units, see :meth:`with_units`.
+
+        Returns:
+            This config; or a copy, if this config already names other units for another adapter.
+        """
+        kept = ("units", "base_fingerprint", "chosen_by")
+        if self.module_units is not None and any(getattr(self, name) != getattr(selected, name) for name in kept):
+            return selected
+        vars(self).update(vars(selected))
+        return self
+
+    def remember_created(self, created: "S2FTPeftConfig") -> None:
+        """Record what the injection has changed, for :meth:`as_created`.
+
+        Args:
+            created: The config before the injection.
+        """
+        self.changed_fields = {f.name: (getattr(created, f.name), getattr(self, f.name)) for f in fields(self)}
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values. The units of a module are one text such as "0,1,2,17".

@@ -48,7 +48,9 @@ class S2FTPeftModel(BaseTuner):
             ValueError: As :func:`.select_units`, or another adapter trains the other dim of a module.
         """
         given: Any = self.peft_config[adapter_name]
-        config: Any = select_units(given, model)
+        created = given.as_created()
+        config = given.updated_to(select_units(created, model))
+        config.remember_created(created)
         if given.task_type in HEADS:  # PEFT adds the head to the list of the config that it was given, afterwards
             config.modules_to_save = given.modules_to_save = list(given.modules_to_save or ())
         for path, units in config.module_units.items():
@@ -60,6 +62,7 @@ class S2FTPeftModel(BaseTuner):
         unpacked = layers_that_pack(model)
         stop_packing(model, unpacked)
         super().inject_adapter(model, adapter_name, *args, **kwargs)
+        config.remember_created(created)  # once more, because PEFT shortens long lists of target_modules
         self.__dict__.setdefault("_unpacked", unpacked)
 
     def _prepare_adapter_config(self, peft_config: Any, model_config: dict) -> Any:

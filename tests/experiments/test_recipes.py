@@ -97,7 +97,7 @@ def test_a_recipe_of_ones_own_and_its_plan(tmp_path, monkeypatch, capsys):
         rows: {{s2ft: {{method: s2ft, options: {{d_ratio: 0.5}}}}}}
     """)
     assert command.main([str(tmp_path / "mine.yaml"), "--plan", "--output", str(tmp_path / "out")]) == 0
-    assert capsys.readouterr().out.splitlines()[-1] == "s2ft-files-0.0006-1: to be made"  # the method's default rate
+    assert capsys.readouterr().out.splitlines()[-1] == "s2ft-files-0.0005-1: to be made"  # the method's default rate
     assert not (tmp_path / "out").exists()
     assert command.main(["--list"]) == 0 and "small-sequence: " in capsys.readouterr().out
 

@@ -58,7 +58,8 @@ def test_a_reused_config_keeps_its_original_options():
     config = S2FTPeftConfig(d_ratio=0.1)
     first = get_peft_model(model_of("llama-grouped"), config)
     mine = first.peft_config["default"]
-    assert mine.chosen_by == {"d_ratio": 0.1, "seed": 0} and config.units is None
+    assert mine is config and mine.chosen_by == {"d_ratio": 0.1, "seed": 0}  # PEFT's users read what became of theirs
+    assert get_peft_model(model_of("llama-grouped"), config).peft_config["default"] is config
     for case in ("gpt2", "llama-biased"):  # another family; another base of the same shapes
         assert get_peft_model(model_of(case), config).peft_config["default"].base_fingerprint != mine.base_fingerprint
     config.seed = 1
