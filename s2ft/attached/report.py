@@ -284,8 +284,6 @@ def print_trainable_parameters(model: nn.Module) -> None:
 
 # ---- status ---------------------------------------------------------------------------------------------------------
 
-FLAGS = ("active", "trainable")
-
 
 @dataclass(frozen=True)
 class StatusRow:
@@ -306,16 +304,6 @@ class StatusRow:
     elements: int
     weight: float
     trainable: bool
-
-    @property
-    def active(self) -> bool:
-        """Whether the adapter is part of the active sum."""
-        return self.weight != 0
-
-    @property
-    def flags(self) -> str:
-        """The words active and trainable, as far as they hold."""
-        return ", ".join(flag for flag in FLAGS if getattr(self, flag))
 
 
 @dataclass(frozen=True)
@@ -341,18 +329,17 @@ class Status:
         title = f"adapters: {len(self.adapters)}; active: {active or 'none'}; trainable: {self.trainable or 'none'}"
         if not self.adapters:
             return title
-        lines = [("adapter", "projections", "units", "parameters", "flags")]
+        lines = [("adapter", "projections", "units", "parameters")]
         lines += [self._line(name) for name in self.adapters]
         return f"{title}\n{table(lines, right={1, 3})}"
 
-    def _line(self, name: str) -> tuple[str, str, str, str, str]:
-        """One adapter: name, projections, units of each kind of projection, parameters, flags."""
+    def _line(self, name: str) -> tuple[str, str, str, str]:
+        """One adapter: name, projections, units of each kind of projection, parameters."""
         rows = [row for row in self.rows if row.adapter == name]
         units = Counter(row.units for row in rows)
         shown = [f"{count} × {text}" for text, count in list(units.items())[:2]]
         more = [f"and {len(units) - 2} more"] if len(units) > 2 else []
-        flags = next((row.flags for row in rows), "")
-        return name, str(len(rows)), ", ".join(shown + more), f"{self.parameters[name]:,}", flags
+        return name, str(len(rows)), ", ".join(shown + more), f"{self.parameters[name]:,}"
 
 
 @of_compiled
@@ -369,8 +356,8 @@ def status(model: nn.Module) -> Status:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1), name="math")
         >>> print(s2ft.status(model))
         adapters: 1; active: math; trainable: math
-        adapter  projections  units                   parameters  flags
-        math               2  2 × 13 of 128 channels       1,664  active, trainable
+        adapter  projections  units                   parameters
+        math               2  2 × 13 of 128 channels       1,664
     """
     record = find_attachment(model)
     if record is None:

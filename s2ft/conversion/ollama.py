@@ -6,7 +6,7 @@ from s2ft.attached.loading import read_adapter
 from s2ft.conversion.merged import write_checkpoint
 from s2ft.export.streamed import temporary_folder
 from s2ft.text.adapter_prompts import recorded_format
-from s2ft.text.prompts import end_ids
+from s2ft.text.prompts import PromptFormat, end_ids
 
 MODELFILE = "Modelfile"
 LONGEST = 8192  # tokens of the default context; the memory of a longer one is the user's choice
@@ -39,47 +39,34 @@ def export(
     """
     if num_ctx is not None and num_ctx < 1:
         raise ValueError(f"num_ctx must be at least 1, got {num_ctx}")
-    form = recorded_format(read_adapter(adapter).info)
+    form = recorded_format(read_adapter(adapter).info) or PromptFormat()
     with temporary_folder(output) as folder:
         # Ollama reads the chat template in tokenizer_config.json alone
         model, tokenizer = write_checkpoint(folder, model_name, adapter, dtype, save_jinja_files=False)
         words = [tokenizer.convert_ids_to_tokens(token) for token in end_ids(tokenizer, model.generation_config)]
         context = num_ctx or min(getattr(model.config, "max_position_embeddings", None) or LONGEST, LONGEST)
-        text = modelfile(
-            context, words, None if form is None else form.system, form is not None and form.form == "text"
-        )
-        (folder / MODELFILE).write_text(text, encoding="utf-8")
+        (folder / MODELFILE).write_text(modelfile(context, words, form), encoding="utf-8")
     place = Path(output)
     return f"merged checkpoint and Modelfile for Ollama: ollama create {place.name} -f {place / MODELFILE}"
 
 
-def modelfile_of(file: Path, adapter: str | Path) -> str:
-    """Return the text of the Modelfile of a GGUF file with an adapter in it, whose system prompt becomes the default.
-
-    Ollama reads the template and the ends from the file.
-    """
-    form = recorded_format(read_adapter(adapter).info)
-    system, is_text = (None, False) if form is None else (form.system, form.form == "text")
-    return modelfile(None, [], system, is_text, f"./{file.name}")
-
-
-def modelfile(
-    context: int | None, stops: list[str], system: str | None = None, is_text: bool = False, source: str = "."
-) -> str:
-    """Return the text of a Modelfile.
+def modelfile(context: int | None, stops: list[str], form: PromptFormat, source: str = ".") -> str:
+    """Return the text of a Modelfile. Ollama reads the template of a GGUF file and its ends from the file.
 
     Args:
         context: Tokens of the context; None for Ollama's choice.
         stops: The tokens that end an answer.
-        system: The default system prompt.
-        is_text: Whether the model continues plain text, so that there is no template.
+        form: The prompts: their system prompt becomes the default one, and plain text has no template.
         source: The checkpoint's folder or a GGUF file.
+
+    Raises:
+        ValueError: A Modelfile can't hold the system prompt.
     """
-    lines = [f"FROM {source}", *(['TEMPLATE """{{ .Prompt }}"""'] if is_text else [])]
-    if system:
-        if QUOTES in system:
+    lines = [f"FROM {source}", *(['TEMPLATE """{{ .Prompt }}"""'] if form.form == "text" else [])]
+    if form.system:
+        if QUOTES in form.system:
             raise ValueError(f"the system prompt has {QUOTES}, which a Modelfile can't hold")
-        lines.append(f"SYSTEM {QUOTES}{system}{QUOTES}")
+        lines.append(f"SYSTEM {QUOTES}{form.system}{QUOTES}")
     lines += [f'PARAMETER stop "{word}"' for word in stops if not set(word) & set('"\n\\')]
     lines += [f"PARAMETER num_ctx {context}"] if context else []
     return "\n".join(lines) + "\n"

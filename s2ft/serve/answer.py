@@ -43,10 +43,12 @@ class Service:
         self.created = int(time.time())
         self.context = context_length(engine.batch.model)
         self.vocabulary = engine.batch.model.get_input_embeddings().weight.shape[0]
-        # One for each thread, since they work at the same time.
-        self._encoding, self._decoding = tokenizer, deepcopy(tokenizer)
+        self._decoding = deepcopy(tokenizer)  # one for each thread, since they work at the same time
         self._one_at_a_time = threading.Lock()
-        self.prompter = lru_cache(PROMPTERS)(self._new_prompter)
+        settings = engine.batch.model.generation_config
+        self.prompter: Callable[[PromptFormat | None], Prompter] = lru_cache(PROMPTERS)(  # one for each format
+            lambda recorded: Prompter(tokenizer, None if recorded is None else {KEY: recorded.to_dict()}, settings)
+        )
         self.prompter(None)  # now, and not at the first request
 
     def job(self, body: Sampled, emit: Callable[[Event], None]) -> Job:
@@ -77,11 +79,6 @@ class Service:
         except BaseException:
             self.engine.adapters.release(served)
             raise
-
-    def _new_prompter(self, recorded: PromptFormat | None) -> Prompter:
-        """The maker of prompts for a recorded format. Adapters of one format share it."""
-        info = None if recorded is None else {KEY: recorded.to_dict()}
-        return Prompter(self._encoding, info, self.engine.batch.model.generation_config)
 
     def prompt_ids(self, body: Sampled, prompter: Prompter) -> list[int]:
         """Return the token ids of a request's prompt.

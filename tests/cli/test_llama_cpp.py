@@ -15,7 +15,7 @@ import torch
 from cli.test_export import base_of, make_adapter
 from support import convert_hf_to_gguf
 from support.commands import s2ft_command
-from support.inside import VARIABLE, find_tools, gguf, load_model, modelfile
+from support.inside import VARIABLE, PromptFormat, find_tools, gguf, load_model, modelfile
 from transformers import AutoModelForCausalLM
 
 import s2ft
@@ -134,9 +134,9 @@ def test_ollama_gets_the_merged_checkpoint_with_the_template_where_it_reads_it(w
     assert (out / "Modelfile").read_text().splitlines() == lines
     assert json.loads((out / "tokenizer_config.json").read_text())["chat_template"].endswith("{{ 1 }}")
     assert not (out / "chat_template.jinja").exists()
-    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(256, [], is_text=True)  # plain text has no turns
+    assert 'TEMPLATE """{{ .Prompt }}"""' in modelfile(256, [], PromptFormat("text"))  # plain text has no turns
     with pytest.raises(ValueError, match="system prompt"):
-        modelfile(256, [], '"""')
+        modelfile(256, [], PromptFormat(system='"""'))
     found, merged = (AutoModelForCausalLM.from_pretrained(place).state_dict() for place in (out, work / "merged"))
     assert all(torch.equal(weight, merged[key]) for key, weight in found.items())
 
