@@ -323,15 +323,15 @@ def forgetting_of(numbers: dict[str, float]) -> float:
 def tables(experiment: dict[str, Any], results: Results) -> list[Table]:
     """Return the tables of an experiment."""
     report = ExperimentReport(experiment, results)
+    costs = [report.cost_table()] if experiment.get(COSTS) else []
     if experiment["settings"].get("scales"):
-        return [report.frontier_table(task) for task in experiment["tasks"]]
+        return [*(report.frontier_table(task) for task in experiment["tasks"]), *costs]
     tasks = [report.task_table(task) for task in experiment["tasks"]]
     if not report.sweep:
         return [*tasks, *(report.training_table(task) for task in experiment["tasks"])]
     swept = [make(task) for task in report.sweep for make in (report.sweep_table, report.limits_table)]
-    screened = any(row.get("screened") for row in experiment["rows"].values())
-    more = [report.candidates_table()] if screened else []
-    return [report.verdict_table(), *tasks, *swept, *more, *([report.cost_table()] if experiment.get(COSTS) else [])]
+    more = [report.candidates_table()] if any(row.get("screened") for row in experiment["rows"].values()) else []
+    return [report.verdict_table(), *tasks, *swept, *more, *costs]
 
 
 def figures(experiment: dict[str, Any], results: Results) -> list[Figure]:

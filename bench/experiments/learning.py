@@ -283,8 +283,6 @@ def prepared_for(base: Base, model: Any, rows: Any, settings: dict[str, Any], **
     method, options, seed = settings["method"], dict(settings.get("options", {})), settings["seed"]
     if method == "full":  # see bench.experiments.any_method.arguments_of
         return prepare(model.float() if settings["dtype"] == "bfloat16" else model, method)
-    if method == "s2ft" and any(name.endswith("_ratio") for name in options):
-        options = {"d_ratio": 0.0, **options}  # in place of the method's default
     if settings.get("parameters") is not None:
         options = matched(model, method, settings["parameters"], options)
     if method != "s2ft":

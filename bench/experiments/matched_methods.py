@@ -62,7 +62,7 @@ def trained_parameters(model: nn.Module, method: str, options: dict[str, Any] | 
     check_tuner(method)
     options = {**TUNERS[method].defaults, **(options or {})}
     if method == "s2ft":
-        return s2ft.plan(model, as_random(s2ft_config(options))).trainable  # counted without data and values
+        return s2ft.plan(model, as_random(s2ft_config(options, model))).trainable  # counted without data and values
     if method == "full":
         check_no_options(options)
         return sum(parameter.numel() for parameter in model.parameters())

@@ -24,7 +24,7 @@ from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored
-from s2ft.train.options import RunOptions
+from s2ft.train.options import RunOptions, with_default_ratio
 from s2ft.train.output import read_log
 from s2ft.train.planning import suggested_rate
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
@@ -55,7 +55,7 @@ class Tuner:
 
 LORA: dict[str, Any] = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0, "target_modules": TARGETS}
 TUNERS: dict[str, Tuner] = {
-    "s2ft": Tuner("S²FT", defaults={"d_ratio": 0.03}, size="budget"),
+    "s2ft": Tuner("S²FT", size="budget"),
     "lora": Tuner("LoRA", "LoraConfig", LORA, "r"),
     "dora": Tuner("DoRA", "LoraConfig", {**LORA, "use_dora": True}, "r", 2e-3),
     "rslora": Tuner("rsLoRA", "LoraConfig", {**LORA, "use_rslora": True}, "r"),
@@ -128,7 +128,7 @@ def prepare(
     check_tuner(method)
     options = {**TUNERS[method].defaults, **(options or {})}
     if method == "s2ft":
-        report = s2ft.attach(model, s2ft_config({"seed": seed, **options}), calibration=calibration, **more)
+        report = s2ft.attach(model, s2ft_config({"seed": seed, **options}, model), calibration=calibration, **more)
         return Prepared(model, model, method, options, report.trainable)
     if method == "full":
         check_no_options(options)
@@ -149,9 +149,9 @@ def check_no_options(options: dict[str, Any]) -> None:
         raise ValueError(f"full fine-tuning takes no options, got {', '.join(options)}")
 
 
-def s2ft_config(options: dict[str, Any]) -> S2FTConfig:
+def s2ft_config(options: dict[str, Any], model: nn.Module) -> S2FTConfig:
     try:
-        return S2FTConfig(**options)
+        return with_default_ratio(S2FTConfig(**options), model)
     except TypeError as error:
         raise ValueError(f"an option of method s2ft is no field of S2FTConfig: {error}") from None
 
