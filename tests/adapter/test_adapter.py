@@ -53,7 +53,7 @@ def test_info_stays_with_a_trainable_adapter(tmp_path):
     assert read_adapter(tmp_path / "again").info == saved
     s2ft.freeze_adapter(again)
     s2ft.save_adapter(again, tmp_path / "third", info={"note": 3})
-    assert s2ft.get_adapter(again, "again").info == saved  # what one save adds is in its files alone
+    assert s2ft.get_adapter(again, "again").info["note"] == 2  # what one save adds is in its files alone
     s2ft.attach(s2ft.detach(again), S2FTConfig(d_ratio=0.1))
     assert s2ft.get_adapter(again, "default").info == {}
 

@@ -114,7 +114,7 @@ def test_the_committed_tables_are_printed_from_the_committed_runs(tmp_path):
         report(name, recipe, Results(tmp_path / f"{name}.jsonl"), tmp_path)
         assert all(json.loads(line)["status"] == DONE for line in lines.splitlines())
     printed = {file.name: file.read_text(encoding="utf-8") for file in tmp_path.glob("*.md")}
-    assert len(printed) == 12 and printed == {
+    assert len(printed) == 14 and printed == {
         file.name: file.read_text(encoding="utf-8") for file in folder.glob("*.md")
     }
     assert {file.name for file in tmp_path.glob("*.png")} == {"evidence-forgetting.png", "evidence-memory.png"}
