@@ -17,9 +17,9 @@ from typing import Any
 
 import torch
 
+from s2ft.attached.report import Report
 from s2ft.config import refuse
 from s2ft.files.plain_text import by_key, replace_file, table
-from s2ft.model.weights import count_parameters
 from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
@@ -168,7 +168,7 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     chosen = run.config.to_dict() if method == "s2ft" else options_of_peft(run, method, model)
     calibration = run.method.calibration(run, tokenizer, data) if method == "s2ft" else None
     prepared = prepare(model, method, chosen, seed=seed, calibration=calibration)
-    share = prepared.trainable / count_parameters(prepared.model)
+    share = Report.of(prepared.model).share if method == "s2ft" else 1.0
     arguments.learning_rate = default_rate(method, width_of(model) or 576, share) * multiple
     if run.forgetting.measures:  # at the end alone
         run = replace(run, forgetting=replace(run.forgetting, meter_steps=1 << 30))
