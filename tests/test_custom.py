@@ -358,3 +358,9 @@ def test_invalid_couplings_are_refused(bad):
     with pytest.raises(error, match=message):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=given, example=example())
     assert same(model, net()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_modules_to_save_must_leave_a_coupling():
+    net = nn.Sequential(nn.Linear(8, 32), nn.ReLU(), nn.Linear(32, 8))
+    with pytest.raises(ValueError, match="no coupling to train"):
+        s2ft.attach(net, s2ft.S2FTConfig(d_ratio=0.25, modules_to_save=["0", "2"]), example=torch.randn(4, 8))
