@@ -167,7 +167,8 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
         except BaseException:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    written = log.read_text(errors="replace").replace(str(VENV), ".venv").replace(f"{ROOT}/", "")  # no machine's paths
+    lines = [line.strip() for line in written.splitlines() if line.strip()]
     found = read_report(report) if report.exists() else {"passed": int(code == 0), "failed": int(code != 0)}
     stopped = f"stopped after {suite.minutes} minutes" if code == -signal.SIGKILL else ""
     return {

@@ -300,7 +300,7 @@ def check_size(size: str) -> None:
 
 
 def check_output(output: Path) -> None:
-    """Check that a folder can be made, see :func:`temporary_folder`."""
+    """Check that an output can be made, see :func:`temporary_place`."""
     if output.exists():
         raise FileExistsError(f"output {output} exists")
     if not output.absolute().parent.is_dir():

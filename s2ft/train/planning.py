@@ -212,7 +212,7 @@ def table(rows: Sequence[Planned], room: int | None = None) -> str:
 FACTOR = 0.02  # rate × width × share
 HIGHEST = 1e-2  # nothing is known of higher rates
 NARROWEST = 576  # width of the narrowest model with a known rate
-SPREAD = 5.2  # the good rates lie within this factor of the rule
+SPREAD = 8  # the good rates lie within this factor of the rule
 
 
 def suggested_rate(width: int, share: float) -> dict[str, float]:
@@ -229,7 +229,7 @@ def suggested_rate(width: int, share: float) -> dict[str, float]:
     Example:
         >>> from s2ft.train.planning import suggested_rate
         >>> suggested_rate(4096, 0.007)
-        {'rate': 0.0007, 'lowest': 0.0001, 'highest': 0.004}
+        {'rate': 0.0007, 'lowest': 9e-05, 'highest': 0.006}
     """
     rate = min(FACTOR / (max(width, NARROWEST) * share), HIGHEST)
     found = {"rate": rate, "lowest": rate / SPREAD, "highest": rate * SPREAD}

@@ -30,7 +30,12 @@ def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):
     front = yaml.safe_load(card.split("---")[1])
     assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
-    told = ("| 12 rows |", "method sft, max_steps 1", "batch_size 4, learning_rate 0.0", "system prompt “Add \\| up.”")
+    told = (
+        "| 12 rows |",
+        "method sft, max_steps 1",
+        "batch_size 4, learning_rate 0.0008",
+        "system prompt “Add \\| up.”",
+    )
     assert [text for text in (": d_ratio 0.3", *told) if text not in card] == []
     hub().file_exists.return_value = True  # a card by hand, which stays
     assert main(["sft", *words, "--push-to-hub", "--overwrite"]) == 0 and "README.md" not in uploaded(hub)

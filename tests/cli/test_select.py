@@ -74,9 +74,7 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
         assert s2ft_command("select", "--model", work / "model", "--output", tmp_path / name, *options) == 0
         return s2ft.Selection.load(tmp_path / name)
 
-    assert (
-        select("plain.json")["model.layers.0.mlp.down_proj"].numel() == 19
-    )  # 0.3 of 64, the default of a narrow model
+    assert select("plain.json")["model.layers.0.mlp.down_proj"].numel() == 19  # 0.3 of 64, for a narrow model
     first = select("first.json", "--budget", "0.32k", "--d-ratio", "1")
     assert [len(units) for units in first.units.values()] == [5, 5]  # units of 32 parameters each
     second = select(

@@ -118,9 +118,8 @@ def test_texts_train_without_a_template_and_the_adapter_says_so(work, tmp_path):
         == 0
     )
     adapter = read_adapter(tmp_path / "out/adapter")
-    assert adapter.info["prompt"]["form"] == "text" and adapter.config.ratios == {
-        "d": 0.3
-    }  # the default of a narrow model
+    assert adapter.info["prompt"]["form"] == "text"
+    assert adapter.config.ratios == {"d": 0.3}  # the default of a narrow model
 
 
 def test_modules_are_trained_in_full_saved_and_merged(work, tmp_path, capsys):

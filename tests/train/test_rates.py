@@ -3,7 +3,14 @@
 import pytest
 from support.inside import rates
 
-KNOWN = ((576, 0.025, 2e-3), (576, 0.006, 4e-3), (576, 1.0, 3e-5), (4096, 0.007, 2e-4), (4096, 0.007, 1e-3))
+KNOWN = (
+    (576, 0.025, 2e-3),
+    (576, 0.006, 4e-3),
+    (576, 1.0, 3e-5),
+    (3072, 0.003, 3e-4),
+    (4096, 0.007, 2e-4),
+    (4096, 0.007, 1e-3),
+)
 
 
 @pytest.mark.parametrize("width, share, good", KNOWN)
