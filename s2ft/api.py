@@ -6,8 +6,7 @@ from typing import Any
 from torch import nn
 
 from s2ft.attached.active import ON_TOP_OF, apart_from_active, parameters_to_save, switch
-from s2ft.attached.checks import check_one_place
-from s2ft.attached.mounting import undone_on_failure
+from s2ft.attached.mounting import check_one_place, undone_on_failure
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     check_new_name,
@@ -98,7 +97,7 @@ def attach(
         raise TypeError(f"verify must be True, False or None, got {verify!r}")
     if not isinstance(on_top, bool):
         raise TypeError(f"on_top must be True or False, got {on_top!r}")
-    check_rest_frozen(getattr(model, "_orig_mod", model))  # of a compiled model, the one inside
+    check_rest_frozen(model)
     model = unwrapped(model)
     config = with_protect_ratio(config, protect is not None)  # the adapter stores the share that was used
     record = find_attachment(model)
@@ -107,7 +106,7 @@ def attach(
     check_new_name(record, name)
     if record is None:
         record = new_attachment(model, couplings, example, config)
-    elif couplings is not None and list(couplings) != record.couplings:
+    elif couplings is not None and find_couplings(model, couplings, example, config).couplings != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()

@@ -354,13 +354,23 @@ def without_zero_init() -> Iterator[None]:
         transformers.set_hf_deepspeed_config(config)
 
 
-def is_run_by_engine(model: nn.Module) -> bool:
-    """Whether DeepSpeed's engine of ZeRO-3 runs the modules of a model, by hooks that gather their weights.
+def check_not_in_engine(model: nn.Module, what: str, removes: bool = False) -> None:
+    """Raise ValueError if DeepSpeed's engine holds the model.
 
-    A model that deepspeed.zero.Init has partitioned is in no engine until deepspeed.initialize.
+    Args:
+        model: The model.
+        what: The change, for the message.
+        removes: Whether the change only takes layers away. ZeRO-1 and ZeRO-2 leave the weights whole, so that a model
+            can be taken out of their engines.
     """
-    # The engine gives every module a dict of parameters of its own class.
-    return any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
+    # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
+    is_run = any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
+    if is_run or (not removes and any(map(has_master_copy, model.parameters()))):
+        raise ValueError(
+            f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
+            "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "
+            "Trainer.train, or accelerator.prepare), or call s2ft.save_adapter now and go on with a new model"
+        )
 
 
 def has_master_copy(tensor: Tensor) -> TypeGuard[Any]:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from support.inside import Projection, Vector, attachment_of
 from support.models import ALL_RATIOS, LAYOUTS
-from support.states import same
+from support.states import same, with_adapter, with_loaded
 from test_life_cycle import Subject, live_natively
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -115,6 +115,15 @@ def test_the_life_of_a_users_own_model(kind, layout, tmp_path):
     config = {**ALL_RATIOS} if kind == "separate" else dict(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
     options = dict(couplings=given, example=example())
     live_natively(Subject(seeded, {**config, "layout": layout}, lambda model: model(example()), options), tmp_path)
+
+
+def test_the_couplings_of_a_loaded_adapter_may_be_given_again():
+    config = S2FTConfig(i_ratio=0.25)
+    adapter = s2ft.get_adapter(with_adapter(net(), config, couplings=couplings(), example=example()), "default")
+    model = with_loaded(net(), adapter, "loaded")
+    assert s2ft.attach(model, config, couplings=couplings(), example=example()).trainable == adapter.parameters
+    with pytest.raises(ValueError, match="couplings differ from those of the loaded adapters"):
+        s2ft.attach(with_loaded(net(), adapter, "loaded"), config, couplings=couplings()[:1], example=example())
 
 
 def changed(index, **fields):

@@ -102,6 +102,8 @@ def test_a_trainable_layer_outside_is_refused_until_it_is_frozen(folder, tmp_pat
             ValueError, match=r"would also train 2\.linear\.weight.*model\[2\]\.requires_grad_\(False\)"
         ):
             s2ft.attach(one, CONFIG)
+        with pytest.raises(ValueError, match=r"would also train 2\.linear\.weight"):
+            s2ft.load_adapter(one, s2ft.get_adapter(with_adapter(encoder(folder), CONFIG), "default"), trainable=True)
     assert all(parameter.requires_grad for parameter in model.parameters())  # nothing has changed
     model[2].requires_grad_(False)
     s2ft.attach(model, CONFIG)

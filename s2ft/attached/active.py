@@ -19,8 +19,16 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_extra_apart
-from s2ft.attached.checks import check_weights_are_here, check_writable, coupled_names
-from s2ft.attached.record import Attachment, Mount, Written, attachment_of, check_has_arrived
+from s2ft.attached.record import (
+    Attachment,
+    Mount,
+    Written,
+    attachment_of,
+    check_has_arrived,
+    check_weights_are_here,
+    check_writable,
+    coupled_names,
+)
 from s2ft.config import S2FTConfig, refuse
 from s2ft.distributed import (
     full_shape,

@@ -23,8 +23,7 @@ from torch import Tensor, nn
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import adapters_in
-from s2ft.attached.checks import check_fits
-from s2ft.attached.record import Attachment, find_attachment, new_attachment, unwrapped
+from s2ft.attached.record import Attachment, check_fits, find_attachment, new_attachment, unwrapped
 from s2ft.config import check_adapter_name, refuse
 from s2ft.files.plain_text import by_key
 from s2ft.files.reading import CONFIG, TENSORS, is_folder, own_folder

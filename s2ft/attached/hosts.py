@@ -59,8 +59,7 @@ from s2ft.attached.active import (
     set_trained,
     write_slices,
 )
-from s2ft.attached.checks import check_extra_fits
-from s2ft.attached.record import Attachment, applied, attachment_of, clear_attachment, set_attachment
+from s2ft.attached.record import Attachment, applied, attachment_of, check_extra_fits, clear_attachment, set_attachment
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.attached.saving import save_adapter
 from s2ft.config import S2FTConfig

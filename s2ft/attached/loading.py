@@ -24,23 +24,29 @@ from s2ft.attached.active import (
     switch,
     unfreeze,
 )
-from s2ft.attached.checks import check_fits, check_memory, check_not_in_engine, check_writable
 from s2ft.attached.hosts import add_record_and_hooks
 from s2ft.attached.mounting import end_training, release, remove_all, undone_on_failure
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     Attachment,
     attachment_of,
+    check_fits,
     check_known,
     check_new_name,
+    check_rest_frozen,
+    check_writable,
     find_attachment,
     new_attachment,
     of_compiled,
+    unwrapped,
 )
 from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
+from s2ft.config import refuse
+from s2ft.distributed import check_not_in_engine
 from s2ft.files.reading import is_folder
 from s2ft.model.fingerprint import structure_of
+from s2ft.model.weights import check_memory
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
@@ -70,7 +76,6 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
     return next((one for one in others if one.matches(folder)), native).read(folder)
 
 
-@of_compiled
 def load_adapter(
     model: nn.Module,
     adapter: str | os.PathLike | Adapter,
@@ -118,26 +123,37 @@ def load_adapter(
         >>> s2ft.list_adapters(model)
         ['math']
     """
+    if trainable:
+        check_rest_frozen(model)
+    model = unwrapped(model)
     adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)
     adapter.name = adapter.name if name is None else name
     record = find_attachment(model)
     check_new_name(record, adapter.name)
+    trained = None if record is None else record.name
+    refuse(
+        (
+            trainable and device is not None,
+            "device is for an adapter that is not trainable: a trainable one is where the weights are",
+        ),
+        (
+            trainable and trained is not None,
+            f"{trained!r} is trainable, and only one adapter can be: detach or delete it first",
+        ),
+    )
     if record is None:
         record = new_attachment(model, adapter.couplings)
     check_fits(adapter, model, record)
-    record.fingerprint = record.fingerprint or adapter.fingerprint  # of the weights that will arrive
-    adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
         check_writable(model, record, adapter.deltas)
         check_memory(model, [record.projections[path] for path in adapter.deltas])
+    record.fingerprint = record.fingerprint or adapter.fingerprint  # of the weights that will arrive
+    adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
+    if not trainable:
         if device is not None:
             adapter = replace(adapter.to(device), device=torch.device(device))
         _load(model, record, adapter, active)
         return
-    if device is not None:
-        raise ValueError("device is for an adapter that is not trainable: a trainable one is where the weights are")
-    if record.name is not None:
-        raise ValueError(f"{record.name!r} is trainable, and only one adapter can be: detach or delete it first")
     with undone_on_failure(model, record):
         mount_proved(model, record, adapter.config, adapter.selection, adapter.name, verify, example)
         set_mounted_deltas(record, adapter.deltas)

@@ -5,6 +5,7 @@ before anything changes, and each step that takes a change back works whether th
 back already. :func:`unmount` and :func:`release` can be called at any time.
 """
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
@@ -14,17 +15,6 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.active import activate, all_or_nothing, deactivate, parameters_to_save, unfreeze, write_slices
-from s2ft.attached.checks import (
-    check_can_move,
-    check_gradients_pass,
-    check_memory,
-    check_not_in_engine,
-    check_one_place,
-    check_shards,
-    check_split_layers,
-    check_writable,
-    style_of,
-)
 from s2ft.attached.hosts import (
     add_checkpoint_hooks,
     add_record_and_hooks,
@@ -40,15 +30,28 @@ from s2ft.attached.hosts import (
     restore_forwards,
     restore_quantizer,
 )
-from s2ft.attached.record import Attachment, Mount, Part, attachment_of, check_has_arrived, find_attachment, of_compiled
+from s2ft.attached.record import (
+    WITHOUT,
+    Attachment,
+    Mount,
+    Part,
+    attachment_of,
+    check_has_arrived,
+    check_writable,
+    find_attachment,
+    of_compiled,
+)
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     Place,
+    check_can_follow,
+    check_not_in_engine,
     check_same_as_first_rank,
     follow,
     is_dtensor,
+    managed_by_fsdp,
     release_slices,
     reshard_all,
     shard_slices,
@@ -64,6 +67,7 @@ from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.weights import (
     Move,
     allow_packing,
+    check_memory,
     contiguous_range,
     coupling_order,
     find,
@@ -74,6 +78,8 @@ from s2ft.model.weights import (
     put,
     split_of_units,
     stop_packing,
+    tensors_of,
+    weight_at,
 )
 from s2ft.selection import Selection
 
@@ -195,6 +201,7 @@ def _make_layers(
     record.awaits_weights = any_on_meta(model, record) or will_be_loaded_again()
     record.packing_stopped = layers_that_pack(model)
     record.moves += moves
+    record.move_of |= {projection.name: move for move in moves for projection in move.coupling.projections}
     parts: dict[str, list[Part]] = {}
     for coupling in trained:
         order = None
@@ -284,7 +291,7 @@ def _current_index(parts: list[Part], record: Attachment) -> Tensor:
     """Where the units of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
     index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64)
     for part in parts:
-        move = next((move for move in record.moves if part.projection in move.coupling.projections), None)
+        move = record.move_of.get(part.projection.name)
         index[part.positions] = part.elements if move is None else move.places(part.projection)[part.elements]
     return index
 
@@ -332,6 +339,129 @@ def _selected(coupling: Coupling, selection: Selection) -> tuple[list[Tensor], T
         [selection[p.name] for p in coupling.producers if p.name in selection],
         selection[consumer.name] if consumer is not None and consumer.name in selection else None,
     )
+
+
+# ---- what can be trained -------------------------------------------------------------------------------------------
+#
+# transformers splits a layer by a style: the weight becomes a DTensor, and the style replaces the layer's forward by
+# one that brings inputs and outputs into the layouts that the split needs. A trainable layer gets the same style.
+
+STYLES = ("ColwiseParallel", "RowwiseParallel", "PackedColwiseParallel")  # of transformers, for linear layers
+
+
+def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError if the units of one of the couplings can't be reordered with the weights as they are."""
+    names = _names_of_parameters(model)
+    for coupling in couplings:
+        handles = [weight_at(model, projection) for projection in coupling.projections]
+        obstacles = [
+            f"{handle.path} is a quantized weight ({type(handle.holder).__name__})"
+            for handle in handles
+            if handle.read_only
+        ]
+        tied = [names.get(id(tensor), []) for tensor in tensors_of(model, coupling)]
+        obstacles += [f"{' and '.join(found)} are one tied weight" for found in tied if len(found) > 1]
+        if obstacles:
+            raise ValueError(f"{obstacles[0]}, whose units can't change place: use layout='indexed'")
+
+
+def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its id."""
+    named = model.named_parameters(remove_duplicate=False)
+    return by_key((id(parameter), name) for name, parameter in named)
+
+
+def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
+    """Raise ValueError if a layer to train, or its weight, is in several places of the model.
+
+    Only one of these places would get a trainable layer, and the others would compute with its slice, whose gradient
+    would lack their part.
+    """
+    names = _names_of_parameters(model)
+    for projection in projections_of(couplings):
+        tied = names.get(id(weight_at(model, projection).tensor), [])
+        if projection.name in selection and len(tied) > 1:
+            raise ValueError(
+                f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
+                "gradients of the others: give each place a layer with a weight of its own, or leave its layer out"
+            )
+
+
+def check_gradients_pass(model: nn.Module) -> None:
+    """Raise ValueError for a quantized layer, trained or not, that passes no gradient to its input."""
+    for path, module in model.named_modules():
+        if not kind_of(module).passes_gradient(module):
+            raise ValueError(
+                f"{path} ({type(module.weight).__name__}) passes no gradient to its input, because it "
+                "quantizes that too: use a configuration that quantizes weights only"
+            )
+
+
+def check_shards(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError for a weight that is spread over ranks by something else than FSDP2 and tensor parallelism.
+
+    Raises:
+        RuntimeError: This version of PyTorch does not have what a model of FSDP2 needs.
+    """
+    check_can_follow(model)
+    managed = managed_by_fsdp(model)
+    for projection in projections_of(couplings):
+        handle = weight_at(model, projection)
+        weight, (owner, _, name) = handle.tensor, projection.path.rpartition(".")
+        is_module = isinstance(handle.holder, nn.Module)
+        place = (id(handle.holder), "weight") if is_module else (id(model.get_submodule(owner)), name)
+        if is_dtensor(weight) and handle.split is None and place not in managed:
+            raise ValueError(
+                f"{projection.path} is spread over ranks ({weight.placements}), and neither FSDP2 nor a style of "
+                "tensor parallelism that s2ft knows has done it: load the model without it, attach, and shard it "
+                "by FSDP2 or ZeRO"
+            )
+
+
+def check_split_layers(model: nn.Module, couplings: list[Coupling]) -> None:
+    """Raise ValueError for a layer of these couplings that tensor parallelism runs in a way that can't be trained."""
+    for path, projection in {projection.path: projection for projection in projections_of(couplings)}.items():
+        handle = weight_at(model, projection)
+        obstacle = _obstacle(handle.holder, handle.tensor, handle.kind.read_only is not None)
+        if obstacle:
+            raise ValueError(f"{path} {obstacle}: train other projections, or {WITHOUT}")
+
+
+def _obstacle(found: nn.Module | Tensor, weight: Any, is_quantized: bool) -> str:
+    """The reason why a layer can't be trained under tensor parallelism, in words; an empty string if it can."""
+    names = weight.device_mesh.mesh_dim_names if is_dtensor(weight) else None
+    is_split = bool({"tp", "ep"} & set(names or ()))  # as transformers and accelerate name them
+    if isinstance(found, Tensor):
+        return (
+            "holds experts that are split by tensor or expert parallelism, which s2ft can't train" if is_split else ""
+        )
+    style = style_of(found)
+    by = getattr(found.forward, "__qualname__", "") if style is None else f"the style {type(style).__name__}"
+    if kind_of(found) is SPLIT_LINEAR:
+        if split_of(weight) is None:
+            return f"is replicated by tensor parallelism ({weight.placements}), which s2ft can't train"
+        is_known = type(style).__name__ in STYLES and type(style).__module__.startswith("transformers.")
+        if style is None and "forward" in found.__dict__ or style is not None and not is_known:
+            return f"is split by tensor parallelism, and {by} has replaced its forward"
+        return ""
+    if style is not None and is_quantized:
+        return "is a quantized weight that is split by tensor parallelism, which s2ft can't train"
+    if style is not None or is_split:
+        return f"is run by tensor parallelism ({by}) in a way that s2ft can't train"
+    return ""
+
+
+def style_of(module: nn.Module) -> Any:
+    """The style that transformers has installed on a module, or None.
+
+    transformers keeps it nowhere but in the function by which the style replaces the forward. A plan by names would not
+    say what a plan of the user's own has done.
+    """
+    forward = module.__dict__.get("forward")
+    if not inspect.isfunction(forward):
+        return None
+    style = inspect.getclosurevars(forward).nonlocals.get("self")
+    return style if hasattr(style, "transform_inputs_pre_forward") else None
 
 
 # ---- unmounting ----------------------------------------------------------------------------------------

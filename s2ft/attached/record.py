@@ -1,6 +1,6 @@
 """What s2ft knows about a model that it has changed. Only the files of this folder assign these fields."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial, wraps
 from typing import Any, TypeVar, cast
@@ -9,15 +9,16 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.config import S2FTConfig, check_adapter_name
-from s2ft.distributed import Decision, decide, is_dtensor, reshard_all
+from s2ft.config import S2FTConfig, check_adapter_name, refuse
+from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_sharded, reshard_all, will_be_loaded_again
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Snapshot
-from s2ft.model.weights import Delta, Move, Positions, have_values
+from s2ft.model.weights import Delta, Move, Positions, have_values, weight_at
+from s2ft.ops.in_place import check_distinct
 from s2ft.selection import Selection
 
 # ---- models in a wrapper ----------------------------------------------------------------------------------
@@ -95,16 +96,17 @@ def check_rest_frozen(model: nn.Module) -> None:
     Raises:
         ValueError: A parameter outside would be trained, and an adapter can't contain it.
     """
+    model = uncompiled(model)
     if not is_sentence_model(model):
         return
     inside = {id(parameter) for parameter in transformer_in(model).parameters()}
     trained = [key for key, value in model.named_parameters() if value.requires_grad and id(value) not in inside]
     if trained:
-        first = trained[0].partition(".")[0]
         raise ValueError(
             f"{type(model).__name__} would also train {', '.join(trained[:3])}, and an adapter contains weights of the "
-            f"model of transformers only: freeze the module by model[{first}].requires_grad_(False), or, to train it "
-            "too, attach to model.transformers_model and save the whole model after s2ft.merge"
+            f"model of transformers only: freeze the module by model[{trained[0].partition('.')[0]}]"
+            ".requires_grad_(False), or, to train it too, attach to model.transformers_model and save the whole model "
+            "after s2ft.merge"
         )
 
 
@@ -209,6 +211,7 @@ class Attachment:
         structure: Where its slices lie.
         info: JSON values that are saved with the trainable adapter.
         moves: Reorderings of couplings, done or about to be done.
+        move_of: The move of each projection that one reorders, by the projection's name.
         mounts: Trainable layers by path.
         forwards: Forwards that s2ft has given to modules, by the module's path.
         packing_stopped: Paths of the layers that were told to stop packing their weights.
@@ -237,6 +240,7 @@ class Attachment:
     structure: Structure | None = None
     info: dict[str, Any] = field(default_factory=dict)
     moves: list[Move] = field(default_factory=list)
+    move_of: dict[str, Move] = field(default_factory=dict)
     mounts: dict[str, Mount] = field(default_factory=dict)
     forwards: dict[str, Callable] = field(default_factory=dict)
     packing_stopped: list[str] = field(default_factory=list)
@@ -294,11 +298,12 @@ class Attachment:
 
     def current_positions(self, projection: Projection, index: Tensor) -> Tensor:
         """Return where rows or columns of the base are in the weight now. index: shape [n], int64, in base order."""
-        move = self._move_of(projection)
+        move = self._done_move_of(projection)
         return index if move is None else move.places(projection)[index]
 
-    def _move_of(self, projection: Projection) -> Move | None:
-        return next((move for move in self.moves if move.is_done and projection in move.coupling.projections), None)
+    def _done_move_of(self, projection: Projection) -> Move | None:
+        move = self.move_of.get(projection.name)
+        return move if move is not None and move.is_done else None
 
     def positions_of(self, projection: Projection, delta: Delta, device: torch.device) -> Tensor:
         """Return where the elements of a delta are in the whole weight now, shape [n], int64, on a device.
@@ -310,7 +315,7 @@ class Attachment:
             delta: The delta.
             device: Device of the weight.
         """
-        move, kept = self._move_of(projection), delta.positions
+        move, kept = self._done_move_of(projection), delta.positions
         if kept is None or kept.move is not move:
             kept = Positions(move, self.current_positions(projection, delta.index.cpu()))
         if kept is not delta.positions or kept.index.device != device:
@@ -341,7 +346,7 @@ class Attachment:
         self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.snapshot, self.unproved = None, ""
-        for collection in (self.moves, self.mounts, self.forwards, self.packing_stopped):
+        for collection in (self.moves, self.move_of, self.mounts, self.forwards, self.packing_stopped):
             collection.clear()
 
 
@@ -458,6 +463,99 @@ def check_parallelism(model: nn.Module) -> None:
                 "not say of which weight they are a part. This release of transformers makes no DTensors: update "
                 f"transformers, or {WITHOUT}"
             )
+
+
+# ---- an adapter and a model ----------------------------------------------------------------------------------------
+
+
+def check_fits(adapter: Adapter, model: nn.Module, record: Attachment) -> None:
+    """Raise ValueError, naming what does not fit, if `adapter` was not trained on this model."""
+    known = record.projections
+    for path, delta in adapter.deltas.items():
+        if path not in known:
+            is_mixed = any(name.endswith(".i") for name in (path, *known))
+            hint = ", and adapters of i_ratio and of other ratios do not go into one model" if is_mixed else ""
+            raise ValueError(f"adapter {adapter.name!r} is for another model: this one has no projection {path}{hint}")
+        shape = list(weight_at(model, known[path]).shape)
+        size, shape[delta.dim] = shape[delta.dim], delta.index.numel()
+        if delta.dim != known[path].dim or shape != list(delta.values.shape):
+            raise ValueError(
+                f"adapter {adapter.name!r} is for another model: {path}.delta has shape "
+                f"{tuple(delta.values.shape)} for dim {delta.dim}, this model needs dim {known[path].dim} and shape "
+                f"{tuple(shape)}"
+            )
+        check_distinct(f"adapter {adapter.name!r}", delta.index, size, f"{path}.index")
+    # without a fingerprint the weights are compared when they arrive
+    if record.fingerprint is not None:
+        adapter.check_base(record.fingerprint)
+    check_extra_fits(model, record, adapter.name, adapter.extra_weights)
+    for path, delta in adapter.deltas.items():
+        projection, units = known[path], adapter.selection[path]
+        last = int(units.max())
+        refuse(
+            (
+                last >= projection.count,  # in a weight of several projections, the element may belong to another one
+                f"adapter {adapter.name!r}: {path} has units 0..{projection.count - 1}; there is no unit {last}",
+            ),
+            (
+                not torch.equal(projection.elements(units), delta.index),
+                f"adapter {adapter.name!r}: {path}.index does not name the selected units, each of {projection.unit} "
+                "elements",
+            ),
+        )
+
+
+def check_extra_fits(model: nn.Module, record: Attachment, adapter: str, values: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for a weight that the model doesn't have, that has another shape, or that is of a coupling."""
+    if not values:
+        return
+    parameters, coupled = dict(model.named_parameters()), coupled_names(record.couplings)
+    for name, value in values.items():
+        if name not in parameters or name in coupled or name.endswith(".s2"):
+            raise ValueError(
+                f"adapter {adapter!r} is for another model: this one has no weight {name} outside its couplings"
+            )
+        shape = full_shape(parameters[name])
+        if value.shape != shape or not parameters[name].is_floating_point():
+            raise ValueError(
+                f"adapter {adapter!r} is for another model: {name} has shape {tuple(value.shape)}, this "
+                f"model has {tuple(shape)} of {parameters[name].dtype}"
+            )
+
+
+def coupled_names(couplings: list[Coupling]) -> set[str]:
+    """Return the names that the couplings' weights, biases and vectors have, with trainable layers mounted or not."""
+    ends = ("", ".weight", ".bias", ".linear.weight", ".linear.bias")
+    return {projection.path + end for projection in projections_of(couplings) for end in ends} | {
+        vector.path for coupling in couplings for vector in coupling.vectors
+    }
+
+
+def check_writable(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+    """Raise ValueError if a weight of these projections is quantized, or tied to another one of theirs."""
+    paths: dict[int, str] = {}
+    for name in names:
+        handle = weight_at(model, record.projections[name])
+        path, other = handle.path, paths.setdefault(id(handle.tensor), handle.path)
+        if handle.read_only:
+            raise ValueError(f"{path} is quantized: {handle.read_only}")
+        if other != path:  # their updates differ, so that none of them could be kept
+            raise ValueError(
+                f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
+                "into it: train one of them only, by couplings= or by the config's layers"
+            )
+
+
+def check_weights_are_here(model: nn.Module, record: Attachment) -> None:
+    """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
+    weights = [weight_at(model, projection).tensor for projection in record.projections.values()]
+    if any(weight.is_meta for weight in weights) or (
+        will_be_loaded_again() and not any(is_sharded(weight) for weight in weights)
+    ):
+        raise ValueError(
+            "the weights have not arrived on every rank, so an adapter can't be written into them: load it with "
+            "trainable=True or active=False, and make it active when the model has been prepared and its weights loaded"
+        )
 
 
 # ---- names ---------------------------------------------------------------------------------------------

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from s2ft.attached.active import extra_parameters, parameters_to_save
-from s2ft.attached.checks import coupled_names
-from s2ft.attached.record import Attachment, attachment_of, find_attachment, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, coupled_names, find_attachment, of_compiled
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table

@@ -9,8 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import s2ft
-from s2ft.attached.checks import check_fits, check_writable
-from s2ft.attached.record import new_attachment
+from s2ft.attached.record import check_fits, check_writable, new_attachment
 from s2ft.export.streamed import (
     Changes,
     DiskSource,

@@ -30,8 +30,7 @@ from torch import Tensor
 
 import s2ft
 from s2ft.adapter.folders import resolve
-from s2ft.attached.checks import check_fits
-from s2ft.attached.record import Attachment, new_attachment
+from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
 from s2ft.export.streamed import check_output, temporary_folder, temporary_place
@@ -53,7 +52,7 @@ class Change:
 
     Attributes:
         start: Position of the weight in the file.
-        row: Bytes from one row of the weight to the next.
+        row_bytes: Bytes from one row of the weight to the next.
         rows: Rows of the weight in the file, [rows] int64.
         blocks: Blocks of bytes in each of the rows, [blocks] int64.
         old: Their bytes in the base, [rows, blocks, bytes of a block].
@@ -61,7 +60,7 @@ class Change:
     """
 
     start: int
-    row: int
+    row_bytes: int
     rows: numpy.ndarray
     blocks: numpy.ndarray
     old: numpy.ndarray
@@ -77,7 +76,7 @@ class Change:
 
     def _weight(self, data: numpy.ndarray) -> numpy.ndarray:
         rows, size = int(self.rows.max()) + 1, self.new.shape[-1]
-        return data[self.start : self.start + rows * self.row].reshape(rows, self.row // size, size)
+        return data[self.start : self.start + rows * self.row_bytes].reshape(rows, self.row_bytes // size, size)
 
 
 def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[str, str]:
@@ -361,7 +360,7 @@ class Kept:
         else:
             words = {"adapter": self.adapter, "digest": self.digest}
             tensors = {name: numpy.frombuffer(text.encode(), numpy.uint8) for name, text in words.items()}
-            tensors["places"] = numpy.array([(change.start, change.row) for change in self.changes])
+            tensors["places"] = numpy.array([(change.start, change.row_bytes) for change in self.changes])
             for number, change in enumerate(self.changes):
                 tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
             replace_file(beside, save(tensors))

@@ -11,8 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from s2ft.attached.active import extra_values, mounted_deltas, write_slices
-from s2ft.attached.checks import check_writable, coupled_names
-from s2ft.attached.record import Attachment, attachment_of, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, check_writable, coupled_names, of_compiled
 from s2ft.config import refuse
 from s2ft.distributed import (
     all_ranks,

@@ -23,9 +23,8 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.checks import check_fits
 from s2ft.attached.loading import load_adapter
-from s2ft.attached.record import Attachment, attachment_of, find_attachment, new_attachment, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, check_fits, find_attachment, new_attachment, of_compiled
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import by_key, replace_file

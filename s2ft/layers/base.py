@@ -120,7 +120,7 @@ def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
 
 def _check_held(s2: Tensor, trains: bool) -> None:
     layer = _holding.get(s2.untyped_storage()._cdata)
-    if layer is None or not layer.holds(stamp(s2)):
+    if layer is None or not layer.has_written(stamp(s2)):
         raise RuntimeError(
             "a compiled graph multiplies by a weight that does not hold the present values of s2: they have changed "
             "since, or the adapter is off. Call the model that has the adapter, and not a part of it, or layer.fuse() "
@@ -304,7 +304,7 @@ class S2Layer(TrainableLayer):
 
     # ---- base + s2 in the weight -------------------------------------------------------------------
 
-    def hold(self, weight: Tensor, s2: Tensor) -> bool:
+    def write_if_changed(self, weight: Tensor, s2: Tensor) -> bool:
         """Before a forward: write base + s2 into the weight if s2 has changed since it was written.
 
         Args:
@@ -346,12 +346,12 @@ class S2Layer(TrainableLayer):
         return self._whole != stamp(weight)[1] or weight._is_view() or s2._is_view() or self.is_managed
 
     def is_held(self, weight: Tensor, s2: Tensor) -> bool:
-        """Whether the weight holds base + s2 with the present values of `s2`. Arguments as in :meth:`hold`."""
+        """Whether the weight holds base + s2 with the present values of `s2`; arguments: :meth:`write_if_changed`."""
         if weight.is_meta:
             return True  # there are no values
-        return self.holds(stamp(s2)) and (isinstance(self.base, list) or self._written[1] == stamp(weight))
+        return self.has_written(stamp(s2)) and (isinstance(self.base, list) or self._written[1] == stamp(weight))
 
-    def holds(self, s2: tuple[int, Any]) -> bool:
+    def has_written(self, s2: tuple[int, Any]) -> bool:
         """Whether the weight holds the s2 of this stamp. A spread s2 is written before it is gathered."""
         return self._is_current and (isinstance(self.base, list) or self._written[0] == s2)
 
@@ -435,7 +435,12 @@ class S2Layer(TrainableLayer):
             if self.rounding is not None:
                 raise RuntimeError("a codec needs whole weights, and this one is spread over ranks: set codec='none'")
             self._keep_own()
-            return stamps, self._own_slices(values)
+            parts = zip(self._own_parts(weight, values), cast("list[Tensor]", self.base))
+            return stamps, [
+                one
+                for (matrix, index, here), base in parts
+                for one in as_slices(matrix, base, here.to(base.device), index, self.dim)
+            ]
         self._keep_base(weight, values, stamps)
         # Through weight.data no version changes. A graph of autograd that was recorded before is still valid, because
         # its backward looks at what the weight holds.
@@ -575,14 +580,19 @@ class S2Layer(TrainableLayer):
 
     def _slices(self, weight: Tensor, s2: Tensor) -> list[Slice]:
         """What to write into a whole weight."""
-        base, units = cast(Tensor, self.base), self.start if self.index is None else self.index
-        if self.rounding is not None:
-            base, s2 = torch.full_like(base, -0.0), self.rounding(s2)  # -0.0 + x is x for every x
-        return as_slices(self.kind.view(weight), base, s2, units, self.dim)
+        units = self.start if self.index is None else self.index
+        return as_slices(self.kind.view(weight), *self._summands(cast(Tensor, self.base), s2), units, self.dim)
 
     def _effective_units(self, base: Tensor, s2: Tensor) -> Tensor:
         """The values that the selected units get, in the dtype of the weight. Gradients flow to s2."""
-        return effective_units(base, s2) if self.rounding is None else self.rounding(s2).to(base.dtype)
+        return effective_units(*self._summands(base, s2))
+
+    def _summands(self, base: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
+        """Two tensors whose sum the selected units get. `base` has the active loaded adapters, the file has not."""
+        if self.rounding is None:
+            return base, s2
+        coded = self.rounding(s2)
+        return -(self.rounding.in_order().to(base.dtype) - base), coded  # -0.0 where equal: -0.0 + x is x for every x
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.
@@ -633,15 +643,6 @@ class S2Layer(TrainableLayer):
     def _put_own_base(self, weight: Tensor) -> None:
         for (matrix, index, _), base in zip(self._own_parts(weight), cast("list[Tensor]", self.base)):
             _put(matrix, index, base, self.dim)
-
-    def _own_slices(self, s2: Tensor) -> list[Slice]:
-        """What to write into what this process owns."""
-        parts = zip(self._own_parts(self.weight, s2), cast("list[Tensor]", self.base))
-        return [
-            one
-            for (matrix, index, here), base in parts
-            for one in as_slices(matrix, base, here.to(base.device), index, self.dim)
-        ]
 
     # ---- the meta device -------------------------------------------------------------------------
 
@@ -818,5 +819,8 @@ class FileRounding:
 
     def delta(self, s2: Tensor) -> Tensor:
         """What the values of a call add to the base, for a layer whose weight stays packed."""
-        coded = self(s2)
-        return coded - torch.empty_like(self.base).index_copy_(self.dim, self.positions, self.base)
+        return self(s2) - self.in_order()
+
+    def in_order(self) -> Tensor:
+        """The file's values of the units, in the order of s2, float32."""
+        return torch.empty_like(self.base).index_copy_(self.dim, self.positions, self.base)

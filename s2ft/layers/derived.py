@@ -115,7 +115,7 @@ class S2OwnForward(S2Layer):
         weight, s2 = self.weight, self.s2
         if self.enabled:
             is_traced = torch.compiler.is_compiling() or transforms_active()
-            is_held = not is_traced and self.hold(weight, s2)
+            is_held = not is_traced and self.write_if_changed(weight, s2)
             if not is_held or s2.requires_grad and torch.is_grad_enabled():
                 weight = self.effective_weight(s2, weight)
         parameters: dict[str, Tensor | None] = {name: self._parameters[name] for name in self.plain._parameters}

@@ -360,7 +360,7 @@ def product(layer: Any, x: Tensor, call: Any = None) -> Tensor:
     trains = torch.is_grad_enabled() and (
         s2.requires_grad or x.requires_grad or bias is not None and bias.requires_grad
     )
-    is_held = _assert_held(s2, trains) if is_dynamo_compiling() else layer.hold(weight, s2)
+    is_held = _assert_held(s2, trains) if is_dynamo_compiling() else layer.write_if_changed(weight, s2)
     if not trains:
         return layer.kind.run(x, _multiplied(layer, weight, s2, is_held), bias, call)
     outputs = _Product.apply(layer, x, weight, s2, bias, call, is_held)

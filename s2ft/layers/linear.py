@@ -286,9 +286,9 @@ class S2SplitLinear(S2Linear):
     def _may_be_gathered(self, weight: Tensor, s2: Tensor) -> bool:
         return self._whole != stamp(local_part(self.weight))[1]  # FSDP2 has put another parameter here
 
-    def holds(self, s2: tuple[int, Any]) -> bool:
+    def has_written(self, s2: tuple[int, Any]) -> bool:
         is_known = self._may_be_gathered(self.weight, self.s2) or not self._is_current or self._written[0] == s2
-        return is_known and super().holds(s2)
+        return is_known and super().has_written(s2)
 
     @property
     def own_units(self) -> int | Tensor:

@@ -31,7 +31,7 @@ from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_o
 from s2ft.layers.kind import Split
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.ops import permute_
-from s2ft.ops.in_place import WRITING
+from s2ft.ops.in_place import WRITING, check_private
 
 
 def find(model: nn.Module, path: str) -> Any:
@@ -495,6 +495,26 @@ def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[M
         if move.is_done
         for moving in moving_tensors(model, move.coupling, inverse(move.order))
     )
+
+
+def check_memory(model: nn.Module, projections: list[Projection]) -> None:
+    """Raise ValueError for a weight in read-only or shared memory, computed from others, or not quantized yet."""
+    for path, projection in {projection.path: projection for projection in projections}.items():
+        handle = weight_at(model, projection)
+        if handle.read_only and handle.tensor.is_meta:
+            raise ValueError(
+                f"{path} is on the meta device ({type(handle.holder).__name__}), and its quantization is known only "
+                "when it is loaded: load the quantized weights, on every rank"
+            )
+        if handle.read_only:
+            continue
+        if isinstance(handle.holder, nn.Module) and "weight" not in handle.holder._parameters:
+            raise ValueError(
+                f"{path}.weight is not a parameter but is computed by a hook, as by torch.nn.utils.prune and "
+                "weight_norm: make it a parameter first (prune.remove, remove_weight_norm)"
+            )
+        if not is_sharded(handle.tensor):
+            check_private(f"{path}.weight" if isinstance(handle.holder, nn.Module) else path, handle.tensor)
 
 
 # ---- one tensor, whole or spread over ranks ------------------------------------------------------------

@@ -12,7 +12,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper, _get_subm
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import check_weight
-from s2ft.attached.checks import check_gradients_pass
+from s2ft.attached.mounting import check_gradients_pass
 from s2ft.config import refuse
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.adapter_config import S2FTPeftConfig

@@ -18,8 +18,7 @@ from typing import Any
 from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import grouped, source_of
-from s2ft.attached.checks import check_fits
-from s2ft.attached.record import Attachment, new_attachment
+from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.config import refuse
 from s2ft.export import lora
 from s2ft.model.checkpoint import weights_on_disk

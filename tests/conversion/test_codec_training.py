@@ -145,6 +145,22 @@ def test_an_adapter_that_ends_its_training_computes_what_the_file_holds(small, t
     torch.testing.assert_close(model(TOKENS).logits, before, rtol=1e-5, atol=1e-6)
 
 
+def test_a_loaded_adapter_stays_in_the_units_that_are_trained_through_the_codec(small):
+    model = attached(small, "float32", codec="none")
+    train(model, 2)
+    other = s2ft.get_adapter(model, "default")
+    model = attached(small, "float32")
+    train(model, 3)
+    alone, base = plain(model), load_model(str(small), "float32")[0].state_dict()
+    s2ft.load_adapter(model, other, "other", active=False)
+    s2ft.set_adapter(model, {"default": 1.0, "other": 1.0})
+    theirs = plain(with_loaded(load_model(str(small), "float32")[0], other))
+    for name, value in plain(model).items():
+        torch.testing.assert_close(value, alone[name] + theirs[name] - base[name], rtol=1e-5, atol=1e-6)
+    s2ft.set_adapter(model, "default")
+    assert same(plain(model), alone)
+
+
 def test_a_folder_with_one_file_is_that_file(small, tmp_path):
     shutil.copy(small, tmp_path / "model.gguf")
     assert attached(tmp_path, "float32").model.layers[0].mlp.down_proj.rounding is not None
