@@ -25,7 +25,7 @@ from s2ft.model.discovery import Discovery
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.ops._build import warn_without_cuda_kernels
-from s2ft.selection import Selection, select as select_units, with_protect_ratio
+from s2ft.selection import Selection, select as select_units, with_protect_ratio, with_units
 
 
 def attach(
@@ -78,7 +78,7 @@ def attach(
         A report of what is trained. It prints as a table.
 
     Raises:
-        TypeError: `config` is not an S2FTConfig, or `verify` is not True, False or None, or `on_top` is not a bool.
+        TypeError: `config` is not an S2FTConfig, or `verify` or `on_top` is not a bool.
         ValueError: Something can't be trained as asked, the name is taken, or an output changes by more than
             rounding. The model is unchanged.
         RuntimeError: Ranks of torch.distributed disagree on the selection or on the base model.
@@ -93,13 +93,12 @@ def attach(
     """
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
-    if verify is not None and not isinstance(verify, bool):
-        raise TypeError(f"verify must be True, False or None, got {verify!r}")
-    if not isinstance(on_top, bool):
-        raise TypeError(f"on_top must be True or False, got {on_top!r}")
+    for option, value in (("verify", verify), ("on_top", on_top)):
+        if not (value is None or isinstance(value, bool)):
+            raise TypeError(f"{option} must be True or False, got {value!r}")
     check_rest_frozen(model)
     model = unwrapped(model)
-    config = with_protect_ratio(config, protect is not None)  # the adapter stores the share that was used
+    config = with_protect_ratio(with_units(config), protect is not None)  # the adapter stores what was used
     record = find_attachment(model)
     if record is not None and record.name is not None:
         check_unattached(model)  # which raises
@@ -220,6 +219,7 @@ def _chosen(
     """Return the couplings of a model without adapters, and the units that the config selects."""
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
+    config = with_units(config)
     check_unattached(model)
     check_parallelism(model)
     found = find_couplings(model, couplings, example, config)

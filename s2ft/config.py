@@ -97,12 +97,11 @@ def check_fields(options: Any) -> None:
         value, least, choices = getattr(options, one.name), one.metadata.get("least"), one.metadata.get("choices")
         if value is None:
             continue
-        if least is not None and value < least:
-            raise ValueError(f"{one.name} must be at least {least}, got {value}")
-        if isinstance(value, int) and value > LARGEST:
-            raise ValueError(f"{one.name} must be at most {LARGEST}, got {value}")
-        if choices is not None and value not in choices:
-            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
+        refuse(
+            (least is not None and value < least, f"{one.name} must be at least {least}, got {value}"),
+            (isinstance(value, int) and value > LARGEST, f"{one.name} must be at most {LARGEST}, got {value}"),
+            (choices and value not in choices, f"{one.name} must be one of {', '.join(choices or ())}, got {value!r}"),
+        )
 
 
 def did_you_mean(word: str, names: Iterable[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:
@@ -386,6 +385,7 @@ class S2FTConfig:
                 f"align={self.align} needs allocation='uniform': with {self.allocation!r} the scores decide how many "
                 "units a layer gets",
             ),
+            (self.align and self.group, "align and group exclude each other: a group is aligned"),
             (
                 self.budget is not None and self.match_lora_rank is not None,
                 "budget and match_lora_rank exclude each other: both set how much is trained",
@@ -406,6 +406,11 @@ class S2FTConfig:
     def ratios(self) -> dict[str, float]:
         """Ratios above 0, by the projection's key: q, k, v, o, u, g, d, l or i."""
         return {key: value for key in PROJECTIONS if (value := getattr(self, f"{key}_ratio")) > 0}
+
+    @property
+    def trains_inputs(self) -> bool:
+        """Whether inputs of every layer are trained in place of couplings: by `i_ratio`, or by units of such."""
+        return bool(self.i_ratio) or isinstance(self.units, dict) and all(name.endswith(".i") for name in self.units)
 
     def delta_dtype_for(self, weight_dtype: "torch.dtype") -> "torch.dtype":
         """Return the dtype of the slice of a weight.

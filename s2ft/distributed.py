@@ -128,7 +128,7 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
     Raises:
         RuntimeError: A rank has not called this within the timeout of the process group, or the store has ended.
     """
-    call = f"s2ft/{what}/{ranks[0]}+{len(ranks)}"
+    call = f"s2ft/{what}/{'-'.join(map(str, ranks))}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
     with _explain_lost_store(what):
@@ -364,8 +364,9 @@ def check_not_in_engine(model: nn.Module, what: str, removes: bool = False) -> N
             can be taken out of their engines.
     """
     # The engine of ZeRO-3 gives every module a dict of parameters of its own class.
-    is_run = any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules())
-    if is_run or (not removes and any(map(has_master_copy, model.parameters()))):
+    if any(type(module._parameters).__name__ == "ZeROOrderedDict" for module in model.modules()) or (
+        not removes and any(map(has_master_copy, model.parameters()))
+    ):
         raise ValueError(
             f"{what} would change the layers of a model that DeepSpeed's engine holds, and its hooks and its optimizer "
             "know only what was there when deepspeed.initialize made them: do this before deepspeed.initialize (before "

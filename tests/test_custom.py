@@ -255,6 +255,8 @@ def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
     assert report.total == sum(p.numel() for p in base.parameters())
     moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
     assert moved == ({"second", "head"} if layout == "permuted" else set())
+    with s2ft.disable_adapters(model), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(model(image()), base(image()))
 
 
 @pytest.mark.parametrize("missing", range(6))

@@ -114,8 +114,7 @@ def test_a_layer_of_a_refused_pair_is_free_for_another():
 def olmo_twin():
     """A twin with grouped queries and norms over all heads, and its couplings of layers 0 and 1."""
     trial = trial_of(model_of("olmo2"))
-    found = discover(trial.twin).couplings
-    return trial, {(one.kind, one.layer): one for one in found}
+    return trial, {(one.kind, one.layer): one for one in discover(trial.twin).couplings}
 
 
 def halved(one):

@@ -58,6 +58,7 @@ CONFIGS = [
     (config_of(align=0), ValueError, "align at least 1"),
     (config_of(align=8, allocation="global"), ValueError, "align uniform 'global'"),
     (config_of(group=0), ValueError, "group at least 1"),
+    (config_of(group=32, align=8), ValueError, "align group exclude"),
     (config_of(codec="q4_0"), ValueError, "codec none auto 'q4_0'"),
     (config_of(protect_ratio=1.0), ValueError, "protect_ratio below 1"),
     (config_of(units={DOWN: [0]}, d_ratio=0.1), ValueError, "units d_ratio"),

@@ -98,6 +98,14 @@ def test_plan_and_estimate_count_them(options):
     assert s2ft.estimate(net(), config, **options).trained == report.trainable
 
 
+def test_inputs_of_a_file_of_units_are_trained_again(tmp_path):
+    config = S2FTConfig(i_ratio=0.25)
+    selection = s2ft.select(net(), config, couplings=couplings())
+    selection.save(tmp_path / "units.json")
+    for units in (selection, str(tmp_path / "units.json")):
+        assert s2ft.select(net(), S2FTConfig(units=units), couplings=couplings()) == selection
+
+
 def test_two_layers_of_one_size_get_different_units():
     pair = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64))
     alone = [Coupling.one_sided(0, path=path, count=64) for path in "01"]

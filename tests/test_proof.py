@@ -353,6 +353,14 @@ def test_what_the_example_does_not_reach_is_named():
     assert s2ft.list_adapters(net) == []
 
 
+def test_old_gradients_are_no_fault_and_stay():
+    net = Stack(RIGHT["polynomial"])
+    net(batch()).sum().backward()
+    before = [parameter.grad for parameter in net.parameters()]
+    attach(net)
+    assert [parameter.grad for parameter in s2ft.detach(net).parameters()] == before
+
+
 def test_without_an_example_nothing_is_proved_and_the_report_says_so():
     report = attach(Stack(MOVES["mixed"]), example=None)
     assert "nothing was proved" in str(report) and "Pass example=" in report.unproved

@@ -36,8 +36,7 @@ def test_random_selection(u, g, d, seed):
 
 def test_seed_layer_and_side_give_different_units():
     one, two = (select(COUPLINGS, S2FTConfig(u_ratio=0.5, d_ratio=0.5, seed=seed)) for seed in (0, 1))
-    drawn = [one["0.up"], one["1.up"], one["0.down"], two["0.up"]]
-    assert len({tuple(units.tolist()) for units in drawn}) == 4
+    assert len({tuple(units.tolist()) for units in [one["0.up"], one["1.up"], one["0.down"], two["0.up"]]}) == 4
 
 
 def test_the_random_draw_is_pinned():

@@ -222,10 +222,10 @@ class ExperimentReport:
                 for found, limit in zip(best, FRONTIER):
                     at = [(_at(curve, limit, "validation"), _at(curve, limit, "test")) for curve in curves]
                     found += [min(at)[1]] if at else []
-            cells.append([self.titles[row], *(Spread.of(found) if found else "not run" for found in best)])
+            cells.append([self.titles[row], len(best[0]), *(Spread.of(one) if one else "not run" for one in best)])
         columns = [Column(f"loss_{limit}", f"test loss, forgetting {limit}", ".4f") for limit in FRONTIER]
-        title = f"Task {task}: loss of the answers at equal forgetting on the encyclopedia, seeds {self.seeds}"
-        return Table(f"{task}-frontier", title, [Column("row", "method"), *columns], cells)
+        title = f"Task {task}: loss of the answers at equal forgetting on the encyclopedia"
+        return Table(f"{task}-frontier", title, [Column("row", "method"), Column("seeds", form="d"), *columns], cells)
 
     def candidates_table(self) -> Table:
         """Make the table of the selections that were tried, beside the random selection at the same rate."""

@@ -14,7 +14,7 @@ from s2ft.files.plain_text import by_key, first_line, replace_file
 from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, is_folder, own_folder
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
-STATE = "trainer_state.json"  # in every checkpoint of a Trainer, next to the adapter's files
+STATE = "trainer_state.json"  # in every checkpoint of a Trainer, which writes it last
 
 
 def adapter_folder(folder: Path) -> Path:

@@ -219,13 +219,14 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
 def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
-    if not isinstance(schema, int) or isinstance(schema, bool) or schema < 1:
-        raise ValueError(f"{path} is not an S²FT adapter config: it has no schema number")
-    if schema != SCHEMA:
-        raise ValueError(
+    refuse(
+        (type(schema) is not int or schema < 1, f"{path} is not an S²FT adapter config: it has no schema number"),
+        (
+            schema != SCHEMA,
             f"{path} has schema {shortened(schema)}, and this version of s2ft reads schema {SCHEMA}: use the version "
-            "that saved it, or train and save the adapter again"
-        )
+            "that saved it, or train and save the adapter again",
+        ),
+    )
     foreign = sorted(header.keys() - FIELDS)
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")
@@ -360,17 +361,22 @@ def _check_entries(
             )
     for name, entry in projections.items():
         (dtype, shape), (of_index, index) = entries[f"{name}.delta"], entries[f"{name}.index"]
-        if dtype not in FLOATS or of_index not in INTEGERS:
-            raise ValueError(f"{name}: delta must be floating-point and index integers, not {dtype} and {of_index}")
-        if len(shape) not in (2, 3) or 0 in shape or index != (shape[entry["dim"]],):
-            raise ValueError(
-                f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim {entry['dim']}"
-            )
-        if index[0] % len(entry["units"]):
-            raise ValueError(
-                f"{name}: {index[0]} elements can't be {len(entry['units'])} units: the units listed are not the ones "
-                "that were saved"
-            )
+        units = len(entry["units"])
+        refuse(
+            (
+                dtype not in FLOATS or of_index not in INTEGERS,
+                f"{name}: delta must be floating-point and index integers, not {dtype} and {of_index}",
+            ),
+            (
+                len(shape) not in (2, 3) or 0 in shape or index != (shape[entry["dim"]],),
+                f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim {entry['dim']}",
+            ),
+            (
+                sum(index) % units,
+                f"{name}: {sum(index)} elements can't be {units} units: the units listed are not the ones that were "
+                "saved",
+            ),
+        )
 
 
 def _some(keys: list[str]) -> str:

@@ -606,16 +606,18 @@ def set_trained(
     """
     ours = extra_parameters(model, record)
     more, less = sorted(extra_weights.keys() - ours.keys()), sorted(ours.keys() - extra_weights.keys())
-    if more:
-        raise ValueError(
-            f"the adapter to load has {more[0]} trained in full, which is frozen in this model: name its "
-            "module in modules_to_save, or set its requires_grad, as in the run that saved it"
-        )
-    if less:
-        raise ValueError(
-            f"this model trains {less[0]} in full, which the adapter to load does not have: freeze it, as "
-            "in the run that saved the adapter"
-        )
+    refuse(
+        (
+            more,
+            f"the adapter to load has {', '.join(more)} trained in full, which is frozen in this model: name the "
+            "module in modules_to_save, or set its requires_grad, as in the run that saved it",
+        ),
+        (
+            less,
+            f"this model trains {', '.join(less)} in full, which the adapter to load does not have: freeze it, as in "
+            "the run that saved the adapter",
+        ),
+    )
     reshard_all(model)
     set_mounted_deltas(record, deltas)
     set_extra(model, record, extra_weights)

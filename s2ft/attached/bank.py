@@ -292,7 +292,6 @@ class AdapterBank:
                 adapters[name] = self._read(name, folder)
                 self._check_limit(adapters.values())
                 self._remember(name, folder, adapters[name], set(names))
-        self._check_limit(adapters.values())
         return {name: adapters[name] for name in names}
 
     def _check_limit(self, adapters: Iterable["_Loaded"]) -> None:
@@ -359,6 +358,8 @@ class AdapterBank:
         """The known layer at a path, or a new one if the layer is new or was replaced in the model."""
         module, known = find(self.model, path), self._layers.get(path)
         if known is not None and known.module is module:
+            if known.dim != dim:
+                raise ValueError(f"{who} the other side of {path} than another adapter of this bank: use another bank")
             return known
         if expert is not None or not kind_of(module).is_linear:
             what = "experts" if expert is not None else f"a {type(module).__name__}"

@@ -59,7 +59,16 @@ from s2ft.attached.active import (
     set_trained,
     write_slices,
 )
-from s2ft.attached.record import Attachment, applied, attachment_of, check_extra_fits, clear_attachment, set_attachment
+from s2ft.attached.record import (
+    Attachment,
+    Mount,
+    Part,
+    applied,
+    attachment_of,
+    check_extra_fits,
+    clear_attachment,
+    set_attachment,
+)
 from s2ft.attached.report import print_trainable_parameters
 from s2ft.attached.saving import save_adapter
 from s2ft.config import S2FTConfig
@@ -73,7 +82,7 @@ from s2ft.distributed import (
     reshard_all,
     wait_for_ranks,
 )
-from s2ft.files.plain_text import replace_file
+from s2ft.files.plain_text import by_key, replace_file
 from s2ft.files.reading import json_entry
 from s2ft.layers import S2Layer, act_mul_of, forward_of, is_intercepted, kind_of
 from s2ft.model.checkpoint import INDEX, WEIGHTS
@@ -280,7 +289,7 @@ class _BaseOrder:
             for mounted in record.mounts.values()
             if "weight" in mounted.layer._parameters
         }
-        self.written = {id(weight_at(model, entry.projection).tensor) for entry in record.written}
+        self.written = by_key((id(weight_at(model, entry.projection).tensor), entry) for entry in record.written)
 
     def changed(self, tensor: Tensor) -> bool:
         """Whether a tensor may differ from its entry in a state dict."""
@@ -297,10 +306,9 @@ class _BaseOrder:
         copy = (tensor if layer is None else layer.base_weight()).detach().clone()
         for moving in self.moves.get(id(tensor), ()):
             moving.permute(copy)
-        for entry in reversed(self.record.written) if without_written else ():
-            handle = weight_at(self.model, entry.projection)
-            if entry.index is None and handle.tensor is tensor:
-                view = handle.view(copy)
+        for entry in reversed(self.written.get(id(tensor), ())) if without_written else ():
+            if entry.index is None:
+                view = weight_at(self.model, entry.projection).view(copy)
                 swap_(view, entry.delta.index.to(view.device), entry.base.to(view, copy=True), entry.projection.dim)
         return copy
 
@@ -476,7 +484,8 @@ def _load_deltas(model: nn.Module, state: dict[str, Tensor], prefix: str, *_: An
             "the adapter to load trains other projections than this model: "
             f"{', '.join(sorted(found ^ record.parts.keys())[:3])}"
         )
-    deltas = {name: _delta(record, name, state, prefix + name) for name in found}
+    parts = record.parts
+    deltas = {name: _delta(*parts[name], name, state, prefix + name) for name in found}
     values = {key.removeprefix(marked): value for key, value in state.items() if key.startswith(marked)}
     check_extra_fits(model, record, cast(str, record.name), values)
     set_trained(model, record, deltas, values)
@@ -492,9 +501,8 @@ def _ignore_base_weights(model: Any, extra_names: Iterable[str]) -> None:
     model._keys_to_ignore_on_save = set(model.state_dict(keep_vars=True)) - {*attachment_of(model).slices, *extra_names}
 
 
-def _delta(record: Attachment, name: str, state: dict[str, Tensor], key: str) -> Delta:
+def _delta(mount: Mount, part: Part, name: str, state: dict[str, Tensor], key: str) -> Delta:
     """Check and return the delta of one projection from the tensors of an adapter's file."""
-    mount, part = record.parts[name]
     index, values = state.get(f"{key}.index"), state[f"{key}.delta"]
     if index is None or not torch.equal(index.long().cpu(), part.elements):
         raise ValueError(f"the adapter to load has other units of {name} than the ones this model trains")
@@ -708,7 +716,12 @@ def before_forward(model: Any, *_: Any) -> None:
     is_gathered = not is_first and model in fsdp_modules(model)  # by the hook of FSDP2, which came first
     if accept_arrived_weights(model) and is_gathered:
         model.unshard()  # again
-    if model.training and torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time
+    if record.trains and getattr(model, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel copies the model at each forward, which a trainable adapter can't follow: use "
+            "DistributedDataParallel (torchrun), or one device (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time
         keep_base_before_forward(model, record)
     if not is_gathered:  # else layers compute with copies, this once
         write_slices(model, record)

@@ -303,7 +303,8 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
         The units that the adapters share. The sum of adapters on disjoint units keeps each of them exactly.
 
     Raises:
-        ValueError: No adapter has one of these names, a weight is not a finite number, or `name` is taken.
+        ValueError: No adapter has one of these names, a weight is not a finite number, `name` is taken, or the base is
+            quantized.
         TypeError: `weights` is not a mapping, or is empty.
 
     Example:
@@ -319,7 +320,9 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     weights = _weights(record, weights)
     check_new_name(record, name)
     adapters = {part: get_adapter(model, part) for part in weights}
-    record.loaded[name] = weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name)
+    combined = weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name)
+    check_writable(model, record, combined.deltas)
+    record.loaded[name] = combined
     return overlap(list(adapters.values()))
 
 

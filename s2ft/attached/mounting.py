@@ -551,7 +551,7 @@ def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
     If the body fails, everything is as before: the active adapters are active again, and a model that had no adapters
     is plain. If it succeeds, the loaded adapters stay off.
     """
-    active = dict(record.active)
+    active, required = dict(record.active), [(one, one.requires_grad) for one in model.parameters()]
     try:
         add_record_and_hooks(model, record)
         deactivate(model, record)
@@ -562,6 +562,8 @@ def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
             activate(model, record, active)
         else:
             release(model, record)
+        for parameter, was_required in required:
+            parameter.requires_grad_(was_required)
         raise
 
 

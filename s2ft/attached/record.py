@@ -183,9 +183,8 @@ class ExtraWeights:
     def apply(self, function: Callable[[Tensor], Tensor]) -> None:
         """Cast or move the kept values as the model's parameters are; they never go to the meta device."""
         function = partial(applied, function)
-        self.base = {name: function(value) for name, value in self.base.items()}
-        self.overwritten = {name: function(value) for name, value in self.overwritten.items()}
-        self.trained = {name: function(value) for name, value in self.trained.items()}
+        for values in (self.base, self.overwritten, self.trained):
+            values.update({name: function(value) for name, value in values.items()})
 
 
 def applied(function: Callable[[Tensor], Tensor], value: Tensor) -> Tensor:
@@ -537,13 +536,14 @@ def check_writable(model: nn.Module, record: Attachment, names: Iterable[str]) -
     for name in names:
         handle = weight_at(model, record.projections[name])
         path, other = handle.path, paths.setdefault(id(handle.tensor), handle.path)
-        if handle.read_only:
-            raise ValueError(f"{path} is quantized: {handle.read_only}")
-        if other != path:  # their updates differ, so that none of them could be kept
-            raise ValueError(
+        refuse(
+            (handle.read_only, f"{path} is quantized: {handle.read_only}"),
+            (
+                other != path,  # their updates differ, so that none of them could be kept
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
-                "into it: train one of them only, by couplings= or by the config's layers"
-            )
+                "into it: train one of them only, by couplings= or by the config's layers",
+            ),
+        )
 
 
 def check_weights_are_here(model: nn.Module, record: Attachment) -> None:

@@ -134,6 +134,8 @@ def main(arguments: list[str] | None = None) -> int:
         hint = did_you_mean(name, [*COMMANDS, *SAME], OTHER_NAMES)
         say_error("s2ft", f"there is no {kind} {name!r}{hint} (see s2ft --help)")
         return 2
+    if traceback:
+        os.environ[TRACEBACK] = "1"  # for the processes that a command starts
     set_up_logging(traceback)
     sys.unraisablehook = _interrupt_again
     try:

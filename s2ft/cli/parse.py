@@ -251,6 +251,8 @@ class OptionParser(argparse.ArgumentParser):
             if action.dest in found:
                 self.error(f"config {path}: {spelled[action.dest]} and {key} are the same option: keep one of them")
             spelled[action.dest] = str(key)
+            if value is None and _takes(self.hints[action.dest], list):
+                continue  # a list that is not filled in
             try:
                 found[action.dest] = self._value(action, value)
             except (ValueError, TypeError, argparse.ArgumentTypeError) as error:
@@ -440,11 +442,7 @@ def _reading(name: str, hint: Any, metadata: Mapping[str, Any]) -> dict[str, Any
         return {"type": choice(choices), "metavar": metavar or names, **several}
     if kind in (int, float) and (items or str not in parts):
         unit = "RATIO" if name.endswith("_ratio") else {int: "N", float: "X"}[kind]
-        return {
-            "type": _number(kind, _takes(hint, NoneType) or None in get_args(hint)),
-            "metavar": metavar or unit,
-            **several,
-        }
+        return {"type": _number(kind, NoneType in get_args(hint)), "metavar": metavar or unit, **several}
     if items and get_origin(items) is dict:
         return {"type": lambda path: {"path": path}, "metavar": metavar or "PATH", **several}
     if any(_takes(part, dict) for part in parts):

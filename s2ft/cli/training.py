@@ -18,7 +18,7 @@ HELP = {
 
 The names of the options are those of TRL and transformers, with dashes or underscores; many have a short name.
 --config reads them from a YAML file, such as the config.yaml that each run writes into its folder.
-Without any ratio the command trains some 430 channels of each down_proj: 0.03 of LLaMA-3-8B's, at most 0.3.
+Without any ratio the command trains some 430 channels of each down_proj: 3 % of LLaMA-3-8B's, and 3 to 30 %.
 
 Several devices: torchrun --nproc-per-node N -m s2ft sft ...
              or: accelerate launch -m s2ft sft ...""",
@@ -62,7 +62,6 @@ Rank 16 on q, k, v, up and down is the default.""",
     ),
 }
 LIKE = {"compare": "sft"}  # commands with the rows and the arguments of another one
-WRITTEN = ("learning_rate",)  # always, since without it the rate follows from the model
 # Secrets, and what concerns one call only.
 NOT_WRITTEN = ("hub_token", "resume_from_checkpoint", "overwrite", "stop_after")
 NOT_USED = "ignore_bias_buffers"  # an option of `trl sft` that has no meaning here; it is taken, and a line says so
@@ -326,7 +325,9 @@ def parser_of(command: str, everything: bool = False) -> OptionParser:
 
 
 def config_text(run) -> str:
-    """Return the text of config.yaml, which `--config` reads: the given options that differ from their defaults.
+    """Return the text of config.yaml, which `--config` reads: the options that were given, also by their defaults.
+
+    Other values, such as the rows of an update, depend on whether an option was given, not on its value alone.
 
     Args:
         run: The :class:`s2ft.train.run.Run`.
@@ -335,12 +336,7 @@ def config_text(run) -> str:
 
     import yaml
 
-    defaults = parser_of(run.method.name).defaults
-    values = {
-        key: value
-        for key, value in run.given.items()
-        if key not in NOT_WRITTEN and (key not in defaults or value != defaults[key] or key in WRITTEN)
-    }
+    values = {key: value for key, value in run.given.items() if key not in NOT_WRITTEN}
     versions = ", ".join(f"{name} {version(name)}" for name in ("s2ft", "torch", "transformers", "trl", "datasets"))
     return f"# {versions}\n{yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)}"
 
@@ -374,8 +370,8 @@ def _take_lora(given: dict[str, Any], parser: OptionParser) -> None:
     if not found:
         return
     taken = {}
-    sizes = ("match_lora_rank", "budget", "units")
-    if found.get("use_peft", True) and not any(name.endswith("_ratio") or name in sizes for name in given):
+    sizes = ("match_lora_rank", "budget", "units", "init_adapter", *(f"{letter}_ratio" for letter in "qkvougdli"))
+    if found.get("use_peft", True) and not any(name in given for name in sizes):
         taken = {"match_lora_rank": found["lora_r"]} if "lora_r" in found else {}
     if found.get("lora_modules_to_save") and "modules_to_save" not in given:
         taken["modules_to_save"] = found["lora_modules_to_save"]

@@ -86,7 +86,7 @@ class Integer(Codec):
 
     def unpack(self, packed: Packed) -> Blocks:
         if "weight" in packed:
-            codes = packed["weight"].view(torch.uint8) ^ 0x80
+            codes = (packed["weight"].short() + (1 << self.bits - 1)).to(torch.uint8)
         else:
             codes = _numbers(packed["weight_packed"], self.bits)[:, : int(packed["weight_shape"][-1])]
         scale = packed["weight_scale"]
@@ -102,7 +102,7 @@ class Integer(Codec):
         codes = blocks.codes.flatten(-2)
         made: Packed = {} if self.group is None else {"weight_scale": blocks.scales[0].squeeze(-1)}
         if "weight" in packed:
-            made["weight"] = (codes ^ 0x80).view(torch.int8)
+            made["weight"] = (codes.short() - (1 << self.bits - 1)).to(torch.int8)
         else:
             whole = _numbers(packed["weight_packed"], self.bits)  # with what fills the last number
             whole[:, : codes.shape[-1]] = codes

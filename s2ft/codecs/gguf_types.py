@@ -97,7 +97,7 @@ class Microscaled(Gguf):
     """MXFP4: a scale is a power of two, of which the file has the exponent."""
 
     def refit(self, values: Tensor, levels: Tensor, scales: Scales) -> Scales | None:
-        return None  # both powers of two that can be nearest are candidates
+        return None  # all powers of two that can be nearest are candidates
 
     def read_scales(self, data: Tensor) -> Scales:
         return (power(data[..., :1].int()),)
@@ -107,7 +107,7 @@ class Microscaled(Gguf):
 
     def candidates(self, values: Tensor, scales: Scales) -> Iterator[Scales]:
         least = values.abs().amax(-1, keepdim=True).frexp().exponent + 124  # the largest level is 12, below 2 ** 4
-        for more in (0, 1):
+        for more in (0, 1, -1):
             yield (power((least + more).clamp(0, 254)),)
 
 

@@ -95,7 +95,8 @@ class PackedFolder:
 
     def elements(self, path: str, part: str, shape: torch.Size, positions: Tensor) -> list[float]:
         """Some values of a parameter, as those of :meth:`s2ft.codecs.gguf_file.GgufFile.elements`."""
-        if part == "weight":
+        ends = ("weight_packed", "weight_scale", "weight.absmax")  # of a weight that is packed
+        if part == "weight" and any(f"{path}.{end}" in self.tensors for end in ends):
             packed = self.packed(path)
             values = self.codec(path, packed).decode(packed)
         else:

@@ -11,6 +11,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import math
 import os
 import shutil
@@ -42,6 +43,7 @@ from s2ft.model.fingerprint import TOLERANCE, covered, sampled
 from s2ft.model.weights import Delta
 from s2ft.text.models import hollow_model, locate
 
+logger = logging.getLogger(__name__)
 STRING = 8  # type of a value in the metadata of GGUF
 MERGED = "s2ft_merged.json"  # in a folder, for each merge: the base, the sha256 of its files, and the adapter
 
@@ -163,7 +165,11 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     if output.suffix != ".gguf":
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
-    base = GgufFile(path)
+    base, kept, trained_on = GgufFile(path), Kept.of(path), saved.info.get("base_sha256")
+    if kept is not None:
+        raise ValueError(f"{path} has adapter {kept.adapter!r} in place: s2ft patch {path} --undo first")
+    if trained_on not in (None, digest := sha256_of(path)):
+        logger.warning("%s has the sha256 %s, and the adapter's base had %s", path.name, digest, trained_on)
     paths = merged_paths(base, saved)
     with temporary_place(output) as temporary:
         with open(temporary, "xb") as file:
@@ -204,6 +210,8 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         raise ValueError(f"output {output} is inside the base's folder, which is copied: choose another place")
     with temporary_folder(output) as folder:
         shutil.copytree(source, folder, dirs_exist_ok=True)
+        for copied in (folder, *folder.rglob("*")):
+            copied.chmod(copied.stat().st_mode | 0o200)  # the base may be read-only
         for name, path in paths.items():
             for tensor, (old, new) in _changed(base, path, adapter.deltas[name]).items():
                 changed += int((as_bytes(old) != as_bytes(new)).sum())
@@ -423,6 +431,8 @@ def patch(file: str | Path, adapter: str | Path) -> str:
             Nothing has changed in any of these cases.
     """
     path, folder = gguf_path(str(file)), resolve(adapter)
+    if path.is_symlink() or path.stat().st_nlink > 1:  # the bytes beside one name would not be found by the others
+        raise ValueError(f"{path} is one of several names of a file: copy it, and patch the copy")
     digest = _digest(folder)
     with _writable(path) as data:
         before = Kept.of(path)
@@ -517,8 +527,8 @@ def _writable(path: Path) -> Iterator[numpy.memmap]:
     with open(path, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_WRLCK)  # which Linux gives to the only one that has it open
-            fcntl.fcntl(file, fcntl.F_SETLEASE, fcntl.F_UNLCK)
+            for lease in (fcntl.F_WRLCK, fcntl.F_UNLCK) if hasattr(fcntl, "F_SETLEASE") else ():
+                fcntl.fcntl(file, fcntl.F_SETLEASE, lease)  # Linux gives it to the only one that has the file open
         except OSError as error:
             if error.errno == errno.EAGAIN:  # another error: the system can't tell, or not this user
                 raise ValueError(f"{path} is open in a program, whose model would change: stop it first") from None

@@ -272,16 +272,14 @@ class Strategy:
                 self.offload is not None and self.offload not in allowed,
                 f"offload of {self.name} must be {choices}, got {self.offload!r}",
             ),
+            (
+                (self.name == "tp+fsdp2") != (self.tp_size is not None),
+                f"tp_size must be given for tp+fsdp2 and for no other strategy, got {self.tp_size} for {self.name}",
+            ),
         )
-        if not isinstance(self.reshard_after_forward, bool):
-            raise TypeError(f"reshard_after_forward must be True or False, got {self.reshard_after_forward!r}")
         check_whole("reduce_bucket_size", self.reduce_bucket_size)
         if self.tp_size is not None:
             check_whole("tp_size", self.tp_size, 2)
-        if (self.name == "tp+fsdp2") != (self.tp_size is not None):
-            raise ValueError(
-                f"tp_size must be given for tp+fsdp2 and for no other strategy, got {self.tp_size} for {self.name}"
-            )
 
     @property
     def is_tensor_parallel(self) -> bool:

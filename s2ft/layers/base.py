@@ -435,10 +435,9 @@ class S2Layer(TrainableLayer):
             if self.rounding is not None:
                 raise RuntimeError("a codec needs whole weights, and this one is spread over ranks: set codec='none'")
             self._keep_own()
-            parts = zip(self._own_parts(weight, values), cast("list[Tensor]", self.base))
             return stamps, [
                 one
-                for (matrix, index, here), base in parts
+                for (matrix, index, here), base in zip(self._own_parts(weight, values), cast("list[Tensor]", self.base))
                 for one in as_slices(matrix, base, here.to(base.device), index, self.dim)
             ]
         self._keep_base(weight, values, stamps)

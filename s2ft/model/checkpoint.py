@@ -7,6 +7,7 @@ converted at a time. The functions of transformers that this needs are in its mo
 promise of stability: :func:`_loading` is the only place that knows their names.
 """
 
+import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -257,12 +258,12 @@ def open_checkpoint(source: str | os.PathLike) -> Checkpoint:
         FileNotFoundError: The folder, or a file that the index names, does not exist.
         ValueError: A file is damaged.
     """
+    file = _find(source, WEIGHTS)
+    if file is not None:  # before an index, which may be of an earlier model, as in transformers
+        return Checkpoint(file.parent, stored_tensors(file))
     index = _find(source, INDEX)
     if index is None:
-        file = _find(source, WEIGHTS)
-        if file is None:
-            raise CannotStream(f"{source} has no {WEIGHTS}")
-        return Checkpoint(file.parent, stored_tensors(file))
+        raise CannotStream(f"{source} has no {WEIGHTS}")
     content = read_json(index)
     where = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(where, dict) or not all(isinstance(name, str) for name in where.values()):
@@ -296,7 +297,7 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
     if files:
         return GgufFile(files[0])
     config = _find(source, "config.json")
-    if config is None or not has_codecs(settings := read_json(config).get("quantization_config")):
+    if config is None or not has_codecs(settings := json.loads(config.read_bytes()).get("quantization_config")):
         return None
     return PackedFolder(config.parent, open_checkpoint(source).tensors, settings)
 

@@ -304,7 +304,7 @@ def find_couplings(
     if not found.couplings:
         raise ValueError(f"modules_to_save leaves {type(model).__name__} no coupling to train")
     check_shapes(model, found.couplings)
-    if config is not None and config.i_ratio:
+    if config is not None and config.trains_inputs:
         return replace(found, couplings=input_couplings(model, found.couplings), is_custom=True)
     return found
 

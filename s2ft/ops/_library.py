@@ -122,7 +122,7 @@ def autocast_input(op: str, x: Tensor, weight: Tensor) -> Tensor:
         TypeError: x and weight differ in dtype, and autocast is off.
     """
     device = x.device.type
-    if device != "meta" and torch.is_autocast_enabled(device):
+    if device != "meta" and x.dtype is not torch.float64 and torch.is_autocast_enabled(device):  # as torch's own
         return x.to(torch.get_autocast_dtype(device))
     if x.dtype != weight.dtype:
         raise TypeError(f"{op}: x is {x.dtype} and weight is {weight.dtype}; give both one dtype or use torch.autocast")

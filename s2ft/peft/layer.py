@@ -6,7 +6,8 @@ product.
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -221,9 +222,17 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             self.put_base_back()
             layer = self._new_layer(weight, delta.index.clone())
             layer.after_step = layer.unfuse  # type: ignore[method-assign, assignment]
+            layer.effective_weight = partial(self._effective, layer.effective_weight)  # type: ignore[method-assign]
             self._running[weight] = key, layer
         layer._parameters.update(self._parameters_of(weight), s2=delta.values)
+        if torch.is_grad_enabled():  # as the hook of a model does: code may write into `data`
+            layer.write_before_next_forward()
         return layer.train(self.training)
+
+    def _effective(self, effective_weight: Callable, s2: Tensor, weight: Tensor) -> Tensor:
+        """The effective weight for a backward, before which another adapter may have been written into the weight."""
+        self.put_base_back()
+        return effective_weight(s2, weight)
 
     def _new_layer(self, weight: str, index: Tensor) -> S2Layer:
         return cast(Any, self.kind.layers)[self.dim].from_module(self.base_layer, index=index)
@@ -244,6 +253,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def _apply(self, fn, recurse=True):
         self.put_base_back()
+        self._running = {}  # whose numbers of units are on the old device
         return super()._apply(fn, recurse)
 
     def _save_to_state_dict(self, destination, prefix, keep_vars) -> None:

@@ -269,19 +269,20 @@ class S2FTPeftModel(BaseTuner):
     def _check_mixed(self, names: Sequence[str], args: tuple, kwargs: dict[str, Any]) -> None:
         """Check the names of a mixed batch. Errors have PEFT's wording, which users search for."""
         inputs = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.dim() > 1]
-        if inputs and len(inputs[0]) != len(names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(inputs[0])}"
-            )
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         known = {
             name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta
         }
         unknown = sorted(set(names) - known - {BASE})
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+        rows = len(inputs[0]) if inputs else len(names)
+        refuse(
+            (
+                rows != len(names),
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(names)} and {rows}",
+            ),
+            (self.training, "Cannot pass `adapter_names` when the model is in training mode."),
+            (unknown, f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"),
+        )
 
     # ---- saving and loading --------------------------------------------------------------------------
 

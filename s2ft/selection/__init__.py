@@ -168,6 +168,11 @@ def span(sizes: list[int]) -> str:
     return str(low) if low == high else f"{low} to {high}"
 
 
+def with_units(config: S2FTConfig) -> S2FTConfig:
+    """Return the config with the units themselves, if it has the path of a file that has them."""
+    return replace(config, units=Selection.load(config.units).to_dict()) if isinstance(config.units, str) else config
+
+
 def unit_tensors(units: Any, what: str) -> dict[str, Tensor]:
     """Read units from the value of an option.
 
@@ -267,9 +272,10 @@ def units_per_projection(
             f"from{taken}: lower it, or request more projections"
         )
     units = _aligned(share_out(total, shares, free, costs), config.align)
-    for p in requested:  # with allocation "global", one layer of each kind is enough
-        alike = [p] if config.allocation == "uniform" else [other for other in requested if other.key == p.key]
+    is_uniform = config.allocation == "uniform"  # else one layer of each kind is enough
+    for alike in by_key((p.name if is_uniform else p.key, p) for p in requested).values():
         if not any(units[other.name] for other in alike):
+            p = alike[0]
             raise ValueError(
                 f"{what} is too small: it leaves {p.name} no unit, and a unit of it has {costs[p.name]:,} "
                 f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections"

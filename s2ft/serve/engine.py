@@ -116,6 +116,7 @@ class Engine:
         self._waiting: deque[Job] = deque()
         self._changed = threading.Condition()
         self._stopped = False
+        self._is_blocked = False  # the job that waits longest needs the room of an adapter of the batch
         self._thread = threading.Thread(target=self._run, name="s2ft-engine", daemon=True)
 
     # ---- called by other threads -----------------------------------------------------------------
@@ -186,6 +187,7 @@ class Engine:
             waited = job in self._waiting
             if waited:
                 self._waiting.remove(job)
+                self._is_blocked = False
         if waited:
             self.adapters.release(job.served)
 
@@ -226,7 +228,8 @@ class Engine:
         """Return the jobs that have waited longest, as many as fit into the batch and into one pass of the model."""
         chosen: list[Job] = []
         with self._changed:
-            while self._waiting and self._has_room([*chosen, self._waiting[0]]):
+            self._is_blocked &= bool(self.batch.rows)
+            while not self._is_blocked and self._waiting and self._has_room([*chosen, self._waiting[0]]):
                 chosen.append(self._waiting.popleft())
         return chosen
 
@@ -254,6 +257,7 @@ class Engine:
                 if len(loadable) == len(jobs):
                     with self._changed:
                         self._waiting.appendleft(loadable.pop())
+                        self._is_blocked = True
                 jobs = loadable
         return []
 
@@ -301,6 +305,7 @@ class Engine:
             if error is not None:
                 self._emit(job, Event(error=error))
             self.adapters.release(job.served)
+            self._is_blocked = False
 
     def _emit(self, job: Job, event: Event) -> None:
         if job.cancelled:

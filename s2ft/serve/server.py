@@ -52,7 +52,7 @@ def build_app(
     """Make the ASGI app of a server, to run it in a server of your own.
 
     Args:
-        model: A causal language model of transformers without adapters, on its device.
+        model: A causal language model of transformers without adapters, on its device and in evaluation mode.
         tokenizer: The model's tokenizer.
         base: The name that clients use for the base.
         adapters: One or several directories of adapters or of runs, adapters, or outputs of runs, also as NAME=DIR.

@@ -383,8 +383,8 @@ class SliceSender(AbstractContextManager):
         if self._engine.is_local:  # an LLM generates nothing between two calls
             act()
             return
-        self._engine.call("pause?mode=keep")
         try:
+            self._engine.call("pause?mode=keep")
             act()
         except BaseException:
             try:

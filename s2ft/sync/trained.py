@@ -232,6 +232,7 @@ class PeftSource:
                 f"{path} is quantized, and merged numbers can't be written into a quantized weight, neither here nor "
                 "in an engine: load the base in bfloat16, or serve the adapter by its name"
             )
+        layer.put_base_back()
         for name, dim, transposed, deltas, size in self._weights(layer):
             weight, index = getattr(layer.base_layer, name), _sum(dim, deltas).index
             with full_values(weight) as stored:

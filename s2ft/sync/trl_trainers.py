@@ -85,6 +85,7 @@ class _Slices:
             self.is_in_train = False
             if self.slice_sender is not None:
                 self.slice_sender.destroy()  # on this rank alone: others may not have failed
+                self._last_loaded_step = -1  # TRL's: the next generation sends again
             raise
         self.release_engine()
         return result

@@ -138,7 +138,11 @@ class RowEncoder:
         elif not isinstance(prompt, str):
             return self._chat(row, [*prompt, *answer], len(prompt) if self.completion_only else 0)
         elif self.prompt.form == "chat":
-            return self._chat(row, [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}])
+            return self._chat(
+                row,
+                [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}],
+                int(self.completion_only),
+            )
         end = self.tokenizer.eos_token or ""
         text = prompt + answer + ("" if end and answer.endswith(end) else end)
         start = len(prompt) if self.completion_only else 0
@@ -348,8 +352,8 @@ class PairEncoder(RowEncoder):
             starts.append(trained[0] if trained else len(ids))
             rows.append(ids[: trained[-1] + 1] if trained else ids)
         start = min(*starts, in_common(*rows))
-        chosen, rejected = rows
         is_long = max(map(len, rows)) > self.max_length
+        chosen, rejected = (row[: self.max_length] for row in rows)
         if is_long and (self.too_long != "cut" or start >= self.max_length):
             yield {"outcome": RowOutcome.LONG_ROW}
         elif chosen[start:] == rejected[start:]:

@@ -8,8 +8,9 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from decimal import Decimal
 from functools import partial
-from itertools import takewhile
+from itertools import islice, takewhile
 from typing import Any
 
 from s2ft.config import refuse
@@ -113,12 +114,14 @@ class HeldOut:
         examples: The same data as examples. They are answered only if `task` is set.
         task: "arithmetic", "commonsense", or None for the loss alone.
         max_new_tokens: Longest answer in tokens.
+        prompt: The format of their prompts; None for the tokenizer's.
     """
 
     rows: Any
     examples: Sequence[Example] = ()
     task: str | None = None
     max_new_tokens: int = 256
+    prompt: PromptFormat | None = None
 
 
 # ---- scores ------------------------------------------------------------------------------------------------
@@ -363,14 +366,16 @@ def compare(
     """
     drawn, switch = some(rows, most), base_switch(model)
     after = mean_loss(model, drawn, batch_size)
-    answered = [row for row in drawn if list(row["labels"])[1:2] == [IGNORED]][:samples]
-    prompts = prompts_of(answered) if answered else []
+    room = (context_length(model) or 1 << 30) - max_new_tokens
+    asked = ((row, prompts_of([row])[0]) for row in drawn if list(row["labels"])[1:2] == [IGNORED])
+    answered = list(islice((one for one in asked if len(one[1]) <= room), samples))
+    prompts = [prompt for _, prompt in answered]
     answer = partial(generate, model, tokenizer, prompts, batch_size, max_new_tokens, "answering")
     tuned, before, base = answer(), None, [None] * len(prompts)
     if switch is not None:
         with switch():
             before, base = mean_loss(model, drawn, batch_size), answer()
-    labels = [list(row["labels"])[len(prompt) :] for row, prompt in zip(answered, prompts)]
+    labels = [list(row["labels"])[len(prompt) :] for row, prompt in answered]
     right = [list(takewhile(lambda label: label != IGNORED, answer)) for answer in labels]  # up to the next question
     texts = zip(_texts(tokenizer, prompts), _texts(tokenizer, right), base, tuned)
     return Comparison(len(drawn), before, after, tuple(dict(zip(SAMPLE, each)) for each in texts))
@@ -442,7 +447,7 @@ def right_answer(example: Any, task: str) -> str:
         number = last_number(source)
         if number is None:
             raise ValueError(f"{source!r} has no number, which task arithmetic needs")
-        return repr(number) if example.answer is None else source
+        return format(Decimal(repr(number)), "f") if example.answer is None else source
     found = re.search(rf"\b(?:{'|'.join(FAMILIES)})\b", source.lower())
     if found is None:
         raise ValueError(f"{source!r} has no answer word, which task commonsense needs (true, answer1, ending1 …)")

@@ -216,9 +216,9 @@ class RunningBatch(Generic[R]):
         # Without the config, layers with a sliding window keep all keys, and the mask limits them.
         cache = DynamicCache()
         logits = self._forward(rows, cache, **inputs)
+        self._choose(rows, logits)
         self._join(cache, inputs["attention_mask"])
         self.rows += rows
-        self._choose(rows, logits)
 
     @torch.inference_mode()
     def replace(self, row: R) -> None:

@@ -202,7 +202,7 @@ def hollow_model(name: str):
 
     source, options = locate(name)
     _check_hub(name, source, None)
-    config = _from_pretrained(transformers.AutoConfig, "a config", name, source, options)
+    config = _from_pretrained(transformers.AutoConfig, "a config", name, source, {**options, **_remote(None, False)})
     named = (getattr(transformers, architecture, None) for architecture in config.architectures or ())
     autos = (getattr(transformers, auto) for auto in AUTO)
     known = (auto._model_mapping[type(config)] for auto in autos if type(config) in auto._model_mapping)

@@ -180,6 +180,7 @@ class SFTArguments(RunArguments, SFTConfig):
                 f"truncation_mode {self.truncation_mode!r} does not work here: a row that is too long is left out or "
                 "cut at its end, see too_long",
             ),
+            (self.packing and self.max_length is None, "packing joins rows up to max_length: give it a number"),
             (
                 self.packing and self.packing_strategy == "wrapped",
                 "packing_strategy 'wrapped' mixes up rows: rows would see each other; use 'bfd', the default",
@@ -296,8 +297,9 @@ class GRPOArguments(RLArguments, GRPOConfig):
 
     @property
     def updates_per_generation(self) -> int:
-        """Number of updates that use the same generated answers."""
-        return max(1, self.steps_per_generation * self.num_iterations // self.gradient_accumulation_steps)
+        """Number of updates after which the next one begins with new answers."""
+        passes = self.steps_per_generation * self.num_iterations
+        return passes // math.gcd(passes, self.gradient_accumulation_steps)
 
 
 def _is_finite(value: Any) -> bool:

@@ -33,9 +33,9 @@ from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepar
 
 logger = logging.getLogger(__name__)
 RUNS, REPORT = "runs.jsonl", "compare.json"
-OF_COMMAND = ("output_dir", "overwrite", "methods", "rates", "seeds", "one_run")  # options that no run depends on
+OF_COMMAND = ("output_dir", "overwrite", "methods", "rates", "seeds", "one_run", "hub_token")  # no run depends on them
 REFUSED = ("resume_from_checkpoint", "on_top", "init_adapter", "protect", "push_to_hub", "load_best_model_at_end",
-           "stop_after", "early_stopping_patience", "stop_at_forgetting", "stop_at_kl")  # fmt: skip
+           "stop_after", "kernels", "early_stopping_patience", "stop_at_forgetting", "stop_at_kl")  # fmt: skip
 OF_PEFT = {"lora_r": "r", "lora_target_modules": "target_modules", "lora_target_parameters": "target_parameters",
            "lora_modules_to_save": "modules_to_save",
            **{name: name for name in ("lora_alpha", "lora_dropout", "use_rslora", "use_dora")}}  # fmt: skip # by TRL's
@@ -173,7 +173,9 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     if run.forgetting.measures:  # at the end alone
         run = replace(run, forgetting=replace(run.forgetting, meter_steps=1 << 30))
     meter = meter_of(run, other, prepared.model, tokenizer, data)
-    trained = train_rows(prepared, tokenizer, data.rows, arguments, callbacks=[meter] if meter else [])
+    trained = train_rows(
+        prepared, tokenizer, data.rows, arguments, callbacks=[meter] if meter else [], options=run.options
+    )
     peak = peak_memory()
     how = (data.held_out.examples, data.held_out.task, size, data.held_out.max_new_tokens)
     scored = evaluate(prepared.model, tokenizer, *how, prompt=data.prompt) if data.held_out.task else None

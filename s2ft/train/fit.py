@@ -39,12 +39,11 @@ from s2ft.train import output
 from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
-from s2ft.train.output import RunFolder, log_failure, newest_valid, read_log, write_json
-from s2ft.train.parallel import check_divided_rows, is_spread, run_where_weights_are
+from s2ft.train.output import RunFolder, best_checkpoint, log_failure, newest_valid, read_log, write_json
+from s2ft.train.parallel import is_spread, run_where_weights_are
 from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, needs_trl_loss
 
 logger = logging.getLogger(__name__)
-OF_IMAGES = ("image", "images", "pixel_values")
 # Values of DPO, GRPO and the meter that log.jsonl gets too, by the beginning of their names, and those of the progress.
 LOGGED = ("reward", "kl", "entropy", "logps/", "completions/mean_length", "completions/clipped_ratio", "frac_reward",
           "sampling/sampling_logp_difference/", "forgetting", "other_loss", "base_kl",
@@ -206,7 +205,7 @@ def _train(trainer, checkpoint: Path | None, state: TrainerState | None) -> None
     """Train to the last step. An error after it, such as one of a logger, is logged, so that the adapter is saved."""
     if state is not None and 0 < state.max_steps <= state.global_step:  # the Trainer would train one more step
         trainer.state, state.is_world_process_zero = state, trainer.is_world_process_zero()
-        best = state.best_model_checkpoint if trainer.args.load_best_model_at_end else None
+        best = best_checkpoint(state, trainer.args.output_dir) if trainer.args.load_best_model_at_end else None
         restore_adapter(trainer.accelerator.unwrap_model(trainer.model), best or checkpoint)
         return
     try:
@@ -289,7 +288,10 @@ def check_packages_of_run(arguments) -> None:
 
 def callbacks_of(arguments, folder: RunFolder, options: RunOptions) -> list[Any]:
     """Make the callbacks of a run: progress, log.jsonl, and when it stops. The arguments are those of a method."""
-    callbacks: list[Any] = [JsonlLog(folder.log), Stop(options.stop_after)]
+    callbacks: list[Any] = [
+        JsonlLog(folder.log),
+        Stop(options.stop_after, getattr(arguments, "updates_per_generation", 1)),
+    ]
     if options.early_stopping_patience:
         arguments.restore_callback_states_from_checkpoint = True  # a resumed run goes on counting
         callbacks.append(EarlyStoppingCallback(options.early_stopping_patience, options.early_stopping_threshold))
@@ -361,17 +363,18 @@ def _shown(logs: dict, prefix: str = "") -> str:
 class Stop(TrainerCallback):
     """Writes a checkpoint and stops the run: at a step, or after the update in which Ctrl-C is pressed.
 
-    The last step is not evaluated, unless the best checkpoint is wanted.
+    The last step is logged. It is not evaluated, unless the best checkpoint is wanted.
 
     Args:
         step: The step; 0: none.
+        cycle: The run stops after a multiple of so many steps only, from where it can go on.
 
     Attributes:
         is_interrupted: Whether Ctrl-C has been pressed.
     """
 
-    def __init__(self, step: int = 0) -> None:
-        self.step, self.is_interrupted = step, False
+    def __init__(self, step: int = 0, cycle: int = 1) -> None:
+        self.step, self.cycle, self.is_interrupted = step, cycle, False
 
     @contextlib.contextmanager
     def listening(self, args) -> Iterator[None]:
@@ -396,13 +399,14 @@ class Stop(TrainerCallback):
 
     def stops_at(self, step: int) -> bool:
         """Whether the run stops after this step."""
-        return self.is_interrupted or 0 < self.step <= step
+        return (self.is_interrupted or 0 < self.step <= step) and step % self.cycle == 0
 
     def on_step_end(self, args, state, control, **kwargs):
         if self.stops_at(state.global_step):
-            control.should_save = control.should_training_stop = True
-        if state.global_step >= state.max_steps and not args.load_best_model_at_end:
-            control.should_evaluate = False  # the run evaluates after it has saved the adapter
+            control.should_save = control.should_training_stop = control.should_log = True
+        if state.global_step >= state.max_steps:
+            control.should_log = True
+            control.should_evaluate &= args.load_best_model_at_end  # else after the adapter is saved
 
 
 # ---- SFT ------------------------------------------------------------------------------------------------
@@ -460,7 +464,6 @@ def trainer_for(
     held_out: HeldOut | None = None,
 ):
     """Make the Trainer of a run, with its callbacks. The arguments are those of :func:`sft`."""
-    check_run(model, train, arguments)
     batching = choose_batching(model, pad_id(tokenizer), train, arguments, needs_trl_loss(arguments))
     rows = batching.prepare(train, arguments)
     trainer = SFTRunTrainer(
@@ -475,28 +478,6 @@ def trainer_for(
     if trainer.is_world_process_zero():
         logger.info(batching.line(len(train), len(rows)))
     return trainer
-
-
-def check_run(model, train, arguments) -> None:
-    """Check that a run can work with its rows, its model and this machine. Nothing is written.
-
-    Args:
-        model: The model, whose dtype is used.
-        train: The token rows.
-        arguments: The SFTArguments.
-
-    Raises:
-        ValueError: The rows have images, the dtype does not work here, or devices are
-            to divide rows that can't be divided.
-    """
-    images = [name for name in OF_IMAGES if name in (train.column_names or ())]
-    if images:
-        raise ValueError(
-            f"the rows have images (column {images[0]!r}), which s2ft sft does not train on: use S2FTTrainer or TRL's "
-            "SFTTrainer with AdapterCheckpoints, see docs/howto/images.md"
-        )
-    check_dtype(model, arguments)
-    check_divided_rows(model, arguments)
 
 
 def check_dtype(model, arguments) -> None:

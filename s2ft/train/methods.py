@@ -13,9 +13,9 @@ from s2ft.text.divergence import row_of_prompt
 from s2ft.text.encoding import context_length, encode_pairs, token_row, tokenize_rows
 from s2ft.text.evaluation import HeldOut, compare, examples_of, fitting, right_answer
 from s2ft.text.prompts import PromptFormat, encode_prompt, prompt_for_rows, with_columns
-from s2ft.train.fit import Finetuned, check_dtype, check_run, dpo, grpo, log_errors, sft
+from s2ft.train.fit import Finetuned, check_dtype, dpo, grpo, log_errors, sft
 from s2ft.train.output import write_json
-from s2ft.train.parallel import devices_of
+from s2ft.train.parallel import check_divided_rows, devices_of
 from s2ft.train.rewards import check_columns, load_rewards
 from s2ft.train.run import Encoded, Run
 from s2ft.train.trainers import refuse_sharding
@@ -125,12 +125,12 @@ class SFT(Method):
         }
         tokens = tokenize_rows(rows, tokenizer, prompt, **how)
         run.say(str(tokens))
-        check_run(model, tokens.dataset, arguments)
+        check_divided_rows(model, arguments)
         if held_out is None:
             return Encoded(prompt, tokens.dataset)
         examples = list(examples_of(held_out)) if options.eval_task else ()
         others = tokenize_rows(held_out, tokenizer, prompt, **how).dataset
-        scored = HeldOut(others, examples, options.eval_task, max_new_tokens=options.max_new_tokens)
+        scored = HeldOut(others, examples, options.eval_task, options.max_new_tokens, prompt)
         return Encoded(prompt, tokens.dataset, scored)
 
     def train(self, run: Run, model, tokenizer, data: Encoded, **how: Any):

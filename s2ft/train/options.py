@@ -277,13 +277,14 @@ class CompareOptions:
         )
 
 
-def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int, int]:
+def divide_batch(rows: int, devices: int, micro: int | None = None, passes: int | None = None) -> tuple[int, int]:
     """Divide the rows of one update among devices and forward passes.
 
     Args:
         rows: Rows of one update, over all devices.
         devices: Number of devices.
         micro: Rows of one forward pass on one device; default: the largest divisor up to 8.
+        passes: Forward passes of one update; default: what the others leave.
 
     Returns:
         Rows of one forward pass on one device, and the number of passes whose gradients are added up.
@@ -291,17 +292,18 @@ def divide_batch(rows: int, devices: int, micro: int | None = None) -> tuple[int
     Raises:
         ValueError: The rows cannot be divided. The message names the nearest numbers that can.
     """
-    least = (micro or 1) * devices
+    least = (micro or 1) * (passes or 1) * devices
     if rows % least:
         below, above = rows // least * least, -(-rows // least) * least
         nearest = f"{below} or {above}" if below else str(above)
-        passes = f"per_device_train_batch_size {micro} × " if micro else ""
+        factors = f"per_device_train_batch_size {micro} × " if micro else ""
+        factors += f"gradient_accumulation_steps {passes} × " if passes else ""
         raise ValueError(
-            f"batch_size {rows} must be a multiple of {least} ({passes}{devices} device{'s' * (devices != 1)}): the "
+            f"batch_size {rows} must be a multiple of {least} ({factors}{devices} device{'s' * (devices != 1)}): the "
             f"nearest size{'s are' if below else ' is'} {nearest}"
         )
     each = rows // devices
-    found = micro or max(size for size in range(1, MOST_ROWS + 1) if each % size == 0)
+    found = micro or (each // passes if passes else max(size for size in range(1, MOST_ROWS + 1) if each % size == 0))
     return found, each // found
 
 

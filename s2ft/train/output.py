@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
-from s2ft.adapter.folders import OPTIONS, RUN
+from s2ft.adapter.folders import OPTIONS, RUN, STATE
 from s2ft.files.plain_text import first_line, replace_file, sha256_of
 from s2ft.files.reading import ADAPTER, CONFIG, read_json
 
@@ -269,7 +269,6 @@ def loss_figure(lines: list[dict], title: str = ""):
 CHECKPOINT = "checkpoint-"
 UNFINISHED = ".unfinished"  # the temporary folder in which a checkpoint is written
 SEAL = "s2ft_checkpoint.json"  # the sizes and checksums of all files; it is written last
-STATE = "trainer_state.json"  # transformers writes it last, so it marks a complete checkpoint without a seal
 
 
 def seal(checkpoint: Path) -> None:
@@ -331,6 +330,12 @@ def newest_valid(folder: Path) -> Path | None:
 def ranks_of(checkpoint: Path) -> int:
     """Return the number of ranks that wrote a checkpoint, by their random states; 0 if it has none."""
     return len([*checkpoint.glob("rng_state.pth"), *checkpoint.glob("rng_state_*.pth")])
+
+
+def best_checkpoint(state: Any, folder: Path | str) -> Path | None:
+    """Where the best checkpoint of a trainer's state is, whose own path may spell the folder in another way."""
+    best = state.best_model_checkpoint
+    return None if best is None else Path(folder) / Path(best).name
 
 
 def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:

@@ -252,7 +252,9 @@ def load_rewards(names: Iterable[str]) -> list[Reward]:
             found.append(checked(BUILT_IN[name], name))
         elif is_file and wanted[:1] in ("", ":"):
             path = Path(f"{file}.py")
-            found += [checked(one, f"{path}:{one.__name__}") for one in _of_file(path, wanted[1:])]
+            found += [
+                checked(one, f"{path}:{getattr(one, '__name__', wanted[1:])}") for one in _of_file(path, wanted[1:])
+            ]
         elif module and _has_module(module):
             found.append(checked(_named(module, importlib.import_module(module), function), name))
         else:
@@ -343,7 +345,7 @@ def checked(function: Reward, title: str) -> Reward:
             raise RewardError(f"reward {title} raised {type(error).__name__} in line {line}: {error}") from error
         return _check_result(result, len(given["completions"]), title)
 
-    reward.title = title
+    reward.title, reward.__name__ = title, getattr(function, "__name__", title)  # a partial has no name of its own
     return reward
 
 

@@ -169,7 +169,8 @@ class Run:
                     value.pop("distributed_config", None)  # other devices can go on with the run
                 if value != {}:
                     found[f"training.{one.name}"] = value
-        found |= {f"training.{name}": getattr(arguments, name) for name in (MICRO, PASSES, "seed", "data_seed")}
+        derived = (MICRO, PASSES, "num_train_epochs", "seed", "data_seed")
+        found |= {f"training.{name}": getattr(arguments, name) for name in derived}
         return {**found, ROWS: rows_of_update(arguments), GROUPS: devices_of(arguments).groups}
 
 
@@ -329,6 +330,7 @@ def _told(run: Run, rows) -> dict:
 def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     """Print the summary, write the model card, and upload the adapter if that was asked for."""
     folder, arguments = run.folder, run.arguments
+    path = shlex.quote(str(folder.path))
     steps = f"{result.steps} step{'s' * (result.steps != 1)}"
     quality = f"loss {result.loss:.4f}" if result.reward is None else f"reward {result.reward:.3f}"
     print(
@@ -347,7 +349,7 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
         where = "" if result.kept_step is None else f", step {result.kept_step} of the {result.stopped_at} trained"
         print(f"{result.drift}{where}")
     if not result.finished:
-        command = f"s2ft {run.method.name} --config {folder.config} --output {folder.path} --resume"
+        command = f"s2ft {run.method.name} --config {shlex.quote(str(folder.config))} --output {path} --resume"
         print(f"stopped before the end; go on with\n  {command}", flush=True)
         return
     with log_errors("the model card was not written"):
@@ -355,7 +357,6 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
     print(f"adapter: {result.adapter}")
     if result.comparison is not None:
         print(f"\n{result.comparison}")
-    path = shlex.quote(str(folder.path))
     merged = "my-model.gguf" if run.model.model_name_or_path.endswith(".gguf") else "my-model"
     commands = [f"s2ft chat --adapter {path}", f"s2ft merge --adapter {path} --output {merged}"]
     print("\nnext:", *commands, sep="\n  ")
@@ -425,10 +426,7 @@ def set_batches(arguments: Any, options: RunOptions, given: Mapping[str, Any]) -
                 f"batch_size {total} contradicts {MICRO} {micro} × {PASSES} {passes} × {shared} = "
                 f"{micro * passes * devices} rows: leave one of them out"
             )
-        if passes:
-            divide_batch(total, devices * passes)
-            micro = total // (devices * passes)
-        micro, passes = divide_batch(total, devices, micro)
+        micro, passes = divide_batch(total, devices, micro, passes)
         arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps = micro, passes
     micro, passes = arguments.per_device_train_batch_size, arguments.gradient_accumulation_steps
     return (
@@ -472,7 +470,7 @@ def other_text(run: Run) -> tuple[Any, Any]:
     options, data = run.forgetting, run.data
 
     def rows(names: list[str], most: int) -> Any:
-        own = DataOptions(data=names, field=data.field, skip_bad_rows=data.skip_bad_rows)
+        own = DataOptions(data=names, skip_bad_rows=data.skip_bad_rows)  # `field` names those of the training rows
         return read_texts(own, most, run.config.seed) if names else None
 
     return rows(options.forgetting_data, options.meter_rows), rows(options.protect, options.protect_rows)

@@ -31,7 +31,7 @@ from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl_trainers import check_sends_slices
 from s2ft.train import optimizer_state
-from s2ft.train.output import UNFINISHED, damage, move_into_place, newest_valid, ranks_of
+from s2ft.train.output import UNFINISHED, best_checkpoint, damage, move_into_place, newest_valid, ranks_of
 
 logger = logging.getLogger(__name__)
 OTHER_RANKS = (
@@ -145,8 +145,7 @@ class AdapterCheckpoints:
         ranks = all_ranks()
         if ranks is not None:
             wait_for_ranks("writing a checkpoint", ranks)  # until each rank has written its random state
-        best = self.state.best_model_checkpoint
-        keep, best = self.args.save_total_limit or 0, Path(best) if best else None
+        keep, best = self.args.save_total_limit or 0, best_checkpoint(self.state, folder)
         move = partial(move_into_place, written, folder, keep, best)
         run_on_ranks("moving a checkpoint into place", ranks, self.args.should_save, move)
 
@@ -222,7 +221,7 @@ class AdapterCheckpoints:
             self.push_to_hub(commit_message="Model save", revision=self.args.hub_revision)
 
     def _load_best_model(self):
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        self._load_from_checkpoint(best_checkpoint(self.state, self.args.output_dir))
 
 
 def _is_split(model: Any) -> bool:

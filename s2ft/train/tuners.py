@@ -207,6 +207,7 @@ def train_rows(
     *,
     held_out: Any = None,
     callbacks: Sequence[TrainerCallback] = (),
+    options: RunOptions = RunOptions(),
 ) -> TrainedRun:
     """Train a prepared model, which keeps what it has learned. Nothing but a log is written.
 
@@ -219,6 +220,7 @@ def train_rows(
         arguments: The arguments of the run.
         held_out: Token rows to evaluate on while training, or None.
         callbacks: More callbacks of the Trainer.
+        options: Options that the arguments do not have, such as `chunked_loss`.
 
     Returns:
         Times and losses.
@@ -232,7 +234,7 @@ def train_rows(
     kind = SFTRunTrainer if prepared.method == "s2ft" else TokenRowTrainer
     with (
         contiguous_head(base),
-        loss_for(base, arguments, RunOptions(), batching.collator([short_row(rows)])),
+        loss_for(base, arguments, options, batching.collator([short_row(rows)])),
         checkpointing(base, arguments),
     ):
         trainer = kind(

@@ -242,6 +242,14 @@ def test_experts_and_weights_trained_in_full_are_refused(tmp_path):
     enter(bank, "heads")
 
 
+def test_adapters_of_both_sides_of_a_layer_are_refused(folder, model, tmp_path):
+    save_random_adapter(tmp_path / "inputs", model_of("llama"), i_ratio=0.2)
+    bank = AdapterBank(model, folder)
+    bank.add("inputs", tmp_path / "inputs")
+    with pytest.raises(ValueError, match="the other side of model.layers.0.self_attn.v_proj"):
+        enter(bank, "d", "inputs")
+
+
 def test_a_model_that_is_not_a_plain_base_is_refused(folder, model):
     bank = AdapterBank(model, folder)
     s2ft.load_adapter(model, folder / "a")

@@ -52,8 +52,7 @@ def test_arithmetic():
     path = next(iter(a.deltas))
     assert torch.equal((2 * a).deltas[path].values, 2 * a.deltas[path].values)
     assert torch.equal((-a).deltas[path].values, -a.deltas[path].values)
-    nothing = a + b - b - a
-    assert all(delta.values.abs().max() < 1e-6 for delta in nothing.deltas.values())
+    assert all(delta.values.abs().max() < 1e-6 for delta in (a + b - b - a).deltas.values())
     assert (a + b).parameters < a.parameters + b.parameters
     for weight in (float("nan"), float("inf"), "much", True):
         with pytest.raises(ValueError, match="must be a finite number"):

@@ -27,8 +27,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):
     assert set(uploaded(hub)) == {"s2ft_config.json", "s2ft_adapter.safetensors", "README.md"}
     card = (tmp_path / "my-run/adapter/README.md").read_text()
     assert card.encode() == uploaded(hub)["README.md"]
-    front = yaml.safe_load(card.split("---")[1])
-    assert front == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
+    assert yaml.safe_load(card.split("---")[1]) == {"library_name": "s2ft", "tags": ["s2ft"]}  # no path of this machine
     assert str(tmp_path) not in card and "secret" not in (tmp_path / "my-run/config.yaml").read_text()
     told = (
         "| 12 rows |",

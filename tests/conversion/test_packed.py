@@ -142,6 +142,12 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
     tuned = weights(tmp_path / "tuned.gguf")
     assert "'math'" in patch(copy, math) and "has adapter 'math'" in state(copy)
     assert all(torch.equal(value, tuned[name]) for name, value in weights(copy).items())
+    with pytest.raises(ValueError, match="has adapter 'math' in place: s2ft patch .* --undo first"):
+        export_packed(str(copy), math, tmp_path / "twice.gguf")
+    (tmp_path / "link.gguf").symlink_to(copy)
+    with pytest.raises(ValueError, match="is one of several names of a file"):
+        patch(tmp_path / "link.gguf", chat)
+    (tmp_path / "link.gguf").unlink()
     once = digest(copy)
     patch(copy, chat)
     assert "has adapter 'chat'" in state(copy) and digest(copy) != once
@@ -156,8 +162,7 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
 def test_what_an_earlier_switch_has_left_is_not_used_for_another_file_or_adapter(small, copy, tmp_path):
     base, math, chat = small
     patch(copy, math), undo(copy)
-    again = shutil.copytree(chat, tmp_path / "math")  # another adapter in a folder of the same name
-    patch(copy, again)
+    patch(copy, shutil.copytree(chat, tmp_path / "math"))  # another adapter in a folder of the same name
     assert "'chat'" in state(copy)
     undo(copy)
     data = bytearray(copy.read_bytes())

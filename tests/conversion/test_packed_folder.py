@@ -109,6 +109,16 @@ def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
         export_packed(str(base), tmp_path / "adapter", base / "tuned")
 
 
+def test_a_layer_that_is_not_packed_stays(tmp_path):
+    save_tiny(tmp_path / "checkpoint", **WIDE)
+    with_merges().save_pretrained(tmp_path / "checkpoint")
+    base = FORMATS["int8"](tmp_path / "checkpoint", tmp_path / "base", ignore=["lm_head", "model.layers.1.mlp.up_proj"])
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))  # as Mamba's
+    s2ft.save_adapter(trained(base, u_ratio=0.0), tmp_path / "adapter")
+    assert "and no other byte" in export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
+
+
 def test_scales_that_others_share_stay(base, tmp_path):
     s2ft.save_adapter(trained(base, codec="none"), tmp_path / "adapter")
     export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")

@@ -232,8 +232,7 @@ def train_extra_weights(rank, stage, directory):
     """Whether switching restores the base and then the trained weights."""
     model = attached("llama-grouped", **EXTRA)
     base = model.lm_head.weight.detach().clone()
-    engine = engine_for(model, stage)
-    run(engine, rank)
+    run(engine_for(model, stage), rank)
     s2ft.save_adapter(model, directory)
     trained = s2ft.get_adapter(model, "default").extra_weights["lm_head.weight"]
     seen = []

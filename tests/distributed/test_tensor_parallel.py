@@ -251,8 +251,7 @@ def refused(rank, folder, way):
     before = {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
     with pytest.raises(ValueError) as error:
         s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2))
-    same = before == {key: (id(p), p.requires_grad) for key, p in model.named_parameters()}
-    return str(error.value), same
+    return str(error.value), (before == {key: (id(p), p.requires_grad) for key, p in model.named_parameters()})
 
 
 @pytest.mark.parametrize(

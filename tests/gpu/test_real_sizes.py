@@ -47,8 +47,7 @@ def test_more_than_two_to_the_31_elements():
     swap_(weight, index, tail, 0)
     assert torch.equal(tail - 1, weight[-64:])  # the two were exchanged
     del y
-    ones = torch.ones_like(weight)
-    assert torch.equal(act_mul(weight, ones, "relu")[-64:], weight[-64:].clamp(min=0))
+    assert torch.equal(act_mul(weight, torch.ones_like(weight), "relu")[-64:], weight[-64:].clamp(min=0))
 
 
 @pytest.mark.parametrize("device", DEVICES)

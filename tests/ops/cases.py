@@ -58,8 +58,7 @@ class Case:
             grads = torch.autograd.grad(out, wanted, upstream_of(out)) if wanted else ()
         for tensor, own in zip(inputs[self.changed :], self.tensors[self.changed :]):
             assert torch.equal(tensor.cpu(), own)
-        outs = [] if out is None else [out]
-        return [tensor.detach() for tensor in (*outs, *inputs[: self.changed], *grads)]
+        return [tensor.detach() for tensor in (*([] if out is None else [out]), *inputs[: self.changed], *grads)]
 
 
 def upstream_of(out: Tensor) -> Tensor:

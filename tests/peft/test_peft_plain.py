@@ -67,6 +67,36 @@ def test_forward_and_gradients(kind, dim, dtype):
             assert layer.base_layer.weight.grad is None
 
 
+@modules
+@dims
+def test_another_adapter_runs_between_forward_and_backward(kind, dim):
+    """As in DPO, whose reference is another adapter. It is written into the weight of which the backward needs."""
+    model, x, _ = wrapped(kind, dim)
+    model.add_adapter("b", S2FTPeftConfig(target_modules=["0"], ratio=0.4, dim=dim, init_weights=False, seed=1))
+    gradients = []
+    for others in ([], ["b"]):
+        given = x.clone().requires_grad_()
+        model.base_model.set_adapter("a")
+        loss = model(given).square().sum()
+        for name in others:
+            model.base_model.set_adapter(name)
+            model(x)
+        loss.backward()
+        gradients.append(given.grad)
+    assert torch.equal(*gradients)
+
+
+def test_values_that_are_written_by_hand_are_used():
+    """As averaged weights are put in for an evaluation. No version counts such a change."""
+    model, x, _ = wrapped("linear", "inputs")
+    delta, before = layer_of(model).s2ft_delta["a"].values, model(x)
+    kept = delta.data.clone()
+    delta.data.mul_(2)
+    assert not torch.equal(model(x), before)
+    delta.data.copy_(kept)
+    assert torch.equal(model(x), before)
+
+
 def test_one_side_of_a_module():
     """An adapter on the other side is refused, and no module of it is changed."""
     net = nn.Sequential(nn.Linear(9, 11), nn.Linear(11, 9))

@@ -187,6 +187,7 @@ def test_a_job_waits_until_the_bank_has_room(folder):
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
         assert all(len({name for name in names if name}) <= 1 for names in bank.batches)
+        assert len(bank.batches) < 120  # and does not look again at every token
 
 
 def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):

@@ -36,8 +36,7 @@ def tiny_model(case: str, layers: int = 1, dtype: torch.dtype = torch.float32, *
 
 def ratios(case: str, ratio: float = 0.5) -> dict[str, float]:
     """Ratios for all projections of the case."""
-    keys = "qkvoud" if case == "gpt2" else "qkvougd"
-    return {f"{key}_ratio": ratio for key in keys}
+    return {f"{key}_ratio": ratio for key in ("qkvoud" if case == "gpt2" else "qkvougd")}
 
 
 def make_adapter(model: nn.Module, config: s2ft.S2FTConfig, name: str, seed: int) -> s2ft.Adapter:

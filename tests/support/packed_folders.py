@@ -7,12 +7,13 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 
-def compress(checkpoint: Path, folder: Path, **weights) -> Path:
+def compress(checkpoint: Path, folder: Path, ignore: tuple[str, ...] = ("lm_head",), **weights) -> Path:
     """Write a checkpoint of compressed-tensors. Returns the folder.
 
     Args:
         checkpoint: A checkpoint of transformers.
         folder: The folder to write.
+        ignore: Names of layers that are not quantized.
         weights: What its config says of the weights: num_bits, type, strategy, and so on.
     """
     compressors = pytest.importorskip("compressed_tensors.compressors")
@@ -22,7 +23,7 @@ def compress(checkpoint: Path, folder: Path, **weights) -> Path:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     scheme = quantization.QuantizationScheme(targets=["Linear"], weights=quantization.QuantizationArgs(**weights))
     settings = quantization.QuantizationConfig(
-        config_groups={"all": scheme}, ignore=["lm_head"], quantization_status="frozen"
+        config_groups={"all": scheme}, ignore=list(ignore), quantization_status="frozen"
     )
     quantization.apply_quantization_config(model, settings)
     for layer in (layer for layer in model.modules() if hasattr(layer, "weight_scale")):

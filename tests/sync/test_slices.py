@@ -63,6 +63,14 @@ def test_slices_are_those_of_the_merged_checkpoint(case, form, tmp_path):
     assert check(model, tmp_path, lambda: merged(model)).numel == trained
 
 
+def test_a_forward_before_the_description_changes_nothing(tmp_path):
+    model = model_of("llama-grouped")
+    model.save_pretrained(tmp_path / "base")
+    model = randomize(peft_form(model, d_ratio=0.2))
+    model(torch.arange(4)[None])  # PEFT's form has base + delta in the weights now
+    check(model, tmp_path, lambda: merged(model))
+
+
 # ---- weights in full, dtypes, several adapters ---------------------------------------------------------
 
 

@@ -70,6 +70,7 @@ READ = {
         },
     ),
     "short answer": ({"instruction": "2+3=", "output": "5", "answer": ["5"]}, {"messages": CHAT, "answer": "5"}),
+    "system": ({"system": "a", "messages": CHAT}, {"messages": [{"role": "system", "content": "a"}, *CHAT]}),
     "truth": ({"instruction": "2+3=", "output": "5", "answer": True}, {"messages": CHAT, "answer": "true"}),
 }  # fmt: skip
 IMAGE = {"role": "user", "content": [{"type": "image", "url": "a"}]}
@@ -130,5 +131,4 @@ def test_other_names_are_mapped():
 
 
 def test_output_may_be_empty_if_only_the_answer_is_scored():
-    row = {"instruction": "2+3=", "output": "", "answer": "5"}
-    assert normalised(row, {}, scored=True)["answer"] == "5"
+    assert normalised({"instruction": "2+3=", "output": "", "answer": "5"}, {}, scored=True)["answer"] == "5"

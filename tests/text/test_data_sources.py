@@ -131,6 +131,7 @@ def test_mixture_has_the_fractions_and_repeats_nothing(tmp_path):
          "columns": ["instruction", "output"]},
     ]  # fmt: skip
     assert questions(load_rows(DataOptions(datasets=entries))) == [*EXPECTED, "b1", "b2"]
+    assert questions(load_rows(DataOptions(datasets=entries, limit=4))) == [*EXPECTED[:3], "b1"]
     whole = [{key: value for key, value in entry.items() if key != "fraction"} for entry in entries]
     assert len(load_rows(DataOptions(datasets=whole))) == 14
     second.write_text(second.read_text() + "{broken\n")
@@ -153,6 +154,10 @@ def test_test_split_of_a_named_data_set_is_held_out_if_the_run_evaluates(tmp_pat
     assert load_split(options, seed=0, evaluates=False)[1] is None
     with_data = DataOptions(data=[str(tmp_path / "a")], eval_data=[str(tmp_path / "a")], limit=1)
     assert [len(part) for part in load_split(with_data, seed=0, eval_limit=4)] == [1, 4]
+    path = str(write_jsonl(tmp_path / "a.jsonl", ROWS))  # whose every split is the whole file
+    assert load_split(DataOptions(dataset_name=path), seed=0)[1] is None
+    sliced = DataOptions(dataset_name=path, eval_data=[path], dataset_train_split="train[4:]")
+    assert [len(part) for part in load_split(sliced, seed=0)] == [2, 6]
 
 
 def test_name_on_the_hub_is_loaded_once_with_its_options(monkeypatch):

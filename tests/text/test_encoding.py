@@ -105,6 +105,9 @@ def test_loss_on_the_last_answer_only_or_on_everything():
     tokenizer, rows = tiny_tokenizer(), [{"messages": [QUESTION, ANSWER, QUESTION, {**ANSWER, "content": "6"}]}]
     assert trained(tokenizer, tokens(rows, loss_on="last").dataset[0]) == "6<|im_end|>"
     assert trained(tokenizer, tokens(rows).dataset[0]) == "5<|im_end|>6<|im_end|>"
+    plain = [{"prompt": "2+3=", "completion": "5"}]  # in a chat template, and nothing of its prompt is learned
+    assert trained(tokenizer, tokens(plain, loss_on="all").dataset[0]).endswith("5<|im_end|>")
+    assert "2+3" not in trained(tokenizer, tokens(plain, loss_on="all").dataset[0])
     whole = tokens(rows, loss_on="all")
     count = len(whole.dataset[0]["input_ids"])
     assert f"the loss falls on {count - 1} of them" in str(whole)  # nothing predicts the first token

@@ -95,6 +95,7 @@ def test_a_row_that_cannot_be_used_says_why(convert, row, words):
     [
         ({"question": "2+3=", "answer": "3+2 #### 5", "level": 1}, {"answer": "3+2 #### 5", "level": 1}),
         ({"prompt": [user("2+3=")], "answer": 5}, {"answer": "5"}),
+        ({"question": "2+3=", "answer": ["B"]}, {"answer": "B"}),
         ({"messages": [user("2+3="), assistant("5")]}, {"answer": "5"}),
         ({"messages": [user("2+3=")], "metadata": {"seed": 1}}, {"metadata": {"seed": 1}}),
         ({"instruction": "2+3=", "output": "5"}, {"answer": "5", "output": "5"}),
@@ -147,6 +148,7 @@ def test_long_pairs_are_left_out_or_cut(tmp_path):
     rows = load_rows(DataOptions(data=[str(write_jsonl(tmp_path / "pairs.jsonl", [ASKED, long]))]), shape=PAIRS)
     how = dict(tokenizer=tokenizer, prompt=prompt_format(tokenizer))
     assert str(encode_pairs(rows, max_length=100, **how)).endswith("; 1 too long row left out")
-    assert len(encode_pairs(rows, max_length=100, too_long="cut", **how).dataset) == 2
+    cut = encode_pairs(rows, max_length=100, too_long="cut", **how).dataset
+    assert len(cut) == 2 and max(len(row["prompt_ids"] + row["chosen_ids"]) for row in cut) == 100
     with pytest.raises(ValueError, match="none of 2 rows fits.* 2 with a prompt and an answer"):
         encode_pairs(rows, max_length=20, **how)

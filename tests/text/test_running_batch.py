@@ -5,7 +5,7 @@ import random
 import pytest
 import torch
 from serve.fleet import RunningBatch, alone, greedy, greedy_row, save_adapters
-from support.inside import rows_interact
+from support.inside import Row, rows_interact
 from train.tiny import UNTIED, tiny_model
 
 from s2ft import AdapterBank
@@ -74,6 +74,8 @@ def test_an_error_while_joining_does_not_change_the_batch(folder):
     batch.admit([row])
     with pytest.raises(ValueError, match="unknown"):
         batch.admit([greedy_row(prompt(9, 1), "unknown")])
+    with pytest.raises(AttributeError):  # when its first token is chosen
+        batch.admit([Row(prompt(9, 1), sampler=None)])
     step(batch)
     assert batch.rows == [row] and row.tokens == alone(folder / "a0", row.prompt, 6, ends=(), **UNTIED)
 

@@ -88,6 +88,8 @@ def example(output, answer=None):
 def test_the_right_answer_is_the_field_or_is_found_in_the_output():
     assert right_answer(example("3 + 4 = 7. The answer is 7.", "8.0"), "arithmetic") == "8.0"
     assert float(right_answer(example("3 + 4 = 7. The answer is 7."), "arithmetic")) == 7
+    for text in ("0.00005", "20000000000000000"):
+        assert is_right(text, right_answer(example(text), "arithmetic"), "arithmetic")
     assert right_answer(example("so B", "B"), "arithmetic") == "B"
     assert right_answer(example("the correct answer is answer2"), "commonsense") == "answer2"
     assert right_answer(example("x", " True"), "commonsense") == "true"

@@ -218,9 +218,9 @@ def test_the_evaluation_loss_is_the_mean_over_all_labels(tmp_path):
     assert found == pytest.approx(total / count, rel=1e-5)
 
 
-def test_rows_with_images_are_refused(tmp_path):
-    with pytest.raises(ValueError, match="the rows have images .*AdapterCheckpoints"):
-        run(tmp_path / "out", data=token_rows().add_column("images", [[]] * 14))
+def test_the_last_step_is_logged(tmp_path):
+    _, folder, result = run(tmp_path / "out", max_steps=2, logging_steps=100, save_steps=0)
+    assert result.loss == read_log(folder.log)[-1]["loss"] > 0
 
 
 # ---- the best checkpoint -------------------------------------------------------------------------------

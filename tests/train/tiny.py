@@ -41,8 +41,8 @@ def tiny_tokenizer(chat_template: str | None = CHAT) -> PreTrainedTokenizerFast:
 def with_merges():
     """A tokenizer with merges, which a GGUF file must have. Its vocabulary is as large as the model's."""
     tokenizer = tiny_tokenizer()
-    letters = [token for token in tokenizer.get_vocab() if len(token) == 1]
-    never = sorted(letters)[-1]  # a byte that no text contains; the merged pair gets its token id
+    # a byte that no text contains; the merged pair gets its token id
+    never = max(token for token in tokenizer.get_vocab() if len(token) == 1)
     vocabulary = {("th" if token == never else token): number for token, number in tokenizer.get_vocab().items()}
     tokenizer.backend_tokenizer.model = models.BPE(vocab=vocabulary, merges=[("t", "h")])
     return tokenizer

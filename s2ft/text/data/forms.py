@@ -114,7 +114,7 @@ def _parsed(value: object, name: str) -> object:
 
 def _conversation(field: str, row: Row, _scored: bool) -> dict[str, Any]:
     messages = read_messages(row[field], field)
-    return {"messages": check_chat(messages if field == "messages" else with_system(row, messages), field)}
+    return {"messages": check_chat(with_system(row, messages), field)}
 
 
 def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
@@ -469,7 +469,9 @@ def scored_prompt(row: object, renamed: Mapping[str, str], _scored: bool = False
         raise BadRow(f"needs {needs}; it has {listed(found)}; --field OURS=THEIRS maps other names")
     if found.get("tools"):
         raise BadRow("field 'tools' is not used by s2ft grpo, whose answers call no tools: leave it out")
-    answers = [str(found[name]) for name in ANSWERS if isinstance(found.get(name), (str, int, float))]
+    given = (found.get(name) for name in ANSWERS)
+    given = (value[0] if isinstance(value, list) and len(value) == 1 else value for value in given)
+    answers = [str(value) for value in given if isinstance(value, (str, int, float))]
     if not isinstance(prompt, str):
         if last_answer(prompt) == len(prompt) - 1 >= 0:
             answers.append(prompt[-1]["content"])

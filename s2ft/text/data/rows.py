@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+import math
 import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from s2ft.config import refuse
 from s2ft.packages import check_packages
 from s2ft.text.data.data_options import DataOptions
 from s2ft.text.data.forms import BadRow, normalised, pair, scored_prompt
-from s2ft.text.data.sources import BUILDERS, read_rows, scratch_folder
+from s2ft.text.data.sources import BUILDERS, has_splits, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
     from datasets import Dataset
@@ -93,7 +94,7 @@ def load_rows(
             break
         parts.append(_stored(entry, options, wanted, scored, shape))
     if fractions:
-        total = min(len(part) / share for part, share in zip(parts, fractions))
+        total = min(math.inf if limit is None else limit, *(len(part) / share for part, share in zip(parts, fractions)))
         parts = [part.select(range(min(len(part), round(share * total)))) for part, share in zip(parts, fractions)]
     rows = parts[0] if len(parts) == 1 else concatenate_datasets(parts)
     return rows.select(range(min(limit, len(rows)))) if limit is not None else rows
@@ -129,7 +130,8 @@ def load_split(
     """
     train = load_rows(options, shape=shape)
     if options.eval_data:
-        return train, load_rows(options, data=options.eval_data, limit=eval_limit or 1 << 62, shape=shape)
+        split = options.dataset_train_split.partition("[")[0]  # its slice is of the training rows
+        return train, load_rows(options, data=options.eval_data, split=split, limit=eval_limit or 1 << 62, shape=shape)
     if options.test_split_size:
         size = options.test_split_size
         if size >= len(train):
@@ -137,7 +139,7 @@ def load_split(
         parts = train.train_test_split(int(size) if size >= 1 else size, seed=seed)
         held_out = parts["test"]
         return parts["train"], held_out.select(range(min(eval_limit or len(held_out), len(held_out))))
-    if evaluates and options.dataset_name:
+    if evaluates and options.dataset_name and has_splits(options.dataset_name):
         return train, load_rows(options, split=options.dataset_test_split, limit=eval_limit or 1 << 62, shape=shape)
     return train, None
 

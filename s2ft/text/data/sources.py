@@ -34,6 +34,7 @@ KINDS = {  # endings of files, and what reads them
     ".arrow": "arrow",
 }
 INFOS = ("dataset_info.json", "dataset_infos.json")  # what `datasets` writes beside the data
+SAVED = "state.json"  # in the folder of one split that `datasets` has saved
 BUILDERS = ("json", "csv", "parquet", "arrow")  # names of readers that TRL's configurations use as `path`
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst", ".zip")
 OTHERS = {  # endings of files that are not read, and what to do
@@ -92,6 +93,12 @@ def read_rows(
         raise FileNotFoundError(f"data file {path} doesn't exist")
     options = {"split": split, "revision": revision, "data_dir": data_dir, "data_files": data_files}
     return _hub(path, name, **options, streaming=streaming)
+
+
+def has_splits(path: str) -> bool:
+    """Whether what a path or a name means may have several splits. Every split of a file is the whole file."""
+    local = Path(path).expanduser()
+    return not ("*" in path or local.is_file() or (local / SAVED).is_file())
 
 
 def _numbered(name: object, rows: Iterable) -> Rows:
@@ -254,7 +261,7 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
     import datasets
     from datasets.data_files import DataFilesPatternsDict, get_data_patterns
 
-    if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+    if (path / "dataset_dict.json").is_file() or (path / SAVED).is_file():
         found = datasets.load_from_disk(str(path))
         is_dict = isinstance(found, datasets.DatasetDict)
         return _numbered(path, _split_of(found, split, f"data set {path}") if is_dict else found)
