@@ -361,7 +361,6 @@ def _check_entries(
             )
     for name, entry in projections.items():
         (dtype, shape), (of_index, index) = entries[f"{name}.delta"], entries[f"{name}.index"]
-        units = len(entry["units"])
         refuse(
             (
                 dtype not in FLOATS or of_index not in INTEGERS,
@@ -372,9 +371,9 @@ def _check_entries(
                 f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim {entry['dim']}",
             ),
             (
-                sum(index) % units,
-                f"{name}: {sum(index)} elements can't be {units} units: the units listed are not the ones that were "
-                "saved",
+                sum(index) % len(entry["units"]),
+                f"{name}: {sum(index)} elements can't be {len(entry['units'])} units: the units listed are not the "
+                "ones that were saved",
             ),
         )
 

@@ -120,7 +120,7 @@ class GgufFile:
         count = int(self.tensors[name].shape[-1])
         try:
             found = self._processor.process(numpy.arange(count)[:, None], name=name).weights
-        except KeyError:  # it needs more of the config
+        except KeyError:  # it needs more of the config, as BLOOM's
             found = numpy.empty(0)
         if found.shape != (count, 1) or not numpy.array_equal(numpy.sort(found[:, 0]), numpy.arange(count)):
             raise ValueError(f"{self.path}: transformers converts {name}, so its blocks can't be changed one by one")

@@ -21,7 +21,6 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from s2ft.config import refuse
 from s2ft.files.reading import MAX_TENSORS, open_regular, parse_json, read_all, shortened
 
 PIECE = 8 * 2**20  # bytes that are copied at a time
@@ -218,10 +217,10 @@ def _header(file: BinaryIO, path: Path, limit: int) -> dict[str, StoredTensor]:
     """
     size = os.fstat(file.fileno()).st_size
     length = int.from_bytes(file.read(8), "little")
-    refuse(
-        (size < 8 or length > size - 8, f"{path} is truncated or damaged: its header ends outside the file"),
-        (length > limit, f"{path} has a header of {length:,} bytes; at most {limit:,} are read"),
-    )
+    if size < 8 or length > size - 8:
+        raise ValueError(f"{path} is truncated or damaged: its header ends outside the file")
+    if length > limit:
+        raise ValueError(f"{path} has a header of {length:,} bytes; at most {limit:,} are read")
     header = parse_json(file.read(length), f"{path} is truncated or damaged: its header")
     if not isinstance(header, dict):
         raise ValueError(f"{path} is truncated or damaged: its header is no object")
@@ -236,18 +235,10 @@ def _header(file: BinaryIO, path: Path, limit: int) -> dict[str, StoredTensor]:
 def _stored(name: str, entry: Any, path: Path, start: int) -> StoredTensor:
     found: Any = entry if isinstance(entry, dict) else {}
     dtype, shape, offsets = map(found.get, ("dtype", "shape", "data_offsets"))
-    refuse(
-        (
-            not isinstance(dtype, str) or dtype not in DTYPES,
-            f"{path}: {shortened(name)} has dtype {shortened(dtype)}, which s2ft does not read",
-        ),
-        (
-            not isinstance(shape, list)
-            or len(shape) > 8
-            or any(type(n) is not int or not 0 <= n < 2**40 for n in shape),
-            f"{path}: {shortened(name)} has no valid shape, got {shortened(shape)}",
-        ),
-    )
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{path}: {shortened(name)} has dtype {shortened(dtype)}, which s2ft does not read")
+    if not isinstance(shape, list) or len(shape) > 8 or any(type(n) is not int or not 0 <= n < 2**40 for n in shape):
+        raise ValueError(f"{path}: {shortened(name)} has no valid shape, got {shortened(shape)}")
     first = offsets[0] if isinstance(offsets, list) and offsets and type(offsets[0]) is int else -1
     if first < 0 or offsets != [first, first + DTYPES[dtype].itemsize * prod(shape)]:
         raise ValueError(f"{path} is truncated or damaged: {shortened(name)} has no valid place in it")

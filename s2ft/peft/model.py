@@ -273,12 +273,11 @@ class S2FTPeftModel(BaseTuner):
             name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta
         }
         unknown = sorted(set(names) - known - {BASE})
-        rows = len(inputs[0]) if inputs else len(names)
         refuse(
             (
-                rows != len(names),
+                inputs and len(inputs[0]) != len(names),
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {rows}",
+                f"{len(names)} and {len(inputs[0]) if inputs else 0}",
             ),
             (self.training, "Cannot pass `adapter_names` when the model is in training mode."),
             (unknown, f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"),

@@ -275,10 +275,10 @@ def units_per_projection(
     is_uniform = config.allocation == "uniform"  # else one layer of each kind is enough
     for alike in by_key((p.name if is_uniform else p.key, p) for p in requested).values():
         if not any(units[other.name] for other in alike):
-            p = alike[0]
             raise ValueError(
-                f"{what} is too small: it leaves {p.name} no unit, and a unit of it has {costs[p.name]:,} "
-                f"parameters. Raise it or {p.key}_ratio, or train fewer layers or projections"
+                f"{what} is too small: it leaves {alike[0].name} no unit, and a unit of it has "
+                f"{costs[alike[0].name]:,} parameters. Raise it or {alike[0].key}_ratio, or train fewer layers or "
+                "projections"
             )
     return units
 

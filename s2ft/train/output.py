@@ -334,8 +334,7 @@ def ranks_of(checkpoint: Path) -> int:
 
 def best_checkpoint(state: Any, folder: Path | str) -> Path | None:
     """Where the best checkpoint of a trainer's state is, whose own path may spell the folder in another way."""
-    best = state.best_model_checkpoint
-    return None if best is None else Path(folder) / Path(best).name
+    return Path(folder) / Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
 
 
 def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:

@@ -169,8 +169,10 @@ class Run:
                     value.pop("distributed_config", None)  # other devices can go on with the run
                 if value != {}:
                     found[f"training.{one.name}"] = value
-        derived = (MICRO, PASSES, "num_train_epochs", "seed", "data_seed")
-        found |= {f"training.{name}": getattr(arguments, name) for name in derived}
+        found |= {
+            f"training.{name}": getattr(arguments, name)
+            for name in (MICRO, PASSES, "num_train_epochs", "seed", "data_seed")
+        }
         return {**found, ROWS: rows_of_update(arguments), GROUPS: devices_of(arguments).groups}
 
 

@@ -14,7 +14,7 @@ from s2ft.config import refuse
 from s2ft.packages import check_packages
 from s2ft.text.data.data_options import DataOptions
 from s2ft.text.data.forms import BadRow, normalised, pair, scored_prompt
-from s2ft.text.data.sources import BUILDERS, has_splits, read_rows, scratch_folder
+from s2ft.text.data.sources import BUILDERS, SAVED, read_rows, scratch_folder
 
 if TYPE_CHECKING:  # only the commands that read data import datasets
     from datasets import Dataset
@@ -139,7 +139,9 @@ def load_split(
         parts = train.train_test_split(int(size) if size >= 1 else size, seed=seed)
         held_out = parts["test"]
         return parts["train"], held_out.select(range(min(eval_limit or len(held_out), len(held_out))))
-    if evaluates and options.dataset_name and has_splits(options.dataset_name):
+    place = Path(options.dataset_name or "").expanduser()
+    is_one = "*" in place.name or place.is_file() or (place / SAVED).is_file()  # every split of it is the whole
+    if evaluates and options.dataset_name and not is_one:
         return train, load_rows(options, split=options.dataset_test_split, limit=eval_limit or 1 << 62, shape=shape)
     return train, None
 

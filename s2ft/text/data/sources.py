@@ -95,12 +95,6 @@ def read_rows(
     return _hub(path, name, **options, streaming=streaming)
 
 
-def has_splits(path: str) -> bool:
-    """Whether what a path or a name means may have several splits. Every split of a file is the whole file."""
-    local = Path(path).expanduser()
-    return not ("*" in path or local.is_file() or (local / SAVED).is_file())
-
-
 def _numbered(name: object, rows: Iterable) -> Rows:
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
