@@ -168,7 +168,7 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     base, kept, trained_on = GgufFile(path), Kept.of(path), saved.info.get("base_sha256")
     if kept is not None:
         raise ValueError(f"{path} has adapter {kept.adapter!r} in place: s2ft patch {path} --undo first")
-    if trained_on not in (None, digest := sha256_of(path)):
+    if trained_on is not None and trained_on != (digest := sha256_of(path)):
         logger.warning("%s has the sha256 %s, and the adapter's base had %s", path.name, digest, trained_on)
     paths = merged_paths(base, saved)
     with temporary_place(output) as temporary:

@@ -245,10 +245,8 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             examples = examples[self.args.process_index :: self.args.world_size]
         counts = [(0, 0)]
         if examples:
-            model, how = self.accelerator.unwrap_model(self.model), {"prompt": data.prompt}
-            scored = evaluate(
-                model, self._text_tokenizer, examples, data.task, max_new_tokens=data.max_new_tokens, **how
-            )
+            model, most = self.accelerator.unwrap_model(self.model), data.max_new_tokens
+            scored = evaluate(model, self._text_tokenizer, examples, data.task, max_new_tokens=most, prompt=data.prompt)
             counts = [(scored.right, len(scored.records))]
         right, count = map(sum, zip(*gather_object(counts)))
         return right / count
