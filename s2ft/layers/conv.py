@@ -68,10 +68,15 @@ class S2Conv(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [N, in_channels, ...] → output [N, out_channels, ...]; N may be missing."""
-        return conv_forward(self, input, partial(product, self) if self.enabled else self._run_base)
-
-    def _run_base(self, x: Tensor, call: Any) -> Tensor:
-        return self.kind.run(autocast_input("this layer", x, self.weight), self.weight, self.bias, call)
+        return conv_forward(
+            self,
+            input,
+            partial(product, self)
+            if self.enabled
+            else lambda x, call: self.kind.run(
+                autocast_input("this layer", x, self.weight), self.weight, self.bias, call
+            ),
+        )
 
     def extra_repr(self) -> str:
         return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._selected()}"

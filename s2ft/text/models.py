@@ -58,7 +58,7 @@ def load_model(
 
     Raises:
         FileNotFoundError: The path does not exist.
-        ValueError: The dtype is unknown, or the model or the tokenizer cannot be loaded.
+        ValueError: The dtype is unknown, the files lack a weight, or the model or the tokenizer cannot be loaded.
         MissingPackages: The package that reads GGUF files is not installed.
 
     Example:
@@ -88,7 +88,7 @@ def load_model(
         raise ValueError(f"keep_packed is for a GGUF file, and {name} is none")
     options = {**options, **_remote(revision, trust_remote_code)}
     _check_hub(name, source, options.get("revision"))
-    wanted = {**options, "dtype": dtype, **model_options}
+    wanted = {**options, "dtype": dtype, "output_loading_info": not keep_packed, **model_options}
     if quantization is not None:
         wanted["quantization_config"] = quantization
     with _parsed_once() if is_gguf else nullcontext():
@@ -101,7 +101,13 @@ def load_model(
             wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
         load = _packed_model if keep_packed else _from_pretrained
-        model = load(auto, MODEL, name, source, wanted)
+        found = load(auto, MODEL, name, source, wanted)
+    model, missing = (found, ()) if keep_packed else (found[0], sorted(found[1]["missing_keys"]))
+    if missing:  # transformers fills them with random numbers
+        raise ValueError(
+            f"{name} lacks weights of the model, such as {missing[0]} ({len(missing)} in all): is it one of several "
+            "files? Join them first (llama-gguf-split --merge), or give the whole checkpoint"
+        )
     if is_gguf or is_compressed:
         for attribute in ("hf_quantizer", "is_quantized", "quantization_method"):  # the weights are plain now
             model.__dict__.pop(attribute, None)
@@ -120,7 +126,7 @@ def _packed_model(kind, what: str, name: str, source: str, options: dict):
     from s2ft.codecs.gguf_file import GgufFile
     from s2ft.layers import PackedLinear
 
-    known = ("gguf_file", "dtype", "quantization_config", "trust_remote_code", "revision")
+    known = ("gguf_file", "dtype", "quantization_config", "trust_remote_code", "revision", "output_loading_info")
     more = {name: value for name, value in options.items() if name not in known}  # such as the attention
     file = GgufFile(Path(source) / options["gguf_file"])
     dtype, config = getattr(torch, options["dtype"]), AutoConfig.from_pretrained(source, gguf_file=options["gguf_file"])

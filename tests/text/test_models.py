@@ -68,6 +68,13 @@ def without(*patterns):
     return write
 
 
+def lacking_a_layer(folder):
+    save_tiny(folder)
+    config = json.loads((folder / "config.json").read_text())
+    layers = {"num_hidden_layers": config["num_hidden_layers"] + 1, "layer_types": None}
+    (folder / "config.json").write_text(json.dumps({**config, **layers}))
+
+
 def file(name, content=b""):
     return lambda folder: (folder / name).write_bytes(content)
 
@@ -82,6 +89,7 @@ def file(name, content=b""):
         ("bad.gguf", file("bad.gguf", b"not a model"), ValueError, "load a tokenizer from .*bad.gguf"),
         ("", without("model.safetensors"), ValueError, "load a causal language model"),
         ("", without("tokenizer*"), ValueError, "load a tokenizer"),
+        ("", lacking_a_layer, ValueError, "lacks weights of the model, such as model.layers.2"),
     ],
 )
 def test_what_is_no_model_is_named(name, write, kind, message, tmp_path):
