@@ -210,8 +210,9 @@ class ExperimentReport:
     def frontier_table(self, task: str) -> Table:
         """Make the table of the loss of the answers that each method reaches at a limit of forgetting.
 
-        The scales of a run are points of a curve from the base on, with lines between them. The rate whose
-        curve is lowest at the limit on validation questions counts; the loss is that of the test questions.
+        The scales of a run are points of a curve from the base on, with lines between them. Of all points of all rates
+        within the limit, the one with the lowest loss of validation questions counts; the loss is that of the test
+        questions there.
         """
         cells = []
         for row in self.full:
@@ -220,11 +221,10 @@ class ExperimentReport:
                 runs = [self.results.row(self.run(row, task, rate, seed)) for rate in rates_of(self.experiment, row)]
                 curves = [run["scaled"] for run in runs if run]
                 for found, limit in zip(best, FRONTIER):
-                    at = [(_at(curve, limit, "validation"), _at(curve, limit, "test")) for curve in curves]
-                    found += [min(at)[1]] if at else []
+                    found += [min(_best_within(curve, limit) for curve in curves)[1]] if curves else []
             cells.append([self.titles[row], len(best[0]), *(Spread.of(one) if one else "not run" for one in best)])
-        columns = [Column(f"loss_{limit}", f"test loss, forgetting {limit}", ".4f") for limit in FRONTIER]
-        title = f"Task {task}: loss of the answers at equal forgetting on the encyclopedia"
+        columns = [Column(f"loss_{limit}", f"test loss, forgetting ≤ {limit}", ".4f") for limit in FRONTIER]
+        title = f"Task {task}: loss of the answers within a limit of forgetting on the encyclopedia"
         return Table(f"{task}-frontier", title, [Column("row", "method"), Column("seeds", form="d"), *columns], cells)
 
     def candidates_table(self) -> Table:
@@ -305,13 +305,14 @@ class ExperimentReport:
         ]  # fmt: skip
 
 
-def _at(curve: list[dict[str, float]], limit: float, name: str) -> float:
-    """The least loss of a curve up to a limit of forgetting, linear between its points."""
-    points = sorted((one["forgetting"], one[name]) for one in curve)
-    within = [loss for forgetting, loss in points if forgetting <= limit]
-    for (x, y), (next_x, next_y) in pairwise(points):
+def _best_within(curve: list[dict[str, float]], limit: float) -> tuple[float, ...]:
+    """Validation and test loss where the former is least up to a limit of forgetting, linear between points."""
+    points = sorted((one["forgetting"], one["validation"], one["test"]) for one in curve)
+    within = [tuple(losses) for forgetting, *losses in points if forgetting <= limit]
+    for (x, *losses), (next_x, *next_losses) in pairwise(points):
         if x <= limit < next_x:
-            within.append(y + (next_y - y) * (limit - x) / (next_x - x))
+            share = (limit - x) / (next_x - x)
+            within.append(tuple(one + (other - one) * share for one, other in zip(losses, next_losses)))
     return min(within)
 
 
