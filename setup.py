@@ -145,7 +145,7 @@ def default_archs(home):
         f"{code[:-1]}.{code[-1]}" for code in re.findall(r"^sm_(\d+)$", nvcc_output(home, "--list-gpu-code"), re.M)
     }
     archs = sorted({*DEFAULT_ARCHS, *visible_archs()}, key=lambda arch: tuple(map(int, arch.split("."))))
-    archs = [arch for arch in archs if arch in known or not known]
+    archs = [arch for arch in archs if float(arch) >= 7.5 and (arch in known or not known)]  # the kernels need 7.5
     return [*archs[:-1], f"{archs[-1]}+PTX"]
 
 

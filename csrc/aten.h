@@ -28,6 +28,8 @@ inline Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<
 
 inline Tensor matmul(const Tensor& a, const Tensor& b) { return call("aten::matmul", "", a, b); }
 
+inline Tensor type_as(const Tensor& x, const Tensor& other) { return call("aten::type_as", "", x, other); }
+
 inline Tensor mul(const Tensor& a, const Tensor& b) { return call("aten::mul", "Tensor", a, b); }
 
 inline Tensor silu(const Tensor& x) { return call("aten::silu", "", x); }

@@ -318,7 +318,9 @@ void run_product(const Bank& bank, const Batch& batch, const Group& group, const
   const int64_t begin = bank.offsets[group.adapter], units = bank.offsets[group.adapter + 1] - begin;
   Tensor all = values;
   const Tensor rows = torch::stable::narrow(all, 0, begin, units), taken = gathered<T>(bank, batch, group, x);
-  const Tensor product = bank.outputs ? aten::linear(taken, rows, std::nullopt) : aten::matmul(taken, rows);
+  // Inside autocast the product has autocast's dtype.
+  const Tensor product =
+      aten::type_as(bank.outputs ? aten::linear(taken, rows, std::nullopt) : aten::matmul(taken, rows), values);
   add_product(bank, batch, group, static_cast<const T*>(product.const_data_ptr()));
 }
 

@@ -42,7 +42,8 @@ from s2ft.files.streaming import PIECE, as_bytes
 from s2ft.model.checkpoint import packed_base
 from s2ft.model.fingerprint import TOLERANCE, covered, sampled
 from s2ft.model.weights import Delta
-from s2ft.text.models import hollow_model, locate
+from s2ft.text.adapter_prompts import give_prompt, recorded_format, standalone_template
+from s2ft.text.models import hollow_model, load_tokenizer, locate
 
 logger = logging.getLogger(__name__)
 STRING = 8  # type of a value in the metadata of GGUF
@@ -170,6 +171,9 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     refuse((kept, f"{path} has adapter {kept and kept.adapter!r} in place: s2ft patch {path} --undo first"))
     if trained_on is not None and trained_on != (digest := sha256_of(path)):
         logger.warning("%s has the sha256 %s, and the adapter's base had %s", path.name, digest, trained_on)
+    form = recorded_format(saved.info)
+    if form is not None and standalone_template(form) not in (None, base.value("chat_template", "tokenizer.")):
+        logger.warning("%s keeps its chat template, and the adapter was trained with another prompt", path.name)
     paths = merged_paths(base, saved)
     with temporary_place(output) as temporary:
         with open(temporary, "xb") as file:
@@ -212,6 +216,10 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for copied in (folder, *folder.rglob("*")):
             copied.chmod(copied.stat().st_mode | 0o200)  # the base may be read-only
+        tokenizer = load_tokenizer(str(source))
+        template = tokenizer.chat_template
+        if give_prompt(tokenizer, adapter.info, f"adapter {adapter.name!r}").chat_template != template:
+            tokenizer.save_pretrained(folder)
         for name, path in paths.items():
             for tensor, (old, new) in _changed(base, path, adapter.deltas[name]).items():
                 changed += int((as_bytes(old) != as_bytes(new)).sum())

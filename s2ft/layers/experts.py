@@ -294,7 +294,7 @@ def _batched_forward(self: Any, hidden_states: Tensor) -> Tensor:
     """Llama 4: every expert gets every token, already weighted. hidden_states is [experts * tokens, width]."""
     count = EXPERTS.weight(self.gate_up_proj).shape[0]
     each = hidden_states.shape[0] // count
-    offsets = torch.arange(each, hidden_states.shape[0] + 1, each, dtype=torch.int32, device=hidden_states.device)
+    offsets = torch.arange(1, count + 1, dtype=torch.int32, device=hidden_states.device) * each
     tokens = torch.arange(hidden_states.shape[0], device=hidden_states.device) % each
     gate, up = project(self.gate_up_proj, hidden_states, offsets, True, tokens).chunk(2, dim=-1)
     return project(self.down_proj, up * self.act_fn(gate), offsets, True, tokens)

@@ -166,13 +166,9 @@ class Kind:
             expert: Number of the expert, for weights of several experts.
         """
         matrix, start = shard.tensor, cast("Sequence[int | Tensor]", shard.start)  # of a weight that is spread
-        if matrix.numel():
+        if matrix.numel() or self.transposed:
             matrix = self.view(matrix)
-        elif self.transposed:
-            matrix = matrix.t()
-        if self.transposed:
-            return Shard(matrix, start[1::-1])
-        return Shard(matrix, start if len(start) == matrix.dim() else start[:2])
+        return Shard(matrix, start[1::-1] if self.transposed else start if len(start) == matrix.dim() else start[:2])
 
     def split(self, holder: Any) -> Split | None:
         """How tensor parallelism has split the weight over ranks; None if it has not."""

@@ -15,7 +15,7 @@ from torch._C import (
     _len_torch_dispatch_stack as dispatch_modes,
     _len_torch_function_stack as function_modes,
 )
-from torch.autograd.forward_ad import unpack_dual
+from torch.autograd import forward_ad
 from torch.compiler import is_dynamo_compiling  # other compilers and exporters trace with a mode or with fake tensors
 
 LIBRARY = torch.library.Library("s2ft", "DEF")
@@ -80,7 +80,7 @@ def _refuse_tangents(name: str) -> None:
         kernel = torch.library.get_kernel(f"s2ft::{name}", key)
 
         def run(keyset, *args, kernel=kernel):
-            if any(isinstance(value, Tensor) and unpack_dual(value).tangent is not None for value in args):
+            if any(isinstance(value, Tensor) and forward_ad.unpack_dual(value).tangent is not None for value in args):
                 raise NotImplementedError(
                     f"s2ft::{name} has no forward-mode derivative (torch.func.jvp, jacfwd, torch.autograd.forward_ad): "
                     "use reverse mode, or differentiate the merged model (s2ft.merge)"
@@ -106,7 +106,7 @@ def runs_directly(*tensors: Tensor | None) -> bool:
 
 def below_autograd(op: Callable, *args) -> Tensor:
     """Return op(*args), without the 10 µs of an autograd function in Python if gradients are off."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or forward_ad._current_level >= 0:
         return op(*args)
     with torch._C._AutoDispatchBelowAutograd():
         return op(*args)

@@ -87,7 +87,7 @@ def _add(
     shape = (len(mine), *[1] * (x.dim() - 2))
     not_mine = ~mine.view(*shape, -1)
     if dim == 0:
-        out.index_add_(-1, at, (x @ values.t()).masked_fill(not_mine, 0))
+        out.index_add_(-1, at, (x @ values.t()).to(out.dtype).masked_fill(not_mine, 0))  # autocast may round it
         return
     broken = ~values.isfinite().all(1)  # zero times these would be NaN in every sequence
     out += x.index_select(-1, at).masked_fill(not_mine, 0) @ values.masked_fill(broken[:, None], 0)
@@ -225,5 +225,4 @@ def pack_adapters(
                 f"got {tuple(index.shape)}"
             )
     sizes = torch.tensor([0] + [len(index) for index, _ in deltas])
-    device = rows[0].device
-    return torch.cat(rows).contiguous(), torch.cat([index for index, _ in deltas]), sizes.cumsum(0).to(device)
+    return torch.cat(rows).contiguous(), torch.cat([index for index, _ in deltas]), sizes.cumsum(0).to(rows[0].device)

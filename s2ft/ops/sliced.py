@@ -128,11 +128,8 @@ def _product(x: Tensor, weight: Tensor, delta: Tensor, units: Units, dim: int, b
     index, start = (units, 0) if isinstance(units, Tensor) else (None, units)
     kept = None
     if dim == 1 and delta.requires_grad and torch.is_grad_enabled():
-        try:
-            kept = columns_to_keep(x, units, delta.shape[1])
-        except (IndexError, RuntimeError):  # with wrong arguments, reading x may fail before the op can check them
-            check(x, weight, delta, index, start, dim, bias)
-            raise
+        check(x, weight, delta, index, start, dim, bias)  # before x is read
+        kept = columns_to_keep(x, units, delta.shape[1])
     return below_autograd(_op, x, weight, delta, index, start, dim, bias, kept)
 
 

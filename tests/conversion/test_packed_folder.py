@@ -115,8 +115,13 @@ def test_a_layer_that_is_not_packed_stays(tmp_path):
     base = FORMATS["int8"](tmp_path / "checkpoint", tmp_path / "base", ignore=["lm_head", "model.layers.1.mlp.up_proj"])
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))  # as Mamba's
-    s2ft.save_adapter(trained(base, u_ratio=0.0), tmp_path / "adapter")
+    model, form = (
+        trained(base, u_ratio=0.0),
+        {"form": "chat", "template": "{{ messages[-1]['content'] }}", "system": None},
+    )
+    s2ft.save_adapter(model, tmp_path / "adapter", info={"prompt": form})
     assert "and no other byte" in export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
+    assert load_model(str(tmp_path / "tuned"))[1].chat_template == form["template"]
 
 
 def test_scales_that_others_share_stay(base, tmp_path):

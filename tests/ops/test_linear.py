@@ -4,6 +4,7 @@ import pytest
 import torch
 from ops.cases import LINEAR, REGISTERED, upstream_of
 from support.inside import _linear
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from s2ft.ops import act_mul
@@ -41,6 +42,8 @@ def test_forward_mode_is_refused(name):
         for differentiate in (torch.func.jacfwd(function), torch.compile(torch.func.jacfwd(function), backend="eager")):
             with pytest.raises(NotImplementedError, match="forward-mode"):
                 differentiate(x)
+    with forward_ad.dual_level(), torch.no_grad(), pytest.raises(NotImplementedError, match="forward-mode"):
+        act_mul(forward_ad.make_dual(x, x), x, "silu")
 
 
 @pytest.mark.parametrize("name", [name for name in LINEAR if name.endswith("1")])

@@ -82,3 +82,11 @@ def test_autocast_uses_the_dtype_of_y(dim):
     with torch.autocast("cpu", torch.bfloat16):
         out = case.run(x.float(), *rest)
     assert out.dtype is torch.bfloat16 and torch.equal(out, case.run(x, *rest))
+
+
+@dims
+def test_products_in_the_dtype_of_autocast_are_read_as_such(dim):
+    case = bank(dim, (3, 64), (30, 30), (53, 37), (0, 1, 1))  # enough tokens for a product of PyTorch
+    tensors = [tensor.detach() for tensor in case.tensors]
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(case.run(*tensors), case.definition(*tensors), rtol=0.1, atol=0.5)
