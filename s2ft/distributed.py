@@ -83,8 +83,7 @@ def should_print(text: str) -> bool:
     Before the process group is initialized, the first rank of each machine prints.
     """
     if not is_distributed():
-        launched = int(os.environ.get("WORLD_SIZE", "1")) > 1
-        return not launched or os.environ.get("LOCAL_RANK", "0") == "0"
+        return int(os.environ.get("WORLD_SIZE", "1")) <= 1 or os.environ.get("LOCAL_RANK", "0") == "0"
     try:
         return _store().add(f"s2ft/printed/{text}", 1) == 1
     except RuntimeError:  # the process that has the store has ended
@@ -114,12 +113,12 @@ def check_all_ranks_agree(what: str, value: str) -> None:
         )
 
 
-def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
+def wait_for_ranks(what: str, ranks: list[int] | None, value: str = "") -> str:
     """Wait until each of `ranks` has called this.
 
     Args:
         what: Name of the call, for the key and the message.
-        ranks: Ranks that must call it.
+        ranks: Ranks that must call it. None: this rank is alone.
         value: Text that this rank leaves in the store.
 
     Returns:
@@ -128,6 +127,8 @@ def wait_for_ranks(what: str, ranks: list[int], value: str = "") -> str:
     Raises:
         RuntimeError: A rank has not called this within the timeout of the process group, or the store has ended.
     """
+    if ranks is None:
+        return ""
     call = f"s2ft/{what}/{'-'.join(map(str, ranks))}"
     _counts[call] += 1
     key, store, me = f"{call}/{_counts[call]}", _store(), dist.get_rank()
@@ -188,10 +189,9 @@ def run_on_ranks(what: str, ranks: list[int] | None, runs: bool, act: Callable[[
         if runs:
             act()
     except BaseException as error:
-        if ranks is not None:
-            wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
+        wait_for_ranks(what, ranks, f"{type(error).__name__}: {error}")
         raise
-    key = None if ranks is None else wait_for_ranks(what, ranks)
+    key = wait_for_ranks(what, ranks)
     for rank in ranks or ():
         failure = _store().get(f"{key}/{rank}").decode()
         if failure:
@@ -426,9 +426,7 @@ def full_tensors(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     Raises:
         RuntimeError: A rank did not call in time.
     """
-    ranks = ranks_sharing(tensors.values())
-    if ranks is not None:
-        wait_for_ranks("gathering what is trained", ranks)
+    wait_for_ranks("gathering what is trained", ranks_sharing(tensors.values()))
     return {name: full_tensor(tensor) for name, tensor in tensors.items()}
 
 
@@ -463,8 +461,7 @@ def write_units(tensor: Tensor, index: Tensor, values: Tensor, dim: int) -> None
         shard.tensor.index_copy_(dim, index.to(shard.tensor.device), values.to(shard.tensor))
         return
     ranks = ranks_sharing([tensor])
-    if ranks is not None:
-        wait_for_ranks("loading into what is trained", ranks)
+    wait_for_ranks("loading into what is trained", ranks)
     full = full_tensor(tensor)
     full.index_copy_(dim, index.to(full.device), values.to(full))
     if has_master_copy(tensor):
@@ -654,15 +651,13 @@ def cut_by(placement: Any, elements: Tensor, ranks: int) -> list[Tensor]:
 
     A packed weight (gate and up in one) is cut group by group.
     """
-    groups = _chunks(elements, getattr(placement, "split_factor", 1))
-    pieces = [_chunks(group, ranks) for group in groups]
+    pieces = [_chunks(group, ranks) for group in _chunks(elements, getattr(placement, "split_factor", 1))]
     return [torch.cat([piece[rank] for piece in pieces]) for rank in range(ranks)]
 
 
 def _chunks(elements: Tensor, count: int) -> list[Tensor]:
     """Cut into equal chunks, rounded up. The last ones are shorter, or empty."""
-    chunks = list(elements.chunk(count))
-    return chunks + [elements[:0]] * (count - len(chunks))
+    return [*elements.chunk(count), *[elements[:0]] * count][:count]
 
 
 def sum_over_shards(values: Tensor, like: Any, dim: int | None = None) -> Tensor:
@@ -775,8 +770,7 @@ def follow(model: nn.Module, moved: Iterable[tuple[Place, Place]]) -> None:
             here = id(info.module), info.param_name
             info.module, info.param_name = new.get(here, (info.module, info.param_name))
             for i, (module, name) in enumerate(zip(info.shared_modules, info.shared_param_names)):
-                place = new.get((id(module), name), (module, name))
-                info.shared_modules[i], info.shared_param_names[i] = place
+                info.shared_modules[i], info.shared_param_names[i] = new.get((id(module), name), (module, name))
 
 
 def shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:

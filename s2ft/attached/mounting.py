@@ -214,8 +214,7 @@ def _make_layers(
                 units = selection[projection.name]
                 # First the positions in the whole weight, if its units have `order`. The layer makes them those in s2.
                 positions = projection.elements(units if order is None else inverse(order)[units])
-                part = Part(projection, positions, projection.elements(units))
-                parts.setdefault(projection.path, []).append(part)
+                parts.setdefault(projection.path, []).append(Part(projection, positions, projection.elements(units)))
     for path, parts_here in parts.items():
         found = find(model, path)
         if isinstance(found, nn.Parameter):
@@ -268,8 +267,7 @@ def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
 def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTConfig) -> S2Layer:
     """Make the layer of one module: on a slice if the parts fill one, else on an index. Sets the positions in s2."""
     dim = parts[0].projection.dim
-    places = torch.cat([part.positions for part in parts])
-    found = contiguous_range(places)
+    found = contiguous_range(torch.cat([part.positions for part in parts]))
     if found is None:
         _number_positions(parts)
     else:

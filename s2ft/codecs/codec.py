@@ -266,9 +266,7 @@ class Grid:
 
     def codes(self, places: Tensor) -> Tensor:
         """The codes of the levels at some places, uint8."""
-        if self.is_even:
-            return places.to(torch.uint8).add_(self.first_code)
-        return _look_up(self.code_of, places)
+        return places.to(torch.uint8).add_(self.first_code) if self.is_even else _look_up(self.code_of, places)
 
     def levels_of(self, codes: Tensor) -> Tensor:
         """The levels of codes."""

@@ -164,8 +164,7 @@ class GgufFile:
 
     def whole(self, path: str) -> Tensor:
         """The blocks of all outputs of a weight, in the order of transformers, [outputs, bytes]."""
-        outputs = int(self.tensors[self.name(path)].shape[-1])
-        return self.part(path, torch.arange(outputs), 0).packed.flatten(-2)
+        return self.part(path, torch.arange(int(self.tensors[self.name(path)].shape[-1])), 0).packed.flatten(-2)
 
     def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:
         """The codec of a weight, and the blocks of some rows or columns; arguments and errors as of :meth:`part`."""

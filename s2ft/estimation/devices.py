@@ -365,7 +365,7 @@ def _shard(part: MemoryPart, strategy: Strategy, shards: int) -> MemoryPart:
     shards = 1 if strategy.name == "ddp" else shards
     gradients, states = part.gradients, part.optimizer
     if strategy.name.startswith("zero") and part.trained:
-        width = part.gradients // part.trained
+        width = part.gradients // part.trained or 1  # nothing uses the part in this step
         updates_in_place = strategy.name == "zero3" and width == FLOAT  # else the optimizer has a copy
         states = states * FLOAT // width + (0 if updates_in_place else FLOAT * part.trained)
         gradients = FLOAT * part.trained if strategy.name == "zero3" else gradients

@@ -177,13 +177,11 @@ class OwnForwardKind(Kind):
         self.name = f"classes derived from {CONV1D.name if transposed else 'nn.Linear'}, with their own forward"
 
     def matches(self, found: Any) -> bool:
-        is_derived = is_conv1d(found) if self.transposed else isinstance(found, nn.Linear)
-        return is_derived and _can_add(found)
+        return (is_conv1d(found) if self.transposed else isinstance(found, nn.Linear)) and _can_add(found)
 
     def run_with_delta(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x, delta, index, dim, *rest = args
-        weight = self.with_delta(module.weight, delta, index, dim)
-        return run_on(module, {"weight": weight}, {}, (x, *rest), kwargs)
+        return run_on(module, {"weight": self.with_delta(module.weight, delta, index, dim)}, {}, (x, *rest), kwargs)
 
     def features_last(self, module: nn.Module, x: Any) -> Tensor:
         if not isinstance(x, Tensor):

@@ -187,8 +187,7 @@ def forward_of(experts: nn.Module) -> Callable[..., Tensor]:
     where = ("transformers.integrations.moe", "liger_kernel.") if found is None else ("transformers.models.",)
     if found is None:
         activation_of(experts)
-    forward = type(experts).forward
-    module = getattr(forward, "__globals__", {}).get("__name__", "an unknown module")
+    module = getattr(type(experts).forward, "__globals__", {}).get("__name__", "an unknown module")
     if not module.startswith(where):
         raise ValueError(
             f"the forward of {type(experts).__name__} is a function of {module}, which can't run trainable experts: "

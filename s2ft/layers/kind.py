@@ -155,8 +155,7 @@ class Kind:
 
     def shape(self, holder: Any, expert: int | None = None) -> torch.Size:
         """The shape of :meth:`matrix`, without reading the weight."""
-        shape = full_shape(self.weight(holder))
-        return self.view(torch.empty(shape, device="meta"), expert).shape
+        return self.view(torch.empty(full_shape(self.weight(holder)), device="meta"), expert).shape
 
     def shard(self, shard: Shard, expert: int | None = None) -> Shard:
         """View this rank's part of the stored weight as outputs × inputs (× taps).

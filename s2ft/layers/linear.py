@@ -97,9 +97,7 @@ class S2Linear(S2Layer):
 
     def forward(self, input: Tensor) -> Tensor:
         """Run the layer: input [..., in_features] → output [..., out_features]."""
-        if not self.enabled:
-            return F.linear(input, self.kind.view(self.weight), self.bias)
-        return product(self, input)
+        return product(self, input) if self.enabled else F.linear(input, self.kind.view(self.weight), self.bias)
 
     def extra_repr(self) -> str:
         return (
@@ -272,9 +270,7 @@ class S2SplitLinear(S2Linear):
         return DTensor.from_local(output, self.split.mesh, [layout], run_check=False, shape=shape, stride=stride)
 
     def _run(self, x: Tensor) -> Tensor:
-        if not self.enabled:
-            return F.linear(x, *self.tensors()[:2])
-        return product(self, x)
+        return product(self, x) if self.enabled else F.linear(x, *self.tensors()[:2])
 
     # ---- this rank's block of the weight -------------------------------------------------------------
 

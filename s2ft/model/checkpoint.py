@@ -132,8 +132,9 @@ def loading_groups(model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[dict
         return _with_made(found.values(), model, stored), [name for name in stored if name not in state], []
     of = _loading()
     transforms = of.mapping(model)
-    renamings = [one for one in transforms if isinstance(one, of.WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, of.WeightConverter)]
+    renamings, converters = (
+        [one for one in transforms if isinstance(one, kind)] for kind in (of.WeightRenaming, of.WeightConverter)
+    )
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     groups: dict[str, Group] = {}
     unused = []
@@ -175,8 +176,9 @@ def saving_groups(model: nn.Module, transforms: list[Any] | None, names: Iterabl
         transforms = [one.reverse_transform() for one in reversed(transforms)]
     except Exception as error:  # each transform raises errors of its own
         raise CannotStream(f"transformers can't invert a conversion of this model: {error}") from error
-    renamings = [one for one in transforms if isinstance(one, of.WeightRenaming)]
-    converters = [one for one in transforms if isinstance(one, of.WeightConverter)]
+    renamings, converters = (
+        [one for one in transforms if isinstance(one, kind)] for kind in (of.WeightRenaming, of.WeightConverter)
+    )
     by_pattern = {pattern: converter for converter in converters for pattern in converter.source_patterns}
     groups: dict[str, Group] = {}
 

@@ -155,9 +155,7 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
             here = [name for name in dict.fromkeys(adapter_names) if name in self.s2ft_delta]
             return self._mixed(args, adapter_names, here)
         names = [name for name in self.active_adapters if name in self.s2ft_delta]
-        if self.merged or not names:
-            return self._run_base(*args, **kwargs)
-        return self._run(names, args, kwargs)
+        return self._run_base(*args, **kwargs) if self.merged or not names else self._run(names, args, kwargs)
 
     def _run_base(self, *args: Any, **kwargs: Any) -> Any:
         """Run the base layer on its weight without the deltas that are not merged."""
@@ -492,8 +490,7 @@ class S2FTPeftExperts(S2FTPeftLayer):
         delta = self.sum_of(weight, names)
         view, places = self._places(weight, delta.index)
         sums = effective_units(view[places], delta.values.transpose(0, delta.dim))
-        stack = view.index_put(places, sums).transpose(1, 1 + delta.dim)
-        return stack_of(stack, self.transposed[weight])
+        return stack_of(view.index_put(places, sums).transpose(1, 1 + delta.dim), self.transposed[weight])
 
     def _new_layer(self, weight: str, index: Tensor) -> S2Layer:
         size, transposed = self._size(weight), self.transposed[weight]

@@ -362,8 +362,7 @@ async def _answer(service: Service, request: Request, kind: type[Sampled]) -> Re
         headers["Cache-Control"] = "no-cache"
         return StreamingResponse(_stream(answer, first, events), headers=headers, media_type="text/event-stream")
     found = [first, *[event async for event in events]]
-    text = "".join(event.text for event in found)
-    return JSONResponse(answer.whole(text, found[-1].finish), headers=headers)
+    return JSONResponse(answer.whole("".join(event.text for event in found), found[-1].finish), headers=headers)
 
 
 async def _stream(answer: Answer, first: Event, events: AsyncIterator[Event]) -> AsyncIterator[str]:

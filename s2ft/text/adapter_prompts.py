@@ -194,7 +194,7 @@ def standalone_template(prompt: PromptFormat) -> str | None:
     if prompt.template is None:
         return None
     template = END.sub(r"{%\1 endif \2%}", BEGIN.sub(r"{%\1 if true \2%}", prompt.template))
-    if not prompt.system:
+    if prompt.system is None:
         return template
     system = json.dumps(prompt.system, ensure_ascii=False)  # a text in quotes, with the escapes that Jinja knows
     # transformers and llama.cpp drop the line break after a block, so the template begins a line as before.

@@ -227,6 +227,4 @@ def text_batches(rows, tokenizer, longest: int, most: int, seed: int, batch_size
         seed: Seed of the draw.
         batch_size: Rows in a batch.
     """
-    if rows is None:
-        return None
-    return batches_of(text_rows(rows, tokenizer, longest, most, seed), tokenizer, batch_size)
+    return None if rows is None else batches_of(text_rows(rows, tokenizer, longest, most, seed), tokenizer, batch_size)

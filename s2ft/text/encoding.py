@@ -35,7 +35,7 @@ ROWS = 200  # rows that are tokenized at once; more need more memory and are no 
 
 def context_length(model) -> int | None:
     """Return the longest sequence that the model's config allows, in tokens, or None if it has no such value."""
-    return getattr(model.config, "max_position_embeddings", None)
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None)
 
 
 class RowOutcome(IntEnum):

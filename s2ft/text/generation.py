@@ -214,7 +214,7 @@ class RunningBatch(Generic[R]):
         padded = left_pad([row.prompt for row in rows], 0)
         inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
         # Without the config, layers with a sliding window keep all keys, and the mask limits them.
-        cache = DynamicCache()
+        cache = DynamicCache(config=self.model.config if keeps_states(self.model.config) else None)
         logits = self._forward(rows, cache, **inputs)
         self._choose(rows, logits)
         self._join(cache, inputs["attention_mask"])
@@ -333,9 +333,9 @@ def _layers(cache: DynamicCache) -> list:
 
 
 def rows_interact(config) -> bool:
-    """Whether the result of a row depends on the longest row of its batch.
+    """Whether a row must run alone, since its result depends on the longest row of its batch, or it has states.
 
-    This is so for rotary position embeddings that scale with the length of the input.
+    The first is so for rotary position embeddings that scale with the length of the input.
 
     Args:
         config: The model's config.
@@ -346,7 +346,15 @@ def rows_interact(config) -> bool:
     """
     found = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     kinds = [found, *(value for value in found.values() if isinstance(value, dict))]
-    return any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
+    scales = any(kind.get("rope_type", kind.get("type")) in ("dynamic", "longrope") for kind in kinds)
+    return scales or keeps_states(config)
+
+
+def keeps_states(config) -> bool:
+    """Whether layers keep a state that goes along the row in place of keys, such as linear attention and Mamba's."""
+    with contextlib.suppress(AttributeError, KeyError):  # transformers can't make a cache of each config
+        return any(hasattr(layer, "update_recurrent_state") for layer in DynamicCache(config=config).layers)
+    return False
 
 
 # ---- tokens to text -------------------------------------------------------------------------------------
@@ -375,27 +383,31 @@ class TextStream:
         self._tokenizer, self._stop = tokenizer, tuple(stop)
         self._window: list[int] = []
         self._sent, self._held = 0, ""  # characters of the window's text that were passed on; what is held back
+        self._open = 0  # tokens since the text was whole characters
         self.stopped = False
 
     def push(self, token: int) -> str:
         """Return the text that can be shown after a token."""
         self._window.append(token)
-        text = self._decode()
-        complete = max(len(text.rstrip(BROKEN)), len(text) - 3)  # the next token may complete a character
+        text = self._decode(self._window)
+        # The next token may complete a character. Until then SentencePiece's bytes before it are not decoded either.
+        self._open = self._open + 1 if text.endswith(BROKEN) else 0
+        complete = max(len(text.rstrip(BROKEN)), len(text) - 3 if self._open > 3 else 0)
         new = text[self._sent : complete]
         self._sent = max(self._sent, complete)
         if complete == len(text) and len(self._window) > WINDOW:
-            self._window = self._window[-CONTEXT:]
-            self._sent = len(self._decode())
+            tail = self._decode(self._window[-CONTEXT:])
+            if text.endswith(tail):  # else it begins within a character
+                self._window, self._sent = self._window[-CONTEXT:], len(tail)
         return self._pass_on(new)
 
     def flush(self) -> str:
         """Return the rest of the text after the last token, with a replacement character for an incomplete one."""
-        text = "" if self.stopped else self._pass_on(self._decode()[self._sent :])
+        text = "" if self.stopped else self._pass_on(self._decode(self._window)[self._sent :])
         return text if self.stopped else text + self._held
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._window, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def _decode(self, tokens: list[int]) -> str:
+        return self._tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
 
     def _pass_on(self, text: str) -> str:
         text = self._held + text

@@ -100,8 +100,7 @@ def load_model(
             check_packages("a model of compressed-tensors")
             wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
-        load = _packed_model if keep_packed else _from_pretrained
-        found = load(auto, MODEL, name, source, wanted)
+        found = (_packed_model if keep_packed else _from_pretrained)(auto, MODEL, name, source, wanted)
     model, missing = (found, ()) if keep_packed else (found[0], sorted(found[1]["missing_keys"]))
     if missing:  # transformers fills them with random numbers
         raise ValueError(
@@ -135,8 +134,7 @@ def _packed_model(kind, what: str, name: str, source: str, options: dict):
     for path, module in list(model.named_modules()):
         if isinstance(module, torch.nn.Linear) and module.weight.is_meta and file.has_codec(path):
             bias = None if module.bias is None else file.values(path, "bias").to(dtype)
-            packed = PackedLinear(file.codec(path), file.whole(path), module.in_features, bias)
-            model.set_submodule(path, packed)
+            model.set_submodule(path, PackedLinear(file.codec(path), file.whole(path), module.in_features, bias))
     model.tie_weights()
     for path, parameter in list(model.named_parameters()):
         if parameter.is_meta:

@@ -227,9 +227,9 @@ def _answers_by_prompts(tokenizer, messages, template, tools, text, prompts, tra
     start = len(prompts[last]) if last in prompts else max(text.find(answer), 0)
     if text.startswith(prompts.get(last, "")) and _kept(messages[last], text[start:]):
         text = text.rstrip()  # templates write a line break after the end-of-turn token
-        if text.endswith(answer.strip()):
+        if text.endswith(answer.strip()) and not text.endswith(tuple(tokenizer.all_special_tokens)):
             text += end
-    elif last not in prompts or not _kept(messages[last], text):
+    elif last not in prompts or messages[last].get("tool_calls") or not _kept(messages[last], text):
         raise _left_out(messages[last])
     else:  # The template changes the prompt when an answer follows, but generation continues the prompt.
         start, text = len(prompts[last]), prompts[last] + answer + end

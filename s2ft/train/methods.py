@@ -139,8 +139,7 @@ class SFT(Method):
             return result
         with log_errors("the base and the adapter were not compared"):
             size = run.arguments.per_device_train_batch_size
-            found = compare(model, tokenizer, data.held_out.rows, batch_size=size)
-            result = replace(result, comparison=found)
+            result = replace(result, comparison=compare(model, tokenizer, data.held_out.rows, batch_size=size))
             write_json(run.folder.report, result.to_dict())
         return result
 

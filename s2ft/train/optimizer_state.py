@@ -162,9 +162,8 @@ def _spread(value: Any, parameter: Tensor) -> Any:
         return value
     from torch.distributed.tensor import Replicate, distribute_tensor
 
-    mesh, placements = parameter.device_mesh, parameter.placements
-    if value.shape != parameter.shape:  # such as the sums of rows and columns of Adafactor
-        placements = [Replicate()] * mesh.ndim
+    mesh = parameter.device_mesh  # other shapes are such as the sums of rows and columns of Adafactor
+    placements = parameter.placements if value.shape == parameter.shape else [Replicate()] * mesh.ndim
     return distribute_tensor(value, mesh, placements, src_data_rank=None)  # without communication
 
 
@@ -200,9 +199,7 @@ def gather_zero_state(engine) -> dict[str, Any]:
     """
     from deepspeed.utils import safe_get_full_optimizer_state
 
-    ranks = all_ranks()
-    if ranks is not None:
-        wait_for_ranks("gathering the optimizer's state", ranks)
+    wait_for_ranks("gathering the optimizer's state", all_ranks())
     zero, base = engine.optimizer, engine.optimizer.optimizer
     groups, state = _zero_groups(zero), {}
     flat = next((flat for flat, _ in _parts(zero) if base.state.get(flat)), None)

@@ -137,8 +137,7 @@ class Run:
         """Return the run with the ratio and the layout that follow from the model, unless the user set them."""
         if self.config.codec == "none" and self.model.model_name_or_path.endswith(".gguf"):
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
-        config = with_default_ratio(self.config, model)
-        return replace(self, config=fit_layout(config, model, "layout" in self.given))
+        return replace(self, config=fit_layout(with_default_ratio(self.config, model), model, "layout" in self.given))
 
     def with_rate(self, model, report: Report) -> "Run":
         """Return the run with the learning rate for what is trained of a model, unless the user set one."""

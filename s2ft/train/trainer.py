@@ -143,8 +143,7 @@ class AdapterCheckpoints:
             if self.args.should_save:
                 self.state.save_to_json(str(written / TRAINER_STATE_NAME))
         ranks = all_ranks()
-        if ranks is not None:
-            wait_for_ranks("writing a checkpoint", ranks)  # until each rank has written its random state
+        wait_for_ranks("writing a checkpoint", ranks)  # until each rank has written its random state
         keep, best = self.args.save_total_limit or 0, best_checkpoint(self.state, folder)
         move = partial(move_into_place, written, folder, keep, best)
         run_on_ranks("moving a checkpoint into place", ranks, self.args.should_save, move)

@@ -111,6 +111,10 @@ def test_tool_calls_are_trained_and_a_template_that_drops_them_is_refused():
     messages = ASK, {"role": "assistant", "content": "", "tool_calls": [call]}
     qwen = tiny_tokenizer((OF_TRL / "qwen2_5.jinja").read_text())
     assert '"arguments": {"a": 2}' in trained_text(qwen, encoded(qwen, *messages)[1])
+    plain = tiny_tokenizer(
+        "{% for m in messages %}{{ 'add: 2' + eos_token if m.get('tool_calls') else m['content'] }}{% endfor %}"
+    )
+    assert trained_text(plain, encoded(plain, *messages)[1]).count(plain.eos_token) == 1
     with pytest.raises(TemplateError, match="leaves out .* calls a tool"):
         encoded(tiny_tokenizer(), *messages)
 

@@ -132,3 +132,22 @@ def test_models_whose_rows_depend_on_each_other_are_detected():
     assert rows_interact(config)
     config.rope_parameters = {"full_attention": {"rope_type": "longrope"}}
     assert rows_interact(config)
+
+
+def test_a_model_with_recurrent_states_runs_its_rows_alone():
+    from transformers import AutoModelForCausalLM, Lfm2Config
+
+    config = Lfm2Config(
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        vocab_size=60,
+        layer_types=["conv", "full_attention"],
+    )
+    model, row = AutoModelForCausalLM.from_config(config).eval(), greedy_row([3, 4, 5])
+    batch = RunningBatch(model)
+    batch.admit([row])
+    step(batch)
+    assert rows_interact(config) and row.tokens == greedy(model, row.prompt, len(row.tokens), ends=())

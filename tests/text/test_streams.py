@@ -3,13 +3,21 @@
 import pytest
 from hypothesis import given, settings, strategies as st
 from support.inside import TextStream
-from train.tiny import tiny_tokenizer
+from tokenizers import decoders, models, pre_tokenizers
+from train.tiny import SPECIAL, fast_tokenizer, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
+BYTES = [f"<0x{number:02X}>" for number in range(256)]
+BYTE_FALLBACK = fast_tokenizer(  # as Llama 2's: no run of bytes is decoded before it is whole
+    models.BPE({token: number for number, token in enumerate([*SPECIAL, *BYTES])}, [], byte_fallback=True),
+    pre_tokenizers.Sequence([]),
+    decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+    None,
+)
 
 
-def pieces(tokens, stop=()):
-    stream = TextStream(TOKENIZER, stop)
+def pieces(tokens, stop=(), tokenizer=TOKENIZER):
+    stream = TextStream(tokenizer, stop)
     found = []
     for token in tokens:
         found.append(stream.push(token))
@@ -28,10 +36,11 @@ def test_pieces_of_any_tokens_add_up_to_the_text(tokens):
 @settings(deadline=None)
 @given(st.text(max_size=60))
 def test_characters_of_several_tokens_are_not_split(text):
-    found, _ = pieces(TOKENIZER(text, add_special_tokens=False)["input_ids"])
-    assert "".join(found) == text and not any(
-        "\N{REPLACEMENT CHARACTER}" in piece for piece in found if "\N{REPLACEMENT CHARACTER}" not in text
-    )
+    for tokenizer in (TOKENIZER, BYTE_FALLBACK):
+        found, _ = pieces(tokenizer(text, add_special_tokens=False)["input_ids"], tokenizer=tokenizer)
+        assert "".join(found) == text and not any(
+            "\N{REPLACEMENT CHARACTER}" in piece for piece in found if "\N{REPLACEMENT CHARACTER}" not in text
+        )
 
 
 @settings(deadline=None)

@@ -113,8 +113,7 @@ def _parsed(value: object, name: str) -> object:
 
 
 def _conversation(field: str, row: Row, _scored: bool) -> dict[str, Any]:
-    messages = read_messages(row[field], field)
-    return {"messages": check_chat(with_system(row, messages), field)}
+    return {"messages": check_chat(with_system(row, read_messages(row[field], field)), field)}
 
 
 def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
@@ -133,8 +132,7 @@ def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
 
 def _answered(question: str, answer: str, row: Row, scored: bool) -> dict[str, Any]:
     """A form with a question and an answer, which become a chat."""
-    content = _answer(row, answer, scored)
-    return {"messages": [*question_of(row, question), {"role": "assistant", "content": content}]}
+    return {"messages": [*question_of(row, question), {"role": "assistant", "content": _answer(row, answer, scored)}]}
 
 
 def _answer(row: Row, name: str, scored: bool) -> str:
