@@ -133,13 +133,14 @@ wheel-check:
 # What the demo needs. The build runs without isolation, so that the kernels are compiled against the torch they will run
 # with. pip would compile every module of every package, and Python compiles those that it imports.
 $(VENV)/.demo: $(VENV)/.torch $(SOURCES)
-	$(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/pip install --quiet --no-compile --no-build-isolation -e ".[train]"
+	@grep -q '"compiled": true' s2ft/_build.json || echo "no kernels were compiled: see s2ft.build_info(); make clean tries again"
 	touch $@
 
 # The packages of an extra, without building the kernels a second time.
 PACKAGES = $(BIN)/python -c "from importlib.metadata import requires; \
 	print(*(line.partition(';')[0] for line in requires('s2ft') if '$(1)' in line.partition(';')[2]), sep='\n')" \
-	| $(BIN)/pip install --quiet -r /dev/stdin
+	> $(VENV)/.packages && $(BIN)/pip install --quiet -r $(VENV)/.packages
 
 $(VENV)/.installed: $(VENV)/.demo
 	$(call PACKAGES,test)
@@ -168,4 +169,4 @@ $(VENV)/.torch:
 	touch $@
 
 clean:
-	rm -rf build dist *.egg-info s2ft/_C*.so s2ft/_build.json
+	rm -rf build dist *.egg-info s2ft/_C*.so s2ft/_build.json $(VENV)/.demo

@@ -48,10 +48,11 @@ print(llama_cpp.__version__)
 
 def environment() -> Path:
     """The interpreter of the environment, which is made if it is missing."""
-    python = ENVIRONMENT / "bin" / "python"
-    if not python.exists():
+    python, done = ENVIRONMENT / "bin" / "python", ENVIRONMENT / ".complete"
+    if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", ENVIRONMENT], check=True)
         subprocess.run([python, "-m", "pip", "install", "--quiet", "llama-cpp-python"], check=True)
+        done.touch()
     return python
 
 

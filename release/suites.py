@@ -19,7 +19,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 from xml.etree import ElementTree
 
@@ -86,7 +86,7 @@ SUITES = {
     "deepspeed": Suite("ZeRO", in_release("deepspeed"), 60, "releases/deepspeed"),
     "strategies": Suite(
         "the same fine-tuning by every strategy for several devices",
-        f"{VENV}/releases/deepspeed/bin/python bench/strategies.py",
+        f"{in_release('deepspeed')} --version && {VENV}/releases/deepspeed/bin/python bench/strategies.py",
         60,
         "releases/deepspeed",
     ),
@@ -95,7 +95,10 @@ SUITES = {
         "tuned GGUF files in llama.cpp", f"{VENV}/bin/python release/check_llama_cpp.py", 60, "releases/llama-cpp"
     ),
     "vllm-packed": Suite(
-        "a tuned checkpoint in INT4 in vLLM", f"{VENV}/bin/python release/check_vllm_packed.py", 30, "releases/vllm"
+        "a tuned checkpoint in INT4 in vLLM",
+        f"{in_release('vllm')} --version && {VENV}/bin/python release/check_vllm_packed.py",
+        30,
+        "releases/vllm",
     ),
     "lm-eval": Suite("lm-eval's tasks", in_release("lm-eval"), 30, "releases/lm-eval"),
     **{
@@ -106,7 +109,10 @@ SUITES = {
     },
     **{
         f"integrations-{program}": Suite(
-            f"a run of {program}, compared with s2ft sft", f"make test-integrations PROGRAMS={program}", 30
+            f"a run of {program}, compared with s2ft sft",
+            f"make test-integrations PROGRAMS={program}",
+            30,
+            "" if program == "trl" else f"integrations/{program.removesuffix('-v1')}",
         )
         for program in ("trl", "axolotl", "ms-swift", "llamafactory", "llamafactory-v1")
     },
@@ -132,8 +138,17 @@ SUITES = {
 }
 
 
+RUNNING: set[int] = set()  # process groups of the suites that run
+
+
 def output_of(*command: str) -> str:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+
+
+def commit() -> str:
+    """The commit of the code; with "+" if files have been changed since, other than results."""
+    changed = output_of("git", "status", "--porcelain", "--", ":!bench/results")
+    return output_of("git", "rev-parse", "--short=8", "HEAD") + "+" * bool(changed)
 
 
 def run(name: str, suite: Suite) -> dict[str, Any]:
@@ -147,7 +162,7 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
     report, log = OUTPUTS / f"{name}.xml", OUTPUTS / f"{name}.log"
     report.unlink(missing_ok=True)
     environment = {**os.environ, "PYTEST_ADDOPTS": f"--junitxml={report}"}
-    start = time.time()
+    start, at = time.time(), commit()
     with open(log, "w") as file:
         process = subprocess.Popen(
             suite.command,
@@ -159,14 +174,13 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        RUNNING.add(process.pid)
         try:
             code = process.wait(60 * suite.minutes)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             code = process.wait()
-        except BaseException:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
+        RUNNING.discard(process.pid)
     written = log.read_text(errors="replace").replace(str(VENV), ".venv").replace(f"{ROOT}/", "")  # no machine's paths
     lines = [line.strip() for line in written.splitlines() if line.strip()]
     found = read_report(report) if report.exists() else {"passed": int(code == 0), "failed": int(code != 0)}
@@ -177,7 +191,7 @@ def run(name: str, suite: Suite) -> dict[str, Any]:
         "last line": stopped or (lines[-1] if lines else ""),
         "seconds": round(time.time() - start),
         "date": time.strftime("%Y-%m-%d"),
-        "commit": output_of("git", "rev-parse", "--short=8", "HEAD"),
+        "commit": at,
         "processor": processor(),
         "python": platform.python_version(),
         "versions": versions(VENV / suite.environment / "bin" / "python"),
@@ -218,7 +232,8 @@ def is_done(result: dict[str, Any] | None) -> bool:
     return (
         result is not None
         and result["status"] == 0
-        and output_of("git", "rev-parse", "HEAD").startswith(result["commit"])
+        and result["commit"] == commit()
+        and not result["commit"].endswith("+")
     )
 
 
@@ -240,7 +255,7 @@ def main() -> int:
         if not found:
             parser.error(f"no suite {name!r}; there are {', '.join(SUITES)}")
     chosen = list(chain.from_iterable(named.values())) or SUITES
-    lock = Lock()
+    lock, ended = Lock(), Event()
 
     def noted() -> dict[str, Any]:
         """Read again each time, because another run of other suites may have noted its own."""
@@ -251,9 +266,13 @@ def main() -> int:
             print(f"{name}: passed at this commit", flush=True)
             return True
         result = run(name, SUITES[name])
+        if ended.is_set():
+            return False
         with lock:
             matrix = {**noted(), name: result}
-            MATRIX.write_text(json.dumps({one: matrix[one] for one in SUITES if one in matrix}, indent=1) + "\n")
+            written = MATRIX.with_suffix(".new")
+            written.write_text(json.dumps({one: matrix[one] for one in SUITES if one in matrix}, indent=1) + "\n")
+            written.replace(MATRIX)
             skipped = sum(result.get("skipped", {}).values())
             print(
                 f"{name}: {result['passed']:,} passed, {result['failed']:,} failed, {skipped:,} skipped, "
@@ -262,8 +281,18 @@ def main() -> int:
             )
         return result["status"] == 0
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     with ThreadPoolExecutor(options.jobs) as pool:
-        return int(not all(list(pool.map(run_and_note, chosen))))
+        runs = [pool.submit(run_and_note, name) for name in chosen]
+        try:
+            results = [run.result() for run in runs]
+            return int(not all(results))
+        except BaseException:  # Ctrl-C: the suites have sessions of their own, and would go on
+            pool.shutdown(wait=False, cancel_futures=True)
+            ended.set()
+            for group in RUNNING:
+                os.killpg(group, signal.SIGKILL)
+            raise
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ def test_elsewhere(): pass
 def outputs(tmp_path, monkeypatch):
     monkeypatch.setattr(suites, "OUTPUTS", tmp_path / "outputs")
     monkeypatch.setattr(suites, "MATRIX", tmp_path / "matrix.json")
+    monkeypatch.setattr(suites, "commit", lambda: "0123abcd")
     return tmp_path
 
 

@@ -5,12 +5,13 @@ Nothing here reads weights: the model is on the meta device.
 AdamW moves each trained weight by about the learning rate in a step, those of one output in the same sense. So the
 outputs move with the rate times the number of trained weights, which grows with the width of the model and with the
 share of it that is trained. Hence ``rate = 0.02 / (width × share)``: a quarter of the weights wants four times the rate
-(`python -m bench.experiments frontier`: ratios of d from 0.03 to 0.3). It holds for full fine-tuning too.
+(`python -m bench.experiments frontier`: ratios of d from 0.03 to 0.3, in all layers; rows, as of u and q, and few
+layers were not measured). It holds for full fine-tuning too.
 Models below 576 dimensions get the rate of 576, because nothing is known about them. All good rates that are known:
 
 | model | width | share | task | good rate | rule | source |
 |---|--:|--:|---|--:|--:|---|
-| SmolLM2-135M | 576 | 0.025 | three tasks | 2e-3 | 1e-3 | this project, `frontier`, `make evidence` |
+| SmolLM2-135M | 576 | 0.025 | three tasks | 1e-3 to 4e-3 | 1e-3 | this project, `make evidence`, `frontier` |
 | SmolLM2-135M | 576 | 0.006 | word problems, 64 updates | 4e-3 | 6e-3 | this project, `frontier` |
 | SmolLM2-135M | 576 | 1 | word problems | 3e-5 | 3e-5 | this project, `make evidence`: full fine-tuning |
 | Llama-3.2-3B | 3072 | 0.003 | MetaMathQA | 3e-4 | 2e-3 | PEFT's comparison, SHiRA (1) |
@@ -21,7 +22,8 @@ Models below 576 dimensions get the rate of 576, because nothing is known about 
 
 Six points do not prove a rule. It does not know the task (the two of the paper differ by a factor of five), the batch,
 and how much forgetting is allowed: a higher rate learns more of the task, and forgets more. Nor does it know the number
-of steps: of 16 updates twice the rate learns more, after 64 it has forgotten twice as much and learned less.
+of steps: of 16 updates twice the rate learns more, after 64 it has forgotten twice as much and learned less (those four
+runs were not kept).
 """
 
 from collections.abc import Mapping, Sequence

@@ -32,8 +32,8 @@ def environment(name: str, *commands: Sequence[str], stand_ins: Sequence[str] = 
         stand_ins: Modules that are replaced by empty ones.
     """
     folder = Path(sys.prefix) / name
-    python, done = folder / "bin" / "python", folder / f".{commands[0][-1]}"
-    if not done.exists():
+    python, done, wanted = folder / "bin" / "python", folder / ".complete", repr((commands, stand_ins))
+    if not done.exists() or done.read_text() != wanted:
         subprocess.run([sys.executable, "-m", "venv", folder], check=True)
         where = [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"]
         packages = Path(subprocess.run(where, check=True, capture_output=True, text=True).stdout.strip())
@@ -43,7 +43,7 @@ def environment(name: str, *commands: Sequence[str], stand_ins: Sequence[str] = 
             subprocess.run([python, "-m", "pip", "--quiet", *command], check=True)
         for module in stand_ins:
             (packages / f"{module}.py").write_text("")
-        done.touch()
+        done.write_text(wanted)
     return python
 
 

@@ -72,7 +72,7 @@ def run(folder: Path, options: list) -> dict:
         "S2FT_UPSTREAM_REPORT": str(report),
     }
     (folder / "pytest.ini").write_text("[pytest]\n")
-    subprocess.run(
+    done = subprocess.run(
         [
             sys.executable,
             "-m",
@@ -89,7 +89,7 @@ def run(folder: Path, options: list) -> dict:
         cwd=folder,
         env=environment,
     )
-    if not report.exists():
+    if done.returncode not in (0, 1) or not report.exists():
         raise SystemExit("pytest did not come to its end")
     return json.loads(report.read_text())
 
