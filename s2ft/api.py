@@ -94,7 +94,7 @@ def attach(
     if not isinstance(config, S2FTConfig):
         raise TypeError(f"config must be an S2FTConfig, got {type(config).__name__}")
     for option, value in (("verify", verify), ("on_top", on_top)):
-        if not (value is None or isinstance(value, bool)):
+        if not (isinstance(value, bool) or value is None and option == "verify"):
             raise TypeError(f"{option} must be True or False, got {value!r}")
     check_rest_frozen(model)
     model = unwrapped(model)

@@ -116,6 +116,7 @@ REFUSED = [
     (lambda: Strategy("fsdp2", offload="optimizer"), ValueError, "offload of fsdp2 must be 'all', got 'optimizer'"),
     (lambda: Strategy("fsdp2", tp_size=2), ValueError, "tp_size must be given for tp.fsdp2 and for no other strategy"),
     (lambda: Strategy("tp+fsdp2"), ValueError, "tp_size must be given for tp.fsdp2"),
+    (lambda: Strategy("fsdp2", reshard_after_forward=1), TypeError, "reshard_after_forward must be True or False"),
     (lambda: Strategy("zero2", reduce_bucket_size=0), ValueError, "reduce_bucket_size must be a whole number of at"),
     (tensor_parallel("gpt2"), ValueError, "GPT2LMHeadModel has no plan for tensor parallelism"),
     (tensor_parallel("mixtral"), ValueError, "is split by .*, which s2ft can't count"),

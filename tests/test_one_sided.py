@@ -103,7 +103,9 @@ def test_inputs_of_a_file_of_units_are_trained_again(tmp_path):
     selection = s2ft.select(net(), config, couplings=couplings())
     selection.save(tmp_path / "units.json")
     for units in (selection, str(tmp_path / "units.json")):
-        assert s2ft.select(net(), S2FTConfig(units=units), couplings=couplings()) == selection
+        again = S2FTConfig(units=units)
+        assert s2ft.select(net(), again, couplings=couplings()) == selection
+        assert s2ft.estimate(net(), again, optimizer="sgd", example=batch(), couplings=couplings()).trained > 0
 
 
 def test_two_layers_of_one_size_get_different_units():

@@ -434,7 +434,11 @@ def _obstacle(found: nn.Module | Tensor, weight: Any, is_quantized: bool) -> str
             "holds experts that are split by tensor or expert parallelism, which s2ft can't train" if is_split else ""
         )
     style = style_of(found)
-    by = getattr(found.forward, "__qualname__", "") if style is None else f"the style {type(style).__name__}"
+    by = (
+        getattr(found.forward, "__qualname__", "another forward")
+        if style is None
+        else f"the style {type(style).__name__}"
+    )
     if kind_of(found) is SPLIT_LINEAR:
         if split_of(weight) is None:
             return f"is replicated by tensor parallelism ({weight.placements}), which s2ft can't train"

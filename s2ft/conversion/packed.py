@@ -216,10 +216,11 @@ def _export_folder(model_name: str, adapter: s2ft.Adapter, output: Path) -> str:
         shutil.copytree(source, folder, dirs_exist_ok=True)
         for copied in (folder, *folder.rglob("*")):
             copied.chmod(copied.stat().st_mode | 0o200)  # the base may be read-only
-        tokenizer = load_tokenizer(str(source))
-        template = tokenizer.chat_template
-        if give_prompt(tokenizer, adapter.info, f"adapter {adapter.name!r}").chat_template != template:
-            tokenizer.save_pretrained(folder)
+        if recorded_format(adapter.info) is not None:
+            tokenizer = load_tokenizer(str(source))
+            template = tokenizer.chat_template
+            if give_prompt(tokenizer, adapter.info, f"adapter {adapter.name!r}").chat_template != template:
+                tokenizer.save_pretrained(folder)
         for name, path in paths.items():
             for tensor, (old, new) in _changed(base, path, adapter.deltas[name]).items():
                 changed += int((as_bytes(old) != as_bytes(new)).sum())

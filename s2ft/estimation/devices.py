@@ -277,6 +277,8 @@ class Strategy:
                 f"tp_size must be given for tp+fsdp2 and for no other strategy, got {self.tp_size} for {self.name}",
             ),
         )
+        if not isinstance(self.reshard_after_forward, bool):
+            raise TypeError(f"reshard_after_forward must be True or False, got {self.reshard_after_forward!r}")
         check_whole("reduce_bucket_size", self.reduce_bucket_size)
         if self.tp_size is not None:
             check_whole("tp_size", self.tp_size, 2)

@@ -22,7 +22,7 @@ from s2ft.model.coupling import Coupling
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import example_of
-from s2ft.selection import select
+from s2ft.selection import select, with_units
 
 
 def make_shadow(
@@ -37,6 +37,7 @@ def make_shadow(
     Quantized weights are shared with the model, because their layers read properties of them.
     """
     check_unattached(model)
+    config = with_units(config)
     found = find_couplings(model, couplings, example, config)
     wanted = _wanted_dtypes(model, dtype)
     memo: dict[int, Any] = {}  # deepcopy uses these objects instead of copies

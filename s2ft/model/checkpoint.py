@@ -299,7 +299,13 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
     if files:
         return GgufFile(files[0])
     config = _find(source, "config.json")
-    if config is None or not has_codecs(settings := json.loads(config.read_bytes()).get("quantization_config")):
+    if config is None:
+        return None
+    try:
+        settings = json.loads(config.read_bytes()).get("quantization_config")  # read_json refuses Infinity
+    except ValueError as error:
+        raise ValueError(f"{config} is not JSON: {error}") from None
+    if not has_codecs(settings):
         return None
     return PackedFolder(config.parent, open_checkpoint(source).tensors, settings)
 

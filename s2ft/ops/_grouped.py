@@ -34,8 +34,13 @@ def product(x: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(x, weights, offs=offsets).contiguous()  # its rows may be padded to 16 bytes
     if not host_can_read(offsets):
         return product_in_blocks(x, weights, offsets)
-    *parts, rest = x.tensor_split(offsets.tolist())
-    return torch.cat([*map(torch.mm, parts, weights.unbind()), x.new_zeros(len(rest), weights.shape[2])])
+    y = x.new_zeros(x.shape[0], weights.shape[2])
+    begin = 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > begin:
+            y[begin:end] = x[begin:end] @ weights[group]
+            begin = end
+    return y
 
 
 def outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
@@ -45,8 +50,13 @@ def outer(a: Tensor, b: Tensor, offsets: Tensor) -> Tensor:
         return F.grouped_mm(a.t(), b, offs=offsets)
     if not host_can_read(offsets):
         return outer_in_blocks(a, b, offsets)
-    ends = offsets.tolist()
-    return torch.stack([x.t() @ y for x, y in zip(a.tensor_split(ends), b.tensor_split(ends))][:-1])
+    sums = a.new_zeros(offsets.shape[0], a.shape[1], b.shape[1])
+    begin = 0
+    for group, end in enumerate(offsets.tolist()):
+        if end > begin:
+            sums[group] = a[begin:end].t() @ b[begin:end]
+            begin = end
+    return sums
 
 
 def _prefers_one_product(x: Tensor, groups: int) -> bool:

@@ -18,6 +18,7 @@ from s2ft.adapter.adapter import sum_deltas
 from s2ft.config import refuse
 from s2ft.layers import EXPERTS, Kind, S2Layer, forward_of, kind_of
 from s2ft.layers.experts import stack_of
+from s2ft.layers.kind import transforms_active
 from s2ft.model.weights import Delta
 from s2ft.ops import effective_units, multi_adapter_linear, pack_adapters
 from s2ft.peft.adapter_config import DIMS
@@ -229,7 +230,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
 
     def _effective(self, effective_weight: Callable, s2: Tensor, weight: Tensor) -> Tensor:
         """The effective weight for a backward, before which another adapter may have been written into the weight."""
-        self.put_base_back()
+        if not transforms_active():  # torch.func runs on copies
+            self.put_base_back()
         return effective_weight(s2, weight)
 
     def _new_layer(self, weight: str, index: Tensor) -> S2Layer:

@@ -105,9 +105,7 @@ class Engine:
         metrics=None,
     ) -> None:
         if rows_interact(model.config) and max_batch_size > 1:
-            logger.warning(
-                "this model's position embeddings depend on the longest sequence of a batch, so one runs at a time"
-            )
+            logger.warning("this model's sequences can't share a batch, so one runs at a time")
             max_batch_size = 1
         self.adapters, self.metrics = adapters, metrics
         self.max_batch_size, self.queue_size = max_batch_size, queue_size

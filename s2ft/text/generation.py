@@ -211,6 +211,8 @@ class RunningBatch(Generic[R]):
         Args:
             rows: The new rows. Their prompts are run in one pass.
         """
+        if len(rows) + len(self.rows) > 1 and keeps_states(self.model.config):
+            raise ValueError("a model whose layers keep states runs one row at a time")
         padded = left_pad([row.prompt for row in rows], 0)
         inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
         # Without the config, layers with a sliding window keep all keys, and the mask limits them.

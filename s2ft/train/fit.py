@@ -40,7 +40,7 @@ from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, best_checkpoint, log_failure, newest_valid, read_log, write_json
-from s2ft.train.parallel import is_spread, run_where_weights_are
+from s2ft.train.parallel import check_divided_rows, is_spread, run_where_weights_are
 from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, needs_trl_loss
 
 logger = logging.getLogger(__name__)
@@ -395,7 +395,7 @@ class Stop(TrainerCallback):
     def _on_signal(self, *_) -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         self.is_interrupted = True
-        logger.info("stopping after this update, with a checkpoint; Ctrl-C again stops at once, without one")
+        logger.info("stopping after an update, with a checkpoint; Ctrl-C again stops at once, without one")
 
     def stops_at(self, step: int) -> bool:
         """Whether the run stops after this step."""
@@ -448,6 +448,8 @@ def sft(
     Raises:
         ValueError: The arguments do not fit the data or the model.
     """
+    check_dtype(model, arguments)
+    check_divided_rows(model, arguments)
     trainer = trainer_for(model, tokenizer, train, arguments, folder, options, held_out)
     example = trainer.data_collator([short_row(train)])
     with contiguous_head(model), loss_for(model, arguments, options, example):

@@ -333,8 +333,10 @@ def ranks_of(checkpoint: Path) -> int:
 
 
 def best_checkpoint(state: Any, folder: Path | str) -> Path | None:
-    """Where the best checkpoint of a trainer's state is, whose own path may spell the folder in another way."""
-    return Path(folder) / Path(state.best_model_checkpoint).name if state.best_model_checkpoint else None
+    """Where the best checkpoint of a trainer's state is. Its own path may spell the run's folder in another way."""
+    recorded = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+    here = recorded and Path(folder) / recorded.name
+    return here if here and here.is_dir() else recorded
 
 
 def move_into_place(checkpoint: Path, folder: Path, keep: int, best: Path | None = None) -> None:

@@ -42,6 +42,7 @@ from s2ft.model.coupling import projections_of
 from s2ft.model.parts import couplings_in_towers
 from s2ft.model.registry import find_couplings
 from s2ft.model.weights import count_parameters, weight_at
+from s2ft.selection import with_units
 from s2ft.train.loss import loss_in_chunks
 
 RATIOS = (0.01, 0.03, 0.05, 0.1, 0.2)
@@ -107,6 +108,7 @@ def with_ratio(config: S2FTConfig, ratio: float) -> S2FTConfig:
 
 def planned(model: nn.Module, config: S2FTConfig, ratio: float | None) -> Planned:
     """Return the row of one configuration, without its memory."""
+    config = with_units(config)
     report, selection = s2ft.plan(model, config), s2ft.select(model, config)
     couplings = couplings_in_towers(model, find_couplings(model, None, None, config).couplings, config)
     trained = [projection for projection in projections_of(couplings) if projection.name in selection]

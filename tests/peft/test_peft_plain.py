@@ -86,6 +86,19 @@ def test_another_adapter_runs_between_forward_and_backward(kind, dim):
     assert torch.equal(*gradients)
 
 
+def test_torch_func_after_a_forward():
+    model, x, _ = wrapped("linear", "inputs")
+    values = {name: value for name, value in model.named_parameters() if value.requires_grad}
+
+    def loss(given):
+        return torch.func.functional_call(model, given, (x,)).square().sum()
+
+    loss(values).backward()
+    found = torch.func.grad(loss)({name: value.detach() for name, value in values.items()})
+    for name, value in values.items():
+        torch.testing.assert_close(found[name], value.grad)
+
+
 def test_values_that_are_written_by_hand_are_used():
     """As averaged weights are put in for an evaluation. No version counts such a change."""
     model, x, _ = wrapped("linear", "inputs")
