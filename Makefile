@@ -12,6 +12,10 @@ demo: $(VENV)/.demo
 
 STARTED := $(shell date +%s)
 
+# Images often set this variable for a smaller layer. Each process would then compile the 4,600 modules that it imports
+# again: 14 s instead of 6 s with transformers, TRL and PEFT. Empty means not set.
+export PYTHONDONTWRITEBYTECODE :=
+
 # One process more than there are processors, because some tests wait for processes that they start. WORKERS=1 saves
 # memory: each process takes about 1.5 GB.
 WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
