@@ -201,6 +201,7 @@ class RunningBatch(Generic[R]):
         self._cache: DynamicCache | None = None
         self._mask: Tensor | None = None  # [rows, columns], 1 for a token, 0 for padding
         self._accepted = inspect.signature(model.forward).parameters
+        self._has_states = keeps_states(model.config)
 
     @torch.inference_mode()
     def admit(self, rows: Sequence[R]) -> None:
@@ -211,12 +212,12 @@ class RunningBatch(Generic[R]):
         Args:
             rows: The new rows. Their prompts are run in one pass.
         """
-        if len(rows) + len(self.rows) > 1 and keeps_states(self.model.config):
+        if len(rows) + len(self.rows) > 1 and self._has_states:
             raise ValueError("a model whose layers keep states runs one row at a time")
         padded = left_pad([row.prompt for row in rows], 0)
         inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
         # Without the config, layers with a sliding window keep all keys, and the mask limits them.
-        cache = DynamicCache(config=self.model.config if keeps_states(self.model.config) else None)
+        cache = DynamicCache(config=self.model.config if self._has_states else None)
         logits = self._forward(rows, cache, **inputs)
         self._choose(rows, logits)
         self._join(cache, inputs["attention_mask"])
@@ -288,12 +289,13 @@ class RunningBatch(Generic[R]):
         self, rows: Sequence[R], cache: DynamicCache, input_ids: Tensor, attention_mask: Tensor, position_ids: Tensor
     ) -> Tensor:
         """Return the logits of the last position, [rows, vocabulary] float32."""
-        name = "cache" if "cache" in self._accepted else "past_key_values"  # the name in older models
+        # Older models and Mamba have names of their own.
+        name = next((name for name in ("cache", "cache_params") if name in self._accepted), "past_key_values")
         options = {"position_ids": position_ids, "logits_to_keep": 1}  # some models take only one of them, or none
         with self.mixing([row.adapter for row in rows]), contiguous_head(self.model):
             output = self.model(
                 input_ids=input_ids,
-                attention_mask=attention_mask,
+                attention_mask=None if self._has_states else attention_mask,  # Mamba would multiply a step by all of it
                 use_cache=True,
                 **{name: cache},
                 **{name: value for name, value in options.items() if name in self._accepted},

@@ -113,7 +113,18 @@ def load_model(
             model.__dict__.pop(attribute, None)
         model.config.__dict__.pop("quantization_config", None)
         model.config._name_or_path = model.name_or_path = name
+    if model.config.model_type in ("recurrent_gemma", "rwkv", "xlstm"):
+        model.register_forward_pre_hook(_refuse_what_is_ignored, with_kwargs=True)
     return model.eval(), tokenizer
+
+
+def _refuse_what_is_ignored(model, inputs, named) -> None:
+    """Raise ValueError for padding and for a cache of transformers, where the model's forward ignores both."""
+    if named.get("past_key_values") is not None or not ((mask := named.get("attention_mask")) is None or mask.all()):
+        raise ValueError(
+            f"{type(model).__name__} ignores the mask of padding and transformers' cache: set each batch size to 1 to "
+            "train and evaluate it; generate, chat and serve can't run it, and s2ft eval answers prompts"
+        )
 
 
 def _packed_model(kind, what: str, name: str, source: str, options: dict):

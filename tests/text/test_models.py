@@ -11,7 +11,7 @@ from support.convert_hf_to_gguf import convert
 from support.images import MODELS
 from support.inside import load_model, locate, reader_class
 from train.tiny import save_tiny
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, RwkvConfig
 
 
 @pytest.fixture
@@ -99,6 +99,16 @@ def test_what_is_no_model_is_named(name, write, kind, message, tmp_path):
         load_model(str(tmp_path / name) if write or not name else name)
     with pytest.raises(ValueError, match="dtype .*float32"):
         load_model("x", "int3")
+
+
+def test_a_recurrent_model_that_ignores_padding_and_caches_refuses_both(tmp_path):
+    config = RwkvConfig(vocab_size=259, hidden_size=16, attention_hidden_size=16, num_hidden_layers=2)
+    save_tiny(tmp_path), AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    model, ids = load_model(str(tmp_path))[0], torch.tensor([[0, 5, 6]])
+    assert torch.equal(model(ids, attention_mask=torch.ones_like(ids)).logits, model(ids).logits)
+    for ignored in ({"attention_mask": (ids > 0).long()}, {"past_key_values": DynamicCache()}):
+        with pytest.raises(ValueError, match="each batch size to 1"):
+            model(ids, **ignored)
 
 
 @pytest.mark.parametrize("name", MODELS)

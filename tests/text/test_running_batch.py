@@ -7,6 +7,7 @@ import torch
 from serve.fleet import RunningBatch, alone, greedy, greedy_row, save_adapters
 from support.inside import Row, rows_interact
 from train.tiny import UNTIED, tiny_model
+from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
 
 from s2ft import AdapterBank
 
@@ -134,19 +135,20 @@ def test_models_whose_rows_depend_on_each_other_are_detected():
     assert rows_interact(config)
 
 
-def test_a_model_with_recurrent_states_runs_its_rows_alone():
-    from transformers import AutoModelForCausalLM, Lfm2Config
+SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, **UNTIED}
+LFM2 = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 
-    config = Lfm2Config(
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        vocab_size=60,
-        layer_types=["conv", "full_attention"],
-    )
+
+@pytest.mark.parametrize(
+    "config",
+    [Lfm2Config(**SMALL, **LFM2, layer_types=["conv", "full_attention"]), MambaConfig(**SMALL, state_size=4)],
+    ids=["lfm2", "mamba"],
+)
+def test_a_model_with_recurrent_states_runs_its_rows_alone(config):
+    torch.manual_seed(0)
     model, row = AutoModelForCausalLM.from_config(config).eval(), greedy_row([3, 4, 5])
+    for parameter in model.parameters():
+        parameter.data.normal_(std=0.5)  # smaller weights repeat tokens
     batch = RunningBatch(model)
     batch.admit([row])
     step(batch)
