@@ -370,9 +370,9 @@ def _check_entries(
                 f"{name}: delta of shape {shape} and index of shape {index} do not fit along dim {entry['dim']}",
             ),
             (
-                sum(index) % len(entry["units"]),
-                f"{name}: {sum(index)} elements can't be {len(entry['units'])} units: the units listed are not the "
-                "ones that were saved",
+                math.prod(index) % len(entry["units"]),
+                f"{name}: {math.prod(index)} elements can't be {len(entry['units'])} units: the units listed are not "
+                "the ones that were saved",
             ),
         )
 
