@@ -100,8 +100,9 @@ def check_fields(options: Any) -> None:
         refuse(
             (least is not None and value < least, f"{one.name} must be at least {least}, got {value}"),
             (isinstance(value, int) and value > LARGEST, f"{one.name} must be at most {LARGEST}, got {value}"),
-            (choices and value not in choices, f"{one.name} must be one of {', '.join(choices or ())}, got {value!r}"),
         )
+        if choices and value not in choices:
+            raise ValueError(f"{one.name} must be one of {', '.join(choices)}, got {value!r}")
 
 
 def did_you_mean(word: str, names: Iterable[str], others: Mapping[str, str] | None = None, prefix: str = "") -> str:

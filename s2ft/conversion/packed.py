@@ -34,7 +34,6 @@ from s2ft.adapter.folders import resolve
 from s2ft.attached.record import Attachment, check_fits, new_attachment
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
-from s2ft.config import refuse
 from s2ft.export.streamed import check_output, temporary_folder, temporary_place
 from s2ft.files.plain_text import by_key, replace_file, sha256_of
 from s2ft.files.reading import MAX_TENSORS, check_finite, read_bytes, read_json
@@ -168,7 +167,8 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
     base, kept, trained_on = GgufFile(path), Kept.of(path), saved.info.get("base_sha256")
-    refuse((kept, f"{path} has adapter {kept and kept.adapter!r} in place: s2ft patch {path} --undo first"))
+    if kept:
+        raise ValueError(f"{path} has adapter {kept.adapter!r} in place: s2ft patch {path} --undo first")
     if trained_on is not None and trained_on != (digest := sha256_of(path)):
         logger.warning("%s has the sha256 %s, and the adapter's base had %s", path.name, digest, trained_on)
     form = recorded_format(saved.info)

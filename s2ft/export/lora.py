@@ -331,12 +331,11 @@ def _checked_config(config: Any, path: Path) -> dict[str, Any]:
 
 def _check_entries(entries: Entries, path: Path) -> None:
     for name, (dtype, shape) in entries.items():
-        found: Any = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
-        is_matrix = dtype in FLOATS and len(shape) == 2 and 0 not in shape
-        refuse(
-            (not found, f"{path}: {shortened(name)} is not the A or B of a linear layer's LoRA"),
-            (not is_matrix, f"{path}: {shortened(name)} must be a floating-point matrix, not {dtype} {shape}"),
-        )
+        found = re.fullmatch(rf"{re.escape(PREFIX)}(.+)\.lora_[AB]\.weight", name)
+        if found is None:
+            raise ValueError(f"{path}: {shortened(name)} is not the A or B of a linear layer's LoRA")
+        if dtype not in FLOATS or len(shape) != 2 or 0 in shape:
+            raise ValueError(f"{path}: {shortened(name)} must be a floating-point matrix, not {dtype} {shape}")
         other = {"A": "B", "B": "A"}[name[-8]]
         if f"{PREFIX}{found[1]}.lora_{other}.weight" not in entries:
             raise ValueError(f"{path}: {shortened(found[1])} has no lora_{other}")

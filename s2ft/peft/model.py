@@ -273,12 +273,12 @@ class S2FTPeftModel(BaseTuner):
             name for module in self.model.modules() if isinstance(module, S2FTPeftLayer) for name in module.s2ft_delta
         }
         unknown = sorted(set(names) - known - {BASE})
-        refuse(
-            (
-                inputs and len(inputs[0]) != len(names),
+        if inputs and len(inputs[0]) != len(names):
+            raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(names)} and {len(inputs[0]) if inputs else 0}",
-            ),
+                f"{len(names)} and {len(inputs[0])}"
+            )
+        refuse(
             (self.training, "Cannot pass `adapter_names` when the model is in training mode."),
             (unknown, f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}"),
         )

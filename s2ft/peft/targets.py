@@ -13,7 +13,6 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import EMBEDDING_LAYER_NAMES
 from torch import Tensor, nn
 
-from s2ft.config import refuse
 from s2ft.files.plain_text import by_key
 from s2ft.layers import OTHER, forward_of, kind_of
 from s2ft.model.coupling import Coupling, Projection, projections_of, unit_name
@@ -292,7 +291,7 @@ def _check_units(config: S2FTPeftConfig, names: dict[str, Tensor], model: nn.Mod
     paths = {projection.path for projection in projections_of(targets) if projection.expert is None}
     matched = {path for path, _ in model.named_modules() if path and _is_target(config, path)}
     unmatched, unnamed = sorted(paths - matched), sorted(matched - paths)
-    refuse(
-        (unmatched, f"units names {', '.join(unmatched[:1])}, which is not in target_modules, or is excluded"),
-        (unnamed, f"target_modules has {', '.join(unnamed[:1])}, but units names no unit of it"),
-    )
+    if unmatched:
+        raise ValueError(f"units names {unmatched[0]}, which is not in target_modules, or is excluded")
+    if unnamed:
+        raise ValueError(f"target_modules has {unnamed[0]}, but units names no unit of it")

@@ -186,14 +186,10 @@ class Receiver:
             return None
         if bound is None:
             raise RuntimeError(f"an update of sender {message.get('sender')!r} before init: this engine has the base")
-        is_number, newest = type(step) is int, bound.step
-        refuse(
-            (not is_number, f"step must be a whole number, not {step!r}"),
-            (
-                is_number and newest is not None and step < newest,
-                f"step {step} of {bound.sender!r} is older than step {newest}, which is written",
-            ),
-        )
+        if type(step) is not int:
+            raise ValueError(f"step must be a whole number, not {step!r}")
+        if bound.step is not None and step < bound.step:
+            raise ValueError(f"step {step} of {bound.sender!r} is older than step {bound.step}, which is written")
         _check_untouched(self.model, bound)
         flat = _decoded(content, bound.dtype) if given == ["values"] else content
         refuse((not isinstance(flat, Tensor), f"tensor must be a torch.Tensor here, not {type(flat).__name__}"))
