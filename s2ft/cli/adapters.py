@@ -7,11 +7,11 @@ from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, OptionParser, command, quiet_transformers
-from s2ft.config import refuse
+from s2ft.config import check_adapter_name, refuse
 from s2ft.conversion import EXPORTS, IMPORTS, export
 from s2ft.files.plain_text import table
 from s2ft.packages import check_packages
-from s2ft.text.models import DTYPES
+from s2ft.text.models import DTYPES, locate
 from s2ft.train.options import Options, option
 
 DIMS = {0: "rows", 1: "columns"}
@@ -80,9 +80,13 @@ def _row(path: str, delta, units: int, one_sided: bool) -> tuple[str, ...]:
     # A head or a group spans several rows or columns.
     words = (("output", "input")[delta.dim], "group") if one_sided else ("channel", "head")
     word = words[units != delta.index.numel()]
-    count = f"{delta.index.numel()} {DIMS[delta.dim]}"
-    largest = f"largest update {delta.values.abs().max():.3g}"
-    return path, f"{units} {word}{'s' * (units != 1)}", count, _dtype(delta.values), largest
+    return (
+        path,
+        f"{units} {word}{'s' * (units != 1)}",
+        f"{delta.index.numel()} {DIMS[delta.dim]}",
+        _dtype(delta.values),
+        f"largest update {delta.values.abs().max():.3g}",
+    )
 
 
 def _dtype(values) -> str:
@@ -148,7 +152,6 @@ def run_combine(job: CombineArguments) -> None:
     from s2ft.adapter import native
     from s2ft.adapter.adapter import overlap, weighted_sum
     from s2ft.attached.loading import read_adapter
-    from s2ft.config import check_adapter_name
 
     weights = job.weights or [1.0] * len(job.adapters)
     output = Path(job.output)
@@ -266,7 +269,6 @@ def run_merge(job: MergeArguments) -> None:
     from s2ft.conversion import ollama, packed
     from s2ft.model.checkpoint import packed_base
     from s2ft.text.adapter_prompts import base_name, recorded_format
-    from s2ft.text.models import locate
     from s2ft.text.prompts import PromptFormat
 
     base = base_name(job.model, job.adapter)
@@ -275,8 +277,7 @@ def run_merge(job: MergeArguments) -> None:
     if to_gguf and plain:
         raise ValueError("a .gguf file has the types of its base: leave out --dtype and --max-shard-size")
     source, is_gguf = locate(base)
-    is_packed = not plain and not is_gguf and isinstance(packed_base(source), PackedFolder)
-    if is_packed:
+    if not plain and not is_gguf and isinstance(packed_base(source), PackedFolder):
         print(packed.export(base, job.adapter, job.output))
     elif to_gguf:
         beside = Path(job.output).with_suffix(f".{ollama.MODELFILE}")

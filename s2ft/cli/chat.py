@@ -10,7 +10,7 @@ from typing import Any
 
 from s2ft.cli.parse import ADAPTER, BASE_MODEL, DTYPE, command
 from s2ft.config import check_fields, did_you_mean, option, refuse
-from s2ft.text.models import DTYPES
+from s2ft.text.models import DTYPES, dtype_of_base, load_model
 from s2ft.train.options import Options
 
 # ---- s2ft generate -------------------------------------------------------------------------------------
@@ -229,7 +229,6 @@ class Talk:
         from s2ft.adapter.folders import resolve
         from s2ft.text.adapter_prompts import base_name
         from s2ft.text.conversation import Chat
-        from s2ft.text.models import dtype_of_base, load_model
         from s2ft.train.device import gpu_or_cpu
 
         # The folders are looked up first, so that a wrong one is found at once.
@@ -270,8 +269,9 @@ class Talk:
 
     def adapters(self) -> str:
         """Return a line with the names of the adapters."""
-        names = [*self.folders, BASE]
-        return "adapters: " + ", ".join(f"{name} (on)" if name == self.present else name for name in names)
+        return "adapters: " + ", ".join(
+            f"{name} (on)" if name == self.present else name for name in (*self.folders, BASE)
+        )
 
     def loop(self) -> None:
         """Answer messages until the input ends.

@@ -124,8 +124,9 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
         if compares:
             prompter.format.apply_to(prompter.tokenizer)
-            room = context_length(model) or 1 << 30
-            tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, max_length=room).dataset
+            tokens = tokenize_rows(
+                rows, prompter.tokenizer, prompter.format, max_length=context_length(model) or 1 << 30
+            ).dataset
             short = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
             result = compare(model, prompter.tokenizer, tokens, most=len(tokens), **short)
         if job.forgetting or job.kl:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from s2ft.cli.parse import MODEL, command, new_file
 from s2ft.config import S2FTConfig, check_fields, option, refuse
 from s2ft.text.data.data_options import DATA, ReadingOptions
-from s2ft.text.models import DTYPES
+from s2ft.text.models import DTYPES, hollow_model, load_model, model_on_disk, model_without_values
 from s2ft.train.options import CALIBRATION, PROTECT, PROTECT_ROWS, Options, check_ratios, with_default_ratio
 
 SHARED = {"group": "model and data"}
@@ -41,7 +41,6 @@ class PlanArguments:
         """Return a model without data, the config with the ratio that it trains, and the rows of the table."""
         import torch
 
-        from s2ft.text.models import hollow_model
         from s2ft.train.planning import rows_of
 
         check_ratios(config, given)
@@ -68,8 +67,7 @@ def run_plan(job: PlanArguments, config: S2FTConfig, given: dict) -> None:
     width = width_of(model)
     rate = suggested_rate(width, report.share) if width else None
     if job.json:
-        found = {"learning_rate": rate, "rows": [asdict(row) for row in rows]}
-        print(json.dumps({"model": job.model, **found}, indent=2))
+        print(json.dumps({"model": job.model, "learning_rate": rate, "rows": [asdict(row) for row in rows]}, indent=2))
         return
     print(f"{report}\n\n{table(rows)}\n{RANK}")
     if rate:
@@ -137,14 +135,6 @@ class EstimateArguments(PlanArguments):
         """The bits of a weight of a quantized base."""
         return 4 if self.load_in_4bit else 8 if self.load_in_8bit else None
 
-    def spread(self):
-        """Return how training is spread over devices, an s2ft.Strategy, or None for one device."""
-        from s2ft.estimation.devices import Strategy
-
-        if self.strategy is None:
-            return None
-        return Strategy(self.strategy, self.offload, self.tp_size, reshard_after_forward=self.reshard_after_forward)
-
 
 @command(
     "Print what training a model takes: parameters and memory. Only the model's config is read, no weights.",
@@ -155,7 +145,7 @@ class EstimateArguments(PlanArguments):
 def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> None:
     import torch
 
-    from s2ft.estimation.devices import size, size_of
+    from s2ft.estimation.devices import Strategy, size, size_of
     from s2ft.estimation.step import free_memory
     from s2ft.train.planning import table, with_memory
 
@@ -169,7 +159,9 @@ def run_estimate(job: EstimateArguments, config: S2FTConfig, given: dict) -> Non
         gradient_checkpointing=job.gradient_checkpointing,
         optimizer=job.optimizer,
         device=device,
-        strategy=job.spread(),
+        strategy=None
+        if job.strategy is None
+        else Strategy(job.strategy, job.offload, job.tp_size, reshard_after_forward=job.reshard_after_forward),
         devices=job.devices,
         memory=room,
     )
@@ -220,7 +212,6 @@ def run_couplings(job: CouplingsArguments) -> None:
     from safetensors.torch import load_file
 
     from s2ft.model.registry import explain
-    from s2ft.text.models import hollow_model
 
     try:
         example = None if job.example is None else load_file(job.example)
@@ -270,7 +261,6 @@ class SelectArguments(Options):
 )
 def run_select(job: SelectArguments, config: S2FTConfig, reading: ReadingOptions, given: dict) -> None:
     from s2ft.selection import with_protect_ratio
-    from s2ft.text.models import hollow_model
 
     check_ratios(config, given)
     new_file(job.output)
@@ -297,7 +287,6 @@ def choose(job: SelectArguments, config, reading: ReadingOptions):
     from s2ft.text.collator import needs_calibration, text_batches
     from s2ft.text.divergence import read_texts
     from s2ft.text.encoding import context_length
-    from s2ft.text.models import load_model
     from s2ft.train.device import begin_on
 
     calibrated = needs_calibration(config)
@@ -320,7 +309,6 @@ def _choose_from_disk(job: SelectArguments, config):
     import s2ft
     from s2ft.model.checkpoint import CannotStream, read_from
     from s2ft.selection import needs_weights
-    from s2ft.text.models import load_model, model_on_disk, model_without_values
 
     try:
         if not needs_weights(config):

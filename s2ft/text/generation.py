@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import (
     DynamicCache,
+    GenerationConfig,
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
     TemperatureLogitsWarper,
@@ -98,8 +99,6 @@ def answer_ids(
         num_beams: As in :func:`generate`.
         on_batch: Called with the number of prompts of each batch, when they are answered.
     """
-    from transformers import GenerationConfig
-
     config = GenerationConfig(
         do_sample=False,
         num_beams=num_beams,
@@ -218,8 +217,7 @@ class RunningBatch(Generic[R]):
         inputs = {name: tensor.to(self.model.device) for name, tensor in padded.items()}
         # Without the config, layers with a sliding window keep all keys, and the mask limits them.
         cache = DynamicCache(config=self.model.config if self._has_states else None)
-        logits = self._forward(rows, cache, **inputs)
-        self._choose(rows, logits)
+        self._choose(rows, self._forward(rows, cache, **inputs))
         self._join(cache, inputs["attention_mask"])
         self.rows += rows
 
