@@ -13,7 +13,7 @@ from s2ft.files.plain_text import MAX_NAME, shortened
 if TYPE_CHECKING:
     import torch
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l", "i")  # as in s2ft.model.coupling, which imports PyTorch
+PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l", "i")  # u, g, d: up, gate, down
 TOWERS = ("language", "vision", "audio", "projector")  # the parts of a model that takes images or sound besides text
 METRICS = {  # a metric is a row here and in s2ft/selection/metrics.py
     "random": "at random",

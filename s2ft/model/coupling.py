@@ -16,10 +16,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from s2ft.config import check_whole, refuse
+from s2ft.config import PROJECTIONS, check_whole, refuse
 from s2ft.files.plain_text import by_key
 
-PROJECTIONS = ("q", "k", "v", "o", "u", "g", "d", "l", "i")  # u, g, d: up, gate, down
 ONE_SIDED = "li"  # l: a layer in no coupling of several layers; i: the inputs of any layer, see i_ratio
 SIDES = ("outputs", "inputs")  # names of a weight's dim 0 and 1
 
@@ -33,7 +32,7 @@ class Projection:
     the units are.
 
     Attributes:
-        key: One of PROJECTIONS.
+        key: One of s2ft.config.PROJECTIONS.
         path: Path of the layer in the model; for experts, of the parameter with the weights of all of them.
         count: Number of units.
         unit: Elements of one unit.
@@ -576,8 +575,7 @@ def _check_apart(couplings: list[Coupling]) -> None:
             f"couplings must have each projection once, and {twice} is there twice: a module is trained on one side "
             "only, so it can be in one coupling"
         )
-    by_weight = by_key((projection.weight_key, projection) for projection in projections_of(couplings))
-    for (path, _), projections in by_weight.items():
+    for (path, _), projections in by_key((one.weight_key, one) for one in projections_of(couplings)).items():
         if len({(projection.dim, projection.size, projection.transposed) for projection in projections}) > 1:
             raise ValueError(
                 f"projections that share a weight must have the same dim, size and transposed: those of {path} differ"

@@ -19,11 +19,11 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from s2ft.config import PROTECTED, S2FTConfig, refuse
+from s2ft.config import PROJECTIONS, PROTECTED, S2FTConfig, refuse
 from s2ft.distributed import decide, is_distributed
 from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.files.reading import MAX_CONFIG, own_folder, parse_json, read_bytes, read_folder
-from s2ft.model.coupling import ONE_SIDED, PROJECTIONS, Coupling, Projection, projections_of, unit_name
+from s2ft.model.coupling import ONE_SIDED, Coupling, Projection, projections_of, unit_name
 from s2ft.model.weights import can_run, have_values, weight_at
 from s2ft.selection.batches import Calibration
 from s2ft.selection.metrics import (
