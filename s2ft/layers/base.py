@@ -110,9 +110,8 @@ def _write_stepped(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     is written before the next forward.
     """
     stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    changed = [layer for layer in set(_holding.values()) if layer.fused]
-    changed = [layer for layer in changed if id(layer.s2) in stepped or layer.is_managed]
-    changed = [layer for layer in changed if layer.after_step()]
+    fused = [layer for layer in set(_holding.values()) if layer.fused]
+    changed = [one for one in fused if (id(one.s2) in stepped or one.is_managed) and one.after_step()]
     write_all(changed)
     for layer in changed:
         layer.write_before_next_forward()
@@ -450,8 +449,7 @@ class S2Layer(TrainableLayer):
         if isinstance(self.base, list):
             release_gathered(self.weight)
         # An optimizer or code of others may change s2 next without telling: see write_before_next_forward
-        state = {"_written": stamps, "_whole": stamps[1][1], "_is_current": True, "_may_have_changed": False}
-        self.__dict__.update(state)
+        self.__dict__.update(_written=stamps, _whole=stamps[1][1], _is_current=True, _may_have_changed=False)
         _watch_optimizers()
         _holding[local_part(self.s2).untyped_storage()._cdata] = self
 
@@ -462,7 +460,7 @@ class S2Layer(TrainableLayer):
         elif self._written is not None and self._written[1] != stamps[1]:
             now = self._units(weight)
             self.base = cast(Tensor, self.base).to(now)
-            is_ours = torch.equal(now, self._effective_units(self.base, s2))  # for instance in other memory
+            is_ours = torch.equal(now, effective_units(*self._summands(self.base, s2)))  # for instance in other memory
             # AveragedModel averages weight and s2 in place: `base` stays valid.
             both_changed = self._written[1][1] == stamps[1][1] and self._written[0] != stamps[0]
             if not (is_ours or both_changed):
@@ -548,7 +546,8 @@ class S2Layer(TrainableLayer):
                 )
             values = self._units(weight) + (s2 - s2.detach()).to(weight.dtype)
         else:
-            values = self._effective_units(self._units(weight) if self.base is None else self.base, s2)
+            base = self._units(weight) if self.base is None else self.base
+            values = effective_units(*self._summands(base, s2))
         return self._with_units(weight.detach(), values)
 
     def base_weight(self) -> Tensor:
@@ -581,10 +580,6 @@ class S2Layer(TrainableLayer):
         """What to write into a whole weight."""
         units = self.start if self.index is None else self.index
         return as_slices(self.kind.view(weight), *self._summands(cast(Tensor, self.base), s2), units, self.dim)
-
-    def _effective_units(self, base: Tensor, s2: Tensor) -> Tensor:
-        """The values that the selected units get, in the dtype of the weight. Gradients flow to s2."""
-        return effective_units(*self._summands(base, s2))
 
     def _summands(self, base: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors whose sum the selected units get. `base` has the active loaded adapters, the file has not."""
@@ -695,8 +690,7 @@ class S2Layer(TrainableLayer):
         """The state for pickle and torch.save, with the base in the weight."""
         state = {**self.__dict__, **self._FORGOTTEN, "base": None}
         if self.base is not None and "weight" in self._parameters:
-            weight = nn.Parameter(self.base_weight(), requires_grad=False)
-            state["_parameters"] = {**self._parameters, "weight": weight}
+            state["_parameters"] = {**self._parameters, "weight": nn.Parameter(self.base_weight(), requires_grad=False)}
         return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -737,8 +731,8 @@ class S2Layer(TrainableLayer):
             if found is not None and not torch.equal(found.to(self.index), self.index):
                 raise ValueError(f"{prefix}index: the state is of other units than those that this layer trains")
 
-    def _selected(self) -> str:
-        """The selected units and whether the layer is on, for extra_repr."""
+    def extra_repr(self) -> str:
+        """The selected units and whether the layer is on."""
         units = f"start={self.start}, end={self.end}" if self.index is None else f"units={self.index.numel()}"
         return units + ("" if self.enabled else ", off")
 
@@ -758,8 +752,7 @@ def as_slices(matrix: Tensor, base: Tensor, delta: Tensor, units: int | Tensor, 
     """One slice of a matrix, or one for each tap of a convolution's weight [outputs, inputs, taps]."""
     if matrix.dim() == 2:
         return [Slice(matrix, base, delta, units, dim)]
-    taps = zip(matrix.unbind(2), base.unbind(2), delta.unbind(2))
-    return [Slice(*tap, units, dim) for tap in taps]
+    return [Slice(*tap, units, dim) for tap in zip(matrix.unbind(2), base.unbind(2), delta.unbind(2))]
 
 
 def _put(matrix: Tensor, index: Tensor, values: Tensor, dim: int) -> None:

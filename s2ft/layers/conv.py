@@ -79,7 +79,7 @@ class S2Conv(S2Layer):
         )
 
     def extra_repr(self) -> str:
-        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {self._selected()}"
+        return f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, {super().extra_repr()}"
 
 
 class S2ColumnConv(S2Conv):
@@ -121,8 +121,7 @@ class ConvolutionKind(Kind):
     def grad_of_s2(self, layer: Any, grad: Tensor, kept: Tensor, s2: Tensor, call: Any, plain: bool) -> Tensor:
         outputs = grad.index_select(1, layer.selected_units()) if layer.dim == 0 else grad
         weight = grad.new_empty(1).expand(*s2.shape[:2], *layer.weight.shape[2:])
-        gradient = _gradients(1, outputs, kept, weight, *call)
-        return gradient.to(s2.dtype).reshape(s2.shape)
+        return _gradients(1, outputs, kept, weight, *call).to(s2.dtype).reshape(s2.shape)
 
     def grad_of_bias(self, grad: Tensor) -> Tensor:
         return grad.transpose(0, 1).flatten(1).sum(1)

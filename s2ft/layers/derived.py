@@ -114,8 +114,7 @@ class S2OwnForward(S2Layer):
         """Run the plain layer's forward on the effective weight; its arguments and what it returns are those."""
         weight, s2 = self.weight, self.s2
         if self.enabled:
-            is_traced = torch.compiler.is_compiling() or transforms_active()
-            is_held = not is_traced and self.write_if_changed(weight, s2)
+            is_held = not (torch.compiler.is_compiling() or transforms_active()) and self.write_if_changed(weight, s2)
             if not is_held or s2.requires_grad and torch.is_grad_enabled():
                 weight = self.effective_weight(s2, weight)
         parameters: dict[str, Tensor | None] = {name: self._parameters[name] for name in self.plain._parameters}
@@ -124,7 +123,7 @@ class S2OwnForward(S2Layer):
         return run_on(self.plain, parameters, buffers, args, kwargs, training=self.training, _modules=self._modules)
 
     def extra_repr(self) -> str:
-        return f"{type(self.plain).__name__}, weight={tuple(self.shape)}, {self._selected()}"
+        return f"{type(self.plain).__name__}, weight={tuple(self.shape)}, {super().extra_repr()}"
 
 
 class S2ColumnOwnForward(S2OwnForward):

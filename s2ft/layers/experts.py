@@ -110,7 +110,7 @@ class S2Experts(S2Layer):
         yield from ((expert, *pair) for expert, pair in enumerate(zip(units, parts)) if self.counts[expert])
 
     def extra_repr(self) -> str:
-        return f"experts={len(self.counts)}, weight={tuple(full_shape(self.weight)[1:])}, {self._selected()}"
+        return f"experts={len(self.counts)}, weight={tuple(full_shape(self.weight)[1:])}, {super().extra_repr()}"
 
 
 class S2ColumnExperts(S2Experts):

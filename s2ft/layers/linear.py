@@ -102,7 +102,7 @@ class S2Linear(S2Layer):
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
-            f"bias={self.bias is not None}, {self._selected()}"
+            f"bias={self.bias is not None}, {super().extra_repr()}"
         )
 
 

@@ -81,9 +81,6 @@ class S2QuantizedLinear(S2Layer):
         """Raise RuntimeError: a quantized weight can't be written."""
         raise RuntimeError(NO_FUSE)
 
-    def extra_repr(self) -> str:
-        return self._selected()
-
 
 class S2QuantizedColumn(S2QuantizedLinear):
     """Quantized linear layer that trains outputs."""
@@ -218,8 +215,7 @@ class Linear8bitKind(QuantizedKind):
         return vars(plain_of(module).state)
 
     def scales(self, module: nn.Module) -> list[Tensor]:
-        found = (self.state(module).get("SCB"), vars(module.weight).get("SCB"))
-        return [tensor for tensor in found if tensor is not None]
+        return [one for one in (self.state(module).get("SCB"), vars(module.weight).get("SCB")) if one is not None]
 
 
 class TorchaoKind(QuantizedKind):

@@ -164,10 +164,6 @@ def _product_backward(ctx, grad):
     )
 
 
-def _save_outer(ctx, inputs, output):
-    ctx.save_for_backward(*inputs)
-
-
 def _outer_backward(ctx, grad):  # [groups, A, B]
     a, b, offsets = ctx.saved_tensors
     return (
@@ -189,7 +185,7 @@ grouped_outer = define(
     "grouped_outer(Tensor a, Tensor b, Tensor offsets) -> Tensor",
     outer,
     lambda a, b, offsets: a.new_empty(offsets.shape[0], a.shape[1], b.shape[1]),
-    _save_outer,
+    lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
     _outer_backward,
 )
 

@@ -175,8 +175,8 @@ def permute_reference(weight: Tensor, order: Tensor, dim: int) -> None:
         return _permute_whole(weight, order, dim)
     check_distinct("permute_", order, size, name="order")
     moved = (order != torch.arange(order.numel(), device=order.device)).nonzero().squeeze(1)
-    values = weight.index_select(dim, order[moved])  # only the units that move need scratch
-    weight.transpose(0, dim)[moved] = values.transpose(0, dim)
+    # only the units that move need scratch
+    weight.transpose(0, dim)[moved] = weight.index_select(dim, order[moved]).transpose(0, dim)
 
 
 PIECE = 2**25  # elements of the scratch memory

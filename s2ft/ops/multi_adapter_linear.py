@@ -30,8 +30,7 @@ def reference(
         if wrong:
             raise ValueError(f"{OP}: index has {wrong[0]}, outside 0..{limit - 1}")
         if dim == 0:
-            products = x[rows] @ values[begin:end].t()
-            changed = out[rows].index_add(-1, units, products)
+            changed = out[rows].index_add(-1, units, x[rows] @ values[begin:end].t())
         else:
             changed = out[rows] + x[rows].index_select(-1, units) @ values[begin:end]
         out[rows] = changed

@@ -242,9 +242,7 @@ def _padding(x: Tensor, length: int) -> int:
     cuBLAS needs rows that start at multiples of 16 bytes for its fast kernels, which take a third of the time. Below
     128 columns nothing is added, because a backward would keep over 5 % more.
     """
-    if length < LEAST_PADDED or not x.is_cuda:
-        return 0
-    return -length % (ALIGNMENT // x.element_size())
+    return 0 if length < LEAST_PADDED or not x.is_cuda else -length % (ALIGNMENT // x.element_size())
 
 
 def _is_slow_operand(x: Tensor, start: int, length: int) -> bool:
