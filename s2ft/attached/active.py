@@ -319,12 +319,11 @@ def write_slices(model: nn.Module, record: Attachment) -> None:
     """
     if record.awaits_weights or not record.trains:
         return
-    layers = [mount.layer for mount in record.mounts.values()]
-    layers = [layer for layer in layers if layer.enabled and layer.kind.read_only is None]
     # Code that writes into `s2.data` changes no version. So a model that may train is written always, which takes less
     # than 1 % of its step. What is spread over ranks has to be gathered for that.
     trains = torch.is_grad_enabled()
-    changed = [layer for layer in layers if not layer.is_written or trains and not layer.is_managed]
+    layers = (mount.layer for mount in record.mounts.values() if mount.layer.kind.read_only is None)
+    changed = [one for one in layers if one.enabled and (not one.is_written or trains and not one.is_managed)]
     if changed:
         reshard_all(model)
         write_all(changed)

@@ -10,7 +10,7 @@ milliseconds, less than one step of generation.
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import accumulate
@@ -290,17 +290,14 @@ class AdapterBank:
         for name, folder in entries.items():
             if name not in adapters:
                 adapters[name] = self._read(name, folder)
-                self._check_limit(adapters.values())
+                total = sum(one.bytes for one in adapters.values())
+                if self.limit_bytes is not None and total > self.limit_bytes:
+                    raise ValueError(
+                        f"the batch's adapters need at least {total:,} bytes, more than limit_bytes = "
+                        f"{self.limit_bytes:,}: give smaller batches or a higher limit"
+                    )
                 self._remember(name, folder, adapters[name], set(names))
         return {name: adapters[name] for name in names}
-
-    def _check_limit(self, adapters: Iterable["_Loaded"]) -> None:
-        total = sum(one.bytes for one in adapters)
-        if self.limit_bytes is not None and total > self.limit_bytes:
-            raise ValueError(
-                f"the batch's adapters need at least {total:,} bytes, more than limit_bytes = "
-                f"{self.limit_bytes:,}: give smaller batches or a higher limit"
-            )
 
     def _remember(self, name: str, folder: Path, loaded: "_Loaded", needed: set[str]) -> None:
         """Keep an adapter in memory, unless it was removed while it was read, and drop others to stay in the limit."""

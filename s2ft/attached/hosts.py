@@ -161,15 +161,16 @@ def restore_forwards(model: nn.Module, record: Attachment) -> None:
 def add_checkpoint_hooks(model: nn.Module, trained: Collection[str]) -> None:
     """Register hooks on transformers' checkpointable blocks that contain trained modules. trained: paths of modules."""
     remove_checkpoint_hooks(model)
-    blocks = [
-        module
+    blocks = {
+        module: kind
         for path, module in model.named_modules()
-        if _block_class(module) and any(one.startswith(f"{path}.") for one in trained)
-    ]
+        for kind in type(module).__mro__
+        if kind.__name__ == "GradientCheckpointingLayer" and any(one.startswith(f"{path}.") for one in trained)
+    }
     # up to 5.20 transformers runs a block's hooks inside its checkpoint
-    if any("__call__" in vars(_block_class(block)) for block in blocks):
+    if any("__call__" in vars(kind) for kind in blocks.values()):
         for embeddings in _embeddings(model):
-            embeddings.register_forward_hook(partial(_give_gradient, blocks))
+            embeddings.register_forward_hook(partial(_give_gradient, list(blocks)))
     else:
         for block in blocks:
             block.register_forward_pre_hook(_need_gradient)
@@ -190,10 +191,6 @@ def remove_hooks(hooks: dict[int, Callable], *ours: Callable) -> None:
     for key, hook in list(hooks.items()):
         if getattr(hook, "func", getattr(hook, "hook", hook)) in ours:
             hooks.pop(key, None)
-
-
-def _block_class(module: nn.Module) -> type | None:
-    return next((kind for kind in type(module).__mro__ if kind.__name__ == "GradientCheckpointingLayer"), None)
 
 
 def _need_gradient(block: nn.Module, inputs: tuple) -> tuple | None:
@@ -593,9 +590,8 @@ def _reorder_if_base_was_loaded(model: nn.Module) -> None:
     fingerprint tells one from the other. Every rank loads a state of a sharded model, so every rank calls this.
     """
     record = attachment_of(model)
-    if record.awaits_weights or record.written or not any(move.is_done for move in record.moves):
-        return
-    if not fsdp_modules(model):
+    was_reordered = any(move.is_done for move in record.moves)
+    if record.awaits_weights or record.written or not was_reordered or not fsdp_modules(model):
         return
     reshard_all(model)
     if difference(fingerprint(model, record.couplings), cast("dict[str, Any]", record.fingerprint)):

@@ -365,8 +365,7 @@ def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter, by its id."""
-    named = model.named_parameters(remove_duplicate=False)
-    return by_key((id(parameter), name) for name, parameter in named)
+    return by_key((id(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
 
 
 def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
@@ -427,8 +426,8 @@ def check_split_layers(model: nn.Module, couplings: list[Coupling]) -> None:
 
 def _obstacle(found: nn.Module | Tensor, weight: Any, is_quantized: bool) -> str:
     """The reason why a layer can't be trained under tensor parallelism, in words; an empty string if it can."""
-    names = weight.device_mesh.mesh_dim_names if is_dtensor(weight) else None
-    is_split = bool({"tp", "ep"} & set(names or ()))  # as transformers and accelerate name them
+    # as transformers and accelerate name them
+    is_split = is_dtensor(weight) and not {"tp", "ep"}.isdisjoint(weight.device_mesh.mesh_dim_names or ())
     if isinstance(found, Tensor):
         return (
             "holds experts that are split by tensor or expert parallelism, which s2ft can't train" if is_split else ""

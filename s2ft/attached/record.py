@@ -337,8 +337,8 @@ class Attachment:
         active = {new if key == name else key: weight for key, weight in self.active.items()}
         if new in loaded:
             loaded[new] = replace(loaded[new], name=new)
-        own = new if name == self.name else self.name
-        self.__dict__.update(name=own, loaded=loaded, active=active)  # one step, so that no interrupt comes between
+        # one step, so that no interrupt comes between
+        self.__dict__.update(name=new if name == self.name else self.name, loaded=loaded, active=active)
 
     def forget_mounts(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""

@@ -3,7 +3,6 @@
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from math import prod
 from typing import Any, cast
 
 import torch
@@ -366,9 +365,8 @@ def status(model: nn.Module) -> Status:
     selections = {name: adapter.selection for name, adapter in record.loaded.items()}
     if record.name is not None:
         selections = {record.name: cast(Selection, record.selection), **selections}
-        extra = extra_parameters(model, record).values()
-        shapes = [full_shape(tensor) for tensor in (*record.slices.values(), *extra)]
-        parameters[record.name] = sum(map(prod, shapes))  # the whole shape, also where ZeRO-3 holds a shard
+        own = (*record.slices.values(), *extra_parameters(model, record).values())
+        parameters[record.name] = sum(full_shape(one).numel() for one in own)  # also where ZeRO-3 holds a shard
     rows = [
         StatusRow(
             path,

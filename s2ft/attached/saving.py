@@ -172,8 +172,8 @@ def _ranks_to_wait_for(model: nn.Module, record: Attachment) -> list[int] | None
     ranks = ranks_sharing(trained_tensors(model, record).values())
     if ranks is None:
         return None
-    meshes = ranks_sharing(mount.layer.weight for mount in record.mounts.values())  # those of tensor parallelism too
-    return sorted({*ranks, *(meshes or ())})
+    # those of tensor parallelism too
+    return sorted({*ranks, *(ranks_sharing(mount.layer.weight for mount in record.mounts.values()) or ())})
 
 
 def trained_tensors(model: nn.Module, record: Attachment) -> dict[str, Tensor]:
