@@ -629,8 +629,8 @@ def _own_start(tensor: Any, dim: int, length: int) -> int | Tensor:
     cutting = [axis for axis, placement in enumerate(tensor.placements) if is_cut(placement, dim)]
     if not cutting:
         return 0
-    is_strided = any(hasattr(tensor.placements[axis], "split_factor") for axis in cutting)
-    if len(cutting) == 1 and not is_strided:  # equal shares, rounded up; the last ranks have the rest
+    if len(cutting) == 1 and not hasattr(tensor.placements[cutting[0]], "split_factor"):
+        # equal shares, rounded up; the last ranks have the rest
         return min(size, mesh.get_local_rank(cutting[0]) * -(-size // mesh.size(cutting[0])))
     own = torch.arange(size)
     for axis in cutting:
@@ -642,8 +642,8 @@ def _own_start(tensor: Any, dim: int, length: int) -> int | Tensor:
 
 def is_cut(placement: Any, dim: int | None = None) -> bool:
     """Whether a placement of a DTensor cuts it along a dimension; None: along any."""
-    cuts = placement.is_shard() or hasattr(placement, "split_factor")  # is_shard does not count _StridedShard
-    return cuts and dim in (None, placement.dim)
+    # is_shard does not count _StridedShard
+    return (placement.is_shard() or hasattr(placement, "split_factor")) and dim in (None, placement.dim)
 
 
 def cut_by(placement: Any, elements: Tensor, ranks: int) -> list[Tensor]:

@@ -305,9 +305,7 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
         settings = json.loads(config.read_bytes()).get("quantization_config")  # read_json refuses Infinity
     except ValueError as error:
         raise ValueError(f"{config} is not JSON: {error}") from None
-    if not has_codecs(settings):
-        return None
-    return PackedFolder(config.parent, open_checkpoint(source).tensors, settings)
+    return PackedFolder(config.parent, open_checkpoint(source).tensors, settings) if has_codecs(settings) else None
 
 
 def is_here(source: str) -> bool:

@@ -49,8 +49,7 @@ def fingerprint(model: nn.Module, couplings: list[Coupling]) -> dict[str, Any]:
         if handle.bias is not None:
             with _readable(handle.bias) as bias:
                 prints[layer].append(read_print(f"{projection.key}.bias", bias))
-    layers = {layer: layer_print(found) for layer, found in prints.items()}
-    return {"dtype": _dtype(model, couplings), "layers": layers}
+    return {"dtype": _dtype(model, couplings), "layers": {layer: layer_print(found) for layer, found in prints.items()}}
 
 
 def covered(model: nn.Module, couplings: list[Coupling]) -> Iterator[tuple[str, Projection, WeightHandle]]:
@@ -70,8 +69,7 @@ def read_print(label: str, tensor: Tensor) -> WeightPrint:
         label: The projection's key and "weight" or "bias", such as "d.weight".
         tensor: The weight as it is stored, in the dtype of the fingerprint.
     """
-    content = f"{label}{tuple(tensor.shape)}".encode() + _content(tensor)
-    return content, _every(tensor, SAMPLES).double().tolist()
+    return f"{label}{tuple(tensor.shape)}".encode() + _content(tensor), _every(tensor, SAMPLES).double().tolist()
 
 
 def layer_print(prints: Iterable[WeightPrint]) -> dict[str, Any]:
@@ -150,9 +148,7 @@ def difference(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     quantized = any(fingerprint["dtype"].startswith(QUANTIZED) for fingerprint in (ours, theirs))
     exact = ours["dtype"] == theirs["dtype"] and not quantized
     layers = [layer for layer in mine if not _same(mine[layer], other[layer], exact, quantized)]
-    if not layers:
-        return ""
-    return f"{len(layers)} of {len(mine)} layers differ, the first is layer {layers[0]}"
+    return f"{len(layers)} of {len(mine)} layers differ, the first is layer {layers[0]}" if layers else ""
 
 
 def _same(mine: dict[str, Any], other: dict[str, Any], exact: bool, quantized: bool) -> bool:
@@ -242,10 +238,9 @@ def structure_of(model: nn.Module, couplings: list[Coupling], names: Iterable[st
         KeyError: A name is not one of a projection of the couplings.
     """
     known = {projection.name: projection for projection in projections_of(couplings)}
-    chosen = {name: known[name] for name in names}
     locations = {
         name: Location(one.path, one.extent, _storage(weight_at(model, one).kind), one.size is not None, one.expert)
-        for name, one in chosen.items()
+        for name, one in ((name, known[name]) for name in names)
     }
     return Structure(locations, _base_weights(model, couplings))
 

@@ -236,8 +236,7 @@ def gathered_forwards(model: nn.Module) -> Iterator["Gathered"]:
         if any(map(is_partitioned, model.parameters())):
             stack.callback(gathered.restore_all)
             for module, owners in _units(model):
-                before = partial(gathered.before, owners)
-                stack.callback(module.register_forward_pre_hook(before, prepend=True).remove)
+                stack.callback(module.register_forward_pre_hook(partial(gathered.before, owners), prepend=True).remove)
                 stack.callback(module.register_forward_hook(gathered.after, always_call=True).remove)
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(gathered.pack, gathered.unpack))
         yield gathered

@@ -114,8 +114,7 @@ def _candidates(inputs: _Inputs) -> Iterator[dict[str, Tensor]]:
     sounds = _media(inputs, "get_audio_features", _sounds)
     if "input_ids" in inputs.takes:
         both = [{"image": image, "audio": sound} for image in images for sound in sounds]
-        alone = [*({"image": image} for image in images), *({"audio": sound} for sound in sounds)]
-        for media in (*both[:4], *alone):
+        for media in (*both[:4], *({"image": image} for image in images), *({"audio": sound} for sound in sounds)):
             yield from itertools.islice(_with_text(inputs, media), MOST_GUESSES)
     for values, _ in (*images, *sounds):
         yield from _decoded(inputs, values)

@@ -275,11 +275,10 @@ def vector_choices(
 def _vector_candidates(structure: LayerMap, roots: tuple[str, ...], coupling: Coupling) -> Iterator[Vector]:
     q = coupling.producers[0]
     keys = next((projection for projection in coupling.producers if projection.key == "k"), q)
-    modules = {root: structure.modules[root] for root in roots}
     lengths = {
         f"{root}.{name}" if root else name: full_shape(tensor)[0]
-        for root, module in modules.items()
-        for name, tensor in chain(module.named_parameters(), module.named_buffers())
+        for root in roots
+        for name, tensor in chain(structure.modules[root].named_parameters(), structure.modules[root].named_buffers())
         if name.count(".") <= 2 and tensor.is_floating_point() and full_shape(tensor)  # at most two modules deep
     }
     for path, length in lengths.items():

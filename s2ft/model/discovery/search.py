@@ -181,8 +181,10 @@ class Shuffle(NamedTuple):
     def sides(self) -> Iterator[tuple[Projection, "Shuffle"]]:
         """Each projection, and the same for it alone, without anything else that goes with it."""
         for projection in self.coupling.projections:
-            alone = replace(self.coupling, producers=(), consumer=projection, vectors=())
-            yield projection, Shuffle(alone, self.groups)
+            yield (
+                projection,
+                Shuffle(replace(self.coupling, producers=(), consumer=projection, vectors=()), self.groups),
+            )
 
 
 def whole_units(twin: nn.Module, coupling: Coupling) -> Shuffle | None:
@@ -584,8 +586,9 @@ class Findings:
             if path not in self._rows and in_block:
                 self._rows[path] = self._lone(path, obstacle)
         for path in stacked_weights(structure):
-            why = self._why.get(path, "a layout of experts not known")
-            self._rows.setdefault(path, WeightRow(path, "untouched", why))
+            self._rows.setdefault(
+                path, WeightRow(path, "untouched", self._why.get(path, "a layout of experts not known"))
+            )
 
     def _lone(self, path: str, obstacle: str | None) -> WeightRow:
         structure = self.structure

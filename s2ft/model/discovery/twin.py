@@ -247,8 +247,9 @@ def _make_images_small(entries: dict) -> None:
         whole = old[0] if isinstance(old, list) else old
         vision["image_size"] = [SIDE * patch] * len(old) if isinstance(old, list) else SIDE * patch
         if isinstance(entries.get("image_grid_pinpoints"), list):  # sizes of pictures that are cut into images
-            pictures = entries["image_grid_pinpoints"]
-            entries["image_grid_pinpoints"] = [[side * SIDE * patch // whole for side in sides] for sides in pictures]
+            entries["image_grid_pinpoints"] = [
+                [side * SIDE * patch // whole for side in sides] for sides in entries["image_grid_pinpoints"]
+            ]
         for key in ("mm_tokens_per_image", "image_seq_length", "image_seq_len"):
             if _is_size(entries.get(key)):
                 entries[key] = max(1, entries[key] * SIDE**2 // (whole // patch) ** 2)

@@ -484,8 +484,7 @@ def delta_net(model: nn.Module, layer: int, path: str) -> list[Coupling]:
         *(Vector(f"{path}.{name}", values) for name in ("A_log", "dt_bias")),
     ]
     producers = _delta_producers(model, path, block, parts)
-    consumer = Projection("o", o, heads, value, 1)
-    return [Coupling("linear-attention", layer, tuple(producers), consumer, tuple(vectors))]
+    return [Coupling("linear-attention", layer, tuple(producers), Projection("o", o, heads, value, 1), tuple(vectors))]
 
 
 def _delta_producers(model: nn.Module, path: str, block: Any, parts: list[tuple[str, int, int]]) -> list[Projection]:
@@ -499,10 +498,8 @@ def _delta_producers(model: nn.Module, path: str, block: Any, parts: list[tuple[
     else:
         found = [Projection(key, f"{path}.{key}_proj", heads, unit, 0) for key, _, unit in parts]
         others = ("g_proj", "b_proj", "a_proj")
-    for name in others:
-        if getattr(block, name, None) is not None:
-            found.append(Projection("q", f"{path}.{name}", heads, outputs_of(model, f"{path}.{name}") // heads, 0))
-    return found
+    more = [f"{path}.{name}" for name in others if getattr(block, name, None) is not None]
+    return [*found, *(Projection("q", name, heads, outputs_of(model, name) // heads, 0) for name in more)]
 
 
 def delta_attention(model: nn.Module, layer: int, path: str) -> list[Coupling]:
@@ -644,10 +641,12 @@ def conformer(model: nn.Module, i: int, path: str, layer: nn.Module) -> Iterator
             yield ffn(model, i, f"{path}.{name}.{up}", f"{path}.{name}.{down}")
     block, paths = layer.self_attn, attention_paths(f"{path}.self_attn", *names)
     more = {f"{path}.self_attn.{positions}": "k"} if hasattr(block, positions) else {}
-    biases = ("pos_bias_u", "pos_bias_v", "bias_u", "bias_v")
-    moving = {f"{path}.self_attn.{name}": 1 for name in biases if hasattr(block, name)}
-    heads = heads_in(model, f"{path}.self_attn")
-    yield attention(model, i, **paths, heads=heads, more=more, moving=moving)
+    moving = {
+        f"{path}.self_attn.{name}": 1
+        for name in ("pos_bias_u", "pos_bias_v", "bias_u", "bias_v")
+        if hasattr(block, name)
+    }
+    yield attention(model, i, **paths, heads=heads_in(model, f"{path}.self_attn"), more=more, moving=moving)
     yield from (_convolution(model, i, f"{path}.{name}") for name in ("conv_module", "conv") if hasattr(layer, name))
 
 
@@ -655,11 +654,10 @@ def _convolution(model: nn.Module, layer: int, path: str) -> Coupling:
     """Two pointwise convolutions, the first with a gate (GLU), and a depthwise one between them."""
     block: Any = model.get_submodule(path)
     down, channels = f"{path}.pointwise_conv2", block.pointwise_conv2.in_channels
-    names = ("depthwise_conv", "batch_norm", "depthwise_layer_norm", "norm")
-    between = [name for name in names if hasattr(block, name)]
     vectors = tuple(
         Vector(f"{path}.{name}.{tensor}", 1)
-        for name in between
+        for name in ("depthwise_conv", "batch_norm", "depthwise_layer_norm", "norm")
+        if hasattr(block, name)
         for tensor in ("weight", "bias", "running_mean", "running_var")
         if getattr(block.get_submodule(name), tensor, None) is not None
     )
