@@ -374,8 +374,7 @@ class S2FTConfig:
             if not 0 < self.protect_ratio < 1:
                 raise ValueError(f"protect_ratio must be above 0 and below 1, got {self.protect_ratio:g}")
         self.exclude, self.units = _units("exclude", self.exclude), _units("units", self.units)
-        defaults = {f.name: f.default for f in fields(self)}
-        needless = [name for name in CHOOSING if getattr(self, name) != defaults[name]]
+        needless = [f.name for f in fields(self) if f.name in CHOOSING and getattr(self, f.name) != f.default]
         refuse(
             (
                 self.i_ratio and len(self.ratios) > 1,

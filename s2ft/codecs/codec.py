@@ -34,8 +34,7 @@ class Blocks(NamedTuple):
         """
         index = index.to(self.codes.device)
         if dim == 0:
-            scales = (one[index] if one.shape[0] > 1 else one for one in self.scales)
-            return Blocks(self.codes[index], tuple(scales))
+            return Blocks(self.codes[index], tuple(one[index] if one.shape[0] > 1 else one for one in self.scales))
         size = self.codes.shape[-1]
         if is_whole(index, size):
             here, codes = index[::size] // size, self.codes[:, index[::size] // size]

@@ -350,8 +350,7 @@ def on_devices(
     buffers = _buffers(one, strategy)
     gathered = _gathered(split, model, strategy, shards)
     temporary = max(0, one.peak - one.parameters - one.buffers - one.gradients - one.optimizer - one.kept)
-    there = found.parameters + found.buffers + states - host
-    peak = there + found.kept + temporary + gathered + buffers
+    peak = found.parameters + found.buffers + states - host + found.kept + temporary + gathered + buffers
     return replace(found, peak=peak, host=host, communication=buffers)
 
 
@@ -438,8 +437,7 @@ def with_parts(model: nn.Module) -> set[str]:
 
 def _style(model: nn.Module, name: str) -> str | None:
     """Return how transformers' plan divides a module."""
-    plan = getattr(model, "tp_plan", None) or {}
-    return plan.get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
+    return (getattr(model, "tp_plan", None) or {}).get(re.sub(r"\.\d+(?=\.|$)", ".*", name))
 
 
 def _check_heads(model: Any, size: int) -> None:

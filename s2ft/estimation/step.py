@@ -50,9 +50,8 @@ class Memory(TorchDispatchMode):
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.prim.device.default:  # fake tensors call this more often than any other
             return function(*args)
-        fake_number = function is aten._local_scalar_dense.default and type(args[0]) is not Tensor
-        if fake_number and self.phase == "optimizer":  # a step may read a norm; its memory does not depend on the value
-            return 1.0
+        if function is aten._local_scalar_dense.default and type(args[0]) is not Tensor and self.phase == "optimizer":
+            return 1.0  # a step may read a norm, a fake one here; its memory does not depend on the value
         output = self._run(function, args, kwargs or {})
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor) and leaf.device.type == self.device.type:
@@ -104,8 +103,7 @@ def _product(a: Tensor, b: Tensor, offs: Tensor | None = None, *rest: Any) -> Te
 def storages(tensor: Tensor) -> Iterator[torch.UntypedStorage]:
     """Yield the storage of a tensor, or the storages of the tensors in a wrapper."""
     if is_traceable_wrapper_subclass(tensor):
-        parts = (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
-        for part in parts:
+        for part in (getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]):
             if isinstance(part, Tensor):  # a DTensor also has its mesh
                 yield from storages(part)
     else:
@@ -240,19 +238,14 @@ class ShadowStep:
         self._count_weights()  # before anything runs, because a layer may replace its weights
         self.within: list[tuple[str, bool]] = []  # modules whose forward is running, the innermost last
         self.broken: str | None = None  # the innermost part that raised an error
-        self._hook(record, device)
-
-    def _hook(self, record: Attachment, device: torch.device) -> None:
-        divided = with_parts(self.shadow)
+        divided = with_parts(shadow)
         # Not on activations: a gated FFN runs its own forward if its activation has hooks.
-        holders = {
-            name: module for name, module in self.shadow.named_modules() if module._parameters or module._modules
-        }
+        holders = {name: module for name, module in shadow.named_modules() if module._parameters or module._modules}
         for name, module in holders.items():
             module.register_forward_pre_hook(partial(self._enter, self.part_of[name], name in divided))
             module.register_forward_hook(self._leave, always_call=True)
         for path in {coupling.place for coupling in record.couplings if coupling.expert is not None}:
-            self.shadow.get_submodule(path).register_forward_pre_hook(partial(_spread_tokens, device), with_kwargs=True)
+            shadow.get_submodule(path).register_forward_pre_hook(partial(_spread_tokens, device), with_kwargs=True)
 
     def _enter(self, part: str, divided: bool, module: nn.Module, inputs: tuple) -> None:
         self.within.append((part, divided or bool(self.within) and self.within[-1][1]))

@@ -167,10 +167,11 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
     if record.name in record.active:
         deltas[cast(str, record.name)] = mounted_deltas(record)
         extra.update(extra_values(model, record))
-    passes: dict[str, list[Sum]] = {}
     written = {name: weight for name, weight in record.active.items() if not (name == record.name and record.trains)}
-    for path in dict.fromkeys(path for name in written for path in deltas[name]):
-        passes[path] = [[(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]]
+    passes: dict[str, list[Sum]] = {
+        path: [[(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]]
+        for path in dict.fromkeys(path for name in written for path in deltas[name])
+    }
     if record.trains:  # merging writes it on top of what is written, as the forward adds it
         for path, delta in deltas[cast(str, record.name)].items():
             passes.setdefault(path, []).append([(delta, 1.0)])

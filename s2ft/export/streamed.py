@@ -224,11 +224,14 @@ def _lay_out_all(
     from transformers import PreTrainedModel
 
     usual = inspect.signature(PreTrainedModel.save_pretrained).parameters["max_shard_size"].default
-    size = usual if max_shard_size is None else max_shard_size
-    split = split_torch_state_dict_into_shards(fresh, max_shard_size=size)
-    places: dict[str, StoredTensor] = {}
-    for file, names in split.filename_to_tensors.items():
-        places.update(lay_out(folder / file, {name: fresh[name] for name in names}))
+    split = split_torch_state_dict_into_shards(
+        fresh, max_shard_size=usual if max_shard_size is None else max_shard_size
+    )
+    places = {
+        name: place
+        for file, names in split.filename_to_tensors.items()
+        for name, place in lay_out(folder / file, {name: fresh[name] for name in names}).items()
+    }
     if split.is_sharded:
         count = sum(parameter.numel() for parameter in model.parameters())
         index = {"metadata": {"total_parameters": count, **split.metadata}, "weight_map": split.tensor_to_filename}

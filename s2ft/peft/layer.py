@@ -44,9 +44,8 @@ class AdapterDelta(nn.Module):
         super().__init__()
         dim, index = units.dim, units.index
         values = torch.zeros(shape[:dim] + [index.numel()] + shape[dim + 1 :], dtype=dtype, device=weight.device)
-        where = "cpu" if weight.is_meta else weight.device
         self.values = nn.Parameter(values if init_weights else values.normal_(std=0.1))
-        self.register_buffer("index", index.to(where, copy=True))
+        self.register_buffer("index", index.to("cpu" if weight.is_meta else weight.device, copy=True))
 
     def extra_repr(self) -> str:
         return f"units={self.index.numel()}, values={tuple(self.values.shape)}, dtype={self.values.dtype}"
@@ -85,9 +84,8 @@ class S2FTPeftLayer(nn.Module, BaseTunerLayer):
     def __init__(self, base_layer: Any, adapter_name: str, units: dict[str, Any], init_weights: bool = True) -> None:
         super().__init__()
         # Hooks of the base layer run on this one instead, which calls only its forward.
-        for key, value in vars(base_layer).items():
-            if "_hook" in key and "state_dict" not in key and key != "_hf_hook":
-                self.__dict__[key] = value
+        names = [key for key in vars(base_layer) if "_hook" in key and "state_dict" not in key and key != "_hf_hook"]
+        self.__dict__.update({key: vars(base_layer)[key] for key in names})
         self.base_layer, self.s2ft_delta = base_layer, cast(Any, nn.ModuleDict())
         self.dims: dict[str, int] = {}  # by weight
         self.transposed: dict[str, bool] = {}  # whether a weight of stacked experts is [experts, inputs, outputs]

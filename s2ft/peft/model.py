@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from s2ft.adapter.adapter import check_weight
 from s2ft.attached.mounting import check_gradients_pass
 from s2ft.config import refuse
+from s2ft.files.plain_text import by_key
 from s2ft.model.weights import allow_packing, layers_that_pack, stop_packing
 from s2ft.peft.adapter_config import S2FTPeftConfig
 from s2ft.peft.layer import BASE, S2FTPeftExperts, S2FTPeftLayer
@@ -173,15 +174,12 @@ class S2FTPeftModel(BaseTuner):
         """
         self._check_weighted(adapters, weights, adapter_name, combination_type)
         configs: list[Any] = [self.peft_config[name] for name in adapters]
-        units: dict[str, list[int]] = {}
-        for config in configs:
-            for name, numbers in config.units.items():
-                units[name] = sorted({*units.get(name, ()), *numbers})
+        numbers = by_key((name, number) for config in configs for name in config.units for number in config.units[name])
         paths = {path for config in configs for path, units in config.module_units.items() if "" in units}
         stacks = {path for config in configs for path in config.target_parameters or ()}
         self.peft_config[adapter_name] = replace(
             configs[0],
-            units=units,
+            units={name: sorted(set(found)) for name, found in numbers.items()},
             target_modules=paths or None,
             target_parameters=stacks or None,
             exclude_modules=None,

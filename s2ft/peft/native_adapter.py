@@ -244,9 +244,11 @@ def to_native(model: PeftModel, adapter_name: str = "default") -> Adapter:
             "s2ft can't hold: keep it in PEFT's form, or merge it",
         ),
     )
-    deltas = {}
-    for units, values in _values(base, config, adapter_name):
-        deltas.update(units.split(values.detach().cpu()))
+    deltas = {
+        name: delta
+        for units, values in _values(base, config, adapter_name)
+        for name, delta in units.split(values.detach().cpu()).items()
+    }
     selection = Selection(unit_tensors(config.units, "units"))
     extra_weights = {
         f"{path}.{name}": value.detach().cpu().clone()
