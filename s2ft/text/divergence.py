@@ -353,8 +353,8 @@ class _Reader:
 
     def before_head(self, module: nn.Module, inputs: tuple) -> tuple:
         """Hook of the output layer: replace its input [rows, length, width] by [1, n, width]."""
-        length = self._inputs["input_ids"].shape[1]
-        self._seen = inputs[0][:, -length:]  # virtual tokens of a prompt that PEFT has learned stand before
+        # virtual tokens of a prompt that PEFT has learned stand before
+        self._seen = inputs[0][:, -self._inputs["input_ids"].shape[1] :]
         chosen = self._seen[0, :1] if self._given is None else self._given.to(self._seen.device)
         return (chosen[None], *inputs[1:])
 
@@ -556,8 +556,7 @@ def some(rows: Any, most: int = ROWS, seed: int = 0) -> list:
         most: Number of rows to draw. If there are fewer, all are taken.
         seed: Seed of the draw.
     """
-    numbers = sorted(random.Random(seed).sample(range(len(rows)), min(len(rows), most)))
-    return [rows[number] for number in numbers]
+    return [rows[number] for number in sorted(random.Random(seed).sample(range(len(rows)), min(len(rows), most)))]
 
 
 def prompt_rows(rows: Iterable[Row]) -> list[dict[str, Any]]:

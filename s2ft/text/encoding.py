@@ -357,8 +357,7 @@ class PairEncoder(RowEncoder):
         if is_long and (self.too_long != "cut" or start >= self.max_length):
             yield {"outcome": RowOutcome.LONG_ROW}
         elif chosen[start:] == rejected[start:]:
-            problem = f"{row['place']}: chosen and rejected have the same tokens"
-            yield {"outcome": RowOutcome.BAD, "problem": problem}
+            yield {"outcome": RowOutcome.BAD, "problem": f"{row['place']}: chosen and rejected have the same tokens"}
         else:
             pair = {"prompt_ids": chosen[:start], "chosen_ids": chosen[start:], "rejected_ids": rejected[start:]}
             yield {**pair, "outcome": RowOutcome.CUT if is_long else RowOutcome.KEPT}

@@ -275,8 +275,7 @@ def evaluate(
         (num_beams < 1, f"num_beams must be at least 1, got {num_beams}"),
     )
     answers = [right_answer(example, task) for example in examples]
-    room = (context_length(model) or 1 << 30) - max_new_tokens
-    prompts = encode_prompts(tokenizer, examples, room, prompt)
+    prompts = encode_prompts(tokenizer, examples, (context_length(model) or 1 << 30) - max_new_tokens, prompt)
     start = time.perf_counter()
     texts = generate(model, tokenizer, list(prompts.values()), batch_size, max_new_tokens, title, num_beams)
     records = [

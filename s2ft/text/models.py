@@ -178,8 +178,10 @@ def _parsed_once() -> Iterator[None]:
     from s2ft.codecs import gguf_file
 
     before = {name: getattr(gguf, name) for name in ("GGUFReader", "get_tensor_name_map")}
-    faster = {**before, "GGUFReader": gguf_file.reader_class()}
-    vars(gguf).update({name: functools.cache(found) for name, found in faster.items()})
+    vars(gguf).update(
+        GGUFReader=functools.cache(gguf_file.reader_class()),
+        get_tensor_name_map=functools.cache(gguf.get_tensor_name_map),
+    )
     try:
         yield
     finally:

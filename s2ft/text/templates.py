@@ -129,9 +129,10 @@ def _takes_parts(tokenizer, template: str) -> bool:
 
 
 def _keeps_text(tokenizer, template: str, content: Any) -> bool:
-    message = [{"role": "user", "content": content}]
     try:
-        text = tokenizer.apply_chat_template(message, chat_template=template, tokenize=False)
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}], chat_template=template, tokenize=False
+        )
         return "text of a message" in text and "type" not in text  # not the list itself as text
     except Exception:
         return False

@@ -13,7 +13,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -120,7 +120,8 @@ def run_trainer(trainer, model, arguments, folder: RunFolder, resume: bool | Pat
     trainer.remove_callback(PrinterCallback)  # JsonlLog shows the same values
     if meter is not None:
         meter.add_to(trainer)
-    with checkpointing(model, arguments), restored(trainer):
+    with checkpointing(model, arguments), contextlib.ExitStack() as stack:
+        stack.callback(trainer.restore_model)  # what TRL's loss changes in the model
         result = _train_and_save(trainer, model, folder, checkpoint, meter)
     if trainer.is_world_process_zero():
         with log_errors(f"{folder.plot} was not drawn"):
@@ -142,8 +143,8 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
     at_limit, kept = (None, None) if meter is None else (meter.stopped_at, meter.kept_step)
     finished = not stopped or at_limit is not None
     if finished:
-        trained = gather_trained(model)  # on each rank, since a sharded adapter is spread over all of them
-        save = partial(s2ft.save_adapter, model, folder.adapter, state=trained)
+        # gathered on each rank, since a sharded adapter is spread over all of them
+        save = partial(s2ft.save_adapter, model, folder.adapter, state=gather_trained(model))
         run_on_ranks("saving the adapter of the run", all_ranks(), trainer.is_world_process_zero(), save)
     lines, best = read_log(folder.log), _best_step(trainer)
     result = Finetuned(
@@ -165,8 +166,8 @@ def _train_and_save(trainer, model, folder: RunFolder, checkpoint: Path | None, 
         with log_errors(f"{folder.report} was not written"):
             write_json(folder.report, result.to_dict())
     if finished and trainer.eval_dataset is not None and best is None:
-        evaluated = [any("eval_loss" in line and line["step"] == step for line in lines)]
-        if not broadcast_object_list(evaluated)[0]:  # the first rank reads the log and tells the others
+        # the first rank reads the log and tells the others
+        if not broadcast_object_list([any("eval_loss" in line and line["step"] == step for line in lines)])[0]:
             trainer.evaluate()
     return result
 
@@ -176,8 +177,10 @@ def _drift(meter: Any, lines: list[dict], step: int | None) -> Drift | None:
     if meter is None:
         return None
     logged = {line["step"]: line for line in lines if "forgetting" in line or "base_kl" in line}
-    names = [one.name for one in fields(Drift)]
-    measured = {number: Drift(**{name: line.get(name) for name in names}) for number, line in logged.items()}
+    measured = {
+        number: Drift(line.get("forgetting"), line.get("other_loss"), line.get("base_kl"))
+        for number, line in logged.items()
+    }
     measured |= meter.measured
     return measured.get(step, measured[max(measured)] if measured and step is None else None)
 
@@ -224,15 +227,6 @@ def log_errors(failure: str) -> Iterator[None]:
         yield
     except Exception as error:
         log_failure(failure, error)
-
-
-@contextlib.contextmanager
-def restored(trainer) -> Iterator[None]:
-    """Undo at the end what TRL's loss changes in the model, after an error too."""
-    try:
-        yield
-    finally:
-        trainer.restore_model()
 
 
 @contextlib.contextmanager
@@ -501,19 +495,15 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> contextlib.A
         batch = {
             key: value.to(model.device) if isinstance(value, torch.Tensor) else value for key, value in batch.items()
         }
-        reason = _why_not_chunked(model, arguments, batch)
+        if arguments.torch_compile:
+            reason = "the model is compiled as a whole"
+        elif is_spread(model):
+            reason = "the weights are spread over the devices"
+        else:  # the same on all devices
+            reason = run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))
         if reason and arguments.process_index == 0:
             logger.info("the loss keeps the logits: %s", reason)
     return contextlib.nullcontext() if reason else chunked_loss(model, in_evaluation=True)
-
-
-def _why_not_chunked(model, arguments, batch: dict) -> str:
-    """Return why the chunked loss can't be used, the same on all devices, or an empty string."""
-    if arguments.torch_compile:
-        return "the model is compiled as a whole"
-    if is_spread(model):
-        return "the weights are spread over the devices"
-    return run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))
 
 
 # ---- DPO ------------------------------------------------------------------------------------------------

@@ -76,8 +76,9 @@ class ForgettingMeter(TrainerCallback):
         stop_at_forgetting: float | None = None,
         stop_at_kl: float | None = None,
     ) -> None:
-        limits = zip(LIMITS, (stop_at_forgetting, stop_at_kl))
-        self._limits = {name: limit for name, limit in limits if limit is not None}
+        self._limits = {
+            name: limit for name, limit in zip(LIMITS, (stop_at_forgetting, stop_at_kl)) if limit is not None
+        }
         refuse(
             (other is None and prompts is None, "nothing is measured: give other, prompts, or both"),
             (every is not None and every < 1, f"every must be at least 1 step, got {every}"),

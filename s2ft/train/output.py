@@ -11,16 +11,14 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from filelock import FileLock, Timeout  # PyTorch and huggingface_hub need it too
 
 from s2ft.adapter.folders import OPTIONS, RUN, STATE
 from s2ft.files.plain_text import first_line, replace_file, sha256_of
 from s2ft.files.reading import ADAPTER, CONFIG, read_json
-
-if TYPE_CHECKING:
-    from s2ft.text.evaluation import Comparison
+from s2ft.text.evaluation import Comparison
 
 logger = logging.getLogger(__name__)
 LOG, PLOT, REPORT, PAGE = "log.jsonl", "loss.png", "report.json", "report.html"
@@ -382,11 +380,7 @@ PACKAGES = ("torch", "transformers", "trl", "s2ft")
 
 
 def report_page(
-    title: str,
-    facts: Mapping[str, Any],
-    commands: list[str],
-    comparison: "Comparison | None" = None,
-    figure: Any = None,
+    title: str, facts: Mapping[str, Any], commands: list[str], comparison: Comparison | None = None, figure: Any = None
 ) -> str:
     """Write a run as one HTML page.
 

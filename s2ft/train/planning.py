@@ -184,8 +184,7 @@ def saved_by_bits(model: nn.Module, bits: int | None) -> int:
     weights = [layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear) and layer is not head]
     if bits is None or not weights:
         return 0
-    packed = sum(weights) * BITS[bits] / 8
-    return max(0, int(sum(weights) * model.dtype.itemsize - packed - max(weights) * model.dtype.itemsize))
+    return max(0, int((sum(weights) - max(weights)) * model.dtype.itemsize - sum(weights) * BITS[bits] / 8))
 
 
 # ---- text ----------------------------------------------------------------------------------------------

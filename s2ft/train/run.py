@@ -365,10 +365,9 @@ def _finish(run: Run, result: Finetuned, uploads: bool) -> None:
         write_page(run, result, commands)
     if uploads:
         try:
-            repository = arguments.hub_model_id or folder.path.absolute().name
             place = push_to_hub(
                 folder.adapter,
-                repository,
+                arguments.hub_model_id or folder.path.absolute().name,
                 token=arguments.hub_token,
                 revision=arguments.hub_revision,
                 private=arguments.hub_private_repo,

@@ -202,17 +202,13 @@ class AdapterCheckpoints:
 
     # ---- FSDP2 and DeepSpeed: here Trainer would also gather and write the base ---------------------------
 
-    @property
-    def _sharded(self) -> bool:
-        return self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_split(self.model)
-
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the adapter. Each rank must call this method.
 
         Args:
             output_dir: The folder. None is `args.output_dir`.
         """
-        if not self._sharded:
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled or _is_split(self.model)):
             super().save_model(output_dir, _internal_call)
             return
         self._save(output_dir, state_dict=gather_trained(self.accelerator.unwrap_model(self.model)))

@@ -23,7 +23,7 @@ from s2ft.text.generation import contiguous_head
 from s2ft.text.prompts import pad_id
 from s2ft.train.arguments import SFTArguments
 from s2ft.train.batching import choose_batching, short_row
-from s2ft.train.fit import JsonlLog, checkpointing, loss_for, restored
+from s2ft.train.fit import JsonlLog, checkpointing, loss_for
 from s2ft.train.options import RunOptions, with_default_ratio
 from s2ft.train.output import read_log
 from s2ft.train.planning import suggested_rate
@@ -248,8 +248,10 @@ def train_rows(
         )
         trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
-        with restored(trainer):
+        try:
             trainer.train()
+        finally:
+            trainer.restore_model()
         seconds = time.perf_counter() - start
     losses = [line["loss"] for line in read_log(log) if "loss" in line]
     speed = trainer.state.num_input_tokens_seen / seconds
