@@ -104,7 +104,8 @@ def _write(folder: Path, kind: str, converter: Any, quantizer: Any, model, token
     """Write the file, through a plain one if only llama-quantize has the type."""
     checkpoint, file = folder / "checkpoint", folder / FILE
     first, by_converter = (file, kind) if kind in OUTTYPES else (folder / "plain.gguf", EXACT[model.dtype])
-    model.save_pretrained(checkpoint), tokenizer.save_pretrained(checkpoint)
+    model.save_pretrained(checkpoint)
+    tokenizer.save_pretrained(checkpoint)
     script = [sys.executable, converter, checkpoint, "--outfile", first, "--outtype", by_converter.lower()]
     _run(script, CONVERTER, first)
     shutil.rmtree(checkpoint)
@@ -201,7 +202,6 @@ def _only_read(reader, file: Path) -> str:
     import numpy
 
     for tensor in reader.tensors:
-        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if not numpy.isfinite(values).all():
+        if not numpy.isfinite(gguf.quants.dequantize(tensor.data, tensor.tensor_type)).all():
             raise RuntimeError(f"{tensor.name} in {file.name} has NaN or infinite values")
     return f"read again, {len(reader.tensors)} tensors (transformers can't load this family for a comparison)"

@@ -272,10 +272,8 @@ def tuned_weights(model_name: str, adapter: str | Path | s2ft.Adapter) -> Iterat
     """
     saved = adapter if isinstance(adapter, s2ft.Adapter) else s2ft.read_adapter(adapter)
     base = _packed_folder(model_name)
-    by_module: dict[str, list[tuple[str, Delta]]] = {}
-    for name, path in merged_paths(base, saved).items():
-        by_module.setdefault(path.rpartition(".")[0], []).append((path, saved.deltas[name]))
-    for module, trained in by_module.items():
+    deltas = ((path, saved.deltas[name]) for name, path in merged_paths(base, saved).items())
+    for module, trained in by_key((path.rpartition(".")[0], (path, delta)) for path, delta in deltas).items():
         new = {name: pair[1] for path, delta in trained for name, pair in _changed(base, path, delta).items()}
         for name in (name for name in base.tensors if name.startswith(f"{module}.")):
             yield name, new[name] if name in new else base.tensors[name].read()
@@ -375,9 +373,11 @@ class Kept:
         if earlier.exists():
             os.rename(earlier, beside)
         else:
-            words = {"adapter": self.adapter, "digest": self.digest}
-            tensors = {name: numpy.frombuffer(text.encode(), numpy.uint8) for name, text in words.items()}
-            tensors["places"] = numpy.array([(change.start, change.row_bytes) for change in self.changes])
+            tensors = {
+                "adapter": numpy.frombuffer(self.adapter.encode(), numpy.uint8),
+                "digest": numpy.frombuffer(self.digest.encode(), numpy.uint8),
+                "places": numpy.array([(change.start, change.row_bytes) for change in self.changes]),
+            }
             for number, change in enumerate(self.changes):
                 tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
             replace_file(beside, save(tensors))
@@ -449,8 +449,7 @@ def patch(file: str | Path, adapter: str | Path) -> str:
         if before is not None:
             before.is_whole(data)  # raises for another file
             before.put_back(base)
-        is_there = before is not None and before.digest == digest
-        known = before if is_there else _of_earlier_switch(path, digest, base)
+        known = before if before is not None and before.digest == digest else _of_earlier_switch(path, digest, base)
         made = known or _computed(path, folder, digest, before)
         if before is not None:
             _undo(before, data)

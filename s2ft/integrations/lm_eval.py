@@ -101,8 +101,7 @@ def check_tasks(tasks: Sequence[str], include_path: str | None = None) -> list[s
     Raises:
         ValueError: A task is unknown, or none was given.
     """
-    manager = _manager(include_path)
-    found = {task: manager.match_tasks([task]) for task in tasks}
+    found = {task: _manager(include_path).match_tasks([task]) for task in tasks}
     unknown = [task for task, names in found.items() if not names]
     if unknown or not found:
         raise ValueError(

@@ -71,10 +71,9 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(HTTPException)
     async def router_error(request: Request, error: HTTPException) -> JSONResponse:
-        where = f"{request.method} {request.url.path[:200]}"
+        message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         code = CODES.get(error.status_code, "http_error")
-        answer = ApiError(error.status_code, code, f"{where}: {error.detail}", error.headers)
-        return answer.response(request.scope[RECORD].id)
+        return ApiError(error.status_code, code, message, error.headers).response(request.scope[RECORD].id)
 
     @app.exception_handler(ClientDisconnect)
     async def disconnected(request: Request, error: ClientDisconnect) -> Response:

@@ -155,8 +155,7 @@ class _Watch(TorchDispatchMode):
             for number, argument in enumerate(func._schema.arguments)
             if argument.alias_info is not None and argument.alias_info.is_write
         )
-        tensors = [one for one in written if isinstance(one, Tensor) and not one.is_meta]
-        return any(_storage(one) in self._live for one in tensors)
+        return any(isinstance(one, Tensor) and not one.is_meta and _storage(one) in self._live for one in written)
 
     def _first(self) -> str:
         names = list(self._carriers)

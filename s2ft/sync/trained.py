@@ -94,8 +94,7 @@ class AttachedSource:
                 f"{changed} was unfrozen or frozen after the slices were described: make a new SliceSender"
             )
         deltas = mounted_deltas(self._record)
-        slices = [part.projection.name for mount in self._record.mounts.values() for part in mount.parts]
-        for one, name in zip(self.trained, slices):
+        for one, name in zip(self.trained, self._record.parts):
             yield effective_units(one.base, deltas.pop(name).values.to(one.base.device))
         yield from (full_tensors(parameters).values() if parameters else ())
 

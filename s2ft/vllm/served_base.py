@@ -180,8 +180,8 @@ class ServedBase:
         """The tensors of the files as they are, where they have the names that the adapter has recorded."""
         names = adapter.structure.base_weights
         listed = {name for pairs in names.values() for _, name in pairs}
-        patterns = {_without_numbers(name) for name in listed} if adapter.couplings is None else set()
-        if any(_without_numbers(name) in patterns and name not in listed for name in checkpoint.tensors):
+        patterns = {re.sub(r"\d+", "#", name) for name in listed} if adapter.couplings is None else set()
+        if any(re.sub(r"\d+", "#", name) in patterns and name not in listed for name in checkpoint.tensors):
             return None  # there are more layers: the adapter's base may be a part of this one
         return names, lambda name: checkpoint.tensors[name].read().to(dtype=dtype)
 
@@ -194,10 +194,6 @@ class ServedBase:
 
 # The weights that a fingerprint covers, and what reads one by its name.
 Files = tuple[Names, Callable[[str], Tensor]]
-
-
-def _without_numbers(name: str) -> str:
-    return re.sub(r"\d+", "#", name)
 
 
 # ---- a few numbers of the weights that an engine computes with -----------------------------------------
@@ -390,8 +386,7 @@ def _weights(adapter: Adapter, manager: Any) -> dict[str, Any]:
         rank = sum(delta.index.numel() for delta in deltas)
         if not layers.enabled() and rank > config.max_lora_rank:
             units = sum(adapter.selection[name].numel() for name in names)
-            ranks = private("vllm.config.lora", "MaxLoRARanks").__args__
-            enough = next((allowed for allowed in ranks if allowed >= rank), None)
+            enough = next((one for one in private("vllm.config.lora", "MaxLoRARanks").__args__ if one >= rank), None)
             raise ValueError(
                 f"{path} trains {rank} rows or columns ({units} units), and --max-lora-rank is {config.max_lora_rank}: "
                 + ("no rank of vLLM is enough, so s" if enough is None else f"set it to {enough} or more, or s")
