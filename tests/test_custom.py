@@ -2,9 +2,11 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
+from support.aliases import alias_of
 from support.inside import Projection, Vector, attachment_of
 from support.models import ALL_RATIOS, LAYOUTS
 from support.states import same, with_adapter, with_loaded
@@ -253,6 +255,7 @@ def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
         ("head", "6 of 12 channels", 20 * 6 * 9),
     ]
     assert report.total == sum(p.numel() for p in base.parameters())
+    assert "running statistics of 1 modules, the first of them norm" in str(report)
     moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
     assert moved == ({"second", "head"} if layout == "permuted" else set())
     with s2ft.disable_adapters(model), torch.autocast("cpu", torch.bfloat16):
@@ -369,6 +372,25 @@ def test_invalid_couplings_are_refused(bad):
     with pytest.raises(error, match=message):
         s2ft.attach(model, S2FTConfig(d_ratio=0.2), couplings=given, example=example())
     assert same(model, net()) and all(p.requires_grad for p in model.parameters())
+
+
+def test_an_encoder_of_pytorch_gives_gradients_in_evaluation_mode():
+    net = nn.TransformerEncoder(nn.TransformerEncoderLayer(16, 4, 40, batch_first=True), 2).eval()
+    with_adapter(net, s2ft.S2FTConfig(d_ratio=0.2), example=(x := torch.randn(2, 5, 16)))
+    net(x).square().sum().backward()
+    assert all(layer.linear2.s2.grad.any() for layer in net.layers)
+    hooks = net.layers[0].linear2._forward_pre_hooks
+    s2ft.detach(net)
+    assert not hooks and not net.layers[0].linear2._forward_pre_hooks
+
+
+def test_a_registered_function_may_yield_and_layers_without_the_projection_are_refused():
+    s2ft.register_architecture("yields")(lambda model: iter(couplings()))
+    model = net()
+    model.config = SimpleNamespace(model_type="yields")
+    assert s2ft.plan(model, S2FTConfig(d_ratio=0.2)).trainable == 2 * 6 * 12
+    with pytest.raises(ValueError, match="d_ratio requests .* the layers to train do not have: there are l, so"):
+        s2ft.plan(alias_of("nemotron_h"), S2FTConfig(d_ratio=0.2, layers=[0]))
 
 
 def test_modules_to_save_must_leave_a_coupling():

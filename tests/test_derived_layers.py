@@ -52,6 +52,32 @@ def tensors(found):
     return found if isinstance(found, tuple) else (found,)
 
 
+class Observer(nn.Linear):
+    """A forward that assigns a buffer and an attribute."""
+
+    def __init__(self, *sizes):
+        super().__init__(*sizes)
+        self.register_buffer("largest", torch.full((), 0.1))
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        self.largest = torch.maximum(self.largest, x.detach().abs().max()) if self.training else self.largest
+        return super().forward(x.clamp(-self.largest, self.largest))
+
+
+def test_what_a_forward_assigns_is_kept():
+    net = nn.Sequential(nn.Linear(WIDTH, CHANNELS), nn.ReLU(), made(Observer, WIDTH, CHANNELS))
+    plain, x = copy.deepcopy(net), torch.randn(3, WIDTH)
+    with_adapter(
+        net, S2FTConfig(d_ratio=0.3), couplings=[Coupling.ffn(0, up="0", down="2", channels=CHANNELS)], example=x
+    )
+    for model in (net, plain):
+        model.train()(x)
+    assert net[2].calls == plain[2].calls == 1 and torch.equal(net[2].largest, plain[2].largest)
+    assert torch.equal(s2ft.detach(net.eval())(x), plain.eval()(x)) and net[2].calls == 2
+
+
 @pytest.mark.parametrize("cls", (Scaled, Router, Flipped))
 @pytest.mark.parametrize("dim", (0, 1))
 @pytest.mark.parametrize("units", (dict(start=1, end=4), dict(index=torch.tensor([4, 0, 2]))), ids=("slice", "index"))

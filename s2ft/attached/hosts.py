@@ -41,11 +41,13 @@ from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch._dynamo.eval_frame import skip_code
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from s2ft.adapter import native
 from s2ft.adapter.folders import write_card
@@ -67,6 +69,7 @@ from s2ft.attached.record import (
     attachment_of,
     check_extra_fits,
     clear_attachment,
+    find_attachment,
     set_attachment,
 )
 from s2ft.attached.report import print_trainable_parameters
@@ -723,6 +726,23 @@ def before_forward(model: Any, *_: Any) -> None:
         write_slices(model, record)
 
 
+_hosts: WeakSet[nn.Module] = WeakSet()
+
+
+@cache  # once a process
+def _watch_optimizers() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+
+
+@torch.compiler.disable
+def _before_step(*_: Any) -> None:
+    """Keep the base of weights that were unfrozen by hand where only a module inside the model has run."""
+    for model in list(_hosts):
+        record = find_attachment(model)
+        if record is not None and record.trains:
+            keep_base_before_forward(model, record)
+
+
 skip_code(before_forward.__code__)  # a compiled model runs its hooks outside of the graph: this one as it is
 
 
@@ -734,6 +754,8 @@ def add_record_and_hooks(model: nn.Module, record: Attachment) -> None:
     set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)
+    _hosts.add(model)
+    _watch_optimizers()
     model.register_forward_pre_hook(before_forward, prepend=True)
     model.register_state_dict_post_hook(give_base_values)
     model.register_load_state_dict_pre_hook(check_is_base)

@@ -24,6 +24,7 @@ from s2ft.attached.hosts import (
     experts_modules,
     mark_layers,
     remove_checkpoint_hooks,
+    remove_hooks,
     remove_record_and_hooks,
     remove_save_functions,
     replace_forward,
@@ -73,6 +74,7 @@ from s2ft.model.weights import (
     find,
     inverse,
     layers_that_pack,
+    memory_of,
     order_in_blocks,
     parameter_position,
     put,
@@ -242,6 +244,8 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         if mounted.original is not None:
             mounted.layer.take_over(mounted.original)
         mounted.layer.s2.requires_grad_(True)
+        if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
+            mounted.layer.register_forward_pre_hook(run_by_module)
     follow(model, _places(model, record))
     shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
@@ -250,6 +254,13 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
     add_checkpoint_hooks(model, record.mounts)
     add_save_functions(model, record)
     unfreeze(model, record, extra_names)
+
+
+def run_by_module(*_: Any) -> None:
+    """Forward pre-hook that does nothing. With one, nn.TransformerEncoderLayer runs its layers in evaluation mode too.
+
+    Its fast path would read their weights, and give the slices no gradient.
+    """
 
 
 def _places(model: nn.Module, record: Attachment) -> list[tuple[Place, Place]]:
@@ -357,15 +368,15 @@ def check_can_move(model: nn.Module, couplings: list[Coupling]) -> None:
             for handle in handles
             if handle.read_only
         ]
-        tied = [names.get(id(tensor), []) for tensor in tensors_of(model, coupling)]
+        tied = [names.get(memory_of(tensor), []) for tensor in tensors_of(model, coupling)]
         obstacles += [f"{' and '.join(found)} are one tied weight" for found in tied if len(found) > 1]
         if obstacles:
             raise ValueError(f"{obstacles[0]}, whose units can't change place: use layout='indexed'")
 
 
 def _names_of_parameters(model: nn.Module) -> dict[int, list[str]]:
-    """The names of each parameter, by its id."""
-    return by_key((id(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
+    """The names of each parameter, by its memory."""
+    return by_key((memory_of(parameter), name) for name, parameter in model.named_parameters(remove_duplicate=False))
 
 
 def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Selection) -> None:
@@ -376,7 +387,7 @@ def check_one_place(model: nn.Module, couplings: list[Coupling], selection: Sele
     """
     names = _names_of_parameters(model)
     for projection in projections_of(couplings):
-        tied = names.get(id(weight_at(model, projection).tensor), [])
+        tied = names.get(memory_of(weight_at(model, projection).tensor), [])
         if projection.name in selection and len(tied) > 1:
             raise ValueError(
                 f"{' and '.join(tied)} are one tied weight, which can't be trained, because each place would need the "
@@ -485,6 +496,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
         if mounted.original is None:
             put(model, path, cast(nn.Parameter, mounted.layer.weight), mounted.position)
         else:
+            remove_hooks(mounted.layer._forward_pre_hooks, run_by_module)
             mounted.layer.give_back(mounted.original)
             mounted.original.train(mounted.layer.training)
             mounted.original._is_full_backward_hook = mounted.layer._is_full_backward_hook  # the dicts are shared

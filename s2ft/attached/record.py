@@ -17,7 +17,7 @@ from s2ft.model.fingerprint import Structure, fingerprint
 from s2ft.model.parts import outermost
 from s2ft.model.registry import find_couplings
 from s2ft.model.running import Snapshot
-from s2ft.model.weights import Delta, Move, Positions, have_values, weight_at
+from s2ft.model.weights import Delta, Move, Positions, have_values, memory_of, weight_at
 from s2ft.ops.in_place import check_distinct
 from s2ft.selection import Selection
 
@@ -421,9 +421,14 @@ def new_attachment(
         config: What will be trained, see :func:`find_couplings`.
 
     Raises:
-        ValueError: The model has adapters, or is cut into pipeline stages, or no couplings were given and none can be
-            found.
+        ValueError: The model has adapters, or is cut into pipeline stages, or is in inference mode, or no couplings
+            were given and none can be found.
     """
+    if torch.is_inference_mode_enabled() or any(one.is_inference() for one in model.parameters()):
+        raise ValueError(
+            f"{type(model).__name__} was loaded, or is used here, in torch.inference_mode(), whose tensors can't be "
+            "changed in place: load it outside, or under torch.no_grad()"
+        )
     check_unattached(model)
     check_parallelism(model)
     check_not_offloaded(model)
@@ -535,7 +540,7 @@ def check_writable(model: nn.Module, record: Attachment, names: Iterable[str]) -
     paths: dict[int, str] = {}
     for name in names:
         handle = weight_at(model, record.projections[name])
-        path, other = handle.path, paths.setdefault(id(handle.tensor), handle.path)
+        path, other = handle.path, paths.setdefault(memory_of(handle.tensor), handle.path)
         if handle.read_only:
             raise ValueError(f"{path} is quantized: {handle.read_only}")
         if other != path:  # their updates differ, so that none of them could be kept

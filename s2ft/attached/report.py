@@ -71,6 +71,7 @@ class Report:
     couplings: dict[str, int] = field(default_factory=dict)
     weights: dict[str, int] = field(default_factory=dict)
     unproved: str = ""
+    statistics: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, model: nn.Module) -> "Report":
@@ -96,6 +97,9 @@ class Report:
             couplings=_counted(coupling.status for coupling in record.custom_couplings or ()),
             weights=_counted(row.status for row in record.weights),
             unproved=record.unproved,
+            statistics=tuple(
+                path for path, one in model.named_modules() if getattr(one, "running_mean", None) is not None
+            ),
         )
 
     @classmethod
@@ -163,6 +167,11 @@ class Report:
         )
         lines += self._about_couplings()
         lines += [self.unproved] if self.unproved else []
+        if self.statistics:
+            lines.append(
+                f"training mode changes the running statistics of {len(self.statistics)} modules, the first of them "
+                f"{self.statistics[0]}, which no adapter holds and nothing restores: put them into eval()"
+            )
         if self.fresh_heads:
             lines.append(
                 f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such modules, give "

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from collections.abc import Container
 from copy import deepcopy
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from s2ft.config import refuse
 from s2ft.distributed import (
     all_ranks,
     decide,
+    full_shape,
     full_values,
     is_partitioned,
     own_shards,
@@ -35,11 +37,14 @@ from s2ft.export.streamed import (
     write_config,
     write_weights,
 )
+from s2ft.files.plain_text import by_key
 from s2ft.model.checkpoint import StoredWeights, is_of_transformers, open_checkpoint, read_from, saving_groups
 from s2ft.model.fingerprint import difference, fingerprint
-from s2ft.model.weights import restoring_moves
+from s2ft.model.weights import moving_tensors, restoring_moves
 
 logger = logging.getLogger(__name__)
+
+MERGE = "the checkpoint could not be loaded by it: call s2ft.merge, and save the state_dict"
 
 
 @of_compiled
@@ -135,14 +140,25 @@ def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | Non
 
 
 def _plain(model: Any) -> nn.Module:
-    """A model of the same class and dtypes without adapters, on the meta device."""
+    """A model of the same class and dtypes without adapters, on the meta device.
+
+    Raises:
+        ValueError: The model has other weights than the config makes, so the files would not be those of the model.
+    """
     # FSDP2 derives a class
     own: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     with torch.device("meta"):
         plain = own._from_config(deepcopy(model.config), dtype=model.dtype)
-    tensors = _tensors(model)
-    for name, parameter in plain.named_parameters():
-        parameter.data = parameter.data.to(_find(tensors, name).dtype)
+    tensors, known = _tensors(model), {name for name in _tensors(model) if name.endswith(".s2")}
+    for name, parameter in plain.named_parameters(remove_duplicate=False):
+        found = _find(tensors, name)
+        if found is None or full_shape(tensors[found]) != parameter.shape:
+            raise ValueError(f"{name} was changed or removed since the config made the model, and {MERGE}")
+        known.add(found)
+        parameter.data = parameter.data.to(tensors[found].dtype)
+    added = next((name for name, _ in model.named_parameters() if name not in known), None)
+    if added is not None:
+        raise ValueError(f"{added} was added to the model that the config makes, and {MERGE}")
     if model.can_generate():
         plain.generation_config = deepcopy(model.generation_config)
     return plain.eval()
@@ -153,11 +169,11 @@ def _tensors(model: nn.Module) -> dict[str, Tensor]:
     return {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
 
 
-def _find(tensors: dict[str, Tensor], name: str) -> Tensor:
-    """The tensor that has this name in the plain model."""
+def _find(tensors: Container[str], name: str) -> str | None:
+    """The name of the tensor that has this name in the plain model; None if there is none."""
     layer, _, last = name.rpartition(".")
     # the last two: a replaced parameter, and a layer inside a layer
-    return next(tensors[one] for one in (name, f"{name}.weight", f"{layer}.linear.{last}") if one in tensors)
+    return next((one for one in (name, f"{name}.weight", f"{layer}.linear.{last}") if one in tensors), None)
 
 
 def _changes(model: nn.Module, record: Attachment) -> Changes:
@@ -219,12 +235,17 @@ def _find_base(
 
 
 def _difference_outside(model: nn.Module, record: Attachment, weights: StoredWeights) -> str:
-    """Compare what this rank has of the weights outside the couplings. Returns the difference in words."""
-    changed = {*coupled_names(record.couplings), *record.extra.base, *record.extra.overwritten}
-    for name, tensor in model.named_parameters():
+    """Compare what this rank has of the tensors that the fingerprint leaves out. Returns the difference in words."""
+    vectors = {vector.path for coupling in record.couplings for vector in coupling.vectors}
+    changed = {*coupled_names(record.couplings) - vectors, *record.extra.base, *record.extra.overwritten}
+    done = [(move.coupling, move.order) for move in record.moves if move.is_done]
+    moved = by_key((id(one.tensor), one) for move in done for one in moving_tensors(model, *move))
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):  # buffers too: running statistics change
         if name in changed or tensor.is_meta or name not in weights:
             continue
         stored = weights.read(name)
+        for one in moved.get(id(tensor), ()):
+            one.permute(stored)
         stored = stored.flatten(2) if is_partitioned(tensor) and stored.dim() > 2 else stored  # as its blocks are cut
         if not all(torch.equal(shard.tensor.cpu(), shard.cut(stored)) for shard in own_shards(tensor)):
             return f"{name} differs"
@@ -256,7 +277,7 @@ class _ModelSource(BaseSource):
 
     def _read(self, name: str) -> Tensor:
         assert name == self._rest.pop(0), "weights must be read in one order on all ranks"
-        tensor = _find(self._tensors, name)
+        tensor = self._tensors[cast(str, _find(self._tensors, name))]
         with full_values(tensor) as full:
             values = full.to("cpu", copy=True)
         for moving in self._moves.get(id(tensor), ()):

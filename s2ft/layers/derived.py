@@ -42,12 +42,14 @@ def run_on(
     kwargs: dict[str, Any] | None = None,
     **attributes: Any,
 ) -> Any:
-    """Run the forward of a layer's class on other tensors. The layer does not change, and its hooks do not run.
+    """Run the forward of a layer's class on other tensors. The layer's hooks do not run.
+
+    What the forward assigns to attributes and buffers, such as statistics, is kept. The layer's own tensors stay.
 
     Args:
         module: The layer.
         parameters: Parameters to use in place of those of the same names.
-        buffers: Buffers to use in place of those of the same names.
+        buffers: Its buffers by name. The forward may replace them there.
         args: Arguments of the forward.
         kwargs: Keyword arguments of the forward.
         attributes: Other attributes to use in place of the layer's.
@@ -59,8 +61,13 @@ def run_on(
     other = object.__new__(type(module))
     other.__dict__.update(module.__dict__, **attributes)
     other.__dict__["_parameters"] = {**module._parameters, **parameters}
-    other.__dict__["_buffers"] = {**module._buffers, **buffers}
-    return type(module).forward(other, *args, **(kwargs or {}))
+    other.__dict__["_buffers"] = buffers
+    before = dict(other.__dict__)
+    result = type(module).forward(other, *args, **(kwargs or {}))
+    for name, value in other.__dict__.items():
+        if value is not before.get(name, module):
+            module.__dict__[name] = value
+    return result
 
 
 class S2OwnForward(S2Layer):
@@ -118,9 +125,10 @@ class S2OwnForward(S2Layer):
             if not is_held or s2.requires_grad and torch.is_grad_enabled():
                 weight = self.effective_weight(s2, weight)
         parameters: dict[str, Tensor | None] = {name: self._parameters[name] for name in self.plain._parameters}
-        buffers = {name: self._buffers[name] for name in self.plain._buffers}
         parameters["weight"] = weight
-        return run_on(self.plain, parameters, buffers, args, kwargs, training=self.training, _modules=self._modules)
+        return run_on(
+            self.plain, parameters, self._buffers, args, kwargs, training=self.training, _modules=self._modules
+        )
 
     def extra_repr(self) -> str:
         return f"{type(self.plain).__name__}, weight={tuple(self.shape)}, {super().extra_repr()}"
@@ -180,7 +188,8 @@ class OwnForwardKind(Kind):
 
     def run_with_delta(self, module: Any, *args: Any, **kwargs: Any) -> Any:
         x, delta, index, dim, *rest = args
-        return run_on(module, {"weight": self.with_delta(module.weight, delta, index, dim)}, {}, (x, *rest), kwargs)
+        weight = self.with_delta(module.weight, delta, index, dim)
+        return run_on(module, {"weight": weight}, module._buffers, (x, *rest), kwargs)
 
     def features_last(self, module: nn.Module, x: Any) -> Tensor:
         if not isinstance(x, Tensor):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import elements_of, full_values, is_dtensor, own_shard, sum_over_shards
+from s2ft.files.reading import check_finite
 from s2ft.layers import EXPERTS, TRANSPOSED_EXPERTS
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import WeightHandle, weight_at
@@ -68,8 +69,13 @@ def read_print(label: str, tensor: Tensor) -> WeightPrint:
     Args:
         label: The projection's key and "weight" or "bias", such as "d.weight".
         tensor: The weight as it is stored, in the dtype of the fingerprint.
+
+    Raises:
+        ValueError: A sample is NaN or infinite, which JSON can't hold.
     """
-    return f"{label}{tuple(tensor.shape)}".encode() + _content(tensor), _every(tensor, SAMPLES).double().tolist()
+    samples = _every(tensor, SAMPLES).double()
+    check_finite(f"{label} of the base", samples)
+    return f"{label}{tuple(tensor.shape)}".encode() + _content(tensor), samples.tolist()
 
 
 def layer_print(prints: Iterable[WeightPrint]) -> dict[str, Any]:

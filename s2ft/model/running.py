@@ -76,15 +76,16 @@ class Snapshot:
 
         Args:
             model: The model.
-            modes_only: Modules of which only the mode is remembered.
+            modes_only: Modules of which only the mode and the buffers are remembered.
             trained: Parameters that require a gradient.
         """
         self.trained = list(trained)
         self.modes = [(module, module.training) for module in model.modules()]
         self.hooks = forward_hooks(model)
         whole = [module for module in model.modules() if module not in modes_only]
+        whole += [one.__dict__["plain"] for one in modes_only if "plain" in one.__dict__]  # whose forward a layer runs
         self.attributes = [(module, _public(module)) for module in whole]
-        self.buffers = [(module, dict(module._buffers)) for module in whole]
+        self.buffers = [(module, dict(module._buffers)) for module in model.modules()]
         # Layers of bitsandbytes move their scales from the weight to their `state` when they run first.
         objects = [*model.parameters(), *(module.__dict__.get("state") for module in whole)]
         self.objects = [(one, dict(vars(one))) for one in objects if getattr(one, "__dict__", None)]

@@ -487,6 +487,14 @@ class Move:
         return moving_tensors(model, self.coupling, self.order if done else inverse(self.order))
 
 
+def memory_of(tensor: Tensor) -> int:
+    """What two tensors have in common if they are one memory: an address, or the id where a tensor has none.
+
+    Two parameters share memory after `load_state_dict(…, assign=True)` with a tied state, for instance.
+    """
+    return tensor.data_ptr() or id(tensor) if type(tensor) is nn.Parameter else id(tensor)
+
+
 def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[MovingTensor]]:
     """What puts the units of some moves back in the original order where it is done, by the id of the tensor."""
     return by_key(

@@ -300,20 +300,16 @@ def requested_projections(couplings: list[Coupling], config: S2FTConfig) -> list
             "u_ratio, g_ratio, d_ratio, l_ratio, i_ratio above 0"
         )
     layers = requested_layers(couplings, config)
+    couplings = [coupling for coupling in couplings if coupling.layer in layers]
     present = sorted({projection.key for projection in projections_of(couplings)}, key=PROJECTIONS.index)
     for key in config.ratios:
         if key not in present:
+            where = "this model does not have" if config.layers is None else "the layers to train do not have"
             raise ValueError(
-                f"{key}_ratio requests a projection that this model does not have: it has {', '.join(present)}, so set "
-                f"{' or '.join(f'{one}_ratio' for one in present)}"
+                f"{key}_ratio requests a projection that {where}: there are {', '.join(present) or 'none'}, so set "
+                f"{' or '.join(f'{one}_ratio' for one in present) or 'other layers'}"
             )
-    return [
-        projection
-        for coupling in couplings
-        if coupling.layer in layers
-        for projection in coupling.projections
-        if projection.key in config.ratios
-    ]
+    return [projection for projection in projections_of(couplings) if projection.key in config.ratios]
 
 
 def requested_layers(couplings: list[Coupling], config: S2FTConfig) -> set:
@@ -673,7 +669,9 @@ def named_units(couplings: list[Coupling], units: dict[str, list[int]] | str, op
     known = {projection.name: projection for projection in projections_of(couplings)}
     for path, numbers in found.items():
         if path not in known:
-            raise ValueError(f"{option} names {path}, which is not a projection of this model")
+            raise ValueError(
+                f"{option} names {path}, which is not a projection of this model, or of the towers to train"
+            )
         if int(numbers.max()) >= known[path].count:
             raise ValueError(
                 f"{option}: {path} has {known[path].count} {unit_name(known[path])}, from 0; there is no "

@@ -42,7 +42,17 @@ class Batch:
         return replace(self, named=named, positional=positional)
 
     def row(self, number: int) -> "Batch":
-        """Return the sequence, image or recording with this number as a batch of one."""
+        """Return the sequence, image or recording with this number as a batch of one.
+
+        Raises:
+            ValueError: Which of the images belong to a sequence can't be told.
+        """
+        for name, value in self.named.items():
+            if self.size > 1 and name.startswith(("pixel_values", "position_ids")) and len(value) not in (1, self.size):
+                raise ValueError(
+                    f"{name} has {len(value)} rows for {self.size} sequences, and the gradient is taken of one "
+                    "sequence at a time: give batches of one sequence"
+                )
         return self.map(lambda value: value[number : number + 1] if value.dim() and len(value) == self.size else value)
 
 

@@ -73,6 +73,14 @@ def test_a_weight_is_unfrozen_in_the_middle_of_training():
     assert same(s2ft.get_adapter(model, "default").extra_weights, found) and same(s2ft.detach(model), BASE)
 
 
+def test_a_weight_that_was_unfrozen_by_hand_is_kept_where_a_module_inside_is_called():
+    model = attached()
+    model.bert.embeddings.LayerNorm.requires_grad_(True)
+    fit(model, 1, loss_of=lambda model: model.bert(IDS).last_hidden_state.square().mean())
+    assert not torch.equal(model.bert.embeddings.LayerNorm.weight, BASE.bert.embeddings.LayerNorm.weight)
+    assert same(s2ft.detach(model), BASE)
+
+
 # ---- Trainer -----------------------------------------------------------------------------------------------
 
 

@@ -92,28 +92,34 @@ def test_a_model_without_values_is_saved_from_its_checkpoint(tmp_path, caplog):
 def with_other(name):
     """Save the base with another weight."""
 
-    def change(folder):
-        model = model_of("llama", torch.bfloat16)
-        model.get_parameter(name).data.add_(1)
+    def change(case, folder):
+        model = model_of(case, torch.bfloat16)
+        dict([*model.named_parameters(), *model.named_buffers()])[name].data.add_(1)
         model.save_pretrained(folder)
 
     return change
 
 
+NORM = "model.layers.1.self_attn.q_norm.weight"  # its heads move
+CORRECTION = "model.layers.1.mlp.gate.e_score_correction_bias"  # a buffer
+OTHER = "has other weights than the base of this model: "
+
+
 @pytest.mark.parametrize(
-    "change, message",
+    "case, change, message",
     [
-        (
-            with_other("model.layers.1.mlp.up_proj.weight"),
-            "has other weights than the base of this model: 1 of 3 layers differ",
-        ),
-        (with_other("lm_head.weight"), "has other weights than the base of this model: lm_head.weight differs"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
+        ("llama", with_other("model.layers.1.mlp.up_proj.weight"), f"{OTHER}1 of 3 layers differ"),
+        ("llama", with_other("lm_head.weight"), f"{OTHER}lm_head.weight differs"),
+        ("olmo2", with_other(NORM), f"{OTHER}{NORM} differs"),
+        ("deepseek-v3", with_other(CORRECTION), f"{OTHER}{CORRECTION} differs"),
+        ("llama", lambda case, folder: (folder / "model.safetensors").unlink(), "has no model.safetensors"),
     ],
 )
-def test_a_checkpoint_with_other_weights_is_not_used_and_refused_if_it_was_given(change, message, tmp_path, caplog):
-    model = trained("llama", tmp_path)
-    change(tmp_path / "base")
+def test_a_checkpoint_with_other_weights_is_not_used_and_refused_if_it_was_given(
+    case, change, message, tmp_path, caplog
+):
+    model = trained(case, tmp_path)
+    change(case, tmp_path / "base")
     with pytest.raises(ValueError, match=message):
         s2ft.save_merged(model, tmp_path / "saved", base=tmp_path / "base")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["base"]
@@ -131,7 +137,11 @@ def test_what_cannot_be_saved_is_refused(tmp_path):
         s2ft.S2FTConfig(d_ratio=0.25),
         couplings=[Coupling.ffn(0, up="0", down="2", channels=32)],
     )
+    added, removed = trained("llama", tmp_path), trained("llama", tmp_path)
+    added.value_head, removed.lm_head = nn.Linear(24, 1), nn.Identity()
     for one, folder, options, word in (
+        (added, "saved", {}, "value_head.weight was added"),
+        (removed, "saved", {}, "lm_head.weight was changed or removed"),
         (model, "saved", {"max_shard_size": "0GB"}, "max_shard_size"),
         (model, "nowhere/saved", {}, "folder that doesn't exist"),
         (net, "saved", {}, "no model of it"),

@@ -168,6 +168,12 @@ def test_gradient_scores_equal_those_of_one_sequence_at_a_time(name, checkpointi
     assert not any(value.requires_grad for batch in batches for value in batch.values())
 
 
+def test_rows_that_belong_to_no_sequence_are_refused():
+    batch = {**text(8), "position_ids": torch.arange(8).expand(2, 8), "labels": tokens(3, 8)}
+    with pytest.raises(ValueError, match="position_ids has 2 rows for 3 sequences.*batches of one sequence"):
+        scores_of(model_of("bert"), "gradient", [batch])
+
+
 def test_a_batch_may_be_only_the_main_input():
     for case, value in (("vit", pixels(2)), ("clip-vision", pixels(2)), ("bert", tokens(2, 7))):
         model = model_of(case)
