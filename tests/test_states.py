@@ -88,3 +88,13 @@ def test_the_state_is_the_base_below_an_adapter_on_top_of_others(layout):
     assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
     model.load_state_dict(state)
     assert torch.equal(output_of(model), output)
+
+
+def test_a_state_has_all_that_is_trained_while_the_adapter_is_off():
+    model = fit(with_adapter(model_of("llama-grouped"), S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"])))
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    with s2ft.disable_adapters(model):
+        assert same(model.state_dict(), state)
+        model.load_state_dict(state)
+        assert torch.equal(model.lm_head.weight, model_of("llama-grouped").lm_head.weight)
+    assert same(model.state_dict(), state)

@@ -338,7 +338,8 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
 
     :func:`s2ft.disable_adapters` writes the base of extra weights into their parameters, and a graph that needs one of
     them can't be used for a backward pass any more. Here other parameters take their places, so no version changes.
-    The base is written into the slices, and base + s2 again afterwards. Every rank of a sharded model must call this.
+    The base is written into the slices, and base + s2 again afterwards, and into extra weights that are spread over
+    ranks, which FSDP2 gathers into the places of others. Every rank of a sharded model must call this.
 
     Args:
         model: Model with an adapter.
@@ -357,8 +358,13 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
             stack.callback(setattr, mount.layer, "enabled", True)
             mount.layer.enabled = False
             mount.layer.unfuse()
-        base = record.extra.base.items()  # of the extra weights: other parameters take their places
-        known = {id(model.get_parameter(name)): nn.Parameter(value, requires_grad=False) for name, value in base}
+        extra, base = {name: model.get_parameter(name) for name in record.extra.base}, record.extra.base
+        spread = {name: one for name, one in extra.items() if is_sharded(one) or has_master_copy(one)}
+        stack.callback(_write_extra, spread, full_copies(spread))
+        _write_extra(spread, {name: base[name] for name in spread})
+        known = {  # other parameters take the places of those that are whole
+            id(one): nn.Parameter(base[name], requires_grad=False) for name, one in extra.items() if name not in spread
+        }
         for module in model.modules() if known else ():
             for name, parameter in list(module._parameters.items()):
                 if id(parameter) in known:

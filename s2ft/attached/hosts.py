@@ -50,6 +50,7 @@ from torch._dynamo.eval_frame import skip_code
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from s2ft.adapter import native
+from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import write_card
 from s2ft.attached.active import (
     extra_parameters,
@@ -73,7 +74,7 @@ from s2ft.attached.record import (
     set_attachment,
 )
 from s2ft.attached.report import print_trainable_parameters
-from s2ft.attached.saving import save_adapter
+from s2ft.attached.saving import with_saved
 from s2ft.config import S2FTConfig
 from s2ft.distributed import (
     fsdp_modules,
@@ -333,10 +334,15 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
     if record.awaits_weights or not (record.moves or record.mounts):
         return  # no unit has moved and no trainable layer runs
     order, copies, is_fsdp = _BaseOrder(model, record), {}, bool(managed_by_fsdp(model))
+    aside = _aside(model, record)
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
         # keep_vars=True returns the parameters themselves
-        if not isinstance(found, Tensor) or found is tensor or not order.changed(tensor):
+        if not isinstance(found, Tensor) or found is tensor:
+            continue
+        if id(tensor) in aside:
+            state[key] = record.extra.trained[aside[id(tensor)]].clone()
+        if not order.changed(tensor):
             continue
         if is_sharded(tensor) and (not is_dtensor(tensor) or is_fsdp):
             continue
@@ -348,6 +354,12 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
     entries = [(names.get(key, key), value) for key, value in state.items()]
     state.clear()  # in place, and the order stays
     state.update(entries)
+
+
+def _aside(model: nn.Module, record: Attachment) -> dict[int, str]:
+    """The extra weights that hold the base while the adapter is off, by id. A state has their trained values."""
+    found = {name: model.get_parameter(name) for name in record.extra.trained}
+    return {id(parameter): name for name, parameter in found.items() if not is_sharded(parameter)}
 
 
 def _in_place_of_parameters(record: Attachment, prefix: str) -> dict[str, S2Layer]:
@@ -374,10 +386,13 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     frozen = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     read_only = (module for module in model.modules() if kind_of(module).read_only)
     frozen -= {id(parameter) for module in read_only for parameter in module.parameters()}
-    order, same = _BaseOrder(model, record), {}
+    order, same, aside = _BaseOrder(model, record), {}, _aside(model, record)
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
-        if id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
+        if id(tensor) in aside and isinstance(found, Tensor) and found.shape == tensor.shape:
+            record.extra.trained[aside[id(tensor)]] = found.detach().to(tensor, copy=True)
+            same[key] = tensor
+        elif id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
                 continue  # PyTorch raises an error that names what does not fit
             if not any(torch.equal(found.to(tensor), one) for one in order.versions_of(tensor)):
@@ -439,12 +454,15 @@ def save_pretrained(
         logger.warning(NOT_GATHERED, directory)
         return
     _check_no_model(directory)
-    save_adapter(self, directory, record.name, state=state_dict)
-    write_card(native.read(directory), directory)
     layers = dict.fromkeys([*record.slices, *extra_parameters(self, record)], native.TENSORS)
-    replace_file(
-        directory / INDEX, json.dumps({"metadata": {"format": "s2ft"}, "weight_map": layers}, indent=1).encode()
-    )
+
+    def write(adapter: Adapter) -> None:
+        native.write(adapter, directory)
+        write_card(adapter, directory)
+        index = {"metadata": {"format": "s2ft"}, "weight_map": layers}
+        replace_file(directory / INDEX, json.dumps(index, indent=1).encode())
+
+    with_saved("saving an adapter", self, record.name, write, state=state_dict)
 
 
 def _check_no_model(directory: Path) -> None:
@@ -735,11 +753,12 @@ def _watch_optimizers() -> None:
 
 
 @torch.compiler.disable
-def _before_step(*_: Any) -> None:
+def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Keep the base of weights that were unfrozen by hand where only a module inside the model has run."""
+    stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
     for model in list(_hosts):
         record = find_attachment(model)
-        if record is not None and record.trains:
+        if record is not None and record.trains and any(id(one) in stepped for one in model.parameters()):
             keep_base_before_forward(model, record)
 
 

@@ -174,7 +174,7 @@ class Report:
             )
         if self.fresh_heads:
             lines.append(
-                f"frozen, though new: {', '.join(self.fresh_heads)}; to train and save such modules, give "
+                f"new, but frozen: {', '.join(self.fresh_heads)}; to train and save such modules, give "
                 f"S2FTConfig modules_to_save={list(self.fresh_heads)}"
             )
         return "\n".join(lines)

@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, cast
@@ -15,7 +15,7 @@ from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import CARD, adapter_folder, card_of
 from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
-from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled, unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.plain_text import sha256_of
@@ -118,12 +118,39 @@ def save_adapter(
         >>> s2ft.read_adapter("math").info["data"]
         'gsm8k'
     """
+    write = partial(native.write, folder=directory)
+    with_saved("saving an adapter", model, name, write, info, state)
+
+
+def with_saved(
+    what: str,
+    model: nn.Module,
+    name: str | None,
+    act: Callable[[Adapter], object],
+    info: dict[str, Any] | None = None,
+    state: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Do something with an adapter as it is saved: on the first rank of a sharded model, while the others wait.
+
+    Args:
+        what: Name of the call, for messages.
+        model: The model.
+        name: Name of the adapter, as for :func:`save_adapter`.
+        act: What is done.
+        info: As for :func:`save_adapter`.
+        state: As for :func:`save_adapter`.
+
+    Raises:
+        ValueError: As :func:`save_adapter`.
+        RuntimeError: As :func:`save_adapter`.
+    """
+    model = unwrapped(model)
     record = attachment_of(model)
     name = record.default_name if name is None else name
     adapter = get_adapter(model, name, state)
     adapter = replace(adapter, info={**model_info(model), **adapter.info, **(info or {})})  # the loaded one stays
     ranks = _ranks_to_wait_for(model, record) if name == record.name and state is None else None
-    run_on_first_rank("saving an adapter", ranks, lambda: native.write(adapter, directory))
+    run_on_first_rank(what, ranks, lambda: act(adapter))
 
 
 @of_compiled
@@ -208,7 +235,7 @@ def push_to_hub(
         message: The commit's message.
 
     Returns:
-        The address of the commit.
+        The address of the commit; empty on the other ranks of a sharded model, which all call this.
 
     Raises:
         ValueError: The files of the adapter are damaged, or `name` is given with a folder. Nothing has been uploaded.
@@ -224,9 +251,15 @@ def push_to_hub(
         if name is not None:
             raise ValueError("name selects an adapter of a model, but a folder holds one adapter: leave name out")
         return _upload(adapter_folder(Path(model_or_folder)), repo_id, revision, private, token, message)
-    with TemporaryDirectory() as folder:
-        save_adapter(model_or_folder, folder, name)
-        return _upload(Path(folder), repo_id, revision, private, token, message)
+    addresses: list[str] = []
+
+    def upload(adapter: Adapter) -> None:
+        with TemporaryDirectory() as folder:
+            native.write(adapter, folder)
+            addresses.append(_upload(Path(folder), repo_id, revision, private, token, message))
+
+    with_saved("uploading an adapter", model_or_folder, name, upload)
+    return addresses[0] if addresses else ""
 
 
 def _upload(folder: Path, repo_id: str, revision, private, token, message: str) -> str:

@@ -522,6 +522,11 @@ class S2Layer(TrainableLayer):
         Raises:
             RuntimeError: One has. `base` is kept, and everything works again when the weight is back.
         """
+        if self.weight.dim() < 2:
+            raise RuntimeError(
+                "the weight is a part of a flat parameter, as FSDP version 1 makes it, which s2ft can't train: use "
+                "FSDP2 (fully_shard; fsdp_version: 2 of accelerate), and attach again"
+            )
         if self.base is None or is_sharded(self.weight):
             return
         if isinstance(self.base, list):
@@ -583,10 +588,7 @@ class S2Layer(TrainableLayer):
 
     def _summands(self, base: Tensor, s2: Tensor) -> tuple[Tensor, Tensor]:
         """Two tensors whose sum the selected units get. `base` has the active loaded adapters, the file has not."""
-        if self.rounding is None:
-            return base, s2
-        coded = self.rounding(s2)
-        return -(self.rounding.in_order().to(base.dtype) - base), coded  # -0.0 where equal: -0.0 + x is x for every x
+        return (base, s2) if self.rounding is None else self.rounding.summands(base, s2)
 
     def write_units_of(self, weight: Tensor, values: Tensor) -> None:
         """Write values to the selected units of a weight.
@@ -808,6 +810,16 @@ class FileRounding:
                 coded = torch.where(wanted.isfinite(), wanted.lerp(coded, self.share), wanted)  # a loss of NaN is seen
             coded = torch.empty_like(coded).index_copy_(self.dim, self.positions, coded)
         return coded + (s2 - s2.detach()) if s2.requires_grad and torch.is_grad_enabled() else coded
+
+    def summands(self, base: Tensor, s2: Tensor, positions: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Two tensors whose sum the units get that are at some positions in s2, by default all of them.
+
+        base: their values in the weight, which other adapters may have changed.
+        """
+        coded, held = self(s2), self.in_order()
+        if positions is not None:
+            coded, held = (one.index_select(self.dim, positions.to(one.device)) for one in (coded, held))
+        return -(held.to(base.dtype) - base), coded  # -0.0 where equal: -0.0 + x is x for every x
 
     def delta(self, s2: Tensor) -> Tensor:
         """What the values of a call add to the base, for a layer whose weight stays packed."""

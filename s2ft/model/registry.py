@@ -359,10 +359,9 @@ def _is_free(path: str, modules: Sequence[str]) -> bool:
 
 def _declared(model: nn.Module, declaration: Declaration) -> list[Coupling]:
     model_type = config_of(model).model_type
-    if model_type in _REGISTERED:
-        return checked_couplings(list(declaration(model)))
-    check_release(model_type)
-    couplings = declaration(model)
+    if model_type not in _REGISTERED:
+        check_release(model_type)
+    couplings = list(declaration(model))
     if not couplings:
         raise ValueError(
             f"{type(model).__name__}: s2ft finds no layers of model type {model_type!r} under their usual names: give "

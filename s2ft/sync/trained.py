@@ -72,7 +72,7 @@ class AttachedSource:
         _check_accounted(model, slices | {id(one) for one in extra_parameters(model, self._record).values()})
         reshard_all(model)
         keep_base_of_unfrozen(model, self._record)
-        self._extra = list(extra_parameters(model, self._record))
+        self._extra, self._selection = list(extra_parameters(model, self._record)), self._record.selection
         bases = self._record.extra.base
         self.trained = [
             *(one for mount in self._record.mounts.values() for one in _parts(model, self._record, mount)),
@@ -83,10 +83,12 @@ class AttachedSource:
         """Yield the merged numbers of each entry of `trained`. Every rank of a sharded model must call this.
 
         Raises:
-            RuntimeError: A parameter was unfrozen or frozen since.
+            RuntimeError: A parameter was unfrozen or frozen since, or another adapter is trained.
             ValueError: The adapter is not active.
         """
         self._check_active()
+        if self._record.selection is not self._selection:
+            raise RuntimeError("another adapter is trained since the slices were described: make a new SliceSender")
         parameters = extra_parameters(self.model, self._record)
         if list(parameters) != self._extra:
             changed = min(parameters.keys() ^ set(self._extra))
@@ -94,8 +96,11 @@ class AttachedSource:
                 f"{changed} was unfrozen or frozen after the slices were described: make a new SliceSender"
             )
         deltas = mounted_deltas(self._record)
-        for one, name in zip(self.trained, self._record.parts):
-            yield effective_units(one.base, deltas.pop(name).values.to(one.base.device))
+        for one, (name, (mount, part)) in zip(self.trained, self._record.parts.items()):
+            base, values = one.base, deltas.pop(name).values.to(one.base.device)
+            if mount.layer.rounding is not None:  # what the base's file can hold, as it is merged
+                base, values = mount.layer.rounding.summands(base, mount.layer.s2.detach(), part.positions)
+            yield effective_units(base, values)
         yield from (full_tensors(parameters).values() if parameters else ())
 
     def _check_active(self) -> None:

@@ -56,7 +56,7 @@ class Tokenized:
     Attributes:
         dataset: A datasets.Dataset. Token rows have the columns input_ids and labels, lists of whole
             numbers. A label is -100 where the token has no loss. Pairs have the columns of TRL's DPOTrainer.
-        summary: The number of rows and tokens, and where the loss falls.
+        summary: The number of rows and tokens, and how many of these are in the loss.
         outcomes: Number of rows by :class:`RowOutcome`.
 
     Example:
@@ -233,7 +233,7 @@ def tokenize_rows(
         >>> tokenized.dataset[0]
         {'input_ids': [53, 46, 54, 64, 56, 1], 'labels': [-100, -100, -100, -100, 56, 1]}
         >>> print(tokenized)
-        1 token row, 6 tokens; the loss falls on 2 of them (33.3%): all answers of the assistant
+        1 token row, 6 tokens, 2 of them in the loss (33.3%): all answers of the assistant
     """
     job = RowEncoder(tokenizer, prompt, max_length, too_long, loss_on, completion_only)
     rows, outcomes = encoded_rows(dataset, job, skip_bad_rows, processes)
@@ -249,7 +249,7 @@ def tokenize_rows(
         tokens += sum(map(len, batch["labels"]))
         supervised += sum(int((labels[1:] != IGNORED).sum()) for labels in batch["labels"])  # the first has no loss
     summary = (
-        f"{len(rows):,} token row{'s' * (len(rows) != 1)}, {tokens:,} tokens; the loss falls on {supervised:,} of them "
+        f"{len(rows):,} token row{'s' * (len(rows) != 1)}, {tokens:,} tokens, {supervised:,} of them in the loss "
         f"({supervised / max(1, tokens):.1%}): {LOSS_ON[loss_on]}"
     )
     return Tokenized(rows, summary, outcomes)

@@ -130,6 +130,9 @@ class AdapterCheckpoints:
     def _get_output_dir(self, trial):
         return super()._get_output_dir(trial) if self._temporary is None else str(self._temporary)
 
+    def _push_from_checkpoint(self, checkpoint_folder):
+        """Upload nothing before the end: the Trainer would take a part of the adapter from an unfinished folder."""
+
     def _save_checkpoint(self, model, trial):
         folder = Path(self._get_output_dir(trial))
         self._temporary = folder / UNFINISHED

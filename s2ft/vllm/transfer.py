@@ -73,9 +73,7 @@ def _guarded_call(
     failed = [answer for answer in answers if answer is not None]
     if method in (START, UPDATE, FINISH):
         setattr(core, _OPEN, method != FINISH and not failed)
-    if failed:
-        raise ValueError(failed[0])
-    if method in (INIT, UPDATE, SHUTDOWN) and idle:
+    if method in (INIT, UPDATE, SHUTDOWN) and idle:  # also a call that failed may have restored the base
         # Keys and values of the former weights are forgotten. Paused requests compute theirs again.
         if not core.reset_prefix_cache(reset_running_requests=True, reset_connector=True):
             raise RuntimeError(
@@ -84,6 +82,8 @@ def _guarded_call(
             )
         core.scheduler.reset_encoder_cache()
         core.model_executor.reset_encoder_cache()
+    if failed:
+        raise ValueError(failed[0])
     return [None for _ in answers]
 
 

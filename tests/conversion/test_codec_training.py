@@ -16,6 +16,7 @@ from transformers import TrainerCallback, TrainingArguments
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.cli.main import main
+from s2ft.sync import TrainedSlices
 
 TOKENS = torch.arange(24).view(2, 12) + 5
 INPUTS = {f"{key}_ratio": 0.0 for key in "qkvougd"} | {"i_ratio": 0.5}
@@ -49,13 +50,17 @@ def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout, 
     dtype = "float32" if layout == "indexed" else "bfloat16"
     rtol, atol = GEMM[getattr(torch, dtype)]
     model = attached(base, dtype, layout=layout, **ratios)
+    slices = TrainedSlices.of(model)
     losses = train(model)
     assert losses[-1] < losses[0]
+    sent = slices.buffer()
     s2ft.save_adapter(model, tmp_path / "adapter")
     logits = model(input_ids=TOKENS).logits
     export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned.gguf")
     tuned, trained = load_model(str(tmp_path / "tuned.gguf"), dtype)[0], plain(model)
     assert all(torch.equal(value, trained[name]) for name, value in tuned.state_dict().items())
+    for spec, values in zip(slices.specs, sent.split([spec.numel for spec in slices.specs])):
+        assert torch.equal(trained[spec.name].index_select(spec.dim, spec.index), values.view(spec.values_shape))
     before = load_model(str(base), dtype)[0].state_dict()
     assert sum(not torch.equal(value, before[name]) for name, value in trained.items()) > 10
     torch.testing.assert_close(tuned(input_ids=TOKENS).logits, logits, rtol=rtol, atol=atol)

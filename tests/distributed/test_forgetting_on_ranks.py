@@ -1,9 +1,11 @@
 """The meter on two ranks: the values of one process, one decision, and the kept values; protected units on shards."""
 
+from unittest import mock
+
 import pytest
 import torch
-from runs import attached, sharded
-from support.inside import DriftMeter, ForgettingMeter, gather_trained
+from runs import attached, sharded, train
+from support.inside import DriftMeter, ForgettingMeter, Reference, gather_trained
 from support.models import model_of
 from support.states import same
 from test_trainer import run_trainer, trainer
@@ -49,6 +51,38 @@ def test_ranks_measure_the_same_and_stop_together(ranks, way, tmp_path):
     meter = DriftMeter(model, other=rows_of_meter(), prompts=rows_of_meter())
     assert meter.measure(model).to_dict().keys() == drifts[1].keys()
     assert 0 < drifts[1]["base_kl"] < drifts[4]["base_kl"]
+
+
+def of_the_base(rank):
+    """The logits of the base, and those of the reference of a sharded model that also trains a head in full."""
+    model, ids = attached("llama-grouped", modules_to_save=["lm_head"]), torch.arange(16).view(2, 8)
+    train(sharded(model), rank)
+    with torch.no_grad():
+        trained = model(ids).logits
+        reference = Reference(model)(input_ids=ids).logits
+        assert torch.equal(model(ids).logits, trained) and not torch.allclose(trained, reference, atol=1e-3)
+        torch.testing.assert_close(reference, model_of("llama-grouped")(ids).logits)
+    return True
+
+
+def test_the_reference_of_a_sharded_model_has_the_bases_head(ranks):
+    assert ranks(of_the_base) == [True, True]
+
+
+def uploaded_and_saved_alone(rank, folder):
+    """The address that each rank gets, and a save to a disk of its own."""
+    api, model = mock.MagicMock(), sharded(attached("llama-grouped"))
+    api.return_value.create_repo.return_value.repo_id = "me/x"
+    api.return_value.create_commit.return_value.commit_url = "address"
+    with mock.patch("huggingface_hub.HfApi", api):
+        address = s2ft.push_to_hub(model, "me/x")
+    model.save_pretrained(f"{folder}/{rank}")
+    return address, api.return_value.create_commit.call_count
+
+
+def test_one_rank_uploads_and_disks_need_not_be_shared(ranks, tmp_path):
+    assert ranks(uploaded_and_saved_alone, str(tmp_path)) == [("address", 1), ("", 0)]
+    assert s2ft.read_adapter(tmp_path / "0").parameters and not (tmp_path / "1" / "s2ft_config.json").exists()
 
 
 def protected_on_shards(rank):

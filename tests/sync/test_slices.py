@@ -198,6 +198,11 @@ def test_what_changes_after_the_description_is_noticed(tmp_path):
     with pytest.raises(ValueError, match="attach one"):
         TrainedSlices.of(model)
     slices = TrainedSlices.of(attached(model, d_ratio=0.1))
+    s2ft.delete_adapter(model, "default")
+    attached(model, d_ratio=0.1, seed=1)
+    with pytest.raises(RuntimeError, match="another adapter is trained"):
+        slices.buffer()
+    slices = TrainedSlices.of(model)
     s2ft.set_adapter(model, None)
     with pytest.raises(ValueError, match="set_adapter"):
         slices.buffer()

@@ -65,9 +65,9 @@ def test_100_chats_have_the_assistant_mask_of_trl(tmp_path):
     tokenized = tokens(rows, tiny_tokenizer(MARKED))
     assert list(tokenized.dataset) == expected
     supervised = sum(label >= 0 for row in expected for label in row["labels"])
-    assert f"the loss falls on {supervised:,} of them" in str(tokenized)
+    assert f"{supervised:,} of them in the loss" in str(tokenized)
     without_marks = tokens(rows)  # the same template without marks, and without the line break after the last answer
-    assert f"the loss falls on {supervised:,} of them" in str(without_marks)
+    assert f"{supervised:,} of them in the loss" in str(without_marks)
     assert [row["labels"] for row in without_marks.dataset] == [row["labels"][:-1] for row in expected]
 
 
@@ -110,7 +110,7 @@ def test_loss_on_the_last_answer_only_or_on_everything():
     assert "2+3" not in trained(tokenizer, tokens(plain, loss_on="all").dataset[0])
     whole = tokens(rows, loss_on="all")
     count = len(whole.dataset[0]["input_ids"])
-    assert f"the loss falls on {count - 1} of them" in str(whole)  # nothing predicts the first token
+    assert f"{count - 1} of them in the loss" in str(whole)  # nothing predicts the first token
 
 
 def test_system_prompt_is_added_where_a_row_has_none():

@@ -46,12 +46,12 @@ def test_an_update_tells_the_workers_whether_requests_run_and_forgets_the_cache(
     assert not busy.resets
 
 
-def test_an_error_of_one_worker_is_raised_after_all_have_answered():
+def test_an_error_of_one_worker_is_raised_after_all_have_answered_and_the_cache_is_forgotten():
     core = Core()
     core.workers[0].update_weights.side_effect = KeyError("x")
     with pytest.raises(ValueError, match="KeyError: 'x'"):
         core.rpc("update_weights", update_info={})
-    assert core.methods() == ["update_weights"] and not core.resets
+    assert core.methods() == ["update_weights"] and len(core.resets) == 1  # the call may have restored the base
 
 
 def test_the_update_of_a_client_that_died_is_finished():
