@@ -718,20 +718,12 @@ class S2Layer(TrainableLayer):
             destination[prefix + "weight"] = self.base_weight().detach()
 
     def _load_from_state_dict(self, state_dict, prefix, *args, **kwargs) -> None:
-        self._check_same_units(state_dict, prefix)
-        self.unfuse()  # the weight in a state is a base, and so is the one that stays without it
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
-
-    def _check_same_units(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Take the selected units out of a state to load if this layer's states don't have them.
-
-        Raises:
-            ValueError: They are other units.
-        """
-        if self.index is not None and "index" in self._non_persistent_buffers_set:
+        if self.index is not None and "index" in self._non_persistent_buffers_set:  # this layer's states have no units
             found = state_dict.pop(prefix + "index", None)
             if found is not None and not torch.equal(found.to(self.index), self.index):
                 raise ValueError(f"{prefix}index: the state is of other units than those that this layer trains")
+        self.unfuse()  # the weight in a state is a base, and so is the one that stays without it
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def extra_repr(self) -> str:
         """The selected units and whether the layer is on."""

@@ -176,7 +176,7 @@ def has_one_tower(model: nn.Module) -> bool:
 
 def _has_language_model(model: nn.Module) -> bool:
     """Whether a composite model generates text by one of its towers, which is not one side of an encoder-decoder."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not _configs(config):
         return False
     if _tower_of_inputs(model) and "language" not in map(_tower_of_name, _configs(config)):
@@ -186,10 +186,6 @@ def _has_language_model(model: nn.Module) -> bool:
         return False
     if any("logit_scale" in name for one in (model, base) for name, _ in one.named_parameters(recurse=False)):
         return False  # it compares texts with images or sound
-    return _generates(model, config)
-
-
-def _generates(model: nn.Module, config: Any) -> bool:
     if getattr(model, "can_generate", lambda: False)():
         return True
     from transformers.models.auto import modeling_auto  # not at the top: it would load transformers with every import

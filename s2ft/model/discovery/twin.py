@@ -504,21 +504,17 @@ def make_general(model: nn.Module) -> None:
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.is_floating_point() and parameter.numel():
-                _make_general(parameter, generator)
+                noise = _normal(parameter, generator)
+                if not bool(torch.isfinite(parameter).all()) or float(parameter.abs().max()) > 1e4:
+                    parameter.zero_()  # memory that nobody has initialized
+                if parameter.dim() < 2:
+                    parameter.add_(SPREAD * noise)
+                else:
+                    inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter[0].numel()
+                    parameter.copy_(inputs**-0.5 * noise)
         for path, buffer in model.state_dict(keep_vars=True).items():
             if _is_trained_buffer(buffer):
                 buffer += SPREAD * _normal(buffer, generator) * (0.1 if path.endswith("running_var") else 1)
-
-
-def _make_general(parameter: Tensor, generator: torch.Generator) -> None:
-    noise = _normal(parameter, generator)
-    if not bool(torch.isfinite(parameter).all()) or float(parameter.abs().max()) > 1e4:
-        parameter.zero_()  # memory that nobody has initialized
-    if parameter.dim() < 2:
-        parameter += SPREAD * noise
-        return
-    inputs = parameter.shape[-1] if parameter.dim() == 3 else parameter.numel() // parameter.shape[0]
-    parameter.copy_(inputs**-0.5 * noise)
 
 
 def _normal(like: Tensor, generator: torch.Generator) -> Tensor:
