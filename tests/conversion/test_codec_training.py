@@ -32,6 +32,13 @@ def attached(file, dtype="bfloat16", **changes):
     return with_adapter(model, config_of(model, **changes))
 
 
+def exported(model, base, folder, dtype):
+    """The model of the file that an export of the adapter writes."""
+    s2ft.save_adapter(model, folder / "adapter")
+    export_packed(str(base), folder / "adapter", folder / "tuned.gguf")
+    return load_model(str(folder / "tuned.gguf"), dtype)[0]
+
+
 train = partial(models.train, lr=0.02, loss_of=lambda model: model(input_ids=TOKENS, labels=TOKENS).loss)
 
 
@@ -54,10 +61,8 @@ def test_the_merged_file_is_what_training_multiplied_by(base, tmp_path, layout, 
     losses = train(model)
     assert losses[-1] < losses[0]
     sent = slices.buffer()
-    s2ft.save_adapter(model, tmp_path / "adapter")
     logits = model(input_ids=TOKENS).logits
-    export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned.gguf")
-    tuned, trained = load_model(str(tmp_path / "tuned.gguf"), dtype)[0], plain(model)
+    tuned, trained = exported(model, base, tmp_path, dtype), plain(model)
     assert all(torch.equal(value, trained[name]) for name, value in tuned.state_dict().items())
     for spec, values in zip(slices.specs, sent.split([spec.numel for spec in slices.specs])):
         assert torch.equal(trained[spec.name].index_select(spec.dim, spec.index), values.view(spec.values_shape))
@@ -102,9 +107,7 @@ def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dt
     two = with_adapter(two, config_of(two, layout="indexed"))
     ours, theirs = train(two), train(one)
     assert ours[0] == pytest.approx(theirs[0], rel=1e-2) and ours[-1] < ours[0]
-    s2ft.save_adapter(two, tmp_path / "adapter")
-    export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned.gguf")
-    tuned = load_model(str(tmp_path / "tuned.gguf"), "float32")[0]
+    tuned = exported(two, base, tmp_path, "float32")
     for path, layer in two.named_modules():
         if getattr(layer, "rounding", None) is not None:
             weight = layer.kind.matrix(layer)
@@ -129,9 +132,7 @@ def test_training_begins_without_rounding_and_ends_with_it(small, tmp_path):
     trainer = S2FTTrainer(model, arguments, train_dataset=rows, eval_dataset=rows[:2], callbacks=[Note()])
     trainer.train()
     assert shares == pytest.approx([0, 0, 0, 0, 0.25, 0.5, 0.75, 1, 1, 1]) and rounding.share == 1
-    s2ft.save_adapter(model, tmp_path / "adapter")
-    export_packed(str(small), tmp_path / "adapter", tmp_path / "tuned.gguf")
-    tuned, trained = load_model(str(tmp_path / "tuned.gguf"), "float32")[0], plain(model)
+    tuned, trained = exported(model, small, tmp_path, "float32"), plain(model)
     assert all(torch.equal(value, trained[name]) for name, value in tuned.state_dict().items())
     s2ft.set_rounding(model, 0)
     whole = s2ft.get_adapter(model, "default")

@@ -40,10 +40,10 @@ FORMATS = {
 }
 
 
-def make_base(folder, form):
+def make_base(folder, form, **options):
     save_tiny(folder / "checkpoint", **WIDE)
     with_merges().save_pretrained(folder / "checkpoint")
-    return FORMATS[form](folder / "checkpoint", folder / "base")
+    return FORMATS[form](folder / "checkpoint", folder / "base", **options)
 
 
 @pytest.fixture(scope="module", params=FORMATS)
@@ -86,8 +86,7 @@ def plain_weights(base):
 def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
     model = trained(base)
     s2ft.save_adapter(model, tmp_path / "adapter")
-    said = export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
-    assert "and no other byte of a weight" in said
+    assert "and no other byte of a weight" in export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
     before, after = plain_weights(base), plain_weights(tmp_path / "tuned")
     for path, value in after.items():
         assert torch.equal(value.float(), computed_with(model, path).float()), path
@@ -110,9 +109,7 @@ def test_the_merged_folder_is_what_training_multiplied_by(base, tmp_path):
 
 
 def test_a_layer_that_is_not_packed_stays(tmp_path):
-    save_tiny(tmp_path / "checkpoint", **WIDE)
-    with_merges().save_pretrained(tmp_path / "checkpoint")
-    base = FORMATS["int8"](tmp_path / "checkpoint", tmp_path / "base", ignore=["lm_head", "model.layers.1.mlp.up_proj"])
+    base = make_base(tmp_path, "int8", ignore=["lm_head", "model.layers.1.mlp.up_proj"])
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "time_step_limit": [0.0, float("inf")]}))  # as Mamba's
     model, form = (
