@@ -9,6 +9,7 @@ import torch
 from support.aliases import alias_of
 from support.inside import Projection, Vector, attachment_of
 from support.models import ALL_RATIOS, LAYOUTS
+from support.nets import seeded
 from support.states import same, with_adapter, with_loaded
 from test_life_cycle import Subject, live_natively
 from torch import nn
@@ -89,8 +90,7 @@ def couplings():
 
 
 def net(dtype=torch.float32):
-    torch.manual_seed(0)
-    return Net().to(dtype)  # in training mode, with dropout
+    return seeded(Net).to(dtype)  # in training mode, with dropout
 
 
 def plain_net():
@@ -109,14 +109,12 @@ def example(dtype=torch.float32):
 def test_the_life_of_a_users_own_model(kind, layout, tmp_path):
     """`fused` has q, k and v in one weight."""
     make, given = (plain_net, couplings()) if kind == "separate" else (Fused, [fused_coupling()])
-
-    def seeded():
-        torch.manual_seed(0)
-        return make().eval()
-
     config = {**ALL_RATIOS} if kind == "separate" else dict(q_ratio=0.25, v_ratio=0.5, o_ratio=0.25)
     options = dict(couplings=given, example=example())
-    live_natively(Subject(seeded, {**config, "layout": layout}, lambda model: model(example()), options), tmp_path)
+    subject = Subject(
+        lambda: seeded(make).eval(), {**config, "layout": layout}, lambda model: model(example()), options
+    )
+    live_natively(subject, tmp_path)
 
 
 def test_the_couplings_of_a_loaded_adapter_may_be_given_again():
@@ -236,8 +234,7 @@ def conv_couplings():
 
 
 def conv_net():
-    torch.manual_seed(0)
-    return ConvNet().eval()
+    return seeded(ConvNet).eval()
 
 
 @pytest.mark.parametrize("memory_format", (torch.contiguous_format, torch.channels_last), ids=str)

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.inside import S2Layer, S2RowOwnForward, computes_linear, kind_of
+from support.nets import seeded
 from support.peft_modules import Router
 from support.states import randomize, saved_and_loaded, with_adapter
 from torch import nn
@@ -157,8 +158,7 @@ COUPLING = Coupling.ffn(0, up="up", down="down", channels=CHANNELS)
 
 
 def make_net():
-    torch.manual_seed(0)
-    return Net().eval()
+    return seeded(Net).eval()
 
 
 def test_copies_pickles_and_casts_keep_the_tensors_of_the_class():

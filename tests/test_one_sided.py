@@ -7,6 +7,7 @@ import pytest
 import torch
 from support.inside import CONFIG, attachment_of, describe
 from support.models import LAYOUTS, inputs_of, model_of, train as fit
+from support.nets import seeded
 from support.pairs import pairs
 from support.states import same
 from support.tolerances import relative_difference
@@ -34,8 +35,7 @@ class Net(nn.Module):
 
 
 def net():
-    torch.manual_seed(0)
-    return Net().eval()
+    return seeded(Net).eval()
 
 
 def couplings(side="inputs", unit=1):

@@ -1,11 +1,14 @@
 """Weights that PEFT trains in full beside the slices: heads, embeddings, single tokens."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from support import models
 from support.models import model_of, output_of, token_batch
+from support.nets import seeded
 from support.states import same
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
@@ -29,18 +32,10 @@ TASKS = {"llama": "SEQ_CLS", "bert": "SEQ_CLS", "bert-tokens": "TOKEN_CLS"}
 
 
 def classifier(name):
-    torch.manual_seed(0)
-    return CLASSIFIERS[name]().eval()
+    return seeded(CLASSIFIERS[name]).eval()
 
 
-def fit(model, steps=2):
-    """Train a model, with labels if it takes some, and return it in evaluation mode."""
-    optimizer = torch.optim.AdamW([one for one in model.parameters() if one.requires_grad], lr=0.02)
-    for _ in range(steps):
-        output_of(model).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
+fit = partial(models.fit, steps=2, lr=0.02, loss_of=lambda model: output_of(model).square().mean())
 
 
 def check_round_trip(base, model, folder):
