@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from support.aliases import GROUPED, alias_of
 from support.inside import discover, judge, registry, search as search_module, trial_of
 from support.models import CASES, inputs_of, model_of
-from support.nets import Block, Net, batch
+from support.nets import Block, Net, batch, seeded
 from support.pairs import rest_slow
 from test_life_cycle import Subject, live_natively
 from torch import nn
@@ -158,15 +158,6 @@ def test_heads_with_numbers_stay_and_cross_attention_moves():
     assert {(one.kind, one.fixed) for one in found} == {("attention", True), ("cross-attention", False), ("ffn", False)}
 
 
-def test_a_trial_that_could_not_fail_confirms_nothing():
-    """The attention sees one token: queries and keys can be in any order, so their heads are not confirmed."""
-    found = discover(Net(), batch()[:, :1])
-    rows = {row.path: row for row in found.weights}
-    assert rows["blocks.0.attention.q_proj"].status == "in place"
-    assert "alone changes nothing" in rows["blocks.0.attention.q_proj"].reason
-    assert rows["blocks.0.fc1"].status == "confirmed"
-
-
 # ---- what becomes of every weight --------------------------------------------------------------------------------
 
 
@@ -180,14 +171,6 @@ def test_an_own_module_needs_no_number_of_heads():
     assert "18 confirmed" in str(found)
 
 
-def test_a_layer_without_a_gradient_is_left_out():
-    """The output of the last block is not used, as in many vision towers."""
-    found = discover(Net(lambda outputs: outputs[-2]), batch())
-    rows = {row.path: row for row in found.weights}
-    assert rows["blocks.2.fc1"].status == "untouched" and "no gradient" in rows["blocks.2.fc1"].reason
-    assert {one.layer for one in found.couplings} == {0, 1}
-
-
 class Bypassed(Block):
     """The output projection's weight is used without its layer, as in nn.MultiheadAttention."""
 
@@ -197,12 +180,6 @@ class Bypassed(Block):
 
     def forward(self, x):
         return F.linear(super().forward(x), self.last.weight)
-
-
-def test_a_layer_whose_forward_is_not_called_is_untouched():
-    torch.manual_seed(0)
-    rows = {row.path: row for row in discover(nn.ModuleList([Bypassed()])[0], batch()).weights}
-    assert rows["last"].status == "untouched" and "runs without it" in rows["last"].reason
 
 
 class SometimesPast(Block):
@@ -216,11 +193,39 @@ class SometimesPast(Block):
         return x + (F.linear(inner, self.fc2.weight) if self.is_fast else self.fc2(inner))
 
 
-def test_a_layer_whose_weight_is_read_past_it_is_untouched():
-    torch.manual_seed(0)
-    rows = {row.path: row for row in discover(SometimesPast(), batch()).weights}
-    assert rows["fc2"].status == "untouched" and "without its layer" in rows["fc2"].reason
-    assert rows["fc1"].status == "one-sided" and "fc2" in rows["fc1"].reason
+REASONS = {  # a module, its input, the layers in which couplings are found, and what becomes of some weights
+    # the attention sees one token: queries and keys can be in any order, so their heads are not confirmed
+    "a trial that could not fail": (
+        Net,
+        batch()[:, :1],
+        {0, 1, 2},
+        {"blocks.0.attention.q_proj": ("in place", "alone changes nothing"), "blocks.0.fc1": ("confirmed", "")},
+    ),
+    # the output of the last block is not used, as in many vision towers
+    "a layer without a gradient": (
+        lambda: Net(lambda outputs: outputs[-2]),
+        batch(),
+        {0, 1},
+        {"blocks.2.fc1": ("untouched", "no gradient")},
+    ),
+    "a layer whose forward is not called": (Bypassed, batch(), {0}, {"last": ("untouched", "runs without it")}),
+    "a layer whose weight is read past it": (
+        SometimesPast,
+        batch(),
+        {0},
+        {"fc2": ("untouched", "without its layer"), "fc1": ("one-sided", "fc2")},
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REASONS)
+def test_what_is_not_confirmed_has_a_reason(case):
+    make, given, layers, expected = REASONS[case]
+    found = discover(seeded(make), given)
+    rows = {row.path: row for row in found.weights}
+    for path, (status, words) in expected.items():
+        assert rows[path].status == status and words in rows[path].reason, path
+    assert {one.layer for one in found.couplings} == layers
 
 
 # ---- attach, save, load ------------------------------------------------------------------------------------------
