@@ -16,11 +16,23 @@ import torch
 from adapter import test_extra_weights as classifiers
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from support.inside import couplings_of, projections_of, weight_at
-from support.models import ALL_RATIOS, CASES, FIRST, LAYOUTS, inputs_of, model_of, output_of, ratios_for, train
+from support.models import (
+    ALL_RATIOS,
+    CASES,
+    FIRST,
+    LAYOUTS,
+    WHOLE_KEYS,
+    inputs_of,
+    model_of,
+    output_of,
+    ratios_for,
+    train,
+)
 from support.pairs import in_turn, pairs, pairs_mostly_slow, rest_slow
 from support.peft_modules import MODULES, net_of
 from support.quantized import KINDS, RARE, contents, forward, quantized
 from support.slices import slices
+from support.states import with_adapter, with_loaded
 from support.tolerances import LOGITS, relative_difference
 from torch import nn
 
@@ -28,7 +40,6 @@ import s2ft
 from s2ft.peft import S2FTPeftConfig
 
 DTYPES = (torch.float32, torch.bfloat16)
-RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
 @dataclass
@@ -62,12 +73,10 @@ class Native:
     """s2ft's own functions."""
 
     def attach(self, model, subject):
-        s2ft.attach(model, s2ft.S2FTConfig(**subject.config), **subject.attach)
-        return model
+        return with_adapter(model, s2ft.S2FTConfig(**subject.config), **subject.attach)
 
     def load(self, model, folder):
-        s2ft.load_adapter(model, folder, trainable=True)
-        return model
+        return with_loaded(model, folder, trainable=True)
 
     save, off, merge, remove = s2ft.save_adapter, s2ft.disable_adapters, s2ft.merge, s2ft.detach
     save, off, merge, remove = map(staticmethod, (save, off, merge, remove))
@@ -206,7 +215,7 @@ OTHERS = [pytest.param(*row, marks=pytest.mark.slow) for row in pairs(sorted(set
 
 @pytest.mark.parametrize("case, layout, dtype", [*pairs_mostly_slow(FIRST, LAYOUTS, DTYPES), *OTHERS], ids=str)
 def test_every_family(case, layout, dtype, tmp_path):
-    config = dict(ratios_for(case, RATIOS), layout=layout)
+    config = dict(ratios_for(case, WHOLE_KEYS), layout=layout)
     attach = dict(verify=True, example=inputs_of(model_of(case, dtype)) if "cross-attention" in case else None)
     merged = live_natively(Subject(partial(model_of, case, dtype), config, attach=attach), tmp_path)
     assert_only_trained_units_moved(merged, model_of(case, dtype), s2ft.read_adapter(tmp_path))
@@ -247,11 +256,8 @@ def test_layers_whose_class_has_a_forward_of_its_own(layout, tmp_path):
 def test_layers_that_share_no_units(side, layout, tmp_path):
     options = dict(couplings=one_sided.couplings(side), example=one_sided.batch())
     config = dict(l_ratio=0.25, u_ratio=0.1, d_ratio=0.2, layout=layout)
-
-    def run(model):
-        return model(**one_sided.batch())["logits"]
-
-    live_natively(Subject(one_sided.net, config, run, options), tmp_path)
+    subject = Subject(one_sided.net, config, lambda model: model(**one_sided.batch())["logits"], options)
+    live_natively(subject, tmp_path)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -266,11 +272,11 @@ def test_units_by_hand(layout, tmp_path):
 
 @pytest.mark.parametrize("layout, dtype", list(zip(LAYOUTS, DTYPES)), ids=str)
 def test_a_head_that_is_trained_in_full(layout, dtype, tmp_path):
-    def make():
-        return classifiers.classifier().to(dtype).eval()
-
     config = dict(d_ratio=0.1, modules_to_save=["classifier"], layout=layout)
-    live_natively(Subject(make, config, lambda model: model(classifiers.IDS).logits), tmp_path)
+    subject = Subject(
+        lambda: classifiers.classifier().to(dtype).eval(), config, lambda model: model(classifiers.IDS).logits
+    )
+    live_natively(subject, tmp_path)
 
 
 QUANTIZED = dict(
@@ -319,12 +325,13 @@ def test_modules_of_no_family_in_peft(kind, dim, tmp_path):
 
 @pytest.mark.parametrize("kind", rest_slow(KINDS, set(KINDS) - {*RARE, "torchao-int4"}))
 def test_quantized_weights_in_peft(kind, tmp_path):
-    config = dict(o_ratio=0.5, u_ratio=0.2, d_ratio=0.2)
-
-    def make():
-        return prepare_model_for_kbit_training(quantized(kind), use_gradient_checkpointing=False)
-
-    live(Subject(make, config, forward, is_quantized=True), Peft(), tmp_path)
+    subject = Subject(
+        lambda: prepare_model_for_kbit_training(quantized(kind), use_gradient_checkpointing=False),
+        dict(o_ratio=0.5, u_ratio=0.2, d_ratio=0.2),
+        forward,
+        is_quantized=True,
+    )
+    live(subject, Peft(), tmp_path)
 
 
 # ---- compiled ------------------------------------------------------------------------------------------

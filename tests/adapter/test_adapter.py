@@ -5,17 +5,15 @@ from dataclasses import replace
 
 import pytest
 from support.inside import CONFIG, Location, add_info, native
-from support.models import ALL_RATIOS, fit, model_of, ratios_for, token_batch
+from support.models import WHOLE_KEYS, fit, model_of, ratios_for, token_batch
 from support.states import saved_adapter, with_adapter, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig, read_adapter
 
-RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
-
 
 def trained(name="default", steps=3):
-    return fit(with_adapter(model_of("llama"), S2FTConfig(**ratios_for("llama", RATIOS)), name=name), steps)
+    return fit(with_adapter(model_of("llama"), S2FTConfig(**ratios_for("llama", WHOLE_KEYS)), name=name), steps)
 
 
 @pytest.fixture(scope="module")

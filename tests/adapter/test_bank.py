@@ -7,14 +7,13 @@ import pytest
 import torch
 import torch._dynamo.testing
 from support.inside import native
-from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
+from support.models import WHOLE_KEYS, model_of, output_of, ratios_for, token_batch
 from support.states import same
 from train.tiny import save_random_adapter
 
 import s2ft
 from s2ft import AdapterBank, S2FTConfig
 
-RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 HEADS = dict(q_ratio=0.5, v_ratio=1.0, o_ratio=0.5)
 CASES = {
     **dict.fromkeys(
@@ -33,7 +32,7 @@ CASES = {
             "whisper",
             "clip-text",
         ),
-        RATIOS,
+        WHOLE_KEYS,
     ),
     "mixtral": HEADS,
     "qwen2-moe": HEADS,
@@ -48,8 +47,7 @@ LENGTH = 7
 def folder(tmp_path_factory):
     """Five adapters of the llama case: one for all projections, one for each side of an FFN and of attention."""
     root = tmp_path_factory.mktemp("bank")
-    for i, ratios in enumerate((RATIOS, *SIDES)):
-        ratios = ratios_for("llama", RATIOS) if i == 0 else ratios
+    for i, ratios in enumerate((ratios_for("llama", WHOLE_KEYS), *SIDES)):
         save_random_adapter(root / "abcde"[i], model_of("llama"), seed=i, **ratios)
     return root
 
@@ -150,7 +148,7 @@ def test_generates_the_tokens_of_separate_runs(options, folder, model):
 def test_an_encoder_decoder_generates(tmp_path):
     """The encoder runs on as many rows as there are sequences, the decoder on as many as there are beams."""
     model = model_of("whisper")
-    save_random_adapter(tmp_path / "a", model_of("whisper"), **ratios_for("whisper", RATIOS))
+    save_random_adapter(tmp_path / "a", model_of("whisper"), **ratios_for("whisper", WHOLE_KEYS))
     inputs = torch.randn(2, 5, 14)
 
     def run(model, rows=slice(None)):
@@ -346,6 +344,5 @@ def test_compiled_once_for_all_batches(folder, model):
 def test_an_adapter_is_checked_without_its_values(folder, model, monkeypatch):
     bank = AdapterBank(model)
     monkeypatch.setattr(native, "read_tensors", None)  # reading all tensors would raise
-    found = bank.check(folder / "a")
-    assert all(delta.values.is_meta and not delta.index.is_meta for delta in found.deltas.values())
+    assert all(delta.values.is_meta and not delta.index.is_meta for delta in bank.check(folder / "a").deltas.values())
     assert bank.loaded == [] and bank.names == []

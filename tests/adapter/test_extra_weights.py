@@ -5,8 +5,9 @@ import json
 import pytest
 import torch
 from adapter.test_pretrained import trainer
-from support.inside import INDEX
+from support.inside import INDEX, S2FTTrainer
 from support.models import fit, model_of
+from support.nets import seeded
 from support.states import same, with_adapter
 from transformers import BertConfig, BertForSequenceClassification, BertModel, Trainer, TrainerCallback
 
@@ -32,8 +33,7 @@ ROWS = [
 
 
 def classifier():
-    torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(**BERT))
+    return seeded(BertForSequenceClassification, BertConfig(**BERT))
 
 
 def attached(how="named", layout="permuted", name="default"):
@@ -93,11 +93,8 @@ OPTIONS = dict(rows=ROWS, save_steps=2, learning_rate=0.1, lr_scheduler_type="co
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ("transformers", "s2ft"))
+@pytest.mark.parametrize("kind", (Trainer, S2FTTrainer))
 def test_trainers_save_and_resume_them_exactly(kind, how, tmp_path, caplog):
-    from support.inside import S2FTTrainer
-
-    kind = {"transformers": Trainer, "s2ft": S2FTTrainer}[kind]
     whole, first, second = (attached(how) for _ in range(3))
     trainer(whole, tmp_path / "whole", kind=kind, max_steps=4, **OPTIONS).train()
     trainer(first, tmp_path / "cut", kind=kind, max_steps=2, **OPTIONS).train()

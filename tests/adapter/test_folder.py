@@ -4,7 +4,14 @@ import os
 
 import pytest
 import torch
-from support.inside import PENDING, AdapterFolderCONFIG as CONFIG, AdapterFolderTENSORS as TENSORS, is_folder, stamp_of
+from support.inside import (
+    PENDING,
+    AdapterFolderCONFIG as CONFIG,
+    AdapterFolderTENSORS as TENSORS,
+    is_folder,
+    native,
+    stamp_of,
+)
 from support.models import fit, model_of
 from support.states import with_adapter
 
@@ -20,10 +27,6 @@ def adapter(seed):
 @pytest.fixture(scope="module")
 def adapters():
     return adapter(0), adapter(1)
-
-
-def write(adapter, folder):
-    s2ft.adapter.native.write(adapter, folder)
 
 
 def is_either(found, adapters):
@@ -44,7 +47,7 @@ class Stop(BaseException):
 @pytest.mark.parametrize("is_first", (False, True))
 def test_a_writer_that_is_stopped_leaves_the_old_or_the_new(is_first, call, moment, adapters, tmp_path, monkeypatch):
     if not is_first:
-        write(adapters[0], tmp_path)
+        native.write(adapters[0], tmp_path)
     calls, replace = [], os.replace
 
     def stop(source, target):
@@ -57,7 +60,7 @@ def test_a_writer_that_is_stopped_leaves_the_old_or_the_new(is_first, call, mome
     monkeypatch.setattr(os, "replace", stop)
     monkeypatch.setattr(os, "unlink", lambda path: None)  # a killed process removes no files
     with pytest.raises(Stop):
-        write(adapters[1], tmp_path)
+        native.write(adapters[1], tmp_path)
     monkeypatch.undo()
     committed = call + (moment == "after") >= 2
     assert is_folder(tmp_path) == (committed or not is_first)
@@ -67,7 +70,7 @@ def test_a_writer_that_is_stopped_leaves_the_old_or_the_new(is_first, call, mome
     else:
         with pytest.raises(FileNotFoundError):
             s2ft.read_adapter(tmp_path)
-    write(adapters[1], tmp_path)
+    native.write(adapters[1], tmp_path)
     assert is_either(s2ft.read_adapter(tmp_path), adapters) == 1 and not (tmp_path / PENDING).exists()
 
 
@@ -75,13 +78,13 @@ def test_every_save_has_a_new_stamp(adapters, tmp_path):
     assert [stamp_of(folder) for folder in (tmp_path, tmp_path / ("a" * 4000), tmp_path / "\0")] == [None] * 3
     stamps = []
     for turn in range(3):
-        write(adapters[turn % 2], tmp_path)
+        native.write(adapters[turn % 2], tmp_path)
         stamps.append(stamp_of(tmp_path))
     assert len(set(stamps)) == 3
 
 
 def test_a_pending_file_with_any_content_changes_nothing(adapters, tmp_path):
-    write(adapters[0], tmp_path)
+    native.write(adapters[0], tmp_path)
     for content in (b"[" * 10**5, b"{}", b"[]", b'{"tensors_sha256": 1}'):
         (tmp_path / PENDING).write_bytes(content)
         assert is_either(s2ft.read_adapter(tmp_path), adapters) == 0
@@ -91,11 +94,11 @@ def test_a_pending_file_with_any_content_changes_nothing(adapters, tmp_path):
 
 
 def test_the_hub_gets_the_files_that_belong_together(adapters, tmp_path, monkeypatch):
-    write(adapters[0], tmp_path)
+    native.write(adapters[0], tmp_path)
     old = (tmp_path / CONFIG).read_bytes()
-    write(adapters[1], tmp_path)
+    native.write(adapters[1], tmp_path)
     (tmp_path / CONFIG).rename(tmp_path / PENDING)  # stopped before the last rename
     (tmp_path / CONFIG).write_bytes(old)
-    found, content = s2ft.adapter.native.read_files(tmp_path)
+    found, content = native.read_files(tmp_path)
     assert is_either(found, adapters) == 1 and content[CONFIG] == (tmp_path / PENDING).read_bytes()
     assert content[TENSORS] == (tmp_path / TENSORS).read_bytes()

@@ -13,15 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from support.hub import fake_hub, uploaded
 from support.inside import add_info, hub, lora, native
-from support.models import ALL_RATIOS, LAYOUTS, fit, model_of, output_of, ratios_for
+from support.models import LAYOUTS, WHOLE_KEYS, fit, model_of, output_of, ratios_for
 from support.pairs import in_turn
 from support.states import assert_same_adapters, randomize, same, with_adapter
+from support.tolerances import relative_difference
 from torch import nn
 
 import s2ft
 from s2ft import S2FTConfig, export_lora, get_adapter, import_lora, push_to_hub, read_adapter
 
-RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 FAMILIES = (
     "llama",
     "llama-grouped",
@@ -51,7 +51,7 @@ def trained(case, layout="permuted", steps=2, dtype=torch.float32, delta_dtype=N
     return fit(
         with_adapter(
             model_of(case, dtype),
-            S2FTConfig(**ratios_for(case, ratios or RATIOS), layout=layout, delta_dtype=delta_dtype),
+            S2FTConfig(**ratios_for(case, ratios or WHOLE_KEYS), layout=layout, delta_dtype=delta_dtype),
         ),
         steps,
     )
@@ -89,10 +89,6 @@ def with_peft(model, folder):
         return peft.PeftModel.from_pretrained(model, folder).eval()
 
 
-def relative(ours, theirs):
-    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
-
-
 @pytest.mark.parametrize(
     "case,pattern",
     [(case, False) for case in FAMILIES] + [(case, True) for case in ("llama-grouped", "phi3", "gpt2", "bert")],
@@ -103,8 +99,8 @@ def test_peft_computes_what_the_attached_model_does(case, pattern, tmp_path):
     other = with_peft(model_of(case), tmp_path)
     with torch.no_grad():
         expected, found = output_of(model), output_of(other.base_model.model)
-        assert relative(output_of(model_of(case)), expected) > 1e-3
-    assert relative(found, expected) < 1e-5
+        assert relative_difference(output_of(model_of(case)), expected) > 1e-3
+    assert relative_difference(found, expected) < 1e-5
     for path, module in other.base_model.model.named_modules():  # exact, bit for bit
         if hasattr(module, "lora_A"):
             assert module.scaling["default"] == 1.0, path
@@ -131,17 +127,15 @@ def test_the_prompt_survives_the_round_trip(tmp_path):
     peft.PeftModel.from_pretrained(model_of("llama"), tmp_path / "lora")
 
 
-def test_a_trained_head_whose_delta_is_zero_survives_the_round_trip(tmp_path):
-    """The units of a zero delta still belong to the adapter."""
-    model = trained("llama", steps=0)
-    export_lora(model, tmp_path)
-    assert_same_adapters(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
-
-
-@pytest.mark.parametrize("rank_pattern", (True, False))
-def test_inputs_of_every_layer_survive_the_round_trip(rank_pattern, tmp_path):
-    """A LoRA whose ranks take one input each, also in layers whose units are outputs, is one of i_ratio."""
-    model = fit(with_adapter(model_of("llama"), S2FTConfig(i_ratio=0.1)), 1)
+@pytest.mark.parametrize(
+    "ratios, steps, rank_pattern",
+    [(WHOLE_KEYS, 0, True), (dict(i_ratio=0.1), 1, True), (dict(i_ratio=0.1), 1, False)],
+    ids=["deltas of zero", "inputs of every layer", "inputs of every layer, one rank"],
+)
+def test_what_a_lora_could_be_read_as_survives_the_round_trip(ratios, steps, rank_pattern, tmp_path):
+    """The units of a zero delta still belong to the adapter. A LoRA whose ranks take one input each, also in layers
+    whose units are outputs, is one of i_ratio."""
+    model = fit(with_adapter(model_of("llama"), S2FTConfig(**ratios)), steps)
     export_lora(model, tmp_path, rank_pattern=rank_pattern)
     assert_same_adapters(lora.read(tmp_path, model_of("llama")), get_adapter(model, "default"))
 
@@ -186,7 +180,7 @@ def test_a_custom_module(tmp_path):
     model, other = net(), net()
     s2ft.attach(model, S2FTConfig(u_ratio=0.3, d_ratio=0.2), couplings=mlp, example=x)
     export_lora(randomize(model), tmp_path)
-    assert relative(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
+    assert relative_difference(with_peft(net(), tmp_path)(x), model(x)) < 1e-5
     import_lora(other, tmp_path, couplings=mlp)
     assert_same_adapters(get_adapter(other, "default"), get_adapter(model, "default"))
 
@@ -266,17 +260,19 @@ SPOILT = {
 }
 
 
-def as_pickle(folder):
-    (folder / lora.TENSORS).rename(folder / "adapter_model.bin")
-
-
 def refused_loras():
     """Change of the LoRA, its options, change of its folder, key word."""
     for name, (change, options, word) in REFUSED.items():
         yield pytest.param(change, options, lambda folder: None, word, id=name)
     for name, (how, word) in SPOILT.items():
         yield pytest.param(one_hot, {}, lambda folder, how=how: spoil(folder, **how), word, id=name)
-    yield pytest.param(one_hot, {}, as_pickle, "run code", id="pickle")
+    yield pytest.param(
+        one_hot,
+        {},
+        lambda folder: (folder / lora.TENSORS).rename(folder / "adapter_model.bin"),
+        "run code",
+        id="pickle",
+    )
 
 
 def test_a_lora_of_peft_in_any_order_of_ranks(tmp_path):

@@ -83,11 +83,10 @@ def test_scores_are_those_of_the_model_with_the_earlier_adapters():
     model = model_of(CASE)
     sequence(model, tasks=TASKS[:2])
     merged = s2ft.merge(copy.deepcopy(model))
-    config = config_of("three", selection="gradient")
     calibration = [{"input_ids": token_batch(model)}]
     taken = (s2ft.get_adapter(model, "one") + s2ft.get_adapter(model, "two")).selection
     expected = s2ft.select(merged, config_of("three", selection="gradient", exclude=taken), calibration)
-    s2ft.attach(model, config, name="three", calibration=calibration, on_top=True)
+    s2ft.attach(model, config_of("three", selection="gradient"), "three", calibration=calibration, on_top=True)
     assert attachment_of(model).selection == expected
 
 

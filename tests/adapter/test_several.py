@@ -4,9 +4,10 @@ import copy
 
 import pytest
 import torch
+import torch._dynamo.testing
 from state.models import make_adapter, ratios, tiny_model
 from support.models import ALL_RATIOS, model_of, output_of, ratios_for, token_batch
-from support.states import randomize, same, with_adapter, with_loaded
+from support.states import same, with_loaded
 
 import s2ft
 from s2ft import S2FTConfig
@@ -16,11 +17,10 @@ CASE = "llama-grouped"
 
 def adapters_of(case, names):
     """Random adapters; their models are not kept."""
-    found = {}
-    for seed, name in enumerate(names):
-        model = with_adapter(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed), name=name)
-        found[name] = s2ft.get_adapter(randomize(model, seed, 0.1), name)
-    return found
+    return {
+        name: make_adapter(model_of(case), S2FTConfig(**ratios_for(case, ALL_RATIOS), seed=seed), name, seed)
+        for seed, name in enumerate(names)
+    }
 
 
 TWO = adapters_of(CASE, "ab")
@@ -73,24 +73,18 @@ def test_switching_does_not_recompile():
     for adapter in adapters:
         s2ft.load_adapter(model, adapter, active=False, trainable=adapter.name == "a")
     model.requires_grad_(False)
-    compilations = []
-
-    def backend(graph, inputs):
-        compilations.append(1)
-        return graph
-
-    compiled = torch.compile(model, backend=backend)
-    batch = token_batch(model)
+    counter, batch = torch._dynamo.testing.CompileCounter(), token_batch(model)
+    compiled = torch.compile(model, backend=counter)
     for name in ("a", "b"):
         s2ft.set_adapter(model, name)
         with torch.no_grad():
             compiled(batch)
-    seen = len(compilations)
+    seen = counter.frame_count
     for name in ("c", "a", None, {"b": 0.5, "c": 2}, "a", "b"):
         s2ft.set_adapter(model, name)
         with torch.no_grad():
             assert torch.allclose(compiled(batch).logits, model(batch).logits, atol=1e-5)
-    assert len(compilations) == seen
+    assert counter.frame_count == seen
 
 
 @pytest.mark.parametrize("case", ("phi3-grouped", "gpt2", "mixtral", "deepseek-v3", "t5"))

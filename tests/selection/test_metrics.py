@@ -6,7 +6,7 @@ import pytest
 import torch
 from selection import reference
 from support.inside import ALLOCATIONS, METRICS, Calibration, Request, config, couplings_of
-from support.models import ALL_RATIOS, model_of
+from support.models import ALL_RATIOS, WHOLE_KEYS, model_of
 from torch.utils.data import DataLoader
 
 import s2ft
@@ -25,7 +25,6 @@ CASES = (
     "mixtral",
     "deepseek-v3",
 )
-RATIOS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}
 
 
 def batch_of(model, rows=3, length=8, padded=True):
@@ -43,7 +42,7 @@ def calibration_for(metric, model):
 
 
 def scores_of(model, metric, data, couplings=None, **config):
-    config = S2FTConfig(**{**RATIOS, **config}, selection=metric)
+    config = S2FTConfig(**{**WHOLE_KEYS, **config}, selection=metric)
     calibration = None if data is None else Calibration(data, torch.device("cpu"))
     return METRICS[metric].score(Request(couplings_of(model, couplings), config, model, calibration))
 
@@ -69,7 +68,7 @@ def test_scores_equal_the_simple_computation(case, metric):
 def test_the_selected_units_have_the_best_scores(metric, order, case):
     model = model_of(case)
     data = calibration_for(metric, model)
-    selection = s2ft.select(model, S2FTConfig(**RATIOS, selection=metric, order=order), data)
+    selection = s2ft.select(model, S2FTConfig(**WHOLE_KEYS, selection=metric, order=order), data)
     scores = reference.scores(model, metric, [batch_of(model)])
     for coupling in couplings_of(model):
         for projection in coupling.projections:

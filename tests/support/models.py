@@ -250,6 +250,7 @@ AUTO = {
 }  # all other configs use AutoModelForCausalLM
 
 ALL_RATIOS = dict(q_ratio=0.5, k_ratio=0.5, v_ratio=0.7, o_ratio=0.5, u_ratio=0.2, g_ratio=0.1, d_ratio=0.15)
+WHOLE_KEYS = {**ALL_RATIOS, "k_ratio": 1.0, "v_ratio": 1.0}  # all key and value heads
 
 
 def model_of(case: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
