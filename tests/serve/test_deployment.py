@@ -29,10 +29,8 @@ def test_the_image_gets_the_files_that_the_build_needs():
 
 
 def command_lines():
-    compose = (ROOT / "examples/serve/compose.yaml").read_text()
-    unit = (ROOT / "examples/serve/s2ft.service").read_text()
-    yield from re.findall(r"command: >-\n\s+(.*)", compose)
-    yield from re.findall(r"(?m)^Exec\w+=\S+/s2ft (.*)", unit)
+    yield from re.findall(r"command: >-\n\s+(.*)", (ROOT / "examples/serve/compose.yaml").read_text())
+    yield from re.findall(r"(?m)^Exec\w+=\S+/s2ft (.*)", (ROOT / "examples/serve/s2ft.service").read_text())
 
 
 @pytest.mark.parametrize("line", list(command_lines()))

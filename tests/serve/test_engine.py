@@ -107,13 +107,19 @@ def users(engine):
     return sum(served.users for served in engine.adapters._served.values())
 
 
-def test_jobs_of_several_adapters_share_a_batch(folder):
-    bank = FakeBank()
-    with busy_engine(folder, bank) as (engine, gate, first):
-        clients = [Client(engine, name) for name in ("a", "b", None, "a")]
+def batches_of(folder, jobs, limit=100, **options):
+    """Answer jobs, the arguments of their clients, that arrive while another one runs. Returns each batch's adapters."""
+    bank = FakeBank(limit)
+    with busy_engine(folder, bank, **options) as (engine, gate, first):
+        clients = [Client(engine, *job) for job in jobs]
         gate.open()
         assert all(client.last().finish == "length" for client in [first, *clients])
-        assert len(max(bank.batches, key=len)) == 5 and len(set(max(bank.batches, key=len))) == 3
+    return bank.batches
+
+
+def test_jobs_of_several_adapters_share_a_batch(folder):
+    largest = max(batches_of(folder, [("a",), ("b",), (None,), ("a",)]), key=len)
+    assert len(largest) == 5 and len(set(largest)) == 3
 
 
 def test_the_queue_is_bounded_and_cancelled_jobs_leave_it(folder):
@@ -181,13 +187,9 @@ def test_an_adapter_that_can_not_be_loaded_fails_only_its_own_jobs(folder, error
 
 
 def test_a_job_waits_until_the_bank_has_room(folder):
-    bank = FakeBank(limit=1)
-    with busy_engine(folder, bank) as (engine, gate, first):
-        clients = [Client(engine, name) for name in "abcabc"]
-        gate.open()
-        assert all(client.last().finish == "length" for client in [first, *clients])
-        assert all(len({name for name in names if name}) <= 1 for names in bank.batches)
-        assert len(bank.batches) < 120  # and does not look again at every token
+    batches = batches_of(folder, [(name,) for name in "abcabc"], limit=1)
+    assert all(len({name for name in names if name}) <= 1 for names in batches)
+    assert len(batches) < 120  # and does not look again at every token
 
 
 def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):
@@ -211,14 +213,10 @@ def test_an_error_of_the_model_fails_only_its_batch(folder, caplog):
 
 
 def test_a_batch_has_no_more_tokens_than_allowed(folder):
-    bank = FakeBank()
-    with busy_engine(folder, bank, max_batch_tokens=30) as (engine, gate, first):  # 7 tokens of the batch's 30
-        clients = [Client(engine, "a") for _ in range(6)]
-        long = Client(engine, "b", prompt=[5] * 30, max_tokens=3)
-        gate.open()
-        assert all(client.last().finish == "length" for client in [first, *clients, long])
-        assert max(map(len, bank.batches)) == 4
-        assert all(len(names) == 1 for names in bank.batches if "b#1" in names)
+    jobs = [*[("a",)] * 6, ("b", [5] * 30, 3)]
+    batches = batches_of(folder, jobs, max_batch_tokens=30)  # each of the six has 7 tokens of the batch's 30
+    assert max(map(len, batches)) == 4
+    assert all(len(names) == 1 for names in batches if "b#1" in names)
 
 
 def test_stopping_fails_the_remaining_jobs(folder):

@@ -42,10 +42,14 @@ def complete(url, name):
 def test_runs_adapters_and_directories_are_served_under_their_names(spare, tmp_path):
     runs = tmp_path / "runs"
     make_run(spare, runs / "math"), make_run(spare, runs / "chat", "a1")
-    single = make_run(spare, tmp_path / "single")
     shutil.copytree(spare / "a1", tmp_path / "plain")
-    sources = [runs, single, tmp_path / "plain", f"seventh={make_run(spare, tmp_path / 'old-7')}"]
-    sources += [make_run(spare, tmp_path / "inner") / "adapter"]
+    sources = [
+        runs,
+        make_run(spare, tmp_path / "single"),
+        tmp_path / "plain",
+        f"seventh={make_run(spare, tmp_path / 'old-7')}",
+        make_run(spare, tmp_path / "inner") / "adapter",
+    ]
     with running(sources, tiny_model(**UNTIED)) as (url, _):
         assert served(url) == [BASE, "chat", "inner", "math", "plain", "seventh", "single"]
         assert [complete(url, name).status_code for name in ("math", "seventh", "inner")] == [200] * 3
