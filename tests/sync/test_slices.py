@@ -10,7 +10,7 @@ from support.composites import composite_of
 from support.inside import SlicesTrainedSlices as TrainedSlices, hashes_of, to_message
 from support.models import ALL_RATIOS, CASES, model_of, ratios_for
 from support.pairs import rest_slow
-from support.states import randomize, same, tensors_of
+from support.states import randomize, same, tensors_of, with_adapter
 
 import s2ft
 
@@ -34,8 +34,7 @@ def check(model, folder, merge):
 
 
 def attached(model, **config):
-    s2ft.attach(model, s2ft.S2FTConfig(**config))
-    return model
+    return with_adapter(model, s2ft.S2FTConfig(**config))
 
 
 def peft_form(model, autocast=False, **config):
@@ -63,14 +62,6 @@ def test_slices_are_those_of_the_merged_checkpoint(case, form, tmp_path):
     assert check(model, tmp_path, lambda: merged(model)).numel == trained
 
 
-def test_a_forward_before_the_description_changes_nothing(tmp_path):
-    model = model_of("llama-grouped")
-    model.save_pretrained(tmp_path / "base")
-    model = randomize(peft_form(model, d_ratio=0.2))
-    model(torch.arange(4)[None])  # PEFT's form has base + delta in the weights now
-    check(model, tmp_path, lambda: merged(model))
-
-
 # ---- weights in full, dtypes, several adapters ---------------------------------------------------------
 
 
@@ -87,6 +78,12 @@ def two_adapters(model):
     model = peft_form(model, d_ratio=0.1, seed=1)
     model.add_adapter("two", S2FTPeftConfig(d_ratio=0.2, o_ratio=0.5, seed=2), autocast_adapter_dtype=False)
     model.base_model.set_adapter(["default", "two"])
+    return model
+
+
+def ran_before(model):
+    model = randomize(peft_form(model, d_ratio=0.2))
+    model(torch.arange(4)[None])  # PEFT's form has base + delta in the weights now
     return model
 
 
@@ -112,6 +109,7 @@ MADE = {  # the case, its dtype, what is made of it, and the name of a tensor th
         None,
     ),
     "PEFT's float32 delta of it": ("llama-grouped", torch.bfloat16, lambda model: peft_form(model, True, **WIDE), None),
+    "a forward before the description": ("llama-grouped", torch.float32, ran_before, None),
     "two adapters of PEFT": ("llama-grouped", torch.float32, two_adapters, None),
 }
 
