@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from support.states import randomize, with_adapter
+from support.states import randomize, with_adapter, with_loaded
 from torch import nn
 
 import s2ft
@@ -39,9 +39,7 @@ class Scene:
             make_adapter(self.plain, config, name, seed)
             for seed, (name, config) in enumerate({"a": self.config, "b": other}.items())
         ]
-        self.loaded = copy.deepcopy(self.plain)
-        for adapter in self.adapters:
-            s2ft.load_adapter(self.loaded, adapter)
+        self.loaded = with_loaded(with_loaded(copy.deepcopy(self.plain), self.adapters[0]), self.adapters[1])
         self.trainable = randomize(with_adapter(copy.deepcopy(self.plain), self.config), 3, 0.1)
         self.base = describe(self.plain)
 

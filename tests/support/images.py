@@ -62,10 +62,8 @@ def _template(image: str) -> str:
 def qwen2_5_vl() -> tuple[PreTrainedModel, ProcessorMixin]:
     """Qwen2.5-VL: patches of images one after another, and a vision tower with windows."""
     sizes = dict(patch_size=PATCH, temporal_patch_size=2, merge_size=2, min_pixels=64, max_pixels=SIDE**2)
-    template = _template("<start><image><end>")
-    tokenizer = _tokenizer()
     images, videos = Qwen2VLImageProcessor(**sizes), Qwen2VLVideoProcessor(**sizes)
-    processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=template)
+    processor = Qwen2_5_VLProcessor(images, _tokenizer(), videos, chat_template=_template("<start><image><end>"))
     rope = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
     vision = dict(depth=3, hidden_size=32, intermediate_size=48, num_heads=4, out_hidden_size=32, patch_size=PATCH)
     config = Qwen2_5_VLConfig(
@@ -98,8 +96,9 @@ def llava() -> tuple[PreTrainedModel, ProcessorMixin]:
     """LLaVA: CLIP, whose last layer is not used."""
     size = {"height": SIDE, "width": SIDE}
     images = CLIPImageProcessor(size=size, crop_size=size)
-    template = _template("<image>")
-    processor = LlavaProcessor(images, _tokenizer(), PATCH, "default", template, num_additional_image_tokens=1)
+    processor = LlavaProcessor(
+        images, _tokenizer(), PATCH, "default", _template("<image>"), num_additional_image_tokens=1
+    )
     config = LlavaConfig(
         text_config={**TEXT, "model_type": "llama"},
         vision_config={**VISION, "model_type": "clip_vision_model"},

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[2]
+from support.sources import ROOT
+
 TOKENS = 24
 OPTIONS = {
     "dtype": "float32",

@@ -149,8 +149,20 @@ def trainer_of(kind: str, form: str, folder: str, dtype: str, output: str, serve
     module, name = TRAINERS[kind]
     module = import_module(module)
     where = dict(vllm_mode="server", vllm_server_base_url=server) if server else dict(vllm_mode="colocate")
-    common = dict(per_device_train_batch_size=4, max_steps=3, learning_rate=1e-2, report_to="none", logging_steps=1)
-    common |= dict(output_dir=output, save_strategy="no", use_cpu=True, bf16=False, use_vllm=True, seed=1, **where)
+    common = dict(
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-2,
+        report_to="none",
+        logging_steps=1,
+        output_dir=output,
+        save_strategy="no",
+        use_cpu=True,
+        bf16=False,
+        use_vllm=True,
+        seed=1,
+        **where,
+    )
     if kind == "online_dpo":
         import_module(f"{TRAINERS[kind][0]}.online_dpo_trainer").torch = OnCpu("torch")
         common |= dict(max_new_tokens=12, max_length=64, missing_eos_penalty=None)
@@ -311,15 +323,16 @@ def command(folder, output, *options):
         found.append(logs.get("sampling/sampling_logp_difference/max"))
 
     GRPORunTrainer.log = watched
-    rows = [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)]
-    data = write_jsonl(Path(f"{output}.jsonl"), rows)
+    data = write_jsonl(Path(f"{output}.jsonl"), [{"question": f"{a}+1=", "answer": str(a + 1)} for a in range(8)])
     mine = Path(f"{output}.py")
     mine.write_text("def longer(completions, **_):\n    return [len(set(c[0]['content'])) / 8 for c in completions]\n")
-    words = ["grpo", "--model", folder, "--data", str(data), "--rewards", f"{mine}:longer", "--output", output]
-    words += ["--d-ratio", "0.1", "--v-ratio", "0.3", "--batch-size", "8", "--num-generations", "4", "--max-steps", "4"]
-    words += ["--max-completion-length", "8", "--use-vllm", "true", "--save-steps", "2"]
-    words += ["--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2", "--learning-rate", "1e-2"]
-    words += options
+    words = [
+        *("grpo", "--model", folder, "--data", str(data), "--rewards", f"{mine}:longer", "--output", output),
+        *"--d-ratio 0.1 --v-ratio 0.3 --batch-size 8 --num-generations 4 --max-steps 4 --save-steps 2".split(),
+        *"--max-completion-length 8 --use-vllm true --learning-rate 1e-2".split(),
+        *("--eval-data", str(data), "--eval-strategy", "steps", "--eval-steps", "2"),
+        *options,
+    ]
     assert main([*words, "--stop-after", "2"]) == 0 and main([*words, "--resume"]) == 0
     steps = max(json.loads(line)["step"] for line in (Path(output) / "log.jsonl").read_text().splitlines())
     print(json.dumps({"steps": steps, "logp": max(one for one in found if one is not None)}))
