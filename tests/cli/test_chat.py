@@ -16,9 +16,8 @@ SHORT = ("--max-new-tokens", 9)
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(work):
     """A folder with model/ and the outputs of two runs, runs/math and runs/talk."""
-    work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
     for seed, (name, template) in enumerate({"math": CHAT, "talk": OTHER}.items()):
         info, folder = {"prompt": {"form": "chat", "template": template, "system": f"Be {name}."}}, work / "runs" / name

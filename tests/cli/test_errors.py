@@ -11,6 +11,7 @@ import sys
 from unittest.mock import Mock
 
 import pytest
+from support.commands import files_of
 
 import s2ft
 from s2ft.cli.main import COMMANDS, main, set_up_logging
@@ -91,8 +92,7 @@ def test_a_file_that_can_not_be_written_is_one_line_and_exit_1(capsys, tmp_path,
 
 
 def sft(work, output, *more):
-    files = {"--model": work / "model", "--data": work / "data.jsonl", "--output": output}
-    return ["sft", *(str(word) for pair in files.items() for word in pair), *map(str, more)]
+    return ["sft", *files_of(work, output), *more]
 
 
 @pytest.mark.parametrize("name", ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_PARALLELISM_CONFIG"))

@@ -21,9 +21,7 @@ def make_adapter(model_folder, folder, **info):
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
-    work = tmp_path_factory.mktemp("work")
-    save_tiny(work / "model")
+def work(work):
     make_adapter(work / "model", work / "adapter")
     return work
 

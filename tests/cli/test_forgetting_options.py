@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from support.commands import s2ft_command
+from support.commands import files_of, s2ft_command
 from support.inside import read_log
 from text.test_divergence import direct, direct_kl
 from train.tiny import sums, tiny_model, tiny_tokenizer, write_jsonl
@@ -21,8 +21,7 @@ def work(work):
 
 def sft(work, output, *words, status=0):
     options = ["--batch-size", "2", "--max-steps", "4", "--save-steps", "2", "--lr", "1e-2", "--d-ratio", "0.1"]
-    files = ["--model", work / "model", "--data", work / "data.jsonl", "--output", output]
-    assert s2ft_command("sft", *files, *options, *words) == status
+    assert s2ft_command("sft", *files_of(work, output), *options, *words) == status
 
 
 @pytest.fixture(scope="module")

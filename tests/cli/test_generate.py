@@ -12,9 +12,8 @@ import s2ft
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(work):
     """A folder with model/ and adapter/."""
-    work = tmp_path_factory.mktemp("work")
     save_tiny(work / "model", **UNTIED)
     save_random_adapter(work / "adapter", tiny_model(**UNTIED), 0.3, d_ratio=0.2, o_ratio=0.5)
     return work

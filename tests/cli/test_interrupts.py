@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 import pytest
 import torch
+from support.commands import files_of
 from support.inside import checkpoints, newest_valid, read_log
 from support.states import same, tensors_of
 from train.tiny import save_tiny
@@ -23,26 +24,9 @@ STEPS, SAVE = 20, 3
 def command(work, output, *more):
     return [
         "sft",
-        "--model",
-        str(work / "model"),
-        "--data",
-        str(work / "data.jsonl"),
-        "--output",
-        str(output),
-        "--max-steps",
-        str(STEPS),
-        "--batch-size",
-        "4",
-        "--micro-batch-size",
-        "2",
-        "--learning-rate",
-        "1e-2",
-        "--save-steps",
-        str(SAVE),
-        "--d-ratio",
-        "0.1",
-        "--o-ratio",
-        "0.25",
+        *files_of(work, output),
+        *f"--max-steps {STEPS} --save-steps {SAVE} --batch-size 4 --micro-batch-size 2 --learning-rate 1e-2".split(),
+        *"--d-ratio 0.1 --o-ratio 0.25".split(),
         *more,
     ]
 

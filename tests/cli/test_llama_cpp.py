@@ -29,9 +29,8 @@ shutil.copy("{copied}", file)
 
 
 @pytest.fixture(scope="module")
-def work(tmp_path_factory):
+def work(work):
     """A base and an adapter, the folder llama.cpp with the stand-ins, and two further files: the base and a q8_0."""
-    work = tmp_path_factory.mktemp("work")
     base_of(work / "model")
     make_adapter(work / "model", work / "adapter", prompt={"form": "chat", "template": "{{ 1 }}", "system": "Be."})
     folder = work / "llama.cpp"

@@ -5,7 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from support.commands import s2ft_command
+from support.commands import files_of, s2ft_command
 from support.inside import explain_out_of_memory, is_out_of_memory, smaller_step, words_of_allocator
 
 GPU = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.1 GiB.")
@@ -31,8 +31,8 @@ def fails_at(step):
 
 def test_training(work, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("s2ft.train.trainers.SFTRunTrainer.training_step", fails_at(1))
-    files = ("--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "run")
-    assert s2ft_command("sft", *files, *"--batch-size 4 --max-steps 3 --save-steps 1 --max-length 200".split()) == 1
+    options = "--batch-size 4 --max-steps 3 --save-steps 1 --max-length 200"
+    assert s2ft_command("sft", *files_of(work, tmp_path / "run"), *options.split()) == 1
     printed = capsys.readouterr().err
     error = printed[printed.index("s2ft sft: error: ") :].splitlines()
     assert error[0].startswith("s2ft sft: error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; ")
@@ -40,15 +40,14 @@ def test_training(work, tmp_path, monkeypatch, capsys):
     assert "checkpoint-1 is kept" in error[1] and len(error) == 2 and "Traceback" not in printed
 
 
-@pytest.mark.parametrize("command", ("generate", "eval"))
-def test_answers(command, work, monkeypatch, capsys):
+@pytest.mark.parametrize("command, switch", (("generate", "--dtype bfloat16"), ("eval", "--batch-size 8")))
+def test_answers(command, switch, work, monkeypatch, capsys):
     monkeypatch.setattr("transformers.LlamaForCausalLM.forward", Mock(side_effect=GPU))
     options = {"generate": ["--prompt", "2+3="], "eval": ["--data", work / "data.jsonl", "--task", "arithmetic"]}
     assert s2ft_command(command, "--model", work / "model", "--max-new-tokens", 64, *options[command]) == 1
     printed = capsys.readouterr().err
     error = printed[printed.index(f"s2ft {command}: error: ") :].splitlines()
     assert "error: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB; " in error[0]
-    switch = {"generate": "--dtype bfloat16", "eval": "--batch-size 8"}[command]
     assert error[0].endswith(f"; {switch} needs less") and len(error) == 1
 
 

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from support.commands import files_of
 from support.inside import (
     NEEDS,
     MissingPackages,
@@ -81,19 +82,7 @@ def test_importing_a_module_without_its_package(module, package):
 
 @pytest.mark.slow
 def test_a_run_without_any_optional_package_but_those_of_training(work, tmp_path):
-    line = [
-        "sft",
-        "--model",
-        str(work / "model"),
-        "--data",
-        str(work / "data.jsonl"),
-        "--output",
-        str(tmp_path / "out"),
-        "--max-steps",
-        "1",
-        "--d-ratio",
-        "0.1",
-    ]
+    line = ["sft", *files_of(work, tmp_path / "out"), "--max-steps", "1", "--d-ratio", "0.1"]
     others = ["matplotlib", "peft", "gguf", "fastapi", "uvicorn", "prometheus_client", "tensorboard", "bitsandbytes"]
     done = without(others, f"from s2ft.cli.main import main; sys.exit(main({line!r}))")
     assert done.returncode == 0, done.stderr[-2000:]

@@ -2,6 +2,7 @@
 
 import pytest
 import yaml
+from support.commands import files_of
 from support.hub import fake_hub, uploaded
 from support.states import with_adapter
 
@@ -15,8 +16,10 @@ def hub(monkeypatch):
 
 @pytest.fixture
 def words(work, tmp_path):
-    paths = ["--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "my-run"]
-    return [*map(str, paths), "--max-steps", "1", "--batch-size", "4", "--system-prompt", "Add | up."]
+    return [
+        *files_of(work, tmp_path / "my-run"),
+        *("--max-steps", "1", "--batch-size", "4", "--system-prompt", "Add | up."),
+    ]
 
 
 def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):

@@ -1,8 +1,9 @@
 """s2ft select and the selection options of s2ft sft."""
 
 import pytest
-from support.commands import s2ft_command
+from support.commands import files_of, s2ft_command
 from support.inside import calibration_for
+from train.tiny import tiny_tokenizer
 
 import s2ft
 
@@ -11,40 +12,10 @@ RUN = ["--max-steps", "1", "--batch-size", "2", "--micro-batch-size", "2"]
 
 @pytest.mark.parametrize("metric", ("activation", "product", "gradient"))
 def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, capsys):
-    choice = [
-        "--selection",
-        metric,
-        "--order",
-        "smallest",
-        "--d-ratio",
-        "0.1",
-        "--v_ratio",
-        "0.5",
-        "--calibration-examples",
-        "6",
-    ]
-    assert (
-        s2ft_command(
-            "select",
-            "--model",
-            work / "model",
-            "--data",
-            work / "data.jsonl",
-            "--output",
-            tmp_path / "s.json",
-            "--batch-size",
-            2,
-            *choice,
-        )
-        == 0
-    )
+    choice = f"--selection {metric} --order smallest --d-ratio 0.1 --v_ratio 0.5 --calibration-examples 6".split()
+    assert s2ft_command("select", *files_of(work, tmp_path / "s.json"), "--batch-size", 2, *choice) == 0
     assert "down_proj" in capsys.readouterr().out
-    assert (
-        s2ft_command(
-            "sft", "--model", work / "model", "--data", work / "data.jsonl", "--output", tmp_path / "out", *choice, *RUN
-        )
-        == 0
-    )
+    assert s2ft_command("sft", *files_of(work, tmp_path / "out"), *choice, *RUN) == 0
     selection = s2ft.Selection.load(tmp_path / "s.json")
     assert selection == s2ft.Selection.load(tmp_path / "out/adapter")
     assert selection["model.layers.0.mlp.down_proj"].numel() == 6
@@ -53,18 +24,7 @@ def test_select_finds_the_units_that_finetune_trains(metric, work, tmp_path, cap
 
 
 def test_a_calibrated_run_resumes(work, tmp_path):
-    arguments = [
-        "sft",
-        "--model",
-        work / "model",
-        "--data",
-        work / "data.jsonl",
-        "--output",
-        tmp_path / "out",
-        "--selection",
-        "activation",
-        *RUN,
-    ]
+    arguments = ["sft", *files_of(work, tmp_path / "out"), "--selection", "activation", *RUN]
     assert s2ft_command(*arguments, "--save-steps", 1) == 0 and s2ft_command(*arguments, "--resume") == 0
     assert s2ft_command(*arguments, "--resume", "--calibration-examples", 2) == 2
 
@@ -90,29 +50,13 @@ def test_budget_exclude_and_units(work, tmp_path, capsys):
     )
     assert sum(map(len, second.units.values())) == 2 * 2 * (32 + 64) // 32
     assert not any(set(units.tolist()) & set(first[path].tolist()) for path, units in second.units.items())
-    assert (
-        s2ft_command(
-            "sft",
-            "--model",
-            work / "model",
-            "--data",
-            work / "data.jsonl",
-            "--output",
-            tmp_path / "out",
-            "--units",
-            tmp_path / "second.json",
-            *RUN,
-        )
-        == 0
-    )
+    assert s2ft_command("sft", *files_of(work, tmp_path / "out"), "--units", tmp_path / "second.json", *RUN) == 0
     assert "trained" in capsys.readouterr().out and s2ft.Selection.load(tmp_path / "out/adapter") == second
     assert s2ft_command("info", tmp_path / "out") == 0 and "units: given by the user" in capsys.readouterr().out
     assert select("third.json", "--units", tmp_path / "out/adapter") == second
 
 
 def test_rows_are_drawn_by_seed():
-    from train.tiny import tiny_tokenizer
-
     rows = [{"input_ids": [1, i, 2, 3], "labels": [-100, -100, 2, 3]} for i in range(2, 40)]
 
     def drawn(seed, examples=None):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.commands import s2ft_command
+from support.commands import files_of, s2ft_command
 from support.inside import load_model, read_log
 from train.test_loading import NEEDS_BITSANDBYTES
 from train.tiny import write_jsonl
@@ -14,22 +14,8 @@ from s2ft import read_adapter
 def sft(work, output, *more, steps=4, trained=("--d-ratio", "0.1"), rate="1e-2"):
     return s2ft_command(
         "sft",
-        "--model",
-        work / "model",
-        "--data",
-        work / "data.jsonl",
-        "--output",
-        output,
-        "--max-steps",
-        steps,
-        "--batch-size",
-        4,
-        "--micro-batch-size",
-        2,
-        "--learning-rate",
-        rate,
-        "--save-steps",
-        2,
+        *files_of(work, output),
+        *f"--max-steps {steps} --batch-size 4 --micro-batch-size 2 --learning-rate {rate} --save-steps 2".split(),
         *trained,
         *more,
     )

@@ -4,7 +4,7 @@ import pytest
 import yaml
 from support.pairs import rest_slow
 from support.states import same, tensors_of
-from train.tiny import save_tiny, sums, write_jsonl
+from train.tiny import assistant, save_tiny, sums, user, write_jsonl
 
 from s2ft.cli.main import main
 
@@ -67,11 +67,8 @@ def test_a_config_of_trl_runs_in_trl_and_here(name, tmp_path, monkeypatch):
     save_tiny(tmp_path / "model")
     (tmp_path / "chats").mkdir()
     for split, count in (("train", 12), ("test", 4)):
-        rows = [
-            [{"role": "user", "content": row["instruction"]}, {"role": "assistant", "content": row["output"]}]
-            for row in sums(count)
-        ]
-        write_jsonl(tmp_path / f"chats/{split}.jsonl", [{"messages": row} for row in rows])
+        chats = [{"messages": [user(row["instruction"]), assistant(row["output"])]} for row in sums(count)]
+        write_jsonl(tmp_path / f"chats/{split}.jsonl", chats)
     config = {"model_name_or_path": "model", "max_steps": 2, "use_cpu": True, **CONFIGS[name]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     words = ["--config", "run.yaml", "--output_dir"]
