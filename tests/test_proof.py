@@ -122,6 +122,7 @@ RIGHT = {
     "polynomial": per_token(lambda h: 0.1 * h**3 - h),
     "vmap": per_token(lambda h: torch.vmap(torch.tanh)(h)),
     "scale from the input": lambda block, x, h: h * x.norm(dim=-1, keepdim=True),
+    "read in evaluation mode": lambda block, x, h: h if block.training else F.linear(x, block.up.weight, block.up.bias),
 }
 MOVES = {  # wrong where units move
     "reversed channels": per_token(lambda h: h + h.flip(-1)),
@@ -165,9 +166,6 @@ PAST = {  # trained as one function and merged as another, in every layout
     "a layer in a list": lambda block, x, h: h * block.kept[0](x),
     "addmm": lambda block, x, h: torch.addmm(block.down.bias, h.flatten(0, 1), block.down.weight.t()).view_as(x),
 }
-RIGHT["read in evaluation mode"] = lambda block, x, h: (
-    h if block.training else F.linear(x, block.up.weight, block.up.bias)
-)
 READS = {
     "lowest number": lambda y, blocks: y.masked_fill(torch.arange(7) == 0, torch.finfo(y.dtype).min),
     "minus infinity": lambda y, blocks: y.masked_fill(torch.arange(7) < 5, -torch.inf),
@@ -237,14 +235,13 @@ def test_a_weight_that_is_read_past_its_layer_is_refused(name, layout):
 
 @pytest.mark.parametrize("name", READS)
 def test_what_the_outputs_hold_hides_nothing(name):
-    x = batch()
     net = Stack(RIGHT["polynomial"], READS[name])
     attach(net)
     s2ft.detach(net)
     leak = Stack(RIGHT["polynomial"], READS[name])
     leak.head = Leaking(leak)
     with pytest.raises(ValueError, match="an output changes"):
-        attach(leak, example=x)
+        attach(leak)
 
 
 class Leaking(nn.Module):
@@ -420,7 +417,6 @@ class Normed(Block):
 
 
 def test_an_interrupt_in_any_run_leaves_the_model_as_it_was():
-    x = batch()
     for fails_at in (*range(1, 20), 0):
         net = Stack(RIGHT["counted"])
         net.blocks = nn.ModuleList(Normed(RIGHT["counted"], i) for i in range(2))
@@ -428,7 +424,7 @@ def test_an_interrupt_in_any_run_leaves_the_model_as_it_was():
         before, modes = copy.deepcopy(net), [module.training for module in net.modules()]
         Normed.runs, Normed.fails_at, state = 0, fails_at, random.getstate()
         try:
-            attach(net, example=x)
+            attach(net)
             ended = True
         except KeyboardInterrupt:
             ended = False
