@@ -406,6 +406,13 @@ def reshard_all(model: nn.Module) -> None:
         module.reshard()
 
 
+def reshard_after_run(model: nn.Module) -> None:
+    """As :func:`reshard_all`, also after a forward that has failed, where FSDP2 would keep the root's parameters."""
+    for group in _groups(model):
+        group._training_state = type(group._training_state).IDLE
+    reshard_all(model)
+
+
 def ranks_sharing(tensors: Iterable[Tensor]) -> list[int] | None:
     """Return the ranks over which parameters are spread; None if each is complete on this rank."""
     for tensor in tensors:

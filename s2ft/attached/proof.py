@@ -28,7 +28,7 @@ from s2ft.attached.hosts import not_awaiting
 from s2ft.attached.mounting import mount, set_codecs, touched
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.distributed import Decision, decide, is_sharded, reshard_all
+from s2ft.distributed import Decision, decide, is_sharded, reshard_after_run
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.discovery.examples import examples_of
 from s2ft.model.parts import tower_of
@@ -364,7 +364,7 @@ class Proof:
         finally:
             record.snapshot.restore()
             record.snapshot = None
-            reshard_all(model)  # so that units move on the shards, not on gathered weights
+            reshard_after_run(model)  # so that units move on the shards, not on gathered weights
         return [tensor.detach() for tensor in output]
 
     def _run_backward(self, output: list[Tensor]) -> None:
