@@ -9,7 +9,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from support.inside import BaseDistributions, base_switch, divergence, divergences, mean_loss
 from support.models import CASES, model_of
 from support.pairs import rest_slow
-from support.states import randomize
+from support.states import randomize, with_adapter
 from train.tiny import tiny_model
 
 import s2ft
@@ -116,8 +116,7 @@ def of_transformers(model):
 
 
 def attached(model):
-    s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
-    return model
+    return with_adapter(model, s2ft.S2FTConfig(d_ratio=0.2, modules_to_save=["lm_head"]))
 
 
 WAYS = {

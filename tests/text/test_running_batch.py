@@ -7,7 +7,7 @@ import torch
 from serve.fleet import RunningBatch, alone, greedy, greedy_row, save_adapters
 from support.inside import Row, rows_interact
 from train.tiny import UNTIED, tiny_model
-from transformers import AutoModelForCausalLM, Lfm2Config, MambaConfig
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, MambaConfig, MistralConfig
 
 from s2ft import AdapterBank
 
@@ -92,27 +92,29 @@ def test_a_row_without_finite_logits_fails_alone(folder):
     assert rows[0].tokens and rows[0].failed is None and not rows[1].tokens and "finite" in rows[1].failed
 
 
-@pytest.mark.parametrize("kind", ["mistral", "gemma3_text"])
-def test_layers_with_a_window_use_only_their_window(kind):
-    from transformers import AutoModelForCausalLM, Gemma3TextConfig, MistralConfig
+WINDOW = dict(
+    vocab_size=64,
+    hidden_size=16,
+    intermediate_size=32,
+    num_hidden_layers=3,
+    num_attention_heads=2,
+    num_key_value_heads=1,
+    head_dim=8,
+    sliding_window=6,
+    max_position_embeddings=128,
+)
 
-    shape = dict(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        sliding_window=6,
-        max_position_embeddings=128,
-    )
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MistralConfig(**WINDOW),
+        Gemma3TextConfig(**WINDOW, layer_types=["sliding_attention", "full_attention", "sliding_attention"]),
+    ],
+    ids=["mistral", "gemma3_text"],
+)
+def test_layers_with_a_window_use_only_their_window(config):
     torch.manual_seed(0)
-    config = (
-        MistralConfig(**shape)
-        if kind == "mistral"
-        else Gemma3TextConfig(**shape, layer_types=["sliding_attention", "full_attention", "sliding_attention"])
-    )
     model = AutoModelForCausalLM.from_config(config).eval()
     batch = RunningBatch(model)
     rows = [greedy_row([n % 60 for n in range(3, 3 + length)]) for length in (4, 17, 9)]

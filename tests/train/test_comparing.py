@@ -89,7 +89,6 @@ def test_no_run_is_made_twice_and_a_new_seed_makes_its_own_runs_only(work, compa
 
 
 def line_of(method, rate, seed, loss, **values):
-    measured = {"loss_after": loss, "seconds_per_step": 1.0, "peak_mib": 100.0, "trained": 10, **values}
     return {
         "method": method,
         "rate": rate,
@@ -98,7 +97,11 @@ def line_of(method, rate, seed, loss, **values):
         "rows": 4,
         "updates": 2,
         "samples": [],
-        **measured,
+        "loss_after": loss,
+        "seconds_per_step": 1.0,
+        "peak_mib": 100.0,
+        "trained": 10,
+        **values,
     }
 
 

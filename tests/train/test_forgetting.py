@@ -66,11 +66,18 @@ def adapter_of(folder, step):
     return with_loaded(tiny_model(), folder.path / f"checkpoint-{step}")
 
 
-def limit_behind(values, step):
-    """A limit that the values of the steps up to this one are within, and the next one is not."""
+def limit_behind(meter, step, value="base_kl"):
+    """A limit that the meter's values of the steps up to this one are within, and the next one is not."""
+    values = {number: getattr(drift, value) for number, drift in meter.measured.items()}
     before, after = max(values[number] for number in range(1, step + 1)), values[step + 1]
     assert after > before, "the run does not forget steadily: choose another step"
     return (before + after) / 2
+
+
+def check_values(folder, expected):
+    """The saved values are these deltas'."""
+    for name, delta in s2ft.read_adapter(folder.adapter).deltas.items():
+        assert torch.equal(delta.values, expected[name].values)
 
 
 def test_each_measurement_equals_a_direct_computation(whole):
@@ -95,28 +102,23 @@ def test_measuring_changes_nothing_in_the_training(whole, tmp_path):
 @pytest.mark.parametrize("name, value, step", (("stop_at_forgetting", "forgetting", 1), ("stop_at_kl", "base_kl", 4)))
 def test_a_limit_ends_the_run_where_it_says(whole, tmp_path, caplog, name, value, step):
     caplog.set_level(logging.WARNING)
-    values = {number: getattr(drift, value) for number, drift in whole[3].measured.items()}
-    limit = limit_behind(values, step)
+    limit = limit_behind(whole[3], step, value)
     model, folder, result, meter = run(tmp_path, meter={name: limit})
     assert (result.steps, result.stopped_at, result.kept_step, result.finished) == (step + 1, step + 1, step, True)
-    assert (
-        f"step {step + 1}: {value} {values[step + 1]:.4g} is above {name} {limit:g}, so the training stops"
-        in caplog.text
-    )
+    beyond = getattr(whole[3].measured[step + 1], value)
+    assert f"step {step + 1}: {value} {beyond:.4g} is above {name} {limit:g}, so the training stops" in caplog.text
     assert f"the values of step {step} are kept" in caplog.text
     assert sorted(measured(folder)) == list(range(1, step + 2))
     assert not (folder.path / f"checkpoint-{step + 1}").exists()
     kept = s2ft.get_adapter(adapter_of(whole[1], step), "default").deltas
-    saved = s2ft.read_adapter(folder.adapter).deltas
-    assert all(torch.equal(delta.values, kept[name].values) for name, delta in saved.items())
+    check_values(folder, kept)
     assert result.drift == meter.measured[step] and getattr(result.drift, value) <= limit
     assert mean_loss(model, other_rows()) == pytest.approx(result.drift.other_loss, rel=1e-6)
 
 
 def test_a_run_with_a_limit_is_resumed_exactly(whole, tmp_path):
     """Checkpoints are written at every third step, and the meter measures at every second one."""
-    values = {step: drift.base_kl for step, drift in whole[3].measured.items()}
-    meter = {"every": 2, "stop_at_kl": limit_behind(values, 5)}
+    meter = {"every": 2, "stop_at_kl": limit_behind(whole[3], 5)}
     expected = run(tmp_path / "whole", meter=meter, save_steps=3)
     assert (expected[2].stopped_at, expected[2].kept_step) == (6, 4)
     for step in (3, 5):
@@ -143,16 +145,11 @@ def test_values_that_are_no_numbers_are_beyond_every_limit(tmp_path, monkeypatch
 
 
 def test_the_best_checkpoint_is_kept_if_the_run_asks_for_it(whole, tmp_path):
-    values = {step: drift.base_kl for step, drift in whole[3].measured.items()}
     changes = dict(eval_strategy="steps", eval_steps=2, save_steps=2, load_best_model_at_end=True)
-    meter = {"other": None, "stop_at_kl": limit_behind(values, 4)}
+    meter = {"other": None, "stop_at_kl": limit_behind(whole[3], 4)}
     _, folder, result, _ = run(tmp_path, meter=meter, evaluated=3, **changes)
     assert result.stopped_at == 5 and result.best_step == result.kept_step == 4
-    check = s2ft.read_adapter(folder.path / "checkpoint-4").deltas
-    assert all(
-        torch.equal(delta.values, check[name].values)
-        for name, delta in s2ft.read_adapter(folder.adapter).deltas.items()
-    )
+    check_values(folder, s2ft.read_adapter(folder.path / "checkpoint-4").deltas)
 
 
 # ---- other trainers ------------------------------------------------------------------------------------
@@ -188,9 +185,8 @@ def test_every_trainer_has_the_values_and_stops(kind, tmp_path):
     trainer.train()
     assert sorted(meter.measured) == [1, 2, 3, 4]
     assert meter.measured[4].base_kl == pytest.approx(direct_kl(base, direct(model, PROMPTS)[0]), rel=1e-3, abs=1e-5)
-    logged = [line for line in trainer.state.log_history if "base_kl" in line]
-    assert [line["step"] for line in logged] == [1, 2, 3, 4]
-    limit = limit_behind({step: drift.base_kl for step, drift in meter.measured.items()}, 2)
+    assert [line["step"] for line in trainer.state.log_history if "base_kl" in line] == [1, 2, 3, 4]
+    limit = limit_behind(meter, 2)
     model, trainer = trained_by(kind, tmp_path / "second")
     stopping = ForgettingMeter(prompts=PROMPTS, every=1, stop_at_kl=limit)
     trainer.add_callback(stopping)  # the simple way

@@ -38,8 +38,17 @@ def prompts(tokenizer, rows=ROWS):
 
 
 def arguments(path, **changes):
-    more = dict(per_device_train_batch_size=8, num_generations=4, max_completion_length=8, learning_rate=1e-2)
-    more |= dict(warmup_steps=0, save_steps=2, max_steps=6, seed=3, lr_scheduler_type="constant")
+    more = dict(
+        per_device_train_batch_size=8,
+        num_generations=4,
+        max_completion_length=8,
+        learning_rate=1e-2,
+        lr_scheduler_type="constant",
+        warmup_steps=0,
+        save_steps=2,
+        max_steps=6,
+        seed=3,
+    )
     return GRPOArguments(output_dir=str(path), **{**more, **changes})
 
 
@@ -73,8 +82,13 @@ def test_no_second_model_is_loaded_and_the_model_is_restored(tmp_path, monkeypat
     monkeypatch.setattr(grpo_trainer, "create_model_from_path", None)
     model, tokenizer = with_adapter(tiny_model(), CONFIG), tiny_tokenizer()
     config = dict(vars(model.generation_config))
-    options = arguments(tmp_path, beta=0.1, max_steps=2, save_steps=0)
-    trainer = GRPORunTrainer(model, REWARDS, options, prompts(tokenizer), tokenizer=tokenizer)
+    trainer = GRPORunTrainer(
+        model,
+        REWARDS,
+        arguments(tmp_path, beta=0.1, max_steps=2, save_steps=0),
+        prompts(tokenizer),
+        tokenizer=tokenizer,
+    )
     assert list(trainer.ref_model.parameters()) == []
     trainer.train()
     trainer.restore_model()

@@ -1,6 +1,7 @@
 """The options of a training command say how its base model is loaded."""
 
 import importlib.util
+import json
 import shutil
 
 import pytest
@@ -93,13 +94,11 @@ class OwnModel(LlamaForCausalLM):
 
 
 def test_code_of_a_checkpoint_runs_only_if_it_is_trusted(tiny, tmp_path):
-    import json
-
     folder = tmp_path / "own"
     shutil.copytree(tiny, folder)
     (folder / "own_code.py").write_text(CODE)
-    config = json.loads((folder / "config.json").read_text())
-    config |= {
+    config = {
+        **json.loads((folder / "config.json").read_text()),
         "model_type": "own",
         "auto_map": {"AutoConfig": "own_code.OwnConfig", "AutoModelForCausalLM": "own_code.OwnModel"},
     }

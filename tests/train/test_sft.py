@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
@@ -163,14 +164,12 @@ def test_two_runs_of_n_steps_equal_one_of_two_n(case, tmp_path):
 
 
 def test_resume_with_another_selection_is_an_error(whole, tmp_path):
-    again = interrupted_copy(whole, tmp_path / "again")
     with pytest.raises(ValueError, match="another selection"):
-        run(again, resume=True, config=s2ft.S2FTConfig(d_ratio=0.1, v_ratio=0.5, seed=1))
+        run(interrupted_copy(whole, tmp_path / "again"), resume=True, config=replace(CONFIG, seed=1))
 
 
 def test_accumulation_equals_one_large_batch(whole, tmp_path):
-    changes = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "save_steps": 0}
-    _, folder, _ = run(tmp_path / "out", **changes)
+    _, folder, _ = run(tmp_path / "out", per_device_train_batch_size=4, gradient_accumulation_steps=1, save_steps=0)
     assert [row[1] for row in losses(folder)] == pytest.approx([row[1] for row in losses(whole[1])], rel=1e-4)
 
 
@@ -295,8 +294,9 @@ def test_warm_up_rises_in_equal_parts_to_the_learning_rate(whole, tmp_path):
 
 def test_a_run_of_one_update_trains(tmp_path):
     """Earlier, the warm-up took the only step, with a learning rate of 0."""
-    changes = dict(max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, gradient_accumulation_steps=8)
-    _, folder, result = run(tmp_path / "out", **changes)
+    _, folder, result = run(
+        tmp_path, max_steps=-1, num_train_epochs=1, per_device_train_batch_size=8, gradient_accumulation_steps=8
+    )
     assert result.steps == 1
     assert all(bool((value != 0).any()) for key, value in tensors_of(folder.adapter).items() if key.endswith("delta"))
 
