@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.distributed import elements_of, full_values, is_dtensor, own_shard, sum_over_shards
-from s2ft.files.reading import check_finite
 from s2ft.layers import EXPERTS, TRANSPOSED_EXPERTS
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.weights import WeightHandle, weight_at
@@ -74,7 +73,8 @@ def read_print(label: str, tensor: Tensor) -> WeightPrint:
         ValueError: A sample is NaN or infinite, which JSON can't hold.
     """
     samples = _every(tensor, SAMPLES).double()
-    check_finite(f"{label} of the base", samples)
+    if not bool(torch.isfinite(samples).all()):
+        raise ValueError(f"{label} of the base is not finite: it has NaN or infinite values")
     return f"{label}{tuple(tensor.shape)}".encode() + _content(tensor), samples.tolist()
 
 
