@@ -249,8 +249,11 @@ DIFFERENTIABLE = {**TRAINED, **SUMS}
 WRITES = {f"write_slices_ {dim}": partial(written, dim) for dim in (0, 1)}  # change no version of the weights
 SMALL = {**DIFFERENTIABLE, **MOVES, **WRITES}  # every op, once for each dim
 
-MOVED = ((7,), (1, 1), (13, 9), (3, 5, 4), (0, 3), (70, 130), (3, 5000))
-MOVED_DIMS = [(shape, dim) for shape in MOVED for dim in range(len(shape))]
+MOVED_DIMS = [
+    (shape, dim)
+    for shape in ((7,), (1, 1), (13, 9), (3, 5, 4), (0, 3), (70, 130), (3, 5000))
+    for dim in range(len(shape))
+]
 OTHER = {
     # odd sizes, one unit, all units, the last unit; every number of leading dimensions
     **{

@@ -229,9 +229,6 @@ MLP = Coupling("ffn", 0, (Projection("u", "up", 10, 1, 0),), Projection("d", "do
 ROWS, GRID, SCALE = torch.randn(4, 6), torch.randn(2, 5, 6), torch.rand(4, 10)
 
 
-LOADER = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # its batches are lists
-
-
 @pytest.mark.parametrize(
     "make, batches, plain",
     (
@@ -241,7 +238,7 @@ LOADER = DataLoader(TensorDataset(ROWS, SCALE), batch_size=3)  # its batches are
         (Perceptron, [{"x": GRID, "attention_mask": mask_of((5, 2), 5)}], [(GRID[:1],), (GRID[1:, :2],)]),
         (Perceptron, [(ROWS, SCALE)], [(ROWS, SCALE)]),
         (Perceptron, [{"scale": SCALE, "x": ROWS}], [(ROWS, SCALE)]),
-        (Perceptron, LOADER, [(ROWS, SCALE)]),
+        (Perceptron, DataLoader(TensorDataset(ROWS, SCALE), batch_size=3), [(ROWS, SCALE)]),
         (Convolutional, [pixels(3)], [(pixels(3),)]),
     ),
 )

@@ -31,7 +31,6 @@ EXPERTS = {**HEADS, **MOE, "num_local_experts": 4}
 LATENT = {**SHAPE, **DEEPSEEK, "q_lora_rank": 9}  # low-rank queries, keys and values
 ENCODER = {**BERT, **IDS}
 IMAGES = {**ODD, **IMAGE, "num_labels": 5}
-SPEECH = {**WHISPER, **IDS, "input_feat_per_channel": 5, "conv_channels": 16}
 TRANSLATION = {**WHISPER, **IDS, "max_position_embeddings": 32}
 
 SHORT = {"num_hidden_layers": 2}
@@ -82,7 +81,6 @@ PARAKEET = {
     "dropout_positions": 0.0,
 }
 MAMBA = {**SHAPE, **IDS, **SHORT, "state_size": 8, "expand": 2, "time_step_rank": 4}
-FALCON = {**SHAPE, **IDS, **SHORT, "ffn_hidden_size": 52, "alibi": False, "bias": True, "parallel_attn": False}
 ENCODER_2 = {**ENCODER, **SHORT}
 PICTURE = {**IMAGES, **SHORT}
 BART = {
@@ -266,7 +264,16 @@ ROWS: dict[str, dict] = {
     ),
     # codegen, falcon, gpt_bigcode
     "codegen": {**GPT2, "n_embd": 32, "n_layer": 2, "rotary_dim": 2, "n_head": 8},
-    "falcon": {**FALCON, "multi_query": False},
+    "falcon": {
+        **SHAPE,
+        **IDS,
+        **SHORT,
+        "ffn_hidden_size": 52,
+        "alibi": False,
+        "bias": True,
+        "parallel_attn": False,
+        "multi_query": False,
+    },
     "gpt_bigcode": {**GPT2, "n_layer": 2, "multi_query": False},
     # hybrid
     "bailing_hybrid": {
@@ -614,7 +621,7 @@ ROWS: dict[str, dict] = {
     "fsmt": {**TRANSLATION, "src_vocab_size": 67, "tgt_vocab_size": 67, "langs": ["en", "de"], "activation": "gelu"},
     "m2m_100": TRANSLATION,
     "pegasus_x": {**TRANSLATION, "num_global_tokens": 2, "block_size": 4},
-    "speech_to_text": SPEECH,
+    "speech_to_text": {**WHISPER, **IDS, "input_feat_per_channel": 5, "conv_channels": 16},
 }
 GROUPED = tuple(
     model_type for model_type, options in ROWS.items() if "num_key_value_heads" in options and "q_lora_rank" not in options

@@ -138,12 +138,20 @@ def test_models_whose_rows_depend_on_each_other_are_detected():
 
 
 SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, **UNTIED}
-LFM2 = {"intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 
 
 @pytest.mark.parametrize(
     "config",
-    [Lfm2Config(**SMALL, **LFM2, layer_types=["conv", "full_attention"]), MambaConfig(**SMALL, state_size=4)],
+    [
+        Lfm2Config(
+            **SMALL,
+            intermediate_size=32,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            layer_types=["conv", "full_attention"],
+        ),
+        MambaConfig(**SMALL, state_size=4),
+    ],
     ids=["lfm2", "mamba"],
 )
 def test_a_model_with_recurrent_states_runs_its_rows_alone(config):

@@ -13,7 +13,6 @@ from support.inside import TokenRowTrainer, best_rate, report
 
 from s2ft.cli.main import main
 
-OWN_PROCESS = "s2ft.train.comparing.own_process"
 OPTIONS = "--max-steps 2 --batch-size 4 --d-ratio 0.1 --test-split-size 4 --rates 1 --lora-r 2"
 
 
@@ -31,7 +30,9 @@ def compare(work, words, output="out"):
     made, runs = [], work / output / "runs.jsonl"
     files = ["--model", work / "model", "--data", work / "data.jsonl", "--output", work / output]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(OWN_PROCESS, lambda words: made.append(words[-3:]) or main(["compare", *words]))
+        patch.setattr(
+            "s2ft.train.comparing.own_process", lambda words: made.append(words[-3:]) or main(["compare", *words])
+        )
         status = main(["compare", *map(str, files), *words.split()])
     lines = runs.read_text().splitlines() if runs.exists() else []
     return status, [json.loads(line) for line in lines], made

@@ -21,7 +21,6 @@ import s2ft
 
 ROWS = [{"question": f"{a}+1=", "chosen": f"{a + 1}", "rejected": "no idea"} for a in range(12)]
 # No layer is permuted and no kernel replaces the FFN's, so that every sum has the order of the untouched base.
-SAME_ORDER = dict(layout="indexed", ffn_kernel=False)
 
 
 def pairs(tokenizer, rows=ROWS, **options):
@@ -68,7 +67,12 @@ def test_the_loss_begins_at_log_2_and_the_chosen_answers_gain(whole):
 def test_the_reference_equals_the_untouched_base_bit_for_bit(dtype, extra):
     base, model = tiny_model(dtype=dtype), tiny_model(dtype=dtype)
     randomize(
-        with_adapter(model, s2ft.S2FTConfig(d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, **SAME_ORDER))
+        with_adapter(
+            model,
+            s2ft.S2FTConfig(
+                d_ratio=0.1, u_ratio=0.1, v_ratio=0.5, modules_to_save=extra, layout="indexed", ffn_kernel=False
+            ),
+        )
     )
     ids = torch.arange(60).view(3, 20)
     assert not torch.equal(model(ids).logits, base(ids).logits)
