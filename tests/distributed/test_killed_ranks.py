@@ -21,13 +21,8 @@ SECONDS = 5  # that a rank waits for another one, instead of half an hour
 
 @pytest.fixture
 def mortals(request):
-    with closing(Ranks(agent="agent" in request.param)) as made:
-        yield made
-
-
-@pytest.fixture
-def of_agent():
-    with closing(Ranks(agent=True)) as made:
+    """Ranks of an agent, as torchrun's, if the test does not say that rank 0 has their store."""
+    with closing(Ranks(agent=getattr(request, "param", "an agent") == "an agent")) as made:
         yield made
 
 
@@ -65,28 +60,35 @@ def save_once(directory):
 
 
 WRITING = "s2ft.adapter.native:replace_file"  # two calls each time: the config, then the tensors
+DEATHS = {  # the rank that dies, its call, and what the other one waits for
+    "before the tensors are replaced": (0, WRITING, 4, "saving an adapter: rank 1 waited for rank 0"),
+    "before the config is replaced": (0, WRITING, 3, "saving an adapter: rank 1 waited for rank 0"),
+    "before the slices are gathered": (
+        1,
+        "s2ft.attached.active:full_tensors",
+        2,
+        "gathering what is trained: rank 0 waited for rank 1",
+    ),
+}
+MORE_DEATHS = [("before the tensors are replaced", "rank 0"), *((death, "an agent") for death in list(DEATHS)[1:])]
 
 
 @pytest.mark.parametrize(
-    "number, mortals",
-    [(4, "an agent"), *(pytest.param(*case, marks=pytest.mark.slow) for case in ((3, "an agent"), (4, "rank 0")))],
+    "death, mortals",
+    [
+        ("before the tensors are replaced", "an agent"),
+        *(pytest.param(*one, marks=pytest.mark.slow) for one in MORE_DEATHS),
+    ],
     indirect=["mortals"],
 )
-def test_the_first_rank_dies_while_it_writes_an_adapter(mortals, number, tmp_path):
-    (error,) = errors_of_survivors(mortals, 0, WRITING, number, save_twice, tmp_path)
-    assert "saving an adapter: rank 1 waited for rank 0: it did not call this within 5 s" in error or (
+def test_a_rank_dies_while_an_adapter_is_saved(mortals, death, tmp_path):
+    victim, point, number, waits = DEATHS[death]
+    (error,) = errors_of_survivors(mortals, victim, point, number, save_twice, tmp_path)
+    assert f"{waits}: it did not call this within 5 s" in error or (
         not mortals.agent and "can't reach the store" in error
     )
     save_once(tmp_path / "expected")
     check_same_files(tmp_path / "first", tmp_path / "expected")  # the earlier one, whole
-
-
-@pytest.mark.slow
-def test_another_rank_dies_before_the_slices_are_gathered(of_agent, tmp_path):
-    (error,) = errors_of_survivors(of_agent, 1, "s2ft.attached.active:full_tensors", 2, save_twice, tmp_path)
-    assert "gathering what is trained: rank 0 waited for rank 1: it did not call this within 5 s" in error
-    save_once(tmp_path / "expected")
-    check_same_files(tmp_path / "first", tmp_path / "expected")
 
 
 # ---- checkpoints -----------------------------------------------------------------------------------------------
@@ -111,14 +113,14 @@ def train_to_the_end(rank, way, folder, resumed=None):
 
 
 @pytest.mark.parametrize("way, victim, point", KILLS)
-def test_a_rank_dies_while_a_checkpoint_is_written(of_agent, way, victim, point, tmp_path):
+def test_a_rank_dies_while_a_checkpoint_is_written(mortals, way, victim, point, tmp_path):
     errors_of_survivors(
-        of_agent, victim, point, 3 if point == WRITING else 2, train_to_the_end, way, tmp_path / "killed"
+        mortals, victim, point, 3 if point == WRITING else 2, train_to_the_end, way, tmp_path / "killed"
     )
     assert [path.name for path in tmp_path.glob("killed/checkpoint-*")] == ["checkpoint-2"]
     assert not (tmp_path / "killed" / "final").exists()
-    of_agent(train_to_the_end, way, tmp_path / "killed", True)
-    of_agent(train_to_the_end, way, tmp_path / "whole")
+    mortals(train_to_the_end, way, tmp_path / "killed", True)
+    mortals(train_to_the_end, way, tmp_path / "whole")
     check_same_files(tmp_path / "killed" / "final", tmp_path / "whole" / "final", exactly=True)
     assert sorted(path.name for path in (tmp_path / "killed").iterdir()) == ["checkpoint-2", "checkpoint-4", "final"]
 
@@ -174,7 +176,7 @@ def work_for_long(rank, folder):
             return str(error)
 
 
-def test_a_rank_that_works_for_longer_than_the_timeout_is_named_with_the_way_out(of_agent, tmp_path):
-    first, second = of_agent(work_for_long, tmp_path)
+def test_a_rank_that_works_for_longer_than_the_timeout_is_named_with_the_way_out(mortals, tmp_path):
+    first, second = mortals(work_for_long, tmp_path)
     assert "long work: rank 1 waited for rank 0: it did not call this within 0.1 s" in second
     assert "--ddp-timeout" in second and "waited for rank 1" in first

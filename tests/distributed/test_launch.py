@@ -16,8 +16,11 @@ from s2ft.cli.main import main
 ROOT = Path(__file__).parents[2]
 EXAMPLES = sorted(path.stem for path in (ROOT / "examples" / "accelerate").glob("*.yaml"))
 ON_CPU = str(ROOT / "tests" / "support" / "fsdp_on_cpu.py")  # on CPUs, accelerate would use DDP instead
-KIND = {name: "DEEPSPEED" for name in ("zero1", "zero2", "zero3")}
-KIND |= {"ddp": "MULTI_CPU", "fsdp2": "FSDP", "context": "FSDP", "tensor": "MULTI_CPU"}
+KIND = {
+    **dict.fromkeys(("zero1", "zero2", "zero3"), "DEEPSPEED"),
+    **dict.fromkeys(("fsdp2", "context"), "FSDP"),
+    **dict.fromkeys(("ddp", "tensor"), "MULTI_CPU"),
+}
 SIZES = {"context": "--parallelism_config_cp_size", "tensor": "--parallelism_config_tp_size"}
 # torchrun binds a free port itself. One that a test chose could be taken by another process before it is used.
 TORCHRUN = ("torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS))
@@ -29,25 +32,10 @@ def job(tmp_path_factory):
     ranks get rows twice in an incomplete last batch."""
     folder = tmp_path_factory.mktemp("job")
     arguments = [
-        "sft",
-        "--model",
-        str(save_tiny(folder / "model")),
-        "--data",
-        str(write_jsonl(folder / "data.jsonl", sums(16))),
-        "--batch-size",
-        "4",
-        "--micro-batch-size",
-        "2",
-        "--max-steps",
-        "4",
-        "--save-steps",
-        "2",
-        "--learning-rate",
-        "0.01",
-        "--d-ratio",
-        "0.1",
-        "--o-ratio",
-        "0.5",
+        *("sft", "--model", str(save_tiny(folder / "model"))),
+        *("--data", str(write_jsonl(folder / "data.jsonl", sums(16)))),
+        *"--batch-size 4 --micro-batch-size 2 --max-steps 4 --save-steps 2 --learning-rate 0.01".split(),
+        *"--d-ratio 0.1 --o-ratio 0.5".split(),
     ]
     assert main([*arguments, "--output", str(folder / "alone")]) == 0
     return arguments, folder / "alone" / "adapter"
@@ -101,16 +89,15 @@ def test_two_ranks_resume_exactly_in_a_later_epoch(job, tmp_path, more):
 
 def options_for(name, processes):
     """The options of accelerate for an example. Of four devices, each two share a row or a weight."""
-    options = ["--config_file", str(ROOT / "examples" / "accelerate" / f"{name}.yaml")]
-    options += ["--num_processes", str(processes)]
+    options = ["--config_file", str(ROOT / f"examples/accelerate/{name}.yaml"), "--num_processes", str(processes)]
     if name in SIZES and processes > 1:
         options += [SIZES[name], "2", "--parallelism_config_dp_shard_size", str(processes // 2)]
     return options
 
 
 def run_example(name, processes, *arguments):
-    port = ["--main_process_port", str(free_port())]
-    printed = launch("accelerate.commands.launch", *options_for(name, processes), *port, ON_CPU, *arguments)
+    options = [*options_for(name, processes), "--main_process_port", str(free_port())]
+    printed = launch("accelerate.commands.launch", *options, ON_CPU, *arguments)
     assert printed.count(f"ran as {KIND[name]}\n") == processes, printed
 
 
@@ -133,16 +120,9 @@ def test_example_selects_by_data_evaluates_stops_and_resumes(job, name, tmp_path
     """What only some devices can compute, since only they have the weights, reaches all of them."""
     arguments = [
         *job[0],
-        "--selection",
-        "activation",
-        "--seed",
-        "3",
-        "--test-split-size",
-        "4",
-        "--eval-strategy",
-        "steps",
+        *"--selection activation --seed 3 --test-split-size 4 --eval-strategy steps --eval-steps 2".split(),
+        *"--early-stopping-patience 9 --load-best-model-at-end".split(),
     ]
-    arguments += ["--eval-steps", "2", "--early-stopping-patience", "9", "--load-best-model-at-end"]
     assert main([*arguments, "--output", str(tmp_path / "alone")]) == 0
     run_example(name, RANKS, *arguments, "--output", str(tmp_path / "out"), "--stop-after", "2")
     run_example(name, RANKS, *arguments, "--output", str(tmp_path / "out"), "--resume")
@@ -187,10 +167,9 @@ def test_accelerate_takes_each_example_for_any_number_of_devices(name, processes
 @pytest.mark.slow
 def test_the_slurm_script_trains_on_two_machines_and_resumes_when_it_is_started_again(job, tmp_path):
     """Tasks of a stand-in for srun are processes of this machine."""
-    tools = ROOT / "tests" / "support" / "slurm"
     script = [str(ROOT / "examples" / "slurm" / "sft.sbatch"), str(ROOT / "examples" / "accelerate" / "ddp.yaml")]
     variables = {"SLURM_NNODES": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_JOB_NODELIST": "first,second"}
-    folders = [str(tools), str(Path(sys.executable).parent), os.environ["PATH"]]
+    folders = [str(ROOT / "tests" / "support" / "slurm"), str(Path(sys.executable).parent), os.environ["PATH"]]
     environment = {**environment_of_processes(), **variables, "PATH": os.pathsep.join(folders)}
     for more in (["--stop-after", "2"], []):
         command = ["bash", *script, *job[0][1:], "--output", str(tmp_path / "out"), *more]
@@ -213,8 +192,10 @@ def test_two_processes_resume_with_rewards_and_train_on_pairs_as_one(job, tmp_pa
         "def short(completions, **_):\n    return [-len(c[0]['content']) for c in completions]\n"
     )
     tasks = write_jsonl(tmp_path / "tasks.jsonl", [{"question": f"{a}+1="} for a in range(8)])
-    grpo = ["grpo", "--data", str(tasks), "--rewards", f"{tmp_path / 'mine.py'}:short", "--beta", "0.1", *common]
-    grpo += ["--num-generations", "4", "--max-completion-length", "8"]
+    grpo = [
+        *("grpo", "--data", str(tasks), "--rewards", f"{tmp_path / 'mine.py'}:short", "--beta", "0.1"),
+        *("--num-generations", "4", "--max-completion-length", "8", *common),
+    ]
     torchrun(tmp_path / "whole", *grpo)
     torchrun(tmp_path / "half", *grpo, "--stop-after", "2")
     torchrun(tmp_path / "half", *grpo, "--resume")

@@ -103,10 +103,8 @@ def shard_and_load(model, rank, state, keeps=False):
 def with_torch(rank, case, layout, directory, selection, real, first_keeps):
     """The ranks in `real` have weights when they attach, which the first one may shard. Returns whether the base is unchanged after detach."""
     model = model_of(case) if rank in real else meta_of(model_of(case))
-    state = model_of(case).state_dict()
     attach_to(model, case, layout, selection=selection)
-    if real:
-        state = model.state_dict()
+    state = (model if real else model_of(case)).state_dict()
     shard_and_load(model, rank, state, first_keeps and rank == 0)
     train(model, rank)
     s2ft.save_adapter(model, directory)
@@ -169,17 +167,17 @@ def test_a_trained_adapter_goes_on(ranks, has, tmp_path):
 
 
 def refusals(rank, saved):
-    tries = {}
-    meta = meta_of(model_of("llama-grouped"))
-    no_weights = s2ft.S2FTConfig(d_ratio=0.1, selection="weight")
-    tries["weight"] = lambda: s2ft.attach(meta, no_weights)
-    tries["active"] = lambda: s2ft.load_adapter(meta, saved)
+    meta, no_weights = meta_of(model_of("llama-grouped")), s2ft.S2FTConfig(d_ratio=0.1, selection="weight")
     waiting = attach_to(meta_of(model_of("llama-grouped")), "llama-grouped")
-    tries["save"] = lambda: s2ft.save_adapter(waiting, saved.parent / "nothing")
     broken = with_adapter(model_of("llama-grouped") if rank == 0 else meta_of(model_of("llama-grouped")), no_weights)
     other = model_of("llama-grouped").state_dict()
     other["model.layers.1.mlp.down_proj.weight"] *= 2
-    tries["another base"] = lambda: shard_and_load(broken, rank, other)
+    tries = {
+        "weight": lambda: s2ft.attach(meta, no_weights),
+        "active": lambda: s2ft.load_adapter(meta, saved),
+        "save": lambda: s2ft.save_adapter(waiting, saved.parent / "nothing"),
+        "another base": lambda: shard_and_load(broken, rank, other),
+    }
     messages = {}
     for name, act in tries.items():
         with pytest.raises((ValueError, RuntimeError)) as error:

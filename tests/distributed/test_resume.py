@@ -1,5 +1,7 @@
 """A run that is resumed on another number of ranks, or sharded in another way, trains the adapter of one process."""
 
+from functools import cache
+
 import pytest
 from runs import attach_to, attached, base_on, check_same_files, reset, unchanged_environment
 from support.inside import trainer as trainers
@@ -73,14 +75,12 @@ def run(request):
 @pytest.fixture(scope="module")
 def never_interrupted(tmp_path_factory):
     """The lines and the folder of one process that is not interrupted, by layout."""
-    made = {}
 
+    @cache
     def of(layout):
-        if layout not in made:
-            folder = tmp_path_factory.mktemp("whole")
-            with unchanged_environment():
-                made[layout] = train(0, 1, "ddp", layout, folder), folder / "final"
-        return made[layout]
+        folder = tmp_path_factory.mktemp("whole")
+        with unchanged_environment():
+            return train(0, 1, "ddp", layout, folder), folder / "final"
 
     return of
 

@@ -30,24 +30,15 @@ SLOW = [
 ]
 
 
-@pytest.fixture
-def prepared(tmp_path):
+def prepare(case, layout, folder):
     """Save the base of a case, two adapters for it, and the checkpoint that one process merges."""
-
-    def make(case, layout):
-        model_of(case).save_pretrained(tmp_path / "base")
-        model = type(model_of(case)).from_pretrained(tmp_path / "base")
-        for name, seed in (("a", 1), ("b", 2)):
-            randomize(
-                with_adapter(model, s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, seed=seed), name)
-            )
-            s2ft.save_adapter(model, tmp_path / name)
-            s2ft.detach(model)
-        with_adapters(model, tmp_path)
-        s2ft.merge(model).save_pretrained(tmp_path / "expected")
-        return tmp_path
-
-    return make
+    model_of(case).save_pretrained(folder / "base")
+    model = type(model_of(case)).from_pretrained(folder / "base")
+    for name, seed in (("a", 1), ("b", 2)):
+        config = s2ft.S2FTConfig(**ratios_for(case, ALL_RATIOS), layout=layout, seed=seed)
+        s2ft.save_adapter(randomize(with_adapter(model, config, name)), folder / name)
+        s2ft.detach(model)
+    s2ft.merge(with_adapters(model, folder)).save_pretrained(folder / "expected")
 
 
 def with_adapters(model, folder):
@@ -82,18 +73,18 @@ def save(rank, folder, how, is_on_disk):
         ),
     ],
 )
-def test_two_ranks_save_what_one_process_merges(ranks, prepared, case, layout, how, is_on_disk):
-    folder = prepared(case, layout)
-    assert ranks(save, folder, how, is_on_disk) == [["a", "b", "base", "expected", "saved"]] * 2
-    check_equal(folder / "saved", folder / "expected")
+def test_two_ranks_save_what_one_process_merges(ranks, tmp_path, case, layout, how, is_on_disk):
+    prepare(case, layout, tmp_path)
+    assert ranks(save, tmp_path, how, is_on_disk) == [["a", "b", "base", "expected", "saved"]] * 2
+    check_equal(tmp_path / "saved", tmp_path / "expected")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("how, is_on_disk", [("fsdp", False), ("fsdp first", True), ("tp", False)])
-def test_four_ranks_save_what_one_process_merges(four_ranks, prepared, how, is_on_disk):
-    folder = prepared("llama", "permuted")
-    four_ranks(save, folder, how, is_on_disk)
-    check_equal(folder / "saved", folder / "expected")
+def test_four_ranks_save_what_one_process_merges(four_ranks, tmp_path, how, is_on_disk):
+    prepare("llama", "permuted", tmp_path)
+    four_ranks(save, tmp_path, how, is_on_disk)
+    check_equal(tmp_path / "saved", tmp_path / "expected")
 
 
 # ---- failures --------------------------------------------------------------------------------------------
@@ -121,10 +112,10 @@ def save_where_writing_fails(rank, folder, is_on_disk):
 
 
 @pytest.mark.parametrize("is_on_disk", (pytest.param(True, marks=pytest.mark.slow), False))
-def test_a_failure_of_the_first_rank_ends_all_and_leaves_nothing(ranks, prepared, is_on_disk):
-    folder = prepared("llama-grouped", "permuted")
-    first, second = ranks(save_where_writing_fails, folder, is_on_disk)
+def test_a_failure_of_the_first_rank_ends_all_and_leaves_nothing(ranks, tmp_path, is_on_disk):
+    prepare("llama-grouped", "permuted", tmp_path)
+    first, second = ranks(save_where_writing_fails, tmp_path, is_on_disk)
     left = ["a", "b", "base", "expected"]
     assert first == ("OSError: no space left on device", left)
     assert second == ("RuntimeError: rank 0 failed: OSError: no space left on device", left)
-    check_equal(folder / "saved", folder / "expected")
+    check_equal(tmp_path / "saved", tmp_path / "expected")

@@ -51,8 +51,10 @@ def load_parallelized(folder, mesh=None):
 
     model = load(folder, 1)
     outputs = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
-    plan = {name: ColwiseParallel() for name in outputs}
-    plan |= {name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")}
+    plan = {
+        **{name: ColwiseParallel() for name in outputs},
+        **{name: RowwiseParallel() for name in ("self_attn.o_proj", "mlp.down_proj")},
+    }
     for layer in model.model.layers:
         parallelize_module(layer, mesh or init_device_mesh("cpu", (2,)), plan)
     return model
