@@ -11,6 +11,7 @@ from support.inside import Projection, Vector, attachment_of
 from support.models import ALL_RATIOS, LAYOUTS
 from support.nets import seeded
 from support.states import same, with_adapter, with_loaded
+from support.tolerances import GEMM
 from test_life_cycle import Subject, live_natively
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -256,7 +257,8 @@ def test_a_convolutional_network_all_the_way(layout, memory_format, tmp_path):
     moved = {move.coupling.consumer.path for move in attachment_of(model).moves}
     assert moved == ({"second", "head"} if layout == "permuted" else set())
     with s2ft.disable_adapters(model), torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(model(image()), base(image()))
+        rtol, atol = GEMM[torch.bfloat16] if layout == "permuted" else (0, 0)  # sums in another order round differently
+        torch.testing.assert_close(model(image()), base(image()), rtol=rtol, atol=atol)
 
 
 @pytest.mark.parametrize("missing", range(6))

@@ -8,7 +8,7 @@ import pytest
 import torch
 from conversion.test_packed import KINDS, RATIOS, make_base
 from support import models
-from support.inside import PackedLinear, S2FTTrainer, export_packed, forwards, load_model
+from support.inside import PackedLinear, S2FTTrainer, TrainedSlices, export_packed, forwards, load_model
 from support.states import merged_state as plain, same, with_adapter, with_loaded
 from support.tolerances import GEMM
 from transformers import TrainerCallback, TrainingArguments
@@ -16,7 +16,6 @@ from transformers import TrainerCallback, TrainingArguments
 import s2ft
 from s2ft import S2FTConfig
 from s2ft.cli.main import main
-from s2ft.sync import TrainedSlices
 
 TOKENS = torch.arange(24).view(2, 12) + 5
 INPUTS = {f"{key}_ratio": 0.0 for key in "qkvougd"} | {"i_ratio": 0.5}

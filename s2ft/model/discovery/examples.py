@@ -76,11 +76,11 @@ class _Inputs:
     def normal(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.generator)
 
-    def tokens(self, length: int = LENGTH) -> Tensor:
-        """Token ids [ROWS, length] that stand for nothing else in the config; fewer if the model has fewer places."""
+    def tokens(self, length: int | None = None) -> Tensor:
+        """Token ids [ROWS, length] that stand for nothing else in the config. Default: LENGTH, or as many as fit."""
         configs = self.configs("text_config", "decoder", "text_encoder")
         size = _first(configs, ("vocab_size", "n_vocab")) or 100
-        length = min(length, _first(configs, ("max_position_embeddings", "n_positions")) or length)
+        length = length or min(LENGTH, _first(configs, ("max_position_embeddings", "n_positions")) or LENGTH)
         named = [inside[key] for inside, key in token_entries(self.config.to_dict())]
         tokens = [token for value in named for token in (value if isinstance(value, list) else [value])]
         special = {token for token in tokens if isinstance(token, int)}
