@@ -126,7 +126,7 @@ def with_saved(
     what: str,
     model: nn.Module,
     name: str | None,
-    act: Callable[[Adapter], object],
+    act: Callable[[Adapter], None],
     info: dict[str, Any] | None = None,
     state: Mapping[str, Tensor] | None = None,
 ) -> None:
