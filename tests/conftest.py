@@ -55,7 +55,6 @@ def modules_that_a_test_imported():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
-    os.environ.pop("S2FT_TRACEBACK", None)  # a command with --traceback sets it for the rest of its process
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -4,6 +4,7 @@ import argparse
 import contextlib
 import dataclasses
 import io
+import os
 import re
 from collections.abc import Iterator
 from importlib import import_module
@@ -46,6 +47,7 @@ def parser_of(command: str) -> argparse.ArgumentParser:
     except _Found as error:
         return error.args[0]
     finally:
+        os.environ.pop(main.TRACEBACK, None)  # which `--traceback` has set for this process
         argparse.ArgumentParser.print_help = kept
     raise RuntimeError(f"s2ft {command} --help printed no help of a parser")
 

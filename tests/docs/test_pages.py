@@ -1,5 +1,6 @@
 """The pages that are generated from the code are complete."""
 
+import os
 import re
 
 import command_pages
@@ -23,6 +24,7 @@ def test_every_command_has_its_options(commands):
         section = commands.partition(f"\n## s2ft {name}\n")[2].partition("\n## ")[0]
         shown = [action for action in command_pages.parser_of(name)._actions if command_pages.shown(action)]
         assert section.count("| `") >= len(shown) > 0
+    assert command_pages.main.TRACEBACK not in os.environ  # commands of later tests would raise
 
 
 def check_types(listed):
