@@ -386,12 +386,11 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
     frozen = {id(tensor) for coupling in record.couplings for tensor in tensors_of(model, coupling)}
     read_only = (module for module in model.modules() if kind_of(module).read_only)
     frozen -= {id(parameter) for module in read_only for parameter in module.parameters()}
-    order, same, aside = _BaseOrder(model, record), {}, _aside(model, record)
+    order, same, taken, aside = _BaseOrder(model, record), {}, {}, _aside(model, record)
     for key, tensor in _tensors(model, prefix):
         found = state.get(key)
         if id(tensor) in aside and isinstance(found, Tensor) and found.shape == tensor.shape:
-            record.extra.trained[aside[id(tensor)]] = found.detach().to(tensor, copy=True)
-            same[key] = tensor
+            taken[aside[id(tensor)]], same[key] = found.detach().to(tensor, copy=True), tensor
         elif id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
                 continue  # PyTorch raises an error that names what does not fit
@@ -401,6 +400,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
                     "s2ft.detach(model) first, load the state, and attach again or load the adapter again"
                 )
             same[key] = tensor
+    record.extra.trained = {**record.extra.trained, **taken}
     state.update(same)  # load_state_dict then copies each onto itself
 
 

@@ -149,7 +149,8 @@ def _plain(model: Any) -> nn.Module:
     own: Any = next(kind for kind in type(model).__mro__ if not kind.__name__.startswith("FSDP"))
     with torch.device("meta"):
         plain = own._from_config(deepcopy(model.config), dtype=model.dtype)
-    tensors, known = _tensors(model), {name for name in _tensors(model) if name.endswith(".s2")}
+    tensors = _tensors(model)
+    known = {name for name in tensors if name.endswith(".s2")}
     for name, parameter in plain.named_parameters(remove_duplicate=False):
         found = _find(tensors, name)
         if found is None or full_shape(tensors[found]) != parameter.shape:

@@ -520,7 +520,8 @@ class S2Layer(TrainableLayer):
         """Check that no other parameter has taken the place of the weight that `base` belongs to.
 
         Raises:
-            RuntimeError: One has. `base` is kept, and everything works again when the weight is back.
+            RuntimeError: One has, or it is a part of a flat parameter. `base` is kept, and everything works again when
+                the weight is back.
         """
         if self.weight.dim() < 2:
             raise RuntimeError(

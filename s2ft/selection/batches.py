@@ -48,7 +48,8 @@ class Batch:
             ValueError: Which of the images belong to a sequence can't be told.
         """
         for name, value in self.named.items():
-            if self.size > 1 and name.startswith(("pixel_values", "position_ids")) and len(value) not in (1, self.size):
+            is_in_rows = isinstance(value, Tensor) and name.startswith(("pixel_values", "position_ids"))
+            if is_in_rows and self.size > 1 and len(value) not in (1, self.size):
                 raise ValueError(
                     f"{name} has {len(value)} rows for {self.size} sequences, and the gradient is taken of one "
                     "sequence at a time: give batches of one sequence"
