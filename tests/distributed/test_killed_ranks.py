@@ -60,13 +60,13 @@ def save_once(directory):
 
 
 WRITING = "s2ft.adapter.native:replace_file"  # two calls each time: the config, then the tensors
-DEATHS = {  # the rank that dies, its call, and what the other one waits for
+DEATHS = {  # the rank that dies, its call, which is of the second save, and what the other one waits for
     "before the tensors are replaced": (0, WRITING, 4, "saving an adapter: rank 1 waited for rank 0"),
     "before the config is replaced": (0, WRITING, 3, "saving an adapter: rank 1 waited for rank 0"),
     "before the slices are gathered": (
         1,
-        "s2ft.attached.active:full_tensors",
-        2,
+        "s2ft.attached.active:full_tensors",  # two calls each time: the slices, then weights trained in full
+        3,
         "gathering what is trained: rank 0 waited for rank 1",
     ),
 }
