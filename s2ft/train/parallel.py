@@ -4,6 +4,7 @@ The sizes are those of accelerate's ParallelismConfig, from the trainer's argume
 those of transformers' DistributedConfig in `model_init_kwargs`.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 
 from s2ft.config import refuse
-from s2ft.distributed import decide, has_values, is_sharded
+from s2ft.distributed import decide, has_values, is_spread
 from s2ft.model.running import evaluation_mode, gathered_forwards
 from s2ft.text.collator import SplitCollator
 from s2ft.train.loss import has_standard_loss, loss_of_logits
@@ -107,6 +108,18 @@ def rows_of_update(arguments: Any) -> int:
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * devices_of(arguments).groups
 
 
+def updates_of(arguments: Any, rows: int) -> int:
+    """Return the number of updates of a run.
+
+    Args:
+        arguments: Arguments of one of TRL's trainers.
+        rows: Number of training rows.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    return math.ceil(rows * arguments.num_train_epochs / rows_of_update(arguments))
+
+
 def loading_config(arguments: Any) -> dict[str, Any] | None:
     """Return how `from_pretrained` splits the weights while it loads them (transformers' DistributedConfig), or None.
 
@@ -161,9 +174,9 @@ def has_weights(model: nn.Module) -> bool:
     return all(has_values(parameter) for parameter in model.parameters())
 
 
-def is_spread(model: nn.Module) -> bool:
+def model_is_spread(model: nn.Module) -> bool:
     """Return whether the weights are spread over the devices already, before a Trainer prepares the model."""
-    return any(is_sharded(parameter) for parameter in model.parameters())
+    return any(is_spread(parameter) for parameter in model.parameters())
 
 
 def check_can_shard(arguments: Any) -> None:

@@ -45,7 +45,7 @@ from s2ft.train.options import (
     with_default_ratio,
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
-from s2ft.train.parallel import check_can_shard, devices_of, has_weights, is_spread, rows_of_update
+from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update, updates_of
 from s2ft.train.planning import suggested_rate, width_of
 
 logger = logging.getLogger(__name__)
@@ -139,13 +139,17 @@ class Run:
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
         return replace(self, config=fit_layout(with_default_ratio(self.config, model), model, "layout" in self.given))
 
-    def with_rate(self, model, report: Report) -> "Run":
+    def with_rate(self, model, report: Report, rows: int) -> "Run":
         """Return the run with the learning rate for what is trained of a model, unless the user set one."""
         width = width_of(model)
         if width is None or not self.method.suggests_rate or "learning_rate" in self.given:
             return self
-        rate = self.arguments.learning_rate = suggested_rate(width, report.share)["rate"]
-        self.say(f"learning rate {rate:g}, by the width and the share that is trained; --learning-rate sets another")
+        updates = updates_of(self.arguments, rows)
+        rate = self.arguments.learning_rate = suggested_rate(width, report.share, updates)["rate"]
+        self.say(
+            f"learning rate {rate:g}, by the width, the share that is trained and {updates:,} updates; --learning-rate "
+            "sets another"
+        )
         return replace(self, given={**self.given, "learning_rate": rate})  # the run's config.yaml has it
 
     def determining(self) -> dict[str, Any]:
@@ -266,7 +270,7 @@ def _train(run: Run, config_text: Any) -> Finetuned:
 def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: Any) -> None:
     """Attach the adapter to the model, record its prompt and training, and write the options into the output folder."""
     options, ranks = run.options, this_rank()
-    placed = getattr(model, "hf_quantizer", None) is not None or is_spread(model) or not has_weights(model)
+    placed = getattr(model, "hf_quantizer", None) is not None or model_is_spread(model) or not has_weights(model)
     if (calibration is not None or protect is not None) and not placed:
         model.to(ranks.device)
     load_below(model, options.on_top, options.name)
@@ -275,7 +279,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     else:
         s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
         report = Report.of(model)
-    run = run.with_rate(model, report)
+    run = run.with_rate(model, report, len(data.rows))
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
     # Statistics may round differently on different devices.

@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 
 import s2ft
-from s2ft.config import S2FTConfig
+from s2ft.config import S2FTConfig, refuse
 from s2ft.packages import check_packages
 from s2ft.text.evaluation import HeldOut
 from s2ft.text.generation import contiguous_head
@@ -26,7 +26,7 @@ from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.fit import JsonlLog, checkpointing, loss_for
 from s2ft.train.options import RunOptions, with_default_ratio
 from s2ft.train.output import read_log
-from s2ft.train.planning import suggested_rate
+from s2ft.train.planning import SHORT, suggested_rate
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
 
 # The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
@@ -84,15 +84,16 @@ class Prepared:
     trainable: int
 
 
-def default_rate(method: str, width: int, share: float) -> float:
+def default_rate(method: str, width: int, share: float, updates: int = SHORT) -> float:
     """Return the peak learning rate from which a search for a method can start.
 
     Args:
         method: A name of :data:`TUNERS`.
         width: Width of the model. The rate is proportional to 1 / width, as that of `s2ft sft` is.
         share: Share of the model's parameters that is trained. The rate of S²FT falls with it.
+        updates: Number of updates. The rate of S²FT is higher where they are few.
     """
-    return suggested_rate(width, share)["rate"] if method == "s2ft" else TUNERS[method].rate * 576 / width
+    return suggested_rate(width, share, updates)["rate"] if method == "s2ft" else TUNERS[method].rate * 576 / width
 
 
 def prepare(
@@ -131,7 +132,7 @@ def prepare(
         report = s2ft.attach(model, s2ft_config({"seed": seed, **options}, model), calibration=calibration, **more)
         return Prepared(model, model, method, options, report.trainable)
     if method == "full":
-        check_no_options(options)
+        refuse((options, f"full fine-tuning takes no options, got {', '.join(options)}"))
         wrapped = model.requires_grad_(True)
     else:
         wrapped = with_peft(model, method, options, seed)
@@ -142,11 +143,6 @@ def prepare(
 def check_tuner(method: str) -> None:
     if method not in TUNERS:
         raise ValueError(f"method must be one of {', '.join(TUNERS)}, got {method!r}")
-
-
-def check_no_options(options: dict[str, Any]) -> None:
-    if options:
-        raise ValueError(f"full fine-tuning takes no options, got {', '.join(options)}")
 
 
 def s2ft_config(options: dict[str, Any], model: nn.Module) -> S2FTConfig:

@@ -35,7 +35,7 @@ def test_the_adapter_is_uploaded_with_its_card(words, hub, tmp_path, capsys):
     told = (
         "| 12 rows |",
         "method sft, max_steps 1",
-        "batch_size 4, learning_rate 0.0008",
+        "batch_size 4, learning_rate 0.002",
         "system prompt “Add \\| up.”",
     )
     assert [text for text in (": d_ratio 0.3", *told) if text not in card] == []

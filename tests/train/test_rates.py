@@ -22,3 +22,8 @@ def test_each_known_rate_is_in_the_range(width, share, good):
 def test_a_wider_model_or_a_larger_slice_gets_a_lower_rate():
     assert [rates.suggested_rate(width, 0.02)["rate"] for width in (32, 576, 2048, 8192)] == [2e-3, 2e-3, 5e-4, 1e-4]
     assert [rates.suggested_rate(576, share)["rate"] for share in (0.001, 0.006, 0.02, 0.5)] == [1e-2, 6e-3, 2e-3, 7e-5]
+
+
+def test_a_short_run_gets_up_to_twice_the_rate():
+    found = [rates.suggested_rate(576, 0.035, updates)["rate"] for updates in (1, 16, 24, 32, 10_000)]
+    assert found == [2e-3, 2e-3, 1e-3, 1e-3, 1e-3]
