@@ -75,10 +75,11 @@ class PackedFolder:
         check_packages("a model of compressed-tensors")
         from compressed_tensors.utils import is_match
 
-        linear = torch.nn.Linear(1, 1, device="meta")
-        for group in self._settings["config_groups"].values():
-            if is_match(path, linear, group["targets"], self._settings.get("ignore") or ()):
-                return codec_of(group["weights"])
+        groups = self._settings["config_groups"].values()
+        for module in (torch.nn.Identity(), torch.nn.Linear(1, 1, device="meta")):  # a name precedes a class
+            for group in groups:
+                if is_match(path, module, group["targets"], self._settings.get("ignore") or ()):
+                    return codec_of(group["weights"])
         raise ValueError(f"{self.path}: the weight of {path} is not packed")
 
     def unit_blocks(self, path: str, index: Tensor, dim: int) -> tuple[Codec, Blocks]:

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 
 import s2ft
-from s2ft.attached.record import check_fits, check_writable, new_attachment
+from s2ft.attached.record import check_fits, check_plain_and_untied, new_attachment
 from s2ft.export.streamed import (
     Changes,
     DiskSource,
@@ -107,7 +107,7 @@ def write_merged(
     with read_from(model, weights):
         record = new_attachment(model, adapter.couplings)
         check_fits(adapter, model, record)
-    check_writable(model, record, adapter.deltas)
+    check_plain_and_untied(model, record, adapter.deltas)
     passes = {name: [[(delta, 1.0)]] for name, delta in adapter.deltas.items()}
     return write_weights(
         folder, model, DiskSource(weights), Changes(record.projections, passes, adapter.extra_weights), max_shard_size

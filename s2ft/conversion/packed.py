@@ -2,9 +2,9 @@
 
 The new file has the base's bytes everywhere else. Its metadata names the base with its hash, and the adapter.
 
-Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk before
-the first block is written, and gets another name after the last one is back. So whatever interrupts a change, the old
-bytes can be put back; and the next switch to the same adapter computes nothing.
+Where a file is changed in place, a file beside it keeps the old bytes of the blocks. It is complete on the disk and has
+the name :data:`SUFFIX` before the first block is written, and another name after the last one is back. So whatever
+interrupts a change, the old bytes can be put back; and the next switch to the same adapter computes nothing.
 """
 
 import errno
@@ -15,12 +15,13 @@ import logging
 import math
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from typing import BinaryIO
+from traceback import clear_frames
+from typing import BinaryIO, TypeVar
 
 import numpy
 import torch
@@ -45,6 +46,7 @@ from s2ft.text.adapter_prompts import give_prompt, recorded_format, standalone_t
 from s2ft.text.models import hollow_model, load_tokenizer, locate
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 STRING = 8  # type of a value in the metadata of GGUF
 MERGED = "s2ft_merged.json"  # in a folder, for each merge: the base, the sha256 of its files, and the adapter
 
@@ -109,7 +111,7 @@ def merged_paths(base: GgufFile | PackedFolder, adapter: s2ft.Adapter) -> dict[s
 def _check_base(
     base: GgufFile | PackedFolder, adapter: s2ft.Adapter, model: torch.nn.Module, record: Attachment
 ) -> None:
-    """Compare values of every weight with those in the adapter's fingerprint."""
+    """Compare values of every weight with those in the adapter's fingerprint, and the hash of a file."""
     samples = by_key(  # by layer: names of weights, each with a value
         (layer, (f"{projection.path}.{part}", value))
         for layer, projection, handle in covered(model, record.couplings)
@@ -118,8 +120,9 @@ def _check_base(
         for value in base.elements(projection.path, part, tensor.shape, sampled(tensor.numel()))
     )
     ours = {layer: {"digest": "", "samples": [value for _, value in found]} for layer, found in samples.items()}
-    try:
-        adapter.check_base({"dtype": "of a file", "layers": ours})  # no dtype has this name: samples are compared
+    prints, different = {**adapter.fingerprint, "dtype": "of the base"}, ""
+    try:  # no dtypes have these names: samples are compared; both are of files, so nothing but rounding may differ
+        replace(adapter, fingerprint=prints).check_base({"dtype": "of a file", "layers": ours})
     except ValueError as error:
         names = (
             name
@@ -127,11 +130,15 @@ def _check_base(
             for (name, value), other in zip(samples.get(layer, ()), theirs["samples"])
             if not math.isclose(value, other, rel_tol=TOLERANCE, abs_tol=1e-8)
         )
-        where = next((f"; the first weight is {name}" for name in names), "")
-        trained_on = adapter.info.get("base_sha256")  # of a GGUF file
-        if trained_on is not None and isinstance(base, GgufFile):
-            where += f". Its base has the sha256 {trained_on}, and {base.path.name} has {sha256_of(base.path)}"
-        raise ValueError(f"{error}{where}") from None
+        different = f"{error}" + next((f"; the first weight is {name}" for name in names), "")
+    trained_on = adapter.info.get("base_sha256")  # of a GGUF file
+    if trained_on is not None and isinstance(base, GgufFile):
+        found = hashlib.sha256(base.reader.data).hexdigest()  # without an adapter that is in the file
+        if found != trained_on:
+            different = different or f"adapter {adapter.name!r} was trained on another base"
+            different += f". Its base has the sha256 {trained_on}, and {base.path.name} has {found}"
+    if different:
+        raise ValueError(different)
 
 
 def new_blocks(file: GgufFile, adapter: s2ft.Adapter, paths: dict[str, str]) -> Iterator[Change]:
@@ -166,11 +173,9 @@ def export(model_name: str, adapter: str | Path, output: str | Path) -> str:
     if output.suffix != ".gguf":
         return _export_folder(model_name, s2ft.read_adapter(adapter), output)
     path, saved = gguf_path(model_name), s2ft.read_adapter(adapter)
-    base, kept, trained_on = GgufFile(path), Kept.of(path), saved.info.get("base_sha256")
+    base, kept = GgufFile(path), Kept.of(path)
     if kept:
         raise ValueError(f"{path} has adapter {kept.adapter!r} in place: s2ft patch {path} --undo first")
-    if trained_on is not None and trained_on != (digest := sha256_of(path)):
-        logger.warning("%s has the sha256 %s, and the adapter's base had %s", path.name, digest, trained_on)
     form = recorded_format(saved.info)
     if form is not None and standalone_template(form) not in (None, base.value("chat_template", "tokenizer.")):
         logger.warning("%s keeps its chat template, and the adapter was trained with another prompt", path.name)
@@ -354,6 +359,7 @@ class Kept:
         Raises:
             ValueError: The file with the old bytes is damaged.
         """
+        path = path.resolve()  # a link to a file has none beside it
         beside = path.with_name(path.name + suffix)
         if not beside.exists():
             return None
@@ -367,12 +373,10 @@ class Kept:
         except (SafetensorError, KeyError, ValueError) as error:
             raise ValueError(f"{beside} is truncated or damaged: {error}") from None
 
-    def save_old_bytes(self) -> None:
-        """Write the file beside, in one step, unless an earlier switch to the adapter has left it."""
-        beside, earlier = (self.path.with_name(self.path.name + name) for name in (SUFFIX, _earlier(self.digest)))
-        if earlier.exists():
-            os.rename(earlier, beside)
-        else:
+    def save_blocks(self) -> None:
+        """Write the file beside, in one step and as one of an earlier switch, unless there is one."""
+        earlier = self.path.with_name(self.path.name + _earlier(self.digest))
+        if not earlier.exists():
             tensors = {
                 "adapter": numpy.frombuffer(self.adapter.encode(), numpy.uint8),
                 "digest": numpy.frombuffer(self.digest.encode(), numpy.uint8),
@@ -380,8 +384,7 @@ class Kept:
             }
             for number, change in enumerate(self.changes):
                 tensors |= {f"{number}.{part}": numpy.ascontiguousarray(getattr(change, part)) for part in PARTS}
-            replace_file(beside, save(tensors))
-        _synchronize(self.path.parent)
+            replace_file(earlier, save(tensors))
 
     def is_whole(self, data: numpy.ndarray) -> bool:
         """Whether all of the new bytes are in the file.
@@ -409,15 +412,15 @@ class Kept:
         for change in self.changes:
             change.write(data, change.old)
 
-    def keep_for_next_switch(self) -> None:
-        """Give the file beside the name by which the next switch to the adapter finds it."""
-        name = self.path.name
-        os.replace(self.path.with_name(name + SUFFIX), self.path.with_name(name + _earlier(self.digest)))
+    def rename(self, is_in_file: bool) -> None:
+        """Give the file beside the name that says whether the adapter is in the file, maybe in part."""
+        names = [self.path.with_name(self.path.name + name) for name in (_earlier(self.digest), SUFFIX)]
+        os.replace(*(names if is_in_file else reversed(names)))
         _synchronize(self.path.parent)
 
 
 def _earlier(digest: str) -> str:
-    return f".s2ft-{digest[:16]}"
+    return f".s2ft-blocks-{digest[:16]}"
 
 
 def patch(file: str | Path, adapter: str | Path) -> str:
@@ -443,7 +446,8 @@ def patch(file: str | Path, adapter: str | Path) -> str:
     if path.is_symlink() or path.stat().st_nlink > 1:  # the bytes beside one name would not be found by the others
         raise ValueError(f"{path} is one of several names of a file: copy it, and patch the copy")
     digest = _digest(folder)
-    with _writable(path) as data:
+
+    def write(data: numpy.memmap) -> Kept:
         before = Kept.of(path)
         base = numpy.memmap(path, numpy.uint8, "c")  # as it is without the adapter, in this process alone
         if before is not None:
@@ -451,12 +455,16 @@ def patch(file: str | Path, adapter: str | Path) -> str:
             before.put_back(base)
         known = before if before is not None and before.digest == digest else _of_earlier_switch(path, digest, base)
         made = known or _computed(path, folder, digest, before)
+        made.save_blocks()  # all that needs room on the disk, before anything changes
         if before is not None:
             _undo(before, data)
-        made.save_old_bytes()
+        made.rename(is_in_file=True)
         for change in made.changes:
             change.write(data, change.new)
         data.flush()
+        return made
+
+    made = _in_file(path, write)
     size = sum(change.new.nbytes for change in made.changes)
     return f"{path}: {size:,} bytes are those of adapter {made.adapter!r}; s2ft patch --undo puts the base's back"
 
@@ -503,13 +511,16 @@ def undo(file: str | Path) -> str:
         ValueError: The file is not patched, it was changed since, or another program uses it. Nothing has changed.
     """
     path = gguf_path(str(file))
-    with _writable(path) as data:
+
+    def restore(data: numpy.memmap) -> str:
         kept = Kept.of(path)
         if kept is None:
             raise ValueError(f"{path} is not patched: there is no {path.name}{SUFFIX}")
         whole = kept.is_whole(data)
         _undo(kept, data)
-    return f"{path}: the base's bytes are back in place of {'' if whole else 'parts of '}adapter {kept.adapter!r}"
+        return f"{'' if whole else 'parts of '}adapter {kept.adapter!r}"
+
+    return f"{path}: the base's bytes are back in place of {_in_file(path, restore)}"
 
 
 def state(file: str | Path) -> str:
@@ -524,14 +535,17 @@ def state(file: str | Path) -> str:
 
 def _undo(kept: Kept, data: numpy.memmap) -> None:
     """Put the old bytes back, after :meth:`Kept.is_whole`."""
+    if not os.access(kept.path.parent, os.W_OK):
+        raise PermissionError(
+            f"{kept.path.parent} is read-only, and the file beside {kept.path.name} gets another name"
+        )
     kept.put_back(data)
     data.flush()
-    kept.keep_for_next_switch()
+    kept.rename(is_in_file=False)
 
 
-@contextmanager
-def _writable(path: Path) -> Iterator[numpy.memmap]:
-    """Map a file's bytes for writing, if no other program has it open."""
+def _in_file(path: Path, act: Callable[[numpy.memmap], Result]) -> Result:
+    """Return act(the bytes of a file, mapped for writing), if no other program has it open."""
     with open(path, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -540,7 +554,11 @@ def _writable(path: Path) -> Iterator[numpy.memmap]:
         except OSError as error:
             if error.errno == errno.EAGAIN:  # another error: the system can't tell, or not this user
                 raise ValueError(f"{path} is open in a program, whose model would change: stop it first") from None
-        yield numpy.memmap(file, numpy.uint8, "r+")
+        try:
+            return act(numpy.memmap(file, numpy.uint8, "r+"))
+        except BaseException as error:
+            clear_frames(error.__traceback__)  # else an interpreter that keeps the error keeps the file open
+            raise
 
 
 def _synchronize(folder: Path) -> None:

@@ -293,7 +293,8 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
         ValueError: A file is damaged, or a folder has several GGUF files.
     """
     path = Path(source).expanduser()
-    files = [path] if path.suffix == ".gguf" else [] if (path / "config.json").is_file() else [*path.glob("*.gguf")]
+    has_others = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    files = [path] if path.suffix == ".gguf" else [] if has_others else [*path.glob("*.gguf")]
     if len(files) > 1:
         raise ValueError(f"{source} has several GGUF files: load the model by the path of one of them")
     if files:

@@ -96,7 +96,7 @@ def test_the_base_comes_back_and_training_goes_on(small, tmp_path):
     assert same(s2ft.detach(model), base)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_layers_that_keep_their_blocks_train_as_unpacked_ones(base, tmp_path, dtype):
     one, two = attached(base, dtype, layout="indexed"), load_model(str(base), dtype, keep_packed=True)[0]
     kept = sum(isinstance(layer, PackedLinear) for layer in two.modules())

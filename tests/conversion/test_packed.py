@@ -148,7 +148,11 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
     (tmp_path / "link.gguf").symlink_to(copy)
     with pytest.raises(ValueError, match="is one of several names of a file"):
         patch(tmp_path / "link.gguf", chat)
+    assert "has adapter 'math'" in state(tmp_path / "link.gguf")
     (tmp_path / "link.gguf").unlink()
+    other = shutil.copy(copy, tmp_path / "other.gguf")
+    with pytest.raises(ValueError, match="another base.*Its base has the sha256"):  # it is the base with math
+        patch(other, chat)
     once = digest(copy)
     patch(copy, chat)
     assert "has adapter 'chat'" in state(copy) and digest(copy) != once
@@ -207,7 +211,7 @@ def interrupt(monkeypatch, step, number):
     calls = []
 
     def stopping(before):
-        def run(self, *arguments):
+        def run(self, *arguments, **options):
             calls.append(1)
             if len(calls) == number and "write" in step:
                 data, content = arguments
@@ -215,10 +219,10 @@ def interrupt(monkeypatch, step, number):
                 half[..., : half.shape[-1] // 2] = content[..., : half.shape[-1] // 2]
                 before(self, data, half)
             elif len(calls) == number and "after" in step:
-                before(self, *arguments)
+                before(self, *arguments, **options)
             if len(calls) == number:
                 raise Stop
-            return before(self, *arguments)
+            return before(self, *arguments, **options)
 
         return run
 
@@ -226,13 +230,7 @@ def interrupt(monkeypatch, step, number):
     monkeypatch.setattr(owner, name, stopping(getattr(owner, name)))
 
 
-STEPS = [
-    "write",
-    "before save_old_bytes",
-    "after save_old_bytes",
-    "before keep_for_next_switch",
-    "after keep_for_next_switch",
-]
+STEPS = ["write", "before save_blocks", "after save_blocks", "before rename", "after rename"]
 
 
 @pytest.mark.parametrize("number", [1, 2, 14, 27])
@@ -262,6 +260,8 @@ def test_a_change_that_is_interrupted_can_be_undone(small, copy, monkeypatch, st
         ("open elsewhere", ValueError, "is open in a program"),
         ("no file", FileNotFoundError, "doesn't exist"),
         ("read only", PermissionError, "Permission denied"),
+        ("full disk", OSError, "No space left"),
+        ("read-only folder", PermissionError, "is read-only"),
     ],
 )
 def test_a_mistake_changes_nothing(small, copy, tmp_path, monkeypatch, mistake, error, words):
@@ -279,16 +279,26 @@ def test_a_mistake_changes_nothing(small, copy, tmp_path, monkeypatch, mistake, 
         other = open(copy, "rb")
     elif mistake == "no file":
         path = tmp_path / "nowhere.gguf"
+    elif mistake == "full disk":
+        monkeypatch.setattr("s2ft.conversion.packed.replace_file", full)
+    elif mistake == "read-only folder":
+        monkeypatch.setattr("os.access", lambda *arguments: False)
     else:
         monkeypatch.setattr("builtins.open", refusing(open))  # a user that may do anything can write any file
     before = digest(copy) if mistake != "read only" else None
-    with pytest.raises(error, match=words):
+    with pytest.raises(error, match=words) as raised:
         patch(path, chat)
     monkeypatch.undo()
     assert before in (None, digest(copy)) and kept.exists()
     if other is not None:
         other.close()
-        patch(copy, chat)
+    if mistake not in ("replaced", "kept is damaged", "another base"):
+        patch(copy, chat)  # while the error is kept, with the frames that had the file open
+        assert raised.value is not None
+
+
+def full(*arguments):
+    raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def refusing(function):

@@ -1,6 +1,7 @@
 """An adapter in the weights of a checkpoint of compressed-tensors or in NF4, and training through the codec."""
 
 import json
+import shutil
 from functools import partial
 
 import pytest
@@ -8,10 +9,11 @@ import torch
 from conversion.test_codec_training import train
 from conversion.test_packed import WIDE
 from safetensors.torch import load_file
-from support.inside import export_packed, load_model, tuned_weights
+from support.inside import export_packed, load_model, packed_base, tuned_weights
 from support.packed_folders import compress, to_nf4
 from support.states import with_adapter
 from train.tiny import save_tiny, with_merges
+from transformers import AutoModelForCausalLM
 
 import s2ft
 from s2ft import S2FTConfig
@@ -165,3 +167,30 @@ def test_bad_input_leaves_nothing(int8, tmp_path, mistake, words):
         )
         export_packed(str(base), tmp_path / "adapter", tmp_path / "tuned")
     assert not (tmp_path / "tuned").exists()
+
+
+def test_an_adapter_of_a_quantized_base_is_not_merged_into_a_relative_of_it(tmp_path):
+    base = make_base(tmp_path, "nf4")
+    s2ft.save_adapter(trained(base), tmp_path / "adapter")
+    model = load_model(str(tmp_path / "checkpoint"), "float32")[0]
+    for weight in (one for one in model.parameters() if one.dim() == 2):
+        weight.data.add_(torch.randn_like(weight), alpha=0.3 * float(weight.std()))
+    model.save_pretrained(tmp_path / "checkpoint")
+    relative = to_nf4(tmp_path / "checkpoint", tmp_path / "relative", nested=False)
+    with pytest.raises(ValueError, match="trained on another base"):
+        export_packed(str(relative), tmp_path / "adapter", tmp_path / "tuned")
+
+
+def test_what_transformers_can_not_unpack_is_refused(int8, tmp_path):
+    with pytest.raises(ValueError, match="dequantize=True"):
+        s2ft.attach(AutoModelForCausalLM.from_pretrained(int8), S2FTConfig(d_ratio=0.25))
+    config = json.loads((int8 / "config.json").read_text())
+    (group,) = config["quantization_config"]["config_groups"].values()
+    by_name = {**group, "targets": ["re:.*down_proj"], "weights": {**group["weights"], "num_bits": 4}}
+    config["quantization_config"]["config_groups"] = {"first": group, "second": by_name}
+    folder = shutil.copytree(int8, tmp_path / "two")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="in several formats"):
+        load_model(str(folder))
+    codecs = [packed_base(str(folder)).codec(f"model.layers.0.mlp.{name}") for name in ("up_proj", "down_proj")]
+    assert [codec.bits for codec in codecs] == [8, 4]  # a name precedes a class
