@@ -199,13 +199,13 @@ def adapters_by_name(words: list[str]) -> dict[str, str | Path]:
 def _named(word: str) -> list[tuple[str, str | Path]]:
     """The adapters of one word of --adapter: one by its own name or by that of its folder, or all of a directory."""
     from s2ft.adapter.folders import adapters_in
-    from s2ft.files.reading import ADAPTER, is_folder
+    from s2ft.files.reading import ADAPTER, has_adapter
 
     name, equals, source = word.partition("=")
     if equals and not Path(word).exists():
         return [(name, source)]
     path = Path(word).expanduser().absolute()
-    is_one = is_folder(path) or is_folder(path / ADAPTER)
+    is_one = has_adapter(path) or has_adapter(path / ADAPTER)
     inside = adapters_in(path) if path.is_dir() and not is_one else {}
     return list(inside.items()) or [(path.parent.name if path.name == ADAPTER and is_one else path.name, word)]
 

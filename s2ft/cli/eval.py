@@ -103,10 +103,11 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
         FileNotFoundError: The folder of the output file does not exist.
         ValueError: A row can't be scored or measured, or the model or the adapter can't be loaded.
     """
-    from s2ft.text.data import load_rows
+    from s2ft.text.data import DataOptions, load_rows
     from s2ft.text.divergence import read_texts
     from s2ft.text.encoding import context_length, tokenize_rows
     from s2ft.text.evaluation import compare, evaluate, read_examples, right_answer
+    from s2ft.text.prompts import prompt_for_rows
     from s2ft.train.output import write_json
 
     output, compares = new_file(job.output), bool(job.data) and job.task is None and not job.kl
@@ -120,13 +121,14 @@ def score(job: EvalArguments, reading: ReadingOptions) -> None:
     other = read_texts(reading.of(job.forgetting, "test"), job.meter_rows) if job.forgetting else None
     found: dict[str, Any] = {"model": job.model, "adapter": job.adapter, "data": job.data}
     with _loaded(job) as (model, prompter):
+        if compares and job.adapter is None:  # as s2ft sft would choose
+            prompter.format = prompt_for_rows(prompter.tokenizer, rows, DataOptions())
         how = (job.task, job.batch_size, job.max_new_tokens, "evaluating", prompter.format, job.num_beams)
         result = evaluate(model, prompter.tokenizer, examples, *how) if job.task else None
         if compares:
             prompter.format.apply_to(prompter.tokenizer)
-            tokens = tokenize_rows(
-                rows, prompter.tokenizer, prompter.format, max_length=context_length(model) or 1 << 30
-            ).dataset
+            room = {"max_length": context_length(model) or 1 << 30, "skip_bad_rows": reading.skip_bad_rows}
+            tokens = tokenize_rows(rows, prompter.tokenizer, prompter.format, **room).dataset
             short = {"max_new_tokens": min(job.max_new_tokens, 64), "batch_size": min(8, job.batch_size)}
             result = compare(model, prompter.tokenizer, tokens, most=len(tokens), **short)
         if job.forgetting or job.kl:

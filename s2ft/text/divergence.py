@@ -20,7 +20,7 @@ from s2ft.attached.active import without_trainable
 from s2ft.attached.loading import disable_adapters
 from s2ft.attached.record import find_attachment, unwrapped
 from s2ft.config import refuse
-from s2ft.distributed import is_sharded, reshard_all
+from s2ft.distributed import is_spread, reshard_all
 from s2ft.model.running import evaluation_mode
 from s2ft.selection.batches import IGNORED, is_encoder_decoder
 from s2ft.text.data import DataOptions, load_rows
@@ -391,9 +391,9 @@ def _reading(model) -> Iterator[_Reader]:
 def _copy_of_head(head: nn.Module) -> partial | None:
     """Return the forward of the output layer with copies of its weights, or None for one that can't change."""
     weights = list(head.parameters())
-    if _is_frozen(head) and any(is_sharded(weight) or not weight.is_floating_point() for weight in weights):
+    if _is_frozen(head) and any(is_spread(weight) or not weight.is_floating_point() for weight in weights):
         return None
-    if any(map(is_sharded, weights)):
+    if any(map(is_spread, weights)):
         raise ValueError(
             "the output layer is trained and its weight is spread over ranks, so no copy of the base's is kept: "
             "measure the divergence on one rank, or don't train the output layer"

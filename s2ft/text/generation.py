@@ -19,6 +19,7 @@ from transformers import (
     TopKLogitsWarper,
     TopPLogitsWarper,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import left_pad
@@ -353,9 +354,10 @@ def rows_interact(config) -> bool:
 
 
 def keeps_states(config) -> bool:
-    """Whether layers keep a state that goes along the row in place of keys, such as linear attention and Mamba's."""
+    """Whether layers keep more than keys and values, such as the state of linear attention and of Mamba."""
     with contextlib.suppress(AttributeError, KeyError):  # transformers can't make a cache of each config
-        return any(hasattr(layer, "update_recurrent_state") for layer in DynamicCache(config=config).layers)
+        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        return any(type(layer) not in plain for layer in DynamicCache(config=config).layers)
     return False
 
 

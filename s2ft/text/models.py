@@ -98,6 +98,9 @@ def load_model(
         is_compressed = settings.get("quant_method") == COMPRESSED
         if is_compressed:
             check_packages("a model of compressed-tensors")
+            formats = [group["weights"] for group in settings["config_groups"].values()]
+            if any(one != formats[0] for one in formats):
+                raise ValueError(f"{name} has weights in several formats, and transformers unpacks all by one of them")
             wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)
         found = (_packed_model if keep_packed else _from_pretrained)(auto, MODEL, name, source, wanted)
@@ -338,7 +341,7 @@ def dtype_of_base(adapter, dtype: str = "auto") -> str:
 
 def locate(name: str) -> tuple[str, dict[str, str]]:
     """Return the name or path for `from_pretrained`, and the option that it needs for a GGUF file."""
-    from s2ft.files.reading import is_folder, own_folder
+    from s2ft.files.reading import has_adapter, own_folder
 
     path = Path(name).expanduser()
     if path.is_file():
@@ -356,7 +359,7 @@ def locate(name: str) -> tuple[str, dict[str, str]]:
             if packed
             else "neither config.json nor a .gguf file"
         )
-        if is_folder(own_folder(path)) or (path / "adapter_config.json").is_file():
+        if has_adapter(own_folder(path)) or (path / "adapter_config.json").is_file():
             found = "an adapter, and no base: give it to --adapter"
         raise ValueError(f"model folder {name} has {found}")
     if path.suffix == ".gguf" or name.startswith((".", "/", "~")) or name.count("/") > 1:

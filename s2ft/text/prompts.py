@@ -159,11 +159,9 @@ def prompt_format(
     if system is not None:
         messages = [{"role": "system", "content": system}, *PROBE[:1]]
         try:
-            text = render(tokenizer, messages, template, prompt=True)
+            render(tokenizer, messages, template, prompt=True)
         except TemplateError as error:
-            raise ValueError(f"{name} takes no system prompt: {error}") from None
-        if system.strip() not in text:
-            raise ValueError(f"{name} leaves out the system prompt: give another one with chat_template")
+            raise ValueError(f"{name} takes no system prompt: {error}; give another one with chat_template") from None
     return PromptFormat("chat", template, system)
 
 
@@ -248,19 +246,16 @@ def _read_template(tokenizer, chat_template: str | Path) -> str:
 def _checked(tokenizer, template: str, name: str) -> str:
     """Return the template, or TRL's version of it. Raises ValueError if it is invalid or leaves out the last answer."""
     try:
-        text = render(tokenizer, PROBE, template)
-        prompt = render(tokenizer, PROBE[:-1], template, prompt=True)
+        render(tokenizer, PROBE[2:3], template, prompt=True)  # a template may take one question only
+        text = render(tokenizer, PROBE[2:], template)
     except TemplateError as error:
-        raise ValueError(f"{name}: {error}") from None
-    missing = "question" if "second question" not in prompt else "answer" if "second answer" not in text else ""
-    if missing:
+        raise ValueError(f"{name}: {error}; give another one with chat_template") from None
+    if "second answer" not in text:
         raise ValueError(
-            f"{name} leaves out the {missing} of a chat: with the last "
-            f"messages 'second question' and 'second answer' it writes {text[-160:]!r}; give another one with "
-            "chat_template"
+            f"{name} leaves out the answer: it writes {text[-160:]!r}; give another one with chat_template"
         )
     marked = marked_template(tokenizer, template)
-    if marked and marked != template and render(tokenizer, PROBE, marked) != text:
+    if marked and marked != template and render(tokenizer, PROBE, marked) != render(tokenizer, PROBE, template):
         logger.info(
             "chat template: TRL's version for training, since the model's own writes an answer differently when other "
             "messages follow it"
@@ -330,7 +325,8 @@ def end_ids(tokenizer, generation_config=None) -> list[int]:
     except TemplateError:
         text = ""
     last = tokenizer(text, add_special_tokens=False)["input_ids"][-1:]
-    ids.update(token for token in last if token in tokenizer.all_special_ids)
+    special = {token for token, added in tokenizer.added_tokens_decoder.items() if added.special}  # also unnamed ones
+    ids.update(special.union(tokenizer.all_special_ids).intersection(last))
     return sorted(ids - {None})
 
 

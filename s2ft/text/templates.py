@@ -102,9 +102,15 @@ def render(tokenizer, messages: Conversation, template: str, *, tools: list | No
     messages = as_template_takes(tokenizer, messages, template)
     options = {"chat_template": template, "tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}
     try:
-        return tokenizer.apply_chat_template(messages, **options)
+        text = tokenizer.apply_chat_template(messages, **options)
     except Exception as error:  # a template can raise any error of Jinja and of Python
         raise _not_rendered(error) from error
+    for message in messages:  # earlier answers and results of tools may be shortened
+        if message["role"] not in ("assistant", "tool") and plain_text(message).strip() not in text:
+            raise TemplateError(f"the chat template leaves out the text of the role {message['role']!r}")
+    if any(tool.get("function", tool).get("name", "") not in text for tool in tools or ()):
+        raise TemplateError("the chat template leaves out the tools: give one that takes them")
+    return text
 
 
 def _not_rendered(error: Exception) -> TemplateError:

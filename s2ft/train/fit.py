@@ -40,7 +40,7 @@ from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.loss import chunked_loss, why_not_chunked
 from s2ft.train.options import RunOptions
 from s2ft.train.output import RunFolder, best_checkpoint, log_failure, newest_valid, read_log, write_json
-from s2ft.train.parallel import check_divided_rows, is_spread, run_where_weights_are
+from s2ft.train.parallel import check_divided_rows, model_is_spread, run_where_weights_are
 from s2ft.train.trainers import DPORunTrainer, GRPORunTrainer, SFTRunTrainer, needs_trl_loss
 
 logger = logging.getLogger(__name__)
@@ -497,7 +497,7 @@ def loss_for(model, arguments, options: RunOptions, batch: dict) -> contextlib.A
         }
         if arguments.torch_compile:
             reason = "the model is compiled as a whole"
-        elif is_spread(model):
+        elif model_is_spread(model):
             reason = "the weights are spread over the devices"
         else:  # the same on all devices
             reason = run_where_weights_are("the trial of the loss", model, lambda: why_not_chunked(model, batch))

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 from s2ft.attached.record import unwrapped
 from s2ft.config import refuse
-from s2ft.distributed import full_tensors, has_master_copy, is_sharded, reshard_all, write_units
+from s2ft.distributed import full_tensors, has_master_copy, is_spread, reshard_all, write_units
 from s2ft.text.divergence import Drift, DriftMeter, base_switch
 
 logger = logging.getLogger(__name__)
@@ -240,7 +240,7 @@ def _restore(model, values: dict[str, Tensor]) -> None:
     parameters = dict(model.named_parameters())
     for name, value in values.items():
         parameter = parameters[name]
-        if is_sharded(parameter) or has_master_copy(parameter):
+        if is_spread(parameter) or has_master_copy(parameter):
             write_units(parameter, torch.arange(len(value), device=parameter.device), value, 0)
         else:
             parameter.copy_(value)

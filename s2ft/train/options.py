@@ -66,7 +66,8 @@ def with_default_ratio(config, model):
     if config.ratios or config.units is not None:
         return config
     of_model = model.config.get_text_config()
-    channels = getattr(of_model, "intermediate_size", None)  # in Gemma 3n a list
+    names = ("intermediate_size", "ffn_dim", "d_ff")  # in Gemma 3n a list
+    channels = next((getattr(of_model, name) for name in names if hasattr(of_model, name)), None)
     experts = any(name.endswith("experts") and number for name, number in vars(of_model).items())
     if not isinstance(channels, int) or experts:
         return replace(config, d_ratio=LEAST_RATIO)

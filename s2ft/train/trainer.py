@@ -26,7 +26,7 @@ from transformers.trainer_utils import TrainOutput
 
 from s2ft.attached.loading import restore_adapter
 from s2ft.attached.mounting import set_rounding
-from s2ft.attached.record import attachment_of, check_rest_frozen, find_attachment, unwrapped
+from s2ft.attached.record import attachment_of, check_sentence_model, find_attachment, unwrapped
 from s2ft.attached.saving import gather_trained
 from s2ft.distributed import all_ranks, run_on_ranks, wait_for_ranks
 from s2ft.sync.trl_trainers import check_sends_slices
@@ -79,7 +79,7 @@ class AdapterCheckpoints:
             raise ValueError(
                 "no adapter of this model is trainable: call s2ft.attach, or s2ft.load_adapter with trainable=True"
             )
-        check_rest_frozen(model)
+        check_sentence_model(model)
         if any(mount.layer.rounding is not None for mount in attachment_of(unwrapped(model)).mounts.values()):
             self.add_callback(GradualRounding(model))
         if self.is_deepspeed_enabled:  # its checkpoints omit the base, and it would raise for missing keys

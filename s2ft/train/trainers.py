@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -18,10 +19,11 @@ from s2ft.sync.trl_trainers import with_slices
 from s2ft.text.encoding import IGNORED
 from s2ft.text.evaluation import HeldOut, evaluate
 from s2ft.text.prompts import encode_prompt, end_ids
-from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths
+from s2ft.train.batching import BY_LENGTH, Batching, LengthSampler, row_lengths, short_row
+from s2ft.train.loss import divides_by_items
 from s2ft.train.options import SCHEDULES
 from s2ft.train.output import log_failure
-from s2ft.train.parallel import devices_of, loading_config, rows_of_update
+from s2ft.train.parallel import devices_of, loading_config, rows_of_update, run_where_weights_are
 from s2ft.train.trainer import AdapterCheckpoints
 
 
@@ -158,6 +160,10 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             callbacks=callbacks,
         )
         self.trl_loss = needs_trl_loss(arguments)
+        if not (self.model_accepts_loss_kwargs or self.trl_loss or self._devices.splits_rows):
+            # Trainer asks the class, and classes of images and text say no although their text takes the divisor.
+            divides = partial(divides_by_items, model, batching.collator([short_row(rows)]))
+            self.model_accepts_loss_kwargs = run_where_weights_are("the trial of the loss", model, divides)
         if not self.trl_loss:
             self.restore_model()
             self.aux_loss_enabled = False

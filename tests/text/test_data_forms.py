@@ -95,7 +95,7 @@ REFUSED = (  # a row, and words of the message
     ({"messages": "[{"}, "'messages' .*JSON"),
     ({"messages": [USER]}, "two messages"),
     ({"messages": [USER, USER]}, "'messages' has no message of the assistant"),
-    ({"messages": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}, "its roles are bot, human"),
+    ({"messages": [{"role": "human", "content": "a"}, {"role": "bot", "content": "b"}]}, "its roles are bot, user"),
     ({"messages": [SYSTEM, ASSISTANT]}, "before the assistant's"),
     ({"messages": [USER, {"role": "assistant", "content": " "}]}, "message 1 is empty"),
     ({"messages": [USER, {"role": "assistant", "content": None}]}, r"messages\[1\].content .*null"),

@@ -109,6 +109,21 @@ def test_values_in_tool_calls_are_exact_and_their_own(tmp_path):
         assert arguments in found and all(one in expected for one in found)
 
 
+def test_tables_do_not_give_a_tool_the_arguments_of_another(tmp_path):
+    rows = [calling(city="Lima"), calling(x=["2"])]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    for path in (tmp_path / "a.parquet", tmp_path / "saved"):
+        found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in load(path)]
+        assert found == [{"city": "Lima"}, {"x": ["2"]}]
+
+
+def test_a_line_whose_only_list_is_a_chat_is_a_row(tmp_path):
+    path = write_jsonl(tmp_path / "a.jsonl", [{"id": number, "dialog": CHAT["messages"]} for number in (1, 2)])
+    rows = load_rows(DataOptions(data=[str(path)], field=["messages=dialog"]))
+    assert [row["messages"] for row in rows] == [CHAT["messages"]] * 2
+
+
 def test_limit_counts_over_all_files(tmp_path):
     files = write_jsonl(tmp_path / "a.jsonl", ROWS[:4]), write_jsonl(tmp_path / "b.jsonl", ROWS[4:])
     assert questions(load(*files, limit=5)) == EXPECTED[:5]

@@ -18,6 +18,7 @@ from support.inside import (
     template_of,
 )
 from text.merging_tokenizers import TOKENIZERS
+from tokenizers import AddedToken
 from tokenizers.processors import TemplateProcessing
 from train.tiny import CHAT, assistant, tiny_tokenizer
 from transformers import GenerationConfig
@@ -37,11 +38,11 @@ THINKING = CHAT.replace(
     " + m['content']",
 )
 TRIMMING = CHAT.replace("m['content']", "m['content'] | trim")
-REWRITING = CHAT.replace("m['content'] +", "(m['content'] if loop.last else '') +")
+REWRITING = CHAT.replace("m['content'] +", "(m['content'] if loop.last or m['role'] != 'assistant' else '') +")
 ENDLESS = CHAT.replace("<|im_end|>", "")
 MISTRAL = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
-    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] != 'assistant' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
 )
 COLON = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + (eos_token if m['role'] == 'assistant' else '\n\n') }}"
@@ -119,6 +120,17 @@ def test_tool_calls_are_trained_and_a_template_that_drops_them_is_refused():
         encoded(tiny_tokenizer(), *messages)
 
 
+@pytest.mark.parametrize("role", ["system", "developer", "User"])
+def test_a_template_that_drops_a_message_or_the_tools_is_refused(role):
+    tokenizer = tiny_tokenizer(
+        CHAT.replace("{% for m in messages %}", "{% for m in messages if m['role'] in ('user', 'assistant') %}")
+    )
+    with pytest.raises(TemplateError, match=f"leaves out the text of the role '{role}'"):
+        encoded(tokenizer, {"role": role, "content": "Be brief."}, ASK, assistant("2"))
+    with pytest.raises(TemplateError, match="leaves out the tools"):
+        render_chat(tokenizer, (ASK, assistant("2")), template_of(tokenizer), tools=[{"function": {"name": "add"}}])
+
+
 def test_chat_that_begins_with_the_assistant():
     tokenizer = tiny_tokenizer()
     _, labels = encoded(tokenizer, assistant("Hello!"), ASK, assistant("2"))
@@ -189,6 +201,9 @@ def test_end_ids_are_those_of_tokenizer_settings_and_template():
     assert end_ids(tiny_tokenizer(), GenerationConfig(eos_token_id=[0, 2])) == [0, 2]
     assert end_ids(tiny_tokenizer(CHAT.replace("<|im_end|>", "<|endoftext|>"))) == [0, 2]
     assert end_ids(tiny_tokenizer(None)) == [2]
+    unnamed = tiny_tokenizer(CHAT.replace("<|im_end|>", "<|eot_id|>"))
+    unnamed.add_tokens([AddedToken("<|eot_id|>", special=True)])
+    assert end_ids(unnamed) == [2, unnamed.convert_tokens_to_ids("<|eot_id|>")]
     assert tiny_tokenizer().pad_token is None and pad_id(tiny_tokenizer()) == 2  # the tokenizer needs no change
 
 
@@ -206,11 +221,11 @@ def test_template_is_a_file_a_text_or_a_name(tmp_path):
     [
         ({"chat_template": "nowhere.jinja"}, "nowhere.jinja is no file"),
         ({"chat_template": "{% for m in messages %}"}, "line 1: Unexpected end"),
-        ({"chat_template": "{{ messages[0]['content'] }}"}, "leaves out the question"),
-        ({"chat_template": "{{ messages[-1]['content'][:3] }}"}, "leaves out the question"),
+        ({"chat_template": "{{ messages[0]['content'][:3] }}"}, "leaves out .* role 'user'"),
         ({"chat_template": CHAT.replace("m['content']", "(m['content'] if m['role'] == 'user' else '')")},
          "leaves out the answer"),
-        ({"chat_template": MISTRAL, "system": "Be brief."}, "leaves out the system prompt"),
+        ({"chat_template": CHAT.replace("in messages %}", "in messages if m['role'] != 'system' %}", 1), "system": "Be brief."},
+         "takes no system prompt: .* role 'system'"),
         ({"chat_template": str(OF_TRL / "gemma.jinja"), "system": "Be brief."}, "no system prompt: .*not supported"),
         ({"form": "text", "system": "Be brief."}, "system"),
         ({"form": "prose"}, "form .*chat, text.*prose"),

@@ -2,7 +2,16 @@
 
 import pytest
 import torch
-from support.inside import CHUNK, IGNORED, ChunkedLoss, chunk_of, chunked_loss, sum_of_losses, why_not_chunked
+from support.inside import (
+    CHUNK,
+    IGNORED,
+    ChunkedLoss,
+    chunk_of,
+    chunked_loss,
+    loss_in_chunks,
+    sum_of_losses,
+    why_not_chunked,
+)
 from support.models import CASES, inputs_of, model_of
 from support.pairs import in_turn
 from support.states import with_adapter
@@ -61,6 +70,15 @@ def test_loss_and_gradients_equal_the_models_own_or_it_is_refused(case, dtype):
             torch.testing.assert_close(
                 gradient, theirs[name], rtol=10 * rtol, atol=rtol * float(theirs[name].abs().max())
             )
+
+
+def test_logits_that_the_model_computes_in_float32():
+    model = model_of("llama", torch.bfloat16)
+    batch = batch_of(model)
+    expected = model(**batch).loss
+    model.lm_head.register_forward_hook(lambda module, inputs, output: output.float())
+    assert why_not_chunked(model, batch) == ""
+    torch.testing.assert_close(loss_in_chunks(model.train(), batch), expected, rtol=1e-2, atol=0, check_dtype=False)
 
 
 def test_several_chunks_equal_one(monkeypatch):

@@ -8,6 +8,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from datasets import Dataset
+from support.composites import composite_of
 from support.inside import (
     NEEDS,
     SCHEDULES,
@@ -171,6 +172,23 @@ def test_resume_with_another_selection_is_an_error(whole, tmp_path):
 def test_accumulation_equals_one_large_batch(whole, tmp_path):
     _, folder, _ = run(tmp_path / "out", per_device_train_batch_size=4, gradient_accumulation_steps=1, save_steps=0)
     assert [row[1] for row in losses(folder)] == pytest.approx([row[1] for row in losses(whole[1])], rel=1e-4)
+
+
+def test_accumulation_in_a_class_of_images_and_text_equals_one_large_batch(tmp_path):
+    found = []
+    for micro, passes in ((4, 1), (1, 4)):
+        how = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=passes, max_steps=2, save_steps=0)
+        model = composite_of("qwen3_vl")
+        assert not model.accepts_loss_kwargs
+        found.append(
+            [
+                row[1]
+                for row in losses(
+                    run(tmp_path / str(micro), model=model, config=replace(CONFIG, v_ratio=0.0), **how)[1]
+                )
+            ]
+        )
+    assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 
 # ---- what TRL changes in a model and does besides ------------------------------------------------------

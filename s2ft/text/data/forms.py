@@ -122,6 +122,7 @@ def _prompt_completion(row: Row, scored: bool) -> dict[str, Any]:
     if not isinstance(row["prompt"], list):
         return {"prompt": text(row, "prompt", may_be_empty=True), "completion": _answer(row, "completion", scored)}
     prompt, completion = (read_messages(row[name], name) for name in ("prompt", "completion"))
+    prompt = prompt and with_system(row, prompt)
     if not prompt:
         raise BadRow("field 'prompt' has no messages")
     answers = check_chat([*prompt, *completion], "completion")[len(prompt) :]
@@ -243,7 +244,7 @@ def _message(message: object, place: str) -> dict[str, Any]:
         raise BadRow(f"{place} has the role {role!r}; known are {', '.join(ROLES)}")
     calls = message.get("tool_calls")
     content = _content(message.get(names[1]), f"{place}.{names[1]}", may_be_null=bool(calls))
-    result: dict[str, Any] = {"role": known if names[0] == "from" else role.strip(), "content": content}
+    result: dict[str, Any] = {"role": known or role.strip(), "content": content}
     if result["role"] == "function_call":
         result = {"role": "assistant", "content": ""}
         calls = _parsed(content, f"the function call in {place}")

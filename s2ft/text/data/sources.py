@@ -99,6 +99,13 @@ def _numbered(name: object, rows: Iterable) -> Rows:
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
+def _without_nulls(found: Any) -> Any:
+    """A value of a table without the nulls that Arrow puts where an object lacks a name that another one has."""
+    if isinstance(found, Mapping):
+        return {name: _without_nulls(value) for name, value in found.items() if value is not None}
+    return [*map(_without_nulls, found)] if isinstance(found, list) and isinstance(found[:1], list) else found
+
+
 # ---- files ---------------------------------------------------------------------------------------------
 
 
@@ -159,7 +166,7 @@ def _table(path: Path, kind: str) -> Rows:
         else:
             cache = str(scratch_folder())  # for files of locks, in place of the user's
             rows = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
-        yield from _numbered(path, rows)
+        yield from _numbered(path, map(_without_nulls, rows))
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
 
@@ -189,10 +196,14 @@ def _json(path: Path) -> Rows:
 
     try:
         with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
-            first = next((line for line in file if line.strip()), "")
+            first, second = (next((line for line in file if line.strip()), "") for _ in range(2))
             if not first:
                 raise ValueError(f"{path} is empty")
-            is_lines = not first.lstrip().startswith("[") and not isinstance(_decoded(first), BadRow)
+            is_lines = (
+                (second or ".jsonl" in path.suffixes)
+                and not first.lstrip().startswith("[")
+                and not isinstance(_decoded(first), BadRow)
+            )
             file.seek(0)
             rows = None if is_lines else _document(path, file.read())
             file.seek(0)
@@ -221,9 +232,7 @@ def _lines(path: Path, file: Iterable[str]) -> Rows:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
-        row = _decoded(line)
-        rows = _rows_of_object(row)
-        yield from [(f"{path}, line {number}", row)] if rows is None else _numbered(path, rows)
+        yield f"{path}, line {number}", _decoded(line)
 
 
 def _document(path: Path, text: str) -> list | None:
@@ -258,7 +267,8 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
     if (path / "dataset_dict.json").is_file() or (path / SAVED).is_file():
         found = datasets.load_from_disk(str(path))
         is_dict = isinstance(found, datasets.DatasetDict)
-        return _numbered(path, _split_of(found, split, f"data set {path}") if is_dict else found)
+        found = _split_of(found, split, f"data set {path}") if is_dict else found
+        return _numbered(path, map(_without_nulls, found))
     if data_files:
         return _files(_listed(data_files, split, str(path)))
     try:
@@ -291,7 +301,7 @@ def _hub(path: str, *name: str | None, **options: Any) -> Rows:
             f"data set {path} can't be loaded: there is no such file or folder here, and the hub says: "
             f"{_reason(error).rstrip('.')}; {way_out}"
         ) from error
-    return _numbered(path, found)
+    return _numbered(path, map(_without_nulls, found))
 
 
 # ---- temporary files ------------------------------------------------------------------------------------
