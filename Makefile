@@ -16,9 +16,8 @@ STARTED := $(shell date +%s)
 # again: 14 s instead of 6 s with transformers, TRL and PEFT. Empty means not set.
 export PYTHONDONTWRITEBYTECODE :=
 
-# One process more than there are processors, because some tests wait for processes that they start. WORKERS=1 saves
-# memory: each process takes about 1.5 GB.
-WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+# Each process takes about 1.5 GB; WORKERS=1 saves memory.
+WORKERS ?= $(shell getconf _NPROCESSORS_ONLN)
 
 test: $(VENV)/.installed $(VENV)/.quantized
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=50 -m "not slow"

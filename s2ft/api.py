@@ -6,16 +6,16 @@ from typing import Any
 from torch import nn
 
 from s2ft.attached.active import ON_TOP_OF, apart_from_active, parameters_to_save, switch
-from s2ft.attached.mounting import check_one_place, undone_on_failure
+from s2ft.attached.mounting import check_one_place, starting_from_base
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     check_new_name,
     check_parallelism,
-    check_rest_frozen,
+    check_sentence_model,
     check_unattached,
     find_attachment,
     new_attachment,
-    of_compiled,
+    on_unwrapped,
     unwrapped,
 )
 from s2ft.attached.report import Report
@@ -96,17 +96,19 @@ def attach(
     for option, value in (("verify", verify), ("on_top", on_top)):
         if not (isinstance(value, bool) or value is None and option == "verify"):
             raise TypeError(f"{option} must be True or False, got {value!r}")
-    check_rest_frozen(model)
+    check_sentence_model(model)
     model = unwrapped(model)
     config = with_protect_ratio(with_units(config), protect is not None)  # the adapter stores what was used
     record = find_attachment(model)
     if record is not None and record.name is not None:
-        check_unattached(model)  # which raises
+        raise ValueError(f"{record.name!r} is trainable, and one adapter can be: freeze_adapter, merge or detach first")
     check_new_name(record, name)
     if record is None:
         record = new_attachment(model, couplings, example, config)
     elif couplings is not None and find_couplings(model, couplings, example, config).couplings != record.couplings:
         raise ValueError("couplings differ from those of the loaded adapters: leave the argument out")
+    elif config.trains_inputs != any(name.endswith(".i") for name in record.projections):
+        raise ValueError("adapters of i_ratio and of other ratios do not go into one model")
     if any(parameter.is_cuda for parameter in model.parameters()):
         warn_without_cuda_kernels()
     parameters_to_save(model, record.couplings, config.modules_to_save)  # raises, before the calibration runs
@@ -115,7 +117,7 @@ def attach(
     if below:  # metrics read the model with the active adapters
         config = apart_from_active(record, config, choosable)
         selection = select_units(choosable, config, model, calibration, protect)
-    with undone_on_failure(model, record):
+    with starting_from_base(model, record):
         if selection is None:  # metrics read the base
             selection = select_units(choosable, config, model, calibration, protect)
         mount_proved(model, record, config, selection, name, verify, example)
@@ -125,7 +127,7 @@ def attach(
     return Report.of(model)
 
 
-@of_compiled
+@on_unwrapped
 def select(
     model: nn.Module,
     config: S2FTConfig,
@@ -170,7 +172,7 @@ def select(
     return _chosen(model, config, calibration, couplings, example, protect)[1]
 
 
-@of_compiled
+@on_unwrapped
 def plan(
     model: nn.Module,
     config: S2FTConfig,
@@ -224,7 +226,7 @@ def _chosen(
     check_parallelism(model)
     found = find_couplings(model, couplings, example, config)
     parameters_to_save(model, found.couplings, config.modules_to_save)  # raises for unknown modules
-    trained = couplings_in_towers(model, found.couplings, config)
-    selection = select_units(trained, config, model, calibration, protect)
-    check_one_place(model, trained, selection)
+    choosable = couplings_in_towers(model, found.couplings, config)
+    selection = select_units(choosable, config, model, calibration, protect)
+    check_one_place(model, choosable, selection)
     return found, selection

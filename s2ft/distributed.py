@@ -5,7 +5,7 @@ ZeRO's optimizer has the only exact copy of trained parameters. A function that 
 every rank must call it. Each rank writes its own shard.
 
 FSDP2 shards a tensor, tensor parallelism splits it, ZeRO-3 partitions it. It is spread in each of these cases, which
-:func:`is_sharded` asks for.
+:func:`is_spread` asks for.
 
 FSDP2 keeps a list of the parameters it shards and of the module that has each of them. It puts the shard or the
 gathered parameter into that module whenever it changes between the two. So a trainable layer that takes a frozen weight
@@ -233,7 +233,7 @@ def decide(what: str, is_able: bool, compute: Callable[[], Any]) -> Decision:
             the weights are sharded, it runs on all of their ranks.
 
     Returns:
-        The value; None if no rank can compute it.
+        The :class:`Decision`, whose value is None if no rank can compute it.
 
     Raises:
         Exception: Any exception of `compute`, on a rank that runs it.
@@ -271,8 +271,8 @@ def _decided(what: str, key: str) -> Any:
         store.add(asked, 1)
         if not _wait(lambda: store.check([key]) or store.add(asked, 0) == dist.get_world_size()):
             raise RuntimeError(
-                f"{what}: rank {dist.get_rank()} has no weights (its model is on the meta device) and waited for "
-                f"{'a rank that has them' if by() is None else f'rank {by()}'}: {_why_lost()}"
+                f"{what}: rank {dist.get_rank()} can't find it itself and waited for "
+                f"{'a rank that can' if by() is None else f'rank {by()}'}: {_why_lost()}"
             )
         if not store.check([key]):
             return None
@@ -300,7 +300,7 @@ def is_partitioned(tensor: Tensor) -> TypeGuard[Any]:
     return hasattr(tensor, "ds_id")
 
 
-def is_sharded(tensor: Tensor) -> bool:
+def is_spread(tensor: Tensor) -> bool:
     """Whether this tensor is spread over ranks."""
     return is_dtensor(tensor) or is_partitioned(tensor)
 
@@ -763,7 +763,7 @@ def managed_by_fsdp(model: nn.Module) -> set[tuple[int, str]]:
     return places
 
 
-def follow(model: nn.Module, moved: Iterable[tuple[Place, Place]]) -> None:
+def fsdp_follow(model: nn.Module, moved: Iterable[tuple[Place, Place]]) -> None:
     """Tell FSDP2 where parameters are now. It can be called again.
 
     Args:
@@ -780,7 +780,7 @@ def follow(model: nn.Module, moved: Iterable[tuple[Place, Place]]) -> None:
                 info.shared_modules[i], info.shared_param_names[i] = new.get((id(module), name), (module, name))
 
 
-def shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:
+def fsdp_shard_slices(model: nn.Module, layers: list[nn.Module]) -> None:
     """Shard the s2 of layers in the groups of their frozen weights. Layers without such a group stay as they are.
 
     Args:
@@ -814,8 +814,8 @@ def _sharded_slice(group: Any, layer: Any) -> Any:
     )
 
 
-def release_slices(model: nn.Module, layers: list[nn.Module]) -> None:
-    """Undo :func:`shard_slices`: FSDP2 forgets the s2 of these layers. It can be called again."""
+def fsdp_release_slices(model: nn.Module, layers: list[nn.Module]) -> None:
+    """Undo :func:`fsdp_shard_slices`: FSDP2 forgets the s2 of these layers. It can be called again."""
     known = {id(layer) for layer in layers}
     for group in _groups(model) if known else ():
         for parameter in list(group.fsdp_params):

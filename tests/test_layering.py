@@ -33,7 +33,7 @@ RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 
 
 def rank_of(module):
-    """The rank of a module such as "attached.hosts", and the matching name in RANKS."""
+    """The rank of a module such as "attached.hooks", and the matching name in RANKS."""
     name = module
     while name and name not in RANK:
         name = name.rpartition(".")[0]

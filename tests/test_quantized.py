@@ -339,7 +339,7 @@ def test_the_properties_of_the_quantizer_are_copied_and_pickled(kind, tmp_path):
 
 def test_a_failure_restores_the_quantizer(tmp_path, monkeypatch):
     model = loaded("4bit", tmp_path)
-    monkeypatch.setattr("s2ft.attached.mounting.shard_slices", lambda *args: 1 / 0)
+    monkeypatch.setattr("s2ft.attached.mounting.fsdp_shard_slices", lambda *args: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         s2ft.attach(model, INDEXED)
     assert not model.hf_quantizer.is_qat_trainable

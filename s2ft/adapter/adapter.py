@@ -32,7 +32,7 @@ class Adapter:
         deltas: The trained updates, by projection. A delta of dim 0 has values of shape [n, in_features], a delta of
             dim 1 has [out_features, n], for n selected elements.
         info: Free metadata, as JSON values.
-        couplings: The couplings, if they were passed to :func:`s2ft.attach`; None for a known family.
+        couplings: The couplings; None if those of the model type are meant.
         extra_weights: Parameters outside the couplings that are trained in full, by name.
         structure: Where the slices lie in the model, for engines that do not build it; None if that was not recorded.
         device: Device that keeps the tensors of a loaded adapter; None if they follow the weights of the model.

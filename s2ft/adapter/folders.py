@@ -11,7 +11,7 @@ from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.formats import ADAPTER_FORMATS
 from s2ft.config import check_adapter_name
 from s2ft.files.plain_text import by_key, first_line, replace_file
-from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, is_folder, own_folder
+from s2ft.files.reading import ADAPTER, CONFIG, TENSORS, has_adapter, own_folder
 
 OPTIONS, RUN = "config.yaml", "run.json"  # the file with the options of a run, and its name in older runs
 STATE = "trainer_state.json"  # in every checkpoint of a Trainer, which writes it last
@@ -27,12 +27,12 @@ def adapter_folder(folder: Path) -> Path:
         FileNotFoundError: The folder does not exist, the run has not saved its adapter yet, or it is a directory of
             several adapters. The message says what to give instead.
     """
-    if is_folder(own_folder(folder)):
+    if has_adapter(own_folder(folder)):
         return own_folder(folder)
     if not folder.exists():
         raise FileNotFoundError(f"adapter {folder} doesn't exist")
     if is_run(folder):
-        checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}") if is_folder(path.parent)]
+        checkpoints = [path.parent for path in folder.glob(f"checkpoint-*/{STATE}") if has_adapter(path.parent)]
         newest = max(checkpoints, key=lambda path: path.stat().st_mtime, default=None)
         raise FileNotFoundError(
             f"{folder} is the output of a run that has saved no adapter yet: finish the run with --resume"
@@ -52,12 +52,12 @@ def adapters_in(directory: Path) -> dict[str, Path]:
 
     The output folder of one run has one adapter, with the name of that folder. Checkpoints are left out.
     """
-    if is_run(directory) and is_folder(directory / ADAPTER):
+    if is_run(directory) and has_adapter(directory / ADAPTER):
         return {directory.resolve().name: directory / ADAPTER}
     return {
         entry.name: own_folder(entry)
         for entry in sorted(directory.iterdir())
-        if is_folder(own_folder(entry)) and not (own_folder(entry) / STATE).is_file()
+        if has_adapter(own_folder(entry)) and not (own_folder(entry) / STATE).is_file()
     }
 
 
@@ -85,7 +85,7 @@ class Source:
         """Return the folders of all adapters by name. Raises OSError if the directory was deleted."""
         if self.name is None:
             return adapters_in(self.folder)
-        return {self.name: own_folder(self.folder)} if is_folder(own_folder(self.folder)) else {}
+        return {self.name: own_folder(self.folder)} if has_adapter(own_folder(self.folder)) else {}
 
     def skipped(self, found: Sequence[str]) -> dict[str, str]:
         """Return the other folders of the source by path, with the reason why they are no adapters.
@@ -124,7 +124,7 @@ def source_of(text: str) -> Source:
             f"adapters: {folder} is a checkpoint of a training run, and checkpoints are not served: give the run's "
             f"folder, or copy the files {CONFIG} and {TENSORS} to a folder of their own"
         )
-    is_one = is_folder(folder) or is_run(folder)
+    is_one = has_adapter(folder) or is_run(folder)
     if not is_one and (folder / "adapter_config.json").is_file():
         raise ValueError(f"adapters: {folder} can't be served: {why_skipped(folder)}")
     if name and not is_one:

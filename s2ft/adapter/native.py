@@ -77,10 +77,14 @@ def write(adapter: Adapter, folder) -> None:
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
         check_parameter(name, "save")
-        if NAMES.get(value.dtype) not in FLOATS:  # PyTorch can't say of each of these dtypes what is finite
-            raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
-        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
-            raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
+        is_float = NAMES.get(value.dtype) in FLOATS  # PyTorch can't say of each other dtype what is finite
+        refuse(
+            (not is_float, f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}"),
+            (
+                value.numel() == 0 or is_float and not bool(torch.isfinite(value).all()),
+                f"{name}: the weight is empty or not finite, so it is not saved",
+            ),
+        )
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {
@@ -213,13 +217,14 @@ def _read(path: Path, with_values: bool = True) -> tuple[Adapter, dict[str, byte
 def _read_header(content: bytes, path: Path) -> dict[str, Any]:
     header = parse_json(content, str(path))
     schema = header.get("schema") if isinstance(header, dict) else None
-    if type(schema) is not int or schema < 1:
-        raise ValueError(f"{path} is not an S²FT adapter config: it has no schema number")
-    if schema != SCHEMA:
-        raise ValueError(
+    refuse(
+        (type(schema) is not int or schema < 1, f"{path} is not an S²FT adapter config: it has no schema number"),
+        (
+            schema != SCHEMA,
             f"{path} has schema {shortened(schema)}, and this version of s2ft reads schema {SCHEMA}: use the version "
-            "that saved it, or train and save the adapter again"
-        )
+            "that saved it, or train and save the adapter again",
+        ),
+    )
     foreign = sorted(header.keys() - FIELDS)
     if foreign:
         raise ValueError(f"{path} has foreign fields {shortened(foreign)}")

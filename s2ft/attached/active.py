@@ -24,9 +24,9 @@ from s2ft.attached.record import (
     Mount,
     Written,
     attachment_of,
-    check_has_arrived,
+    check_plain_and_untied,
+    check_slices_are_here,
     check_weights_are_here,
-    check_writable,
     coupled_names,
 )
 from s2ft.config import S2FTConfig, refuse
@@ -35,7 +35,7 @@ from s2ft.distributed import (
     full_tensors,
     has_master_copy,
     is_partitioned,
-    is_sharded,
+    is_spread,
     reads_weights,
     reshard_all,
     write_units,
@@ -70,34 +70,36 @@ def all_or_nothing(change: Callable[[], Any], recover: Callable[[], Any] | None 
             raise
 
 
-def switch(model: nn.Module, record: Attachment, weights: dict[str, float]) -> None:
+def switch(model: nn.Module, record: Attachment, factors: dict[str, float]) -> None:
     """Make these adapters active in place of those that are.
 
     Args:
         model: Model of the record.
         record: Record that has the adapters.
-        weights: Weights by adapter; empty for the base.
+        factors: Factors by adapter; empty for the base.
 
     Raises:
         ValueError: An adapter can't be written; nothing has changed.
     """
-    is_scaled = weights.get(cast(str, record.name), 1) != 1
-    if weights == record.active and not is_scaled and not record.change_unfinished:
-        return  # if the trainable adapter is written, its values may have changed since
+    is_scaled = factors.get(cast(str, record.name), 1) != 1
+    if factors == record.active and not is_scaled and not record.change_unfinished:
+        return  # a trainable adapter with another factor than 1 is written anew: it may have changed
     reshard_all(model)
-    if weights:
-        check_can_put_on_extra(model, record, weights)
-    written = [name for name in weights if name != record.name or is_scaled]
+    if factors:
+        check_can_put_on_extra(model, record, factors)
+    written = [name for name in factors if name != record.name or is_scaled]
     if written:
         check_weights_are_here(model, record)
-    place_loaded(model, record, [name for name in written if name != record.name and _has_moved(model, record, name)])
+    place_loaded(
+        model, record, [name for name in written if name != record.name and _is_on_another_device(model, record, name)]
+    )
     own_deltas = None
     if record.name in written:  # loaded adapters were checked when they were loaded
         own_deltas = mounted_deltas(record)
-        check_writable(model, record, own_deltas)
+        check_plain_and_untied(model, record, own_deltas)
     with WRITING:
         deactivate(model, record)
-        activate(model, record, weights, own_deltas)
+        activate(model, record, factors, own_deltas)
 
 
 def deactivate(model: nn.Module, record: Attachment) -> None:
@@ -109,7 +111,7 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
     record.change_unfinished, record.active = True, {}
     reshard_all(model)
     take_off_extra(model, record)
-    for move in record.moves:  # the units first: the copies below are in the finished order
+    for move in record.moves:  # first: the copies below need no half-done order
         move.recover(model)
     for mounted in record.mounts.values():
         mounted.layer.unfuse()
@@ -129,23 +131,23 @@ def _restore_base(model: nn.Module, record: Attachment) -> None:
 
 
 def activate(
-    model: nn.Module, record: Attachment, weights: dict[str, float], own_deltas: dict[str, Delta] | None = None
+    model: nn.Module, record: Attachment, factors: dict[str, float], own_deltas: dict[str, Delta] | None = None
 ) -> None:
     """Make these adapters active. Their weighted sum is written into the model in one pass.
 
-    A trainable adapter of weight 1 is written by its layers, on top of the others.
+    A trainable adapter of factor 1 is written by its layers, on top of the others.
 
     Args:
         model: Model with the base in its weights and no active adapter.
         record: Record of the model.
-        weights: Weights by adapter.
-        own_deltas: Deltas of the trainable adapter by projection, if it has another weight.
+        factors: Factors by adapter.
+        own_deltas: Deltas of the trainable adapter by projection, if its factor is not 1.
 
     Raises:
         Exception: Any failure, after which no adapter is active.
     """
-    trains = weights.get(cast(str, record.name)) == 1
-    written = {name: weight for name, weight in weights.items() if not (trains and name == record.name)}
+    trains = factors.get(cast(str, record.name)) == 1
+    written = {name: weight for name, weight in factors.items() if not (trains and name == record.name)}
     try:
         record.change_unfinished = True
         deltas = {
@@ -154,19 +156,19 @@ def activate(
         }
         for path in dict.fromkeys(path for name in written for path in deltas[name]):
             parts = [(deltas[name][path], weight) for name, weight in written.items() if path in deltas[name]]
-            write(model, record, record.projections[path], parts)
-        put_on_extra(model, record, weights)
+            add_deltas(model, record, record.projections[path], parts)
+        put_on_extra(model, record, factors)
         for mounted in record.mounts.values():
             mounted.layer.enabled = trains
-        record.active = dict(weights)  # write_slices asks for it
-        write_slices(model, record)
+        record.active = dict(factors)  # write_changed_layers asks for it
+        write_changed_layers(model, record)
         record.change_unfinished = False
     except BaseException:
         deactivate(model, record)
         raise
 
 
-def write(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
+def add_deltas(model: nn.Module, record: Attachment, projection: Projection, parts: list[tuple[Delta, float]]) -> None:
     """Add a weighted sum of deltas to a weight. What it overwrites is recorded first, for :func:`deactivate`."""
     with weight_at(model, projection).shard() as shard:
         weight, dim = shard.tensor, projection.dim
@@ -182,7 +184,7 @@ def write(model: nn.Module, record: Attachment, projection: Projection, parts: l
             scatter_add_(weight, index, values, dim, [factor for _, factor in parts], is_checked=True)
 
 
-def _has_moved(model: nn.Module, record: Attachment, name: str) -> bool:
+def _is_on_another_device(model: nn.Module, record: Attachment, name: str) -> bool:
     """Whether the weights of a loaded adapter are not where its tensors are, judged by the first of them."""
     path, delta = next(iter(record.loaded[name].deltas.items()))
     return delta.values.device != weight_at(model, record.projections[path]).tensor.device
@@ -227,7 +229,7 @@ def mounted_deltas(record: Attachment, state: Mapping[str, Tensor] | None = None
         ValueError: The state lacks an s2, or has a shard of one, or the weights have not arrived.
         RuntimeError: A rank did not take part within ten minutes.
     """
-    check_has_arrived(record)
+    check_slices_are_here(record)
     slices = full_tensors(record.slices) if state is None else state
     for path, mount in record.mounts.items():
         _check_is_whole(f"{path}.s2", mount, slices)
@@ -310,7 +312,7 @@ def _check_apart(record: Attachment, units: dict[str, Tensor]) -> None:
 
 
 @torch.compiler.disable
-def write_slices(model: nn.Module, record: Attachment) -> None:
+def write_changed_layers(model: nn.Module, record: Attachment) -> None:
     """Write base + s2 into every weight that holds other values of s2. Every rank of a sharded model must call this.
 
     Args:
@@ -321,9 +323,9 @@ def write_slices(model: nn.Module, record: Attachment) -> None:
         return
     # Code that writes into `s2.data` changes no version. So a model that may train is written always, which takes less
     # than 1 % of its step. What is spread over ranks has to be gathered for that.
-    trains = torch.is_grad_enabled()
-    layers = (mount.layer for mount in record.mounts.values() if mount.layer.kind.read_only is None)
-    changed = [one for one in layers if one.enabled and (not one.is_written or trains and not one.is_managed)]
+    may_train = torch.is_grad_enabled()
+    layers = (mounted.layer for mounted in record.mounts.values() if mounted.layer.kind.read_only is None)
+    changed = [one for one in layers if one.enabled and (not one.is_surely_held or may_train and not one.is_managed)]
     if changed:
         reshard_all(model)
         write_all(changed)
@@ -353,13 +355,13 @@ def without_trainable(model: nn.Module) -> Iterator[None]:
         return
     reshard_all(model)
     with ExitStack() as stack:
-        stack.callback(write_slices, model, record)
+        stack.callback(write_changed_layers, model, record)
         for mount in record.mounts.values():
             stack.callback(setattr, mount.layer, "enabled", True)
             mount.layer.enabled = False
             mount.layer.unfuse()
         extra, base = {name: model.get_parameter(name) for name in record.extra.base}, record.extra.base
-        spread = {name: one for name, one in extra.items() if is_sharded(one) or has_master_copy(one)}
+        spread = {name: one for name, one in extra.items() if is_spread(one) or has_master_copy(one)}
         stack.callback(_write_extra, spread, full_copies(spread))
         _write_extra(spread, {name: base[name] for name in spread})
         known = {  # other parameters take the places of those that are whole
@@ -535,38 +537,38 @@ def take_off_extra(model: nn.Module, record: Attachment) -> None:
     extra.overwritten = {}
 
 
-def put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
+def put_on_extra(model: nn.Module, record: Attachment, factors: Mapping[str, float]) -> None:
     """Write the extra weights of the adapters that become active. No adapter may be active."""
     extra = record.extra
     values = {
         name: value
-        for adapter in weights
+        for adapter in factors
         if adapter != record.name
         for name, value in record.loaded[adapter].extra_weights.items()
     }
-    trained = extra.trained if weights.get(cast(str, record.name)) == 1 else {}
+    trained = extra.trained if factors.get(cast(str, record.name)) == 1 else {}
     if values or trained:
         parameters = dict(model.named_parameters())
         extra.overwritten = full_copies({name: parameters[name] for name in values})
         _write_extra(parameters, {**values, **trained})
-    if record.name in weights:
+    if record.name in factors:
         extra.trained = {}
 
 
-def check_can_put_on_extra(model: nn.Module, record: Attachment, weights: Mapping[str, float]) -> None:
+def check_can_put_on_extra(model: nn.Module, record: Attachment, factors: Mapping[str, float]) -> None:
     """Raise ValueError if an extra weight would be scaled, or two adapters have the same one."""
     names = {
         adapter: extra_parameters(model, record) if adapter == record.name else record.loaded[adapter].extra_weights
-        for adapter in weights
+        for adapter in factors
     }
-    of_each = ((adapter, weight, names[adapter]) for adapter, weight in weights.items())
+    of_each = ((adapter, weight, names[adapter]) for adapter, weight in factors.items())
     check_extra_apart(of_each, "the model can hold one: make one of them active")
 
 
 def _write_extra(parameters: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
     for name, value in values.items():
         parameter = parameters[name]
-        if is_sharded(parameter) or has_master_copy(parameter):
+        if is_spread(parameter) or has_master_copy(parameter):
             write_units(parameter, torch.arange(value.shape[0]), value, 0)
         else:
             parameter.detach().copy_(value)

@@ -26,7 +26,7 @@ from s2ft.adapter.folders import adapters_in
 from s2ft.attached.record import Attachment, check_fits, find_attachment, new_attachment, unwrapped
 from s2ft.config import check_adapter_name, refuse
 from s2ft.files.plain_text import by_key
-from s2ft.files.reading import CONFIG, TENSORS, is_folder, own_folder
+from s2ft.files.reading import CONFIG, TENSORS, has_adapter, own_folder
 from s2ft.layers import kind_of
 from s2ft.model.coupling import Projection
 from s2ft.model.weights import Delta, find
@@ -164,7 +164,7 @@ class AdapterBank:
         """
         check_adapter_name(name)
         folder = own_folder(Path(folder))
-        if not is_folder(folder):
+        if not has_adapter(folder):
             missing = next((file for file in (CONFIG, TENSORS) if not (folder / file).is_file()), CONFIG)
             raise FileNotFoundError(f"{folder} is not an S²FT adapter: it has no {missing}")
         with self._lock:

@@ -24,8 +24,8 @@ from s2ft.attached.active import (
     switch,
     unfreeze,
 )
-from s2ft.attached.hosts import add_record_and_hooks
-from s2ft.attached.mounting import end_training, release, remove_all, undone_on_failure
+from s2ft.attached.hooks import add_record_and_hooks
+from s2ft.attached.mounting import end_training, make_plain, remove_all, starting_from_base
 from s2ft.attached.proof import mount_proved
 from s2ft.attached.record import (
     Attachment,
@@ -33,20 +33,20 @@ from s2ft.attached.record import (
     check_fits,
     check_known,
     check_new_name,
-    check_rest_frozen,
-    check_writable,
+    check_plain_and_untied,
+    check_sentence_model,
     find_attachment,
     new_attachment,
-    of_compiled,
+    on_unwrapped,
     unwrapped,
 )
 from s2ft.attached.report import status
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import refuse
 from s2ft.distributed import check_not_in_engine
-from s2ft.files.reading import is_folder
+from s2ft.files.reading import has_adapter
 from s2ft.model.fingerprint import structure_of
-from s2ft.model.weights import check_memory
+from s2ft.model.weights import check_own_memory
 
 # ---- loading --------------------------------------------------------------------------------------------------------
 
@@ -72,7 +72,7 @@ def read_adapter(adapter: str | os.PathLike) -> Adapter:
         'math'
     """
     folder = resolve(adapter)
-    others = () if is_folder(folder) else (one.module for one in ADAPTER_FORMATS.values())
+    others = () if has_adapter(folder) else (one.module for one in ADAPTER_FORMATS.values())
     return next((one for one in others if one.matches(folder)), native).read(folder)
 
 
@@ -124,9 +124,9 @@ def load_adapter(
         ['math']
     """
     if trainable:
-        check_rest_frozen(model)
+        check_sentence_model(model)
     model = unwrapped(model)
-    adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)
+    adapter = replace(adapter) if isinstance(adapter, Adapter) else read_adapter(adapter)  # a copy: it is changed below
     adapter.name = adapter.name if name is None else name
     record = find_attachment(model)
     check_new_name(record, adapter.name)
@@ -145,16 +145,16 @@ def load_adapter(
         record = new_attachment(model, adapter.couplings)
     check_fits(adapter, model, record)
     if not trainable:
-        check_writable(model, record, adapter.deltas)
-        check_memory(model, [record.projections[path] for path in adapter.deltas])
-    record.fingerprint = record.fingerprint or adapter.fingerprint  # of the weights that will arrive
+        check_plain_and_untied(model, record, adapter.deltas)
+        check_own_memory(model, [record.projections[path] for path in adapter.deltas])
+    record.fingerprint = record.fingerprint or adapter.fingerprint  # a model on the meta device has none yet
     adapter.structure = adapter.structure or structure_of(model, record.couplings, adapter.deltas)
     if not trainable:
         if device is not None:
             adapter = replace(adapter.to(device), device=torch.device(device))
         _load(model, record, adapter, active)
         return
-    with undone_on_failure(model, record):
+    with starting_from_base(model, record):
         mount_proved(model, record, adapter.config, adapter.selection, adapter.name, verify, example)
         set_mounted_deltas(record, adapter.deltas)
         unfreeze(model, record, adapter.extra_weights)
@@ -179,7 +179,7 @@ def _load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) 
     def recover() -> None:
         deactivate(model, record)
         if is_new:
-            release(model, record)
+            make_plain(model, record)
         else:
             record.drop(adapter.name)
             switch(model, record, before)
@@ -187,7 +187,7 @@ def _load(model: nn.Module, record: Attachment, adapter: Adapter, active: bool) 
     all_or_nothing(change, recover)
 
 
-@of_compiled
+@on_unwrapped
 def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
     """Copy a saved adapter's deltas into the trainable layers of a model, to resume its training.
 
@@ -218,7 +218,7 @@ def restore_adapter(model: nn.Module, directory: str | os.PathLike) -> None:
 Weights = str | Mapping[str, float] | None
 
 
-@of_compiled
+@on_unwrapped
 def set_adapter(model: nn.Module, adapters: Weights) -> None:
     """Make one adapter active, or several in a weighted sum, or none.
 
@@ -230,8 +230,8 @@ def set_adapter(model: nn.Module, adapters: Weights) -> None:
         adapters: A name, weights by name such as ``{"a": 0.7, "b": 0.3}``, or None for the base.
 
     Raises:
-        ValueError: No adapter has this name, a weight is not a finite number, or the base is quantized. The active
-            adapters are then unchanged.
+        ValueError: No adapter has this name, a weight is not a finite number, an extra weight would be scaled or is in
+            two, or the base is quantized. The active adapters are then unchanged.
         TypeError: `adapters` is of another type.
 
     Example:
@@ -258,7 +258,7 @@ def _weights(record: Attachment, adapters: Weights) -> dict[str, float]:
     return {name: float(weight) for name, weight in weights.items()}
 
 
-@of_compiled
+@on_unwrapped
 @contextmanager
 def disable_adapters(model: nn.Module) -> Iterator[None]:
     """Context manager: inside, the model is its base, bit for bit.
@@ -272,8 +272,8 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         A context manager.
 
     Raises:
-        ValueError: The model has no adapters, or a weight that was unfrozen by hand belongs to an adapter whose weight
-            is not 1. Nothing has changed.
+        ValueError: The model has no adapters, or an adapter with a weight other than 1 has a parameter that was
+            unfrozen by hand. Nothing has changed.
 
     Example:
         >>> _ = s2ft.attach(model, s2ft.S2FTConfig(d_ratio=0.1))
@@ -290,7 +290,7 @@ def disable_adapters(model: nn.Module) -> Iterator[None]:
         set_adapter(model, active)
 
 
-@of_compiled
+@on_unwrapped
 def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) -> Overlap:
     """Add the weighted sum of adapters to the model as a new loaded adapter, which is not active.
 
@@ -321,7 +321,7 @@ def combine_adapters(model: nn.Module, weights: Mapping[str, float], name: str) 
     check_new_name(record, name)
     adapters = {part: get_adapter(model, part) for part in weights}
     combined = weighted_sum([(adapters[part], weight) for part, weight in weights.items()], name)
-    check_writable(model, record, combined.deltas)
+    check_plain_and_untied(model, record, combined.deltas)
     record.loaded[name] = combined
     return overlap(list(adapters.values()))
 
@@ -345,7 +345,7 @@ def list_adapters(model: nn.Module) -> list[str]:
     return status(model).adapters
 
 
-@of_compiled
+@on_unwrapped
 def delete_adapter(model: nn.Module, name: str) -> None:
     """Remove an adapter from a model.
 
@@ -380,7 +380,7 @@ def delete_adapter(model: nn.Module, name: str) -> None:
         end_training(model, record)
 
 
-@of_compiled
+@on_unwrapped
 def freeze_adapter(model: nn.Module) -> None:
     """End the training of the trainable adapter: it becomes a loaded one, and the model can train another.
 
@@ -406,7 +406,7 @@ def freeze_adapter(model: nn.Module) -> None:
         raise ValueError(f"the model trains no adapter; it has {', '.join(record.names)}: there is nothing to freeze")
     check_not_in_engine(model, "freezing the trainable adapter", removes=True)
     adapter = get_adapter(model, record.name)
-    check_writable(model, record, adapter.deltas)
+    check_plain_and_untied(model, record, adapter.deltas)
     for name, (mount, part) in record.parts.items():
         if (rounding := mount.layer.rounding) is not None:
             values = rounding.delta(mount.layer.s2.detach())
@@ -415,7 +415,7 @@ def freeze_adapter(model: nn.Module) -> None:
     end_training(model, record, adapter)
 
 
-@of_compiled
+@on_unwrapped
 def rename_adapter(model: nn.Module, name: str, new: str) -> None:
     """Rename an adapter. It stays active and trainable if it was.
 

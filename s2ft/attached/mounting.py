@@ -2,7 +2,7 @@
 
 An interrupt, an exception or an out-of-memory error can come at any moment. So the record of a change is on the model
 before anything changes, and each step that takes a change back works whether the change was made, half made, or taken
-back already. :func:`unmount` and :func:`release` can be called at any time.
+back already. :func:`unmount` and :func:`make_plain` can be called at any time.
 """
 
 import inspect
@@ -14,8 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
-from s2ft.attached.active import activate, all_or_nothing, deactivate, parameters_to_save, unfreeze, write_slices
-from s2ft.attached.hosts import (
+from s2ft.attached.active import (
+    activate,
+    all_or_nothing,
+    deactivate,
+    parameters_to_save,
+    unfreeze,
+    write_changed_layers,
+)
+from s2ft.attached.hooks import (
     add_checkpoint_hooks,
     add_record_and_hooks,
     add_save_functions,
@@ -37,10 +44,10 @@ from s2ft.attached.record import (
     Mount,
     Part,
     attachment_of,
-    check_has_arrived,
-    check_writable,
+    check_plain_and_untied,
+    check_slices_are_here,
     find_attachment,
-    of_compiled,
+    on_unwrapped,
 )
 from s2ft.codecs.gguf_file import GgufFile
 from s2ft.codecs.packed_folder import PackedFolder
@@ -50,12 +57,12 @@ from s2ft.distributed import (
     check_can_follow,
     check_not_in_engine,
     check_same_as_first_rank,
-    follow,
+    fsdp_follow,
+    fsdp_release_slices,
+    fsdp_shard_slices,
     is_dtensor,
     managed_by_fsdp,
-    release_slices,
     reshard_all,
-    shard_slices,
     will_be_loaded_again,
 )
 from s2ft.files.plain_text import by_key
@@ -67,19 +74,19 @@ from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import digest, structure_of
 from s2ft.model.weights import (
     Move,
-    allow_packing,
-    check_memory,
+    allow_repacking,
+    check_own_memory,
     contiguous_range,
     coupling_order,
     find,
     inverse,
-    layers_that_pack,
+    layers_that_repack,
     memory_of,
     order_in_blocks,
     parameter_position,
     put,
     split_of_units,
-    stop_packing,
+    stop_repacking,
     tensors_of,
     weight_at,
 )
@@ -104,11 +111,11 @@ def set_codecs(model: nn.Module, record: Attachment, config: S2FTConfig) -> None
         return
     if record.awaits_weights:
         raise ValueError(f"codec={config.codec!r} needs the weights of {name}: load them before attach")
-    for path, mount in record.mounts.items():
-        mount.layer.rounding = _rounding_of(base, path, mount)
+    for path, mounted in record.mounts.items():
+        mounted.layer.rounding = _rounding_of(base, path, mounted)
 
 
-@of_compiled
+@on_unwrapped
 def set_rounding(model: nn.Module, share: float) -> None:
     """Let a model with ``codec="auto"`` compute with weights between base + delta and what the base's file can hold.
 
@@ -128,19 +135,19 @@ def set_rounding(model: nn.Module, share: float) -> None:
     """
     if not 0 <= share <= 1:
         raise ValueError(f"share must be between 0 and 1, got {share!r}")
-    for mount in attachment_of(model).mounts.values():
-        if mount.layer.rounding is not None and mount.layer.rounding.share != share:
-            mount.layer.rounding.share = share
-            mount.layer.write_before_next_forward()
+    for mounted in attachment_of(model).mounts.values():
+        if mounted.layer.rounding is not None and mounted.layer.rounding.share != share:
+            mounted.layer.rounding.share = share
+            mounted.layer.write_before_next_forward()
 
 
-def _rounding_of(base: GgufFile | PackedFolder, path: str, mount: Mount) -> FileRounding:
-    if len(mount.parts) > 1 or mount.original is None or mount.layer.kind.transposed or mount.layer.is_managed:
+def _rounding_of(base: GgufFile | PackedFolder, path: str, mounted: Mount) -> FileRounding:
+    if len(mounted.parts) > 1 or mounted.original is None or mounted.layer.kind.transposed or mounted.layer.is_managed:
         raise ValueError(f"codec: {path} is not one plain weight of {base.path} on one device")
-    (part,), layer = mount.parts, mount.layer
+    (part,), layer = mounted.parts, mounted.layer
     coded = FileRounding(*base.unit_blocks(path, part.elements, layer.dim), part.positions, layer.dim)
-    units = layer.selected_units().to(layer.weight.device)[part.positions.to(layer.weight.device)]
-    now = layer.kind.matrix(layer).detach().index_select(layer.dim, units).cpu()
+    elements = layer.selected_units().to(layer.weight.device)[part.positions.to(layer.weight.device)]
+    now = layer.kind.matrix(layer).detach().index_select(layer.dim, elements).cpu()
     if not torch.equal(coded.base.to(now.dtype), now):
         raise ValueError(f"codec: the weight of {path} is not that of {base.path}, which may have been replaced")
     return coded
@@ -150,7 +157,7 @@ def _rounding_of(base: GgufFile | PackedFolder, path: str, mount: Mount) -> File
 
 
 def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: Selection, name: str) -> None:
-    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers, inside :func:`undone_on_failure`.
+    """Freeze the model, reorder units (layout `permuted`) and mount trainable layers (:func:`starting_from_base`).
 
     Args:
         model: Model that has the record, with the base in its weights.
@@ -165,16 +172,16 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     """
     check_not_in_engine(model, "a trainable adapter")
     reshard_all(model)
-    trained = touched(record.couplings, selection)
+    trained = trained_couplings(record.couplings, selection)
     check_split_layers(model, trained)
     check_one_place(model, trained, selection)
     moves = _moves(model, trained, selection) if config.layout == "permuted" else []
     check_gradients_pass(model)
     check_shards(model, trained)
-    check_memory(model, list(projections_of(trained)))
+    check_own_memory(model, list(projections_of(trained)))
     for coupling in trained:
         for module in experts_modules(coupling):
-            forward_of(model.get_submodule(module))
+            forward_of(model.get_submodule(module))  # raises
     extra_names = parameters_to_save(model, record.couplings, config.modules_to_save)
     check_same_as_first_rank(
         f"adapter {name!r}", {"its selection": selection.digest, "the base": digest(record.fingerprint)}
@@ -186,7 +193,7 @@ def mount(model: nn.Module, record: Attachment, config: S2FTConfig, selection: S
     record.active = {name: 1.0}
 
 
-def touched(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
+def trained_couplings(couplings: list[Coupling], selection: Selection) -> list[Coupling]:
     """The couplings of which a selection has units."""
     return [coupling for coupling in couplings if any(one.name in selection for one in coupling.projections)]
 
@@ -201,7 +208,7 @@ def _make_layers(
 ) -> None:
     """Record the moves and the trainable layers of a new adapter. No layer is replaced yet."""
     record.awaits_weights = any_on_meta(model, record) or will_be_loaded_again()
-    record.packing_stopped = layers_that_pack(model)
+    record.repacking_stopped = layers_that_repack(model)
     record.moves += moves
     record.move_of |= {projection.name: move for move in moves for projection in move.coupling.projections}
     parts: dict[str, list[Part]] = {}
@@ -235,7 +242,7 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         extra_names: Names of the parameters that are trained in full.
     """
     model.requires_grad_(False)
-    stop_packing(model, record.packing_stopped)
+    stop_repacking(model, record.repacking_stopped)
     allow_training(model)
     for move in record.moves:
         move.do(model, later=record.awaits_weights)
@@ -246,10 +253,10 @@ def install(model: nn.Module, record: Attachment, extra_names: Iterable[str]) ->
         mounted.layer.s2.requires_grad_(True)
         if isinstance(model.get_submodule(path.rpartition(".")[0]), nn.TransformerEncoderLayer):
             mounted.layer.register_forward_pre_hook(run_by_module)
-    follow(model, _places(model, record))
-    shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
+    fsdp_follow(model, _places(model, record))
+    fsdp_shard_slices(model, [mounted.layer for mounted in record.mounts.values()])
     mark_layers(record)
-    for coupling in touched(record.couplings, cast(Selection, record.selection)):
+    for coupling in trained_couplings(record.couplings, cast(Selection, record.selection)):
         replace_forward(model, coupling, record)
     add_checkpoint_hooks(model, record.mounts)
     add_save_functions(model, record)
@@ -297,7 +304,7 @@ def _layer(original: Any, parts: list[Part], record: Attachment, config: S2FTCon
 
 
 def _current_index(parts: list[Part], record: Attachment) -> Tensor:
-    """Where the units of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
+    """Where the elements of s2 are in the weight once the moves are done, in the order of s2, shape [n], int64."""
     index = torch.empty(sum(part.elements.numel() for part in parts), dtype=torch.int64)
     for part in parts:
         move = record.move_of.get(part.projection.name)
@@ -480,10 +487,10 @@ def style_of(module: nn.Module) -> Any:
 
 
 def unmount(model: nn.Module, record: Attachment) -> None:
-    """Put the plain modules back, with the weights as they are and the units in original order.
+    """Undo :func:`install`: plain modules, with the weights as they are and the units in original order.
 
     It can be called again if it was interrupted, and does nothing if nothing is mounted. The record still contains
-    what was mounted; call :meth:`Attachment.forget_mounts` afterwards if the model keeps the record.
+    what was mounted; call :meth:`Attachment.forget_trainable` afterwards if the model keeps the record.
     """
     if record.snapshot is not None:  # a proof was interrupted
         record.snapshot.restore()
@@ -491,7 +498,7 @@ def unmount(model: nn.Module, record: Attachment) -> None:
     restore_forwards(model, record)
     remove_checkpoint_hooks(model)
     reshard_all(model)
-    release_slices(model, [mounted.layer for mounted in record.mounts.values()])
+    fsdp_release_slices(model, [mounted.layer for mounted in record.mounts.values()])
     for path, mounted in sorted(record.mounts.items(), key=lambda item: item[1].position or 0):
         if mounted.original is None:
             put(model, path, cast(nn.Parameter, mounted.layer.weight), mounted.position)
@@ -501,14 +508,14 @@ def unmount(model: nn.Module, record: Attachment) -> None:
             mounted.original.train(mounted.layer.training)
             mounted.original._is_full_backward_hook = mounted.layer._is_full_backward_hook  # the dicts are shared
             put(model, path, mounted.original)
-    follow(model, [(there, here) for here, there in _places(model, record)])
+    fsdp_follow(model, [(there, here) for here, there in _places(model, record)])
     for move in reversed(record.moves):
         move.undo(model)
-    allow_packing(model, record.packing_stopped)
+    allow_repacking(model, record.repacking_stopped)
     restore_quantizer(model)
 
 
-def release(model: nn.Module, record: Attachment) -> nn.Module:
+def make_plain(model: nn.Module, record: Attachment) -> nn.Module:
     """Return the plain model, without a record, with the weights as they are and the units in original order."""
     unmount(model, record)
     for key, parameter in model.named_parameters():
@@ -558,8 +565,8 @@ def _owners(model: nn.Module, coupling: Coupling) -> Iterator[Tensor]:
 
 
 @contextmanager
-def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
-    """Give the model its record and switch all adapters off, so that the body can mount a trainable one.
+def starting_from_base(model: nn.Module, record: Attachment) -> Iterator[None]:
+    """Switch all adapters off and give the model its record, so that the body can mount; undone if it fails.
 
     If the body fails, everything is as before: the active adapters are active again, and a model that had no adapters
     is plain. If it succeeds, the loaded adapters stay off.
@@ -574,7 +581,7 @@ def undone_on_failure(model: nn.Module, record: Attachment) -> Iterator[None]:
         if record.loaded:
             activate(model, record, active)
         else:
-            release(model, record)
+            make_plain(model, record)
         for parameter, was_required in required:
             parameter.requires_grad_(was_required)
         raise
@@ -584,7 +591,7 @@ def _drop_trainable(model: nn.Module, record: Attachment) -> None:
     """Remove the trainable layers. No adapter is active then, and nothing is trained."""
     deactivate(model, record)
     unmount(model, record)
-    record.forget_mounts()
+    record.forget_trainable()
     model.requires_grad_(False)
 
 
@@ -594,7 +601,7 @@ def remove_all(model: nn.Module, record: Attachment) -> None:
     def change() -> None:
         if find_attachment(model) is not None:
             deactivate(model, record)
-            release(model, record)
+            make_plain(model, record)
 
     all_or_nothing(change)
 
@@ -621,7 +628,7 @@ def end_training(model: nn.Module, record: Attachment, adapter: Adapter | None =
     all_or_nothing(change, recover=replace)  # then no adapter is active
 
 
-@of_compiled
+@on_unwrapped
 def detach(model: nn.Module) -> nn.Module:
     """Remove every adapter and return the base model, bit for bit as it was before attach.
 
@@ -648,7 +655,7 @@ def detach(model: nn.Module) -> nn.Module:
     return model
 
 
-@of_compiled
+@on_unwrapped
 def merge(model: nn.Module) -> nn.Module:
     """Write the active adapters into the weights for good and return the plain model, with units in original order.
 
@@ -674,16 +681,16 @@ def merge(model: nn.Module) -> nn.Module:
     check_not_in_engine(model, "merge", removes=True)
     if not record.active:
         raise ValueError("no adapter is active, so there is nothing to merge: set_adapter first, or detach")
-    check_has_arrived(record, in_weights=True)
+    check_slices_are_here(record, in_weights=True)
     if record.trains:
-        check_writable(model, record, record.parts)
+        check_plain_and_untied(model, record, record.parts)
 
     def change() -> nn.Module:
-        write_slices(model, record)
-        return release(model, record)
+        write_changed_layers(model, record)
+        return make_plain(model, record)  # the weights hold the adapters
 
     def recover() -> None:
-        if find_attachment(model) is not None:
+        if find_attachment(model) is not None:  # else all was done: the record goes last
             add_record_and_hooks(model, record)
             for move in record.moves:
                 move.recover(model)

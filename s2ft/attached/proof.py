@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from s2ft.attached.active import deactivate, set_mounted_deltas, write
-from s2ft.attached.hosts import not_awaiting
-from s2ft.attached.mounting import mount, set_codecs, touched
+from s2ft.attached.active import add_deltas, deactivate, set_mounted_deltas
+from s2ft.attached.hooks import not_awaiting
+from s2ft.attached.mounting import mount, set_codecs, trained_couplings
 from s2ft.attached.record import Attachment
 from s2ft.config import S2FTConfig
-from s2ft.distributed import Decision, decide, is_sharded, reshard_after_run
+from s2ft.distributed import Decision, decide, is_spread, reshard_after_run
 from s2ft.model.coupling import Coupling, projections_of
 from s2ft.model.discovery.examples import examples_of
 from s2ft.model.parts import tower_of
@@ -43,7 +43,7 @@ from s2ft.model.running import (
     seeded,
     tensors_in,
 )
-from s2ft.model.weights import Delta, allow_packing, can_run, layers_that_pack, stop_packing, weight_at
+from s2ft.model.weights import Delta, allow_repacking, can_run, layers_that_repack, stop_repacking, weight_at
 from s2ft.selection import Selection
 
 # By how much rounding may change an entry, see `changes`: behind one block, and behind the whole model. None stands for
@@ -90,14 +90,15 @@ def mount_proved(
         RuntimeError: Another rank trains other units or has another base.
     """
     check_example(example)
-    couplings, decision = touched(record.couplings, selection), Decision(None, "")
+    couplings, decision = trained_couplings(record.couplings, selection), Decision(None, "")
     proof, able = Proof(model, record, couplings, verify or example is not None), can_run(model)
+    # The value of the decision is None if no rank has the weights, False if the model runs on no input.
     if verify is not False:
         decision = decide(
             "what the base computes",
             able,
             lambda: proof.run_plain(
-                example, {} if proof.is_sharded else _random_deltas(model, couplings, config, selection)
+                example, {} if proof.is_spread else _random_deltas(model, couplings, config, selection)
             ),
         )
         if decision.value is None:
@@ -108,7 +109,9 @@ def mount_proved(
     if decision.value:
         # Ranks pair their decisions by name and count. One that could not mount skips this call, so the name has the
         # number of the first decision.
-        decide(f"the proof of attach {decision.key.rpartition('/')[2]}".rstrip(), able, proof.check)
+        decide(
+            f"the proof of attach {decision.key.rpartition('/')[2]}".rstrip(), able, proof.check
+        )  # ranks without weights wait
     record.unproved = "; ".join(proof.notes)
     set_codecs(model, record, config)
 
@@ -118,15 +121,15 @@ class Proof:
 
     def __init__(self, model: nn.Module, record: Attachment, couplings: list[Coupling], demanded: bool) -> None:
         self.model, self.record, self.couplings, self.demanded = model, record, couplings, demanded
-        self.is_sharded = any(map(is_sharded, model.parameters()))
+        self.is_spread = any(map(is_spread, model.parameters()))
         blocks = {one.block: one for one in couplings if one.activation and one.block}
-        self.places = {} if self.is_sharded else {**blocks, **{one.place: one for one in reversed(couplings)}}
+        self.places = {} if self.is_spread else {**blocks, **{one.place: one for one in reversed(couplings)}}
         self.notes: list[str] = []  # what was not proved
         self.deltas: dict[str, Delta] = {}
         self.evaluated: list[Tensor] = []  # outputs in evaluation mode
         self.trained: list[Tensor] | None = None  # outputs in training mode; None if they are random
-        self.plain_outputs: dict[bool, Outputs] = {}  # by training mode: what each place returns, where it may differ
-        self.has_backward = not self.is_sharded
+        self.plain_outputs: dict[bool, Outputs] = {}  # what each place returns in training and in evaluation, if proved
+        self.has_backward = not self.is_spread
         self.without_dropout: Callable[[], AbstractContextManager] = nullcontext
 
     # ---- the plain model -----------------------------------------------------------------------------
@@ -141,12 +144,12 @@ class Proof:
             ValueError: It does not, and there must be a proof.
         """
         failure = ""
-        packing = layers_that_pack(self.model)
-        stop_packing(self.model, packing)
+        repacking = layers_that_repack(self.model)
+        stop_repacking(self.model, repacking)
         try:
             self.deltas = deltas
             for name, delta in deltas.items():
-                write(self.model, self.record, self.record.projections[name], [(delta, 1.0)])
+                add_deltas(self.model, self.record, self.record.projections[name], [(delta, 1.0)])
             for example in _examples(self.model, self.couplings) if given is None else [given]:
                 try:
                     self._run_plain_on(example)
@@ -157,7 +160,7 @@ class Proof:
                     failure = failure or f" ({type(error).__name__}: {str(error)[:200]})"
         finally:
             deactivate(self.model, self.record)
-            allow_packing(self.model, packing)
+            allow_repacking(self.model, repacking)
         if self.demanded:
             raise ValueError(f"{NEED_EXAMPLE}{failure}")
         why = f"runs on no input that s2ft makes{failure}" if failure else "has no config to make an input from"
@@ -170,7 +173,7 @@ class Proof:
         self.evaluated = self._run(False)
         if not any(bool(tensor.isfinite().any()) for tensor in self.evaluated):
             raise ValueError("example must give finite numbers, got NaN or infinity at the output")
-        if self.is_sharded:
+        if self.is_spread:
             self.notes.append("proved without values in the slices, and in evaluation mode only: the model is sharded")
             return
         try:
@@ -224,7 +227,7 @@ class Proof:
         training = self.trained is not None
         try:
             set_mounted_deltas(self.record, self.deltas)
-            if not self.is_sharded:
+            if not self.is_spread:
                 with self._weights_with_gradients() as weights:
                     self._check_blocks(training, backward=True)
                     read = [path for path, weight in weights.items() if weight.grad is not None]
@@ -244,7 +247,7 @@ class Proof:
         finally:
             for mount in self.record.mounts.values():
                 mount.layer.unfuse()
-            for s2 in () if self.is_sharded else slices.values():
+            for s2 in () if self.is_spread else slices.values():
                 s2.detach().zero_()
                 s2.grad = None
         self._check_reached(missed)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
-from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_sharded, reshard_all, will_be_loaded_again
+from s2ft.distributed import Decision, decide, full_shape, is_dtensor, is_spread, reshard_all, will_be_loaded_again
 from s2ft.layers import S2Layer
 from s2ft.model.coupling import Coupling, Projection, projections_of
 from s2ft.model.fingerprint import Structure, fingerprint
@@ -47,7 +47,7 @@ def uncompiled(model: nn.Module) -> nn.Module:
     return model
 
 
-def of_compiled(function: Function) -> Function:
+def on_unwrapped(function: Function) -> Function:
     """Decorator: pass the model inside a wrapper of torch.compile or sentence-transformers to the function.
 
     The compiled model notices replaced layers and is compiled again at its next call.
@@ -88,7 +88,7 @@ def transformer_in(model: nn.Module) -> nn.Module:
     )
 
 
-def check_rest_frozen(model: nn.Module) -> None:
+def check_sentence_model(model: nn.Module) -> None:
     """Check that a model of sentence-transformers trains nothing outside of its model of transformers.
 
     Any other model passes.
@@ -121,7 +121,7 @@ class Part:
 
     Attributes:
         projection: Projection whose units are trained.
-        positions: Positions in s2 along its sliced dimension, shape [n], int64.
+        positions: Positions in s2 along its sliced dimension, [n] int64; before the layer is made, in the weight.
         elements: Rows or columns of the base's weight that these positions train, shape [n], int64, ascending.
     """
 
@@ -155,7 +155,8 @@ class Written:
         projection: Projection whose weight was written.
         delta: What was written. Its index says which rows or columns were overwritten.
         base: Values that the weight had there before.
-        index: Those of them in this rank's shard, shape [n], int64, as numbers within it; None if the weight was whole.
+        index: The overwritten rows or columns in this rank's shard, [n] int64, as numbers within it; None if the
+            weight was whole.
     """
 
     projection: Projection
@@ -202,8 +203,8 @@ class Attachment:
         fingerprint: Hashes of the base's coupled weights, by layer; None while no rank has the weights.
         required_grad: requires_grad of every parameter before s2ft changed the model, by name.
         fingerprint_decision: The decision that found the fingerprint. It tells whether another rank waits for weights.
-        is_custom: Whether adapters store the couplings, because no family of s2ft has them.
-        weights: Rows of discovery about each weight of the blocks, for the report; empty for all other couplings.
+        is_custom: Whether adapters store the couplings, because the model type alone does not say them.
+        weight_rows: Rows of discovery about each weight of the blocks, for the report; empty for all other couplings.
         name: Name of the trainable adapter; None if there is none.
         config: Config of the trainable adapter.
         selection: Units of the trainable adapter.
@@ -213,14 +214,15 @@ class Attachment:
         move_of: The move of each projection that one reorders, by the projection's name.
         mounts: Trainable layers by path.
         forwards: Forwards that s2ft has given to modules, by the module's path.
-        packing_stopped: Paths of the layers that were told to stop packing their weights.
+        repacking_stopped: Paths of the layers that were told not to repack their weights.
         extra: Values of extra weights.
-        loaded: Loaded adapters by name.
-        active: Weights of the active adapters by name. It is cleared before the weights get the base back, and assigned
-            before the slices are written, because `write_slices` asks for it.
+        loaded: Adapters that are not trainable, by name.
+        active: Factors of the active adapters by name. It is cleared before the weights get the base back, and assigned
+            before the slices are written, because `write_changed_layers` asks for it.
         written: Slices of weights that active adapters have overwritten.
         replaced_attributes: Attributes of the model that others had set before s2ft replaced them; None if it has not.
-        awaits_weights: Whether weights that this rank does not have, or that will be loaded again, have yet to arrive.
+        awaits_weights: Whether this rank's weights are loaded only after sharding (meta device), see the top of
+            hooks.py.
         none_awaited: Whether no rank waits for weights any more.
         change_unfinished: Whether a change of the active adapters is under way or was interrupted.
         snapshot: What a forward of a proof may have changed; None if no proof runs, as `before_forward` asks.
@@ -232,7 +234,7 @@ class Attachment:
     required_grad: dict[str, bool]
     fingerprint_decision: Decision = Decision(None, "")
     is_custom: bool = False
-    weights: tuple[Any, ...] = ()
+    weight_rows: tuple[Any, ...] = ()
     name: str | None = None
     config: S2FTConfig | None = None
     selection: Selection | None = None
@@ -242,7 +244,7 @@ class Attachment:
     move_of: dict[str, Move] = field(default_factory=dict)
     mounts: dict[str, Mount] = field(default_factory=dict)
     forwards: dict[str, Callable] = field(default_factory=dict)
-    packing_stopped: list[str] = field(default_factory=list)
+    repacking_stopped: list[str] = field(default_factory=list)
     extra: ExtraWeights = field(default_factory=ExtraWeights)
     loaded: dict[str, Adapter] = field(default_factory=dict)
     active: dict[str, float] = field(default_factory=dict)
@@ -277,7 +279,7 @@ class Attachment:
 
     @property
     def custom_couplings(self) -> list[Coupling] | None:
-        """The couplings that the user gave or that trials found; None for a model of a known family."""
+        """The couplings that adapters store; None where the model type says them."""
         return self.couplings if self.is_custom else None
 
     @cached_property
@@ -340,12 +342,12 @@ class Attachment:
         # one step, so that no interrupt comes between
         self.__dict__.update(name=new if name == self.name else self.name, loaded=loaded, active=active)
 
-    def forget_mounts(self) -> None:
+    def forget_trainable(self) -> None:
         """Reset the fields of the trainable adapter. Call it after :func:`s2ft.attached.mounting.unmount`."""
         self.name = self.config = self.selection = self.structure = self.replaced_attributes = None
         self.extra, self.info, self.awaits_weights = ExtraWeights(), {}, False
         self.snapshot, self.unproved = None, ""
-        for collection in (self.moves, self.move_of, self.mounts, self.forwards, self.packing_stopped):
+        for collection in (self.moves, self.move_of, self.mounts, self.forwards, self.repacking_stopped):
             collection.clear()
 
 
@@ -421,13 +423,19 @@ def new_attachment(
         config: What will be trained, see :func:`find_couplings`.
 
     Raises:
-        ValueError: The model has adapters, or is cut into pipeline stages, or is in inference mode, or no couplings
-            were given and none can be found.
+        ValueError: The model has adapters, or is cut into pipeline stages, or is in inference mode, or has packed
+            weights, or no couplings were given and none can be found.
     """
     if torch.is_inference_mode_enabled() or any(one.is_inference() for one in model.parameters()):
         raise ValueError(
             f"{type(model).__name__} was loaded, or is used here, in torch.inference_mode(), whose tensors can't be "
             "changed in place: load it outside, or under torch.no_grad()"
+        )
+    packed: Any = (one for one in model.modules() if hasattr(one, "quantization_scheme"))
+    if any(getattr(one, "weight", None) is None or one.weight.element_size() == 1 for one in packed):
+        raise ValueError(
+            f"the weights of {type(model).__name__} are packed by compressed-tensors: load the model with "
+            "quantization_config=CompressedTensorsConfig(dequantize=True)"
         )
     check_unattached(model)
     check_parallelism(model)
@@ -440,7 +448,7 @@ def new_attachment(
         decision.value,
         {key: parameter.requires_grad for key, parameter in model.named_parameters()},
         is_custom=found.is_custom,
-        weights=found.weights,
+        weight_rows=found.weights,
         fingerprint_decision=decision,
     )
 
@@ -535,26 +543,27 @@ def coupled_names(couplings: list[Coupling]) -> set[str]:
     }
 
 
-def check_writable(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
+def check_plain_and_untied(model: nn.Module, record: Attachment, names: Iterable[str]) -> None:
     """Raise ValueError if a weight of these projections is quantized, or tied to another one of theirs."""
     paths: dict[int, str] = {}
     for name in names:
         handle = weight_at(model, record.projections[name])
         path, other = handle.path, paths.setdefault(memory_of(handle.tensor), handle.path)
-        if handle.read_only:
-            raise ValueError(f"{path} is quantized: {handle.read_only}")
-        if other != path:  # their updates differ, so that none of them could be kept
-            raise ValueError(
+        refuse(
+            (handle.read_only, f"{path} is quantized: {handle.read_only}"),
+            (  # their updates differ, so that none of them could be kept
+                other != path,
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
-                "into it: train one of them only, by couplings= or by the config's layers"
-            )
+                "into it: train one of them only, by couplings= or by the config's layers",
+            ),
+        )
 
 
 def check_weights_are_here(model: nn.Module, record: Attachment) -> None:
     """Raise ValueError if the weights are not here yet, so that an adapter would be written into nothing."""
     weights = [weight_at(model, projection).tensor for projection in record.projections.values()]
     if any(weight.is_meta for weight in weights) or (
-        will_be_loaded_again() and not any(is_sharded(weight) for weight in weights)
+        will_be_loaded_again() and not any(is_spread(weight) for weight in weights)
     ):
         raise ValueError(
             "the weights have not arrived on every rank, so an adapter can't be written into them: load it with "
@@ -586,7 +595,7 @@ def check_known(record: Attachment, name: str) -> None:
         raise ValueError(f"no adapter is called {name!r}; there are {', '.join(record.names) or 'none'}")
 
 
-def check_has_arrived(record: Attachment, *, in_weights: bool = False) -> None:
+def check_slices_are_here(record: Attachment, *, in_weights: bool = False) -> None:
     """Raise ValueError if the slices can't be read yet, or with `in_weights` if they can't be written into weights."""
     missing = record.fingerprint is None or any(mount.layer.s2.is_meta for mount in record.mounts.values())
     if missing or in_weights and record.awaits_weights:

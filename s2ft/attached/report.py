@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from s2ft.attached.active import extra_parameters, parameters_to_save
-from s2ft.attached.record import Attachment, attachment_of, coupled_names, find_attachment, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, coupled_names, find_attachment, on_unwrapped
 from s2ft.config import TOWERS, S2FTConfig
 from s2ft.distributed import full_shape
 from s2ft.files.plain_text import by_key, table
@@ -58,6 +58,7 @@ class Report:
             untouched; empty for all other couplings.
         unproved: What :func:`s2ft.attach` could not prove on the model itself, in words; empty if nothing, or for
             verify=False.
+        statistics: Paths of modules whose running statistics training mode changes.
     """
 
     name: str
@@ -95,7 +96,7 @@ class Report:
             fresh_heads=tuple(fresh_heads(model, record)),
             towers=_towers(model, record.couplings, dtypes, extra_weights),
             couplings=_counted(coupling.status for coupling in record.custom_couplings or ()),
-            weights=_counted(row.status for row in record.weights),
+            weights=_counted(row.status for row in record.weight_rows),
             unproved=record.unproved,
             statistics=tuple(
                 path for path, one in model.named_modules() if getattr(one, "running_mean", None) is not None
@@ -264,7 +265,7 @@ def fresh_heads(model: nn.Module, record: Attachment) -> list[str]:
     ]
 
 
-@of_compiled
+@on_unwrapped
 def print_trainable_parameters(model: nn.Module) -> None:
     """Print one line with the number of trained parameters, as PEFT's models do.
 
@@ -349,7 +350,7 @@ class Status:
         return name, str(len(rows)), ", ".join(shown + more), f"{self.parameters[name]:,}"
 
 
-@of_compiled
+@on_unwrapped
 def status(model: nn.Module) -> Status:
     """Return the adapters of a model, with one row for each projection of each adapter.
 
@@ -369,7 +370,7 @@ def status(model: nn.Module) -> Status:
     record = find_attachment(model)
     if record is None:
         return Status([], {}, None, [], {})
-    trains = any(mount.layer.s2.requires_grad for mount in record.mounts.values())
+    has_gradients = any(mounted.layer.s2.requires_grad for mounted in record.mounts.values())
     parameters = {name: adapter.parameters for name, adapter in record.loaded.items()}
     selections = {name: adapter.selection for name, adapter in record.loaded.items()}
     if record.name is not None:
@@ -383,9 +384,9 @@ def status(model: nn.Module) -> Status:
             units_of(record.projections[path], units.numel()),
             units.numel() * record.projections[path].unit,
             record.active.get(name, 0.0),
-            trains and name == record.name,
+            has_gradients and name == record.name,
         )
         for name, selection in selections.items()
         for path, units in selection.units.items()
     ]
-    return Status(record.names, dict(record.active), record.name if trains else None, rows, parameters)
+    return Status(record.names, dict(record.active), record.name if has_gradients else None, rows, parameters)

@@ -15,14 +15,14 @@ from s2ft.adapter import native
 from s2ft.adapter.adapter import Adapter
 from s2ft.adapter.folders import CARD, adapter_folder, card_of
 from s2ft.attached.active import extra_parameters, extra_values, mounted_deltas
-from s2ft.attached.record import Attachment, attachment_of, check_known, of_compiled, unwrapped
+from s2ft.attached.record import Attachment, attachment_of, check_known, on_unwrapped, unwrapped
 from s2ft.config import S2FTConfig
 from s2ft.distributed import full_tensors, ranks_sharing, reshard_all, run_on_first_rank
 from s2ft.files.plain_text import sha256_of
 from s2ft.selection import Selection
 
 
-@of_compiled
+@on_unwrapped
 def get_adapter(model: nn.Module, name: str, state: Mapping[str, Tensor] | None = None) -> Adapter:
     """Return a loaded adapter, or a copy of the trainable one as it is now.
 
@@ -87,7 +87,7 @@ def _sha256(path: Path, changed: int) -> str:  # once for each change of a file 
     return sha256_of(path)
 
 
-@of_compiled
+@on_unwrapped
 def save_adapter(
     model: nn.Module,
     directory: str | os.PathLike,
@@ -153,7 +153,7 @@ def with_saved(
     run_on_first_rank(what, ranks, lambda: act(adapter))
 
 
-@of_compiled
+@on_unwrapped
 def add_info(model: nn.Module, info: dict[str, Any]) -> None:
     """Add values to the info of the trainable adapter: every checkpoint and the saved adapter have them.
 
@@ -181,7 +181,7 @@ def add_info(model: nn.Module, info: dict[str, Any]) -> None:
         raise ValueError(f"info must have values that JSON can hold: {error}") from None
 
 
-@of_compiled
+@on_unwrapped
 def gather_trained(model: nn.Module) -> dict[str, Tensor]:
     """Return all trained parameters in full, by their names in the model, for `state` of :func:`save_adapter`.
 

@@ -15,7 +15,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from s2ft.attached.record import of_compiled
+from s2ft.attached.record import on_unwrapped
 from s2ft.config import S2FTConfig, check_whole
 from s2ft.estimation.devices import (
     Estimate,
@@ -35,7 +35,7 @@ from s2ft.model.running import check_example
 __all__ = ["OPTIMIZERS", "Estimate", "MemoryPart", "Strategy", "estimate"]
 
 
-@of_compiled
+@on_unwrapped
 def estimate(
     model: nn.Module,
     config: S2FTConfig,

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from s2ft.attached.hosts import add_record_and_hooks, expect_no_weights
+from s2ft.attached.hooks import add_record_and_hooks, expect_no_weights
 from s2ft.attached.mounting import mount
 from s2ft.attached.record import Attachment, check_unattached
 from s2ft.config import S2FTConfig, refuse
-from s2ft.distributed import is_sharded
+from s2ft.distributed import is_spread
 from s2ft.layers import S2Layer, kind_of
 from s2ft.model.coupling import Coupling
 from s2ft.model.parts import couplings_in_towers
@@ -79,7 +79,7 @@ def as_random(config: S2FTConfig) -> S2FTConfig:
 
 def _hollow(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """Return a tensor of the same shape on the meta device."""
-    if is_sharded(tensor) or is_traceable_wrapper_subclass(tensor):
+    if is_spread(tensor) or is_traceable_wrapper_subclass(tensor):
         raise ValueError(
             f"{name} is a {type(tensor.data).__name__}, which can't be counted: pass the model before "
             "it is sharded or wrapped"

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from s2ft.attached.active import extra_values, mounted_deltas, write_slices
-from s2ft.attached.record import Attachment, attachment_of, check_writable, coupled_names, of_compiled
+from s2ft.attached.active import extra_values, mounted_deltas, write_changed_layers
+from s2ft.attached.record import Attachment, attachment_of, check_plain_and_untied, coupled_names, on_unwrapped
 from s2ft.config import refuse
 from s2ft.distributed import (
     all_ranks,
@@ -47,7 +47,7 @@ logger = logging.getLogger(__name__)
 MERGE = "the checkpoint could not be loaded by it: call s2ft.merge, and save the state_dict"
 
 
-@of_compiled
+@on_unwrapped
 def save_merged(
     model: nn.Module,
     directory: str | os.PathLike,
@@ -91,11 +91,11 @@ def save_merged(
     reshard_all(model)
     plain, ranks, changes = _plain(model), all_ranks(), _changes(model, record)
     is_first = ranks is None or dist.get_rank() == ranks[0]
-    found: list[DiskSource] = []
+    found: list[DiskSource] = []  # from choose, whose result goes to other ranks as JSON
 
     def choose() -> str:
         check_output(Path(directory))  # before the base is read, which takes time
-        return _find_base(base, model, record, plain, found)
+        return _why_no_base(base, model, record, plain, found)
 
     obstacle = decide("the base to merge into", is_first, choose).value
 
@@ -110,7 +110,7 @@ def save_merged(
         return
     if is_first:
         logger.info("the base is gathered from the model to merge into it, because %s", obstacle)
-    write_slices(model, record)
+    write_changed_layers(model, record)
     source = _ModelSource(model, record, plain)
 
     def write_gathered() -> None:
@@ -134,7 +134,7 @@ def _check(model: nn.Module, record: Attachment, max_shard_size: int | str | Non
         (not record.active, "no adapter is active, so there is nothing to merge: call s2ft.set_adapter first"),
     )
     if record.name in record.active:
-        check_writable(model, record, record.parts)
+        check_plain_and_untied(model, record, record.parts)
     if isinstance(max_shard_size, str):
         check_size(max_shard_size)
 
@@ -198,7 +198,7 @@ def _changes(model: nn.Module, record: Attachment) -> Changes:
 # ---- the base on a disk --------------------------------------------------------------------------------
 
 
-def _find_base(
+def _why_no_base(
     base: str | os.PathLike | None, model: nn.Module, record: Attachment, plain: nn.Module, found: list[DiskSource]
 ) -> str:
     """Open the base's checkpoint and check that it is that of the model.

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from s2ft.adapter.adapter import Adapter
 from s2ft.attached.loading import load_adapter
-from s2ft.attached.record import Attachment, attachment_of, check_fits, find_attachment, new_attachment, of_compiled
+from s2ft.attached.record import Attachment, attachment_of, check_fits, find_attachment, new_attachment, on_unwrapped
 from s2ft.attached.saving import get_adapter, model_info
 from s2ft.config import S2FTConfig, check_adapter_name, refuse
 from s2ft.files.plain_text import by_key, replace_file
@@ -380,7 +380,7 @@ def _split(path: str, projections: list[Projection], index: Tensor, values: Tens
         raise ValueError(f"{path}: {('row', 'column')[dim]} {min(rest)} belongs to no whole unit that S²FT can train")
 
 
-@of_compiled
+@on_unwrapped
 def import_lora(
     model: nn.Module,
     directory: str | os.PathLike,
@@ -413,7 +413,7 @@ def import_lora(
     load_adapter(model, read(directory, model, name, couplings))
 
 
-@of_compiled
+@on_unwrapped
 def export_lora(
     model: nn.Module,
     directory: str | os.PathLike,

@@ -170,7 +170,7 @@ ATTEMPTS = 20  # at reading a folder that other processes keep replacing
 Read = TypeVar("Read")
 
 
-def is_folder(directory: Path) -> bool:
+def has_adapter(directory: Path) -> bool:
     """Whether the folder has the files of an adapter; they are not read."""
     return stamp_of(directory) is not None
 
@@ -178,7 +178,7 @@ def is_folder(directory: Path) -> bool:
 def own_folder(directory: Path) -> Path:
     """The folder of an adapter's files: the directory, or the folder in it if it is the output of a run."""
     inside = directory / ADAPTER
-    return inside if not is_folder(directory) and is_folder(inside) else directory
+    return inside if not has_adapter(directory) and has_adapter(inside) else directory
 
 
 def stamp_of(directory: Path) -> tuple | None:

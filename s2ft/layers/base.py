@@ -25,7 +25,7 @@ from s2ft.distributed import (
     full_tensor,
     has_master_copy,
     is_partitioned,
-    is_sharded,
+    is_spread,
     local_part,
     own_shard,
     own_shards,
@@ -154,8 +154,8 @@ class S2Layer(TrainableLayer):
         bias: Frozen bias [outputs], or None.
         s2: Trainable slice: [n, inputs] if `dim` is 0, [outputs, n] if `dim` is 1.
         index: The selected units [n] int64, where they do not fill the range from `start` to `end`; else None.
-        base: The base's values of the selected units; for a weight that is spread over ranks those that this process
-            has, in a list. None while the weight holds the base.
+        base: What the selected units hold without s2 (base + loaded adapters); for a weight that is spread over ranks
+            those that this process has, in a list. None while s2 is not in the weight.
         enabled: Whether `s2` is added to the weight.
         dim: Dimension of the weight, as outputs × inputs, in which units are selected.
         rounding: What the base's file can hold of the selected units; None: all of base + s2.
@@ -169,7 +169,7 @@ class S2Layer(TrainableLayer):
     base: Tensor | list[Tensor] | None = None
     _looked_at: Any = None  # memory of the weight that has been checked
     _written: Any = None  # a tuple, the stamps of s2 and of the weight when base + s2 was written last
-    _is_current = False  # whether the weight holds what was written then
+    _is_current = False  # False after unfuse and after an optimizer's step, whatever the stamps say
     _may_have_changed = False  # whether s2 may have been changed since in a way that its stamp does not tell
     _base_of = 0  # id of the weight that `base` belongs to
     _whole: Any = None  # memory of the weight that this layer was made on, or wrote last
@@ -224,9 +224,9 @@ class S2Layer(TrainableLayer):
         self._copy_settings(module)
         self.weight = module.weight
         self.register_parameter("bias", module.bias)  # also None: see `tensors`
-        self._check_memory(self.weight)
+        self._check_own_memory(self.weight)
 
-    def _check_memory(self, weight: Tensor) -> None:
+    def _check_own_memory(self, weight: Tensor) -> None:
         """Raise ValueError if the weight is in memory that can't be written, or that other processes have too."""
         if type(weight) is nn.Parameter:
             memory = stamp(weight)[1], weight.data_ptr()  # share_memory_ moves a storage to another address
@@ -345,7 +345,7 @@ class S2Layer(TrainableLayer):
         return self._whole != stamp(weight)[1] or weight._is_view() or s2._is_view() or self.is_managed
 
     def is_held(self, weight: Tensor, s2: Tensor) -> bool:
-        """Whether the weight holds base + s2 with the present values of `s2`; arguments: :meth:`write_if_changed`."""
+        """Whether the weight holds base + the present s2, as far as stamps tell; see :meth:`write_if_changed`."""
         if weight.is_meta:
             return True  # there are no values
         return self.has_written(stamp(s2)) and (isinstance(self.base, list) or self._written[1] == stamp(weight))
@@ -374,7 +374,7 @@ class S2Layer(TrainableLayer):
         return isinstance(self.base, list) or ranks_sharing((self.weight, self.s2)) is not None
 
     @property
-    def is_written(self) -> bool:
+    def is_surely_held(self) -> bool:
         """Whether the weight, or what this process owns of it, holds the present values. Not inside a forward."""
         if isinstance(self.base, list):
             return self._is_current and self._written[0] == stamp(local_part(self.s2))
@@ -425,12 +425,12 @@ class S2Layer(TrainableLayer):
         if isinstance(self.base, Tensor) and self.is_held(weight, s2):  # only values that no stamp tells may be others
             return self._written, self._slices(weight.data, self.full_s2())
         self._check_same_weight()
-        self._check_memory(weight)
+        self._check_own_memory(weight)
         # Before the values are read: if another thread changes them, they are written again.
         stamps = stamp(local_part(s2)), stamp(local_part(weight))
         self.__dict__.update(_is_current=False, _base_of=id(weight))  # by nn.Module each takes 4 µs
         values = self.full_s2()
-        if is_sharded(weight):
+        if is_spread(weight):
             if self.rounding is not None:
                 raise RuntimeError("a codec needs whole weights, and this one is spread over ranks: set codec='none'")
             self._keep_own()
@@ -488,7 +488,7 @@ class S2Layer(TrainableLayer):
         write_all([self])
 
     def unfuse(self) -> None:
-        """Copy the base's values back into `weight`, bit for bit. The next forward of a layer that is on undoes this.
+        """Take s2 out of `weight`, bit for bit. The next forward of a layer that is on undoes this.
 
         Example:
             >>> layer = s2ft.S2RowLinear(8, 16, end=4)
@@ -502,7 +502,7 @@ class S2Layer(TrainableLayer):
             return
         with WRITING:
             self._is_current = False  # after an interrupt below, base + s2 is written again
-            if is_sharded(self.weight):
+            if is_spread(self.weight):
                 self._keep_own()
                 self._put_own_base(self.weight)
                 release_gathered(self.weight)
@@ -528,7 +528,7 @@ class S2Layer(TrainableLayer):
                 "the weight is a part of a flat parameter, as FSDP version 1 makes it, which s2ft can't train: use "
                 "FSDP2 (fully_shard; fsdp_version: 2 of accelerate), and attach again"
             )
-        if self.base is None or is_sharded(self.weight):
+        if self.base is None or is_spread(self.weight):
             return
         if isinstance(self.base, list):
             raise RuntimeError("the weight is gathered from several ranks now: reshard the model first")
@@ -563,7 +563,7 @@ class S2Layer(TrainableLayer):
             return self.weight
         with WRITING:
             copied = self.weight.detach().clone()
-            if is_sharded(copied):
+            if is_spread(copied):
                 self._keep_own()
                 self._put_own_base(copied)
             else:

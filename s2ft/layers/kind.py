@@ -269,14 +269,14 @@ class Kind:
 
     # ---- what only quantized layers have ---------------------------------------------------------
 
-    def can_pack(self, module: nn.Module) -> bool:
+    def can_repack(self, module: nn.Module) -> bool:
         """Whether the layer may store its weight in another way when it runs, which then passes no gradient."""
         return False
 
-    def stop_packing(self, module: nn.Module) -> None:
+    def stop_repacking(self, module: nn.Module) -> None:
         """Unpack the weight and keep it unpacked from now on."""
 
-    def allow_packing(self, module: nn.Module) -> None:
+    def allow_repacking(self, module: nn.Module) -> None:
         """Allow the layer to pack its weight at its next forward."""
 
     def shared(self, module: nn.Module) -> list[Any]:

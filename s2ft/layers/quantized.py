@@ -154,17 +154,17 @@ class Linear4bitKind(QuantizedKind):
         packed = (module.weight.data, module.weight.quant_state)
         return dequantize_4bit(*(_unpacked(module) if _is_packed(module) else packed))
 
-    def can_pack(self, module: nn.Module) -> bool:
+    def can_repack(self, module: nn.Module) -> bool:
         return getattr(module, "support_avx512bf16_for_cpu", False)
 
-    def stop_packing(self, module: Any) -> None:
+    def stop_repacking(self, module: Any) -> None:
         module = plain_of(module)
         module.support_avx512bf16_for_cpu = False
         if _is_packed(module):
             module.weight.data, module.weight.quant_state = _unpacked(module)
             module.quant_state = module.weight.quant_state
 
-    def allow_packing(self, module: nn.Module) -> None:
+    def allow_repacking(self, module: nn.Module) -> None:
         plain_of(module).support_avx512bf16_for_cpu = True
 
     def shared(self, module: nn.Module) -> list[Any]:

@@ -21,13 +21,13 @@ from s2ft.distributed import (
     has_values,
     is_dtensor,
     is_partitioned,
-    is_sharded,
+    is_spread,
     own_shard,
     reads_weights,
     sum_over_shards,
 )
 from s2ft.files.plain_text import by_key
-from s2ft.layers import EXPERTS, LINEAR, OTHER, TRANSPOSED_EXPERTS, Kind, kind_of
+from s2ft.layers import EXPERTS, LINEAR, TRANSPOSED_EXPERTS, Kind, kind_of
 from s2ft.layers.kind import Split
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.ops import permute_
@@ -155,7 +155,7 @@ def weight_at(model: nn.Module, projection: Projection) -> WeightHandle:
     kind = kind_of(found)
     if kind is EXPERTS and projection.transposed:  # nothing but the projection says it
         kind = TRANSPOSED_EXPERTS
-    return WeightHandle(projection.path, found, LINEAR if kind is OTHER else kind, projection.expert)
+    return WeightHandle(projection.path, found, kind, projection.expert)
 
 
 def split_of_units(model: nn.Module, projection: Projection) -> Split | None:
@@ -177,13 +177,13 @@ def tensors_of(model: nn.Module, coupling: Coupling) -> list[Tensor]:
 def have_values(model: nn.Module, couplings: Iterable[Coupling]) -> bool:
     """Whether this rank can read all weights, biases and vectors of these couplings."""
     tensors = [tensor for coupling in couplings for tensor in tensors_of(model, coupling)]
-    return all(map(has_values, tensors)) and (reads_weights() or any(map(is_sharded, tensors)))
+    return all(map(has_values, tensors)) and (reads_weights() or any(map(is_spread, tensors)))
 
 
 def can_run(model: nn.Module) -> bool:
     """Whether this rank can run a model on data before it is trained."""
     parameters = list(model.parameters())
-    return not any(p.is_meta for p in parameters) and (reads_weights() or any(map(is_sharded, parameters)))
+    return not any(p.is_meta for p in parameters) and (reads_weights() or any(map(is_spread, parameters)))
 
 
 def count_parameters(model: nn.Module) -> int:
@@ -192,23 +192,23 @@ def count_parameters(model: nn.Module) -> int:
     return sum(packed.get(id(parameter), full_shape(parameter).numel()) for parameter in model.parameters())
 
 
-def layers_that_pack(model: nn.Module) -> list[str]:
-    """The names of the layers that may pack their weight, for :func:`stop_packing` and :func:`allow_packing`."""
-    return [name for name, module in model.named_modules() if kind_of(module).can_pack(module)]
+def layers_that_repack(model: nn.Module) -> list[str]:
+    """The 4-bit layers of bitsandbytes that may repack their weight, which :func:`stop_repacking` prevents."""
+    return [name for name, module in model.named_modules() if kind_of(module).can_repack(module)]
 
 
-def stop_packing(model: nn.Module, names: list[str]) -> None:
-    """Unpack the weights of these layers and keep them unpacked from now on, see :meth:`Kind.can_pack`."""
+def stop_repacking(model: nn.Module, names: list[str]) -> None:
+    """Unpack the weights of these layers and keep them unpacked from now on, see :meth:`Kind.can_repack`."""
     for name in names:
         module = model.get_submodule(name)
-        kind_of(module).stop_packing(module)
+        kind_of(module).stop_repacking(module)
 
 
-def allow_packing(model: nn.Module, names: list[str]) -> None:
+def allow_repacking(model: nn.Module, names: list[str]) -> None:
     """Allow these layers to pack their weights, at their next forward."""
     for name in names:
         module = model.get_submodule(name)
-        kind_of(module).allow_packing(module)
+        kind_of(module).allow_repacking(module)
 
 
 def put(model: nn.Module, path: str, thing: nn.Module | nn.Parameter, position: int | None = None) -> None:
@@ -496,7 +496,7 @@ def memory_of(tensor: Tensor) -> int:
 
 
 def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[MovingTensor]]:
-    """What puts the units of some moves back in the original order where it is done, by the id of the tensor."""
+    """What undoes the moves that are done, by the id of the tensor."""
     return by_key(
         (id(moving.tensor), moving)
         for move in moves
@@ -505,7 +505,7 @@ def restoring_moves(model: nn.Module, moves: Iterable[Move]) -> dict[int, list[M
     )
 
 
-def check_memory(model: nn.Module, projections: list[Projection]) -> None:
+def check_own_memory(model: nn.Module, projections: list[Projection]) -> None:
     """Raise ValueError for a weight in read-only or shared memory, computed from others, or not quantized yet."""
     for path, projection in {projection.path: projection for projection in projections}.items():
         handle = weight_at(model, projection)
@@ -521,7 +521,7 @@ def check_memory(model: nn.Module, projections: list[Projection]) -> None:
                 f"{path}.weight is not a parameter but is computed by a hook, as by torch.nn.utils.prune and "
                 "weight_norm: make it a parameter first (prune.remove, remove_weight_norm)"
             )
-        if not is_sharded(handle.tensor):
+        if not is_spread(handle.tensor):
             check_private(f"{path}.weight" if isinstance(handle.holder, nn.Module) else path, handle.tensor)
 
 
@@ -614,7 +614,7 @@ class Positions(NamedTuple):
 
     Attributes:
         move: The reordering of the weight's units for which they hold; None for the base's order.
-        index: The elements, [n] int64 on the weight's device.
+        index: Their places in the weight, [n] int64 on its device.
     """
 
     move: Any

@@ -436,11 +436,11 @@ def check_enough(projections: list[Projection], requested: int, available: int, 
         )
 
 
-def uniform(request: Request, scores: Units, budget: dict[str, int], allowed: Units, smallest: bool) -> Units:
-    """Return the best units of every projection, as many as the budget gives it."""
+def uniform(request: Request, scores: Units, counts: dict[str, int], allowed: Units, smallest: bool) -> Units:
+    """Return the best units of every projection, as many as `counts` gives it."""
     chosen = {}
     for projection in request.projections:
-        path, units = projection.name, budget[projection.name]
+        path, units = projection.name, counts[projection.name]
         if units:
             ranking = best_first(scores[path], smallest)
             ranking = ranking[allowed[path][ranking]]
@@ -449,8 +449,8 @@ def uniform(request: Request, scores: Units, budget: dict[str, int], allowed: Un
     return chosen
 
 
-def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed: Units, smallest: bool) -> Units:
-    """Return the best units over all layers for each kind of projection, with as many parameters as `budget` gives it.
+def over_layers(request: Request, scores: Units, counts: dict[str, int], allowed: Units, smallest: bool) -> Units:
+    """Return the best units over all layers for each kind of projection, with as many parameters as `counts` gives it.
 
     Scores are compared without normalising them by layer, so a layer may get no unit or all. Units with the same score
     are chosen in the order of their layers, then of their numbers.
@@ -459,12 +459,12 @@ def over_layers(request: Request, scores: Units, budget: dict[str, int], allowed
     for projections in by_key((projection.key, projection) for projection in request.projections).values():
         check_enough(
             projections,
-            sum(budget[p.name] for p in projections),
+            sum(counts[p.name] for p in projections),
             sum(int(allowed[p.name].sum()) for p in projections),
             request.config,
         )
         costs = [unit_parameters(request.model, p) for p in projections]
-        parameters = sum(cost * budget[p.name] for p, cost in zip(projections, costs))
+        parameters = sum(cost * counts[p.name] for p, cost in zip(projections, costs))
         sizes = torch.tensor([p.count for p in projections])
         cost = torch.tensor(costs).repeat_interleave(sizes)  # of each unit, one projection after the other
         ranking = best_first(torch.cat([scores[p.name] for p in projections]), smallest)
@@ -615,18 +615,18 @@ def _select(
         if model is None:
             raise ValueError("protect needs the model: it runs on the protect data")
         has_ratios = config.budget is None and config.match_lora_rank is None
-        budget = units_per_projection(request.couplings, config) if has_ratios else None
+        counts = units_per_projection(request.couplings, config) if has_ratios else None
         data = Calibration(protect, next(model.parameters()).device, "protect")
-        allowed = allowed_without_protected(replace(request, calibration=data), allowed, budget)
+        allowed = allowed_without_protected(replace(request, calibration=data), allowed, counts)
     free = {path: int(units.sum()) for path, units in allowed.items()}
-    budget = units_per_projection(couplings, config, model, free)
+    counts = units_per_projection(couplings, config, model, free)
     if metric.calibrated:
         request = replace(request, calibration=Calibration(calibration, next(request.model.parameters()).device))
     scores = metric.score(request)
     check_finite(f"selection={config.selection!r}", scores)
     smallest = metric.ordered and config.order == "smallest"
     return Selection(
-        ALLOCATIONS[config.allocation](request, shared_by_producers(request, scores), budget, allowed, smallest)
+        ALLOCATIONS[config.allocation](request, shared_by_producers(request, scores), counts, allowed, smallest)
     )
 
 
@@ -709,7 +709,7 @@ def with_protect_ratio(config: S2FTConfig, has_data: bool) -> S2FTConfig:
     return config if config.protect_ratio is not None else replace(config, protect_ratio=PROTECTED)
 
 
-def allowed_without_protected(request: Request, allowed: Units, budget: dict[str, int] | None) -> Units:
+def allowed_without_protected(request: Request, allowed: Units, counts: dict[str, int] | None) -> Units:
     """Return which units may still be chosen if those that the base needs most are protected.
 
     Producers with the same units protect the same ones, so that their selections stay nested.
@@ -717,7 +717,7 @@ def allowed_without_protected(request: Request, allowed: Units, budget: dict[str
     Args:
         request: What is selected, with the protect data as its calibration.
         allowed: Masks of the units that may be chosen otherwise, shape [count], by projection.
-        budget: Number of units to choose by projection, if it is known. It is checked before the data are run.
+        counts: Number of units to choose by projection, if it is known. It is checked before the data are run.
 
     Returns:
         Masks as in `allowed`.
@@ -726,14 +726,14 @@ def allowed_without_protected(request: Request, allowed: Units, budget: dict[str
         ValueError: Too few units are left, or the data are unusable.
     """
     protected = {p.name: int(cast(float, request.config.protect_ratio) * p.count + 1e-9) for p in request.projections}
-    if budget is not None:  # whichever units are protected, enough must be left
+    if counts is not None:  # whichever units are protected, enough must be left
         uniform = request.config.allocation == "uniform"
         groups = by_key(
             (projection.name if uniform else projection.key, projection) for projection in request.projections
         )
         for projections in groups.values():
             left = sum(min(int(allowed[p.name].sum()), p.count - protected[p.name]) for p in projections)
-            check_enough(projections, sum(budget[p.name] for p in projections), left, request.config)
+            check_enough(projections, sum(counts[p.name] for p in projections), left, request.config)
     scores = shared_by_producers(request, product_scores(request))
     check_finite("protect", scores)
     kept = {}

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from tqdm import tqdm
 
-from s2ft.distributed import check_all_ranks_agree, is_sharded
+from s2ft.distributed import check_all_ranks_agree, is_spread
 from s2ft.model.coupling import Coupling, Projection
 from s2ft.model.parts import has_one_tower, tower_of
 
@@ -84,7 +84,7 @@ class Calibration:
             ValueError: A batch does not fit the model, or there is no batch.
         """
         empty, data = True, tqdm(self.data, desc=self.name, unit="batch", disable=None)
-        if any(map(is_sharded, model.parameters())):
+        if any(map(is_spread, model.parameters())):
             data = _same_on_all_ranks(data, self.name)
         for number, batch in enumerate(data):
             batch = _checked(batch, f"{self.name} batch {number}", model).map(lambda value: value.to(self.device))

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from s2ft.config import S2FTConfig, refuse
-from s2ft.distributed import follow, full_values, is_dtensor, reshard_all
+from s2ft.distributed import fsdp_follow, full_values, is_dtensor, reshard_all
 from s2ft.files.plain_text import by_key
 from s2ft.layers import ObservedExperts, forward_of, kind_of
 from s2ft.layers.kind import Split
@@ -381,8 +381,8 @@ def _experts_observed(request: Request) -> Iterator[None]:
             observed, owner = ObservedExperts(parameter, projection.transposed), path.rpartition(".")
             put(request.model, path, observed)
             there, here = (observed, "weight"), (find(request.model, owner[0]), owner[2])
-            stack.callback(follow, request.model, [(there, here)])
-            follow(request.model, [(here, there)])
+            stack.callback(fsdp_follow, request.model, [(there, here)])
+            fsdp_follow(request.model, [(here, there)])
         for path in dict.fromkeys(path.rpartition(".")[0] for path in stacks):
             owner = find(request.model, path)
             if (before := owner.__dict__.get("forward")) is None:

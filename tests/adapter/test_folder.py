@@ -8,7 +8,7 @@ from support.inside import (
     PENDING,
     AdapterFolderCONFIG as CONFIG,
     AdapterFolderTENSORS as TENSORS,
-    is_folder,
+    has_adapter,
     native,
     stamp_of,
 )
@@ -63,8 +63,8 @@ def test_a_writer_that_is_stopped_leaves_the_old_or_the_new(is_first, call, mome
         native.write(adapters[1], tmp_path)
     monkeypatch.undo()
     committed = call + (moment == "after") >= 2
-    assert is_folder(tmp_path) == (committed or not is_first)
-    if is_folder(tmp_path):
+    assert has_adapter(tmp_path) == (committed or not is_first)
+    if has_adapter(tmp_path):
         assert is_either(s2ft.read_adapter(tmp_path), adapters) == committed
         assert Selection.load(tmp_path) == adapters[committed].selection
     else:

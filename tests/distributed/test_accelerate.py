@@ -64,9 +64,14 @@ def run_at_once_and_resumed(rank, way, layout, directory):
 
 @pytest.mark.parametrize(
     "way, layout",
-    in_turn(
-        ("ddp", "fsdp", "fsdp root", "fsdp kept", "fsdp checkpointed", "fsdp state whole"), ("permuted", "indexed")
-    ),
+    [
+        *in_turn(("ddp", "fsdp", "fsdp checkpointed", "fsdp state whole"), ("permuted", "indexed")),
+        *(
+            pytest.param(way, layout, marks=pytest.mark.slow)
+            for way in ("fsdp root", "fsdp kept")  # test_equals_one_process.py has both
+            for layout in ("permuted", "indexed")
+        ),
+    ],
 )
 def test_trains_and_resumes_exactly(ranks, alone, way, layout, tmp_path):
     ranks(run_at_once_and_resumed, way, layout, tmp_path)

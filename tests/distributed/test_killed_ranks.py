@@ -151,7 +151,7 @@ def test_the_first_rank_dies_while_others_wait_for_what_it_computes(mortals, poi
         save_once(tmp_path / "saved")
     (error,) = errors_of_survivors(mortals, 0, point, 1, without_weights, tmp_path / "saved" if loads else None)
     assert (
-        "has no weights" in error
+        "can't find it itself" in error
         and "waited for rank 0: it did not call this within 5 s" in error
         or (not mortals.agent and "can't reach the store" in error)
     )

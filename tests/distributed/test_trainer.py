@@ -2,6 +2,7 @@
 the adapter and resumes exactly."""
 
 import os
+from itertools import product
 
 import pytest
 import torch
@@ -16,7 +17,11 @@ import s2ft
 
 CASE = "llama-grouped"
 CLOSE = dict(rtol=1e-4, atol=1e-4)  # DeepSpeed sums the gradient norm in another order
-WAYS = ("ddp", "fsdp", "fsdp checkpointed", "fsdp sharded", "fsdp plain")
+WAYS = ("ddp", "fsdp checkpointed", "fsdp plain")
+SLOW = [
+    pytest.param(*one, marks=pytest.mark.slow)
+    for one in (("ddp plain", "permuted"), *product(("fsdp", "fsdp sharded"), ("permuted", "indexed")))
+]
 WRAPPERS = {"ddp": "DistributedDataParallel", "fsdp": "FSDP", "zero": "DeepSpeedEngine"}  # classes, or how they begin
 ROWS = [
     {"input_ids": ids, "labels": ids} for ids in torch.randint(67, (24, 7), generator=torch.Generator().manual_seed(0))
@@ -104,10 +109,7 @@ def train_at_once_and_resumed(rank, way, layout, folder):
 ZERO = [pytest.param(f"zero {stage}", "permuted", marks=pytest.mark.deepspeed) for stage in (1, 2, 3)]
 
 
-@pytest.mark.parametrize(
-    "way, layout",
-    [*in_turn(WAYS, ("permuted", "indexed")), pytest.param("ddp plain", "permuted", marks=pytest.mark.slow), *ZERO],
-)
+@pytest.mark.parametrize("way, layout", [*in_turn(WAYS, ("permuted", "indexed")), *SLOW, *ZERO])
 def test_trains_checkpoints_and_resumes(ranks, way, layout, tmp_path):
     """Under FSDP2 the checkpoints of the plain Trainer contain the base too, which s2ft can't change."""
     losses = ranks(train_at_once_and_resumed, way, layout, tmp_path)[0]

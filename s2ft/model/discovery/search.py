@@ -376,7 +376,7 @@ class Discovery:
     Attributes:
         couplings: The couplings, those of the first layer first.
         weights: A row for every weight of the blocks, where trials have found the couplings.
-        is_custom: Whether adapters must store the couplings, because no family has them.
+        is_custom: Whether adapters must store the couplings, because the model type alone does not say them.
     """
 
     couplings: list[Coupling]

@@ -60,7 +60,7 @@ from s2ft.attached.active import (
     place_loaded,
     set_extra,
     set_trained,
-    write_slices,
+    write_changed_layers,
 )
 from s2ft.attached.record import (
     Attachment,
@@ -80,7 +80,7 @@ from s2ft.distributed import (
     fsdp_modules,
     is_dtensor,
     is_partitioned,
-    is_sharded,
+    is_spread,
     managed_by_fsdp,
     ranks_sharing,
     reshard_all,
@@ -344,7 +344,7 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
             state[key] = record.extra.trained[aside[id(tensor)]].clone()
         if not order.changed(tensor):
             continue
-        if is_sharded(tensor) and (not is_dtensor(tensor) or is_fsdp):
+        if is_spread(tensor) and (not is_dtensor(tensor) or is_fsdp):
             continue
         if id(tensor) not in copies:
             copies[id(tensor)] = order.copy_of(tensor, without_written=True)
@@ -359,7 +359,7 @@ def give_base_values(model: nn.Module, state: dict[str, Any], prefix: str, metad
 def _aside(model: nn.Module, record: Attachment) -> dict[int, str]:
     """The extra weights that hold the base while the adapter is off, by id. A state has their trained values."""
     found = {name: model.get_parameter(name) for name in record.extra.trained}
-    return {id(parameter): name for name, parameter in found.items() if not is_sharded(parameter)}
+    return {id(parameter): name for name, parameter in found.items() if not is_spread(parameter)}
 
 
 def _in_place_of_parameters(record: Attachment, prefix: str) -> dict[str, S2Layer]:
@@ -391,7 +391,7 @@ def check_is_base(model: nn.Module, state: dict[str, Any], prefix: str, *_: Any)
         found = state.get(key)
         if id(tensor) in aside and isinstance(found, Tensor) and found.shape == tensor.shape:
             taken[aside[id(tensor)]], same[key] = found.detach().to(tensor, copy=True), tensor
-        elif id(tensor) in frozen and isinstance(found, Tensor) and not is_sharded(tensor) and not is_sharded(found):
+        elif id(tensor) in frozen and isinstance(found, Tensor) and not is_spread(tensor) and not is_spread(found):
             if found.shape != tensor.shape or found.is_meta or tensor.is_meta:
                 continue  # PyTorch raises an error that names what does not fit
             if not any(torch.equal(found.to(tensor), one) for one in order.versions_of(tensor)):
@@ -658,7 +658,7 @@ def _has_to_accept(model: nn.Module, record: Attachment) -> bool:
         return True
     if record.none_awaited or not record.fingerprint_decision.key:
         return False
-    if model not in fsdp_modules(model) and not any(is_sharded(m.layer.weight) for m in record.mounts.values()):
+    if model not in fsdp_modules(model) and not any(is_spread(m.layer.weight) for m in record.mounts.values()):
         return False
     record.none_awaited = not record.fingerprint_decision.is_for_others
     return not record.none_awaited
@@ -741,10 +741,10 @@ def before_forward(model: Any, *_: Any) -> None:
     if torch.is_grad_enabled() and record.snapshot is None:  # a proof unfreezes weights for its time
         keep_base_before_forward(model, record)
     if not is_gathered:  # else layers compute with copies, this once
-        write_slices(model, record)
+        write_changed_layers(model, record)
 
 
-_hosts: WeakSet[nn.Module] = WeakSet()
+_attached_models: WeakSet[nn.Module] = WeakSet()
 
 
 @cache  # once a process
@@ -756,7 +756,7 @@ def _watch_optimizers() -> None:
 def _before_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
     """Keep the base of weights that were unfrozen by hand where only a module inside the model has run."""
     stepped = {id(one) for group in optimizer.param_groups for one in group["params"]}
-    for model in list(_hosts):
+    for model in list(_attached_models):
         record = find_attachment(model)
         if record is not None and record.trains and any(id(one) in stepped for one in model.parameters()):
             keep_base_before_forward(model, record)
@@ -773,7 +773,7 @@ def add_record_and_hooks(model: nn.Module, record: Attachment) -> None:
     set_attachment(model, record)
     model._apply = partial(_apply_to_all, model)  # type: ignore[method-assign]
     _remove_hooks(model)
-    _hosts.add(model)
+    _attached_models.add(model)
     _watch_optimizers()
     model.register_forward_pre_hook(before_forward, prepend=True)
     model.register_state_dict_post_hook(give_base_values)
