@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.inside import load_model
 from support.states import same
-from train.tiny import save_tiny
+from train.tiny import save_tiny, write_jsonl
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import s2ft
@@ -71,6 +71,18 @@ def test_eval_with_an_adapter_generates_the_text_of_the_merged_model(work, merge
     first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b"))
     assert first["records"] == second["records"] and first["of"] == 4
     assert first["records"][0].keys() == {"question", "generated", "answer", "right"}
+
+
+def test_the_base_is_scored_on_the_prompts_of_the_training(work, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl", [{"prompt": f"{n}+1=", "completion": str(n + 1)} for n in range(9)])
+    command(
+        "sft --model {work}/model --data {rows} --output {out} --max-steps 1", work=work, rows=rows, out=tmp_path / "o"
+    )
+    for name, model in (("a", "--adapter {out}"), ("b", "--model {work}/model")):
+        words = f"eval {model} --data {{rows}} --max-new-tokens 2 --output {{to}}"
+        command(words, work=work, rows=rows, out=tmp_path / "o", to=tmp_path / f"{name}.json")
+    first, second = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("a", "b"))
+    assert first["loss_before"] == second["loss_after"]
 
 
 @torch.no_grad()

@@ -5,9 +5,9 @@ import random
 import pytest
 import torch
 from serve.fleet import RunningBatch, alone, greedy, greedy_row, save_adapters
-from support.inside import Row, rows_interact
+from support.inside import Row, rows_interact, tiny_config
 from train.tiny import UNTIED, tiny_model
-from transformers import AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, MambaConfig, MistralConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, Gemma3TextConfig, Lfm2Config, MambaConfig, MistralConfig
 
 from s2ft import AdapterBank
 
@@ -151,10 +151,11 @@ SMALL = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, **UNTIED}
             layer_types=["conv", "full_attention"],
         ),
         MambaConfig(**SMALL, state_size=4),
+        tiny_config(CONFIG_MAPPING["deepseek_v32"]()),  # keeps an index of keys too
     ],
-    ids=["lfm2", "mamba"],
+    ids=["lfm2", "mamba", "deepseek-v3.2"],
 )
-def test_a_model_with_recurrent_states_runs_its_rows_alone(config):
+def test_a_model_whose_cache_has_more_than_keys_and_values_runs_its_rows_alone(config):
     torch.manual_seed(0)
     model, row = AutoModelForCausalLM.from_config(config).eval(), greedy_row([3, 4, 5])
     for parameter in model.parameters():
