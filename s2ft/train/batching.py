@@ -111,6 +111,10 @@ def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: boo
         return Batching(packed, True, False, f"packed to at most {arguments.max_length:,} tokens")
     if reason == "":
         return Batching(packed, False, by_length, f"without padding, {_attention(model)} keeps rows apart")
+    if model.config.model_type in ("blt", "deepseek_v4") and arguments.train_batch_size > 1:
+        raise ValueError(
+            f"{type(model).__name__} computes something else after padding: give --micro-batch-size 1 and more passes"
+        )
     because = f" ({_attention(model)} would mix up rows without padding: {reason})" if reason else ""
     order = "of similar length" if by_length else f"in {arguments.train_sampling_strategy} order"
     return Batching(TokenCollator(pad, keep, multiple), False, by_length, f"padded, rows {order}{because}")

@@ -126,6 +126,16 @@ def test_the_default_is_grouping_by_length_and_no_padding_where_attention_knows_
     assert isinstance(found.collator, TokenCollator) and "would mix up rows without padding" in found.why
 
 
+def test_a_model_that_padding_changes_gets_one_row_at_a_time():
+    model, rows = tiny_model(), token_rows()
+    model.config.model_type = "blt"
+    assert isinstance(
+        choose_batching(model, 0, rows, arguments_for(per_device_train_batch_size=1)).collator, TokenCollator
+    )
+    with pytest.raises(ValueError, match="after padding: give --micro-batch-size 1"):
+        choose_batching(model, 0, rows, arguments_for(per_device_train_batch_size=2))
+
+
 def test_rows_are_packed_and_counted():
     model, rows = tiny_model(), Dataset.from_list(token_rows(12))
     arguments = arguments_for(packing=True)
