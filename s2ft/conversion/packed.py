@@ -455,10 +455,11 @@ def patch(file: str | Path, adapter: str | Path) -> str:
             before.put_back(base)
         known = before if before is not None and before.digest == digest else _of_earlier_switch(path, digest, base)
         made = known or _computed(path, folder, digest, before)
-        made.save_blocks()  # all that needs room on the disk, before anything changes
-        if before is not None:
-            _undo(before, data)
-        made.rename(is_in_file=True)
+        if made is not before:
+            made.save_blocks()  # all that needs room on the disk, before anything changes
+            if before is not None:
+                _undo(before, data)
+            made.rename(is_in_file=True)
         for change in made.changes:
             change.write(data, change.new)
         data.flush()

@@ -293,7 +293,7 @@ def packed_base(source: str) -> GgufFile | PackedFolder | None:
         ValueError: A file is damaged, or a folder has several GGUF files.
     """
     path = Path(source).expanduser()
-    has_others = any(path.glob("*.safetensors")) or any(path.glob("*.bin"))
+    has_others = (path / "config.json").is_file() and any([*path.glob("*.safetensors"), *path.glob("*.bin")])
     files = [path] if path.suffix == ".gguf" else [] if has_others else [*path.glob("*.gguf")]
     if len(files) > 1:
         raise ValueError(f"{source} has several GGUF files: load the model by the path of one of them")

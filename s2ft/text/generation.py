@@ -18,6 +18,7 @@ from transformers import (
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    cache_utils,
 )
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
@@ -356,7 +357,7 @@ def rows_interact(config) -> bool:
 def keeps_states(config) -> bool:
     """Whether layers keep more than keys and values, such as the state of linear attention and of Mamba."""
     with contextlib.suppress(AttributeError, KeyError):  # transformers can't make a cache of each config
-        plain = (DynamicLayer, DynamicSlidingWindowLayer)
+        plain = (DynamicLayer, DynamicSlidingWindowLayer, getattr(cache_utils, "DummyLayer", None))  # shares keys
         return any(type(layer) not in plain for layer in DynamicCache(config=config).layers)
     return False
 

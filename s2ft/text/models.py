@@ -6,7 +6,7 @@ A model with towers for images or sound is loaded whole.
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ AUTO = (
     "AutoModel",
 )
 MODEL = "a causal language model"  # in errors
+UNPACKING = ("num_bits", "type", "strategy", "group_size", "symmetric", "block_structure", "actorder")  # of a format
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -98,8 +99,9 @@ def load_model(
         is_compressed = settings.get("quant_method") == COMPRESSED
         if is_compressed:
             check_packages("a model of compressed-tensors")
-            formats = [group["weights"] for group in settings["config_groups"].values()]
-            if any(one != formats[0] for one in formats):
+            groups = (settings.get("config_groups") or {}).values()
+            packed = [one["weights"] for one in groups if isinstance(one, Mapping) and one.get("weights")]
+            if len({str([one.get(name) for name in UNPACKING]) for one in packed}) > 1:
                 raise ValueError(f"{name} has weights in several formats, and transformers unpacks all by one of them")
             wanted["config"] = _unpacking(config)
         auto = transformers.AutoModelForCausalLM if config is None else _auto_class(config)

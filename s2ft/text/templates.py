@@ -34,6 +34,7 @@ ALPACA = """FIRST
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- '\\n\\n### Response:\\n' -}}{%- endif -%}
 """.replace("PREAMBLE", PREAMBLE)
+NEUTRAL = "a neutral text"  # in place of one that a template may have rewritten
 MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 Message = Mapping[str, Any]
@@ -99,16 +100,24 @@ def render(tokenizer, messages: Conversation, template: str, *, tools: list | No
     Raises:
         TemplateError: The template refuses the messages, or it is not a valid template.
     """
-    messages = as_template_takes(tokenizer, messages, template)
+    taken = as_template_takes(tokenizer, messages, template)
     options = {"chat_template": template, "tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}
     try:
-        text = tokenizer.apply_chat_template(messages, **options)
+        text = tokenizer.apply_chat_template(taken, **options)
     except Exception as error:  # a template can raise any error of Jinja and of Python
         raise _not_rendered(error) from error
-    for message in messages:  # earlier answers and results of tools may be shortened
-        if message["role"] not in ("assistant", "tool") and plain_text(message).strip() not in text:
+    for number, message in enumerate(messages):  # earlier answers and results of tools may be shortened
+        if message["role"] in ("assistant", "tool") or plain_text(message).strip() in text:
+            continue
+        if plain_text(message) == NEUTRAL:
             raise TemplateError(f"the chat template leaves out the text of the role {message['role']!r}")
-    if any(tool.get("function", tool).get("name", "") not in text for tool in tools or ()):
+        # A template may rewrite a text, such as its blank lines or a word that turns thinking off. Does it drop any?
+        others = [*messages[:number], {**message, "content": NEUTRAL}, *messages[number + 1 :]]
+        render(tokenizer, others, template, tools=tools, prompt=prompt)
+    named = [
+        one.get("name") for tool in tools or () for one in [tool.get("function", tool)] if isinstance(one, Mapping)
+    ]
+    if any(isinstance(name, str) and name not in text for name in named):
         raise TemplateError("the chat template leaves out the tools: give one that takes them")
     return text
 

@@ -24,7 +24,7 @@ from torch.utils.data import Sampler
 
 from s2ft.model.running import evaluation_mode
 from s2ft.text.collator import PackedCollator, SplitCollator, TokenCollator
-from s2ft.train.parallel import devices_of, run_where_weights_are
+from s2ft.train.parallel import devices_of, rows_of_update, run_where_weights_are
 
 logger = logging.getLogger(__name__)
 BY_LENGTH = "group_by_length"  # a value of transformers' train_sampling_strategy
@@ -118,6 +118,19 @@ def choose_batching(model: nn.Module, pad: int, rows, arguments, all_logits: boo
     because = f" ({_attention(model)} would mix up rows without padding: {reason})" if reason else ""
     order = "of similar length" if by_length else f"in {arguments.train_sampling_strategy} order"
     return Batching(TokenCollator(pad, keep, multiple), False, by_length, f"padded, rows {order}{because}")
+
+
+def updates_of(arguments: Any, rows: Any) -> int:
+    """Return the number of updates of a run, which is approximate if rows are packed.
+
+    Args:
+        arguments: The SFTArguments.
+        rows: The token rows, a Dataset.
+    """
+    if arguments.max_steps > 0:
+        return arguments.max_steps
+    count = math.ceil(sum(row_lengths(rows)) / arguments.max_length) if arguments.packing else len(rows)
+    return math.ceil(math.ceil(count / rows_of_update(arguments)) * arguments.num_train_epochs)
 
 
 def takes(model: nn.Module, name: str) -> bool:

@@ -23,10 +23,11 @@ from s2ft.files.plain_text import by_key, replace_file, table
 from s2ft.packages import check_packages
 from s2ft.text.divergence import mean_loss
 from s2ft.text.evaluation import answer_lines, compare, evaluate
+from s2ft.train.batching import updates_of
 from s2ft.train.device import explain_out_of_memory, peak_memory
 from s2ft.train.options import CompareOptions, check_ratios
 from s2ft.train.output import only_run_in, write_json
-from s2ft.train.parallel import devices_of, updates_of
+from s2ft.train.parallel import devices_of
 from s2ft.train.planning import width_of
 from s2ft.train.run import Run, load, meter_of, other_text, smaller_step
 from s2ft.train.tuners import TARGETS, TUNERS, check_tuner, default_rate, prepare, train_rows
@@ -169,7 +170,7 @@ def measure(run: Run, method: str, multiple: float, seed: int) -> dict[str, Any]
     calibration = run.method.calibration(run, tokenizer, data) if method == "s2ft" else None
     prepared = prepare(model, method, chosen, seed=seed, calibration=calibration)
     share = Report.of(prepared.model).share if method == "s2ft" else 1.0
-    rate = default_rate(method, width_of(model) or 576, share, updates_of(arguments, len(data.rows)))
+    rate = default_rate(method, width_of(model) or 576, share, updates_of(arguments, data.rows))
     arguments.learning_rate = rate * multiple
     if run.forgetting.measures:  # at the end alone
         run = replace(run, forgetting=replace(run.forgetting, meter_steps=1 << 30))

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from s2ft.distributed import is_spread
+from s2ft.files.plain_text import first_line
 from s2ft.layers import LINEAR, kind_of
 from s2ft.model.running import evaluation_mode
 from s2ft.text.encoding import IGNORED
@@ -84,7 +85,8 @@ class ChunkedLoss:
         items = labelled.sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if hidden.device.type == "cpu":  # on a GPU the host would have to wait for the number of rows
             hidden, targets = hidden[labelled], targets[labelled]
-        return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index) / items
+        with torch.set_grad_enabled(self.trial or torch.is_grad_enabled()):  # a trial runs what the training runs
+            return sum_of_losses(hidden, self.head.weight, self.head.bias, targets, ignore_index) / items
 
 
 def loss_of_logits(
@@ -249,7 +251,10 @@ def why_not_chunked(model: nn.Module, batch: Mapping[str, Tensor]) -> str:
     if not has_standard_loss(model):
         return "the model does not use the standard loss of causal language models"
     with evaluation_mode(model), torch.no_grad():
-        return _difference(model, batch)
+        try:
+            return _difference(model, batch)
+        except (IndexError, RuntimeError, ValueError) as error:  # a forward that takes its logits for logits
+            return f"a trial of it failed: {first_line(error)}"
 
 
 def _difference(model: nn.Module, batch: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,6 @@ The sizes are those of accelerate's ParallelismConfig, from the trainer's argume
 those of transformers' DistributedConfig in `model_init_kwargs`.
 """
 
-import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -106,18 +105,6 @@ def rows_of_update(arguments: Any) -> int:
         arguments: Arguments of one of TRL's trainers.
     """
     return arguments.train_batch_size * arguments.gradient_accumulation_steps * devices_of(arguments).groups
-
-
-def updates_of(arguments: Any, rows: int) -> int:
-    """Return the number of updates of a run.
-
-    Args:
-        arguments: Arguments of one of TRL's trainers.
-        rows: Number of training rows.
-    """
-    if arguments.max_steps > 0:
-        return arguments.max_steps
-    return math.ceil(rows * arguments.num_train_epochs / rows_of_update(arguments))
 
 
 def loading_config(arguments: Any) -> dict[str, Any] | None:

@@ -32,6 +32,7 @@ from s2ft.text.data import DataOptions
 from s2ft.text.divergence import answer_rows, longest_other_row, prompt_rows, prompts_of, read_texts, some, text_rows
 from s2ft.text.prompts import PromptFormat
 from s2ft.train.base_model import apply_kernels, check_kernels, fit_layout, load_base
+from s2ft.train.batching import updates_of
 from s2ft.train.device import begin_on, explain_out_of_memory, peak_memory
 from s2ft.train.fit import Finetuned, base_for_vllm, check_packages_of_run, is_checkpointed, log_errors
 from s2ft.train.forgetting import ForgettingMeter
@@ -45,7 +46,7 @@ from s2ft.train.options import (
     with_default_ratio,
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
-from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update, updates_of
+from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update
 from s2ft.train.planning import suggested_rate, width_of
 
 logger = logging.getLogger(__name__)
@@ -139,7 +140,7 @@ class Run:
             self.say("s2ft merge will round to the base's file: --codec auto --group 32 trains what the file can hold")
         return replace(self, config=fit_layout(with_default_ratio(self.config, model), model, "layout" in self.given))
 
-    def with_rate(self, model, report: Report, rows: int) -> "Run":
+    def with_rate(self, model, report: Report, rows: Any) -> "Run":
         """Return the run with the learning rate for what is trained of a model, unless the user set one."""
         width = width_of(model)
         if width is None or not self.method.suggests_rate or "learning_rate" in self.given:
@@ -279,7 +280,7 @@ def _begin(run: Run, model, data: Encoded, calibration, protect, config_text: An
     else:
         s2ft.load_adapter(model, options.init_adapter, options.name, trainable=True)
         report = Report.of(model)
-    run = run.with_rate(model, report, len(data.rows))
+    run = run.with_rate(model, report, data.rows)
     apply_kernels(model, options.kernels)
     add_info(model, {"prompt": data.prompt.to_dict(), "training": _told(run, data.rows)})
     # Statistics may round differently on different devices.

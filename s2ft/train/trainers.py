@@ -160,8 +160,8 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             callbacks=callbacks,
         )
         self.trl_loss = needs_trl_loss(arguments)
-        if not (self.model_accepts_loss_kwargs or self.trl_loss or self._devices.splits_rows):
-            # Trainer asks the class, and classes of images and text say no although their text takes the divisor.
+        if not (self.trl_loss or self._devices.splits_rows):
+            # Trainer asks the class. Some say no although they take the divisor, and some take it and ignore it.
             divides = partial(divides_by_items, model, batching.collator([short_row(rows)]))
             self.model_accepts_loss_kwargs = run_where_weights_are("the trial of the loss", model, divides)
         if not self.trl_loss:

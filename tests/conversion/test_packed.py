@@ -156,6 +156,9 @@ def test_a_file_is_patched_switched_and_as_it_was(small, copy, tmp_path, monkeyp
     once = digest(copy)
     patch(copy, chat)
     assert "has adapter 'chat'" in state(copy) and digest(copy) != once
+    with monkeypatch.context() as context:
+        context.setattr("s2ft.conversion.packed.replace_file", full)
+        patch(copy, chat)  # what is in the file needs no room
     with monkeypatch.context() as context:  # a later switch computes nothing
         context.setattr(GgufFile, "codec", None)
         patch(copy, math)

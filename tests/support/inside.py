@@ -108,7 +108,7 @@ MODULES = {
     "train.methods": "METHODS:TRAINING_METHODS",
     "train": "base_model:train_loading methods parallel planning:rates trainer",
     "train.arguments": "DPOArguments GRPOArguments SFTArguments",
-    "train.batching": "Batching LengthSampler choose_batching row_lengths why_not_packed",
+    "train.batching": "Batching LengthSampler choose_batching row_lengths updates_of why_not_packed",
     "train.trainer": "AdapterCheckpoints S2FTTrainer",
     "train.output": "SEAL STATE UNFINISHED checkpoints damage move_into_place newest_valid seal LOCK:LockLOCK RunFolder loss_figure only_run_in read_log",
     "train.comparing": "best_rate report",

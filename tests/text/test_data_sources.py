@@ -116,6 +116,9 @@ def test_tables_do_not_give_a_tool_the_arguments_of_another(tmp_path):
     for path in (tmp_path / "a.parquet", tmp_path / "saved"):
         found = [row["messages"][1]["tool_calls"][0]["function"]["arguments"] for row in load(path)]
         assert found == [{"city": "Lima"}, {"x": ["2"]}]
+    plain = [{"instruction": "a", "context": context, "response": "b"} for context in ("c", None)]
+    datasets.Dataset.from_list(plain).to_parquet(tmp_path / "b.parquet")  # a null of a row itself is its own
+    assert len(load_rows(DataOptions(data=[str(tmp_path / "b.parquet")], field=["input=context"]))) == 2
 
 
 def test_a_line_whose_only_list_is_a_chat_is_a_row(tmp_path):

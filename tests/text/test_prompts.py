@@ -131,6 +131,14 @@ def test_a_template_that_drops_a_message_or_the_tools_is_refused(role):
         render_chat(tokenizer, (ASK, assistant("2")), template_of(tokenizer), tools=[{"function": {"name": "add"}}])
 
 
+def test_a_template_may_rewrite_a_text_and_tools_may_be_odd():
+    rewriting = tiny_tokenizer(CHAT.replace("m['content']", "m['content'].replace('/think', '')"))
+    messages = {"role": "user", "content": "see /thinking"}, assistant("2")
+    assert "see ing" in render_chat(rewriting, messages, template_of(rewriting)).text
+    odd = [{"function": None}, {"name": 5}]
+    assert render_chat(rewriting, messages, template_of(rewriting), tools=odd).text
+
+
 def test_chat_that_begins_with_the_assistant():
     tokenizer = tiny_tokenizer()
     _, labels = encoded(tokenizer, assistant("Hello!"), ASK, assistant("2"))

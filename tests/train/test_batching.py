@@ -11,6 +11,7 @@ from support.inside import (
     choose_batching,
     chunked_loss,
     row_lengths,
+    updates_of,
     why_not_packed,
 )
 from support.tolerances import GEMM
@@ -138,7 +139,10 @@ def test_a_model_that_padding_changes_gets_one_row_at_a_time():
 
 def test_rows_are_packed_and_counted():
     model, rows = tiny_model(), Dataset.from_list(token_rows(12))
-    arguments = arguments_for(packing=True)
+    apart = arguments_for(per_device_train_batch_size=5, num_train_epochs=3)
+    assert updates_of(apart, rows) == 9  # the last update of each epoch is smaller
+    arguments = arguments_for(packing=True, per_device_train_batch_size=1, num_train_epochs=1)
+    assert updates_of(arguments, rows) <= len(choose_batching(model, 0, rows, arguments).prepare(rows, arguments)) < 12
     batching = choose_batching(model, 0, rows, arguments)
     packed = batching.prepare(rows, arguments)
     assert sorted(length for row in packed for length in row["seq_lengths"]) == sorted(row_lengths(rows))

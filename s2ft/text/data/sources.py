@@ -99,11 +99,19 @@ def _numbered(name: object, rows: Iterable) -> Rows:
     return ((f"{name}, row {number}", row) for number, row in enumerate(rows, 1))
 
 
+def _row(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: _without_nulls(value) for name, value in found.items()}  # a null of the row itself is its own
+
+
 def _without_nulls(found: Any) -> Any:
     """A value of a table without the nulls that Arrow puts where an object lacks a name that another one has."""
     if isinstance(found, Mapping):
         return {name: _without_nulls(value) for name, value in found.items() if value is not None}
-    return [*map(_without_nulls, found)] if isinstance(found, list) and isinstance(found[:1], list) else found
+    return (
+        [*map(_without_nulls, found)]
+        if isinstance(found, list) and not isinstance((found or [0])[0], (int, float))
+        else found
+    )
 
 
 # ---- files ---------------------------------------------------------------------------------------------
@@ -166,7 +174,7 @@ def _table(path: Path, kind: str) -> Rows:
         else:
             cache = str(scratch_folder())  # for files of locks, in place of the user's
             rows = datasets.load_dataset(kind, data_files=[str(path)], split="train", streaming=True, cache_dir=cache)
-        yield from _numbered(path, map(_without_nulls, rows))
+        yield from _numbered(path, map(_row, rows))
     except Exception as error:  # pyarrow and pandas raise many kinds
         raise ValueError(f"{path} can't be read as {kind}: {_reason(error)}") from error
 
@@ -197,13 +205,11 @@ def _json(path: Path) -> Rows:
     try:
         with fsspec.open(path, "rt", encoding="utf-8-sig", compression="infer") as file:
             first, second = (next((line for line in file if line.strip()), "") for _ in range(2))
+            named_lines = {".jsonl", ".ndjson"} & {*path.suffixes}
             if not first:
                 raise ValueError(f"{path} is empty")
-            is_lines = (
-                (second or ".jsonl" in path.suffixes)
-                and not first.lstrip().startswith("[")
-                and not isinstance(_decoded(first), BadRow)
-            )
+            is_list = first.lstrip().startswith("[")
+            is_lines = (second or named_lines) and not is_list and not isinstance(_decoded(first), BadRow)
             file.seek(0)
             rows = None if is_lines else _document(path, file.read())
             file.seek(0)
@@ -268,7 +274,7 @@ def _folder(path: Path, split: str, data_files: Any) -> Rows:
         found = datasets.load_from_disk(str(path))
         is_dict = isinstance(found, datasets.DatasetDict)
         found = _split_of(found, split, f"data set {path}") if is_dict else found
-        return _numbered(path, map(_without_nulls, found))
+        return _numbered(path, map(_row, found))
     if data_files:
         return _files(_listed(data_files, split, str(path)))
     try:
@@ -301,7 +307,7 @@ def _hub(path: str, *name: str | None, **options: Any) -> Rows:
             f"data set {path} can't be loaded: there is no such file or folder here, and the hub says: "
             f"{_reason(error).rstrip('.')}; {way_out}"
         ) from error
-    return _numbered(path, map(_without_nulls, found))
+    return _numbered(path, map(_row, found))
 
 
 # ---- temporary files ------------------------------------------------------------------------------------
