@@ -549,14 +549,13 @@ def check_plain_and_untied(model: nn.Module, record: Attachment, names: Iterable
     for name in names:
         handle = weight_at(model, record.projections[name])
         path, other = handle.path, paths.setdefault(memory_of(handle.tensor), handle.path)
-        refuse(
-            (handle.read_only, f"{path} is quantized: {handle.read_only}"),
-            (  # their updates differ, so that none of them could be kept
-                other != path,
+        if handle.read_only:
+            raise ValueError(f"{path} is quantized: {handle.read_only}")
+        if other != path:  # their updates differ, so that none of them could be kept
+            raise ValueError(
                 f"{other} and {path} are one tied weight, and an adapter that trains each by itself can't be written "
-                "into it: train one of them only, by couplings= or by the config's layers",
-            ),
-        )
+                "into it: train one of them only, by couplings= or by the config's layers"
+            )
 
 
 def check_weights_are_here(model: nn.Module, record: Attachment) -> None:
