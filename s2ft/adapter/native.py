@@ -77,14 +77,10 @@ def write(adapter: Adapter, folder) -> None:
         tensors[f"{path}.index"] = delta.index.to(torch.int32)
     for name, value in adapter.extra_weights.items():
         check_parameter(name, "save")
-        is_float = NAMES.get(value.dtype) in FLOATS  # PyTorch can't say of each other dtype what is finite
-        refuse(
-            (not is_float, f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}"),
-            (
-                value.numel() == 0 or is_float and not bool(torch.isfinite(value).all()),
-                f"{name}: the weight is empty or not finite, so it is not saved",
-            ),
-        )
+        if NAMES.get(value.dtype) not in FLOATS:  # PyTorch can't say of each of these dtypes what is finite
+            raise ValueError(f"{name}: extra weights are saved as {', '.join(FLOATS)}, not as {value.dtype}")
+        if value.numel() == 0 or not bool(torch.isfinite(value).all()):
+            raise ValueError(f"{name}: the weight is empty or not finite, so it is not saved")
         tensors[EXTRA + name] = value.detach().cpu().contiguous()
     blob = save(tensors, metadata={"format": "s2ft", "schema": str(SCHEMA)})
     config = {

@@ -98,7 +98,7 @@ def render(tokenizer, messages: Conversation, template: str, *, tools: list | No
         prompt: Whether the text ends where the assistant's answer begins.
 
     Raises:
-        TemplateError: The template refuses the messages, or it is not a valid template.
+        TemplateError: The template refuses the messages, drops one of them or the tools, or is not a valid template.
     """
     taken = as_template_takes(tokenizer, messages, template)
     options = {"chat_template": template, "tools": tools or None, "tokenize": False, "add_generation_prompt": prompt}

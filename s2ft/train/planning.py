@@ -217,10 +217,10 @@ FACTOR = 0.02  # rate × width × share
 HIGHEST = 1e-2  # nothing is known of higher rates
 NARROWEST = 576  # width of the narrowest model with a known rate
 SPREAD = 8  # the good rates lie within this factor of the rule
-SHORT = 32  # updates of a run that gets the rate of the rule; shorter ones get a higher rate
+FEWEST_UPDATES = 32  # that a run should make, and that get the rate of the rule; fewer get a higher rate
 
 
-def suggested_rate(width: int, share: float, updates: int = SHORT) -> dict[str, float]:
+def suggested_rate(width: int, share: float, updates: int = FEWEST_UPDATES) -> dict[str, float]:
     """Return a learning rate with which to start a search, for AdamW and S²FT's slices.
 
     Args:
@@ -237,7 +237,7 @@ def suggested_rate(width: int, share: float, updates: int = SHORT) -> dict[str, 
         >>> suggested_rate(4096, 0.007)
         {'rate': 0.0007, 'lowest': 9e-05, 'highest': 0.006}
     """
-    more = min(max(SHORT / updates, 1), 2)
+    more = min(max(FEWEST_UPDATES / updates, 1), 2)
     rate = min(more * FACTOR / (max(width, NARROWEST) * share), HIGHEST)
     found = {"rate": rate, "lowest": rate / SPREAD, "highest": rate * SPREAD}
     return {name: float(f"{value:.0e}") for name, value in found.items()}

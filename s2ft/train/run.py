@@ -47,10 +47,9 @@ from s2ft.train.options import (
 )
 from s2ft.train.output import GROUPS, ROWS, RunFolder, loss_figure, read_log, report_page
 from s2ft.train.parallel import check_can_shard, devices_of, has_weights, model_is_spread, rows_of_update
-from s2ft.train.planning import suggested_rate, width_of
+from s2ft.train.planning import FEWEST_UPDATES, suggested_rate, width_of
 
 logger = logging.getLogger(__name__)
-FEWEST_UPDATES = 32  # that a run should make
 RISEN = 5  # times the first loss, of which a run warns
 MICRO, PASSES = "per_device_train_batch_size", "gradient_accumulation_steps"
 NOT_OF_A_RUN = ("hub_", "logging_", "log_", "eval_", "save_", "trackio_", "dataloader_", "ddp_",

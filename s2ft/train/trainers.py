@@ -160,13 +160,13 @@ class TokenRowTrainer(RunMethods, SFTTrainer):
             callbacks=callbacks,
         )
         self.trl_loss = needs_trl_loss(arguments)
+        if not self.trl_loss:
+            self.restore_model()
+            self.aux_loss_enabled = False
         if not (self.trl_loss or self._devices.splits_rows):
             # Trainer asks the class. Some say no although they take the divisor, and some take it and ignore it.
             divides = partial(divides_by_items, model, batching.collator([short_row(rows)]))
             self.model_accepts_loss_kwargs = run_where_weights_are("the trial of the loss", model, divides)
-        if not self.trl_loss:
-            self.restore_model()
-            self.aux_loss_enabled = False
         self.processing_class = None  # the Trainer would write the tokenizer's special tokens into the model's config
 
     # ---- batches -----------------------------------------------------------------------------------------

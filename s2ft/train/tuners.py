@@ -26,7 +26,7 @@ from s2ft.train.batching import choose_batching, short_row
 from s2ft.train.fit import JsonlLog, checkpointing, loss_for
 from s2ft.train.options import RunOptions, with_default_ratio
 from s2ft.train.output import read_log
-from s2ft.train.planning import SHORT, suggested_rate
+from s2ft.train.planning import FEWEST_UPDATES, suggested_rate
 from s2ft.train.trainers import SFTRunTrainer, TokenRowTrainer
 
 # The projections that the S²FT paper trains with LoRA: q, k, v, up and down.
@@ -84,7 +84,7 @@ class Prepared:
     trainable: int
 
 
-def default_rate(method: str, width: int, share: float, updates: int = SHORT) -> float:
+def default_rate(method: str, width: int, share: float, updates: int = FEWEST_UPDATES) -> float:
     """Return the peak learning rate from which a search for a method can start.
 
     Args:

@@ -180,14 +180,8 @@ def test_accumulation_in_a_class_of_images_and_text_equals_one_large_batch(tmp_p
         how = dict(per_device_train_batch_size=micro, gradient_accumulation_steps=passes, max_steps=2, save_steps=0)
         model = composite_of("qwen3_vl")
         assert not model.accepts_loss_kwargs
-        found.append(
-            [
-                row[1]
-                for row in losses(
-                    run(tmp_path / str(micro), model=model, config=replace(CONFIG, v_ratio=0.0), **how)[1]
-                )
-            ]
-        )
+        _, folder, _ = run(tmp_path / str(micro), model=model, config=replace(CONFIG, v_ratio=0.0), **how)
+        found.append([row[1] for row in losses(folder)])
     assert found[0] == pytest.approx(found[1], rel=1e-4)
 
 

@@ -107,11 +107,9 @@ def _without_nulls(found: Any) -> Any:
     """A value of a table without the nulls that Arrow puts where an object lacks a name that another one has."""
     if isinstance(found, Mapping):
         return {name: _without_nulls(value) for name, value in found.items() if value is not None}
-    return (
-        [*map(_without_nulls, found)]
-        if isinstance(found, list) and not isinstance((found or [0])[0], (int, float))
-        else found
-    )
+    if isinstance(found, list) and not isinstance((found or [0])[0], (int, float)):
+        return [*map(_without_nulls, found)]
+    return found
 
 
 # ---- files ---------------------------------------------------------------------------------------------
